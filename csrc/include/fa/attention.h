@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one API of the operator: what to compute (AttentionParams), where (ExecutionContext), and the answer (Status).
+// Called by the adapters in plugin/. Free of any framework: nothing here but the C++ standard library.
+// Every function is thread-safe, keeps no state between calls, never throws, exits or asserts.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace fa {
+
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kBool, kInt32, kInt64 };
+
+enum class StatusCode : uint8_t { kOk, kInvalidArgument, kUnsupported, kCudaError };
+
+/// The outcome of a call: a code, and for anything but kOk one sentence for the user.
+struct [[nodiscard]] Status {
+  StatusCode code = StatusCode::kOk;
+  std::string sentence;
+  bool ok() const { return code == StatusCode::kOk; }
+};
+
+/// A strided tensor of rank <= 4 that somebody else owns. Unused trailing axes have shape 1.
+/// `present` and not `data` tells an absent tensor: an empty one, or one of a plan made before memory exists, has no data.
+struct TensorView {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  bool present = false;
+  int64_t shape[4] = {1, 1, 1, 1};
+  int64_t stride[4] = {0, 0, 0, 0};  // in elements; 0 on a broadcast axis; meaningless on an axis of size 1
+};
+
+/// What a row that attends no key yields. kZero: output 0 (ONNX, FlashAttention). kMean: the mean of all S_kv values,
+/// which is what softmax gives where a mask is a large finite number added to every score (lse stays -inf).
+enum class EmptyRow : uint8_t { kZero, kMean };
+
+/// One attention problem: out = softmax(softcap(scale * Q K^T) + bias, masked) V.
+/// Position of query row i of batch b: p = i + query_offset(b). Key j is visible when all of these hold:
+///   j < kv_length(b);  window_left < 0 or j >= p - window_left;  window_right < 0 or j <= p + window_right;
+///   mask absent or (j < mask.shape[3] and mask true);  bias absent or j < bias.shape[3].
+/// Causal attention is window_right = 0.
+struct AttentionParams {
+  TensorView query;  // [B, H_q, S_q, D] float32, float16 or bfloat16; the last axis contiguous, as in all of the five
+  TensorView key;    // [B, H_kv, S_kv, D], dtype of query; H_q is a multiple of H_kv
+  TensorView value;  // [B, H_kv, S_kv, D_v], dtype of query
+  TensorView out;    // [B, H_q, S_q, D_v], dtype of query
+  TensorView lse;    // [B, H_q, S_q] float32, natural log-sum-exp of the masked scores and the sink; absent: not wanted
+
+  TensorView mask;  // [B, H_q, S_q, <= S_kv] bool, one byte each, non-zero = attend; broadcast axes by stride 0; absent: all
+  TensorView bias;  // [B, H_q, S_q, <= S_kv] float32, float16 or bfloat16, added after softcap; broadcast by stride 0
+
+  TensorView kv_lengths;     // [B] int32 or int64: keys in use; absent: S_kv. Values outside [0, S_kv] are clamped
+  TensorView query_lengths;  // [B] int32 or int64: rows in use, rows beyond are written 0 (lse -inf); absent: S_q
+  TensorView cu_seqlens_q;   // [B + 1] int32: packed sequences. Then query, out, lse have shape[0] = 1 and S_q = total rows,
+  TensorView cu_seqlens_kv;  // [B + 1] int32  and likewise key and value; sequence b is rows cu[b] … cu[b + 1] - 1
+  TensorView query_offsets;  // [B] int32 or int64 (stride 0: one for all): query_offset(b); absent: the two fields below
+
+  bool align_bottom_right = false;  // query_offset(b) = kv_length(b) - query_length(b) + query_offset
+  int64_t query_offset = 0;         // else query_offset(b) = query_offset
+  int64_t window_left = -1;         // neighbours before the own position, -1 = open
+  int64_t window_right = -1;        // neighbours after it, -1 = open, 0 = causal
+
+  TensorView alibi_slopes;  // [B, H_q] float32 (stride 0 over B where shared): adds -slope * |p - j|
+  TensorView sinks;         // [H_q] float32: one more logit in each row's denominator, of no value
+  float softmax_scale = 0;  // multiplies Q K^T; already resolved (never a "default" here)
+  float softcap = 0;        // 0 = none; else s -> softcap * tanh(s / softcap), before bias and ALiBi
+  EmptyRow empty_row = EmptyRow::kZero;
+};
+
+enum class DeviceType : uint8_t { kCpu, kCuda };
+
+struct DeviceInfo {
+  DeviceType type = DeviceType::kCpu;
+  int compute_capability = 0;    // 80, 86, 89, 90, …; 0 on the CPU
+  int num_sms = 0;               // streaming multiprocessors; 0 on the CPU
+  int shared_memory_bytes = 0;   // opt-in limit of one thread block
+};
+
+/// Runs task(arg, i) for every i in [0, num_tasks), on as many threads as the host gives; returns when all are done.
+using ParallelFor = void (*)(void* pool, size_t num_tasks, void (*task)(void* arg, size_t i), void* arg);
+
+/// Where and with what a call runs.
+struct ExecutionContext {
+  DeviceInfo device;
+  void* stream = nullptr;        // cudaStream_t; work is enqueued on it and never waited for
+  void* workspace = nullptr;     // device memory of at least workspace_bytes(params, device), 256-byte aligned
+  size_t workspace_bytes = 0;
+  ParallelFor parallel_for = nullptr;  // CPU only; null: the calling thread does it all
+  void* pool = nullptr;
+  const char* kernel = nullptr;  // a name of the dispatch table forces that kernel; null: the first that supports the problem
+};
+
+/// Checks shapes, dtypes and strides. Says which tensor is wrong, what it has and what is expected.
+Status validate(const AttentionParams& params);
+
+/// Computes params.out (and lse). On CUDA it only enqueues; a launch error is returned.
+Status attention_forward(const AttentionParams& params, const ExecutionContext& context);
+
+/// Device memory the call needs beside its tensors; depends on shapes, dtypes and device, never on data. 0 on the CPU.
+size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device, const char* kernel = nullptr);
+
+/// Which kernel would run and why: "prefill_sm80: …"; or for each kernel the sentence that says why not.
+std::string explain(const AttentionParams& params, const DeviceInfo& device);
+
+/// Copies past [B, H, P, D] and then fresh [B, H, S, D] rows into present [B, H, P + S, D] (any strides, equal dtypes).
+/// What a cache step does before attention; on CUDA enqueued on the context's stream.
+Status append_kv(const TensorView& past, const TensorView& fresh, const TensorView& present, const ExecutionContext& context);
+
+/// The current CUDA device; kUnsupported with a sentence where there is no driver or GPU.
+Status query_cuda_device(DeviceInfo* device);
+
+}  // namespace fa

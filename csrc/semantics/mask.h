@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which keys a query row sees. One MaskRule serves the CPU kernel, the CUDA kernels and the tests: visible() decides an element,
+// key_range() the span of keys that a tile of rows can see at all, full_range() the span that all its rows see entirely.
+// Positions are those of one sequence (batch entry); 64-bit, so that no length overflows.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FA_HD __host__ __device__ __forceinline__
+#else
+#define FA_HD inline
+#endif
+
+namespace fa {
+
+struct KeyRange {
+  int64_t begin;  // first key
+  int64_t end;    // one past the last; begin >= end is an empty range
+};
+
+struct MaskRule {
+  int64_t kv_length;     // keys in use
+  int64_t query_offset;  // position of row 0 among the keys
+  int64_t window_left;   // -1 = open
+  int64_t window_right;  // -1 = open, 0 = causal
+
+  /// May row i attend key j? (User-given masks and biases come on top.)
+  FA_HD bool visible(int64_t i, int64_t j) const {
+    const int64_t p = i + query_offset;
+    return j >= 0 && j < kv_length && (window_left < 0 || j >= p - window_left) && (window_right < 0 || j <= p + window_right);
+  }
+
+  /// The smallest span that holds every key seen by any of the rows first_row … last_row (inclusive).
+  FA_HD KeyRange key_range(int64_t first_row, int64_t last_row) const {
+    int64_t begin = 0, end = kv_length;
+    if (window_left >= 0 && first_row + query_offset - window_left > begin) begin = first_row + query_offset - window_left;
+    if (window_right >= 0 && last_row + query_offset + window_right + 1 < end) end = last_row + query_offset + window_right + 1;
+    return {begin, end > begin ? end : begin};
+  }
+
+  /// The largest span of keys that every one of the rows sees: tiles inside it need no element test.
+  FA_HD KeyRange full_range(int64_t first_row, int64_t last_row) const {
+    int64_t begin = 0, end = kv_length;
+    if (window_left >= 0 && last_row + query_offset - window_left > begin) begin = last_row + query_offset - window_left;
+    if (window_right >= 0 && first_row + query_offset + window_right + 1 < end) end = first_row + query_offset + window_right + 1;
+    return {begin, end > begin ? end : begin};
+  }
+};
+
+}  // namespace fa

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the exporter knows of one attention site: the words shared by match/, understand/, rewrite.py and report.py.
+
+Names and meanings are those of csrc/include/fa/attention.h and docs/operator.md. Data only: no graph is changed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+DOMAIN = "faexport"
+OP_TYPE = "FlashAttention"
+VERSION = 1
+
+
+class Alignment(enum.StrEnum):
+    """Where query row 0 stands among the keys (docs/operator.md, "Positions")."""
+
+    ONNX = "onnx"
+    TOP_LEFT = "top_left"
+    BOTTOM_RIGHT = "bottom_right"
+
+
+class EmptyRow(enum.StrEnum):
+    """Output of a row that attends no key."""
+
+    ZERO = "zero"
+    MEAN = "mean"
+
+
+class Layout(enum.StrEnum):
+    """Axes of a query, key, value or output tensor: B batch, S rows, H heads, D head_dim; BSH is 3-D with H = heads * head_dim."""
+
+    BHSD = "BHSD"
+    BSHD = "BSHD"
+    BSH = "BSH"
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a site is left as it is. A sentence a user understands, and the node that it speaks of."""
+
+    reason: str
+    node: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.node})" if self.node else self.reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """One proven property, e.g. "causal" or "window 4096", and the names of the nodes that it was proven from."""
+
+    text: str
+    nodes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Operand:
+    """A tensor of the operator: which value of the graph, in which layout.
+
+    `heads` is needed for BSH. With `column_start` and `column_stride` set (elements), head h occupies columns
+    column_start + h * column_stride … of a 3-D tensor that several operands share (packed QKV).
+    """
+
+    value: ir.Value
+    layout: Layout
+    heads: int | None = None
+    head_dim: int | None = None
+    column_start: int | None = None
+    column_stride: int | None = None
+
+
+@dataclasses.dataclass
+class Mask:
+    """What is known of the mask or bias of a site; the default is "none at all".
+
+    `attn_mask` (bool, true = attend) and `attn_bias` (float, added) are values broadcastable to [B, H, S_q, S_kv];
+    they exist in the graph or were created by understand/ and are inserted by rewrite.
+    """
+
+    window_left: int = -1
+    window_right: int = -1  # 0 = causal
+    alignment: Alignment = Alignment.ONNX
+    query_offset: ir.Value | None = None  # int64 [1] or [B]; overrides alignment
+    attn_mask: ir.Value | None = None
+    attn_bias: ir.Value | None = None
+    kv_lengths: ir.Value | None = None  # int64 [B]
+    alibi_slopes: ir.Value | None = None  # float32 [H] or [B, H]
+    empty_row: EmptyRow = EmptyRow.ZERO
+    new_nodes: Sequence[ir.Node] = ()  # nodes that compute the values above, in order; not yet in the graph
+    facts: tuple[Fact, ...] = ()
+
+    @property
+    def is_causal(self) -> bool:
+        return self.window_right == 0
+
+
+@dataclasses.dataclass
+class AttentionSpec:
+    """Everything the fused node says: operands, scale, mask, and the value that it replaces."""
+
+    query: Operand
+    key: Operand
+    value: Operand
+    output: ir.Value  # replaced by the node's output, in output_layout
+    output_layout: Layout
+    softmax_scale: float
+    mask: Mask = dataclasses.field(default_factory=Mask)
+    softcap: float = 0.0
+    sinks: ir.Value | None = None  # float32 [H]
+    past_key: ir.Value | None = None
+    past_value: ir.Value | None = None
+    present_key: ir.Value | None = None
+    present_value: ir.Value | None = None
+    lse: ir.Value | None = None
+    facts: tuple[Fact, ...] = ()
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A place in a graph where attention may be: its anchor node (Softmax, Attention, …) and what became of it."""
+
+    anchor: ir.Node
+    graph: ir.Graph | ir.Function
+    source: str  # name of the matcher: softmax_core, onnx_attention, ort_contrib
+    outcome: AttentionSpec | Refusal | None = None
+
+    @property
+    def name(self) -> str:
+        return self.anchor.name or (self.anchor.outputs[0].name or "?")
