@@ -75,6 +75,53 @@ class Operand:
     column_stride: int | None = None
 
 
+class TermKind(enum.StrEnum):
+    """How a mask or bias met the scores."""
+
+    ADD = "add"  # scores + factor * value
+    WHERE = "where"  # where(value == keep_when, scores, factor * fill)
+    BOOL = "bool"  # true = attend (the bool attn_mask of ONNX Attention)
+    CLAMP = "clamp"  # max(scores, factor * value), value a constant that is hugely negative: keeps -inf away
+    ZERO = "zero"  # after softmax: where(value == keep_when, probabilities, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskTerm:
+    """One operation between the score MatMul and the value MatMul that masks or biases, as it stands in the source graph.
+
+    Terms come in the order in which the graph applies them; a later term also applies to the fill of an earlier one.
+    `axes` names the axes of the score tensor which `value` is broadcast against (from the right, as ONNX does):
+    B batch, H query heads, S query rows, T keys, N = B * H merged (batch outermost), K kv heads and G query heads per kv head
+    (H = K * G), M * W = B (a batch made of M groups of W windows). Usual: "BHST"; also "NST", "BKGST", "MWHST", "BHTS", "BST".
+    `dims` are the sizes of these axes, each an int, a symbolic name or None where unknown.
+    """
+
+    kind: TermKind
+    value: ir.Value
+    node: ir.Node  # the Add, Where, Attention … that it came from
+    axes: str = "BHST"
+    dims: tuple[int | str | None, ...] = (None, None, None, None)
+    keep_when: bool = True  # WHERE and ZERO only
+    fill: ir.Value | None = None  # WHERE only: what replaces the scores; a constant or any value
+    factor: float = 1.0  # what the term is multiplied by on its way to the softmax (scale applied after the addition)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreShape:
+    """What understand_mask may know of the scores [B, H, S, T] that its terms apply to."""
+
+    query: Operand
+    key: Operand
+    anchor: ir.Node  # the Softmax or Attention node; new nodes are inserted before it
+    graph: ir.Graph | ir.Function
+    batch: int | str | None = None
+    heads: int | None = None
+    seqlen_q: int | str | None = None
+    seqlen_kv: int | str | None = None
+    dtype: ir.DataType = ir.DataType.FLOAT  # of the scores and of an attn_bias
+    nan_guard: bool = False  # NaN probabilities (a row of -inf only) are replaced by 0: EmptyRow.ZERO
+
+
 @dataclasses.dataclass
 class Mask:
     """What is known of the mask or bias of a site; the default is "none at all".
