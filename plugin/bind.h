@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a node (attributes, tensors) to fa::AttentionParams: the only place where layouts, packed columns, mask broadcasting,
+// ONNX's diagonal, the cache and defaults are converted (docs/operator.md). Called by the ONNX Runtime, TensorRT and Python
+// adapters; knows none of them. Nothing here throws but std::bad_alloc; all functions are thread-safe.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "fa/attention.h"
+
+namespace fa::plugin {
+
+/// Inputs of FlashAttention. The first three are always there, the others where `optional_inputs` names them.
+enum class Input : uint8_t {
+  kQuery,
+  kKey,
+  kValue,
+  kAttnMask,
+  kAttnBias,
+  kPastKey,
+  kPastValue,
+  kNonpadKvSeqlen,
+  kQueryLengths,
+  kCuSeqlensQ,
+  kCuSeqlensKv,
+  kQueryOffset,
+  kAlibiSlopes,
+  kSinks,
+};
+inline constexpr int kNumInputs = 14;
+const char* name_of(Input input);
+
+/// Outputs of FlashAttention. The first is always there, the others where `optional_outputs` names them.
+enum class Output : uint8_t { kOutput, kPresentKey, kPresentValue, kLse };
+inline constexpr int kNumOutputs = 4;
+const char* name_of(Output output);
+
+/// One field for each row of attributes.def, with its default.
+struct Attributes {
+#define FA_FIELD_INT(name, value) int64_t name = value;
+#define FA_FIELD_FLOAT(name, value) float name = value;
+#define FA_FIELD_STRING(name, value) std::string name = value;
+#define FA_FIELD_INTS(name, value) std::vector<int64_t> name;
+#define FA_ATTRIBUTE(type, name, value, meaning) FA_FIELD_##type(name, value)
+#include "fa/attributes.def"
+#undef FA_ATTRIBUTE
+#undef FA_FIELD_INT
+#undef FA_FIELD_FLOAT
+#undef FA_FIELD_STRING
+#undef FA_FIELD_INTS
+};
+
+/// A node whose attributes are checked: what it is given and what it returns, in the order of its slots, without holes.
+struct Node {
+  Attributes attributes;
+  std::vector<Input> inputs = {Input::kQuery, Input::kKey, Input::kValue};
+  std::vector<Output> outputs = {Output::kOutput};
+
+  int slot(Input input) const;    // index into inputs, -1 where absent
+  int slot(Output output) const;  // index into outputs, -1 where absent
+};
+
+/// Checks each attribute's value and the names in optional_inputs and optional_outputs. Once for a node, before any tensor.
+Status make_node(const Attributes& attributes, Node* node);
+
+/// May `input` have this dtype beside a query of dtype `query`?
+bool accepts(Input input, DType dtype, DType query);
+/// The dtype of an output beside a query of dtype `query`.
+DType dtype_of(Output output, DType query);
+const char* name_of(DType dtype);
+size_t size_of(DType dtype);
+
+/// A tensor as a runtime hands it over. `data` may be null where only a plan is made.
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int rank = 0;            // beyond 4 the tensor is refused, whatever shape says
+  int64_t shape[4] = {};   // the first `rank`
+  int64_t stride[4] = {};  // in elements
+};
+
+/// A row-major tensor.
+Tensor contiguous(void* data, DType dtype, const int64_t* shape, size_t rank);
+
+/// A call that is ready to run but for the memory of its outputs and its workspace.
+struct Problem {
+  AttentionParams params;
+  Tensor outputs[kNumOutputs];   // shape, dtype; row-major. rank 0: not wanted
+  TensorView past[2], fresh[2];  // key, value: what append_kv joins. fresh is set whenever a join is needed
+  TensorView present[2];         // where it goes: the output, or the workspace where the past's present isn't an output
+};
+
+/// Binds tensors (in the order of node.inputs) to a problem. The sentence names the input, what it has and what is expected.
+Status bind(const Node& node, const std::vector<Tensor>& inputs, Problem* problem);
+
+/// Gives an output its memory (row-major, of the shape in problem.outputs).
+void set_output(Problem* problem, Output output, void* data);
+
+/// Memory that run() needs in context.workspace. On the CPU too: the joined cache where present is not an output.
+size_t workspace_bytes(const Problem& problem, const DeviceInfo& device, const char* kernel = nullptr);
+
+/// Joins past and fresh keys and values where asked, then computes attention.
+Status run(Problem problem, const ExecutionContext& context);
+
+}  // namespace fa::plugin

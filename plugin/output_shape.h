@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shapes of the outputs, once for numbers (bind.cpp), for ONNX Runtime's symbols and for TensorRT's expressions: a template over
+// the kind of dimension. An Algebra has constant(int64_t), sum(a, b), product(a, b) and quotient(a, b) (exact division).
+#pragma once
+
+#include <vector>
+
+#include "bind.h"
+
+namespace fa::plugin {
+
+enum class Layout : uint8_t { kBHSD, kBSHD, kBSH };
+
+/// The layouts of query, key, value and output, from attributes and ranks; a Status where they contradict each other.
+struct Layouts {
+  Layout query, key, value, output;
+};
+Status resolve_layouts(const Node& node, int query_rank, int key_rank, int value_rank, Layouts* layouts);
+
+template <class Dim>
+struct Shape {
+  int rank = 0;
+  Dim dims[4] = {};
+};
+
+/// Sizes of one operand [B, H, S, D], whatever its layout. heads, head_dim: attributes, 0 = read from the shape.
+template <class Dim, class Algebra>
+Shape<Dim> sizes_BHSD(const Shape<Dim>& shape, Layout layout, int64_t heads, int64_t head_dim, Algebra& algebra) {
+  const Dim* d = shape.dims;
+  if (layout == Layout::kBHSD) return {4, {d[0], d[1], d[2], d[3]}};
+  if (layout == Layout::kBSHD) return {4, {d[0], d[2], d[1], d[3]}};
+  const Dim h = algebra.constant(heads);
+  return {4, {d[0], h, d[1], head_dim > 0 ? algebra.constant(head_dim) : algebra.quotient(d[2], h)}};
+}
+
+/// The shape of one output; inputs in the order of node.inputs. Ranks must have passed resolve_layouts.
+template <class Dim, class Algebra>
+Shape<Dim> output_shape(const Node& node, Output output, const std::vector<Shape<Dim>>& inputs, const Layouts& layouts,
+                        Algebra& algebra) {
+  const Attributes& a = node.attributes;
+  const int64_t head_dim = a.packed_columns.empty() ? 0 : a.head_dim;
+  const int64_t head_dim_v = a.packed_columns.empty() ? 0 : (a.head_dim_v > 0 ? a.head_dim_v : a.head_dim);
+  const Shape<Dim> q = sizes_BHSD(inputs[0], layouts.query, a.q_num_heads, head_dim, algebra);
+  const Shape<Dim> k = sizes_BHSD(inputs[1], layouts.key, a.kv_num_heads, head_dim, algebra);
+  const Shape<Dim> v = sizes_BHSD(inputs[2], layouts.value, a.kv_num_heads, head_dim_v, algebra);
+  if (output == Output::kLse) return {3, {q.dims[0], q.dims[1], q.dims[2]}};
+  if (output == Output::kOutput) {
+    if (layouts.output == Layout::kBHSD) return {4, {q.dims[0], q.dims[1], q.dims[2], v.dims[3]}};
+    if (layouts.output == Layout::kBSHD) return {4, {q.dims[0], q.dims[2], q.dims[1], v.dims[3]}};
+    return {3, {q.dims[0], q.dims[2], algebra.product(q.dims[1], v.dims[3])}};
+  }
+  const Shape<Dim>& fresh = output == Output::kPresentKey ? k : v;
+  const int past = node.slot(output == Output::kPresentKey ? Input::kPastKey : Input::kPastValue);
+  const Dim rows = past < 0 ? fresh.dims[2] : algebra.sum(inputs[past].dims[2], fresh.dims[2]);
+  return {4, {fresh.dims[0], fresh.dims[1], rows, fresh.dims[3]}};
+}
+
+}  // namespace fa::plugin
