@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator in NumPy, as docs/operator.md says it and nothing else: the oracle of every test. Independent of the C++ code.
+
+`attention(problem)` is in float64. `attention(problem, unfused=True)` is what a graph of MatMul, Softmax, MatMul gives in the
+tensors' own dtype, each result rounded: whose error is the measure of the others'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from tests.cases import Problem
+
+_DEFAULTS = {"q_num_heads": 0, "kv_num_heads": 0, "scale": 0.0, "is_causal": 0, "left_window_size": -1, "right_window_size": -1,
+             "softcap": 0.0, "alignment": "onnx", "empty_row": "zero"}  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Sequence:
+    """One batch entry, or one of the packed sequences. Arrays are [heads, rows, head size]."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    query_length: int
+    kv_length: int
+    offset: int
+    hidden: np.ndarray | None  # [H_q or 1, S_q or 1, S_kv]: True where a mask or a short last axis hides the key
+    bias: np.ndarray | None  # likewise, added
+    slopes: np.ndarray | None  # [H_q]
+    sinks: np.ndarray | None  # [H_q]
+
+
+def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
+    """The operator's outputs by name, float64 (present_key and present_value in their own dtype).
+
+    Args:
+        problem: attributes and inputs as docs/operator.md names them.
+        unfused: round every intermediate result to the dtype of the query, as an unfused graph does.
+    """
+    attributes = _DEFAULTS | problem.attributes
+    query, key, value = _operands(problem, attributes)
+    outputs: dict[str, np.ndarray] = {}
+    past = 0
+    if "past_key" in problem.inputs:
+        past = problem.inputs["past_key"].shape[2]
+        key = np.concatenate([problem.inputs["past_key"], key], axis=2)
+        value = np.concatenate([problem.inputs["past_value"], value], axis=2)
+        outputs |= {"present_key": key, "present_value": value}
+    round_to: Callable = (lambda x: x.astype(query.dtype).astype(np.float32)) if unfused else (lambda x: x)
+    working = np.float32 if unfused else np.float64
+    _, heads, rows, _ = query.shape
+    out = np.zeros((*query.shape[:3], value.shape[3]), working)
+    lse = np.full((query.shape[0], heads, rows), -np.inf, working)
+    for batch_idx, row, sequence in _sequences(problem.inputs, attributes, query, key, value, past):
+        o, log_sum = _sequence(sequence, attributes, working, round_to)
+        out[batch_idx, :, row : row + o.shape[1]] = o
+        lse[batch_idx, :, row : row + o.shape[1]] = log_sum
+    outputs["output"] = _to_layout(out, attributes, problem.inputs["query"].ndim)
+    outputs["lse"] = lse
+    return {name: outputs[name] for name in problem.outputs}
+
+
+def _operands(problem: Problem, attributes: dict) -> list[np.ndarray]:
+    """Query, key and value as [B, H, S, D]."""
+    arrays = []
+    columns = attributes.get("packed_columns")
+    for i, name in enumerate(("query", "key", "value")):
+        array = problem.inputs[name]
+        heads = attributes["q_num_heads" if name == "query" else "kv_num_heads"]
+        if columns:
+            dim = attributes["head_dim"] if name != "value" else attributes.get("head_dim_v") or attributes["head_dim"]
+            start, stride = columns[2 * i : 2 * i + 2]
+            array = np.stack([array[:, :, start + h * stride : start + h * stride + dim] for h in range(heads)], axis=1)
+        elif array.ndim == 3:
+            array = array.reshape(*array.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+        elif attributes.get(f"{name}_layout") == "BSHD":
+            array = array.transpose(0, 2, 1, 3)
+        arrays.append(array)
+    return arrays
+
+
+def _to_layout(out: np.ndarray, attributes: dict, query_rank: int) -> np.ndarray:
+    layout = attributes.get("output_layout") or attributes.get("query_layout") or ("BSH" if query_rank == 3 else "BHSD")
+    if layout == "BHSD":
+        return out
+    out = out.transpose(0, 2, 1, 3)
+    return out if layout == "BSHD" else out.reshape(*out.shape[:2], -1)
+
+
+def _of_batch(array: np.ndarray, batch_idx: int) -> np.ndarray:
+    """[H or 1, S_q or 1, last] of a tensor which broadcasts from the right to [B, H, S_q, S_kv]."""
+    array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    return array[batch_idx if array.shape[0] > 1 else 0]
+
+
+def _pad_keys(array: np.ndarray, keys: int, fill) -> np.ndarray:
+    """The last axis, where it is neither 1 nor `keys`, continued by `fill`."""
+    missing = keys - array.shape[-1]
+    if missing <= 0 or array.shape[-1] == 1:
+        return array
+    return np.concatenate([array, np.full((*array.shape[:-1], missing), fill, array.dtype)], axis=-1)
+
+
+def _masks(inputs: dict, batch_idx: int, keys: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What hides keys, and what is added, for one batch entry."""
+    mask, bias = inputs.get("attn_mask"), inputs.get("attn_bias")
+    if mask is not None and mask.dtype != np.bool_:
+        mask, bias = None, mask
+    hidden = None if mask is None else ~_pad_keys(_of_batch(mask, batch_idx), keys, False)
+    if bias is not None:
+        bias = _pad_keys(_of_batch(bias, batch_idx).astype(np.float64), keys, -np.inf)
+    return hidden, bias
+
+
+def _sequences(inputs: dict, attributes: dict, query, key, value, past: int):
+    """Yields (batch entry, first row, _Sequence)."""
+    cu_q, cu_kv = inputs.get("cu_seqlens_q"), inputs.get("cu_seqlens_kv")
+    count = len(cu_q) - 1 if cu_q is not None else query.shape[0]
+    for i in range(count):
+        batch_idx, row = (0, int(cu_q[i])) if cu_q is not None else (i, 0)
+        rows = slice(int(cu_q[i]), int(cu_q[i + 1])) if cu_q is not None else slice(None)
+        keys = slice(int(cu_kv[i]), int(cu_kv[i + 1])) if cu_kv is not None else slice(None)
+        q, k, v = query[batch_idx, :, rows], key[batch_idx, :, keys], value[batch_idx, :, keys]
+        q_length, kv_length, offset = q.shape[1], k.shape[1], past
+        if "query_lengths" in inputs:
+            q_length = int(np.clip(inputs["query_lengths"][i], 0, q_length))
+        if "nonpad_kv_seqlen" in inputs:
+            kv_length = int(np.clip(inputs["nonpad_kv_seqlen"][i], 0, kv_length))
+            offset = kv_length - q.shape[1] if attributes["alignment"] == "onnx" else past
+        if attributes["alignment"] == "bottom_right":
+            offset = kv_length - q_length
+        if "query_offset" in inputs:
+            offset = int(inputs["query_offset"][i if len(inputs["query_offset"]) > 1 else 0])
+        slopes = inputs.get("alibi_slopes")
+        if slopes is not None and slopes.ndim == 2:
+            slopes = slopes[i]
+        hidden, bias = _masks(inputs, batch_idx, k.shape[1])
+        yield batch_idx, row, _Sequence(q, k, v, q_length, kv_length, offset, hidden, bias, slopes, inputs.get("sinks"))
+
+
+def _sequence(s: _Sequence, attributes: dict, working, round_to: Callable) -> tuple[np.ndarray, np.ndarray]:
+    """Output [H_q, rows, D_v] and lse [H_q, rows] of one sequence."""
+    heads, rows, dim = s.query.shape
+    group = heads // s.key.shape[0] if s.key.shape[0] else 1
+    out = np.zeros((heads, rows, s.value.shape[2]), working)
+    lse = np.full((heads, rows), -np.inf, working)
+    scale = attributes["scale"] or 1.0 / np.sqrt(dim)
+    for h in range(heads):
+        k = s.key[h // group, : s.kv_length].astype(working)
+        v = s.value[h // group].astype(working)
+        for first in range(0, s.query_length, 512):
+            i = np.arange(first, min(first + 512, s.query_length))
+            scores = round_to(round_to(s.query[h, i].astype(working) * working(scale)) @ k.T)
+            scores = _masked_scores(scores, s, attributes, h, i, round_to)
+            out[h, i], lse[h, i] = _softmax_times(scores, s, attributes, h, v, round_to)
+    return out, lse
+
+
+def _masked_scores(scores: np.ndarray, s: _Sequence, attributes: dict, h: int, i: np.ndarray, round_to: Callable) -> np.ndarray:
+    """Softcap, bias, ALiBi and masks on the scaled scores of rows i of head h."""
+    working = scores.dtype.type
+    j = np.arange(s.kv_length)
+    distance = (i[:, None] + s.offset) - j[None, :]
+    if attributes["softcap"]:
+        scores = round_to(working(attributes["softcap"]) * np.tanh(scores / working(attributes["softcap"])))
+    if s.bias is not None:
+        bias = s.bias[h if s.bias.shape[0] > 1 else 0]
+        bias = bias[i] if bias.shape[0] > 1 else bias
+        bias = np.broadcast_to(bias, (bias.shape[0], s.key.shape[1]))[:, : s.kv_length]
+        scores = round_to(scores + bias.astype(working))
+    if s.slopes is not None:
+        scores = round_to(scores - working(s.slopes[h]) * np.abs(distance).astype(working))
+    hide = np.zeros(scores.shape, bool)
+    right = 0 if attributes["is_causal"] else attributes["right_window_size"]
+    if right >= 0:
+        hide |= -distance > right
+    if attributes["left_window_size"] >= 0:
+        hide |= distance > attributes["left_window_size"]
+    if s.hidden is not None:
+        hidden = s.hidden[h if s.hidden.shape[0] > 1 else 0]
+        hidden = hidden[i] if hidden.shape[0] > 1 else hidden
+        hide |= np.broadcast_to(hidden, (hidden.shape[0], s.key.shape[1]))[:, : s.kv_length]
+    return np.where(hide, working(-np.inf), scores)
+
+
+def _softmax_times(scores, s: _Sequence, attributes: dict, h: int, v: np.ndarray, round_to: Callable):
+    """Softmax of the scores with the sink, times the values; rows without keys as `empty_row` says."""
+    working = scores.dtype.type
+    top = scores.max(axis=1, initial=-np.inf)
+    if s.sinks is not None:
+        top = np.maximum(top, working(s.sinks[h]))
+    safe = np.where(np.isneginf(top), working(0), top)
+    weights = np.exp(scores - safe[:, None])
+    total = weights.sum(axis=1) + (np.exp(working(s.sinks[h]) - safe) if s.sinks is not None else 0)
+    empty = total == 0
+    weights = round_to(weights / np.where(empty, 1, total)[:, None])
+    out = round_to(weights @ v[: s.kv_length])
+    if attributes["empty_row"] == "mean" and empty.any() and len(v):
+        out[empty] = round_to(v.mean(axis=0))
+    with np.errstate(divide="ignore"):
+        return out, np.where(empty, -np.inf, safe + np.log(total))

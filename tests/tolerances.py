@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only error budget of the attention tests. Errors are against tests/reference.py in float64.
+
+FlashAttention's rule: our largest error is at most twice that of the unfused computation in the same dtype, + 1e-5. To it comes one
+rounding of the output itself, which the unfused result may have escaped by luck. The relative Frobenius error has a limit of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from tests import reference
+from tests.cases import Problem
+
+FACTOR = 2.0
+ABSOLUTE = 1e-5
+RELATIVE = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}  # ||out - ref|| / ||ref||, where the unfused error is smaller
+
+
+def check(actual: Mapping[str, np.ndarray], problem: Problem) -> None:
+    """Raises AssertionError with one sentence where an output is wrong.
+
+    Args:
+        actual: the operator's outputs by the names of docs/operator.md, shapes as the operator gives them.
+        problem: what was computed.
+    """
+    expected = reference.attention(problem)
+    unfused = reference.attention(problem, unfused=True)
+    dtype = problem.inputs["query"].dtype
+    for name, want in expected.items():
+        got = np.asarray(actual[name])
+        assert got.shape == want.shape, f"{name} has the shape {got.shape}, expected {want.shape}"
+        if name.startswith("present"):
+            assert np.array_equal(got.view(np.uint8), np.ascontiguousarray(want).view(np.uint8)), f"{name} is not the exact copy"
+            continue
+        _compare(name, got.astype(np.float64), want, unfused[name].astype(np.float64), dtype if name == "output" else np.dtype(np.float32))
+
+
+def _compare(name: str, got: np.ndarray, want: np.ndarray, unfused: np.ndarray, dtype: np.dtype) -> None:
+    if not want.size:
+        return
+    assert not np.isnan(got).any(), f"{name} has {np.isnan(got).sum()} NaNs of {got.size}"
+    special = np.isinf(want) | (want == 0)
+    assert np.array_equal(got[special], want[special]), f"{name}: rows without keys must be exactly {want[special][0]}"
+    scale = np.where(special, 0, want)
+    error = np.abs(np.subtract(got, want, where=~special, out=np.zeros_like(want)))
+    limit = np.abs(np.subtract(unfused, want, where=~special, out=np.zeros_like(want)))
+    rounding = float(ml_dtypes.finfo(dtype).eps) / 2 * np.abs(scale).max()
+    bound = FACTOR * limit.max() + ABSOLUTE + rounding
+    worst = np.unravel_index(error.argmax(), error.shape)
+    assert error.max() <= bound, f"{name}: error {error.max():.3g} at {tuple(map(int, worst))} is above {bound:.3g}"
+    norm = max(float(np.linalg.norm(scale)), 1e-30)
+    relative, allowed = np.linalg.norm(error) / norm, max(RELATIVE[dtype.name], FACTOR * np.linalg.norm(limit) / norm)
+    if name == "output":
+        assert relative <= allowed, f"{name}: relative error {relative:.3g} is above {allowed:.3g}"
