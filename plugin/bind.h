@@ -88,6 +88,7 @@ Tensor contiguous(void* data, DType dtype, const int64_t* shape, size_t rank);
 /// A call that is ready to run but for the memory of its outputs and its workspace.
 struct Problem {
   AttentionParams params;
+  bool has_past = false;
   Tensor outputs[kNumOutputs];   // shape, dtype; row-major. rank 0: not wanted
   TensorView past[2], fresh[2];  // key, value: what append_kv joins. fresh is set whenever a join is needed
   TensorView present[2];         // where it goes: the output, or the workspace where the past's present isn't an output

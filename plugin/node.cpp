@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attributes of a node: their values and the names in optional_inputs and optional_outputs, checked once when a runtime creates
+// the node. What depends on tensors is bind.cpp's.
+#include <algorithm>
+#include <cmath>
+
+#include "bind.h"
+#include "output_shape.h"
+
+namespace fa::plugin {
+namespace {
+
+constexpr const char* kInputNames[kNumInputs] = {"query",         "key",          "value",         "attn_mask",
+                                                 "attn_bias",     "past_key",     "past_value",    "nonpad_kv_seqlen",
+                                                 "query_lengths", "cu_seqlens_q", "cu_seqlens_kv", "query_offset",
+                                                 "alibi_slopes",  "sinks"};
+constexpr const char* kOutputNames[kNumOutputs] = {"output", "present_key", "present_value", "lse"};
+
+Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
+
+std::string quoted(const std::string& text) { return "'" + text + "'"; }
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> names;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t comma = std::min(text.find(',', begin), text.size());
+    const size_t first = text.find_first_not_of(' ', begin);
+    const size_t last = text.find_last_not_of(' ', comma - 1);
+    names.push_back(first < comma ? text.substr(first, last - first + 1) : "");
+    begin = comma + 1;
+    if (comma + 1 == text.size()) names.push_back("");
+  }
+  return names;
+}
+
+/// Appends to `slots` what `list` names; `names` are the known ones, of which the first `num_required` are there anyway.
+template <class Slot>
+Status parse_slots(const char* attribute, const std::string& list, const char* const* names, int num_names, int num_required,
+                   std::vector<Slot>* slots) {
+  for (const std::string& name : split(list)) {
+    const int index = static_cast<int>(std::find(names, names + num_names, name) - names);
+    if (index < num_required || index == num_names) {
+      std::string known;
+      for (int i = num_required; i < num_names; ++i) known += (i > num_required ? ", " : "") + std::string(names[i]);
+      return invalid(std::string(attribute) + " names " + quoted(name) + "; expected some of " + known);
+    }
+    const Slot slot = static_cast<Slot>(index);
+    if (std::find(slots->begin(), slots->end(), slot) != slots->end())
+      return invalid(std::string(attribute) + " names " + quoted(name) + " twice");
+    slots->push_back(slot);
+  }
+  return {};
+}
+
+Status check_word(const char* attribute, const std::string& value, std::initializer_list<const char*> words) {
+  std::string expected;
+  for (const char* word : words) {
+    if (value == word) return {};
+    if (*word) expected += (expected.empty() ? "" : ", ") + quoted(word);
+  }
+  return invalid(std::string(attribute) + " is " + quoted(value) + "; expected one of " + expected);
+}
+
+Status check_words(const Attributes& a) {
+  if (Status s = check_word("alignment", a.alignment, {"onnx", "top_left", "bottom_right"}); !s.ok()) return s;
+  if (Status s = check_word("empty_row", a.empty_row, {"zero", "mean"}); !s.ok()) return s;
+  if (Status s = check_word("query_layout", a.query_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
+  if (Status s = check_word("key_layout", a.key_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
+  if (Status s = check_word("value_layout", a.value_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
+  return check_word("output_layout", a.output_layout, {"", "BHSD", "BSHD", "BSH"});
+}
+
+Status check_at_least(const char* attribute, int64_t value, int64_t least) {
+  if (value >= least) return {};
+  return invalid(std::string(attribute) + " is " + std::to_string(value) + "; expected " + std::to_string(least) + " or more");
+}
+
+Status check_numbers(const Attributes& a) {
+  if (Status s = check_at_least("q_num_heads", a.q_num_heads, 0); !s.ok()) return s;
+  if (Status s = check_at_least("kv_num_heads", a.kv_num_heads, 0); !s.ok()) return s;
+  if (Status s = check_at_least("left_window_size", a.left_window_size, -1); !s.ok()) return s;
+  if (Status s = check_at_least("right_window_size", a.right_window_size, -1); !s.ok()) return s;
+  if (Status s = check_at_least("head_dim", a.head_dim, 0); !s.ok()) return s;
+  if (Status s = check_at_least("head_dim_v", a.head_dim_v, 0); !s.ok()) return s;
+  if (a.is_causal != 0 && a.is_causal != 1) return invalid("is_causal is " + std::to_string(a.is_causal) + "; expected 0 or 1");
+  if (!std::isfinite(a.scale)) return invalid("scale is not a finite number");
+  if (!std::isfinite(a.softcap) || a.softcap < 0)
+    return invalid("softcap is " + std::to_string(a.softcap) + "; expected 0 or more");
+  return {};
+}
+
+Status check_packed_columns(const Attributes& a) {
+  if (a.packed_columns.empty()) return {};
+  if (a.packed_columns.size() != 6)
+    return invalid("packed_columns has " + std::to_string(a.packed_columns.size()) +
+                   " numbers; expected 6: q_start, q_stride, k_start, k_stride, v_start, v_stride");
+  for (const int64_t number : a.packed_columns)
+    if (Status s = check_at_least("packed_columns", number, 0); !s.ok()) return s;
+  if (a.head_dim == 0) return invalid("packed_columns needs the attribute head_dim");
+  return {};
+}
+
+Status check_together(const Node& node) {
+  const auto has = [&](Input input) { return node.slot(input) >= 0; };
+  const auto refuse = [](Input a, Input b) {
+    return invalid(std::string(name_of(a)) + " can't be given together with " + name_of(b));
+  };
+  const auto needs = [](Input a, Input b) { return invalid(std::string(name_of(a)) + " needs " + name_of(b) + " beside it"); };
+  constexpr Input kPairs[][2] = {{Input::kPastKey, Input::kPastValue}, {Input::kCuSeqlensQ, Input::kCuSeqlensKv}};
+  for (const auto& [a, b] : kPairs)
+    if (has(a) != has(b)) return has(a) ? needs(a, b) : needs(b, a);
+  constexpr Input kExclusive[][2] = {{Input::kNonpadKvSeqlen, Input::kPastKey},
+                                     {Input::kCuSeqlensQ, Input::kPastKey},
+                                     {Input::kCuSeqlensQ, Input::kNonpadKvSeqlen},
+                                     {Input::kCuSeqlensQ, Input::kQueryLengths}};
+  for (const auto& [a, b] : kExclusive)
+    if (has(a) && has(b)) return refuse(a, b);
+  if (!std::is_sorted(node.outputs.begin(), node.outputs.end()))
+    return invalid("optional_outputs is '" + node.attributes.optional_outputs +
+                   "'; expected the order present_key, present_value, lse");
+  return {};
+}
+
+template <class Slot>
+int position(const std::vector<Slot>& slots, Slot slot) {
+  const auto it = std::find(slots.begin(), slots.end(), slot);
+  return it == slots.end() ? -1 : static_cast<int>(it - slots.begin());
+}
+
+Status resolve(Input input, const std::string& word, int rank, int64_t heads, bool packed, Layout* layout) {
+  const std::string name = name_of(input);
+  if (rank != 3 && rank != 4) return invalid(name + " has rank " + std::to_string(rank) + "; expected 3 or 4");
+  *layout = word == "BSHD" ? Layout::kBSHD : rank == 3 ? Layout::kBSH : Layout::kBHSD;
+  const int expected = word.empty() ? rank : word == "BSH" ? 3 : 4;
+  if (rank != expected)
+    return invalid(name + " has rank " + std::to_string(rank) + "; expected " + std::to_string(expected) + " in layout " + word);
+  if (packed && rank != 3) return invalid(name + " has rank 4; packed_columns expects 3");
+  if (rank == 3 && heads == 0)
+    return invalid(name + " has rank 3 and needs the attribute " + (input == Input::kQuery ? "q_num_heads" : "kv_num_heads"));
+  return {};
+}
+
+}  // namespace
+
+const char* name_of(Input input) { return kInputNames[static_cast<int>(input)]; }
+const char* name_of(Output output) { return kOutputNames[static_cast<int>(output)]; }
+
+int Node::slot(Input input) const { return position(inputs, input); }
+int Node::slot(Output output) const { return position(outputs, output); }
+
+Status make_node(const Attributes& attributes, Node* node) {
+  *node = Node{};
+  node->attributes = attributes;
+  if (Status s = check_numbers(attributes); !s.ok()) return s;
+  if (Status s = check_words(attributes); !s.ok()) return s;
+  if (Status s = check_packed_columns(attributes); !s.ok()) return s;
+  if (Status s = parse_slots("optional_inputs", attributes.optional_inputs, kInputNames, kNumInputs, 3, &node->inputs); !s.ok())
+    return s;
+  if (Status s = parse_slots("optional_outputs", attributes.optional_outputs, kOutputNames, kNumOutputs, 1, &node->outputs);
+      !s.ok())
+    return s;
+  return check_together(*node);
+}
+
+Status resolve_layouts(const Node& node, int query_rank, int key_rank, int value_rank, Layouts* layouts) {
+  const Attributes& a = node.attributes;
+  const bool packed = !a.packed_columns.empty();
+  if (Status s = resolve(Input::kQuery, a.query_layout, query_rank, a.q_num_heads, packed, &layouts->query); !s.ok()) return s;
+  if (Status s = resolve(Input::kKey, a.key_layout, key_rank, a.kv_num_heads, packed, &layouts->key); !s.ok()) return s;
+  if (Status s = resolve(Input::kValue, a.value_layout, value_rank, a.kv_num_heads, packed, &layouts->value); !s.ok()) return s;
+  const std::string& out = a.output_layout;
+  layouts->output = out.empty() ? layouts->query : out == "BSH" ? Layout::kBSH : out == "BSHD" ? Layout::kBSHD : Layout::kBHSD;
+  return {};
+}
+
+}  // namespace fa::plugin
