@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small questions about nodes and values of a graph that every part of the exporter asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+ONNX_DOMAINS = ("", "ai.onnx")
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+def op(node: ir.Node | None) -> str:
+    """The operator's name, "domain::name" outside ONNX's own domain, "" for no node."""
+    if node is None:
+        return ""
+    return node.op_type if node.domain in ONNX_DOMAINS else f"{node.domain}::{node.op_type}"
+
+
+def producer(value: ir.Value | None) -> ir.Node | None:
+    return value.producer() if value is not None else None
+
+
+def attribute(node: ir.Node, name: str, default=None):
+    """The attribute's Python value; `default` where it is absent or refers to an attribute of a function."""
+    attr = node.attributes.get(name)
+    return default if attr is None or attr.is_ref() else attr.value
+
+
+def operand(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def name_of(node: ir.Node) -> str:
+    return node.name or (node.outputs[0].name if node.outputs else "") or node.op_type
+
+
+def is_live(node: ir.Node, _depth: int = 0) -> bool:
+    """False where nothing can depend on the node: its outputs are neither used (but by such nodes) nor graph outputs."""
+    if _depth > 8:
+        return True
+    return any(v.is_graph_output() or any(is_live(u.node, _depth + 1) for u in v.uses()) for v in node.outputs)
+
+
+def live_users(value: ir.Value) -> list[ir.Node]:
+    """The nodes whose results matter and that read `value`, each once, in the order of their use."""
+    return list(dict.fromkeys(use.node for use in value.uses() if is_live(use.node)))
+
+
+def graphs_of(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
+    """The main graph, every function, and every body nested in them, outer before inner."""
+    pending: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    while pending:
+        graph = pending.pop(0)
+        yield graph
+        for node in graph:
+            pending.extend(subgraphs(node))
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attr in node.attributes.values():
+        if attr.is_ref():
+            continue
+        if attr.type == ir.AttributeType.GRAPH:
+            yield attr.value
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.value

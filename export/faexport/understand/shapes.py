@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of every value of a model: symbolic shape, contents of small integer tensors, constants.
+
+Made once per model by pipeline.py and read by everything that proves. Own derivation comes first, the file's own shape information
+fills what it leaves open; unknown sizes are symbols that equal only themselves. The graph is not changed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from faexport.understand import constants
+from faexport.understand.dims import Dim
+from faexport.understand.nodes import op, producer, subgraphs
+from faexport.understand.shape_rules import CONTENT_RULES, SHAPE_RULES, Shape
+
+MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
+
+
+class Analysis:
+    """Shapes and contents of all values of a model, computed node by node in graph order."""
+
+    def __init__(self, model: ir.Model):
+        self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+        self._shapes: dict[ir.Value, Shape | None] = {}
+        self._contents: dict[ir.Value, tuple[Dim, ...]] = {}
+        self._constants: dict[ir.Value, np.ndarray | None] = {}
+        for graph in (model.graph, *model.functions.values()):
+            self._visit(graph)
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        """Symbolic sizes of the axes, or None where the rank is unknown."""
+        if value is None:
+            return None
+        if value not in self._shapes:
+            self._shapes[value] = self._declared(value)
+        return self._shapes[value]
+
+    def rank(self, value: ir.Value | None) -> int | None:
+        shape = self.shape(value)
+        return None if shape is None else len(shape)
+
+    def contents(self, value: ir.Value | None) -> tuple[Dim, ...] | None:
+        """Symbolic contents of an integer tensor of rank 0 or 1 (one Dim for a scalar)."""
+        if value is None:
+            return None
+        if value not in self._contents:
+            array = self.constant(value)
+            if array is None or array.ndim > 1 or array.size > MAX_CONTENTS or not np.issubdtype(array.dtype, np.integer):
+                return None
+            self._contents[value] = tuple(Dim.of(int(x)) for x in array.reshape(-1))
+        return self._contents[value]
+
+    def constant(self, value: ir.Value | None) -> np.ndarray | None:
+        """The tensor where it is constant and small, whatever chain of nodes computes it; else None."""
+        if value is None:
+            return None
+        if value not in self._constants:
+            self._constants[value] = self._fold(value)
+        return self._constants[value]
+
+    def scalar(self, value: ir.Value | None) -> float | None:
+        """The number where the value is a constant of one element (of any rank)."""
+        array = self.constant(value)
+        return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype != np.bool_ else None
+
+    def _fold(self, value: ir.Value) -> np.ndarray | None:
+        if value.const_value is not None and producer(value) is None:
+            tensor = value.const_value
+            if value.is_graph_input() or tensor.size > constants.MAX_ELEMENTS or tensor.dtype == ir.DataType.STRING:
+                return None
+            return tensor.numpy()
+        node = producer(value)
+        if node is None or node.outputs[0] is not value:
+            return None
+        if op(node) == "Constant":
+            return constants.tensor_of_constant(node)
+        contents = self._contents.get(value)
+        if contents is not None and all(d.const is not None for d in contents):
+            array = np.array([d.const for d in contents], np.int64)
+            return array.reshape(()) if self.rank(value) == 0 else array
+        if op(node) not in constants.FOLD:
+            return None
+        return constants.fold(node, [self.constant(v) for v in node.inputs])
+
+    def _visit(self, graph: ir.Graph | ir.Function) -> None:
+        for node in graph:
+            for body in subgraphs(node):
+                self._visit(body)
+            rule = CONTENT_RULES.get(op(node))
+            contents = rule(node, self) if rule else None
+            if contents is not None and len(contents) <= MAX_CONTENTS:
+                self._contents[node.outputs[0]] = contents
+            shape_rule = SHAPE_RULES.get(op(node))
+            shapes = shape_rule(node, self) if shape_rule else None
+            for i, value in enumerate(node.outputs):
+                inferred = shapes[i] if shapes is not None and i < len(shapes) else None
+                self._shapes[value] = self._merge(inferred, value)
+
+    def _declared(self, value: ir.Value) -> Shape | None:
+        if value.shape is None:
+            return None if value.const_value is None else tuple(Dim.of(int(d)) for d in value.const_value.shape)
+        return tuple(self._declared_dim(value, i, d) for i, d in enumerate(value.shape))
+
+    @staticmethod
+    def _declared_dim(value: ir.Value, axis: int, dim: int | ir.SymbolicDim) -> Dim:
+        if isinstance(dim, int):
+            return Dim.of(dim)
+        return Dim.of(str(dim.value)) if dim.value else Dim.unknown(f"{value.name}.{axis}")
+
+    def _merge(self, inferred: Shape | None, value: ir.Value) -> Shape | None:
+        """The derived shape, with sizes that only the file knows; a file that contradicts the derivation is not believed."""
+        if inferred is None:
+            return self._declared(value)
+        if value.shape is None or len(value.shape) != len(inferred):
+            return inferred
+        declared = self._declared(value)
+        opaque = [d.const is None and all(s.startswith("?") for s in d.symbols) for d in inferred]
+        return tuple(known if hide else dim for dim, known, hide in zip(inferred, declared, opaque, strict=True))
