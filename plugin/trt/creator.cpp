@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// The creator and the library's only two exports, which TensorRT's loadLibrary looks up. Fields are validated here, once: a
+// plugin object that exists is a node that the operator accepts.
+#include <exception>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "fields.h"
+#include "plugin.h"
+
+namespace fa::trt {
+namespace {
+
+class FlashAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
+ public:
+  const char* getPluginName() const noexcept override { return kPluginName; }
+  const char* getPluginVersion() const noexcept override { return kPluginVersion; }
+  const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return attribute_fields(); }
+
+  nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
+                                    nvinfer1::TensorRTPhase /*phase*/) noexcept override {
+    try {
+      PluginState state;
+      plugin::Node node;
+      Status status = read_fields(fields, &state);
+      if (status.ok()) status = plugin::make_node(state.attributes, &node);
+      if (status.ok()) return std::make_unique<FlashAttentionPlugin>(std::move(node), std::move(state)).release();
+      log_error("node '" + std::string(name ? name : "") + "'", status.sentence);
+    } catch (const std::exception& error) {
+      log_error("createPlugin", error.what());
+    }
+    return nullptr;
+  }
+};
+
+}  // namespace
+}  // namespace fa::trt
+
+extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& num_creators) {
+  static fa::trt::FlashAttentionCreator creator;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
+  num_creators = 1;
+  return creators;
+}
+
+/// TensorRT refuses a library without it. NOTE: the finder is never called: its virtual table is another in TensorRT 11.
+extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* /*finder*/) {}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plugin's methods: TensorRT's descriptors into the tensors of bind.h, statuses into return codes and a line on the log. All
+// shape and convention logic is bind.h's and output_shape.h's. Nothing is thrown to TensorRT: guarded() catches what the binding
+// may throw (std::bad_alloc).
+#include "plugin.h"
+
+#include <cstdio>
+#include <exception>
+#include <memory>
+#include <utility>
+
+#include "output_shape.h"
+#include "types.h"
+#include "workspace.h"
+
+namespace fa::trt {
+namespace {
+
+using nvinfer1::Dims;
+using nvinfer1::DimsExprs;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::IDimensionExpr;
+using nvinfer1::PluginTensorDesc;
+
+constexpr int32_t kSuccess = 0;
+constexpr int32_t kFailure = -1;
+
+Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
+
+/// Runs a method's body; 0, or -1 after a line on the log.
+template <class Body>
+int32_t guarded(const char* where, Body body) noexcept {
+  try {
+    const Status status = body();
+    if (status.ok()) return kSuccess;
+    log_error(where, status.sentence);
+  } catch (const std::exception& error) {
+    log_error(where, error.what());
+  }
+  return kFailure;
+}
+
+/// output_shape.h's arithmetic on TensorRT's symbolic dimensions. A missing operand, of an input of too low a rank, gives null.
+struct ExpressionAlgebra {
+  using Dim = const IDimensionExpr*;
+  nvinfer1::IExprBuilder& builder;
+
+  Dim constant(int64_t value) { return builder.constant(value); }
+  Dim sum(Dim a, Dim b) { return operation(nvinfer1::DimensionOperation::kSUM, a, b); }
+  Dim product(Dim a, Dim b) { return operation(nvinfer1::DimensionOperation::kPROD, a, b); }
+  Dim quotient(Dim a, Dim b) { return operation(nvinfer1::DimensionOperation::kFLOOR_DIV, a, b); }
+  Dim operation(nvinfer1::DimensionOperation op, Dim a, Dim b) { return a && b ? builder.operation(op, *a, *b) : nullptr; }
+};
+
+Status write_shape(const plugin::Shape<const IDimensionExpr*>& shape, plugin::Output output, DimsExprs* dims) {
+  dims->nbDims = shape.rank;
+  for (int i = 0; i < shape.rank; ++i) {
+    if (!shape.dims[i])
+      return invalid(std::string("the shape of ") + plugin::name_of(output) + " can't be told: an input's rank is wrong");
+    dims->d[i] = shape.dims[i];
+  }
+  return {};
+}
+
+}  // namespace
+
+void log_error(const std::string& where, const std::string& sentence) noexcept {
+  std::fprintf(stderr, "[faplugin] %s %s: %s\n", kPluginName, where.c_str(), sentence.c_str());
+}
+
+FlashAttentionPlugin::FlashAttentionPlugin(plugin::Node node, PluginState state)
+    : node_(std::move(node)), state_(std::move(state)), description_(describe(state_.attributes)) {}
+
+nvinfer1::IPluginCapability* FlashAttentionPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
+  switch (type) {  // static_cast: each base stands at an offset of its own
+    case nvinfer1::PluginCapabilityType::kCORE:
+      return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+    case nvinfer1::PluginCapabilityType::kBUILD:
+      return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+    case nvinfer1::PluginCapabilityType::kRUNTIME:
+      return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+  }
+  return nullptr;
+}
+
+nvinfer1::IPluginV3* FlashAttentionPlugin::clone() noexcept {
+  try {
+    auto copy = std::make_unique<FlashAttentionPlugin>(node_, state_);
+    copy->tactic_ = tactic_;
+    return copy.release();
+  } catch (const std::exception& error) {
+    log_error("clone", error.what());
+    return nullptr;
+  }
+}
+
+Status FlashAttentionPlugin::check_counts(int32_t num_inputs, int32_t num_outputs) const {
+  if (num_inputs != static_cast<int32_t>(node_.inputs.size())) {
+    return invalid("the node has " + std::to_string(num_inputs) + " inputs, expected " + std::to_string(node_.inputs.size()) +
+                   ": query, key, value and what optional_inputs names");
+  }
+  if (num_outputs != static_cast<int32_t>(node_.outputs.size())) {
+    return invalid("the node has " + std::to_string(num_outputs) + " outputs, expected " + std::to_string(node_.outputs.size()) +
+                   ": output and what optional_outputs names");
+  }
+  return {};
+}
+
+int32_t FlashAttentionPlugin::getOutputDataTypes(nvinfer1::DataType* output_types, int32_t num_outputs,
+                                                 const nvinfer1::DataType* input_types, int32_t num_inputs) const noexcept {
+  return guarded("getOutputDataTypes", [&]() -> Status {
+    if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
+    DType query = DType::kFloat32, dtype;
+    for (int32_t i = 0; i < num_inputs; ++i) {
+      const bool known = to_dtype(input_types[i], &dtype);
+      if (i == 0) query = dtype;
+      if (!known || !plugin::accepts(node_.inputs[i], dtype, query)) {
+        return invalid(std::string("input ") + plugin::name_of(node_.inputs[i]) + " has TensorRT data type " +
+                       std::to_string(static_cast<int>(input_types[i])) + ", which it can't have beside this query");
+      }
+    }
+    for (int32_t i = 0; i < num_outputs; ++i) output_types[i] = to_data_type(plugin::dtype_of(node_.outputs[i], query));
+    return {};
+  });
+}
+
+int32_t FlashAttentionPlugin::getOutputShapes(const DimsExprs* inputs, int32_t num_inputs, const DimsExprs* /*shape_inputs*/,
+                                              int32_t num_shape_inputs, DimsExprs* outputs, int32_t num_outputs,
+                                              nvinfer1::IExprBuilder& builder) noexcept {
+  return guarded("getOutputShapes", [&]() -> Status {
+    if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
+    if (num_shape_inputs != 0) return invalid("the operator has no shape inputs");
+    plugin::Layouts layouts;
+    if (Status status = plugin::resolve_layouts(node_, inputs[0].nbDims, inputs[1].nbDims, inputs[2].nbDims, &layouts);
+        !status.ok()) {
+      return status;
+    }
+    std::vector<plugin::Shape<const IDimensionExpr*>> shapes(static_cast<size_t>(num_inputs));
+    for (int32_t i = 0; i < num_inputs; ++i) {
+      if (inputs[i].nbDims < 0 || inputs[i].nbDims > 4) {
+        return invalid(std::string("input ") + plugin::name_of(node_.inputs[i]) + " has rank " +
+                       std::to_string(inputs[i].nbDims) + ", expected 4 at most");
+      }
+      shapes[i].rank = inputs[i].nbDims;
+      for (int32_t axis = 0; axis < inputs[i].nbDims; ++axis) shapes[i].dims[axis] = inputs[i].d[axis];
+    }
+    ExpressionAlgebra algebra{builder};
+    for (int32_t i = 0; i < num_outputs; ++i) {
+      const plugin::Output output = node_.outputs[i];
+      const auto shape = plugin::output_shape(node_, output, shapes, layouts, algebra);
+      if (Status status = write_shape(shape, output, &outputs[i]); !status.ok()) return status;
+    }
+    return {};
+  });
+}
+
+bool FlashAttentionPlugin::supportsFormatCombination(int32_t pos, const DynamicPluginTensorDesc* in_out, int32_t num_inputs,
+                                                     int32_t num_outputs) noexcept {
+  bool supported = false;  // entries beyond pos are not yet filled in: none is read
+  const int32_t result = guarded("supportsFormatCombination", [&]() -> Status {
+    if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
+    if (pos < 0 || pos >= num_inputs + num_outputs) return invalid("position " + std::to_string(pos) + " is out of range");
+    DType dtype, query;
+    if (in_out[pos].desc.format != nvinfer1::TensorFormat::kLINEAR || !to_dtype(in_out[pos].desc.type, &dtype) ||
+        !to_dtype(in_out[0].desc.type, &query)) {
+      return {};
+    }
+    supported = pos < num_inputs ? plugin::accepts(node_.inputs[pos], dtype, query)
+                                 : dtype == plugin::dtype_of(node_.outputs[pos - num_inputs], query);
+    return {};
+  });
+  return result == kSuccess && supported;
+}
+
+int32_t FlashAttentionPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t num_inputs,
+                                              const DynamicPluginTensorDesc* /*out*/, int32_t num_outputs) noexcept {
+  return guarded("configurePlugin", [&]() -> Status {
+    if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
+    plugin::Problem problem;
+    if (Status status = bind_at(node_, in, &DynamicPluginTensorDesc::opt, &problem); !status.ok()) return status;
+    if (Status status = bind_at(node_, in, &DynamicPluginTensorDesc::max, &problem); !status.ok()) return status;
+    DeviceInfo device;
+    if (query_cuda_device(&device).ok()) state_.planned_num_sms = device.num_sms;
+    return {};
+  });
+}
+
+Status FlashAttentionPlugin::planned_device(DeviceInfo* device) const {
+  if (Status status = query_cuda_device(device); !status.ok()) return status;
+  // NOTE: splits depend on the number of SMs. A hardware-compatible engine may meet a GPU with more of them than it reserved for.
+  if (state_.planned_num_sms > 0) device->num_sms = static_cast<int>(state_.planned_num_sms);
+  return {};
+}
+
+size_t FlashAttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t num_inputs,
+                                              const DynamicPluginTensorDesc* /*outputs*/, int32_t num_outputs) const noexcept {
+  size_t bytes = 0;
+  guarded("getWorkspaceSize", [&]() -> Status {
+    if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
+    DeviceInfo device;
+    device.type = DeviceType::kCuda;
+    const Status no_device = planned_device(&device);  // without a GPU nothing runs: what remains is the joined cache
+    if (!no_device.ok() && no_device.code != StatusCode::kUnsupported) return no_device;
+    return largest_workspace(node_, inputs, device, &bytes);
+  });
+  return bytes;
+}
+
+int32_t FlashAttentionPlugin::setTactic(int32_t tactic) noexcept {
+  return guarded("setTactic", [&]() -> Status {
+    if (tactic != 0) return invalid("tactic " + std::to_string(tactic) + " is unknown, expected 0");
+    tactic_ = tactic;
+    return {};
+  });
+}
+
+Status FlashAttentionPlugin::check_outputs(const plugin::Problem& problem, const PluginTensorDesc* out) const {
+  for (size_t i = 0; i < node_.outputs.size(); ++i) {
+    const plugin::Tensor& expected = problem.outputs[static_cast<int>(node_.outputs[i])];
+    bool same = out[i].dims.nbDims == expected.rank && out[i].type == to_data_type(expected.dtype);
+    for (int axis = 0; same && axis < expected.rank; ++axis) same = out[i].dims.d[axis] == expected.shape[axis];
+    if (!same)
+      return invalid(std::string("output ") + plugin::name_of(node_.outputs[i]) + " has another shape or type than computed");
+  }
+  return {};
+}
+
+int32_t FlashAttentionPlugin::onShapeChange(const PluginTensorDesc* in, int32_t num_inputs, const PluginTensorDesc* out,
+                                            int32_t num_outputs) noexcept {
+  return guarded("onShapeChange", [&]() -> Status {
+    if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
+    plugin::Problem problem;
+    if (Status status = bind_now(node_, in, nullptr, &problem); !status.ok()) return status;
+    if (Status status = check_outputs(problem, out); !status.ok()) return status;
+    device_ = {};
+    const Status no_device = planned_device(&device_);  // enqueue says so where it is needed
+    if (!no_device.ok()) device_ = {};
+    return {};
+  });
+}
+
+int32_t FlashAttentionPlugin::enqueue(const PluginTensorDesc* input_desc, const PluginTensorDesc* output_desc,
+                                      const void* const* inputs, void* const* outputs, void* workspace,
+                                      cudaStream_t stream) noexcept {
+  return guarded("enqueue", [&]() -> Status {
+    plugin::Problem problem;
+    if (Status status = bind_now(node_, input_desc, inputs, &problem); !status.ok()) return status;
+    if (Status status = check_outputs(problem, output_desc); !status.ok()) return status;
+    if (device_.type != DeviceType::kCuda) {
+      if (Status status = planned_device(&device_); !status.ok()) return status;
+    }
+    for (size_t i = 0; i < node_.outputs.size(); ++i) plugin::set_output(&problem, node_.outputs[i], outputs[i]);
+    ExecutionContext context;
+    context.device = device_;
+    context.stream = stream;
+    context.workspace = workspace;
+    context.workspace_bytes = plugin::workspace_bytes(problem, device_);
+    return plugin::run(std::move(problem), context);
+  });
+}
+
+nvinfer1::IPluginV3* FlashAttentionPlugin::attachToContext(nvinfer1::IPluginResourceContext* /*context*/) noexcept {
+  return clone();
+}
+
+const nvinfer1::PluginFieldCollection* FlashAttentionPlugin::getFieldsToSerialize() noexcept {
+  try {
+    serialized_ = write_fields(state_);
+    serialized_collection_ = {static_cast<int32_t>(serialized_.size()), serialized_.data()};
+    return &serialized_collection_;
+  } catch (const std::exception& error) {
+    log_error("getFieldsToSerialize", error.what());
+    return nullptr;
+  }
+}
+
+}  // namespace fa::trt
