@@ -94,20 +94,12 @@ class Binder {
     for (size_t i = 0; i < inputs_.size(); ++i) {
       const Input input = node_.inputs[i];
       if (!accepts(input, inputs_[i].dtype, inputs_[0].dtype))
-        return invalid(std::string(name_of(input)) + " is " + name_of(inputs_[i].dtype) + "; expected " + expected_dtypes(input));
+        return invalid(std::string(name_of(input)) + " is " + name_of(inputs_[i].dtype) + "; expected " +
+                       accepted_dtypes(input, inputs_[0].dtype));
       if (inputs_[i].rank > 4)
         return invalid(std::string(name_of(input)) + " has rank " + std::to_string(inputs_[i].rank) + "; expected 4 at most");
     }
     return {};
-  }
-
-  std::string expected_dtypes(Input input) const {
-    std::string text;
-    for (int i = 0; i <= static_cast<int>(DType::kInt64); ++i) {
-      const DType dtype = static_cast<DType>(i);
-      if (accepts(input, dtype, inputs_[0].dtype)) text += (text.empty() ? "" : " or ") + std::string(name_of(dtype));
-    }
-    return text + (input == Input::kKey || input == Input::kValue ? ", as query" : "");
   }
 
   /// One of query, key, value. `which` is 0, 1 or 2.
@@ -341,6 +333,13 @@ bool accepts(Input input, DType dtype, DType query) {
       return dtype == DType::kFloat32;
   }
   return false;
+}
+
+std::string accepted_dtypes(Input input, DType query) {
+  std::string text;
+  for (const DType dtype : {DType::kBool, DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64})
+    if (accepts(input, dtype, query)) text += (text.empty() ? "" : " or ") + std::string(name_of(dtype));
+  return text + (input == Input::kKey || input == Input::kValue ? ", as query" : "");
 }
 
 DType dtype_of(Output output, DType query) { return output == Output::kLse ? DType::kFloat32 : query; }

@@ -68,6 +68,8 @@ Status make_node(const Attributes& attributes, Node* node);
 
 /// May `input` have this dtype beside a query of dtype `query`?
 bool accepts(Input input, DType dtype, DType query);
+/// The same in words: "bool or float32 or …".
+std::string accepted_dtypes(Input input, DType query);
 /// The dtype of an output beside a query of dtype `query`.
 DType dtype_of(Output output, DType query);
 const char* name_of(DType dtype);

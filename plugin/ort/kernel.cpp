@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel of one FlashAttention node: attributes read and checked once, then bind and run for each call. Compute is const and
+// is called from several threads at once. On CUDA it enqueues on the session's stream, allocates from the session's arena and
+// waits for nothing.
+#include <memory>
+
+#include "op.h"
+#include "workspace.h"
+
+namespace fa::plugin {
+namespace {
+
+struct Kernel {
+  Node node;
+  DeviceType device;
+  RetainedBuffers retained;
+};
+
+Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
+
+// Getters of one attribute: true where the node has it with this type.
+bool get(const OrtKernelInfo* info, const char* name, int64_t* value) {
+  return Ort::Status{Ort::GetApi().KernelInfoGetAttribute_int64(info, name, value)}.IsOK();
+}
+bool get(const OrtKernelInfo* info, const char* name, float* value) {
+  return Ort::Status{Ort::GetApi().KernelInfoGetAttribute_float(info, name, value)}.IsOK();
+}
+bool get(const OrtKernelInfo* info, const char* name, std::string* value) {
+  size_t bytes = 0;
+  if (!Ort::Status{Ort::GetApi().KernelInfoGetAttribute_string(info, name, nullptr, &bytes)}.IsOK()) return false;
+  value->resize(bytes);
+  if (!Ort::Status{Ort::GetApi().KernelInfoGetAttribute_string(info, name, value->data(), &bytes)}.IsOK()) return false;
+  value->resize(bytes > 0 ? bytes - 1 : 0);  // without the NUL
+  return true;
+}
+bool get(const OrtKernelInfo* info, const char* name, std::vector<int64_t>* value) {
+  size_t size = 0;
+  if (!Ort::Status{Ort::GetApi().KernelInfoGetAttributeArray_int64(info, name, nullptr, &size)}.IsOK()) return false;
+  value->resize(size);
+  return size == 0 || Ort::Status{Ort::GetApi().KernelInfoGetAttributeArray_int64(info, name, value->data(), &size)}.IsOK();
+}
+
+bool has_attribute(const OrtKernelInfo* info, const char* name) {
+  int64_t integer;
+  float number;
+  std::string text;
+  return get(info, name, &integer) || get(info, name, &number) || get(info, name, &text);
+}
+
+/// Reads an attribute where the node has it. NOTE: the runtime tells an absent one and one of another type by the same code.
+template <class T>
+Status read(const OrtKernelInfo* info, const char* name, const char* type, T* value) {
+  T given{};
+  if (get(info, name, &given)) {
+    *value = std::move(given);
+    return {};
+  }
+  return has_attribute(info, name) ? invalid(std::string("the attribute ") + name + " is of another type; expected " + type)
+                                   : Status{};
+}
+
+Status read_attributes(const OrtKernelInfo* info, Attributes* attributes) {
+#define FA_ATTRIBUTE(type, name, value, meaning) \
+  if (Status s = read(info, #name, #type, &attributes->name); !s.ok()) return s;
+#include "fa/attributes.def"
+#undef FA_ATTRIBUTE
+  return {};
+}
+
+Status check_input_types(const Ort::ConstKernelInfo& info, const Node& node) {
+  const size_t count = info.GetInputCount();
+  if (count != node.inputs.size())
+    return invalid("the node has " + std::to_string(count) + " inputs; expected " + std::to_string(node.inputs.size()) +
+                   ": query, key, value and what optional_inputs names ('" + node.attributes.optional_inputs + "')");
+  DType query = DType::kFloat32;
+  for (size_t i = 0; i < count; ++i) {
+    const Ort::TypeInfo type_info = info.GetInputTypeInfo(i);
+    const std::optional<DType> dtype = dtype_of(type_info.GetTensorTypeAndShapeInfo().GetElementType());
+    if (i == 0 && dtype) query = *dtype;
+    if (!dtype || !accepts(node.inputs[i], *dtype, query))
+      return invalid(std::string(name_of(node.inputs[i])) + " is " + (dtype ? name_of(*dtype) : "of another dtype") +
+                     "; expected " + accepted_dtypes(node.inputs[i], query));
+  }
+  return {};
+}
+
+/// The runtime knows outputs by place, TensorRT by the attribute: the two must say the same.
+Status check_outputs(const Ort::ConstKernelInfo& info, const Node& node) {
+  const size_t count = info.GetOutputCount();
+  for (int i = 0; i < kNumOutputs; ++i) {
+    const Output output = static_cast<Output>(i);
+    const bool there = static_cast<size_t>(i) < count && !info.GetOutputName(i).empty();
+    const bool named = node.slot(output) >= 0;
+    if (there != named)
+      return invalid(std::string("the node has ") + (there ? "the output " : "no output ") + name_of(output) +
+                     ", but optional_outputs " + (named ? "names it ('" : "doesn't name it ('") +
+                     node.attributes.optional_outputs + "')");
+  }
+  return {};
+}
+
+Status create(const FlashAttentionOp& op, const Ort::ConstKernelInfo& info, std::unique_ptr<Kernel>* kernel) {
+  *kernel = std::make_unique<Kernel>();
+  (*kernel)->device = op.device;
+  Attributes attributes;
+  if (Status s = read_attributes(info, &attributes); !s.ok()) return s;
+  if (Status s = make_node(attributes, &(*kernel)->node); !s.ok()) return s;
+  if (Status s = check_input_types(info, (*kernel)->node); !s.ok()) return s;
+  return check_outputs(info, (*kernel)->node);
+}
+
+Tensor tensor_of(const Ort::ConstValue& value) {
+  const Ort::TensorTypeAndShapeInfo info = value.GetTensorTypeAndShapeInfo();
+  const std::vector<int64_t> shape = info.GetShape();
+  void* data = const_cast<void*>(value.GetTensorRawData());
+  return contiguous(data, dtype_of(info.GetElementType()).value_or(DType::kFloat32), shape.data(), shape.size());
+}
+
+void parallel_for(void* pool, size_t num_tasks, void (*task)(void* arg, size_t i), void* arg) {
+  Ort::Status failed{Ort::GetApi().KernelContext_ParallelFor(static_cast<OrtKernelContext*>(pool), task, num_tasks, 0, arg)};
+  if (failed.IsOK()) return;
+  for (size_t i = 0; i < num_tasks; ++i) task(arg, i);
+}
+
+Status compute(const Kernel& kernel, OrtKernelContext* raw_context) {
+  const Ort::KernelContext context(raw_context);
+  std::vector<Tensor> inputs(context.GetInputCount());
+  for (size_t i = 0; i < inputs.size(); ++i) inputs[i] = tensor_of(context.GetInput(i));
+  Problem problem;
+  if (Status s = plugin::bind(kernel.node, inputs, &problem); !s.ok()) return s;
+  for (const Output output : kernel.node.outputs) {
+    const Tensor& tensor = problem.outputs[static_cast<int>(output)];
+    Ort::UnownedValue value = context.GetOutput(static_cast<size_t>(output), tensor.shape, static_cast<size_t>(tensor.rank));
+    set_output(&problem, output, value.GetTensorMutableRawData());
+  }
+  ExecutionContext execution;
+  if (kernel.device == DeviceType::kCpu) {
+    execution.parallel_for = parallel_for;
+    execution.pool = raw_context;
+  } else {
+    const int device_id = context.GetInput(0).GetTensorMemoryInfo().GetDeviceId();
+    if (Status s = use_cuda_device(device_id, &execution.device); !s.ok()) return s;
+    execution.stream = context.GetGPUComputeStream();
+  }
+  Workspace workspace;
+  execution.workspace_bytes = workspace_bytes(problem, execution.device);
+  if (Status s = workspace.allocate(context, execution, &kernel.retained); !s.ok()) return s;
+  execution.workspace = workspace.data();
+  return run(std::move(problem), execution);
+}
+
+}  // namespace
+
+OrtStatus* create_kernel(const FlashAttentionOp& op, const OrtKernelInfo* info, void** kernel) noexcept {
+  return guarded([&]() -> Status {
+    const Ort::ConstKernelInfo node(info);
+    std::unique_ptr<Kernel> created;
+    Status status = create(op, node, &created);
+    if (status.ok()) *kernel = created.release();
+    if (!status.ok()) status.sentence = "node '" + node.GetNodeName() + "': " + status.sentence;
+    return status;
+  });
+}
+
+OrtStatus* compute_kernel(const void* kernel, OrtKernelContext* context) noexcept {
+  return guarded([&] { return compute(*static_cast<const Kernel*>(kernel), context); });
+}
+
+void destroy_kernel(void* kernel) noexcept { delete static_cast<Kernel*>(kernel); }
+
+}  // namespace fa::plugin

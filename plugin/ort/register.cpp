@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// RegisterCustomOps: what ONNX Runtime looks up in libfa_ort.so. The operators outlive every session: they end with the library,
+// which the runtime unloads after its last session.
+#include <cstdio>
+
+#include "op.h"
+
+namespace fa::plugin {
+namespace {
+
+/// 1.31.1 -> 131.
+int runtime_version(const OrtApiBase* base) {
+  int major = 0, minor = 0;
+  std::sscanf(base->GetVersionString(), "%d.%d", &major, &minor);
+  return 100 * major + minor;
+}
+
+Ort::CustomOpDomain make_domain() {
+  constexpr ONNXTensorElementDataType kTypes[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
+                                                  ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16};
+  static std::vector<FlashAttentionOp> ops;
+  for (const ONNXTensorElementDataType type : kTypes) {
+    ops.emplace_back(type, "CPUExecutionProvider", DeviceType::kCpu);
+#ifdef FA_WITH_CUDA
+    ops.emplace_back(type, "CUDAExecutionProvider", DeviceType::kCuda);
+    ops.emplace_back(type, "CudaPluginExecutionProvider", DeviceType::kCuda);  // the provider's name as a plugin library
+#endif
+  }
+  Ort::CustomOpDomain domain(kDomain);
+  for (const FlashAttentionOp& op : ops) domain.Add(&op);
+  return domain;
+}
+
+}  // namespace
+}  // namespace fa::plugin
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
+                                                                                            const OrtApiBase* base) {
+  using namespace fa::plugin;
+  const OrtApi* api = base->GetApi(kOrtApiVersion);
+  if (!api) {
+    const std::string sentence = std::string("faexport needs ONNX Runtime 1.18 or later; this is ") + base->GetVersionString();
+    return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, sentence.c_str());
+  }
+  Ort::InitApi(api);
+  allow_shapes_of_optional_outputs(runtime_version(base) >= 128);
+  return guarded([&]() -> fa::Status {
+    static const Ort::CustomOpDomain domain = make_domain();
+    Ort::UnownedSessionOptions(options).Add(domain);
+    return {};
+  });
+}
