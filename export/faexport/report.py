@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -68,11 +68,7 @@ class Verification:
     def worst(self) -> OutputDifference | None:
         """The output that comes nearest to its tolerance, or exceeds it most."""
         outputs = [output for run in self.runs for output in run.outputs]
-        return max(
-            outputs,
-            key=lambda o: (not o.ok, o.max_abs_diff / o.tolerance if o.tolerance else o.max_abs_diff),
-            default=None,
-        )
+        return max(outputs, key=_badness, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +153,8 @@ class Report:
             yield sites_table(self.sites)
         if self.nodes_after and self.nodes_after != self.nodes_before:
             yield nodes_table(self.nodes_before, self.nodes_after)
+        if self.verification is not None:
+            yield from verification_view(self.verification)
         for note in self.notes:
             yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
 
@@ -172,7 +170,7 @@ def count_nodes(model: ir.Model) -> dict[str, int]:
 
 def sites_table(sites: Sequence[SiteReport]) -> rich.table.Table:
     """One row a site: sizes, what was proven, fused or the reason why not."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="Attention sites", title_justify="left", pad_edge=False)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("site", overflow="fold")
     table.add_column("found as")
     for heading in ("B", "H", "S", "D"):
@@ -196,7 +194,7 @@ def sites_table(sites: Sequence[SiteReport]) -> rich.table.Table:
 
 def nodes_table(before: Mapping[str, int], after: Mapping[str, int]) -> rich.table.Table:
     """Op types whose number changed, and the totals."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title="Nodes", title_justify="left", pad_edge=False)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("op type")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
@@ -208,6 +206,45 @@ def nodes_table(before: Mapping[str, int], after: Mapping[str, int]) -> rich.tab
     table.add_section()
     table.add_row("all", str(old), str(new), f"{new - old:+d}")
     return table
+
+
+def verification_view(verification: Verification) -> Iterator[rich.console.RenderableType]:
+    """Per output the largest difference over all runs; then what could not be compared."""
+    if verification.runs:
+        num_runs = sum(bool(run.outputs) for run in verification.runs)
+        yield f"Original against rewritten, in onnxruntime on {num_runs} set{'s' * (num_runs != 1)} of inputs"
+        yield differences_table(verification.runs)
+    for skipped in dict.fromkeys(run.skipped for run in verification.runs if run.skipped):
+        yield f"[dim]not compared:[/dim] {rich.markup.escape(skipped)}"
+    colour = {
+        VerificationStatus.PASSED: "green",
+        VerificationStatus.FAILED: "red",
+        VerificationStatus.NOT_RUN: "yellow",
+    }
+    reason = f": {rich.markup.escape(verification.reason)}" if verification.reason else ""
+    yield f"[{colour[verification.status]}]verification {verification.status}[/]{reason}"
+
+
+def differences_table(runs: Sequence[VerificationRun]) -> rich.table.Table:
+    """One row an output: the largest difference between the models over all runs, and what was allowed there."""
+    worst: dict[str, OutputDifference] = {}
+    for output in (output for run in runs for output in run.outputs):
+        worst[output.name] = max(worst.get(output.name, output), output, key=_badness)
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("output", "dtype"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("largest difference", "allowed"):
+        table.add_column(heading, justify="right")
+    for output in worst.values():
+        style = None if output.ok else "red"
+        cells = (rich.markup.escape(output.name), output.dtype, f"{output.max_abs_diff:.3g}", f"{output.tolerance:.3g}")
+        table.add_row(*cells, style=style)
+    return table
+
+
+def _badness(output: OutputDifference) -> tuple[bool, float]:
+    """Orders outputs by how near they come to their tolerance, those that exceed it last."""
+    return not output.ok, output.max_abs_diff / output.tolerance if output.tolerance else output.max_abs_diff
 
 
 def _dim(value: ir.Value | None, axis: int) -> Dim:

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `faexport model.onnx`, `faexport inspect model.onnx` and the commands of build.py.
+
+Exit codes: 0 done (also where nothing is to fuse), 1 verification failed and nothing was written, 2 bad input, 3 internal error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Annotated
+
+import numpy as np
+import onnx_ir as ir
+import typer
+
+from . import __version__, model_io, pipeline, terminal, verify
+from .model_io import ModelError
+from .report import Report, Verification, VerificationStatus
+from .spec import DOMAIN, OP_TYPE
+
+EXAMPLES = """[bold]Examples[/bold]
+
+faexport model.onnx                     write model.fa.onnx, verified
+
+faexport inspect model.onnx             only show what would be fused
+
+faexport model.onnx -o fast.onnx        write elsewhere
+
+faexport model.onnx --inputs real.npz   verify on your own inputs as well
+
+faexport model.onnx --dtype fp16        attention in half precision
+
+faexport model.onnx --json --dry-run    a report for programs
+"""
+
+app = typer.Typer(
+    cls=terminal.DefaultCommandGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog=EXAMPLES,
+)
+
+
+class Assumption(enum.StrEnum):
+    RIGHT_PADDING = "right-padding"
+
+
+class CoreDtype(enum.StrEnum):
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"faexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the result.
+
+    [bold]faexport model.onnx[/bold] writes model.fa.onnx beside the model. It runs in onnxruntime and TensorRT with the libraries
+    of the faplugin package, and without them too (slower) unless --no-fallback is given.
+
+    Exit codes: 0 done, or nothing to fuse; 1 verification failed, nothing written; 2 bad input; 3 internal error.
+    """
+
+
+ModelArgument = Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")]
+ReportOption = Annotated[
+    pathlib.Path | None, typer.Option("--report", metavar="FILE", help="Also write the report as JSON to this file.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+OpsetOption = Annotated[
+    int | None, typer.Option("--opset", metavar="N", help="Convert the model to this ONNX opset first.", min=7)
+]
+AssumeOption = Annotated[
+    list[Assumption] | None,
+    typer.Option(
+        "--assume", help="What a model can't tell. right-padding: every mask input keeps the first tokens of a row."
+    ),
+]
+DtypeOption = Annotated[
+    CoreDtype | None,
+    typer.Option("--dtype", help="Compute attention in this precision; the rest of the model keeps its own."),
+]
+FallbackOption = Annotated[
+    bool,
+    typer.Option(
+        "--fallback/--no-fallback",
+        help="Carry the operator's definition in standard ops, for runtimes without our library.",
+    ),
+]
+
+
+@app.command()
+def fuse(
+    model: ModelArgument,
+    output: Annotated[
+        pathlib.Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write; default: MODEL with the ending .fa.onnx."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run both models in onnxruntime and compare.")
+    ] = True,
+    inputs: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            "--inputs", metavar="FILE", help="Verify on these inputs as well: an .npz with an array for each input."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write the model.")] = False,
+    as_json: JsonOption = False,
+    report_file: ReportOption = None,
+    opset: OpsetOption = None,
+    assume: AssumeOption = None,
+    dtype: DtypeOption = None,
+    fallback: FallbackOption = True,
+    quiet: QuietOption = False,
+) -> None:
+    """Fuse the attention of MODEL and write the result. The name of this command may be left out."""
+    target = output or default_target(model)
+    right_padding = assume is Assumption.RIGHT_PADDING
+    with terminal.progress(quiet) as progress:
+        progress.step(f"reading {model.name}")
+        source = model_io.load(model)
+        model_io.check_target(source, target, model)
+        given = _read_inputs(inputs, source) if inputs else []
+        progress.step("fusing")
+        fused, report = pipeline.fuse(
+            source,
+            opset=opset,
+            assume_right_padding=right_padding,
+            dtype=dtype.value if dtype else None,
+            fallback=fallback,
+        )
+        report.model = str(model)
+        if report.num_fused:
+            with _staged(fused, target, model, dry_run, progress) as stage:
+                if check:
+                    report.verification = _verify(model, stage, given, right_padding, progress)
+                failed = report.verification is not None and report.verification.status is VerificationStatus.FAILED
+                if not failed and not dry_run:
+                    stage.commit()
+                    report.output = str(target)
+    _show(report, as_json, report_file, quiet)
+    if report.verification is not None and report.verification.status is VerificationStatus.FAILED:
+        terminal.print_error(f"{model}: verification failed: {report.verification.reason}; {target} was not written")
+        raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    as_json: JsonOption = False,
+    report_file: ReportOption = None,
+    opset: OpsetOption = None,
+    assume: AssumeOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Show the attention sites of MODEL, what can be proven of each, and what would be fused. Writes no model."""
+    with terminal.progress(quiet) as progress:
+        progress.step(f"reading {model.name}")
+        source = model_io.load(model)
+        progress.step("looking for attention")
+        _, report = pipeline.fuse(source, opset=opset, assume_right_padding=assume is Assumption.RIGHT_PADDING)
+    report.model = str(model)
+    _show(report, as_json, report_file, quiet)
+
+
+def default_target(model: pathlib.Path) -> pathlib.Path:
+    """model.onnx -> model.fa.onnx, beside it."""
+    stem = model.name.removesuffix(".onnx")
+    return model.with_name(f"{stem}.fa.onnx")
+
+
+@contextlib.contextmanager
+def _staged(
+    model: ir.Model, target: pathlib.Path, source: pathlib.Path, dry_run: bool, progress: terminal.Progress
+) -> Iterator[model_io.Stage]:
+    """The rewritten model in a file: beside the target, or on a dry run in the system's temporary folder."""
+    progress.step(f"writing {target.name}")
+    with contextlib.ExitStack() as stack:
+        if dry_run:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="faexport-"))
+            target = pathlib.Path(folder) / target.name
+        yield stack.enter_context(model_io.staged(model, target, source=source, progress=progress.amount))
+
+
+def _verify(
+    model: pathlib.Path,
+    stage: model_io.Stage,
+    given: list[verify.InputSet],
+    right_padding: bool,
+    progress: terminal.Progress,
+) -> Verification:
+    return verify.verify(
+        model, stage.model_path, extra_inputs=given, right_padding=right_padding, on_step=progress.step
+    )
+
+
+def _read_inputs(path: pathlib.Path, model: ir.Model) -> list[verify.InputSet]:
+    try:
+        with np.load(path) as arrays:
+            tensors = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise ModelError(f"{path}: cannot be read as .npz: {error}; write it with numpy.savez") from error
+    wanted = {value.name for value in model.graph.inputs if not value.is_initializer()}
+    if missing := sorted(wanted - tensors.keys()):
+        raise ModelError(f"{path}: has no array '{missing[0]}'; the model's inputs are {', '.join(sorted(wanted))}")
+    return [verify.InputSet(path.name, {name: tensors[name] for name in wanted})]
+
+
+def _show(report: Report, as_json: bool, report_file: pathlib.Path | None, quiet: bool) -> None:
+    if report_file is not None:
+        try:
+            report_file.write_text(report.to_json() + "\n", "utf-8")
+        except OSError as error:
+            raise ModelError(f"{report_file}: cannot be written: {error.strerror}") from error
+    if as_json and not quiet:
+        typer.echo(report.to_json())
+    elif not quiet:
+        screen = terminal.console()
+        screen.print(report)
+        screen.print(_conclusion(report), markup=False, soft_wrap=True)
+
+
+def _conclusion(report: Report) -> str:
+    """The last line: what came out of it."""
+    counts = f"{report.num_fused} of {len(report.sites)} attention sites"
+    if report.output:
+        return f"{counts} fused; wrote {report.output}"
+    if report.num_fused:
+        return f"{counts} can be fused; no model was written"
+    if report.sites:
+        return "nothing was fused, so no model was written; the table says why"
+    already = report.nodes_before.get(f"{DOMAIN}::{OP_TYPE}", 0)
+    if already:
+        return f"nothing to fuse: the model already has {already} {OP_TYPE} node{'s' * (already != 1)}; no model was written"
+    return "nothing to fuse: the model has no attention (no Softmax between two matrix products, no Attention node); no model was written"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    terminal.run_app(app)
