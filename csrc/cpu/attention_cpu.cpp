@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cuts a problem into tasks (sequence, heads, block of rows, and where rows are few a span of keys), spreads them over the host's
+// threads, largest first, and merges what was split. Called through the dispatch table; computes with tile_kernel.cpp.
+// The cut depends on shapes and lengths, and the sum of a row on neither threads nor its neighbours: results are bitwise
+// repeatable.
+#include "cpu/attention_cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "cpu/tile.h"
+
+namespace fa::cpu {
+
+namespace baseline {
+extern const Isa kIsa;
+}
+#ifdef FA_CPU_X86
+namespace avx2 {
+extern const Isa kIsa;
+}
+namespace avx512 {
+extern const Isa kIsa;
+}
+#endif
+
+namespace {
+
+constexpr int64_t kRowsPerTask[] = {504, 252, 126, 42};  // multiples of the 14 or 6 rows of a register block
+constexpr int64_t kFewRows = 32;                         // up to here the heads that share keys go into one task
+constexpr int64_t kKeysPerSplit = 2048;                  // and the keys are split
+constexpr int64_t kTileBytes = 256 << 10;                // packed keys and values of a tile: half of a small second-level cache
+
+const Isa& best_isa() {
+#ifdef FA_CPU_X86
+  static const Isa* const best = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    // FA_CPU_ISA=baseline or avx2 asks for less, to compare and to test.
+    const char* asked = std::getenv("FA_CPU_ISA");
+    if (asked != nullptr && std::strcmp(asked, "baseline") == 0) return &baseline::kIsa;
+    if (asked != nullptr && std::strcmp(asked, "avx2") == 0 && avx2) return &avx2::kIsa;
+    return avx512 ? &avx512::kIsa : avx2 ? &avx2::kIsa : &baseline::kIsa;
+  }();
+  return *best;
+#else
+  return baseline::kIsa;
+#endif
+}
+
+int64_t num_threads(const ExecutionContext& context) {
+  return context.parallel_for == nullptr ? 1 : std::max<int64_t>(1, std::thread::hardware_concurrency());
+}
+
+struct Cut {
+  std::vector<Task> tasks;   // in the order of their start
+  std::vector<Task> merges;  // those whose keys were split, once each
+  std::vector<float> partials;
+};
+
+/// Keys that the task's rows can see: what it costs, per row.
+int64_t num_keys(const Plan& plan, const Task& t) {
+  const KeyRange range = plan.sequences.at(t.sequence_idx).mask.key_range(t.first_row, t.first_row + t.num_rows - 1);
+  return std::max<int64_t>(0, std::min(range.end, t.key_end) - std::max(range.begin, t.key_begin));
+}
+
+/// Adds the blocks of rows of one sequence.
+void cut_sequence(const Plan& plan, int64_t sequence_idx, std::vector<Task>* tasks) {
+  const Sequence s = plan.sequences.at(sequence_idx);
+  const int64_t heads = plan.params.query.shape[1], group = heads / plan.params.key.shape[1];
+  const int64_t heads_per_task = s.query_length * group <= kFewRows ? group : 1;
+  const int64_t rows = std::max<int64_t>(1, plan.rows_per_task / heads_per_task);
+  for (int64_t head = 0; head < heads; head += heads_per_task) {
+    for (int64_t row = 0; row < s.query_length; row += rows) {
+      tasks->push_back(
+          {sequence_idx, head / group, head, heads_per_task, row, std::min(rows, s.query_length - row), 0, s.mask.kv_length});
+    }
+  }
+}
+
+/// Replaces each task of few rows and many keys by one for each span of keys.
+void split_keys(const Plan& plan, Cut* cut) {
+  const int64_t partial_floats = 2 + plan.params.value.shape[3];
+  std::vector<Task> split;
+  size_t total = 0;
+  for (const Task& task : cut->tasks) {
+    const int64_t rows = task.num_heads * task.num_rows;
+    const int64_t num_splits = (task.key_end + kKeysPerSplit - 1) / kKeysPerSplit;
+    if (rows > kFewRows || num_splits < 2) {
+      split.push_back(task);
+      continue;
+    }
+    cut->merges.push_back(task);
+    cut->merges.back().num_splits = num_splits;
+    for (int64_t i = 0; i < num_splits; ++i) {
+      split.push_back(task);
+      split.back().num_splits = num_splits;
+      split.back().key_begin = i * kKeysPerSplit;
+      split.back().key_end = std::min(task.key_end, (i + 1) * kKeysPerSplit);
+    }
+    total += num_splits * rows * partial_floats;
+  }
+  cut->tasks = std::move(split);
+  cut->partials.resize(total);
+  float* next = cut->partials.data();
+  size_t merge = 0;
+  for (Task& task : cut->tasks) {
+    if (task.num_splits == 1) continue;
+    if (task.key_begin == 0) cut->merges[merge++].partials = next;
+    task.partials = next;
+    next += task.num_heads * task.num_rows * partial_floats;
+  }
+}
+
+Cut cut_problem(Plan* plan, int64_t threads) {
+  Cut cut;
+  for (int64_t rows : kRowsPerTask) {
+    plan->rows_per_task = rows;
+    cut.tasks.clear();
+    for (int64_t i = 0; i < num_sequences(plan->params); ++i) cut_sequence(*plan, i, &cut.tasks);
+    if (threads == 1 || static_cast<int64_t>(cut.tasks.size()) >= 4 * threads) break;
+  }
+  split_keys(*plan, &cut);
+  int64_t largest = 1;
+  std::vector<std::pair<int64_t, size_t>> order;
+  for (size_t i = 0; i < cut.tasks.size(); ++i) {
+    const Task& task = cut.tasks[i];
+    largest = std::max(largest, task.num_heads * task.num_rows);
+    order.push_back({-task.num_heads * task.num_rows * num_keys(*plan, task), i});
+  }
+  plan->rows_per_task = largest;
+  std::sort(order.begin(), order.end());
+  std::vector<Task> sorted;
+  for (const auto& entry : order) sorted.push_back(cut.tasks[entry.second]);
+  cut.tasks = std::move(sorted);
+  return cut;
+}
+
+struct FreeDeleter {
+  void operator()(void* p) const { std::free(p); }
+};
+
+/// Workers that take the next task until none is left; each has its own scratch.
+struct Workers {
+  const Plan& plan;
+  const std::vector<Task>& tasks;
+  void (*run)(const Plan&, const Task&, void*);
+  size_t scratch_bytes;
+  std::atomic<size_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+
+  static void work(void* self_, size_t) {
+    Workers& self = *static_cast<Workers*>(self_);
+    size_t i = self.next.fetch_add(1);
+    if (i >= self.tasks.size()) return;
+    std::unique_ptr<void, FreeDeleter> scratch(std::aligned_alloc(64, (self.scratch_bytes + 63) / 64 * 64));
+    if (scratch == nullptr) {
+      self.out_of_memory = true;
+      return;
+    }
+    for (; i < self.tasks.size(); i = self.next.fetch_add(1)) self.run(self.plan, self.tasks[i], scratch.get());
+  }
+
+  Status run_all(const ExecutionContext& context) {
+    const size_t workers = std::min<size_t>(tasks.size(), num_threads(context));
+    if (workers <= 1) {
+      work(this, 0);
+    } else {
+      context.parallel_for(context.pool, workers, work, this);
+    }
+    if (!out_of_memory) return {};
+    return {StatusCode::kUnsupported,
+            "out of memory: the CPU kernel needs " + std::to_string(scratch_bytes) + " bytes for each thread"};
+  }
+};
+
+/// Rows of the output that belong to no sequence in use: 0, and lse -inf.
+void clear_rows(const AttentionParams& p, int64_t b, int64_t begin, int64_t end) {
+  const size_t bytes = p.out.shape[3] * (p.out.dtype == DType::kFloat32 ? 4 : 2);
+  for (int64_t h = 0; h < p.out.shape[1]; ++h) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t offset = b * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2];
+      std::memset(static_cast<char*>(p.out.data) + offset * (bytes / p.out.shape[3]), 0, bytes);
+      if (p.lse.present)
+        static_cast<float*>(p.lse.data)[b * p.lse.stride[0] + h * p.lse.stride[1] + i * p.lse.stride[2]] = -INFINITY;
+    }
+  }
+}
+
+void clear_unused_rows(const Plan& plan) {
+  const bool packed = plan.params.cu_seqlens_q.present;
+  int64_t reached = 0;  // first row after the packed sequences so far
+  for (int64_t i = 0; i < num_sequences(plan.params); ++i) {
+    const Sequence s = plan.sequences.at(i);
+    if (packed) clear_rows(plan.params, 0, reached, s.first_row);
+    clear_rows(plan.params, s.batch_idx, s.first_row + s.query_length, s.first_row + s.num_rows);
+    reached = s.first_row + s.num_rows;
+  }
+  if (packed) clear_rows(plan.params, 0, reached, plan.params.query.shape[2]);
+}
+
+/// The first tensor that has elements but no memory.
+const char* missing_memory(const AttentionParams& p) {
+  const std::pair<const char*, const TensorView*> tensors[] = {{"query", &p.query},
+                                                               {"key", &p.key},
+                                                               {"value", &p.value},
+                                                               {"out", &p.out},
+                                                               {"lse", &p.lse},
+                                                               {"mask", &p.mask},
+                                                               {"bias", &p.bias},
+                                                               {"kv_lengths", &p.kv_lengths},
+                                                               {"query_lengths", &p.query_lengths},
+                                                               {"query_offsets", &p.query_offsets},
+                                                               {"cu_seqlens_q", &p.cu_seqlens_q},
+                                                               {"cu_seqlens_kv", &p.cu_seqlens_kv},
+                                                               {"alibi_slopes", &p.alibi_slopes},
+                                                               {"sinks", &p.sinks}};
+  for (const auto& [name, t] : tensors) {
+    if (t->present && t->data == nullptr && t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3] != 0) return name;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+std::string supports(const AttentionParams&, const DeviceInfo&) { return {}; }
+
+size_t workspace_bytes(const AttentionParams&, const DeviceInfo&) { return 0; }
+
+Status launch(const AttentionParams& params, const ExecutionContext& context) {
+  if (const char* name = missing_memory(params))
+    return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
+  try {
+    const int64_t dims = params.query.shape[3] + params.value.shape[3];
+    const int64_t tile = kTileBytes / (4 * dims) / 64 * 64;
+    Plan plan{params, sequence_rule(params), 0, std::min(kMaxKeysPerTile, std::max<int64_t>(64, tile))};
+    const Cut cut = cut_problem(&plan, num_threads(context));
+    clear_unused_rows(plan);
+    const Isa& isa = best_isa();
+    Workers attend{plan, cut.tasks, isa.attend, isa.scratch_bytes(plan)};
+    if (Status status = attend.run_all(context); !status.ok() || cut.merges.empty()) return status;
+    Workers merge{plan, cut.merges, isa.merge, isa.scratch_bytes(plan)};
+    return merge.run_all(context);
+  } catch (const std::bad_alloc&) {
+    return {StatusCode::kUnsupported, "out of memory: the CPU kernel could not list its tasks"};
+  }
+}
+
+}  // namespace fa::cpu

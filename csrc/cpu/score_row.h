@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// One row of scores of a tile: softcap, bias, ALiBi and masks as semantics/ defines them, then the online softmax step.
+// Used by tile_kernel.cpp; compiled once for each instruction set. `c` counts keys from the tile's first.
+#pragma once
+
+#include "cpu/convert.h"
+#include "cpu/tile.h"
+#include "semantics/score.h"
+#include "semantics/softmax.h"
+
+namespace fa::cpu::FA_ISA {
+
+/// One row's part of the mask or bias tensor.
+struct TensorRow {
+  const char* data;
+  DType dtype;
+  int64_t stride;  // elements between keys
+  int64_t keys;    // those beyond are masked
+};
+
+FA_INLINE TensorRow tensor_row(const TensorView& t, int64_t b, int64_t h, int64_t i) {
+  const int64_t size = t.dtype == DType::kBool ? 1 : element_bytes(t.dtype);
+  const int64_t offset = b * t.stride[0] + h * t.stride[1] + i * t.stride[2];
+  return {static_cast<const char*>(t.data) + offset * size, t.dtype, t.shape[3] > 1 ? t.stride[3] : 0, t.shape[3]};
+}
+
+/// ScoreRule::capped on vectors (the scale is already in the query).
+FA_INLINE void cap_row(float* s, int64_t begin, int64_t end, float softcap) {
+  const float inverse = 1.0f / softcap;
+  for (int64_t c = begin; c < end; c += kLanes) store(s + c, softcap * tanh(load(s + c) * inverse));
+}
+
+/// Adds the bias of keys first_key + [begin, end). `floats` holds end - begin floats.
+static void add_bias(float* s, int64_t begin, int64_t end, const TensorRow& bias, int64_t first_key, float* floats) {
+  const int64_t stop = end < bias.keys - first_key ? end : bias.keys - first_key;
+  const int64_t n = stop - begin, first = (first_key + begin) * bias.stride;
+  for (int64_t c = stop > begin ? stop : begin; c < end; ++c) s[c] = -INFINITY;
+  if (n <= 0) return;
+  if (bias.stride == 1) {
+    to_float(bias.data + first * element_bytes(bias.dtype), bias.dtype, floats, n);
+  } else {
+    for (int64_t c = 0; c < n; ++c) floats[c] = element(bias.data, bias.dtype, first + c * bias.stride);
+  }
+  for (int64_t c = 0; c < n; ++c) s[begin + c] += floats[c];
+}
+
+static void apply_mask(float* s, int64_t begin, int64_t end, const TensorRow& mask, int64_t first_key) {
+  const int64_t stop = end < mask.keys - first_key ? end : mask.keys - first_key;
+  const char* m = mask.data + first_key * mask.stride;
+  if (mask.stride == 1) {
+    for (int64_t c = begin; c < stop; ++c) s[c] = m[c] ? s[c] : -INFINITY;
+  } else {
+    for (int64_t c = begin; c < stop; ++c) s[c] = m[c * mask.stride] ? s[c] : -INFINITY;
+  }
+  for (int64_t c = stop > begin ? stop : begin; c < end; ++c) s[c] = -INFINITY;
+}
+
+static void add_alibi(float* s, int64_t begin, int64_t end, float slope, int64_t position, int64_t first_key) {
+  for (int64_t c = begin; c < end; ++c) s[c] += alibi_bias(slope, position, first_key + c);
+}
+
+/// Turns scores [begin, end) (a multiple of kLanes apart) into weights exp(s - max), and the row's state into that with these
+/// keys. Returns the factor for what the row has summed so far.
+FA_INLINE float softmax_step(float* s, int64_t begin, int64_t end, SoftmaxState* state) {
+  Vec top = load(s + begin);
+  for (int64_t c = begin + kLanes; c < end; c += kLanes) top = vmax(top, load(s + c));
+  const float tile_max = horizontal_max(top);
+  const float max = tile_max > state->max ? tile_max : state->max;
+  const float reference = softmax_reference(max);
+  Vec sum = {};
+  for (int64_t c = begin; c < end; c += kLanes) {
+    const Vec weight = exp_nonpositive(load(s + c) - reference);
+    store(s + c, weight);
+    sum += weight;
+  }
+  const float factor = rescale_factor(state->max, max);
+  *state = {max, state->sum * factor + horizontal_sum(sum)};
+  return factor;
+}
+
+}  // namespace fa::cpu::FA_ISA

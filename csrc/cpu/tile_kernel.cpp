@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0
+// FlashAttention-2's forward loop on one CPU thread: for each tile of keys, packed once, every group of rows takes scores = Q
+// K^T, an online softmax step, and adds P V to its output. Scores and output stay in float32; nothing is as long as the sequence.
+// Compiled once for each instruction set (cpu.cmake); called through the Isa table by attention_cpu.cpp.
+#include <cmath>
+
+#include "cpu/block.h"
+#include "cpu/score_row.h"
+#include "cpu/tile.h"
+
+namespace fa::cpu {
+namespace FA_ISA {
+namespace {
+
+constexpr int64_t kScoresStride = kMaxKeysPerTile + 16;  // not a power of two: the rows of a group fall into different cache sets
+constexpr int kSmallGroup = kRows > 6 ? 4 : 2;           // rows of a group where fewer than kRows are left
+constexpr int64_t kRowsToPackValues = 2 * kRows;         // with fewer rows, values are cheaper to read where they are
+
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
+/// What one thread needs for one task; floats, carved from one allocation.
+struct Scratch {
+  float* query;         // groups of rows, each [D][rows of the group], scaled
+  float* out;           // [rows][round_up(D_v)]
+  float* keys;          // pack_transposed
+  float* values;        // pack_rows
+  float* scores;        // [kRows][kScoresStride]
+  float* staging;       // [kLanes][round_up(max(D, D_v))], or one tile of keys
+  SoftmaxState* state;  // [rows]
+  float* mean;          // [round_up(D_v)]
+  float* end;
+
+  Scratch(const Plan& plan, float* memory) {
+    const int64_t d = round_up(plan.params.query.shape[3], kLanes), d_v = round_up(plan.params.value.shape[3], kLanes);
+    const int64_t rows = plan.rows_per_task, tile = plan.keys_per_tile;
+    const int64_t staged = kLanes * (d > d_v ? d : d_v);
+    query = memory;
+    out = query + round_up(rows * d, 16);
+    keys = out + round_up(rows * d_v, 16);
+    values = keys + round_up(tile * d, 16);
+    scores = values + round_up(tile * d_v, 16);
+    staging = scores + kRows * kScoresStride;
+    state = reinterpret_cast<SoftmaxState*>(staging + round_up(staged > tile ? staged : tile, 16));
+    mean = reinterpret_cast<float*>(state) + round_up(2 * rows, 16);
+    end = mean + round_up(d_v, 16);
+  }
+};
+
+/// One task on its way through the keys.
+class TileKernel {
+ public:
+  TileKernel(const Plan& plan, const Task& task, void* memory)
+      : p_(plan.params),
+        task_(task),
+        s_(plan, static_cast<float*>(memory)),
+        sequence_(plan.sequences.at(task.sequence_idx)),
+        rows_(task.num_heads * task.num_rows),
+        tile_(plan.keys_per_tile),
+        d_(p_.query.shape[3]),
+        d_v_(p_.value.shape[3]),
+        d_v_padded_(round_up(d_v_, kLanes)),
+        key_(rows_of(p_.key, sequence_.first_key)),
+        value_(rows_of(p_.value, sequence_.first_key)),
+        plain_(p_.softcap == 0 && !p_.bias.present && !p_.alibi_slopes.present && !p_.mask.present) {}
+
+  /// The loop over tiles of keys; its result stays in s_.out and s_.state.
+  void attend() {
+    pack_query();
+    for (int64_t r = 0; r < rows_; ++r) s_.state[r] = {-INFINITY, 0.0f};
+    for (int64_t x = 0; x < rows_ * d_v_padded_; ++x) s_.out[x] = 0;
+    KeyRange range = sequence_.mask.key_range(task_.first_row, task_.first_row + task_.num_rows - 1);
+    if (range.begin < task_.key_begin) range.begin = task_.key_begin;
+    if (range.end > task_.key_end) range.end = task_.key_end;
+    // NOTE: tiles begin at multiples of their length, so that a row's result doesn't depend on the rows it shares a task with.
+    for (int64_t first = range.begin / tile_ * tile_; first < range.end; first += tile_) {
+      const int64_t n = range.end - first < tile_ ? range.end - first : tile_;
+      attend_tile(first, n);
+    }
+  }
+
+  void write_partials() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* partial = task_.partials + r * (2 + d_v_);
+      partial[0] = s_.state[r].max;
+      partial[1] = s_.state[r].sum;
+      for (int64_t x = 0; x < d_v_; ++x) partial[2 + x] = s_.out[r * d_v_padded_ + x];
+    }
+  }
+
+  /// Sums up the partials of all splits, in their order.
+  void merge_partials() {
+    for (int64_t r = 0; r < rows_; ++r) {
+      float* out = s_.out + r * d_v_padded_;
+      s_.state[r] = {-INFINITY, 0.0f};
+      for (int64_t x = 0; x < d_v_; ++x) out[x] = 0;
+      for (int64_t split = 0; split < task_.num_splits; ++split) {
+        const float* partial = task_.partials + (split * rows_ + r) * (2 + d_v_);
+        const SoftmaxState merged = merge(s_.state[r], {partial[0], partial[1]});
+        const float old_factor = rescale_factor(s_.state[r].max, merged.max), factor = rescale_factor(partial[0], merged.max);
+        for (int64_t x = 0; x < d_v_; ++x) out[x] = out[x] * old_factor + partial[2 + x] * factor;
+        s_.state[r] = merged;
+      }
+    }
+  }
+
+  void write_out() {
+    for (int64_t r = 0; r < rows_; ++r) write_row(r);
+  }
+
+ private:
+  int64_t head_of(int64_t r) const { return task_.first_head + r / task_.num_rows; }
+  int64_t row_of(int64_t r) const { return task_.first_row + r % task_.num_rows; }  // within the sequence
+
+  Rows rows_of(const TensorView& t, int64_t first) const {
+    const int64_t size = element_bytes(t.dtype), offset = sequence_.batch_idx * t.stride[0] + task_.kv_head * t.stride[1];
+    return {static_cast<const char*>(t.data) + (offset + first * t.stride[2]) * size, t.dtype, t.stride[2] * size, t.shape[3]};
+  }
+
+  /// Calls f(Count<rows of the group>, first row) over all rows.
+  template <typename F>
+  void for_groups(F&& f) {
+    int64_t r = 0;
+    for (; rows_ - r >= kRows; r += kRows) f(Count<kRows>{}, r);
+    for (; rows_ - r >= kSmallGroup; r += kSmallGroup) f(Count<kSmallGroup>{}, r);
+    for (; r < rows_; ++r) f(Count<1>{}, r);
+  }
+
+  void pack_query() {
+    const TensorView& q = p_.query;
+    const char* base = static_cast<const char*>(q.data);
+    for_groups([&](auto count, int64_t first) {
+      for (int64_t m = 0; m < count.value; ++m) {
+        const int64_t row = sequence_.first_row + row_of(first + m);
+        const int64_t offset = sequence_.batch_idx * q.stride[0] + head_of(first + m) * q.stride[1] + row * q.stride[2];
+        to_float(base + offset * element_bytes(q.dtype), q.dtype, s_.staging, d_);
+        float* packed = s_.query + first * d_ + m;
+        for (int64_t x = 0; x < d_; ++x) packed[x * count.value] = s_.staging[x] * p_.softmax_scale;
+      }
+    });
+  }
+
+  void attend_tile(int64_t first, int64_t n) {
+    pack_transposed(key_, first, n, s_.keys, s_.staging);
+    const bool pack_values = value_.dtype != DType::kFloat32 || d_v_ != d_v_padded_ || rows_ >= kRowsToPackValues;
+    if (pack_values) pack_rows(value_, first, n, round_up(n, kLanes), s_.values, s_.staging);
+    for_groups([&](auto count, int64_t r) { attend_group<count.value>(r, first, n, pack_values); });
+  }
+
+  /// Rows r … r + kGroup - 1 against the keys of one tile, as far as any of the rows sees them.
+  template <int kGroup>
+  void attend_group(int64_t r, int64_t first, int64_t n, bool packed_values) {
+    int64_t top = row_of(r), bottom = top;
+    for (int64_t m = 1; m < kGroup; ++m) {
+      const int64_t i = row_of(r + m);
+      top = i < top ? i : top, bottom = i > bottom ? i : bottom;
+    }
+    const KeyRange range = sequence_.mask.key_range(top, bottom), full = sequence_.mask.full_range(top, bottom);
+    const int64_t padded = round_up(n, kLanes);
+    const int64_t begin = range.begin > first ? (range.begin - first) / kPanel * kPanel : 0;
+    const int64_t stop = range.end - first < n ? range.end - first : n;
+    if (begin >= stop) return;
+    const int64_t end = round_up(stop, kPanel) < padded ? round_up(stop, kPanel) : padded;
+    for (int64_t c = begin; c < end; c += kPanel) {
+      const float* query = s_.query + r * d_;
+      if (panel_width(c, padded) == kPanel) {
+        multiply_block<kGroup, 2, 1, kGroup>(query, s_.keys + c * d_, kPanel, d_, s_.scores + c, kScoresStride, nullptr);
+      } else {
+        multiply_block<kGroup, 1, 1, kGroup>(query, s_.keys + c * d_, kLanes, d_, s_.scores + c, kScoresStride, nullptr);
+      }
+    }
+    float factors[kGroup];
+    const bool unmasked = full.begin <= first + begin && full.end >= first + end && end <= n;
+    for (int m = 0; m < kGroup; ++m) {
+      float* scores = s_.scores + m * kScoresStride;
+      if (!plain_) apply_rules(scores, begin, end, r + m, first);
+      if (!unmasked) hide(scores, begin, end, sequence_.mask.key_range(row_of(r + m), row_of(r + m)), first, n);
+      factors[m] = softmax_step(scores, begin, end, &s_.state[r + m]);
+    }
+    if (packed_values) {
+      add_values<kGroup>(r, begin, end, s_.values, 0, padded, factors);
+    } else {
+      const float* values = static_cast<const float*>(value_.row(first));
+      add_values<kGroup>(r, begin, end < n ? end : n, values, value_.stride_bytes / 4, 0, factors);
+    }
+  }
+
+  /// out = factors * out + weights [begin, end) times the values. stride 0: packed in panels of `padded` rows.
+  template <int kGroup>
+  void add_values(int64_t r, int64_t begin, int64_t end, const float* values, int64_t stride, int64_t padded,
+                  const float* factors) {
+    for (int64_t x = 0; x < d_v_padded_; x += kPanel) {
+      const int64_t width = panel_width(x, d_v_padded_), ld = stride == 0 ? width : stride;
+      const float* right = (stride == 0 ? values + x * padded : values + x) + begin * ld;
+      float* out = s_.out + r * d_v_padded_ + x;
+      if (width == kPanel) {
+        multiply_block<kGroup, 2, kScoresStride, 1>(s_.scores + begin, right, ld, end - begin, out, d_v_padded_, factors);
+      } else {
+        multiply_block<kGroup, 1, kScoresStride, 1>(s_.scores + begin, right, ld, end - begin, out, d_v_padded_, factors);
+      }
+    }
+  }
+
+  /// Softcap, bias, ALiBi and the mask tensor, in the operator's order.
+  void apply_rules(float* scores, int64_t begin, int64_t end, int64_t r, int64_t first) {
+    const int64_t h = head_of(r), i = row_of(r), b = sequence_.batch_idx;
+    if (p_.softcap != 0) cap_row(scores, begin, end, p_.softcap);
+    if (p_.bias.present) add_bias(scores, begin, end, tensor_row(p_.bias, b, h, i), first, s_.staging);
+    if (p_.alibi_slopes.present) {
+      const int64_t at = task_.sequence_idx * p_.alibi_slopes.stride[0] + h * p_.alibi_slopes.stride[1];
+      add_alibi(scores, begin, end, static_cast<const float*>(p_.alibi_slopes.data)[at], i + sequence_.mask.query_offset, first);
+    }
+    if (p_.mask.present) apply_mask(scores, begin, end, tensor_row(p_.mask, b, h, i), first);
+  }
+
+  /// -inf outside the keys that the row sees, and outside the n of the tile.
+  void hide(float* scores, int64_t begin, int64_t end, KeyRange seen, int64_t first, int64_t n) {
+    const int64_t from = seen.begin - first, to = seen.end - first < n ? seen.end - first : n;
+    for (int64_t c = begin; c < end && c < from; ++c) scores[c] = -INFINITY;
+    for (int64_t c = to > begin ? to : begin; c < end; ++c) scores[c] = -INFINITY;
+  }
+
+  void write_row(int64_t r) {
+    const int64_t h = head_of(r), row = sequence_.first_row + row_of(r), b = sequence_.batch_idx;
+    SoftmaxState state = s_.state[r];
+    float factor = normalizer(state);
+    const float* source = s_.out + r * d_v_padded_;
+    if (p_.sinks.present) {
+      const float sink = static_cast<const float*>(p_.sinks.data)[p_.sinks.shape[0] > 1 ? h * p_.sinks.stride[0] : 0];
+      const float max = state.max;
+      state = add_sink(state, sink);
+      factor = rescale_factor(max, state.max) * normalizer(state);
+    }
+    if (state.sum == 0 && p_.empty_row == EmptyRow::kMean) {
+      source = mean_value();
+      factor = 1;
+    }
+    const TensorView& o = p_.out;
+    char* target = static_cast<char*>(o.data) + (b * o.stride[0] + h * o.stride[1] + row * o.stride[2]) * element_bytes(o.dtype);
+    from_float(source, factor, target, o.dtype, d_v_);
+    if (p_.lse.present) {
+      static_cast<float*>(p_.lse.data)[b * p_.lse.stride[0] + h * p_.lse.stride[1] + row * p_.lse.stride[2]] = lse(state);
+    }
+  }
+
+  /// The mean of all values of the sequence, computed when first asked for.
+  const float* mean_value() {
+    if (has_mean_) return s_.mean;
+    has_mean_ = true;
+    // The task's own tile of values is done with: sums in double, one column after the other, over the rows as they come.
+    for (int64_t x = 0; x < d_v_; ++x) {
+      double sum = 0;
+      for (int64_t j = 0; j < sequence_.num_keys; ++j) sum += element(value_.row(j), value_.dtype, x);
+      s_.mean[x] = sequence_.num_keys == 0 ? 0.0f : static_cast<float>(sum / sequence_.num_keys);
+    }
+    return s_.mean;
+  }
+
+  const AttentionParams& p_;
+  const Task& task_;
+  const Scratch s_;
+  const Sequence sequence_;
+  const int64_t rows_, tile_, d_, d_v_, d_v_padded_;
+  const Rows key_, value_;  // of this sequence and head
+  const bool plain_;        // scores need no rule but the scale and MaskRule
+  bool has_mean_ = false;
+};
+
+size_t scratch_bytes(const Plan& plan) {
+  const Scratch scratch(plan, nullptr);
+  return reinterpret_cast<size_t>(scratch.end);
+}
+
+void attend(const Plan& plan, const Task& task, void* memory) {
+  TileKernel kernel(plan, task, memory);
+  kernel.attend();
+  if (task.partials != nullptr) {
+    kernel.write_partials();
+  } else {
+    kernel.write_out();
+  }
+}
+
+void merge_splits(const Plan& plan, const Task& task, void* memory) {
+  TileKernel kernel(plan, task, memory);
+  kernel.merge_partials();
+  kernel.write_out();
+}
+
+}  // namespace
+
+#define FA_TEXT_(x) #x
+#define FA_TEXT(x) FA_TEXT_(x)
+extern const Isa kIsa;
+const Isa kIsa = {FA_TEXT(FA_ISA), scratch_bytes, attend, merge_splits};
+
+}  // namespace FA_ISA
+}  // namespace fa::cpu
