@@ -81,6 +81,7 @@ class TermKind(enum.StrEnum):
     ADD = "add"  # scores + factor * value
     WHERE = "where"  # where(value == keep_when, scores, factor * fill)
     BOOL = "bool"  # true = attend (the bool attn_mask of ONNX Attention)
+    GATE = "gate"  # scores * value, a weight: a mask if it holds only 0 and 1 (and an ADD of a huge negative number follows)
     CLAMP = "clamp"  # max(scores, factor * value), value a constant that is hugely negative: keeps -inf away
     ZERO = "zero"  # after softmax: where(value == keep_when, probabilities, 0)
 
@@ -157,6 +158,11 @@ class AttentionSpec:
     output: ir.Value  # replaced by the node's output, in output_layout
     output_layout: Layout
     softmax_scale: float
+    replaces: ir.Node | None = None  # the last node of the core; the fused node is inserted in front of it
+    head_dim: int | str | None = None
+    head_dim_v: int | str | None = None
+    new_nodes: Sequence[ir.Node] = ()  # compute operands from values of the graph; in front of the fused node
+    output_nodes: Sequence[ir.Node] = ()  # from the fused output (input of the first) to `output`'s shape (output of the last)
     mask: Mask = dataclasses.field(default_factory=Mask)
     softcap: float = 0.0
     sinks: ir.Value | None = None  # float32 [H]
@@ -176,6 +182,7 @@ class Candidate:
     graph: ir.Graph | ir.Function
     source: str  # name of the matcher: softmax_core, onnx_attention, ort_contrib
     outcome: AttentionSpec | Refusal | None = None
+    sizes: dict[str, int | str | None] = dataclasses.field(default_factory=dict)  # batch_size, num_q_heads, … as far as known
 
     @property
     def name(self) -> str:

@@ -87,7 +87,9 @@ def _squeeze(node, x):
 
 @_register("Reshape")
 def _reshape(node, x):
-    shape = [x[0].shape[i] if d == 0 and not attribute(node, "allowzero", 0) else d for i, d in enumerate(x[1].tolist())]
+    shape = [
+        x[0].shape[i] if d == 0 and not attribute(node, "allowzero", 0) else d for i, d in enumerate(x[1].tolist())
+    ]
     return x[0].reshape(shape)
 
 
@@ -154,7 +156,12 @@ def _slice(node, x):
 
 def tensor_of_constant(node: ir.Node) -> np.ndarray | None:
     """The tensor of a Constant node, in whichever attribute it stands."""
-    for name, dtype in (("value_float", np.float32), ("value_int", np.int64), ("value_floats", np.float32), ("value_ints", np.int64)):
+    for name, dtype in (
+        ("value_float", np.float32),
+        ("value_int", np.int64),
+        ("value_floats", np.float32),
+        ("value_ints", np.int64),
+    ):
         if name in node.attributes:
             return np.array(attribute(node, name), dtype)
     tensor = attribute(node, "value")

@@ -189,7 +189,9 @@ def _squeeze(node, a):
     shape, axes = a.shape(node.inputs[0]), constant_ints(node, a, 1, "axes")
     if shape is None or (axes is None and any(d.const is None for d in shape)):
         return None
-    gone = {resolve_axis(x, len(shape)) for x in axes} if axes is not None else {i for i, d in enumerate(shape) if d == 1}
+    gone = (
+        {resolve_axis(x, len(shape)) for x in axes} if axes is not None else {i for i, d in enumerate(shape) if d == 1}
+    )
     return [tuple(d for i, d in enumerate(shape) if i not in gone)]
 
 
@@ -253,7 +255,10 @@ def _split(node, a):
         return None
     axis = resolve_axis(attribute(node, "axis", 0), len(shape))
     sizes = split_sizes(node, a, shape[axis])
-    return [shape[:axis] + (Dim.unknown("split") if sizes is None else sizes[i],) + shape[axis + 1 :] for i in range(len(node.outputs))]
+    return [
+        shape[:axis] + (Dim.unknown("split") if sizes is None else sizes[i],) + shape[axis + 1 :]
+        for i in range(len(node.outputs))
+    ]
 
 
 def split_sizes(node: ir.Node, a: Analysis, size: Dim) -> list[Dim] | None:

@@ -11,10 +11,13 @@ import numpy as np
 import onnx_ir as ir
 from faexport.understand import constants
 from faexport.understand.dims import Dim
-from faexport.understand.nodes import op, producer, subgraphs
+from faexport.understand.nodes import attribute, op, operand, producer, subgraphs
 from faexport.understand.shape_rules import CONTENT_RULES, SHAPE_RULES, Shape
 
 MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
+
+_BOOL_OPS = ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
+DTYPE_OF = dict.fromkeys(_BOOL_OPS, ir.DataType.BOOL) | dict.fromkeys(("Shape", "Size", "NonZero"), ir.DataType.INT64)
 
 
 class Analysis:
@@ -25,6 +28,8 @@ class Analysis:
         self._shapes: dict[ir.Value, Shape | None] = {}
         self._contents: dict[ir.Value, tuple[Dim, ...]] = {}
         self._constants: dict[ir.Value, np.ndarray | None] = {}
+        self._dtypes: dict[ir.Value, ir.DataType | None] = {}
+        self._static: dict[ir.Value, bool] = {}
         for graph in (model.graph, *model.functions.values()):
             self._visit(graph)
 
@@ -40,13 +45,26 @@ class Analysis:
         shape = self.shape(value)
         return None if shape is None else len(shape)
 
+    def dtype(self, value: ir.Value | None) -> ir.DataType | None:
+        """Element type, or None where neither the file nor the nodes in front tell."""
+        if value is None or value.dtype is not None:
+            return None if value is None else value.dtype
+        if value not in self._dtypes:
+            self._dtypes[value] = self._derive_dtype(value)
+        return self._dtypes[value]
+
     def contents(self, value: ir.Value | None) -> tuple[Dim, ...] | None:
         """Symbolic contents of an integer tensor of rank 0 or 1 (one Dim for a scalar)."""
         if value is None:
             return None
         if value not in self._contents:
             array = self.constant(value)
-            if array is None or array.ndim > 1 or array.size > MAX_CONTENTS or not np.issubdtype(array.dtype, np.integer):
+            if (
+                array is None
+                or array.ndim > 1
+                or array.size > MAX_CONTENTS
+                or not np.issubdtype(array.dtype, np.integer)
+            ):
                 return None
             self._contents[value] = tuple(Dim.of(int(x)) for x in array.reshape(-1))
         return self._contents[value]
@@ -62,7 +80,20 @@ class Analysis:
     def scalar(self, value: ir.Value | None) -> float | None:
         """The number where the value is a constant of one element (of any rank)."""
         array = self.constant(value)
-        return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype != np.bool_ else None
+        return (
+            float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype != np.bool_ else None
+        )
+
+    def is_static(self, value: ir.Value | None) -> bool:
+        """Does the value depend on no input of the model? (A weight, or computed from weights alone.)"""
+        if value is None:
+            return True
+        return self._static.get(value, value.const_value is not None and not value.is_graph_input())
+
+    def _is_static_node(self, node: ir.Node) -> bool:
+        if node.op_type.startswith("Random") or any(True for _ in subgraphs(node)):
+            return False
+        return all(self.is_static(v) for v in node.inputs)
 
     def _fold(self, value: ir.Value) -> np.ndarray | None:
         if value.const_value is not None and producer(value) is None:
@@ -94,8 +125,26 @@ class Analysis:
             shape_rule = SHAPE_RULES.get(op(node))
             shapes = shape_rule(node, self) if shape_rule else None
             for i, value in enumerate(node.outputs):
+                self.dtype(value)
+                self._static[value] = self._is_static_node(node)
                 inferred = shapes[i] if shapes is not None and i < len(shapes) else None
                 self._shapes[value] = self._merge(inferred, value)
+
+    def _derive_dtype(self, value: ir.Value) -> ir.DataType | None:
+        node = producer(value)
+        if node is None:
+            return value.const_value.dtype if value.const_value is not None else None
+        if op(node) == "Cast":
+            return ir.DataType(attribute(node, "to"))
+        if op(node) in DTYPE_OF:
+            return DTYPE_OF[op(node)]
+        if op(node) in ("Constant", "ConstantOfShape"):
+            tensor = attribute(node, "value")
+            return (
+                tensor.dtype if tensor is not None else ir.DataType.FLOAT if "ConstantOfShape" in node.op_type else None
+            )
+        source = operand(node, 1 if op(node) in ("Where", "CastLike") else 0)
+        return self.dtype(source)
 
     def _declared(self, value: ir.Value) -> Shape | None:
         if value.shape is None:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finders of attention sites: one file per source form, each registered with the ops that anchor it.
+
+A matcher looks at one anchor node and returns a Candidate with its outcome (an AttentionSpec or a Refusal), or None where the node is
+no attention at all. It changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from faexport.spec import Candidate
+from faexport.understand.nodes import op
+
+if TYPE_CHECKING:
+    from faexport.pipeline import Options
+    from faexport.understand.shapes import Analysis
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a matcher may ask: the graph that the anchor is in, the analysis of the model, the user's options."""
+
+    graph: ir.Graph | ir.Function
+    analysis: Analysis
+    options: Options
+
+
+Matcher = Callable[[ir.Node, Context], Candidate | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Registration:
+    source: str
+    anchors: frozenset[str]
+    match: Matcher
+    min_opset: int
+    max_opset: int
+
+
+MATCHERS: list[Registration] = []
+
+
+def matcher(source: str, anchors: tuple[str, ...], min_opset: int = 1, max_opset: int = 10_000):
+    """Registers a matcher for nodes of these ops ("domain::name" outside ONNX's own) in models of this range of opsets."""
+
+    def register(function: Matcher) -> Matcher:
+        MATCHERS.append(Registration(source, frozenset(anchors), function, min_opset, max_opset))
+        return function
+
+    return register
+
+
+@functools.cache
+def load_matchers() -> None:
+    """Imports every file of this folder: each registers its matchers."""
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
+        importlib.import_module(f"{__name__}.{module}")
+
+
+def find_sites(graph: ir.Graph | ir.Function, context: Context) -> list[Candidate]:
+    """All sites of one graph (bodies nested in it not included), in graph order."""
+    load_matchers()
+    found = []
+    for node in graph:
+        for entry in MATCHERS:
+            if op(node) in entry.anchors and entry.min_opset <= context.analysis.opset <= entry.max_opset:
+                candidate = entry.match(node, context)
+                if candidate is not None:
+                    found.append(candidate)
+                    break
+    return found

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention written out: a product of queries and keys, scale, masks, Softmax, a product with the values, in any spelling.
+
+Anchored at the softmax (a node, or exp / sum). A softmax without both products is no attention and no site.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from faexport.match import Context, matcher
+from faexport.spec import AttentionSpec, Candidate, Fact, Mask, Refusal, ScoreShape
+from faexport.understand.dims import plain
+from faexport.understand.masking import understand
+from faexport.understand.nodes import live_users, name_of, op
+from faexport.understand.score_chain import Blocked, Scores, find_scores, letters, read_scores
+from faexport.understand.sinks import sinks_of
+from faexport.understand.softmax import Softmax, softmax_of
+from faexport.understand.structure import Structure, structure_of
+from faexport.understand.value_chain import Values, feeds_product, find_values
+from faexport.understand.views import View
+
+SOURCE = "softmax_core"
+
+
+@matcher(SOURCE, ("Softmax", "Div", "Mul"))
+def match(node: ir.Node, context: Context) -> Candidate | None:
+    a = context.analysis
+    softmax = softmax_of(node, a)
+    if softmax is None:
+        return None
+    candidate = Candidate(node, context.graph, SOURCE)
+    path = find_scores(softmax, a)
+    if isinstance(path, Blocked):
+        if not feeds_product(softmax.probabilities, a):
+            return None
+        candidate.outcome = Refusal(path.why, name_of(path.node or node))
+        return candidate
+    if path.product.labels.index("row") == softmax_axis_in_product(path, softmax, a):
+        path.product = path.product.swapped()
+    candidate.outcome = _understand(path, softmax, candidate, context)
+    return candidate
+
+
+def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:
+    """Which axis of the score product the softmax normalises over."""
+    scores = read_scores(path, softmax, a)
+    if isinstance(scores, Refusal) or softmax.axis >= len(scores.view.axes):
+        return None
+    atoms = scores.view.axes[softmax.axis]
+    return atoms[0].axis if len(atoms) == 1 else None
+
+
+def _understand(path, softmax: Softmax, candidate: Candidate, context: Context) -> AttentionSpec | Refusal:
+    a = context.analysis
+    scores = read_scores(path, softmax, a)
+    if isinstance(scores, Refusal):
+        return scores
+    if scores.view.axes[softmax.axis] != _column(scores, a):
+        return Refusal("the softmax does not run over the keys", name_of(softmax.node))
+    values = find_values(scores, softmax.probabilities, letters(path.product), a)
+    if isinstance(values, Refusal):
+        return values
+    refusal = _private(scores, values, softmax)
+    if refusal is not None:
+        return refusal
+    structure = structure_of(scores, values, a)
+    if isinstance(structure, Refusal):
+        return structure
+    return _spec(scores, values, structure, softmax, candidate, context)
+
+
+def _column(scores: Scores, a) -> tuple:
+    shape = a.shape(scores.product.node.outputs[0])
+    return View.whole(shape).axes[scores.product.labels.index("column")]
+
+
+def _private(scores: Scores, values: Values, softmax: Softmax) -> Refusal | None:
+    """The scores may be read by nothing else: they would be computed a second time, and outputs of the model may not go away."""
+    inside = {*scores.nodes, *values.nodes, *softmax.inner}
+    for node in (*scores.nodes, *softmax.inner):
+        for value in node.outputs:
+            if value.is_graph_output():
+                return Refusal("the attention scores are also an output of the model", name_of(node))
+            for user in live_users(value):
+                if user not in inside and value is not softmax.probabilities:
+                    return Refusal(f"the attention scores are used twice: also by {op(user)}", name_of(user))
+    return None
+
+
+def _spec(scores, values, structure: Structure, softmax, candidate: Candidate, context: Context) -> AttentionSpec | Refusal:
+    a = context.analysis
+    shape = a.shape(scores.product.node.outputs[0])
+    rows, columns = (shape[scores.product.labels.index(x)] for x in ("row", "column"))
+    query, key, value = structure.query, structure.key, structure.value
+    total = structure.heads
+    batch = None
+    for size in values.lead_sizes:
+        batch = size if batch is None else batch * size
+    batch = batch.divide(total) if batch is not None else None
+    score_shape = ScoreShape(
+        query.operand, key.operand, softmax.node, context.graph, plain(batch), total.const, plain(rows), plain(columns),
+        dtype=a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT, nan_guard=values.nan_guard,
+    )  # fmt: skip
+    terms = [*scores.terms, *values.terms]
+    mask = understand(terms, score_shape, context) if terms else Mask()
+    if isinstance(mask, Refusal):
+        return mask
+    output = structure.output
+    candidate.sizes.update(
+        batch_size=plain(batch), num_q_heads=plain(total), num_kv_heads=plain(key.heads), seqlen_q=plain(rows), seqlen_kv=plain(columns),
+        head_dim=query.operand.head_dim, head_dim_v=value.operand.head_dim,
+    )  # fmt: skip
+    sinks, sink_nodes = None, ()
+    if scores.sink is not None:
+        found = sinks_of(scores, total, a)
+        if isinstance(found, Refusal):
+            return found
+        sinks, sink_nodes = found
+    return AttentionSpec(
+        query.operand, key.operand, value.operand, output.value, output.layout, scores.scale * query.scale * key.scale,
+        replaces=values.product.node, head_dim=query.operand.head_dim, head_dim_v=value.operand.head_dim,
+        new_nodes=(*query.new_nodes, *key.new_nodes, *value.new_nodes, *sink_nodes), output_nodes=output.nodes,
+        mask=mask, softcap=scores.softcap, sinks=sinks, facts=_facts(structure, scores),
+    )  # fmt: skip
+
+
+def _facts(structure: Structure, scores: Scores) -> tuple[Fact, ...]:
+    facts = []
+    query, key = structure.query, structure.key
+    if key.heads != structure.heads:
+        facts.append(Fact(f"{structure.heads} query heads on {key.heads} kv heads"))
+    if query.operand.column_start is not None:
+        facts.append(Fact("packed QKV read in place"))
+    if scores.softcap:
+        facts.append(Fact(f"softcap {scores.softcap:g}"))
+    if scores.sink is not None:
+        facts.append(Fact("attention sinks"))
+    return tuple(facts)

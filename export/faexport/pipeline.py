@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ordered list of passes from a model to the rewritten model and its report. The only file that knows the order.
+
+normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) -> rewrite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TypeVar
+
+import onnx
+import onnx_ir as ir
+
+from faexport.match import Context, find_sites
+from faexport.report import Report, count_nodes
+from faexport.rewrite import Names, add_opset, rewrite_site
+from faexport.spec import DOMAIN, AttentionSpec, Candidate, Refusal
+from faexport.understand.nodes import graphs_of
+from faexport.understand.shapes import Analysis
+
+Model = TypeVar("Model", ir.Model, onnx.ModelProto, str, os.PathLike)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user may choose. The command line's options of the same names set them."""
+
+    assume_right_padding: bool = False  # a padding mask from an input masks a tail: it becomes lengths
+    fallback: bool = True  # carry the operator as a function of standard ops, so that the file runs without our library
+    dtype: ir.DataType | None = None  # run the attention core in this type; None keeps the model's
+    opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
+    sources: tuple[str, ...] = ()  # matchers to use; empty: all
+
+
+def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report]:  # noqa: B008 (frozen)
+    """Fuses all attention of `model` in place; the report tells every site, fused or refused."""
+    before = count_nodes(model)
+    candidates = examine(model, options)
+    names = Names(model)
+    for candidate in candidates:
+        if isinstance(candidate.outcome, AttentionSpec):
+            rewrite_site(candidate, names)
+            add_opset(model, _function_of(candidate, model))
+    report = Report.from_candidates(candidates, before, count_nodes(model))
+    return model, report
+
+
+def examine(model: ir.Model, options: Options = Options()) -> list[Candidate]:  # noqa: B008
+    """All sites with what was understood of them; nothing is changed."""
+    analysis = Analysis(model)
+    found = []
+    for graph in graphs_of(model):
+        for candidate in find_sites(graph, Context(graph, analysis, options)):
+            if not options.sources or candidate.source in options.sources:
+                found.append(candidate)
+    return found
+
+
+def _function_of(candidate: Candidate, model: ir.Model) -> ir.Graph | ir.Function:
+    graph = candidate.graph
+    while isinstance(graph, ir.Graph) and graph.parent_node is not None:
+        graph = graph.parent_node.graph
+    return graph

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the fused node of each understood site into the graph and removes what died by it. Called by pipeline.py.
+
+Attributes and inputs are those of docs/operator.md. Names and order stay stable: nodes are called after the node they replace.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from faexport.spec import DOMAIN, OP_TYPE, VERSION, Alignment, AttentionSpec, Candidate, EmptyRow, Layout, Operand
+from faexport.understand.nodes import name_of, subgraphs
+
+DEFAULT_LAYOUT = {3: Layout.BSH, 4: Layout.BHSD}
+
+
+class Names:
+    """Fresh names that no value or node of the model has."""
+
+    def __init__(self, model: ir.Model):
+        self.taken: set[str] = set()
+        for graph in (model.graph, *model.functions.values()):
+            self._collect(graph)
+
+    def _collect(self, graph: ir.Graph | ir.Function) -> None:
+        self.taken.update(v.name for v in graph.inputs if v.name)
+        if isinstance(graph, ir.Graph):
+            self.taken.update(graph.initializers)
+        for node in graph:
+            self.taken.add(node.name or "")
+            self.taken.update(v.name for v in node.outputs if v.name)
+            for body in subgraphs(node):
+                self._collect(body)
+
+    def fresh(self, base: str) -> str:
+        name, count = base, 0
+        while name in self.taken:
+            count += 1
+            name = f"{base}_{count}"
+        self.taken.add(name)
+        return name
+
+
+def fused_node(spec: AttentionSpec) -> ir.Node:
+    """The node for a spec, not yet in a graph; its first output stands for spec.output."""
+    optional = {
+        "attn_mask": spec.mask.attn_mask, "attn_bias": spec.mask.attn_bias, "past_key": spec.past_key, "past_value": spec.past_value,
+        "nonpad_kv_seqlen": spec.mask.kv_lengths, "query_offset": spec.mask.query_offset, "alibi_slopes": spec.mask.alibi_slopes,
+        "sinks": spec.sinks,
+    }  # fmt: skip
+    given = {name: value for name, value in optional.items() if value is not None}
+    wanted = {"present_key": spec.present_key, "present_value": spec.present_value, "lse": spec.lse}
+    extra = [name for name, value in wanted.items() if value is not None]
+    inputs = [spec.query.value, spec.key.value, spec.value.value, *given.values()]
+    attributes = _attributes(spec)
+    if given:
+        attributes["optional_inputs"] = ",".join(given)
+    if extra:
+        attributes["optional_outputs"] = ",".join(extra)
+    return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, num_outputs=1 + len(extra))
+
+
+def _attributes(spec: AttentionSpec) -> dict:
+    attributes: dict = {"scale": float(spec.softmax_scale)}
+    if spec.query.layout == Layout.BSH:
+        attributes["q_num_heads"] = spec.query.heads
+    if Layout.BSH in (spec.key.layout, spec.value.layout):
+        attributes["kv_num_heads"] = spec.key.heads or spec.value.heads
+    mask = spec.mask
+    if mask.window_right == 0:
+        attributes["is_causal"] = 1
+    elif mask.window_right > 0:
+        attributes["right_window_size"] = mask.window_right
+    if mask.window_left >= 0:
+        attributes["left_window_size"] = mask.window_left
+    if spec.softcap:
+        attributes["softcap"] = float(spec.softcap)
+    if mask.alignment != Alignment.ONNX:
+        attributes["alignment"] = str(mask.alignment)
+    if mask.empty_row != EmptyRow.ZERO:
+        attributes["empty_row"] = str(mask.empty_row)
+    attributes |= _layouts(spec)
+    if spec.query.column_start is not None:
+        operands = (spec.query, spec.key, spec.value)
+        attributes["packed_columns"] = [n for o in operands for n in (o.column_start, o.column_stride)]
+        attributes["head_dim"] = spec.query.head_dim
+        attributes["head_dim_v"] = spec.value.head_dim
+    return attributes
+
+
+def _layouts(spec: AttentionSpec) -> dict:
+    """Layouts that differ from what the operator takes by default."""
+
+    def default(operand: Operand) -> bool:
+        return operand.layout in (Layout.BHSD, Layout.BSH)
+
+    named = {"query_layout": spec.query, "key_layout": spec.key, "value_layout": spec.value}
+    attributes = {name: str(operand.layout) for name, operand in named.items() if not default(operand)}
+    if spec.output_layout != spec.query.layout:
+        attributes["output_layout"] = str(spec.output_layout)
+    return attributes
+
+
+def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
+    """Inserts the fused node of a candidate whose outcome is a spec, and removes the nodes that nothing needs any more."""
+    spec: AttentionSpec = candidate.outcome
+    node = fused_node(spec)
+    anchor = spec.replaces or candidate.anchor
+    node.name = names.fresh(f"{name_of(anchor)}_{OP_TYPE}")
+    new = [*spec.new_nodes, *spec.mask.new_nodes, node]
+    result = node.outputs[0]
+    old = [spec.output, spec.present_key, spec.present_value, spec.lse]
+    outputs = list(node.outputs)
+    if spec.output_nodes:
+        result.name, result.dtype = names.fresh(f"{node.name}_output"), spec.output.dtype
+        spec.output_nodes[0].replace_input_with(0, result)
+        new += spec.output_nodes
+        outputs[0] = spec.output_nodes[-1].outputs[0]
+    for extra in new:
+        _name(extra, node.name, names)
+    owner = anchor.graph
+    owner.insert_before(anchor, new)
+    replaced = [v for v in old if v is not None]
+    for value, fresh in zip(replaced, outputs, strict=True):
+        take_over(value, fresh)
+    remove_dead([v.producer() for v in replaced])
+    return node
+
+
+def _name(node: ir.Node, base: str, names: Names) -> None:
+    if not node.name:
+        node.name = names.fresh(f"{base}_{node.op_type}")
+    for i, value in enumerate(node.outputs):
+        if not value.name:
+            value.name = names.fresh(f"{node.name}_output" if i == 0 else f"{node.name}_output_{i}")
+
+
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """`new` takes the place, name and type of `old`; where that was an output of the graph, the graph's interface stays."""
+    new.shape, new.type = old.shape, old.type
+    new.metadata_props.update(old.metadata_props)
+    new.doc_string = old.doc_string
+    name = old.name
+    if name:
+        old.name = f"{name}_replaced"
+        new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def remove_dead(roots: list[ir.Node | None]) -> None:
+    """Removes nodes without users, starting at these and going on with those that fed them; weights that only they read go too."""
+    pending = [n for n in roots if n is not None]
+    while pending:
+        node = pending.pop()
+        if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+            continue
+        inputs = [v for v in node.inputs if v is not None]
+        captured = [v for body in subgraphs(node) for inner in body for v in inner.inputs if v is not None]
+        node.graph.remove(node, safe=True)
+        for value in dict.fromkeys([*inputs, *captured]):
+            if value.producer() is not None:
+                pending.append(value.producer())
+            elif value.is_initializer() and not (value.uses() or value.is_graph_input() or value.is_graph_output()):
+                value.graph.initializers.pop(value.name)
+
+
+def add_opset(model: ir.Model, graph: ir.Graph | ir.Function) -> None:
+    model.opset_imports[DOMAIN] = VERSION
+    if isinstance(graph, ir.Function):
+        graph.opset_imports[DOMAIN] = VERSION

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output of a site: follows the product with the values through Transposes and Reshapes to the last tensor of a known layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from faexport.spec import Layout, Refusal
+from faexport.understand import view_ops
+from faexport.understand.dims import Dim, product
+from faexport.understand.nodes import live_users, name_of, op
+from faexport.understand.score_chain import RESHAPES
+from faexport.understand.surgery import Builder
+from faexport.understand.views import Atom, View, merged
+
+if TYPE_CHECKING:
+    from faexport.understand.shapes import Analysis
+    from faexport.understand.value_chain import Values
+
+ONE = Dim.of(1)
+MAX_CHAIN = 8
+ORDERS = {Layout.BHSD: ((0,), (1,), (2,), (3,)), Layout.BSHD: ((0,), (2,), (1,), (3,)), Layout.BSH: ((0,), (2,), (1, 3))}
+
+
+@dataclasses.dataclass
+class Output:
+    value: ir.Value  # what the fused node (and `nodes` behind it) replaces
+    layout: Layout
+    nodes: tuple[ir.Node, ...] = ()
+    entry: ir.Value | None = None  # stands for the fused node's output in the first of `nodes`
+
+
+def read_output(values: Values, heads: Dim, dtype: ir.DataType | None, a: Analysis) -> Output | Refusal:
+    """The furthest tensor behind the product that is the whole output in one of the layouts."""
+    y = values.product.node.outputs[0]
+    shape = a.shape(y)
+    refusal = Refusal("the output's shape is not understood", name_of(values.product.node))
+    if shape is None:
+        return refusal
+    total = product(values.lead_sizes)
+    batch = total.divide(heads)
+    if batch is None:
+        return refusal
+    labels = values.product.labels
+    sizes = (batch, heads, shape[labels.index("row")], shape[labels.index("column")])
+    view = View.whole(sizes).reshape((*values.lead_sizes, *sizes[2:]))
+    if view is None:
+        return refusal
+    order = [*values.product.leads, "row", "column"]
+    view = view.transpose([order.index(x) for x in labels])
+    found = _furthest(y, view, sizes, dtype, a)
+    return found or _rebuilt(y, labels, sizes, dtype, a) or refusal
+
+
+def _furthest(value: ir.Value, view: View, sizes, dtype, a: Analysis) -> Output | None:
+    found: Output | None = None
+    for _ in range(MAX_CHAIN):
+        layout = _layout_of(view, sizes)
+        if layout is not None and a.dtype(value) in (dtype, None):
+            found = Output(value, layout)
+        users = live_users(value)
+        if value.is_graph_output() or len(users) != 1 or users[0].inputs[0] is not value:
+            break
+        node = users[0]
+        if op(node) == "Cast" and dtype is not None:
+            next_view = view
+        elif op(node) in (*RESHAPES, "Identity"):
+            next_view = view_ops.apply(node.outputs[0], view, a)
+        else:
+            break
+        if next_view is None:
+            break
+        value, view = node.outputs[0], next_view
+    return found
+
+
+def _layout_of(view: View, sizes) -> Layout | None:
+    for layout, order in ORDERS.items():
+        if len(order) != len(view.axes) or (layout == Layout.BSH and sizes[1].const is None):
+            continue
+        wanted = [tuple(Atom(i, ONE, sizes[i]) for i in group if sizes[i] != 1) for group in order]
+        if [merged(axis) for axis in view.axes] == wanted:
+            return layout
+    return None
+
+
+def _rebuilt(value: ir.Value, labels: tuple[str, ...], sizes, dtype, a: Analysis) -> Output | None:
+    """The product's own output, made from the fused node's by new nodes."""
+    leads = len(labels) - 2
+    entry = ir.Value(name=None, type=value.type)
+    build = Builder(a.opset)
+    current, layout = entry, Layout.BHSD
+    order = [x for x in labels if x not in ("row", "column")] + ["row", "column"]
+    if leads <= 1 and sizes[1] == 1:
+        layout = Layout.BSH
+        current = build.squeeze(current, 0) if leads == 0 else current
+    elif leads == 1:
+        current = build.merge_first_axes(current)
+    elif leads > 2:
+        shape = [d.const for d in a.shape(value)]
+        dims = [shape[labels.index(x)] for x in order]
+        if dims.count(None) > 1:
+            return None
+        current = build.reshape(current, [-1 if d is None else d for d in dims])
+    current = build.transpose(current, [order.index(x) for x in labels])
+    own = a.dtype(value)
+    if dtype is not None and own is not None and own != dtype:
+        current = build.add("Cast", [current], own, to=int(own))
+    return Output(value, layout, tuple(build.nodes), entry if build.nodes else None)

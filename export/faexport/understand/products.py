@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products in every spelling (MatMul, Einsum, Gemm, com.microsoft FusedMatMul) as one thing: labelled axes.
+
+A label stands for one index of the product: leading labels (batch, heads), "row" and "column" of the result, "sum" for the contraction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from faexport.understand.nodes import attribute, op, operand
+
+if TYPE_CHECKING:
+    from faexport.understand.shapes import Analysis
+
+PRODUCT_OPS = ("MatMul", "Einsum", "Gemm", "com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """One operand of a product: its value and the label of each axis. A leading label that it lacks is broadcast."""
+
+    value: ir.Value
+    labels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    node: ir.Node
+    left: Factor  # has "row" and "sum"
+    right: Factor  # has "column" and "sum"
+    labels: tuple[str, ...]  # of the result
+    scale: float = 1.0
+
+    @property
+    def leads(self) -> tuple[str, ...]:
+        return tuple(label for label in self.labels if label not in ("row", "column"))
+
+    def swapped(self) -> Product:
+        """The same product with left and right (row and column) exchanged."""
+        names = {"row": "column", "column": "row"}
+
+        def rename(labels):
+            return tuple(names.get(x, x) for x in labels)
+
+        left, right = (Factor(f.value, rename(f.labels)) for f in (self.right, self.left))
+        return dataclasses.replace(self, left=left, right=right, labels=rename(self.labels))
+
+
+def product_of(node: ir.Node, a: Analysis) -> Product | None:
+    """`node` as a product, or None where it is none or its ranks are unknown."""
+    name = op(node)
+    if name == "MatMul":
+        return _matmul(node, a, False, False, 1.0)
+    if name in ("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul"):
+        if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
+            return None
+        flags = (bool(attribute(node, n, 0)) for n in ("transA", "transB"))
+        return _matmul(node, a, *flags, attribute(node, "alpha", 1.0))
+    if name == "Gemm":
+        bias = operand(node, 2)
+        if bias is not None and attribute(node, "beta", 1.0) != 0.0 and a.scalar(bias) != 0.0:
+            return None
+        flags = (bool(attribute(node, n, 0)) for n in ("transA", "transB"))
+        return _matmul(node, a, *flags, attribute(node, "alpha", 1.0))
+    return _einsum(node, a) if name == "Einsum" else None
+
+
+def _matmul(node: ir.Node, a: Analysis, trans_left: bool, trans_right: bool, scale: float) -> Product | None:
+    left, right = node.inputs[0], node.inputs[1]
+    ranks = a.rank(left), a.rank(right)
+    if None in ranks or min(ranks) < 2:
+        return None
+    leads = tuple(f"lead{i}" for i in range(max(ranks) - 2))
+    rows = ("sum", "row") if trans_left else ("row", "sum")
+    columns = ("column", "sum") if trans_right else ("sum", "column")
+    x = Factor(left, leads[len(leads) - ranks[0] + 2 :] + rows)
+    y = Factor(right, leads[len(leads) - ranks[1] + 2 :] + columns)
+    return Product(node, x, y, (*leads, "row", "column"), scale)
+
+
+def _einsum(node: ir.Node, a: Analysis) -> Product | None:
+    equation = attribute(node, "equation", "").replace(" ", "")
+    if len(node.inputs) != 2 or "->" not in equation or "." in equation:
+        return None
+    inputs, out = equation.split("->")
+    left, right = inputs.split(",")
+    if any(len(set(part)) != len(part) for part in (left, right, out)):
+        return None
+    summed = [x for x in left if x in right and x not in out]
+    alone = [x for x in left + right if x not in out and x not in summed]
+    rows = [x for x in out if x in left and x not in right]
+    columns = [x for x in out if x in right and x not in left]
+    if len(summed) != 1 or alone or not rows or not columns:
+        return None
+    # Of several axes that one side alone has, the last is row or column; the others are heads or batch that the other side shares.
+    names = {summed[0]: "sum", rows[-1]: "row", columns[-1]: "column"}
+    names |= {x: f"lead{i}" for i, x in enumerate(x for x in out if x not in names)}
+    labels = [tuple(names[x] for x in part) for part in (left, right, out)]
+    return Product(node, Factor(node.inputs[0], labels[0]), Factor(node.inputs[1], labels[1]), labels[2])
