@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The creator and the library's only two exports, which TensorRT's loadLibrary looks up. Fields are validated here, once: a
 // plugin object that exists is a node that the operator accepts.
+#include <cstdio>
 #include <exception>
 #include <memory>
 #include <string>
@@ -22,14 +23,15 @@ class FlashAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
   nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
                                     nvinfer1::TensorRTPhase /*phase*/) noexcept override {
     try {
+      const std::string node_name = name ? name : "";
       PluginState state;
       plugin::Node node;
       Status status = read_fields(fields, &state);
       if (status.ok()) status = plugin::make_node(state.attributes, &node);
-      if (status.ok()) return std::make_unique<FlashAttentionPlugin>(std::move(node), std::move(state)).release();
-      log_error("node '" + std::string(name ? name : "") + "'", status.sentence);
+      if (status.ok()) return std::make_unique<FlashAttentionPlugin>(node_name, std::move(node), std::move(state)).release();
+      log_error(node_name, status.sentence);
     } catch (const std::exception& error) {
-      log_error("createPlugin", error.what());
+      std::fprintf(stderr, "[faplugin] %s createPlugin: %s\n", kPluginName, error.what());
     }
     return nullptr;
   }

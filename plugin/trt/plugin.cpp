@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plugin's methods: TensorRT's descriptors into the tensors of bind.h, statuses into return codes and a line on the log. All
-// shape and convention logic is bind.h's and output_shape.h's. Nothing is thrown to TensorRT: guarded() catches what the binding
-// may throw (std::bad_alloc).
+// shape and convention logic is bind.h's and output_shape.h's. Nothing is thrown to TensorRT.
 #include "plugin.h"
 
 #include <cstdio>
@@ -23,22 +22,9 @@ using nvinfer1::IDimensionExpr;
 using nvinfer1::PluginTensorDesc;
 
 constexpr int32_t kSuccess = 0;
-constexpr int32_t kFailure = -1;
+constexpr int32_t kFailure = -1;  // TensorRT asks for no more than non-zero
 
 Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
-
-/// Runs a method's body; 0, or -1 after a line on the log.
-template <class Body>
-int32_t guarded(const char* where, Body body) noexcept {
-  try {
-    const Status status = body();
-    if (status.ok()) return kSuccess;
-    log_error(where, status.sentence);
-  } catch (const std::exception& error) {
-    log_error(where, error.what());
-  }
-  return kFailure;
-}
 
 /// output_shape.h's arithmetic on TensorRT's symbolic dimensions. A missing operand, of an input of too low a rank, gives null.
 struct ExpressionAlgebra {
@@ -64,12 +50,27 @@ Status write_shape(const plugin::Shape<const IDimensionExpr*>& shape, plugin::Ou
 
 }  // namespace
 
-void log_error(const std::string& where, const std::string& sentence) noexcept {
-  std::fprintf(stderr, "[faplugin] %s %s: %s\n", kPluginName, where.c_str(), sentence.c_str());
+void log_error(const std::string& node_name, const std::string& sentence) noexcept {
+  std::fprintf(stderr, "[faplugin] %s '%s': %s\n", kPluginName, node_name.c_str(), sentence.c_str());
 }
 
-FlashAttentionPlugin::FlashAttentionPlugin(plugin::Node node, PluginState state)
-    : node_(std::move(node)), state_(std::move(state)), description_(describe(state_.attributes)) {}
+template <class Body>
+int32_t FlashAttentionPlugin::guarded(const char* method, Body body) const noexcept {
+  try {
+    const Status status = body();
+    if (status.ok()) return kSuccess;
+    log_error(node_name_, std::string(method) + ": " + status.sentence);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "[faplugin] %s %s: %s\n", kPluginName, method, error.what());
+  }
+  return kFailure;
+}
+
+FlashAttentionPlugin::FlashAttentionPlugin(std::string node_name, plugin::Node node, PluginState state)
+    : node_name_(std::move(node_name)),
+      node_(std::move(node)),
+      state_(std::move(state)),
+      description_(describe(state_.attributes)) {}
 
 nvinfer1::IPluginCapability* FlashAttentionPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
   switch (type) {  // static_cast: each base stands at an offset of its own
@@ -84,14 +85,13 @@ nvinfer1::IPluginCapability* FlashAttentionPlugin::getCapabilityInterface(nvinfe
 }
 
 nvinfer1::IPluginV3* FlashAttentionPlugin::clone() noexcept {
-  try {
-    auto copy = std::make_unique<FlashAttentionPlugin>(node_, state_);
+  std::unique_ptr<FlashAttentionPlugin> copy;
+  guarded("clone", [&]() -> Status {
+    copy = std::make_unique<FlashAttentionPlugin>(node_name_, node_, state_);
     copy->tactic_ = tactic_;
-    return copy.release();
-  } catch (const std::exception& error) {
-    log_error("clone", error.what());
-    return nullptr;
-  }
+    return {};
+  });
+  return copy.release();
 }
 
 Status FlashAttentionPlugin::check_counts(int32_t num_inputs, int32_t num_outputs) const {
@@ -176,9 +176,11 @@ int32_t FlashAttentionPlugin::configurePlugin(const DynamicPluginTensorDesc* in,
                                               const DynamicPluginTensorDesc* /*out*/, int32_t num_outputs) noexcept {
   return guarded("configurePlugin", [&]() -> Status {
     if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
-    plugin::Problem problem;
-    if (Status status = bind_at(node_, in, &DynamicPluginTensorDesc::opt, &problem); !status.ok()) return status;
-    if (Status status = bind_at(node_, in, &DynamicPluginTensorDesc::max, &problem); !status.ok()) return status;
+    for (Dims DynamicPluginTensorDesc::* corner : {&DynamicPluginTensorDesc::opt, &DynamicPluginTensorDesc::max}) {
+      plugin::Problem problem;
+      if (Status status = bind_at(node_, in, corner, &problem); !status.ok()) return status;
+      if (Status status = validate(problem.params); !status.ok()) return status;
+    }
     DeviceInfo device;
     if (query_cuda_device(&device).ok()) state_.planned_num_sms = device.num_sms;
     return {};
@@ -231,6 +233,7 @@ int32_t FlashAttentionPlugin::onShapeChange(const PluginTensorDesc* in, int32_t 
     if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
     plugin::Problem problem;
     if (Status status = bind_now(node_, in, nullptr, &problem); !status.ok()) return status;
+    if (Status status = validate(problem.params); !status.ok()) return status;
     if (Status status = check_outputs(problem, out); !status.ok()) return status;
     device_ = {};
     const Status no_device = planned_device(&device_);  // enqueue says so where it is needed
@@ -264,14 +267,12 @@ nvinfer1::IPluginV3* FlashAttentionPlugin::attachToContext(nvinfer1::IPluginReso
 }
 
 const nvinfer1::PluginFieldCollection* FlashAttentionPlugin::getFieldsToSerialize() noexcept {
-  try {
+  const int32_t result = guarded("getFieldsToSerialize", [&]() -> Status {
     serialized_ = write_fields(state_);
     serialized_collection_ = {static_cast<int32_t>(serialized_.size()), serialized_.data()};
-    return &serialized_collection_;
-  } catch (const std::exception& error) {
-    log_error("getFieldsToSerialize", error.what());
-    return nullptr;
-  }
+    return {};
+  });
+  return result == kSuccess ? &serialized_collection_ : nullptr;
 }
 
 }  // namespace fa::trt

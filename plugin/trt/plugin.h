@@ -18,8 +18,8 @@ inline constexpr const char* kPluginName = "FlashAttention";
 inline constexpr const char* kPluginVersion = "1";
 inline constexpr const char* kPluginNamespace = "";
 
-/// Writes one line to stderr: "[faplugin] FlashAttention <where>: <sentence>".
-void log_error(const std::string& where, const std::string& sentence) noexcept;
+/// Writes one line to stderr: "[faplugin] FlashAttention 'node': sentence".
+void log_error(const std::string& node_name, const std::string& sentence) noexcept;
 
 /// One node. TensorRT clones it freely: an object per network, per format tried, per execution context. Objects share nothing.
 class FlashAttentionPlugin final : public nvinfer1::IPluginV3,
@@ -27,8 +27,8 @@ class FlashAttentionPlugin final : public nvinfer1::IPluginV3,
                                    public nvinfer1::IPluginV3OneBuild,
                                    public nvinfer1::IPluginV3OneRuntime {
  public:
-  /// `node` is made from state.attributes. May throw std::bad_alloc.
-  FlashAttentionPlugin(plugin::Node node, PluginState state);
+  /// `node_name` is for the log; `node` is made from state.attributes. May throw std::bad_alloc.
+  FlashAttentionPlugin(std::string node_name, plugin::Node node, PluginState state);
   FlashAttentionPlugin(const FlashAttentionPlugin&) = delete;
   FlashAttentionPlugin& operator=(const FlashAttentionPlugin&) = delete;
 
@@ -64,10 +64,14 @@ class FlashAttentionPlugin final : public nvinfer1::IPluginV3,
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
  private:
+  /// Runs a method's body: 0, or -1 after a line on the log. Catches what the binding may throw (std::bad_alloc).
+  template <class Body>
+  int32_t guarded(const char* method, Body body) const noexcept;
   Status check_counts(int32_t num_inputs, int32_t num_outputs) const;
   Status check_outputs(const plugin::Problem& problem, const nvinfer1::PluginTensorDesc* out) const;
   Status planned_device(DeviceInfo* device) const;
 
+  const std::string node_name_;
   const plugin::Node node_;
   PluginState state_;
   const std::string description_;

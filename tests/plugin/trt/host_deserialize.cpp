@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a runtime does before the first enqueue: createPlugin from serialised fields, setTactic, attachToContext, onShapeChange.
+// No GPU.
+#include "host.h"
+
+namespace host {
+namespace {
+
+using nvinfer1::PluginTensorDesc;
+
+FieldSet fields_of(const Plugin& plugin, Report& report, const std::string& what) {
+  const nvinfer1::PluginFieldCollection* fields = plugin ? plugin.runtime->getFieldsToSerialize() : nullptr;
+  return report.check(fields != nullptr, what) ? FieldSet(*fields) : FieldSet();
+}
+
+void change_shapes(const Plugin& context, const Case& node, Report& report) {
+  for (size_t binding = 0; binding < node.num_bindings(); ++binding) {
+    const std::vector<PluginTensorDesc> in = describe(node.inputs, binding), out = describe(node.outputs, binding);
+    const int32_t num_inputs = static_cast<int32_t>(in.size()), num_outputs = static_cast<int32_t>(out.size());
+    const auto on_shape_change = [&](const std::vector<PluginTensorDesc>& inputs, const std::vector<PluginTensorDesc>& outputs) {
+      return context.runtime->onShapeChange(inputs.data(), num_inputs, outputs.data(), num_outputs);
+    };
+    report.check(on_shape_change(in, out) == 0, node.id + ": onShapeChange");
+    std::vector<PluginTensorDesc> wrong = out;
+    wrong[0].dims.d[1] += 1;
+    report.check(on_shape_change(in, wrong) != 0, node.id + ": onShapeChange refuses a wrong output shape");
+    wrong = in;
+    wrong[1].dims.d[0] += 1;
+    report.check(on_shape_change(wrong, out) != 0, node.id + ": onShapeChange refuses a key of another batch size");
+    wrong = in;
+    wrong[2].dims.d[0] = -1;
+    report.check(on_shape_change(wrong, out) != 0, node.id + ": onShapeChange refuses an unknown size");
+  }
+}
+
+}  // namespace
+
+void drive_deserialization(const Source& source, const Case& node, Serialized& serialized, Report& report) {
+  FieldSet copy(*serialized.fields.get());
+  auto plugin =
+      std::make_unique<Plugin>(source.creator->createPlugin(node.id.c_str(), copy.get(), nvinfer1::TensorRTPhase::kRUNTIME),
+                               report, node.id + ": createPlugin from serialised fields");
+  copy.wipe();
+  if (!*plugin) return;
+  report.check(plugin->runtime->setTactic(0) == 0, node.id + ": setTactic after deserialisation");
+  report.check(fields_of(*plugin, report, node.id + ": fields of the re-created plugin") == serialized.fields,
+               node.id + ": serialised again, the fields are equal");
+  report.check(plugin->build->getNbOutputs() == static_cast<int32_t>(node.outputs.size()),
+               node.id + ": re-created, getNbOutputs");
+  Plugin first(plugin->runtime->attachToContext(nullptr), report, node.id + ": first context");
+  Plugin second(plugin->runtime->attachToContext(nullptr), report, node.id + ": second context");
+  plugin.reset();  // contexts outlive what they were attached from
+  if (!first || !second) return;
+  report.check(first.get() != second.get(), node.id + ": contexts are objects of their own");
+  change_shapes(first, node, report);
+  change_shapes(second, node, report);
+  report.check(fields_of(second, report, node.id + ": fields of a context") == serialized.fields,
+               node.id + ": a context's fields are equal");
+}
+
+}  // namespace host
