@@ -37,10 +37,12 @@ void read(const OrtShapeInferContext* context, const char* name, OrtOpAttrType t
     T given = {};
     if (Ort::Status s{api.ReadOpAttr(attribute, type, &given, sizeof(T), &bytes)}; s.IsOK()) *value = given;
   } else {
-    // NOTE: asked with no buffer for the size of a string, 1.18 says 0. The longest list of names has 170 characters.
+    // NOTE: the longest list of names has 170 characters. 1.18 counts a string's NUL, later versions don't.
     T given(1024, typename T::value_type{});
     if (Ort::Status s{api.ReadOpAttr(attribute, type, given.data(), given.size() * sizeof(given[0]), &bytes)}; !s.IsOK()) return;
     given.resize(bytes / sizeof(given[0]));
+    if constexpr (std::is_same_v<T, std::string>)
+      if (!given.empty() && given.back() == '\0') given.pop_back();
     *value = given;
   }
 }

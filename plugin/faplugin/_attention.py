@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention() and explain(): the operator on arrays. Names and meanings are those of docs/operator.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ._frameworks import current_stream, empty, readable
+from ._library import native
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    attn_mask: Any = None,
+    attn_bias: Any = None,
+    past_key: Any = None,
+    past_value: Any = None,
+    nonpad_kv_seqlen: Any = None,
+    query_lengths: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_kv: Any = None,
+    query_offset: Any = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_num_heads: int = 0,
+    kv_num_heads: int = 0,
+    scale: float = 0.0,
+    is_causal: bool = False,
+    left_window_size: int = -1,
+    right_window_size: int = -1,
+    softcap: float = 0.0,
+    alignment: str = "onnx",
+    empty_row: str = "zero",
+    query_layout: str = "",
+    key_layout: str = "",
+    value_layout: str = "",
+    output_layout: str = "",
+    packed_columns: Sequence[int] = (),
+    head_dim: int = 0,
+    head_dim_v: int = 0,
+    return_present: bool = False,
+    return_lse: bool = False,
+    out: Mapping[str, Any] | None = None,
+    stream: int | None = None,
+    kernel: str = "",
+    num_threads: int = 0,
+) -> Any:
+    """softmax(softcap(scale · Q Kᵀ) + bias, masked) V, without the matrix of scores in memory.
+
+    Arrays are NumPy's or anything with `__dlpack__` (PyTorch, CuPy, …), all on one device and read in place; a stride is fine on
+    any axis but the last. On CUDA the work is enqueued and not waited for.
+
+    Args:
+        query: float32, float16 or bfloat16, [B, H_q, S_q, D] (layout BHSD), [B, S_q, H_q, D] (BSHD) or [B, S_q, H_q·D] (BSH).
+        key: likewise with H_kv heads and S_kv rows; H_q is a multiple of H_kv.
+        value: likewise, head size D_v.
+        attn_mask: bool (True = attend) or float (added), broadcastable to [B, H_q, S_q, S_kv].
+        attn_bias: float, added after softcap, broadcastable likewise.
+        past_key: [B, H_kv, P, D], rows in front of key.
+        past_value: [B, H_kv, P, D_v], rows in front of value.
+        nonpad_kv_seqlen: int64 or int32 [B], keys in use.
+        query_lengths: int64 or int32 [B], query rows in use.
+        cu_seqlens_q: int32 [sequences + 1], packed sequences of query rows.
+        cu_seqlens_kv: int32 [sequences + 1], packed sequences of keys.
+        query_offset: int64 or int32 [1] or [B], position of the first query among the keys.
+        alibi_slopes: float32 [H_q] or [B, H_q].
+        sinks: float32 [H_q], a logit without a value in each row's softmax.
+        q_num_heads: needed for layout BSH.
+        kv_num_heads: needed for layout BSH.
+        scale: multiplies Q Kᵀ; 0 stands for 1/√D.
+        is_causal: key j is visible to query position p when j <= p.
+        left_window_size: keys visible before the own position, -1 unbounded.
+        right_window_size: keys visible after it, -1 unbounded.
+        softcap: scores become softcap · tanh(score / softcap); 0 is none.
+        alignment: position of the first query: "onnx", "top_left" or "bottom_right".
+        empty_row: output of a row that attends no key: "zero", or "mean" of all values.
+        query_layout: "BHSD", "BSHD" or "BSH"; empty: by rank.
+        key_layout: as query_layout.
+        value_layout: as query_layout.
+        output_layout: as query_layout; empty: the query's.
+        packed_columns: q_start, q_stride, k_start, k_stride, v_start, v_stride in 3-D inputs.
+        head_dim: needed with packed_columns.
+        head_dim_v: with packed_columns, where it differs from head_dim.
+        return_present: also return present_key and present_value, [B, H_kv, P + S, D] and [B, H_kv, P + S, D_v].
+        return_lse: also return the natural log-sum-exp of the masked scores, float32 [B, H_q, S_q].
+        out: memory for results by name ("output", "present_key", "present_value", "lse"), row-major.
+        stream: CUDA stream as an integer; None: the framework's current one.
+        kernel: forces a kernel by its name in explain().
+        num_threads: threads on the CPU; 0: all.
+
+    Returns:
+        The output, an array of the query's framework (NumPy's for unknown ones on the CPU); with return_present or return_lse a
+        tuple (output, present_key, present_value, lse) of what was asked for.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value; the sentence names it.
+        TypeError: an argument is no array, or of an unknown dtype.
+        RuntimeError: no kernel can run this, or CUDA failed.
+    """
+    arguments = dict(locals())
+    stream = current_stream(query) if stream is None else stream
+    plan = _plan(arguments, stream)
+    out = out or {}
+    outputs = [
+        out[name] if name in out else empty(query, tuple(shape), dtype, plan.device, stream)
+        for name, shape, dtype in plan.outputs
+    ]
+    num_bytes = plan.workspace_bytes(kernel)
+    # int32, because not every framework has DLPack for bytes
+    workspace = empty(query, ((num_bytes + 3) // 4,), "int32", plan.device, stream) if num_bytes else None
+    plan.run([readable(array) for array in outputs], workspace, kernel, num_threads)
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: Any) -> str:
+    """Which kernel would run, and why: its name first, then a line for each kernel of the table.
+
+    Args:
+        query: an array, or (shape, dtype name) where there is none, e.g. ((1, 16, 4096, 128), "float16").
+        key: likewise.
+        value: likewise.
+        device: "cpu", "cuda" (the current GPU), or "sm_80", "sm_86", "sm_89", "sm_90" for a GPU that needs not be there;
+            empty: where query is, the CPU for specifications.
+        **arguments: as of attention(), arrays or specifications.
+
+    Raises:
+        ValueError, TypeError: as attention().
+    """
+    return _plan({"query": query, "key": key, "value": value, **arguments}, 0).explain(device)
+
+
+_OPTIONAL_INPUTS = (
+    "attn_mask", "attn_bias", "past_key", "past_value", "nonpad_kv_seqlen", "query_lengths", "cu_seqlens_q", "cu_seqlens_kv",
+    "query_offset", "alibi_slopes", "sinks",
+)  # fmt: skip
+_NOT_ATTRIBUTES = {"query", "key", "value", "return_present", "return_lse", "out", "stream", "kernel", "num_threads"}
+
+
+def _plan(arguments: dict[str, Any], stream: int) -> Any:
+    """A call bound to its inputs. The names of the operator's inputs and attributes are checked by the native module."""
+    given = [name for name in _OPTIONAL_INPUTS if arguments.get(name) is not None]
+    outputs = ["present_key", "present_value"] if arguments.get("return_present") else []
+    outputs += ["lse"] if arguments.get("return_lse") else []
+    attributes = {name: x for name, x in arguments.items() if name not in _NOT_ATTRIBUTES and name not in _OPTIONAL_INPUTS}
+    attributes["packed_columns"] = list(attributes.get("packed_columns", ()))
+    attributes |= {"optional_inputs": ",".join(given), "optional_outputs": ",".join(outputs)}
+    arrays = [readable(arguments[name]) for name in ("query", "key", "value", *given)]
+    return native().Plan(attributes, arrays, stream)

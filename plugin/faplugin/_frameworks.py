@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of an array's own framework: memory for results, and the stream it works on. No framework is imported here."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import numpy as np
+
+
+def framework_of(array: Any) -> str:
+    """The top package of an array's type: "numpy", "torch", "cupy", …"""
+    return type(array).__module__.partition(".")[0]
+
+
+def readable(array: Any) -> Any:
+    """The array in a form that hands out its memory: a PyTorch tensor leaves its autograd graph."""
+    return array.detach() if framework_of(array) == "torch" else array
+
+
+def current_stream(array: Any) -> int:
+    """The CUDA stream on which the array's framework works now, as an integer; 0 on the CPU and where it is unknown."""
+    framework = framework_of(array)
+    if framework == "torch" and array.is_cuda:
+        return sys.modules["torch"].cuda.current_stream(array.device).cuda_stream
+    if framework == "cupy":
+        return sys.modules["cupy"].cuda.get_current_stream().ptr
+    return 0
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: str, device: str, stream: int) -> Any:
+    """Uninitialised memory from the framework of `like`, on its device, for use on `stream`.
+
+    Raises:
+        TypeError: the framework is not known and the array is not on the CPU.
+    """
+    framework = framework_of(like)
+    if framework == "torch":
+        torch = sys.modules["torch"]
+        other = device == "cuda" and stream != current_stream(like)
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, like.device)) if other else contextlib.nullcontext():
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    if framework == "cupy":
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(like.device.id):
+            return cupy.empty(shape, dtype=dtype)
+    if device != "cpu":
+        raise TypeError(f"results can't be allocated as arrays of {framework}; give them with out=")
+    return np.empty(shape, like.dtype if dtype == str(like.dtype) else dtype)

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+// faplugin._native: a Plan is one call of the operator, bound to its inputs. Python allocates the outputs (and the workspace) with
+// the caller's own framework and hands them over as arrays; nothing is copied. Used by faplugin/__init__.py alone.
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <thread>
+
+#include "arrays.h"
+
+#ifdef FA_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace py = pybind11;
+
+namespace fa::plugin {
+namespace {
+
+void check(const Status& status) {
+  if (status.ok()) return;
+  if (status.code == StatusCode::kInvalidArgument) throw py::value_error(status.sentence);
+  throw std::runtime_error(status.sentence);
+}
+
+/// Sets attributes by name; raises TypeError for one that attributes.def lacks.
+Attributes attributes_from(const py::dict& given) {
+  Attributes attributes;
+  for (const auto& item : given) {
+    const std::string key = item.first.cast<std::string>();
+    bool known = false;
+#define FA_ATTRIBUTE(type, name, value, meaning)                     \
+  if (key == #name) {                                                \
+    attributes.name = item.second.cast<decltype(attributes.name)>(); \
+    known = true;                                                    \
+  }
+#include "fa/attributes.def"
+#undef FA_ATTRIBUTE
+    if (!known) throw py::type_error("FlashAttention has no attribute '" + key + "'");
+  }
+  return attributes;
+}
+
+/// One thread a task at a time, for a process without a runtime's pool.
+struct Threads {
+  size_t count;
+
+  static void run(void* pool, size_t num_tasks, void (*task)(void* arg, size_t i), void* arg) {
+    std::atomic<size_t> next{0};
+    const auto work = [&] {
+      for (size_t i; (i = next.fetch_add(1)) < num_tasks;) task(arg, i);
+    };
+    std::vector<std::thread> threads;
+    const size_t wanted = std::min(static_cast<const Threads*>(pool)->count, num_tasks);
+    for (size_t t = 1; t < wanted; ++t) threads.emplace_back(work);
+    work();
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+/// Makes a CUDA device current while it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Array& array) {
+#ifdef FA_WITH_CUDA
+    if (array.device != DeviceType::kCuda || cudaGetDevice(&previous_) != cudaSuccess) return;
+    cudaSetDevice(array.device_id);
+    changed_ = true;
+#else
+    (void)array;
+#endif
+  }
+  ~DeviceGuard() {
+#ifdef FA_WITH_CUDA
+    if (changed_) cudaSetDevice(previous_);
+#endif
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+/// What explain() knows of a GPU that isn't there. SMs and the opt-in shared memory of A100, RTX 3090, RTX 4090, H100
+/// (CUDA C++ programming guide, "Technical Specifications per Compute Capability").
+DeviceInfo device_by_name(const std::string& name) {
+  if (name == "cpu") return {};
+  if (name == "sm_80") return {DeviceType::kCuda, 80, 108, 163 * 1024};
+  if (name == "sm_86") return {DeviceType::kCuda, 86, 82, 99 * 1024};
+  if (name == "sm_89") return {DeviceType::kCuda, 89, 128, 99 * 1024};
+  if (name == "sm_90") return {DeviceType::kCuda, 90, 132, 227 * 1024};
+  DeviceInfo device;
+  if (name != "cuda") throw py::value_error("device is '" + name + "'; expected cpu, cuda, sm_80, sm_86, sm_89 or sm_90");
+  check(query_cuda_device(&device));
+  return device;
+}
+
+class Plan {
+ public:
+  Plan(const py::dict& attributes, const py::list& inputs, uintptr_t stream) : stream_(stream) {
+    check(make_node(attributes_from(attributes), &node_));
+    std::vector<Tensor> tensors;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const char* name = i < node_.inputs.size() ? name_of(node_.inputs[i]) : "a surplus input";
+      arrays_.push_back(array_from(name, inputs[i], stream));
+      tensors.push_back(arrays_.back().tensor);
+      check_device(name, arrays_.back());
+    }
+    check(plugin::bind(node_, tensors, &problem_));
+    check(validate(problem_.params));
+  }
+
+  /// [(name, shape, dtype name)] in the node's order.
+  std::vector<std::tuple<std::string, std::vector<int64_t>, std::string>> outputs() const {
+    std::vector<std::tuple<std::string, std::vector<int64_t>, std::string>> result;
+    for (const Output output : node_.outputs) {
+      const Tensor& t = problem_.outputs[static_cast<int>(output)];
+      result.emplace_back(name_of(output), std::vector<int64_t>(t.shape, t.shape + t.rank), name_of(t.dtype));
+    }
+    return result;
+  }
+
+  std::string device() const { return arrays_[0].device == DeviceType::kCpu ? "cpu" : "cuda"; }
+
+  size_t workspace_bytes(const std::string& kernel) const {
+    const DeviceGuard guard(arrays_[0]);
+    return plugin::workspace_bytes(problem_, device_by_name(device()), name_or_null(kernel));
+  }
+
+  void run(const py::list& outputs, const py::object& workspace, const std::string& kernel, size_t num_threads) {
+    const DeviceGuard guard(arrays_[0]);
+    std::vector<Array> kept = take_outputs(outputs);
+    ExecutionContext context;
+    context.device = device_by_name(device());
+    context.kernel = name_or_null(kernel);
+    context.stream = reinterpret_cast<void*>(stream_);
+    Threads threads{num_threads > 0 ? num_threads : std::max(1u, std::thread::hardware_concurrency())};
+    context.parallel_for = Threads::run;
+    context.pool = &threads;
+    if (!workspace.is_none()) {
+      kept.push_back(array_from("the workspace", workspace, stream_));
+      context.workspace = kept.back().tensor.data;
+      context.workspace_bytes = static_cast<size_t>(kept.back().tensor.shape[0]) * size_of(kept.back().tensor.dtype);
+    }
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = plugin::run(problem_, context);
+    }
+    check(status);
+  }
+
+  std::string explain(const std::string& device_name) const {
+    const DeviceGuard guard(arrays_[0]);
+    return fa::explain(problem_.params, device_by_name(device_name.empty() ? device() : device_name));
+  }
+
+ private:
+  static const char* name_or_null(const std::string& name) { return name.empty() ? nullptr : name.c_str(); }
+
+  void check_device(const char* name, const Array& array) const {
+    const Array& query = arrays_[0];
+    if (!array.is_spec && !query.is_spec && (array.device != query.device || array.device_id != query.device_id))
+      throw py::value_error(std::string(name) + " is on another device than query");
+  }
+
+  /// Binds the outputs' memory: row-major arrays of the shapes that outputs() tells.
+  std::vector<Array> take_outputs(const py::list& outputs) {
+    if (outputs.size() != node_.outputs.size()) throw py::value_error("expected " + std::to_string(node_.outputs.size()) + " outputs");
+    if (arrays_[0].is_spec) throw py::value_error("query is a specification without memory; it can't be computed");
+    std::vector<Array> kept;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const Output output = node_.outputs[i];
+      const Tensor& want = problem_.outputs[static_cast<int>(output)];
+      kept.push_back(array_from(name_of(output), outputs[i], stream_));
+      const Tensor& got = kept.back().tensor;
+      check_device(name_of(output), kept.back());
+      bool same = got.rank == want.rank && got.dtype == want.dtype;
+      for (int axis = 0; same && axis < want.rank; ++axis)
+        same = got.shape[axis] == want.shape[axis] && (want.shape[axis] <= 1 || got.stride[axis] == want.stride[axis]);
+      if (!same)
+        throw py::value_error(std::string(name_of(output)) + " has another shape, dtype or layout than the row-major result");
+      set_output(&problem_, output, got.data);
+    }
+    return kept;
+  }
+
+  Node node_;
+  std::vector<Array> arrays_;
+  Problem problem_;
+  uintptr_t stream_;
+};
+
+}  // namespace
+}  // namespace fa::plugin
+
+PYBIND11_MODULE(_native, m) {
+  using fa::plugin::Plan;
+  m.doc() = "The operator for Python; used through faplugin.";
+#ifdef FA_WITH_CUDA
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+  py::class_<Plan>(m, "Plan")
+      .def(py::init<const py::dict&, const py::list&, uintptr_t>(), py::arg("attributes"), py::arg("inputs"), py::arg("stream") = 0)
+      .def_property_readonly("outputs", &Plan::outputs)
+      .def_property_readonly("device", &Plan::device)
+      .def("workspace_bytes", &Plan::workspace_bytes, py::arg("kernel") = "")
+      .def("run", &Plan::run, py::arg("outputs"), py::arg("workspace"), py::arg("kernel") = "", py::arg("num_threads") = 0)
+      .def("explain", &Plan::explain, py::arg("device") = "");
+}
