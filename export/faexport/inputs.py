@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random inputs that a model accepts: sizes for its symbolic dimensions, ids inside its embedding tables, masks of 0 and 1.
+"""Random inputs that a model accepts: sizes for its symbolic dimensions, ids inside its tables, masks of 0 and 1.
 
-verify.py and the zoo benchmark draw from here. What can't be told from the model (a length that must divide by a patch size) is tried
-by the caller with other sizes; what can't be drawn (a sequence, a string) is an UnsupportedInput.
+verify.py and the zoo benchmark draw from here. What can't be told from the model (a length that must divide by a patch
+size) is tried by the caller with other sizes; what can't be drawn (a sequence, a string) is an UnsupportedInput.
 """
 
 from __future__ import annotations

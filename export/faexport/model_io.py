@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads and writes models: nothing bad gets in, nothing half-written gets out.
 
-Weights in external files stay there (memory-mapped) until they are written; weights inside the file are written one by one, so that
-memory stays near the size of the model. What a user can have done wrong is a ModelError: one sentence, shown as it is.
+Weights in external files stay there (memory-mapped) until they are written; weights inside the file are written one by
+one, so that memory stays near the size of the model. What a user can have done wrong is a ModelError: one sentence,
+shown as it is.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Stage:
 def staged(
     model: ir.Model, path: PathLike, *, source: PathLike | None = None, progress: Progress | None = None
 ) -> Iterator[Stage]:
-    """Writes the model to a temporary folder beside `path`, so that it can be tried before it takes its place. See save."""
+    """Writes the model to a temporary folder beside `path`, to be tried before it takes its place. See save."""
     path = pathlib.Path(path)
     check_target(model, path, source)
     external = uses_external_data(model) or _weight_bytes(model) > MAX_PROTOBUF_BYTES - (64 << 20)
@@ -174,8 +175,8 @@ def _check_proto(proto: onnx.ModelProto, name: str) -> None:
         )
     if proto.ir_version > onnx.IR_VERSION:
         raise ModelError(
-            f"{name}: IR version {proto.ir_version} is newer than {onnx.IR_VERSION}, the newest that onnx {onnx.__version__} knows; "
-            "update onnx (pip install -U onnx) or export for an older version"
+            f"{name}: IR version {proto.ir_version} is newer than {onnx.IR_VERSION}, the newest that "
+            f"onnx {onnx.__version__} knows; update onnx (pip install -U onnx) or export for an older version"
         )
     newest = onnx.defs.onnx_opset_version()
     opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
@@ -186,13 +187,14 @@ def _check_proto(proto: onnx.ModelProto, name: str) -> None:
         )
     if proto.graph.sparse_initializer:
         raise ModelError(
-            f"{name}: sparse initializers (e.g. '{proto.graph.sparse_initializer[0].values.name}') are not supported; make them dense"
+            f"{name}: sparse initializer '{proto.graph.sparse_initializer[0].values.name}' is not supported; make it dense"
         )
 
 
 def _check_external_data(model: ir.Model, name: str, path: pathlib.Path) -> None:
     """Each file exists in the model's folder and is long enough."""
-    # A model cache may keep symbolic links to files of another folder: the folder that the model really lies in counts too.
+    # A model cache may keep symbolic links to files of another folder: the folder that the model really lies in counts
+    # too.
     folders = {path.parent.resolve(), path.resolve().parent}
     for tensor in _external_tensors(model):
         what = f"{name}: weight '{tensor.name}' lies in the external file '{tensor.location}'"
@@ -265,8 +267,11 @@ def _write_external(model: ir.Model, path: pathlib.Path, progress: Progress | No
 
 
 def _write_inline(model: ir.Model, path: pathlib.Path, progress: Progress | None) -> None:
-    """One protobuf file, the large initializers one by one at the end of the graph message: serializing it whole takes four times the
-    file in memory. Fields of a message may come in any order (protobuf's encoding rules), so readers see nothing unusual."""
+    """One protobuf file, the large initializers one by one at the end of the graph message.
+
+    Serializing it whole takes four times the file in memory. Fields of a message may come in any order (protobuf's
+    encoding rules), so readers see nothing unusual.
+    """
     values = [v for v in model.graph.initializers.values() if v.const_value is not None]
     large = [v for v in values if v.const_value.nbytes > STREAM_THRESHOLD_BYTES]
     with _without_tensors(large) as tensors:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a model in onnxruntime, in a process of its own: some models crash onnxruntime's optimizer, which must not take ours along.
+"""Runs a model in onnxruntime, in a process of its own: some models crash onnxruntime's optimizer.
 
-Called by verify.py and benchmarks/zoo.py. The operator's library is registered where faplugin is installed and the model needs it.
+Called by verify.py and benchmarks/zoo.py. The operator's library is registered where faplugin is installed and the
+model needs it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Job:
 
 @dataclasses.dataclass
 class Results:
-    """For each set of inputs the outputs by name, or a sentence why there are none; `error` where no set could be run at all."""
+    """For each set of inputs the outputs by name, or a sentence why there are none; `error` where none could be run."""
 
     outputs: list[dict[str, np.ndarray] | str] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -92,7 +93,7 @@ def run_here(job: Job) -> Results:
 
             faplugin.register(options)
         session = ort.InferenceSession(job.model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  (onnxruntime raises a dozen types; all of them are the answer)
+    except Exception as error:
         return Results(error=one_line(str(error)))
     names = [output.name for output in session.get_outputs()]
     results = Results()
@@ -100,7 +101,7 @@ def run_here(job: Job) -> Results:
         start = time.perf_counter()
         try:
             results.outputs.append(dict(zip(names, session.run(None, dict(tensors)), strict=True)))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             results.outputs.append(one_line(str(error)))
         results.seconds.append(time.perf_counter() - start)
     return results

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run found, did and checked: data that pipeline.py and verify.py fill in, and cli.py shows.
 
-`Report.from_candidates` makes it from the candidates of the pipeline. `to_json` is for programs, `rich.print(report)` for people.
+`Report.from_candidates` makes it from the candidates of the pipeline. `to_json` is for programs, `rich.print(report)`
+for people.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class SiteReport:
 
 @dataclasses.dataclass
 class Report:
-    """Everything that is known after a run. `nodes_*` count nodes by op type, those of subgraphs and functions included."""
+    """Everything that is known after a run. `nodes_*` count nodes by op type, subgraphs and functions included."""
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
     nodes_before: dict[str, int] = dataclasses.field(default_factory=dict)

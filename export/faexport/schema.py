@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator's schema for onnx: onnx.checker and onnx.shape_inference then know faexport::FlashAttention.
 
-Attributes are read from attributes.def, the table that both runtimes' adapters are compiled from. Shapes follow docs/operator.md.
+Attributes are read from attributes.def, the table that both runtimes' adapters are compiled from. Shapes follow
+docs/operator.md.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ OPTIONAL_OUTPUTS = {
     "lse": "[B, H_q, S_q] float32: natural log-sum-exp of the scores",
 }
 DOC = """Attention in one pass over the keys: softmax(softcap(scale * Q K^T) + bias, masked) V.
-A superset of ONNX Attention. Inputs after value are named by optional_inputs, outputs after the first by optional_outputs:
+A superset of ONNX Attention. Inputs after value are named by optional_inputs, outputs after the first by
+optional_outputs:
 """
 
 Dim = int | str | None  # size, name, or unknown

@@ -37,7 +37,7 @@ def print_error(message: str) -> None:
 
 
 class Progress:
-    """A line that says what is being done, with a bar where the amount is known. Invisible where stderr is not a terminal."""
+    """Says what is being done, with a bar where the amount is known. Invisible where stderr is not a terminal."""
 
     def __init__(self, bar: rich.progress.Progress) -> None:
         self._bar = bar
@@ -81,7 +81,7 @@ def run_app(app: Callable[[], None]) -> None:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # the reader went away: keep the interpreter's flush silent
         raise SystemExit(0) from None
-    except Exception as error:  # noqa: BLE001  (the outermost frame)
+    except Exception as error:
         if os.environ.get("FAEXPORT_TRACEBACK"):
             traceback.print_exc()
         print_error(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the original and the rewritten model on the same inputs in onnxruntime and compares every output.
 
-The rule: the largest difference of a floating-point output may be `RELATIVE_TOLERANCE[dtype]` times the largest magnitude of the
-original's output, dtype being the least precise floating-point type in either model. Where the original itself is noisier (its outputs
-with and without onnxruntime's optimizations differ more), four times that noise is allowed. Other outputs must be equal, unless
-the original's own two runs differ. Elements that are NaN in the original are not compared: the operator gives 0 where it divides 0 by 0.
+The rule: the largest difference of a floating-point output may be `RELATIVE_TOLERANCE[dtype]` times the largest
+magnitude of the original's output, dtype being the least precise floating-point type in either model. Where the
+original itself is noisier (its outputs with and without onnxruntime's optimizations differ more), four times that noise
+is allowed. Other outputs must be equal, unless the original's own two runs differ. Elements that are NaN in the
+original are not compared: the operator gives 0 where it divides 0 by 0.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ PLANS = (
 FALLBACK_LENGTHS = (32, 64, 224, 400, 518)  # image sides, audio samples: where the original refuses the plan's length
 
 Step = Callable[[str], None]
+Runner = Callable[[ort_session.Job], ort_session.Results]
+_BROKEN = "the rewritten model"  # how the sentences begin that make a verification fail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,30 @@ class InputSet:
 
     label: str
     tensors: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Reference:
+    """A model, sets of inputs and its outputs on them: what any number of rewritten models are compared with."""
+
+    path: str
+    model: ir.Model
+    sets: list[InputSet]
+    results: ort_session.Results
+    run: Runner
+    problem: str = ""  # why there is nothing to compare with
+
+    _plain: ort_session.Results | None = None
+
+    def plain_outputs(self, index: int) -> dict[str, np.ndarray]:
+        """The outputs without onnxruntime's optimizations, computed once somebody asks; {} where that fails."""
+        if self._plain is None:
+            tensors = [item.tensors for item in self.sets]
+            self._plain = self.run(
+                ort_session.Job(self.path, tensors, optimize=False, library=_needs_library(self.model))
+            )
+        outputs = self._plain.outputs[index] if not self._plain.error else {}
+        return outputs if isinstance(outputs, dict) else {}
 
 
 def verify(
@@ -55,7 +82,7 @@ def verify(
     seed: int = 0,
     on_step: Step = lambda text: None,
 ) -> Verification:
-    """Compares two model files. Never raises for a model that can't be run: then the status is NOT_RUN and the reason says why.
+    """Compares two model files. Never raises for a model that can't be run: then the status is NOT_RUN.
 
     Args:
         original, rewritten: .onnx files.
@@ -65,61 +92,75 @@ def verify(
     """
     if missing := ort_session.missing_packages():
         return Verification(VerificationStatus.NOT_RUN, missing)
-    model, new_model = model_io.load(original), model_io.load(rewritten)
+    on_step("running the original")
+    reference = make_reference(original, extra_inputs=extra_inputs, right_padding=right_padding, seed=seed)
+    on_step("running the rewritten model")
+    return verify_against(reference, rewritten)
+
+
+def make_reference(
+    path: os.PathLike[str] | str,
+    *,
+    extra_inputs: Sequence[InputSet] = (),
+    right_padding: bool = False,
+    seed: int = 0,
+    run: Runner = ort_session.run,
+) -> Reference:
+    """Draws inputs and runs the original on them; `run` is ort_session.run or run_here."""
+    reference = Reference(os.fspath(path), model_io.load(path), list(extra_inputs), ort_session.Results(), run)
     try:
-        sets = [*extra_inputs, *_input_sets(model, right_padding, seed)]
+        reference.sets += _input_sets(reference.model, right_padding, seed)
     except model_inputs.UnsupportedInput as error:
         if not extra_inputs:
-            return Verification(VerificationStatus.NOT_RUN, f"{error}; give inputs with --inputs file.npz")
-        sets = list(extra_inputs)
-    on_step("running the original")
-    reference = _run(original, sets, library=_has_operator(model))
-    usable = [index for index, outputs in enumerate(reference.outputs) if not isinstance(outputs, str)]
-    if not extra_inputs and not usable and not reference.error:
-        on_step("looking for sizes that the original accepts")
-        sets, reference = _try_lengths(original, model, right_padding, seed)
-        usable = list(range(len(sets)))
-    if not usable:
-        reason = reference.error or next((o for o in reference.outputs if isinstance(o, str)), "no inputs")
-        return Verification(
-            VerificationStatus.NOT_RUN,
-            f"the original does not run in onnxruntime: {reason}; give inputs with --inputs file.npz",
-        )
-    on_step("running the rewritten model")
-    library = _has_operator(new_model)
-    if library and not ort_session.has_library() and not _has_fallback(new_model):
+            reference.problem = f"{error}; give inputs with --inputs file.npz"
+            return reference
+    reference.results = _run(reference, reference.path, reference.sets, _needs_library(reference.model))
+    if not reference.results.error and not _usable(reference.results):
+        _try_lengths(reference, right_padding, seed)
+    if not _usable(reference.results):
+        sentences = [outputs for outputs in reference.results.outputs if isinstance(outputs, str)]
+        why = reference.results.error or sentences[0]
+        reference.problem = f"the original does not run in onnxruntime: {why}; give inputs with --inputs file.npz"
+    return reference
+
+
+def verify_against(reference: Reference, rewritten: os.PathLike[str] | str) -> Verification:
+    """Compares a rewritten model file with the reference."""
+    if reference.problem:
+        return Verification(VerificationStatus.NOT_RUN, reference.problem)
+    model = model_io.load(rewritten)
+    library = _needs_library(model)
+    by_fallback = library and not ort_session.has_library()
+    if by_fallback and not any(function.domain == DOMAIN for function in model.functions.values()):
         return Verification(VerificationStatus.NOT_RUN, "the operator's library is not installed (package faplugin)")
-    actual = _run(rewritten, sets, library=library and ort_session.has_library())
+    actual = _run(reference, os.fspath(rewritten), reference.sets, library and not by_fallback)
     if actual.error:
-        return Verification(
-            VerificationStatus.FAILED, f"the rewritten model does not run in onnxruntime: {actual.error}"
-        )
-    noise = _Noise(original, sets, _has_operator(model))
-    dtype = _least_precise(model, new_model)
-    runs = [_compare_run(index, sets[index], reference, actual, dtype, noise) for index in range(len(sets))]
-    return _conclude(runs, library and not ort_session.has_library())
+        reason = f"the rewritten model does not run in onnxruntime: {actual.error}"
+        return Verification(VerificationStatus.FAILED, reason)
+    dtype = _least_precise(reference.model, model)
+    return _conclude(
+        [_compare_run(reference, actual, index, dtype) for index in range(len(reference.sets))], by_fallback
+    )
 
 
 def _conclude(runs: list[VerificationRun], by_fallback: bool) -> Verification:
     compared = [run for run in runs if run.outputs]
-    if not compared:
-        failed = next((run.skipped for run in runs if run.skipped.startswith("the rewritten model")), "")
-        status = VerificationStatus.FAILED if failed else VerificationStatus.NOT_RUN
-        return Verification(status, failed or runs[0].skipped, tuple(runs))
-    broken = next((run.skipped for run in runs if run.skipped.startswith("the rewritten model")), "")
-    verification = Verification(VerificationStatus.PASSED, runs=tuple(runs))
+    broken = next((run.skipped for run in runs if run.skipped.startswith(_BROKEN)), "")
     if broken or not all(run.ok for run in compared):
+        verification = Verification(VerificationStatus.FAILED, broken, tuple(runs))
         worst = verification.worst
-        reason = (
-            broken or f"output '{worst.name}' differs by {worst.max_abs_diff:.3g}, allowed is {worst.tolerance:.3g}"
-        )
-        return dataclasses.replace(verification, status=VerificationStatus.FAILED, reason=reason)
+        if worst is not None and not worst.ok:
+            differs = f"output '{worst.name}' differs by {worst.max_abs_diff:.3g}, allowed is {worst.tolerance:.3g}"
+            return dataclasses.replace(verification, reason=differs)
+        return verification
+    if not compared:
+        return Verification(VerificationStatus.NOT_RUN, runs[0].skipped, tuple(runs))
     note = (
         "the operator's library is not installed: its function in standard operators was run instead"
         if by_fallback
         else ""
     )
-    return dataclasses.replace(verification, reason=note)
+    return Verification(VerificationStatus.PASSED, note, tuple(runs))
 
 
 def _input_sets(model: ir.Model, right_padding: bool, seed: int, length: int | None = None) -> Sequence[InputSet]:
@@ -141,56 +182,42 @@ def _input_sets(model: ir.Model, right_padding: bool, seed: int, length: int | N
     return sets
 
 
-def _try_lengths(
-    path: os.PathLike[str] | str, model: ir.Model, right_padding: bool, seed: int
-) -> tuple[list[InputSet], ort_session.Results]:
-    """Sets of another length, which the original runs; no set where it runs none."""
+def _try_lengths(reference: Reference, right_padding: bool, seed: int) -> None:
+    """Replaces the sets by sets of another length, which the original runs on, if there is one."""
     for length in FALLBACK_LENGTHS:
-        sets = _input_sets(model, right_padding, seed, length)
-        results = _run(path, sets, library=_has_operator(model))
-        good = [index for index, outputs in enumerate(results.outputs) if not isinstance(outputs, str)]
-        if good:
-            results.outputs = [results.outputs[index] for index in good]
-            return [sets[index] for index in good], results
-    return [], results
+        sets = _input_sets(reference.model, right_padding, seed, length)
+        results = _run(reference, reference.path, sets, _needs_library(reference.model))
+        if _usable(results):
+            reference.sets, reference.results = sets, results
+            return
 
 
-def _run(path: os.PathLike[str] | str, sets: Sequence[InputSet], library: bool) -> ort_session.Results:
-    """With onnxruntime's optimizations; without them where these fail, which is onnxruntime's defect and not the model's."""
+def _usable(results: ort_session.Results) -> bool:
+    return any(not isinstance(outputs, str) for outputs in results.outputs)
+
+
+def _run(reference: Reference, path: str, sets: Sequence[InputSet], library: bool) -> ort_session.Results:
+    """With onnxruntime's optimizations; without them where these fail: a defect of theirs, not of the model."""
     tensors = [item.tensors for item in sets]
-    results = ort_session.run(ort_session.Job(os.fspath(path), tensors, library=library))
+    results = reference.run(ort_session.Job(path, tensors, library=library))
     if not results.error:
         return results
-    plain = ort_session.run(ort_session.Job(os.fspath(path), tensors, optimize=False, library=library))
+    plain = reference.run(ort_session.Job(path, tensors, optimize=False, library=library))
     return results if plain.error else plain
 
 
-class _Noise:
-    """Outputs of the original without onnxruntime's optimizations, computed once somebody asks."""
-
-    def __init__(self, path: os.PathLike[str] | str, sets: Sequence[InputSet], library: bool) -> None:
-        self._job = ort_session.Job(os.fspath(path), [item.tensors for item in sets], optimize=False, library=library)
-        self._results: ort_session.Results | None = None
-
-    def outputs(self, index: int) -> dict[str, np.ndarray]:
-        self._results = self._results or ort_session.run(self._job)
-        outputs = self._results.outputs[index] if not self._results.error else {}
-        return outputs if isinstance(outputs, dict) else {}
-
-
-def _compare_run(
-    index: int, item: InputSet, reference: ort_session.Results, actual: ort_session.Results, dtype: str, noise: _Noise
-) -> VerificationRun:
+def _compare_run(reference: Reference, actual: ort_session.Results, index: int, dtype: str) -> VerificationRun:
+    item = reference.sets[index]
     shapes = {name: tuple(tensor.shape) for name, tensor in item.tensors.items()}
-    expected, got = reference.outputs[index], actual.outputs[index]
+    expected, got = reference.results.outputs[index], actual.outputs[index]
     if isinstance(expected, str):
         return VerificationRun(shapes, skipped=f"the original does not run on {item.label}: {expected}")
     if isinstance(got, str):
-        return VerificationRun(shapes, skipped=f"the rewritten model does not run on {item.label}: {got}")
+        return VerificationRun(shapes, skipped=f"{_BROKEN} does not run on {item.label}: {got}")
     differences = []
     for name, want in expected.items():
         difference = compare(name, want, got[name], dtype)
-        if not difference.ok and (again := noise.outputs(index).get(name)) is not None:
+        if not difference.ok and (again := reference.plain_outputs(index).get(name)) is not None:
             difference = _allow_noise(difference, compare(name, want, again, dtype), want)
             if difference is None:
                 return VerificationRun(
@@ -245,10 +272,6 @@ def _least_precise(*models: ir.Model) -> str:
     return max(found & set(RELATIVE_TOLERANCE), key=RELATIVE_TOLERANCE.__getitem__)
 
 
-def _has_operator(model: ir.Model) -> bool:
+def _needs_library(model: ir.Model) -> bool:
     graphs = (model.graph, *model.functions.values())
     return any(node.domain == DOMAIN for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph))
-
-
-def _has_fallback(model: ir.Model) -> bool:
-    return any(function.domain == DOMAIN for function in model.functions.values())

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model of the zoo: fuse it, run both files, look at what was written; the same for the peers.
+
+zoo.py's workers. A folder has model.onnx, meta.json, inputs.npz and expected.npz (PyTorch's outputs). Results are plain
+dictionaries (JSON).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from faexport import model_io, ort_session, pipeline, verify
+from faexport.report import VerificationStatus, count_nodes
+from faexport.spec import DOMAIN, OP_TYPE, Layout
+
+PEER_OPS = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention", "PackedMultiHeadAttention"}
+MATERIALIZING = {"Expand", "Where", "ScatterND", "Trilu", "ConstantOfShape", "Tile"}  # what builds a mask of S x S
+
+
+def examine(folder: pathlib.Path, peers: bool, isolate: bool) -> dict:
+    """Everything about one model. `isolate` runs each session in a process of its own, since one crashed before."""
+    meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    keys = ("name", "family", "exporter", "attn", "opset", "dtype", "with_cache", "mode", "needs", "numerics_ok")
+    result = {key: meta.get(key) for key in keys} | {"expected": meta["expected_attention_blocks"]}
+    run = ort_session.run if isolate else ort_session.run_here
+    given = verify.InputSet("inputs.npz", dict(np.load(folder / "inputs.npz")))
+    reference = verify.make_reference(folder / "model.onnx", extra_inputs=[given], run=run)
+    with tempfile.TemporaryDirectory(prefix="zoo-") as scratch:
+        result["ours"] = _ours(folder, pathlib.Path(scratch), reference)
+        if peers:
+            result["onnxruntime"] = _peer(_onnxruntime_optimizer, folder, meta, pathlib.Path(scratch), reference)
+            result["onnxscript"] = _peer(_onnxscript_fusions, folder, meta, pathlib.Path(scratch), reference)
+    return result
+
+
+def _ours(folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Reference) -> dict:
+    model = model_io.load(folder / "model.onnx")
+    start = time.perf_counter()
+    model, report = pipeline.run(model)
+    seconds = time.perf_counter() - start
+    path = scratch / "model.fa.onnx"
+    model_io.save(model, path)
+    result = {
+        "fused": report.num_fused,
+        "refusals": [{"site": site.name, "reason": site.refusal.reason} for site in report.sites if site.refusal],
+        "facts": [[fact.text for fact in site.facts] for site in report.sites if site.fused],
+        "seconds": seconds,
+        **_outcome(verify.verify_against(reference, path)),
+    }
+    if report.num_fused and result["outcome"] == "right":
+        result |= _operands(path, reference) | _against_torch(folder, path, reference)
+    return result
+
+
+def _outcome(verification: verify.Verification) -> dict:
+    """right, wrong, or not run, and the largest difference as a share of what is allowed."""
+    names = {
+        VerificationStatus.PASSED: "right",
+        VerificationStatus.FAILED: "wrong",
+        VerificationStatus.NOT_RUN: "not run",
+    }
+    worst = verification.worst
+    return {
+        "outcome": names[verification.status],
+        "detail": verification.reason,
+        "max_abs_diff": worst.max_abs_diff if worst else None,
+        "tolerance": worst.tolerance if worst else None,
+        "runs": sum(bool(run.outputs) for run in verification.runs),
+        "skipped": [run.skipped for run in verification.runs if run.skipped],
+    }
+
+
+def _against_torch(folder: pathlib.Path, path: pathlib.Path, reference: verify.Reference) -> dict:
+    """The fused model's error against PyTorch's outputs beside the original's, relative to their magnitude."""
+    expected = dict(np.load(folder / "expected.npz"))
+    given = reference.results.outputs[0]
+    fused = reference.run(ort_session.Job(str(path), [reference.sets[0].tensors]))
+    if isinstance(given, str) or fused.error or isinstance(fused.outputs[0], str):
+        return {}
+
+    def error(outputs: dict[str, np.ndarray]) -> float:
+        pairs = [(expected[name], outputs[name]) for name in expected if name in outputs]
+        return max((_relative(want, got) for want, got in pairs if want.dtype.kind == "f"), default=0.0)
+
+    return {"torch_error": error(fused.outputs[0]), "torch_error_of_original": error(given)}
+
+
+def _relative(want: np.ndarray, got: np.ndarray) -> float:
+    want, got = want.astype(np.float64), got.astype(np.float64)
+    finite = np.isfinite(want)
+    scale = np.abs(want[finite]).max(initial=0.0)
+    return float(np.abs(want - got)[finite].max(initial=0.0) / scale) if scale else 0.0
+
+
+def _operands(path: pathlib.Path, reference: verify.Reference) -> dict:
+    """What each operator node computes, and the S_q x S_kv masks that the file still builds: shapes at run time."""
+    proto = onnx.load(path)
+    model = ir.from_proto(proto)
+    nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    makers = [node for node in model.graph if node.op_type in MATERIALIZING]
+    names = {value.name for node in nodes for value in node.inputs if value is not None}
+    names |= {node.outputs[0].name for node in makers}
+    shapes = _shapes(proto, names, path.with_name("probe.onnx"), reference)
+    scores = {sizes for node in nodes if (sizes := _score_sizes(node, shapes)) is not None}
+    square = {sizes for sizes in scores if min(sizes) > 1}
+    leftovers = [node.outputs[0].name for node in makers if tuple(shapes.get(node.outputs[0].name, ())[-2:]) in square]
+    kinds = [_kind(node, shapes) for node in nodes]
+    needed = any("SxS" in kind for kind in kinds)
+    return {"kinds": kinds, "leftovers": [] if needed else leftovers, "leftovers_needed": leftovers if needed else []}
+
+
+def _shapes(proto: onnx.ModelProto, names: set[str], path: pathlib.Path, reference: verify.Reference) -> dict:
+    """Shapes of values on the first inputs that the original runs on; {} where the probe does not run."""
+    outputs = {output.name for output in proto.graph.output}
+    constants = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    inputs = {value.name for value in proto.graph.input}
+    wanted = sorted(names - outputs - inputs - constants.keys())
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    onnx.save(proto, path)
+    index = next(i for i, given in enumerate(reference.results.outputs) if not isinstance(given, str))
+    tensors = reference.sets[index].tensors
+    results = reference.run(ort_session.Job(str(path), [tensors], optimize=False))
+    if results.error or isinstance(results.outputs[0], str):
+        return {}
+    found = {name: tuple(array.shape) for name, array in results.outputs[0].items()}
+    return constants | {name: tuple(array.shape) for name, array in tensors.items()} | found
+
+
+def _score_sizes(node: ir.Node, shapes: dict) -> tuple[int, int] | None:
+    rows = []
+    for position, attribute in enumerate(("query_layout", "key_layout")):
+        shape = shapes.get(node.inputs[position].name)
+        if shape is None:
+            return None
+        layout = node.attributes.get_string(attribute, "") or (Layout.BSH if len(shape) == 3 else Layout.BHSD)
+        rows.append(shape[layout.index("S")])
+    if "past_key" in _optional_inputs(node):
+        rows[1] += shapes[node.inputs[3 + _optional_inputs(node).index("past_key")].name][2]
+    return rows[0], rows[1]
+
+
+def _optional_inputs(node: ir.Node) -> list[str]:
+    return [name for name in node.attributes.get_string("optional_inputs", "").split(",") if name]
+
+
+def _kind(node: ir.Node, shapes: dict) -> str:
+    """E.g. "causal + mask 1xS": the cheap masks by name, those of S x S marked as such."""
+    parts = []
+    attributes = node.attributes
+    if attributes.get_int("is_causal", 0) or attributes.get_int("right_window_size", -1) == 0:
+        parts.append("causal")
+    if attributes.get_int("left_window_size", -1) >= 0 or attributes.get_int("right_window_size", -1) > 0:
+        parts.append("window")
+    if attributes.get_float("softcap", 0.0):
+        parts.append("softcap")
+    for position, name in enumerate(_optional_inputs(node), start=3):
+        if name in ("attn_mask", "attn_bias"):
+            shape = shapes.get(node.inputs[position].name, ())
+            rows = shape[-2] if len(shape) > 1 else 1
+            parts.append(f"{name.removeprefix('attn_')} {'SxS' if rows > 1 else '1xS'}")
+        elif name == "nonpad_kv_seqlen":
+            parts.append("lengths")
+        elif name == "alibi_slopes":
+            parts.append("alibi")
+        elif name == "sinks":
+            parts.append("sinks")
+    return " + ".join(parts) or "no mask"
+
+
+def _peer(fuse: Callable, folder: pathlib.Path, meta: dict, scratch: pathlib.Path, reference: verify.Reference) -> dict:
+    """A peer's fusion of the same file, judged as ours."""
+    path = scratch / f"{fuse.__name__}.onnx"
+    try:
+        fuse(folder / "model.onnx", meta, path)
+        counts = count_nodes(model_io.load(path))
+    except Exception as error:  # a peer that fails on a model fuses nothing in it
+        return {"fused": 0, "outcome": "failed", "detail": ort_session.one_line(f"{type(error).__name__}: {error}")}
+    fused = sum(counts.get(f"com.microsoft::{op_type}", 0) for op_type in PEER_OPS)
+    if not fused:
+        return {"fused": 0, "outcome": "nothing fused"}
+    return {"fused": fused, **_outcome(verify.verify_against(reference, path))}
+
+
+def _onnxruntime_optimizer(source: pathlib.Path, meta: dict, target: pathlib.Path) -> None:
+    from onnxruntime.transformers import optimizer
+
+    kind = meta["peer_type"] if meta.get("peer_type") in optimizer.MODEL_TYPES else "bert"
+    sizes = {"num_heads": meta.get("num_heads") or 0, "hidden_size": meta.get("hidden") or 0}
+    optimized = optimizer.optimize_model(str(source), model_type=kind, opt_level=0, **sizes)
+    optimized.save_model_to_file(str(target))
+
+
+def _onnxscript_fusions(source: pathlib.Path, meta: dict, target: pathlib.Path) -> None:
+    from onnxscript.rewriter import ort_fusions
+
+    model, _ = ort_fusions.optimize_for_ort(ir.load(source))
+    ir.save(model, target)
+
+
+def serve() -> None:
+    """A worker: reads {"folder", "peers", "isolate"} a line on stdin, answers with a line of JSON on stdout."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # peers print
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            result = examine(pathlib.Path(job["folder"]), job["peers"], job["isolate"])
+        except Exception as error:
+            result = {"error": ort_session.one_line(f"{type(error).__name__}: {error}")}
+        print(json.dumps(result), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
