@@ -16,7 +16,7 @@ import onnx_ir as ir
 from faexport.match import Context, find_sites
 from faexport.report import Report, count_nodes
 from faexport.rewrite import Names, add_opset, rewrite_site
-from faexport.spec import DOMAIN, AttentionSpec, Candidate, Refusal
+from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.nodes import graphs_of
 from faexport.understand.shapes import Analysis
 
@@ -39,10 +39,11 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     before = count_nodes(model)
     candidates = examine(model, options)
     names = Names(model)
-    for candidate in candidates:
-        if isinstance(candidate.outcome, AttentionSpec):
-            rewrite_site(candidate, names)
-            add_opset(model, _function_of(candidate, model))
+    fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
+    for candidate in fused:
+        rewrite_site(candidate, names)
+    if fused:
+        add_opset(model)
     report = Report.from_candidates(candidates, before, count_nodes(model))
     return model, report
 
@@ -51,15 +52,8 @@ def examine(model: ir.Model, options: Options = Options()) -> list[Candidate]:  
     """All sites with what was understood of them; nothing is changed."""
     analysis = Analysis(model)
     found = []
-    for graph in graphs_of(model):
-        for candidate in find_sites(graph, Context(graph, analysis, options)):
+    for graph, root in graphs_of(model):
+        for candidate in find_sites(Context(graph, root, analysis, options)):
             if not options.sources or candidate.source in options.sources:
                 found.append(candidate)
     return found
-
-
-def _function_of(candidate: Candidate, model: ir.Model) -> ir.Graph | ir.Function:
-    graph = candidate.graph
-    while isinstance(graph, ir.Graph) and graph.parent_node is not None:
-        graph = graph.parent_node.graph
-    return graph

@@ -112,7 +112,7 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     old = [spec.output, spec.present_key, spec.present_value, spec.lse]
     outputs = list(node.outputs)
     if spec.output_nodes:
-        result.name, result.dtype = names.fresh(f"{node.name}_output"), spec.output.dtype
+        result.name = names.fresh(f"{node.name}_output")
         spec.output_nodes[0].replace_input_with(0, result)
         new += spec.output_nodes
         outputs[0] = spec.output_nodes[-1].outputs[0]
@@ -164,7 +164,9 @@ def remove_dead(roots: list[ir.Node | None]) -> None:
                 value.graph.initializers.pop(value.name)
 
 
-def add_opset(model: ir.Model, graph: ir.Graph | ir.Function) -> None:
+def add_opset(model: ir.Model) -> None:
+    """Declares the operator's domain wherever a fused node stands."""
     model.opset_imports[DOMAIN] = VERSION
-    if isinstance(graph, ir.Function):
-        graph.opset_imports[DOMAIN] = VERSION
+    for function in model.functions.values():
+        if any(node.domain == DOMAIN for node in function.all_nodes()):
+            function.opset_imports[DOMAIN] = VERSION

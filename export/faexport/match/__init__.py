@@ -29,6 +29,7 @@ class Context:
     """What a matcher may ask: the graph that the anchor is in, the analysis of the model, the user's options."""
 
     graph: ir.Graph | ir.Function
+    root: ir.Graph | ir.Function  # the main graph or function that `graph` is nested in, or is
     analysis: Analysis
     options: Options
 
@@ -65,11 +66,11 @@ def load_matchers() -> None:
         importlib.import_module(f"{__name__}.{module}")
 
 
-def find_sites(graph: ir.Graph | ir.Function, context: Context) -> list[Candidate]:
-    """All sites of one graph (bodies nested in it not included), in graph order."""
+def find_sites(context: Context) -> list[Candidate]:
+    """All sites of the context's graph (bodies nested in it not included), in graph order."""
     load_matchers()
     found = []
-    for node in graph:
+    for node in context.graph:
         for entry in MATCHERS:
             if op(node) in entry.anchors and entry.min_opset <= context.analysis.opset <= entry.max_opset:
                 candidate = entry.match(node, context)

@@ -28,6 +28,8 @@ def keep_as_bias(terms: Sequence[MaskTerm], scores: ScoreShape, context: Context
     """The sum of all terms as attn_bias; a Where becomes Where(condition, 0, fill) if its fill is hugely negative."""
     a = context.analysis
     build = Builder(a.opset)
+    if len(terms) == 1 and terms[0].kind == TermKind.BOOL:
+        return Mask(attn_mask=terms[0].value)
     total: ir.Value | None = None
     for term in terms:
         if term.kind in (TermKind.CLAMP, TermKind.ZERO):

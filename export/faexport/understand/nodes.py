@@ -48,14 +48,13 @@ def live_users(value: ir.Value) -> list[ir.Node]:
     return list(dict.fromkeys(use.node for use in value.uses() if is_live(use.node)))
 
 
-def graphs_of(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
-    """The main graph, every function, and every body nested in them, outer before inner."""
-    pending: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+def graphs_of(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, ir.Graph | ir.Function]]:
+    """(graph, the main graph or function that it is nested in) for all graphs, outer before inner."""
+    pending = [(graph, graph) for graph in (model.graph, *model.functions.values())]
     while pending:
-        graph = pending.pop(0)
-        yield graph
-        for node in graph:
-            pending.extend(subgraphs(node))
+        graph, root = pending.pop(0)
+        yield graph, root
+        pending.extend((body, root) for node in graph for body in subgraphs(node))
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:

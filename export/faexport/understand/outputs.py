@@ -55,6 +55,13 @@ def read_output(values: Values, heads: Dim, dtype: ir.DataType | None, a: Analys
     return found or _rebuilt(y, labels, sizes, dtype, a) or refusal
 
 
+def declared_output(value: ir.Value, layout: Layout, sizes, dtype: ir.DataType | None, a: Analysis) -> Output:
+    """The output of an op that states its layout, followed through what rearranges it; sizes are those of [B, H, S, D_v]."""
+    view = View.whole(sizes)
+    axes = tuple(tuple(x for i in group for x in view.axes[i]) for group in ORDERS[layout])
+    return _furthest(value, dataclasses.replace(view, axes=axes), sizes, dtype, a) or Output(value, layout)
+
+
 def _furthest(value: ir.Value, view: View, sizes, dtype, a: Analysis) -> Output | None:
     found: Output | None = None
     for _ in range(MAX_CHAIN):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from faexport.understand.shapes import Analysis
 
 ONE = Dim.of(1)
+TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
 
 
 @dataclasses.dataclass
@@ -113,7 +114,10 @@ def _head_options(query: _Side, scores: Scores) -> list[Dim]:
 def _with_heads(sides, values: Values, heads: Dim, a: Analysis) -> Structure | Refusal:
     best: Structure | None = None
     problem = Refusal("the heads of query, key and value cannot be told apart", name_of(values.product.node))
-    for dtype in _dtypes(sides, values, a):
+    dtypes = _dtypes(sides, a)
+    if not dtypes:
+        return Refusal("query, key and value are not float32, float16 or bfloat16", name_of(values.product.node))
+    for dtype in dtypes:
         for grouped, packed in ((True, True), (True, False), (False, True), (False, False)):
             found = _try(sides, values, heads, (grouped, packed, dtype), a)
             if isinstance(found, Refusal):
@@ -125,13 +129,13 @@ def _with_heads(sides, values: Values, heads: Dim, a: Analysis) -> Structure | R
     return problem
 
 
-def _dtypes(sides, values: Values, a: Analysis) -> list[ir.DataType | None]:
+def _dtypes(sides, a: Analysis) -> list[ir.DataType | None]:
     """Types to compute in: those in which all three operands can be read, the narrowest first (a Cast up is then absorbed)."""
     kinds = [{a.dtype(link.value) for link in side.links} for side in sides]
-    common = set.intersection(*kinds) - {None}
-    allowed = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT)
-    found = [t for t in allowed if t in common]
-    return found or ([None] if all(None in k for k in kinds) else [ir.DataType.FLOAT])
+    found = [t for t in TYPES if t in set.intersection(*kinds)]
+    if found or any(k == {None} for k in kinds):
+        return found or [None]
+    return [ir.DataType.FLOAT] if all(k & set(TYPES) for k in kinds) else []
 
 
 def _try(sides, values: Values, heads: Dim, how, a: Analysis) -> Structure | Refusal:

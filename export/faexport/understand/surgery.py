@@ -20,7 +20,9 @@ class Builder:
 
     def add(self, op_type: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes) -> ir.Value:
         node = ir.node(op_type, inputs, attributes or None)
-        node.outputs[0].dtype = dtype or (inputs[0].dtype if inputs and inputs[0] is not None else None)
+        dtype = dtype or (inputs[0].dtype if inputs and inputs[0] is not None else None)
+        if dtype is not None:
+            node.outputs[0].dtype = dtype
         self.nodes.append(node)
         return node.outputs[0]
 
