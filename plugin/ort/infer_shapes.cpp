@@ -2,6 +2,8 @@
 // Output shapes for ONNX Runtime while a model is loaded, numbers and symbols. Called by the runtime for every FlashAttention
 // node before its kernel exists. A node that is wrong gets no shape here and its sentence from create_kernel. NOTE: ONNX Runtime
 // drops the returned status without releasing it (to 1.31): null is returned always.
+#include <atomic>
+
 #include "op.h"
 #include "output_shape.h"
 
@@ -81,11 +83,16 @@ void set_shape(OrtShapeInferContext* context, Output output, ONNXTensorElementDa
   OrtTensorTypeAndShapeInfo* raw = nullptr;
   Ort::ThrowOnError(api.CreateTensorTypeAndShapeInfo(&raw));
   const Ort::TensorTypeAndShapeInfo info(raw);
+  // NOTE: without a symbol ONNX Runtime takes -1 for the size itself, and folds it into what later nodes read of the shape.
+  static std::atomic<int64_t> num_unknown{0};
+  std::string names[4];
   int64_t dims[4];
   const char* symbols[4];
   for (int axis = 0; axis < shape.rank; ++axis) {
-    dims[axis] = shape.dims[axis].value;
-    symbols[axis] = shape.dims[axis].symbol.c_str();
+    const Dim& dim = shape.dims[axis];
+    dims[axis] = dim.value;
+    names[axis] = dim.value < 0 && dim.symbol.empty() ? "fa_unknown_" + std::to_string(num_unknown++) : dim.symbol;
+    symbols[axis] = names[axis].c_str();
   }
   Ort::ThrowOnError(api.SetTensorElementType(raw, type));
   Ort::ThrowOnError(api.SetDimensions(raw, dims, shape.rank));
