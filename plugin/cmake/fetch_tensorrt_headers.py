@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts TensorRT 10.14's public headers (Apache-2.0) into a folder: `fetch_tensorrt_headers.py FOLDER`. Called by FindTensorRT.cmake.
+"""Puts TensorRT 10.14's public headers (Apache-2.0) into a folder. Called by FindTensorRT.cmake.
 
-No wheel of TensorRT's carries headers; the pure Python package named below does. pip's own settings decide where it comes from.
+No wheel of TensorRT's carries them; the pure Python package named below does. pip's settings say where from.
 """
 
 import pathlib
@@ -19,8 +19,8 @@ def fetch(folder: pathlib.Path) -> None:
     if (folder / "NvInferRuntime.h").exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", scratch, PACKAGE]
-        subprocess.run(pip, check=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        subprocess.run([*pip, "--dest", scratch, PACKAGE], check=True)
         (wheel,) = pathlib.Path(scratch).glob("*.whl")
         unpacked = pathlib.Path(scratch) / "headers"
         unpacked.mkdir()
@@ -36,4 +36,4 @@ if __name__ == "__main__":
     try:
         fetch(pathlib.Path(sys.argv[1]))
     except (subprocess.CalledProcessError, OSError, ValueError) as error:
-        sys.exit(f"TensorRT's headers could not be fetched: {error}. Set TensorRT_ROOT to an SDK, or configure with -DFA_TRT=OFF.")
+        sys.exit(f"TensorRT's headers can't be fetched: {error}. Set TensorRT_ROOT to an SDK, or pass -DFA_TRT=OFF.")

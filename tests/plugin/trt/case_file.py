@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases (tests/cases.py) as the file that the conformance host reads, and the host's outputs read back.
 
-A case has two bindings: its own shapes, and others with the same attributes, so that shapes and workspaces are asked for a range.
+A case has two bindings: its own shapes, and others with the same attributes, so that a range of shapes is asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ def other_sizes(case: Case) -> Case:
     more_keys = 3 if case.layout in ("QKV", "HQKV") else 5  # one tensor holds query, key and value
     past = case.past + 2 if case.past else 0
     return dataclasses.replace(
-        case, batch_size=case.batch_size + 1, seqlen_q=case.seqlen_q + 3, seqlen_kv=case.seqlen_kv + more_keys, past=past
+        case,
+        batch_size=case.batch_size + 1,
+        seqlen_q=case.seqlen_q + 3,
+        seqlen_kv=case.seqlen_kv + more_keys,
+        past=past,
     )
 
 
@@ -34,12 +38,17 @@ def output_shapes(case: Case, problem: Problem) -> list[tuple[int, ...]]:
         batch, rows_q, rows_kv = 1, int(problem.inputs["cu_seqlens_q"][-1]), int(problem.inputs["cu_seqlens_kv"][-1])
     layout = case.output_layout or ("BSH" if case.layout in ("QKV", "HQKV") else case.layout)
     heads, dim = case.num_q_heads, case.dim_v
+    outputs = {
+        "BHSD": (batch, heads, rows_q, dim),
+        "BSHD": (batch, rows_q, heads, dim),
+        "BSH": (batch, rows_q, heads * dim),
+    }
     shapes = {
-        "output": {"BHSD": (batch, heads, rows_q, dim), "BSHD": (batch, rows_q, heads, dim), "BSH": (batch, rows_q, heads * dim)}[layout],
+        "output": outputs[layout],
         "present_key": (batch, case.num_kv_heads, case.past + rows_kv, case.head_dim),
         "present_value": (batch, case.num_kv_heads, case.past + rows_kv, case.dim_v),
         "lse": (batch, heads, rows_q),
-    }  # fmt: skip
+    }
     return [shapes[name] for name in problem.outputs]
 
 
@@ -51,10 +60,14 @@ def write(path: pathlib.Path, cases: Iterable[Case], data_path: pathlib.Path | N
             problems = [case.problem(), other.problem()]
             if problems[0].attributes != problems[1].attributes:
                 raise ValueError(f"{case.id} has other attributes at other sizes")
-            _write_case(file, case.id, problems, [output_shapes(case, problems[0]), output_shapes(other, problems[1])], data)
+            _write_case(
+                file, case.id, problems, [output_shapes(case, problems[0]), output_shapes(other, problems[1])], data
+            )
 
 
-def _write_case(file: TextIO, name: str, problems: Sequence[Problem], shapes: Sequence[Sequence[tuple[int, ...]]], data) -> None:
+def _write_case(
+    file: TextIO, name: str, problems: Sequence[Problem], shapes: Sequence[Sequence[tuple[int, ...]]], data
+) -> None:
     file.write(f"case {quoted(name)}\n")
     for attribute, value in problems[0].attributes.items():
         file.write(f"{KINDS[type(value)]} {attribute} {attribute_text(value)}\n")
@@ -86,7 +99,9 @@ def quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def read_outputs(path: pathlib.Path, cases: Iterable[Case], num_tactics: int) -> Iterator[tuple[Case, int, dict[str, np.ndarray]]]:
+def read_outputs(
+    path: pathlib.Path, cases: Iterable[Case], num_tactics: int
+) -> Iterator[tuple[Case, int, dict[str, np.ndarray]]]:
     """(case, index of the tactic, outputs by name) in the order in which the host wrote them."""
     with path.open("rb") as file:
         for case in cases:

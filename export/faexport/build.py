@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands `faexport build` (an ONNX model into a TensorRT engine) and `faexport run` (an engine on given inputs).
+
+cli.py adds them by add_commands(). engine.py builds, engine_run.py runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import onnx_ir as ir
+import rich.progress
+import rich.table
+import typer
+
+from . import engine, engine_run, model_io, pipeline, terminal
+from .engine import EngineReport, Range, Runtime, shape_text
+from .model_io import ModelError
+from .spec import DOMAIN, OP_TYPE
+
+BUILD_EXAMPLES = """[bold]Examples[/bold]
+
+faexport build model.onnx                                 write model.plan, fused first
+
+faexport build model.onnx --min ids:1x1 --opt ids:1x128 --max ids:8x512
+
+faexport build model.onnx --runtime tensorrt-rtx          without fusing: TensorRT-RTX takes no plugins
+"""
+RUN_EXAMPLES = """[bold]Examples[/bold]
+
+faexport run model.plan --inputs in.npz                          print what comes out
+
+faexport run model.plan --inputs in.npz --model model.onnx       compare with onnxruntime
+"""
+
+ModelArgument = Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
+PlanOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Where to write; default: MODEL with the ending .plan."),
+]
+RuntimeOption = Annotated[
+    Runtime | None,
+    typer.Option("--runtime", help="Which TensorRT; default: tensorrt if it is installed, else tensorrt-rtx."),
+]
+MinOption = Annotated[
+    list[str] | None,
+    typer.Option("--min", metavar="NAME:SHAPE", help="Smallest shape of an input, e.g. ids:1x1. Repeatable."),
+]
+OptOption = Annotated[
+    list[str] | None, typer.Option("--opt", metavar="NAME:SHAPE", help="The shape to tune for. Repeatable.")
+]
+MaxOption = Annotated[list[str] | None, typer.Option("--max", metavar="NAME:SHAPE", help="Largest shape. Repeatable.")]
+ProfileOption = Annotated[
+    list[pathlib.Path] | None,
+    typer.Option(
+        "--profile",
+        metavar="FILE",
+        help='More shapes, as JSON: {"ids": {"min": [1, 1], "opt": [1, 128], "max": [8, 512]}}. Repeatable.',
+    ),
+]
+WorkspaceOption = Annotated[
+    int | None, typer.Option("--workspace", metavar="MIB", help="Scratch memory at most, in MiB.", min=0)
+]
+TimingCacheOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--timing-cache", metavar="FILE", help="Kernel timings, read if there and written after."),
+]
+VersionCompatibleOption = Annotated[
+    bool, typer.Option("--version-compatible", help="The engine runs in later minor versions of TensorRT too.")
+]
+HardwareCompatibleOption = Annotated[
+    bool, typer.Option("--hardware-compatible", help="The engine runs on every GPU from Ampere on, not only this kind.")
+]
+ComputeCapabilityOption = Annotated[
+    list[str] | None,
+    typer.Option("--compute-capability", metavar="X.Y", help="TensorRT-RTX: a GPU to build for. Repeatable."),
+]
+FuseOption = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Put flash attention into the model first.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show TensorRT's log on stderr.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+EngineArgument = Annotated[
+    pathlib.Path, typer.Argument(metavar="ENGINE", help="An engine that build wrote.", show_default=False)
+]
+InputsOption = Annotated[
+    pathlib.Path, typer.Option("--inputs", metavar="FILE", help="An .npz with an array for each input.")
+]
+OutputsOption = Annotated[
+    pathlib.Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to this .npz.")
+]
+ReferenceOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--model", metavar="MODEL", help="The ONNX model, to compare with onnxruntime."),
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds `build` and `run` to the command line."""
+    app.command("build", epilog=BUILD_EXAMPLES)(build)
+    app.command("run", epilog=RUN_EXAMPLES)(run)
+
+
+def build(
+    model: ModelArgument,
+    output: PlanOption = None,
+    runtime: RuntimeOption = None,
+    least: MinOption = None,
+    best: OptOption = None,
+    most: MaxOption = None,
+    profile: ProfileOption = None,
+    workspace: WorkspaceOption = None,
+    timing_cache: TimingCacheOption = None,
+    version_compatible: VersionCompatibleOption = False,
+    hardware_compatible: HardwareCompatibleOption = False,
+    compute_capability: ComputeCapabilityOption = None,
+    fuse: FuseOption = True,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Build a TensorRT engine from MODEL, its attention fused first. Tensors keep the model's types."""
+    kind, module = engine.find_runtime(runtime)
+    target = output or model.with_suffix(".plan")
+    log = terminal.console(stderr=True)
+    options = engine.Options(
+        profiles=_profiles(least or [], best or [], most or [], profile or []),
+        workspace_bytes=None if workspace is None else workspace << 20,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        compute_capabilities=[_compute_capability(text) for text in compute_capability or []],
+        on_log=(lambda line: log.print(line, markup=False, soft_wrap=True)) if verbose else lambda line: None,
+    )
+    with _Bars(quiet) as bars, _prepared(model, kind, fuse, bars) as (path, num_nodes, notes):
+        bars.say("starting TensorRT")
+        builder = engine.EngineBuilder(kind, module, options)
+        bars.say("parsing")
+        builder.parse(path)
+        bars.say("building")
+        content, report = builder.build(bars)
+        engine.write_file(target, content)
+    report.notes[:0] = notes
+    if as_json and not quiet:
+        data = {"model": str(model), "output": str(target), "num_plugin_nodes": num_nodes, **dataclasses.asdict(report)}
+        typer.echo(json.dumps(data, indent=2))
+    elif not quiet:
+        _show(report, target, num_nodes)
+
+
+@contextlib.contextmanager
+def _prepared(
+    model: pathlib.Path, kind: Runtime, fuse: bool, bars: _Bars
+) -> Iterator[tuple[pathlib.Path, int, list[str]]]:
+    """The file to parse, how many of our nodes it has, and what there is to say of it."""
+    bars.say(f"reading {model.name}")
+    loaded = model_io.load(model)
+    num_nodes = _count_nodes(loaded)
+    if kind is Runtime.TENSORRT_RTX:
+        if num_nodes:
+            raise ModelError(
+                f"{model}: has {num_nodes} {OP_TYPE} nodes, and TensorRT-RTX takes no plugins: "
+                "build the model it was made from, or use the tensorrt package"
+            )
+        yield model, 0, ["TensorRT-RTX takes no plugins: the attention was left as it is"] if fuse else []
+        return
+    with contextlib.ExitStack() as stack:
+        notes = []
+        if fuse and not num_nodes:
+            bars.say("fusing")
+            fused, fused_report = pipeline.fuse(loaded, fallback=False)
+            num_nodes = fused_report.num_fused
+            notes.append(f"{num_nodes} of {len(fused_report.sites)} attention sites fused; faexport inspect tells more")
+            if num_nodes:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="faexport-build-"))
+                path = pathlib.Path(folder) / "model.onnx"
+                model_io.save(fused, path, source=model)
+                model = path
+        if num_nodes:
+            _register_plugin()
+        yield model, num_nodes, notes
+
+
+def _register_plugin() -> None:
+    try:
+        import faplugin.trt
+
+        faplugin.trt.register()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(f"the TensorRT plugin can't be registered: {error}") from error
+
+
+def _count_nodes(model: ir.Model) -> int:
+    graphs = (model.graph, *model.functions.values())
+    nodes = (node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph))
+    return sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in nodes)
+
+
+def _compute_capability(text: str) -> int:
+    major, dot, minor = text.partition(".")
+    if not (dot and major.isdigit() and minor.isdigit() and len(minor) == 1):
+        raise ModelError(f"--compute-capability {text}: expected X.Y, e.g. 8.9")
+    return int(major) * 10 + int(minor)
+
+
+def _profiles(least: list[str], best: list[str], most: list[str], files: list[pathlib.Path]) -> list[engine.Profile]:
+    profiles = [engine.make_profile(least, best, most)] if least or best or most else []
+    return profiles + [_read_profile(path) for path in files]
+
+
+def _read_profile(path: pathlib.Path) -> engine.Profile:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return {
+            name: engine.check_range(
+                name, Range(*(tuple(int(size) for size in corners[key]) for key in ("min", "opt", "max")))
+            )
+            for name, corners in content.items()
+        }
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        example = '{"ids": {"min": [1, 1], "opt": [1, 128], "max": [8, 512]}}'
+        raise ModelError(f"{path}: is not a profile ({type(error).__name__}: {error}); expected {example}") from error
+
+
+class _Bars(engine.Monitor, contextlib.AbstractContextManager):
+    """TensorRT's phases as progress bars, one below the other. Invisible where stderr is no terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        screen = terminal.console(stderr=True)
+        columns = (
+            rich.progress.SpinnerColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+        )
+        self._bars = rich.progress.Progress(
+            *columns, console=screen, transient=True, disable=quiet or not screen.is_terminal
+        )
+        self._tasks: dict[str, Any] = {}
+        self._depths: dict[str, int] = {}
+        self._said = self._bars.add_task("", total=None)
+
+    def __enter__(self) -> _Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        self._bars.update(self._said, description=text)
+
+    def start(self, phase: str, parent: str | None, num_steps: int) -> None:
+        self._depths[phase] = self._depths.get(parent or "", 0) + 1
+        self._tasks[phase] = self._bars.add_task("  " * self._depths[phase] + phase, total=num_steps)
+
+    def step(self, phase: str, step: int) -> bool:
+        self._bars.update(self._tasks[phase], completed=step)
+        return True
+
+    def finish(self, phase: str) -> None:
+        self._bars.remove_task(self._tasks.pop(phase))
+
+
+def _show(report: EngineReport, target: pathlib.Path, num_nodes: int) -> None:
+    table = rich.table.Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("engine", f"{target} ({_size_text(report.engine_bytes)})")
+    table.add_row("built", f"in {report.seconds:.1f} s by {report.runtime} {report.version}")
+    table.add_row("layers", f"{report.num_layers}, of which {num_nodes} {OP_TYPE}")
+    for index, profile in enumerate(report.profiles):
+        for name, given in profile.items():
+            corners = dict.fromkeys(shape_text(corner) for corner in dataclasses.astuple(given))
+            label = "inputs" if len(report.profiles) == 1 else f"inputs, profile {index}"
+            table.add_row(label, f"{name}: {' … '.join(corners)}")
+    for note in report.notes:
+        table.add_row("note", note)
+    terminal.console().print(table)
+
+
+def _size_text(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
+
+
+def run(
+    engine_file: EngineArgument,
+    inputs: InputsOption,
+    output: OutputsOption = None,
+    model: ReferenceOption = None,
+    runtime: RuntimeOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run ENGINE on inputs from a file; with --model, compare with onnxruntime (exit code 1 where they differ)."""
+    tensors = engine_run.read_inputs(inputs)
+    kind, module = engine.find_runtime(runtime)
+    result = engine_run.run(kind, module, engine_file, tensors)
+    if output is not None:
+        engine_run.write_outputs(output, result.outputs)
+    differences = engine_run.compare(model, tensors, result.outputs) if model else []
+    if as_json and not quiet:
+        outputs = {name: {"dtype": str(array.dtype), "shape": array.shape} for name, array in result.outputs.items()}
+        report = {"milliseconds": result.milliseconds, "outputs": outputs}
+        typer.echo(json.dumps({**report, "differences": [dataclasses.asdict(item) for item in differences]}, indent=2))
+    elif not quiet:
+        terminal.console().print(engine_run.table(result, differences))
+    if any(not item.ok for item in differences):
+        worst = next(item for item in differences if not item.ok)
+        terminal.print_error(
+            f"{engine_file}: output '{worst.name}' differs by {worst.max_abs_diff:.3g}; allowed: {worst.tolerance:.3g}"
+        )
+        raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)
