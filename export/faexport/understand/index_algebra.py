@@ -20,7 +20,7 @@ _interned: weakref.WeakValueDictionary[tuple, Expr] = weakref.WeakValueDictionar
 class Expr:
     """A node of an interned expression: `is` is equality. `kind` is "int", "bool" or "float"."""
 
-    __slots__ = ("op", "args", "kind", "serial", "__weakref__")
+    __slots__ = ("__weakref__", "args", "kind", "op", "serial")
 
     def __repr__(self) -> str:
         from faexport.understand.index_print import to_text
@@ -234,6 +234,10 @@ def _lower(atom: Expr) -> Sequence[Expr]:
     return []
 
 
+def _atom_nonnegative(atom: Expr) -> bool:
+    return any(is_nonnegative(bound) for bound in _lower(atom))
+
+
 def upper_bounds(expr: Expr) -> list[Expr]:
     """Expressions without index variables that `expr` never exceeds (possibly none)."""
     return [b for b in _extremes(expr, 1, 6) if not any(a.op == "var" for m, _ in b.args for a in m)]
@@ -247,7 +251,7 @@ def _extremes(expr: Expr, sign: int, depth: int) -> list[Expr]:
         for k, atom in enumerate(m):
             if atom.op == "sym":
                 continue
-            if any(not _lower(other) for other in m[:k] + m[k + 1 :]):
+            if not all(_atom_nonnegative(other) for other in m[:k] + m[k + 1 :]):
                 continue
             results = []
             for bound in _upper(atom) if c * sign > 0 else _lower(atom):

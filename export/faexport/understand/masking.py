@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.spec import EmptyRow, Mask, MaskTerm, Refusal, ScoreShape, TermKind
+from faexport.understand.dims import plain
+from faexport.understand.mask import UNKNOWN_SHAPE, MaskOptions, understand_mask
 from faexport.understand.nodes import name_of
 from faexport.understand.surgery import Builder
 
@@ -21,7 +23,17 @@ if TYPE_CHECKING:
 
 
 def understand(terms: Sequence[MaskTerm], scores: ScoreShape, context: Context) -> Mask | Refusal:
-    return keep_as_bias(terms, scores, context)
+    """What understand_mask proves; where it can't even find the shape of a mask, the terms as they are."""
+
+    def shape_of(value: ir.Value) -> list[int | str | None] | None:
+        shape = context.analysis.shape(value)
+        return None if shape is None else [plain(d) for d in shape]
+
+    options = MaskOptions(context.options.assume_right_padding)
+    found = understand_mask(terms, scores, options, shape_of)
+    if isinstance(found, Refusal) and found.reason == UNKNOWN_SHAPE:
+        return keep_as_bias(terms, scores, context)
+    return found
 
 
 def keep_as_bias(terms: Sequence[MaskTerm], scores: ScoreShape, context: Context) -> Mask | Refusal:
@@ -50,7 +62,11 @@ def _as_bias(build: Builder, term: MaskTerm, a) -> ir.Value | None:
     if dtype is None or term.kind not in (TermKind.ADD, TermKind.WHERE):
         return None
     if term.kind == TermKind.ADD:
-        return term.value if term.factor == 1.0 else build.add("Mul", [term.value, _scalar(build, term.factor, dtype)], dtype)
+        return (
+            term.value
+            if term.factor == 1.0
+            else build.add("Mul", [term.value, _scalar(build, term.factor, dtype)], dtype)
+        )
     fill = a.scalar(term.fill)
     if fill is None or fill * term.factor > -1e4:
         return None

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proves what the mask of an attention site is, and gives it in the operator's words (spec.Mask).
+
+Called for each site with the terms that the matcher peeled off the scores. What isn't proven stays a bias or a bool mask; what can't
+be expressed is a refusal. The proof is by index algebra (index_*.py, transfer_*.py) and is checked by evaluation (mask_check.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport import spec
+from faexport.understand import index_algebra as ia
+from faexport.understand import index_logic as il
+from faexport.understand import transfer_layout, transfer_math  # noqa: F401  (registers the transfer functions)
+from faexport.understand.index_algebra import Expr
+from faexport.understand.index_print import to_text
+from faexport.understand.index_tensor import Interpreter, Unknown
+from faexport.understand.mask_alibi import slopes_of
+from faexport.understand.mask_check import Checker
+from faexport.understand.mask_emit import Emitter
+from faexport.understand.mask_terms import Case, NotAMask, Site, cases_of, rows_see_a_key, visible
+from faexport.understand.mask_window import Window, corners, length_of, split
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskOptions:
+    """`assume_right_padding`: a padding mask given by the user is ones and then zeros in each row, so lengths say it all.
+    `check`: run the mask's subgraph on small inputs and compare with what was proven."""
+
+    assume_right_padding: bool = False
+    check: bool = True
+
+
+class GraphMasks:
+    """What is shared by the sites of one graph: abstract values, new nodes, checks already made."""
+
+    def __init__(self, graph: ir.Graph | ir.Function, shapes: Shapes | None):
+        self.ctx = Interpreter(graph, shapes)
+        self.emitter = Emitter(self.ctx, graph)
+        self.checker = Checker(self.ctx)
+
+
+UNKNOWN_SHAPE = "the shape of its mask can't be found out"
+Shapes = Callable[[ir.Value], Sequence[int | str | None] | None]
+_graphs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def graph_masks(graph: ir.Graph | ir.Function, shapes: Shapes | None = None) -> GraphMasks:
+    if graph not in _graphs:
+        _graphs[graph] = GraphMasks(graph, shapes)
+    return _graphs[graph]
+
+
+def understand_mask(
+    terms: Sequence[spec.MaskTerm],
+    scores: spec.ScoreShape,
+    options: MaskOptions = MaskOptions(),  # noqa: B008 (frozen)
+    shapes: Shapes | None = None,
+) -> spec.Mask | spec.Refusal:
+    """The mask of one site, or why it can't be expressed. New nodes are in Mask.new_nodes (in order, shared between the sites of
+    a graph: a node that is in the graph already isn't inserted again). `shapes` is a second source of shapes."""
+    if not terms:
+        return spec.Mask()
+    shared = graph_masks(scores.graph, shapes)
+    try:
+        site = Site(shared.ctx, terms, scores)
+        mask = _Builder(shared, site, terms, options).build()
+    except NotAMask as reason:
+        return spec.Refusal(str(reason), _name(terms[-1].node))
+    except (Unknown, RecursionError):
+        return spec.Refusal(UNKNOWN_SHAPE, _name(terms[-1].node))
+    if options.check:
+        wrong = shared.checker.check(site, terms, mask, options.assume_right_padding)
+        if wrong:
+            text = f"what was proven of its mask isn't what the mask computes ({wrong}); please report this model"
+            return spec.Refusal(text, _name(terms[-1].node))
+    return mask
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or (node.outputs[0].name or "?")
+
+
+class _Builder:
+    """Turns the cases of one site into a spec.Mask."""
+
+    def __init__(self, shared: GraphMasks, site: Site, terms: list[spec.MaskTerm], options: MaskOptions):
+        self.emitter, self.site, self.terms, self.options = shared.emitter, site, terms, options
+        self.mask = spec.Mask()
+        self.facts: list[spec.Fact] = []
+
+    def build(self) -> spec.Mask:
+        cases = cases_of(self.site, self.terms)
+        seen, bias = self._decide(cases)
+        window = self._visibility(seen, only_window=len(bias) == len(cases) and any(c.mask is not None for c in cases))
+        self._bias(bias, window)
+        mask = self.mask
+        values = [mask.query_offset, mask.attn_mask, mask.attn_bias, mask.kv_lengths, mask.alibi_slopes]
+        needed = dict.fromkeys(n for v in values if v is not None for n in self.emitter.nodes.get(v, ()))
+        mask.new_nodes, mask.facts = tuple(needed), tuple(self.facts)
+        return mask
+
+    def fact(self, text: str, *exprs: Expr) -> None:
+        """Records a fact and the nodes that compute the expressions it was read from."""
+        names = []
+        for expr in exprs:
+            for wanted in (expr, il.negate(expr)) if expr.kind == "bool" else (expr,):
+                found = self.emitter.source(self.site, wanted)
+                if found is not None:
+                    names.append(_name(found))
+                    break
+        self.facts.append(spec.Fact(text, tuple(dict.fromkeys([*names, *(_name(t.node) for t in self.terms)]))))
+
+    # ------------------------------------------------------------------------------------------ which cases are masked
+
+    def _decide(self, cases: list[Case]) -> tuple[Expr, list[Case]]:
+        """(the condition of being visible, the cases that make up the bias)."""
+        kept = [c for c in cases if c.mask is None]
+        hard = [c for c in cases if c.mask == -math.inf]
+        soft = [c for c in cases if c.mask is not None and c.mask > -math.inf]
+        seen = visible(cases)
+        if not soft:
+            if hard and not rows_see_a_key(self.site, seen):
+                self._note_empty_rows()
+            return seen, kept
+        if rows_see_a_key(self.site, seen):
+            return seen, kept
+        same = len({(c.mask, c.replaced) for c in soft}) == 1 and all(c.exact for c in soft) and not hard
+        if same:
+            self.mask.empty_row = spec.EmptyRow.MEAN
+            self._note_mean(soft[0])
+            return seen, kept
+        if any(c.replaced and not c.exact for c in soft) or any(c.replaced and c.mask > -1e30 for c in soft):
+            raise NotAMask("its mask gives rows without a visible key a softmax of other numbers")
+        self.fact(
+            f"rows that may see no key would give another softmax without the {soft[0].mask:g} added: it stays a bias"
+        )
+        return il.negate(il.any_of(c.cond for c in hard)), cases
+
+    def _note_empty_rows(self) -> None:
+        if not self.site.scores.nan_guard and not any(t.kind is spec.TermKind.ZERO for t in self.terms):
+            self.fact("a row that sees no key gives 0 (NaN before)")
+
+    def _note_mean(self, case: Case) -> None:
+        text = f"a row that sees no key gives the mean of all values, as the fill {case.mask:g} does"
+        if not case.replaced and self.site.scores.dtype is ir.DataType.FLOAT16:
+            text += " (exact in float16 while such scores are below 16)"
+        self.fact(text)
+
+    # ------------------------------------------------------------------------------------------ windows, lengths, bool mask
+
+    def _visibility(self, seen: Expr, only_window: bool) -> Window:
+        """Window, lengths and bool mask for the condition `seen`; with `only_window` the bias says the rest."""
+        mask = self.mask
+        window, rest = split(self.site, seen)
+        if window.parts and not self._position(window):
+            window, rest = Window(), [*window.parts, *rest]
+        mask.window_left, mask.window_right = window.left, window.right
+        if window.parts:
+            self.fact(self._window_text(window), *window.parts)
+        if only_window:
+            return window
+        rest = self._lengths(rest)
+        if rest:
+            whole = il.all_of(rest)
+            mask.attn_mask = self._value(whole)
+            self.fact(f"{self._kind(whole)} mask {self._axes(whole)}", *rest)
+        elif seen is il.TRUE and any(t.kind is not spec.TermKind.ADD for t in self.terms):
+            self.fact("its mask lets every key through")
+        return window
+
+    def _window_text(self, window: Window) -> str:
+        place = "" if ia.value_of(window.offset) == 0 else f" from position {to_text(window.offset)}"
+        if window.right == 0:
+            return ("causal" if window.left < 0 else f"causal, sliding window of {window.left + 1}") + place
+        sides = [f"{n} {word}" for n, word in ((window.left, "before"), (window.right, "after")) if n >= 0]
+        return "window: " + ", ".join(sides) + place
+
+    def _position(self, window: Window) -> bool:
+        """Writes down where row 0 stands; False where that can't be said."""
+        mask = self.mask
+        if ia.value_of(window.offset) == 0:
+            mask.alignment = spec.Alignment.TOP_LEFT
+        elif any(window.offset is corner for corner in corners(self.site)):
+            mask.alignment = spec.Alignment.BOTTOM_RIGHT
+        else:
+            try:
+                mask.query_offset = self._offset(window.offset)
+            except Unknown:
+                return False
+        return True
+
+    def _offset(self, offset: Expr) -> ir.Value:
+        if "b" not in ia.variables(offset) and not ia.atoms(offset, "load"):
+            return self.emitter.scalar(offset)
+        value = self.emitter.emit(self.site, offset)
+        return self.emitter.node("Reshape", [value, self.emitter.constant([-1])], hint="query_offset")
+
+    def _lengths(self, parts: list[Expr]) -> list[Expr]:
+        """Takes out what says "j < a number of this batch entry"."""
+        for part in parts:
+            length = length_of(part)
+            text = "key lengths"
+            if length is None and self.options.assume_right_padding and self._is_padding(part):
+                text = "key lengths (right padding assumed)"
+            elif length is None:
+                continue
+            try:
+                value = self.emitter.emit(self.site, length) if length is not None else self._count(part)
+            except Unknown:
+                continue
+            if length is not None and "b" not in ia.variables(length):
+                value = self.emitter.node("Expand", [value, self._batch_shape()])
+            self.mask.kv_lengths = self.emitter.node("Reshape", [value, self.emitter.constant([-1])], hint="kv_lengths")
+            if self.mask.query_offset is None and self.mask.alignment is spec.Alignment.ONNX:
+                self.mask.alignment = spec.Alignment.TOP_LEFT
+            if self.mask.alignment is spec.Alignment.BOTTOM_RIGHT:  # would be counted from the length
+                self.mask.query_offset = self.emitter.size(corners(self.site))
+            self.fact(text, part)
+            return [p for p in parts if p is not part]
+        return parts
+
+    def _batch_shape(self) -> ir.Value:
+        one = self.emitter.constant([1])
+        return self.emitter.node("Concat", [self.emitter.size(self.site.sizes["B"]), one, one, one], {"axis": 0})
+
+    @staticmethod
+    def _is_padding(part: Expr) -> bool:
+        """Is it a condition on one graph input's element [b, j]?"""
+        loads = ia.atoms(part, "load")
+        return ia.variables(part) == {"b", "j"} and len(loads) == 1 and next(iter(loads)).args[0].is_graph_input()
+
+    def _count(self, part: Expr) -> ir.Value:
+        ones = self.emitter.node("Cast", [self._value(part)], {"to": int(ir.DataType.INT64)})
+        axes = self.emitter.constant([1, 2, 3])
+        return self.emitter.node("ReduceSum", [ones, axes], {"keepdims": 0})
+
+    @staticmethod
+    def _kind(cond: Expr) -> str:
+        return {frozenset("bj"): "padding", frozenset("j"): "key"}.get(ia.variables(cond), "bool")
+
+    @staticmethod
+    def _axes(expr: Expr) -> str:
+        names = ia.variables(expr)
+        return (
+            "["
+            + ", ".join(size if v in names else "1" for v, size in zip("bhij", ("B", "H", "S_q", "S_kv"), strict=True))
+            + "]"
+        )
+
+    def _value(self, expr: Expr) -> ir.Value:
+        """A value for an expression: new nodes where they are few, else one of the graph's own."""
+        found = None
+        if not self._is_plain(expr):
+            found = self.emitter.find(self.site, expr)
+        return found if found is not None else self.emitter.emit(self.site, expr)
+
+    def _is_plain(self, e: Expr) -> bool:
+        """A padding mask read from the input that holds it."""
+        inner = e.args[0] if e.op == "not" else e
+        atom = ia.only_atom(inner.args[0]) if inner.op == "eq0" else inner
+        if atom is None or atom.op != "load" or (e.op != "not" and e.op != "load"):
+            return False
+        sizes = self.site.ctx.tensor(atom.args[0]).shape
+        places = {x: k for k, x in enumerate(self.site.index)}
+        return all(
+            x in places and s in self.site.sizes["BHST"[places[x]]] for x, s in zip(atom.args[1], sizes, strict=True)
+        )
+
+    # ------------------------------------------------------------------------------------------ bias
+
+    def _bias(self, cases: list[Case], window: Window) -> None:
+        parts = {c.bias for c in cases if c.mask is None}
+        soft = [c for c in cases if c.mask is not None]
+        if len(parts) == 1 and not soft:
+            self._kept_bias(parts.pop(), window)
+            return
+        expr = il.floating(0.0, self.site.scores.dtype)
+        for case in cases:
+            value = il.floating(case.mask, self.site.scores.dtype) if case.mask is not None else self._sum_of(case.bias)
+            expr = il.choose(case.cond, value, expr)
+        expr = il.assume(expr, il.all_of(window.parts)) if window.parts else expr
+        self.mask.attn_bias = self._value(expr)
+        self.fact(f"bias {self._axes(expr)}", expr)
+
+    def _sum_of(self, bias: tuple[tuple[Expr, float], ...]) -> Expr:
+        dtype = self.site.scores.dtype
+        total = il.floating(0.0, dtype)
+        for e, factor in bias:
+            scaled = il.float_op("Mul", dtype, e, il.floating(factor, dtype)) if factor != 1 else e
+            total = il.float_op("Add", dtype, total, scaled)
+        return total
+
+    def _kept_bias(self, bias: tuple[tuple[Expr, float], ...], window: Window) -> None:
+        moving = tuple(
+            p for p in bias if "j" in ia.variables(p[0])
+        )  # softmax doesn't see what is the same for a whole row
+        for k, part in enumerate(moving):
+            slopes = slopes_of(self.site, (part,), window)
+            if slopes is not None:
+                self.mask.alibi_slopes = self.emitter.constant(slopes)
+                if self.mask.alignment is spec.Alignment.ONNX:
+                    self.mask.alignment = spec.Alignment.TOP_LEFT
+                self.fact(
+                    "ALiBi, slopes " + ", ".join(f"{s:g}" for s in slopes[:8]) + ("…" if len(slopes) > 8 else ""),
+                    part[0],
+                )
+                moving = moving[:k] + moving[k + 1 :]
+                break
+        if not moving:
+            return
+        values = []
+        for expr, factor in moving:
+            value = self._bias_value(expr)
+            if factor != 1:
+                dtype = self.site.scores.dtype
+                value = self.emitter.node("Mul", [value, self.emitter.constant(np.asarray(factor, dtype.numpy()))])
+            values.append(value)
+            self.fact(f"bias {self._axes(expr)}", expr)
+        total = values[0]
+        for v in values[1:]:
+            total = self.emitter.node("Add", [total, v])
+        self.mask.attn_bias = total
+
+    def _bias_value(self, expr: Expr) -> ir.Value:
+        """The term's own value where it is that and nothing but that, else as for any expression."""
+        for term in self.terms:
+            if term.kind is spec.TermKind.ADD and self.site.element(term, term.value) is expr:
+                if term.axes == "BHST":
+                    return term.value
+                found = self.emitter.find(self.site, expr)
+                whole = il.load(term.value, self.site.place(term, term.value), "float")
+                return found if found is not None else self.emitter.emit(self.site, whole)
+        return self._value(expr)
