@@ -78,12 +78,12 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 
 $(FULL): $(SOURCES) | $(VENV)/.ready
 	$(if $(NVCC),,@echo "No nvcc on this machine: building the CPU kernels only.")
-	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=$(or $(FA_CUDA),AUTO) $(INSTALL) -C build-dir=build/full
+	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=$(or $(FA_CUDA),AUTO) $(INSTALL) -C build-dir=build/wheel
 	@rm -f $(CPU); touch $@
 
 $(CPU): $(SOURCES) | $(VENV)/.ready
 	@echo "Building the CPU kernels only$(if $(NVCC), (make FA_CUDA=ON builds those for CUDA too),: no nvcc on this machine)."
-	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=OFF $(INSTALL) -C build-dir=build/cpu
+	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=OFF $(INSTALL) -C build-dir=build/wheel-cpu
 	@rm -f $(FULL); touch $@
 
 $(VENV)/.demo: | $(VENV)/.ready
