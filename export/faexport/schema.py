@@ -146,15 +146,16 @@ def _infer(context: onnx.shape_inference.InferenceContext) -> None:
     layout = node.layout("output_layout", 0) if node.text("output_layout") else node.layout("query_layout", 0)
     if layout is not None:
         node.set_output(0, node.type(0), _output_shape(layout, query, value))
-    optional = [name for name in node.text("optional_outputs").split(",") if name]
-    for index, name in enumerate(optional, start=1):
+    places = {name: index for index, name in enumerate(OPTIONAL_OUTPUTS, start=1)}  # a missing one leaves a hole
+    for name in filter(None, node.text("optional_outputs").split(",")):
+        index = places.get(name, 0)
         if name == "lse":
             node.set_output(index, onnx.TensorProto.FLOAT, [query.batch, query.heads, query.rows])
         elif name in OPTIONAL_OUTPUTS:
             new = key if name == "present_key" else value
             rows = _add(node.past_rows(), new.rows)
             node.set_output(index, node.type(0), [new.batch, new.heads, rows, new.head_dim])
-        elif index < context.get_num_outputs():
+        else:
             raise onnx.shape_inference.InferenceError(
                 f"optional_outputs names '{name}'; known are {', '.join(OPTIONAL_OUTPUTS)}"
             )

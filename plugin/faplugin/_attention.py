@@ -51,11 +51,12 @@ def attention(
 ) -> Any:
     """softmax(softcap(scale · Q Kᵀ) + bias, masked) V, without the matrix of scores in memory.
 
-    Arrays are NumPy's or anything with `__dlpack__` (PyTorch, CuPy, …), all on one device and read in place; a stride is fine on
-    any axis but the last. On CUDA the work is enqueued and not waited for.
+    Arrays are NumPy's or anything with `__dlpack__` (PyTorch, CuPy, …), all on one device and read in place; a stride
+    is fine on any axis but the last. On CUDA the work is enqueued and not waited for.
 
     Args:
-        query: float32, float16 or bfloat16, [B, H_q, S_q, D] (layout BHSD), [B, S_q, H_q, D] (BSHD) or [B, S_q, H_q·D] (BSH).
+        query: float32, float16 or bfloat16, [B, H_q, S_q, D] (layout BHSD), [B, S_q, H_q, D] (BSHD) or
+            [B, S_q, H_q·D] (BSH).
         key: likewise with H_kv heads and S_kv rows; H_q is a multiple of H_kv.
         value: likewise, head size D_v.
         attn_mask: bool (True = attend) or float (added), broadcastable to [B, H_q, S_q, S_kv].
@@ -93,8 +94,8 @@ def attention(
         num_threads: threads on the CPU; 0: all.
 
     Returns:
-        The output, an array of the query's framework (NumPy's for unknown ones on the CPU); with return_present or return_lse a
-        tuple (output, present_key, present_value, lse) of what was asked for.
+        The output, an array of the query's framework (NumPy's for unknown ones on the CPU); with return_present or
+        return_lse a tuple (output, present_key, present_value, lse) of what was asked for.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value; the sentence names it.
@@ -123,8 +124,8 @@ def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: 
         query: an array, or (shape, dtype name) where there is none, e.g. ((1, 16, 4096, 128), "float16").
         key: likewise.
         value: likewise.
-        device: "cpu", "cuda" (the current GPU), or "sm_80", "sm_86", "sm_89", "sm_90" for a GPU that needs not be there;
-            empty: where query is, the CPU for specifications.
+        device: "cpu", "cuda" (the current GPU), or "sm_80", "sm_86", "sm_89", "sm_90" for a GPU that need not be
+            there; empty: where query is, the CPU for specifications.
         **arguments: as of attention(), arrays or specifications.
 
     Raises:
@@ -134,18 +135,20 @@ def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: 
 
 
 _OPTIONAL_INPUTS = (
-    "attn_mask", "attn_bias", "past_key", "past_value", "nonpad_kv_seqlen", "query_lengths", "cu_seqlens_q", "cu_seqlens_kv",
-    "query_offset", "alibi_slopes", "sinks",
+    "attn_mask", "attn_bias", "past_key", "past_value", "nonpad_kv_seqlen", "query_lengths", "cu_seqlens_q",
+    "cu_seqlens_kv", "query_offset", "alibi_slopes", "sinks",
 )  # fmt: skip
 _NOT_ATTRIBUTES = {"query", "key", "value", "return_present", "return_lse", "out", "stream", "kernel", "num_threads"}
 
 
 def _plan(arguments: dict[str, Any], stream: int) -> Any:
-    """A call bound to its inputs. The names of the operator's inputs and attributes are checked by the native module."""
+    """A call bound to its inputs. The native module checks the names of inputs and attributes."""
     given = [name for name in _OPTIONAL_INPUTS if arguments.get(name) is not None]
     outputs = ["present_key", "present_value"] if arguments.get("return_present") else []
     outputs += ["lse"] if arguments.get("return_lse") else []
-    attributes = {name: x for name, x in arguments.items() if name not in _NOT_ATTRIBUTES and name not in _OPTIONAL_INPUTS}
+    attributes = {
+        name: x for name, x in arguments.items() if name not in _NOT_ATTRIBUTES and name not in _OPTIONAL_INPUTS
+    }
     attributes["packed_columns"] = list(attributes.get("packed_columns", ()))
     attributes |= {"optional_inputs": ",".join(given), "optional_outputs": ",".join(outputs)}
     arrays = [readable(arguments[name]) for name in ("query", "key", "value", *given)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of an array's own framework: memory for results, and the stream it works on. No framework is imported here."""
+"""What is asked of an array's own framework: memory for results, and the stream it works on. Imports no framework."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ Array from_numpy(const char* name, const py::array& array) {
   if (!array.dtype().attr("isnative").cast<bool>()) refuse(name, "has another byte order than this machine");
   Array result;
   result.owner = array;
-  result.tensor = empty_tensor(name, dtype_from(name, array.dtype().attr("name").cast<std::string>()), static_cast<size_t>(array.ndim()));
+  result.tensor =
+      empty_tensor(name, dtype_from(name, array.dtype().attr("name").cast<std::string>()), static_cast<size_t>(array.ndim()));
   result.tensor.data = const_cast<void*>(array.data());
   for (int i = 0; i < result.tensor.rank; ++i) {
     result.tensor.shape[i] = array.shape(i);
@@ -92,9 +93,11 @@ DType dtype_from(const char* tensor_name, const std::string& dtype_name) {
 
 Array array_from(const char* name, const py::handle& object, uintptr_t stream) {
   if (py::isinstance<py::array>(object)) return from_numpy(name, py::reinterpret_borrow<py::array>(object));
-  if (py::isinstance<py::tuple>(object) && py::len(object) == 2) return from_spec(name, py::reinterpret_borrow<py::tuple>(object));
+  if (py::isinstance<py::tuple>(object) && py::len(object) == 2)
+    return from_spec(name, py::reinterpret_borrow<py::tuple>(object));
   if (py::hasattr(object, "__dlpack__")) return from_dlpack(name, object, stream);
-  refuse(name, "is a " + std::string(py::str(py::type::of(object).attr("__name__"))) + "; expected an array with __dlpack__ (NumPy, PyTorch, CuPy …)");
+  refuse(name, "is a " + std::string(py::str(py::type::of(object).attr("__name__"))) +
+                   "; expected an array with __dlpack__ (NumPy, PyTorch, CuPy …)");
 }
 
 }  // namespace fa::plugin

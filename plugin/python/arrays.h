@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a Python array to a plain Tensor, without a copy: NumPy arrays (bfloat16 of ml_dtypes too), anything with __dlpack__, or a pair
-// (shape, dtype name) where only a plan is made. Used by bindings.cpp.
+// From a Python array to a plain Tensor, without a copy: NumPy arrays (bfloat16 of ml_dtypes too), anything with __dlpack__, or a
+// pair (shape, dtype name) where only a plan is made. Used by bindings.cpp.
 #pragma once
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "bind.h"
 
@@ -14,8 +15,8 @@ struct Array {
   Tensor tensor;
   DeviceType device = DeviceType::kCpu;
   int device_id = 0;
-  bool is_spec = false;             // no memory
-  pybind11::object owner;           // keeps the memory alive
+  bool is_spec = false;    // no memory
+  pybind11::object owner;  // keeps the memory alive
 };
 
 /// Raises TypeError or ValueError with `name` in the sentence. `stream`: a CUDA stream on which the data is to be ready.

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// faplugin._native: a Plan is one call of the operator, bound to its inputs. Python allocates the outputs (and the workspace) with
-// the caller's own framework and hands them over as arrays; nothing is copied. Used by faplugin/__init__.py alone.
-#include <pybind11/stl.h>
+// faplugin._native: a Plan is one call of the operator, bound to its inputs. Python allocates the outputs (and the workspace)
+// with the caller's own framework and hands them over as arrays; nothing is copied. Used by faplugin/__init__.py alone.
 
 #include <atomic>
 #include <thread>
@@ -168,7 +167,8 @@ class Plan {
 
   /// Binds the outputs' memory: row-major arrays of the shapes that outputs() tells.
   std::vector<Array> take_outputs(const py::list& outputs) {
-    if (outputs.size() != node_.outputs.size()) throw py::value_error("expected " + std::to_string(node_.outputs.size()) + " outputs");
+    if (outputs.size() != node_.outputs.size())
+      throw py::value_error("expected " + std::to_string(node_.outputs.size()) + " outputs");
     if (arrays_[0].is_spec) throw py::value_error("query is a specification without memory; it can't be computed");
     std::vector<Array> kept;
     for (size_t i = 0; i < outputs.size(); ++i) {
@@ -205,7 +205,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("with_cuda") = false;
 #endif
   py::class_<Plan>(m, "Plan")
-      .def(py::init<const py::dict&, const py::list&, uintptr_t>(), py::arg("attributes"), py::arg("inputs"), py::arg("stream") = 0)
+      .def(py::init<const py::dict&, const py::list&, uintptr_t>(), py::arg("attributes"), py::arg("inputs"),
+           py::arg("stream") = 0)
       .def_property_readonly("outputs", &Plan::outputs)
       .def_property_readonly("device", &Plan::device)
       .def("workspace_bytes", &Plan::workspace_bytes, py::arg("kernel") = "")
