@@ -38,6 +38,7 @@ class MaskPattern(enum.StrEnum):
     RIGHT_PADDED = "right-padded"  # the first few
     LEFT_PADDED = "left-padded"  # the last few
     RANDOM = "random"
+    LAST = "all but the last"  # in the last row of the batch: no query loses all its keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,10 @@ def _mask(shape: tuple[int, ...], pattern: MaskPattern, random: np.random.Genera
     if pattern is MaskPattern.RANDOM:
         return random.random(shape) < 0.7
     length = shape[-1]
+    if pattern is MaskPattern.LAST:
+        kept = np.ones(shape, bool)
+        kept[(-1,) * len(shape)] = length == 1
+        return kept
     kept = (
         random.integers(max(1, length // 3), max(2, length), (*shape[:-1], 1))
         if length > 1
