@@ -113,7 +113,7 @@ nvinfer1::IPluginCreatorInterface* creator_of_registry(const Source& source, boo
   const int32_t version = find<int32_t (*)()>(tensorrt, "getInferLibVersion")();
   fa::trt::Registry registry(find<void* (*)()>(tensorrt, "getPluginRegistry")(), version);
   if (!registry.known()) throw std::runtime_error("the registry of TensorRT version " + std::to_string(version) + " is unknown");
-  std::printf("registry of TensorRT %d\n", version);
+  std::printf("registry of TensorRT %d.%d.%d\n", version / 10000, version / 100 % 100, version % 100);
   if (load) {
     void* handle = registry.load_library(source.plugin_path.c_str());
     report.check(handle != nullptr, "registry: loadLibrary", source.plugin_path);

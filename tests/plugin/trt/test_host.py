@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conformance host on the compiled plugin: by dlopen alone, through real registries of TensorRT, and on a GPU."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from faexport import engine
+from tests import cases, tolerances
+from tests.plugin.trt import case_file
+from tests.plugin.trt.conftest import registry_library
+
+NUM_GPU_CASES = 600
+gpu = pytest.mark.skipif(not engine.has_gpu(), reason="needs a GPU")
+
+
+def drive(host: pathlib.Path, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [os.fspath(host / "fa_trt_host"), *map(os.fspath, map(str, args))]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+def assert_passed(done: subprocess.CompletedProcess[str], least_checks: int) -> None:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    num_checks = int(done.stdout.split()[-4])
+    assert num_checks > least_checks, done.stdout[-300:]
+
+
+def test_build_phase(host, plugin, quick_cases):
+    assert_passed(drive(host, "--plugin", plugin, "--cases", quick_cases), 100_000)
+
+
+@pytest.mark.parametrize("version", ["11.4", "10.15"])
+def test_build_phase_through_a_real_registry(host, plugin, quick_cases, version):
+    done = drive(host, "--plugin", plugin, "--cases", quick_cases, "--tensorrt", registry_library(version))
+    assert_passed(done, 100_000)
+    assert f"registry of TensorRT {version}." in done.stdout
+
+
+@pytest.mark.parametrize("version", ["11.4", "10.15"])
+def test_build_phase_after_the_registrar(host, plugin, quick_cases, version):
+    registrar = pathlib.Path(plugin).with_name("libfa_trt_registrar.so")
+    library = registry_library(version)
+    done = drive(host, "--plugin", registrar, "--cases", quick_cases, "--tensorrt", library, "--registrar")
+    assert_passed(done, 100_000)
+
+
+def test_the_registrar_without_tensorrt_says_so(plugin):
+    registrar = pathlib.Path(plugin).with_name("libfa_trt_registrar.so")
+    script = f"import ctypes; ctypes.CDLL({os.fspath(registrar)!r})"
+    done = subprocess.run(["python3", "-c", script], capture_output=True, text=True, check=True)
+    assert "no TensorRT library is loaded" in done.stderr
+
+
+FAULTS = {
+    "wrong_cast": "capability PLUGIN_V3ONE_BUILD",
+    "shape_off_by_one": "getOutputShapes of output 0",
+    "kept_pointer": "serialised attribute",
+    "reads_later_formats": "supportsFormatCombination reads later entries",
+}
+
+
+@pytest.mark.parametrize("fault", ["none", *FAULTS])
+def test_the_host_finds_a_deliberate_fault(host, plugin, quick_cases, fault):
+    faulty = host / "libfa_trt_faulty.so"
+    done = drive(host, "--plugin", faulty, "--cases", quick_cases, FA_FAULT=fault, FA_PLUGIN=plugin)
+    if fault == "none":
+        assert_passed(done, 100_000)
+    else:
+        assert done.returncode == 1
+        assert FAULTS[fault] in done.stdout
+
+
+def test_a_refused_field_is_told_on_stderr(host, plugin, quick_cases):
+    done = drive(host, "--plugin", plugin, "--cases", quick_cases)
+    assert "[faplugin] FlashAttention 'probe': alignment is 'left'" in done.stderr
+
+
+def gpu_cases() -> list[cases.Case]:
+    """Every kind, dtype and head size of the enumeration, then random ones; none so large that comparing takes long."""
+    small = [case for case in cases.systematic() if case.work <= 2_000_000]
+    step = max(1, 2 * len(small) // NUM_GPU_CASES)
+    decode = [cases.Case(dtype, 2, 8, 2, rows, 2048, 64, is_causal=True, alignment="bottom_right")
+              for dtype in cases.DTYPES for rows in (1, 2, 4)]  # fmt: skip
+    return [*decode, *small[::step], *cases.randomized(NUM_GPU_CASES // 2, seed=3)]
+
+
+def drive_gpu(host, plugin, folder: pathlib.Path, chosen: list[cases.Case], tactics: str = "0", prefix=(), **environment: str):
+    path, data, output = (folder / name for name in ("gpu.cases", "inputs.bin", "outputs.bin"))
+    case_file.write(path, chosen, data)
+    command = [*prefix, os.fspath(host / "fa_trt_host"), "--plugin", os.fspath(plugin), "--cases", os.fspath(path)]
+    command += ["--gpu", "--data", os.fspath(data), "--output", os.fspath(output), "--tactics", tactics]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return done, output
+
+
+@gpu
+@pytest.mark.gpu
+def test_runtime_phase(host, plugin, tmp_path):
+    chosen = gpu_cases()
+    assert len(chosen) >= 500
+    done, output = drive_gpu(host, plugin, tmp_path, chosen)
+    print(done.stdout[-2000:])
+    assert_passed(done, 100_000)
+    for case, _, outputs in case_file.read_outputs(output, chosen, 1):
+        try:
+            tolerances.check(outputs, case.problem())
+        except AssertionError as error:
+            raise AssertionError(f"{case.id}: {error}") from None
+
+
+@gpu
+@pytest.mark.gpu
+def test_the_host_finds_a_workspace_that_is_short_by_a_byte(host, plugin, tmp_path):
+    faulty = host / "libfa_trt_faulty.so"
+    environment = {"FA_FAULT": "workspace_short", "FA_PLUGIN": os.fspath(plugin)}
+    done, _ = drive_gpu(host, faulty, tmp_path, gpu_cases()[:9], **environment)
+    assert done.returncode == 1
+    assert "canaries round outputs and workspace" in done.stdout
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(host, plugin, tmp_path, tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if not sanitizer:
+        pytest.skip("compute-sanitizer is not installed")
+    chosen = sorted(gpu_cases(), key=lambda case: case.work)[:: NUM_GPU_CASES // 30][:25]
+    start = time.perf_counter()
+    done, _ = drive_gpu(host, plugin, tmp_path, chosen, prefix=[sanitizer, "--tool", tool, "--error-exitcode", "9"])
+    print(f"{tool}: {time.perf_counter() - start:.0f} s\n{done.stdout[-1000:]}")
+    assert done.returncode == 0, done.stdout[-3000:]
