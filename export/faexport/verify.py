@@ -167,7 +167,7 @@ def _input_sets(model: ir.Model, right_padding: bool, seed: int, length: int | N
     specs = model_inputs.input_specs(model)
     masks = any("mask" in spec.name.lower() for spec in specs)
     random = np.random.default_rng(seed)
-    # A float16 mask adds -65504, and onnxruntime's CPU adds in float32: a query without keys gives the softmax of its scores
+    # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
     # there, but the mean of the values where float16 is added in float16. So no query loses all its keys.
     half = _least_precise(model) == "float16"
     sets = []
