@@ -92,6 +92,13 @@ def _meta(folder: pathlib.Path) -> dict:
     return meta | {"expected": meta["expected_attention_blocks"]}
 
 
+def find_models(root: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+    """Folders of `root` that hold a model and say how many blocks are expected, by name."""
+    folders = sorted(path.parent for path in root.glob("*/meta.json") if re.search(pattern, path.parent.name))
+    complete = (folder for folder in folders if (folder / "model.onnx").exists() and (folder / "inputs.npz").exists())
+    return [folder for folder in complete if "expected_attention_blocks" in (folder / "meta.json").read_text("utf-8")]
+
+
 def examine_all(folders: list[pathlib.Path], options: Options, jobs: int, screen: rich.console.Console) -> list[dict]:
     """All models, `jobs` at a time, in the order of `folders`."""
     todo: queue.SimpleQueue = queue.SimpleQueue()
@@ -255,10 +262,7 @@ def main() -> int:
         "--json", type=pathlib.Path, default=pathlib.Path("build/zoo.json"), help="results (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    folders = sorted(
-        path.parent for path in arguments.folder.glob("*/meta.json") if re.search(arguments.only, path.parent.name)
-    )
-    folders = [folder for folder in folders if (folder / "model.onnx").exists()][:: arguments.every]
+    folders = find_models(arguments.folder, arguments.only)[:: arguments.every]
     if not folders:
         print(f"error: {arguments.folder}: no models (folders with model.onnx and meta.json) there", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ dictionaries (JSON).
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -207,7 +208,8 @@ def _onnxscript_fusions(source: pathlib.Path, meta: dict, target: pathlib.Path) 
 
 def serve() -> None:
     """A worker: reads {"folder", "peers", "isolate"} a line on stdin, answers with a line of JSON on stdout."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # peers print
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # peers print, in Python and in C++
     for line in sys.stdin:
         job = json.loads(line)
         try:

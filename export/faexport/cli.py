@@ -181,6 +181,9 @@ def inspect(
 build.add_commands(app)
 
 
+build.add_commands(app)
+
+
 def default_target(model: pathlib.Path) -> pathlib.Path:
     """model.onnx -> model.fa.onnx, beside it."""
     stem = model.name.removesuffix(".onnx")

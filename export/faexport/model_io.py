@@ -20,6 +20,8 @@ import google.protobuf.message
 import onnx
 import onnx_ir as ir
 
+from .validate import contradiction
+
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
@@ -163,7 +165,7 @@ def _from_proto(proto: onnx.ModelProto, name: str, path: pathlib.Path) -> ir.Mod
     for graph in model.graphs():
         ir.external_data.set_base_dir(graph, path.parent)
     _check_external_data(model, name, path)
-    _check_names(model, name)
+    _check_nodes(model, name)
     return model
 
 
@@ -186,9 +188,8 @@ def _check_proto(proto: onnx.ModelProto, name: str) -> None:
             "update onnx (pip install -U onnx) or export for an older opset"
         )
     if proto.graph.sparse_initializer:
-        raise ModelError(
-            f"{name}: sparse initializer '{proto.graph.sparse_initializer[0].values.name}' is not supported; make it dense"
-        )
+        sparse = proto.graph.sparse_initializer[0].values.name
+        raise ModelError(f"{name}: the sparse initializer '{sparse}' is not supported; make it dense")
 
 
 def _check_external_data(model: ir.Model, name: str, path: pathlib.Path) -> None:
@@ -212,13 +213,15 @@ def _check_external_data(model: ir.Model, name: str, path: pathlib.Path) -> None
             )
 
 
-def _check_names(model: ir.Model, name: str) -> None:
-    """Each value that a node reads is made by something."""
+def _check_nodes(model: ir.Model, name: str) -> None:
+    """Each value that a node reads is made by something; head counts of attention operators fit their tensors."""
     for graph in (model.graph, *model.functions.values()):
         for node in ir.traversal.RecursiveGraphIterator(graph):
+            where = f"node '{node.name or node.outputs[0].name}' ({node.op_type})"
+            if wrong := contradiction(node):
+                raise ModelError(f"{name}: {where}: {wrong}; export the model again")
             for value in node.inputs:
                 if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
-                    where = f"node '{node.name or node.outputs[0].name}' ({node.op_type})"
                     raise ModelError(
                         f"{name}: {where} reads '{value.name}', which nothing produces; export the model again"
                     )

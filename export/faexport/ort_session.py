@@ -7,8 +7,10 @@ model needs it.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import pickle
@@ -18,8 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
+import onnx
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -95,16 +103,38 @@ def run_here(job: Job) -> Results:
         session = ort.InferenceSession(job.model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         return Results(error=one_line(str(error)))
-    names = [output.name for output in session.get_outputs()]
     results = Results()
     for tensors in job.inputs:
         start = time.perf_counter()
         try:
-            results.outputs.append(dict(zip(names, session.run(None, dict(tensors)), strict=True)))
+            results.outputs.append(_run_session(session, tensors))
         except Exception as error:
             results.outputs.append(one_line(str(error)))
         results.seconds.append(time.perf_counter() - start)
     return results
+
+
+def _run_session(session: onnxruntime.InferenceSession, tensors: Tensors) -> dict[str, np.ndarray]:
+    """session.run for all dtypes: its NumPy interface has no bfloat16, OrtValues have."""
+    import onnxruntime as ort
+
+    values = {
+        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx.TensorProto.BFLOAT16)
+        if array.dtype == ml_dtypes.bfloat16
+        else ort.OrtValue.ortvalue_from_numpy(array)
+        for name, array in tensors.items()
+    }
+    names = [output.name for output in session.get_outputs()]
+    outputs = session.run_with_ort_values(names, values)
+    return {name: _to_numpy(output) for name, output in zip(names, outputs, strict=True)}
+
+
+def _to_numpy(value: onnxruntime.OrtValue) -> np.ndarray:
+    if not value.is_tensor() or value.data_type() != "tensor(bfloat16)":
+        return value.numpy()
+    shape = value.shape()
+    words = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    return np.frombuffer(words, np.uint16).reshape(shape).view(ml_dtypes.bfloat16).copy()
 
 
 def one_line(message: str) -> str:
