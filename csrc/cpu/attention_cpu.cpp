@@ -33,7 +33,7 @@ extern const Isa kIsa;
 
 namespace {
 
-constexpr int64_t kRowsPerTask[] = {504, 252, 126, 42};  // multiples of the 14 or 6 rows of a register block
+constexpr int64_t kRowsPerTask[] = {504, 252, 126, 42};  // multiples of the rows of a register block
 constexpr int64_t kFewRows = 32;                         // up to here the heads that share keys go into one task
 constexpr int64_t kKeysPerSplit = 2048;                  // and the keys are split
 constexpr int64_t kTileBytes = 256 << 10;                // packed keys and values of a tile: half of a small second-level cache

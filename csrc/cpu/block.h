@@ -36,6 +36,24 @@ static __attribute__((noinline)) void multiply_block(const float* a, const float
   }
 }
 
+/// multiply_block for a panel `width` columns wide.
+template <int kRowsOf, int kRowStep, int kSumStep>
+FA_INLINE void multiply_panel(int64_t width, const float* a, const float* b, int64_t ldb, int64_t sum, float* c, int64_t ldc,
+                              const float* alpha) {
+  switch (width / kLanes) {
+    case 1:
+      return multiply_block<kRowsOf, 1, kRowStep, kSumStep>(a, b, ldb, sum, c, ldc, alpha);
+    case 2:
+      return multiply_block<kRowsOf, 2, kRowStep, kSumStep>(a, b, ldb, sum, c, ldc, alpha);
+#if defined(__AVX512F__) || defined(__aarch64__)
+    case 3:
+      return multiply_block<kRowsOf, 3, kRowStep, kSumStep>(a, b, ldb, sum, c, ldc, alpha);
+    default:
+      return multiply_block<kRowsOf, 4, kRowStep, kSumStep>(a, b, ldb, sum, c, ldc, alpha);
+#endif
+  }
+}
+
 /// A matrix in memory: rows of `columns` contiguous elements.
 struct Rows {
   const char* data;
@@ -49,7 +67,7 @@ struct Rows {
 FA_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 /// Columns of the panel which begins at column c of `padded` (a multiple of kLanes).
-FA_INLINE int64_t panel_width(int64_t c, int64_t padded) { return padded - c >= kPanel ? kPanel : kLanes; }
+FA_INLINE int64_t panel_width(int64_t c, int64_t padded) { return padded - c >= kPanel ? kPanel : padded - c; }
 
 /// Rows [first, first + n) transposed: panel c holds [columns][rows c … c + width - 1]; rows from n to the next vector are 0.
 /// staging: kLanes * round_up(columns, kLanes) floats.

@@ -10,6 +10,8 @@
 
 namespace fa::cpu::FA_ISA {
 
+inline constexpr int kStatePadding = 16;
+
 /// One row's part of the mask or bias tensor.
 struct TensorRow {
   const char* data;
@@ -59,23 +61,37 @@ static void add_alibi(float* s, int64_t begin, int64_t end, float slope, int64_t
   for (int64_t c = begin; c < end; ++c) s[c] += alibi_bias(slope, position, first_key + c);
 }
 
-/// Turns scores [begin, end) (a multiple of kLanes apart) into weights exp(s - max), and the row's state into that with these
-/// keys. Returns the factor for what the row has summed so far.
-FA_INLINE float softmax_step(float* s, int64_t begin, int64_t end, SoftmaxState* state) {
-  Vec top = load(s + begin);
-  for (int64_t c = begin + kLanes; c < end; c += kLanes) top = vmax(top, load(s + c));
-  const float tile_max = horizontal_max(top);
-  const float max = tile_max > state->max ? tile_max : state->max;
-  const float reference = softmax_reference(max);
-  Vec sum = {};
-  for (int64_t c = begin; c < end; c += kLanes) {
-    const Vec weight = exp_nonpositive(load(s + c) - reference);
-    store(s + c, weight);
-    sum += weight;
+/// Turns kGroup rows of scores, [begin, end) of each a multiple of kLanes, into weights exp(s - max), and the rows' max and sum
+/// into those with these keys. factors: what each row has summed up so far is multiplied by. max, sum and factors are read and
+/// written by whole vectors: kStatePadding more floats must be there.
+template <int kGroup>
+static void softmax_step(float* scores, int64_t stride, int64_t begin, int64_t end, float* max, float* sum, float* factors) {
+  constexpr int kPadded = (kGroup + kLanes - 1) / kLanes * kLanes;
+  float top[kPadded], reference[kPadded];
+  for (int m = 0; m < kPadded; ++m) top[m] = -INFINITY;
+  for (int m = 0; m < kGroup; ++m) {
+    const float* s = scores + m * stride;
+    Vec a = load(s + begin), b = a;  // two chains: the latency of max is longer than the load's
+    int64_t c = begin + kLanes;
+    for (; c + kLanes < end; c += 2 * kLanes) a = vmax(a, load(s + c)), b = vmax(b, load(s + c + kLanes));
+    if (c < end) a = vmax(a, load(s + c));
+    const float tile_max = horizontal_max(vmax(a, b));
+    top[m] = tile_max > max[m] ? tile_max : max[m];
   }
-  const float factor = rescale_factor(state->max, max);
-  *state = {max, state->sum * factor + horizontal_sum(sum)};
-  return factor;
+  for (int m = 0; m < kPadded; ++m) reference[m] = softmax_reference(top[m]);
+  for (int m = 0; m < kPadded; m += kLanes)
+    store(factors + m, exp_nonpositive(load(max + m) - load(reference + m)));  // rescale_factor
+  for (int m = 0; m < kGroup; ++m) {
+    float* s = scores + m * stride;
+    Vec total = {};
+    for (int64_t c = begin; c < end; c += kLanes) {
+      const Vec weight = exp_nonpositive(load(s + c) - reference[m]);
+      store(s + c, weight);
+      total += weight;
+    }
+    max[m] = top[m];
+    sum[m] = sum[m] * factors[m] + horizontal_sum(total);
+  }
 }
 
 }  // namespace fa::cpu::FA_ISA

@@ -13,8 +13,8 @@ namespace FA_ISA {
 namespace {
 
 constexpr int64_t kScoresStride = kMaxKeysPerTile + 16;  // not a power of two: the rows of a group fall into different cache sets
-constexpr int kSmallGroup = kRows > 6 ? 4 : 2;           // rows of a group where fewer than kRows are left
-constexpr int64_t kRowsToPackValues = 2 * kRows;         // with fewer rows, values are cheaper to read where they are
+constexpr int kSmallGroup = 2;                           // rows of a group where fewer than kRows are left
+constexpr int64_t kRowsToPackValues = 24;                // with fewer, values are cheaper to read where they are
 
 template <int kValue>
 struct Count {
@@ -23,14 +23,15 @@ struct Count {
 
 /// What one thread needs for one task; floats, carved from one allocation.
 struct Scratch {
-  float* query;         // groups of rows, each [D][rows of the group], scaled
-  float* out;           // [rows][round_up(D_v)]
-  float* keys;          // pack_transposed
-  float* values;        // pack_rows
-  float* scores;        // [kRows][kScoresStride]
-  float* staging;       // [kLanes][round_up(max(D, D_v))], or one tile of keys
-  SoftmaxState* state;  // [rows]
-  float* mean;          // [round_up(D_v)]
+  float* query;    // groups of rows, each [D][rows of the group], scaled
+  float* out;      // [rows][round_up(D_v)]
+  float* keys;     // pack_transposed
+  float* values;   // pack_rows
+  float* scores;   // [kRows][kScoresStride]
+  float* staging;  // [kLanes][round_up(max(D, D_v))], or one tile of keys
+  float* max;      // [rows + kStatePadding], the state of each row (semantics/softmax.h)
+  float* sum;      // likewise
+  float* mean;     // [round_up(D_v)]
   float* end;
 
   Scratch(const Plan& plan, float* memory) {
@@ -43,8 +44,9 @@ struct Scratch {
     values = keys + round_up(tile * d, 16);
     scores = values + round_up(tile * d_v, 16);
     staging = scores + kRows * kScoresStride;
-    state = reinterpret_cast<SoftmaxState*>(staging + round_up(staged > tile ? staged : tile, 16));
-    mean = reinterpret_cast<float*>(state) + round_up(2 * rows, 16);
+    max = staging + round_up(staged > tile ? staged : tile, 16);
+    sum = max + round_up(rows, 16) + kStatePadding;
+    mean = sum + round_up(rows, 16) + kStatePadding;
     end = mean + round_up(d_v, 16);
   }
 };
@@ -66,10 +68,10 @@ class TileKernel {
         value_(rows_of(p_.value, sequence_.first_key)),
         plain_(p_.softcap == 0 && !p_.bias.present && !p_.alibi_slopes.present && !p_.mask.present) {}
 
-  /// The loop over tiles of keys; its result stays in s_.out and s_.state.
+  /// The loop over tiles of keys; its result stays in s_.out, s_.max and s_.sum.
   void attend() {
     pack_query();
-    for (int64_t r = 0; r < rows_; ++r) s_.state[r] = {-INFINITY, 0.0f};
+    for (int64_t r = 0; r < rows_ + kStatePadding; ++r) s_.max[r] = -INFINITY, s_.sum[r] = 0;
     for (int64_t x = 0; x < rows_ * d_v_padded_; ++x) s_.out[x] = 0;
     KeyRange range = sequence_.mask.key_range(task_.first_row, task_.first_row + task_.num_rows - 1);
     if (range.begin < task_.key_begin) range.begin = task_.key_begin;
@@ -84,8 +86,8 @@ class TileKernel {
   void write_partials() {
     for (int64_t r = 0; r < rows_; ++r) {
       float* partial = task_.partials + r * (2 + d_v_);
-      partial[0] = s_.state[r].max;
-      partial[1] = s_.state[r].sum;
+      partial[0] = s_.max[r];
+      partial[1] = s_.sum[r];
       for (int64_t x = 0; x < d_v_; ++x) partial[2 + x] = s_.out[r * d_v_padded_ + x];
     }
   }
@@ -94,15 +96,17 @@ class TileKernel {
   void merge_partials() {
     for (int64_t r = 0; r < rows_; ++r) {
       float* out = s_.out + r * d_v_padded_;
-      s_.state[r] = {-INFINITY, 0.0f};
+      SoftmaxState state = {-INFINITY, 0.0f};
       for (int64_t x = 0; x < d_v_; ++x) out[x] = 0;
       for (int64_t split = 0; split < task_.num_splits; ++split) {
         const float* partial = task_.partials + (split * rows_ + r) * (2 + d_v_);
-        const SoftmaxState merged = merge(s_.state[r], {partial[0], partial[1]});
-        const float old_factor = rescale_factor(s_.state[r].max, merged.max), factor = rescale_factor(partial[0], merged.max);
+        const SoftmaxState merged = merge(state, {partial[0], partial[1]});
+        const float old_factor = rescale_factor(state.max, merged.max), factor = rescale_factor(partial[0], merged.max);
         for (int64_t x = 0; x < d_v_; ++x) out[x] = out[x] * old_factor + partial[2 + x] * factor;
-        s_.state[r] = merged;
+        state = merged;
       }
+      s_.max[r] = state.max;
+      s_.sum[r] = state.sum;
     }
   }
 
@@ -164,21 +168,18 @@ class TileKernel {
     if (begin >= stop) return;
     const int64_t end = round_up(stop, kPanel) < padded ? round_up(stop, kPanel) : padded;
     for (int64_t c = begin; c < end; c += kPanel) {
-      const float* query = s_.query + r * d_;
-      if (panel_width(c, padded) == kPanel) {
-        multiply_block<kGroup, 2, 1, kGroup>(query, s_.keys + c * d_, kPanel, d_, s_.scores + c, kScoresStride, nullptr);
-      } else {
-        multiply_block<kGroup, 1, 1, kGroup>(query, s_.keys + c * d_, kLanes, d_, s_.scores + c, kScoresStride, nullptr);
-      }
+      const int64_t width = panel_width(c, padded);
+      multiply_panel<kGroup, 1, kGroup>(width, s_.query + r * d_, s_.keys + c * d_, width, d_, s_.scores + c, kScoresStride,
+                                        nullptr);
     }
-    float factors[kGroup];
     const bool unmasked = full.begin <= first + begin && full.end >= first + end && end <= n;
-    for (int m = 0; m < kGroup; ++m) {
+    for (int m = 0; m < kGroup && !(plain_ && unmasked); ++m) {
       float* scores = s_.scores + m * kScoresStride;
       if (!plain_) apply_rules(scores, begin, end, r + m, first);
       if (!unmasked) hide(scores, begin, end, sequence_.mask.key_range(row_of(r + m), row_of(r + m)), first, n);
-      factors[m] = softmax_step(scores, begin, end, &s_.state[r + m]);
     }
+    float factors[kGroup + kStatePadding];
+    softmax_step<kGroup>(s_.scores, kScoresStride, begin, end, s_.max + r, s_.sum + r, factors);
     if (packed_values) {
       add_values<kGroup>(r, begin, end, s_.values, 0, padded, factors);
     } else {
@@ -195,11 +196,7 @@ class TileKernel {
       const int64_t width = panel_width(x, d_v_padded_), ld = stride == 0 ? width : stride;
       const float* right = (stride == 0 ? values + x * padded : values + x) + begin * ld;
       float* out = s_.out + r * d_v_padded_ + x;
-      if (width == kPanel) {
-        multiply_block<kGroup, 2, kScoresStride, 1>(s_.scores + begin, right, ld, end - begin, out, d_v_padded_, factors);
-      } else {
-        multiply_block<kGroup, 1, kScoresStride, 1>(s_.scores + begin, right, ld, end - begin, out, d_v_padded_, factors);
-      }
+      multiply_panel<kGroup, kScoresStride, 1>(width, s_.scores + begin, right, ld, end - begin, out, d_v_padded_, factors);
     }
   }
 
@@ -224,7 +221,7 @@ class TileKernel {
 
   void write_row(int64_t r) {
     const int64_t h = head_of(r), row = sequence_.first_row + row_of(r), b = sequence_.batch_idx;
-    SoftmaxState state = s_.state[r];
+    SoftmaxState state = {s_.max[r], s_.sum[r]};
     float factor = normalizer(state);
     const float* source = s_.out + r * d_v_padded_;
     if (p_.sinks.present) {
