@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bulk tensor copy engine (TMA): tiles between device memory and 128-byte-swizzled shared memory. Hopper and later.
+// Used by prefill_sm90. Coordinates are (column, row, head, batch), fastest axis first; what lies outside the tensor reads as 0
+// and is not written. tensor_map.h makes the maps.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "kernels/common/mbarrier.cuh"
+
+namespace fa {
+
+__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/// Starts the copy of one box into shared memory; its bytes count on the barrier.
+__device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int column, int row, int head,
+                                         int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
+          "r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+/// Starts the copy of one box to device memory, in the thread's current bulk group.
+__device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* shared, int column, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(shared_address(shared)), "r"(column), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/// Waits until the shared memory of this thread's stores has been read and may be written again.
+__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+/// Where 16-byte chunk `chunk` of row `row` lies in a panel of 128-byte rows under the 128-byte swizzle (panel 1024-byte
+/// aligned).
+__device__ __forceinline__ uint32_t swizzled_offset(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
+}  // namespace fa

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the host hands to the kernel of prefill_sm90: the problem, its tensor maps and how tiles are dealt out.
+// Filled by launch.cuh, read on the device.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "fa/attention.h"
+#include "semantics/sequence.h"
+
+namespace fa::prefill_sm90 {
+
+struct KernelArgs {
+  CUtensorMap query;  // [B, H_q, S_q, D], boxes of kTileM rows x 64 columns
+  CUtensorMap key;    // [B, H_kv, S_kv, D], boxes of kTileN rows x 64 columns
+  CUtensorMap value;  // [B, H_kv, S_kv, D_v], likewise
+  CUtensorMap out;    // [B, H_q, S_q, D_v], boxes of 64 rows x 64 columns
+  CUtensorMap bias;   // [B or 1, H_q or 1, S_q, S_kv], boxes of kTileM rows x 64 keys; where bias_by_tile
+  AttentionParams problem;
+  SequenceRule sequences;
+
+  bool bias_by_tile;    // the bias comes through shared memory
+  bool batch_fastest;   // neighbouring tiles differ in the batch entry: they share a bias without batch axis
+  int num_sequences;    // batch entries, or packed sequences
+  int heads_per_kv;     // query heads that share a key head
+  int* tile_counter;    // zero before the launch; null: tiles are dealt out in turn
+  int num_tiles;        // upper bound of tile indices
+  int num_row_tiles;    // tiles of one head in one sequence (packed: in all of them together, an upper bound)
+  int heads_per_group;  // (sequence, head) pairs dealt out together, longest tiles first; their keys and values fit the L2 cache
+};
+
+}  // namespace fa::prefill_sm90

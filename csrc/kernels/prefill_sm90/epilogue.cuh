@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// The end of a tile in prefill_sm90: normalise, convert, and write 64 rows through the shared memory in which the warpgroup's
+// queries stood, by the copy engine, or row by row where a box would touch rows of another sequence.
+#pragma once
+
+#include "kernels/common/convert.cuh"
+#include "kernels/common/reduce.cuh"
+#include "kernels/common/tma.cuh"
+#include "kernels/prefill_sm90/args.h"
+#include "kernels/prefill_sm90/config.cuh"
+#include "kernels/prefill_sm90/softmax.cuh"
+
+namespace fa::prefill_sm90 {
+
+inline constexpr int kWarpgroupBarrier = 4;  // named barriers 4 … 6: the threads of one consumer warpgroup
+
+/// Four 8x8 matrices of 16-bit elements from the accumulator layout to rows of shared memory; lane l gives row l % 8 of matrix l
+/// / 8.
+__device__ __forceinline__ void store_matrices(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+/// Once the copy engine has read the buffer of this thread's last store, gives it back to the producer. For all threads: one
+/// acts.
+__device__ __forceinline__ void finish_store(uint64_t* query_empty) {
+  if (threadIdx.x % kWarpgroupThreads == 0) {
+    tma_store_wait_read();
+    mbarrier_arrive(query_empty);
+  }
+}
+
+/// The mean of all values of the tile's head in one column. Rare, and slow.
+template <typename T>
+__device__ __noinline__ float mean_of_values(const KernelArgs& args, const Tile& tile, int column) {
+  const TensorView& value = args.problem.value;
+  if (column >= value.shape[3] || tile.num_keys == 0) return 0.0f;
+  const T* data = static_cast<const T*>(value.data) + tile.batch * value.stride[0] +
+                  tile.head / args.heads_per_kv * value.stride[1] + tile.key_base * value.stride[2] + column;
+  float sum = 0.0f;
+  for (int key = 0; key < tile.num_keys; ++key) sum += to_float(data[key * value.stride[2]]);
+  return sum / static_cast<float>(tile.num_keys);
+}
+
+/// Ends the thread's two rows: sum, sink, log-sum-exp, normalised output, and what a row without keys yields.
+template <class C>
+__device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& tile, int row, RowPair& rows,
+                                            float (&o)[C::kHeadDim / 2]) {
+  const AttentionParams& p = args.problem;
+  bool empty[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int i = row + 8 * r;
+    const bool used = i < tile.query_length;
+    const float reference = rows.reference[r];
+    const float highest = C::kModified || reference == -INFINITY ? reference : reference * p.softmax_scale;
+    SoftmaxState state{highest, quad_sum(rows.sum[r])};
+    if (p.sinks.present) {
+      state = add_sink(state, static_cast<const float*>(p.sinks.data)[tile.head * p.sinks.stride[0]]);
+    }
+    empty[r] = used && state.sum == 0.0f;
+    rows.factor[r] = used ? normalizer(state) * rescale_factor(highest, state.max) : 0.0f;
+    if (p.lse.present && threadIdx.x % 4 == 0 && i < tile.num_rows) {
+      float* row_lse = static_cast<float*>(p.lse.data) + tile.batch * p.lse.stride[0] + tile.head * p.lse.stride[1];
+      row_lse[(tile.row_base + i) * p.lse.stride[2]] = used ? lse(state) : -INFINITY;
+    }
+  }
+  rescale_rows(o, rows.factor);
+  if (p.empty_row == EmptyRow::kMean && (empty[0] || empty[1])) {
+#pragma unroll
+    for (int i = 0; i < C::kHeadDim / 4; ++i) {
+      const float mean = mean_of_values<typename C::T>(args, tile, (i / 2) * 8 + threadIdx.x % 4 * 2 + i % 2);
+      const int j = i / 2 * 4 + i % 2;
+      if (empty[0]) o[j] = mean;
+      if (empty[1]) o[j + 2] = mean;
+    }
+  }
+}
+
+/// Rows of shared memory to device memory, 16 bytes a thread, as far as the sequence and the head reach.
+template <class C>
+__device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t* staged, const Tile& tile, int first_row) {
+  const TensorView& out = args.problem.out;
+  auto* base = static_cast<typename C::T*>(out.data) + tile.batch * out.stride[0] + tile.head * out.stride[1];
+  constexpr int kChunks = C::kPanels * 8;
+  for (int i = threadIdx.x % kWarpgroupThreads; i < 64 * kChunks; i += kWarpgroupThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    if (first_row + row < tile.num_rows && chunk * 8 < out.shape[3]) {
+      const uint4 data =
+          *reinterpret_cast<const uint4*>(staged + (chunk / 8) * C::kTileM * 128 + swizzled_offset(row, chunk % 8));
+      *reinterpret_cast<uint4*>(base + (tile.row_base + first_row + row) * out.stride[2] + chunk * 8) = data;
+    }
+  }
+}
+
+/// Writes the warpgroup's 64 finished rows. query_buffer: the tile's queries, no longer needed by this warpgroup.
+template <class C>
+__device__ __forceinline__ void store_tile(const KernelArgs& args, uint8_t* query_buffer, const Tile& tile, int warpgroup,
+                                           float (&o)[C::kHeadDim / 2]) {
+  using T = typename C::T;
+  const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
+  const int first_row = tile.first_row + warpgroup * 64;
+  uint8_t* staged = query_buffer + warpgroup * 64 * 128;
+  const int row = thread / 32 * 16 + lane % 16;
+  named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);  // no warp reads these queries any more
+#pragma unroll
+  for (int j = 0; j < C::kHeadDim / 16; ++j) {
+    const int chunk = 2 * j + lane / 16;
+    const uint32_t address = shared_address(staged + (chunk / 8) * C::kTileM * 128 + swizzled_offset(row, chunk % 8));
+    store_matrices(address, pack2<T>(o[8 * j], o[8 * j + 1]), pack2<T>(o[8 * j + 2], o[8 * j + 3]),
+                   pack2<T>(o[8 * j + 4], o[8 * j + 5]), pack2<T>(o[8 * j + 6], o[8 * j + 7]));
+  }
+  fence_async_proxy();
+  named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
+  const bool whole = first_row + 64 <= tile.num_rows || !args.problem.cu_seqlens_q.present;
+  if (!whole) {
+    store_rows<C>(args, staged, tile, first_row);
+    named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
+  } else if (thread == 0) {
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      tma_store(&args.out, staged + panel * C::kTileM * 128, panel * 64, tile.row_base + first_row, tile.head, tile.batch);
+    }
+    tma_store_commit();
+  }
+}
+
+}  // namespace fa::prefill_sm90

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches one instantiation of prefill_sm90 on a problem that supports() has accepted.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "fa/attention.h"
+#include "kernels/common/tensor_map.h"
+#include "kernels/prefill_sm90/instances.h"
+#include "kernels/prefill_sm90/kernel.cuh"
+
+namespace fa::prefill_sm90 {
+
+inline constexpr int64_t kL2Budget = 32 << 20;  // bytes of keys and values that the tiles in flight should share
+
+/// The bias as the copy engine sees it: an axis that is broadcast has size 1.
+inline TensorView bias_tensor(TensorView bias) {
+  for (int axis = 0; axis < 2; ++axis) {
+    if (bias.stride[axis] == 0) bias.shape[axis] = 1;
+  }
+  return bias;
+}
+
+/// Can the copy engine bring tiles of the bias? Else threads read it element by element.
+inline bool bias_has_tiles(const AttentionParams& p) {
+  const TensorView& bias = p.bias;
+  return bias.present && bias.dtype == p.query.dtype && bias.shape[2] > 1 && bias.stride[2] != 0 && bias.shape[3] > 1 &&
+         bias.stride[3] == 1 && tensor_map_obstacle(bias_tensor(bias)).empty();
+}
+
+/// Which tiles run side by side. Rows of unequal length: longest first, as many heads together as keep their keys and values in
+/// L2. Else one head after the other.
+inline void choose_order(const AttentionParams& p, KernelArgs* args, bool* dynamic) {
+  const bool packed = p.cu_seqlens_q.present;
+  const int64_t heads = p.query.shape[1], pairs = packed ? heads : heads * args->num_sequences;
+  *dynamic =
+      p.window_right >= 0 || p.window_left >= 0 || p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
+  const int64_t bytes_per_head = std::max<int64_t>(1, p.key.shape[2] * (p.key.shape[3] + p.value.shape[3]) * 2);
+  const int64_t in_cache = std::max<int64_t>(1, kL2Budget / bytes_per_head) * args->heads_per_kv;
+  args->batch_fastest = !packed && p.bias.present && args->num_sequences > 1 && p.bias.stride[0] == 0;
+  int64_t group = *dynamic ? in_cache : 1;
+  if (args->batch_fastest) group = std::max<int64_t>(group, args->num_sequences);
+  args->heads_per_group = static_cast<int>(std::min(pairs, group));
+}
+
+template <class C>
+Status encode_maps(const AttentionParams& p, KernelArgs* args) {
+  args->bias_by_tile = C::kBiasStages > 0 && bias_has_tiles(p);
+  if (args->bias_by_tile) {
+    if (Status status = encode_tensor_map(bias_tensor(p.bias), C::kTileM, &args->bias); !status.ok()) return status;
+  }
+  if (Status status = encode_tensor_map(p.query, C::kTileM, &args->query); !status.ok()) return status;
+  if (Status status = encode_tensor_map(p.key, C::kTileN, &args->key); !status.ok()) return status;
+  if (Status status = encode_tensor_map(p.value, C::kTileN, &args->value); !status.ok()) return status;
+  return encode_tensor_map(p.out, 64, &args->out);
+}
+
+template <class C>
+Status launch_config(const AttentionParams& p, const ExecutionContext& context) {
+  KernelArgs args{};
+  if (Status status = encode_maps<C>(p, &args); !status.ok()) return status;
+  const bool packed = p.cu_seqlens_q.present;
+  const int64_t heads = p.query.shape[1], rows = p.query.shape[2], sequences = num_sequences(p);
+  const int64_t row_tiles = packed ? rows / C::kTileM + sequences : (rows + C::kTileM - 1) / C::kTileM;
+  const int64_t tiles = row_tiles * heads * (packed ? 1 : sequences);
+  if (tiles == 0) return {};
+  args.problem = p;
+  args.sequences = sequence_rule(p);
+  args.num_sequences = static_cast<int>(sequences);
+  args.heads_per_kv = static_cast<int>(heads / p.key.shape[1]);
+  args.num_row_tiles = static_cast<int>(row_tiles);
+  args.num_tiles = static_cast<int>(tiles);
+  bool dynamic;
+  choose_order(p, &args, &dynamic);
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  const int blocks = static_cast<int>(std::min<int64_t>(tiles, context.device.num_sms));
+  cudaError_t error = cudaSuccess;
+  if (dynamic && tiles > blocks) {
+    args.tile_counter = static_cast<int*>(context.workspace);
+    error = cudaMemsetAsync(args.tile_counter, 0, sizeof(int), stream);
+  }
+  const auto kernel = prefill_sm90_kernel<C>;
+  constexpr int kSharedBytes = sizeof(SharedMemory<C>);
+  static_assert(kSharedBytes <= kSharedLimit);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess) {
+    kernel<<<blocks, C::kThreads, kSharedBytes, stream>>>(args);
+    error = cudaGetLastError();
+  }
+  if (error == cudaSuccess) return {};
+  return {StatusCode::kCudaError, std::string("prefill_sm90 could not be launched: ") + cudaGetErrorString(error) + "."};
+}
+
+template <typename T, int kHeadDim, Variant kVariant>
+Status launch_instance(const AttentionParams& params, const ExecutionContext& context) {
+  constexpr TileShape kShape = tile_shape(kHeadDim, kVariant);
+  return launch_config<
+      Config<T, kVariant, kHeadDim, kShape.warpgroups, kShape.tile_n, kShape.stages, kShape.query_stages, kShape.bias_stages>>(
+      params, context);
+}
+
+}  // namespace fa::prefill_sm90

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which problems the Hopper kernel takes, and the choice of its instance.
+#include "kernels/prefill_sm90/prefill_sm90.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/common/tensor_map.h"
+#include "kernels/prefill_sm90/instances.h"
+#include "semantics/sequence.h"
+
+namespace fa::prefill_sm90 {
+namespace {
+
+constexpr int64_t kMaxRows = int64_t{1} << 30;
+constexpr size_t kCounterBytes = 256;  // the tile counter, in an allocation's smallest unit
+
+struct Instance {
+  DType dtype;
+  int head_dim;  // bucket: the largest head_dim and head_dim_v it takes
+  Variant variant;
+  Status (*launch)(const AttentionParams& params, const ExecutionContext& context);
+};
+
+const Instance kInstances[] = {
+#define FA_INSTANCE(T, dtype, head_dim, variant) \
+  {dtype, head_dim, Variant::variant, launch_instance<T, head_dim, Variant::variant>},
+#include "kernels/prefill_sm90/instances.def"
+#undef FA_INSTANCE
+};
+
+Variant variant_of(const AttentionParams& p) {
+  const bool modified =
+      p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
+  return modified ? Variant::kModified : Variant::kPlain;
+}
+
+int64_t bucket_size(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
+
+/// The smallest instance that takes the problem; null where none does.
+const Instance* find_instance(const AttentionParams& p) {
+  const Instance* smallest = nullptr;
+  for (const Instance& instance : kInstances) {
+    if (instance.dtype != p.query.dtype || instance.variant != variant_of(p) || instance.head_dim < bucket_size(p)) continue;
+    if (smallest == nullptr || instance.head_dim < smallest->head_dim) smallest = &instance;
+  }
+  return smallest;
+}
+
+}  // namespace
+
+std::string supports(const AttentionParams& p, const DeviceInfo& device) {
+  if (device.compute_capability != 90) return "needs compute capability 9.0 (Hopper)";
+  if (p.query.dtype == DType::kFloat32) return "takes float16 and bfloat16 only, the tensors are float32";
+  if (find_instance(p) == nullptr) return "head_dim " + std::to_string(bucket_size(p)) + " is above 256";
+  if (device.shared_memory_bytes < kSharedLimit)
+    return "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block";
+  if (p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0) {
+    return "head_dim " + std::to_string(p.query.shape[3]) + " and head_dim_v " + std::to_string(p.value.shape[3]) +
+           " must be multiples of 8: the copy engine (TMA) moves 16 bytes";
+  }
+  if (p.key.shape[2] == 0) return "there are no keys";
+  if (p.query.shape[2] > kMaxRows || p.key.shape[2] > kMaxRows) return "more than 2^30 rows or keys";
+  const std::pair<const char*, const TensorView*> tensors[] = {
+      {"query", &p.query}, {"key", &p.key}, {"value", &p.value}, {"out", &p.out}};
+  for (const auto& [name, tensor] : tensors) {
+    const std::string obstacle = tensor_map_obstacle(*tensor);
+    if (!obstacle.empty()) return std::string("the copy engine (TMA) can't address ") + name + ", which " + obstacle;
+  }
+  const int64_t tiles = (p.query.shape[2] / 64 + num_sequences(p)) * p.query.shape[1] * num_sequences(p);
+  if (tiles > std::numeric_limits<int32_t>::max()) return "more than 2^31 tiles of rows";
+  return "";
+}
+
+size_t workspace_bytes(const AttentionParams&, const DeviceInfo&) { return kCounterBytes; }
+
+Status launch(const AttentionParams& params, const ExecutionContext& context) {
+  return find_instance(params)->launch(params, context);
+}
+
+}  // namespace fa::prefill_sm90

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// The producer warp of prefill_sm90: takes tiles, tells the consumers, and keeps the copy engine ahead of them.
+#pragma once
+
+#include "kernels/common/tma.cuh"
+#include "kernels/prefill_sm90/tiles.cuh"
+
+namespace fa::prefill_sm90 {
+
+/// Waits until the buffer is free, then starts the copy of all panels of rows row … row + kRows - 1 of one head.
+template <int kPanels, uint32_t kBytes>
+__device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* map, uint64_t* full, uint64_t* empty,
+                                          uint32_t phase, int row, int head, int batch) {
+  mbarrier_wait(empty, phase ^ 1);
+  mbarrier_arrive_expect(full, kBytes);
+#pragma unroll
+  for (int panel = 0; panel < kPanels; ++panel) {
+    tma_load(buffer + panel * (kBytes / kPanels), map, full, panel * 64, row, head, batch);
+  }
+}
+
+/// The bias of the tile's rows and the keys of one block, 64 keys a panel.
+template <class C, class Ring>
+__device__ __forceinline__ void load_bias(const KernelArgs& args, SharedMemory<C>& shared, const Tile& tile, int block,
+                                          Ring& ring) {
+  const TensorView& bias = args.problem.bias;
+  const int head = bias.shape[1] > 1 && bias.stride[1] != 0 ? tile.head : 0,
+            batch = bias.shape[0] > 1 && bias.stride[0] != 0 ? tile.batch : 0;
+  mbarrier_wait(&shared.bias_empty[ring.stage], ring.phase ^ 1);
+  mbarrier_arrive_expect(&shared.bias_full[ring.stage], C::kBiasBytes);
+#pragma unroll
+  for (int panel = 0; panel < C::kBiasPanels; ++panel) {
+    tma_load(shared.bias + ring.stage * C::kBiasBytes + panel * C::kTileM * 128, &args.bias, &shared.bias_full[ring.stage],
+             block * C::kTileN + panel * 64, tile.row_base + tile.first_row, head, batch);
+  }
+  ring.advance();
+}
+
+/// Ring positions of the producer.
+template <class C>
+struct ProducerRings {
+  RingPosition<C::kQueryStages> query;
+  RingPosition<C::kStages> key, value;
+  RingPosition<C::kBiasStages + 1 - (C::kBiasStages > 0)> bias;
+};
+
+/// One lane: the copies of one tile, in the order in which the consumers want them.
+template <class C>
+__device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C>& shared, const Tile& tile,
+                                          ProducerRings<C>& rings) {
+  const int key_head = tile.head / args.heads_per_kv;
+  const auto load_key = [&](int block) {
+    const int i = rings.key.stage;
+    load_rows<C::kPanels, C::kKeyBytes>(shared.key[i], &args.key, &shared.key_full[i], &shared.key_empty[i], rings.key.phase,
+                                        tile.key_base + block * C::kTileN, key_head, tile.batch);
+    rings.key.advance();
+    if constexpr (C::kBiasStages > 0) {
+      if (args.bias_by_tile) load_bias(args, shared, tile, block, rings.bias);
+    }
+  };
+  if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
+  const int q = rings.query.stage;
+  load_rows<C::kPanels, C::kQueryBytes>(shared.query[q], &args.query, &shared.query_full[q], &shared.query_empty[q],
+                                        rings.query.phase, tile.row_base + tile.first_row, tile.head, tile.batch);
+  rings.query.advance();
+#pragma unroll 1
+  for (int block = tile.block_end - 1; block >= tile.block_begin; --block) {
+    if (block > tile.block_begin) load_key(block - 1);
+    const int i = rings.value.stage;
+    load_rows<C::kPanels, C::kKeyBytes>(shared.value[i], &args.value, &shared.value_full[i], &shared.value_empty[i],
+                                        rings.value.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
+    rings.value.advance();
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>& shared) {
+  ProducerRings<C> rings;
+  RingPosition<kTileSlots> slot;
+  int index = -1;
+  Tile tile;
+  do {
+    tile.valid = next_tile<C>(args, index, tile);
+    if (threadIdx.x % 32 == 0) {
+      mbarrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
+      shared.tile[slot.stage] = tile;
+      mbarrier_arrive(&shared.tile_full[slot.stage]);
+      if (tile.valid) load_tile<C>(args, shared, tile, rings);
+    }
+    __syncwarp();
+    slot.advance();
+  } while (tile.valid);
+}
+
+}  // namespace fa::prefill_sm90
