@@ -14,10 +14,14 @@ struct ScoreRule {
   float softmax_scale;
   float softcap;  // 0 = none
 
-  /// scale, then softcap.
-  FA_HD float capped(float dot) const {
+  /// scale, then softcap. `tanh` is the caller's way to compute it.
+  template <class Tanh>
+  FA_HD float capped(float dot, Tanh tanh) const {
     const float s = dot * softmax_scale;
-    return softcap == 0.0f ? s : softcap * tanhf(s / softcap);
+    return softcap == 0.0f ? s : softcap * tanh(s / softcap);
+  }
+  FA_HD float capped(float dot) const {
+    return capped(dot, [](float x) { return tanhf(x); });
   }
 };
 

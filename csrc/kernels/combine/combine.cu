@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "kernels/combine/combine.h"
+#include "kernels/common/convert.cuh"
+#include "kernels/common/reduce.cuh"
+#include "semantics/sequence.h"
+#include "semantics/softmax.h"
+
+namespace fa {
+namespace {
+
+constexpr int kWarps = 4;  // rows of a thread block
+
+/// Mean of one column of the values of head `head`.
+template <class T>
+__device__ float mean_of_column(const AttentionParams& p, const Sequence& s, int64_t head, int64_t column) {
+  const T* value = static_cast<const T*>(p.value.data) + s.batch_idx * p.value.stride[0] + head * p.value.stride[1] + column;
+  float sum = 0.0f;
+  for (int64_t key = 0; key < s.num_keys; ++key) sum += to_float(value[(s.first_key + key) * p.value.stride[2]]);
+  return s.num_keys > 0 ? sum / static_cast<float>(s.num_keys) : 0.0f;
+}
+
+/// One warp per row; lanes first over splits (weights into shared memory), then over columns.
+template <class T>
+__global__ void __launch_bounds__(32 * kWarps)
+    combine_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Partials partials,
+                   const __grid_constant__ SequenceRule sequences, int64_t num_rows) {
+  extern __shared__ float shared[];
+  float* weights = shared + threadIdx.x / 32 * partials.num_splits;
+  const int lane = threadIdx.x % 32;
+  const int64_t idx = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32, seqlen_q = p.query.shape[2], heads = p.query.shape[1];
+  if (idx >= num_rows) return;
+  const int64_t row = idx % seqlen_q, head = idx / seqlen_q % heads, b = idx / seqlen_q / heads;
+  const Sequence s = sequences.at(b);
+  const bool in_use = row < s.query_length;
+
+  float top = -INFINITY;
+  for (int split = lane; split < partials.num_splits; split += 32) top = fmaxf(top, partials.lse[split * num_rows + idx]);
+  for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
+  float sum = 0.0f;
+  for (int split = lane; split < partials.num_splits; split += 32) {
+    weights[split] = rescale_factor(partials.lse[split * num_rows + idx], top);
+    sum += weights[split];
+  }
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  __syncwarp();
+  const SoftmaxState keys{top, sum};
+  const SoftmaxState all =
+      p.sinks.present ? add_sink(keys, static_cast<const float*>(p.sinks.data)[head * p.sinks.stride[0]]) : keys;
+  const float factor = rescale_factor(keys.max, all.max) * normalizer(all);
+  const bool mean = in_use && all.sum == 0.0f && p.empty_row == EmptyRow::kMean;
+
+  T* out = static_cast<T*>(p.out.data) + b * p.out.stride[0] + head * p.out.stride[1] + row * p.out.stride[2];
+  const int64_t head_dim_v = p.value.shape[3];
+  for (int64_t column = lane; column < head_dim_v; column += 32) {
+    float x = 0.0f;
+    for (int split = 0; split < partials.num_splits; ++split) {
+      const float weight = weights[split];
+      if (weight != 0.0f) x += weight * partials.out[(split * num_rows + idx) * head_dim_v + column];
+    }
+    x = in_use && keys.sum != 0.0f ? x * factor : 0.0f;
+    if (mean) x = mean_of_column<T>(p, s, head / (heads / p.key.shape[1]), column);
+    out[column] = from_float<T>(x);
+  }
+  if (lane == 0 && p.lse.present) {
+    static_cast<float*>(p.lse.data)[b * p.lse.stride[0] + head * p.lse.stride[1] + row * p.lse.stride[2]] =
+        in_use ? lse(all) : -INFINITY;
+  }
+}
+
+}  // namespace
+
+Status combine(const Partials& partials, const AttentionParams& params, const ExecutionContext& context) {
+  const int64_t rows = params.query.shape[0] * params.query.shape[1] * params.query.shape[2];
+  if (rows == 0) return {};
+  const auto blocks = static_cast<unsigned>((rows + kWarps - 1) / kWarps);
+  const size_t shared_bytes = sizeof(float) * kWarps * partials.num_splits;
+  const auto launch = [&](auto kernel) {
+    kernel<<<blocks, 32 * kWarps, shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(params, partials,
+                                                                                             sequence_rule(params), rows);
+  };
+  switch (params.query.dtype) {
+    case DType::kFloat16:
+      launch(combine_kernel<__half>);
+      break;
+    case DType::kBFloat16:
+      launch(combine_kernel<__nv_bfloat16>);
+      break;
+    default:
+      launch(combine_kernel<float>);
+      break;
+  }
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return {};
+  return {StatusCode::kCudaError,
+          std::string("The merge of split keys could not be launched: ") + cudaGetErrorString(error) + "."};
+}
+
+}  // namespace fa

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels' rows of the dispatch table, in order of preference. Included by dispatch.cpp.
+#pragma once
+
+#include "fa/attention.h"
+#include "kernels/decode_splitkv/decode_splitkv.h"
+#include "kernels/prefill_sm80/prefill_sm80.h"
+#include "kernels/prefill_sm90/prefill_sm90.h"
+
+#define FA_CUDA_KERNEL(name) {#name, DeviceType::kCuda, name::supports, name::workspace_bytes, name::launch}
+#ifdef FA_WITH_SM90
+#define FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm90),
+#else
+#define FA_HOPPER_KERNELS
+#endif
+#define FA_CUDA_KERNELS FA_CUDA_KERNEL(decode_splitkv), FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm80)

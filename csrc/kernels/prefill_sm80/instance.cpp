@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chooses an instance of the sm_80 kernel and lays out its grid: which tiles run side by side, so that their keys and values stay
+// in L2 and the longest start first.
+#include "kernels/prefill_sm80/instance.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "kernels/prefill_sm80/instances.h"
+#include "kernels/prefill_sm80/tile_grid.h"
+
+namespace fa {
+namespace {
+
+constexpr int64_t kL2BytesForKeys = int64_t{24} << 20;  // of an A100's 40 and an H100's 50 MB
+
+const TileInstance kInstances[] = {
+#define FA_INSTANCE(T, dtype, head_dim, variant) {dtype, head_dim, Variant::variant, launch_tiles<T, head_dim, Variant::variant>},
+#include "kernels/prefill_sm80/instances.def"
+#undef FA_INSTANCE
+};
+
+int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2; }
+
+/// Are all rows at multiples of `bytes`? Strides of axes of size 1 have no meaning.
+bool rows_aligned_to(const TensorView& view, int64_t bytes) {
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % bytes == 0;
+  for (int axis = 0; axis < 3; ++axis)
+    aligned = aligned && (view.shape[axis] == 1 || view.stride[axis] * size_of(view.dtype) % bytes == 0);
+  return aligned;
+}
+
+/// Rows of query, key, value, out: whole chunks of `bytes`, aligned.
+bool is_by(const TensorView& view, int64_t bytes) {
+  return rows_aligned_to(view, bytes) && view.shape[3] * size_of(view.dtype) % bytes == 0;
+}
+
+/// Rows of mask or bias: neighbouring keys are neighbours in memory, and eight of them make aligned accesses of at most 16 bytes.
+bool has_vectors(const TensorView& view) {
+  return view.shape[3] >= 8 && view.stride[3] == 1 && rows_aligned_to(view, std::min<int64_t>(16, 8 * size_of(view.dtype)));
+}
+
+/// How many (batch, head) pairs run together. Each brings row_tiles blocks, and their number must stay below 2^31.
+int64_t pairs_in_l2(const AttentionParams& p, int64_t pairs, int64_t row_tiles, int64_t query_heads_per_pair) {
+  const int64_t bytes = std::max<int64_t>(1, p.key.shape[2] * (p.key.shape[3] + p.value.shape[3]) * size_of(p.key.dtype));
+  const int64_t heads_per_key_head = p.query.shape[1] / p.key.shape[1] / query_heads_per_pair;
+  const int64_t fit = std::min(kL2BytesForKeys / bytes * heads_per_key_head, std::numeric_limits<int32_t>::max() / row_tiles);
+  return std::clamp<int64_t>(fit, std::min(pairs, heads_per_key_head), pairs);
+}
+
+}  // namespace
+
+const TileInstance* find_instance(const AttentionParams& params, Variant variant) {
+  const int64_t head_dim = std::max(params.query.shape[3], params.value.shape[3]);
+  const TileInstance* smallest = nullptr;
+  for (const TileInstance& instance : kInstances) {
+    if (instance.dtype != params.query.dtype || instance.variant != variant || instance.head_dim < head_dim) continue;
+    if (smallest == nullptr || instance.head_dim < smallest->head_dim) smallest = &instance;
+  }
+  return smallest;
+}
+
+std::string why_not(const AttentionParams& params, const DeviceInfo& device, const TileInstance* instance) {
+  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() / 2;
+  const int capability = device.compute_capability;
+  if (capability < 80) {
+    return "needs compute capability 8.0 or newer, the device has " + std::to_string(capability / 10) + "." +
+           std::to_string(capability % 10);
+  }
+  if (instance == nullptr) {
+    return "head_dim " + std::to_string(std::max(params.query.shape[3], params.value.shape[3])) + " is above 256";
+  }
+  if (params.query.shape[2] > kMaxRows || params.key.shape[2] > kMaxRows) return "more than 2^30 rows or keys";
+  if (instance->shared_bytes() > device.shared_memory_bytes) {
+    return "needs " + std::to_string(instance->shared_bytes()) + " bytes of shared memory in a thread block, the device gives " +
+           std::to_string(device.shared_memory_bytes);
+  }
+  return "";
+}
+
+Status launch_instance(const TileInstance& instance, const AttentionParams& params, TileGrid grid,
+                       const ExecutionContext& context) {
+  const TileShape tile = instance.tile();
+  const int64_t group_size = params.query.shape[1] / params.key.shape[1];
+  const bool share_tile = instance.variant == Variant::kSplit, packed = params.cu_seqlens_q.present;
+  const int64_t sequences = num_sequences(params), heads = share_tile ? params.key.shape[1] : params.query.shape[1];
+  const int64_t rows = params.query.shape[2] * (share_tile ? group_size : 1), pairs = packed ? heads : heads * sequences;
+  const int64_t row_tiles = packed ? rows / tile.tile_q() + sequences : (rows + tile.tile_q() - 1) / tile.tile_q();
+  const int64_t blocks = pairs * row_tiles;
+  if (blocks == 0 || rows == 0) return {};
+  if (blocks > std::numeric_limits<int32_t>::max()) {
+    return {StatusCode::kUnsupported,
+            "The problem has " + std::to_string(blocks) + " tiles of rows, at most 2^31 - 1 can be launched."};
+  }
+  grid.sequences = sequence_rule(params);
+  grid.num_sequences = static_cast<int>(sequences);
+  grid.num_pairs = static_cast<int>(pairs);
+  grid.num_row_tiles = static_cast<int>(row_tiles);
+  grid.group_size = Divisor(group_size);
+  grid.batch_fastest = !packed && params.bias.present && sequences > 1 && params.bias.stride[0] == 0;
+  grid.inner = Divisor(grid.batch_fastest ? sequences : heads);
+  const int64_t together = pairs_in_l2(params, pairs, row_tiles, share_tile ? group_size : 1);
+  grid.tiles_per_group = Divisor(together * row_tiles);
+  grid.pairs_per_group = Divisor(together);
+  grid.pairs_in_last_group = Divisor(pairs % together == 0 ? together : pairs % together);
+  grid.query_by_16 = is_by(params.query, 16);
+  grid.key_by_16 = is_by(params.key, 16);
+  grid.value_by_16 = is_by(params.value, 16);
+  grid.out_by_16 = is_by(params.out, 16);
+  grid.mask_by_8 = params.mask.present && has_vectors(params.mask);
+  grid.bias_by_8 = params.bias.present && has_vectors(params.bias);
+  const cudaError_t error =
+      instance.launch(params, grid, static_cast<unsigned>(blocks), static_cast<cudaStream_t>(context.stream));
+  if (error == cudaSuccess) return {};
+  return {StatusCode::kCudaError, std::string("The attention kernel could not be launched: ") + cudaGetErrorString(error) + "."};
+}
+
+}  // namespace fa

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels/prefill_sm80/prefill_sm80.h"
+
+#include "kernels/prefill_sm80/instance.h"
+#include "kernels/prefill_sm80/tile_grid.h"
+
+namespace fa::prefill_sm80 {
+namespace {
+
+/// The plain variant keeps raw products as scores: it can't add to them, and a maximum of raw products must be one of scores.
+/// float32 is bound by its three products, so it has one variant for all.
+Variant variant_of(const AttentionParams& p) {
+  const bool modified =
+      p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
+  return modified || p.query.dtype == DType::kFloat32 ? Variant::kModified : Variant::kPlain;
+}
+
+}  // namespace
+
+std::string supports(const AttentionParams& params, const DeviceInfo& device) {
+  return why_not(params, device, find_instance(params, variant_of(params)));
+}
+
+size_t workspace_bytes(const AttentionParams&, const DeviceInfo&) { return 0; }
+
+Status launch(const AttentionParams& params, const ExecutionContext& context) {
+  return launch_instance(*find_instance(params, variant_of(params)), params, TileGrid{}, context);
+}
+
+}  // namespace fa::prefill_sm80
