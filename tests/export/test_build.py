@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`faexport build` and `faexport run`, with TensorRT-RTX, which builds without a GPU, and with no TensorRT at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pty
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from faexport import engine, engine_run, model_io, pipeline
+from faexport.engine import Range, Runtime
+from faexport.model_io import ModelError
+
+from tests import packages
+
+RTX = "tensorrt-rtx"
+MLP = """
+<ir_version: 9, opset_import: ["": 17]>
+mlp (float[N, 16] x, float[16, 16] w) => (float[N, 16] y) { a = MatMul(x, w)  b = Relu(a)  y = MatMul(b, w) }
+"""
+ATTENTION = """
+<ir_version: 9, opset_import: ["": 17]>
+core (float[B, 2, S, 16] q, float[B, 2, 16, S] k, float[B, 2, S, 16] v) => (float[B, 2, S, 16] y)
+<float scale = {0.25}> { a = MatMul(q, k)  b = Mul(a, scale)  c = Softmax<axis = -1>(b)  y = MatMul(c, v) }
+"""
+UNSUPPORTED = """
+<ir_version: 9, opset_import: ["": 17, "mine": 1]>
+odd (float[2, 4] x) => (float[2, 4] z) { [first_strange] y = mine.Strange(x)  [second_strange] z = mine.Stranger(y) }
+"""
+
+
+def write(folder: pathlib.Path, text: str) -> pathlib.Path:
+    path = folder / "model.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    return path
+
+
+def run_cli(*args: object, packages_used: tuple[str, ...] = (RTX,), **kwargs) -> subprocess.CompletedProcess[str]:
+    environment = {**packages.python_with(*packages_used), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "faexport", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **kwargs)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.slow
+def test_the_original_demo_model_becomes_an_engine(tmp_path):
+    target = tmp_path / "demo.plan"
+    done = run_cli("build", packages.demo_model(), "-o", target)
+    assert done.returncode == 0, done.stderr
+    assert target.read_bytes()[:4] == engine_run.MAGIC[Runtime.TENSORRT_RTX]
+    for line in ("engine", "built", "layers", "input_image: 1x3x224x224", "the attention was left as it is"):
+        assert line in done.stdout
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.slow
+def test_the_fused_demo_model_is_refused_up_front(tmp_path):
+    fused, _ = pipeline.run(model_io.load(packages.demo_model()))
+    path = tmp_path / "demo.fa.onnx"
+    model_io.save(fused, path)
+    done = run_cli("build", path)
+    assert_refused(done, "12 FlashAttention nodes", "TensorRT-RTX takes no plugins")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_any_tensorrt(tmp_path):
+    done = run_cli("build", write(tmp_path, MLP), packages_used=())
+    assert_refused(done, "no TensorRT is installed", "pip install tensorrt")
+
+
+def test_a_missing_runtime_is_named(tmp_path):
+    path = write(tmp_path, MLP)
+    assert_refused(run_cli("build", path, "--runtime", "tensorrt"), "no TensorRT is installed")
+    done = run_cli("build", path, "--runtime", "tensorrt-rtx", packages_used=())
+    assert_refused(done, "no TensorRT-RTX is installed", "pip install tensorrt-rtx-cu13")
+
+
+def test_shapes_and_json(tmp_path):
+    path = write(tmp_path, MLP)
+    shapes = ("--min", "x:1x16", "--opt", "x:8x16", "--max", "x:64x16")
+    done = run_cli("build", path, *shapes, "--workspace", 64, "--compute-capability", 8.9, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["profiles"] == [
+        {
+            "x": {"min": [1, 16], "opt": [8, 16], "max": [64, 16]},
+            "w": {"min": [16, 16], "opt": [16, 16], "max": [16, 16]},
+        }
+    ]
+    assert report["compute_capabilities"] == [89]
+    assert report["engine_bytes"] == path.with_suffix(".plan").stat().st_size
+
+
+def test_profiles_from_files(tmp_path):
+    path = write(tmp_path, MLP)
+    files = []
+    for index, most in enumerate((4, 32)):
+        files.append(tmp_path / f"profile{index}.json")
+        files[-1].write_text(json.dumps({"x": {"min": [1, 16], "opt": [2, 16], "max": [most, 16]}}))
+    done = run_cli("build", path, "--profile", files[0], "--profile", files[1], "--compute-capability", 8.6)
+    assert done.returncode == 0, done.stderr
+    assert "inputs, profile 0" in done.stdout and "x: 1x16 … 2x16 … 32x16" in done.stdout
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "faexport",
+        "build",
+        os.fspath(write(tmp_path, MLP)),
+        "--compute-capability",
+        "8.9",
+    ]
+    leader, follower = pty.openpty()
+    environment = {**packages.python_with(RTX), "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower, env=environment) as child:
+        os.close(follower)
+        shown = bytearray()
+        while True:
+            try:
+                shown += os.read(leader, 4096)
+            except OSError:  # the child has closed its end
+                break
+    assert child.returncode == 0
+    assert b"Building engine" in shown and "━".encode() in shown
+
+
+REFUSALS = {
+    "no such file": (["nowhere.onnx"], "no such file"),
+    "unknown input": (["{model}", "--opt", "z:1x16"], "no input 'z'; its inputs are x, w"),
+    "wrong rank": (["{model}", "--opt", "x:16"], "input 'x': 16 does not fit the model's ?x16"),
+    "wrong size": (["{model}", "--opt", "x:1x17"], "does not fit"),
+    "out of order": (["{model}", "--min", "x:4x16", "--opt", "x:2x16"], "not in order"),
+    "no shape": (["{model}", "--opt", "x=1x16"], "is not a shape"),
+    "unknown GPU": (["{model}", "--compute-capability", "9.0"], "builds for"),
+    "no number": (["{model}", "--compute-capability", "hopper"], "expected X.Y"),
+    "timing cache": (["{model}", "--timing-cache", "cache"], "TensorRT-RTX has none"),
+    "hardware": (["{model}", "--hardware-compatible"], "--compute-capability"),
+    "profile": (["{model}", "--profile", "{model}"], "is not a profile"),
+    "no profile": (["{model}", "--profile", "nowhere.json"], "can't be read"),
+    "no folder": (["{model}", "--compute-capability", "8.9", "-o", "nowhere/x.plan"], "can't be written"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_one_line_for_what_is_wrong(tmp_path, name):
+    args, words = REFUSALS[name]
+    model = write(tmp_path, MLP)
+    done = run_cli("build", *(arg.format(model=model) for arg in args), cwd=tmp_path)
+    assert_refused(done, words)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_parser_errors_name_the_nodes(tmp_path):
+    done = run_cli("build", write(tmp_path, UNSUPPORTED))
+    assert_refused(done, "node 'first_strange' (Strange)", "node 'second_strange' (Stranger)", "Plugin not found")
+
+
+def test_attention_alone_is_built_unfused_with_a_note(tmp_path):
+    done = run_cli(
+        "build", write(tmp_path, ATTENTION), "--opt", "q:1x2x8x16", "--opt", "k:1x2x16x8", "--opt", "v:1x2x8x16"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "0 FlashAttention" in done.stdout and "no GPU here" in done.stdout or engine.has_gpu()
+
+
+def test_run_refuses_what_is_no_engine(tmp_path):
+    inputs, plan = tmp_path / "in.npz", tmp_path / "model.plan"
+    np.savez(inputs, x=np.zeros((1, 16), np.float32))
+    assert_refused(run_cli("run", plan, "--inputs", inputs), "can't be read")
+    plan.write_bytes(b"something else")
+    assert_refused(run_cli("run", plan, "--inputs", inputs), "is not a TensorRT engine")
+    plan.write_bytes(engine_run.MAGIC[Runtime.TENSORRT] + b"...")
+    assert_refused(run_cli("run", plan, "--inputs", inputs), "was built by tensorrt", "--runtime tensorrt")
+    assert_refused(run_cli("run", plan, "--inputs", plan), "can't be read as .npz")
+    assert_refused(run_cli("run", plan, "--inputs", tmp_path / "none.npz"), "no such file")
+
+
+@pytest.mark.skipif(engine.has_gpu(), reason="there is a GPU")
+def test_run_needs_a_gpu(tmp_path):
+    inputs, plan = tmp_path / "in.npz", tmp_path / "model.plan"
+    np.savez(inputs, x=np.zeros((1, 16), np.float32))
+    plan.write_bytes(engine_run.MAGIC[Runtime.TENSORRT_RTX] + b"...")
+    assert_refused(run_cli("run", plan, "--inputs", inputs), "needs a GPU")
+
+
+def test_outputs_are_compared_with_onnxruntime(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = write(tmp_path, MLP)
+    random = np.random.default_rng(0)
+    inputs = {
+        "x": random.standard_normal((3, 16)).astype(np.float32),
+        "w": random.standard_normal((16, 16)).astype(np.float32),
+    }
+    right = np.maximum(inputs["x"] @ inputs["w"], 0) @ inputs["w"]
+    (same,) = engine_run.compare(model, inputs, {"y": right})
+    assert same.ok
+    (other,) = engine_run.compare(model, inputs, {"y": right + 0.1})
+    assert not other.ok
+    with pytest.raises(ModelError, match="no output 'y'"):
+        engine_run.compare(model, inputs, {"z": right})
+
+
+def test_parse_shape():
+    assert engine.parse_shape("ids:1x128") == ("ids", (1, 128))
+    assert engine.parse_shape("a:0:2,3") == ("a:0", (2, 3))
+    for text in ("ids", "ids:", ":1x2", "ids:1x-2", "ids:axb"):
+        with pytest.raises(ModelError, match="is not a shape"):
+            engine.parse_shape(text)
+
+
+def test_missing_corners_are_the_nearest_given():
+    assert engine.make_profile([], ["x:4"], []) == {"x": Range((4,), (4,), (4,))}
+    assert engine.make_profile(["x:1"], [], ["x:8"]) == {"x": Range((1,), (8,), (8,))}
+    assert engine.make_profile(["x:1"], ["x:2"], []) == {"x": Range((1,), (2,), (2,))}
+    with pytest.raises(ModelError, match="different ranks"):
+        engine.make_profile(["x:1"], ["x:2x2"], [])
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "x.plan"
+    engine.write_file(target, b"abc")
+    assert target.read_bytes() == b"abc" and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(ModelError, match="can't be written"):
+        engine.write_file(tmp_path / "none" / "x.plan", b"abc")
