@@ -6,6 +6,8 @@ Attributes and inputs are those of docs/operator.md. Names and order stay stable
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from faexport.spec import DOMAIN, OP_TYPE, VERSION, Alignment, AttentionSpec, Candidate, EmptyRow, Layout, Operand
@@ -107,13 +109,13 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     node = fused_node(spec)
     anchor = spec.replaces or candidate.anchor
     node.name = names.fresh(f"{name_of(anchor)}_{OP_TYPE}")
-    new = [*spec.new_nodes, *spec.mask.new_nodes, node]
+    new = [n for n in (*spec.new_nodes, *spec.mask.new_nodes) if n.graph is None] + [node]
     result = node.outputs[0]
     old = [spec.output, spec.present_key, spec.present_value, spec.lse]
     outputs = list(node.outputs)
     if spec.output_nodes:
         result.name = names.fresh(f"{node.name}_output")
-        spec.output_nodes[0].replace_input_with(0, result)
+        spec.output_entry.replace_all_uses_with(result)
         new += spec.output_nodes
         outputs[0] = spec.output_nodes[-1].outputs[0]
     for extra in new:
@@ -123,8 +125,21 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     replaced = [v for v in old if v is not None]
     for value, fresh in zip(replaced, outputs, strict=True):
         take_over(value, fresh)
+    for shape, instead in spec.shape_uses:
+        _replace_shape(shape, instead, node.name, names)
     remove_dead([v.producer() for v in replaced])
     return node
+
+
+def _replace_shape(shape: ir.Node, instead: Sequence[ir.Node], base: str, names: Names) -> None:
+    """Puts the nodes that compute a shape where the Shape node was; a core's scores may be read by several."""
+    if shape.graph is None:
+        return
+    for extra in instead:
+        _name(extra, f"{base}_shape", names)
+    shape.graph.insert_before(shape, list(instead))
+    take_over(shape.outputs[0], instead[-1].outputs[0])
+    remove_dead([shape])
 
 
 def _name(node: ir.Node, base: str, names: Names) -> None:

@@ -162,7 +162,9 @@ class AttentionSpec:
     head_dim: int | str | None = None
     head_dim_v: int | str | None = None
     new_nodes: Sequence[ir.Node] = ()  # compute operands from values of the graph; in front of the fused node
-    output_nodes: Sequence[ir.Node] = ()  # from the fused output (input of the first) to `output`'s shape (output of the last)
+    output_nodes: Sequence[ir.Node] = ()  # from the fused output to `output`'s shape (output of the last node)
+    output_entry: ir.Value | None = None  # stands for the fused output in output_nodes
+    shape_uses: Sequence[tuple[ir.Node, Sequence[ir.Node]]] = ()  # (a Shape node on the core, nodes that compute the same instead)
     mask: Mask = dataclasses.field(default_factory=Mask)
     softcap: float = 0.0
     sinks: ir.Value | None = None  # float32 [H]

@@ -12,8 +12,9 @@ from faexport.match import Context, matcher
 from faexport.spec import AttentionSpec, Candidate, Fact, Mask, Refusal, ScoreShape
 from faexport.understand.dims import plain
 from faexport.understand.masking import understand
-from faexport.understand.nodes import live_users, name_of, op
+from faexport.understand.nodes import data_users, name_of, op
 from faexport.understand.score_chain import Blocked, Scores, find_scores, letters, read_scores
+from faexport.understand.shape_uses import rebuild
 from faexport.understand.sinks import sinks_of
 from faexport.understand.softmax import Softmax, softmax_of
 from faexport.understand.structure import Structure, structure_of
@@ -58,6 +59,8 @@ def _understand(path, softmax: Softmax, candidate: Candidate, context: Context) 
         return scores
     if scores.view.axes[softmax.axis] != _column(scores, a):
         return Refusal("the softmax does not run over the keys", name_of(softmax.node))
+    if scores.sink is None:
+        a.learn(softmax.probabilities, scores.view.shape)
     values = find_values(scores, softmax.probabilities, letters(path.product), a)
     if isinstance(values, Refusal):
         return values
@@ -82,7 +85,7 @@ def _private(scores: Scores, values: Values, softmax: Softmax) -> Refusal | None
         for value in node.outputs:
             if value.is_graph_output():
                 return Refusal("the attention scores are also an output of the model", name_of(node))
-            for user in live_users(value):
+            for user in data_users(value):
                 if user not in inside and value is not softmax.probabilities:
                     return Refusal(f"the attention scores are used twice: also by {op(user)}", name_of(user))
     return None
@@ -107,6 +110,9 @@ def _spec(scores, values, structure: Structure, softmax, candidate: Candidate, c
     if isinstance(mask, Refusal):
         return mask
     output = structure.output
+    shape_uses = _shape_uses(scores, values, structure, a)
+    if isinstance(shape_uses, Refusal):
+        return shape_uses
     candidate.sizes.update(
         batch_size=plain(batch), num_q_heads=plain(total), num_kv_heads=plain(key.heads), seqlen_q=plain(rows), seqlen_kv=plain(columns),
         head_dim=query.operand.head_dim, head_dim_v=value.operand.head_dim,
@@ -120,9 +126,23 @@ def _spec(scores, values, structure: Structure, softmax, candidate: Candidate, c
     return AttentionSpec(
         query.operand, key.operand, value.operand, output.value, output.layout, scores.scale * query.scale * key.scale,
         replaces=values.product.node, head_dim=query.operand.head_dim, head_dim_v=value.operand.head_dim,
-        new_nodes=(*query.new_nodes, *key.new_nodes, *value.new_nodes, *sink_nodes), output_nodes=output.nodes,
+        new_nodes=(*query.new_nodes, *key.new_nodes, *value.new_nodes, *sink_nodes), output_nodes=output.nodes, output_entry=output.entry, shape_uses=shape_uses,
         mask=mask, softcap=scores.softcap, sinks=sinks, facts=_facts(structure, scores),
     )  # fmt: skip
+
+
+def _shape_uses(scores: Scores, values: Values, structure: Structure, a) -> tuple[tuple[ir.Node, list[ir.Node]], ...] | Refusal:
+    """What takes the place of Shape nodes that read what goes away."""
+    early = (structure.query.source, structure.key.source)
+    late = (*early, structure.value.source)
+    found = []
+    for uses, sources in ((scores.shape_uses, early), (values.shape_uses, early), (structure.output.shape_uses, late)):
+        for use in uses:
+            nodes = rebuild(use, sources, a)
+            if isinstance(nodes, Refusal):
+                return nodes
+            found.append((use.node, nodes))
+    return tuple(found)
 
 
 def _facts(structure: Structure, scores: Scores) -> tuple[Fact, ...]:

@@ -33,7 +33,7 @@ class Declared:
 
     def as_is(self) -> Reading:
         heads = self.heads if self.heads is not None else Dim.unknown("heads")
-        return Reading(Operand(self.value, self.layout, heads=heads.const), heads)
+        return Reading(Operand(self.value, self.layout, heads=heads.const), heads, self.value)
 
 
 def sizes_of(declared: Declared, a: Analysis) -> tuple[Dim, Dim, Dim, Dim] | None:

@@ -92,6 +92,18 @@ class Dim:
             quotient, rest = quotient + step, rest - step * other
         return quotient
 
+    def substitute(self, known: Mapping[str, Dim]) -> Dim:
+        """With symbols replaced by what they are known to equal."""
+        if not self.symbols & known.keys():
+            return self
+        total = Dim.of(0)
+        for monomial, coefficient in self.terms.items():
+            term = Dim.of(coefficient)
+            for symbol in monomial:
+                term = term * (known[symbol].substitute(known) if symbol in known else Dim.of(symbol))
+            total = total + term
+        return total
+
     def __eq__(self, other: object) -> bool:
         if isinstance(other, int):
             return self.const == other

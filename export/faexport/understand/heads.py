@@ -102,6 +102,7 @@ class Reading:
 
     operand: Operand
     heads: Dim
+    source: ir.Value  # the tensor of the graph that it is read from
     scale: float = 1.0
     new_nodes: tuple[ir.Node, ...] = ()
 
@@ -131,6 +132,8 @@ def canonical(factor: Factor, view: View, wanted: Wanted) -> list[Axis]:
 def parts_of(axes: list[Axis], wanted: Wanted) -> Parts | None:
     """Batch and heads apart, and in the heads the repetition of GQA; None where they can't be told apart."""
     split = take_inner([x for axis in axes[:-2] for x in axis], wanted.heads)
+    if split is None and len(axes) == 4 and (is_opaque(wanted.heads) or is_opaque(size_of(axes[1]))):
+        split = axes[0], axes[1]
     if split is None:
         return None
     batch, heads = split
@@ -143,6 +146,15 @@ def parts_of(axes: list[Axis], wanted: Wanted) -> Parts | None:
     return Parts(batch, merged(real), group, axes[-2], axes[-1])
 
 
+def is_opaque(size: Dim) -> bool:
+    """Is nothing known of the size? Then the operator reads it from the shape, and checks that it divides, when the model runs."""
+    return any(s.startswith("?") for s in size.symbols)
+
+
+def same_heads(x: Dim, y: Dim) -> bool:
+    return x == y or is_opaque(x) or is_opaque(y)
+
+
 def read(factor: Factor, links: list[Link], wanted: Wanted, a: Analysis) -> Reading | None:
     """The reading from the earliest tensor that the operator can read in place."""
     for link in reversed(links):
@@ -153,7 +165,7 @@ def read(factor: Factor, links: list[Link], wanted: Wanted, a: Analysis) -> Read
             continue
         operand = _in_place(link, parts, wanted, a)
         if operand is not None:
-            return Reading(operand, size_of(parts.heads), link.scale)
+            return Reading(operand, size_of(parts.heads), link.value, link.scale)
     return None
 
 

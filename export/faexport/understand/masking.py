@@ -15,6 +15,8 @@ import onnx_ir as ir
 from faexport.spec import EmptyRow, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.understand.dims import plain
 from faexport.understand.mask import UNKNOWN_SHAPE, MaskOptions, understand_mask
+from faexport.understand.dims import plain
+from faexport.understand.mask import MaskOptions, understand_mask
 from faexport.understand.nodes import name_of
 from faexport.understand.surgery import Builder
 
@@ -32,7 +34,13 @@ def understand(terms: Sequence[MaskTerm], scores: ScoreShape, context: Context) 
     options = MaskOptions(context.options.assume_right_padding)
     found = understand_mask(terms, scores, options, shape_of)
     if isinstance(found, Refusal) and found.reason == UNKNOWN_SHAPE:
-        return keep_as_bias(terms, scores, context)
+        """The mask as understand_mask proves it."""
+
+    def shapes(value: ir.Value) -> list[int | str | None] | None:
+        found = context.analysis.shape(value)
+        return None if found is None else [plain(d) for d in found]
+
+    return understand_mask(terms, scores, MaskOptions(context.options.assume_right_padding), shapes)
     return found
 
 

@@ -65,3 +65,8 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield attr.value
         elif attr.type == ir.AttributeType.GRAPHS:
             yield from attr.value
+
+
+def data_users(value: ir.Value) -> list[ir.Node]:
+    """live_users without those that only ask for the shape."""
+    return [node for node in live_users(value) if op(node) != "Shape"]

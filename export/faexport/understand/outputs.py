@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -11,8 +12,9 @@ import onnx_ir as ir
 from faexport.spec import Layout, Refusal
 from faexport.understand import view_ops
 from faexport.understand.dims import Dim, product
-from faexport.understand.nodes import live_users, name_of, op
+from faexport.understand.nodes import data_users, name_of, op
 from faexport.understand.score_chain import RESHAPES
+from faexport.understand.shape_uses import ShapeUse, rebuild, uses_of
 from faexport.understand.surgery import Builder
 from faexport.understand.views import Atom, View, merged
 
@@ -30,11 +32,13 @@ class Output:
     value: ir.Value  # what the fused node (and `nodes` behind it) replaces
     layout: Layout
     nodes: tuple[ir.Node, ...] = ()
+    shape_uses: tuple[ShapeUse, ...] = ()  # Shape nodes that read a tensor between the product and `value`
     entry: ir.Value | None = None  # stands for the fused node's output in the first of `nodes`
 
 
-def read_output(values: Values, heads: Dim, dtype: ir.DataType | None, a: Analysis) -> Output | Refusal:
-    """The furthest tensor behind the product that is the whole output in one of the layouts."""
+def read_output(values: Values, heads: Dim, dtype: ir.DataType | None, sources: Sequence[ir.Value], a: Analysis) -> Output | Refusal:
+    """The furthest tensor behind the product that is the whole output in one of the layouts. `sources` are query, key and value:
+    Shape nodes on the way are rebuilt from them, or end it."""
     y = values.product.node.outputs[0]
     shape = a.shape(y)
     refusal = Refusal("the output's shape is not understood", name_of(values.product.node))
@@ -51,7 +55,7 @@ def read_output(values: Values, heads: Dim, dtype: ir.DataType | None, a: Analys
         return refusal
     order = [*values.product.leads, "row", "column"]
     view = view.transpose([order.index(x) for x in labels])
-    found = _furthest(y, view, sizes, dtype, a)
+    found = _furthest(y, view, sizes, dtype, sources, a)
     return found or _rebuilt(y, labels, sizes, dtype, a) or refusal
 
 
@@ -59,16 +63,20 @@ def declared_output(value: ir.Value, layout: Layout, sizes, dtype: ir.DataType |
     """The output of an op that states its layout, followed through what rearranges it; sizes are those of [B, H, S, D_v]."""
     view = View.whole(sizes)
     axes = tuple(tuple(x for i in group for x in view.axes[i]) for group in ORDERS[layout])
-    return _furthest(value, dataclasses.replace(view, axes=axes), sizes, dtype, a) or Output(value, layout)
+    return _furthest(value, dataclasses.replace(view, axes=axes), sizes, dtype, (), a) or Output(value, layout)
 
 
-def _furthest(value: ir.Value, view: View, sizes, dtype, a: Analysis) -> Output | None:
+def _furthest(value: ir.Value, view: View, sizes, dtype, sources, a: Analysis) -> Output | None:
     found: Output | None = None
+    passed: list[ShapeUse] = []
     for _ in range(MAX_CHAIN):
         layout = _layout_of(view, sizes)
         if layout is not None and a.dtype(value) in (dtype, None):
-            found = Output(value, layout)
-        users = live_users(value)
+            found = Output(value, layout, shape_uses=tuple(passed))
+        users = data_users(value)
+        passed += uses_of(value, view.shape)
+        if any(isinstance(rebuild(use, sources, a), Refusal) for use in passed):
+            break
         if value.is_graph_output() or len(users) != 1 or users[0].inputs[0] is not value:
             break
         node = users[0]
@@ -116,4 +124,4 @@ def _rebuilt(value: ir.Value, labels: tuple[str, ...], sizes, dtype, a: Analysis
     own = a.dtype(value)
     if dtype is not None and own is not None and own != dtype:
         current = build.add("Cast", [current], own, to=int(own))
-    return Output(value, layout, tuple(build.nodes), entry if build.nodes else None)
+    return Output(value, layout, tuple(build.nodes), entry=entry if build.nodes else None)

@@ -20,6 +20,7 @@ from faexport.understand.dims import Dim, plain
 from faexport.understand.nodes import FLOATS, attribute, name_of, op, operand, producer
 from faexport.understand.products import PRODUCT_OPS, Product, product_of
 from faexport.understand.shape_rules import resolve_axis
+from faexport.understand.shape_uses import ShapeUse, uses_of
 from faexport.understand.softmax import subtracts_own_maximum
 from faexport.understand.views import View
 
@@ -123,7 +124,14 @@ def _scale_steps(node: ir.Node, a: Analysis) -> list[Step]:
             return [Step(node, "scale", index, factor if op(node) == "Mul" else 1.0 / factor)]
     if op(node) != "Mul":
         return []
-    return [Step(node, "gate", i) for i in (0, 1) if a.is_static(node.inputs[1 - i]) and not a.is_static(node.inputs[i])]
+    return [Step(node, "gate", i) for i in (0, 1) if _is_weight(node.inputs[1 - i], a) and not a.is_static(node.inputs[i])]
+
+
+def _is_weight(value: ir.Value, a: Analysis) -> bool:
+    """A constant, or a part of one cut out at run time."""
+    while not a.is_static(value) and op(producer(value)) in ("Slice", "Gather", "Unsqueeze", "Cast", "Identity"):
+        value = producer(value).inputs[0]
+    return a.is_static(value)
 
 
 def _clamp_steps(node: ir.Node, a: Analysis) -> list[Step]:
@@ -153,6 +161,7 @@ class Scores:
     sink: ir.Value | None
     sink_axes: tuple[str, ...]  # letters of the axes that the sink column was concatenated along
     nodes: list[ir.Node]
+    shape_uses: list[ShapeUse]  # Shape nodes that read the scores
     splits: list[Dim]  # sizes of axis 1 of 4-D forms met on the way: the number of heads where the product is 3-D
 
 
@@ -172,6 +181,7 @@ class _Reader:
         self.sink: ir.Value | None = None
         self.sink_axes: tuple[str, ...] = ()
         self.scale, self.softcap = path.product.scale, 0.0
+        self.shape_uses = uses_of(path.product.node.outputs[0], shape)
 
     def run(self) -> Refusal | None:
         for step, factor in zip(self.path.steps, self.factors, strict=True):
@@ -179,6 +189,8 @@ class _Reader:
             refusal = self._take(step, factor)
             if refusal is not None:
                 return refusal
+            if self.sink is None:
+                self.shape_uses += uses_of(step.node.outputs[0], self.view.shape)
         return None
 
     def _take(self, step: Step, factor: float) -> Refusal | None:
@@ -201,6 +213,8 @@ class _Reader:
                 return Refusal("the scores are changed after the attention sink was put beside them", name_of(node))
         elif step.kind not in ("pass", "max"):
             return self._take_term(step, factor)
+        else:
+            self.a.learn(node.outputs[0], self.view.shape)
         return None
 
     def _after(self, step: Step) -> list[Step]:
@@ -240,6 +254,7 @@ class _Reader:
         if not self._fits(term):
             return Refusal("a mask or bias gives the scores more rows, heads or batch entries", name_of(node))
         self.terms.append(term)
+        self.a.learn(node.outputs[0], self.view.shape)
         return None
 
     def _is_zero(self, value: ir.Value) -> bool:
@@ -334,5 +349,6 @@ def read_scores(path: Path, softmax: Softmax, a: Analysis) -> Scores | Refusal:
     if refusal is not None:
         return refusal
     return Scores(
-        path.product, reader.view, reader.scale, reader.softcap, reader.terms, reader.sink, reader.sink_axes, reader.nodes, reader.splits
-    )
+        path.product, reader.view, reader.scale, reader.softcap, reader.terms, reader.sink, reader.sink_axes, reader.nodes,
+        reader.shape_uses, reader.splits,
+    )  # fmt: skip

@@ -30,6 +30,7 @@ class Analysis:
         self._constants: dict[ir.Value, np.ndarray | None] = {}
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._static: dict[ir.Value, bool] = {}
+        self._equal: dict[str, Dim] = {}
         for graph in (model.graph, *model.functions.values()):
             self._visit(graph)
 
@@ -39,7 +40,18 @@ class Analysis:
             return None
         if value not in self._shapes:
             self._shapes[value] = self._declared(value)
-        return self._shapes[value]
+        found = self._shapes[value]
+        return found if found is None or not self._equal else tuple(d.substitute(self._equal) for d in found)
+
+    def learn(self, value: ir.Value, sizes: Shape) -> None:
+        """From now on, sizes of `value` of which nothing was known are these. (Of a sum of scores and mask, say: where the mask made
+        it larger, the model's own Reshapes behind it would fail, and the operator refuses such a mask when it runs.)"""
+        for own, size in zip(self.shape(value) or (), sizes, strict=False):
+            symbols = own.symbols
+            if len(symbols) == 1 and own == Dim.of(next(iter(symbols))) and own != size:
+                symbol = symbols.pop()
+                if symbol.startswith("?") and symbol not in size.substitute(self._equal).symbols:
+                    self._equal[symbol] = size
 
     def rank(self, value: ir.Value | None) -> int | None:
         shape = self.shape(value)
@@ -67,7 +79,8 @@ class Analysis:
             ):
                 return None
             self._contents[value] = tuple(Dim.of(int(x)) for x in array.reshape(-1))
-        return self._contents[value]
+        found = self._contents[value]
+        return tuple(d.substitute(self._equal) for d in found) if self._equal else found
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
         """The tensor where it is constant and small, whatever chain of nodes computes it; else None."""

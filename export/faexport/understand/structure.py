@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from faexport.spec import Layout, Operand, Refusal
 from faexport.understand.dims import Dim, product
-from faexport.understand.heads import Link, Reading, Wanted, canonical, chain_of, parts_of, read
+from faexport.understand.heads import Link, Reading, Wanted, canonical, chain_of, parts_of, read, same_heads
 from faexport.understand.nodes import name_of
 from faexport.understand.outputs import Output, read_output
 from faexport.understand.products import Factor
@@ -149,12 +149,12 @@ def _try(sides, values: Values, heads: Dim, how, a: Analysis) -> Structure | Ref
             return Refusal("the heads of query, key and value cannot be told apart", name_of(values.product.node))
         readings.append(reading)
     query, key, value = readings
-    if key.heads != value.heads:
+    if not same_heads(key.heads, value.heads):
         return Refusal("key and value have different numbers of heads", name_of(values.product.node))
     in_columns = [r.operand.column_start is not None for r in readings]
     if any(in_columns) and not _all_in_columns(readings):
         return Refusal("only a part of query, key and value is packed", name_of(values.product.node))
-    output = read_output(values, heads, dtype, a)
+    output = read_output(values, heads, dtype, [r.source for r in readings], a)
     return output if isinstance(output, Refusal) else Structure(query, key, value, output, heads)
 
 
@@ -186,7 +186,7 @@ def _rebuilt(side: _Side, wanted: Wanted, a: Analysis) -> Reading | None:
     if value is None:
         return None
     operand = Operand(value, layout, heads=heads.const, head_dim=size_of(parts.columns).const)
-    return Reading(operand, heads, 1.0, tuple(build.nodes))
+    return Reading(operand, heads, side.factor.value, 1.0, tuple(build.nodes))
 
 
 def _to_layout(build: Builder, value: ir.Value, rank: int, heads: Dim, group: Dim) -> tuple[ir.Value | None, Layout]:

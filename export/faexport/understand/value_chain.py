@@ -14,10 +14,11 @@ import onnx_ir as ir
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand import view_ops
 from faexport.understand.dims import Dim, plain
-from faexport.understand.nodes import FLOATS, attribute, live_users, name_of, op
+from faexport.understand.nodes import FLOATS, attribute, data_users, live_users, name_of, op
 from faexport.understand.products import PRODUCT_OPS, Product, product_of
 from faexport.understand.score_chain import RESHAPES, Scores, label_axes
 from faexport.understand.shape_rules import slice_of
+from faexport.understand.shape_uses import ShapeUse, uses_of
 from faexport.understand.views import View, merged, size_of
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Values:
     terms: list[MaskTerm]  # ZERO
     nan_guard: bool
     nodes: list[ir.Node]
+    shape_uses: list[ShapeUse]  # Shape nodes that read the probabilities
 
 
 class _Walker:
@@ -45,11 +47,13 @@ class _Walker:
         self.terms: list[MaskTerm] = []
         self.nan_guard = False
         self.nodes: list[ir.Node] = []
+        self.shape_uses: list[ShapeUse] = []
 
     def run(self) -> tuple[ir.Node, ir.Value] | Refusal:
         """Walks on to the product; returns it and the probabilities that it reads."""
         for _ in range(MAX_PATH):
-            users = live_users(self.value)
+            users = data_users(self.value)
+            self.shape_uses += uses_of(self.value, () if self.has_sink else self.view.shape)
             if self.value.is_graph_output():
                 return Refusal("the attention weights are also an output of the model", self.value.name or "")
             guard = self._guard(users)
@@ -166,7 +170,7 @@ def find_values(scores: Scores, probabilities: ir.Value, names: list[str], a: An
     if merged([x for axis in leads for x in axis]) != _whole_leads(scores.product, shape):
         return Refusal("batch and heads are exchanged between scores and values", name_of(node))
     walker.nodes.append(node)
-    return Values(product, [size_of(x) for x in leads], walker.terms, walker.nan_guard, walker.nodes)
+    return Values(product, [size_of(x) for x in leads], walker.terms, walker.nan_guard, walker.nodes, walker.shape_uses)
 
 
 def _whole_leads(product: Product, shape) -> tuple:
@@ -183,7 +187,7 @@ def _atom_axis(product: Product, label: str, shape) -> tuple:
 def feeds_product(value: ir.Value, a: Analysis) -> bool:
     """Do the probabilities run into a product with a computed tensor? Then a softmax was probably meant as attention."""
     for _ in range(MAX_PATH):
-        users = live_users(value)
+        users = data_users(value)
         node = next((u for u in users if op(u) in PRODUCT_OPS), users[0] if users else None)
         if node is None:
             return False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from faexport.understand.dims import Dim
+from faexport.understand.dims import Dim, product
 from faexport.understand.nodes import FLOATS, attribute, op, operand
 from faexport.understand.shape_rules import constant_ints, resolve_axis, slice_of, split_sizes
 from faexport.understand.views import View
@@ -71,8 +71,16 @@ def _transpose(node, value, view, a):
 
 @_view("Reshape", "Flatten")
 def _reshape(node, value, view, a):
-    shape = a.shape(value)
-    return None if shape is None else view.reshape(shape)
+    target = a.contents(operand(node, 1)) if node.op_type == "Reshape" else None
+    if target is None:
+        shape = a.shape(value)
+        return None if shape is None else view.reshape(shape)
+    sizes, copies = view.shape, not attribute(node, "allowzero", 0)
+    dims = [sizes[i] if d == 0 and copies and i < len(sizes) else d for i, d in enumerate(target)]
+    if -1 in dims:
+        rest = product(sizes).divide(product(d for d in dims if d != -1))
+        dims = [rest if d == -1 else d for d in dims]
+    return None if None in dims else view.reshape(dims)
 
 
 @_view("Unsqueeze")
