@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformer encoder of any size with random weights, written layer by layer: what the tests of time and memory run on.
+"""A transformer encoder of any size with random weights, written layer by layer.
 
 Post-norm blocks as BERT's, attention decomposed as PyTorch exports it: [batch, sequence, hidden] in and out.
 """
@@ -47,18 +47,27 @@ class _Builder:
 
     def heads(self, name: str, x: str, perm: list[int]) -> str:
         """[B, S, H * D] to [B, S, H, D], transposed by `perm`."""
-        return self.node("Transpose", f"{name}/Transpose", self.node("Reshape", f"{name}/Reshape", x, "split_shape"), perm=perm)
+        return self.node(
+            "Transpose", f"{name}/Transpose", self.node("Reshape", f"{name}/Reshape", x, "split_shape"), perm=perm
+        )
 
     def attention(self, name: str, x: str) -> str:
         hidden = self.size.hidden
         query, key, value = (self.linear(f"{name}/{part}", x, hidden, hidden) for part in ("query", "key", "value"))
         scores = self.node(
-            "MatMul", f"{name}/scores", self.heads(f"{name}/q", query, [0, 2, 1, 3]), self.heads(f"{name}/k", key, [0, 2, 3, 1])
+            "MatMul",
+            f"{name}/scores",
+            self.heads(f"{name}/q", query, [0, 2, 1, 3]),
+            self.heads(f"{name}/k", key, [0, 2, 3, 1]),
         )
-        probabilities = self.node("Softmax", f"{name}/Softmax", self.node("Div", f"{name}/Div", scores, "sqrt_head_dim"), axis=-1)
+        probabilities = self.node(
+            "Softmax", f"{name}/Softmax", self.node("Div", f"{name}/Div", scores, "sqrt_head_dim"), axis=-1
+        )
         context = self.node("MatMul", f"{name}/context", probabilities, self.heads(f"{name}/v", value, [0, 2, 1, 3]))
         merged = self.node("Transpose", f"{name}/merge", context, perm=[0, 2, 1, 3])
-        return self.linear(f"{name}/output", self.node("Reshape", f"{name}/join", merged, "merge_shape"), hidden, hidden)
+        return self.linear(
+            f"{name}/output", self.node("Reshape", f"{name}/join", merged, "merge_shape"), hidden, hidden
+        )
 
     def residual_norm(self, name: str, x: str, y: str) -> str:
         total = self.node("Add", f"{name}/Add", x, y)
@@ -91,6 +100,8 @@ def encoder(size: EncoderSize, seed: int = 0) -> onnx.ModelProto:
         [helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, shape)],
         builder.initializers,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9, producer_name="faexport-tests")
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9, producer_name="faexport-tests"
+    )
     helper.set_model_props(model, {"author": "tests", "purpose": "sizes"})
     return model

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""model_io: what comes in is checked, what goes out is complete, what is not attention stays as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from faexport import model_io
+
+from tests.export import big_model, commands
+from tests.export.bad_models import BAD, small
+
+SLOW_MODEL = big_model.EncoderSize(layers=48, heads=12, head_dim=56)  # 1.04 GB
+MAX_MEMORY = 2.5  # times the file
+MAX_SECONDS = 20.0
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_clear_line(kind: str, tmp_path: pathlib.Path) -> None:
+    write, words = BAD[kind]
+    path = tmp_path / "model.onnx"
+    write(path)
+    with pytest.raises(model_io.ModelError) as error:
+        model_io.load(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert ";" in message, "says what to do"
+    for word in words:
+        assert word in message, message
+
+
+def _without_weights(proto: onnx.ModelProto) -> tuple[bytes, dict[str, bytes]]:
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor).tobytes() for tensor in proto.graph.initializer}
+    proto.graph.ClearField("initializer")
+    proto.graph.ClearField("value_info")
+    return proto.SerializeToString(deterministic=True), weights
+
+
+def test_a_round_trip_changes_nothing(tmp_path: pathlib.Path) -> None:
+    original = big_model.encoder(
+        big_model.EncoderSize(2, 4, 40)
+    )  # some tensors above the streaming threshold, some below
+    sizes = sorted(len(tensor.raw_data) for tensor in original.graph.initializer)
+    assert sizes[0] < model_io.STREAM_THRESHOLD_BYTES < sizes[-1]
+    onnx.save(original, tmp_path / "model.onnx")
+    files = model_io.save(model_io.load(tmp_path / "model.onnx"), tmp_path / "copy.onnx")
+    assert files == [tmp_path / "copy.onnx"]
+    assert _without_weights(onnx.load(tmp_path / "copy.onnx")) == _without_weights(original)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.onnx", "model.onnx"]
+
+
+def test_external_data_stays_external(tmp_path: pathlib.Path) -> None:
+    original = small()
+    path = tmp_path / "model.onnx"
+    onnx.save(original, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    before = (tmp_path / "weights.bin").read_bytes()
+    model = model_io.load(path)
+    assert model_io.uses_external_data(model)
+    (tmp_path / "out").mkdir()
+    files = model_io.save(model, tmp_path / "out" / "copy.onnx", source=path)
+    assert [file.name for file in files] == ["copy.onnx", "copy.onnx.data"]
+    assert _without_weights(onnx.load(tmp_path / "out" / "copy.onnx"))[1] == _without_weights(small())[1]
+    assert (tmp_path / "weights.bin").read_bytes() == before
+
+
+def test_a_linked_model_of_a_cache_is_read(tmp_path: pathlib.Path) -> None:
+    """Model caches keep files under other names and link to them; the links' targets lie together."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    onnx.save(small(), snapshot / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    for name, blob in (("model.onnx", "a1"), ("weights.bin", "b2")):
+        (snapshot / name).rename(blobs / blob)
+        (snapshot / name).symlink_to(blobs / blob)
+    model_io.load(snapshot / "model.onnx")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "./model.onnx", "link.onnx"])
+def test_the_input_is_never_overwritten(name: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(small(), path)
+    (tmp_path / "link.onnx").symlink_to(path)
+    before = path.read_bytes()
+    with pytest.raises(model_io.ModelError, match="overwrite the input"):
+        model_io.save(model_io.load(path), tmp_path / name, source=path)
+    assert path.read_bytes() == before
+
+
+def test_the_input_s_weights_are_never_overwritten(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(small(), path, save_as_external_data=True, location="copy.onnx.data", size_threshold=0)
+    with pytest.raises(model_io.ModelError, match="overwrite the input"):
+        model_io.save(model_io.load(path), tmp_path / "copy.onnx", source=path)
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_failed_write_leaves_nothing(external: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(small(), path, save_as_external_data=external, location="w.bin", size_threshold=0)
+    model = model_io.load(path)
+    before = sorted(tmp_path.iterdir())
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ir, "save", fail)
+    monkeypatch.setattr(model_io, "_write_record", fail)
+    monkeypatch.setattr(model_io, "STREAM_THRESHOLD_BYTES", 0)
+    with pytest.raises(model_io.ModelError, match="No space left on device"):
+        model_io.save(model, tmp_path / "copy.onnx")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_uncommitted_stage_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    with model_io.staged(model_io.load(small()), tmp_path / "copy.onnx") as stage:
+        assert onnx.load(stage.model_path).graph.node
+        assert not (tmp_path / "copy.onnx").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_memory_is_read() -> None:
+    proto = small()
+    assert len(model_io.load(proto).graph) == len(proto.graph.node)
+
+
+def test_values_of_types_other_than_tensors_survive(tmp_path: pathlib.Path) -> None:
+    sequence = onnx.helper.make_tensor_sequence_value_info("parts", onnx.TensorProto.FLOAT, ["n"])
+    output = onnx.helper.make_tensor_value_info("all", onnx.TensorProto.FLOAT, ["m"])
+    node = onnx.helper.make_node("ConcatFromSequence", ["parts"], ["all"], axis=0)
+    graph = onnx.helper.make_graph([node], "g", [sequence], [output], doc_string="kept")
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    model_io.save(model_io.load(model), tmp_path / "copy.onnx")
+    assert onnx.load(tmp_path / "copy.onnx").graph == model.graph
+
+
+MEASURE = """
+import json, pathlib, resource, sys, time
+start = time.perf_counter()
+from faexport.cli import app
+app([*sys.argv[1:]], standalone_mode=False)
+print(json.dumps({"seconds": time.perf_counter() - start,
+                  "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("external", [False, True], ids=["inline", "external"])
+def test_a_gigabyte_takes_twenty_seconds_and_little_memory(external: bool, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(big_model.encoder(SLOW_MODEL), path, save_as_external_data=external, location="model.data")
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert size > 10**9
+    command = [sys.executable, "-c", MEASURE, str(path), "--no-verify", "--json", "--report", str(tmp_path / "r.json")]
+    done = subprocess.run(command, env=commands.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stderr.strip().splitlines()[-1])
+    print(f"{size / 1e9:.2f} GB: {measured['seconds']:.1f} s, {measured['bytes'] / size:.2f} times the file in memory")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["num_fused"] == SLOW_MODEL.layers and report["num_refused"] == 0
+    assert measured["bytes"] <= MAX_MEMORY * size
+    assert measured["seconds"] <= MAX_SECONDS
+    fused = onnx.load(tmp_path / "model.fa.onnx", load_external_data=False)
+    assert sum(node.op_type == "FlashAttention" for node in fused.graph.node) == SLOW_MODEL.layers
+    assert (tmp_path / "model.fa.onnx.data").exists() == external
+
+
+@pytest.mark.slow
+def test_a_model_above_two_gigabytes_is_written_with_external_data(tmp_path: pathlib.Path) -> None:
+    """No protobuf can hold it. The weight is a sparse file, which takes no room on the disk."""
+    rows = 2**20
+    data = tmp_path / "weights.bin"
+    with data.open("wb") as file:
+        file.truncate(rows * 640 * 4)
+    model = small()
+    weight = onnx.TensorProto(name="huge", data_type=onnx.TensorProto.FLOAT, dims=[rows, 640])
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="weights.bin")
+    model.graph.initializer.append(weight)
+    onnx.save(model, tmp_path / "model.onnx")
+    files = model_io.save(model_io.load(tmp_path / "model.onnx"), tmp_path / "copy.onnx")
+    assert files[1].stat().st_size > 2**31
+    back = model_io.load(files[0])
+    assert back.graph.initializers["huge"].const_value.nbytes == rows * 640 * 4
+    os.unlink(files[1])
+
+
+def test_weights_are_equal_after_streaming(tmp_path: pathlib.Path) -> None:
+    model = model_io.load(big_model.encoder(big_model.EncoderSize(1, 4, 40)))
+    seen = []
+    model_io.save(model, tmp_path / "m.onnx", progress=lambda done, total: seen.append(done / total))
+    assert seen == sorted(seen) and seen[-1] == 1.0
+    for name, value in model_io.load(tmp_path / "m.onnx").graph.initializers.items():
+        np.testing.assert_array_equal(value.const_value.numpy(), model.graph.initializers[name].const_value.numpy())
