@@ -353,7 +353,7 @@ Tensor contiguous(void* data, DType dtype, const int64_t* shape, size_t rank) {
   for (int i = static_cast<int>(rank < 4 ? rank : 4) - 1; i >= 0; --i) {
     tensor.shape[i] = shape[i];
     tensor.stride[i] = stride;
-    stride *= shape[i];
+    stride *= shape[i] > 0 ? shape[i] : 1;
   }
   return tensor;
 }

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of one FlashAttention node, and running them in onnxruntime. Used by all tests of the custom-op library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import faplugin
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from tests.cases import Problem
+
+OUTPUTS = ("output", "present_key", "present_value", "lse")  # in the operator's places
+IR_VERSION = 9  # of onnxruntime 1.18
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def element_type(dtype: np.dtype) -> int:
+    """ONNX's number of a dtype."""
+    return TensorProto.BFLOAT16 if dtype == _BFLOAT16 else helper.np_dtype_to_tensor_dtype(dtype)
+
+
+def make_model(
+    inputs: Mapping[str, np.ndarray],
+    attributes: Mapping,
+    outputs: Sequence[str] = ("output",),
+    shapes: Mapping[str, Sequence] | None = None,
+    slots: Sequence[str] | None = None,
+) -> onnx.ModelProto:
+    """One node. bfloat16, which NumPy has no place for, comes and goes as float32 through a Cast.
+
+    Args:
+        inputs: examples; their dtypes and, where `shapes` has no other (symbols, None), shapes are declared.
+        attributes: of the node.
+        outputs: names of OUTPUTS.
+        shapes: declared shapes by input name.
+        slots: the node's inputs where they differ from the names of `inputs`, e.g. with a hole.
+    """
+    graph_inputs, graph_outputs, before, after, names = [], [], [], [], {}
+    for name, array in inputs.items():
+        cast = array.dtype == _BFLOAT16
+        shape = shapes.get(name, array.shape) if shapes else array.shape
+        graph_inputs.append(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT if cast else element_type(array.dtype), shape)
+        )
+        names[name] = f"{name}_bf16" if cast else name
+        if cast:
+            before.append(helper.make_node("Cast", [name], [names[name]], to=TensorProto.BFLOAT16))
+    cast = inputs["query"].dtype == _BFLOAT16
+    places = []
+    for name in OUTPUTS[: max(OUTPUTS.index(name) for name in outputs) + 1]:
+        inner = f"{name}_bf16" if cast and name != "lse" else name
+        places.append(inner if name in outputs else "")
+        if name not in outputs:
+            continue
+        if inner != name:
+            after.append(helper.make_node("Cast", [inner], [name], to=TensorProto.FLOAT))
+        kind = TensorProto.FLOAT if name == "lse" or cast else element_type(inputs["query"].dtype)
+        graph_outputs.append(helper.make_tensor_value_info(name, kind, None))
+    slots = [names.get(slot, slot) for slot in (slots if slots is not None else inputs)]
+    node = helper.make_node("FlashAttention", slots, places, name="attention", domain="faexport", **attributes)
+    graph = helper.make_graph([*before, node, *after], "one_node", graph_inputs, graph_outputs)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("faexport", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+
+
+def session(model: onnx.ModelProto, providers: Sequence = ("CPUExecutionProvider",), **options) -> ort.InferenceSession:
+    """A session that knows the operator. options: fields of SessionOptions."""
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = 4
+    for name, value in options.items():
+        setattr(session_options, name, value)
+    faplugin.register(session_options)
+    return ort.InferenceSession(model.SerializeToString(), session_options, providers=list(providers))
+
+
+def feeds(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a session of make_model takes."""
+    return {name: a.astype(np.float32) if a.dtype == _BFLOAT16 else a for name, a in inputs.items()}
+
+
+def run(problem: Problem, providers: Sequence = ("CPUExecutionProvider",)) -> dict[str, np.ndarray]:
+    """The outputs of a problem of tests/cases.py, computed in onnxruntime."""
+    made = session(make_model(problem.inputs, problem.attributes, problem.outputs), providers)
+    results = dict(zip([o.name for o in made.get_outputs()], made.run(None, feeds(problem.inputs)), strict=True))
+    dtype = problem.inputs["query"].dtype
+    return {name: a if name == "lse" else a.astype(dtype) for name, a in results.items()}
