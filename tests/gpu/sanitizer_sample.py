@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m tests.gpu.sanitizer_sample: small cases of every kernel, to be run under compute-sanitizer. Prints how many ran."""
+
+from __future__ import annotations
+
+from tests import cases
+from tests.gpu import arrays
+
+
+def sample() -> list[cases.Case]:
+    """Each kind of mask once and head sizes that are padded, unaligned or whole, in turns of dtype and layout."""
+    chosen = []
+    dims = (64, 128, 33, 80, 256, 96, 1, 192)
+    for i, fields in enumerate(cases.MASKS.values()):
+        dtype, layout = list(cases.DTYPES)[i % 3], ("BHSD", "BSHD", "BSH")[i // 3 % 3]
+        chosen.append(cases.Case(dtype, 2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], dims[i % 8], 0, layout, **fields))
+    return chosen
+
+
+def main() -> None:
+    count = 0
+    for case in sample():
+        problem = case.problem()
+        inputs = {name: arrays.to_cuda(array) for name, array in problem.inputs.items()}
+        for kernel in arrays.kernels_for(inputs, problem.attributes):
+            arrays.run(problem, inputs, kernel)
+            count += 1
+    print(f"{count} runs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every CUDA kernel of the dispatch table against float64 on all cases: right, written everywhere, and the same bits each time."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import cases, tolerances
+
+torch = pytest.importorskip("torch")
+from tests.gpu import arrays  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+
+def check(problem: cases.Problem) -> None:
+    """All kernels that take the problem, each twice."""
+    inputs = {name: arrays.to_cuda(array) for name, array in problem.inputs.items()}
+    kernels = arrays.kernels_for(inputs, problem.attributes)
+    assert kernels, "no kernel takes the problem"
+    for kernel in kernels:
+        first = arrays.run(problem, inputs, kernel)
+        try:
+            tolerances.check({name: arrays.to_numpy(t) for name, t in first.items()}, problem)
+        except AssertionError as error:
+            raise AssertionError(f"{kernel}: {error}") from None
+        second = arrays.run(problem, inputs, kernel)
+        for name in first:
+            assert arrays.same_bits(first[name], second[name]), f"{kernel}: {name} differs between two runs"
+
+
+@pytest.mark.parametrize("case", cases.full(), ids=str)
+def test_case(case: cases.Case) -> None:
+    check(case.problem())
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("head_dim", (64, 80, 128, 33))
+@pytest.mark.parametrize("seqlen", (1, 200))
+def test_strides_of_axes_of_size_1_are_not_read(dtype: str, head_dim: int, seqlen: int) -> None:
+    case = cases.Case(dtype, 1, 1, 1, seqlen, 1, head_dim, mask="B1QK", bias="1HQK")
+    for problem in (case.problem(), cases.Case(dtype, 1, 1, 1, seqlen, seqlen, head_dim, mask="BHQK").problem()):
+        inputs = {name: arrays.to_cuda(array) for name, array in problem.inputs.items()}
+        corrupted = {name: t if name == "query" else arrays.CorruptedStrides(t) for name, t in inputs.items()}
+        for kernel in arrays.kernels_for(inputs, problem.attributes):
+            out = arrays.run(problem, corrupted, kernel)
+            tolerances.check({name: arrays.to_numpy(t) for name, t in out.items()}, problem)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("is_causal", (False, True))
+@pytest.mark.parametrize("shape", ((2, 4, 2048, 64), (1, 2, 8192, 128), (1, 2, 1500, 256)))
+def test_error_is_at_most_twice_pytorchs(dtype: str, is_causal: bool, shape: tuple[int, ...]) -> None:
+    """FlashAttention's rule on sizes that the cases don't reach; float64 and the unfused result both by PyTorch."""
+    import faplugin
+
+    torch.manual_seed(shape[2] + is_causal)
+    query, key, value = (torch.randn(shape, device="cuda", dtype=getattr(torch, dtype)) for _ in range(3))
+
+    def unfused(q, k, v):
+        scores = q @ k.transpose(-1, -2) * shape[3] ** -0.5
+        if is_causal:
+            scores.masked_fill_(torch.ones(scores.shape[-2:], device="cuda", dtype=torch.bool).triu(1), float("-inf"))
+        return scores.softmax(-1) @ v
+
+    expected = unfused(query.double(), key.double(), value.double())
+    allowed = 2 * (unfused(query, key, value) - expected).abs().max() + 1e-5
+    inputs = {"query": query, "key": key, "value": value}
+    for kernel in arrays.kernels_for(inputs, {"is_causal": is_causal}):
+        output = faplugin.attention(**inputs, is_causal=is_causal, kernel=kernel)
+        assert (output - expected).abs().max() <= allowed, kernel
+
+
+def test_sequence_beyond_2_to_31_elements() -> None:
+    """Offsets are 64-bit: the last head lies beyond 4 GB."""
+    import faplugin
+
+    seqlen, heads = 1 << 20, 17
+    memory = torch.zeros(heads, seqlen, 128, device="cuda", dtype=torch.float16)
+    memory[-1].normal_()
+    key = value = memory[None]
+    query = torch.randn(1, heads, 1, 128, device="cuda", dtype=torch.float16)
+    weights = (query[0, -1].double() @ memory[-1].double().T * 128**-0.5).softmax(-1)
+    expected = weights @ memory[-1].double()
+    for kernel in arrays.kernels_for({"query": query, "key": key, "value": value}, {}):
+        output = faplugin.attention(query, key, value, kernel=kernel)[0, -1]
+        assert (output - expected).norm() <= 2e-3 * expected.norm(), kernel

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sample of the cases under compute-sanitizer: no access out of bounds, no race in shared memory, no unwritten memory read."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+# PyTorch's own kernels are not under test
+OURS = "kernel_regex=attention_tile|kernel_regex=combine|kernel_regex=append|kernel_regex=prefill"
+
+
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
+def test_sample(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not in PATH")
+    options = ["--tool", tool, "--error-exitcode", "9", "--kernel-name", OURS]
+    command = [sanitizer, *options, sys.executable, "-m", "tests.gpu.sanitizer_sample"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-4000:]
+    assert re.search(r"^[1-9]\d+ runs$", log, re.MULTILINE), log[-4000:]
+    assert "ERROR SUMMARY: 0 errors" in log or "RACECHECK SUMMARY: 0 hazards" in log, log[-4000:]
