@@ -354,3 +354,20 @@ def linear_in(expr: Expr, name: str) -> tuple[int, Expr] | None:
             rest[m] = c
     rest_expr = _poly(rest)
     return None if name in variables(rest_expr) else (coefficient, rest_expr)
+
+
+def evaluate(expr: Expr, sizes: dict[Expr, int]) -> int:
+    """The number that a size is, given the numbers of its symbols. KeyError where something else is in it."""
+    total = 0
+    for m, c in expr.args:
+        for atom in m:
+            c *= _evaluate_atom(atom, sizes)
+        total += c
+    return total
+
+
+def _evaluate_atom(atom: Expr, sizes: dict[Expr, int]) -> int:
+    if atom.op in ("min", "max", "abs", "floordiv"):
+        parts = [evaluate(a, sizes) for a in atom.args]
+        return parts[0] // parts[1] if atom.op == "floordiv" else {"min": min, "max": max, "abs": abs}[atom.op](*parts)
+    return sizes[atom]

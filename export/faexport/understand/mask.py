@@ -25,7 +25,7 @@ from faexport.understand.index_tensor import Interpreter, Unknown
 from faexport.understand.mask_alibi import slopes_of
 from faexport.understand.mask_check import Checker
 from faexport.understand.mask_emit import Emitter
-from faexport.understand.mask_terms import Case, NotAMask, Site, cases_of, rows_see_a_key, visible
+from faexport.understand.mask_terms import Case, NotAMask, Site, cases_of, is_moderate, leaves, rows_see_a_key, visible
 from faexport.understand.mask_window import Window, corners, length_of, split
 
 
@@ -98,14 +98,48 @@ class _Builder:
 
     def build(self) -> spec.Mask:
         cases = cases_of(self.site, self.terms)
+        if any(c.mask is not None and c.mask > -math.inf for c in cases) and not self._moderate():
+            self._as_they_are()
+            return self._finished()
         seen, bias = self._decide(cases)
         window = self._visibility(seen, only_window=len(bias) == len(cases) and any(c.mask is not None for c in cases))
         self._bias(bias, window)
+        return self._finished()
+
+    def _finished(self) -> spec.Mask:
         mask = self.mask
         values = [mask.query_offset, mask.attn_mask, mask.attn_bias, mask.kv_lengths, mask.alibi_slopes]
         needed = dict.fromkeys(n for v in values if v is not None for n in self.emitter.nodes.get(v, ()))
         mask.new_nodes, mask.facts = tuple(needed), tuple(self.facts)
         return mask
+
+    def _moderate(self) -> bool:
+        """Are all biases numbers like scores? Beside one that is itself a mask, a finite fill isn't sure to mask."""
+        added = [t for t in self.terms if t.kind is spec.TermKind.ADD]
+        return all(is_moderate(e) for t in added for _, e in leaves(self.site.element(t, t.value)) if e.op != "float")
+
+    def _as_they_are(self) -> None:
+        """The sum of all terms as a bias."""
+        if any(t.kind is not spec.TermKind.ADD for t in self.terms):
+            raise NotAMask("a float mask is added to scores that were replaced by a finite number")
+        self._sum([(self._placed(t), t.factor) for t in self.terms])
+        self.fact("a finite mask beside a float mask: both stay a bias")
+
+    def _placed(self, term: spec.MaskTerm) -> ir.Value:
+        """A term's value, broadcast against [B, H, S_q, S_kv]."""
+        if term.axes == "BHST":
+            return term.value
+        return self.emitter.emit(self.site, il.load(term.value, self.site.place(term, term.value), "float"))
+
+    def _sum(self, parts: Sequence[tuple[ir.Value, float]]) -> None:
+        """attn_bias is the sum of these values times their factors."""
+        total = None
+        for value, factor in parts:
+            if factor != 1:
+                number = self.emitter.constant(np.asarray(factor, self.site.scores.dtype.numpy()))
+                value = self.emitter.node("Mul", [value, number])
+            total = value if total is None else self.emitter.node("Add", [total, value])
+        self.mask.attn_bias = total
 
     def fact(self, text: str, *exprs: Expr) -> None:
         """Records a fact and the nodes that compute the expressions it was read from."""
@@ -299,9 +333,8 @@ class _Builder:
         return total
 
     def _kept_bias(self, bias: tuple[tuple[Expr, float], ...], window: Window) -> None:
-        moving = tuple(
-            p for p in bias if "j" in ia.variables(p[0])
-        )  # softmax doesn't see what is the same for a whole row
+        # Softmax doesn't see what is the same for a whole row.
+        moving = tuple(p for p in bias if "j" in ia.variables(p[0]) or not is_moderate(p[0]))
         for k, part in enumerate(moving):
             slopes = slopes_of(self.site, (part,), window)
             if slopes is not None:
@@ -316,18 +349,9 @@ class _Builder:
                 break
         if not moving:
             return
-        values = []
-        for expr, factor in moving:
-            value = self._bias_value(expr)
-            if factor != 1:
-                dtype = self.site.scores.dtype
-                value = self.emitter.node("Mul", [value, self.emitter.constant(np.asarray(factor, dtype.numpy()))])
-            values.append(value)
+        self._sum([(self._bias_value(expr), factor) for expr, factor in moving])
+        for expr, _ in moving:
             self.fact(f"bias {self._axes(expr)}", expr)
-        total = values[0]
-        for v in values[1:]:
-            total = self.emitter.node("Add", [total, v])
-        self.mask.attn_bias = total
 
     def _bias_value(self, expr: Expr) -> ir.Value:
         """The term's own value where it is that and nothing but that, else as for any expression."""

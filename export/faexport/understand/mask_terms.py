@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
@@ -277,6 +278,21 @@ def _zeroed(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[C
             result.append(dataclasses.replace(case, mask=-math.inf, bias=()) if gone else case)
         cases = _merged(result)
     return cases
+
+
+def is_moderate(e: Expr) -> bool:
+    """Is a bias a number like a score, far from any fill? Not if it has a huge constant in it, or comes from the user."""
+    for number in ia.atoms(e, "float"):
+        if not abs(il.float_value(number)) < -MASKING:
+            return False
+    for atom in ia.atoms(e, "load"):
+        if atom.kind == "float":
+            constant = ir.convenience.get_const_tensor(atom.args[0])
+            if atom.args[0].is_graph_input() and constant is None:
+                return False
+            if constant is not None and not np.abs(constant.numpy().astype(np.float64)).max(initial=0) < -MASKING:
+                return False
+    return True
 
 
 def visible(cases: list[Case]) -> Expr:

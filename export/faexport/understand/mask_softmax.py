@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a chain of mask terms does to random scores, and what the operator would do with the proven mask, both in numpy.
+
+Called by mask_check.py. Arrays are [B, H, S, T]; the first follows the graph term by term in the scores' own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport import spec
+from faexport.understand.mask_terms import Site
+
+
+class Skip(Exception):
+    """These sizes can't be tried."""
+
+
+Arrays = Mapping[ir.Value, np.ndarray]
+
+
+def original(
+    site: Site, terms: Sequence[spec.MaskTerm], arrays: Arrays, scores: np.ndarray, mask: spec.Mask
+) -> np.ndarray:
+    """Probabilities [B, H, S, T] as the graph computes them; a row of -inf gives 0 where the operator gives 0."""
+    s = scores.astype(site.scores.dtype.numpy())
+    with np.errstate(all="ignore"):
+        for term in terms:
+            if term.kind is not spec.TermKind.ZERO:
+                s = _merged(_apply(term, arrays, _split(term, s, arrays)), term, scores.shape)
+        p = _softmax(s.astype(np.float64))
+    if mask.empty_row is spec.EmptyRow.ZERO:
+        p = np.nan_to_num(p)
+    for term in terms:
+        if term.kind is spec.TermKind.ZERO:
+            kept = arrays[term.value].astype(bool) == term.keep_when
+            p = _merged(np.where(kept, _split(term, p, arrays), 0), term, scores.shape)
+    return p
+
+
+def _apply(term: spec.MaskTerm, arrays: Arrays, s: np.ndarray) -> np.ndarray:
+    value = arrays[term.value]
+    factor = np.asarray(term.factor).astype(s.dtype)
+    if term.kind is spec.TermKind.ADD:
+        return (s + (value.astype(s.dtype) * factor)).astype(s.dtype)
+    if term.kind is spec.TermKind.CLAMP:
+        return np.maximum(s, (value * factor).astype(s.dtype))
+    if term.kind is spec.TermKind.GATE:
+        return s * value.astype(s.dtype)
+    fill = np.asarray(-np.inf) if term.fill is None else arrays[term.fill] * factor
+    return np.where(value.astype(bool) == term.keep_when, s, fill.astype(s.dtype))
+
+
+def _split(term: spec.MaskTerm, s: np.ndarray, arrays: Arrays) -> np.ndarray:
+    """Scores [B, H, S, T] with the axes that the term's value is broadcast against."""
+    batch, heads, rows, columns = s.shape
+    sizes = {"B": batch, "H": heads, "S": rows, "T": columns, "N": batch * heads}
+    value = arrays[term.value]
+    for outer, inner, whole in (("K", "G", heads), ("M", "W", batch)):
+        if inner in term.axes:
+            known = dict(zip(term.axes, term.dims, strict=False)).get(inner)
+            at = term.axes.index(inner) - len(term.axes) + value.ndim
+            size = known if isinstance(known, int) else value.shape[at] if at >= 0 else 1
+            sizes[inner], sizes[outer] = size, whole // size
+    plain = "".join("ST" if letter == "S" else "" if letter == "T" else letter for letter in term.axes)
+    try:
+        split = s.reshape([sizes[letter] for letter in plain])
+    except (ValueError, KeyError):
+        raise Skip from None
+    return np.swapaxes(split, -1, -2) if term.axes.endswith("TS") else split
+
+
+def _merged(s: np.ndarray, term: spec.MaskTerm, shape: tuple[int, ...]) -> np.ndarray:
+    s = np.swapaxes(s, -1, -2) if term.axes.endswith("TS") else s
+    if s.size != np.prod(shape):
+        raise Skip
+    return s.reshape(shape)
+
+
+def _softmax(s: np.ndarray) -> np.ndarray:
+    e = np.exp(s - s.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def proven(mask: spec.Mask, arrays: Arrays, scores: np.ndarray) -> np.ndarray:
+    """Probabilities [B, H, S, T] of the operator with this mask (docs/operator.md)."""
+    batch, heads, rows, columns = scores.shape
+    keys = np.arange(columns)
+    positions = np.arange(rows)[None, :] + _offset(mask, arrays, rows, columns)  # [1 or B, S]
+    distance = (positions[:, :, None] - keys)[:, None]  # [1 or B, 1, S, T]
+    seen = np.ones_like(scores, bool)
+    if mask.window_left >= 0:
+        seen &= distance <= mask.window_left
+    if mask.window_right >= 0:
+        seen &= -distance <= mask.window_right
+    if mask.kv_lengths is not None:
+        seen &= keys < arrays[mask.kv_lengths].reshape(-1, 1, 1, 1)
+    if mask.attn_mask is not None:
+        seen &= arrays[mask.attn_mask]
+    s = scores.copy()
+    if mask.attn_bias is not None:
+        s = s + arrays[mask.attn_bias].astype(np.float64)
+    if mask.alibi_slopes is not None:
+        s = s - arrays[mask.alibi_slopes].reshape(-1, heads, 1, 1).astype(np.float64) * np.abs(distance)
+    s = np.where(seen, s, -np.inf)
+    with np.errstate(all="ignore"):
+        p = np.nan_to_num(_softmax(s))
+    if mask.empty_row is spec.EmptyRow.MEAN:
+        p = np.where(seen.any(axis=-1, keepdims=True), p, 1 / columns)
+    return p
+
+
+def _offset(mask: spec.Mask, arrays: Arrays, rows: int, columns: int) -> np.ndarray:
+    if mask.query_offset is not None:
+        return arrays[mask.query_offset].reshape(-1, 1)
+    return np.full((1, 1), columns - rows if mask.alignment is spec.Alignment.BOTTOM_RIGHT else 0)
