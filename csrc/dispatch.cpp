@@ -3,6 +3,7 @@
 // Called through fa/attention.h by the adapters.
 #include "dispatch.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/attention_cpu.h"
@@ -59,6 +60,27 @@ size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device, 
   std::string why_not;
   const Kernel* chosen = choose(params, device, kernel, &why_not);
   return chosen == nullptr ? 0 : chosen->workspace_bytes(params, device);
+}
+
+size_t max_workspace_bytes(const AttentionParams& largest, const DeviceInfo& device) {
+  if (!validate(largest).ok()) return 0;
+  size_t bytes = 0;
+  for (const Kernel& kernel : kTable) {
+    if (kernel.device != device.type) continue;
+    if (kernel.max_workspace_bytes != nullptr) {
+      bytes = std::max(bytes, kernel.max_workspace_bytes(largest, device));
+    } else if (kernel.supports(largest, device).empty()) {
+      bytes = std::max(bytes, kernel.workspace_bytes(largest, device));
+    }
+  }
+  return bytes;
+}
+
+const char* kernel_name(DeviceType type, int idx) {
+  for (const Kernel& kernel : kTable) {
+    if (kernel.device == type && idx-- == 0) return kernel.name;
+  }
+  return nullptr;
 }
 
 std::string explain(const AttentionParams& params, const DeviceInfo& device) {

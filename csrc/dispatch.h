@@ -18,6 +18,8 @@ struct Kernel {
   size_t (*workspace_bytes)(const AttentionParams& params, const DeviceInfo& device);
   /// Called only where supports() said yes and the workspace is large enough.
   Status (*launch)(const AttentionParams& params, const ExecutionContext& context);
+  /// As fa::max_workspace_bytes, of this kernel; null where workspace_bytes grows with the sizes.
+  size_t (*max_workspace_bytes)(const AttentionParams& largest, const DeviceInfo& device) = nullptr;
 };
 
 }  // namespace fa

@@ -296,6 +296,13 @@ size_t bytes_of(const TensorView& view) {
 /// Does the joined cache of keys (0) or values (1) live in the workspace?
 bool joins_in_workspace(const Problem& problem, int which) { return problem.has_past && problem.outputs[1 + which].rank == 0; }
 
+size_t joined_bytes(const Problem& problem) {
+  size_t bytes = 0;
+  for (int which = 0; which < 2; ++which)
+    if (joins_in_workspace(problem, which)) bytes += bytes_of(problem.present[which]);
+  return bytes;
+}
+
 }  // namespace
 
 const char* name_of(DType dtype) {
@@ -372,25 +379,25 @@ void set_output(Problem* problem, Output output, void* data) {
 }
 
 size_t workspace_bytes(const Problem& problem, const DeviceInfo& device, const char* kernel) {
-  size_t bytes = align(fa::workspace_bytes(problem.params, device, kernel));
-  for (int which = 0; which < 2; ++which)
-    if (joins_in_workspace(problem, which)) bytes += bytes_of(problem.present[which]);
-  return bytes;
+  return joined_bytes(problem) + fa::workspace_bytes(problem.params, device, kernel);
+}
+
+size_t max_workspace_bytes(const Problem& largest, const DeviceInfo& device) {
+  return joined_bytes(largest) + fa::max_workspace_bytes(largest.params, device);
 }
 
 Status run(Problem problem, const ExecutionContext& context) {
   const size_t needed = workspace_bytes(problem, context.device, context.kernel);
   if (context.workspace_bytes < needed)
     return invalid("the workspace has " + std::to_string(context.workspace_bytes) + " bytes; expected " + std::to_string(needed));
-  ExecutionContext inner = context;
-  char* end = static_cast<char*>(context.workspace) + needed;
+  ExecutionContext inner = context;  // the joined cache lies in front of the kernel's own workspace
   for (int which = 0; which < 2; ++which) {
     if (!problem.fresh[which].present) continue;
     TensorView& present = problem.present[which];
     if (joins_in_workspace(problem, which)) {
-      end -= bytes_of(present);
-      present.data = end;
-      inner.workspace_bytes = static_cast<size_t>(end - static_cast<char*>(context.workspace));
+      present.data = inner.workspace;
+      inner.workspace = static_cast<char*>(inner.workspace) + bytes_of(present);
+      inner.workspace_bytes -= bytes_of(present);
     }
     if (Status s = append_kv(problem.past[which], problem.fresh[which], present, context); !s.ok()) return s;
     if (problem.has_past) (which == 0 ? problem.params.key : problem.params.value).data = present.data;

@@ -105,6 +105,9 @@ void set_output(Problem* problem, Output output, void* data);
 /// Memory that run() needs in context.workspace. On the CPU too: the joined cache where present is not an output.
 size_t workspace_bytes(const Problem& problem, const DeviceInfo& device, const char* kernel = nullptr);
 
+/// Memory that suffices for every problem of at most these sizes (batch, rows, keys), all else being equal.
+size_t max_workspace_bytes(const Problem& largest, const DeviceInfo& device);
+
 /// Joins past and fresh keys and values where asked, then computes attention.
 Status run(Problem problem, const ExecutionContext& context);
 

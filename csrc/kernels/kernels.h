@@ -13,4 +13,8 @@
 #else
 #define FA_HOPPER_KERNELS
 #endif
-#define FA_CUDA_KERNELS FA_CUDA_KERNEL(decode_splitkv), FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm80)
+#define FA_DECODE_KERNEL                                      \
+  {"decode_splitkv",         DeviceType::kCuda,               \
+   decode_splitkv::supports, decode_splitkv::workspace_bytes, \
+   decode_splitkv::launch,   decode_splitkv::max_workspace_bytes}
+#define FA_CUDA_KERNELS FA_DECODE_KERNEL, FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm80)

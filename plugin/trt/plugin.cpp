@@ -203,14 +203,16 @@ size_t FlashAttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inp
     device.type = DeviceType::kCuda;
     const Status no_device = planned_device(&device);  // without a GPU nothing runs: what remains is the joined cache
     if (!no_device.ok() && no_device.code != StatusCode::kUnsupported) return no_device;
-    return largest_workspace(node_, inputs, device, &bytes);
+    return reserved_workspace(node_, inputs, device, &bytes);
   });
   return bytes;
 }
 
 int32_t FlashAttentionPlugin::setTactic(int32_t tactic) noexcept {
   return guarded("setTactic", [&]() -> Status {
-    if (tactic != 0) return invalid("tactic " + std::to_string(tactic) + " is unknown, expected 0");
+    if (tactic < 0 || (tactic > 0 && !kernel_name(DeviceType::kCuda, tactic - 1))) {
+      return invalid("tactic " + std::to_string(tactic) + " is unknown");
+    }
     tactic_ = tactic;
     return {};
   });
@@ -257,7 +259,8 @@ int32_t FlashAttentionPlugin::enqueue(const PluginTensorDesc* input_desc, const 
     context.device = device_;
     context.stream = stream;
     context.workspace = workspace;
-    context.workspace_bytes = plugin::workspace_bytes(problem, device_);
+    context.kernel = tactic_ > 0 ? kernel_name(DeviceType::kCuda, tactic_ - 1) : nullptr;
+    context.workspace_bytes = plugin::workspace_bytes(problem, device_, context.kernel);
     return plugin::run(std::move(problem), context);
   });
 }

@@ -54,7 +54,8 @@ class FlashAttentionPlugin final : public nvinfer1::IPluginV3,
   const char* getTimingCacheID() noexcept override { return description_.c_str(); }
   const char* getMetadataString() noexcept override { return description_.c_str(); }
 
-  /// There is one tactic, TensorRT's default 0: the kernel is chosen anew for each shape.
+  /// Only TensorRT's default tactic is offered for timing: 0, the kernel is chosen anew for each shape. Tactic n > 0 forces the
+  /// n-th CUDA kernel of the dispatch table; the conformance host uses it.
   int32_t setTactic(int32_t tactic) noexcept override;
   int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, int32_t num_inputs, const nvinfer1::PluginTensorDesc* out,
                         int32_t num_outputs) noexcept override;

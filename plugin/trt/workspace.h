@@ -17,7 +17,7 @@ Status bind_now(const plugin::Node& node, const nvinfer1::PluginTensorDesc* inpu
                 plugin::Problem* problem);
 
 /// Bytes that suffice for every shape up to the range's max; where the range is one shape, exactly what that shape needs.
-Status largest_workspace(const plugin::Node& node, const nvinfer1::DynamicPluginTensorDesc* inputs, const DeviceInfo& device,
-                         size_t* bytes);
+Status reserved_workspace(const plugin::Node& node, const nvinfer1::DynamicPluginTensorDesc* inputs, const DeviceInfo& device,
+                          size_t* bytes);
 
 }  // namespace fa::trt

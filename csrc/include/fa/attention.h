@@ -100,6 +100,13 @@ Status attention_forward(const AttentionParams& params, const ExecutionContext& 
 /// Device memory the call needs beside its tensors; depends on shapes, dtypes and device, never on data. 0 on the CPU.
 size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device, const char* kernel = nullptr);
 
+/// Device memory that suffices for every problem of at most these sizes (batch, rows, keys), all else being equal. The largest
+/// problem is not always the hungriest: few query rows are split over many keys, and each split keeps a partial result.
+size_t max_workspace_bytes(const AttentionParams& largest, const DeviceInfo& device);
+
+/// The kernels for a type of device, in order of preference: names for ExecutionContext::kernel. Null beyond the last.
+const char* kernel_name(DeviceType type, int idx);
+
 /// Which kernel would run and why: "prefill_sm80: …"; or for each kernel the sentence that says why not.
 std::string explain(const AttentionParams& params, const DeviceInfo& device);
 

@@ -41,6 +41,16 @@ size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device) 
   return splits == 1 ? 0 : static_cast<size_t>(splits * num_rows(params) * (params.value.shape[3] + 1)) * sizeof(float);
 }
 
+/// A bound of splits * rows: the splits are bounded by the keys, and blocks * splits by the device, a block having tile_q rows.
+size_t max_workspace_bytes(const AttentionParams& largest, const DeviceInfo& device) {
+  const TileInstance* instance = find_instance(largest, Variant::kSplit);
+  if (instance == nullptr || largest.cu_seqlens_q.present) return 0;
+  const int64_t max_splits = largest.key.shape[2] / kMinKeysPerSplit;
+  const int64_t max_rows = std::min(num_rows(largest), kMaxRows * largest.key.shape[1] * largest.query.shape[0]);
+  const int64_t partial_rows = std::min(max_splits * max_rows, device.num_sms * kBlocksPerSm * instance->tile().tile_q());
+  return static_cast<size_t>(partial_rows * (largest.value.shape[3] + 1)) * sizeof(float);
+}
+
 Status launch(const AttentionParams& params, const ExecutionContext& context) {
   const TileInstance& instance = *find_instance(params, Variant::kSplit);
   TileGrid grid{};

@@ -11,6 +11,7 @@ namespace fa::decode_splitkv {
 
 std::string supports(const AttentionParams& params, const DeviceInfo& device);
 size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device);
+size_t max_workspace_bytes(const AttentionParams& largest, const DeviceInfo& device);
 Status launch(const AttentionParams& params, const ExecutionContext& context);
 
 }  // namespace fa::decode_splitkv
