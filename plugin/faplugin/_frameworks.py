@@ -48,4 +48,7 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str, device: str, stream: in
             return cupy.empty(shape, dtype=dtype)
     if device != "cpu":
         raise TypeError(f"results can't be allocated as arrays of {framework}; give them with out=")
-    return np.empty(shape, like.dtype if dtype == str(like.dtype) else dtype)
+    own = (
+        framework == "numpy" and str(like.dtype) == dtype
+    )  # bfloat16 is a dtype of ml_dtypes, known by the array alone
+    return np.empty(shape, like.dtype if own else dtype)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""faplugin.attention and explain: arrays of several frameworks, strides, memory given by the caller, errors."""
+
+from __future__ import annotations
+
+import faplugin
+import numpy as np
+import pytest
+
+from tests import cases, tolerances
+
+
+def run(problem: cases.Problem, **options) -> dict[str, np.ndarray]:
+    """A problem of tests/cases.py through faplugin.attention."""
+    attributes = {name: x for name, x in problem.attributes.items() if not name.startswith("optional_")}
+    wanted = {"return_present": "present_key" in problem.outputs, "return_lse": "lse" in problem.outputs}
+    results = faplugin.attention(**problem.inputs, **attributes, **wanted, **options)
+    return dict(zip(problem.outputs, results if isinstance(results, tuple) else (results,), strict=True))
+
+
+@pytest.mark.parametrize("case", cases.quick()[::3], ids=str)
+def test_case(case: cases.Case) -> None:
+    problem = case.problem()
+    tolerances.check(run(problem), problem)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape, dtype=np.float32)
+
+
+QUERY, KEY, VALUE = normal(2, 4, 9, 16), normal(2, 2, 33, 16), normal(2, 2, 33, 24)
+
+
+def test_threads_make_no_difference() -> None:
+    one, many = (faplugin.attention(QUERY, KEY, VALUE, num_threads=count) for count in (1, 7))
+    assert np.array_equal(one, many)
+
+
+def test_strided_views_are_read_in_place() -> None:
+    expected = faplugin.attention(QUERY, KEY, VALUE)
+    padded = np.full((2, 9, 4, 40), np.nan, np.float32)  # [B, S, H, D], padding of NaN on every side
+    padded[..., 7:23] = QUERY.transpose(0, 2, 1, 3)
+    wide = np.full((2, 2, 66, 16), np.nan, np.float32)
+    wide[:, :, ::2] = KEY
+    assert np.array_equal(faplugin.attention(padded[..., 7:23].transpose(0, 2, 1, 3), wide[:, :, ::2], VALUE), expected)
+    assert np.array_equal(
+        faplugin.attention(padded[..., 7:23], KEY, VALUE, query_layout="BSHD", output_layout="BHSD"), expected
+    )
+
+
+def test_read_only_arrays() -> None:
+    query = QUERY.copy()
+    query.flags.writeable = False
+    assert np.array_equal(faplugin.attention(query, KEY, VALUE), faplugin.attention(QUERY, KEY, VALUE))
+
+
+def test_results_go_where_the_caller_says() -> None:
+    expected, lse = faplugin.attention(QUERY, KEY, VALUE, return_lse=True)
+    memory = np.full_like(expected, np.nan)
+    output, _ = faplugin.attention(QUERY, KEY, VALUE, return_lse=True, out={"output": memory})
+    assert output is memory and np.array_equal(memory, expected)
+    with pytest.raises(ValueError, match="output has another shape, dtype or layout"):
+        faplugin.attention(QUERY, KEY, VALUE, out={"output": memory[..., :-1]})
+
+
+class Exported:
+    """An array that offers nothing but DLPack."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **options) -> object:
+        return self.array.__dlpack__(**options)
+
+
+def test_any_array_with_dlpack() -> None:
+    output = faplugin.attention(Exported(QUERY), Exported(KEY), Exported(VALUE))
+    assert np.array_equal(output, faplugin.attention(QUERY, KEY, VALUE))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_pytorch(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    query, key, value = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in (QUERY, KEY, VALUE))
+    query.requires_grad_()
+    output = faplugin.attention(query, key, value, is_causal=True)
+    assert isinstance(output, torch.Tensor) and output.dtype == query.dtype and output.shape == (2, 4, 9, 24)
+    expected = faplugin.attention(*(x.detach().float().numpy() for x in (query, key, value)), is_causal=True)
+    assert np.allclose(
+        output.float().numpy(), expected, atol={"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"key": KEY.astype(np.float64)}, TypeError, "key is float64; expected float32"),
+        ({"key": KEY.astype(np.float16)}, ValueError, "key is float16; expected float32, as query"),
+        ({"key": KEY[:, :1, :, :8]}, ValueError, r"key has shape \[2, 1, 33, 8\]"),
+        ({"value": "abc"}, TypeError, "value is a str; expected an array with __dlpack__"),
+        ({"attn_mask": np.ones((9, 34), bool)}, ValueError, r"attn_mask has shape \[9, 34\]; expected something that"),
+        ({"query": QUERY[None]}, ValueError, "query has rank 5; expected 4 at most"),
+        ({"query": QUERY.astype(">f4")}, TypeError, "query has another byte order than this machine"),
+        (
+            {"query": QUERY[..., ::2], "key": KEY[..., :8]},
+            ValueError,
+            "query has stride 2 on its last axis, expected 1",
+        ),
+        ({"alignment": "left"}, ValueError, "alignment is 'left'; expected one of"),
+        ({"kernel": "fast"}, RuntimeError, "there is no kernel 'fast'; there are cpu"),
+    ],
+)
+def test_errors(arguments: dict, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        faplugin.attention(**{"query": QUERY, "key": KEY, "value": VALUE, **arguments})
+
+
+def test_specifications_can_be_explained_but_not_computed() -> None:
+    spec = ((1, 8, 128, 64), "bfloat16")
+    assert faplugin.explain(spec, spec, spec).startswith("cpu: ")
+    assert "query has 8 heads and key 3" in faplugin.explain(spec, ((1, 3, 128, 64), "bfloat16"), spec)
+    with pytest.raises(ValueError, match="query is a specification without memory"):
+        faplugin.attention(spec, spec, spec, out={"output": np.zeros(1)})
+    with pytest.raises(ValueError, match="device is 'sm_70'; expected cpu, cuda, sm_80"):
+        faplugin.explain(spec, spec, spec, device="sm_70")
