@@ -90,7 +90,9 @@ class Case:
     seqlen_kv: int = 129  # fresh keys; those of the past come in front
     head_dim: int = 64
     head_dim_v: int = 0  # 0: head_dim
-    layout: str = "BHSD"  # also BSHD, BSH, QKV and HQKV (one 3-D tensor: heads in groups q, k, v, or q k v in each head)
+    layout: str = (
+        "BHSD"  # also BSHD, BSH, QKV and HQKV (one 3-D tensor: heads in groups q, k, v, or q k v in each head)
+    )
     output_layout: str = ""
     past: int = 0
     is_causal: bool = False
@@ -136,7 +138,17 @@ class Case:
             f"d{self.head_dim}" + (f"v{self.head_dim_v}" if self.head_dim_v else ""),
             self.layout,
         ]
-        spoken = {"dtype", "batch_size", "num_q_heads", "num_kv_heads", "seqlen_q", "seqlen_kv", "head_dim", "head_dim_v", "layout"}
+        spoken = {
+            "dtype",
+            "batch_size",
+            "num_q_heads",
+            "num_kv_heads",
+            "seqlen_q",
+            "seqlen_kv",
+            "head_dim",
+            "head_dim_v",
+            "layout",
+        }
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in spoken and value != field.default:
@@ -315,7 +327,11 @@ def _shapes() -> Iterator[Case]:
             yield Case(dtype, head_dim=d, head_dim_v=dv)
             yield Case(dtype, head_dim=d, head_dim_v=dv, layout="BSH", is_causal=True, kv_lengths=True)
         for sq, sk in itertools.product(SEQLENS, SEQLENS):
-            small = dict(seqlen_q=sq, seqlen_kv=sk, **({"batch_size": 1, "num_q_heads": 1, "num_kv_heads": 1} if sq * sk > 1e6 else {}))
+            small = dict(
+                seqlen_q=sq,
+                seqlen_kv=sk,
+                **({"batch_size": 1, "num_q_heads": 1, "num_kv_heads": 1} if sq * sk > 1e6 else {}),
+            )
             kinds = ("none", "causal", "causal_bottom_right") if sq * sk < 1e7 else ("causal_bottom_right",)
             for kind in kinds:
                 yield Case(dtype, **small, **MASKS[kind])
@@ -329,7 +345,9 @@ def _kinds() -> Iterator[Case]:
         heads, kv_heads = ((2, 2), (4, 2), (6, 1))[(i + len(kind)) % 3]
         head_dim = (64, 128, 40, 64, 96, 256)[(i + len(kind)) % 6]
         yield Case(dtype, 3, heads, kv_heads, sq, sk, head_dim, 0, layout, **fields)
-    for dtype, layout, kind in itertools.product(DTYPES, ("QKV", "HQKV"), ("none", "causal", "mask_padding", "bias", "lengths", "everything")):
+    for dtype, layout, kind in itertools.product(
+        DTYPES, ("QKV", "HQKV"), ("none", "causal", "mask_padding", "bias", "lengths", "everything")
+    ):
         kv_heads = 2 if layout == "QKV" else 4
         yield Case(dtype, 2, 4, kv_heads, 129, 129, 64, 0, layout, **MASKS[kind])
         yield Case(dtype, 2, 4, kv_heads, 65, 65, 48, 32, layout, output_layout="BHSD", **MASKS[kind])
@@ -337,7 +355,9 @@ def _kinds() -> Iterator[Case]:
         yield Case(dtype, 2, 4, 2, mask=broadcast)
         for bias_dtype in DTYPES:
             yield Case(dtype, 2, 4, 2, bias=broadcast, bias_dtype=bias_dtype)
-    for dtype, ratio, (sq, sk) in itertools.product(DTYPES, ((8, 8), (8, 4), (8, 1), (6, 3), (5, 1)), ((1, 517), (3, 129), (129, 129))):
+    for dtype, ratio, (sq, sk) in itertools.product(
+        DTYPES, ((8, 8), (8, 4), (8, 1), (6, 3), (5, 1)), ((1, 517), (3, 129), (129, 129))
+    ):
         yield Case(dtype, 2, *ratio, sq, sk, 64, layout="BSHD", is_causal=True, alignment="bottom_right")
 
 
@@ -363,7 +383,10 @@ def randomized(count: int, seed: int) -> list[Case]:
             sq = sk
             heads = kv_heads if layout == "HQKV" else heads
         if "bias" in fields:
-            fields["bias"], fields["bias_dtype"] = (fields["bias"] if "empty" in fields else pick(BROADCASTS)), pick(("", *DTYPES))
+            fields["bias"], fields["bias_dtype"] = (
+                (fields["bias"] if "empty" in fields else pick(BROADCASTS)),
+                pick(("", *DTYPES)),
+            )
         case = Case(
             pick(list(DTYPES)), pick((1, 2, 3)), heads, kv_heads, sq, sk, pick(HEAD_DIMS), pick((0, 0, 0, *HEAD_DIMS)), layout,
             output_layout=pick(("", "", "BHSD", "BSHD", "BSH")), lse=bool(rng.random() < 0.7),
@@ -389,12 +412,16 @@ def quick() -> list[Case]:
     cases = []
     for i, (kind, fields) in enumerate(MASKS.items()):
         dtype = list(DTYPES)[i % 3]
-        cases.append(Case(dtype, 3, 4, 2, (17, 65, 1, 40)[i % 4], (65, 33, 90)[i % 3], (32, 24, 64, 7)[i % 4], **fields))
+        cases.append(
+            Case(dtype, 3, 4, 2, (17, 65, 1, 40)[i % 4], (65, 33, 90)[i % 3], (32, 24, 64, 7)[i % 4], **fields)
+        )
     for i, d in enumerate(HEAD_DIMS):
         cases.append(Case(list(DTYPES)[i % 3], 1, 2, 1, 19, 37, d, layout=("BSH", "BSHD")[i % 2], is_causal=True))
     for i, broadcast in enumerate(BROADCASTS):
         cases.append(Case(list(DTYPES)[i % 3], 2, 2, 1, 9, 34, 16, mask=broadcast))
-        cases.append(Case(list(DTYPES)[i % 3], 2, 2, 1, 9, 34, 16, bias=broadcast, bias_dtype=list(DTYPES)[(i // 3) % 3]))
+        cases.append(
+            Case(list(DTYPES)[i % 3], 2, 2, 1, 9, 34, 16, bias=broadcast, bias_dtype=list(DTYPES)[(i // 3) % 3])
+        )
     for i, (sq, sk) in enumerate(((1, 1), (1, 1023), (7, 4097), (129, 128), (1023, 113), (300, 300))):
         cases.append(Case(list(DTYPES)[i % 3], 1, 2, 2, sq, sk, 64, is_causal=bool(i % 2), alignment="bottom_right"))
     for layout in ("QKV", "HQKV"):

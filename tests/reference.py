@@ -14,7 +14,7 @@ import numpy as np
 
 from tests.cases import Problem
 
-_DEFAULTS = {"q_num_heads": 0, "kv_num_heads": 0, "scale": 0.0, "is_causal": 0, "left_window_size": -1, "right_window_size": -1,
+DEFAULTS = {"q_num_heads": 0, "kv_num_heads": 0, "scale": 0.0, "is_causal": 0, "left_window_size": -1, "right_window_size": -1,
              "softcap": 0.0, "alignment": "onnx", "empty_row": "zero"}  # fmt: skip
 
 
@@ -41,8 +41,8 @@ def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
         problem: attributes and inputs as docs/operator.md names them.
         unfused: round every intermediate result to the dtype of the query, as an unfused graph does.
     """
-    attributes = _DEFAULTS | problem.attributes
-    query, key, value = _operands(problem, attributes)
+    attributes = DEFAULTS | problem.attributes
+    query, key, value = operands(problem, attributes)
     outputs: dict[str, np.ndarray] = {}
     past = 0
     if "past_key" in problem.inputs:
@@ -59,12 +59,12 @@ def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
         o, log_sum = _sequence(sequence, attributes, working, round_to)
         out[batch_idx, :, row : row + o.shape[1]] = o
         lse[batch_idx, :, row : row + o.shape[1]] = log_sum
-    outputs["output"] = _to_layout(out, attributes, problem.inputs["query"].ndim)
+    outputs["output"] = to_layout(out, attributes, problem.inputs["query"].ndim)
     outputs["lse"] = lse
     return {name: outputs[name] for name in problem.outputs}
 
 
-def _operands(problem: Problem, attributes: dict) -> list[np.ndarray]:
+def operands(problem: Problem, attributes: dict) -> list[np.ndarray]:
     """Query, key and value as [B, H, S, D]."""
     arrays = []
     columns = attributes.get("packed_columns")
@@ -83,7 +83,7 @@ def _operands(problem: Problem, attributes: dict) -> list[np.ndarray]:
     return arrays
 
 
-def _to_layout(out: np.ndarray, attributes: dict, query_rank: int) -> np.ndarray:
+def to_layout(out: np.ndarray, attributes: dict, query_rank: int) -> np.ndarray:
     layout = attributes.get("output_layout") or attributes.get("query_layout") or ("BSH" if query_rank == 3 else "BHSD")
     if layout == "BHSD":
         return out
@@ -160,7 +160,9 @@ def _sequence(s: _Sequence, attributes: dict, working, round_to: Callable) -> tu
     return out, lse
 
 
-def _masked_scores(scores: np.ndarray, s: _Sequence, attributes: dict, h: int, i: np.ndarray, round_to: Callable) -> np.ndarray:
+def _masked_scores(
+    scores: np.ndarray, s: _Sequence, attributes: dict, h: int, i: np.ndarray, round_to: Callable
+) -> np.ndarray:
     """Softcap, bias, ALiBi and masks on the scaled scores of rows i of head h."""
     working = scores.dtype.type
     j = np.arange(s.kv_length)

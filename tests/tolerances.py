@@ -17,7 +17,11 @@ from tests.cases import Problem
 
 FACTOR = 2.0
 ABSOLUTE = 1e-5
-RELATIVE = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 5e-3}  # ||out - ref|| / ||ref||, where the unfused error is smaller
+RELATIVE = {
+    "float32": 3e-6,
+    "float16": 6e-4,
+    "bfloat16": 5e-3,
+}  # ||out - ref|| / ||ref||, where the unfused error is smaller
 
 
 def check(actual: Mapping[str, np.ndarray], problem: Problem) -> None:
@@ -34,9 +38,17 @@ def check(actual: Mapping[str, np.ndarray], problem: Problem) -> None:
         got = np.asarray(actual[name])
         assert got.shape == want.shape, f"{name} has the shape {got.shape}, expected {want.shape}"
         if name.startswith("present"):
-            assert np.array_equal(got.view(np.uint8), np.ascontiguousarray(want).view(np.uint8)), f"{name} is not the exact copy"
+            assert np.array_equal(got.view(np.uint8), np.ascontiguousarray(want).view(np.uint8)), (
+                f"{name} is not the exact copy"
+            )
             continue
-        _compare(name, got.astype(np.float64), want, unfused[name].astype(np.float64), dtype if name == "output" else np.dtype(np.float32))
+        _compare(
+            name,
+            got.astype(np.float64),
+            want,
+            unfused[name].astype(np.float64),
+            dtype if name == "output" else np.dtype(np.float32),
+        )
 
 
 def _compare(name: str, got: np.ndarray, want: np.ndarray, unfused: np.ndarray, dtype: np.dtype) -> None:

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rules in csrc/semantics for the property tests in this folder, one by one.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "semantics/score.h"
+#include "semantics/sequence.h"
+#include "semantics/softmax.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::tuple pair(fa::KeyRange range) { return py::make_tuple(range.begin, range.end); }
+py::tuple pair(fa::SoftmaxState state) { return py::make_tuple(state.max, state.sum); }
+
+py::dict sequence_at(int64_t b, int64_t seqlen_q, int64_t seqlen_kv, const py::dict& indices, int64_t query_offset,
+                     bool bottom_right) {
+  fa::SequenceRule rule{};
+  rule.seqlen_q = seqlen_q, rule.seqlen_kv = seqlen_kv, rule.query_offset = query_offset, rule.align_bottom_right = bottom_right;
+  rule.window_left = rule.window_right = -1;
+  const auto index = [&](const char* name) -> fa::IndexView {
+    if (!indices.contains(name)) return {nullptr, 0, false};
+    const py::array array = indices[name];
+    return {array.data(), array.strides(0) / array.itemsize(), array.itemsize() == 8};
+  };
+  rule.kv_lengths = index("kv_lengths"), rule.query_lengths = index("query_lengths"), rule.query_offsets = index("query_offsets");
+  rule.cu_seqlens_q = index("cu_seqlens_q"), rule.cu_seqlens_kv = index("cu_seqlens_kv");
+  const fa::Sequence s = rule.at(b);
+  py::dict d;
+  d["batch_idx"] = s.batch_idx, d["first_row"] = s.first_row, d["num_rows"] = s.num_rows, d["query_length"] = s.query_length;
+  d["first_key"] = s.first_key, d["num_keys"] = s.num_keys, d["kv_length"] = s.mask.kv_length, d["offset"] = s.mask.query_offset;
+  return d;
+}
+
+}  // namespace
+
+void bind_semantics(py::module_& m) {
+  py::class_<fa::MaskRule>(m, "MaskRule")
+      .def(py::init([](int64_t kv_length, int64_t query_offset, int64_t window_left, int64_t window_right) {
+        return fa::MaskRule{kv_length, query_offset, window_left, window_right};
+      }))
+      .def("visible", &fa::MaskRule::visible)
+      .def("key_range", [](const fa::MaskRule& rule, int64_t first, int64_t last) { return pair(rule.key_range(first, last)); })
+      .def("full_range",
+           [](const fa::MaskRule& rule, int64_t first, int64_t last) { return pair(rule.full_range(first, last)); });
+  m.def("merge",
+        [](float max_a, float sum_a, float max_b, float sum_b) { return pair(fa::merge({max_a, sum_a}, {max_b, sum_b})); });
+  m.def("add_sink", [](float max, float sum, float sink) { return pair(fa::add_sink({max, sum}, sink)); });
+  m.def("lse", [](float max, float sum) { return fa::lse({max, sum}); });
+  m.def("normalizer", [](float max, float sum) { return fa::normalizer({max, sum}); });
+  m.def("rescale_factor", [](float from, float to) { return fa::rescale_factor(from, to); });
+  m.def("alibi_bias", [](float slope, int64_t position, int64_t key) { return fa::alibi_bias(slope, position, key); });
+  m.def("capped", [](float dot, float scale, float softcap) { return fa::ScoreRule{scale, softcap}.capped(dot); });
+  m.def("sequence_at", sequence_at);
+}

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// fa/attention.h for the tests in this folder, as thin as can be: a NumPy array becomes a TensorView with its own strides, a
+// field of AttentionParams a key of a dictionary. Unlike faplugin it knows nothing of the operator's layouts and broadcasting.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "fa/attention.h"
+
+namespace py = pybind11;
+
+void bind_semantics(py::module_& m);
+
+namespace {
+
+using fa::AttentionParams;
+using fa::TensorView;
+
+fa::DType dtype_of(const std::string& name) {
+  const char* const names[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64"};
+  for (int i = 0; i < 6; ++i) {
+    if (name == names[i]) return static_cast<fa::DType>(i);
+  }
+  throw py::type_error("no dtype of the operator: " + name);
+}
+
+/// `corrupt`: the strides of axes of size 1, which mean nothing, are filled with a number that would lead far away.
+TensorView view(const py::array& array, bool corrupt) {
+  TensorView t;
+  t.data = array.size() == 0 ? nullptr : const_cast<void*>(array.data());
+  t.dtype = dtype_of(array.dtype().attr("name").cast<std::string>());
+  t.present = true;
+  for (int i = 0; i < array.ndim(); ++i) {
+    t.shape[i] = array.shape(i);
+    t.stride[i] = array.strides(i) / array.itemsize();
+  }
+  for (int i = 0; i < 4 && corrupt; ++i) {
+    if (t.shape[i] == 1) t.stride[i] = int64_t{1} << 40;
+  }
+  return t;
+}
+
+AttentionParams params_of(const py::dict& fields, bool corrupt) {
+  AttentionParams p;
+  for (const auto& item : fields) {
+    const std::string name = item.first.cast<std::string>();
+    bool known = false;
+#define TENSOR(field)                                                        \
+  if (name == #field) {                                                      \
+    p.field = view(py::reinterpret_borrow<py::array>(item.second), corrupt); \
+    known = true;                                                            \
+  }
+    TENSOR(query)
+    TENSOR(key) TENSOR(value) TENSOR(out) TENSOR(lse) TENSOR(mask) TENSOR(bias) TENSOR(kv_lengths) TENSOR(query_lengths)
+        TENSOR(cu_seqlens_q) TENSOR(cu_seqlens_kv) TENSOR(query_offsets) TENSOR(alibi_slopes) TENSOR(sinks)
+#undef TENSOR
+#define SCALAR(field)                                \
+  if (name == #field) {                              \
+    p.field = item.second.cast<decltype(p.field)>(); \
+    known = true;                                    \
+  }
+            SCALAR(align_bottom_right) SCALAR(query_offset) SCALAR(window_left) SCALAR(window_right) SCALAR(softmax_scale)
+                SCALAR(softcap)
+#undef SCALAR
+                    if (name == "empty_row_mean") {
+      p.empty_row = item.second.cast<bool>() ? fa::EmptyRow::kMean : fa::EmptyRow::kZero;
+      known = true;
+    }
+    if (!known) throw py::key_error(name);
+  }
+  return p;
+}
+
+/// Runs tasks on `count` threads, as a host's pool would.
+struct Threads {
+  size_t count;
+
+  static void run(void* pool, size_t num_tasks, void (*task)(void* arg, size_t i), void* arg) {
+    std::atomic<size_t> next{0};
+    const auto work = [&] {
+      for (size_t i; (i = next.fetch_add(1)) < num_tasks;) task(arg, i);
+    };
+    std::vector<std::thread> threads;
+    for (size_t t = 1; t < static_cast<const Threads*>(pool)->count; ++t) threads.emplace_back(work);
+    work();
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+py::tuple result(const fa::Status& status) { return py::make_tuple(static_cast<int>(status.code), status.sentence); }
+
+py::tuple attention(const py::dict& fields, size_t num_threads, bool corrupt, const std::string& kernel) {
+  const AttentionParams params = params_of(fields, corrupt);
+  Threads threads{num_threads};
+  fa::ExecutionContext context;
+  if (num_threads > 0) context.parallel_for = Threads::run, context.pool = &threads;
+  if (!kernel.empty()) context.kernel = kernel.c_str();
+  fa::Status status;
+  {
+    py::gil_scoped_release release;
+    status = fa::attention_forward(params, context);
+  }
+  return result(status);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(fa_csrc, m) {
+  m.doc() = "fa_core without an adapter. Status is (code, sentence): 0 ok, 1 invalid argument, 2 unsupported.";
+  m.def("attention", attention, py::arg("fields"), py::arg("num_threads") = 0, py::arg("corrupt") = false, py::arg("kernel") = "",
+        "attention_forward; 0 threads: the calling one does it all without a pool");
+  m.def("validate", [](const py::dict& fields) { return result(fa::validate(params_of(fields, false))); });
+  m.def(
+      "explain",
+      [](const py::dict& fields, int compute_capability) {
+        fa::DeviceInfo device;
+        if (compute_capability > 0) device = {fa::DeviceType::kCuda, compute_capability, 108, 163 * 1024};
+        return fa::explain(params_of(fields, false), device);
+      },
+      py::arg("fields"), py::arg("compute_capability") = 0);
+  m.def(
+      "append_kv",
+      [](const py::array& past, const py::array& fresh, const py::array& present, size_t num_threads) {
+        Threads threads{num_threads};
+        fa::ExecutionContext context;
+        if (num_threads > 0) context.parallel_for = Threads::run, context.pool = &threads;
+        return result(fa::append_kv(view(past, true), view(fresh, true), view(present, true), context));
+      },
+      py::arg("past"), py::arg("fresh"), py::arg("present"), py::arg("num_threads") = 0);
+  bind_semantics(m);
+}
