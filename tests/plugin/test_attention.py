@@ -43,9 +43,8 @@ def test_strided_views_are_read_in_place() -> None:
     wide = np.full((2, 2, 66, 16), np.nan, np.float32)
     wide[:, :, ::2] = KEY
     assert np.array_equal(faplugin.attention(padded[..., 7:23].transpose(0, 2, 1, 3), wide[:, :, ::2], VALUE), expected)
-    assert np.array_equal(
-        faplugin.attention(padded[..., 7:23], KEY, VALUE, query_layout="BSHD", output_layout="BHSD"), expected
-    )
+    layouts = {"query_layout": "BSHD", "output_layout": "BHSD"}
+    assert np.array_equal(faplugin.attention(padded[..., 7:23], KEY, VALUE, **layouts), expected)
 
 
 def test_read_only_arrays() -> None:
@@ -107,7 +106,7 @@ def test_pytorch(dtype: str) -> None:
         (
             {"query": QUERY[..., ::2], "key": KEY[..., :8]},
             ValueError,
-            "query has stride 2 on its last axis, expected 1",
+            "query has stride 2 on its last axis",
         ),
         ({"alignment": "left"}, ValueError, "alignment is 'left'; expected one of"),
         ({"kernel": "fast"}, RuntimeError, "there is no kernel 'fast'; there are cpu"),
@@ -121,7 +120,8 @@ def test_errors(arguments: dict, error: type[Exception], sentence: str) -> None:
 def test_specifications_can_be_explained_but_not_computed() -> None:
     spec = ((1, 8, 128, 64), "bfloat16")
     assert faplugin.explain(spec, spec, spec).startswith("cpu: ")
-    assert "query has 8 heads and key 3" in faplugin.explain(spec, ((1, 3, 128, 64), "bfloat16"), spec)
+    with pytest.raises(ValueError, match="query has 8 heads and key 3"):
+        faplugin.explain(spec, ((1, 3, 128, 64), "bfloat16"), spec)
     with pytest.raises(ValueError, match="query is a specification without memory"):
         faplugin.attention(spec, spec, spec, out={"output": np.zeros(1)})
     with pytest.raises(ValueError, match="device is 'sm_70'; expected cpu, cuda, sm_80"):

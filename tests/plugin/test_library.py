@@ -68,11 +68,12 @@ def test_too_old_a_runtime_gets_a_sentence(library: str, tmp_path: pathlib.Path)
     made = {}
     create_status_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)
     get_api_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
-    get_version_type = ctypes.CFUNCTYPE(ctypes.c_char_p)
-    create_status = create_status_type(lambda code, message: made.setdefault("status", (code, message)) and 1)
+    get_version_type = ctypes.CFUNCTYPE(ctypes.c_void_p)
+    create_status = create_status_type(lambda code, message: made.setdefault("status", (code, bytes(message))) and 1)
     api = (ctypes.c_void_p * 400)(ctypes.cast(create_status, ctypes.c_void_p))
     get_api = get_api_type(lambda version: ctypes.addressof(api) if version == 1 else None)
-    get_version = get_version_type(lambda: b"1.16.3")
+    version = ctypes.create_string_buffer(b"1.16.3")
+    get_version = get_version_type(lambda: ctypes.addressof(version))
     base = (ctypes.c_void_p * 2)(ctypes.cast(get_api, ctypes.c_void_p), ctypes.cast(get_version, ctypes.c_void_p))
     register = ctypes.CDLL(library).RegisterCustomOps
     register.restype = ctypes.c_void_p

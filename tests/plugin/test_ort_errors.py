@@ -76,7 +76,7 @@ def test_mixed_types() -> None:
         ({"query": normal(3, 4, 5, 8)}, {}, "key has shape [2, 2, 7, 8], expected [3, 2, 7, 8]"),
         ({"key": normal(2, 2, 7, 9)}, {}, "key has shape [2, 2, 7, 9], expected [2, 2, 7, 8]"),
         ({"value": normal(2, 2, 8, 6)}, {}, "value has shape [2, 2, 8, 6], expected [2, 2, 7, 6]"),
-        ({"attn_mask": np.ones((5, 9), bool)}, {}, "something that broadcasts to [batch 2, heads 4, query rows 5, keys"),
+        ({"attn_mask": np.ones((5, 9), bool)}, {}, "broadcasts to [batch 2, heads 4, query rows 5, keys"),
         ({"attn_mask": np.ones((3, 1, 5, 7), bool)}, {}, "attn_mask has shape [3, 1, 5, 7]"),
         ({"attn_bias": normal(5, 1, 5, 7)}, {}, "attn_bias has shape [5, 1, 5, 7]"),
         ({"attn_mask": normal(5, 7), "attn_bias": normal(5, 7)}, {}, "attn_mask is float32 and attn_bias is there too"),
