@@ -24,7 +24,7 @@ def match(node: ir.Node, context: Context) -> Candidate:
     return candidate
 
 
-def _used(node: ir.Node, index: int) -> ir.Value | None:
+def used_output(node: ir.Node, index: int) -> ir.Value | None:
     """The output, where anything reads it."""
     if index >= len(node.outputs):
         return None
@@ -35,7 +35,7 @@ def _used(node: ir.Node, index: int) -> ir.Value | None:
 def _refusal(node: ir.Node, context: Context) -> Refusal | None:
     name = name_of(node)
     a = context.analysis
-    if _used(node, 3) is not None:
+    if used_output(node, 3) is not None:
         return Refusal("the model asks for the attention scores too (qk_matmul_output)", name)
     if len(node.inputs) < 3 or None in node.inputs[:3]:
         return Refusal("query, key or value is missing", name)
@@ -68,7 +68,7 @@ def _spec(node: ir.Node, candidate: Candidate, context: Context) -> AttentionSpe
     declared = [_declared(node, i, a) for i in range(3)]
     sizes = [sizes_of(d, a) for d in declared]
     past = [operand(node, i) for i in (4, 5)]
-    present = [_used(node, i) for i in (1, 2)]
+    present = [used_output(node, i) for i in (1, 2)]
     query, key, value = read_all(*declared, a)
     if any(past) or any(present):
         key, value = declared[1].as_is(), declared[2].as_is()

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""onnxruntime's own attention ops (com.microsoft): MultiHeadAttention and Attention, where their semantics fit the operator's.
+
+What they mask they mask by adding mask_filter_value, so a mask becomes an attn_bias of [B, 1, 1, T] and stays exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.match import Context, matcher
+from faexport.match.onnx_attention import used_output
+from faexport.spec import Alignment, AttentionSpec, Candidate, Fact, Layout, Mask, Operand, Refusal
+from faexport.understand.declared import Declared, read_all, sizes_of
+from faexport.understand.dims import Dim, plain
+from faexport.understand.nodes import attribute, name_of, operand
+from faexport.understand.structure import TYPES
+from faexport.understand.surgery import Builder
+
+SOURCE = "ort_contrib"
+
+
+class Unfit(Exception):
+    """The node uses something that the operator doesn't have; the text is the refusal's sentence."""
+
+
+@matcher(SOURCE, ("com.microsoft::MultiHeadAttention", "com.microsoft::Attention"))
+def match(node: ir.Node, context: Context) -> Candidate:
+    candidate = Candidate(node, context.graph, SOURCE)
+    try:
+        reader = _MultiHead if node.op_type == "MultiHeadAttention" else _Attention
+        candidate.outcome = reader(node, context).spec(candidate)
+    except Unfit as reason:
+        candidate.outcome = Refusal(str(reason), name_of(node))
+    return candidate
+
+
+class _Contrib:
+    """What the two ops have in common."""
+
+    def __init__(self, node: ir.Node, context: Context):
+        self.node, self.a = node, context.analysis
+        self.build = Builder(self.a.opset)
+        self.heads = attribute(node, "num_heads", 0)
+        self.dtype = self.a.dtype(node.inputs[0])
+        if self.dtype not in TYPES:
+            raise Unfit("query, key and value are not float32, float16 or bfloat16")
+        if not self.heads:
+            raise Unfit("the number of heads is missing")
+
+    def scale(self) -> float:
+        return attribute(self.node, "scale", 0.0)
+
+    def mask(self, padding: ir.Value | None, bias: ir.Value | None, batch: Dim, keys: Dim, has_past: bool) -> Mask:
+        causal = bool(attribute(self.node, "unidirectional", 0))
+        mask = Mask(window_right=0 if causal else -1, facts=(Fact("causal", (name_of(self.node),)),) if causal else ())
+        if padding is None:
+            mask.attn_bias = bias
+            return mask
+        shape = self.a.shape(padding)
+        if shape is None:
+            raise Unfit("the shape of its padding mask is not known")
+        if len(shape) == 1:
+            if shape[0] != batch or has_past or bias is not None:
+                raise Unfit("its padding mask is neither one length for each batch entry nor a mask of the keys")
+            mask.kv_lengths, mask.alignment = padding, Alignment.TOP_LEFT
+            mask.facts += (Fact("padding as lengths", (name_of(self.node),)),)
+            return mask
+        if len(shape) not in (2, 3) or shape[-1] != keys:
+            raise Unfit("its padding mask has a shape that is not understood")
+        added = self._padding_as_bias(padding, len(shape))
+        mask.attn_bias = added if bias is None else self.build.add("Add", [added, bias])
+        mask.facts += (Fact("padding mask", (name_of(self.node),)),)
+        return mask
+
+    def _padding_as_bias(self, padding: ir.Value, rank: int) -> ir.Value:
+        build, dtype = self.build, self.dtype
+        low = attribute(self.node, "mask_filter_value", -10000.0)
+        numbers = [build.add("Constant", (), dtype, value=ir.tensor(np.array(x, dtype.numpy()))) for x in (0.0, low)]
+        keep = build.add("Cast", [padding], ir.DataType.BOOL, to=int(ir.DataType.BOOL))
+        value = build.add("Where", [keep, *numbers], dtype)
+        for _ in range(4 - rank):
+            value = build.unsqueeze(value, 1)
+        return value
+
+    def finish(self, candidate: Candidate, operands: list[Operand], mask: Mask, **more) -> AttentionSpec:
+        query, key, value = operands
+        candidate.sizes.update(num_q_heads=self.heads, num_kv_heads=self.heads, head_dim=query.head_dim, head_dim_v=value.head_dim)
+        return AttentionSpec(
+            query, key, value, self.node.outputs[0], Layout.BSH, self.scale(), replaces=self.node, head_dim=query.head_dim,
+            head_dim_v=value.head_dim, new_nodes=tuple(self.build.nodes), mask=mask, **more,
+        )  # fmt: skip
+
+
+class _MultiHead(_Contrib):
+    """Inputs: query, key, value, bias, key_padding_mask, attention_bias, past_key, past_value, …"""
+
+    def spec(self, candidate: Candidate) -> AttentionSpec:
+        node, a = self.node, self.a
+        if operand(node, 8) is not None or operand(node, 9) is not None:
+            raise Unfit("it shares a cache buffer or follows beams (past_sequence_length, cache_indirection)")
+        if used_output(node, 3) is not None:
+            raise Unfit("the model asks for the attention scores too (qk)")
+        past = [operand(node, i) for i in (6, 7)]
+        present = [used_output(node, i) for i in (1, 2)]
+        rank = a.rank(node.inputs[0])
+        if rank == 5:
+            operands, batch, keys = self._packed_qkv()
+        elif rank == 3:
+            operands, batch, keys = self._separate(any(past) or any(present))
+        else:
+            raise Unfit("the rank of its query is not known")
+        if past[0] is not None:
+            before = a.shape(past[0])
+            keys = keys + before[2] if before is not None else Dim.unknown("keys")
+        mask = self.mask(operand(node, 4), operand(node, 5), batch, keys, past[0] is not None)
+        caches = {"past_key": past[0], "past_value": past[1], "present_key": present[0], "present_value": present[1]}
+        candidate.sizes.update(batch_size=plain(batch), seqlen_kv=plain(keys))
+        return self.finish(candidate, operands, mask, **caches)
+
+    def _packed_qkv(self) -> tuple[list[Operand], Dim, Dim]:
+        query = self.node.inputs[0]
+        shape = self.a.shape(query)
+        if operand(self.node, 3) is not None or shape[4].const is None or shape[3] != 3:
+            raise Unfit("its packed query, key and value have a bias or an unknown head size")
+        size = shape[4].const
+        flat = self.build.reshape(query, [0, 0, 3 * size * self.heads])
+        return self._columns([(flat, i * size, 3 * size) for i in range(3)], [size] * 3), shape[0], shape[1]
+
+    def _columns(self, places: list[tuple[ir.Value, int, int]], sizes: list[int]) -> list[Operand]:
+        return [
+            Operand(value, Layout.BSH, self.heads, size, start, stride) for (value, start, stride), size in zip(places, sizes, strict=True)
+        ]
+
+    def _separate(self, cached: bool) -> tuple[list[Operand], Dim, Dim]:
+        node, a = self.node, self.a
+        query, key, value = (operand(node, i) for i in range(3))
+        ranks = a.rank(key), a.rank(value)
+        bias = operand(node, 3)
+        if ranks == (5, None):
+            return self._packed_kv(query, key, bias)
+        if None in ranks or ranks[0] != ranks[1] or ranks[0] not in (3, 4):
+            raise Unfit("the ranks of its key and value are not known")
+        if bias is not None:
+            if ranks[0] == 4:
+                raise Unfit("it adds a projection bias to a cached key and value")
+            query, key, value = self._with_bias(bias, [query, key, value])
+        layouts = [Layout.BSH, *([Layout.BHSD if ranks[0] == 4 else Layout.BSH] * 2)]
+        declared = [Declared(v, layout, Dim.of(self.heads)) for v, layout in zip((query, key, value), layouts, strict=True)]
+        sizes = [sizes_of(d, a) for d in declared] if bias is None else None
+        shape = a.shape(node.inputs[1])
+        keys = shape[2 if ranks[0] == 4 else 1]
+        batch = a.shape(node.inputs[0])[0]
+        if sizes is None or None in sizes or cached:
+            return [d.as_is().operand for d in declared], batch, keys
+        readings = read_all(*declared, a)
+        return [r.operand for r in readings], batch, keys
+
+    def _packed_kv(self, query: ir.Value, packed: ir.Value, bias: ir.Value | None) -> tuple[list[Operand], Dim, Dim]:
+        shape = self.a.shape(packed)
+        if bias is not None or shape[4].const is None or shape[3] != 2:
+            raise Unfit("its packed key and value have a bias or an unknown head size")
+        size = shape[4].const
+        flat = self.build.reshape(packed, [0, 0, 2 * size * self.heads])
+        places = [(query, 0, size), (flat, 0, 2 * size), (flat, size, 2 * size)]
+        return self._columns(places, [size] * 3), shape[0], shape[1]
+
+    def _with_bias(self, bias: ir.Value, values: list[ir.Value]) -> list[ir.Value]:
+        """Each operand plus its part of the projection's bias."""
+        build, start, result = self.build, 0, []
+        for value in values:
+            shape = self.a.shape(value)
+            width = shape[2].const if shape is not None else None
+            if width is None:
+                raise Unfit("it adds a projection bias to tensors of unknown width")
+            part = build.add("Slice", [bias, build.ints([start]), build.ints([start + width])], self.dtype)
+            result.append(build.add("Add", [value, part], self.dtype))
+            start += width
+        return result
+
+
+class _Attention(_Contrib):
+    """Inputs: input, weights, bias, mask_index, past, attention_bias, past_sequence_length. The projection becomes a MatMul of its own."""
+
+    def spec(self, candidate: Candidate) -> AttentionSpec:
+        node, a = self.node, self.a
+        if operand(node, 4) is not None or used_output(node, 1) is not None or attribute(node, "do_rotary", 0):
+            raise Unfit("it keeps keys and values in one cache tensor, or rotates them itself (past, present, do_rotary)")
+        shape, weights = a.shape(node.inputs[0]), a.shape(node.inputs[1])
+        if shape is None or weights is None or weights[1].const is None:
+            raise Unfit("the shapes of its input and weights are not known")
+        widths = attribute(node, "qkv_hidden_sizes") or [weights[1].const // 3] * 3
+        if len(set(widths[:2])) != 1 or any(w % self.heads for w in widths) or sum(widths) != weights[1].const:
+            raise Unfit("its hidden sizes don't divide by the number of heads")
+        packed = self.build.add("MatMul", [node.inputs[0], node.inputs[1]], self.dtype)
+        if operand(node, 2) is not None:
+            packed = self.build.add("Add", [packed, node.inputs[2]], self.dtype)
+        sizes = [w // self.heads for w in widths]
+        starts = [0, widths[0], widths[0] + widths[1]]
+        operands = [Operand(packed, Layout.BSH, self.heads, d, start, d) for start, d in zip(starts, sizes, strict=True)]
+        mask = self.mask(operand(node, 3), operand(node, 5), shape[0], shape[1], has_past=False)
+        candidate.sizes.update(batch_size=plain(shape[0]), seqlen_q=plain(shape[1]), seqlen_kv=plain(shape[1]))
+        return self.finish(candidate, operands, mask)
