@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 
@@ -99,17 +99,19 @@ def quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def read_outputs(
-    path: pathlib.Path, cases: Iterable[Case], num_tactics: int
-) -> Iterator[tuple[Case, int, dict[str, np.ndarray]]]:
-    """(case, index of the tactic, outputs by name) in the order in which the host wrote them."""
+def read_outputs(path: pathlib.Path, cases: Iterable[Case]) -> Iterator[tuple[Case, int, dict[str, np.ndarray]]]:
+    """(case, tactic, outputs by name) of all that ran, in the order in which the host wrote them."""
     with path.open("rb") as file:
+        num_tactics = file.read(1)[0]
         for case in cases:
             problem = case.problem()
             for tactic in range(num_tactics):
-                outputs = {}
-                for name, shape in zip(problem.outputs, output_shapes(case, problem), strict=True):
-                    dtype = np.dtype(np.float32) if name == "lse" else problem.inputs["query"].dtype
-                    count = int(np.prod(shape, dtype=np.int64))
-                    outputs[name] = np.frombuffer(file.read(count * dtype.itemsize), dtype).reshape(shape)
-                yield case, tactic, outputs
+                if file.read(1) == b"\1":
+                    yield case, tactic, dict(_read_case(file, case, problem))
+
+
+def _read_case(file: BinaryIO, case: Case, problem: Problem) -> Iterator[tuple[str, np.ndarray]]:
+    for name, shape in zip(problem.outputs, output_shapes(case, problem), strict=True):
+        dtype = np.dtype(np.float32) if name == "lse" else problem.inputs["query"].dtype
+        count = int(np.prod(shape, dtype=np.int64))
+        yield name, np.frombuffer(file.read(count * dtype.itemsize), dtype).reshape(shape)

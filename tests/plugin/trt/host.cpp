@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Command line of the conformance host:
 //   fa_trt_host --plugin libfa_trt.so --cases FILE [--tensorrt libnvinfer…] [--threads N]
-//               [--gpu --data FILE --output FILE [--tactics 0,1]]
+//               [--gpu --data FILE --output FILE] [--registrar]
 // Exit status: 0 all checks passed, 1 some failed, 2 it could not begin.
 #include "host.h"
 
@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
-#include <sstream>
 #include <stdexcept>
 #include <thread>
 
@@ -152,13 +151,6 @@ void drive_all(const Source& source, const std::vector<Case>& cases, int num_thr
   for (std::thread& thread : threads) thread.join();
 }
 
-std::vector<int32_t> parse_numbers(const std::string& text) {
-  std::vector<int32_t> numbers;
-  std::istringstream in(text);
-  for (std::string word; std::getline(in, word, ',');) numbers.push_back(std::stoi(word));
-  return numbers;
-}
-
 int run(int argc, char** argv) {
   Options options = parse(argc, argv);
   Report report;
@@ -170,10 +162,7 @@ int run(int argc, char** argv) {
   if (!source.creator) return report.print_summary();
   check_creator(source, cases, report);
   drive_all(source, cases, options.count("threads") ? std::stoi(options["threads"]) : 4, report);
-  if (options.count("gpu")) {
-    const std::vector<int32_t> tactics = parse_numbers(options.count("tactics") ? options["tactics"] : "0");
-    drive_runtime(source, cases, options["data"], options["output"], tactics, report);
-  }
+  if (options.count("gpu")) drive_runtime(source, cases, options["data"], options["output"], report);
   return report.print_summary();
 }
 

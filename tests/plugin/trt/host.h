@@ -117,9 +117,10 @@ void check_creator(const Source& source, const std::vector<Case>& cases, Report&
 std::unique_ptr<Serialized> drive_build(const Source& source, const Case& node, Report& report);
 /// Re-creation from serialised fields, contexts and shape changes: what needs no GPU.
 void drive_deserialization(const Source& source, const Case& node, Serialized& serialized, Report& report);
-/// Enqueue on a GPU; appends the outputs of each case to `output_path`.
+/// Enqueue on a GPU, by each tactic. `output_path` gets a byte, the number of tactics, then for each case and tactic a byte
+/// (1: it ran) and the outputs if so.
 void drive_runtime(const Source& source, const std::vector<Case>& cases, const std::string& data_path,
-                   const std::string& output_path, const std::vector<int32_t>& tactics, Report& report);
+                   const std::string& output_path, Report& report);
 
 std::vector<nvinfer1::PluginTensorDesc> describe(const std::vector<TensorSpec>& tensors, size_t binding);
 
