@@ -7,12 +7,18 @@
 #include <cstring>
 
 #include "cpu/attention_cpu.h"
+#ifdef FA_WITH_CUDA
+#include "kernels/kernels.h"
+#endif
 
 namespace fa {
 namespace {
 
 const Kernel kTable[] = {
     {"cpu", DeviceType::kCpu, cpu::supports, cpu::workspace_bytes, cpu::launch},
+#ifdef FA_WITH_CUDA
+    FA_CUDA_KERNELS
+#endif
 };
 
 std::string refusal(const Kernel& kernel, const AttentionParams& params, const DeviceInfo& device) {
