@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/common/convert.cuh"
+#include "kernels/common/shared_memory.cuh"
 #include "kernels/prefill_sm80/softmax.cuh"
 #include "kernels/prefill_sm80/tile_work.cuh"
 
@@ -15,79 +16,78 @@ __device__ __forceinline__ T* row_data(const TensorView& view, int64_t b, int64_
   return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] + row * view.stride[2];
 }
 
-/// The mean of all values of a sequence's head, by all threads of the block, into shared memory.
-template <class T, int kThreads>
-__device__ __noinline__ void mean_of_values(float* mean, const T* value, int64_t num_keys, int64_t row_stride, int head_dim_v) {
-  for (int d = threadIdx.x; d < head_dim_v; d += kThreads) {
-    float sum = 0.0f;
-    for (int64_t key = 0; key < num_keys; ++key) sum += to_float(value[key * row_stride + d]);
-    mean[d] = num_keys > 0 ? sum / static_cast<float>(num_keys) : 0.0f;
+/// Rows of a warp without keys that are in use: lanes 4g say it of rows g + 8i, i < 4.
+struct EmptyRows {
+  uint32_t lanes[4] = {};
+  __device__ __forceinline__ bool any() const { return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0; }
+  __device__ __forceinline__ bool holds(int row) const {
+    bool is_empty = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) is_empty |= row / 8 == i && (lanes[i] >> (row % 8 * 4) & 1);
+    return is_empty;
   }
+};
+
+__device__ __forceinline__ int64_t partial_index(const AttentionParams& p, const TileWork& work, const TileRow& row, int split) {
+  return ((split * p.query.shape[0] + work.sequence.batch_idx) * p.query.shape[1] + row.head) * p.query.shape[2] + row.row;
 }
 
-/// Normalizes this lane's rows and writes their lse. A row that attends no key keeps out = 0. True where a row in use is such a
-/// row.
+/// Normalizes this lane's rows and writes their lse. A row that attends no key becomes 0.
 template <class Config>
-__device__ __forceinline__ bool normalize_rows(typename Config::Products::Out& out, RowState<Config::kRowBlocks>& state,
-                                               const AttentionParams& p, const TileGrid& grid, const TileWork& work, int warp_row,
-                                               int split) {
+__device__ __forceinline__ EmptyRows normalize_rows(typename Config::Products::Out& out,
+                                                    const RowState<Config::kRowBlocks>& state, const AttentionParams& p,
+                                                    const TileGrid& grid, const TileWork& work, int warp_row, int split) {
   const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
-  bool any_empty = false;
+  EmptyRows empty;
 #pragma unroll
   for (int m = 0; m < Config::kRowBlocks; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const TileRow row = tile_row<Config::kSplit>(work, grid, warp_row + 16 * m + g + 8 * r);
       const float reference = state.reference[m][r];
-      SoftmaxState keys{Config::kNatural || reference == -INFINITY ? reference : reference * p.softmax_scale,
-                        quad_sum(state.sum[m][r])};
-      SoftmaxState all = keys;
+      SoftmaxState all{Config::kNatural || reference == -INFINITY ? reference : reference * p.softmax_scale,
+                       quad_sum(state.sum[m][r])};
+      const bool has_keys = row.in_use && all.sum != 0.0f;
+      float factor = normalizer(all);
       if (p.sinks.present && row.in_use && grid.partial_out == nullptr) {
-        all = add_sink(keys, static_cast<const float*>(p.sinks.data)[row.head * p.sinks.stride[0]]);
+        const float top = all.max;
+        all = add_sink(all, static_cast<const float*>(p.sinks.data)[row.head * p.sinks.stride[0]]);
+        factor = rescale_factor(top, all.max) * normalizer(all);
       }
-      const float factor = rescale_factor(keys.max, all.max) * normalizer(all);
-      const bool has_keys = row.in_use && keys.sum != 0.0f;
-      state.sum[m][r] = all.sum;
-      any_empty |= row.in_use && all.sum == 0.0f;
+      empty.lanes[2 * m + r] = __ballot_sync(kAllLanes, row.in_use && all.sum == 0.0f);
 #pragma unroll
-      for (int d = 0; d < Config::Products::kDimBlocks; ++d) {
-        out[m][d][2 * r] = has_keys ? out[m][d][2 * r] * factor : 0.0f;
-        out[m][d][2 * r + 1] = has_keys ? out[m][d][2 * r + 1] * factor : 0.0f;
+      for (int d = 0; d < Config::Products::kDimBlocks; ++d) out[m][d][2 * r] *= factor, out[m][d][2 * r + 1] *= factor;
+      if (!has_keys) {
+#pragma unroll
+        for (int d = 0; d < Config::Products::kDimBlocks; ++d) out[m][d][2 * r] = out[m][d][2 * r + 1] = 0.0f;
       }
       if (t != 0 || !row.exists) continue;
-      if (grid.partial_out != nullptr) {
-        const int64_t rows = p.query.shape[2], heads = p.query.shape[1];
-        const int64_t idx = ((split * p.query.shape[0] + work.sequence.batch_idx) * heads + row.head) * rows + row.row;
-        grid.partial_lse[idx] = lse(all);
+      if (Config::kSplit && grid.partial_out != nullptr) {
+        grid.partial_lse[partial_index(p, work, row, split)] = lse(all);
       } else if (p.lse.present) {
         *row_data<float>(p.lse, work.sequence.batch_idx, row.head, work.sequence.first_row + row.row) =
             row.in_use ? lse(all) : -INFINITY;
       }
     }
   }
-  return any_empty;
+  return empty;
 }
 
-/// Puts the mean of the values into rows in use without keys.
+/// Writes the mean of all values into the warp's empty rows. Rare, so out of line.
 template <class Config>
-__device__ __forceinline__ void fill_empty_rows(typename Config::Products::Out& out, const RowState<Config::kRowBlocks>& state,
-                                                const TileGrid& grid, const TileWork& work, const float* mean, int warp_row,
-                                                int head_dim_v) {
-  const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int m = 0; m < Config::kRowBlocks; ++m) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const TileRow row = tile_row<Config::kSplit>(work, grid, warp_row + 16 * m + g + 8 * r);
-      if (!row.in_use || state.sum[m][r] != 0.0f) continue;
-#pragma unroll
-      for (int d = 0; d < Config::Products::kDimBlocks; ++d) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * d + 2 * t + e;
-          if (column < head_dim_v) out[m][d][2 * r + e] = mean[column];
-        }
-      }
+__device__ __noinline__ void write_mean(EmptyRows empty, const AttentionParams& p, const TileGrid& grid, const TileWork& work,
+                                        int warp_row) {
+  using T = typename Config::T;
+  const Sequence& s = work.sequence;
+  const int kv_head = Config::kSplit ? work.head : grid.group_size.quotient(work.head);
+  const T* value = row_data<T>(p.value, s.batch_idx, kv_head, s.first_key);
+  for (int column = threadIdx.x % 32; column < p.value.shape[3]; column += 32) {
+    float sum = 0.0f;
+    for (int64_t key = 0; key < s.num_keys; ++key) sum += to_float(value[key * p.value.stride[2] + column]);
+    const T mean = from_float<T>(s.num_keys > 0 ? sum / static_cast<float>(s.num_keys) : 0.0f);
+    for (int i = 0; i < 16 * Config::kRowBlocks; ++i) {
+      const TileRow row = tile_row<Config::kSplit>(work, grid, warp_row + i);
+      if (empty.holds(i)) row_data<T>(p.out, s.batch_idx, row.head, s.first_row + row.row)[column] = mean;
     }
   }
 }
@@ -97,15 +97,14 @@ template <class Config>
 __device__ __forceinline__ void write_partial(const typename Config::Products::Out& out, const AttentionParams& p,
                                               const TileGrid& grid, const TileWork& work, int warp_row, int split) {
   const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
-  const int64_t rows = p.query.shape[2], heads = p.query.shape[1], head_dim_v = p.value.shape[3];
+  const int64_t head_dim_v = p.value.shape[3];
 #pragma unroll
   for (int m = 0; m < Config::kRowBlocks; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const TileRow row = tile_row<Config::kSplit>(work, grid, warp_row + 16 * m + g + 8 * r);
       if (!row.exists) continue;
-      const int64_t idx = ((split * p.query.shape[0] + work.sequence.batch_idx) * heads + row.head) * rows + row.row;
-      float* data = grid.partial_out + idx * head_dim_v;
+      float* data = grid.partial_out + partial_index(p, work, row, split) * head_dim_v;
 #pragma unroll
       for (int d = 0; d < Config::Products::kDimBlocks; ++d) {
 #pragma unroll
@@ -118,45 +117,68 @@ __device__ __forceinline__ void write_partial(const typename Config::Products::O
   }
 }
 
-/// The warp's rows into its part of the query tile, then to `out`.
+/// The warp's rows, in the element type, into its part of the tile in shared memory.
 template <class Config>
-__device__ __forceinline__ void write_out(const typename Config::Products::Out& out, unsigned char* tile,
-                                          const AttentionParams& p, const TileGrid& grid, const TileWork& work, int warp_row) {
+__device__ __forceinline__ void stage_out(const typename Config::Products::Out& out, unsigned char* tile, int warp_row) {
   using T = typename Config::T;
   using Layout = typename Config::LayoutQ;
-  constexpr int kRows = 16 * Config::kRowBlocks, kPerChunk = 16 / sizeof(T), kChunks = Config::kHeadDim / kPerChunk;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  __syncwarp();
+  const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
+  constexpr int kChunksPerBlock = 8 * sizeof(T) / 16;  // of a d-block
+  const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(tile)) +
+                         Layout::offset(warp_row + g, 2 * t * sizeof(T) / 16) + 2 * t * sizeof(T) % 16;
 #pragma unroll
   for (int m = 0; m < Config::kRowBlocks; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
       for (int d = 0; d < Config::Products::kDimBlocks; ++d) {
-        const int column = 8 * d + 2 * t;
-        unsigned char* data =
-            tile + Layout::offset(warp_row + 16 * m + g + 8 * r, column / kPerChunk) + (column % kPerChunk) * sizeof(T);
+        const uint32_t address = Layout::advance(place, 16 * m + 8 * r, kChunksPerBlock * d);
         if constexpr (sizeof(T) == 2) {
-          *reinterpret_cast<uint32_t*>(data) = pack2<T>(out[m][d][2 * r], out[m][d][2 * r + 1]);
+          store_shared(address, pack2<T>(out[m][d][2 * r], out[m][d][2 * r + 1]));
         } else {
-          *reinterpret_cast<float2*>(data) = make_float2(out[m][d][2 * r], out[m][d][2 * r + 1]);
+          store_shared(address, out[m][d][2 * r], out[m][d][2 * r + 1]);
         }
       }
     }
   }
+}
+
+/// The warp's rows into its part of the tile, then to `out` in 16-byte chunks, or element by element where it isn't aligned.
+template <class Config>
+__device__ __forceinline__ void write_out(const typename Config::Products::Out& out, unsigned char* tile,
+                                          const AttentionParams& p, const TileGrid& grid, const TileWork& work, int warp_row) {
+  using T = typename Config::T;
+  using Layout = typename Config::LayoutQ;
+  constexpr int kPerChunk = 16 / sizeof(T), kPerBlock = Layout::kChunksPerBlock, kRowsPerPass = 32 / kPerBlock;
+  constexpr int kBlocks = Config::kHeadDim / (kPerBlock * kPerChunk);
   __syncwarp();
+  stage_out<Config>(out, tile, warp_row);
+  __syncwarp();
+  const int chunk = threadIdx.x % kPerBlock, first = warp_row + threadIdx.x % 32 / kPerBlock;
   const int head_dim_v = static_cast<int>(p.value.shape[3]);
-#pragma unroll 4
-  for (int idx = lane; idx < kRows * kChunks; idx += 32) {
-    const int local = warp_row + idx / kChunks, chunk = idx % kChunks;
-    const TileRow row = tile_row<Config::kSplit>(work, grid, local);
-    if (!row.exists || chunk * kPerChunk >= head_dim_v) continue;
-    T* data = row_data<T>(p.out, work.sequence.batch_idx, row.head, work.sequence.first_row + row.row) + chunk * kPerChunk;
-    const unsigned char* source = tile + Layout::offset(local, chunk);
-    if (grid.out_by_16) {
-      *reinterpret_cast<uint4*>(data) = *reinterpret_cast<const uint4*>(source);
+  T* data = nullptr;
+#pragma unroll
+  for (int pass = 0; pass < 16 * Config::kRowBlocks / kRowsPerPass; ++pass) {
+    const TileRow row = tile_row<Config::kSplit>(work, grid, first + pass * kRowsPerPass);
+    if (Config::kSplit || pass == 0) {
+      data = row_data<T>(p.out, work.sequence.batch_idx, row.head, work.sequence.first_row + row.row) + chunk * kPerChunk;
     } else {
-      for (int i = 0; i < min(kPerChunk, head_dim_v - chunk * kPerChunk); ++i) data[i] = reinterpret_cast<const T*>(source)[i];
+      data += kRowsPerPass * p.out.stride[2];
+    }
+    if (!row.exists) break;
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+      const unsigned char* source = tile + Layout::offset(first, chunk);
+      source = tile + Layout::advance(static_cast<uint32_t>(source - tile), pass * kRowsPerPass, block * kPerBlock);
+      const int columns = head_dim_v - (block * kPerBlock + chunk) * kPerChunk;
+      if (grid.out_by_16) {
+        if (columns > 0)
+          *reinterpret_cast<uint4*>(data + block * kPerBlock * kPerChunk) = *reinterpret_cast<const uint4*>(source);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < min(kPerChunk, columns); ++i)
+          data[block * kPerBlock * kPerChunk + i] = reinterpret_cast<const T*>(source)[i];
+      }
     }
   }
 }

@@ -90,23 +90,6 @@ __device__ __forceinline__ bool start(const AttentionParams& p, const TileGrid& 
   return true;
 }
 
-/// Rows in use that attend no key become the mean of all values, where that is asked for.
-template <class Config>
-__device__ __forceinline__ void handle_empty_rows(typename Config::Products::Out& out, const RowState<Config::kRowBlocks>& state,
-                                                  bool any_empty, const WarpContext<Config>& warp, unsigned char* shared) {
-  using T = typename Config::T;
-  if (warp.p.empty_row != EmptyRow::kMean || !__syncthreads_or(any_empty)) return;
-  const TensorView& value = warp.p.value;
-  const Sequence& s = warp.work.sequence;
-  const int head = Config::kSplit ? warp.work.head : warp.grid.group_size.quotient(warp.work.head),
-            head_dim_v = static_cast<int>(value.shape[3]);
-  float* mean = reinterpret_cast<float*>(shared);
-  mean_of_values<T, Config::kThreads>(mean, row_data<T>(value, s.batch_idx, head, s.first_key), s.num_keys, value.stride[2],
-                                      head_dim_v);
-  __syncthreads();
-  fill_empty_rows<Config>(out, state, warp.grid, warp.work, mean, warp.first_row, head_dim_v);
-}
-
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
     attention_tile_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ TileGrid grid) {
@@ -139,13 +122,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   __syncthreads();  // without key tiles the query's copies are still under way, and they end in rows of other warps
 
   const int split = Config::kSplit ? blockIdx.y : 0;
-  const bool any_empty = normalize_rows<Config>(out, state, p, grid, work, warp.first_row, split);
+  const EmptyRows empty = normalize_rows<Config>(out, state, p, grid, work, warp.first_row, split);
   if (Config::kSplit && grid.partial_out != nullptr) {
     write_partial<Config>(out, p, grid, work, warp.first_row, split);
     return;
   }
-  handle_empty_rows<Config>(out, state, any_empty, warp, shared);
   write_out<Config>(out, shared + Config::kKeyValueBytes, p, grid, work, warp.first_row);
+  if (p.empty_row == EmptyRow::kMean && empty.any()) {
+    __syncwarp();
+    write_mean<Config>(empty, p, grid, work, warp.first_row);
+  }
 }
 
 }  // namespace fa

@@ -55,8 +55,8 @@ struct KeyValueStream {
           Copy::copy(place + target, data, pass, valid_rows, head_dim);
         }
       } else {
-        load_tile_by_element<T, Layout, Config::kTileKv, Config::kThreads>(slots + target, valid_rows, head_dim,
-                                                                           [&](int row) { return data + row * view.stride[2]; });
+        load_strided_by_element<T, Layout, Config::kTileKv, Config::kThreads>(slots + target, valid_rows, head_dim, data,
+                                                                              view.stride[2]);
       }
     }
     cp_async_commit();
@@ -97,8 +97,11 @@ __device__ __forceinline__ void load_query_tile(unsigned char* shared, const Att
       Copy::copy(place, data, pass, valid_rows, head_dim);
       if (!Config::kSplit) data += Copy::kRowsPerPass * p.query.stride[2];
     }
-  } else {
+  } else if constexpr (Config::kSplit) {
     load_tile_by_element<T, typename Config::LayoutQ, Config::kTileQ, Config::kThreads>(shared, valid_rows, head_dim, row);
+  } else {
+    load_strided_by_element<T, typename Config::LayoutQ, Config::kTileQ, Config::kThreads>(shared, valid_rows, head_dim, row(0),
+                                                                                           p.query.stride[2]);
   }
 }
 

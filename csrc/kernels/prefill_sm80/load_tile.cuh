@@ -46,4 +46,12 @@ __device__ __forceinline__ void load_tile_by_element(unsigned char* shared, int 
   }
 }
 
+/// The same for rows `row_stride` apart. Out of line, since the main loop has no registers and no instruction cache for it.
+template <class T, class Layout, int kRows, int kThreads>
+__device__ __noinline__ void load_strided_by_element(unsigned char* shared, int valid_rows, int head_dim, const T* data,
+                                                     int64_t row_stride) {
+  load_tile_by_element<T, Layout, kRows, kThreads>(shared, valid_rows, head_dim,
+                                                   [&](int row) { return data + row * row_stride; });
+}
+
 }  // namespace fa

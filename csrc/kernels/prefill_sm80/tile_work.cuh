@@ -18,14 +18,14 @@ struct TileWork {
   KeyRange keys;         // that the user's mask can show
 };
 
-/// Tile `tile` of the packed sequences' row tiles, each sequence's longest first. One warp's lanes look at 32 sequences at a
-/// time.
+/// Which sequence holds tile `tile` of all packed sequences' row tiles, and its index there, the longest first. (-1, 0): none.
+/// One warp's lanes look at 32 sequences at a time.
 template <int kTileQ>
-__device__ inline TileWork find_packed_tile(const TileGrid& grid, int tile, int head) {
-  const int lane = threadIdx.x % 32, count = grid.num_sequences;
-  for (int first = 0, tiles_before = 0; first < count; first += 32) {
+__device__ inline int2 find_packed_tile(const TileGrid& grid, int tile) {
+  const int lane = threadIdx.x % 32;
+  for (int first = 0, tiles_before = 0; first < grid.num_sequences; first += 32) {
     int tiles = 0;
-    if (first + lane < count) {
+    if (first + lane < grid.num_sequences) {
       tiles = static_cast<int>((grid.sequences.at(first + lane).num_rows + kTileQ - 1) / kTileQ);
     }
     int end = tiles_before + tiles;
@@ -35,13 +35,12 @@ __device__ inline TileWork find_packed_tile(const TileGrid& grid, int tile, int 
     }
     const unsigned holders = __ballot_sync(kAllLanes, end > tile);
     if (holders != 0) {
-      const int holder = __ffs(holders) - 1, b = first + holder;
-      const int last = __shfl_sync(kAllLanes, end, holder) - 1;
-      return {grid.sequences.at(b), b, head, (last - tile) * kTileQ, true, false, {}};
+      const int holder = __ffs(holders) - 1;
+      return {first + holder, __shfl_sync(kAllLanes, end, holder) - 1 - tile};
     }
     tiles_before = __shfl_sync(kAllLanes, end, 31);
   }
-  return {{}, 0, head, 0, false, false, {}};
+  return {-1, 0};
 }
 
 template <int kTileQ>
@@ -51,10 +50,15 @@ __device__ __forceinline__ TileWork find_tile(const AttentionParams& p, const Ti
   const bool last = first_pair + grid.pairs_per_group.divisor > grid.num_pairs;
   const Divisor& pairs = last ? grid.pairs_in_last_group : grid.pairs_per_group;
   const int tile = pairs.quotient(in_group), pair = first_pair + in_group - tile * pairs.divisor;
-  if (p.cu_seqlens_q.present) return find_packed_tile<kTileQ>(grid, tile, pair);
   const int outer = grid.inner.quotient(pair), inner = pair - outer * grid.inner.divisor;
-  const int b = grid.batch_fastest ? inner : outer, head = grid.batch_fastest ? outer : inner;
-  return {grid.sequences.at(b), b, head, (grid.num_row_tiles - 1 - tile) * kTileQ, true, false, {}};
+  int b = grid.batch_fastest ? inner : outer, row_tile = grid.num_row_tiles - 1 - tile;
+  if (p.cu_seqlens_q.present) {
+    const int2 found = find_packed_tile<kTileQ>(grid, tile);
+    b = found.x, row_tile = found.y;
+  }
+  TileWork work{{}, b, grid.batch_fastest ? outer : inner, row_tile * kTileQ, b >= 0, false, {}};
+  if (work.exists) work.sequence = grid.sequences.at(b);
+  return work;
 }
 
 /// One row of the tile: its query row, its head, and whether it exists and is in use.
