@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only generator of attention cases: every adapter and kernel is tested on these, in the operator's own form (docs/operator.md).
+"""The only generator of attention cases: adapters and kernels are all tested on these, in the operator's own form.
 
-`quick()` is for one CPU within a minute, `full()` (over 3,000) for a GPU. A Case is a description with a readable id; `case.problem()`
-draws its tensors. What a kernel must not use (keys beyond a length, rows beyond a query length) is NaN.
+`quick()` is for one CPU within a minute, `full()` (over 3,000) for a GPU. A Case is a description with a readable id;
+`case.problem()` draws its tensors (docs/operator.md). What a kernel must not use (keys beyond a length, rows beyond a
+query length) is NaN.
 """
 
 from __future__ import annotations
@@ -388,7 +389,8 @@ def randomized(count: int, seed: int) -> list[Case]:
                 pick(("", *DTYPES)),
             )
         case = Case(
-            pick(list(DTYPES)), pick((1, 2, 3)), heads, kv_heads, sq, sk, pick(HEAD_DIMS), pick((0, 0, 0, *HEAD_DIMS)), layout,
+            pick(list(DTYPES)), pick((1, 2, 3)), heads, kv_heads, sq, sk,
+            head_dim=pick(HEAD_DIMS), head_dim_v=pick((0, 0, 0, *HEAD_DIMS)), layout=layout,
             output_layout=pick(("", "", "BHSD", "BSHD", "BSH")), lse=bool(rng.random() < 0.7),
             index_dtype=pick(("int64", "int32")), **fields, seed=int(rng.integers(1 << 16)),
         )  # fmt: skip
@@ -408,9 +410,9 @@ def full() -> list[Case]:
 
 
 def quick() -> list[Case]:
-    """For a CPU: every kind once in a small shape and each dtype in turn, a few head sizes and lengths, some random ones."""
+    """For a CPU: every kind once in a small shape, dtypes in turn, head sizes and lengths, some random ones."""
     cases = []
-    for i, (kind, fields) in enumerate(MASKS.items()):
+    for i, fields in enumerate(MASKS.values()):
         dtype = list(DTYPES)[i % 3]
         cases.append(
             Case(dtype, 3, 4, 2, (17, 65, 1, 40)[i % 4], (65, 33, 90)[i % 3], (32, 24, 64, 7)[i % 4], **fields)

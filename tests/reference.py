@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator in NumPy, as docs/operator.md says it and nothing else: the oracle of every test. Independent of the C++ code.
+"""The operator in NumPy, as docs/operator.md says it: the oracle of every test, independent of the C++ code.
 
-`attention(problem)` is in float64. `attention(problem, unfused=True)` is what a graph of MatMul, Softmax, MatMul gives in the
-tensors' own dtype, each result rounded: whose error is the measure of the others'.
+`attention(problem)` is in float64. `attention(problem, unfused=True)` is what a graph of MatMul, Softmax, MatMul gives
+in the tensors' own dtype, each result rounded: its error is the measure of the others'.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from tests.cases import Problem
 
-DEFAULTS = {"q_num_heads": 0, "kv_num_heads": 0, "scale": 0.0, "is_causal": 0, "left_window_size": -1, "right_window_size": -1,
-             "softcap": 0.0, "alignment": "onnx", "empty_row": "zero"}  # fmt: skip
+DEFAULTS = {"q_num_heads": 0, "kv_num_heads": 0, "scale": 0.0, "is_causal": 0, "left_window_size": -1,
+            "right_window_size": -1, "softcap": 0.0, "alignment": "onnx", "empty_row": "zero"}  # fmt: skip
 
 
 @dataclasses.dataclass

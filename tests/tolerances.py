@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only error budget of the attention tests. Errors are against tests/reference.py in float64.
 
-FlashAttention's rule: our largest error is at most twice that of the unfused computation in the same dtype, + 1e-5. To it comes one
-rounding of the output itself, which the unfused result may have escaped by luck. The relative Frobenius error has a limit of its own.
+FlashAttention's rule: our largest error is at most twice that of the unfused computation in the same dtype, + 1e-5. To
+it comes one rounding of the output itself, which the unfused result may have escaped by luck. The relative Frobenius
+error has a limit of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m tests.csrc.run_cases MODULE: a sample of the cases on a compiled fa_csrc, for another process than pytest's.
+"""python -m tests.csrc.run_cases MODULE: a sample of the cases on a compiled fa_csrc, in a process of its own.
 
-Used where an instruction set (FA_CPU_ISA) or a sanitizer must be there from the process's start. Exit 1 where one is wrong.
+Used where an instruction set (FA_CPU_ISA) or a sanitizer must be there from the start. Exit 1 where one is wrong.
 """
 
 from __future__ import annotations

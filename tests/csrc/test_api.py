@@ -39,10 +39,13 @@ REFUSED = [
     ({"query": normal(2, 4, 5, 8).astype(np.int32)}, "query has dtype int32, expected float32, float16 or bfloat16"),
     ({"key": normal(2, 2, 7, 8, dtype=np.float16)}, "key has dtype float16, expected float32 as query"),
     ({"out": normal(2, 4, 5, 6, dtype=ml_dtypes.bfloat16)}, "out has dtype bfloat16, expected float32 as query"),
-    ({"key": normal(2, 3, 7, 8), "value": normal(2, 3, 7, 6)}, "query has 4 heads and key 3, expected a multiple of key's"),
-    ({"key": normal(2, 2, 7, 9)}, "key has shape [2, 2, 7, 9], expected [2, 2, 7, 8] (batch, kv heads, keys, head_dim of query)"),
-    ({"value": normal(2, 2, 6, 6)}, "value has shape [2, 2, 6, 6], expected [2, 2, 7, 6] (batch, heads and rows of key, head_dim_v)"),
-    ({"out": normal(2, 4, 5, 8)}, "out has shape [2, 4, 5, 8], expected [2, 4, 5, 6] (batch, heads and rows of query, head_dim_v)"),
+    (
+        {"key": normal(2, 3, 7, 8), "value": normal(2, 3, 7, 6)},
+        "query has 4 heads and key 3, expected a multiple of key's",
+    ),
+    ({"key": normal(2, 2, 7, 9)}, "key has shape [2, 2, 7, 9], expected [2, 2, 7, 8] (batch, kv heads, keys"),
+    ({"value": normal(2, 2, 6, 6)}, "value has shape [2, 2, 6, 6], expected [2, 2, 7, 6] (batch, heads and rows"),
+    ({"out": normal(2, 4, 5, 8)}, "out has shape [2, 4, 5, 8], expected [2, 4, 5, 6] (batch, heads and rows"),
     ({"key": normal(2, 2, 8, 7).swapaxes(2, 3)}, "key has stride 7 on its last axis, expected 1 (contiguous)"),
     ({"query": normal(2, 4, 5, 0), "key": normal(2, 2, 7, 0)}, "query has head_dim 0, expected at least 1"),
     ({"out": np.broadcast_to(normal(1, 4, 5, 6), (2, 4, 5, 6))}, "out has stride 0 on axis 0, but it is written"),
@@ -50,7 +53,10 @@ REFUSED = [
     ({"lse": normal(2, 4, 6)}, "lse has shape [2, 4, 6], expected [2, 4, 5] (batch, heads and rows of query)"),
     ({"mask": normal(2, 4, 5, 7)}, "mask has dtype float32, expected bool"),
     ({"mask": np.ones((2, 4, 5, 8), bool)}, "mask has 8 keys on its last axis, expected at most the 7 of key"),
-    ({"mask": np.ones((2, 1, 5, 7), bool)}, "mask has shape [2, 1, 5, 7], expected [2, 4, 5, 7] (batch, heads and rows of query"),
+    (
+        {"mask": np.ones((2, 1, 5, 7), bool)},
+        "mask has shape [2, 1, 5, 7], expected [2, 4, 5, 7] (batch, heads and rows of query",
+    ),
     ({"bias": np.ones((2, 4, 5, 7), bool)}, "bias has dtype bool, expected float32, float16 or bfloat16"),
     ({"kv_lengths": np.ones(3, np.int64)}, "kv_lengths has shape [3], expected [2] (batch)"),
     ({"kv_lengths": normal(2)}, "kv_lengths has dtype float32, expected int32 or int64"),
@@ -59,13 +65,22 @@ REFUSED = [
     ({"sinks": normal(3)}, "sinks has shape [3], expected [4] (query heads)"),
     ({"cu_seqlens_q": CU}, "cu_seqlens_kv is missing; both or none"),
     ({"cu_seqlens_q": CU, "cu_seqlens_kv": CU}, "query has batch 2, expected 1 with packed sequences"),
-    (PACKED | {"cu_seqlens_q": CU, "cu_seqlens_kv": CU.astype(np.int64)}, "cu_seqlens_kv has dtype int64, expected int32"),
-    (PACKED | {"cu_seqlens_q": CU, "cu_seqlens_kv": CU[:2]}, "cu_seqlens_kv has shape [2], expected [3] (as cu_seqlens_q)"),
-    (PACKED | {"cu_seqlens_q": CU, "cu_seqlens_kv": CU, "mask": np.ones((1, 4, 5, 5), bool)}, "mask does not go together with packed"),
+    (
+        PACKED | {"cu_seqlens_q": CU, "cu_seqlens_kv": CU.astype(np.int64)},
+        "cu_seqlens_kv has dtype int64, expected int32",
+    ),
+    (
+        PACKED | {"cu_seqlens_q": CU, "cu_seqlens_kv": CU[:2]},
+        "cu_seqlens_kv has shape [2], expected [3] (as cu_seqlens_q)",
+    ),
+    (
+        PACKED | {"cu_seqlens_q": CU, "cu_seqlens_kv": CU, "mask": np.ones((1, 4, 5, 5), bool)},
+        "mask does not go together with packed",
+    ),
     ({"softmax_scale": float("nan")}, "softmax_scale is nan, expected a finite number"),
     ({"softcap": -1.0}, "softcap is -1.000000, expected 0 (none) or more"),
     ({"window_left": -2}, "window_left is -2, expected -1 (open) or more"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "sentence"), REFUSED, ids=[sentence for _, sentence in REFUSED])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attention_forward on the CPU, below the adapters: all cases, invariances that hold bit for bit, memory, instruction sets."""
+"""attention_forward on the CPU, below the adapters: all cases, invariances, memory, instruction sets."""
 
 from __future__ import annotations
 

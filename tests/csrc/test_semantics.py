@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Properties of csrc/semantics: the tile ranges against the element rule, partial softmaxes against the whole, spans inside tensors."""
+"""Properties of csrc/semantics: tile ranges against the element rule, partial softmaxes against the whole, spans."""
 
 from __future__ import annotations
 
@@ -142,8 +142,7 @@ def test_packed_sequences_follow_one_another(fa_csrc, lengths):
     cu_kv = np.cumsum([0] + [kv for _, kv in lengths]).astype(np.int32)
     assume(cu_q[-1] > 0)
     for b, (q, kv) in enumerate(lengths):
-        s = fa_csrc.sequence_at(
-            b, int(cu_q[-1]), int(cu_kv[-1]), {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}, 0, False
-        )
+        indices = {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}
+        s = fa_csrc.sequence_at(b, int(cu_q[-1]), int(cu_kv[-1]), indices, 0, False)
         assert (s["batch_idx"], s["first_row"], s["num_rows"]) == (0, cu_q[b], q)
         assert (s["first_key"], s["num_keys"]) == (cu_kv[b], kv)

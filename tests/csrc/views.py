@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A problem of tests/cases.py as the fields of AttentionParams: [B, H, S, D] views with strides, broadcast axes with stride 0.
+"""A problem of tests/cases.py as the fields of AttentionParams: [B, H, S, D] views, broadcast axes with stride 0.
 
 Written from docs/operator.md and csrc/include/fa/attention.h, not from plugin/bind.cpp, so that each tests the other.
 """
