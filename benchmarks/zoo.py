@@ -31,6 +31,9 @@ import rich.table
 WORKER = pathlib.Path(__file__).with_name("zoo_model.py")
 PEERS = {"onnxruntime": "onnxruntime optimizer", "onnxscript": "onnxscript ort_fusions"}
 
+# What a model is known to have (manifest.jsonl) and the word for it in the operator's kinds (zoo_model.py).
+NEEDS = {"causal": "causal", "sliding_window": "window", "padding_mask": "1xS", "softcap": "softcap", "sinks": "sinks"}
+
 
 @dataclasses.dataclass
 class Options:
@@ -198,6 +201,14 @@ def show_slices(results: list[dict], peers: bool, screen: rich.console.Console) 
         screen.print("peers: blocks fused, in brackets those in models that then still ran and agreed\n")
 
 
+def add_needs(results: list[dict], manifest: pathlib.Path) -> None:
+    """Takes from the folder's manifest, where there is one, what each model is known to have."""
+    lines = manifest.read_text("utf-8").splitlines() if manifest.exists() else []
+    needs = {entry["name"]: entry.get("needs") for entry in map(json.loads, lines)}
+    for result in results:
+        result["needs"] = needs.get(result["name"]) or result.get("needs")
+
+
 def show_families(results: list[dict], screen: rich.console.Console) -> None:
     """By family: blocks, what was proven, the worst error as a share of the tolerance."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -209,6 +220,24 @@ def show_families(results: list[dict], screen: rich.console.Console) -> None:
         cells = (family, tally.models, tally.expected, tally.fused, tally.wrong, f"{tally.worst:.3f}", kinds)
         table.add_row(*map(str, cells), style="red" if tally.wrong else None)
     screen.print(table)
+
+
+def show_proofs(results: list[dict], screen: rich.console.Console) -> None:
+    """For each property that the models are known to have: in how many of them it was proven."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("property", "models that have it", "proven in", "not in"):
+        table.add_column(heading, justify="right" if heading in ("models that have it", "proven in") else "left")
+    for need, word in NEEDS.items():
+        having = [
+            result for result in results if need in (result.get("needs") or []) and result["ours"]["outcome"] == "right"
+        ]
+        without = [
+            result["name"] for result in having if not any(word in kind for kind in result["ours"].get("kinds", []))
+        ]
+        if having:
+            table.add_row(need, str(len(having)), str(len(having) - len(without)), ", ".join(without))
+    if table.row_count:
+        screen.print(table)
 
 
 def show_reasons(results: list[dict], screen: rich.console.Console) -> None:
@@ -270,10 +299,12 @@ def main() -> int:
     screen = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     start = time.monotonic()
     results = examine_all(folders, options, arguments.jobs, screen)
+    add_needs(results, arguments.folder / "manifest.jsonl")
     totals = summary(results, options)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({"summary": totals, "results": results}, indent=1) + "\n", "utf-8")
     show_families(results, screen)
+    show_proofs(results, screen)
     show_reasons(results, screen)
     show_slices(results, options.peers, screen)
     print(f"{len(results)} models in {time.monotonic() - start:.0f} s; results: {arguments.json}")

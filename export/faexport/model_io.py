@@ -157,7 +157,8 @@ def _read_proto(path: pathlib.Path) -> onnx.ModelProto:
 def _from_proto(proto: onnx.ModelProto, name: str, path: pathlib.Path) -> ir.Model:
     _check_proto(proto, name)
     try:
-        model = ir.from_proto(proto)
+        with _silent_serde():  # its warnings are _check_nodes' errors
+            model = ir.from_proto(proto)
     except Exception as error:  # onnx-ir raises many types for malformed protos; all of them are bad input
         raise ModelError(
             f"{name}: malformed model: {_root_cause(error)}; onnx.checker.check_model may tell more"
@@ -301,16 +302,24 @@ def _write_inline(model: ir.Model, path: pathlib.Path, progress: Progress | None
 def _without_tensors(values: list[ir.Value]) -> Iterator[list[ir.TensorProtocol]]:
     """Takes the tensors off the initializers, which onnx-ir then leaves out, and puts them back."""
     tensors = [value.const_value for value in values]
-    logger = ir.serde.logger
-    disabled, logger.disabled = logger.disabled, True  # it warns of each initializer without a tensor
     try:
         for value in values:
             value.const_value = None
-        yield tensors
+        with _silent_serde():  # it warns of each initializer without a tensor
+            yield tensors
     finally:
-        logger.disabled = disabled
         for value, tensor in zip(values, tensors, strict=True):
             value.const_value = tensor
+
+
+@contextlib.contextmanager
+def _silent_serde() -> Iterator[None]:
+    logger = ir.serde.logger
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def _tensor_proto(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:

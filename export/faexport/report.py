@@ -185,9 +185,7 @@ def sites_table(sites: Sequence[SiteReport]) -> rich.table.Table:
             _pair(site.seqlen_q, site.seqlen_kv),
         )
         proven = ", ".join(dict.fromkeys(fact.text for fact in site.facts))
-        result = (
-            "[green]fused[/green]" if site.fused else f"[yellow]left:[/yellow] {rich.markup.escape(str(site.refusal))}"
-        )
+        result = "[green]fused[/green]" if site.fused else f"[yellow]left:[/yellow] {_why(site)}"
         cells = (site.name, site.source, *sizes, _pair(site.head_dim, site.head_dim_v), proven or "-")
         table.add_row(*map(rich.markup.escape, cells), result)
     return table

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line by subprocess: exit codes, what is printed where, what is written and what is not."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from tests.export import big_model
+from tests.export.bad_models import BAD
+from tests.export.commands import assert_bad_input, faexport
+
+SIZE = big_model.EncoderSize(2, 4, 16)
+
+
+@pytest.fixture
+def model(tmp_path: pathlib.Path) -> pathlib.Path:
+    onnx.save(big_model.encoder(SIZE), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+@pytest.fixture
+def plain(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A model without attention."""
+    shape = ["n", 4]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(proto, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def names(folder: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def operators(path: pathlib.Path) -> int:
+    return sum(node.op_type == "FlashAttention" for node in onnx.load(path).graph.node)
+
+
+def test_the_bare_form_writes_a_verified_model_beside_the_input(model: pathlib.Path) -> None:
+    before = model.read_bytes()
+    done = faexport("model.onnx", cwd=model.parent)
+    assert done.returncode == 0, done.stderr
+    assert names(model.parent) == ["model.fa.onnx", "model.onnx"]
+    assert operators(model.with_name("model.fa.onnx")) == SIZE.layers
+    assert model.read_bytes() == before
+    assert "/encoder/layer.0/attention/Softmax" in done.stdout
+    assert "last_hidden_state" in done.stdout and "verification passed" in done.stdout
+    assert "2 of 2 attention sites fused; wrote model.fa.onnx" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr, "no colours and no progress bar in a pipe"
+    assert done.stderr == ""
+
+
+def test_the_command_s_name_may_be_given_and_options_may_come_first(model: pathlib.Path) -> None:
+    assert faexport("fuse", "--no-verify", model).returncode == 0
+    assert faexport("--no-verify", "--quiet", model, "-o", model.with_name("b.onnx")).returncode == 0
+    assert (model.parent / "b.onnx").read_bytes() == (model.parent / "model.fa.onnx").read_bytes()
+
+
+def test_the_interface_of_the_model_is_kept(model: pathlib.Path) -> None:
+    assert faexport(model, "--no-verify").returncode == 0
+    old, new = onnx.load(model), onnx.load(model.with_name("model.fa.onnx"))
+    assert list(new.graph.input) == list(old.graph.input)
+    assert list(new.graph.output) == list(old.graph.output)
+    assert list(new.metadata_props) == list(old.metadata_props)
+    assert (new.producer_name, new.graph.name) == (old.producer_name, old.graph.name)
+
+
+def test_a_second_run_finds_nothing_to_do(model: pathlib.Path) -> None:
+    assert faexport(model, "--no-verify", "--quiet").returncode == 0
+    again = faexport(model.with_name("model.fa.onnx"))
+    assert again.returncode == 0 and "already has 2 FlashAttention nodes" in again.stdout
+    assert names(model.parent) == ["model.fa.onnx", "model.onnx"]
+
+
+def test_nothing_to_fuse_is_no_error(plain: pathlib.Path) -> None:
+    done = faexport(plain)
+    assert done.returncode == 0 and "nothing to fuse: the model has no attention" in done.stdout
+    assert names(plain.parent) == ["model.onnx"]
+
+
+def test_a_dry_run_writes_nothing(model: pathlib.Path) -> None:
+    done = faexport(model, "--dry-run")
+    assert done.returncode == 0 and "verification passed" in done.stdout
+    assert "2 of 2 attention sites can be fused; no model was written" in done.stdout
+    assert names(model.parent) == ["model.onnx"]
+
+
+def test_inspect_only_looks(model: pathlib.Path) -> None:
+    done = faexport("inspect", model)
+    assert done.returncode == 0 and "fused" in done.stdout and "verification" not in done.stdout
+    assert names(model.parent) == ["model.onnx"]
+
+
+def test_json_is_all_that_is_printed(model: pathlib.Path) -> None:
+    done = faexport(model, "--json", "--report", model.with_name("r.json"), "--dry-run")
+    report = json.loads(done.stdout)
+    assert report == json.loads(model.with_name("r.json").read_text())
+    assert report["num_fused"] == 2 and report["output"] is None
+    assert report["verification"]["status"] == "passed"
+
+
+def test_quiet_prints_nothing(model: pathlib.Path) -> None:
+    done = faexport(model, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_own_inputs_are_compared_too(model: pathlib.Path) -> None:
+    np.savez(model.with_name("in.npz"), hidden_states=np.ones((5, 9, SIZE.hidden), np.float32))
+    done = faexport(model, "--inputs", model.with_name("in.npz"), "--json")
+    runs = json.loads(done.stdout)["verification"]["runs"]
+    assert [5, 9, SIZE.hidden] in [run["inputs"]["hidden_states"] for run in runs] and len(runs) > 2
+
+
+def test_bad_own_inputs_are_bad_input(model: pathlib.Path) -> None:
+    np.savez(model.with_name("in.npz"), other=np.ones(3))
+    assert_bad_input(faexport(model, "--inputs", model.with_name("in.npz")), "no array 'hidden_states'")
+    model.with_name("in.npz").write_text("hello")
+    assert_bad_input(faexport(model, "--inputs", model.with_name("in.npz")), "in.npz", "numpy.savez")
+    assert names(model.parent) == ["in.npz", "model.onnx"]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_exits_with_2(kind: str, tmp_path: pathlib.Path) -> None:
+    write, words = BAD[kind]
+    write(tmp_path / "model.onnx")
+    before = names(tmp_path)
+    assert_bad_input(faexport(tmp_path / "model.onnx", "--report", tmp_path / "r.json"), *words)
+    assert names(tmp_path) == before
+
+
+def test_the_input_can_t_be_the_output(model: pathlib.Path) -> None:
+    before = model.read_bytes()
+    assert_bad_input(faexport(model, "-o", model), "overwrite the input", "-o")
+    assert_bad_input(faexport(model, "-o", model.parent / "no" / "such.onnx"), "does not exist")
+    assert_bad_input(faexport(model, "-o", model.parent), "folder")
+    assert model.read_bytes() == before and names(model.parent) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("arguments", [("--no-such-option", "x.onnx"), ("x.onnx", "--dtype", "fp8"), ("inspect",)])
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    done = faexport(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr
+
+
+def test_a_failed_verification_writes_nothing_and_exits_with_1(model: pathlib.Path) -> None:
+    """A rewrite that is wrong on purpose: the scale of every operator is doubled before it is verified."""
+    saboteur = model.parent / "saboteur"
+    saboteur.mkdir()
+    (saboteur / "sitecustomize.py").write_text(
+        "from faexport import pipeline\n"
+        "honest = pipeline.run\n"
+        "def run(model, options):\n"
+        "    model, report = honest(model, options)\n"
+        "    import onnx_ir as ir\n"
+        "    for node in model.graph:\n"
+        "        if node.op_type == 'FlashAttention':\n"
+        "            node.attributes['scale'] = ir.AttrFloat32('scale', 2 * node.attributes.get_float('scale', 0.25))\n"
+        "    return model, report\n"
+        "pipeline.run = run\n"
+    )
+    from tests.export import commands
+
+    path = f"{saboteur}:{commands.environment()['PYTHONPATH']}"
+    done = faexport(model, "--report", model.with_name("r.json"), PYTHONPATH=path)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ") and "last_hidden_state" in done.stderr
+    assert "was not written" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert json.loads(model.with_name("r.json").read_text())["verification"]["status"] == "failed"
+    assert names(model.parent) == ["model.onnx", "r.json", "saboteur"]
+
+
+def test_help_teaches_by_examples() -> None:
+    done = faexport("--help", COLUMNS="120")
+    assert done.returncode == 0
+    for word in (
+        "Examples",
+        "faexport inspect model.onnx",
+        "--no-verify",
+        "--assume",
+        "Exit codes",
+        "build",
+        "inspect",
+    ):
+        assert word in done.stdout, word
+    assert faexport("inspect", "--help").returncode == 0
+
+
+def test_version() -> None:
+    done = faexport("--version")
+    assert done.returncode == 0 and done.stdout.startswith("faexport ")
+
+
+def test_colours_only_on_terminals(model: pathlib.Path) -> None:
+    """In a pseudo-terminal there are colours, unless NO_COLOR asks for none."""
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    from tests.export import commands
+
+    def run(**env: str) -> bytes:
+        main, side = pty.openpty()
+        command = [sys.executable, "-m", "faexport", "inspect", str(model)]
+        environment = commands.environment() | {"TERM": "xterm-256color"} | env
+        with subprocess.Popen(command, stdout=side, stderr=subprocess.DEVNULL, env=environment) as process:
+            os.close(side)
+            output = b""
+            try:
+                while block := os.read(main, 65536):
+                    output += block
+            except OSError:  # the other end is closed
+                pass
+        os.close(main)
+        assert process.returncode == 0
+        return output
+
+    assert b"\x1b[32m" in run()
+    assert b"\x1b[32m" not in run(NO_COLOR="1")

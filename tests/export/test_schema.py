@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schema: attributes are those of attributes.def, and onnx infers the shapes that docs/operator.md gives."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import onnx
+import pytest
+from faexport import schema
+from onnx import TensorProto, helper
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def infer(query: list, key: list, value: list, *more: list, outputs: int = 1, **attributes: object) -> list[list]:
+    """Shapes of the outputs, sizes as numbers and names as strings."""
+    schema.register()
+    shapes = [query, key, value, *more]
+    inputs = [helper.make_tensor_value_info(f"i{n}", TensorProto.FLOAT16, shape) for n, shape in enumerate(shapes)]
+    names = [f"o{n}" for n in range(outputs)]
+    node = helper.make_node("FlashAttention", [value.name for value in inputs], names, domain="faexport", **attributes)
+    empty = [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None) for name in names]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("faexport", 1)]
+    model = helper.make_model(helper.make_graph([node], "g", inputs, empty), opset_imports=opsets, ir_version=9)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    onnx.checker.check_model(inferred, full_check=True)
+    tensors = [output.type.tensor_type for output in inferred.graph.output]
+    return [[dim.dim_value or dim.dim_param for dim in tensor.shape.dim] for tensor in tensors]
+
+
+def test_attributes_are_those_of_the_table() -> None:
+    table = (ROOT / "csrc/include/fa/attributes.def").read_text()
+    rows = re.findall(r"^FA_ATTRIBUTE\((\w+), (\w+),", table, re.M)
+    assert [(row.type.name, row.name) for row in schema.attributes()] == rows
+    made = schema.make_schema().attributes
+    assert set(made) == {name for _, name in rows}
+    assert made["left_window_size"].default_value.i == -1
+    assert made["alignment"].default_value.s == b"onnx"
+
+
+def test_names_of_optional_tensors_are_those_of_the_documentation() -> None:
+    page = (ROOT / "docs/operator.md").read_text()
+    inputs, outputs = page.split("| output | dtype", 1)
+    named = re.findall(
+        r"`(\w+)`", " ".join(line.split("|")[1] for line in inputs.splitlines() if line.startswith("| `"))
+    )
+    assert set(schema.OPTIONAL_INPUTS) == set(named) - {"query", "key", "value"}
+    assert all(f"`{name}`" in outputs for name in schema.OPTIONAL_OUTPUTS)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "attributes", "expected"),
+    [
+        (["B", 8, "S", 64], ["B", 2, "T", 64], ["B", 2, "T", 32], {}, ["B", 8, "S", 32]),
+        (["B", "S", 8, 64], ["B", "T", 8, 64], ["B", "T", 8, 64],
+         {"query_layout": "BSHD", "key_layout": "BSHD", "value_layout": "BSHD"}, ["B", "S", 8, 64]),
+        (["B", "S", 48], ["B", "T", 24], ["B", "T", 12], {"q_num_heads": 4, "kv_num_heads": 2}, ["B", "S", 24]),
+        (["B", 8, "S", 64], ["B", 8, "T", 64], ["B", 8, "T", 64], {"output_layout": "BSH"}, ["B", "S", 512]),
+        (["B", "S", 96], ["B", "S", 96], ["B", "S", 96],
+         {"q_num_heads": 2, "kv_num_heads": 2, "packed_columns": [0, 16, 32, 16, 64, 16], "head_dim": 16},
+         ["B", "S", 32]),
+    ],
+)  # fmt: skip
+def test_output_shapes(query: list, key: list, value: list, attributes: dict, expected: list) -> None:
+    assert infer(query, key, value, **attributes) == [expected]
+
+
+def test_shapes_of_the_optional_outputs() -> None:
+    fresh, past = ["B", 2, 3, 16], ["B", 2, 5, 16]
+    shapes = infer(
+        ["B", 8, 3, 16], fresh, fresh, past, past, outputs=4,
+        optional_inputs="past_key,past_value", optional_outputs="present_key,present_value,lse",
+    )  # fmt: skip
+    assert shapes == [["B", 8, 3, 16], ["B", 2, 8, 16], ["B", 2, 8, 16], ["B", 8, 3]]
+
+
+def test_contradictions_are_errors() -> None:
+    four = ["B", 8, "S", 64]
+    with pytest.raises(onnx.shape_inference.InferenceError, match="rank"):
+        infer(four, four, four, query_layout="BSH", q_num_heads=8)
+    with pytest.raises(onnx.shape_inference.InferenceError, match="BSDH"):
+        infer(four, four, four, query_layout="BSDH")
+    with pytest.raises(onnx.shape_inference.InferenceError, match="weights"):
+        infer(four, four, four, outputs=2, optional_outputs="weights")

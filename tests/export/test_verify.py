@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verify: equal models pass, each kind of difference fails, and what can't be compared is said and not hidden."""
+
+from __future__ import annotations
+
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from faexport import inputs, model_io, ort_session, verify
+from faexport.report import VerificationStatus
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.export import big_model
+
+PASSED, FAILED, NOT_RUN = VerificationStatus.PASSED, VerificationStatus.FAILED, VerificationStatus.NOT_RUN
+
+
+def save(path: pathlib.Path, nodes: list, given: dict, output: tuple, constants: dict | None = None) -> pathlib.Path:
+    """A model of these nodes; inputs and output as name: (dtype, shape)."""
+    values = [helper.make_tensor_value_info(name, *what) for name, what in given.items()]
+    weights = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
+    graph = helper.make_graph(nodes, "g", values, [helper.make_tensor_value_info("y", *output)], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def scaled(path: pathlib.Path, factor: float, dtype: int = TensorProto.FLOAT) -> pathlib.Path:
+    """y = factor * x."""
+    numpy_type = helper.tensor_dtype_to_np_dtype(dtype)
+    constants = {"factor": np.array(factor, numpy_type)}
+    vector = (dtype, ["n", 8])
+    return save(path, [helper.make_node("Mul", ["x", "factor"], ["y"])], {"x": vector}, vector, constants)
+
+
+def test_equal_models_pass_on_several_sizes(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.onnx"
+    onnx.save(big_model.encoder(big_model.EncoderSize()), path)
+    result = verify.verify(path, path)
+    assert result.status is PASSED
+    shapes = [run.inputs["hidden_states"] for run in result.runs]
+    assert len(set(shapes)) >= 3, "other sizes where dims are dynamic"
+    assert all(output.max_abs_diff == 0 for run in result.runs for output in run.outputs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "status"),
+    [
+        (TensorProto.FLOAT, 1 + 1e-5, PASSED),
+        (TensorProto.FLOAT, 1 + 1e-3, FAILED),
+        (TensorProto.FLOAT16, 1 + 2e-3, PASSED),
+        (TensorProto.FLOAT16, 1.05, FAILED),
+    ],
+)
+def test_the_tolerance_follows_the_dtype(
+    dtype: int, factor: float, status: VerificationStatus, tmp_path: pathlib.Path
+) -> None:
+    result = verify.verify(scaled(tmp_path / "a.onnx", 1.0, dtype), scaled(tmp_path / "b.onnx", factor, dtype))
+    assert result.status is status, result
+
+
+def test_bfloat16_values_are_compared() -> None:
+    want = np.array([1.0, 2.0, 4.0], ml_dtypes.bfloat16)
+    assert verify.compare("y", want, want, "bfloat16").ok
+    assert not verify.compare("y", want, want[::-1], "bfloat16").ok
+
+
+def test_what_differs_in_kind_fails() -> None:
+    want = np.array([1.0, np.nan, np.inf], np.float32)
+    assert verify.compare("y", want, np.array([1.0, 0.0, np.inf], np.float32), "float32").ok, "0 where 0 / 0 was"
+    assert not verify.compare("y", want, np.array([np.nan, 0.0, np.inf], np.float32), "float32").ok
+    assert not verify.compare("y", want, np.array([1.0, 0.0, 7.0], np.float32), "float32").ok
+    assert not verify.compare("y", want, want[:2], "float32").ok
+    assert not verify.compare("y", want, want.astype(np.float64), "float32").ok
+    assert not verify.compare("y", np.array([1, 2]), np.array([1, 3]), "float32").ok
+
+
+def test_an_original_that_does_not_run_is_said(tmp_path: pathlib.Path) -> None:
+    node = helper.make_node("NoSuchOperator", ["x"], ["y"], domain="some.where")
+    vector = (TensorProto.FLOAT, ["n", 8])
+    path = save(tmp_path / "a.onnx", [node], {"x": vector}, vector)
+    proto = onnx.load(path)
+    proto.opset_import.append(helper.make_opsetid("some.where", 1))
+    onnx.save(proto, path)
+    result = verify.verify(path, path)
+    assert result.status is NOT_RUN and "NoSuchOperator" in result.reason and "does not run" in result.reason
+
+
+def test_a_rewritten_model_that_does_not_run_fails(tmp_path: pathlib.Path) -> None:
+    good = scaled(tmp_path / "a.onnx", 1.0)
+    vector = (TensorProto.FLOAT, ["n", 8])
+    shape = {"shape": np.array([3, 5], np.int64)}
+    bad = save(tmp_path / "b.onnx", [helper.make_node("Reshape", ["x", "shape"], ["y"])], {"x": vector}, vector, shape)
+    result = verify.verify(good, bad)
+    assert result.status is FAILED and "does not run" in result.reason
+
+
+def test_a_model_that_is_random_is_not_judged(tmp_path: pathlib.Path) -> None:
+    vector = (TensorProto.FLOAT, ["n", 8])
+    path = save(tmp_path / "a.onnx", [helper.make_node("RandomNormalLike", ["x"], ["y"])], {"x": vector}, vector)
+    result = verify.verify(path, path)
+    assert result.status is NOT_RUN and "not repeatable" in result.reason
+
+
+def test_lengths_that_the_model_refuses_are_replaced(tmp_path: pathlib.Path) -> None:
+    """Its input must divide into rows of 32."""
+    shape = {"shape": np.array([-1, 32], np.int64)}
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
+    path = save(tmp_path / "a.onnx", [node], {"x": (TensorProto.FLOAT, [1, "n"])}, (TensorProto.FLOAT, None), shape)
+    result = verify.verify(path, path)
+    assert result.status is PASSED and result.runs[0].inputs["x"] == (1, 32)
+
+
+def test_ids_stay_inside_their_tables_and_masks_are_masks(tmp_path: pathlib.Path) -> None:
+    nodes = [
+        helper.make_node("Unsqueeze", ["input_ids", "one"], ["ids"]),
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("Cast", ["attention_mask"], ["kept"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["kept"], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["rows", "sum"], ["y"]),
+    ]
+    given = {name: (TensorProto.INT64, ["batch", "sequence"]) for name in ("input_ids", "attention_mask")}
+    constants = {"table": np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32), "one": np.array([1])}
+    path = save(tmp_path / "a.onnx", nodes, given, (TensorProto.FLOAT, None), constants)
+    specs = inputs.input_specs(model_io.load(path))
+    bound = inputs.bind(specs, inputs.Sizes(4, 50))
+    assert bound == {"batch": 4, "sequence": 50}
+    drawn = inputs.draw(specs, bound, inputs.MaskPattern.RIGHT_PADDED, np.random.default_rng(0))
+    assert drawn["input_ids"].min() >= 0 and 5 < drawn["input_ids"].max() < 11
+    mask = drawn["attention_mask"]
+    assert set(np.unique(mask)) == {0, 1} and mask[0].all() and (np.diff(mask, axis=1) <= 0).all()
+    left = inputs.draw(specs, bound, inputs.MaskPattern.LEFT_PADDED, np.random.default_rng(0))["attention_mask"]
+    assert (np.diff(left, axis=1) >= 0).all() and not left.all()
+
+
+def test_a_mask_over_past_and_new_tokens_is_as_long_as_both() -> None:
+    def value(name: str, *shape: object) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT if "past" in name else TensorProto.INT64, shape)
+
+    given = [
+        value("input_ids", "batch", "s"),
+        value("attention_mask", "batch", "m"),
+        value("past_key", "batch", 2, "p", 8),
+        value("total", "batch", "s + p"),
+    ]
+    graph = helper.make_graph([], "g", given, [])
+    model = model_io.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
+    bound = inputs.bind(inputs.input_specs(model), inputs.Sizes(2, 16, 5))
+    assert bound == {"batch": 2, "s": 16, "m": 21, "p": 5}
+
+
+def test_a_sequence_needs_inputs_of_the_user(tmp_path: pathlib.Path) -> None:
+    parts = helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, ["n"])
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m"])
+    graph = helper.make_graph(
+        [helper.make_node("ConcatFromSequence", ["parts"], ["y"], axis=0)], "g", [parts], [output]
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "a.onnx")
+    result = verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    assert result.status is NOT_RUN and "parts" in result.reason and "--inputs" in result.reason
+
+
+def test_a_crash_of_the_runtime_is_an_answer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that is killed leaves a sentence, and this process alive."""
+    crash = tmp_path / "onnxruntime.py"
+    crash.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = ort_session.run(ort_session.Job("model.onnx", []))
+    assert "crashed" in result.error and "11" in result.error
+
+
+def test_messages_of_the_runtime_are_short() -> None:
+    message = (
+        "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node. Name:'r' "
+        "Status Message: "
+        "/src/onnxruntime/core/providers/cpu/tensor/reshape_helper.h:45 onnxruntime::ReshapeHelper(const X&, bool) "
+        "size != 0 was false."
+    )
+    assert ort_session.one_line(message) == "size != 0 was false."
