@@ -38,11 +38,12 @@ __global__ void __launch_bounds__(32 * kWarps)
   const bool in_use = row < s.query_length;
 
   float top = -INFINITY;
-  for (int split = lane; split < partials.num_splits; split += 32) top = fmaxf(top, partials.lse[split * num_rows + idx]);
+  for (int split = lane; split < partials.num_splits; split += 32) top = fmaxf(top, partials.state[split * num_rows + idx].x);
   for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, lanes));
   float sum = 0.0f;
   for (int split = lane; split < partials.num_splits; split += 32) {
-    weights[split] = rescale_factor(partials.lse[split * num_rows + idx], top);
+    const float2 state = partials.state[split * num_rows + idx];
+    weights[split] = state.y * rescale_factor(state.x, top);
     sum += weights[split];
   }
   for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);

@@ -38,7 +38,7 @@ std::string supports(const AttentionParams& params, const DeviceInfo& device) {
 
 size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device) {
   const int64_t splits = num_splits(params, device, *find_instance(params, Variant::kSplit));
-  return splits == 1 ? 0 : static_cast<size_t>(splits * num_rows(params) * (params.value.shape[3] + 1)) * sizeof(float);
+  return splits == 1 ? 0 : static_cast<size_t>(splits * num_rows(params) * (params.value.shape[3] + 2)) * sizeof(float);
 }
 
 /// A bound of splits * rows: the splits are bounded by the keys, and blocks * splits by the device, a block having tile_q rows.
@@ -48,7 +48,7 @@ size_t max_workspace_bytes(const AttentionParams& largest, const DeviceInfo& dev
   const int64_t max_splits = largest.key.shape[2] / kMinKeysPerSplit;
   const int64_t max_rows = std::min(num_rows(largest), kMaxRows * largest.key.shape[1] * largest.query.shape[0]);
   const int64_t partial_rows = std::min(max_splits * max_rows, device.num_sms * kBlocksPerSm * instance->tile().tile_q());
-  return static_cast<size_t>(partial_rows * (largest.value.shape[3] + 1)) * sizeof(float);
+  return static_cast<size_t>(partial_rows * (largest.value.shape[3] + 2)) * sizeof(float);
 }
 
 Status launch(const AttentionParams& params, const ExecutionContext& context) {
@@ -56,11 +56,12 @@ Status launch(const AttentionParams& params, const ExecutionContext& context) {
   TileGrid grid{};
   grid.num_splits = static_cast<int>(num_splits(params, context.device, instance));
   if (grid.num_splits > 1) {
-    grid.partial_out = static_cast<float*>(context.workspace);
-    grid.partial_lse = grid.partial_out + grid.num_splits * num_rows(params) * params.value.shape[3];
+    const int64_t rows = grid.num_splits * num_rows(params);
+    grid.partial_state = static_cast<float2*>(context.workspace);
+    grid.partial_out = reinterpret_cast<float*>(grid.partial_state + rows);
   }
   if (Status status = launch_instance(instance, params, grid, context); !status.ok()) return status;
-  return grid.num_splits > 1 ? combine({grid.partial_out, grid.partial_lse, grid.num_splits}, params, context) : Status{};
+  return grid.num_splits > 1 ? combine({grid.partial_out, grid.partial_state, grid.num_splits}, params, context) : Status{};
 }
 
 }  // namespace fa::decode_splitkv

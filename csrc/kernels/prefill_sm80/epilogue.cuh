@@ -63,7 +63,7 @@ __device__ __forceinline__ EmptyRows normalize_rows(typename Config::Products::O
       }
       if (t != 0 || !row.exists) continue;
       if (Config::kSplit && grid.partial_out != nullptr) {
-        grid.partial_lse[partial_index(p, work, row, split)] = lse(all);
+        grid.partial_state[partial_index(p, work, row, split)] = make_float2(all.max, all.sum);
       } else if (p.lse.present) {
         *row_data<float>(p.lse, work.sequence.batch_idx, row.head, work.sequence.first_row + row.row) =
             row.in_use ? lse(all) : -INFINITY;

@@ -17,6 +17,9 @@ struct Products {
   static constexpr bool kFloat = sizeof(T) == 4;
   static constexpr int kRowBlocks = Config::kRowBlocks, kKeyBlocks = Config::kTileKv / 8, kDimBlocks = Config::kHeadDim / 8;
   static constexpr int kDepthSteps = Config::kHeadDim * sizeof(T) / 32;  // of two chunks each
+  // NOTE: tensor cores round sums toward zero. float32 sums are therefore short: each starts from 0 and is added by the FP32
+  // unit, else their error would grow with head_dim and the number of keys.
+  static constexpr int kStepsPerSum = 4;
 
   using Scores = float[kRowBlocks][kKeyBlocks][4];
   using Out = float[kRowBlocks][kDimBlocks][4];
@@ -77,15 +80,15 @@ struct Products {
         for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
       }
     }
+    Scores sum = {};
 #pragma unroll
     for (int step = 0; step < kDepthSteps; ++step) {
-      if constexpr (Config::kQueryInRegisters) {
-        score_step(scores, held[step], key, step);
-      } else {
-        QueryFragment a;
-        load_query(a, query, step);
-        score_step(scores, a, key, step);
-      }
+      QueryFragment a;
+      if constexpr (!Config::kQueryInRegisters) load_query(a, query, step);
+      score_step(kFloat ? sum : scores, Config::kQueryInRegisters ? held[step] : a, key, step);
+      if (!kFloat || step % kStepsPerSum != kStepsPerSum - 1) continue;
+#pragma unroll
+      for (int i = 0; i < kKeyBlocks * 4; ++i) scores[0][i / 4][i % 4] += sum[0][i / 4][i % 4], sum[0][i / 4][i % 4] = 0.0f;
     }
   }
 
@@ -113,8 +116,7 @@ struct Products {
 
  private:
   /// out += P V, float32. Depth place t is column 2t of the accumulator and t + 4 column 2t + 1, so that no lane gives elements
-  /// away. NOTE: tensor cores round sums toward zero, so each tile's sum starts from 0 and is added to `out` by the FP32 unit:
-  /// else the error would grow with the number of keys.
+  /// away. Each tile's sum starts from 0.
   static __device__ __forceinline__ void accumulate_float(Out& out, const Weights& p, uint32_t value_base) {
     static_assert(!kFloat || kRowBlocks == 1);
     uint32_t high[kKeyBlocks][4], low[kKeyBlocks][4];

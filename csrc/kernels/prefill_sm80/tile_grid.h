@@ -3,6 +3,8 @@
 // launch_instance().
 #pragma once
 
+#include <vector_types.h>
+
 #include "kernels/common/divisor.h"
 #include "semantics/sequence.h"
 
@@ -22,9 +24,9 @@ struct TileGrid {
   bool query_by_16, key_by_16, value_by_16, out_by_16;  // rows are whole 16-byte chunks at 16-byte addresses
   bool mask_by_8, bias_by_8;                            // eight keys lie in 8 or 16 aligned bytes
 
-  int num_splits = 1;            // of the keys
-  float* partial_out = nullptr;  // [num_splits, B, H_q, S_q, D_v], null: write params.out
-  float* partial_lse = nullptr;  // [num_splits, B, H_q, S_q]
+  int num_splits = 1;               // of the keys
+  float* partial_out = nullptr;     // [num_splits, B, H_q, S_q, D_v], null: write params.out
+  float2* partial_state = nullptr;  // [num_splits, B, H_q, S_q]: maximum and sum (SoftmaxState)
 };
 
 }  // namespace fa
