@@ -83,9 +83,14 @@ struct Products {
     Scores sum = {};
 #pragma unroll
     for (int step = 0; step < kDepthSteps; ++step) {
-      QueryFragment a;
-      if constexpr (!Config::kQueryInRegisters) load_query(a, query, step);
-      score_step(kFloat ? sum : scores, Config::kQueryInRegisters ? held[step] : a, key, step);
+      Scores& target = kFloat ? sum : scores;
+      if constexpr (Config::kQueryInRegisters) {
+        score_step(target, held[step], key, step);
+      } else {
+        QueryFragment a;
+        load_query(a, query, step);
+        score_step(target, a, key, step);
+      }
       if (!kFloat || step % kStepsPerSum != kStepsPerSum - 1) continue;
 #pragma unroll
       for (int i = 0; i < kKeyBlocks * 4; ++i) scores[0][i / 4][i % 4] += sum[0][i / 4][i % 4], sum[0][i / 4][i % 4] = 0.0f;
