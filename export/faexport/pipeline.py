@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ordered list of passes from a model to the rewritten model and its report. The only file that knows the order.
 
-normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) -> rewrite.
+normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) -> precision ->
+rewrite, which also removes what nothing needs any more.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from typing import TypeVar
 
-import onnx
 import onnx_ir as ir
 
 from faexport.match import Context, find_sites
+from faexport.normalize import convert_opset
+from faexport.precision import in_precision
 from faexport.report import Report, count_nodes
 from faexport.rewrite import Names, add_opset, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.nodes import graphs_of
 from faexport.understand.shapes import Analysis
-
-Model = TypeVar("Model", ir.Model, onnx.ModelProto, str, os.PathLike)
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -35,12 +32,21 @@ class Options:
 
 
 def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report]:  # noqa: B008 (frozen)
-    """Fuses all attention of `model` in place; the report tells every site, fused or refused."""
+    """Fuses all attention of `model` in place; the report tells every site, fused or refused.
+
+    Raises ValueError with a sentence where the model can't be converted to the asked opset.
+    """
     before = count_nodes(model)
-    candidates = examine(model, options)
+    if options.opset is not None:
+        model = convert_opset(model, options.opset)
+    analysis = Analysis(model)
+    candidates = examine(model, options, analysis)
     names = Names(model)
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
     for candidate in fused:
+        if options.dtype is not None:
+            given = analysis.dtype(candidate.outcome.query.value)
+            candidate.outcome = in_precision(candidate.outcome, options.dtype, given, analysis.opset)
         rewrite_site(candidate, names)
     if fused:
         add_opset(model)
@@ -48,9 +54,13 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     return model, report
 
 
-def examine(model: ir.Model, options: Options = Options()) -> list[Candidate]:  # noqa: B008
+def examine(
+    model: ir.Model,
+    options: Options = Options(),  # noqa: B008
+    analysis: Analysis | None = None,
+) -> list[Candidate]:
     """All sites with what was understood of them; nothing is changed."""
-    analysis = Analysis(model)
+    analysis = analysis or Analysis(model)
     found = []
     for graph, root in graphs_of(model):
         for candidate in find_sites(Context(graph, root, analysis, options)):

@@ -105,6 +105,7 @@ def _note_sizes(candidate: Candidate, declared, sizes, key, past, a) -> None:
         batch_size=plain(query[0]) if query else None, num_q_heads=plain(declared[0].heads), num_kv_heads=plain(key.heads),
         seqlen_q=plain(query[2]) if query else None, seqlen_kv=plain(total),
         head_dim=plain(query[3]) if query else None, head_dim_v=plain(values[3]) if values else None,
+        dtype=None if a.dtype(declared[0].value) is None else a.dtype(declared[0].value).name.lower(),
     )  # fmt: skip
 
 

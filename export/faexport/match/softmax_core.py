@@ -57,6 +57,7 @@ def _understand(path, softmax: Softmax, candidate: Candidate, context: Context) 
     scores = read_scores(path, softmax, a)
     if isinstance(scores, Refusal):
         return scores
+    _note_sizes(candidate, scores, a)
     if scores.view.axes[softmax.axis] != _column(scores, a):
         return Refusal("the softmax does not run over the keys", name_of(softmax.node))
     if scores.sink is None:
@@ -76,6 +77,19 @@ def _understand(path, softmax: Softmax, candidate: Candidate, context: Context) 
 def _column(scores: Scores, a) -> tuple:
     shape = a.shape(scores.product.node.outputs[0])
     return View.whole(shape).axes[scores.product.labels.index("column")]
+
+
+def _note_sizes(candidate: Candidate, scores: Scores, a) -> None:
+    """What the report can say of a site, refused or not."""
+    shape = a.shape(scores.product.node.outputs[0])
+    sizes = dict(zip(letters(scores.product), map(plain, shape), strict=True))
+    names = {"B": "batch_size", "H": "num_q_heads", "S": "seqlen_q", "T": "seqlen_kv"}
+    candidate.sizes.update({name: sizes[letter] for letter, name in names.items() if letter in sizes})
+    candidate.sizes["dtype"] = _dtype_name(a.dtype(scores.product.node.outputs[0]))
+
+
+def _dtype_name(dtype: ir.DataType | None) -> str | None:
+    return None if dtype is None else dtype.name.lower()
 
 
 def _private(scores: Scores, values: Values, softmax: Softmax) -> Refusal | None:
@@ -115,7 +129,7 @@ def _spec(scores, values, structure: Structure, softmax, candidate: Candidate, c
         return shape_uses
     candidate.sizes.update(
         batch_size=plain(batch), num_q_heads=plain(total), num_kv_heads=plain(key.heads), seqlen_q=plain(rows), seqlen_kv=plain(columns),
-        head_dim=query.operand.head_dim, head_dim_v=value.operand.head_dim,
+        head_dim=query.operand.head_dim, head_dim_v=value.operand.head_dim, dtype=_dtype_name(a.dtype(query.operand.value)),
     )  # fmt: skip
     sinks, sink_nodes = None, ()
     if scores.sink is not None:

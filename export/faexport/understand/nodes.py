@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from faexport.spec import DOMAIN
+
 ONNX_DOMAINS = ("", "ai.onnx")
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -48,9 +50,14 @@ def live_users(value: ir.Value) -> list[ir.Node]:
     return list(dict.fromkeys(use.node for use in value.uses() if is_live(use.node)))
 
 
+def own_functions(model: ir.Model) -> list[ir.Function]:
+    """The model's functions without the one that stands in for our operator."""
+    return [f for f in model.functions.values() if f.domain != DOMAIN]
+
+
 def graphs_of(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, ir.Graph | ir.Function]]:
     """(graph, the main graph or function that it is nested in) for all graphs, outer before inner."""
-    pending = [(graph, graph) for graph in (model.graph, *model.functions.values())]
+    pending = [(graph, graph) for graph in (model.graph, *own_functions(model))]
     while pending:
         graph, root = pending.pop(0)
         yield graph, root

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from faexport.understand import constants
 from faexport.understand.dims import Dim
-from faexport.understand.nodes import attribute, op, operand, producer, subgraphs
+from faexport.understand.nodes import attribute, op, operand, own_functions, producer, subgraphs
 from faexport.understand.shape_rules import CONTENT_RULES, SHAPE_RULES, Shape
 
 MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
@@ -31,7 +31,7 @@ class Analysis:
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._static: dict[ir.Value, bool] = {}
         self._equal: dict[str, Dim] = {}
-        for graph in (model.graph, *model.functions.values()):
+        for graph in (model.graph, *own_functions(model)):
             self._visit(graph)
 
     def shape(self, value: ir.Value | None) -> Shape | None:

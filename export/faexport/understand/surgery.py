@@ -20,7 +20,6 @@ class Builder:
 
     def add(self, op_type: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes) -> ir.Value:
         node = ir.node(op_type, inputs, attributes or None)
-        dtype = dtype or (inputs[0].dtype if inputs and inputs[0] is not None else None)
         if dtype is not None:
             node.outputs[0].dtype = dtype
         self.nodes.append(node)
@@ -30,21 +29,21 @@ class Builder:
         return self.add("Constant", (), ir.DataType.INT64, value=ir.tensor(list(values), ir.DataType.INT64))
 
     def transpose(self, value: ir.Value, perm: Sequence[int]) -> ir.Value:
-        return value if list(perm) == list(range(len(perm))) else self.add("Transpose", [value], perm=list(perm))
+        return value if list(perm) == list(range(len(perm))) else self.add("Transpose", [value], value.dtype, perm=list(perm))
 
     def unsqueeze(self, value: ir.Value, axis: int) -> ir.Value:
         if self.opset < 13:
-            return self.add("Unsqueeze", [value], axes=[axis])
-        return self.add("Unsqueeze", [value, self.ints([axis])])
+            return self.add("Unsqueeze", [value], value.dtype, axes=[axis])
+        return self.add("Unsqueeze", [value, self.ints([axis])], value.dtype)
 
     def squeeze(self, value: ir.Value, axis: int) -> ir.Value:
         if self.opset < 13:
-            return self.add("Squeeze", [value], axes=[axis])
-        return self.add("Squeeze", [value, self.ints([axis])])
+            return self.add("Squeeze", [value], value.dtype, axes=[axis])
+        return self.add("Squeeze", [value, self.ints([axis])], value.dtype)
 
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         """0 copies the size of the same axis, -1 is what remains."""
-        return self.add("Reshape", [value, self.ints(shape)])
+        return self.add("Reshape", [value, self.ints(shape)], value.dtype)
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         return value if value.dtype == dtype else self.add("Cast", [value], dtype, to=int(dtype))
@@ -62,4 +61,4 @@ class Builder:
         shape = self.add("Shape", [value], ir.DataType.INT64)
         tail = self.add("Slice", [shape, self.ints([rank - 2]), self.ints([rank]), self.ints([0])], ir.DataType.INT64)
         target = self.add("Concat", [self.ints([-1, heads]), tail], ir.DataType.INT64, axis=0)
-        return self.add("Reshape", [value, target])
+        return self.add("Reshape", [value, target], value.dtype)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries the operator in the file as functions written in standard operators: then it runs, unfused, without our library.
+
+Called by pipeline.py after the sites are written. A runtime that has the library (or the plugin) takes that and never looks at the
+functions. onnxruntime up to 1.24 knows one function of a name, so nodes are made to share one where that costs the kernels nothing;
+where they can't, each form is an overload, and an older onnxruntime without the library refuses the file (LAST_OVERLOAD).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.fallback_body import Form, function
+from faexport.spec import DOMAIN, OP_TYPE, Layout
+
+MINIMUM_OPSET = 13
+OVERLOADS_IR_VERSION = 10
+UNUSED = "unused"
+LAST_OVERLOAD = "needs_faexport_library_or_newer_onnxruntime"
+
+# Inputs that some nodes may lack: what changes nothing in their place. The kernels don't look at it (docs/operator.md, `unused`).
+NEUTRAL = {
+    "attn_mask": np.ones((1, 1, 1, 1), np.bool_),
+    "float_mask": np.zeros((1, 1, 1, 1), np.float32),
+    "attn_bias": np.zeros((1, 1, 1, 1), np.float32),
+    "alibi_slopes": np.zeros(1, np.float32),
+    "sinks": np.full(1, -np.inf, np.float32),
+}
+SUPPORTED = {*NEUTRAL, "past_key", "past_value", "nonpad_kv_seqlen", "query_offset"}
+
+DTypes = Callable[[ir.Value], ir.DataType | None]
+
+
+@dataclasses.dataclass
+class _Call:
+    """A fused node: its form and the roles of its inputs after value. Words that don't matter for it are ""."""
+
+    node: ir.Node
+    form: Form
+    dtype: ir.DataType
+
+
+def add_fallback(model: ir.Model, dtype_of: DTypes = lambda value: value.dtype) -> str:
+    """Adds the functions. Returns "" or why there are none: then the model needs the library.
+
+    Args:
+        model: changed in place; functions of an earlier run are replaced.
+        dtype_of: the element type of a value, where more is known than the model declares.
+    """
+    remove_fallback(model)
+    nodes = [n for n in _all_nodes(model) if n.domain == DOMAIN and n.op_type == OP_TYPE]
+    opset = model.opset_imports.get("", 0)
+    if not nodes:
+        return ""
+    if opset < MINIMUM_OPSET:
+        return f"the model's opset is {opset}; the stand-in needs {MINIMUM_OPSET}"
+    calls = []
+    for node in nodes:
+        call = _read(node, dtype_of)
+        if isinstance(call, str):
+            return f"{call} ({node.name})"
+        calls.append(call)
+    groups = _grouped(calls)
+    overloads = [f"form_{k}" for k in range(len(groups))] if len(groups) > 1 else [""]
+    for group, overload in zip(groups, overloads, strict=True):
+        form = _united(group)
+        for call in group:
+            _align(call, form)
+            call.node.overload = overload
+        made = function(form, opset, group[0].dtype, overload)
+        model.functions[made.identifier()] = made
+    if len(groups) > 1:
+        _refuse_older(model, opset)
+    return ""
+
+
+def remove_fallback(model: ir.Model) -> None:
+    """Undoes add_fallback."""
+    for key in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[key]
+    for node in _all_nodes(model):
+        if node.domain == DOMAIN and node.op_type == OP_TYPE:
+            node.overload = ""
+            names = _words(node, "optional_inputs")
+            if UNUSED in names:
+                kept = [(name, v) for name, v in zip(names, node.inputs[3:], strict=True) if name != UNUSED]
+                _set_inputs(node, kept)
+
+
+def _all_nodes(model: ir.Model) -> Iterable[ir.Node]:
+    for graph in (model.graph, *model.functions.values()):
+        yield from graph.all_nodes()
+
+
+# ---------------------------------------------------------------------------------------------- reading a node
+
+
+def _words(node: ir.Node, name: str) -> list[str]:
+    text = node.attributes.get_string(name, "")
+    return text.split(",") if text else []
+
+
+def _read(node: ir.Node, dtype_of: DTypes) -> _Call | str:
+    """The form of one node, or why nothing can stand in for it."""
+    names = _words(node, "optional_inputs")
+    roles = []
+    for name, value in zip(names, node.inputs[3:], strict=True):
+        dtype = dtype_of(value)
+        if name == "attn_mask" and dtype is None:
+            return "the type of its mask isn't known"
+        roles.append("float_mask" if name == "attn_mask" and dtype is not ir.DataType.BOOL else name)
+    if not set(roles) <= SUPPORTED:
+        return f"nothing stands in for the input {sorted(set(roles) - SUPPORTED)[0]}"
+    dtype = dtype_of(node.inputs[0])
+    if dtype is None:
+        return "the type of its query isn't known"
+    left, right = (node.attributes.get_int(f"{side}_window_size", -1) for side in ("left", "right"))
+    windows = left >= 0 or right >= 0 or node.attributes.get_int("is_causal", 0) == 1
+    alignment = node.attributes.get_string("alignment", "onnx")
+    if alignment == "onnx" and "nonpad_kv_seqlen" not in roles:
+        alignment = "top_left"  # the same, then
+    form = Form(
+        layouts=_layouts(node),
+        inputs=tuple(roles),
+        outputs=tuple(_words(node, "optional_outputs")),
+        alignment=alignment if windows or "alibi_slopes" in roles else "",
+        empty_row="" if _rows_see_a_key(roles, windows, left) else node.attributes.get_string("empty_row", "zero"),
+        packed="packed_columns" in node.attributes,
+        windows=windows,
+        softcap=node.attributes.get_float("softcap", 0.0) != 0,
+    )
+    return _Call(node, form, dtype)
+
+
+def _layouts(node: ir.Node) -> tuple[Layout, Layout, Layout, Layout]:
+    heads = [node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
+    found = []
+    for value, name, count in zip(node.inputs, ("query_layout", "key_layout", "value_layout"), heads, strict=False):
+        word = node.attributes.get_string(name, "")
+        rank = len(value.shape) if value.shape is not None else 3 if count else 4
+        found.append(Layout(word) if word else Layout.BSH if rank == 3 else Layout.BHSD)
+    word = node.attributes.get_string("output_layout", "")
+    return (*found, Layout(word) if word else found[0])
+
+
+def _rows_see_a_key(roles: list[str], windows: bool, left: int) -> bool:
+    """Does the word empty_row not matter? Without masks every row sees a key, in causal attention at least the first."""
+    hides = {"attn_mask", "float_mask", "attn_bias", "nonpad_kv_seqlen", "query_offset"} & set(roles)
+    return not hides and (not windows or left < 0)
+
+
+# ---------------------------------------------------------------------------------------------- making nodes alike
+
+
+def _key(call: _Call, *, words: bool) -> tuple:
+    form = call.form
+    fixed = tuple(sorted(set(form.inputs) - set(NEUTRAL)))
+    key = (form.layouts, fixed, form.outputs, form.packed, call.dtype)
+    return (*key, form.alignment, form.empty_row) if words else key
+
+
+def _grouped(calls: list[_Call]) -> list[list[_Call]]:
+    """Calls that one function can serve: those with decided words first, the others join where they fit."""
+    groups: list[list[_Call]] = []
+    for call in sorted(calls, key=lambda c: (c.form.alignment == "") + (c.form.empty_row == "")):
+        home = next((g for g in groups if _key(g[0], words=False) == _key(call, words=False) and _agree(g, call)), None)
+        if home is None:
+            groups.append([call])
+        else:
+            home.append(call)
+    return groups
+
+
+def _agree(group: list[_Call], call: _Call) -> bool:
+    for word in ("alignment", "empty_row"):
+        decided = {getattr(c.form, word) for c in (*group, call)} - {""}
+        if len(decided) > 1:
+            return False
+    return True
+
+
+def _united(group: list[_Call]) -> Form:
+    """The form that serves all calls of a group: the inputs that any of them has, in the order of NEUTRAL."""
+    roles = {role for call in group for role in call.form.inputs}
+    order = [*(r for r in ("past_key", "past_value", "nonpad_kv_seqlen", "query_offset") if r in roles), *(r for r in NEUTRAL if r in roles)]
+    return dataclasses.replace(
+        group[0].form,
+        inputs=tuple(order),
+        alignment=next((c.form.alignment for c in group if c.form.alignment), "top_left"),
+        empty_row=next((c.form.empty_row for c in group if c.form.empty_row), "zero"),
+        windows=any(c.form.windows for c in group),
+        softcap=any(c.form.softcap for c in group),
+    )
+
+
+def _align(call: _Call, form: Form) -> None:
+    """Puts a node's inputs into the places of `form`; a neutral constant stands where it has none."""
+    node, given = call.node, dict(zip(call.form.inputs, call.node.inputs[3:], strict=True))
+    if tuple(given) == form.inputs:
+        return
+    placed = []
+    for role in form.inputs:
+        if role in given:
+            placed.append(("attn_mask" if role == "float_mask" else role, given[role]))
+        else:
+            placed.append((UNUSED, _neutral(node, role)))
+    _set_inputs(node, placed)
+
+
+def _set_inputs(node: ir.Node, named: list[tuple[str, ir.Value]]) -> None:
+    """The inputs after value, and the attribute that names them."""
+    old = list(node.inputs[3:])
+    node.resize_inputs(3 + len(named))
+    for k, (_, value) in enumerate(named):
+        node.replace_input_with(3 + k, value)
+    if named:
+        node.attributes["optional_inputs"] = ir.AttrString("optional_inputs", ",".join(name for name, _ in named))
+    else:
+        node.attributes.pop("optional_inputs", None)
+    for value in old:
+        producer = value.producer()
+        if producer is not None and producer.op_type == "Constant" and not value.uses() and producer.graph is not None:
+            producer.graph.remove(producer, safe=True)
+
+
+def _neutral(node: ir.Node, role: str) -> ir.Value:
+    """A constant in front of the node."""
+    name = f"{node.name}_no_{role}"
+    tensor = ir.tensor(NEUTRAL[role], name=name)
+    constant = ir.node("Constant", [], {"value": tensor}, name=name, outputs=[ir.Value(name=name)])
+    node.graph.insert_before(node, constant)
+    return constant.outputs[0]
+
+
+def _refuse_older(model: ir.Model, opset: int) -> None:
+    """An onnxruntime that takes the last function for all overloads finds one that it can't load, instead of a wrong one."""
+    model.ir_version = max(model.ir_version, OVERLOADS_IR_VERSION)
+    inputs = [ir.Value(name=name) for name in ("query", "key", "value")]
+    failing = ir.node(LAST_OVERLOAD, inputs, domain=f"{DOMAIN}.fallback", outputs=[ir.Value(name="output")])
+    imports = {"": opset, f"{DOMAIN}.fallback": 1}
+    graph = ir.Graph(inputs, failing.outputs, nodes=[failing], opset_imports=imports, name=OP_TYPE)
+    made = ir.Function(DOMAIN, OP_TYPE, LAST_OVERLOAD, graph=graph, attributes=[])
+    model.functions[made.identifier()] = made
