@@ -1,9 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds attention in ONNX models, proves what it computes, and replaces it by one flash attention operator."""
 
+from __future__ import annotations
+
 import importlib.metadata
+import os
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from faexport.pipeline import Options
+    from faexport.report import Report
+
+    Model = TypeVar("Model", ir.Model, onnx.ModelProto)
 
 try:
     __version__ = importlib.metadata.version("faexport")
 except importlib.metadata.PackageNotFoundError:  # run from a source tree
     __version__ = "0.0.0+source"
+
+
+def fuse(model: Model | str | os.PathLike, *, options: Options | None = None) -> tuple[Model, Report]:
+    """Replaces all attention of a model that is understood by faexport::FlashAttention (docs/operator.md).
+
+    `model` is an onnx_ir.Model, which is changed in place, an onnx.ModelProto, which is not, or the path of a file, which gives an
+    onnx_ir.Model (weights stay on disk until they are read). Returns the model, in the type that was given, and the report of every
+    site: fused or refused, and why. Raises ValueError with one sentence where a file is no usable model.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    from faexport import model_io, pipeline
+
+    options = options or pipeline.Options()
+    if isinstance(model, ir.Model):
+        return pipeline.run(model, options)
+    if isinstance(model, onnx.ModelProto):
+        fused, report = pipeline.run(ir.from_proto(model), options)
+        return ir.to_proto(fused), report
+    return pipeline.run(model_io.load(model), options)

@@ -97,11 +97,12 @@ class SiteReport:
     def from_candidate(cls, candidate: Candidate) -> SiteReport:
         """Reads the sizes off a candidate. Call it after shape inference; the outcome must be there."""
         outcome = candidate.outcome
+        known = {name: size for name, size in candidate.sizes.items() if size is not None}
         if isinstance(outcome, AttentionSpec):
             facts = (*outcome.facts, *outcome.mask.facts)
-            return cls(candidate.name, candidate.source, **_spec_sizes(outcome), facts=facts)
+            return cls(candidate.name, candidate.source, **(_spec_sizes(outcome) | known), facts=facts)
         refusal = outcome or Refusal("it was found but never examined: please report this", candidate.name)
-        return cls(candidate.name, candidate.source, **_score_sizes(candidate.anchor), refusal=refusal)
+        return cls(candidate.name, candidate.source, **(_score_sizes(candidate.anchor) | known), refusal=refusal)
 
 
 @dataclasses.dataclass

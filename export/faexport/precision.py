@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the attention core alone in half precision: Casts at the border of the fused node (Options.dtype). Called by pipeline.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from faexport.spec import AttentionSpec, Fact
+from faexport.understand.surgery import Builder
+
+
+def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | None, opset: int) -> AttentionSpec:
+    """The spec with query, key, value and past cast to `dtype`, and the results cast back to `given`, the type they had."""
+    if given != ir.DataType.FLOAT or given == dtype:
+        return spec
+    build, cast = Builder(opset), {}
+
+    def narrow(value: ir.Value | None) -> ir.Value | None:
+        if value is not None and value not in cast:
+            cast[value] = build.add("Cast", [value], dtype, to=int(dtype))
+        return None if value is None else cast[value]
+
+    query, key, value = (dataclasses.replace(o, value=narrow(o.value)) for o in (spec.query, spec.key, spec.value))
+    past = {"past_key": narrow(spec.past_key), "past_value": narrow(spec.past_value)}
+    if spec.present_key is not None or spec.present_value is not None:
+        return spec  # a cache that is an output of the model keeps its type
+    entry = ir.Value(type=ir.TensorType(dtype))
+    back = Builder(opset)
+    wide = back.add("Cast", [entry], given, to=int(given))
+    if spec.output_entry is not None:
+        spec.output_entry.replace_all_uses_with(wide)
+    return dataclasses.replace(
+        spec, query=query, key=key, value=value, **past, new_nodes=(*spec.new_nodes, *build.nodes),
+        output_nodes=(*back.nodes, *spec.output_nodes), output_entry=entry, facts=(*spec.facts, Fact(f"core in {dtype.name.lower()}")),
+    )  # fmt: skip
