@@ -72,28 +72,20 @@ struct Products {
   /// scores = Q K^T. `query` and `key` are this lane's addresses; `held` the query's fragments where they stay in registers.
   template <class Held>
   static __device__ __forceinline__ void scores_of(Scores& scores, const Held& held, uint32_t query, uint32_t key) {
+    clear(scores);
+    if constexpr (kFloat) {
+      sum_scores(scores, query, key);
+    } else {
 #pragma unroll
-    for (int m = 0; m < kRowBlocks; ++m) {
-#pragma unroll
-      for (int n = 0; n < kKeyBlocks; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
+      for (int step = 0; step < kDepthSteps; ++step) {
+        if constexpr (Config::kQueryInRegisters) {
+          score_step(scores, held[step], key, step);
+        } else {
+          QueryFragment a;
+          load_query(a, query, step);
+          score_step(scores, a, key, step);
+        }
       }
-    }
-    Scores sum = {};
-#pragma unroll
-    for (int step = 0; step < kDepthSteps; ++step) {
-      Scores& target = kFloat ? sum : scores;
-      if constexpr (Config::kQueryInRegisters) {
-        score_step(target, held[step], key, step);
-      } else {
-        QueryFragment a;
-        load_query(a, query, step);
-        score_step(target, a, key, step);
-      }
-      if (!kFloat || step % kStepsPerSum != kStepsPerSum - 1) continue;
-#pragma unroll
-      for (int i = 0; i < kKeyBlocks * 4; ++i) scores[0][i / 4][i % 4] += sum[0][i / 4][i % 4], sum[0][i / 4][i % 4] = 0.0f;
     }
   }
 
@@ -120,6 +112,28 @@ struct Products {
   }
 
  private:
+  static __device__ __forceinline__ void clear(Scores& scores) {
+#pragma unroll
+    for (int i = 0; i < kRowBlocks * kKeyBlocks * 4; ++i) scores[i / (kKeyBlocks * 4)][i / 4 % kKeyBlocks][i % 4] = 0.0f;
+  }
+
+  /// scores += Q K^T, float32, in sums of kStepsPerSum depth steps.
+  static __device__ __forceinline__ void sum_scores(Scores& scores, uint32_t query, uint32_t key) {
+#pragma unroll
+    for (int first = 0; first < kDepthSteps; first += kStepsPerSum) {
+      Scores sum;
+      clear(sum);
+#pragma unroll
+      for (int step = first; step < first + kStepsPerSum; ++step) {
+        QueryFragment a;
+        load_query(a, query, step);
+        score_step(sum, a, key, step);
+      }
+#pragma unroll
+      for (int i = 0; i < kKeyBlocks * 4; ++i) scores[0][i / 4][i % 4] += sum[0][i / 4][i % 4];
+    }
+  }
+
   /// out += P V, float32. Depth place t is column 2t of the accumulator and t + 4 column 2t + 1, so that no lane gives elements
   /// away. Each tile's sum starts from 0.
   static __device__ __forceinline__ void accumulate_float(Out& out, const Weights& p, uint32_t value_base) {
