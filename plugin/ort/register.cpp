@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// RegisterCustomOps: what ONNX Runtime looks up in libfa_ort.so. The operators outlive every session: they end with the library,
-// which the runtime unloads after its last session.
+// RegisterCustomOps: what ONNX Runtime looks up in libfa_ort.so. The library stays loaded when the runtime closes it (it is
+// linked with nodelete), because the CUDA runtime inside it leaves destructors with the host's threads.
 #include <cstdio>
 
 #include "op.h"
@@ -18,7 +18,7 @@ int runtime_version(const OrtApiBase* base) {
 Ort::CustomOpDomain make_domain() {
   constexpr ONNXTensorElementDataType kTypes[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                                                   ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16};
-  static std::vector<FlashAttentionOp> ops;
+  auto& ops = *new std::vector<FlashAttentionOp>;
   for (const ONNXTensorElementDataType type : kTypes) {
     ops.emplace_back(type, "CPUExecutionProvider", DeviceType::kCpu);
 #ifdef FA_WITH_CUDA
@@ -29,6 +29,12 @@ Ort::CustomOpDomain make_domain() {
   Ort::CustomOpDomain domain(kDomain);
   for (const FlashAttentionOp& op : ops) domain.Add(&op);
   return domain;
+}
+
+/// Never freed: the runtime's sessions may outlive this library's static objects, and the runtime itself may be gone before them.
+const Ort::CustomOpDomain& domain() {
+  static const Ort::CustomOpDomain& made = *new Ort::CustomOpDomain(make_domain());
+  return made;
 }
 
 }  // namespace
@@ -45,8 +51,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL Regist
   Ort::InitApi(api);
   allow_shapes_of_optional_outputs(runtime_version(base) >= 128);
   return guarded([&]() -> fa::Status {
-    static const Ort::CustomOpDomain domain = make_domain();
-    Ort::UnownedSessionOptions(options).Add(domain);
+    Ort::UnownedSessionOptions(options).Add(domain());
     return {};
   });
 }
