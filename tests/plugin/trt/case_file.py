@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
 import numpy as np
 
@@ -99,19 +99,25 @@ def quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def read_outputs(path: pathlib.Path, cases: Iterable[Case]) -> Iterator[tuple[Case, int, dict[str, np.ndarray]]]:
-    """(case, tactic, outputs by name) of all that ran, in the order in which the host wrote them."""
+def read_outputs(path: pathlib.Path, cases: Iterable[Case]) -> Iterator[tuple[Case, dict[int, bytes]]]:
+    """For each case, in the order in which the host wrote them, the outputs by tactic of those that ran."""
     with path.open("rb") as file:
         num_tactics = file.read(1)[0]
         for case in cases:
-            problem = case.problem()
+            outputs = {}
             for tactic in range(num_tactics):
-                if file.read(1) == b"\1":
-                    yield case, tactic, dict(_read_case(file, case, problem))
+                size = int.from_bytes(file.read(8), "little", signed=True)
+                if size >= 0:
+                    outputs[tactic] = file.read(size)
+            yield case, outputs
 
 
-def _read_case(file: BinaryIO, case: Case, problem: Problem) -> Iterator[tuple[str, np.ndarray]]:
+def split_outputs(content: bytes, case: Case, problem: Problem) -> dict[str, np.ndarray]:
+    """One result of the host as arrays by name."""
+    arrays, offset = {}, 0
     for name, shape in zip(problem.outputs, output_shapes(case, problem), strict=True):
         dtype = np.dtype(np.float32) if name == "lse" else problem.inputs["query"].dtype
         count = int(np.prod(shape, dtype=np.int64))
-        yield name, np.frombuffer(file.read(count * dtype.itemsize), dtype).reshape(shape)
+        arrays[name] = np.frombuffer(content, dtype, count, offset).reshape(shape)
+        offset += count * dtype.itemsize
+    return arrays

@@ -117,8 +117,8 @@ void check_creator(const Source& source, const std::vector<Case>& cases, Report&
 std::unique_ptr<Serialized> drive_build(const Source& source, const Case& node, Report& report);
 /// Re-creation from serialised fields, contexts and shape changes: what needs no GPU.
 void drive_deserialization(const Source& source, const Case& node, Serialized& serialized, Report& report);
-/// Enqueue on a GPU, by each tactic. `output_path` gets a byte, the number of tactics, then for each case and tactic a byte
-/// (1: it ran) and the outputs if so.
+/// Enqueue on a GPU, by each tactic. `output_path` gets a byte, the number of tactics, then for each case and tactic the
+/// outputs' size as int64 (-1: a forced kernel refused the problem) and the outputs.
 void drive_runtime(const Source& source, const std::vector<Case>& cases, const std::string& data_path,
                    const std::string& output_path, Report& report);
 

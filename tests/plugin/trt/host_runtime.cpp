@@ -249,7 +249,9 @@ int32_t count_tactics(const Source& source, const Case& node) {
 }
 
 void write_outputs(std::ostream& file, const Bytes& outputs) {
-  file.put(outputs.empty() ? '\0' : '\1');
+  int64_t num_bytes = outputs.empty() ? -1 : 0;
+  for (const std::vector<char>& bytes : outputs) num_bytes += static_cast<int64_t>(bytes.size());
+  file.write(reinterpret_cast<const char*>(&num_bytes), sizeof num_bytes);
   for (const std::vector<char>& bytes : outputs) file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
 }
 
