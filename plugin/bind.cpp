@@ -338,6 +338,8 @@ bool accepts(Input input, DType dtype, DType query) {
     case Input::kAlibiSlopes:
     case Input::kSinks:
       return dtype == DType::kFloat32;
+    case Input::kUnused:
+      return true;
   }
   return false;
 }

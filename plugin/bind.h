@@ -29,8 +29,9 @@ enum class Input : uint8_t {
   kQueryOffset,
   kAlibiSlopes,
   kSinks,
+  kUnused,  // any tensor; nobody looks at it
 };
-inline constexpr int kNumInputs = 14;
+inline constexpr int kNumInputs = 15;
 const char* name_of(Input input);
 
 /// Outputs of FlashAttention. The first is always there, the others where `optional_outputs` names them.

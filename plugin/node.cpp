@@ -13,7 +13,7 @@ namespace {
 constexpr const char* kInputNames[kNumInputs] = {"query",         "key",          "value",         "attn_mask",
                                                  "attn_bias",     "past_key",     "past_value",    "nonpad_kv_seqlen",
                                                  "query_lengths", "cu_seqlens_q", "cu_seqlens_kv", "query_offset",
-                                                 "alibi_slopes",  "sinks"};
+                                                 "alibi_slopes",  "sinks",        "unused"};
 constexpr const char* kOutputNames[kNumOutputs] = {"output", "present_key", "present_value", "lse"};
 
 Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
@@ -45,7 +45,7 @@ Status parse_slots(const char* attribute, const std::string& list, const char* c
       return invalid(std::string(attribute) + " names " + quoted(name) + "; expected some of " + known);
     }
     const Slot slot = static_cast<Slot>(index);
-    if (std::find(slots->begin(), slots->end(), slot) != slots->end())
+    if (name != "unused" && std::find(slots->begin(), slots->end(), slot) != slots->end())
       return invalid(std::string(attribute) + " names " + quoted(name) + " twice");
     slots->push_back(slot);
   }

@@ -9,13 +9,14 @@ where they can't, each form is an overload, and an older onnxruntime without the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
 
 from faexport.fallback_body import Form, function
 from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.understand.shapes import Analysis
 
 MINIMUM_OPSET = 13
 OVERLOADS_IR_VERSION = 10
@@ -32,8 +33,6 @@ NEUTRAL = {
 }
 SUPPORTED = {*NEUTRAL, "past_key", "past_value", "nonpad_kv_seqlen", "query_offset"}
 
-DTypes = Callable[[ir.Value], ir.DataType | None]
-
 
 @dataclasses.dataclass
 class _Call:
@@ -44,12 +43,12 @@ class _Call:
     dtype: ir.DataType
 
 
-def add_fallback(model: ir.Model, dtype_of: DTypes = lambda value: value.dtype) -> str:
+def add_fallback(model: ir.Model, full_rows: Collection[ir.Node] = ()) -> str:
     """Adds the functions. Returns "" or why there are none: then the model needs the library.
 
     Args:
         model: changed in place; functions of an earlier run are replaced.
-        dtype_of: the element type of a value, where more is known than the model declares.
+        full_rows: fused nodes of which is proven that every row sees a key.
     """
     remove_fallback(model)
     nodes = [n for n in _all_nodes(model) if n.domain == DOMAIN and n.op_type == OP_TYPE]
@@ -58,9 +57,10 @@ def add_fallback(model: ir.Model, dtype_of: DTypes = lambda value: value.dtype) 
         return ""
     if opset < MINIMUM_OPSET:
         return f"the model's opset is {opset}; the stand-in needs {MINIMUM_OPSET}"
+    analysis = Analysis(model)
     calls = []
     for node in nodes:
-        call = _read(node, dtype_of)
+        call = _read(node, analysis, node in full_rows)
         if isinstance(call, str):
             return f"{call} ({node.name})"
         calls.append(call)
@@ -104,18 +104,18 @@ def _words(node: ir.Node, name: str) -> list[str]:
     return text.split(",") if text else []
 
 
-def _read(node: ir.Node, dtype_of: DTypes) -> _Call | str:
+def _read(node: ir.Node, analysis: Analysis, full_rows: bool) -> _Call | str:
     """The form of one node, or why nothing can stand in for it."""
     names = _words(node, "optional_inputs")
     roles = []
     for name, value in zip(names, node.inputs[3:], strict=True):
-        dtype = dtype_of(value)
+        dtype = analysis.dtype(value)
         if name == "attn_mask" and dtype is None:
             return "the type of its mask isn't known"
         roles.append("float_mask" if name == "attn_mask" and dtype is not ir.DataType.BOOL else name)
     if not set(roles) <= SUPPORTED:
         return f"nothing stands in for the input {sorted(set(roles) - SUPPORTED)[0]}"
-    dtype = dtype_of(node.inputs[0])
+    dtype = analysis.dtype(node.inputs[0])
     if dtype is None:
         return "the type of its query isn't known"
     left, right = (node.attributes.get_int(f"{side}_window_size", -1) for side in ("left", "right"))
@@ -128,7 +128,9 @@ def _read(node: ir.Node, dtype_of: DTypes) -> _Call | str:
         inputs=tuple(roles),
         outputs=tuple(_words(node, "optional_outputs")),
         alignment=alignment if windows or "alibi_slopes" in roles else "",
-        empty_row="" if _rows_see_a_key(roles, windows, left) else node.attributes.get_string("empty_row", "zero"),
+        empty_row=""
+        if full_rows or _rows_see_a_key(roles, windows, left)
+        else node.attributes.get_string("empty_row", "zero"),
         packed="packed_columns" in node.attributes,
         windows=windows,
         softcap=node.attributes.get_float("softcap", 0.0) != 0,
@@ -186,7 +188,10 @@ def _agree(group: list[_Call], call: _Call) -> bool:
 def _united(group: list[_Call]) -> Form:
     """The form that serves all calls of a group: the inputs that any of them has, in the order of NEUTRAL."""
     roles = {role for call in group for role in call.form.inputs}
-    order = [*(r for r in ("past_key", "past_value", "nonpad_kv_seqlen", "query_offset") if r in roles), *(r for r in NEUTRAL if r in roles)]
+    order = [
+        *(r for r in ("past_key", "past_value", "nonpad_kv_seqlen", "query_offset") if r in roles),
+        *(r for r in NEUTRAL if r in roles),
+    ]
     return dataclasses.replace(
         group[0].form,
         inputs=tuple(order),

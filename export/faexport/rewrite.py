@@ -91,10 +91,10 @@ def _attributes(spec: AttentionSpec) -> dict:
 
 
 def _layouts(spec: AttentionSpec) -> dict:
-    """Layouts that differ from what the operator takes by default."""
+    """Layouts that differ from what the operator takes by default, or that no shape in the model tells."""
 
     def default(operand: Operand) -> bool:
-        return operand.layout in (Layout.BHSD, Layout.BSH)
+        return operand.layout in (Layout.BHSD, Layout.BSH) and operand.value.shape is not None
 
     named = {"query_layout": spec.query, "key_layout": spec.key, "value_layout": spec.value}
     attributes = {name: str(operand.layout) for name, operand in named.items() if not default(operand)}

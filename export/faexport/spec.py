@@ -140,6 +140,7 @@ class Mask:
     kv_lengths: ir.Value | None = None  # int64 [B]
     alibi_slopes: ir.Value | None = None  # float32 [H] or [B, H]
     empty_row: EmptyRow = EmptyRow.ZERO
+    rows_see_a_key: bool = False  # proven of every row: then empty_row doesn't matter
     new_nodes: Sequence[ir.Node] = ()  # nodes that compute the values above, in order; not yet in the graph
     facts: tuple[Fact, ...] = ()
 

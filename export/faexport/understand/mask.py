@@ -67,7 +67,7 @@ def understand_mask(
     """The mask of one site, or why it can't be expressed. New nodes are in Mask.new_nodes (in order, shared between the sites of
     a graph: a node that is in the graph already isn't inserted again). `shapes` is a second source of shapes."""
     if not terms:
-        return spec.Mask()
+        return spec.Mask(rows_see_a_key=True)
     shared = graph_masks(scores.graph, shapes)
     try:
         site = Site(shared.ctx, terms, scores)
@@ -160,11 +160,11 @@ class _Builder:
         hard = [c for c in cases if c.mask == -math.inf]
         soft = [c for c in cases if c.mask is not None and c.mask > -math.inf]
         seen = visible(cases)
-        if not soft:
-            if hard and not rows_see_a_key(self.site, seen):
+        sure = rows_see_a_key(self.site, seen)
+        self.mask.rows_see_a_key = sure and self._moderate()
+        if not soft or sure:
+            if not sure:
                 self._note_empty_rows()
-            return seen, kept
-        if rows_see_a_key(self.site, seen):
             return seen, kept
         same = len({(c.mask, c.replaced) for c in soft}) == 1 and all(c.exact for c in soft) and not hard
         if same:

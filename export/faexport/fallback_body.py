@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The body of the stand-in function: docs/operator.md's arithmetic in standard ONNX operators, opset 13 or later.
+
+Called by fallback.py. Sums are taken in float32, as by the kernels. Numbers (scale, windows, heads …) are read from the calling node's
+attributes; which inputs there are, layouts and words are fixed by `Form`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.spec import DOMAIN, OP_TYPE, Layout
+
+INTEGERS = (
+    "q_num_heads",
+    "kv_num_heads",
+    "is_causal",
+    "left_window_size",
+    "right_window_size",
+    "head_dim",
+    "head_dim_v",
+)
+DEFAULTS = {"left_window_size": -1, "right_window_size": -1}
+WORDS = (
+    "alignment", "empty_row", "query_layout", "key_layout", "value_layout", "output_layout", "optional_inputs", "optional_outputs",
+)  # fmt: skip
+WORD_DEFAULTS = {"alignment": "onnx", "empty_row": "zero"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What the nodes that one function stands in for have in common."""
+
+    layouts: tuple[Layout, Layout, Layout, Layout]  # query, key, value, output
+    inputs: tuple[
+        str, ...
+    ]  # roles after value: names of the operator's inputs; "float_mask" for an attn_mask of floats
+    outputs: tuple[str, ...]  # names after the first
+    alignment: str
+    empty_row: str
+    packed: bool = False
+    windows: bool = False  # some node has one
+    softcap: bool = False
+
+
+class _Ops:
+    """Makes nodes in a row."""
+
+    def __init__(self, opset: int):
+        self.opset, self.nodes = opset, []
+
+    def __call__(self, op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes, outputs=[ir.Value(name=f"v{len(self.nodes)}")])
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def const(self, value: object, dtype: type = np.int64) -> ir.Value:
+        return self("Constant", value=ir.tensor(np.asarray(value, dtype)))
+
+    def ref(self, name: str, kind: ir.AttributeType) -> ir.Value:
+        """An attribute of the calling node: a number, or a vector."""
+        field = {
+            ir.AttributeType.INT: "value_int",
+            ir.AttributeType.FLOAT: "value_float",
+            ir.AttributeType.INTS: "value_ints",
+        }
+        node = ir.Node(
+            "", "Constant", [], [ir.RefAttr(field[kind], name, kind)], outputs=[ir.Value(name=f"v{len(self.nodes)}")]
+        )
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def number(self, name: str) -> ir.Value:
+        return self.ref(name, ir.AttributeType.INT)
+
+    def vector(self, scalar: ir.Value) -> ir.Value:
+        return self("Reshape", scalar, self.const([1]))
+
+    def size(self, x: ir.Value, axis: int) -> ir.Value:
+        """int64 [1]."""
+        return self("Slice", self("Shape", x), self.const([axis]), self.const([axis + 1]))
+
+    def scalar_size(self, x: ir.Value, axis: int) -> ir.Value:
+        return self("Squeeze", self.size(x, axis), self.const([0]))
+
+    def concat(self, *parts: ir.Value, axis: int = 0) -> ir.Value:
+        return self("Concat", *parts, axis=axis)
+
+    def reduce(self, op_type: str, x: ir.Value) -> ir.Value:
+        """Over the last axis, which stays with size 1."""
+        if self.opset >= 18 or op_type == "ReduceSum":
+            return self(op_type, x, self.const([-1]), keepdims=1)
+        return self(op_type, x, axes=[-1], keepdims=1)
+
+    def float32(self, x: ir.Value) -> ir.Value:
+        return self("Cast", x, to=int(ir.DataType.FLOAT))
+
+    def arange(self, size: ir.Value) -> ir.Value:
+        return self("Range", self.const(0), size, self.const(1))
+
+
+def function(form: Form, opset: int, dtype: ir.DataType, overload: str = "") -> ir.Function:
+    """The stand-in for nodes of this form whose query is of this type, for a model of this opset."""
+    ops = _Ops(opset)
+    inputs = [ir.Value(name=name) for name in ("query", "key", "value", *_names(form.inputs))]
+    given = dict(zip(("query", "key", "value", *form.inputs), inputs, strict=True))
+    outputs = _Attention(ops, form, given, dtype).build()
+    graph = ir.Graph(inputs, outputs, nodes=ops.nodes, opset_imports={"": opset}, name=OP_TYPE)
+    return ir.Function(DOMAIN, OP_TYPE, overload, graph=graph, attributes=_attributes())
+
+
+def _names(roles: Sequence[str]) -> list[str]:
+    return [f"{role}_{k}" if roles.count(role) > 1 else role for k, role in enumerate(roles)]
+
+
+def _attributes() -> list[ir.Attr]:
+    """All attributes that a node may have, with the operator's defaults."""
+    result = [ir.AttrInt64(name, DEFAULTS.get(name, 0)) for name in INTEGERS]
+    result += [ir.AttrFloat32("scale", 0.0), ir.AttrFloat32("softcap", 0.0), ir.AttrInt64s("packed_columns", [0] * 6)]
+    return result + [ir.AttrString(name, WORD_DEFAULTS.get(name, "")) for name in WORDS]
+
+
+class _Attention:
+    """Builds the body. Shapes: q [B, H_q, S_q, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v], scores [B, H_q, S_q, S_kv]."""
+
+    def __init__(self, ops: _Ops, form: Form, given: dict[str, ir.Value], dtype: ir.DataType):
+        self.ops, self.form, self.given, self.dtype = ops, form, given, dtype
+
+    def build(self) -> list[ir.Value]:
+        ops, given = self.ops, self.given
+        q, k, v = (self._operand(n, name) for n, name in enumerate(("query", "key", "value")))
+        present_key, present_value = k, v
+        self.past = ops.const([0])
+        if "past_key" in given:
+            self.past = ops.size(given["past_key"], 2)
+            present_key = k = ops.concat(given["past_key"], k, axis=2)
+            present_value = v = ops.concat(given["past_value"], v, axis=2)
+        q, k, v = (ops.float32(x) for x in (q, k, v))
+        self.rows, self.keys = ops.size(q, 2), ops.size(k, 2)
+        k, v = (self._repeat(x, ops.size(q, 1)) for x in (k, v))
+        scores = self._capped(ops("Mul", ops("MatMul", q, ops("Transpose", k, perm=[0, 1, 3, 2])), self._scale(q)))
+        scores = self._masked(self._biased(scores))
+        probabilities, lse = self._softmax(scores)
+        out = self._placed(ops("Cast", ops("MatMul", probabilities, v), to=int(self.dtype)))
+        named = {"present_key": present_key, "present_value": present_value, "lse": lse}
+        return [ops("Identity", x) for x in (out, *(named[name] for name in self.form.outputs))]
+
+    # ------------------------------------------------------------------------------------------ operands
+
+    def _operand(self, n: int, name: str) -> ir.Value:
+        """[B, H, S, D] of query, key or value."""
+        ops, x, layout = self.ops, self.given[name], self.form.layouts[n]
+        if layout is Layout.BHSD:
+            return x
+        heads = "q_num_heads" if n == 0 else "kv_num_heads"
+        if layout is Layout.BSH and self.form.packed:
+            x = self._packed(x, n, ops.number(heads))
+        elif layout is Layout.BSH:
+            x = ops("Reshape", x, ops.concat(ops.const([0, 0]), ops.vector(ops.number(heads)), ops.const([-1])))
+        return ops("Transpose", x, perm=[0, 2, 1, 3])
+
+    def _packed(self, x: ir.Value, n: int, heads: ir.Value) -> ir.Value:
+        """[B, S, H, D] from columns start + head * stride … + head_dim of a 3-D tensor."""
+        ops = self.ops
+        columns = ops.ref("packed_columns", ir.AttributeType.INTS)
+        start, stride = (ops("Gather", columns, ops.const(2 * n + part)) for part in (0, 1))
+        width = ops.number("head_dim")
+        if n == 2:
+            other = ops.number("head_dim_v")
+            width = ops("Where", ops("Equal", other, ops.const(0)), width, other)
+        first = ops("Add", ops("Mul", ops.arange(heads), stride), start)
+        index = ops("Add", ops("Unsqueeze", first, ops.const([1])), ops("Unsqueeze", ops.arange(width), ops.const([0])))
+        return ops("Gather", x, index, axis=2)
+
+    def _repeat(self, x: ir.Value, num_q_heads: ir.Value) -> ir.Value:
+        """Each key and value head as often as query heads share it."""
+        ops = self.ops
+        group = ops("Div", num_q_heads, ops.size(x, 1))
+        one = ops.const([1])
+        wide = ops("Expand", ops("Unsqueeze", x, ops.const([2])), ops.concat(one, one, group, one, one))
+        shape = ops.concat(ops.size(x, 0), num_q_heads, ops.size(x, 2), ops.size(x, 3))
+        return ops("Reshape", wide, shape)
+
+    def _placed(self, x: ir.Value) -> ir.Value:
+        """[B, H, S, D] in the output's layout."""
+        layout = self.form.layouts[3]
+        if layout is Layout.BHSD:
+            return x
+        x = self.ops("Transpose", x, perm=[0, 2, 1, 3])
+        return x if layout is Layout.BSHD else self.ops("Reshape", x, self.ops.const([0, 0, -1]))
+
+    # ------------------------------------------------------------------------------------------ scores
+
+    def _scale(self, q: ir.Value) -> ir.Value:
+        ops = self.ops
+        scale = ops.ref("scale", ir.AttributeType.FLOAT)
+        usual = ops("Reciprocal", ops("Sqrt", ops.float32(ops.scalar_size(q, 3))))
+        return ops("Where", ops("Equal", scale, ops.const(0.0, np.float32)), usual, scale)
+
+    def _capped(self, scores: ir.Value) -> ir.Value:
+        if not self.form.softcap:
+            return scores
+        ops = self.ops
+        cap = ops.ref("softcap", ir.AttributeType.FLOAT)
+        off = ops("Equal", cap, ops.const(0.0, np.float32))
+        divisor = ops("Where", off, ops.const(1.0, np.float32), cap)
+        return ops("Where", off, scores, ops("Mul", divisor, ops("Tanh", ops("Div", scores, divisor))))
+
+    def _whole(self, name: str, beyond: object, dtype: type) -> ir.Value:
+        """A mask or bias with rank 4; a last axis shorter than S_kv (and not 1) goes on with `beyond`."""
+        ops = self.ops
+        x = ops("Expand", self.given[name], ops.const([1, 1, 1, 1]))
+        x = ops.float32(x) if dtype is np.float32 else x
+        columns = ops.size(x, 3)
+        missing = ops("Where", ops("Equal", columns, ops.const([1])), ops.const([0]), ops("Sub", self.keys, columns))
+        return ops("Pad", x, ops.concat(ops.const([0] * 7), missing), ops.const(beyond, dtype))
+
+    def _biased(self, scores: ir.Value) -> ir.Value:
+        ops = self.ops
+        for name in ("attn_bias", "float_mask"):
+            if name in self.given:
+                scores = ops("Add", scores, self._whole(name, -np.inf, np.float32))
+        if "alibi_slopes" in self.given:
+            slopes = ops("Unsqueeze", self.given["alibi_slopes"], ops.const([-1, -2]))  # [H, 1, 1] or [B, H, 1, 1]
+            scores = ops("Sub", scores, ops("Mul", slopes, ops.float32(ops("Abs", self._ahead()))))
+        return scores
+
+    def _ahead(self) -> ir.Value:
+        """How far key j is ahead of row i's position: [1 or B, 1, S_q, S_kv]."""
+        ops = self.ops
+        rows = ops("Unsqueeze", ops.arange(ops("Squeeze", self.rows, ops.const([0]))), ops.const([1]))
+        positions = ops("Add", rows, ops("Reshape", self._offset(), ops.const([-1, 1, 1, 1])))
+        return ops("Sub", self._key_index(), positions)
+
+    def _key_index(self) -> ir.Value:
+        return self.ops.arange(self.ops("Squeeze", self.keys, self.ops.const([0])))
+
+    def _offset(self) -> ir.Value:
+        """Position of row 0: [1] or [B]."""
+        ops, given = self.ops, self.given
+        if "query_offset" in given:
+            return ops("Cast", given["query_offset"], to=int(ir.DataType.INT64))
+        lengths = self._lengths() if "nonpad_kv_seqlen" in given else None
+        if self.form.alignment == "bottom_right":
+            return ops("Sub", self.keys if lengths is None else lengths, self.rows)
+        if self.form.alignment == "onnx" and lengths is not None:
+            return ops("Sub", lengths, self.rows)
+        return self.past
+
+    def _lengths(self) -> ir.Value:
+        return self.ops("Cast", self.given["nonpad_kv_seqlen"], to=int(ir.DataType.INT64))
+
+    def _masked(self, scores: ir.Value) -> ir.Value:
+        ops, seen = self.ops, []
+        if self.form.windows:
+            ahead, zero = self._ahead(), ops.const(0)
+            causal = ops("Equal", ops.number("is_causal"), ops.const(1))
+            right = ops("Where", causal, zero, ops.number("right_window_size"))
+            left = ops.number("left_window_size")
+            seen.append(ops("Or", ops("Less", right, zero), ops("LessOrEqual", ahead, right)))
+            seen.append(ops("Or", ops("Less", left, zero), ops("LessOrEqual", ops("Neg", ahead), left)))
+        if "nonpad_kv_seqlen" in self.given:
+            lengths = ops("Reshape", self._lengths(), ops.const([-1, 1, 1, 1]))
+            seen.append(ops("Less", self._key_index(), lengths))
+        if "attn_mask" in self.given:
+            seen.append(self._whole("attn_mask", False, np.bool_))
+        for keep in seen:
+            scores = ops("Where", keep, scores, ops.const(-np.inf, np.float32))
+        return scores
+
+    def _softmax(self, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """(probabilities, log-sum-exp), with what a row without keys gives."""
+        ops = self.ops
+        low = ops.const(-np.inf, np.float32)
+        empty = ops("Equal", ops.reduce("ReduceMax", scores), low)
+        if "sinks" in self.given:
+            sinks = ops("Reshape", self.given["sinks"], ops.const([1, -1, 1, 1]))
+            column = ops("Expand", sinks, ops.concat(*(ops.size(scores, k) for k in range(3)), ops.const([1])))
+            scores = ops.concat(scores, column, axis=3)
+        top = ops.reduce("ReduceMax", scores)
+        none = ops("Equal", top, low)  # no key and no sink
+        top = ops("Where", none, ops.const(0.0, np.float32), top)
+        weights = ops("Exp", ops("Sub", scores, top))
+        total = ops.reduce("ReduceSum", weights)
+        lse = ops("Add", ops("Log", total), top)
+        p = ops("Div", weights, ops("Where", none, ops.const(1.0, np.float32), total))
+        if "sinks" in self.given:
+            p = ops("Slice", p, ops.const([0]), self.keys, ops.const([3]))
+        if self.form.empty_row == "mean":
+            p = ops("Where", empty, ops("Reciprocal", ops.float32(self.keys)), p)
+        return p, ops("Squeeze", lse, ops.const([-1]))
