@@ -11,6 +11,7 @@ import dataclasses
 
 import onnx_ir as ir
 
+from faexport.fallback import add_fallback
 from faexport.match import Context, find_sites
 from faexport.normalize import convert_opset
 from faexport.precision import in_precision
@@ -43,13 +44,18 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     candidates = examine(model, options, analysis)
     names = Names(model)
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
+    full_rows = []
     for candidate in fused:
         if options.dtype is not None:
             given = analysis.dtype(candidate.outcome.query.value)
             candidate.outcome = in_precision(candidate.outcome, options.dtype, given, analysis.opset)
-        rewrite_site(candidate, names)
+        node = rewrite_site(candidate, names)
+        if candidate.outcome.mask.rows_see_a_key:
+            full_rows.append(node)
     if fused:
         add_opset(model)
+    if fused and options.fallback:
+        add_fallback(model, full_rows)
     report = Report.from_candidates(candidates, before, count_nodes(model))
     return model, report
 
