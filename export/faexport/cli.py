@@ -143,7 +143,7 @@ def fuse(
         given = _read_inputs(inputs, source) if inputs else []
         progress.step("fusing")
         options = pipeline.Options(right_padding, fallback, _CORE_DTYPES[dtype] if dtype else None, opset)
-        fused, report = pipeline.run(source, options)
+        fused, report = _fuse(source, options, model)
         report.model = str(model)
         if report.num_fused:
             with _staged(fused, target, model, dry_run, progress) as stage:
@@ -173,7 +173,7 @@ def inspect(
         progress.step(f"reading {model.name}")
         source = model_io.load(model)
         progress.step("looking for attention")
-        _, report = pipeline.run(source, pipeline.Options(assume is Assumption.RIGHT_PADDING, opset=opset))
+        _, report = _fuse(source, pipeline.Options(assume is Assumption.RIGHT_PADDING, opset=opset), model)
     report.model = str(model)
     _show(report, as_json, report_file, quiet)
 
@@ -188,6 +188,15 @@ def default_target(model: pathlib.Path) -> pathlib.Path:
     """model.onnx -> model.fa.onnx, beside it."""
     stem = model.name.removesuffix(".onnx")
     return model.with_name(f"{stem}.fa.onnx")
+
+
+def _fuse(source: ir.Model, options: pipeline.Options, path: pathlib.Path) -> tuple[ir.Model, Report]:
+    try:
+        return pipeline.run(source, options)
+    except ValueError as error:
+        if options.opset is None:
+            raise
+        raise ModelError(f"{path}: {error}; choose another --opset, or leave it out") from error
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ _LOOKS_LIKE = (
 )
 
 
-class ModelError(Exception):
+class ModelError(ValueError):
     """Bad input or a failed write. The text is one line: where, what, and what to do about it."""
 
 

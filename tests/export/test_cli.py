@@ -106,6 +106,13 @@ def test_json_is_all_that_is_printed(model: pathlib.Path) -> None:
     assert report["verification"]["status"] == "passed"
 
 
+def test_the_model_is_converted_to_an_opset_first(model: pathlib.Path) -> None:
+    assert faexport(model, "--opset", "21", "--quiet").returncode == 0
+    opsets = {entry.domain: entry.version for entry in onnx.load(model.with_name("model.fa.onnx")).opset_import}
+    assert opsets[""] == 21
+    assert_bad_input(faexport(model, "--opset", "999"), "999", "--opset")
+
+
 def test_quiet_prints_nothing(model: pathlib.Path) -> None:
     done = faexport(model, "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
