@@ -137,13 +137,14 @@ def build(
         compute_capabilities=[_compute_capability(text) for text in compute_capability or []],
         on_log=(lambda line: log.print(line, markup=False, soft_wrap=True)) if verbose else lambda line: None,
     )
-    with _Bars(quiet) as bars, _prepared(model, kind, fuse, bars) as (path, num_nodes, notes):
+    with Bars(quiet) as bars:
         bars.say("starting TensorRT")
         builder = engine.EngineBuilder(kind, module, options)
-        bars.say("parsing")
-        builder.parse(path)
-        bars.say("building")
-        content, report = builder.build(bars)
+        with prepared(model, kind, fuse, bars) as (path, num_nodes, notes):
+            bars.say("parsing")
+            builder.parse(path)
+            bars.say("building")
+            content, report = builder.build(bars)
         engine.write_file(target, content)
     report.notes[:0] = notes
     if as_json and not quiet:
@@ -154,10 +155,10 @@ def build(
 
 
 @contextlib.contextmanager
-def _prepared(
-    model: pathlib.Path, kind: Runtime, fuse: bool, bars: _Bars
+def prepared(
+    model: pathlib.Path, kind: Runtime, fuse: bool, bars: Bars
 ) -> Iterator[tuple[pathlib.Path, int, list[str]]]:
-    """The file to parse, how many of our nodes it has, and what there is to say of it."""
+    """The file to parse, how many of our nodes it has, what there is to say; the plugin is registered."""
     bars.say(f"reading {model.name}")
     loaded = model_io.load(model)
     num_nodes = _count_nodes(loaded)
@@ -229,7 +230,7 @@ def _read_profile(path: pathlib.Path) -> engine.Profile:
         raise ModelError(f"{path}: is not a profile ({type(error).__name__}: {error}); expected {example}") from error
 
 
-class _Bars(engine.Monitor, contextlib.AbstractContextManager):
+class Bars(engine.Monitor, contextlib.AbstractContextManager):
     """TensorRT's phases as progress bars, one below the other. Invisible where stderr is no terminal."""
 
     def __init__(self, quiet: bool) -> None:
@@ -248,7 +249,7 @@ class _Bars(engine.Monitor, contextlib.AbstractContextManager):
         self._depths: dict[str, int] = {}
         self._said = self._bars.add_task("", total=None)
 
-    def __enter__(self) -> _Bars:
+    def __enter__(self) -> Bars:
         self._bars.start()
         return self
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from faexport import engine, engine_run, model_io, pipeline
+from faexport import cli, engine, engine_run, model_io, pipeline
 from faexport.engine import Range, Runtime
 from faexport.model_io import ModelError
 
@@ -140,6 +140,57 @@ def test_progress_is_shown_on_a_terminal(tmp_path):
     assert b"Building engine" in shown and "━".encode() in shown
 
 
+AS_TENSORRT = (
+    "import sys, tensorrt_dispatch_bindings as trt; sys.modules['tensorrt'] = trt\n"  # its registry is the real one
+)
+PREPARE = """
+import pathlib
+from faexport import build, engine
+with build.prepared(pathlib.Path(sys.argv[1]), engine.Runtime.TENSORRT, True, build.Bars(True)) as (path, count, notes):
+    from faexport import model_io
+    nodes = [node.op_type for node in model_io.load(path).graph]
+    creator = trt.get_plugin_registry().get_creator("FlashAttention", "1", "")
+    print(count, nodes.count("FlashAttention"), creator is not None)
+print(path.exists(), notes[0])
+"""
+
+
+def prepare(model: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What `build` does for the tensorrt package before it parses."""
+    command = [sys.executable, "-c", AS_TENSORRT + PREPARE, os.fspath(model)]
+    environment = {**packages.python_with("tensorrt-11.4"), **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_for_tensorrt_the_model_is_fused_and_the_plugin_registered(tmp_path):
+    faplugin_trt = pytest.importorskip("faplugin.trt")
+    try:
+        faplugin_trt.library_path()
+    except (ImportError, FileNotFoundError) as error:
+        pytest.skip(str(error))
+    done = prepare(write(tmp_path, ATTENTION))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "1 1 True"
+    assert done.stdout.splitlines()[1].startswith("False 1 of 1 attention sites fused"), (
+        "the rewritten file was temporary"
+    )
+
+
+def test_without_the_plugin_the_reason_is_told(tmp_path):
+    done = prepare(write(tmp_path, ATTENTION), FAPLUGIN_LIBRARY_DIR=os.fspath(tmp_path))
+    assert "ModelError: the TensorRT plugin can't be registered: libfa_trt.so is not in" in done.stderr
+
+
+@pytest.mark.skipif(engine.has_gpu(), reason="there is a GPU")
+def test_tensorrt_without_a_gpu_is_refused_before_any_work(tmp_path):
+    (tmp_path / "tensorrt.py").write_text("from tensorrt_dispatch_bindings import *\n")
+    environment = packages.python_with("tensorrt-11.4")
+    environment["PYTHONPATH"] = os.pathsep.join([os.fspath(tmp_path), environment["PYTHONPATH"]])
+    command = [sys.executable, "-m", "faexport", "build", os.fspath(write(tmp_path, ATTENTION))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert_refused(done, "TensorRT's builder needs a GPU")
+
+
 REFUSALS = {
     "no such file": (["nowhere.onnx"], "no such file"),
     "unknown input": (["{model}", "--opt", "z:1x16"], "no input 'z'; its inputs are x, w"),
@@ -157,17 +208,31 @@ REFUSALS = {
 }
 
 
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """As run_cli, in this process: faster, for what ends before TensorRT builds anything."""
+    monkeypatch.syspath_prepend(os.fspath(packages.folder(RTX)))
+
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["faexport", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return subprocess.CompletedProcess(args, ended.value.code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.mark.parametrize("name", REFUSALS)
-def test_one_line_for_what_is_wrong(tmp_path, name):
+def test_one_line_for_what_is_wrong(call, tmp_path, monkeypatch, name):
     args, words = REFUSALS[name]
     model = write(tmp_path, MLP)
-    done = run_cli("build", *(arg.format(model=model) for arg in args), cwd=tmp_path)
-    assert_refused(done, words)
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call("build", *(arg.format(model=model) for arg in args)), words)
     assert list(tmp_path.iterdir()) == [model]
 
 
-def test_parser_errors_name_the_nodes(tmp_path):
-    done = run_cli("build", write(tmp_path, UNSUPPORTED))
+def test_parser_errors_name_the_nodes(call, tmp_path):
+    done = call("build", write(tmp_path, UNSUPPORTED))
     assert_refused(done, "node 'first_strange' (Strange)", "node 'second_strange' (Stranger)", "Plugin not found")
 
 
@@ -179,24 +244,24 @@ def test_attention_alone_is_built_unfused_with_a_note(tmp_path):
     assert "0 FlashAttention" in done.stdout and "no GPU here" in done.stdout or engine.has_gpu()
 
 
-def test_run_refuses_what_is_no_engine(tmp_path):
+def test_run_refuses_what_is_no_engine(call, tmp_path):
     inputs, plan = tmp_path / "in.npz", tmp_path / "model.plan"
     np.savez(inputs, x=np.zeros((1, 16), np.float32))
-    assert_refused(run_cli("run", plan, "--inputs", inputs), "can't be read")
+    assert_refused(call("run", plan, "--inputs", inputs), "can't be read")
     plan.write_bytes(b"something else")
-    assert_refused(run_cli("run", plan, "--inputs", inputs), "is not a TensorRT engine")
+    assert_refused(call("run", plan, "--inputs", inputs), "is not a TensorRT engine")
     plan.write_bytes(engine_run.MAGIC[Runtime.TENSORRT] + b"...")
-    assert_refused(run_cli("run", plan, "--inputs", inputs), "was built by tensorrt", "--runtime tensorrt")
-    assert_refused(run_cli("run", plan, "--inputs", plan), "can't be read as .npz")
-    assert_refused(run_cli("run", plan, "--inputs", tmp_path / "none.npz"), "no such file")
+    assert_refused(call("run", plan, "--inputs", inputs), "was built by tensorrt", "--runtime tensorrt")
+    assert_refused(call("run", plan, "--inputs", plan), "can't be read as .npz")
+    assert_refused(call("run", plan, "--inputs", tmp_path / "none.npz"), "no such file")
 
 
 @pytest.mark.skipif(engine.has_gpu(), reason="there is a GPU")
-def test_run_needs_a_gpu(tmp_path):
+def test_run_needs_a_gpu(call, tmp_path):
     inputs, plan = tmp_path / "in.npz", tmp_path / "model.plan"
     np.savez(inputs, x=np.zeros((1, 16), np.float32))
     plan.write_bytes(engine_run.MAGIC[Runtime.TENSORRT_RTX] + b"...")
-    assert_refused(run_cli("run", plan, "--inputs", inputs), "needs a GPU")
+    assert_refused(call("run", plan, "--inputs", inputs), "needs a GPU")
 
 
 def test_outputs_are_compared_with_onnxruntime(tmp_path):
