@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between the NumPy arrays of tests/cases.py and CUDA tensors, and running a problem on a named kernel of the dispatch table."""
+"""Between the NumPy arrays of tests/cases.py and CUDA tensors, and running a problem on a named kernel."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _DLManagedTensor(ctypes.Structure):
 
 
 class CorruptedStrides:
-    """A CUDA tensor as DLPack with meaningless strides on axes of size 1. (PyTorch's own DLPack makes such strides 1.)"""
+    """A CUDA tensor as DLPack with meaningless strides on axes of size 1. PyTorch's DLPack makes them 1."""
 
     def __init__(self, tensor: torch.Tensor):
         self._tensor = tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m tests.gpu.sanitizer_sample: small cases of every kernel, to be run under compute-sanitizer. Prints how many ran."""
+"""python -m tests.gpu.sanitizer_sample: small cases of every kernel, for compute-sanitizer. Prints how many ran."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ def sample() -> list[cases.Case]:
     dims = (64, 128, 33, 80, 256, 96, 1, 192)
     for i, fields in enumerate(cases.MASKS.values()):
         dtype, layout = list(cases.DTYPES)[i % 3], ("BHSD", "BSHD", "BSH")[i // 3 % 3]
-        chosen.append(cases.Case(dtype, 2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], dims[i % 8], 0, layout, **fields))
+        chosen.append(
+            cases.Case(dtype, 2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], dims[i % 8], 0, layout, **fields)
+        )
     return chosen
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every CUDA kernel of the dispatch table against float64 on all cases: right, written everywhere, and the same bits each time."""
+"""Every CUDA kernel against float64 on all cases: right, written everywhere, and the same bits each time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sample of the cases under compute-sanitizer: no access out of bounds, no race in shared memory, no unwritten memory read."""
+"""A sample of the cases under compute-sanitizer: no access out of bounds, no race in shared memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import sys
 import pytest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
-
-
 
 
 @pytest.mark.parametrize("tool", ("memcheck", "racecheck"))

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times attention on one GPU against its peers, all on the same tensors in one run.
+
+Peers are PyTorch's FlashAttention-2, cuDNN and memory-efficient backends and FlashAttention-4 where it is installed;
+inside onnxruntime the unfused graph, Attention, MultiHeadAttention and GroupQueryAttention. Each is compared with
+float64 first, and one whose error is beyond its dtype's is not timed. benchmarks/plot.py draws what is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import subprocess
+
+import gpu_timer
+import results_file
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+import torch
+from attention_rows import SUITES, Row, Tensors, draw, expected
+
+LIMIT = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}  # ||out - ref|| / ||ref||
+OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv")
+
+
+def relative_error(row: Row, tensors: Tensors, out: torch.Tensor) -> float:
+    rows = torch.linspace(0, row.seqlen - 1, min(row.seqlen, 96), device="cuda").long().unique()
+    heads = max(1, min(row.num_heads, 2**24 // (row.batch_size * row.kv_len * row.head_dim)))
+    want = expected(row, tensors, rows, heads)
+    return ((out[:, rows, :heads].double() - want).norm() / want.norm()).item()
+
+
+def calls_of(row: Row, sets: list[Tensors], wanted: set[str]) -> tuple[dict[str, gpu_timer.Call], dict[str, str]]:
+    """Contestants by name, and why others are not there."""
+    if row.in_ort:
+        import attention_ort
+
+        found = attention_ort.contestants(row, sets, wanted)
+        refused = {name: x for name, x in found.items() if isinstance(x, str)}
+        return {n: (lambda i, x=x: x[i]()) for n, x in found.items() if n not in refused}, refused
+    import attention_torch
+
+    found = attention_torch.contestants(row, sets[0], wanted)
+    return {name: (lambda i, call=call: call(sets[i])) for name, call in found.items()}, {}
+
+
+def drop_wrong(row: Row, sets: list[Tensors], calls: dict, refused: dict) -> dict[str, float]:
+    """Runs each once, removes those that can't run the row or are wrong; returns the errors."""
+    errors = {}
+    for name in list(calls):
+        try:
+            errors[name] = relative_error(row, sets[0], calls[name](0))
+            torch.cuda.synchronize()
+        except Exception as error:  # each peer refuses in its own way
+            refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            del calls[name]
+            continue
+        if not errors[name] <= LIMIT[row.dtype]:
+            refused[name] = f"wrong: relative error {errors[name]:.2g}"
+            del calls[name]
+    return errors
+
+
+def measure(row: Row, options: argparse.Namespace) -> dict:
+    """One row of the results."""
+    first = draw(row)
+    num_bytes = sum(t.nbytes for t in vars(first).values() if t is not None)
+    sets = [first] + [draw(row) for _ in range(gpu_timer.num_sets(num_bytes) - 1)]
+    calls, refused = calls_of(row, sets, set(options.contestants))
+    errors = drop_wrong(row, sets, calls, refused)
+    result = {"row": row.name, "dtype": row.dtype, "in_ort": row.in_ort, "refused": refused, "contestants": {}}
+    if not calls:
+        return result
+    times, graphs = gpu_timer.in_turn(calls, len(sets), options.rounds, () if row.in_ort else tuple(calls))
+    result["cuda_graph"] = graphs
+    for name, milliseconds in times.items():
+        one = {key: round(x, 5) for key, x in gpu_timer.summary(milliseconds).items()}
+        one["error"] = float(f"{errors[name]:.3g}")
+        one["tflops"] = round(row.flops / one["median_ms"] / 1e9, 1)
+        if row.seqlen == 1:
+            one["tb_per_s"] = round(row.kv_bytes / one["median_ms"] / 1e9, 3)
+        result["contestants"][name] = one
+    peers = [one["median_ms"] for name, one in result["contestants"].items() if name not in OURS]
+    if peers and "ours" in times:
+        result["ours_over_best_peer"] = round(min(peers) / result["contestants"]["ours"]["median_ms"], 3)
+    return result
+
+
+def print_results(console: rich.console.Console, results: list[dict]) -> None:
+    names = list(dict.fromkeys(name for result in results for name in result["contestants"]))
+    title = "TFLOP/s (higher is better; * CUDA-graph replays; decode in TB/s of keys and values)"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
+    for heading in ("row", *names, "ours / best peer"):
+        table.add_column(heading, justify="left" if heading == "row" else "right", no_wrap=True)
+    for result in results:
+        cells = [
+            str(result["contestants"].get(n, {}).get("tb_per_s", result["contestants"].get(n, {}).get("tflops", "–")))
+            for n in names
+        ]
+        table.add_row(
+            result["row"] + (" *" if result.get("cuda_graph") else ""),
+            *cells,
+            str(result.get("ours_over_best_peer", "–")),
+        )
+    console.print(table)
+
+
+def driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("suites", nargs="*", default=["plain"], help=f"any of: {', '.join(SUITES)}, memory, all")
+    parser.add_argument(
+        "--contestants", nargs="*", default=[], help="names in the table, e.g. ours prefill_sm80 FA2; all if none"
+    )
+    parser.add_argument("--match", default="", help="only rows whose name contains this, e.g. 'd64 causal'")
+    parser.add_argument("--rounds", type=int, default=15, help="times each contestant's turn comes")
+    parser.add_argument("--name", default="attention", help="benchmarks/results/NAME.json is written")
+    options = parser.parse_args()
+    if unknown := set(options.suites) - {*SUITES, "memory", "all"}:
+        parser.error(f"unknown suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}, memory and all")
+    if not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device")
+    return options
+
+
+def main() -> pathlib.Path:
+    options = parse()
+    suites = [*SUITES, "memory"] if "all" in options.suites else options.suites
+    rows = [row for suite in suites if suite != "memory" for row in SUITES[suite] if options.match in row.name]
+    console = rich.console.Console(width=200)
+    torch.manual_seed(torch.initial_seed())
+    results = []
+    for row in rich.progress.track(rows, "measuring", console=console, disable=not console.is_terminal):
+        results.append(measure(row, options))
+        if not console.is_terminal:
+            console.print(results[-1]["row"], results[-1].get("ours_over_best_peer", results[-1]["refused"]))
+        torch.cuda.empty_cache()
+    print_results(console, results)
+    document = {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver(),
+        "cudnn": torch.backends.cudnn.version(),
+        **results_file.environment("torch", "triton", "onnxruntime-gpu", "flash-attn-4", "nvidia-cudnn-cu13"),
+        "rows": results,
+    }
+    if "memory" in suites:
+        import attention_ort
+
+        document["memory"] = attention_ort.memory_of_long_sequence()
+        console.print(document["memory"])
+    path = results_file.write(options.name, document)
+    console.print(f"written: {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contestants inside onnxruntime's CUDA provider, inputs and outputs bound on the device: the operator, the unfused
+graph, ONNX's Attention, onnxruntime's MultiHeadAttention and GroupQueryAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import faplugin
+import numpy as np
+import onnxruntime as ort
+import torch
+from attention_rows import Row, Tensors, draw
+from onnx import TensorProto, helper, numpy_helper
+
+ELEMENTS = {
+    torch.float16: (TensorProto.FLOAT16, np.float16),
+    torch.float32: (TensorProto.FLOAT, np.float32),
+    torch.bool: (TensorProto.BOOL, np.bool_),
+    torch.int64: (TensorProto.INT64, np.int64),
+    torch.int32: (TensorProto.INT32, np.int32),
+}
+Contestant = Callable[[], torch.Tensor]  # returns [B, S, H, D]
+
+
+def _projected(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """[B, S, H·D], as a projection leaves them."""
+    return {name: getattr(tensors, name).flatten(2) for name in ("query", "key", "value")}
+
+
+def _faexport(row: Row, tensors: Tensors):
+    inputs = _projected(tensors)
+    if row.mask == "mask":
+        inputs["attn_mask"] = tensors.mask
+    elif row.mask == "lengths":
+        inputs["nonpad_kv_seqlen"] = tensors.lengths
+    if tensors.bias is not None:
+        inputs["attn_bias"] = tensors.bias
+    optional = [name for name in inputs if name not in ("query", "key", "value")]
+    attributes = {"q_num_heads": row.num_heads, "kv_num_heads": row.kv_heads, "is_causal": int(row.is_causal)}
+    node = helper.make_node(
+        "FlashAttention", list(inputs), ["output"], domain="faexport", optional_inputs=",".join(optional), **attributes
+    )
+    return [node], inputs, []
+
+
+def _unfused(row: Row, tensors: Tensors):
+    inputs = {name: getattr(tensors, name).transpose(1, 2).contiguous() for name in ("query", "key", "value")}
+    scale = numpy_helper.from_array(np.array(row.head_dim**-0.5, np.float16), "scale")
+    nodes = [
+        helper.make_node("Transpose", ["key"], ["key_t"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["query", "key_t"], ["scores"]),
+        helper.make_node("Mul", ["scores", "scale"], ["scaled"]),
+    ]
+    last, initializers = "scaled", [scale]
+    if tensors.lengths is not None:
+        inputs["mask"] = tensors.mask
+        initializers.append(numpy_helper.from_array(np.array(-np.inf, np.float16), "hidden"))
+        nodes.append(helper.make_node("Where", ["mask", "scaled", "hidden"], ["masked"]))
+        last = "masked"
+    elif row.is_causal or tensors.bias is not None:
+        causal = torch.full((row.seqlen, row.kv_len), float("-inf"), device="cuda", dtype=torch.float16).triu(1)
+        inputs["bias"] = tensors.bias if tensors.bias is not None else causal
+        nodes.append(helper.make_node("Add", ["scaled", "bias"], ["biased"]))
+        last = "biased"
+    nodes += [
+        helper.make_node("Softmax", [last], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "value"], ["output"]),
+    ]
+    return nodes, inputs, initializers
+
+
+def _attention(row: Row, tensors: Tensors):
+    inputs, names = _projected(tensors), ["query", "key", "value"]
+    if tensors.bias is not None or tensors.lengths is not None:
+        mask = tensors.bias if tensors.bias is not None else tensors.mask
+        inputs["mask"] = mask if tensors.bias is not None else mask.expand(-1, -1, row.seqlen, -1).contiguous()
+        names.append("mask")
+    attributes = {"q_num_heads": row.num_heads, "kv_num_heads": row.kv_heads, "is_causal": int(row.is_causal)}
+    return [helper.make_node("Attention", names, ["output"], **attributes)], inputs, []
+
+
+def _multi_head_attention(row: Row, tensors: Tensors):
+    inputs, names = _projected(tensors), ["query", "key", "value"]
+    if row.mask == "lengths":
+        inputs["lengths"] = tensors.lengths.int()
+        names += ["", "lengths"]
+    elif row.mask == "mask":
+        inputs["mask"] = tensors.mask[:, 0, 0].int().contiguous()
+        names += ["", "mask"]
+    elif tensors.bias is not None:
+        inputs["bias"] = tensors.bias
+        names += ["", "", "bias"]
+    attributes = {"num_heads": row.num_heads, "unidirectional": int(row.is_causal)}
+    return [helper.make_node("MultiHeadAttention", names, ["output"], domain="com.microsoft", **attributes)], inputs, []
+
+
+def _group_query_attention(row: Row, tensors: Tensors):
+    if not row.is_causal or row.mask:
+        raise NotImplementedError("GroupQueryAttention is causal")
+    inputs = _projected(tensors)
+    inputs["seqlens_k"] = torch.full((row.batch_size,), row.kv_len - 1, dtype=torch.int32, device="cuda")
+    total = numpy_helper.from_array(np.array([row.kv_len], np.int32), "total")
+    names = ["query", "key", "value", "", "", "seqlens_k", "total"]
+    attributes = {"num_heads": row.num_heads, "kv_num_heads": row.kv_heads}
+    outputs = ["output", "present_key", "present_value"]
+    return (
+        [helper.make_node("GroupQueryAttention", names, outputs, domain="com.microsoft", **attributes)],
+        inputs,
+        [total],
+    )
+
+
+GRAPHS = {
+    "ours": _faexport,
+    "unfused": _unfused,
+    "Attention": _attention,
+    "MultiHeadAttention": _multi_head_attention,
+    "GroupQueryAttention": _group_query_attention,
+}
+
+
+def _model(nodes, inputs: dict[str, torch.Tensor], initializers, rank: int) -> bytes:
+    declared = [helper.make_tensor_value_info(name, ELEMENTS[t.dtype][0], list(t.shape)) for name, t in inputs.items()]
+    element = ELEMENTS[inputs["query"].dtype][0]
+    outputs = [helper.make_tensor_value_info("output", element, [None] * rank)]
+    outputs += [helper.make_tensor_value_info(name, element, [None] * 4) for name in nodes[-1].output[1:]]
+    graph = helper.make_graph(nodes, "row", declared, outputs, initializers)
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("faexport", 1), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def session(model: bytes | str, ours: bool, **provider_options: str) -> ort.InferenceSession:
+    """A CUDA session on PyTorch's current stream, so that PyTorch's events time it."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if ours:
+        faplugin.register(options)
+    provider_options |= {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
+    return ort.InferenceSession(model, options, providers=[("CUDAExecutionProvider", provider_options)])
+
+
+def bind(
+    made: ort.InferenceSession, inputs: dict[str, torch.Tensor], outputs: dict[str, torch.Tensor]
+) -> ort.IOBinding:
+    binding = made.io_binding()
+    for tensors, give in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
+        for name, t in tensors.items():
+            give(name, "cuda", 0, ELEMENTS[t.dtype][1], list(t.shape), t.data_ptr())
+    for other in made.get_outputs():
+        if other.name not in outputs:
+            binding.bind_output(other.name, "cuda")
+    return binding
+
+
+def contestant(name: str, row: Row, tensors: Tensors) -> Contestant:
+    """One graph, its session and its bound tensors; the call enqueues one run and waits for nothing."""
+    nodes, inputs, initializers = GRAPHS[name](row, tensors)
+    shape = (row.batch_size, row.num_heads, row.seqlen, row.head_dim) if name == "unfused" else inputs["query"].shape
+    output = torch.full(shape, float("nan"), device="cuda", dtype=tensors.query.dtype)
+    made = session(_model(nodes, inputs, initializers, len(shape)), name == "ours")
+    binding = bind(made, inputs, {"output": output})
+    run_options = ort.RunOptions()
+    run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    view = (
+        output.transpose(1, 2)
+        if name == "unfused"
+        else output.view(row.batch_size, row.seqlen, row.num_heads, row.head_dim)
+    )
+
+    def call() -> torch.Tensor:
+        made.run_with_iobinding(binding, run_options)
+        return view
+
+    call.keep = inputs  # the binding holds addresses only
+    return call
+
+
+def contestants(row: Row, sets: list[Tensors], wanted: set[str]) -> dict[str, list[Contestant] | str]:
+    """By name a contestant for each set of tensors, or the sentence that says why there is none."""
+    found: dict[str, list[Contestant] | str] = {}
+    for name in GRAPHS:
+        if wanted and name not in wanted:
+            continue
+        try:
+            found[name] = [contestant(name, row, tensors) for tensors in sets]
+        except Exception as error:  # each runtime refuses in its own way
+            found[name] = str(error).strip().splitlines()[-1][:200]
+    return found
+
+
+def memory_of_long_sequence() -> dict[str, float]:
+    """MiB of device memory beyond inputs and output, of one run at B1 H16 S32768 d64."""
+    row = Row(1, 16, 32768, 64, dtype="float16")
+    tensors = draw(row)
+    tensors.out = None
+    warm = contestant("ours", Row(1, 1, 64, 64, dtype="float16"), draw(Row(1, 1, 64, 64, dtype="float16")))
+    warm()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.mem_get_info()[0]
+    call = contestant("ours", row, tensors)
+    call()
+    torch.cuda.synchronize()
+    used = before - torch.cuda.mem_get_info()[0] - row.seqlen * 16 * 64 * 2
+    return {
+        "row": row.name,
+        "extra_MiB": round(used / 2**20, 1),
+        "inputs_and_output_MiB": 4 * row.seqlen * 16 * 64 * 2 / 2**20,
+    }

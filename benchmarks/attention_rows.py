@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows that benchmarks/attention.py measures, by suite, and the tensors of a row, random everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import torch
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One problem. Tensors are [B, S, H, D] (BSHD)."""
+
+    batch_size: int
+    num_heads: int
+    seqlen: int
+    head_dim: int
+    is_causal: bool = False
+    window: int = -1  # neighbours before the own position; with is_causal
+    mask: str = ""  # "lengths", "mask" (bool [B, 1, 1, S]), "bias_1HSS", "bias_B1SS"
+    num_kv_heads: int = 0  # 0: num_heads
+    seqlen_kv: int = 0  # 0: seqlen
+    dtype: str = "bfloat16"
+    in_ort: bool = False  # measured inside onnxruntime
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def kv_len(self) -> int:
+        return self.seqlen_kv or self.seqlen
+
+    @property
+    def name(self) -> str:
+        heads = f"h{self.num_heads}" + (f"/{self.num_kv_heads}" if self.num_kv_heads else "")
+        length = f"s{self.seqlen}" + (f"x{self.seqlen_kv}" if self.seqlen_kv else "")
+        words = [f"b{self.batch_size}", heads, length, f"d{self.head_dim}"]
+        words += ["causal"] * self.is_causal + ([f"window{self.window}"] if self.window >= 0 else []) + [self.mask]
+        return " ".join(filter(None, words))
+
+    @property
+    def pairs(self) -> float:
+        """Visible (query, key) pairs of a head, lengths and bool masks not counted."""
+        if self.window >= 0:
+            return float(sum(min(i, self.window) + 1 for i in range(self.seqlen)))
+        return self.seqlen * self.kv_len / (2 if self.is_causal else 1)
+
+    @property
+    def flops(self) -> float:
+        return 4.0 * self.batch_size * self.num_heads * self.pairs * self.head_dim
+
+    @property
+    def kv_bytes(self) -> float:
+        return 4.0 * self.batch_size * self.kv_heads * self.kv_len * self.head_dim
+
+
+@dataclasses.dataclass
+class Tensors:
+    query: torch.Tensor  # [B, S, H, D]
+    key: torch.Tensor  # [B, S_kv, H_kv, D]
+    value: torch.Tensor
+    out: torch.Tensor
+    lengths: torch.Tensor | None = None  # int64 [B]
+    mask: torch.Tensor | None = None  # bool [B, 1, 1, S], the same keys
+    bias: torch.Tensor | None = None  # [1 or B, H or 1, S, S]
+
+
+def draw(row: Row) -> Tensors:
+    dtype = getattr(torch, row.dtype)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=dtype)
+
+    b, s, h, d = row.batch_size, row.seqlen, row.num_heads, row.head_dim
+    tensors = Tensors(
+        normal(b, s, h, d),
+        normal(b, row.kv_len, row.kv_heads, d),
+        normal(b, row.kv_len, row.kv_heads, d),
+        normal(b, s, h, d),
+    )
+    if row.mask in ("lengths", "mask"):
+        tensors.lengths = torch.randint(row.kv_len // 4, row.kv_len + 1, (b,), device="cuda")
+        keys = torch.arange(row.kv_len, device="cuda")
+        tensors.mask = keys[None, None, None] < tensors.lengths[:, None, None, None]
+    elif row.mask:
+        tensors.bias = normal(*((1, h) if row.mask == "bias_1HSS" else (b, 1)), s, row.kv_len)
+    return tensors
+
+
+def expected(row: Row, tensors: Tensors, rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """float64 [B, len(rows), heads, D] of some rows of the first heads."""
+    group = row.num_heads // row.kv_heads
+    query = tensors.query[:, rows, :heads].double()
+    key, value = (t.double().repeat_interleave(group, 2)[:, :, :heads] for t in (tensors.key, tensors.value))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * row.head_dim**-0.5
+    if tensors.bias is not None:
+        scores += tensors.bias[:, :heads, rows].double()
+    keys = torch.arange(row.kv_len, device="cuda")
+    hidden = torch.zeros(1, 1, len(rows), row.kv_len, dtype=torch.bool, device="cuda")
+    if row.is_causal:
+        distance = rows[:, None] + (row.kv_len - row.seqlen) - keys[None]
+        hidden = hidden | (distance < 0)
+        if row.window >= 0:
+            hidden = hidden | (distance > row.window)
+    if tensors.lengths is not None:
+        hidden = hidden | (keys[None, None, None] >= tensors.lengths[:, None, None, None])
+    scores.masked_fill_(hidden, -math.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+
+def _tokens(length: int, **others) -> Row:
+    return Row(16384 // length, seqlen=length, **others)
+
+
+def _plain(head_dims: tuple[int, ...]) -> list[Row]:
+    return [
+        _tokens(s, num_heads=2048 // d, head_dim=d, is_causal=c)
+        for d, c, s in itertools.product(head_dims, (False, True), LENGTHS)
+    ]
+
+
+def _in_ort() -> list[Row]:
+    plain = [Row(4, 16, s, d, dtype="float16", in_ort=True) for d in (64, 128) for s in LENGTHS[:5]]
+    masks = ("lengths", "mask", "bias_1HSS")
+    masked = [Row(4, 16, 2048, d, mask=mask, dtype="float16", in_ort=True) for d in (64, 128) for mask in masks]
+    return plain + masked + [Row(4, 16, 2048, d, is_causal=True, dtype="float16", in_ort=True) for d in (64, 128)]
+
+
+def _padding() -> list[Row]:
+    cases = itertools.product((64, 128), (512, 2048), ("lengths", "mask"))
+    return [_tokens(s, num_heads=2048 // d, head_dim=d, mask=mask) for d, s, mask in cases]
+
+
+def _bias() -> list[Row]:
+    cases = itertools.product((64, 128), (1024, 4096), ("bias_1HSS", "bias_B1SS"))
+    return [_tokens(s, num_heads=2048 // d, head_dim=d, mask=mask) for d, s, mask in cases]
+
+
+def _short() -> list[Row]:
+    shapes = ((32, 12, 197, 64), (8, 16, 577, 64), (64, 12, 128, 32), (4, 16, 1024, 80), (4, 16, 1024, 72))
+    return [Row(*shape) for shape in (*shapes, (2, 8, 4096, 40), (4, 32, 1024, 96))]
+
+
+def _decode() -> list[Row]:
+    sizes = ((1, 32768), (16, 4096), (64, 2048), (8, 32768))
+    return [Row(b, 32, 1, 128, num_kv_heads=8, seqlen_kv=s) for b, s in sizes]
+
+
+SUITES: dict[str, list[Row]] = {
+    "plain": _plain((64, 128, 256)),  # 16k tokens, full and causal
+    "window": [_tokens(s, num_heads=16, head_dim=128, is_causal=True, window=1024) for s in (4096, 16384)],
+    "bias": _bias(),
+    "padding": _padding(),
+    "short": _short(),
+    "decode": _decode(),
+    "ort": _in_ort(),  # inside onnxruntime
+}
