@@ -21,7 +21,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from .spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
+from .spec import DOMAIN, AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
 
 SCHEMA_VERSION = 1  # of to_json; raised when a key changes its meaning or goes away
 
@@ -162,9 +162,10 @@ class Report:
 
 
 def count_nodes(model: ir.Model) -> dict[str, int]:
-    """Nodes by op type ("domain::type" outside ONNX's own domain), those of subgraphs and functions included."""
+    """Nodes by op type ("domain::type" outside ONNX's own domain), those of subgraphs and functions included, but not those
+    of the functions that stand in for the operator."""
     counter: collections.Counter[str] = collections.Counter()
-    for graph in (model.graph, *model.functions.values()):
+    for graph in (model.graph, *(f for f in model.functions.values() if f.domain != DOMAIN)):
         for node in ir.traversal.RecursiveGraphIterator(graph):
             counter[f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type] += 1
     return dict(sorted(counter.items()))
