@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator in onnxruntime's CUDA provider: cases, device tensors, CUDA graphs, threads, memory."""
+"""The operator inside onnxruntime's CUDA provider: cases, an exported model, CUDA graphs, threads."""
 
 from __future__ import annotations
 
@@ -12,93 +12,98 @@ import pytest
 from tests import cases, tolerances
 from tests.plugin import nodes
 
+torch = pytest.importorskip("torch")
+CUDA = "CUDAExecutionProvider"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="onnxruntime without CUDA"),
+    pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="onnxruntime has no CUDA provider"),
 ]
-CUDA = ("CUDAExecutionProvider",)
+HEADS, DIM, ROWS = 8, 64, 300
 
 
-@pytest.mark.parametrize("case", cases.quick() + cases.randomized(300, seed=2), ids=str)
+def session(model, **provider_options: str) -> ort.InferenceSession:
+    made = nodes.session(model, [(CUDA, provider_options)])
+    assert made.get_providers()[0] == CUDA, "the CUDA provider could not be loaded"
+    return made
+
+
+def attention_model():
+    inputs = {name: np.zeros((2, ROWS, HEADS * DIM), np.float16) for name in ("query", "key", "value")}
+    return nodes.make_model(inputs, {"q_num_heads": HEADS, "kv_num_heads": HEADS, "is_causal": 1})
+
+
+def draw(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shape = (2, ROWS, HEADS * DIM)
+    return {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in ("query", "key", "value")}
+
+
+@pytest.mark.parametrize("case", cases.quick(), ids=str)
 def test_case(case: cases.Case) -> None:
     problem = case.problem()
-    tolerances.check(nodes.run(problem, CUDA), problem)
+    tolerances.check(nodes.run(problem, [CUDA]), problem)
 
 
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32).astype(np.float16)
+def test_nodes_of_an_exported_model_run_on_the_gpu() -> None:
+    """A PyTorch model, exported, fused, and run with the CPU provider forbidden: equal to the unfused one."""
+    import io
+
+    import faexport
+    import onnx
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.projections = torch.nn.ModuleList(torch.nn.Linear(128, 384) for _ in range(2))
+
+        def forward(self, x, mask):
+            for projection in self.projections:
+                q, k, v = (t.unflatten(-1, (4, 32)).transpose(1, 2) for t in projection(x).chunk(3, -1))
+                y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+                x = x + y.transpose(1, 2).flatten(2)
+            return x
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 50, 128), torch.arange(50)[None] < torch.tensor([[50], [31]])
+    encoder, file = Encoder().eval(), io.BytesIO()
+    torch.onnx.export(encoder, (x, mask), file, input_names=["x", "mask"], opset_version=17, dynamo=False)
+    fused, report = faexport.fuse(onnx.load_from_string(file.getvalue()))
+    assert [node.op_type for node in fused.graph.node].count("FlashAttention") == 2, report
+    (output,) = session(fused).run(None, {"x": x.numpy(), "mask": mask.numpy()})
+    expected = encoder(x, mask).detach().numpy()
+    assert np.abs(output - expected).max() <= 1e-4
 
 
-def bound(session: ort.InferenceSession, inputs: dict[str, np.ndarray]) -> tuple[ort.IOBinding, dict, ort.OrtValue]:
-    """An IOBinding with all tensors on the device: (binding, inputs, output)."""
-    values = {name: ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) for name, array in inputs.items()}
-    shape = [*inputs["query"].shape[:3], inputs["value"].shape[3]]
-    output = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float16, "cuda", 0)
-    binding = session.io_binding()
+def test_cuda_graph_replays_with_new_inputs() -> None:
+    plain, graph = session(attention_model()), session(attention_model(), enable_cuda_graph="1")
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array, "cuda", 0) for name, array in draw(0).items()}
+    output = ort.OrtValue.ortvalue_from_numpy(np.full((2, ROWS, HEADS * DIM), np.nan, np.float16), "cuda", 0)
+    binding = graph.io_binding()
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     binding.bind_ortvalue_output("output", output)
-    return binding, values, output
-
-
-# one prefill with a mask and lengths on the device, one decoding step that needs a workspace
-GRAPH_CASES = {"prefill": (300, 300), "decode": (1, 4096)}
-
-
-@pytest.mark.parametrize("rows_and_keys", GRAPH_CASES.values(), ids=list(GRAPH_CASES))
-def test_cuda_graph_replays_with_changed_data(rows_and_keys: tuple[int, int]) -> None:
-    rows, keys = rows_and_keys
-
-    def inputs(seed: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng(seed)
-        return {
-            "query": normal(seed, 2, 4, rows, 64),
-            "key": normal(seed + 1, 2, 2, keys, 64),
-            "value": normal(seed + 2, 2, 2, keys, 64),
-            "attn_mask": rng.random((2, 1, 1, keys)) < 0.8,
-            "nonpad_kv_seqlen": rng.integers(1, keys + 1, 2),
-        }
-
-    model = nodes.make_model(inputs(0), {"optional_inputs": "attn_mask,nonpad_kv_seqlen"})
-    captured = nodes.session(model, [("CUDAExecutionProvider", {"enable_cuda_graph": "1"})])
-    plain = nodes.session(model, CUDA)
-    binding, values, output = bound(captured, inputs(0))
-    for seed in range(5):  # the first runs warm up and capture, the others replay
-        given = inputs(10 * seed)
+    for seed in range(4):  # the first run captures
+        feeds = draw(seed)
         for name, value in values.items():
-            value.update_inplace(given[name])
-        captured.run_with_iobinding(binding)
-        assert np.array_equal(output.numpy(), plain.run(None, given)[0]), f"run {seed}"
+            value.update_inplace(feeds[name])
+        graph.run_with_iobinding(binding)
+        assert np.array_equal(output.numpy(), plain.run(None, feeds)[0]), f"replay {seed}"
 
 
-@pytest.mark.parametrize("rows_and_keys", GRAPH_CASES.values(), ids=list(GRAPH_CASES))
-def test_four_threads_on_one_session(rows_and_keys: tuple[int, int]) -> None:
-    rows, keys = rows_and_keys
-    feeds = [
-        {
-            "query": normal(i, 2, 4, rows, 64),
-            "key": normal(i + 1, 2, 2, keys, 64),
-            "value": normal(i + 2, 2, 2, keys, 64),
-        }
-        for i in range(4)
-    ]
-    session = nodes.session(nodes.make_model(feeds[0], {"is_causal": 1, "alignment": "bottom_right"}), CUDA)
-    expected = [session.run(None, feed)[0] for feed in feeds]
+def test_four_threads_on_one_session() -> None:
+    made = session(attention_model())
+    feeds = [draw(seed) for seed in range(8)]
+    expected = [made.run(None, feed)[0] for feed in feeds]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda i: session.run(None, feeds[i % 4])[0], range(200)))
-    assert all(np.array_equal(result, expected[i % 4]) for i, result in enumerate(results))
+        results = list(pool.map(lambda i: made.run(None, feeds[i % 8])[0], range(200)))
+    assert all(np.array_equal(result, expected[i % 8]) for i, result in enumerate(results))
 
 
-def test_memory_does_not_grow_with_the_scores() -> None:
-    """B1 H16 S32768 d64: less than 64 MB over the tensors themselves."""
-    torch = pytest.importorskip("torch")
-    inputs = {name: normal(i, 1, 16, 32768, 64) for i, name in enumerate(("query", "key", "value"))}
-    small = {name: array[:, :, :128] for name, array in inputs.items()}
-    session = nodes.session(nodes.make_model(inputs, {}, shapes={name: [1, 16, "S", 64] for name in inputs}), CUDA)
-    session.run_with_iobinding(bound(session, small)[0])  # loads kernels and makes the arena
-    binding, *_ = bound(session, inputs)
-    torch.cuda.synchronize()
-    before = torch.cuda.mem_get_info()[0]
-    session.run_with_iobinding(binding)
-    torch.cuda.synchronize()
-    assert before - torch.cuda.mem_get_info()[0] < 64e6
+def test_decoding_with_a_cache_uses_split_keys() -> None:
+    """One query row against many keys needs a workspace from the session's arena, in a graph too."""
+    inputs = {"query": (1, 8, 1, 64), "key": (1, 2, 4096, 64), "value": (1, 2, 4096, 64)}
+    rng = np.random.default_rng(1)
+    feeds = {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name, shape in inputs.items()}
+    problem = cases.Problem({}, feeds, ["output"])
+    (output,) = session(nodes.make_model(feeds, {})).run(None, feeds)
+    tolerances.check({"output": output}, problem)
