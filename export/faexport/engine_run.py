@@ -78,8 +78,8 @@ def run(runtime: Runtime, trt: types.ModuleType, path: pathlib.Path, inputs: Map
         raise ModelError(
             f"{path}: can't be loaded: built by another TensorRT, for another GPU, or its plugin is missing"
         )
-    with _Device() as device:
-        return _execute(trt, loaded, device, inputs)
+    with Device() as device:
+        return execute(trt, loaded, device, inputs)
 
 
 def _register_plugin() -> None:
@@ -90,7 +90,8 @@ def _register_plugin() -> None:
         faplugin.trt.register()
 
 
-def _execute(trt: types.ModuleType, loaded: Any, device: _Device, inputs: Mapping[str, np.ndarray]) -> Result:
+def execute(trt: types.ModuleType, loaded: Any, device: Device, inputs: Mapping[str, np.ndarray]) -> Result:
+    """Executes a loaded engine on `inputs`, converted to the engine's types. Raises ModelError."""
     context = loaded.create_execution_context()
     names = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
     for name in names:
@@ -123,10 +124,10 @@ def _dtype(trt: types.ModuleType, kind: Any) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if kind == trt.DataType.BF16 else np.dtype(trt.nptype(kind))
 
 
-class _Device:
+class Device:
     """Memory and a stream of the current GPU, freed at the end of a with block."""
 
-    def __enter__(self) -> _Device:
+    def __enter__(self) -> Device:
         try:
             self._cuda = importlib.import_module("cuda.bindings.runtime")
         except ImportError as error:

@@ -9,7 +9,9 @@ import pathlib
 import pty
 import subprocess
 import sys
+import types
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
@@ -303,3 +305,62 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert target.read_bytes() == b"abc" and list(tmp_path.iterdir()) == [target]
     with pytest.raises(ModelError, match="can't be written"):
         engine.write_file(tmp_path / "none" / "x.plan", b"abc")
+
+
+class StandInEngine:
+    """Answers like an engine and its context; an execution copies the input to the output on the GPU."""
+
+    shape: tuple[int, ...] = ()
+    num_io_tensors = 2
+
+    def __init__(self, trt: types.SimpleNamespace) -> None:
+        self.trt, self.addresses = trt, {}
+
+    def create_execution_context(self) -> StandInEngine:
+        return self
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("x", "y")[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return self.trt.TensorIOMode.INPUT if name == "x" else "output"
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return self.trt.DataType.BF16
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return len(shape) == 2
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def get_tensor_address(self, name: str) -> int:
+        return self.addresses[name]
+
+    def execute_async_v3(self, stream: int) -> bool:
+        cuda = pytest.importorskip("cuda.bindings.runtime")
+        size, kind = int(np.prod(self.shape)) * 2, cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        (error,) = cuda.cudaMemcpyAsync(self.addresses["y"], self.addresses["x"], size, kind, stream)
+        return int(error) == 0
+
+
+@pytest.mark.gpu
+def test_memory_goes_to_the_gpu_and_back(tmp_path):
+    pytest.importorskip("cuda.bindings.runtime")
+    trt = types.SimpleNamespace(
+        TensorIOMode=types.SimpleNamespace(INPUT="input"), DataType=types.SimpleNamespace(BF16="bf16")
+    )
+    x = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    with engine_run.Device() as device:
+        result = engine_run.execute(trt, StandInEngine(trt), device, {"x": x})
+        with pytest.raises(ModelError, match="outside the engine's profile"):
+            engine_run.execute(trt, StandInEngine(trt), device, {"x": x[0]})
+        with pytest.raises(ModelError, match="input 'x' is not among"):
+            engine_run.execute(trt, StandInEngine(trt), device, {"z": x})
+    assert result.outputs["y"].dtype == ml_dtypes.bfloat16
+    assert np.array_equal(result.outputs["y"], x.astype(ml_dtypes.bfloat16))
+    assert result.milliseconds > 0
