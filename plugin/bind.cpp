@@ -96,7 +96,7 @@ class Binder {
       if (!accepts(input, inputs_[i].dtype, inputs_[0].dtype))
         return invalid(std::string(name_of(input)) + " is " + name_of(inputs_[i].dtype) + "; expected " +
                        accepted_dtypes(input, inputs_[0].dtype));
-      if (inputs_[i].rank > 4)
+      if (inputs_[i].rank > 4 && input != Input::kUnused)
         return invalid(std::string(name_of(input)) + " has rank " + std::to_string(inputs_[i].rank) + "; expected 4 at most");
     }
     return {};

@@ -57,7 +57,7 @@ Attributes read_attributes(const OrtShapeInferContext* context) {
   return attributes;
 }
 
-/// Shapes of the inputs; empty where one has no rank or is of another rank than 4 at most.
+/// Shapes of the inputs; of rank 0 where the rank is unknown or above 4.
 std::vector<Shape<Dim>> read_shapes(const OrtShapeInferContext* context, size_t num_inputs) {
   const OrtApi& api = Ort::GetApi();
   std::vector<Shape<Dim>> shapes(num_inputs);
@@ -66,7 +66,7 @@ std::vector<Shape<Dim>> read_shapes(const OrtShapeInferContext* context, size_t 
     Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, i, &info));
     size_t rank = 0;
     Ort::ThrowOnError(api.GetDimensionsCount(info, &rank));
-    if (rank > 4) return {};
+    if (rank > 4) continue;
     int64_t dims[4];
     const char* symbols[4];
     Ort::ThrowOnError(api.GetDimensions(info, dims, rank));
@@ -109,7 +109,7 @@ void infer(OrtShapeInferContext* context, bool optional_outputs) {
   if (num_inputs != node.inputs.size()) return;
   const std::vector<Shape<Dim>> shapes = read_shapes(context, num_inputs);
   Layouts layouts;
-  if (shapes.empty() || !resolve_layouts(node, shapes[0].rank, shapes[1].rank, shapes[2].rank, &layouts).ok()) return;
+  if (!resolve_layouts(node, shapes[0].rank, shapes[1].rank, shapes[2].rank, &layouts).ok()) return;
   OrtTensorTypeAndShapeInfo* query = nullptr;
   Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, 0, &query));
   ONNXTensorElementDataType type;

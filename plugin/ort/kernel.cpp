@@ -77,6 +77,7 @@ Status check_input_types(const Ort::ConstKernelInfo& info, const Node& node) {
     const Ort::TypeInfo type_info = info.GetInputTypeInfo(i);
     const std::optional<DType> dtype = dtype_of(type_info.GetTensorTypeAndShapeInfo().GetElementType());
     if (i == 0 && dtype) query = *dtype;
+    if (node.inputs[i] == Input::kUnused) continue;
     if (!dtype || !accepts(node.inputs[i], *dtype, query))
       return invalid(std::string(name_of(node.inputs[i])) + " is " + (dtype ? name_of(*dtype) : "of another dtype") +
                      "; expected " + accepted_dtypes(node.inputs[i], query));

@@ -151,3 +151,12 @@ def test_sessions_come_and_go() -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_unused_inputs_may_be_anything() -> None:
+    inputs = operands(a=np.zeros((1, 1, 1, 1, 1, 3)), b=np.zeros(0, np.uint8), query_offset=np.array([2]))
+    attributes = {"optional_inputs": "unused,unused,query_offset", "is_causal": 1}
+    made = nodes.session(nodes.make_model(inputs, attributes))
+    assert made.get_outputs()[0].shape == [2, 4, 5, 6]
+    expected = faplugin.attention(**operands(query_offset=inputs["query_offset"]), is_causal=True)
+    assert np.array_equal(made.run(None, inputs)[0], expected)
