@@ -22,29 +22,22 @@ def _order(monomial: Monomial) -> tuple[int, Monomial]:
 class Dim:
     """An immutable polynomial with integer coefficients."""
 
-    __slots__ = ("_hash", "terms")
+    __slots__ = ("_hash", "const", "terms")
 
     def __init__(self, terms: Mapping[Monomial, int]):
         self.terms = {m: c for m, c in terms.items() if c != 0}
-        self._hash = hash(frozenset(self.terms.items()))
+        self._hash: int | None = None
+        # The number that this is, or None while it depends on a symbol.
+        self.const: int | None = self.terms.get((), None if self.terms else 0) if len(self.terms) <= 1 else None
 
     @staticmethod
     def of(value: int | str | Dim) -> Dim:
-        if isinstance(value, Dim):
-            return value
-        return Dim({(value,): 1}) if isinstance(value, str) else Dim({(): int(value)})
+        return value if isinstance(value, Dim) else _atom(value)
 
     @staticmethod
     def unknown(hint: str = "") -> Dim:
         """A size of which nothing is known; equal only to itself."""
         return Dim.of(f"?{hint}#{next(_fresh)}")
-
-    @property
-    def const(self) -> int | None:
-        """The number that this is, or None while it depends on a symbol."""
-        if not self.terms:
-            return 0
-        return self.terms[()] if len(self.terms) == 1 and () in self.terms else None
 
     @property
     def symbols(self) -> set[str]:
@@ -68,8 +61,13 @@ class Dim:
         return Dim.of(other) - self
 
     def __mul__(self, other: int | Dim) -> Dim:
+        other = Dim.of(other)
+        if other.const == 1 or self.const == 1:
+            return self if other.const == 1 else other
+        if self.const is not None and other.const is not None:
+            return _atom(self.const * other.const)
         terms: dict[Monomial, int] = {}
-        for (a, x), (b, y) in itertools.product(self.terms.items(), Dim.of(other).terms.items()):
+        for (a, x), (b, y) in itertools.product(self.terms.items(), other.terms.items()):
             m = tuple(sorted(a + b))
             terms[m] = terms.get(m, 0) + x * y
         return Dim(terms)
@@ -81,6 +79,10 @@ class Dim:
         other = Dim.of(other)
         if not other.terms:
             return None
+        if other.const == 1 or self.terms == other.terms:
+            return self if other.const == 1 else _atom(1)
+        if self.const is not None and other.const is not None:
+            return None if self.const % other.const else _atom(self.const // other.const)
         lead = max(other.terms, key=_order)
         rest, quotient = self, Dim.of(0)
         while rest.terms:
@@ -107,9 +109,11 @@ class Dim:
     def __eq__(self, other: object) -> bool:
         if isinstance(other, int):
             return self.const == other
-        return isinstance(other, Dim) and self.terms == other.terms
+        return self is other or (isinstance(other, Dim) and self.terms == other.terms)
 
     def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(frozenset(self.terms.items()))
         return self._hash
 
     def __str__(self) -> str:
@@ -121,6 +125,11 @@ class Dim:
         return " + ".join(parts)
 
     __repr__ = __str__
+
+
+@functools.lru_cache(maxsize=4096)
+def _atom(value: int | str) -> Dim:
+    return Dim({(value,): 1}) if isinstance(value, str) else Dim({(): int(value)})
 
 
 def _remove(monomial: Monomial, part: Monomial) -> Monomial | None:

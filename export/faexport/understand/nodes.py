@@ -11,6 +11,7 @@ from faexport.spec import DOMAIN
 
 ONNX_DOMAINS = ("", "ai.onnx")
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+LEAVES = frozenset(("Constant", "Unsqueeze", "Concat", "Gather", "Shape", "Reshape", "Transpose", "Cast", "MatMul", "Mul", "Add"))  # for speed
 
 
 def op(node: ir.Node | None) -> str:
@@ -65,12 +66,12 @@ def graphs_of(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, ir.Grap
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    if node.op_type in LEAVES:
+        return
     for attr in node.attributes.values():
-        if attr.is_ref():
-            continue
-        if attr.type == ir.AttributeType.GRAPH:
+        if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
             yield attr.value
-        elif attr.type == ir.AttributeType.GRAPHS:
+        elif attr.type == ir.AttributeType.GRAPHS and not attr.is_ref():
             yield from attr.value
 
 
