@@ -74,6 +74,8 @@ def _search(value: ir.Value, axis: int, a: Analysis, depth: int, dead: set[ir.Va
             return Blocked(node, "its input is a projection by weights, not a product of queries and keys")
         return Path(product, [])
     blocked = Blocked(node, f"the scores pass through {op(node)}, which attention doesn't have")
+    if op(node) in ("QuantizeLinear", "DequantizeLinear"):
+        blocked = Blocked(node, f"the scores are quantized inside the block ({op(node)})")
     for step in _steps(node, axis, a):
         found = _search(node.inputs[step.index], axis, a, depth + 1, dead)
         if isinstance(found, Path):
