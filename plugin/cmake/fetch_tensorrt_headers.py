@@ -19,7 +19,8 @@ def fetch(folder: pathlib.Path) -> None:
     if (folder / "NvInferRuntime.h").exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        # -I: inside pip's own build isolation the environment hides pip
+        pip = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         subprocess.run([*pip, "--dest", scratch, PACKAGE], check=True)
         (wheel,) = pathlib.Path(scratch).glob("*.whl")
         unpacked = pathlib.Path(scratch) / "headers"
