@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times contestants on one GPU: warm, in turn, medians over CUDA events; several sets of inputs where one fits L2; CUDA
-graphs where a call is so short that the host's time to launch it would be measured."""
+"""Times contestants on one GPU: warm, in turn, medians over CUDA events, several sets of inputs where one fits L2.
+
+Calls are replayed from a CUDA graph where they can be captured; elsewhere the GPU is kept busy until the host has
+enqueued them. So it is the GPU's time that counts, and not the host's to launch it, which would decide short rows.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-SHORT_MS = 0.05  # below, a row is timed as CUDA-graph replays
 ROUND_MS = 2.0  # what one contestant runs for in a round
+LEAD_CYCLES = 4_000_000  # what the GPU waits for the host, about 2 ms
 Call = Callable[[int], object]  # argument: which set of inputs
+Run = Callable[[], object]
 
 
 def num_sets(num_bytes: int) -> int:
@@ -19,8 +23,10 @@ def num_sets(num_bytes: int) -> int:
     return max(1, min(16, -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // max(1, num_bytes))))
 
 
-def _elapsed(run: Callable[[], object]) -> float:
+def _elapsed(run: Run, lead: bool) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if lead:
+        torch.cuda._sleep(LEAD_CYCLES)
     start.record()
     run()
     end.record()
@@ -28,7 +34,7 @@ def _elapsed(run: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _repeated(call: Call, count: int, sets: int) -> Callable[[], object]:
+def _repeated(call: Call, count: int, sets: int) -> Run:
     def run() -> None:
         for i in range(count):
             call(i % sets)
@@ -36,42 +42,38 @@ def _repeated(call: Call, count: int, sets: int) -> Callable[[], object]:
     return run
 
 
-def _graph(call: Call, sets: int) -> tuple[Callable[[], object], int]:
-    """A replay of one call on each set, several times over; and the number of calls in it."""
-    count = sets * max(1, 20 // sets)
+def _graph(run: Run) -> Run | None:
+    """A replay of `run`, or None where it can't be captured."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            call(i % sets)
-    return graph.replay, count
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except Exception:  # each library has its own reason
+        torch.cuda.synchronize()
+        return None
+    graph.replay()
+    return graph.replay
 
 
-def in_turn(
-    calls: dict[str, Call], sets: int, rounds: int, capturable: Sequence[str]
-) -> tuple[dict[str, list[float]], bool]:
-    """Milliseconds of a call in each round, by name, and whether graphs were replayed."""
-    once = {}
+def in_turn(calls: dict[str, Call], sets: int, rounds: int, capture: bool) -> tuple[dict[str, list[float]], list[str]]:
+    """Milliseconds of a call in each round, by name; and who was replayed from a graph."""
+    runs: dict[str, tuple[Run, int, bool]] = {}
     for name, call in calls.items():
         for i in range(sets + 2):
             call(i % sets)
         torch.cuda.synchronize()
-        once[name] = min(_elapsed(_repeated(call, 4, sets)) / 4 for _ in range(3))
-    use_graph = min(once.values()) < SHORT_MS and set(calls) <= set(capturable)
-    runs = {}
-    for name, call in calls.items():
-        if use_graph:
-            run, count = _graph(call, sets)
-        else:
-            count = max(1, round(ROUND_MS / max(once[name], 1e-3)))
-            run = _repeated(call, count, sets)
-        runs[name] = (run, count)
+        once = min(_elapsed(_repeated(call, sets, sets), lead=True) / sets for _ in range(2))
+        count = sets * max(1, round(ROUND_MS / max(once, 1e-3) / sets))
+        run = _repeated(call, count, sets)
+        replay = _graph(run) if capture else None
+        runs[name] = (replay or run, count, replay is not None)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
-        for name, (run, count) in runs.items():
-            elapsed = _elapsed(run) / count
+        for name, (run, count, replayed) in runs.items():
+            elapsed = _elapsed(run, lead=not replayed) / count
             if turn > 0:
                 times[name].append(elapsed)
-    return times, use_graph
+    return times, [name for name, (_, _, replayed) in runs.items() if replayed]
 
 
 def summary(times: list[float]) -> dict[str, float]:

@@ -36,10 +36,9 @@ constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant)
     return {2, 1, 32, 2, 2, false};
   }
   if (variant == Variant::kSplit) return head_dim <= 128 ? TileShape{1, 1, 32, 4, 4, false} : TileShape{1, 1, 32, 3, 4, false};
-  if (head_dim <= 32) return {4, 2, 64, 4, 3, false};
-  if (head_dim <= 64) return {4, 2, 64, 4, 3, false};
-  if (head_dim <= 96) return {4, 2, 64, 3, 2, false};
-  if (head_dim <= 128) return {4, 2, 64, 3, 2, false};
+  const bool modified = variant == Variant::kModified;  // holds a tile of biases, too
+  if (head_dim <= 64) return modified ? TileShape{4, 2, 64, 4, 2, false} : TileShape{4, 2, 64, 4, 3, false};
+  if (head_dim <= 128) return modified ? TileShape{4, 2, 32, 4, 2, false} : TileShape{4, 2, 64, 3, 2, false};
   if (head_dim <= 192) return {4, 1, 64, 3, 2, false};
   return {4, 1, 64, 2, 2, false};
 }

@@ -49,9 +49,11 @@ __device__ __forceinline__ void process_tile(int tile, KeyValueStream<Config>& s
   using Products = typename Config::Products;
   const int lane = threadIdx.x % 32, first_key = tile * Config::kTileKv, end_key = first_key + Config::kTileKv;
   typename Products::Weights weights;
+  BiasFragment<Config::kRowBlocks, Products::kKeyBlocks> bias;
+  if constexpr (Config::kNatural) fetch_bias<Config::kSplit>(bias, warp.p, warp.work, warp.grid, warp.first_row, first_key);
   const uint32_t key = stream.template advance<false>(tile);
   bool sees_any = true, sees_all = true;
-  if constexpr (kMasked) {
+  if (kMasked && (tile < stream.tiles.full_begin || tile >= stream.tiles.full_end)) {
     const SeenKeys keys =
         seen_keys<Config::kSplit>(warp.work, warp.grid, warp.first_row, warp.first_row + 16 * Config::kRowBlocks - 1);
     sees_any = first_key < keys.some.end && end_key > keys.some.begin;
@@ -62,7 +64,7 @@ __device__ __forceinline__ void process_tile(int tile, KeyValueStream<Config>& s
     const float to_log2 = kNatural ? kLog2E : warp.p.softmax_scale * kLog2E;
     typename Products::Scores scores;
     Products::scores_of(scores, warp.held, warp.query, key + Products::key_lane(lane));
-    if constexpr (kNatural) modify_scores<Config::kSplit>(scores, warp.p, warp.work, warp.grid, warp.first_row, first_key);
+    if constexpr (kNatural) modify_scores<Config::kSplit>(scores, bias, warp.p, warp.work, warp.grid, warp.first_row, first_key);
     if (!sees_all) hide_keys<Config::kSplit>(scores, warp.work, warp.grid, warp.first_row, first_key);
     move_reference(scores, out, state, to_log2);
     exponentials<typename Config::T, kNatural>(scores, weights, state, to_log2);

@@ -90,17 +90,70 @@ __device__ __forceinline__ void hide_keys(float (&scores)[kRowBlocks][kKeyBlocks
   }
 }
 
-/// Scale and softcap; then, row by row, bias, ALiBi and the user's mask.
+/// 16-bit biases of a warp's rows in one key tile, as they come from memory. Fetched before the products, which hide the way.
+template <int kRowBlocks, int kKeyBlocks>
+struct BiasFragment {
+  uint4 eight[kRowBlocks][2][kKeyBlocks / 4];
+  bool fetched;
+};
+
 template <bool kPackHeads, int kRowBlocks, int kKeyBlocks>
-__device__ __forceinline__ void modify_scores(float (&scores)[kRowBlocks][kKeyBlocks][4], const AttentionParams& p,
-                                              const TileWork& work, const TileGrid& grid, int warp_row, int first_key) {
-  const ScoreRule rule{p.softmax_scale, p.softcap};
+__device__ __forceinline__ void fetch_bias(BiasFragment<kRowBlocks, kKeyBlocks>& fragment, const AttentionParams& p,
+                                           const TileWork& work, const TileGrid& grid, int warp_row, int first_key) {
+  const TensorView& bias = p.bias;
+  fragment.fetched = grid.bias_by_8 && bias.dtype != DType::kFloat32 && first_key + 8 * kKeyBlocks <= bias.shape[3];
+  if (!fragment.fetched) return;
+  const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const TileRow row = tile_row<kPackHeads>(work, grid, warp_row + 16 * m + g + 8 * r);
+      const int64_t offset = row.in_use ? row_offset(bias, work.sequence.batch_idx, row.head, row.row) : 0;
+      const uint16_t* data = static_cast<const uint16_t*>(bias.data) + offset + first_key + kKeysPerLane * t;
+#pragma unroll
+      for (int group = 0; group < kKeyBlocks / 4; ++group) {
+        fragment.eight[m][r][group] = __ldg(reinterpret_cast<const uint4*>(data + 32 * group));
+      }
+    }
+  }
+}
+
+template <int kRowBlocks, int kKeyBlocks>
+__device__ __forceinline__ void add_bias(float (&scores)[kRowBlocks][kKeyBlocks][4],
+                                         const BiasFragment<kRowBlocks, kKeyBlocks>& fragment, bool is_half) {
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int group = 0; group < kKeyBlocks / 4; ++group) {
+        const uint4 eight = fragment.eight[m][r][group];
+        const uint32_t pairs[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = unpack2(pairs[i], is_half);
+          scores[m][4 * group + i][2 * r] += pair.x;
+          scores[m][4 * group + i][2 * r + 1] += pair.y;
+        }
+      }
+    }
+  }
+}
+
+template <int kRowBlocks, int kKeyBlocks>
+__device__ __forceinline__ void scale_scores(float (&scores)[kRowBlocks][kKeyBlocks][4], const ScoreRule& rule) {
 #pragma unroll
   for (int i = 0; i < kRowBlocks * kKeyBlocks * 4; ++i) {
     float& score = scores[i / (kKeyBlocks * 4)][i / 4 % kKeyBlocks][i % 4];
     score = rule.capped(score, TanhByExp2{});
   }
-  if (!p.bias.present && !p.alibi_slopes.present && !work.mask_by_element) return;
+}
+
+/// Row by row: the bias where it wasn't fetched, ALiBi, the user's mask.
+template <bool kPackHeads, int kRowBlocks, int kKeyBlocks>
+__device__ __forceinline__ void modify_rows(float (&scores)[kRowBlocks][kKeyBlocks][4], bool has_bias, const AttentionParams& p,
+                                            const TileWork& work, const TileGrid& grid, int warp_row, int first_key) {
   const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int m = 0; m < kRowBlocks; ++m) {
@@ -109,7 +162,7 @@ __device__ __forceinline__ void modify_scores(float (&scores)[kRowBlocks][kKeyBl
       const TileRow row = tile_row<kPackHeads>(work, grid, warp_row + 16 * m + g + 8 * r);
       if (!row.in_use) continue;
       const int64_t b = work.sequence.batch_idx, position = row.row + work.sequence.mask.query_offset;
-      const int64_t bias_offset = p.bias.present ? row_offset(p.bias, b, row.head, row.row) : 0;
+      const int64_t bias_offset = has_bias ? row_offset(p.bias, b, row.head, row.row) : 0;
       const int64_t mask_offset = work.mask_by_element ? row_offset(p.mask, b, row.head, row.row) : 0;
       float slope = 0.0f;
       if (p.alibi_slopes.present) {
@@ -120,7 +173,7 @@ __device__ __forceinline__ void modify_scores(float (&scores)[kRowBlocks][kKeyBl
       for (int group = 0; group < kKeyBlocks / 4; ++group) {
         const int key = first_key + 32 * group + kKeysPerLane * t;
         float added[kKeysPerLane] = {};
-        if (p.bias.present) load_bias(added, p.bias, bias_offset, key, grid.bias_by_8);
+        if (has_bias) load_bias(added, p.bias, bias_offset, key, grid.bias_by_8);
         const uint32_t seen = work.mask_by_element ? load_mask(p.mask, mask_offset, key, grid.mask_by_8) : 0xffu;
 #pragma unroll
         for (int i = 0; i < kKeysPerLane; ++i) {
@@ -131,6 +184,24 @@ __device__ __forceinline__ void modify_scores(float (&scores)[kRowBlocks][kKeyBl
         }
       }
     }
+  }
+}
+
+/// From products to natural scores: scale, softcap, bias, ALiBi, the user's mask.
+template <bool kPackHeads, int kRowBlocks, int kKeyBlocks>
+__device__ __forceinline__ void modify_scores(float (&scores)[kRowBlocks][kKeyBlocks][4],
+                                              const BiasFragment<kRowBlocks, kKeyBlocks>& bias, const AttentionParams& p,
+                                              const TileWork& work, const TileGrid& grid, int warp_row, int first_key) {
+  // NOTE: one branch for all elements; decided for each of them, softcap would cost more than everything else.
+  if (p.softcap == 0.0f) {
+    scale_scores(scores, ScoreRule{p.softmax_scale, 0.0f});
+  } else {
+    scale_scores(scores, ScoreRule{p.softmax_scale, p.softcap});
+  }
+  if (bias.fetched) add_bias(scores, bias, p.bias.dtype == DType::kFloat16);
+  const bool has_bias = p.bias.present && !bias.fetched;
+  if (has_bias || p.alibi_slopes.present || work.mask_by_element) {
+    modify_rows<kPackHeads>(scores, has_bias, p, work, grid, warp_row, first_key);
   }
 }
 
