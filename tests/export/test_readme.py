@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation is true: its commands run as printed, its links lead somewhere, its options exist."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import onnx
+import pytest
+import typer
+from faexport.cli import app
+
+from tests.export import big_model
+from tests.export.commands import environment, faexport
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = ("README.md", "docs/faexport.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_run_as_printed(page: str, tmp_path: pathlib.Path) -> None:
+    """All `sh` blocks of a page in order, then its Python, in one folder with a model.onnx."""
+    onnx.save(big_model.encoder(big_model.EncoderSize()), tmp_path / "model.onnx")
+    for line in "".join(blocks(page, "sh")).splitlines():
+        command = shlex.split(line, comments=True)
+        assert command[0] == "faexport", line
+        done = faexport(*command[1:], cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    for code in blocks(page, "python"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+    assert blocks(page, "python"), "the page shows the library too"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert "://" in target or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in PAGES:
+        for target in re.findall(r"`?\bmake ([a-z-]+)(?=`|\s+#|$)", (ROOT / page).read_text(), re.M):
+            assert target in targets, f"{page}: make {target}"
+
+
+def test_every_option_is_described() -> None:
+    page = (ROOT / "docs/faexport.md").read_text()
+    group = typer.main.get_command(app)
+    for command in group.commands:
+        assert f"`faexport {command}" in page or command == "fuse", command
+    for parameter in group.commands["fuse"].params:
+        if parameter.name not in ("model", "help"):
+            names = [*parameter.opts, *parameter.secondary_opts]
+            assert any(f"`{name}" in page for name in names), f"docs/faexport.md does not describe {names}"
+
+
+def test_exit_codes_are_those_of_the_program() -> None:
+    from faexport import terminal
+
+    page = (ROOT / "docs/faexport.md").read_text()
+    rows = dict(re.findall(r"^\| (\d) \| ([^|]+?) \|$", page, re.M))
+    codes = (terminal.EXIT_VERIFICATION_FAILED, terminal.EXIT_BAD_INPUT, terminal.EXIT_INTERNAL_ERROR)
+    for code, word in zip(codes, ("verification", "bad input", "defect"), strict=True):
+        assert word in rows[str(code)]
