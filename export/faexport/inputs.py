@@ -79,11 +79,19 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
         if value.shape is None:
             raise UnsupportedInput(f"input '{value.name}' has no shape")
         dims = tuple(
-            dim if isinstance(dim, int) or dim.value is not None else ir.SymbolicDim(f"{value.name}_{axis}")
+            dim if isinstance(dim, int) or _is_expression(dim) else ir.SymbolicDim(f"{value.name}_{axis}")
             for axis, dim in enumerate(value.shape)
         )
         specs.append(InputSpec(value.name, value.dtype.numpy(), dims, _id_limit(value)))
     return specs
+
+
+def _is_expression(dim: ir.SymbolicDim) -> bool:
+    """Is it a name or sum of names? Some exporters call every unknown size "?"."""
+    try:
+        return dim.value is not None and dim.free_symbols() is not None
+    except ValueError:
+        return False
 
 
 def is_dynamic(specs: Sequence[InputSpec]) -> bool:
