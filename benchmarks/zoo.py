@@ -121,6 +121,8 @@ def examine_all(folders: list[pathlib.Path], options: Options, jobs: int, screen
                     break
                 results[index] = worker.examine(folder)
                 bar.update(task, advance=1, description=folder.name)
+                if not screen.is_terminal and todo.qsize() % 50 == 0:
+                    print(f"{len(folders) - todo.qsize()} of {len(folders)} models begun", file=sys.stderr, flush=True)
             worker.close()
 
         threads = [threading.Thread(target=work) for _ in range(jobs)]
