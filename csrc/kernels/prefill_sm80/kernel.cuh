@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   __shared__ TileWork work;
   KeyValueStream<Config> stream(p, grid, shared);
   if (!start<Config>(p, grid, shared, work, stream)) return;
+  if constexpr (Config::kNatural) __syncthreads();  // biases are fetched before the first tile is waited for
 
   const uint32_t query = static_cast<uint32_t>(__cvta_generic_to_shared(shared + Config::kKeyValueBytes));
   WarpContext<Config> warp{p, grid, work, static_cast<int>(threadIdx.x / 32) * 16 * Config::kRowBlocks,
