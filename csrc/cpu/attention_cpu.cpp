@@ -33,9 +33,10 @@ extern const Isa kIsa;
 
 namespace {
 
-constexpr int64_t kRowsPerTask[] = {504, 252, 126, 42};  // multiples of the rows of a register block
+constexpr int64_t kBlockRows = 6;                        // rows of a register block
+constexpr int64_t kRowsPerTask[] = {576, 288, 144, 48};  // multiples of it; the first that gives every thread some tasks
 constexpr int64_t kFewRows = 32;                         // up to here the heads that share keys go into one task
-constexpr int64_t kKeysPerSplit = 2048;                  // and the keys are split
+constexpr int64_t kKeysPerSplit = 1024;                  // and the keys are split
 constexpr int64_t kTileBytes = 256 << 10;                // packed keys and values of a tile: half of a small second-level cache
 
 const Isa& best_isa() {
@@ -78,7 +79,11 @@ void cut_sequence(const Plan& plan, int64_t sequence_idx, std::vector<Task>* tas
   const Sequence s = plan.sequences.at(sequence_idx);
   const int64_t heads = plan.params.query.shape[1], group = heads / plan.params.key.shape[1];
   const int64_t heads_per_task = s.query_length * group <= kFewRows ? group : 1;
-  const int64_t rows = std::max<int64_t>(1, plan.rows_per_task / heads_per_task);
+  // Blocks of nearly equal length: a short last one would pack all keys for a few rows.
+  const int64_t most = std::max<int64_t>(1, plan.rows_per_task / heads_per_task);
+  const int64_t num_blocks = std::max<int64_t>(1, (s.query_length + most - 1) / most);
+  const int64_t rows =
+      std::min(most, ((s.query_length + num_blocks - 1) / num_blocks + kBlockRows - 1) / kBlockRows * kBlockRows);
   for (int64_t head = 0; head < heads; head += heads_per_task) {
     for (int64_t row = 0; row < s.query_length; row += rows) {
       tasks->push_back(
@@ -87,38 +92,39 @@ void cut_sequence(const Plan& plan, int64_t sequence_idx, std::vector<Task>* tas
   }
 }
 
-/// Replaces each task of few rows and many keys by one for each span of keys.
+/// Replaces each task of few rows and many keys by one for each span of keys; those of the same keys follow one another, since
+/// the heads of a row often lie side by side in memory.
 void split_keys(const Plan& plan, Cut* cut) {
   const int64_t partial_floats = 2 + plan.params.value.shape[3];
-  std::vector<Task> split;
-  size_t total = 0;
-  for (const Task& task : cut->tasks) {
-    const int64_t rows = task.num_heads * task.num_rows;
-    const int64_t num_splits = (task.key_end + kKeysPerSplit - 1) / kKeysPerSplit;
-    if (rows > kFewRows || num_splits < 2) {
-      split.push_back(task);
+  std::vector<Task> tasks;
+  int64_t most_splits = 0, total = 0;
+  for (Task& task : cut->tasks) {
+    task.num_splits = (task.key_end + kKeysPerSplit - 1) / kKeysPerSplit;
+    if (task.num_heads * task.num_rows > kFewRows || task.num_splits < 2) {
+      task.num_splits = 1;
+      tasks.push_back(task);
       continue;
     }
     cut->merges.push_back(task);
-    cut->merges.back().num_splits = num_splits;
-    for (int64_t i = 0; i < num_splits; ++i) {
-      split.push_back(task);
-      split.back().num_splits = num_splits;
-      split.back().key_begin = i * kKeysPerSplit;
-      split.back().key_end = std::min(task.key_end, (i + 1) * kKeysPerSplit);
-    }
-    total += num_splits * rows * partial_floats;
+    most_splits = std::max(most_splits, task.num_splits);
+    total += task.num_splits * task.num_heads * task.num_rows * partial_floats;
   }
-  cut->tasks = std::move(split);
   cut->partials.resize(total);
   float* next = cut->partials.data();
-  size_t merge = 0;
-  for (Task& task : cut->tasks) {
-    if (task.num_splits == 1) continue;
-    if (task.key_begin == 0) cut->merges[merge++].partials = next;
+  for (Task& task : cut->merges) {
     task.partials = next;
-    next += task.num_heads * task.num_rows * partial_floats;
+    next += task.num_splits * task.num_heads * task.num_rows * partial_floats;
   }
+  for (int64_t i = 0; i < most_splits; ++i) {
+    for (const Task& task : cut->merges) {
+      if (i >= task.num_splits) continue;
+      tasks.push_back(task);
+      tasks.back().partials += i * task.num_heads * task.num_rows * partial_floats;
+      tasks.back().key_begin = i * kKeysPerSplit;
+      tasks.back().key_end = std::min(task.key_end, (i + 1) * kKeysPerSplit);
+    }
+  }
+  cut->tasks = std::move(tasks);
 }
 
 Cut cut_problem(Plan* plan, int64_t threads) {

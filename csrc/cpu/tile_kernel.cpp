@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// FlashAttention-2's forward loop on one CPU thread: for each tile of keys, packed once, every group of rows takes scores = Q
-// K^T, an online softmax step, and adds P V to its output. Scores and output stay in float32; nothing is as long as the sequence.
+// FlashAttention-2's forward loop on one CPU thread: for each tile of keys, packed once, every group of rows computes its scores
+// Q K^T, takes an online softmax step and adds P V to its output. All of it in float32; nothing is as long as the sequence.
 // Compiled once for each instruction set (cpu.cmake); called through the Isa table by attention_cpu.cpp.
 #include <cmath>
 
 #include "cpu/block.h"
+#include "cpu/pack.h"
 #include "cpu/score_row.h"
 #include "cpu/tile.h"
 
@@ -15,6 +16,7 @@ namespace {
 constexpr int64_t kScoresStride = kMaxKeysPerTile + 16;  // not a power of two: the rows of a group fall into different cache sets
 constexpr int kSmallGroup = 2;                           // rows of a group where fewer than kRows are left
 constexpr int64_t kRowsToPackValues = 24;                // with fewer, values are cheaper to read where they are
+constexpr int64_t kFewRows = 4;                          // up to here so are the keys
 
 template <int kValue>
 struct Count {
@@ -66,6 +68,7 @@ class TileKernel {
         d_v_padded_(round_up(d_v_, kLanes)),
         key_(rows_of(p_.key, sequence_.first_key)),
         value_(rows_of(p_.value, sequence_.first_key)),
+        few_rows_(sequence_.query_length * task.num_heads <= kFewRows),
         plain_(p_.softcap == 0 && !p_.bias.present && !p_.alibi_slopes.present && !p_.mask.present) {}
 
   /// The loop over tiles of keys; its result stays in s_.out, s_.max and s_.sum.
@@ -127,28 +130,33 @@ class TileKernel {
   template <typename F>
   void for_groups(F&& f) {
     int64_t r = 0;
-    for (; rows_ - r >= kRows; r += kRows) f(Count<kRows>{}, r);
-    for (; rows_ - r >= kSmallGroup; r += kSmallGroup) f(Count<kSmallGroup>{}, r);
+    for (; rows_ - r >= kRows && !few_rows_; r += kRows) f(Count<kRows>{}, r);
+    for (; rows_ - r >= kSmallGroup && !few_rows_; r += kSmallGroup) f(Count<kSmallGroup>{}, r);
     for (; r < rows_; ++r) f(Count<1>{}, r);
   }
 
   void pack_query() {
     const TensorView& q = p_.query;
-    const char* base = static_cast<const char*>(q.data);
+    const int64_t size = element_bytes(q.dtype), d_padded = round_up(d_, kLanes);
     for_groups([&](auto count, int64_t first) {
       for (int64_t m = 0; m < count.value; ++m) {
-        const int64_t row = sequence_.first_row + row_of(first + m);
-        const int64_t offset = sequence_.batch_idx * q.stride[0] + head_of(first + m) * q.stride[1] + row * q.stride[2];
-        to_float(base + offset * element_bytes(q.dtype), q.dtype, s_.staging, d_);
-        float* packed = s_.query + first * d_ + m;
+        const int64_t row = sequence_.first_row + row_of(first + m), h = head_of(first + m);
+        const int64_t offset = sequence_.batch_idx * q.stride[0] + h * q.stride[1] + row * q.stride[2];
+        to_float(static_cast<const char*>(q.data) + offset * size, q.dtype, s_.staging, d_);
+        float* packed = s_.query + (few_rows_ ? first * d_padded : first * d_ + m);
         for (int64_t x = 0; x < d_; ++x) packed[x * count.value] = s_.staging[x] * p_.softmax_scale;
+        for (int64_t x = d_; x < d_padded && few_rows_; ++x) packed[x] = 0;
       }
     });
   }
 
   void attend_tile(int64_t first, int64_t n) {
-    pack_transposed(key_, first, n, s_.keys, s_.staging);
-    const bool pack_values = value_.dtype != DType::kFloat32 || d_v_ != d_v_padded_ || rows_ >= kRowsToPackValues;
+    const bool pack_values = !value_.vectors() || rows_ >= kRowsToPackValues;
+    if (few_rows_) {
+      score_few_rows(s_.query, rows_, key_, first, n, s_.scores, kScoresStride, s_.staging);
+    } else {
+      pack_transposed(key_, first, n, s_.keys, s_.staging);
+    }
     if (pack_values) pack_rows(value_, first, n, round_up(n, kLanes), s_.values, s_.staging);
     for_groups([&](auto count, int64_t r) { attend_group<count.value>(r, first, n, pack_values); });
   }
@@ -167,36 +175,37 @@ class TileKernel {
     const int64_t stop = range.end - first < n ? range.end - first : n;
     if (begin >= stop) return;
     const int64_t end = round_up(stop, kPanel) < padded ? round_up(stop, kPanel) : padded;
-    for (int64_t c = begin; c < end; c += kPanel) {
+    float* group_scores = few_rows_ ? s_.scores + r * kScoresStride : s_.scores;
+    for (int64_t c = begin; c < end && !few_rows_; c += kPanel) {
       const int64_t width = panel_width(c, padded);
-      multiply_panel<kGroup, 1, kGroup>(width, s_.query + r * d_, s_.keys + c * d_, width, d_, s_.scores + c, kScoresStride,
+      multiply_panel<kGroup, 1, kGroup>(width, s_.query + r * d_, s_.keys + c * d_, width, d_, group_scores + c, kScoresStride,
                                         nullptr);
     }
     const bool unmasked = full.begin <= first + begin && full.end >= first + end && end <= n;
     for (int m = 0; m < kGroup && !(plain_ && unmasked); ++m) {
-      float* scores = s_.scores + m * kScoresStride;
+      float* scores = group_scores + m * kScoresStride;
       if (!plain_) apply_rules(scores, begin, end, r + m, first);
       if (!unmasked) hide(scores, begin, end, sequence_.mask.key_range(row_of(r + m), row_of(r + m)), first, n);
     }
     float factors[kGroup + kStatePadding];
-    softmax_step<kGroup>(s_.scores, kScoresStride, begin, end, s_.max + r, s_.sum + r, factors);
+    softmax_step<kGroup>(group_scores, kScoresStride, begin, end, s_.max + r, s_.sum + r, factors);
     if (packed_values) {
-      add_values<kGroup>(r, begin, end, s_.values, 0, padded, factors);
+      add_values<kGroup>(r, group_scores + begin, begin, end, s_.values, 0, padded, factors);
     } else {
       const float* values = static_cast<const float*>(value_.row(first));
-      add_values<kGroup>(r, begin, end < n ? end : n, values, value_.stride_bytes / 4, 0, factors);
+      add_values<kGroup>(r, group_scores + begin, begin, end < n ? end : n, values, value_.stride_bytes / 4, 0, factors);
     }
   }
 
-  /// out = factors * out + weights [begin, end) times the values. stride 0: packed in panels of `padded` rows.
+  /// out = factors * out + weights times values [begin, end). stride 0: packed in panels of `padded` rows.
   template <int kGroup>
-  void add_values(int64_t r, int64_t begin, int64_t end, const float* values, int64_t stride, int64_t padded,
-                  const float* factors) {
+  void add_values(int64_t r, const float* weights, int64_t begin, int64_t end, const float* values, int64_t stride,
+                  int64_t padded, const float* factors) {
     for (int64_t x = 0; x < d_v_padded_; x += kPanel) {
       const int64_t width = panel_width(x, d_v_padded_), ld = stride == 0 ? width : stride;
       const float* right = (stride == 0 ? values + x * padded : values + x) + begin * ld;
       float* out = s_.out + r * d_v_padded_ + x;
-      multiply_panel<kGroup, kScoresStride, 1>(width, s_.scores + begin, right, ld, end - begin, out, d_v_padded_, factors);
+      multiply_panel<kGroup, kScoresStride, 1>(width, weights, right, ld, end - begin, out, d_v_padded_, factors);
     }
   }
 
@@ -261,6 +270,7 @@ class TileKernel {
   const Sequence sequence_;
   const int64_t rows_, tile_, d_, d_v_, d_v_padded_;
   const Rows key_, value_;  // of this sequence and head
+  const bool few_rows_;     // too few to pack the keys for: each group is one row, query rows and scores lie one behind the other
   const bool plain_;        // scores need no rule but the scale and MaskRule
   bool has_mean_ = false;
 };

@@ -24,6 +24,7 @@ def main(path: str) -> int:
         except AssertionError as error:
             wrong += 1
             print(f"{case}: {error}")
+    test_attention_cpu.test_wild_lengths_and_offsets_stay_in_their_tensors(fa_csrc)
     print(f"{len(sample) - wrong} of {len(sample)} cases right")
     return min(wrong, 1)
 

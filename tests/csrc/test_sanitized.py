@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sample of the cases under the address and undefined-behaviour sanitizers: nothing leaves a tensor or the scratch."""
+"""A sample of the cases under the address and undefined-behaviour sanitizers: nothing leaves a tensor."""
 
 from __future__ import annotations
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every benchmark does alike: times contestants in turn, says on which machine, writes benchmarks/results."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = pathlib.Path(__file__).with_name("results")
+
+
+def cpu_model() -> str:
+    """The processor as /proc/cpuinfo names it, with the widest vectors that it has."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
+    vectors = next((name for name in ("avx512f", "avx2") if name in flags), "")
+    return " ".join(filter(None, (fields.get("model name", platform.machine()), vectors)))
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", os.fspath(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def environment(*packages: str) -> dict:
+    """Machine, versions, commit and date: what a number means nothing without."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "sources_changed_since": bool(_git("status", "--porcelain", "--untracked-files=no", "csrc", "plugin")),
+        "cpu": cpu_model(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def time_in_turn(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each call, by name. Every round runs each contestant once, so that all see the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(warmups + rounds):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            if turn >= warmups:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def milliseconds(seconds: list[float]) -> dict[str, float]:
+    """Median and fastest of a list of times."""
+    return {"median_ms": round(1e3 * statistics.median(seconds), 3), "min_ms": round(1e3 * min(seconds), 3)}
+
+
+def write(name: str, document: dict) -> pathlib.Path:
+    """Writes benchmarks/results/NAME.json, whole or not at all."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(document, indent=2) + "\n")
+    partial.replace(path)
+    return path
