@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A consumer warpgroup of prefill_sm90: 64 query rows of each tile. S = Q K^T of the next key tile is issued before O += P V of
-// the current one, so that softmax runs while the tensor cores work; and warpgroups issue in turn (ping-pong), so that one's
-// softmax hides behind the other's products.
+// the current one, across query tiles too, so that softmax runs while the tensor cores work; and warpgroups issue in turn
+// (ping-pong), so that one's softmax hides behind the other's products.
 #pragma once
 
 #include <climits>
@@ -19,19 +19,33 @@ namespace fa::prefill_sm90 {
 
 inline constexpr int kTurnBarrier = 1;  // named barriers 1 … 3: the warpgroup's turn to issue products
 
+/// What the warpgroup's rows see of a query tile.
+struct RowsView {
+  int begin[2], end[2];        // keys of the thread's two rows, by MaskRule and the span of mask and bias
+  int full_begin, full_end;    // key tiles that all 64 rows see entirely
+  int block_begin, block_end;  // key tiles that any of the 64 rows sees …
+  int num_left, num_right;     // … and the tile's others, on both sides: their buffers are given back unread
+  int used_keys;               // keys whose values may be read; the copy engine's own zeros stand behind the tensor's last key
+};
+
 /// Registers and ring positions of one consumer warpgroup.
 template <class C>
 struct Consumer {
+  static constexpr bool kAcrossTiles = C::kQueryStages > 1;  // one tile's last product overlaps the next one's first scores
+
   const KernelArgs& args;
   SharedMemory<C>& shared;
   int warpgroup;
-  RingPosition<C::kQueryStages> q;
+  RingPosition<C::kQueryStages> q, next_q;  // of the tile at work and the one after it
   RingPosition<C::kStages> k, v;
   RingPosition<C::kBiasStages + 1 - (C::kBiasStages > 0)> b;
   float o[C::kHeadDim / 2];         // output fragment
   float s[C::kTileN / 2];           // scores, then weights
   uint32_t weights[C::kTileN / 4];  // weights as A operand
   RowPair rows;
+  RowsView view;
+  bool settled;        // all rows of the warp have a finite reference
+  int stored = -1;     // query buffer that a store still reads
 
   __device__ __forceinline__ void take_turn() {
     if constexpr (C::kPingPong) named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroupThreads);
@@ -63,13 +77,12 @@ struct Consumer {
   }
 
   /// Issues O += P V.
-  __device__ __forceinline__ void issue_output(int accumulate) {
+  __device__ __forceinline__ void issue_output() {
     const uint64_t value = wgmma_descriptor_mn_major(shared_address(shared.value[v.stage]), C::kTileN * 128);
 #pragma unroll
     for (int step = 0; step < C::kTileN / 16; ++step) {
       Wgmma<C::kHeadDim>::template rs<typename C::T>(o, weights[4 * step], weights[4 * step + 1], weights[4 * step + 2],
-                                                     weights[4 * step + 3], value + ((step * 16 * 128) >> 4),
-                                                     step > 0 ? 1 : accumulate);
+                                                     weights[4 * step + 3], value + ((step * 16 * 128) >> 4), 1);
     }
     wgmma_commit();
   }
@@ -141,118 +154,237 @@ struct Consumer {
     }
   }
 
-  /// All key tiles of one query tile, from the last to the first.
-  __device__ __forceinline__ void run_blocks(const Tile& tile) {
+  __device__ __forceinline__ RowsView view_rows(const Tile& tile) const {
     const AttentionParams& p = args.problem;
     const MaskRule rule{tile.kv_length, tile.query_offset, p.window_left, p.window_right};
-    const int first_row = tile.first_row + warpgroup * 64, row = tile.first_row + first_row_in_tile();
-    const int block_begin = tile.block_begin;
-    int begin[2], end[2];  // keys that the thread's rows see
+    const int first_row = tile.first_row + warpgroup * 64, last_row = min(first_row + 63, tile.query_length - 1);
+    const int row = tile.first_row + first_row_in_tile();
+    RowsView rows_view;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const KeyRange visible = rule.key_range(row + 8 * r, row + 8 * r);
-      begin[r] = max(static_cast<int>(visible.begin), tile.key_begin);
-      end[r] = min(static_cast<int>(visible.end), tile.key_end);
+      rows_view.begin[r] = max(static_cast<int>(visible.begin), tile.key_begin);
+      rows_view.end[r] = min(static_cast<int>(visible.end), tile.key_end);
     }
-    const KeyRange full = rule.full_range(first_row, first_row + 63);
-    const int full_begin = (max(static_cast<int>(full.begin), tile.key_begin) + C::kTileN - 1) / C::kTileN;
-    const int full_end = min(static_cast<int>(full.end), tile.key_end) / C::kTileN;
-    // The copy engine's own zeros stand behind the tensor's last key.
-    const int used_keys = tile.key_base + tile.kv_length < args.sequences.seqlen_kv ? tile.kv_length : INT_MAX;
-    const float unit = C::kModified ? kLog2E : p.softmax_scale * kLog2E;
-    bool settled = false;  // all rows of the warp have a finite reference
-    // From raw products to weights, and the key buffer back to the producer. True: the output must be rescaled by rows.factor.
-    const auto finish_scores = [&](int block) {
-      bool rescale = false;
-      const bool masked = block >= full_end || block < full_begin;
-      if (!C::kOptimistic || masked || !settled || !optimistic_softmax_step<C>(s, rows, unit)) {
-        if constexpr (C::kOptimistic) {
-          if (!masked && settled) recompute_scores();
-        }
-        if constexpr (C::kModified) modify(tile, block);
-        if (masked) {
-          const int column = block * C::kTileN + threadIdx.x % 4 * 2;
-          mask_scores({begin[0] - column, begin[1] - column}, {end[0] - column, end[1] - column});
-        }
-        rescale = softmax_step<C>(s, rows, unit);
-        settled = !__any_sync(kAllLanes, rows.reference[0] == -INFINITY || rows.reference[1] == -INFINITY);
-      }
-      release(&shared.key_empty[k.stage]);
-      k.advance();
-      return rescale;
-    };
+    const KeyRange full = rule.full_range(first_row, first_row + 63), any = rule.key_range(first_row, last_row);
+    rows_view.full_begin = (max(static_cast<int>(full.begin), tile.key_begin) + C::kTileN - 1) / C::kTileN;
+    rows_view.full_end = min(static_cast<int>(full.end), tile.key_end) / C::kTileN;
+    const int begin = max(static_cast<int>(any.begin), tile.key_begin), end = min(static_cast<int>(any.end), tile.key_end);
+    const bool none = first_row > last_row || begin >= end;
+    rows_view.block_begin = none ? tile.block_begin : begin / C::kTileN;
+    rows_view.block_end = none ? tile.block_begin : (end + C::kTileN - 1) / C::kTileN;
+    rows_view.num_left = rows_view.block_begin - tile.block_begin;
+    rows_view.num_right = tile.block_end - rows_view.block_end;
+    rows_view.used_keys = tile.key_base + tile.kv_length < args.sequences.seqlen_kv ? tile.kv_length : INT_MAX;
+    return rows_view;
+  }
 
-    int block = tile.block_end - 1;
+  /// Gives the buffer of a K tile back that this warpgroup does not need.
+  __device__ __forceinline__ void skip_key() {
     mbarrier_wait(&shared.key_full[k.stage], k.phase);
-    wgmma_pin(s);
-    wgmma_fence();
-    issue_scores();
-    wgmma_wait<0>();
-    wgmma_pin(s);
-    finish_scores(block);
-    pack_weights();
-
-    int accumulate = 0;
-    for (--block; block >= block_begin; --block) {
-      mbarrier_wait(&shared.key_full[k.stage], k.phase);
-      take_turn();
-      wgmma_pin(s);
-      wgmma_pin(o);
-      wgmma_pin(weights);
-      wgmma_fence();
-      issue_scores();
-      wait_value(used_keys - (block + 1) * C::kTileN);
-      wgmma_fence();
-      issue_output(accumulate);
-      pass_turn();
-      wgmma_wait<1>();
-      wgmma_pin(s);
-      const bool rescale = finish_scores(block);
-      wgmma_wait<0>();
-      wgmma_pin(o);
-      wgmma_pin(weights);
-      release(&shared.value_empty[v.stage]);
-      v.advance();
-      pack_weights();
-      if (rescale) rescale_rows(o, rows.factor);
-      accumulate = 1;
+    if (C::kBiasStages > 0 && args.bias_by_tile) mbarrier_wait(&shared.bias_full[b.stage], b.phase);
+    __syncwarp();
+    release(&shared.key_empty[k.stage]);
+    k.advance();
+    if (C::kBiasStages > 0 && args.bias_by_tile) {
+      release(&shared.bias_empty[b.stage]);
+      b.advance();
     }
-    wait_value(used_keys - block_begin * C::kTileN);
-    wgmma_pin(o);
-    wgmma_pin(weights);
-    wgmma_fence();
-    issue_output(accumulate);
-    wgmma_wait<0>();
-    wgmma_pin(o);
+  }
+
+  __device__ __forceinline__ void skip_value() {
+    mbarrier_wait(&shared.value_full[v.stage], v.phase);
+    __syncwarp();
     release(&shared.value_empty[v.stage]);
     v.advance();
   }
 
+  __device__ __forceinline__ void skip_turn() {
+    take_turn();
+    pass_turn();
+  }
+
+  /// From raw products to weights, and the key buffer back to the producer. True: the output must be rescaled by rows.factor.
+  __device__ __forceinline__ bool finish_scores(const Tile& tile, int block) {
+    const float unit = C::kModified ? kLog2E : args.problem.softmax_scale * kLog2E;
+    const bool masked = block >= view.full_end || block < view.full_begin;
+    bool rescale = false;
+    if (!C::kOptimistic || masked || !settled || !optimistic_softmax_step<C>(s, rows, unit)) {
+      if constexpr (C::kOptimistic) {
+        if (!masked && settled) recompute_scores();
+      }
+      if constexpr (C::kModified) modify(tile, block);
+      if (masked) {
+        const int column = block * C::kTileN + threadIdx.x % 4 * 2;
+        mask_scores({view.begin[0] - column, view.begin[1] - column}, {view.end[0] - column, view.end[1] - column});
+      }
+      rescale = softmax_step<C>(s, rows, unit);
+      settled = !__any_sync(kAllLanes, rows.reference[0] == -INFINITY || rows.reference[1] == -INFINITY);
+    }
+    release(&shared.key_empty[k.stage]);
+    k.advance();
+    return rescale;
+  }
+
+  /// Waits for the keys and issues S = Q K^T.
+  __device__ __forceinline__ void start_scores() {
+    mbarrier_wait(&shared.key_full[k.stage], k.phase);
+    wgmma_pin(s);
+    wgmma_fence();
+    issue_scores();
+  }
+
+  /// Waits for the values of key tile `block` and issues O += P V.
+  __device__ __forceinline__ void start_output(int block) {
+    wait_value(view.used_keys - block * C::kTileN);
+    wgmma_pin(o);
+    wgmma_pin(weights);
+    wgmma_fence();
+    issue_output();
+  }
+
+  __device__ __forceinline__ void finish_output() {
+    wgmma_wait<0>();
+    wgmma_pin(o);
+    wgmma_pin(weights);
+    release(&shared.value_empty[v.stage]);
+    v.advance();
+  }
+
+  /// Returns a query buffer whose output has left.
+  __device__ __forceinline__ void finish_stored() {
+    if (stored >= 0) finish_store(&shared.query_empty[stored]);
+    stored = -1;
+  }
+
+  /// The key tiles of a query tile after the first, from the last to the first; O += P V of the last one remains.
+  __device__ __forceinline__ void run_blocks(const Tile& tile) {
+    for (int block = view.block_end - 2; block >= view.block_begin; --block) {
+      mbarrier_wait(&shared.key_full[k.stage], k.phase);
+      take_turn();
+      start_scores();
+      start_output(block + 1);
+      pass_turn();
+      wgmma_wait<1>();
+      wgmma_pin(s);
+      const bool rescale = finish_scores(tile, block);
+      finish_output();
+      pack_weights();
+      if (rescale) rescale_rows(o, rows.factor);
+      finish_stored();
+    }
+  }
+
+  /// The last O += P V by itself, and the V tiles that follow it unread.
+  __device__ __forceinline__ void finish_blocks() {
+    start_output(view.block_begin);
+    finish_output();
+    for (int i = 0; i < view.num_left; ++i) skip_value();
+  }
+
+  __device__ __forceinline__ void end_tile(const Tile& tile, uint64_t* tile_empty, int buffer, RowPair& finished) {
+    finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), finished, o);
+    finish_stored();
+    store_tile<C>(args, shared.query[buffer], tile, warpgroup, o);
+    __syncwarp();
+    release(tile_empty);
+    stored = buffer;
+    if constexpr (C::kQueryStages == 1) finish_stored();
+  }
+
+  /// The first scores of the next tile, without or before the last product of the current one (`pending`). `finished`: the current
+  /// tile's rows, which make room. NOTE: one straight line for ptxas, which else serialises the products; where none is pending, O is
+  /// free and takes the product of whatever stands in registers and buffers.
+  __device__ __forceinline__ void start_tile(const Tile& next, const RowsView& coming, bool pending) {
+    start_scores();
+    if constexpr (kAcrossTiles) {
+      if (pending) wait_value(view.used_keys - view.block_begin * C::kTileN);
+      wgmma_pin(o);
+      wgmma_pin(weights);
+      wgmma_fence();
+      issue_output();
+      wgmma_wait<1>();
+    } else {
+      wgmma_wait<0>();
+    }
+    wgmma_pin(s);
+    view = coming;
+    rows = RowPair{};
+    settled = false;
+    finish_scores(next, view.block_end - 1);
+    if constexpr (kAcrossTiles) {
+      wgmma_wait<0>();
+      wgmma_pin(o);
+      wgmma_pin(weights);
+    }
+    pack_weights();
+  }
+
+  /// Takes tile `next`: everything up to the weights of its first key tile. Turns are passed on before each wait for keys: the other
+  /// warpgroups need them to give their buffers back.
+  __device__ __forceinline__ void take_tile(const Tile& next, const RowsView& coming, bool pending) {
+    finish_stored();
+    mbarrier_wait(&shared.query_full[next_q.stage], next_q.phase);
+    q = next_q;
+    next_q.advance();
+    const bool has_blocks = coming.block_begin < coming.block_end;
+    const int num_values = pending ? view.num_left + coming.num_right : 0;  // to be skipped after the pending product
+    for (int i = 0; i < coming.num_right; ++i) {
+      skip_key();
+      if (has_blocks || i + 1 < coming.num_right) skip_turn();
+      if (!pending) skip_value();
+    }
+    if (has_blocks) {
+      start_tile(next, coming, pending);
+    } else {
+      view = coming;
+      rows = RowPair{};
+    }
+    if (pending) {
+      release(&shared.value_empty[v.stage]);
+      v.advance();
+      for (int i = 0; i < num_values; ++i) skip_value();
+    }
+  }
+
+  /// Takes tile after tile. Where a tile's last product is pending, the next tile's first scores are issued before it.
   __device__ __forceinline__ void run() {
     RingPosition<kTileSlots> slot;
-    int pending = -1;  // query buffer that a store still reads
+    int current = -1;      // slot of the tile at work, -1: none
+    bool pending = false;  // its last O += P V is not yet issued
     if (C::kPingPong && warpgroup == C::kWarpgroups - 1) pass_turn();
     for (;;) {
       mbarrier_wait(&shared.tile_full[slot.stage], slot.phase);
-      const Tile& tile = shared.tile[slot.stage];
-      if (!tile.valid) break;
-      mbarrier_wait(&shared.query_full[q.stage], q.phase);
-      rows = RowPair{};
+      const Tile& next = shared.tile[slot.stage];
+      const bool more = next.valid;
+      RowsView coming{};
+      if (more) coming = view_rows(next);
+      const bool has_blocks = coming.block_begin < coming.block_end;
+      // NOTE: the producer brings V in between: with more tiles to skip than buffers it would wait for us.
+      const bool overlap = kAcrossTiles && pending && has_blocks && view.num_left + coming.num_right < C::kStages;
+      const bool take = more && (!kAcrossTiles || overlap || current < 0);
+      if (pending && !overlap) finish_blocks();
+      RowPair finished = rows;
+      const int buffer = q.stage;
+      if (!kAcrossTiles && current >= 0) end_tile(shared.tile[current], &shared.tile_empty[current], buffer, finished);
+      if (take) take_tile(next, coming, overlap);
+      if (kAcrossTiles && current >= 0) end_tile(shared.tile[current], &shared.tile_empty[current], buffer, finished);
+      current = -1;
+      pending = false;
+      if (!more) break;
+      if (!take) continue;
+      current = slot.stage;
+      slot.advance();
 #pragma unroll
       for (float& x : o) x = 0.0f;
-      if (tile.block_begin < tile.block_end) run_blocks(tile);
-      if (pending >= 0) finish_store(&shared.query_empty[pending]);
-      finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), rows, o);
-      store_tile<C>(args, shared.query[q.stage], tile, warpgroup, o);
-      __syncwarp();
-      release(&shared.tile_empty[slot.stage]);
-      slot.advance();
-      pending = q.stage;
-      if constexpr (C::kQueryStages == 1) {
-        finish_store(&shared.query_empty[0]);
-        pending = -1;
+      if (!has_blocks) continue;
+      run_blocks(next);
+      for (int i = 0; i < view.num_left; ++i) {
+        skip_turn();
+        skip_key();
       }
-      q.advance();
+      pending = view.num_left < C::kStages;  // else the producer, who needs the V buffers, would never come to the next tile
+      if (!pending) finish_blocks();
     }
     tma_store_wait_read();
   }
