@@ -78,12 +78,12 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 
 $(FULL): $(SOURCES) | $(VENV)/.ready
 	$(if $(NVCC),,@echo "No nvcc on this machine: building the CPU kernels only.")
-	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=$(or $(FA_CUDA),AUTO) $(INSTALL) -C build-dir=build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=$(or $(FA_CUDA),AUTO) $(INSTALL) --config-settings=build-dir=build/wheel
 	@rm -f $(CPU); touch $@
 
 $(CPU): $(SOURCES) | $(VENV)/.ready
 	@echo "Building the CPU kernels only$(if $(NVCC), (make FA_CUDA=ON builds those for CUDA too),: no nvcc on this machine)."
-	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=OFF $(INSTALL) -C build-dir=build/wheel-cpu
+	PATH="$(CURDIR)/$(BIN):$$PATH" FA_CUDA=OFF $(INSTALL) --config-settings=build-dir=build/wheel-cpu
 	@rm -f $(FULL); touch $@
 
 $(VENV)/.demo: | $(VENV)/.ready
