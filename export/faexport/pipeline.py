@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from faexport.fallback import add_fallback
 from faexport.match import Context, find_sites
-from faexport.normalize import convert_opset
+from faexport.normalize import convert_opset, inline_functions
 from faexport.precision import in_precision
 from faexport.report import Report, count_nodes
 from faexport.rewrite import Names, add_opset, rewrite_site
@@ -40,6 +40,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     before = count_nodes(model)
     if options.opset is not None:
         model = convert_opset(model, options.opset)
+    model = inline_functions(model)
     analysis = Analysis(model)
     candidates = examine(model, options, analysis)
     names = Names(model)

@@ -60,21 +60,29 @@ def test_in_a_loop(library: str) -> None:
 
 
 def test_in_a_function(library: str) -> None:
-    """Two calls of one function: its body is fused once. Projections are its inputs, the shapes of Reshapes constants in it."""
+    """Two calls of one function that gets even the shapes of its Reshapes from the caller. It is inlined."""
     model = build(Form(scale="scores"))
-    names = [w.name for w in model.graph.initializer if len(w.dims) == 2]
-    small = [helper.make_node("Constant", [], [w.name], value=w) for w in model.graph.initializer if len(w.dims) != 2]
-    body = [*small, *model.graph.node]
-    function = helper.make_function("local", "Block", ["x", *names], ["y"], body, list(model.opset_import))
+    names = [w.name for w in model.graph.initializer]
+    function = helper.make_function("local", "Block", ["x", *names], ["y"], list(model.graph.node), list(model.opset_import))
     calls = [helper.make_node("Block", [x, *names], [y], domain="local") for x, y in (("x", "h"), ("h", "z"))]
     outputs = [helper.make_tensor_value_info("z", FLOAT, None)]
     graph = helper.make_graph(calls, "g", list(model.graph.input), outputs, list(model.graph.initializer))
     imports = [*model.opset_import, helper.make_opsetid("local", 1)]
     whole = helper.make_model(graph, opset_imports=imports, functions=[function], ir_version=9)
-    fused = check(whole, feeds(model), library)
-    (written,) = fused.functions
-    assert any(n.op_type == "FlashAttention" for n in written.node)
-    assert "faexport" in {e.domain for e in written.opset_import}
+    fused = check(whole, feeds(model), library, num_fused=2)
+    assert not fused.functions
+
+
+def test_functions_without_attention_stay() -> None:
+    model = build(Form())
+    function = helper.make_function("local", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], list(model.opset_import))
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    model.graph.node.append(helper.make_node("Twice", ["x"], ["doubled"], domain="local"))
+    model.graph.output.append(helper.make_tensor_value_info("doubled", FLOAT, None))
+    fused, report = faexport.fuse(model, options=OPTIONS)
+    assert report.num_fused == 1
+    assert [f.name for f in fused.functions] == ["Twice"]
 
 
 def test_without_any_shape(library: str) -> None:
