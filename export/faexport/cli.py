@@ -230,10 +230,24 @@ def _read_inputs(path: pathlib.Path, model: ir.Model) -> list[verify.InputSet]:
             tensors = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError) as error:
         raise ModelError(f"{path}: cannot be read as .npz: {error}; write it with numpy.savez") from error
-    wanted = {value.name for value in model.graph.inputs if not value.is_initializer()}
-    if missing := sorted(wanted - tensors.keys()):
+    wanted = {value.name: value for value in model.graph.inputs if not value.is_initializer()}
+    if missing := sorted(wanted.keys() - tensors.keys()):
         raise ModelError(f"{path}: has no array '{missing[0]}'; the model's inputs are {', '.join(sorted(wanted))}")
+    for name, value in wanted.items():
+        if wrong := _misfit(tensors[name], value):
+            raise ModelError(f"{path}: array '{name}' {wrong}; write it as the model expects it")
     return [verify.InputSet(path.name, {name: tensors[name] for name in wanted})]
+
+
+def _misfit(array: np.ndarray, value: ir.Value) -> str:
+    """Why the model can't take this array for an input, or ""."""
+    if value.dtype is not None and array.dtype != value.dtype.numpy():
+        return f"is {array.dtype}, the model takes {value.dtype.numpy()}"
+    sizes = [None] * array.ndim if value.shape is None else list(value.shape)
+    fits = len(sizes) == array.ndim and all(
+        not isinstance(size, int) or size == given for size, given in zip(sizes, array.shape, strict=True)
+    )
+    return "" if fits else f"has the shape {list(array.shape)}, the model takes {value.shape}"
 
 
 def _show(report: Report, as_json: bool, report_file: pathlib.Path | None, quiet: bool) -> None:

@@ -128,6 +128,10 @@ def test_own_inputs_are_compared_too(model: pathlib.Path) -> None:
 def test_bad_own_inputs_are_bad_input(model: pathlib.Path) -> None:
     np.savez(model.with_name("in.npz"), other=np.ones(3))
     assert_bad_input(faexport(model, "--inputs", model.with_name("in.npz")), "no array 'hidden_states'")
+    np.savez(model.with_name("in.npz"), hidden_states=np.ones((5, 9, SIZE.hidden)))
+    assert_bad_input(faexport(model, "--inputs", model.with_name("in.npz")), "hidden_states", "float64", "float32")
+    np.savez(model.with_name("in.npz"), hidden_states=np.ones((5, 9, 3), np.float32))
+    assert_bad_input(faexport(model, "--inputs", model.with_name("in.npz")), "[5, 9, 3]", "[batch,sequence,64]")
     model.with_name("in.npz").write_text("hello")
     assert_bad_input(faexport(model, "--inputs", model.with_name("in.npz")), "in.npz", "numpy.savez")
     assert names(model.parent) == ["in.npz", "model.onnx"]
