@@ -17,7 +17,7 @@ from faexport.understand.score_chain import Blocked, Scores, find_scores, letter
 from faexport.understand.shape_uses import rebuild
 from faexport.understand.sinks import sinks_of
 from faexport.understand.softmax import Softmax, softmax_of
-from faexport.understand.structure import Structure, structure_of
+from faexport.understand.structure import Structure, new_producers, structure_of
 from faexport.understand.value_chain import Values, feeds_product, find_values
 from faexport.understand.views import View
 
@@ -140,7 +140,7 @@ def _spec(scores, values, structure: Structure, softmax, candidate: Candidate, c
     return AttentionSpec(
         query.operand, key.operand, value.operand, output.value, output.layout, scores.scale * query.scale * key.scale,
         replaces=values.product.node, head_dim=query.operand.head_dim, head_dim_v=value.operand.head_dim,
-        new_nodes=(*query.new_nodes, *key.new_nodes, *value.new_nodes, *sink_nodes), output_nodes=output.nodes, output_entry=output.entry, shape_uses=shape_uses,
+        new_nodes=(*new_producers(query.source), *query.new_nodes, *key.new_nodes, *value.new_nodes, *sink_nodes), output_nodes=output.nodes, output_entry=output.entry, shape_uses=shape_uses,
         mask=mask, softcap=scores.softcap, sinks=sinks, facts=_facts(structure, scores),
     )  # fmt: skip
 

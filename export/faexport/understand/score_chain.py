@@ -37,7 +37,7 @@ class Step:
     """One node on the way, what it does to the scores, and which input the scores come in by."""
 
     node: ir.Node
-    kind: str  # pass, scale, tanh, add, sub, where, clamp, gate, max, sink, view
+    kind: str  # pass, scale, rows, tanh, add, sub, where, clamp, gate, max, sink, view
     index: int = 0
     factor: float = 1.0  # scale: what it multiplies by
     also: tuple[ir.Node, ...] = ()  # nodes beside the path that belong to it
@@ -126,7 +126,14 @@ def _scale_steps(node: ir.Node, a: Analysis) -> list[Step]:
             return [Step(node, "scale", index, factor if op(node) == "Mul" else 1.0 / factor)]
     if op(node) != "Mul":
         return []
-    return [Step(node, "gate", i) for i in (0, 1) if _is_weight(node.inputs[1 - i], a) and not a.is_static(node.inputs[i])]
+    found = [i for i in (0, 1) if _is_weight(node.inputs[1 - i], a) and not a.is_static(node.inputs[i])]
+    return [Step(node, "rows" if _is_one_a_row(node.inputs[1 - i], a) else "gate", i) for i in found]
+
+
+def _is_one_a_row(value: ir.Value, a: Analysis) -> bool:
+    """Is the factor the same for all keys, as a learnt temperature of each head is?"""
+    shape = a.shape(value)
+    return bool(shape) and shape[-1] == 1
 
 
 def _is_weight(value: ir.Value, a: Analysis) -> bool:
@@ -164,6 +171,7 @@ class Scores:
     sink_axes: tuple[str, ...]  # letters of the axes that the sink column was concatenated along
     nodes: list[ir.Node]
     shape_uses: list[ShapeUse]  # Shape nodes that read the scores
+    row_weights: list[ir.Value]  # weights, broadcastable to the rows of the scores, that the query is to be multiplied by
     splits: list[Dim]  # sizes of axis 1 of 4-D forms met on the way: the number of heads where the product is 3-D
 
 
@@ -183,6 +191,7 @@ class _Reader:
         self.sink: ir.Value | None = None
         self.sink_axes: tuple[str, ...] = ()
         self.scale, self.softcap = path.product.scale, 0.0
+        self.row_weights: list[ir.Value] = []
         self.shape_uses = uses_of(path.product.node.outputs[0], shape)
 
     def run(self) -> Refusal | None:
@@ -207,6 +216,8 @@ class _Reader:
         elif step.kind == "scale":
             if not self.softcap:
                 self.scale *= step.factor
+        elif step.kind == "rows":
+            return self._take_rows(step)
         elif step.kind == "tanh":
             return self._take_tanh(step, factor)
         elif step.kind == "sink":
@@ -221,6 +232,15 @@ class _Reader:
 
     def _after(self, step: Step) -> list[Step]:
         return self.path.steps[self.path.steps.index(step) + 1 :]
+
+    def _take_rows(self, step: Step) -> Refusal | None:
+        """A weight that is multiplied to whole rows may as well be multiplied to the query."""
+        weight = step.node.inputs[1 - step.index]
+        same_axes = self.view == View.whole(self.shape) and self.path.product.labels[-2:] == ("row", "column")
+        if self.terms or self.softcap or not same_axes or self.path.product.left.labels[-2:] != ("row", "sum"):
+            return Refusal("the scores are multiplied by a weight after something else was done to them", name_of(step.node))
+        self.row_weights.append(weight)
+        return None
 
     def _take_tanh(self, step: Step, factor: float) -> Refusal | None:
         if self.terms or self.softcap:
@@ -352,5 +372,5 @@ def read_scores(path: Path, softmax: Softmax, a: Analysis) -> Scores | Refusal:
         return refusal
     return Scores(
         path.product, reader.view, reader.scale, reader.softcap, reader.terms, reader.sink, reader.sink_axes, reader.nodes,
-        reader.shape_uses, reader.splits,
+        reader.shape_uses, reader.row_weights, reader.splits,
     )  # fmt: skip

@@ -72,7 +72,7 @@ def constant_ints(node: ir.Node, a: Analysis, index: int, name: str) -> list[int
     "Softplus", "HardSigmoid", "HardSwish", "Swish", "Sign", "LayerNormalization", "RMSNormalization", "InstanceNormalization",
     "BatchNormalization", "GroupNormalization", "LpNormalization", "ScatterND", "ScatterElements", "RotaryEmbedding", "Mish", "Selu",
     "QuantizeLinear", "DequantizeLinear", "com.microsoft::Gelu", "com.microsoft::FastGelu", "com.microsoft::QuickGelu",
-    "com.microsoft::BiasGelu", "com.microsoft::SkipLayerNormalization", "com.microsoft::RotaryEmbedding", "com.microsoft::FusedMatMul_",
+    "com.microsoft::BiasGelu", "com.microsoft::SkipLayerNormalization", "com.microsoft::RotaryEmbedding",
     "SimplifiedLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization",
 )  # fmt: skip
 def _same(node, a):
@@ -362,25 +362,6 @@ def _reduce(node, a):
     gone = {resolve_axis(x, len(shape)) for x in axes} if axes else set(range(len(shape)))
     keep = attribute(node, "keepdims", 1)
     return [tuple(ONE if i in gone else d for i, d in enumerate(shape) if keep or i not in gone)]
-
-
-@shape_of("Conv")
-def _conv(node, a):
-    x, w = a.shape(node.inputs[0]), a.shape(node.inputs[1])
-    if x is None or w is None:
-        return None
-    kernel = [d.const for d in w[2:]]
-    count = len(kernel)
-    pads = attribute(node, "pads", [0] * 2 * count)
-    strides, dilations = attribute(node, "strides", [1] * count), attribute(node, "dilations", [1] * count)
-    out = [x[0], w[0]]
-    for i, size in enumerate(x[2:]):
-        if size.const is None or kernel[i] is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
-            out.append(size if kernel[i] == strides[i] == 1 and not any(pads) else Dim.unknown("conv"))
-        else:
-            span = size.const + pads[i] + pads[i + count] - dilations[i] * (kernel[i] - 1) - 1
-            out.append(Dim.of(span // strides[i] + 1))
-    return [tuple(out)]
 
 
 def _window(node: ir.Node, shape: Shape) -> Shape:

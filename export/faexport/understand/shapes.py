@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from faexport.understand import constants
+from faexport.understand import constants, shape_rules_layers  # noqa: F401 (registers its rules)
 from faexport.understand.dims import Dim
 from faexport.understand.nodes import attribute, op, operand, own_functions, producer, subgraphs
 from faexport.understand.shape_rules import CONTENT_RULES, SHAPE_RULES, Shape
@@ -52,6 +52,10 @@ class Analysis:
                 symbol = symbols.pop()
                 if symbol.startswith("?") and symbol not in size.substitute(self._equal).symbols:
                     self._equal[symbol] = size
+
+    def define(self, value: ir.Value, shape: Shape | None) -> None:
+        """The shape of a value that isn't in the graph yet."""
+        self._shapes[value] = shape
 
     def rank(self, value: ir.Value | None) -> int | None:
         shape = self.shape(value)

@@ -80,8 +80,11 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> tuple[_Side, _Side, _
     leads = scores.product.leads
     sizes = tuple(shape[scores.product.labels.index(x)] for x in leads)
     made = []
+    query = scores.product.left
+    if scores.row_weights:
+        query = Factor(_weighted(query.value, scores.row_weights, a), query.labels)
     for factor, names, lead_sizes, rows in (
-        (scores.product.left, leads, sizes, "row"),
+        (query, leads, sizes, "row"),
         (scores.product.right, leads, sizes, "column"),
         (values.product.right, values.product.leads, tuple(values.lead_sizes), "sum"),
     ):
@@ -92,6 +95,25 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> tuple[_Side, _Side, _
         links = [x for x in chain_of(factor.value, a) if rows != "sum" or x.scale == 1.0]
         made.append(_Side(factor, links, (*names, rows, columns), lead_sizes))
     return tuple(made)
+
+
+def _weighted(query: ir.Value, weights: list[ir.Value], a: Analysis) -> ir.Value:
+    """The query times the weights; the new nodes are found by `new_producers`."""
+    value = query
+    for weight in weights:
+        build = Builder(a.opset)
+        product_value = build.add("Mul", [value, weight], a.dtype(query))
+        a.define(product_value, a.shape(query))
+        value = product_value
+    return value
+
+
+def new_producers(value: ir.Value) -> tuple[ir.Node, ...]:
+    """The nodes not yet in a graph that compute the value, in order."""
+    node = value.producer()
+    if node is None or node.graph is not None:
+        return ()
+    return (*(n for v in node.inputs if v is not None for n in new_producers(v)), node)
 
 
 def _head_options(query: _Side, scores: Scores) -> list[Dim]:
