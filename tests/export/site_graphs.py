@@ -23,10 +23,11 @@ class Form:
     heads: int = 4
     kv_heads: int = 4
     head_dim: int = 8
-    rank: str = "4d"  # 4d; 3d: batch and heads merged (bmm); einsum: never transposed; single: 3-D without heads; 5d: grouped
+    rank: str = "4d"  # 4d; 3d: batch and heads merged (bmm); einsum: never transposed; single: 3-D without heads; 5d: grouped;
+    # channels_first: one head, [B, C, S], V P^T
     packed: str = "none"  # none; split: one projection, Split; gather: [B, S, 3, H, D] transposed and indexed; slice
     key: str = "after"  # after: K transposed as [B, H, S, D]; direct: by one Transpose to [B, H, D, S]
-    scale: str = "scores"  # scores, query, key, both, div, runtime, none
+    scale: str = "scores"  # scores, query, key, both, div, runtime, none; learnt: a weight for each head
     softmax: str = "node"  # node, positive_axis, handwritten, minus_max, cast, guard, transposed
     repeat: str = "expand"  # expand, gather, tile (not GQA: the heads' order differs), concat
     mask: str = "none"  # none, add, where, causal, bias3d, sub, zero, clamp
@@ -130,6 +131,8 @@ class _Attention:
                 flat = [b.op("Slice", packed, b.ints(i), b.ints(j), b.ints(2)) for i, j in zip(ends, ends[1:], strict=False)]
         if form.rank == "single":
             return flat
+        if form.rank == "channels_first":
+            return [b.op("Transpose", v, perm=[0, 2, 1]) for v in flat]
         counts = [form.heads, form.kv_heads, form.kv_heads]
         split = [b.op("Reshape", v, b.ints(0, 0, n, form.head_dim)) for v, n in zip(flat, counts, strict=True)]
         if form.rank == "einsum":
@@ -180,7 +183,7 @@ class _Attention:
 
     def _scores(self, query: str, key: str) -> str:
         form, b = self.form, self.b
-        scale = form.head_dim**-0.5 if form.rank != "single" else self.embed**-0.5
+        scale = form.head_dim**-0.5 if form.rank not in ("single", "channels_first") else self.embed**-0.5
         if form.scale in ("query", "both"):
             query = self._scaled(query, scale if form.scale == "query" else math.sqrt(scale))
         if form.scale in ("key", "both"):
@@ -192,6 +195,9 @@ class _Attention:
         scores = self._product(query, key)
         if form.scale == "scores":
             scores = self._scaled(scores, scale)
+        elif form.scale == "learnt":
+            weight = self.b.const(HIDDEN_WEIGHTS.uniform(0.1, 1, (form.heads, 1, 1)).astype(np.float32))
+            scores = b.op("Mul", scores, weight)
         elif form.scale == "div":
             scores = b.op("Div", scores, b.const(np.float32(1 / scale)))
         if form.flaw == "scale_from_data":
@@ -213,6 +219,8 @@ class _Attention:
             return b.op("Einsum", query, key, equation="bqhd,bkhd->bhqk")
         if form.rank == "single":
             return b.op("MatMul", query, b.op("Transpose", key, perm=[0, 2, 1]))
+        if form.rank == "channels_first":
+            return b.op("MatMul", b.op("Transpose", query, perm=[0, 2, 1]), key)
         if form.rank == "3d":
             return b.op("MatMul", self._merge(query), b.op("Transpose", self._merge(key), perm=[0, 2, 1]))
         if form.rank == "5d":
@@ -262,7 +270,7 @@ class _Attention:
 
     def _softmax(self, scores: str) -> str:
         form, b = self.form, self.b
-        rank = {"3d": 3, "single": 3, "5d": 5}.get(form.rank, 4)
+        rank = {"3d": 3, "single": 3, "channels_first": 3, "5d": 5}.get(form.rank, 4)
         if form.flaw == "sigmoid":
             return b.op("Sigmoid", scores)
         if form.flaw == "softmax_over_queries":
@@ -309,6 +317,8 @@ class _Attention:
             return b.op("Einsum", weights, value, equation="bhqk,bkhd->bqhd")
         if form.rank == "single":
             return b.op("MatMul", weights, value)
+        if form.rank == "channels_first":
+            return b.op("MatMul", value, b.op("Transpose", weights, perm=[0, 2, 1]))
         if form.rank == "5d":
             y = b.op("MatMul", weights, b.op("Unsqueeze", value, b.ints(2)))
             return b.op("Reshape", y, b.ints(0, form.heads, -1, form.head_dim))
@@ -319,7 +329,7 @@ class _Attention:
 
     def _finish(self, y: str) -> str:
         form, b = self.form, self.b
-        if form.rank == "single" or form.output == "heads":
+        if form.rank in ("single", "channels_first") or form.output == "heads":
             return y
         if form.rank != "einsum":
             y = b.op("Transpose", y, perm=[0, 2, 1, 3])
