@@ -318,11 +318,18 @@ class _Builder:
             return
         expr = il.floating(0.0, self.site.scores.dtype)
         for case in cases:
-            value = il.floating(case.mask, self.site.scores.dtype) if case.mask is not None else self._sum_of(case.bias)
-            expr = il.choose(case.cond, value, expr)
+            expr = il.choose(case.cond, self._added(case), expr)
         expr = il.assume(expr, il.all_of(window.parts)) if window.parts else expr
         self.mask.attn_bias = self._value(expr)
         self.fact(f"bias {self._axes(expr)}", expr)
+
+    def _added(self, case: Case) -> Expr:
+        """What a case adds to its scores; beside a hugely negative number the rest vanishes."""
+        dtype = self.site.scores.dtype
+        if case.mask is None:
+            return self._sum_of(case.bias)
+        fill = il.floating(case.mask, dtype)
+        return fill if case.mask <= -1e30 else il.float_op("Add", dtype, self._sum_of(case.bias), fill)
 
     def _sum_of(self, bias: tuple[tuple[Expr, float], ...]) -> Expr:
         dtype = self.site.scores.dtype

@@ -22,7 +22,7 @@ from faexport.understand.mask_softmax import Skip, original, proven
 from faexport.understand.mask_terms import Site
 
 _PLANS = ((2, 5, 3), (3, 7, 0), (1, 4, 9))  # batch, sequence, past: what symbols are bound to, by their names
-_TOLERANCE = {ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}  # of a probability; else 1e-3
+_TOLERANCE = {ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}  # of a probability; else 5e-3
 _MAX_ELEMENTS = 1 << 22
 
 
@@ -49,7 +49,7 @@ class Checker:
         random = np.random.default_rng(0)
         for plan in _PLANS:
             difference = trial.try_plan(plan, random, right_padding)
-            if not difference <= _TOLERANCE.get(site.scores.dtype, 1e-3):
+            if not difference <= _TOLERANCE.get(site.scores.dtype, 5e-3):
                 return f"a probability differs by {difference:.3g}"
         return ""
 

@@ -100,12 +100,13 @@ def proven(mask: spec.Mask, arrays: Arrays, scores: np.ndarray) -> np.ndarray:
         seen &= keys < arrays[mask.kv_lengths].reshape(-1, 1, 1, 1)
     if mask.attn_mask is not None:
         seen &= arrays[mask.attn_mask]
-    s = scores.copy()
-    if mask.attn_bias is not None:
-        s = s + arrays[mask.attn_bias].astype(np.float64)
-    if mask.alibi_slopes is not None:
-        s = s - arrays[mask.alibi_slopes].reshape(-1, heads, 1, 1).astype(np.float64) * np.abs(distance)
-    s = np.where(seen, s, -np.inf)
+    s = scores.astype(np.float32)  # as the kernels add
+    with np.errstate(all="ignore"):
+        if mask.attn_bias is not None:
+            s = s + arrays[mask.attn_bias].astype(np.float32)
+        if mask.alibi_slopes is not None:
+            s = s - arrays[mask.alibi_slopes].reshape(-1, heads, 1, 1) * np.abs(distance).astype(np.float32)
+    s = np.where(seen, s, -np.inf).astype(np.float64)
     with np.errstate(all="ignore"):
         p = np.nan_to_num(_softmax(s))
     if mask.empty_row is spec.EmptyRow.MEAN:

@@ -35,7 +35,7 @@ class Case:
     """What happens to a score where `cond` holds: `mask` is None (kept), or the number added or (`replaced`) put in its place.
 
     `exact`: all masked scores of this case are the same number whatever the score was. `bias` are the added expressions with their
-    factors.
+    factors, also where they vanish beside the mask.
     """
 
     cond: Expr
@@ -195,16 +195,14 @@ def _add(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
         cond = il.all_of((case.cond, cond))
         value = il.float_value(leaf)
         if value is None or (value != 0 and value * term.factor > MASKING):  # a bias; beside a huge number it vanishes
-            if case.mask is None:
-                new = dataclasses.replace(case, cond=cond, bias=(*case.bias, (leaf, term.factor)))
-            else:
-                new = dataclasses.replace(case, cond=cond, exact=case.exact and case.mask <= absorbs)
+            exact = case.mask is None or (case.exact and case.mask <= absorbs)
+            new = dataclasses.replace(case, cond=cond, exact=exact, bias=(*case.bias, (leaf, term.factor)))
         elif math.isnan(value):
             raise NotAMask("a NaN is added to its scores")
         elif value == 0:
             new = dataclasses.replace(case, cond=cond)
         elif case.mask is None:
-            new = Case(cond, value * term.factor, False, value <= absorbs, ())
+            new = Case(cond, value * term.factor, False, value <= absorbs, case.bias)
         else:
             new = dataclasses.replace(case, cond=cond, mask=_sum(case.mask, value * term.factor, dtype))
         result.append(new)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random graphs of the grammar, rewritten and compared in onnxruntime. 500 of them; RANDOM_GRAPHS=10000 (make nightly) for more.
+
+Not one may come out wrong; which are refused doesn't matter here, but most of those that are attention must be fused.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+from faexport import ort_session, pipeline
+from hypothesis import HealthCheck, event, given, seed, settings
+from hypothesis import strategies as st
+
+from tests.export import mask_grammar as grammar
+
+COUNT = int(os.environ.get("RANDOM_GRAPHS", "500"))
+TOLERANCE = 2e-4  # of the largest magnitude of an output
+outcomes: collections.Counter[str] = collections.Counter()
+
+
+def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray], library: bool) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    if library:
+        import faplugin
+
+        faplugin.register(options)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def worst(want: list[np.ndarray], got: list[np.ndarray]) -> float:
+    """The largest difference, of what isn't NaN in the original, in units of the largest magnitude."""
+    result = 0.0
+    for a, b in zip(want, got, strict=True):
+        known = np.isfinite(a)
+        if known.any():
+            result = max(result, float(np.abs(a - b)[known].max() / max(1e-3, np.abs(a[known]).max())))
+    return result
+
+
+def rewritten(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    """(the rewritten model, its number of fused nodes)."""
+    changed, _ = pipeline.run(ir.from_proto(model), pipeline.Options())
+    fused = sum(node.domain == "faexport" for node in changed.graph.all_nodes())
+    return ir.to_proto(changed), fused
+
+
+@seed(20261122)
+@settings(
+    max_examples=COUNT,
+    deadline=None,
+    database=None,
+    derandomize=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(recipe=grammar.recipes(), number=st.integers(0, 1 << 30))
+def check_random_graph(recipe: grammar.Recipe, number: int) -> None:
+    model = grammar.build(recipe)
+    changed, fused = rewritten(model)
+    outcomes["fused" if fused else "refused"] += 1
+    event("fused" if fused else "refused")
+    if not fused:
+        return
+    library = ort_session.has_library()
+    for k in range(2):
+        feeds = grammar.feeds(model, number + k)
+        difference = worst(run(model, feeds, False), run(changed, feeds, library))
+        assert difference <= TOLERANCE, f"differs by {difference:.3g} at { ({n: a.shape for n, a in feeds.items()}) }"
+
+
+def test_random_graphs() -> None:
+    outcomes.clear()
+    check_random_graph()
+    assert outcomes.total() >= COUNT
+    assert outcomes["fused"] >= 0.5 * outcomes.total(), outcomes
