@@ -36,8 +36,8 @@ def match(node: ir.Node, context: Context) -> Candidate:
     return candidate
 
 
-class _Contrib:
-    """What the two ops have in common."""
+class Contrib:
+    """What these ops have in common."""
 
     def __init__(self, node: ir.Node, context: Context):
         self.node, self.a = node, context.analysis
@@ -93,7 +93,7 @@ class _Contrib:
         )  # fmt: skip
 
 
-class _MultiHead(_Contrib):
+class _MultiHead(Contrib):
     """Inputs: query, key, value, bias, key_padding_mask, attention_bias, past_key, past_value, …"""
 
     def spec(self, candidate: Candidate) -> AttentionSpec:
@@ -180,7 +180,7 @@ class _MultiHead(_Contrib):
         return result
 
 
-class _Attention(_Contrib):
+class _Attention(Contrib):
     """Inputs: input, weights, bias, mask_index, past, attention_bias, past_sequence_length. The projection becomes a MatMul of its own."""
 
     def spec(self, candidate: Candidate) -> AttentionSpec:

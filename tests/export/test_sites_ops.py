@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention ops of others: ONNX's Attention and onnxruntime's MultiHeadAttention, Attention, GroupQueryAttention, fused or refused."""
+
+from __future__ import annotations
+
+import faexport
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.export.test_sites import OPTIONS, run
+
+B, S, L, H, D = 2, 5, 7, 4, 8
+RANDOM = np.random.default_rng(3)
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def model_of(op: str, domain: str, tensors: list, attributes: dict, num_outputs: int = 1, opset: int = 23) -> onnx.ModelProto:
+    """One node; `tensors` are its inputs, None where one is missing."""
+    names = ["" if t is None else f"i{i}" for i, t in enumerate(tensors)]
+    inputs = [
+        helper.make_tensor_value_info(n, numpy_helper.from_array(t).data_type, t.shape) for n, t in zip(names, tensors, strict=True) if n
+    ]
+    outputs = [f"o{i}" for i in range(num_outputs)]
+    node = helper.make_node(op, names, outputs, domain=domain, name="node", **attributes)
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs])
+    imports = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
+
+
+def check(model: onnx.ModelProto, tensors: list, library: str, tolerance: float = 1e-4) -> list[str]:
+    fused, report = faexport.fuse(model, options=OPTIONS)
+    assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
+    feeds = {f"i{i}": t for i, t in enumerate(tensors) if t is not None}
+    for expected, got in zip(run(model, feeds), run(fused, feeds, library), strict=True):
+        np.testing.assert_allclose(got, expected, atol=tolerance)
+    return [fact.text for fact in report.sites[0].facts]
+
+
+def refusal(model: onnx.ModelProto) -> str:
+    _, report = faexport.fuse(model, options=OPTIONS)
+    assert report.num_fused == 0
+    (site,) = report.sites
+    assert site.refusal.node == "node"
+    return site.refusal.reason
+
+
+Q, K, V = floats(B, S, H * D), floats(B, L, H * D), floats(B, L, H * D)
+SELF_K, SELF_V = floats(B, S, H * D), floats(B, S, H * D)
+PADDING = np.array([[1, 1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 1, 0]], np.int32)
+MULTI_HEAD = {
+    "separate": ([Q, K, V], {}),
+    "scale": ([Q, K, V], {"scale": 0.3}),
+    "projection bias": ([Q, K, V, floats(3 * H * D)], {}),
+    "unidirectional": ([Q, SELF_K, SELF_V], {"unidirectional": 1}),
+    "lengths": ([Q, K, V, None, np.array([3, 7], np.int32)], {}),
+    "key mask": ([Q, K, V, None, PADDING], {}),
+    "everything masked": ([Q, K, V, None, np.zeros_like(PADDING)], {}),
+    "mask of each row": ([Q, K, V, None, (RANDOM.random((B, S, L)) < 0.6).astype(np.int32)], {}),
+    "attention bias": ([Q, K, V, None, None, floats(1, H, S, L)], {}),
+    "bias and mask": ([Q, K, V, None, PADDING, floats(1, H, S, L)], {}),
+    "cached cross attention": ([Q, floats(B, H, L, D), floats(B, H, L, D)], {}),
+    "past": ([Q, SELF_K, SELF_V, None, None, None, floats(B, H, 3, D), floats(B, H, 3, D)], {}),
+    "past, unidirectional": ([Q, SELF_K, SELF_V, None, None, None, floats(B, H, 3, D), floats(B, H, 3, D)], {"unidirectional": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tensors", "attributes"), MULTI_HEAD.values(), ids=MULTI_HEAD.keys())
+def test_multi_head_attention(tensors: list, attributes: dict, library: str) -> None:
+    outputs = 3 if len(tensors) > 6 else 1
+    check(model_of("MultiHeadAttention", "com.microsoft", tensors, {"num_heads": H, **attributes}, outputs, 17), tensors, library)
+
+
+def test_packed_multi_head_attention(library: str) -> None:
+    """onnxruntime's CPU has no kernel for packed QKV: the separate form tells what it means."""
+    packed = floats(B, S, H, 3, D)
+    parts = [np.ascontiguousarray(packed[:, :, :, i].reshape(B, S, H * D)) for i in range(3)]
+    expected = run(model_of("MultiHeadAttention", "com.microsoft", parts, {"num_heads": H}, opset=17), {f"i{i}": p for i, p in enumerate(parts)})
+    fused, report = faexport.fuse(model_of("MultiHeadAttention", "com.microsoft", [packed], {"num_heads": H}, opset=17), options=OPTIONS)
+    assert report.num_fused == 1
+    np.testing.assert_allclose(run(fused, {"i0": packed}, library)[0], expected[0], atol=1e-5)
+
+
+def test_packed_keys_and_values(library: str) -> None:
+    packed = floats(B, L, H, 2, D)
+    parts = [Q, *(np.ascontiguousarray(packed[:, :, :, i].reshape(B, L, H * D)) for i in range(2))]
+    expected = run(model_of("MultiHeadAttention", "com.microsoft", parts, {"num_heads": H}, opset=17), {f"i{i}": p for i, p in enumerate(parts)})
+    fused, _ = faexport.fuse(model_of("MultiHeadAttention", "com.microsoft", [Q, packed], {"num_heads": H}, opset=17), options=OPTIONS)
+    np.testing.assert_allclose(run(fused, {"i0": Q, "i1": packed}, library)[0], expected[0], atol=1e-5)
+
+
+X, WEIGHTS, BIAS = floats(B, S, H * D), floats(H * D, 3 * H * D) * 0.2, floats(3 * H * D)
+WITH_PROJECTION = {
+    "plain": ([X, WEIGHTS, BIAS], {}),
+    "unidirectional": ([X, WEIGHTS, BIAS], {"unidirectional": 1}),
+    "key mask": ([X, WEIGHTS, BIAS, PADDING[:, :S].copy()], {}),
+    "lengths": ([X, WEIGHTS, BIAS, np.array([2, 5], np.int32)], {}),
+    "own size of values": ([X, floats(H * D, 2 * H * D + 24) * 0.2, floats(2 * H * D + 24)], {"qkv_hidden_sizes": [H * D, H * D, 24]}),
+}
+
+
+@pytest.mark.parametrize(("tensors", "attributes"), WITH_PROJECTION.values(), ids=WITH_PROJECTION.keys())
+def test_attention_with_its_projection(tensors: list, attributes: dict, library: str) -> None:
+    check(model_of("Attention", "com.microsoft", tensors, {"num_heads": H, **attributes}, opset=17), tensors, library)
+
+
+def grouped(*more, **attributes) -> tuple[onnx.ModelProto, list]:
+    lengths, total = np.array([S - 1, 2], np.int32), np.array(S, np.int32)
+    tensors = [floats(B, S, H * 16), floats(B, S, 2 * 16), floats(B, S, 2 * 16), None, None, lengths, total, *more]
+    attributes = {"num_heads": H, "kv_num_heads": 2, **attributes}
+    return model_of("GroupQueryAttention", "com.microsoft", tensors, attributes, opset=17), tensors
+
+
+@pytest.mark.parametrize("attributes", [{}, {"softcap": 3.0}, {"scale": 0.2}])
+def test_grouped_prompts(attributes: dict, library: str) -> None:
+    model, tensors = grouped(**attributes)
+    assert {"causal", "padding as lengths"} <= set(check(model, tensors, library))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [({"local_window_size": 2}, "local window"), ({"do_rotary": 1}, "rotates"), ({"smooth_softmax": 1}, "smooths")],
+)
+def test_grouped_near_misses(attributes: dict, reason: str) -> None:
+    assert reason in refusal(grouped(**attributes)[0])
+
+
+def test_a_grouped_cache_is_refused() -> None:
+    past = floats(B, 2, 4, 16)
+    tensors = [floats(B, 1, H * 16), floats(B, 1, 32), floats(B, 1, 32), past, past, np.array([4, 4], np.int32), np.array(5, np.int32)]
+    model = model_of("GroupQueryAttention", "com.microsoft", tensors, {"num_heads": H, "kv_num_heads": 2}, 3, 17)
+    assert "cache" in refusal(model)
+
+
+BHSD = [floats(B, H, S, D), floats(B, H, L, D), floats(B, H, L, D)]
+ONNX = {
+    "4-D": (BHSD, {}),
+    "3-D": ([Q, K, V], {"q_num_heads": H, "kv_num_heads": H}),
+    "3-D, grouped": ([Q, K[..., : 2 * D].copy(), V[..., : 2 * D].copy()], {"q_num_heads": H, "kv_num_heads": 2}),
+    "causal": (BHSD, {"is_causal": 1}),
+    "scale and softcap": (BHSD, {"scale": 0.2, "softcap": 4.0}),
+    "bool mask": ([*BHSD, RANDOM.random((S, L)) < 0.7], {}),
+    "float mask": ([*BHSD, floats(B, 1, S, L)], {}),
+    "causal and mask": ([*BHSD, floats(1, H, S, L)], {"is_causal": 1}),
+    "past": ([*BHSD, None, floats(B, H, 3, D), floats(B, H, 3, D)], {"is_causal": 1}),
+}
+
+
+@pytest.mark.parametrize(("tensors", "attributes"), ONNX.values(), ids=ONNX.keys())
+def test_onnx_attention(tensors: list, attributes: dict, library: str) -> None:
+    """Against ONNX's reference, since onnxruntime misses parts of the op."""
+    model = model_of("Attention", "", tensors, attributes, 3 if len(tensors) > 4 else 1)
+    feeds = {f"i{i}": t for i, t in enumerate(tensors) if t is not None}
+    fused, report = faexport.fuse(model, options=OPTIONS)
+    assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
+    expected = onnx.reference.ReferenceEvaluator(model).run(None, feeds)
+    for wanted, got in zip(expected, run(fused, feeds, library), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_asking_for_the_scores_is_refused() -> None:
+    assert "qk_matmul_output" in refusal(model_of("Attention", "", BHSD, {}, 4))
+
+
+def test_double_precision_is_refused() -> None:
+    assert "float32" in refusal(model_of("Attention", "", [t.astype(np.float64) for t in BHSD], {}))
