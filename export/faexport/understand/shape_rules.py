@@ -351,6 +351,15 @@ def _gather_elements(node, a):
     return [a.shape(node.inputs[1])]
 
 
+@shape_of("GatherND")
+def _gather_nd(node, a):
+    shape, index = a.shape(node.inputs[0]), a.shape(node.inputs[1])
+    depth = index[-1].const if index else None
+    if shape is None or depth is None:
+        return None
+    return [index[:-1] + shape[attribute(node, "batch_dims", 0) + depth :]]
+
+
 @shape_of("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceProd", "ArgMax", "ArgMin")
 def _reduce(node, a):
     shape = a.shape(node.inputs[0])
