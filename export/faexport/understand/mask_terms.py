@@ -159,6 +159,11 @@ def leaves(e: Expr, cond: Expr = il.TRUE) -> list[tuple[Expr, Expr]]:
     return [(c, v) for c, v in both if c is not il.FALSE]
 
 
+def is_fill(e: Expr, factor: float) -> bool:
+    value = il.float_value(e)
+    return value is not None and not value * factor > MASKING
+
+
 def cases_of(site: Site, terms: list[spec.MaskTerm]) -> list[Case]:
     """All cases of the chain; their conditions exclude each other and cover everything."""
     cases = [Case(il.TRUE)]
@@ -191,7 +196,11 @@ def _add(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
     dtype = site.tensors[term.value].dtype
     absorbs = ABSORBS.get(dtype, -1e30)
     result = []
-    for cond, leaf in leaves(site.element(term, term.value)):
+    added = site.element(term, term.value)
+    values = leaves(added)
+    if not any(is_fill(leaf, term.factor) for _, leaf in values):
+        values = [(il.TRUE, added)]  # a bias that happens to be made of choices
+    for cond, leaf in values:
         cond = il.all_of((case.cond, cond))
         value = il.float_value(leaf)
         if value is None or (value != 0 and value * term.factor > MASKING):  # a bias; beside a huge number it vanishes

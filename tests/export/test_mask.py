@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""understand_mask on the idioms of exporters, each beside a near miss: what is proven, and what must not be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from faexport import pipeline
+from faexport.spec import Alignment, AttentionSpec, EmptyRow, Mask, Refusal
+
+from tests.export import mask_grammar as grammar
+from tests.export.mask_grammar import MINIMUM, Recipe
+
+INFINITY = float(-np.inf)
+
+
+def outcome(model: onnx.ModelProto, **options: object) -> AttentionSpec | Refusal:
+    candidates = pipeline.examine(ir.from_proto(model), pipeline.Options(**options))
+    assert len(candidates) == 1
+    return candidates[0].outcome
+
+
+def proven(recipe: Recipe, **options: object) -> Mask:
+    found = outcome(grammar.build(recipe), **options)
+    assert isinstance(found, AttentionSpec), found
+    return found.mask
+
+
+def window(mask: Mask) -> tuple[int, int]:
+    return mask.window_left, mask.window_right
+
+
+def is_only_a_window(mask: Mask) -> bool:
+    return mask.attn_mask is None and mask.attn_bias is None and mask.kv_lengths is None
+
+
+@pytest.mark.parametrize("spelling", grammar.CAUSAL[:-2])
+@pytest.mark.parametrize("cache", (False, True))
+@pytest.mark.parametrize("fill", (INFINITY, MINIMUM, -1e4))
+def test_causal_in_every_spelling(spelling: str, cache: bool, fill: float) -> None:
+    mask = proven(Recipe((spelling,), fill=fill, cache=cache))
+    assert window(mask) == (-1, 0) and is_only_a_window(mask)
+    assert mask.alignment is (Alignment.BOTTOM_RIGHT if cache else Alignment.TOP_LEFT)
+    assert mask.rows_see_a_key and mask.empty_row is EmptyRow.ZERO
+    assert any("causal" in fact.text and fact.nodes for fact in mask.facts)
+
+
+def test_a_diagonal_off_by_one_is_not_causal() -> None:
+    assert window(proven(Recipe(("j <= i + 1",)))) == (-1, 1)
+    strict = proven(Recipe(("j <= i - 1",), fill=INFINITY))
+    assert strict.window_right == 0 and strict.query_offset is not None
+    assert not strict.rows_see_a_key
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (("j <= i", "j > i - w"), (2, 0)),
+        (("j <= i", "i - j < w"), (2, 0)),
+        (("j <= i", "i < j + w"), (2, 0)),
+        (("abs(i - j) <= w",), (3, 3)),
+        (("j <= i + w",), (-1, 3)),
+        (("j > i - w",), (2, -1)),
+    ],
+)
+@pytest.mark.parametrize("cache", (False, True))
+def test_sliding_windows(parts: tuple[str, ...], expected: tuple[int, int], cache: bool) -> None:
+    mask = proven(Recipe(parts, window=3, cache=cache))
+    assert window(mask) == expected and is_only_a_window(mask)
+
+
+@pytest.mark.parametrize("spelling", grammar.PADDING[:-1])
+@pytest.mark.parametrize("fill", (INFINITY, MINIMUM))
+def test_padding_stays_small(spelling: str, fill: float) -> None:
+    mask = proven(Recipe((spelling, "always"), fill=fill))
+    assert window(mask) == (-1, -1) and mask.attn_bias is None
+    assert "padding mask [B, 1, 1, S_kv]" in {fact.text for fact in mask.facts}
+    assert mask.empty_row is (EmptyRow.MEAN if fill == MINIMUM else EmptyRow.ZERO)
+
+
+def test_padding_of_rows_is_no_padding_of_keys() -> None:
+    mask = proven(Recipe(("rows",)))
+    assert {fact.text for fact in mask.facts} >= {"bool mask [B, 1, S_q, 1]"}
+
+
+def test_causal_and_padding_part() -> None:
+    mask = proven(Recipe(("j <= i", "gather_nd"), cache=True))
+    assert window(mask) == (-1, 0) and mask.alignment is Alignment.BOTTOM_RIGHT
+    assert mask.attn_mask is not None and mask.attn_bias is None
+    assert mask.empty_row is EmptyRow.MEAN
+
+
+def test_right_padding_gives_lengths_only_where_assumed() -> None:
+    recipe = Recipe(("j <= i", "unsqueeze"))
+    assert proven(recipe).kv_lengths is None
+    mask = proven(recipe, assume_right_padding=True)
+    assert mask.kv_lengths is not None and mask.attn_mask is None
+    assert mask.alignment is Alignment.TOP_LEFT  # the length may not move the diagonal
+
+
+def test_lengths_from_an_input() -> None:
+    mask = proven(Recipe(("lengths",)))
+    assert mask.kv_lengths is not None and mask.attn_mask is None
+
+
+@pytest.mark.parametrize("fill", (-1.0, -5.0))
+def test_a_small_fill_is_no_mask(fill: float) -> None:
+    added = proven(Recipe(("j <= i",), fill=fill))
+    assert window(added) == (-1, -1) and added.attn_bias is not None
+    replaced = outcome(grammar.build(Recipe(("j <= i",), fill=fill, form="where scores")))
+    assert isinstance(replaced, Refusal) and "no mask" in replaced.reason
+
+
+def test_a_weak_fill_masks_only_where_rows_see_a_key() -> None:
+    assert window(proven(Recipe(("j <= i",), fill=-1e4))) == (-1, 0)
+    padded = proven(Recipe(("j <= i", "unsqueeze"), fill=-1e4))
+    assert window(padded) == (-1, -1) and padded.attn_mask is None and padded.attn_bias is not None
+
+
+def test_two_finite_masks_leave_what_both_leave() -> None:
+    """j > i is masked twice, and minimum + minimum is -inf: hard. Padding alone is soft: a bias beside the window."""
+    recipe = Recipe(("j <= i", "unsqueeze"), apart=True)
+    mask = proven(recipe)
+    assert mask.attn_mask is None and mask.attn_bias is not None and mask.empty_row is EmptyRow.ZERO
+
+
+@pytest.mark.parametrize("kind", ("alibi j", "alibi distance"))
+@pytest.mark.parametrize("cache", (False, True))
+@pytest.mark.parametrize("bias_first", (False, True))
+def test_alibi(kind: str, cache: bool, bias_first: bool) -> None:
+    mask = proven(Recipe(("j <= i",), bias=kind, cache=cache, bias_first=bias_first))
+    np.testing.assert_allclose(mask.alibi_slopes.const_value.numpy(), [0.5, 0.125])
+    assert mask.attn_bias is None and window(mask) == (-1, 0)
+
+
+def test_alibi_before_the_scale_is_scaled() -> None:
+    mask = proven(Recipe(("j <= i",), bias="alibi j", scale_after_mask=True))
+    np.testing.assert_allclose(mask.alibi_slopes.const_value.numpy(), [0.175, 0.04375], rtol=1e-6)
+
+
+def test_a_bias_that_grows_with_the_key_is_no_alibi_without_a_causal_window() -> None:
+    mask = proven(Recipe((), bias="alibi j"))
+    assert mask.alibi_slopes is None and mask.attn_bias is not None
+    assert proven(Recipe((), bias="alibi distance")).alibi_slopes is not None
+
+
+def test_a_relative_bias_stays_a_bias_without_the_batch() -> None:
+    mask = proven(Recipe(("j <= i", "unsqueeze"), bias="table"))
+    assert window(mask) == (-1, 0) and mask.attn_bias is not None and mask.attn_mask is not None
+    assert "bias [1, H, S_q, S_kv]" in {fact.text for fact in mask.facts}
+
+
+@pytest.mark.parametrize("kind", ("row", "query"))
+def test_a_bias_of_a_whole_row_is_none(kind: str) -> None:
+    assert proven(Recipe((), bias=kind)).attn_bias is None
+
+
+def test_a_float_mask_beside_a_finite_mask_stays_a_bias() -> None:
+    """The user's mask may hold the minimum too; then rows would be shared between both."""
+    mask = proven(Recipe(("j <= i",), bias="input"))
+    assert window(mask) == (-1, -1) and mask.attn_bias is not None
+    assert window(proven(Recipe(("j <= i",), bias="input", fill=INFINITY))) == (-1, 0)
+
+
+@pytest.mark.parametrize("near_miss", ("other axis", "second consumer", "post scale"))
+def test_near_misses_of_attention_are_refused(near_miss: str) -> None:
+    assert isinstance(outcome(grammar.build(Recipe(("j <= i",), near_miss=near_miss))), Refusal)
+
+
+def test_chunks_and_prefixes_stay_a_bool_mask() -> None:
+    for part in ("chunk", "prefix", "segments", "input mask"):
+        mask = proven(Recipe((part,)))
+        assert window(mask) == (-1, -1) and mask.attn_mask is not None, part
+
+
+def test_sites_of_one_graph_share_nodes() -> None:
+    model = ir.from_proto(grammar.build(Recipe(("j <= i", "unsqueeze"))))
+    first, second = (pipeline.examine(model)[0].outcome.mask for _ in range(2))
+    assert first.attn_mask is second.attn_mask and tuple(first.new_nodes) == tuple(second.new_nodes)
+
+
+def test_a_wrong_proof_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check runs the model's own nodes: a proof that is off by one does not pass."""
+    from faexport.understand import mask as module
+
+    def off_by_one(site, cond):
+        found, rest = module_split(site, cond)
+        return dataclasses.replace(found, right=found.right + 1), rest
+
+    module_split = module.split
+    monkeypatch.setattr(module, "split", off_by_one)
+    found = outcome(grammar.build(Recipe(("j <= i",))))
+    assert isinstance(found, Refusal) and "please report" in found.reason
