@@ -25,9 +25,10 @@ except importlib.metadata.PackageNotFoundError:  # run from a source tree
 def fuse(model: Model | str | os.PathLike, *, options: Options | None = None) -> tuple[Model, Report]:
     """Replaces all attention of a model that is understood by faexport::FlashAttention (docs/operator.md).
 
-    `model` is an onnx_ir.Model, which is changed in place, an onnx.ModelProto, which is not, or the path of a file, which gives an
-    onnx_ir.Model (weights stay on disk until they are read). Returns the model, in the type that was given, and the report of every
-    site: fused or refused, and why. Raises ValueError with one sentence where a file is no usable model.
+    `model` is an onnx_ir.Model, which is changed in place, an onnx.ModelProto, which is not, or the path of a file,
+    which gives an onnx_ir.Model (weights stay on disk until they are read). Returns the model, in the type that was
+    given, and the report of every site: fused or refused, and why. Raises ValueError with one sentence where a file is
+    no usable model.
     """
     import onnx
     import onnx_ir as ir

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to a model before it is analysed. Called by pipeline.py.
 
-Only what must: the conversion to another opset where the user asks for one, and the inlining of functions where one of them holds a
-softmax or an attention op. What isn't attention stays as the exporter wrote it.
+Only what must: the conversion to another opset where the user asks for one, and the inlining of functions where one of
+them holds a softmax or an attention op. What isn't attention stays as the exporter wrote it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def convert_opset(model: ir.Model, opset: int) -> ir.Model:
 
 
 def inline_functions(model: ir.Model) -> ir.Model:
-    """The model without functions, if one of them may hold attention: a call tells the shapes that a body alone leaves open, and
-    onnxruntime can't infer the types of a function that has a custom op in its body."""
+    """The model without functions, if one of them may hold attention: a call tells the shapes that a body alone leaves
+    open, and onnxruntime can't infer the types of a function that has a custom op in its body."""
     anchors = ("Softmax", "Exp", "Attention", "MultiHeadAttention")
     if any(node.op_type in anchors for function in own_functions(model) for node in function.all_nodes()):
         onnx_ir.passes.common.InlinePass(criteria=lambda function: function.domain != DOMAIN)(model)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ordered list of passes from a model to the rewritten model and its report. The only file that knows the order.
 
-normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) -> precision ->
-rewrite, which also removes what nothing needs any more.
+normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
+precision -> rewrite, which also removes what nothing needs any more.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.nodes import graphs_of
 from faexport.understand.shapes import Analysis
 
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a user may choose. The command line's options of the same names set them."""
@@ -32,7 +33,7 @@ class Options:
     sources: tuple[str, ...] = ()  # matchers to use; empty: all
 
 
-def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report]:  # noqa: B008 (frozen)
+def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report]:
     """Fuses all attention of `model` in place; the report tells every site, fused or refused.
 
     Raises ValueError with a sentence where the model can't be converted to the asked opset.
@@ -63,7 +64,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
 
 def examine(
     model: ir.Model,
-    options: Options = Options(),  # noqa: B008
+    options: Options = Options(),
     analysis: Analysis | None = None,
 ) -> list[Candidate]:
     """All sites with what was understood of them; nothing is changed."""

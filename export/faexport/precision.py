@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the attention core alone in half precision: Casts at the border of the fused node (Options.dtype). Called by pipeline.py."""
+"""Runs the attention core alone in half precision: Casts at the border of the fused node (Options.dtype). Called by
+pipeline.py."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from faexport.understand.surgery import Builder
 
 
 def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | None, opset: int) -> AttentionSpec:
-    """The spec with query, key, value and past cast to `dtype`, and the results cast back to `given`, the type they had."""
+    """The spec with query, key, value and past cast to `dtype`, and the results cast back to `given`, the type they
+    had."""
     if given != ir.DataType.FLOAT or given == dtype:
         return spec
     build, cast = Builder(opset), {}
@@ -32,6 +34,13 @@ def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | N
     if spec.output_entry is not None:
         spec.output_entry.replace_all_uses_with(wide)
     return dataclasses.replace(
-        spec, query=query, key=key, value=value, **past, new_nodes=(*spec.new_nodes, *build.nodes),
-        output_nodes=(*back.nodes, *spec.output_nodes), output_entry=entry, facts=(*spec.facts, Fact(f"core in {dtype.name.lower()}")),
-    )  # fmt: skip
+        spec,
+        query=query,
+        key=key,
+        value=value,
+        **past,
+        new_nodes=(*spec.new_nodes, *build.nodes),
+        output_nodes=(*back.nodes, *spec.output_nodes),
+        output_entry=entry,
+        facts=(*spec.facts, Fact(f"core in {dtype.name.lower()}")),
+    )

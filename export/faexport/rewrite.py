@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the fused node of each understood site into the graph and removes what died by it. Called by pipeline.py.
 
-Attributes and inputs are those of docs/operator.md. Names and order stay stable: nodes are called after the node they replace.
+Attributes and inputs are those of docs/operator.md. Names and order stay stable: nodes are called after the node they
+replace.
 """
 
 from __future__ import annotations
@@ -46,10 +47,15 @@ class Names:
 def fused_node(spec: AttentionSpec) -> ir.Node:
     """The node for a spec, not yet in a graph; its first output stands for spec.output."""
     optional = {
-        "attn_mask": spec.mask.attn_mask, "attn_bias": spec.mask.attn_bias, "past_key": spec.past_key, "past_value": spec.past_value,
-        "nonpad_kv_seqlen": spec.mask.kv_lengths, "query_offset": spec.mask.query_offset, "alibi_slopes": spec.mask.alibi_slopes,
+        "attn_mask": spec.mask.attn_mask,
+        "attn_bias": spec.mask.attn_bias,
+        "past_key": spec.past_key,
+        "past_value": spec.past_value,
+        "nonpad_kv_seqlen": spec.mask.kv_lengths,
+        "query_offset": spec.mask.query_offset,
+        "alibi_slopes": spec.mask.alibi_slopes,
         "sinks": spec.sinks,
-    }  # fmt: skip
+    }
     given = {name: value for name, value in optional.items() if value is not None}
     wanted = {"present_key": spec.present_key, "present_value": spec.present_value, "lse": spec.lse}
     extra = [name for name, value in wanted.items() if value is not None]
@@ -104,7 +110,8 @@ def _layouts(spec: AttentionSpec) -> dict:
 
 
 def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
-    """Inserts the fused node of a candidate whose outcome is a spec, and removes the nodes that nothing needs any more."""
+    """Inserts the fused node of a candidate whose outcome is a spec, and removes the nodes that nothing needs any
+    more."""
     spec: AttentionSpec = candidate.outcome
     node = fused_node(spec)
     anchor = spec.replaces or candidate.anchor
@@ -151,7 +158,8 @@ def _name(node: ir.Node, base: str, names: Names) -> None:
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:
-    """`new` takes the place, name and type of `old`; where that was an output of the graph, the graph's interface stays."""
+    """`new` takes the place, name and type of `old`; where that was an output of the graph, the graph's interface
+    stays."""
     new.shape, new.type = old.shape, old.type
     new.metadata_props.update(old.metadata_props)
     new.doc_string = old.doc_string
@@ -163,7 +171,8 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
 
 
 def remove_dead(roots: list[ir.Node | None]) -> None:
-    """Removes nodes without users, starting at these and going on with those that fed them; weights that only they read go too."""
+    """Removes nodes without users, starting at these and going on with those that fed them; weights that only they
+    read go too."""
     pending = [n for n in roots if n is not None]
     while pending:
         node = pending.pop()

@@ -33,7 +33,8 @@ class EmptyRow(enum.StrEnum):
 
 
 class Layout(enum.StrEnum):
-    """Axes of a query, key, value or output tensor: B batch, S rows, H heads, D head_dim; BSH is 3-D with H = heads * head_dim."""
+    """Axes of a query, key, value or output tensor: B batch, S rows, H heads, D head_dim. In BSH, which is 3-D, H is
+    heads * head_dim."""
 
     BHSD = "BHSD"
     BSHD = "BSHD"
@@ -81,20 +82,22 @@ class TermKind(enum.StrEnum):
     ADD = "add"  # scores + factor * value
     WHERE = "where"  # where(value == keep_when, scores, factor * fill)
     BOOL = "bool"  # true = attend (the bool attn_mask of ONNX Attention)
-    GATE = "gate"  # scores * value, a weight: a mask if it holds only 0 and 1 (and an ADD of a huge negative number follows)
+    # scores * value, a weight: a mask if it holds only 0 and 1 (and an ADD of a huge negative number follows)
+    GATE = "gate"
     CLAMP = "clamp"  # max(scores, factor * value), value a constant that is hugely negative: keeps -inf away
     ZERO = "zero"  # after softmax: where(value == keep_when, probabilities, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskTerm:
-    """One operation between the score MatMul and the value MatMul that masks or biases, as it stands in the source graph.
+    """One operation between the score MatMul and the value MatMul that masks or biases, as it stands in the source
+    graph.
 
     Terms come in the order in which the graph applies them; a later term also applies to the fill of an earlier one.
-    `axes` names the axes of the score tensor which `value` is broadcast against (from the right, as ONNX does):
-    B batch, H query heads, S query rows, T keys, N = B * H merged (batch outermost), K kv heads and G query heads per kv head
-    (H = K * G), M * W = B (a batch made of M groups of W windows). Usual: "BHST"; also "NST", "BKGST", "MWHST", "BHTS", "BST".
-    `dims` are the sizes of these axes, each an int, a symbolic name or None where unknown.
+    `axes` names the axes of the score tensor which `value` is broadcast against (from the right, as ONNX does): B
+    batch, H query heads, S query rows, T keys, N = B * H merged (batch outermost), K kv heads and G query heads per kv
+    head (H = K * G), M * W = B (a batch made of M groups of W windows). Usual: "BHST"; also "NST", "BKGST", "MWHST",
+    "BHTS", "BST". `dims` are the sizes of these axes, each an int, a symbolic name or None where unknown.
     """
 
     kind: TermKind
@@ -165,7 +168,8 @@ class AttentionSpec:
     new_nodes: Sequence[ir.Node] = ()  # compute operands from values of the graph; in front of the fused node
     output_nodes: Sequence[ir.Node] = ()  # from the fused output to `output`'s shape (output of the last node)
     output_entry: ir.Value | None = None  # stands for the fused output in output_nodes
-    shape_uses: Sequence[tuple[ir.Node, Sequence[ir.Node]]] = ()  # (a Shape node on the core, nodes that compute the same instead)
+    # pairs of a Shape node on the core and nodes that compute the same instead
+    shape_uses: Sequence[tuple[ir.Node, Sequence[ir.Node]]] = ()
     mask: Mask = dataclasses.field(default_factory=Mask)
     softcap: float = 0.0
     sinks: ir.Value | None = None  # float32 [H]
@@ -185,7 +189,8 @@ class Candidate:
     graph: ir.Graph | ir.Function
     source: str  # name of the matcher: softmax_core, onnx_attention, ort_contrib
     outcome: AttentionSpec | Refusal | None = None
-    sizes: dict[str, int | str | None] = dataclasses.field(default_factory=dict)  # batch_size, num_q_heads, … as far as known
+    # batch_size, num_q_heads, … as far as known
+    sizes: dict[str, int | str | None] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention written out in the spellings of exporters, as small ONNX models: a Form says which, `build` makes the model.
+"""Attention written out in the spellings of exporters, as small ONNX models: a Form says which, `build` makes the
+model.
 
-Used by test_sites.py (one form a test) and test_sites_random.py (random forms). Inputs: x [B, S, E], for some forms more.
+Used by test_sites.py (one form a test) and test_sites_random.py (random forms). Inputs: x [B, S, E], for some forms
+more.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class Form:
     heads: int = 4
     kv_heads: int = 4
     head_dim: int = 8
-    rank: str = "4d"  # 4d; 3d: batch and heads merged (bmm); einsum: never transposed; single: 3-D without heads; 5d: grouped;
+    rank: str = (
+        "4d"  # 4d; 3d: batch and heads merged (bmm); einsum: never transposed; single: 3-D without heads; 5d: grouped;
+    )
     # channels_first: one head, [B, C, S], V P^T
     packed: str = "none"  # none; split: one projection, Split; gather: [B, S, 3, H, D] transposed and indexed; slice
     key: str = "after"  # after: K transposed as [B, H, S, D]; direct: by one Transpose to [B, H, D, S]
@@ -128,7 +132,9 @@ class _Attention:
             if form.packed == "split":
                 flat = b.op("Split", packed, b.ints(*widths), num_outputs=3, axis=-1)
             else:
-                flat = [b.op("Slice", packed, b.ints(i), b.ints(j), b.ints(2)) for i, j in zip(ends, ends[1:], strict=False)]
+                flat = [
+                    b.op("Slice", packed, b.ints(i), b.ints(j), b.ints(2)) for i, j in zip(ends, ends[1:], strict=False)
+                ]
         if form.rank == "single":
             return flat
         if form.rank == "channels_first":
@@ -162,11 +168,18 @@ class _Attention:
             wide = b.op("Expand", five, b.ints(1, 1, group, 1, 1))
         shape = b.op("Shape", value)
         last = b.op("Slice", shape, b.ints(2), b.ints(4))
-        return b.op("Reshape", wide, b.op("Concat", b.op("Slice", shape, b.ints(0), b.ints(1)), b.ints(form.heads), last, axis=0))
+        return b.op(
+            "Reshape",
+            wide,
+            b.op("Concat", b.op("Slice", shape, b.ints(0), b.ints(1)), b.ints(form.heads), last, axis=0),
+        )
 
     def _merge(self, value: str) -> str:
-        return self.b.op("Reshape", value, self.b.ints(-1, self._time(value), self.form.head_dim)) if not self.form.dynamic else (
-            self.b.op("Squeeze", self.b.op("Reshape", value, self.b.ints(-1, 1, 0, 0)), self.b.ints(1)))  # fmt: skip
+        return (
+            self.b.op("Reshape", value, self.b.ints(-1, self._time(value), self.form.head_dim))
+            if not self.form.dynamic
+            else (self.b.op("Squeeze", self.b.op("Reshape", value, self.b.ints(-1, 1, 0, 0)), self.b.ints(1)))
+        )
 
     def _time(self, value: str) -> int:
         return 6
@@ -252,7 +265,9 @@ class _Attention:
             bias = b.add_input("bias", TensorProto.FLOAT, [self.rows, self.rows])
             return b.op("Add" if form.mask == "add" else "Sub", scores, bias)
         if form.mask == "where":
-            keep = b.add_input("keep", TensorProto.BOOL, [self.batch, 1, 1, self.rows] if form.rank != "3d" else [self.rows, self.rows])
+            keep = b.add_input(
+                "keep", TensorProto.BOOL, [self.batch, 1, 1, self.rows] if form.rank != "3d" else [self.rows, self.rows]
+            )
             return b.op("Where", keep, scores, b.const(np.float32(-1e30)))
         if form.mask == "causal":
             shape = b.op("Shape", scores)

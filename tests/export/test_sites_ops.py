@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention ops of others: ONNX's Attention and onnxruntime's MultiHeadAttention, Attention, GroupQueryAttention, fused or refused."""
+"""Attention ops of others: ONNX's Attention and onnxruntime's MultiHeadAttention, Attention, GroupQueryAttention,
+fused or refused."""
 
 from __future__ import annotations
 
@@ -19,15 +20,21 @@ def floats(*shape: int) -> np.ndarray:
     return RANDOM.standard_normal(shape).astype(np.float32)
 
 
-def model_of(op: str, domain: str, tensors: list, attributes: dict, num_outputs: int = 1, opset: int = 23) -> onnx.ModelProto:
+def model_of(
+    op: str, domain: str, tensors: list, attributes: dict, num_outputs: int = 1, opset: int = 23
+) -> onnx.ModelProto:
     """One node; `tensors` are its inputs, None where one is missing."""
     names = ["" if t is None else f"i{i}" for i, t in enumerate(tensors)]
     inputs = [
-        helper.make_tensor_value_info(n, numpy_helper.from_array(t).data_type, t.shape) for n, t in zip(names, tensors, strict=True) if n
+        helper.make_tensor_value_info(n, numpy_helper.from_array(t).data_type, t.shape)
+        for n, t in zip(names, tensors, strict=True)
+        if n
     ]
     outputs = [f"o{i}" for i in range(num_outputs)]
     node = helper.make_node(op, names, outputs, domain=domain, name="node", **attributes)
-    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs])
+    graph = helper.make_graph(
+        [node], "g", inputs, [helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs]
+    )
     imports = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
@@ -65,22 +72,34 @@ MULTI_HEAD = {
     "bias and mask": ([Q, K, V, None, PADDING, floats(1, H, S, L)], {}),
     "cached cross attention": ([Q, floats(B, H, L, D), floats(B, H, L, D)], {}),
     "past": ([Q, SELF_K, SELF_V, None, None, None, floats(B, H, 3, D), floats(B, H, 3, D)], {}),
-    "past, unidirectional": ([Q, SELF_K, SELF_V, None, None, None, floats(B, H, 3, D), floats(B, H, 3, D)], {"unidirectional": 1}),
-}  # fmt: skip
+    "past, unidirectional": (
+        [Q, SELF_K, SELF_V, None, None, None, floats(B, H, 3, D), floats(B, H, 3, D)],
+        {"unidirectional": 1},
+    ),
+}
 
 
 @pytest.mark.parametrize(("tensors", "attributes"), MULTI_HEAD.values(), ids=MULTI_HEAD.keys())
 def test_multi_head_attention(tensors: list, attributes: dict, library: str) -> None:
     outputs = 3 if len(tensors) > 6 else 1
-    check(model_of("MultiHeadAttention", "com.microsoft", tensors, {"num_heads": H, **attributes}, outputs, 17), tensors, library)
+    check(
+        model_of("MultiHeadAttention", "com.microsoft", tensors, {"num_heads": H, **attributes}, outputs, 17),
+        tensors,
+        library,
+    )
 
 
 def test_packed_multi_head_attention(library: str) -> None:
     """onnxruntime's CPU has no kernel for packed QKV: the separate form tells what it means."""
     packed = floats(B, S, H, 3, D)
     parts = [np.ascontiguousarray(packed[:, :, :, i].reshape(B, S, H * D)) for i in range(3)]
-    expected = run(model_of("MultiHeadAttention", "com.microsoft", parts, {"num_heads": H}, opset=17), {f"i{i}": p for i, p in enumerate(parts)})
-    fused, report = faexport.fuse(model_of("MultiHeadAttention", "com.microsoft", [packed], {"num_heads": H}, opset=17), options=OPTIONS)
+    expected = run(
+        model_of("MultiHeadAttention", "com.microsoft", parts, {"num_heads": H}, opset=17),
+        {f"i{i}": p for i, p in enumerate(parts)},
+    )
+    fused, report = faexport.fuse(
+        model_of("MultiHeadAttention", "com.microsoft", [packed], {"num_heads": H}, opset=17), options=OPTIONS
+    )
     assert report.num_fused == 1
     np.testing.assert_allclose(run(fused, {"i0": packed}, library)[0], expected[0], atol=1e-5)
 
@@ -88,8 +107,13 @@ def test_packed_multi_head_attention(library: str) -> None:
 def test_packed_keys_and_values(library: str) -> None:
     packed = floats(B, L, H, 2, D)
     parts = [Q, *(np.ascontiguousarray(packed[:, :, :, i].reshape(B, L, H * D)) for i in range(2))]
-    expected = run(model_of("MultiHeadAttention", "com.microsoft", parts, {"num_heads": H}, opset=17), {f"i{i}": p for i, p in enumerate(parts)})
-    fused, _ = faexport.fuse(model_of("MultiHeadAttention", "com.microsoft", [Q, packed], {"num_heads": H}, opset=17), options=OPTIONS)
+    expected = run(
+        model_of("MultiHeadAttention", "com.microsoft", parts, {"num_heads": H}, opset=17),
+        {f"i{i}": p for i, p in enumerate(parts)},
+    )
+    fused, _ = faexport.fuse(
+        model_of("MultiHeadAttention", "com.microsoft", [Q, packed], {"num_heads": H}, opset=17), options=OPTIONS
+    )
     np.testing.assert_allclose(run(fused, {"i0": Q, "i1": packed}, library)[0], expected[0], atol=1e-5)
 
 
@@ -99,7 +123,10 @@ WITH_PROJECTION = {
     "unidirectional": ([X, WEIGHTS, BIAS], {"unidirectional": 1}),
     "key mask": ([X, WEIGHTS, BIAS, PADDING[:, :S].copy()], {}),
     "lengths": ([X, WEIGHTS, BIAS, np.array([2, 5], np.int32)], {}),
-    "own size of values": ([X, floats(H * D, 2 * H * D + 24) * 0.2, floats(2 * H * D + 24)], {"qkv_hidden_sizes": [H * D, H * D, 24]}),
+    "own size of values": (
+        [X, floats(H * D, 2 * H * D + 24) * 0.2, floats(2 * H * D + 24)],
+        {"qkv_hidden_sizes": [H * D, H * D, 24]},
+    ),
 }
 
 
@@ -131,7 +158,15 @@ def test_grouped_near_misses(attributes: dict, reason: str) -> None:
 
 def test_a_grouped_cache_is_refused() -> None:
     past = floats(B, 2, 4, 16)
-    tensors = [floats(B, 1, H * 16), floats(B, 1, 32), floats(B, 1, 32), past, past, np.array([4, 4], np.int32), np.array(5, np.int32)]
+    tensors = [
+        floats(B, 1, H * 16),
+        floats(B, 1, 32),
+        floats(B, 1, 32),
+        past,
+        past,
+        np.array([4, 4], np.int32),
+        np.array(5, np.int32),
+    ]
     model = model_of("GroupQueryAttention", "com.microsoft", tensors, {"num_heads": H, "kv_num_heads": 2}, 3, 17)
     assert "cache" in refusal(model)
 

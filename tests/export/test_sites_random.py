@@ -21,19 +21,36 @@ def forms(draw: st.DrawFn) -> Form:
     groups = [n for n in (1, 2, 3) if heads % n == 0] if rank in ("4d", "5d") else [1]
     kv_heads = heads // draw(st.sampled_from(groups))
     plain = rank == "4d"
-    softmax = ["node", "positive_axis", "handwritten", "minus_max", "cast", "guard"] + ["transposed"] * (plain and kv_heads == heads)
+    softmax = ["node", "positive_axis", "handwritten", "minus_max", "cast", "guard"] + ["transposed"] * (
+        plain and kv_heads == heads
+    )
     packed = ["none", "split", "slice"] + ["gather"] * (plain and kv_heads == heads)
     chosen = draw(st.sampled_from(softmax))
-    masks = ["none", "add", "sub", "zero", "clamp"] + (["where", "causal"] if chosen != "transposed" and rank in ("4d", "einsum") else [])
+    masks = ["none", "add", "sub", "zero", "clamp"] + (
+        ["where", "causal"] if chosen != "transposed" and rank in ("4d", "einsum") else []
+    )
     sinks = plain and chosen == "node" and draw(st.booleans())
-    flaw = draw(st.sampled_from(["none"] * 6 + sorted(set(FLAWS) - {"constant_values"}))) if plain and chosen == "node" and not sinks else "none"
+    flaw = (
+        draw(st.sampled_from(["none"] * 6 + sorted(set(FLAWS) - {"constant_values"})))
+        if plain and chosen == "node" and not sinks
+        else "none"
+    )
     return Form(
-        heads=heads, kv_heads=kv_heads, head_dim=draw(st.sampled_from([1, 4, 5, 8])), rank=rank, packed=draw(st.sampled_from(packed)),
-        scale=draw(st.sampled_from(["scores", "query", "key", "both", "div", "runtime", "none"])), softmax=chosen,
-        repeat=draw(st.sampled_from(["expand", "gather", "tile", "concat"])), mask=draw(st.sampled_from(masks)),
-        softcap=draw(st.sampled_from([0.0, 0.0, 3.0])), sinks=sinks, output=draw(st.sampled_from(["merge", "heads", "flat"])),
-        dynamic=draw(st.booleans()), flaw=flaw,
-    )  # fmt: skip
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([1, 4, 5, 8])),
+        rank=rank,
+        packed=draw(st.sampled_from(packed)),
+        scale=draw(st.sampled_from(["scores", "query", "key", "both", "div", "runtime", "none"])),
+        softmax=chosen,
+        repeat=draw(st.sampled_from(["expand", "gather", "tile", "concat"])),
+        mask=draw(st.sampled_from(masks)),
+        softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
+        sinks=sinks,
+        output=draw(st.sampled_from(["merge", "heads", "flat"])),
+        dynamic=draw(st.booleans()),
+        flaw=flaw,
+    )
 
 
 @hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES <= 150)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention is found wherever it stands: bodies of If, Loop and Scan, model-local functions, files without shapes or with shared weights."""
+"""Attention is found wherever it stands: bodies of If, Loop and Scan, model-local functions, files without shapes or
+with shared weights."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def in_branch(form: Form) -> onnx.ModelProto:
     """The core in the then branch of an If; x and the weights are captured from outside."""
     model = build(form)
     inner = helper.make_graph(list(model.graph.node), "then", [], list(model.graph.output))
-    other = helper.make_graph([helper.make_node("Identity", ["x"], ["e"])], "else", [], [helper.make_tensor_value_info("e", FLOAT, None)])
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["e"])], "else", [], [helper.make_tensor_value_info("e", FLOAT, None)]
+    )
     node = helper.make_node("If", ["go"], ["out"], then_branch=inner, else_branch=other)
     inputs = [*model.graph.input, helper.make_tensor_value_info("go", TensorProto.BOOL, [])]
     outputs = [helper.make_tensor_value_info("out", FLOAT, None)]
@@ -46,24 +49,36 @@ def test_in_a_branch(form: Form, go: bool, library: str) -> None:
 
 def test_in_a_loop(library: str) -> None:
     model = build(Form(output="merge"))
-    body_in = [helper.make_tensor_value_info(n, t, None) for n, t in (("i", TensorProto.INT64), ("more", TensorProto.BOOL), ("x", FLOAT))]
+    body_in = [
+        helper.make_tensor_value_info(n, t, None)
+        for n, t in (("i", TensorProto.INT64), ("more", TensorProto.BOOL), ("x", FLOAT))
+    ]
     body_in[0].type.tensor_type.shape.SetInParent()
     body_in[1].type.tensor_type.shape.SetInParent()
     keep = helper.make_node("Identity", ["more"], ["again"])
-    body_out = [helper.make_tensor_value_info("again", TensorProto.BOOL, []), helper.make_tensor_value_info("y", FLOAT, None)]
+    body_out = [
+        helper.make_tensor_value_info("again", TensorProto.BOOL, []),
+        helper.make_tensor_value_info("y", FLOAT, None),
+    ]
     body = helper.make_graph([keep, *model.graph.node], "body", body_in, body_out)
     loop = helper.make_node("Loop", ["times", "", "start"], ["end"], body=body)
     times = numpy_helper.from_array(np.array(3, np.int64), "times")
     start = helper.make_tensor_value_info("start", FLOAT, ["batch", "sequence", 32])
-    graph = helper.make_graph([loop], "g", [start], [helper.make_tensor_value_info("end", FLOAT, None)], [times, *model.graph.initializer])
-    check(helper.make_model(graph, opset_imports=model.opset_import, ir_version=9), {"start": feeds(model)["x"]}, library)
+    graph = helper.make_graph(
+        [loop], "g", [start], [helper.make_tensor_value_info("end", FLOAT, None)], [times, *model.graph.initializer]
+    )
+    check(
+        helper.make_model(graph, opset_imports=model.opset_import, ir_version=9), {"start": feeds(model)["x"]}, library
+    )
 
 
 def test_in_a_function(library: str) -> None:
     """Two calls of one function that gets even the shapes of its Reshapes from the caller. It is inlined."""
     model = build(Form(scale="scores"))
     names = [w.name for w in model.graph.initializer]
-    function = helper.make_function("local", "Block", ["x", *names], ["y"], list(model.graph.node), list(model.opset_import))
+    function = helper.make_function(
+        "local", "Block", ["x", *names], ["y"], list(model.graph.node), list(model.opset_import)
+    )
     calls = [helper.make_node("Block", [x, *names], [y], domain="local") for x, y in (("x", "h"), ("h", "z"))]
     outputs = [helper.make_tensor_value_info("z", FLOAT, None)]
     graph = helper.make_graph(calls, "g", list(model.graph.input), outputs, list(model.graph.initializer))
@@ -75,7 +90,9 @@ def test_in_a_function(library: str) -> None:
 
 def test_functions_without_attention_stay() -> None:
     model = build(Form())
-    function = helper.make_function("local", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], list(model.opset_import))
+    function = helper.make_function(
+        "local", "Twice", ["a"], ["b"], [helper.make_node("Add", ["a", "a"], ["b"])], list(model.opset_import)
+    )
     model.functions.append(function)
     model.opset_import.append(helper.make_opsetid("local", 1))
     model.graph.node.append(helper.make_node("Twice", ["x"], ["doubled"], domain="local"))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finders of attention sites: one file per source form, each registered with the ops that anchor it.
 
-A matcher looks at one anchor node and returns a Candidate with its outcome (an AttentionSpec or a Refusal), or None where the node is
-no attention at all. It changes nothing.
+A matcher looks at one anchor node and returns a Candidate with its outcome (an AttentionSpec or a Refusal), or None
+where the node is no attention at all. It changes nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ MATCHERS: list[Registration] = []
 
 
 def matcher(source: str, anchors: tuple[str, ...], min_opset: int = 1, max_opset: int = 10_000):
-    """Registers a matcher for nodes of these ops ("domain::name" outside ONNX's own) in models of this range of opsets."""
+    """Registers a matcher for nodes of these ops ("domain::name" outside ONNX's own) in models of this range of
+    opsets."""
 
     def register(function: Matcher) -> Matcher:
         MATCHERS.append(Registration(source, frozenset(anchors), function, min_opset, max_opset))

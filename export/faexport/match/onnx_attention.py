@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX's own Attention, opset 23 to 25: the operator is a superset of it, so inputs and attributes carry over one to one."""
+"""ONNX's own Attention, opset 23 to 25: the operator is a superset of it, so inputs and attributes carry over one to
+one."""
 
 from __future__ import annotations
 
@@ -79,12 +80,29 @@ def _spec(node: ir.Node, candidate: Candidate, context: Context) -> AttentionSpe
         return mask
     output = _output(node, declared, sizes, a)
     _note_sizes(candidate, declared, sizes, key, past[0], a)
-    facts = [Fact(f"{plain(sizes[0][1])} query heads on {key.heads} kv heads")] if sizes[0] and key.heads != sizes[0][1] else []
+    facts = (
+        [Fact(f"{plain(sizes[0][1])} query heads on {key.heads} kv heads")]
+        if sizes[0] and key.heads != sizes[0][1]
+        else []
+    )
     return AttentionSpec(
-        query.operand, key.operand, value.operand, output.value, output.layout, attribute(node, "scale", 0.0), replaces=node,
-        head_dim=candidate.sizes["head_dim"], head_dim_v=candidate.sizes["head_dim_v"], mask=mask, softcap=attribute(node, "softcap", 0.0),
-        past_key=past[0], past_value=past[1], present_key=present[0], present_value=present[1], facts=tuple(facts),
-    )  # fmt: skip
+        query.operand,
+        key.operand,
+        value.operand,
+        output.value,
+        output.layout,
+        attribute(node, "scale", 0.0),
+        replaces=node,
+        head_dim=candidate.sizes["head_dim"],
+        head_dim_v=candidate.sizes["head_dim_v"],
+        mask=mask,
+        softcap=attribute(node, "softcap", 0.0),
+        past_key=past[0],
+        past_value=past[1],
+        present_key=present[0],
+        present_value=present[1],
+        facts=tuple(facts),
+    )
 
 
 def _output(node: ir.Node, declared: list[Declared], sizes, a) -> Output:
@@ -102,11 +120,15 @@ def _note_sizes(candidate: Candidate, declared, sizes, key, past, a) -> None:
     if total is not None and past is not None:
         total = total + past_shape[2] if past_shape is not None and len(past_shape) == 4 else None
     candidate.sizes.update(
-        batch_size=plain(query[0]) if query else None, num_q_heads=plain(declared[0].heads), num_kv_heads=plain(key.heads),
-        seqlen_q=plain(query[2]) if query else None, seqlen_kv=plain(total),
-        head_dim=plain(query[3]) if query else None, head_dim_v=plain(values[3]) if values else None,
+        batch_size=plain(query[0]) if query else None,
+        num_q_heads=plain(declared[0].heads),
+        num_kv_heads=plain(key.heads),
+        seqlen_q=plain(query[2]) if query else None,
+        seqlen_kv=plain(total),
+        head_dim=plain(query[3]) if query else None,
+        head_dim_v=plain(values[3]) if values else None,
         dtype=None if a.dtype(declared[0].value) is None else a.dtype(declared[0].value).name.lower(),
-    )  # fmt: skip
+    )
 
 
 def _mask(node: ir.Node, declared, sizes, past, candidate: Candidate, context: Context) -> Mask | Refusal:
@@ -122,14 +144,29 @@ def _mask(node: ir.Node, declared, sizes, past, candidate: Candidate, context: C
     if plain_window and _covers_all_keys(given, sizes, a):
         term = _term(node, given, sizes, a)
         shape = ScoreShape(
-            declared[0].as_is().operand, declared[1].as_is().operand, node, context.graph, plain(sizes[0][0]), sizes[0][1].const,
-            plain(sizes[0][2]), plain(sizes[1][2]), a.dtype(node.inputs[0]), nan_guard=True,
-        )  # fmt: skip
+            declared[0].as_is().operand,
+            declared[1].as_is().operand,
+            node,
+            context.graph,
+            plain(sizes[0][0]),
+            sizes[0][1].const,
+            plain(sizes[0][2]),
+            plain(sizes[1][2]),
+            a.dtype(node.inputs[0]),
+            nan_guard=True,
+        )
         return understand([term], shape, context)
     is_bool = a.dtype(given) == ir.DataType.BOOL
     if a.dtype(given) is None:
         return Refusal("the type of attn_mask is not known", name_of(node))
-    return Mask(left, right, attn_mask=given if is_bool else None, attn_bias=None if is_bool else given, kv_lengths=lengths, facts=facts)
+    return Mask(
+        left,
+        right,
+        attn_mask=given if is_bool else None,
+        attn_bias=None if is_bool else given,
+        kv_lengths=lengths,
+        facts=facts,
+    )
 
 
 def _stated(node: ir.Node, causal: bool, left: int, right: int) -> tuple[Fact, ...]:
@@ -143,7 +180,9 @@ def _stated(node: ir.Node, causal: bool, left: int, right: int) -> tuple[Fact, .
 def _covers_all_keys(mask: ir.Value, sizes, a) -> bool:
     """ONNX lets a mask be shorter than the keys; then the rest is masked, which only the operator itself can say."""
     shape = a.shape(mask)
-    return None not in sizes and bool(shape) and a.dtype(mask) is not None and (shape[-1] == 1 or shape[-1] == sizes[1][2])
+    return (
+        None not in sizes and bool(shape) and a.dtype(mask) is not None and (shape[-1] == 1 or shape[-1] == sizes[1][2])
+    )
 
 
 def _term(node: ir.Node, mask: ir.Value, sizes, a) -> MaskTerm:

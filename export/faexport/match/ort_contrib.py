@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""onnxruntime's own attention ops (com.microsoft): MultiHeadAttention and Attention, where their semantics fit the operator's.
+"""onnxruntime's own attention ops (com.microsoft): MultiHeadAttention and Attention, where their semantics fit the
+operator's.
 
 What they mask they mask by adding mask_filter_value, so a mask becomes an attn_bias of [B, 1, 1, T] and stays exact.
 """
@@ -86,11 +87,23 @@ class Contrib:
 
     def finish(self, candidate: Candidate, operands: list[Operand], mask: Mask, **more) -> AttentionSpec:
         query, key, value = operands
-        candidate.sizes.update(num_q_heads=self.heads, num_kv_heads=self.heads, head_dim=query.head_dim, head_dim_v=value.head_dim)
+        candidate.sizes.update(
+            num_q_heads=self.heads, num_kv_heads=self.heads, head_dim=query.head_dim, head_dim_v=value.head_dim
+        )
         return AttentionSpec(
-            query, key, value, self.node.outputs[0], Layout.BSH, self.scale(), replaces=self.node, head_dim=query.head_dim,
-            head_dim_v=value.head_dim, new_nodes=tuple(self.build.nodes), mask=mask, **more,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            self.node.outputs[0],
+            Layout.BSH,
+            self.scale(),
+            replaces=self.node,
+            head_dim=query.head_dim,
+            head_dim_v=value.head_dim,
+            new_nodes=tuple(self.build.nodes),
+            mask=mask,
+            **more,
+        )
 
 
 class _MultiHead(Contrib):
@@ -130,7 +143,8 @@ class _MultiHead(Contrib):
 
     def _columns(self, places: list[tuple[ir.Value, int, int]], sizes: list[int]) -> list[Operand]:
         return [
-            Operand(value, Layout.BSH, self.heads, size, start, stride) for (value, start, stride), size in zip(places, sizes, strict=True)
+            Operand(value, Layout.BSH, self.heads, size, start, stride)
+            for (value, start, stride), size in zip(places, sizes, strict=True)
         ]
 
     def _separate(self, cached: bool) -> tuple[list[Operand], Dim, Dim]:
@@ -147,7 +161,9 @@ class _MultiHead(Contrib):
                 raise Unfit("it adds a projection bias to a cached key and value")
             query, key, value = self._with_bias(bias, [query, key, value])
         layouts = [Layout.BSH, *([Layout.BHSD if ranks[0] == 4 else Layout.BSH] * 2)]
-        declared = [Declared(v, layout, Dim.of(self.heads)) for v, layout in zip((query, key, value), layouts, strict=True)]
+        declared = [
+            Declared(v, layout, Dim.of(self.heads)) for v, layout in zip((query, key, value), layouts, strict=True)
+        ]
         sizes = [sizes_of(d, a) for d in declared] if bias is None else None
         shape = a.shape(node.inputs[1])
         keys = shape[2 if ranks[0] == 4 else 1]
@@ -181,12 +197,15 @@ class _MultiHead(Contrib):
 
 
 class _Attention(Contrib):
-    """Inputs: input, weights, bias, mask_index, past, attention_bias, past_sequence_length. The projection becomes a MatMul of its own."""
+    """Inputs: input, weights, bias, mask_index, past, attention_bias, past_sequence_length. The projection becomes a
+    MatMul of its own."""
 
     def spec(self, candidate: Candidate) -> AttentionSpec:
         node, a = self.node, self.a
         if operand(node, 4) is not None or used_output(node, 1) is not None or attribute(node, "do_rotary", 0):
-            raise Unfit("it keeps keys and values in one cache tensor, or rotates them itself (past, present, do_rotary)")
+            raise Unfit(
+                "it keeps keys and values in one cache tensor, or rotates them itself (past, present, do_rotary)"
+            )
         shape, weights = a.shape(node.inputs[0]), a.shape(node.inputs[1])
         if shape is None or weights is None or weights[1].const is None:
             raise Unfit("the shapes of its input and weights are not known")
@@ -198,7 +217,9 @@ class _Attention(Contrib):
             packed = self.build.add("Add", [packed, node.inputs[2]], self.dtype)
         sizes = [w // self.heads for w in widths]
         starts = [0, widths[0], widths[0] + widths[1]]
-        operands = [Operand(packed, Layout.BSH, self.heads, d, start, d) for start, d in zip(starts, sizes, strict=True)]
+        operands = [
+            Operand(packed, Layout.BSH, self.heads, d, start, d) for start, d in zip(starts, sizes, strict=True)
+        ]
         mask = self.mask(operand(node, 3), operand(node, 5), shape[0], shape[1], has_past=False)
         candidate.sizes.update(batch_size=plain(shape[0]), seqlen_q=plain(shape[1]), seqlen_kv=plain(shape[1]))
         return self.finish(candidate, operands, mask)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""onnxruntime's GroupQueryAttention (com.microsoft) without a cache: prompts of decoders, padded on the right to one length.
+"""onnxruntime's GroupQueryAttention (com.microsoft) without a cache: prompts of decoders, padded on the right to one
+length.
 
-With a past its keys are placed by each entry's own length, which the operator's past isn't; that, rotary embedding inside the node and
-quantized caches are refused.
+With a past its keys are placed by each entry's own length, which the operator's past isn't; that, rotary embedding
+inside the node and quantized caches are refused.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ from faexport.understand.dims import plain
 from faexport.understand.nodes import attribute, name_of, operand
 
 SOURCE = "ort_contrib"
-UNFIT_INPUTS = {7: "rotates query and key itself", 8: "rotates query and key itself", 12: "has a quantized cache", 13: "has a quantized cache",
-                14: "normalises query and key itself", 15: "normalises query and key itself"}  # fmt: skip
+UNFIT_INPUTS = {
+    7: "rotates query and key itself",
+    8: "rotates query and key itself",
+    12: "has a quantized cache",
+    13: "has a quantized cache",
+    14: "normalises query and key itself",
+    15: "normalises query and key itself",
+}
 
 
 @matcher(SOURCE, ("com.microsoft::GroupQueryAttention",))
@@ -32,7 +39,8 @@ def match(node: ir.Node, context: Context) -> Candidate:
 
 
 class _Grouped(Contrib):
-    """Inputs: query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos, sin, positions, bias, sinks, …"""
+    """Inputs: query, key, value, past_key, past_value, seqlens_k, total_sequence_length, cos, sin, positions, bias,
+    sinks, …"""
 
     def spec(self, candidate: Candidate) -> AttentionSpec:
         node, a = self.node, self.a
@@ -46,10 +54,15 @@ class _Grouped(Contrib):
         size = width // (self.heads + 2 * kv_heads if packed else self.heads)
         if packed:
             starts = (0, self.heads * size, (self.heads + kv_heads) * size)
-            operands = [Operand(node.inputs[0], Layout.BSH, n, size, start, size)
-                        for n, start in zip((self.heads, kv_heads, kv_heads), starts, strict=True)]  # fmt: skip
+            operands = [
+                Operand(node.inputs[0], Layout.BSH, n, size, start, size)
+                for n, start in zip((self.heads, kv_heads, kv_heads), starts, strict=True)
+            ]
         else:
-            operands = [Operand(v, Layout.BSH, n, size) for v, n in zip(node.inputs[:3], (self.heads, kv_heads, kv_heads), strict=True)]
+            operands = [
+                Operand(v, Layout.BSH, n, size)
+                for v, n in zip(node.inputs[:3], (self.heads, kv_heads, kv_heads), strict=True)
+            ]
         candidate.sizes.update(batch_size=plain(shape[0]), seqlen_q=plain(shape[1]), seqlen_kv=plain(shape[1]))
         spec = self.finish(candidate, operands, self._mask(), sinks=self._sinks())
         candidate.sizes["num_kv_heads"] = kv_heads
@@ -67,7 +80,11 @@ class _Grouped(Contrib):
         for index, what in UNFIT_INPUTS.items():
             if operand(node, index) is not None and (index not in (7, 8) or attribute(node, "do_rotary", 0)):
                 raise Unfit(f"it {what}")
-        if attribute(node, "do_rotary", 0) or attribute(node, "smooth_softmax", 0) == 1 or attribute(node, "sliding_window_cache", 0):
+        if (
+            attribute(node, "do_rotary", 0)
+            or attribute(node, "smooth_softmax", 0) == 1
+            or attribute(node, "sliding_window_cache", 0)
+        ):
             raise Unfit("it rotates query and key, smooths the softmax or keeps a window of the cache itself")
         if not attribute(node, "causal", 1):
             raise Unfit("it is not causal, which onnxruntime's versions treat differently")

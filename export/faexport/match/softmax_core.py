@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention written out: a product of queries and keys, scale, masks, Softmax, a product with the values, in any spelling.
+"""Attention written out: a product of queries and keys, scale, masks, Softmax, a product with the values, in any
+spelling.
 
 Anchored at the softmax (a node, or exp / sum). A softmax without both products is no attention and no site.
 """
@@ -93,7 +94,8 @@ def _dtype_name(dtype: ir.DataType | None) -> str | None:
 
 
 def _private(scores: Scores, values: Values, softmax: Softmax) -> Refusal | None:
-    """The scores may be read by nothing else: they would be computed a second time, and outputs of the model may not go away."""
+    """The scores may be read by nothing else: they would be computed a second time, and outputs of the model may not
+    go away."""
     inside = {*scores.nodes, *values.nodes, *softmax.inner}
     for node in (*scores.nodes, *softmax.inner):
         for value in node.outputs:
@@ -105,7 +107,9 @@ def _private(scores: Scores, values: Values, softmax: Softmax) -> Refusal | None
     return None
 
 
-def _spec(scores, values, structure: Structure, softmax, candidate: Candidate, context: Context) -> AttentionSpec | Refusal:
+def _spec(
+    scores, values, structure: Structure, softmax, candidate: Candidate, context: Context
+) -> AttentionSpec | Refusal:
     a = context.analysis
     shape = a.shape(scores.product.node.outputs[0])
     rows, columns = (shape[scores.product.labels.index(x)] for x in ("row", "column"))
@@ -116,9 +120,17 @@ def _spec(scores, values, structure: Structure, softmax, candidate: Candidate, c
         batch = size if batch is None else batch * size
     batch = batch.divide(total) if batch is not None else None
     score_shape = ScoreShape(
-        query.operand, key.operand, softmax.node, context.graph, plain(batch), total.const, plain(rows), plain(columns),
-        dtype=a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT, nan_guard=values.nan_guard,
-    )  # fmt: skip
+        query.operand,
+        key.operand,
+        softmax.node,
+        context.graph,
+        plain(batch),
+        total.const,
+        plain(rows),
+        plain(columns),
+        dtype=a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT,
+        nan_guard=values.nan_guard,
+    )
     terms = [*scores.terms, *values.terms]
     mask = understand(terms, score_shape, context) if terms else Mask()
     if isinstance(mask, Refusal):
@@ -128,9 +140,15 @@ def _spec(scores, values, structure: Structure, softmax, candidate: Candidate, c
     if isinstance(shape_uses, Refusal):
         return shape_uses
     candidate.sizes.update(
-        batch_size=plain(batch), num_q_heads=plain(total), num_kv_heads=plain(key.heads), seqlen_q=plain(rows), seqlen_kv=plain(columns),
-        head_dim=query.operand.head_dim, head_dim_v=value.operand.head_dim, dtype=_dtype_name(a.dtype(query.operand.value)),
-    )  # fmt: skip
+        batch_size=plain(batch),
+        num_q_heads=plain(total),
+        num_kv_heads=plain(key.heads),
+        seqlen_q=plain(rows),
+        seqlen_kv=plain(columns),
+        head_dim=query.operand.head_dim,
+        head_dim_v=value.operand.head_dim,
+        dtype=_dtype_name(a.dtype(query.operand.value)),
+    )
     sinks, sink_nodes = None, ()
     if scores.sink is not None:
         found = sinks_of(scores, total, a)
@@ -138,14 +156,29 @@ def _spec(scores, values, structure: Structure, softmax, candidate: Candidate, c
             return found
         sinks, sink_nodes = found
     return AttentionSpec(
-        query.operand, key.operand, value.operand, output.value, output.layout, scores.scale * query.scale * key.scale,
-        replaces=values.product.node, head_dim=query.operand.head_dim, head_dim_v=value.operand.head_dim,
-        new_nodes=(*new_producers(query.source), *query.new_nodes, *key.new_nodes, *value.new_nodes, *sink_nodes), output_nodes=output.nodes, output_entry=output.entry, shape_uses=shape_uses,
-        mask=mask, softcap=scores.softcap, sinks=sinks, facts=_facts(structure, scores),
-    )  # fmt: skip
+        query.operand,
+        key.operand,
+        value.operand,
+        output.value,
+        output.layout,
+        scores.scale * query.scale * key.scale,
+        replaces=values.product.node,
+        head_dim=query.operand.head_dim,
+        head_dim_v=value.operand.head_dim,
+        new_nodes=(*new_producers(query.source), *query.new_nodes, *key.new_nodes, *value.new_nodes, *sink_nodes),
+        output_nodes=output.nodes,
+        output_entry=output.entry,
+        shape_uses=shape_uses,
+        mask=mask,
+        softcap=scores.softcap,
+        sinks=sinks,
+        facts=_facts(structure, scores),
+    )
 
 
-def _shape_uses(scores: Scores, values: Values, structure: Structure, a) -> tuple[tuple[ir.Node, list[ir.Node]], ...] | Refusal:
+def _shape_uses(
+    scores: Scores, values: Values, structure: Structure, a
+) -> tuple[tuple[ir.Node, list[ir.Node]], ...] | Refusal:
     """What takes the place of Shape nodes that read what goes away."""
     early = (structure.query.source, structure.key.source)
     late = (*early, structure.value.source)

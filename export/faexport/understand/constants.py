@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+
 from faexport.understand.nodes import attribute, op, operand
 
 MAX_ELEMENTS = 1 << 16
@@ -27,14 +28,33 @@ def _register(*names: str):
 
 
 _BINARY = {
-    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Pow": np.power, "Mod": np.mod, "Equal": np.equal,
-    "Less": np.less, "LessOrEqual": np.less_equal, "Greater": np.greater, "GreaterOrEqual": np.greater_equal,
-    "And": np.logical_and, "Or": np.logical_or, "Xor": np.logical_xor,
-}  # fmt: skip
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Pow": np.power,
+    "Mod": np.mod,
+    "Equal": np.equal,
+    "Less": np.less,
+    "LessOrEqual": np.less_equal,
+    "Greater": np.greater,
+    "GreaterOrEqual": np.greater_equal,
+    "And": np.logical_and,
+    "Or": np.logical_or,
+    "Xor": np.logical_xor,
+}
 _UNARY = {
-    "Sqrt": np.sqrt, "Neg": np.negative, "Exp": np.exp, "Log": np.log, "Floor": np.floor, "Ceil": np.ceil, "Abs": np.abs,
-    "Reciprocal": np.reciprocal, "Not": np.logical_not, "Identity": np.asarray, "IsNaN": np.isnan,
-}  # fmt: skip
+    "Sqrt": np.sqrt,
+    "Neg": np.negative,
+    "Exp": np.exp,
+    "Log": np.log,
+    "Floor": np.floor,
+    "Ceil": np.ceil,
+    "Abs": np.abs,
+    "Reciprocal": np.reciprocal,
+    "Not": np.logical_not,
+    "Identity": np.asarray,
+    "IsNaN": np.isnan,
+}
 for _name, _f in _BINARY.items():
     FOLD[_name] = lambda node, x, f=_f: f(x[0], x[1])
 for _name, _f in _UNARY.items():

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operands and outputs of ops that state their heads and layouts themselves: ONNX Attention, com.microsoft MultiHeadAttention …
+"""Operands and outputs of ops that state their heads and layouts themselves: ONNX Attention, com.microsoft
+MultiHeadAttention …
 
-What stands in front of them (Transposes, Reshapes, the repetition of GQA, the Split of a packed projection) is absorbed as in heads.py.
+What stands in front of them (Transposes, Reshapes, the repetition of GQA, the Split of a packed projection) is
+absorbed as in heads.py.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def sizes_of(declared: Declared, a: Analysis) -> tuple[Dim, Dim, Dim, Dim] | Non
 
 
 def read_all(query: Declared, key: Declared, value: Declared, a: Analysis) -> tuple[Reading, Reading, Reading]:
-    """The three operands from the earliest tensors that can be read in place; as they are where nothing can be proven."""
+    """The three operands from the earliest tensors that can be read in place; as they are where nothing is proven."""
     as_is = (query.as_is(), key.as_is(), value.as_is())
     sides = (query, key, value)
     sizes = [sizes_of(side, a) for side in sides]
@@ -57,7 +59,8 @@ def read_all(query: Declared, key: Declared, value: Declared, a: Analysis) -> tu
         return as_is
     for grouped, packed in ((True, True), (True, False), (False, False)):
         found = tuple(
-            _read(side, size, sizes[0][1], grouped and side is not query, packed, a) for side, size in zip(sides, sizes, strict=True)
+            _read(side, size, sizes[0][1], grouped and side is not query, packed, a)
+            for side, size in zip(sides, sizes, strict=True)
         )
         if None not in found and _agree(found):
             return found
@@ -87,5 +90,3 @@ def _as_bhsd(view: View, layout: Layout, sizes) -> View | None:
         return view if len(view.axes) == 4 else None
     split = view.reshape((sizes[0], sizes[2], sizes[1], sizes[3]))
     return None if split is None else split.transpose((0, 2, 1, 3))
-
-

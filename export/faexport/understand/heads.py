@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Queries, keys and values as operands of the fused node: which tensor of the graph, in which layout, how many heads.
 
-Walks from an operand of a product back through everything that only rearranges (views) or scales, and takes the earliest tensor in
-which the operator can read the heads in place: Transposes, Reshapes, Splits of packed QKV and the repetition of GQA are absorbed.
+Walks from an operand of a product back through everything that only rearranges (views) or scales, and takes the
+earliest tensor in which the operator can read the heads in place: Transposes, Reshapes, Splits of packed QKV and the
+repetition of GQA are absorbed.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What a reading must be: the labels in the order (leading …, rows, columns), the number of query heads, and what is allowed."""
+    """What a reading must be: the labels in the order (leading …, rows, columns), the number of query heads, and what
+    is allowed."""
 
     labels: tuple[str, ...]
     lead_sizes: tuple[Dim, ...]
@@ -147,7 +149,8 @@ def parts_of(axes: list[Axis], wanted: Wanted) -> Parts | None:
 
 
 def is_opaque(size: Dim) -> bool:
-    """Is nothing known of the size? Then the operator reads it from the shape, and checks that it divides, when the model runs."""
+    """Is nothing known of the size? Then the operator reads it from the shape, and checks that it divides, when the
+    model runs."""
     return any(s.startswith("?") for s in size.symbols)
 
 
@@ -177,13 +180,21 @@ def _in_place(link: Link, parts: Parts, wanted: Wanted, a: Analysis) -> Operand 
     shape = a.shape(link.value)
     heads, head_dim = size_of(parts.heads), size_of(parts.columns)
     known = {"heads": heads.const, "head_dim": head_dim.const}
-    orders = {Layout.BHSD: (parts.batch, parts.heads, parts.rows, parts.columns), Layout.BSHD: (parts.batch, parts.rows, parts.heads, parts.columns)}
+    orders = {
+        Layout.BHSD: (parts.batch, parts.heads, parts.rows, parts.columns),
+        Layout.BSHD: (parts.batch, parts.rows, parts.heads, parts.columns),
+    }
     untouched = all(x == 0 for x in link.view.offsets)
     if len(shape) == 4 and untouched:
         for layout, order in orders.items():
             if all(_is_whole(axis, i, shape) for i, axis in enumerate(order)):
                 return Operand(link.value, layout, **known)
-    if len(shape) != 3 or heads.const is None or not _is_whole(parts.batch, 0, shape) or not _is_whole(parts.rows, 1, shape):
+    if (
+        len(shape) != 3
+        or heads.const is None
+        or not _is_whole(parts.batch, 0, shape)
+        or not _is_whole(parts.rows, 1, shape)
+    ):
         return None
     if untouched and _is_whole((*parts.heads, *parts.columns), 2, shape):
         return Operand(link.value, Layout.BSH, **known)

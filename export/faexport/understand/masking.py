@@ -15,8 +15,6 @@ import onnx_ir as ir
 from faexport.spec import EmptyRow, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.understand.dims import plain
 from faexport.understand.mask import UNKNOWN_SHAPE, MaskOptions, understand_mask
-from faexport.understand.dims import plain
-from faexport.understand.mask import MaskOptions, understand_mask
 from faexport.understand.nodes import name_of
 from faexport.understand.surgery import Builder
 

@@ -11,7 +11,9 @@ from faexport.spec import DOMAIN
 
 ONNX_DOMAINS = ("", "ai.onnx")
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
-LEAVES = frozenset(("Constant", "Unsqueeze", "Concat", "Gather", "Shape", "Reshape", "Transpose", "Cast", "MatMul", "Mul", "Add"))  # for speed
+LEAVES = frozenset(
+    ("Constant", "Unsqueeze", "Concat", "Gather", "Shape", "Reshape", "Transpose", "Cast", "MatMul", "Mul", "Add")
+)  # for speed
 
 
 def op(node: ir.Node | None) -> str:
@@ -40,7 +42,7 @@ def name_of(node: ir.Node) -> str:
 
 
 def is_live(node: ir.Node, _depth: int = 0) -> bool:
-    """False where nothing can depend on the node: its outputs are neither used (but by such nodes) nor graph outputs."""
+    """False where nothing can depend on the node: its outputs are read by no live node and are no graph outputs."""
     if _depth > 8:
         return True
     return any(v.is_graph_output() or any(is_live(u.node, _depth + 1) for u in v.uses()) for v in node.outputs)

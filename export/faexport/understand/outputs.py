@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output of a site: follows the product with the values through Transposes and Reshapes to the last tensor of a known layout."""
+"""The output of a site: follows the product with the values through Transposes and Reshapes to the last tensor of a
+known layout."""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
 ONE = Dim.of(1)
 MAX_CHAIN = 8
-ORDERS = {Layout.BHSD: ((0,), (1,), (2,), (3,)), Layout.BSHD: ((0,), (2,), (1,), (3,)), Layout.BSH: ((0,), (2,), (1, 3))}
+ORDERS = {
+    Layout.BHSD: ((0,), (1,), (2,), (3,)),
+    Layout.BSHD: ((0,), (2,), (1,), (3,)),
+    Layout.BSH: ((0,), (2,), (1, 3)),
+}
 
 
 @dataclasses.dataclass
@@ -36,9 +41,11 @@ class Output:
     entry: ir.Value | None = None  # stands for the fused node's output in the first of `nodes`
 
 
-def read_output(values: Values, heads: Dim, dtype: ir.DataType | None, sources: Sequence[ir.Value], a: Analysis) -> Output | Refusal:
-    """The furthest tensor behind the product that is the whole output in one of the layouts. `sources` are query, key and value:
-    Shape nodes on the way are rebuilt from them, or end it."""
+def read_output(
+    values: Values, heads: Dim, dtype: ir.DataType | None, sources: Sequence[ir.Value], a: Analysis
+) -> Output | Refusal:
+    """The furthest tensor behind the product that is the whole output in one of the layouts. `sources` are query, key
+    and value: Shape nodes on the way are rebuilt from them, or end it."""
     y = values.product.node.outputs[0]
     shape = a.shape(y)
     refusal = Refusal("the output's shape is not understood", name_of(values.product.node))
@@ -60,7 +67,8 @@ def read_output(values: Values, heads: Dim, dtype: ir.DataType | None, sources: 
 
 
 def declared_output(value: ir.Value, layout: Layout, sizes, dtype: ir.DataType | None, a: Analysis) -> Output:
-    """The output of an op that states its layout, followed through what rearranges it; sizes are those of [B, H, S, D_v]."""
+    """The output of an op that states its layout, followed through what rearranges it; sizes are those of [B, H, S,
+    D_v]."""
     view = View.whole(sizes)
     axes = tuple(tuple(x for i in group for x in view.axes[i]) for group in ORDERS[layout])
     return _furthest(value, dataclasses.replace(view, axes=axes), sizes, dtype, (), a) or Output(value, layout)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products in every spelling (MatMul, Einsum, Gemm, com.microsoft FusedMatMul) as one thing: labelled axes.
 
-A label stands for one index of the product: leading labels (batch, heads), "row" and "column" of the result, "sum" for the contraction.
+A label stands for one index of the product: leading labels (batch, heads), "row" and "column" of the result, "sum" for
+the contraction.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+
 from faexport.understand.nodes import attribute, op, operand
 
 if TYPE_CHECKING:
@@ -95,7 +97,8 @@ def _einsum(node: ir.Node, a: Analysis) -> Product | None:
     columns = [x for x in out if x in right and x not in left]
     if len(summed) != 1 or alone or not rows or not columns:
         return None
-    # Of several axes that one side alone has, the last is row or column; the others are heads or batch that the other side shares.
+    # Of several axes that one side alone has, the last is row or column; the others are heads or batch that the other
+    # side shares.
     names = {summed[0]: "sum", rows[-1]: "row", columns[-1]: "column"}
     names |= {x: f"lead{i}" for i, x in enumerate(x for x in out if x not in names)}
     labels = [tuple(names[x] for x in part) for part in (left, right, out)]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a softmax up to the product of queries and keys: scale, softcap, masks and biases, casts, sinks, changes of shape.
+"""From a softmax up to the product of queries and keys: scale, softcap, masks and biases, casts, sinks, changes of
+shape.
 
-`find_scores` searches the path (Adds and Wheres fork it); `read_scores` then replays it from the product on, with labelled axes.
-Called by match/softmax_core.py. The graph is not changed.
+`find_scores` searches the path (Adds and Wheres fork it); `read_scores` then replays it from the product on, with
+labelled axes. Called by match/softmax_core.py. The graph is not changed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Path:
 
 @dataclasses.dataclass
 class Blocked:
-    """The search ended at a node that attention doesn't have. `inside`: it stood behind at least one step of attention."""
+    """The search ended at a node that attention doesn't have. `inside`: it stood behind at least one step of
+    attention."""
 
     node: ir.Node | None
     why: str
@@ -108,7 +110,11 @@ def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
         return [Step(node, "where", i) for i in (2, 1) if a.scalar(node.inputs[i]) is None]
     if name in ("Max", "Clip"):
         return _clamp_steps(node, a)
-    if name == "Concat" and len(node.inputs) == 2 and resolve_axis(attribute(node, "axis"), a.rank(node.outputs[0]) or 0) == axis:
+    if (
+        name == "Concat"
+        and len(node.inputs) == 2
+        and resolve_axis(attribute(node, "axis"), a.rank(node.outputs[0]) or 0) == axis
+    ):
         return [Step(node, "sink", 0)]
     return []
 
@@ -171,7 +177,9 @@ class Scores:
     sink_axes: tuple[str, ...]  # letters of the axes that the sink column was concatenated along
     nodes: list[ir.Node]
     shape_uses: list[ShapeUse]  # Shape nodes that read the scores
-    row_weights: list[ir.Value]  # weights, broadcastable to the rows of the scores, that the query is to be multiplied by
+    row_weights: list[
+        ir.Value
+    ]  # weights, broadcastable to the rows of the scores, that the query is to be multiplied by
     splits: list[Dim]  # sizes of axis 1 of 4-D forms met on the way: the number of heads where the product is 3-D
 
 
@@ -238,7 +246,9 @@ class _Reader:
         weight = step.node.inputs[1 - step.index]
         same_axes = self.view == View.whole(self.shape) and self.path.product.labels[-2:] == ("row", "column")
         if self.terms or self.softcap or not same_axes or self.path.product.left.labels[-2:] != ("row", "sum"):
-            return Refusal("the scores are multiplied by a weight after something else was done to them", name_of(step.node))
+            return Refusal(
+                "the scores are multiplied by a weight after something else was done to them", name_of(step.node)
+            )
         self.row_weights.append(weight)
         return None
 
@@ -266,7 +276,9 @@ class _Reader:
             term = MaskTerm(TermKind.ADD, value, factor=sign * factor, **common)
         elif step.kind == "where":
             fill = node.inputs[3 - step.index]
-            term = MaskTerm(TermKind.WHERE, node.inputs[0], keep_when=step.index == 1, fill=fill, factor=factor, **common)
+            term = MaskTerm(
+                TermKind.WHERE, node.inputs[0], keep_when=step.index == 1, fill=fill, factor=factor, **common
+            )
         elif step.kind == "clamp":
             if factor <= 0:
                 return Refusal("the scores are negated after they were clamped", name_of(node))
@@ -333,7 +345,8 @@ def letters(product: Product) -> list[str]:
 
 
 def label_axes(view: View, names: list[str], shape) -> tuple[str, ...] | None:
-    """A letter for each axis of `view`, whose source has axes called `names`; None where an axis is a mixture without name.
+    """A letter for each axis of `view`, whose source has axes called `names`; None where an axis is a mixture without
+    name.
 
     An axis that is part of B is called M (outer) or W (inner); part of H, K or G; H inside B is N.
     """
@@ -348,7 +361,9 @@ def label_axes(view: View, names: list[str], shape) -> tuple[str, ...] | None:
         if len(parts) == 1:
             result.append(parts[0] if whole[0] else {"N": "n", "B": "b", "H": "h"}.get(parts[0], "?"))
         else:
-            result.append("N" if parts == ["B", "H"] and all(whole) else "H" if parts == ["K", "G"] and all(whole) else "?")
+            result.append(
+                "N" if parts == ["B", "H"] and all(whole) else "H" if parts == ["K", "G"] and all(whole) else "?"
+            )
     return _name_parts(result)
 
 
@@ -371,6 +386,15 @@ def read_scores(path: Path, softmax: Softmax, a: Analysis) -> Scores | Refusal:
     if refusal is not None:
         return refusal
     return Scores(
-        path.product, reader.view, reader.scale, reader.softcap, reader.terms, reader.sink, reader.sink_axes, reader.nodes,
-        reader.shape_uses, reader.row_weights, reader.splits,
-    )  # fmt: skip
+        path.product,
+        reader.view,
+        reader.scale,
+        reader.softcap,
+        reader.terms,
+        reader.sink,
+        reader.sink_axes,
+        reader.nodes,
+        reader.shape_uses,
+        reader.row_weights,
+        reader.splits,
+    )

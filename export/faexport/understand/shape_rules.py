@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ops determine the symbolic shapes of their outputs and the contents of integer tensors. Read by shapes.Analysis only.
+"""How ops determine the symbolic shapes of their outputs and the contents of integer tensors. Read by shapes.Analysis
+only.
 
-A shape rule returns one shape per output or None (nothing known); a content rule the elements of the first output, or None.
-An op without rule costs no correctness: its outputs have the file's shape or none.
+A shape rule returns one shape per output or None (nothing known); a content rule the elements of the first output, or
+None. An op without rule costs no correctness: its outputs have the file's shape or none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+
 from faexport.understand.dims import Dim, product
 from faexport.understand.nodes import attribute, operand
 
@@ -25,6 +27,19 @@ ContentRule = Callable[[ir.Node, "Analysis"], Shape | None]
 SHAPE_RULES: dict[str, ShapeRule] = {}
 CONTENT_RULES: dict[str, ContentRule] = {}
 ONE = Dim.of(1)
+SHAPE_OF_FIRST_INPUT = (
+    "Identity Cast CastLike Softmax LogSoftmax Relu Gelu Erf Tanh Sigmoid Sqrt Neg Exp Log Abs Not IsNaN IsInf "
+    "Reciprocal Floor Ceil Round Sin Cos Clip Trilu CumSum Dropout LeakyRelu Elu Softplus HardSigmoid HardSwish "
+    "Swish Sign LayerNormalization RMSNormalization InstanceNormalization BatchNormalization GroupNormalization "
+    "LpNormalization ScatterND ScatterElements RotaryEmbedding Mish Selu QuantizeLinear DequantizeLinear "
+    "com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu com.microsoft::BiasGelu "
+    "com.microsoft::SkipLayerNormalization com.microsoft::RotaryEmbedding SimplifiedLayerNormalization "
+    "com.microsoft::SkipSimplifiedLayerNormalization "
+).split()
+BROADCASTING = (
+    "Add Sub Mul Div Pow Mod Equal Less LessOrEqual Greater GreaterOrEqual And Or Xor Where Max Min Mean Sum "
+    "PRelu BitwiseAnd BitwiseOr "
+).split()
 
 
 def shape_of(*names: str):
@@ -66,23 +81,12 @@ def constant_ints(node: ir.Node, a: Analysis, index: int, name: str) -> list[int
     return None if array is None else [int(x) for x in array.reshape(-1)]
 
 
-@shape_of(
-    "Identity", "Cast", "CastLike", "Softmax", "LogSoftmax", "Relu", "Gelu", "Erf", "Tanh", "Sigmoid", "Sqrt", "Neg", "Exp", "Log", "Abs",
-    "Not", "IsNaN", "IsInf", "Reciprocal", "Floor", "Ceil", "Round", "Sin", "Cos", "Clip", "Trilu", "CumSum", "Dropout", "LeakyRelu", "Elu",
-    "Softplus", "HardSigmoid", "HardSwish", "Swish", "Sign", "LayerNormalization", "RMSNormalization", "InstanceNormalization",
-    "BatchNormalization", "GroupNormalization", "LpNormalization", "ScatterND", "ScatterElements", "RotaryEmbedding", "Mish", "Selu",
-    "QuantizeLinear", "DequantizeLinear", "com.microsoft::Gelu", "com.microsoft::FastGelu", "com.microsoft::QuickGelu",
-    "com.microsoft::BiasGelu", "com.microsoft::SkipLayerNormalization", "com.microsoft::RotaryEmbedding",
-    "SimplifiedLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization",
-)  # fmt: skip
+@shape_of(*SHAPE_OF_FIRST_INPUT)
 def _same(node, a):
     return [a.shape(node.inputs[0])] if node.inputs else None
 
 
-@shape_of(
-    "Add", "Sub", "Mul", "Div", "Pow", "Mod", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Where", "Max",
-    "Min", "Mean", "Sum", "PRelu", "BitwiseAnd", "BitwiseOr",
-)  # fmt: skip
+@shape_of(*BROADCASTING)
 def _elementwise(node, a):
     return [broadcast([a.shape(v) for v in node.inputs])]
 

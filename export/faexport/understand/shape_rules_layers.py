@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shape rules of layers that stand around attention: convolutions, pooling, padding, quantized and fused products.
 
-Registered in shape_rules.SHAPE_RULES; imported by shapes.py. Sizes that aren't followed are unknown, the rank is what counts.
+Registered in shape_rules.SHAPE_RULES; imported by shapes.py. Sizes that aren't followed are unknown, the rank is what
+counts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shape nodes that read a tensor which fusing removes (scores, probabilities, the output before its Transpose), as exporters write them
-to compute a Reshape. Their result is built anew from the shapes of query, key and value. Called by match/softmax_core.py.
+"""Shape nodes that read a tensor which fusing removes (scores, probabilities, the output before its Transpose), as
+exporters write them to compute a Reshape. Their result is built anew from the shapes of query, key and value. Called
+by match/softmax_core.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def uses_of(value: ir.Value, sizes: Sequence[Dim]) -> list[ShapeUse]:
 
 
 def rebuild(use: ShapeUse, sources: Sequence[ir.Value], a: Analysis) -> list[ir.Node] | Refusal:
-    """Nodes that compute what the Shape node gave from the shapes of `sources`; the last one's output takes its place."""
+    """Nodes that compute what the Shape node gave from shapes of `sources`; the last one's output replaces it."""
     sizes = use.sizes[slice(attribute(use.node, "start", 0), attribute(use.node, "end"))]
     build = Builder(a.opset)
     if all(d.const is not None for d in sizes):

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of every value of a model: symbolic shape, contents of small integer tensors, constants.
 
-Made once per model by pipeline.py and read by everything that proves. Own derivation comes first, the file's own shape information
-fills what it leaves open; unknown sizes are symbols that equal only themselves. The graph is not changed.
+Made once per model by pipeline.py and read by everything that proves. Own derivation comes first, the file's own shape
+information fills what it leaves open; unknown sizes are symbols that equal only themselves. The graph is not changed.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
 from faexport.understand import constants, shape_rules_layers  # noqa: F401 (registers its rules)
 from faexport.understand.dims import Dim
 from faexport.understand.nodes import attribute, op, operand, own_functions, producer, subgraphs
@@ -44,8 +45,9 @@ class Analysis:
         return found if found is None or not self._equal else tuple(d.substitute(self._equal) for d in found)
 
     def learn(self, value: ir.Value, sizes: Shape) -> None:
-        """From now on, sizes of `value` of which nothing was known are these. (Of a sum of scores and mask, say: where the mask made
-        it larger, the model's own Reshapes behind it would fail, and the operator refuses such a mask when it runs.)"""
+        """From now on, sizes of `value` of which nothing was known are these. (Of a sum of scores and mask, say: where
+        the mask made it larger, the model's own Reshapes behind it would fail, and the operator refuses such a mask
+        when it runs.)"""
         for own, size in zip(self.shape(value) or (), sizes, strict=False):
             symbols = own.symbols
             if len(symbols) == 1 and own == Dim.of(next(iter(symbols))) and own != size:
@@ -175,7 +177,8 @@ class Analysis:
         return Dim.of(str(dim.value)) if dim.value else Dim.unknown(f"{value.name}.{axis}")
 
     def _merge(self, inferred: Shape | None, value: ir.Value) -> Shape | None:
-        """The derived shape, with sizes that only the file knows; a file that contradicts the derivation is not believed."""
+        """The derived shape, with sizes that only the file knows; a file that contradicts the derivation is not
+        believed."""
         if inferred is None:
             return self._declared(value)
         if value.shape is None or len(value.shape) != len(inferred):

@@ -42,7 +42,8 @@ def _softmax_node(node: ir.Node, a: Analysis) -> Softmax | None:
     rank = a.rank(node.inputs[0])
     axis = attribute(node, "axis", -1 if a.opset >= 13 else 1)
     if rank is None:
-        # Of an unknown rank only "the last axis" can be told, and up to opset 12 the axes behind `axis` are taken together.
+        # Of an unknown rank only "the last axis" can be told, and up to opset 12 the axes behind `axis` are taken
+        # together.
         return None
     axis = resolve_axis(axis, rank)
     if a.opset < 13 and axis != rank - 1:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the two products of a site to operands and output of the fused node: number of heads, layouts, new nodes where needed.
+"""From the two products of a site to operands and output of the fused node: number of heads, layouts, new nodes where
+needed.
 
-Several ways of reading the same graph are tried (heads apart or in the batch, GQA, packed QKV); the one with the fewest new nodes wins.
-Called by match/softmax_core.py.
+Several ways of reading the same graph are tried (heads apart or in the batch, GQA, packed QKV); the one with the
+fewest new nodes wins. Called by match/softmax_core.py.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ def _with_heads(sides, values: Values, heads: Dim, a: Analysis) -> Structure | R
 
 
 def _dtypes(sides, a: Analysis) -> list[ir.DataType | None]:
-    """Types to compute in: those in which all three operands can be read, the narrowest first (a Cast up is then absorbed)."""
+    """Types to compute in: those in which all three operands can be read, the narrowest first (a Cast up is then
+    absorbed)."""
     kinds = [{a.dtype(link.value) for link in side.links} for side in sides]
     found = [t for t in TYPES if t in set.intersection(*kinds)]
     if found or any(k == {None} for k in kinds):

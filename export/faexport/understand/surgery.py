@@ -18,7 +18,9 @@ class Builder:
         self.opset = opset
         self.nodes: list[ir.Node] = []
 
-    def add(self, op_type: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes) -> ir.Value:
+    def add(
+        self, op_type: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes
+    ) -> ir.Value:
         node = ir.node(op_type, inputs, attributes or None)
         if dtype is not None:
             node.outputs[0].dtype = dtype
@@ -29,7 +31,11 @@ class Builder:
         return self.add("Constant", (), ir.DataType.INT64, value=ir.tensor(list(values), ir.DataType.INT64))
 
     def transpose(self, value: ir.Value, perm: Sequence[int]) -> ir.Value:
-        return value if list(perm) == list(range(len(perm))) else self.add("Transpose", [value], value.dtype, perm=list(perm))
+        return (
+            value
+            if list(perm) == list(range(len(perm)))
+            else self.add("Transpose", [value], value.dtype, perm=list(perm))
+        )
 
     def unsqueeze(self, value: ir.Value, axis: int) -> ir.Value:
         if self.opset < 13:

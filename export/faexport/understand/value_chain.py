@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the probabilities of a softmax down to the product with the values. Called by match/softmax_core.py.
 
-On the way stand Casts, dropout that drops nothing, the IsNaN guard, the removal of the sink's column, and changes of shape.
+On the way stand Casts, dropout that drops nothing, the IsNaN guard, the removal of the sink's column, and changes of
+shape.
 """
 
 from __future__ import annotations
@@ -84,7 +85,11 @@ class _Walker:
         if len(users) != 2 or len(where) != 1 or len(isnan) != 1:
             return None
         node = where[0]
-        if node.inputs[0] is not isnan[0].outputs[0] or node.inputs[2] is not self.value or self.a.scalar(node.inputs[1]) != 0:
+        if (
+            node.inputs[0] is not isnan[0].outputs[0]
+            or node.inputs[2] is not self.value
+            or self.a.scalar(node.inputs[1]) != 0
+        ):
             return None
         if live_users(isnan[0].outputs[0]) != [node]:
             return None
@@ -103,11 +108,15 @@ class _Walker:
         if name in RESHAPES:
             view = view_ops.apply(node.outputs[0], self.view, self.a) if not self.has_sink else None
             if view is None:
-                return Refusal("the attention weights change their shape in a way that is not understood", name_of(node))
+                return Refusal(
+                    "the attention weights change their shape in a way that is not understood", name_of(node)
+                )
             self.view = view
         elif name == "Slice" and self.has_sink:
             if not self._drops_sink(node):
-                return Refusal("a column was put beside the scores and is not simply dropped after the softmax", name_of(node))
+                return Refusal(
+                    "a column was put beside the scores and is not simply dropped after the softmax", name_of(node)
+                )
             self.has_sink = False
         elif name == "Where":
             refusal = self._zero(node)
@@ -118,7 +127,10 @@ class _Walker:
         elif name in ("QuantizeLinear", "DynamicQuantizeLinear"):
             return Refusal("the attention weights are quantized (QuantizeLinear) inside the block", name_of(node))
         elif name not in ("Cast", "Identity", "Dropout"):
-            return Refusal(f"the attention weights pass through {name} after the softmax, which attention doesn't have", name_of(node))
+            return Refusal(
+                f"the attention weights pass through {name} after the softmax, which attention doesn't have",
+                name_of(node),
+            )
         self._advance(node)
         return None
 
@@ -185,7 +197,7 @@ def _atom_axis(product: Product, label: str, shape) -> tuple:
 
 
 def feeds_product(value: ir.Value, a: Analysis) -> bool:
-    """Do the probabilities run into a product with a computed tensor? Then a softmax was probably meant as attention."""
+    """Do the probabilities run into a product with a computed tensor? Then attention was probably meant."""
     for _ in range(MAX_PATH):
         users = data_users(value)
         node = next((u for u in users if op(u) in PRODUCT_OPS), users[0] if users else None)
@@ -197,4 +209,3 @@ def feeds_product(value: ir.Value, a: Analysis) -> bool:
             return False
         value = node.outputs[0]
     return False
-

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+
 from faexport.understand.dims import Dim, product
 from faexport.understand.nodes import FLOATS, attribute, op, operand
 from faexport.understand.shape_rules import constant_ints, resolve_axis, slice_of, split_sizes

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views: a tensor described as a rearrangement of another one, through any chain of Reshape, Transpose, Slice, Split, Expand …
+"""Views: a tensor described as a rearrangement of another one, through any chain of Reshape, Transpose, Slice, Split,
+Expand …
 
-Each axis of a view is a list of atoms, outermost first. An atom runs over part of one axis of the source (with a stride, counted in
-elements of that axis) or repeats it (axis None: Expand, Tile, repeat_interleave). Heads, packed QKV and GQA are read off the atoms.
+Each axis of a view is a list of atoms, outermost first. An atom runs over part of one axis of the source (with a
+stride, counted in elements of that axis) or repeats it (axis None: Expand, Tile, repeat_interleave). Heads, packed QKV
+and GQA are read off the atoms.
 """
 
 from __future__ import annotations
