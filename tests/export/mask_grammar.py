@@ -127,7 +127,10 @@ class _Builder:
             outputs[0] = g("MatMul", g("Mul", probabilities, g.const([0.5], np.float32)), value)
         if r.near_miss == "second consumer":
             outputs.append(g("ReduceSum", probabilities, g.const([-1, -2])))
-        infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+        shapes = (["batch", HEADS, "sequence", HEAD_DIM], ["batch", HEADS, 1, 1])
+        infos = [
+            helper.make_tensor_value_info(*info) for info in zip(outputs, [TensorProto.FLOAT] * 2, shapes, strict=False)
+        ]
         graph = helper.make_graph(g.nodes, "random", list(g.inputs.values()), infos, g.initializers)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
 

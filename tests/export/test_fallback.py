@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions that stand in for the operator: the rewritten file runs in onnxruntime without our library, and equally with it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from faexport import fallback, ort_session, pipeline
+from faexport.spec import DOMAIN
+from onnx import TensorProto, helper
+
+from tests.export import mask_grammar as grammar
+from tests.export.mask_grammar import Recipe
+
+RECIPES = {
+    "plain": Recipe(()),
+    "causal": Recipe(("j <= i",)),
+    "causal with a cache": Recipe(("j <= i",), cache=True),
+    "sliding window": Recipe(("j <= i", "j > i - w"), window=3),
+    "window on both sides": Recipe(("abs(i - j) <= w",), window=2),
+    "padding, minimum": Recipe(("unsqueeze",)),
+    "padding, -inf": Recipe(("unsqueeze",), fill=float(-np.inf), guard=True),
+    "lengths": Recipe(("lengths",)),
+    "alibi": Recipe(("j <= i",), bias="alibi j"),
+    "bias": Recipe((), bias="table"),
+    "bias and padding": Recipe(("unsqueeze",), bias="table"),
+    "off the diagonal": Recipe(("j <= i - 1",), fill=float(-np.inf), guard=True),
+}
+
+
+def fused(model: onnx.ModelProto, **options: object) -> ir.Model:
+    changed, _ = pipeline.run(ir.from_proto(model), pipeline.Options(**options))
+    assert any(node.domain == DOMAIN for node in changed.graph.all_nodes())
+    return changed
+
+
+def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray], library: bool = False) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if library:
+        import faplugin
+
+        faplugin.register(options)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_runs_without_the_library(name: str) -> None:
+    model = grammar.build(RECIPES[name])
+    changed = ir.to_proto(fused(model))
+    onnx.checker.check_model(changed)
+    for seed in range(3):
+        feeds = grammar.feeds(model, seed)
+        want, got = run(model, feeds)[0], run(changed, feeds)[0]
+        known = np.isfinite(want)
+        np.testing.assert_allclose(got[known], want[known], rtol=1e-4, atol=1e-5)
+        if ort_session.has_library():
+            np.testing.assert_allclose(run(changed, feeds, library=True)[0], got, rtol=1e-4, atol=1e-5)
+
+
+def test_without_fallback_there_is_no_function() -> None:
+    assert not fused(grammar.build(RECIPES["causal"]), fallback=False).functions
+
+
+def test_the_library_wins() -> None:
+    """A function that computes something else is not looked at where the library is."""
+    if not ort_session.has_library():
+        pytest.skip("the operator's library is not installed")
+    model = grammar.build(RECIPES["causal"])
+    changed = fused(model)
+    (key,) = changed.functions
+    nodes = changed.functions[key].graph
+    result = nodes.outputs[0].producer()
+    zeros = ir.node("Sub", [result.inputs[0], result.inputs[0]])
+    nodes.insert_before(result, zeros)
+    result.replace_input_with(0, zeros.outputs[0])
+    feeds = grammar.feeds(model, 0)
+    wrong, right = (run(ir.to_proto(changed), feeds, library)[0] for library in (False, True))
+    assert not wrong.any()
+    np.testing.assert_allclose(right, run(model, feeds)[0], rtol=1e-4, atol=1e-5)
+
+
+def operator(name: str, inputs: list[str], output: str, **attributes: object) -> onnx.NodeProto:
+    return helper.make_node("FlashAttention", inputs, [output], name=name, domain=DOMAIN, **attributes)
+
+
+def two_nodes(first: dict, second: dict, extra: dict[str, tuple]) -> onnx.ModelProto:
+    """Two fused nodes in a row on [1, 2, 5, 8]; each is given as {"inputs": […], attribute: value …}."""
+    shape = [1, 2, 5, 8]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "qkv"]
+    values += [helper.make_tensor_value_info(n, *what) for n, what in extra.items()]
+    nodes = []
+    for k, spec in enumerate((first, second)):
+        attributes = {n: v for n, v in spec.items() if n != "inputs"}
+        nodes.append(
+            operator(f"n{k}", ["q" if k == 0 else "t", "k", "v", *spec.get("inputs", [])], "ty"[k], **attributes)
+        )
+    graph = helper.make_graph(nodes, "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)])
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=9)
+
+
+MASK = {"mask": (TensorProto.BOOL, [1, 1, 5, 5])}
+BIAS = {"bias": (TensorProto.FLOAT, [1, 2, 5, 5])}
+
+
+def test_nodes_with_different_inputs_share_one_function() -> None:
+    masked = {"inputs": ["mask"], "optional_inputs": "attn_mask", "empty_row": "mean"}
+    biased = {"inputs": ["bias"], "optional_inputs": "attn_bias", "is_causal": 1, "empty_row": "mean"}
+    model = ir.from_proto(two_nodes(masked, biased, MASK | BIAS))
+    assert fallback.add_fallback(model) == ""
+    assert [key[2] for key in model.functions] == [""]
+    names = [node.attributes["optional_inputs"].value for node in model.graph if node.domain == DOMAIN]
+    assert names == ["attn_mask,unused", "unused,attn_bias"]
+    feeds = random_feeds(model)
+    (got,) = run(ir.to_proto(model), feeds)
+    np.testing.assert_allclose(got, reference(feeds), rtol=1e-4, atol=1e-5)
+    if ort_session.has_library():
+        np.testing.assert_allclose(run(ir.to_proto(model), feeds, library=True)[0], got, rtol=1e-4, atol=1e-5)
+
+
+def random_feeds(model: ir.Model) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    feeds = {v.name: random.standard_normal(tuple(v.shape)).astype(np.float32) for v in model.graph.inputs}
+    return {n: a > -0.5 if n == "mask" else a for n, a in feeds.items()}
+
+
+def reference(feeds: dict[str, np.ndarray]) -> np.ndarray:
+    def attend(q: np.ndarray, keep: np.ndarray, bias: np.ndarray | float) -> np.ndarray:
+        s = q @ feeds["k"].swapaxes(-1, -2) / np.sqrt(8) + bias
+        e = np.exp(s) * keep
+        total = e.sum(-1, keepdims=True)
+        p = np.where(total > 0, e / np.where(total > 0, total, 1), 1 / 5)
+        return p @ feeds["v"]
+
+    return attend(attend(feeds["q"], feeds["mask"], 0.0), np.tril(np.ones((5, 5))), feeds["bias"])
+
+
+def test_a_second_run_changes_nothing() -> None:
+    model = fused(grammar.build(RECIPES["bias and padding"]))
+    first = ir.to_proto(model)
+    again, _ = pipeline.run(ir.from_proto(first), pipeline.Options())
+    assert ir.to_proto(again) == first
+    fallback.add_fallback(model)
+    assert ir.to_proto(model) == first
+
+
+def test_forms_that_cannot_be_one_are_overloads_and_older_runtimes_refuse() -> None:
+    """An onnxruntime that knows no overloads would take the last function for all nodes: that one does not load."""
+    zero = {"inputs": ["mask"], "optional_inputs": "attn_mask", "empty_row": "zero"}
+    model = ir.from_proto(two_nodes(zero, zero | {"empty_row": "mean"}, MASK))
+    assert fallback.add_fallback(model) == ""
+    assert model.ir_version >= fallback.OVERLOADS_IR_VERSION
+    overloads = [key[2] for key in model.functions]
+    assert len(overloads) == 3 and overloads[-1] == fallback.LAST_OVERLOAD
+    feeds = random_feeds(model)
+    feeds["mask"][..., 2, :] = False
+    newer = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 31)
+    if newer:
+        (got,) = run(ir.to_proto(model), feeds)
+        np.testing.assert_allclose(got[0, :, 2], feeds["v"].mean(axis=-2)[0], rtol=1e-4, atol=1e-5)
+    if ort_session.has_library():
+        run(ir.to_proto(model), feeds, library=True)
+
+
+def test_what_nothing_stands_in_for_is_said() -> None:
+    packed = {"inputs": ["cu", "cu"], "optional_inputs": "cu_seqlens_q,cu_seqlens_kv"}
+    model = ir.from_proto(two_nodes(packed, {}, {"cu": (TensorProto.INT32, [2])}))
+    assert "cu_seqlens" in fallback.add_fallback(model)
+    assert not model.functions
+
+
+LAYOUTS = tuple(itertools.product(("BHSD", "BSHD", "BSH"), ("BHSD", "BSHD", "BSH")))
+
+
+@pytest.mark.parametrize(("given", "out"), LAYOUTS)
+def test_layouts_and_groups(given: str, out: str) -> None:
+    """4 query heads on 2 of keys and values, in each layout, with sinks and the log-sum-exp."""
+    sizes = {"BHSD": lambda h: [2, h, 5, 8], "BSHD": lambda h: [2, 5, h, 8], "BSH": lambda h: [2, 5, h * 8]}[given]
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes(h)) for n, h in zip("qkv", (4, 2, 2), strict=True)
+    ]
+    values.append(helper.make_tensor_value_info("sinks", TensorProto.FLOAT, [4]))
+    words = {f"{name}_layout": given for name in ("query", "key", "value")} | {"output_layout": out}
+    node = helper.make_node(
+        "FlashAttention", ["q", "k", "v", "sinks"], ["y", "", "", "lse"], domain=DOMAIN, name="n", q_num_heads=4, kv_num_heads=2,
+        optional_inputs="sinks", optional_outputs="lse", is_causal=1, softcap=2.0, **words,
+    )  # fmt: skip
+    node.output[:] = ["y", "lse"]
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("y", "lse")]
+    graph = helper.make_graph([node], "g", values, outputs)
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=9))
+    assert fallback.add_fallback(model) == ""
+    random = np.random.default_rng(1)
+    feeds = {v.name: random.standard_normal(tuple(v.shape)).astype(np.float32) for v in model.graph.inputs}
+    y, lse = run(ir.to_proto(model), feeds)
+    want, want_lse = grouped_reference(feeds, given)
+    back = {"BHSD": want, "BSHD": want.swapaxes(1, 2), "BSH": want.swapaxes(1, 2).reshape(2, 5, 32)}[out]
+    np.testing.assert_allclose(y, back, rtol=1e-4, atol=1e-5, err_msg=json.dumps(words))
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-5)
+
+
+def grouped_reference(feeds: dict[str, np.ndarray], layout: str) -> tuple[np.ndarray, np.ndarray]:
+    q, k, v = (
+        feeds[n] if layout == "BHSD" else feeds[n].reshape(2, 5, -1, 8).swapaxes(1, 2) for n in "qkv"
+    )  # [B, H, S, D]
+    k, v = (np.repeat(x, 2, axis=1) for x in (k, v))
+    s = 2 * np.tanh(q @ k.swapaxes(-1, -2) / np.sqrt(8) / 2)
+    e = np.where(np.tril(np.ones((5, 5), bool)), np.exp(s), 0)
+    total = e.sum(-1, keepdims=True) + np.exp(feeds["sinks"]).reshape(1, 4, 1, 1)
+    return e / total @ v, np.log(total)[..., 0]
