@@ -19,7 +19,7 @@ CPU := $(VENV)/.installed-cpu
 KIND_OF_TESTS := $(if $(filter OFF,$(FA_CUDA)),$(CPU),$(if $(NVCC),$(FULL),$(CPU)))
 KIND_OF_DEMOS := $(if $(filter ON,$(FA_CUDA)),$(FULL),$(if $(or $(GPU),$(wildcard $(FULL))),$(KIND_OF_TESTS),$(CPU)))
 
-.PHONY: help demo demo-text test test-matrix zoo onnx-suite bench lint format clean install
+.PHONY: help demo demo-text test nightly test-matrix zoo onnx-suite bench lint format clean install
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,6 +36,9 @@ demo-text: $(KIND_OF_DEMOS) $(VENV)/.demo-text ## export a sentence model from P
 
 test: $(KIND_OF_TESTS) ## all tests; those that need a GPU are skipped where there is none
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+nightly: $(KIND_OF_TESTS) ## 10,000 random attention graphs, rewritten and compared (an hour or so)
+	RANDOM_GRAPHS=10000 $(BIN)/python -m pytest -q tests/export/test_random_graphs.py
 
 test-matrix: $(KIND_OF_DEMOS) ## the operator's tests and the demo's model on onnxruntime $(ORT_VERSIONS)
 	$(BIN)/python -m tests.matrix $(ORT_VERSIONS)
