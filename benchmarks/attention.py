@@ -9,7 +9,6 @@ float64 first, and one whose error is beyond its dtype's is not timed. benchmark
 from __future__ import annotations
 
 import argparse
-import pathlib
 import subprocess
 
 import gpu_timer
@@ -39,7 +38,7 @@ def calls_of(row: Row, sets: list[Tensors], wanted: set[str]) -> tuple[dict[str,
 
         found = attention_ort.contestants(row, sets, wanted)
         refused = {name: x for name, x in found.items() if isinstance(x, str)}
-        return {n: (lambda i, x=x: x[i]()) for n, x in found.items() if n not in refused}, refused
+        return {name: x for name, x in found.items() if name not in refused}, refused
     import attention_torch
 
     found = attention_torch.contestants(row, sets[0], wanted)
@@ -71,6 +70,10 @@ def measure(row: Row, options: argparse.Namespace) -> dict:
     calls, refused = calls_of(row, sets, set(options.contestants))
     errors = drop_wrong(row, sets, calls, refused)
     result = {"row": row.name, "dtype": row.dtype, "in_ort": row.in_ort, "refused": refused, "contestants": {}}
+    if first.lengths is not None:
+        result["visible_share"] = round(
+            sum(t.lengths.sum().item() for t in sets) / (row.batch_size * row.kv_len * len(sets)), 4
+        )
     if not calls:
         return result
     times, result["replayed"] = gpu_timer.in_turn(calls, len(sets), options.rounds, capture=not row.in_ort)
@@ -120,6 +123,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--match", default="", help="only rows whose name contains this, e.g. 'd64 causal'")
     parser.add_argument("--rounds", type=int, default=15, help="times each contestant's turn comes")
+    parser.add_argument("--commit", default="", help="of the sources, where they are no git checkout")
     parser.add_argument("--name", default="attention", help="benchmarks/results/NAME.json is written")
     options = parser.parse_args()
     if unknown := set(options.suites) - {*SUITES, "memory", "all"}:
@@ -129,34 +133,33 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def main() -> pathlib.Path:
+def document_of(options: argparse.Namespace) -> dict:
+    """What the numbers were measured with."""
+    environment = results_file.environment("torch", "triton", "onnxruntime-gpu", "flash-attn-4", "nvidia-cudnn-cu13")
+    environment["commit"] = environment["commit"] or options.commit
+    gpu = {"gpu": torch.cuda.get_device_name(), "driver": driver(), "cudnn": torch.backends.cudnn.version()}
+    return {**gpu, **environment, "rounds": options.rounds, "rows": []}
+
+
+def main() -> None:
     options = parse()
     suites = [*SUITES, "memory"] if "all" in options.suites else options.suites
     rows = [row for suite in suites if suite != "memory" for row in SUITES[suite] if options.match in row.name]
     console = rich.console.Console(width=200)
-    torch.manual_seed(torch.initial_seed())
-    results = []
-    for row in rich.progress.track(rows, "measuring", console=console, disable=not console.is_terminal):
-        results.append(measure(row, options))
-        if not console.is_terminal:
-            console.print(results[-1]["row"], results[-1].get("ours_over_best_peer", results[-1]["refused"]))
-        torch.cuda.empty_cache()
-    print_results(console, results)
-    document = {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver(),
-        "cudnn": torch.backends.cudnn.version(),
-        **results_file.environment("torch", "triton", "onnxruntime-gpu", "flash-attn-4", "nvidia-cudnn-cu13"),
-        "rows": results,
-    }
+    document = document_of(options)
     if "memory" in suites:
         import attention_ort
 
         document["memory"] = attention_ort.memory_of_long_sequence()
         console.print(document["memory"])
-    path = results_file.write(options.name, document)
-    console.print(f"written: {path}")
-    return path
+    for row in rich.progress.track(rows, "measuring", console=console, disable=not console.is_terminal):
+        document["rows"].append(measure(row, options))
+        path = results_file.write(options.name, document)  # row by row: an interrupted run keeps what it has
+        if not console.is_terminal:
+            console.print(row.name, document["rows"][-1].get("ours_over_best_peer", document["rows"][-1]["refused"]))
+        torch.cuda.empty_cache()
+    print_results(console, document["rows"])
+    console.print(f"written: {path}" if rows else "no row matches")
 
 
 if __name__ == "__main__":

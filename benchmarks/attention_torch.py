@@ -86,7 +86,8 @@ def contestants(row: Row, tensors: Tensors, wanted: set[str]) -> dict[str, Conte
     found: dict[str, Contestant] = {"ours": ours(row, "")}
     found |= {kernel: ours(row, kernel) for kernel in kernels(row, tensors)[1:]}
     if row.window < 0 and not (row.is_causal and row.kv_len != row.seqlen):
-        found |= {name: sdpa(row, backend) for name, backend in BACKENDS.items()}
+        # the memory-efficient backend is of interest only where the others refuse
+        found |= {name: sdpa(row, backend) for name, backend in BACKENDS.items() if row.mask or name != "efficient"}
     if fa4 := flash_attention_4(row):
         found["FA4"] = fa4
     return {name: call for name, call in found.items() if not wanted or name in wanted}
