@@ -43,6 +43,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EXAMPLES,
 )
 
@@ -256,7 +257,7 @@ def _show(report: Report, as_json: bool, report_file: pathlib.Path | None, quiet
             report_file.write_text(report.to_json() + "\n", "utf-8")
         except OSError as error:
             raise ModelError(f"{report_file}: cannot be written: {error.strerror}") from error
-    if as_json and not quiet:
+    if as_json:
         typer.echo(report.to_json())
     elif not quiet:
         screen = terminal.console()
