@@ -12,23 +12,26 @@ namespace fa::prefill_sm90 {
 
 struct TileShape {
   int warpgroups, tile_n, stages, query_stages, bias_stages;
+  bool ping_pong;
 };
 
 /// The tile table: one row for each head_dim bucket and variant, found by measurement (docs/kernels.md).
 constexpr TileShape tile_shape(int head_dim, Variant variant) {
+  if (variant == Variant::kCausal) return {3, 80, 3, 2, 0, false};  // head_dim 128: rows are skipped by 64, keys by 80
   if (variant == Variant::kPlain) {
-    if (head_dim <= 64) return {3, 128, 3, 2, 0};
-    if (head_dim <= 128) return {2, 128, 2, 2, 0};
-    if (head_dim <= 192) return {2, 96, 2, 1, 0};
-    return {2, 80, 2, 1, 0};
+    if (head_dim <= 64) return {3, 128, 4, 2, 0, true};
+    if (head_dim <= 80) return {3, 96, 2, 2, 0, true};
+    if (head_dim <= 128) return {2, 128, 2, 2, 0, true};
+    if (head_dim <= 192) return {2, 80, 2, 2, 0, true};
+    return {2, 80, 2, 1, 0, true};
   }
-  if (head_dim <= 64) return {3, 128, 2, 1, 2};
-  if (head_dim <= 128) return {2, 128, 2, 1, 2};
-  return {2, 64, 2, 1, 2};
+  if (head_dim <= 64) return {3, 128, 2, 1, 2, true};
+  if (head_dim <= 128) return {2, 128, 2, 1, 2, true};
+  return {2, 64, 2, 1, 2, true};
 }
 
 template <typename T_, Variant kVariant, int kHeadDim_, int kWarpgroups_, int kTileN_, int kStages_, int kQueryStages_,
-          int kBiasStages_ = 0, bool kPingPong_ = true, bool kOptimistic_ = kVariant == Variant::kPlain>
+          int kBiasStages_ = 0, bool kPingPong_ = true, bool kOptimistic_ = kVariant != Variant::kModified>
 struct Config {
   using T = T_;
   static constexpr bool kModified = kVariant == Variant::kModified;
@@ -44,8 +47,8 @@ struct Config {
   static constexpr int kPanels = (kHeadDim + 63) / 64;  // of 64 columns, 128 bytes
   static constexpr int kBiasPanels = (kTileN + 63) / 64;
   static constexpr int kThreads = kWarpgroupThreads * (kWarpgroups + 1);
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
   static constexpr uint32_t kQueryBytes = kTileM * 128 * kPanels;
   static constexpr uint32_t kKeyBytes = kTileN * 128 * kPanels;
   static constexpr uint32_t kBiasBytes = kTileM * 128 * kBiasPanels;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A consumer warpgroup of prefill_sm90: 64 query rows of each tile. S = Q K^T of the next key tile is issued before O += P V of
-// the current one, across query tiles too, so that softmax runs while the tensor cores work; and warpgroups issue in turn
-// (ping-pong), so that one's softmax hides behind the other's products.
+// the current one, so that softmax runs while the tensor cores work; and warpgroups issue in turn (ping-pong), so that one's
+// softmax hides behind the other's products.
 #pragma once
 
 #include <climits>
@@ -31,12 +31,10 @@ struct RowsView {
 /// Registers and ring positions of one consumer warpgroup.
 template <class C>
 struct Consumer {
-  static constexpr bool kAcrossTiles = C::kQueryStages > 1;  // one tile's last product overlaps the next one's first scores
-
   const KernelArgs& args;
   SharedMemory<C>& shared;
   int warpgroup;
-  RingPosition<C::kQueryStages> q, next_q;  // of the tile at work and the one after it
+  RingPosition<C::kQueryStages> q;
   RingPosition<C::kStages> k, v;
   RingPosition<C::kBiasStages + 1 - (C::kBiasStages > 0)> b;
   float o[C::kHeadDim / 2];         // output fragment
@@ -44,8 +42,8 @@ struct Consumer {
   uint32_t weights[C::kTileN / 4];  // weights as A operand
   RowPair rows;
   RowsView view;
-  bool settled;        // all rows of the warp have a finite reference
-  int stored = -1;     // query buffer that a store still reads
+  bool settled;     // all rows of the warp have a finite reference
+  int stored = -1;  // query buffer that a store still reads
 
   __device__ __forceinline__ void take_turn() {
     if constexpr (C::kPingPong) named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroupThreads);
@@ -226,14 +224,6 @@ struct Consumer {
     return rescale;
   }
 
-  /// Waits for the keys and issues S = Q K^T.
-  __device__ __forceinline__ void start_scores() {
-    mbarrier_wait(&shared.key_full[k.stage], k.phase);
-    wgmma_pin(s);
-    wgmma_fence();
-    issue_scores();
-  }
-
   /// Waits for the values of key tile `block` and issues O += P V.
   __device__ __forceinline__ void start_output(int block) {
     wait_value(view.used_keys - block * C::kTileN);
@@ -257,12 +247,23 @@ struct Consumer {
     stored = -1;
   }
 
-  /// The key tiles of a query tile after the first, from the last to the first; O += P V of the last one remains.
+  /// The key tiles that the warpgroup's rows see, from the last to the first.
   __device__ __forceinline__ void run_blocks(const Tile& tile) {
+    mbarrier_wait(&shared.key_full[k.stage], k.phase);
+    wgmma_pin(s);
+    wgmma_fence();
+    issue_scores();
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    finish_scores(tile, view.block_end - 1);
+    pack_weights();
+    finish_stored();  // by now the last tile's output has left: the queries after the next may come
     for (int block = view.block_end - 2; block >= view.block_begin; --block) {
       mbarrier_wait(&shared.key_full[k.stage], k.phase);
       take_turn();
-      start_scores();
+      wgmma_pin(s);
+      wgmma_fence();
+      issue_scores();
       start_output(block + 1);
       pass_turn();
       wgmma_wait<1>();
@@ -271,120 +272,51 @@ struct Consumer {
       finish_output();
       pack_weights();
       if (rescale) rescale_rows(o, rows.factor);
-      finish_stored();
     }
-  }
-
-  /// The last O += P V by itself, and the V tiles that follow it unread.
-  __device__ __forceinline__ void finish_blocks() {
     start_output(view.block_begin);
     finish_output();
-    for (int i = 0; i < view.num_left; ++i) skip_value();
   }
 
-  __device__ __forceinline__ void end_tile(const Tile& tile, uint64_t* tile_empty, int buffer, RowPair& finished) {
-    finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), finished, o);
+  __device__ __forceinline__ void end_tile(const Tile& tile, uint64_t* tile_empty) {
+    finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), rows, o);
     finish_stored();
-    store_tile<C>(args, shared.query[buffer], tile, warpgroup, o);
+    store_tile<C>(args, shared.query[q.stage], tile, warpgroup, o);
     __syncwarp();
     release(tile_empty);
-    stored = buffer;
+    stored = q.stage;
     if constexpr (C::kQueryStages == 1) finish_stored();
   }
 
-  /// The first scores of the next tile, without or before the last product of the current one (`pending`). `finished`: the current
-  /// tile's rows, which make room. NOTE: one straight line for ptxas, which else serialises the products; where none is pending, O is
-  /// free and takes the product of whatever stands in registers and buffers.
-  __device__ __forceinline__ void start_tile(const Tile& next, const RowsView& coming, bool pending) {
-    start_scores();
-    if constexpr (kAcrossTiles) {
-      if (pending) wait_value(view.used_keys - view.block_begin * C::kTileN);
-      wgmma_pin(o);
-      wgmma_pin(weights);
-      wgmma_fence();
-      issue_output();
-      wgmma_wait<1>();
-    } else {
-      wgmma_wait<0>();
-    }
-    wgmma_pin(s);
-    view = coming;
-    rows = RowPair{};
-    settled = false;
-    finish_scores(next, view.block_end - 1);
-    if constexpr (kAcrossTiles) {
-      wgmma_wait<0>();
-      wgmma_pin(o);
-      wgmma_pin(weights);
-    }
-    pack_weights();
-  }
-
-  /// Takes tile `next`: everything up to the weights of its first key tile. Turns are passed on before each wait for keys: the other
-  /// warpgroups need them to give their buffers back.
-  __device__ __forceinline__ void take_tile(const Tile& next, const RowsView& coming, bool pending) {
-    finish_stored();
-    mbarrier_wait(&shared.query_full[next_q.stage], next_q.phase);
-    q = next_q;
-    next_q.advance();
-    const bool has_blocks = coming.block_begin < coming.block_end;
-    const int num_values = pending ? view.num_left + coming.num_right : 0;  // to be skipped after the pending product
-    for (int i = 0; i < coming.num_right; ++i) {
-      skip_key();
-      if (has_blocks || i + 1 < coming.num_right) skip_turn();
-      if (!pending) skip_value();
-    }
-    if (has_blocks) {
-      start_tile(next, coming, pending);
-    } else {
-      view = coming;
-      rows = RowPair{};
-    }
-    if (pending) {
-      release(&shared.value_empty[v.stage]);
-      v.advance();
-      for (int i = 0; i < num_values; ++i) skip_value();
-    }
-  }
-
-  /// Takes tile after tile. Where a tile's last product is pending, the next tile's first scores are issued before it.
+  /// Tile after tile. Turns are passed on before each wait for the keys of a tile that this warpgroup skips: the other warpgroups
+  /// need them to give their buffers back.
   __device__ __forceinline__ void run() {
     RingPosition<kTileSlots> slot;
-    int current = -1;      // slot of the tile at work, -1: none
-    bool pending = false;  // its last O += P V is not yet issued
     if (C::kPingPong && warpgroup == C::kWarpgroups - 1) pass_turn();
     for (;;) {
       mbarrier_wait(&shared.tile_full[slot.stage], slot.phase);
-      const Tile& next = shared.tile[slot.stage];
-      const bool more = next.valid;
-      RowsView coming{};
-      if (more) coming = view_rows(next);
-      const bool has_blocks = coming.block_begin < coming.block_end;
-      // NOTE: the producer brings V in between: with more tiles to skip than buffers it would wait for us.
-      const bool overlap = kAcrossTiles && pending && has_blocks && view.num_left + coming.num_right < C::kStages;
-      const bool take = more && (!kAcrossTiles || overlap || current < 0);
-      if (pending && !overlap) finish_blocks();
-      RowPair finished = rows;
-      const int buffer = q.stage;
-      if (!kAcrossTiles && current >= 0) end_tile(shared.tile[current], &shared.tile_empty[current], buffer, finished);
-      if (take) take_tile(next, coming, overlap);
-      if (kAcrossTiles && current >= 0) end_tile(shared.tile[current], &shared.tile_empty[current], buffer, finished);
-      current = -1;
-      pending = false;
-      if (!more) break;
-      if (!take) continue;
-      current = slot.stage;
-      slot.advance();
+      const Tile& tile = shared.tile[slot.stage];
+      if (!tile.valid) break;
+      mbarrier_wait(&shared.query_full[q.stage], q.phase);
+      view = view_rows(tile);
+      rows = RowPair{};
+      settled = false;
 #pragma unroll
       for (float& x : o) x = 0.0f;
-      if (!has_blocks) continue;
-      run_blocks(next);
+      const bool has_blocks = view.block_begin < view.block_end;
+      for (int i = 0; i < view.num_right; ++i) {
+        skip_key();
+        if (has_blocks || i + 1 < view.num_right) skip_turn();
+        skip_value();
+      }
+      if (has_blocks) run_blocks(tile);
       for (int i = 0; i < view.num_left; ++i) {
         skip_turn();
         skip_key();
+        skip_value();
       }
-      pending = view.num_left < C::kStages;  // else the producer, who needs the V buffers, would never come to the next tile
-      if (!pending) finish_blocks();
+      end_tile(tile, &shared.tile_empty[slot.stage]);
+      slot.advance();
+      q.advance();
     }
     tma_store_wait_read();
   }

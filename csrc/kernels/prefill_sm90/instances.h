@@ -13,6 +13,7 @@ inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory that 
 
 enum class Variant : uint8_t {
   kPlain,     // scale > 0, lengths, window, sinks: scores stay raw products, the scale is folded into the exponent
+  kCausal,    // the same problems, with tiles for causal masks; where it pays
   kModified,  // on top of it softcap, bias, mask, ALiBi, or a scale <= 0: scores are natural
 };
 

@@ -97,9 +97,8 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
 template <typename T, int kHeadDim, Variant kVariant>
 Status launch_instance(const AttentionParams& params, const ExecutionContext& context) {
   constexpr TileShape kShape = tile_shape(kHeadDim, kVariant);
-  return launch_config<
-      Config<T, kVariant, kHeadDim, kShape.warpgroups, kShape.tile_n, kShape.stages, kShape.query_stages, kShape.bias_stages>>(
-      params, context);
+  return launch_config<Config<T, kVariant, kHeadDim, kShape.warpgroups, kShape.tile_n, kShape.stages, kShape.query_stages,
+                              kShape.bias_stages, kShape.ping_pong>>(params, context);
 }
 
 }  // namespace fa::prefill_sm90

@@ -13,6 +13,7 @@ namespace fa::prefill_sm90 {
 namespace {
 
 constexpr int64_t kMaxRows = int64_t{1} << 30;
+constexpr int64_t kCausalRows = 768;   // from so many on the causal tiles were measured to be faster
 constexpr size_t kCounterBytes = 256;  // the tile counter, in an allocation's smallest unit
 
 struct Instance {
@@ -35,14 +36,21 @@ Variant variant_of(const AttentionParams& p) {
   return modified ? Variant::kModified : Variant::kPlain;
 }
 
+bool takes_causal_tiles(const AttentionParams& p) {
+  return variant_of(p) == Variant::kPlain && p.window_right >= 0 && p.window_left < 0 && p.query.shape[2] >= kCausalRows;
+}
+
 int64_t bucket_size(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
 
 /// The smallest instance that takes the problem; null where none does.
 const Instance* find_instance(const AttentionParams& p) {
   const Instance* smallest = nullptr;
   for (const Instance& instance : kInstances) {
-    if (instance.dtype != p.query.dtype || instance.variant != variant_of(p) || instance.head_dim < bucket_size(p)) continue;
-    if (smallest == nullptr || instance.head_dim < smallest->head_dim) smallest = &instance;
+    const bool right = instance.variant == variant_of(p) || (instance.variant == Variant::kCausal && takes_causal_tiles(p));
+    if (instance.dtype != p.query.dtype || !right || instance.head_dim < bucket_size(p)) continue;
+    const bool better = smallest == nullptr || instance.head_dim < smallest->head_dim ||
+                        (instance.head_dim == smallest->head_dim && instance.variant == Variant::kCausal);
+    if (better) smallest = &instance;
   }
   return smallest;
 }
