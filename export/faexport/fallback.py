@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries the operator in the file as functions written in standard operators: then it runs, unfused, without our library.
+"""Carries the operator in the file as functions written in standard operators: then it runs, unfused, without our
+library.
 
-Called by pipeline.py after the sites are written. A runtime that has the library (or the plugin) takes that and never looks at the
-functions. onnxruntime up to 1.24 knows one function of a name, so nodes are made to share one where that costs the kernels nothing;
-where they can't, each form is an overload, and an older onnxruntime without the library refuses the file (LAST_OVERLOAD).
+Called by pipeline.py after the sites are written. A runtime that has the library (or the plugin) takes that and never
+looks at the functions. onnxruntime up to 1.24 knows one function of a name, so nodes are made to share one where that
+costs the kernels nothing; where they can't, each form is an overload, and an older onnxruntime without the library
+refuses the file (LAST_OVERLOAD).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ OVERLOADS_IR_VERSION = 10
 UNUSED = "unused"
 LAST_OVERLOAD = "needs_faexport_library_or_newer_onnxruntime"
 
-# Inputs that some nodes may lack: what changes nothing in their place. The kernels don't look at it (docs/operator.md, `unused`).
+# What changes nothing in the place of an input that a node lacks. The kernels don't look at it: its name is `unused`.
 NEUTRAL = {
     "attn_mask": np.ones((1, 1, 1, 1), np.bool_),
     "float_mask": np.zeros((1, 1, 1, 1), np.float32),
@@ -150,7 +152,8 @@ def _layouts(node: ir.Node) -> tuple[Layout, Layout, Layout, Layout]:
 
 
 def _rows_see_a_key(roles: list[str], windows: bool, left: int) -> bool:
-    """Does the word empty_row not matter? Without masks every row sees a key, in causal attention at least the first."""
+    """Does the word empty_row not matter? Without masks every row sees a key, in causal attention at least the
+    first."""
     hides = {"attn_mask", "float_mask", "attn_bias", "nonpad_kv_seqlen", "query_offset"} & set(roles)
     return not hides and (not windows or left < 0)
 
@@ -242,7 +245,8 @@ def _neutral(node: ir.Node, role: str) -> ir.Value:
 
 
 def _refuse_older(model: ir.Model, opset: int) -> None:
-    """An onnxruntime that takes the last function for all overloads finds one that it can't load, instead of a wrong one."""
+    """An onnxruntime that takes the last function for all overloads finds one that it can't load, instead of a wrong
+    one."""
     model.ir_version = max(model.ir_version, OVERLOADS_IR_VERSION)
     inputs = [ir.Value(name=name) for name in ("query", "key", "value")]
     failing = ir.node(LAST_OVERLOAD, inputs, domain=f"{DOMAIN}.fallback", outputs=[ir.Value(name="output")])

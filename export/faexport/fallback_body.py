@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The body of the stand-in function: docs/operator.md's arithmetic in standard ONNX operators, opset 13 or later.
 
-Called by fallback.py. Sums are taken in float32, as by the kernels. Numbers (scale, windows, heads …) are read from the calling node's
-attributes; which inputs there are, layouts and words are fixed by `Form`.
+Called by fallback.py. Sums are taken in float32, as by the kernels. Numbers (scale, windows, heads …) are read from the
+calling node's attributes; which inputs there are, layouts and words are fixed by `Form`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ INTEGERS = (
 )
 DEFAULTS = {"left_window_size": -1, "right_window_size": -1}
 WORDS = (
-    "alignment", "empty_row", "query_layout", "key_layout", "value_layout", "output_layout", "optional_inputs", "optional_outputs",
+    "alignment", "empty_row", "query_layout", "key_layout", "value_layout", "output_layout",
+    "optional_inputs", "optional_outputs",
 )  # fmt: skip
 WORD_DEFAULTS = {"alignment": "onnx", "empty_row": "zero"}
 
@@ -125,7 +126,8 @@ def _attributes() -> list[ir.Attr]:
 
 
 class _Attention:
-    """Builds the body. Shapes: q [B, H_q, S_q, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v], scores [B, H_q, S_q, S_kv]."""
+    """Builds the body. Shapes: q [B, H_q, S_q, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v], scores [B, H_q,
+    S_q, S_kv]."""
 
     def __init__(self, ops: _Ops, form: Form, given: dict[str, ir.Value], dtype: ir.DataType):
         self.ops, self.form, self.given, self.dtype = ops, form, given, dtype

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A grammar of attention graphs: masks in the spellings of exporters, and near misses. Used by test_random_graphs.py.
 
-A Recipe says what is drawn; `build` writes it as an ONNX model with inputs q, k, v [B, H, S, D] of dynamic sizes and whatever its masks
-read; `feeds` draws inputs.
+A Recipe says what is drawn; `build` writes it as an ONNX model with inputs q, k, v [B, H, S, D] of dynamic sizes and
+whatever its masks read; `feeds` draws inputs.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CAUSAL = (
 WINDOWS = ("j > i - w", "i - j < w", "abs(i - j) <= w", "j <= i + w", "i < j + w")
 PADDING = ("unsqueeze", "gather_nd", "flat gather", "not equal 0", "greater half", "rows")
 OTHERS = ("always", "chunk", "prefix", "input mask", "segments", "lengths")
-FILLS = (-np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
+FILLS = (-np.inf, MINIMUM, -np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
 FORMS = ("where add", "where scores", "where not scores", "float add", "max clamp")
 BIASES = ("none", "input", "alibi j", "alibi distance", "table", "row", "query")
-NEAR_MISSES = ("none", "none", "none", "none", "other axis", "second consumer", "data scale", "post scale")
+NEAR_MISSES = (*["none"] * 16, "other axis", "second consumer", "data scale", "post scale")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions that stand in for the operator: the rewritten file runs in onnxruntime without our library, and equally with it."""
+"""The functions that stand in for the operator: the rewritten file runs in onnxruntime without our library, and
+equally with it."""
 
 from __future__ import annotations
 
@@ -190,10 +191,9 @@ def test_layouts_and_groups(given: str, out: str) -> None:
     values.append(helper.make_tensor_value_info("sinks", TensorProto.FLOAT, [4]))
     words = {f"{name}_layout": given for name in ("query", "key", "value")} | {"output_layout": out}
     node = helper.make_node(
-        "FlashAttention", ["q", "k", "v", "sinks"], ["y", "", "", "lse"], domain=DOMAIN, name="n", q_num_heads=4, kv_num_heads=2,
-        optional_inputs="sinks", optional_outputs="lse", is_causal=1, softcap=2.0, **words,
+        "FlashAttention", ["q", "k", "v", "sinks"], ["y", "lse"], domain=DOMAIN, name="n", q_num_heads=4,
+        kv_num_heads=2, optional_inputs="sinks", optional_outputs="lse", is_causal=1, softcap=2.0, **words,
     )  # fmt: skip
-    node.output[:] = ["y", "lse"]
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("y", "lse")]
     graph = helper.make_graph([node], "g", values, outputs)
     imports = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer expressions over the indices of a tensor element: what masks are made of.
 
-An expression says what one element of a tensor is, as a function of index variables, symbolic sizes and elements of other tensors.
-Integers are polynomials over atoms, in one normal form, so that equal expressions are the same object. Used by index_logic
-(conditions) and by the transfer functions. Assumed: no 64-bit overflow; sizes are >= 0.
+An expression says what one element of a tensor is, as a function of index variables, symbolic sizes and elements of
+other tensors. Integers are polynomials over atoms, in one normal form, so that equal expressions are the same object.
+Used by index_logic (conditions) and by the transfer functions. Assumed: no 64-bit overflow; sizes are >= 0.
 """
 
 from __future__ import annotations

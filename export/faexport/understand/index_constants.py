@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Constant tensors as functions of their indices: uniform values, arithmetic sequences, triangles and bands.
 
-A buffer such as `tril(ones(1024, 1024))` is recognised by testing all its values, never by its name. Used by the interpreter.
+A buffer such as `tril(ones(1024, 1024))` is recognised by testing all its values, never by its name. Used by the
+interpreter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _MAX_ELEMENTS = 1 << 26
 
 
 def constant_tensor(value: ir.Value, constant: ir.TensorProtocol) -> Tensor | None:
-    """The abstract tensor of a constant; elements at constant indices are numbers, others follow a recognised rule or are loads."""
+    """The abstract tensor of a constant; elements at constant indices are numbers, others follow a recognised rule
+    or are loads."""
     dtype = constant.dtype
     shape = tuple(ia.const(int(d)) for d in constant.shape)
     if dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conditions and floats over index expressions: comparisons, and/or/not, choices, rounding arithmetic.
 
-Everything is simplified as it is built: comparisons that hold for all indices become TRUE, a choice knows its own condition inside
-its branches, arithmetic on a choice of constants becomes a choice of constants. Used by the transfer functions and the mask facts.
+Everything is simplified as it is built: comparisons that hold for all indices become TRUE, a choice knows its own
+condition inside its branches, arithmetic on a choice of constants becomes a choice of constants. Used by the transfer
+functions and the mask facts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+
 from faexport.understand import index_algebra as ia
 from faexport.understand.index_algebra import Expr, make
 
@@ -330,8 +332,9 @@ def cast_float(e: Expr, dtype: ir.DataType) -> Expr:
 
 
 _FOLD: dict[str, Callable] = {
-    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Neg": np.negative, "Abs": np.abs, "Exp": np.exp,
-    "Log": np.log, "Sqrt": np.sqrt, "Pow": np.power, "Min": np.minimum, "Max": np.maximum, "Floor": np.floor, "Ceil": np.ceil,
+    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Neg": np.negative,
+    "Abs": np.abs, "Exp": np.exp, "Log": np.log, "Sqrt": np.sqrt, "Pow": np.power, "Min": np.minimum,
+    "Max": np.maximum, "Floor": np.floor, "Ceil": np.ceil,
     "Reciprocal": np.reciprocal, "Tanh": np.tanh, "Sign": np.sign, "Round": np.round,
 }  # fmt: skip
 
@@ -353,7 +356,8 @@ def float_op(name: str, dtype: ir.DataType, *args: Expr) -> Expr:
 
 
 def lift(whole: Callable[..., Expr], part: Callable[..., Expr], args: tuple[Expr, ...]) -> Expr:
-    """part(args) for each way the choices among args can fall; `whole` where there is no choice or there are too many."""
+    """part(args) for each way the choices among args can fall; `whole` where there is no choice or there are too
+    many."""
     k = next((k for k, a in enumerate(args) if a.op == "choose"), None)
     if k is None or math.prod(_num_leaves(a) for a in args) > _MAX_CHOICES:
         return whole(*args)
@@ -389,7 +393,8 @@ def float_compare(op: str, a: Expr, b: Expr) -> Expr:
 
 
 def _compare_integers(op: str, a: Expr, b: Expr) -> Expr | None:
-    """`integer as float` (or `c - integer as float`) compared with a small whole number: as exact as the integers themselves."""
+    """`integer as float` (or `c - integer as float`) compared with a small whole number: as exact as the integers
+    themselves."""
     if op not in ("eq", "ne") or b.op != "float" or not float(b.args[0]).is_integer() or abs(b.args[0]) > 64:
         return None
     target = int(b.args[0])

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors as functions of their indices, and the interpreter that makes them from the nodes of a graph.
 
-`Interpreter.tensor(value)` gives the shape (sizes as index expressions) and, on demand, the expression of any element. One transfer
-function per ONNX operator (transfer_*.py); what none of them understands is opaque: an element is then `load(value, index)`.
+`Interpreter.tensor(value)` gives the shape (sizes as index expressions) and, on demand, the expression of any element.
+One transfer function per ONNX operator (transfer_*.py); what none of them understands is opaque: an element is then
+`load(value, index)`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from faexport.understand import index_algebra as ia
@@ -127,8 +127,8 @@ class Interpreter:
     # ------------------------------------------------------------------------------------------ sizes
 
     def size(self, dim: int | str | ir.SymbolicDim | None, otherwise: str) -> Expr:
-        """A dimension as an expression; `otherwise` names a size that is unknown. An input of rank <= 3 isn't empty: if it
-        were, there would be no scores; a dimension of a cache may be 0."""
+        """A dimension as an expression; `otherwise` names a size that is unknown. An input of rank <= 3 isn't empty:
+        if it were, there would be no scores; a dimension of a cache may be 0."""
         if isinstance(dim, int):
             return ia.const(dim)
         name = dim.value if isinstance(dim, ir.SymbolicDim) else dim
@@ -238,7 +238,7 @@ class Interpreter:
         except Unknown:
             return None
 
-    # ------------------------------------------------------------------------------------------ help for transfer functions
+    # -------------------------------------------------------------------------------------- help for transfer functions
 
     def input(self, node: ir.Node, k: int) -> Tensor:
         found = self._memo.get(node.inputs[k]) if k < len(node.inputs) and node.inputs[k] is not None else None

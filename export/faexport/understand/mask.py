@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proves what the mask of an attention site is, and gives it in the operator's words (spec.Mask).
 
-Called for each site with the terms that the matcher peeled off the scores. What isn't proven stays a bias or a bool mask; what can't
-be expressed is a refusal. The proof is by index algebra (index_*.py, transfer_*.py) and is checked by evaluation (mask_check.py).
+Called for each site with the terms that the matcher peeled off the scores. What isn't proven stays a bias or a bool
+mask; what can't be expressed is a refusal. The proof is by index algebra (index_*.py, transfer_*.py) and is checked by
+evaluation (mask_check.py).
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from faexport.understand.mask_window import Window, corners, length_of, split
 
 @dataclasses.dataclass(frozen=True)
 class MaskOptions:
-    """`assume_right_padding`: a padding mask given by the user is ones and then zeros in each row, so lengths say it all.
-    `check`: run the mask's subgraph on small inputs and compare with what was proven."""
+    """`assume_right_padding`: a padding mask given by the user is ones and then zeros in each row, so lengths say it
+    all. `check`: run the mask's subgraph on small inputs and compare with what was proven."""
 
     assume_right_padding: bool = False
     check: bool = True
@@ -61,11 +62,12 @@ def graph_masks(graph: ir.Graph | ir.Function, shapes: Shapes | None = None) -> 
 def understand_mask(
     terms: Sequence[spec.MaskTerm],
     scores: spec.ScoreShape,
-    options: MaskOptions = MaskOptions(),  # noqa: B008 (frozen)
+    options: MaskOptions = MaskOptions(),
     shapes: Shapes | None = None,
 ) -> spec.Mask | spec.Refusal:
-    """The mask of one site, or why it can't be expressed. New nodes are in Mask.new_nodes (in order, shared between the sites of
-    a graph: a node that is in the graph already isn't inserted again). `shapes` is a second source of shapes."""
+    """The mask of one site, or why it can't be expressed. New nodes are in Mask.new_nodes (in order, shared between
+    the sites of a graph: a node that is in the graph already isn't inserted again). `shapes` is a second source of
+    shapes."""
     if not terms:
         return spec.Mask(rows_see_a_key=True)
     shared = graph_masks(scores.graph, shapes)
@@ -188,7 +190,7 @@ class _Builder:
             text += " (exact in float16 while such scores are below 16)"
         self.fact(text)
 
-    # ------------------------------------------------------------------------------------------ windows, lengths, bool mask
+    # -------------------------------------------------------------------------------------- windows, lengths, bool mask
 
     def _visibility(self, seen: Expr, only_window: bool) -> Window:
         """Window, lengths and bool mask for the condition `seen`; with `only_window` the bias says the rest."""

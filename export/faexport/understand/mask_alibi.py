@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recognises ALiBi: a bias that is slope[h] times the key's position, up to a number that is the same for a whole row.
 
-Softmax doesn't see such a number, and the operator's -slope * |p - j| differs from slope * j by -slope * p wherever j <= p. So
-causal attention has ALiBi slopes if its bias grows by slope[h] from key to key; without a causal window only -slope * |p - j|.
-Press, Smith, Lewis 2022, "Train Short, Test Long".
+Softmax doesn't see such a number, and the operator's -slope * |p - j| differs from slope * j by -slope * p wherever j
+<= p. So causal attention has ALiBi slopes if its bias grows by slope[h] from key to key; without a causal window only
+-slope * |p - j|. Press, Smith, Lewis 2022, "Train Short, Test Long".
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _RTOL = 1e-6
 
 
 def slopes_of(site: Site, bias: tuple[tuple[Expr, float], ...], window: Window) -> np.ndarray | None:
-    """float32 [H]: the slopes, if the (one) bias expression with its factor is ALiBi at the window's positions; else None."""
+    """float32 [H]: the slopes, if the (one) bias expression with its factor is ALiBi at the window's positions; else
+    None."""
     if len(bias) != 1 or site.heads is None:
         return None
     expr, factor = bias[0]
@@ -66,7 +67,8 @@ def _slope(e: Expr, site: Site, window: Window) -> float | None:
 
 
 def _steps(position: Expr, site: Site, window: Window) -> int | None:
-    """c where `position` is c * j + (a number of the row), or -c * |j - p| + (a number of the row) with p the row's position."""
+    """c where `position` is c * j + (a number of the row), or -c * |j - p| + (a number of the row) with p the row's
+    position."""
     linear = ia.linear_in(position, "j")
     if linear is not None:
         return linear[0] if window.right == 0 else None
@@ -80,7 +82,8 @@ def _steps(position: Expr, site: Site, window: Window) -> int | None:
 
 
 def _slope_of_table(e: Expr, window: Window) -> float | None:
-    """A constant table, e.g. [H, 1, max_len], read at a place that moves with j: its values must grow by equal steps."""
+    """A constant table, e.g. [H, 1, max_len], read at a place that moves with j: its values must grow by equal
+    steps."""
     value, index = e.args
     constant = ir.convenience.get_const_tensor(value)
     if constant is None or window.right != 0 or constant.dtype not in _EXACT:

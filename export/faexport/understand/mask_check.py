@@ -165,8 +165,9 @@ class _Trial:
             raise Skip from None
 
     def _bind(self, plan: tuple[int, int, int], whole: bool) -> dict[ia.Expr, int]:
-        """Numbers for all symbols, such that all ways to write a size of the scores agree. Of the symbols that aren't in
-        the scores' sizes nothing is known: with `whole` they are all S_kv (as the length of a mask over past and new keys)."""
+        """Numbers for all symbols, such that all ways to write a size of the scores agree. Of the symbols that
+        aren't in the scores' sizes nothing is known: with `whole` they are all S_kv (as the length of a mask over
+        past and new keys)."""
         shapes = [self.ctx.tensor(v).shape for v in self.leaves]
         symbols = {a: None for s in [*shapes, *self.site.sizes.values()] for size in s for a in ia.atoms(size, "sym")}
         sizes = {a: self._by_name(a.args[0], plan) for a in symbols}

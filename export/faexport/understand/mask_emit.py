@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graph values for index expressions: an existing value where one is exactly that, else new nodes in the cheapest shape.
+"""Graph values for index expressions: an existing value where one is exactly that, else new nodes in the cheapest
+shape.
 
-A value for an expression of (b, h, i, j) has rank 4 and size 1 on the axes that the expression doesn't depend on, so a padding mask is
-[B, 1, 1, S_kv]. Values are remembered by expression: sites of one graph share them. Called by mask.py.
+A value for an expression of (b, h, i, j) has rank 4 and size 1 on the axes that the expression doesn't depend on, so a
+padding mask is [B, 1, 1, S_kv]. Values are remembered by expression: sites of one graph share them. Called by mask.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _MAX_SEARCH = 600  # values of a mask subgraph that are compared with an express
 
 
 class Emitter:
-    """Makes nodes for one graph; they are not inserted here. `nodes` maps each value made to the nodes that it needs, in order."""
+    """Makes nodes for one graph; they are not inserted here. `nodes` maps each value made to the nodes that it
+    needs, in order."""
 
     def __init__(self, ctx: Interpreter, graph: ir.Graph | ir.Function):
         self.ctx, self.graph = ctx, graph
@@ -121,7 +123,8 @@ class Emitter:
     # ------------------------------------------------------------------------------------------ new values
 
     def emit(self, site: Site, expr: Expr) -> ir.Value:
-        """New nodes that compute `expr`, rank 4; parts that can't be written are taken from the graph. Raises Unknown."""
+        """New nodes that compute `expr`, rank 4; parts that can't be written are taken from the graph. Raises
+        Unknown."""
         key = ("expr", expr, site.index)
         if key not in self._cache:
             try:
@@ -209,7 +212,8 @@ class Emitter:
         return self._fold("Add", terms)
 
     def _emit_load(self, site: Site, e: Expr, cast: ir.DataType | None = None) -> ir.Value:
-        """value[index]: axes that are plain variables stay, a constant index or one of a single variable becomes a Gather."""
+        """value[index]: axes that are plain variables stay, a constant index or one of a single variable becomes a
+        Gather."""
         value, index = e.args
         shape = self.ctx.tensor(value).shape
         if e.kind == "int" and cast is None:

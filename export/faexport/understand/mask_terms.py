@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a chain of mask terms does to each score: the cases, as conditions over (b, h, i, j), and what happens in each.
 
-Called by mask.py. A score is either kept (perhaps with a bias added) or masked: a huge negative number is added to it, or it is
-replaced by one. Which of both, and by which number, decides what a row without a visible key gives.
+Called by mask.py. A score is either kept (perhaps with a bias added) or masked: a huge negative number is added to it,
+or it is replaced by one. Which of both, and by which number, decides what a row without a visible key gives.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class NotAMask(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What happens to a score where `cond` holds: `mask` is None (kept), or the number added or (`replaced`) put in its place.
+    """What happens to a score where `cond` holds: `mask` is None (kept), or the number added or (`replaced`) put in its
+    place.
 
-    `exact`: all masked scores of this case are the same number whatever the score was. `bias` are the added expressions with their
-    factors, also where they vanish beside the mask.
-    """
+    `exact`: all masked scores of this case are the same number whatever the score was. `bias` are the added
+    expressions with their factors, also where they vanish beside the mask."""
 
     cond: Expr
     mask: float | None = None
@@ -86,7 +86,8 @@ class Site:
         return {letter: {s: None for s in found if not _is_fresh(s)} for letter, found in sizes.items()}
 
     def _term_sizes(self, term: spec.MaskTerm, sizes: dict[str, dict[Expr, None]]) -> None:
-        """Sizes known from a term: an axis of a mask that isn't 1 is the axis of the scores (else the model wouldn't run)."""
+        """Sizes known from a term: an axis of a mask that isn't 1 is the axis of the scores (else the model wouldn't
+        run)."""
         for letter, dim in zip(term.axes, term.dims, strict=False):
             if letter in sizes and dim is not None:
                 sizes[letter][self.ctx.size(dim, "")] = None
@@ -288,7 +289,8 @@ def _zeroed(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[C
 
 
 def is_moderate(e: Expr) -> bool:
-    """Is a bias a number like a score, far from any fill? Not if it has a huge constant in it, or comes from the user."""
+    """Is a bias a number like a score, far from any fill? Not if it has a huge constant in it, or comes from the
+    user."""
     for number in ia.atoms(e, "float"):
         if not abs(il.float_value(number)) < -MASKING:
             return False

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Splits a mask condition into what the operator has a name for (windows, lengths) and the rest.
 
-Called by mask.py with the condition under which key j is visible to query row i. A part `j <= i + right` bounds the window on the
-right, `j >= i - left` on the left; a part that bounds j by something of the batch entry alone is a length.
+Called by mask.py with the condition under which key j is visible to query row i. A part `j <= i + right` bounds the
+window on the right, `j >= i - left` on the left; a part that bounds j by something of the batch entry alone is a
+length.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def _diagonal(part: Expr) -> tuple[int, Expr] | None:
 
 
 def _choose(site: Site, right: list[tuple[Expr, Expr]], left: list[tuple[Expr, Expr]]) -> Window:
-    """The window of the first bound on each side (bounds that imply each other are already one), if they fit together."""
+    """The window of the first bound on each side (bounds that imply each other are already one), if they fit
+    together."""
     if not right and not left:
         return Window()
     if not right:
@@ -81,7 +83,8 @@ def _choose(site: Site, right: list[tuple[Expr, Expr]], left: list[tuple[Expr, E
 
 
 def _ahead(site: Site, reach: Expr) -> int:
-    """How much of `reach` is looking ahead, the rest being the position of row 0. Bottom-right positions are preferred."""
+    """How much of `reach` is looking ahead, the rest being the position of row 0. Bottom-right positions are
+    preferred."""
     for corner in corners(site):
         ahead = ia.value_of(ia.sub(reach, corner))
         if ahead is not None and ahead >= 0:

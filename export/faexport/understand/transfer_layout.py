@@ -244,8 +244,8 @@ def _from_end(start: Expr, size_: Expr) -> Expr | None:
 def _clamped(bound: Expr, size_: Expr) -> Expr:
     """A start or end as ONNX reads it: from the end where negative, never outside [0, size].
 
-    A bound such as max_length - sequence is taken as non-negative: were it not, the slice would have another length than the
-    scores that it meets, and the model wouldn't run."""
+    A bound such as max_length - sequence is taken as non-negative: were it not, the slice would have another length
+    than the scores that it meets, and the model wouldn't run."""
     known = ia.value_of(bound)
     if known is not None and known >= _HUGE:
         return size_
@@ -280,7 +280,8 @@ def flatten(ctx: Interpreter, node: ir.Node) -> Tensor:
 
 
 def reshaped(value: ir.Value, x: Tensor, sizes: Shape) -> Tensor:
-    """Elements in row-major order under a new shape: axes are split and merged in the smallest groups of equal products."""
+    """Elements in row-major order under a new shape: axes are split and merged in the smallest groups of equal
+    products."""
     groups = _groups(x.shape, sizes)
     if groups is None:
         return opaque(value, sizes, x.dtype)

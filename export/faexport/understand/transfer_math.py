@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfer functions of the ONNX operators that compute element by element or along an axis, and the shapes of the large ones.
+"""Transfer functions of the ONNX operators that compute element by element or along an axis, and the shapes of the
+large ones.
 
 Registered by decorator; called by the interpreter in index_tensor.py. Raising Unknown makes the value opaque.
 """
