@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ import rich.box
 import rich.console
 import rich.table
 
-OUTPUT = pathlib.Path(__file__).resolve().parents[1] / "demo"
+OUTPUT = pathlib.Path(os.path.relpath(pathlib.Path(__file__).resolve().parents[1] / "demo"))
 
 
 @dataclasses.dataclass(frozen=True)
