@@ -33,11 +33,11 @@ extern const Isa kIsa;
 
 namespace {
 
-constexpr int64_t kBlockRows = 6;                        // rows of a register block
-constexpr int64_t kRowsPerTask[] = {576, 288, 144, 48};  // multiples of it; the first that gives every thread some tasks
-constexpr int64_t kFewRows = 32;                         // up to here the heads that share keys go into one task
-constexpr int64_t kKeysPerSplit = 1024;                  // and the keys are split
-constexpr int64_t kTileBytes = 256 << 10;                // packed keys and values of a tile: half of a small second-level cache
+constexpr int64_t kBlockRows = 6;                              // rows of a register block
+constexpr int64_t kRowsPerTask[] = {1152, 576, 288, 144, 48};  // multiples of it; the first that gives every thread some tasks
+constexpr int64_t kFewRows = 32;                               // up to here the heads that share keys go into one task
+constexpr int64_t kKeysPerSplit = 1024;                        // and the keys are split
+constexpr int64_t kTileBytes = 256 << 10;  // packed keys and values of a tile: half of a small second-level cache
 
 const Isa& best_isa() {
 #ifdef FA_CPU_X86

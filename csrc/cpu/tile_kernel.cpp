@@ -158,7 +158,14 @@ class TileKernel {
       pack_transposed(key_, first, n, s_.keys, s_.staging);
     }
     if (pack_values) pack_rows(value_, first, n, round_up(n, kLanes), s_.values, s_.staging);
-    for_groups([&](auto count, int64_t r) { attend_group<count.value>(r, first, n, pack_values); });
+    const int64_t next = first + tile_, end = next + tile_ < task_.key_end ? next + tile_ : task_.key_end;
+    for_groups([&](auto count, int64_t r) {
+      // Each group fetches its share of the next tile, so that packing does not wait for memory.
+      for (int64_t j = next + r * tile_ / rows_; j < next + (r + count.value) * tile_ / rows_ && j < end; ++j) {
+        prefetch_row(key_, j), prefetch_row(value_, j);
+      }
+      attend_group<count.value>(r, first, n, pack_values);
+    });
   }
 
   /// Rows r … r + kGroup - 1 against the keys of one tile, as far as any of the rows sees them.
@@ -251,16 +258,18 @@ class TileKernel {
     }
   }
 
-  /// The mean of all values of the sequence, computed when first asked for.
+  /// The mean of all values of the sequence, summed in double, when a row first asks for it.
   const float* mean_value() {
     if (has_mean_) return s_.mean;
     has_mean_ = true;
-    // The task's own tile of values is done with: sums in double, one column after the other, over the rows as they come.
-    for (int64_t x = 0; x < d_v_; ++x) {
-      double sum = 0;
-      for (int64_t j = 0; j < sequence_.num_keys; ++j) sum += element(value_.row(j), value_.dtype, x);
-      s_.mean[x] = sequence_.num_keys == 0 ? 0.0f : static_cast<float>(sum / sequence_.num_keys);
+    double* sums = reinterpret_cast<double*>(s_.values);  // the last tile is done with; it had room for 64 rows
+    for (int64_t x = 0; x < d_v_; ++x) sums[x] = 0;
+    for (int64_t j = 0; j < sequence_.num_keys; ++j) {
+      to_float(value_.row(j), value_.dtype, s_.staging, d_v_);
+      for (int64_t x = 0; x < d_v_; ++x) sums[x] += s_.staging[x];
     }
+    for (int64_t x = 0; x < d_v_; ++x)
+      s_.mean[x] = static_cast<float>(sums[x] / (sequence_.num_keys > 0 ? sequence_.num_keys : 1));
     return s_.mean;
   }
 
