@@ -278,7 +278,6 @@ class _Attention:
         """(probabilities, log-sum-exp), with what a row without keys gives."""
         ops = self.ops
         low = ops.const(-np.inf, np.float32)
-        empty = ops("Equal", ops.reduce("ReduceMax", scores), low)
         if "sinks" in self.given:
             sinks = ops("Reshape", self.given["sinks"], ops.const([1, -1, 1, 1]))
             column = ops("Expand", sinks, ops.concat(*(ops.size(scores, k) for k in range(3)), ops.const([1])))
@@ -293,5 +292,5 @@ class _Attention:
         if "sinks" in self.given:
             p = ops("Slice", p, ops.const([0]), self.keys, ops.const([3]))
         if self.form.empty_row == "mean":
-            p = ops("Where", empty, ops("Reciprocal", ops.float32(self.keys)), p)
+            p = ops("Where", none, ops("Reciprocal", ops.float32(self.keys)), p)
         return p, ops("Squeeze", lse, ops.const([-1]))

@@ -26,7 +26,7 @@ PADDING = ("unsqueeze", "gather_nd", "flat gather", "not equal 0", "greater half
 OTHERS = ("always", "chunk", "prefix", "input mask", "segments", "lengths")
 FILLS = (-np.inf, MINIMUM, -np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
 FORMS = ("where add", "where scores", "where not scores", "float add", "max clamp")
-BIASES = ("none", "input", "alibi j", "alibi distance", "table", "row", "query")
+BIASES = ("none", "input", "alibi j", "alibi distance", "alibi counted", "table", "row", "query")
 NEAR_MISSES = (*["none"] * 16, "other axis", "second consumer", "data scale", "post scale")
 
 
@@ -180,6 +180,10 @@ class _Builder:
             return g("Add", scores, g.input("bias", TensorProto.FLOAT, [1, HEADS, "sequence", "total"]))
         if kind == "alibi j":
             return g("Add", scores, g("Mul", slopes, g("Cast", self.j, to=TensorProto.FLOAT)))
+        if kind == "alibi counted":
+            mask = self._attention_mask()
+            places = g("Mul", g("Sub", g("CumSum", mask, g.const(-1)), g.const(1)), mask)
+            return g("Add", scores, g("Mul", slopes, g("Cast", g.unsqueeze(places, 1, 2), to=TensorProto.FLOAT)))
         if kind == "alibi distance":
             distance = g("Cast", g("Neg", g("Abs", g("Sub", self.i, self.j))), to=TensorProto.FLOAT)
             return g("Add", scores, g("Mul", distance, slopes))
@@ -241,10 +245,12 @@ class _Builder:
             "i < j + w": lambda: g("Less", i, g("Add", j, w)),
         }[name]()
 
+    def _attention_mask(self) -> str:
+        return self.g.input("attention_mask", TensorProto.INT64, ["batch", "total" if self.r.cache else "sequence"])
+
     def _padding(self, name: str) -> str:
         """From attention_mask [batch, total], int64."""
-        g = self.g
-        mask = g.input("attention_mask", TensorProto.INT64, ["batch", "sequence" if not self.r.cache else "total"])
+        g, mask = self.g, self._attention_mask()
         flags = g("Cast", mask, to=TensorProto.BOOL)
         batch = g.arange(g.size("q", 0))
         if name == "gather_nd":

@@ -148,6 +148,16 @@ def test_a_bias_that_grows_with_the_key_is_no_alibi_without_a_causal_window() ->
     assert proven(Recipe((), bias="alibi distance")).alibi_slopes is not None
 
 
+@pytest.mark.parametrize("right_padding", (False, True))
+def test_alibi_with_positions_counted_from_a_mask(right_padding: bool) -> None:
+    """BLOOM adds slope * (cumsum(mask) - 1) * mask: ALiBi only for a mask without holes, so that has to be assumed."""
+    mask = proven(Recipe(("j <= i", "unsqueeze"), bias="alibi counted"), assume_right_padding=right_padding)
+    assert window(mask) == (-1, 0)
+    assert (mask.alibi_slopes is not None) == right_padding == (mask.attn_bias is None)
+    if not right_padding:
+        assert any("[B, H, 1, S_kv]: ALiBi" in fact.text for fact in mask.facts)
+
+
 def test_a_relative_bias_stays_a_bias_without_the_batch() -> None:
     mask = proven(Recipe(("j <= i", "unsqueeze"), bias="table"))
     assert window(mask) == (-1, 0) and mask.attn_bias is not None and mask.attn_mask is not None

@@ -90,12 +90,24 @@ def _name(node: ir.Node) -> str:
     return node.name or (node.outputs[0].name or "?")
 
 
+def _is_count(atom: Expr) -> bool:
+    """Is a load an element of a running sum along the last axis?"""
+    node = atom.args[0].producer()
+    if node is None or node.op_type != "CumSum" or any(node.attributes.get_int(n, 0) for n in ("exclusive", "reverse")):
+        return False
+    axis = ir.convenience.get_const_tensor(node.inputs[1])
+    return axis is not None and int(axis.numpy().reshape(-1)[0]) in (-1, len(atom.args[1]) - 1)
+
+
 class _Builder:
     """Turns the cases of one site into a spec.Mask."""
 
     def __init__(self, shared: GraphMasks, site: Site, terms: list[spec.MaskTerm], options: MaskOptions):
         self.emitter, self.site, self.terms, self.options = shared.emitter, site, terms, options
         self.mask = spec.Mask()
+        self.padding: Expr | None = (
+            None  # the element of a padding mask that is assumed to be 1 wherever a key is visible
+        )
         self.facts: list[spec.Fact] = []
 
     def build(self) -> spec.Mask:
@@ -255,6 +267,7 @@ class _Builder:
             if length is not None and "b" not in ia.variables(length):
                 value = self.emitter.node("Expand", [value, self._batch_shape()])
             self.mask.kv_lengths = self.emitter.node("Reshape", [value, self.emitter.constant([-1])], hint="kv_lengths")
+            self.padding = next(iter(ia.atoms(part, "load"))) if length is None else None
             if self.mask.query_offset is None and self.mask.alignment is spec.Alignment.ONNX:
                 self.mask.alignment = spec.Alignment.TOP_LEFT
             if self.mask.alignment is spec.Alignment.BOTTOM_RIGHT:  # would be counted from the length
@@ -345,7 +358,7 @@ class _Builder:
         # Softmax doesn't see what is the same for a whole row.
         moving = tuple(p for p in bias if "j" in ia.variables(p[0]) or not is_moderate(p[0]))
         for k, part in enumerate(moving):
-            slopes = slopes_of(self.site, (part,), window)
+            slopes = slopes_of(self.site, ((self._where_visible(part[0]), part[1]),), window)
             if slopes is not None:
                 self.mask.alibi_slopes = self.emitter.constant(slopes)
                 if self.mask.alignment is spec.Alignment.ONNX:
@@ -360,7 +373,20 @@ class _Builder:
             return
         self._sum([(self._bias_value(expr), factor) for expr, factor in moving])
         for expr, _ in moving:
-            self.fact(f"bias {self._axes(expr)}", expr)
+            counted = any(_is_count(atom) for atom in ia.atoms(expr, "load"))
+            self.fact(f"bias {self._axes(expr)}" + (": ALiBi, positions counted from a mask" if counted else ""), expr)
+
+    def _where_visible(self, expr: Expr) -> Expr:
+        """`expr` at visible keys, with right padding assumed: the mask is 1 there, and its running sum j + 1."""
+        if self.padding is None:
+            return expr
+        known = {self.padding: ia.ONE}
+        for atom in ia.atoms(expr, "load"):
+            if _is_count(atom):
+                summed = self.site.ctx.tensor(atom.args[0].producer().inputs[0]).at(atom.args[1])
+                if summed is ia.of_atom(self.padding):
+                    known[atom] = ia.add(self.site.j, ia.ONE)
+        return il.rewrite(expr, known)
 
     def _bias_value(self, expr: Expr) -> ir.Value:
         """The term's own value where it is that and nothing but that, else as for any expression."""
