@@ -45,7 +45,7 @@ def _apply(term: spec.MaskTerm, arrays: Arrays, s: np.ndarray) -> np.ndarray:
     value = arrays[term.value]
     factor = np.asarray(term.factor).astype(s.dtype)
     if term.kind is spec.TermKind.ADD:
-        return (s + (value.astype(s.dtype) * factor)).astype(s.dtype)
+        return (((s / factor).astype(s.dtype) + value.astype(s.dtype)).astype(s.dtype) * factor).astype(s.dtype)
     if term.kind is spec.TermKind.CLAMP:
         return np.maximum(s, (value * factor).astype(s.dtype))
     if term.kind is spec.TermKind.GATE:

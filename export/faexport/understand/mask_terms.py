@@ -189,8 +189,9 @@ def _merged(cases: list[Case]) -> list[Case]:
     return [dataclasses.replace(g[0], cond=il.any_of(c.cond for c in g)) for g in groups.values()]
 
 
-def _sum(a: float, b: float, dtype: ir.DataType) -> float:
-    return il.float_value(il.floating(a + b, dtype))
+def _sum(mask: float, value: float, term: spec.MaskTerm, dtype: ir.DataType) -> float:
+    """A mask after one more addition; it overflows (or not) before the scale that follows."""
+    return il.float_value(il.floating(mask / term.factor + value, dtype)) * term.factor
 
 
 def _add(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
@@ -214,7 +215,7 @@ def _add(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
         elif case.mask is None:
             new = Case(cond, value * term.factor, False, value <= absorbs, case.bias)
         else:
-            new = dataclasses.replace(case, cond=cond, mask=_sum(case.mask, value * term.factor, dtype))
+            new = dataclasses.replace(case, cond=cond, mask=_sum(case.mask, value, term, dtype))
         result.append(new)
     return result
 
