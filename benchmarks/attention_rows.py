@@ -157,7 +157,7 @@ SUITES: dict[str, list[Row]] = {
     "window": [_tokens(s, num_heads=16, head_dim=128, is_causal=True, window=1024) for s in (4096, 16384)],
     "bias": _bias(),
     "padding": _padding(),
-    "short": _short(),
     "decode": _decode(),
     "ort": _in_ort(),  # inside onnxruntime
+    "short": _short(),
 }
