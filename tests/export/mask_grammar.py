@@ -26,7 +26,7 @@ PADDING = ("unsqueeze", "gather_nd", "flat gather", "not equal 0", "greater half
 OTHERS = ("always", "chunk", "prefix", "input mask", "segments", "lengths")
 FILLS = (-np.inf, MINIMUM, -np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
 FORMS = ("where add", "where scores", "where not scores", "float add", "max clamp")
-BIASES = ("none", "input", "alibi j", "alibi distance", "alibi counted", "table", "row", "query")
+BIASES = ("none", "input", "alibi j", "alibi distance", "alibi counted", "padding", "table", "row", "query")
 NEAR_MISSES = (*["none"] * 16, "other axis", "second consumer", "data scale", "post scale")
 
 
@@ -180,6 +180,9 @@ class _Builder:
             return g("Add", scores, g.input("bias", TensorProto.FLOAT, [1, HEADS, "sequence", "total"]))
         if kind == "alibi j":
             return g("Add", scores, g("Mul", slopes, g("Cast", self.j, to=TensorProto.FLOAT)))
+        if kind == "padding":  # (1 - mask) * minimum, as BERT and GPT-2 had it
+            padded = g("Sub", g.const(1.0, np.float32), g("Cast", self._attention_mask(), to=TensorProto.FLOAT))
+            return g("Add", scores, g("Mul", g.unsqueeze(padded, 1, 2), g.const(MINIMUM, np.float32)))
         if kind == "alibi counted":
             mask = self._attention_mask()
             places = g("Mul", g("Sub", g("CumSum", mask, g.const(-1)), g.const(1)), mask)

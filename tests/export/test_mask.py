@@ -205,3 +205,19 @@ def test_a_wrong_proof_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "split", off_by_one)
     found = outcome(grammar.build(Recipe(("j <= i",))))
     assert isinstance(found, Refusal) and "please report" in found.reason
+
+
+def float_padding_beside(fill: float, form: str) -> onnx.ModelProto:
+    return grammar.build(Recipe(("j <= i",), fill=fill, form=form, bias="padding", bias_first=False))
+
+
+def test_padding_as_a_product_beside_a_causal_mask() -> None:
+    """(1 - mask) * minimum, the mask any integers: exact only as it is, unless padding is assumed to be at the end."""
+    exact = outcome(float_padding_beside(MINIMUM, "where scores"))
+    assert isinstance(exact, AttentionSpec) and window(exact.mask) == (-1, -1) and exact.mask.attn_bias is not None
+    weak = outcome(float_padding_beside(-1e4, "where scores"))
+    assert isinstance(weak, Refusal) and "float mask" in weak.reason
+    for fill in (MINIMUM, -1e4):
+        assumed = outcome(float_padding_beside(fill, "where scores"), assume_right_padding=True)
+        assert isinstance(assumed, AttentionSpec) and window(assumed.mask) == (-1, 0)
+        assert "bias [B, 1, 1, S_kv]" in {fact.text for fact in assumed.mask.facts}

@@ -112,7 +112,8 @@ class _Builder:
 
     def build(self) -> spec.Mask:
         cases = cases_of(self.site, self.terms)
-        if any(c.mask is not None and c.mask > -math.inf for c in cases) and not self._moderate():
+        soft = any(c.mask is not None and c.mask > -math.inf for c in cases)
+        if soft and not self._moderate() and not self._first_key_is_kept(cases):
             self._as_they_are()
             return self._finished()
         seen, bias = self._decide(cases)
@@ -132,11 +133,38 @@ class _Builder:
         added = [t for t in self.terms if t.kind is spec.TermKind.ADD]
         return all(is_moderate(e) for t in added for _, e in leaves(self.site.element(t, t.value)) if e.op != "float")
 
+    def _first_key_is_kept(self, cases: list[Case]) -> bool:
+        """With right padding assumed: is key 0 visible in every row, and without a huge bias?"""
+        if not self.options.assume_right_padding or ia.only_atom(self.site.j) is None:
+            return False
+        first = {ia.only_atom(self.site.j): ia.ZERO}
+        moved = [
+            (il.rewrite(c.cond, first), [il.rewrite(e, first) for e, _ in c.bias]) for c in cases if c.mask is None
+        ]
+        for _, bias in moved:
+            for e in bias:
+                ones = {a: ia.ONE for a in ia.atoms(e, "load") if a.kind == "int" and a.args[0].is_graph_input()}
+                if not is_moderate(il.rewrite(e, ones)):
+                    return False
+        return il.any_of(cond for cond, _ in moved) is il.TRUE
+
     def _as_they_are(self) -> None:
-        """The sum of all terms as a bias."""
-        if any(t.kind is not spec.TermKind.ADD for t in self.terms):
-            raise NotAMask("a float mask is added to scores that were replaced by a finite number")
-        self._sum([(self._placed(t), t.factor) for t in self.terms])
+        """The sum of all terms as a bias. A score replaced by a number that absorbs any score had that number added."""
+        parts = []
+        for term in self.terms:
+            if term.kind is spec.TermKind.ADD:
+                parts.append((self._placed(term), term.factor))
+            elif term.kind is spec.TermKind.WHERE:
+                fill = self.site.element(term, term.fill)
+                if fill.op != "float" or not il.float_value(fill) <= -1e30:
+                    raise NotAMask("a float mask is added to scores that were replaced by a number")
+                kept = self.site.element(term, term.value)
+                kept = kept if term.keep_when else il.negate(kept)
+                zero = il.floating(0.0, self.site.scores.dtype)
+                parts.append((self._value(il.choose(kept, zero, fill)), term.factor))
+            else:
+                raise NotAMask("a float mask is added to scores that were clamped or replaced by a number")
+        self._sum(parts)
         self.fact("a finite mask beside a float mask: both stay a bias")
 
     def _placed(self, term: spec.MaskTerm) -> ir.Value:
@@ -148,7 +176,11 @@ class _Builder:
     def _sum(self, parts: Sequence[tuple[ir.Value, float]]) -> None:
         """attn_bias is the sum of these values times their factors."""
         total = None
-        for value, factor in parts:
+        for factor in dict.fromkeys(factor for _, factor in parts):  # what overflows does so before it is scaled
+            group = [value for value, f in parts if f == factor]
+            value = group[0]
+            for other in group[1:]:
+                value = self.emitter.node("Add", [value, other])
             if factor != 1:
                 number = self.emitter.constant(np.asarray(factor, self.site.scores.dtype.numpy()))
                 value = self.emitter.node("Mul", [value, number])
