@@ -141,7 +141,7 @@ def test_values_of_types_other_than_tensors_survive(tmp_path: pathlib.Path) -> N
     assert onnx.load(tmp_path / "copy.onnx").graph == model.graph
 
 
-# CPU time, not the clock's: it says the same on a machine that is busy with other tests. VmHWM, not ru_maxrss: that one is
+# CPU time, not the clock's: it says the same on a busy machine. VmHWM, not ru_maxrss: that one is
 # inherited from the process which started this one.
 MEASURE = """
 import json, resource, sys
