@@ -176,7 +176,7 @@ def measure(shape: Shape, options: argparse.Namespace) -> dict:
 def show(console: rich.console.Console, measured: list[dict]) -> None:
     table = rich.table.Table(title="Attention on the CPU, float32, D64", box=rich.box.SIMPLE_HEAD)
     table.add_column("S")
-    for name in ("contestant", "median ms", "min ms", "GFLOP/s", "speed of ours", "peak MB", "error"):
+    for name in ("contestant", "median ms", "min ms", "GFLOP/s", "ours is", "peak MB", "error"):
         table.add_column(name, justify="left" if name == "contestant" else "right")
     for row in measured:
         shape = Shape(**{field.name: row[field.name] for field in dataclasses.fields(Shape)})
@@ -217,7 +217,7 @@ def main() -> int:
     shapes.append(Shape(1, 8192, False))
     if options.long:
         shapes.append(Shape(131072, 131072, False, num_heads=1))
-    console = rich.console.Console(stderr=options.json)
+    console = rich.console.Console(stderr=options.json, width=None if sys.stdout.isatty() else 110)
     progress = rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True)
     measured = []
     with progress:
