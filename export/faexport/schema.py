@@ -32,6 +32,7 @@ OPTIONAL_INPUTS = {
     "query_offset": "[1] or [B]: position of the first query among the keys",
     "alibi_slopes": "[H_q] or [B, H_q] float32",
     "sinks": "[H_q] float32: a logit without a value in each row's softmax",
+    "unused": "any tensor, which nobody looks at; may come more than once",
 }
 OPTIONAL_OUTPUTS = {
     "present_key": "[B, H_kv, P + S, D]",
