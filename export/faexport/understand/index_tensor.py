@@ -59,7 +59,7 @@ class Tensor:
             result = self._element(index)
             if result.kind == self.kind:
                 return result
-        except Unknown:
+        except (Unknown, ValueError, IndexError):
             pass
         if self.value is None:
             raise Unknown
@@ -231,7 +231,7 @@ class Interpreter:
                 if value is node.outputs[0] or node.op_type == "Split":
                     function = _TRANSFERS[node.op_type]
                     return function(self, node) if node.op_type != "Split" else function(self, node, value.index())
-            except (Unknown, RecursionError):
+            except (Unknown, RecursionError, ValueError, IndexError):  # also where a node breaks ONNX's rules
                 pass
         try:
             return opaque(value, self.declared_shape(value), value.dtype)

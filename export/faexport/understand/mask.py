@@ -48,6 +48,10 @@ class GraphMasks:
         self.checker = Checker(self.ctx)
 
 
+_BOTH_MASKS = (
+    "a float mask is added to scores that another mask replaced by a number: rows of padding only would come out "
+    "differently (--assume right-padding rules them out)"
+)
 UNKNOWN_SHAPE = "the shape of its mask can't be found out"
 Shapes = Callable[[ir.Value], Sequence[int | str | None] | None]
 _graphs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -157,13 +161,13 @@ class _Builder:
             elif term.kind is spec.TermKind.WHERE:
                 fill = self.site.element(term, term.fill)
                 if fill.op != "float" or not il.float_value(fill) <= -1e30:
-                    raise NotAMask("a float mask is added to scores that were replaced by a number")
+                    raise NotAMask(_BOTH_MASKS)
                 kept = self.site.element(term, term.value)
                 kept = kept if term.keep_when else il.negate(kept)
                 zero = il.floating(0.0, self.site.scores.dtype)
                 parts.append((self._value(il.choose(kept, zero, fill)), term.factor))
             else:
-                raise NotAMask("a float mask is added to scores that were clamped or replaced by a number")
+                raise NotAMask(_BOTH_MASKS)
         self._sum(parts)
         self.fact("a finite mask beside a float mask: both stay a bias")
 
