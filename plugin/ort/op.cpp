@@ -3,12 +3,14 @@
 // optional_inputs names, one output, and three optional ones in fixed places. See docs/onnxruntime.md for why a variadic tail.
 #include "op.h"
 
+#include <atomic>
+
 namespace fa::plugin {
 namespace {
 
 constexpr size_t kNumRequired = 3;  // query, key, value; slot 3 is the variadic tail
 
-bool g_shapes_of_optional_outputs = false;
+std::atomic<bool> g_shapes_of_optional_outputs{false};
 
 const FlashAttentionOp& self(const OrtCustomOp* op) { return *static_cast<const FlashAttentionOp*>(op); }
 
