@@ -34,6 +34,8 @@ FORMS = {
     "3-D single head": Form(rank="single"),
     "einsum": Form(rank="einsum"),
     "einsum, masked": Form(rank="einsum", mask="where"),
+    "einsum, grouped": Form(rank="einsum", kv_heads=2),
+    "exp of LogSoftmax": Form(softmax="log"),
     "5-D grouped": Form(rank="5d", kv_heads=2),
     "packed, Split": Form(packed="split"),
     "packed, Slice": Form(packed="slice"),
@@ -100,7 +102,7 @@ def test_each_spelling_is_fused_and_right(form: Form, library: str) -> None:
     model, report = fuse_and_compare(form, library)
     assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
     left = {n.op_type for n in model.graph.node}
-    assert not left & {"Softmax", "Exp", "Tanh", "IsNaN", "Einsum", "Expand", "Tile"}
+    assert not left & {"Softmax", "LogSoftmax", "Exp", "Tanh", "IsNaN", "Einsum", "Expand", "Tile"}
 
 
 @pytest.mark.parametrize("form", [Form(), Form(packed="split"), Form(kv_heads=2), Form(scale="both"), Form(rank="3d")])

@@ -18,16 +18,16 @@ EXAMPLES = int(os.environ.get("FAEXPORT_RANDOM_GRAPHS", "150"))
 def forms(draw: st.DrawFn) -> Form:
     rank = draw(st.sampled_from(["4d", "4d", "4d", "3d", "einsum", "single", "5d"]))
     heads = draw(st.sampled_from([1, 2, 4, 6])) if rank != "single" else 1
-    groups = [n for n in (1, 2, 3) if heads % n == 0] if rank in ("4d", "5d") else [1]
+    groups = [n for n in (1, 2, 3) if heads % n == 0] if rank in ("4d", "5d", "einsum") else [1]
     kv_heads = heads // draw(st.sampled_from(groups))
     plain = rank == "4d"
-    softmax = ["node", "positive_axis", "handwritten", "minus_max", "cast", "guard"] + ["transposed"] * (
+    softmax = ["node", "positive_axis", "handwritten", "log", "minus_max", "cast", "guard"] + ["transposed"] * (
         plain and kv_heads == heads
     )
     packed = ["none", "split", "slice"] + ["gather"] * (plain and kv_heads == heads)
     chosen = draw(st.sampled_from(softmax))
     masks = ["none", "add", "sub", "zero", "clamp"] + (
-        ["where", "causal"] if chosen != "transposed" and rank in ("4d", "einsum") else []
+        ["where", "causal"] if chosen != "transposed" and (plain or (rank == "einsum" and kv_heads == heads)) else []
     )
     sinks = plain and chosen == "node" and draw(st.booleans())
     flaw = (

@@ -25,7 +25,7 @@ from faexport.understand.views import View
 SOURCE = "softmax_core"
 
 
-@matcher(SOURCE, ("Softmax", "Div", "Mul"))
+@matcher(SOURCE, ("Softmax", "Div", "Mul", "Exp"))
 def match(node: ir.Node, context: Context) -> Candidate | None:
     a = context.analysis
     softmax = softmax_of(node, a)

@@ -14,6 +14,7 @@ from faexport.spec import Layout, Refusal
 from faexport.understand import view_ops
 from faexport.understand.dims import Dim, product
 from faexport.understand.nodes import data_users, name_of, op
+from faexport.understand.products import Factor
 from faexport.understand.score_chain import RESHAPES
 from faexport.understand.shape_uses import ShapeUse, rebuild, uses_of
 from faexport.understand.surgery import Builder
@@ -42,10 +43,10 @@ class Output:
 
 
 def read_output(
-    values: Values, heads: Dim, dtype: ir.DataType | None, sources: Sequence[ir.Value], a: Analysis
+    values: Values, heads: Dim, dtype: ir.DataType | None, sources: Sequence[ir.Value], query: Factor, a: Analysis
 ) -> Output | Refusal:
     """The furthest tensor behind the product that is the whole output in one of the layouts. `sources` are query, key
-    and value: Shape nodes on the way are rebuilt from them, or end it."""
+    and value: Shape nodes on the way are rebuilt from them, or end it. `query` stands in the score product."""
     y = values.product.node.outputs[0]
     shape = a.shape(y)
     refusal = Refusal("the output's shape is not understood", name_of(values.product.node))
@@ -63,7 +64,7 @@ def read_output(
     order = [*values.product.leads, "row", "column"]
     view = view.transpose([order.index(x) for x in labels])
     found = _furthest(y, view, sizes, dtype, sources, a)
-    return found or _rebuilt(y, labels, sizes, dtype, a) or refusal
+    return found or _rebuilt(values, sizes, dtype, query, a) or refusal
 
 
 def declared_output(value: ir.Value, layout: Layout, sizes, dtype: ir.DataType | None, a: Analysis) -> Output:
@@ -110,26 +111,46 @@ def _layout_of(view: View, sizes) -> Layout | None:
     return None
 
 
-def _rebuilt(value: ir.Value, labels: tuple[str, ...], sizes, dtype, a: Analysis) -> Output | None:
+def _rebuilt(values: Values, sizes, dtype: ir.DataType | None, query: Factor, a: Analysis) -> Output | None:
     """The product's own output, made from the fused node's by new nodes."""
+    value, labels = values.product.node.outputs[0], values.product.labels
     leads = len(labels) - 2
     entry = ir.Value(name=None, type=value.type)
     build = Builder(a.opset)
-    current, layout = entry, Layout.BHSD
-    order = [x for x in labels if x not in ("row", "column")] + ["row", "column"]
+    current: ir.Value | None = entry
+    layout = Layout.BHSD
+    order = [*values.product.leads, "row", "column"]
     if leads <= 1 and sizes[1] == 1:
         layout = Layout.BSH
         current = build.squeeze(current, 0) if leads == 0 else current
     elif leads == 1:
         current = build.merge_first_axes(current)
     elif leads > 2:
-        shape = [d.const for d in a.shape(value)]
-        dims = [shape[labels.index(x)] for x in order]
-        if dims.count(None) > 1:
-            return None
-        current = build.reshape(current, [-1 if d is None else d for d in dims])
+        current = _split_leads(build, current, values, query, a)
+    if current is None:
+        return None
     current = build.transpose(current, [order.index(x) for x in labels])
     own = a.dtype(value)
     if dtype is not None and own is not None and own != dtype:
         current = build.add("Cast", [current], own, to=int(own))
     return Output(value, layout, tuple(build.nodes), entry=entry if build.nodes else None)
+
+
+def _split_leads(build: Builder, fused: ir.Value, values: Values, query: Factor, a: Analysis) -> ir.Value | None:
+    """[B, H, S, D_v] to as many leading axes as the product has; their sizes are constants but one, or the query's."""
+    product = values.product
+    shape = a.shape(product.node.outputs[0])
+    dims = [shape[product.labels.index(x)].const for x in (*product.leads, "row", "column")]
+    if dims.count(None) <= 1:
+        return build.reshape(fused, [-1 if d is None else d for d in dims])
+    own = a.shape(query.value)
+    names = [f"lead{i}" for i in range(len(product.leads))]  # of the score product, in the same order
+    if set(names) - set(query.labels) or len(query.labels) != len(product.labels):
+        return None
+    axes = [query.labels.index(x) for x in (*names, "row")]
+    if [own[i] for i in axes[:-1]] != values.lead_sizes:
+        return None
+    sizes = build.add("Shape", [query.value], ir.DataType.INT64)
+    first = build.add("Gather", [sizes, build.ints(axes)], ir.DataType.INT64, axis=0)
+    target = build.add("Concat", [first, build.ints([-1])], ir.DataType.INT64, axis=0)
+    return build.add("Reshape", [fused, target], fused.dtype)

@@ -51,6 +51,17 @@ class Product:
         return dataclasses.replace(self, left=left, right=right, labels=rename(self.labels))
 
 
+def with_row(product: Product, label: str) -> Product:
+    """The same product with another axis of the left operand called the row (of several that the right one lacks)."""
+    names = {label: "row", "row": label}
+
+    def rename(labels: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(names.get(x, x) for x in labels)
+
+    left = Factor(product.left.value, rename(product.left.labels))
+    return dataclasses.replace(product, left=left, labels=rename(product.labels))
+
+
 def product_of(node: ir.Node, a: Analysis) -> Product | None:
     """`node` as a product, or None where it is none or its ranks are unknown."""
     name = op(node)

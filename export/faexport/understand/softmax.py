@@ -28,6 +28,9 @@ def softmax_of(node: ir.Node, a: Analysis) -> Softmax | None:
     """`node` as the end of a softmax over one axis, or None."""
     if op(node) == "Softmax":
         return _softmax_node(node, a)
+    if op(node) == "Exp" and op(producer(node.inputs[0])) == "LogSoftmax":
+        inner = _softmax_node(producer(node.inputs[0]), a)
+        return inner and Softmax(node, inner.scores, inner.axis, node.outputs[0], (*inner.inner, node))
     if op(node) == "Div":
         return _written_out(node, node.inputs[0], producer(node.inputs[1]), (), a)
     if op(node) == "Mul":

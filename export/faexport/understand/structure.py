@@ -178,7 +178,7 @@ def _try(sides, values: Values, heads: Dim, how, a: Analysis) -> Structure | Ref
     in_columns = [r.operand.column_start is not None for r in readings]
     if any(in_columns) and not _all_in_columns(readings):
         return Refusal("only a part of query, key and value is packed", name_of(values.product.node))
-    output = read_output(values, heads, dtype, [r.source for r in readings], a)
+    output = read_output(values, heads, dtype, [r.source for r in readings], sides[0].factor, a)
     return output if isinstance(output, Refusal) else Structure(query, key, value, output, heads)
 
 

@@ -16,7 +16,7 @@ from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand import view_ops
 from faexport.understand.dims import Dim, plain
 from faexport.understand.nodes import FLOATS, attribute, data_users, live_users, name_of, op
-from faexport.understand.products import PRODUCT_OPS, Product, product_of
+from faexport.understand.products import PRODUCT_OPS, Product, product_of, with_row
 from faexport.understand.score_chain import RESHAPES, Scores, label_axes
 from faexport.understand.shape_rules import slice_of
 from faexport.understand.shape_uses import ShapeUse, uses_of
@@ -174,6 +174,11 @@ def find_values(scores: Scores, probabilities: ir.Value, names: list[str], a: An
     column, row = (_atom_axis(scores.product, label, shape) for label in ("column", "row"))
     if axes["sum"] != column:
         return Refusal("the product after the softmax does not sum over the softmax's axis", name_of(node))
+    if axes["row"] != row:
+        other = next((x for x in product.leads if axes.get(x) == row and x not in product.right.labels), None)
+        if other is not None:
+            product = with_row(product, other)
+            axes = dict(zip(product.left.labels, walker.view.axes, strict=True))
     if axes["row"] != row:
         return Refusal("the rows of the attention weights are not those of the scores", name_of(node))
     if a.is_static(product.right.value):
