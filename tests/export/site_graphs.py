@@ -32,7 +32,7 @@ class Form:
     packed: str = "none"  # none; split: one projection, Split; gather: [B, S, 3, H, D] transposed and indexed; slice
     key: str = "after"  # after: K transposed as [B, H, S, D]; direct: by one Transpose to [B, H, D, S]
     scale: str = "scores"  # scores, query, key, both, div, runtime, none; learnt: a weight for each head
-    softmax: str = "node"  # node, positive_axis, handwritten, minus_max, cast, guard, transposed
+    softmax: str = "node"  # node, positive_axis, handwritten, log, minus_max, cast, guard, transposed
     repeat: str = "expand"  # expand, gather, tile (not GQA: the heads' order differs), concat
     mask: str = "none"  # none, add, where, causal, bias3d, sub, zero, clamp
     softcap: float = 0.0
@@ -228,6 +228,9 @@ class _Attention:
 
     def _product(self, query: str, key: str) -> str:
         form, b = self.form, self.b
+        if form.rank == "einsum" and form.kv_heads < form.heads:
+            grouped = b.op("Reshape", query, b.ints(0, 0, form.kv_heads, form.heads // form.kv_heads, form.head_dim))
+            return b.op("Einsum", grouped, key, equation="bqkgd,bskd->bkgqs")
         if form.rank == "einsum":
             return b.op("Einsum", query, key, equation="bqhd,bkhd->bhqk")
         if form.rank == "single":
@@ -286,6 +289,7 @@ class _Attention:
     def _softmax(self, scores: str) -> str:
         form, b = self.form, self.b
         rank = {"3d": 3, "single": 3, "channels_first": 3, "5d": 5}.get(form.rank, 4)
+        rank += form.rank == "einsum" and form.kv_heads < form.heads
         if form.flaw == "sigmoid":
             return b.op("Sigmoid", scores)
         if form.flaw == "softmax_over_queries":
@@ -297,6 +301,8 @@ class _Attention:
         if form.softmax == "handwritten":
             exp = b.op("Exp", b.op("Sub", scores, b.op("ReduceMax", scores, b.ints(-1), keepdims=1)))
             weights = b.op("Div", exp, b.op("ReduceSum", exp, b.ints(-1), keepdims=1))
+        elif form.softmax == "log":
+            weights = b.op("Exp", b.op("LogSoftmax", scores, axis=-1))
         elif form.softmax == "minus_max":
             weights = b.op("Softmax", b.op("Sub", scores, b.op("ReduceMax", scores, b.ints(-1), keepdims=1)), axis=-1)
         elif form.softmax == "cast":
@@ -328,6 +334,8 @@ class _Attention:
             return b.op("MatMul", weights, value)
         if form.rank == "4d":
             return b.op("MatMul", weights, self._repeat(value))
+        if form.rank == "einsum" and form.kv_heads < form.heads:
+            return b.op("Einsum", weights, value, equation="bkgqs,bskd->bqkgd")
         if form.rank == "einsum":
             return b.op("Einsum", weights, value, equation="bhqk,bkhd->bqhd")
         if form.rank == "single":
