@@ -14,12 +14,14 @@
 namespace fa {
 namespace {
 
+// clang-format off
 const Kernel kTable[] = {
     {"cpu", DeviceType::kCpu, cpu::supports, cpu::workspace_bytes, cpu::launch},
 #ifdef FA_WITH_CUDA
     FA_CUDA_KERNELS
 #endif
 };
+// clang-format on
 
 std::string refusal(const Kernel& kernel, const AttentionParams& params, const DeviceInfo& device) {
   if (kernel.device != device.type)

@@ -7,7 +7,7 @@ function(fa_cpu_kernel isa)
   set(source ${CMAKE_CURRENT_BINARY_DIR}/cpu_tile_${isa}.cpp)
   file(CONFIGURE OUTPUT ${source} CONTENT "#include \"cpu/tile_kernel.cpp\"\n" @ONLY)
   target_sources(fa_core PRIVATE ${source})
-  # NOTE: GCC 12 calls its own _mm512_undefined_ps() maybe uninitialized; the vector types below 512 bits change the ABI of nothing we export.
+  # NOTE: GCC 12 calls its own _mm512_undefined_ps() maybe uninitialized. No vector type is in an interface (-Wno-psabi).
   set_source_files_properties(${source} PROPERTIES COMPILE_DEFINITIONS FA_ISA=${isa}
     COMPILE_OPTIONS "-O3;-ffp-contract=fast;-fno-math-errno;-Wno-psabi;-Wno-maybe-uninitialized;${ARGN}")
 endfunction()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Online softmax (Milakov & Gimelshein 2018): the running maximum and sum of a row, the merge of two partial results, the sink, and
-// what a row without keys gives. Scores here are natural; names of values in units of log2 end in _log2.
+// Online softmax (Milakov & Gimelshein 2018): the running maximum and sum of a row, the merge of two partial results, the sink,
+// and what a row without keys gives. Scores here are natural; names of values in units of log2 end in _log2.
 #pragma once
 
 #include <cmath>

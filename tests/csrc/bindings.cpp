@@ -49,24 +49,18 @@ AttentionParams params_of(const py::dict& fields, bool corrupt) {
   for (const auto& item : fields) {
     const std::string name = item.first.cast<std::string>();
     bool known = false;
-#define TENSOR(field)                                                        \
-  if (name == #field) {                                                      \
-    p.field = view(py::reinterpret_borrow<py::array>(item.second), corrupt); \
-    known = true;                                                            \
-  }
-    TENSOR(query)
-    TENSOR(key) TENSOR(value) TENSOR(out) TENSOR(lse) TENSOR(mask) TENSOR(bias) TENSOR(kv_lengths) TENSOR(query_lengths)
-        TENSOR(cu_seqlens_q) TENSOR(cu_seqlens_kv) TENSOR(query_offsets) TENSOR(alibi_slopes) TENSOR(sinks)
+    // clang-format off
+#define TENSOR(field) \
+  if (name == #field) p.field = view(py::reinterpret_borrow<py::array>(item.second), corrupt), known = true;
+#define SCALAR(field) \
+  if (name == #field) p.field = item.second.cast<decltype(p.field)>(), known = true;
+    TENSOR(query) TENSOR(key) TENSOR(value) TENSOR(out) TENSOR(lse) TENSOR(mask) TENSOR(bias) TENSOR(kv_lengths)
+    TENSOR(query_lengths) TENSOR(cu_seqlens_q) TENSOR(cu_seqlens_kv) TENSOR(query_offsets) TENSOR(alibi_slopes) TENSOR(sinks)
+    SCALAR(align_bottom_right) SCALAR(query_offset) SCALAR(window_left) SCALAR(window_right) SCALAR(softmax_scale) SCALAR(softcap)
 #undef TENSOR
-#define SCALAR(field)                                \
-  if (name == #field) {                              \
-    p.field = item.second.cast<decltype(p.field)>(); \
-    known = true;                                    \
-  }
-            SCALAR(align_bottom_right) SCALAR(query_offset) SCALAR(window_left) SCALAR(window_right) SCALAR(softmax_scale)
-                SCALAR(softcap)
 #undef SCALAR
-                    if (name == "empty_row_mean") {
+        // clang-format on
+        if (name == "empty_row_mean") {
       p.empty_row = item.second.cast<bool>() ? fa::EmptyRow::kMean : fa::EmptyRow::kZero;
       known = true;
     }

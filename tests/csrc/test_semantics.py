@@ -121,8 +121,16 @@ any_length = st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 40)
 
 
 @FIXTURE
-@given(q=any_length, kv=any_length, cu=st.lists(any_length, min_size=4, max_size=4), packed=st.booleans(), wide=st.booleans(),
-       bottom_right=st.booleans(), rows=small, keys=small)  # fmt: skip
+@given(
+    q=any_length,
+    kv=any_length,
+    cu=st.lists(any_length, min_size=4, max_size=4),
+    packed=st.booleans(),
+    wide=st.booleans(),
+    bottom_right=st.booleans(),
+    rows=small,
+    keys=small,
+)
 def test_no_length_leaves_its_tensor(fa_csrc, q, kv, cu, packed, wide, bottom_right, rows, keys):
     dtype = np.int64 if wide else np.int32
     if packed:
