@@ -59,11 +59,8 @@ AttentionParams params_of(const py::dict& fields, bool corrupt) {
     SCALAR(align_bottom_right) SCALAR(query_offset) SCALAR(window_left) SCALAR(window_right) SCALAR(softmax_scale) SCALAR(softcap)
 #undef TENSOR
 #undef SCALAR
-        // clang-format on
-        if (name == "empty_row_mean") {
-      p.empty_row = item.second.cast<bool>() ? fa::EmptyRow::kMean : fa::EmptyRow::kZero;
-      known = true;
-    }
+    if (name == "empty_row_mean") p.empty_row = item.second.cast<bool>() ? fa::EmptyRow::kMean : fa::EmptyRow::kZero, known = true;
+    // clang-format on
     if (!known) throw py::key_error(name);
   }
   return p;
