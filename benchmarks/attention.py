@@ -147,6 +147,9 @@ def main() -> None:
     rows = [row for suite in suites if suite != "memory" for row in SUITES[suite] if options.match in row.name]
     console = rich.console.Console(width=200)
     document = document_of(options)
+    torch.cuda.set_stream(
+        torch.cuda.Stream()
+    )  # onnxruntime takes a stream from outside only where it isn't the default one
     if "memory" in suites:
         import attention_ort
 

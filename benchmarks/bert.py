@@ -114,6 +114,9 @@ def main() -> None:
             return
         if not torch.cuda.is_available():
             parser.error("PyTorch finds no CUDA device")
+        torch.cuda.set_stream(
+            torch.cuda.Stream()
+        )  # onnxruntime takes none from outside but where it isn't the default one
         rows = [measure(folder, batch_size, seqlen, options.rounds) for batch_size, seqlen in ((8, 512), (2, 2048))]
     environment = results_file.environment("torch", "transformers", "onnxruntime-gpu")
     environment["commit"] = environment["commit"] or options.commit

@@ -9,7 +9,7 @@ import pytest
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
 PREFILL, DECODE = "prefill", "decode_splitkv"
 
-# (batch, query heads, key heads, seqlen_q, seqlen_kv, head_dim, dtype), other arguments, phase, does Hopper's kernel take it
+# (batch, query heads, key heads, seqlen_q, seqlen_kv, head_dim, dtype), other arguments, phase, for Hopper's
 CONFIGURATIONS = [
     ((1, 16, 16, 512, 512, 64, "float16"), {}, PREFILL, True),
     ((4, 16, 16, 2048, 2048, 128, "bfloat16"), {"is_causal": True}, PREFILL, True),
