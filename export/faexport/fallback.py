@@ -45,12 +45,13 @@ class _Call:
     dtype: ir.DataType
 
 
-def add_fallback(model: ir.Model, full_rows: Collection[ir.Node] = ()) -> str:
+def add_fallback(model: ir.Model, full_rows: Collection[ir.Node] = (), analysis: Analysis | None = None) -> str:
     """Adds the functions. Returns "" or why there are none: then the model needs the library.
 
     Args:
         model: changed in place; functions of an earlier run are replaced.
         full_rows: fused nodes of which is proven that every row sees a key.
+        analysis: what is known of the model's values; made here if not given.
     """
     remove_fallback(model)
     nodes = [n for n in _all_nodes(model) if n.domain == DOMAIN and n.op_type == OP_TYPE]
@@ -59,7 +60,7 @@ def add_fallback(model: ir.Model, full_rows: Collection[ir.Node] = ()) -> str:
         return ""
     if opset < MINIMUM_OPSET:
         return f"the model's opset is {opset}; the stand-in needs {MINIMUM_OPSET}"
-    analysis = Analysis(model)
+    analysis = analysis or Analysis(model)
     calls = []
     for node in nodes:
         call = _read(node, analysis, node in full_rows)

@@ -57,7 +57,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     if fused:
         add_opset(model)
     if fused and options.fallback:
-        add_fallback(model, full_rows)
+        add_fallback(model, full_rows, analysis)
     report = Report.from_candidates(candidates, before, count_nodes(model))
     return model, report
 

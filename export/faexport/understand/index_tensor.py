@@ -177,6 +177,14 @@ class Interpreter:
             raise Unknown
         return tuple(self.size(d, f"{value.name}.{k}") for k, d in enumerate(dims))
 
+    def shape(self, value: ir.Value) -> Shape | None:
+        """The shape of any value of the model, without a look at its elements where somebody knows it already."""
+        dims = self._shapes(value)
+        if dims is not None and all(d is not None for d in dims):
+            return tuple(self.size(d, "") for d in dims)
+        found = self.known(value)
+        return None if found is None else found.shape
+
     # ------------------------------------------------------------------------------------------ values
 
     def tensor(self, value: ir.Value) -> Tensor:
@@ -293,4 +301,4 @@ def attribute(node: ir.Node, name: str, default: object = None) -> object:
     found = node.attributes.get(name)
     if found is None:
         return default
-    return found.value.numpy() if isinstance(found.value, ir.TensorProtocol) else found.value
+    return found.value.numpy() if found.type is ir.AttributeType.TENSOR else found.value

@@ -46,6 +46,7 @@ class GraphMasks:
         self.ctx = Interpreter(graph, shapes)
         self.emitter = Emitter(self.ctx, graph)
         self.checker = Checker(self.ctx)
+        self.known: dict[tuple, tuple[spec.Mask, tuple[str, ...]]] = {}
 
 
 _BOTH_MASKS = (
@@ -75,19 +76,32 @@ def understand_mask(
     if not terms:
         return spec.Mask(rows_see_a_key=True)
     shared = graph_masks(scores.graph, shapes)
+    names = tuple(_name(t.node) for t in terms)
     try:
         site = Site(shared.ctx, terms, scores)
-        mask = _Builder(shared, site, terms, options).build()
+        key = _key(site, terms, options)
+        if key not in shared.known:
+            shared.known[key] = _Builder(shared, site, terms, options).build(), names
     except NotAMask as reason:
-        return spec.Refusal(str(reason), _name(terms[-1].node))
+        return spec.Refusal(str(reason), names[-1])
     except (Unknown, RecursionError):
-        return spec.Refusal(UNKNOWN_SHAPE, _name(terms[-1].node))
+        return spec.Refusal(UNKNOWN_SHAPE, names[-1])
+    mask, first = shared.known[key]
     if options.check:
-        wrong = shared.checker.check(site, terms, mask, options.assume_right_padding)
+        wrong = shared.checker.check(key, site, terms, mask, options.assume_right_padding)
         if wrong:
             text = f"what was proven of its mask isn't what the mask computes ({wrong}); please report this model"
-            return spec.Refusal(text, _name(terms[-1].node))
-    return mask
+            return spec.Refusal(text, names[-1])
+    facts = (spec.Fact(f.text, (*(n for n in f.nodes if n not in first), *names)) for f in mask.facts)
+    return dataclasses.replace(mask, facts=tuple(facts))
+
+
+def _key(site: Site, terms: Sequence[spec.MaskTerm], options: MaskOptions) -> tuple:
+    """Sites with the same key have the same mask: layers share one proof, its nodes and its check."""
+    parts = [
+        (t.kind, t.axes, t.keep_when, t.factor, *(site.element(t, v) for v in (t.value, t.fill) if v)) for t in terms
+    ]
+    return (*parts, site.index, tuple(site.sizes.values()), site.scores.dtype, site.scores.nan_guard, options)
 
 
 def _name(node: ir.Node) -> str:
@@ -130,6 +144,9 @@ class _Builder:
         values = [mask.query_offset, mask.attn_mask, mask.attn_bias, mask.kv_lengths, mask.alibi_slopes]
         needed = dict.fromkeys(n for v in values if v is not None for n in self.emitter.nodes.get(v, ()))
         mask.new_nodes, mask.facts = tuple(needed), tuple(self.facts)
+        for value, dtype in ((mask.attn_mask, ir.DataType.BOOL), (mask.attn_bias, self.site.scores.dtype)):
+            if value is not None and value.dtype is None:
+                value.dtype = dtype
         return mask
 
     def _moderate(self) -> bool:

@@ -27,16 +27,16 @@ _MAX_ELEMENTS = 1 << 22
 
 
 class Checker:
-    """Remembers which masks of a graph were checked: sites whose terms are the same expressions share one check."""
+    """Remembers which masks of a graph were checked."""
 
     def __init__(self, ctx: Interpreter):
         self.ctx = ctx
         self._done: dict[tuple, str] = {}
 
-    def check(self, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, right_padding: bool) -> str:
-        """ "" where all evaluations agree (or none was possible), else what differs."""
-        parts = [(t.kind, t.keep_when, t.factor, *(site.element(t, v) for v in (t.value, t.fill) if v)) for t in terms]
-        key = (*parts, site.index, mask.empty_row, right_padding)
+    def check(
+        self, key: tuple, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, right_padding: bool
+    ) -> str:
+        """ "" where all evaluations agree (or none was possible), else what differs. Sites of equal `key` share a check."""
         if key not in self._done:
             try:
                 self._done[key] = self._check(site, terms, mask, right_padding)

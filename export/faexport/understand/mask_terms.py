@@ -74,10 +74,10 @@ class Site:
         scores, sizes = self.scores, {letter: {} for letter in "BHST"}
         operands = [(scores.query, "S")] + [(scores.key, "T")]
         for operand, row_axis in operands:
-            found = self.ctx.known(operand.value) if operand is not None else None
-            layout = operand.layout.value if operand is not None else ""
-            if found is not None and found.rank == len(layout):
-                named = dict(zip(layout, found.shape, strict=True))
+            shape = self.ctx.shape(operand.value)
+            layout = operand.layout.value
+            if shape is not None and len(shape) == len(layout):
+                named = dict(zip(layout, shape, strict=True))
                 sizes["B"][named["B"]] = None
                 sizes[row_axis][named["S"]] = None
         for letter, dim in (("B", scores.batch), ("H", scores.heads), ("S", scores.seqlen_q), ("T", scores.seqlen_kv)):
