@@ -47,11 +47,12 @@ template <class C>
 __device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& tile, int row, RowPair& rows,
                                             float (&o)[C::kHeadDim / 2]) {
   const AttentionParams& p = args.problem;
-  bool empty[2];
+  bool empty[2], unused[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int i = row + 8 * r;
     const bool used = i < tile.query_length;
+    unused[r] = !used;
     const float reference = rows.reference[r];
     const float highest = C::kModified || reference == -INFINITY ? reference : reference * p.softmax_scale;
     SoftmaxState state{highest, quad_sum(rows.sum[r])};
@@ -66,6 +67,12 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& 
     }
   }
   rescale_rows(o, rows.factor);
+  if (unused[0] || unused[1]) {  // NOTE: the queries of unused rows may be NaN, and NaN * 0 is NaN
+#pragma unroll
+    for (int j = 0; j < C::kHeadDim / 2; ++j) {
+      if (unused[j / 2 % 2]) o[j] = 0.0f;
+    }
+  }
   if (p.empty_row == EmptyRow::kMean && (empty[0] || empty[1])) {
 #pragma unroll
     for (int i = 0; i < C::kHeadDim / 4; ++i) {
