@@ -36,7 +36,7 @@ class Checker:
     def check(
         self, key: tuple, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, right_padding: bool
     ) -> str:
-        """ "" where all evaluations agree (or none was possible), else what differs. Sites of equal `key` share a check."""
+        """ "" where all evaluations agree (or none was possible), else what differs; made once for a key."""
         if key not in self._done:
             try:
                 self._done[key] = self._check(site, terms, mask, right_padding)
