@@ -64,7 +64,7 @@ def export(folder: pathlib.Path, layers: int = 12) -> None:
     onnx.save(fused, folder / "ours.onnx")
     optimized = optimizer.optimize_model(exported, "bert", num_heads=12, hidden_size=768, opt_level=0, use_gpu=True)
     print("onnxruntime's optimizer fused", optimized.get_fused_operator_statistics())
-    optimized.convert_float_to_float16()
+    optimized.convert_float_to_float16(keep_io_types=False)
     optimized.save_model_to_file(os.fspath(folder / "onnxruntime.onnx"))
 
 
