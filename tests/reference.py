@@ -34,6 +34,7 @@ class _Sequence:
     sinks: np.ndarray | None  # [H_q]
 
 
+@np.errstate(over="ignore")  # a float16 bias near the least number, rounded with a score below it, is -inf
 def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
     """The operator's outputs by name, float64 (present_key and present_value in their own dtype).
 
