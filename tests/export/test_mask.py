@@ -221,3 +221,19 @@ def test_padding_as_a_product_beside_a_causal_mask() -> None:
         assumed = outcome(float_padding_beside(fill, "where scores"), assume_right_padding=True)
         assert isinstance(assumed, AttentionSpec) and window(assumed.mask) == (-1, 0)
         assert "bias [B, 1, 1, S_kv]" in {fact.text for fact in assumed.mask.facts}
+
+
+@pytest.mark.parametrize("cache", (False, True))
+def test_a_band_ahead_of_the_diagonal_moves_the_position(cache: bool) -> None:
+    mask = proven(Recipe(("j <= i + 1", "j <= i"), negate_first=False, cache=cache))
+    assert window(mask) == (-1, 0)
+    band = proven(
+        Recipe(("j <= i", "j <= i + w"), window=2, negate_first=True, fill=INFINITY, cache=cache)
+    )  # i < j <= i + 2
+    assert window(band) == (0, 1) and band.query_offset is not None
+
+
+def test_a_replacement_after_a_float_mask_is_refused() -> None:
+    model = grammar.build(Recipe(("prefix",), form="where scores", bias="padding"))
+    found = outcome(model)
+    assert isinstance(found, Refusal) and "float mask" in found.reason

@@ -175,7 +175,7 @@ class _Builder:
         for term in self.terms:
             if term.kind is spec.TermKind.ADD:
                 parts.append((self._placed(term), term.factor))
-            elif term.kind is spec.TermKind.WHERE:
+            elif term.kind is spec.TermKind.WHERE and not parts:  # after an addition it would undo that
                 fill = self.site.element(term, term.fill)
                 if fill.op != "float" or not il.float_value(fill) <= -1e30:
                     raise NotAMask(_BOTH_MASKS)

@@ -75,8 +75,10 @@ def _choose(site: Site, right: list[tuple[Expr, Expr]], left: list[tuple[Expr, E
     window = Window(right=ahead, offset=ia.sub(reach, ia.const(ahead)), parts=(part,))
     for before, other in left[:1]:
         behind = ia.value_of(ia.add(before, window.offset))
-        if behind is not None and behind < 0 and ahead + behind >= 0:  # an empty side: move the position
-            window.offset, window.right, behind = ia.sub(window.offset, ia.const(-behind)), ahead - behind, 0
+        if (
+            behind is not None and behind < 0 <= ahead + behind
+        ):  # all keys are ahead: move the position to the first of them
+            window.offset, window.right, behind = ia.sub(window.offset, ia.const(behind)), ahead + behind, 0
         if behind is not None and behind >= 0:
             window.left, window.parts = behind, (part, other)
     return window
