@@ -162,7 +162,7 @@ class Report:
 
 
 def count_nodes(model: ir.Model) -> dict[str, int]:
-    """Nodes by op type ("domain::type" outside ONNX's own domain), those of subgraphs and functions included, but not those
+    """Nodes by op type ("domain::type" outside ONNX's own domain), subgraphs and functions included, but not those
     of the functions that stand in for the operator."""
     counter: collections.Counter[str] = collections.Counter()
     for graph in (model.graph, *(f for f in model.functions.values() if f.domain != DOMAIN)):

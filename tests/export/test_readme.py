@@ -49,6 +49,14 @@ def test_links_lead_somewhere(page: str) -> None:
         assert "://" in target or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
+def test_speeds_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
+
+    text = (ROOT / "README.md").read_text()
+    assert readme.updated(text) == text, "run: python benchmarks/readme.py"
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for page in PAGES:
