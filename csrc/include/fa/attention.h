@@ -72,9 +72,9 @@ enum class DeviceType : uint8_t { kCpu, kCuda };
 
 struct DeviceInfo {
   DeviceType type = DeviceType::kCpu;
-  int compute_capability = 0;    // 80, 86, 89, 90, …; 0 on the CPU
-  int num_sms = 0;               // streaming multiprocessors; 0 on the CPU
-  int shared_memory_bytes = 0;   // opt-in limit of one thread block
+  int compute_capability = 0;   // 80, 86, 89, 90, …; 0 on the CPU
+  int num_sms = 0;              // streaming multiprocessors; 0 on the CPU
+  int shared_memory_bytes = 0;  // opt-in limit of one thread block
 };
 
 /// Runs task(arg, i) for every i in [0, num_tasks), on as many threads as the host gives; returns when all are done.
@@ -83,8 +83,8 @@ using ParallelFor = void (*)(void* pool, size_t num_tasks, void (*task)(void* ar
 /// Where and with what a call runs.
 struct ExecutionContext {
   DeviceInfo device;
-  void* stream = nullptr;        // cudaStream_t; work is enqueued on it and never waited for
-  void* workspace = nullptr;     // device memory of at least workspace_bytes(params, device), 256-byte aligned
+  void* stream = nullptr;     // cudaStream_t; work is enqueued on it and never waited for
+  void* workspace = nullptr;  // device memory of at least workspace_bytes(params, device), 256-byte aligned
   size_t workspace_bytes = 0;
   ParallelFor parallel_for = nullptr;  // CPU only; null: the calling thread does it all
   void* pool = nullptr;

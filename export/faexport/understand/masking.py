@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door between a matcher and understand_mask (mask.py): hands over the user's options and what is known of shapes."""
+"""The door between a matcher and understand_mask (mask.py): hands over options and what is known of shapes."""
 
 from __future__ import annotations
 
