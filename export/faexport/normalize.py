@@ -11,7 +11,6 @@ import logging
 
 import onnx_ir as ir
 import onnx_ir.passes.common
-import onnxscript.version_converter
 
 from faexport.spec import DOMAIN
 from faexport.understand.nodes import own_functions
@@ -21,6 +20,8 @@ def convert_opset(model: ir.Model, opset: int) -> ir.Model:
     """The model at this opset of ONNX. Raises ValueError with a sentence where a node has no counterpart there."""
     if model.opset_imports.get("", opset) == opset:
         return model
+    import onnxscript.version_converter  # slow to import, and few ask for it
+
     logging.getLogger("onnxscript.version_converter").setLevel(logging.ERROR)
     before = model.opset_imports.get("")
     try:

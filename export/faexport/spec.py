@@ -86,6 +86,7 @@ class TermKind(enum.StrEnum):
     GATE = "gate"
     CLAMP = "clamp"  # max(scores, factor * value), value a constant that is hugely negative: keeps -inf away
     ZERO = "zero"  # after softmax: where(value == keep_when, probabilities, 0)
+    EMPTY_ROW = "empty_row"  # after the product with the values: 0 in rows where no element of value (bool) is true
 
 
 @dataclasses.dataclass(frozen=True)

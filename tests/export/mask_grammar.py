@@ -45,6 +45,7 @@ class Recipe:
     scale_after_mask: bool = False
     cache: bool = False
     guard: bool = False
+    row_guard: str = "none"  # 0 where a row sees no key in the whole mask, or its first part; or off by one
     near_miss: str = "none"
 
 
@@ -64,6 +65,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         scale_after_mask=draw(st.sampled_from((False, False, True))),
         cache=draw(st.booleans()),
         guard=draw(st.booleans()),
+        row_guard=draw(st.sampled_from(("none", "none", "none", "whole", "first", "off by one"))),
         near_miss=draw(st.sampled_from(NEAR_MISSES)),
     )
 
@@ -125,6 +127,7 @@ class _Builder:
         outputs = [g("MatMul", probabilities, value)]
         if r.near_miss == "post scale":
             outputs[0] = g("MatMul", g("Mul", probabilities, g.const([0.5], np.float32)), value)
+        outputs[0] = self._row_guarded(outputs[0])
         if r.near_miss == "second consumer":
             outputs.append(g("ReduceSum", probabilities, g.const([-1, -2])))
         shapes = (["batch", HEADS, "sequence", HEAD_DIM], ["batch", HEADS, 1, 1])
@@ -145,11 +148,13 @@ class _Builder:
         parts = [self._part(name) for name in r.parts]
         if parts and r.negate_first:
             parts[0] = g("Not", parts[0])
+        self.first = parts[:1]
         if parts and not r.apart:
             whole = parts[0]
             for part in parts[1:]:
                 whole = g("And", whole, part)
             parts = [whole]
+        self.visible = parts
         for part in parts:
             scores = self._masked(scores, part)
         scores = scores if r.bias_first else self._biased(scores)
@@ -159,6 +164,15 @@ class _Builder:
         g, r = self.g, self.r
         p = g("Softmax", scores, axis=2 if r.near_miss == "other axis" else -1)
         return g("Where", g("IsNaN", p), g.const(0.0, np.float32), p) if r.guard else p
+
+    def _row_guarded(self, output: str) -> str:
+        g, kind = self.g, self.r.row_guard
+        masks = self.first if kind == "first" else self.visible
+        if kind == "none" or not masks:
+            return output
+        count = g("ReduceSum", g("Cast", masks[0], to=TensorProto.FLOAT), g.const([-1]))
+        empty = g("Less", count, g.const(2.0 if kind == "off by one" else 1.0, np.float32))
+        return g("Where", empty, g.const(0.0, np.float32), output)
 
     def _masked(self, scores: str, keep: str) -> str:
         g, r = self.g, self.r

@@ -237,3 +237,37 @@ def test_a_replacement_after_a_float_mask_is_refused() -> None:
     model = grammar.build(Recipe(("prefix",), form="where scores", bias="padding"))
     found = outcome(model)
     assert isinstance(found, Refusal) and "float mask" in found.reason
+
+
+@pytest.mark.parametrize("fill", (MINIMUM, INFINITY, -1e4))
+@pytest.mark.parametrize("parts", (("unsqueeze",), ("gather_nd",), ("input mask",), ("j <= i", "unsqueeze")))
+def test_a_guard_for_empty_rows_is_absorbed(parts: tuple[str, ...], fill: float) -> None:
+    """0 where the mask of the scores lets no key through: what the operator does by itself."""
+    recipe = Recipe(parts, fill=fill, form="where scores", row_guard="whole")
+    found = outcome(grammar.build(recipe))
+    assert found.output.producer().op_type == "Where" and found.mask.empty_row is EmptyRow.ZERO
+    assert found.mask.attn_mask is not None and found.mask.attn_bias is None
+
+
+@pytest.mark.parametrize("parts", (("j <= i",), ("always",), ("j <= i", "unsqueeze")))
+def test_a_guard_that_is_never_taken_is_absorbed(parts: tuple[str, ...]) -> None:
+    found = outcome(grammar.build(Recipe(parts, row_guard="first")))
+    assert found.output.producer().op_type == "Where"
+    assert found.mask.empty_row is (EmptyRow.MEAN if "unsqueeze" in parts else EmptyRow.ZERO)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    (
+        Recipe(("unsqueeze", "j <= i"), row_guard="first"),  # a row with only later keys: the mean of all values
+        Recipe(("j <= i - 1", "unsqueeze"), row_guard="first"),
+        Recipe(("j <= i",), row_guard="off by one"),
+        Recipe(("unsqueeze",), row_guard="off by one"),
+        Recipe(("unsqueeze",), bias="input", row_guard="whole"),  # a bias may itself be a mask
+    ),
+)
+def test_another_guard_stays(recipe: Recipe) -> None:
+    found = outcome(grammar.build(recipe))
+    assert isinstance(found, AttentionSpec) and found.output.producer().op_type == "MatMul"
+    without = outcome(grammar.build(dataclasses.replace(recipe, row_guard="none")))
+    assert found.mask.empty_row is without.mask.empty_row

@@ -69,7 +69,15 @@ def _understand(path, softmax: Softmax, candidate: Candidate, context: Context) 
     refusal = _private(scores, values, softmax)
     if refusal is not None:
         return refusal
-    structure = structure_of(scores, values, a)
+    if values.guard is not None:
+        found = _with_values(scores, values.past_guard(), softmax, candidate, context)
+        if isinstance(found, AttentionSpec):
+            return found
+    return _with_values(scores, values, softmax, candidate, context)
+
+
+def _with_values(scores: Scores, values: Values, softmax, candidate, context: Context) -> AttentionSpec | Refusal:
+    structure = structure_of(scores, values, context.analysis)
     if isinstance(structure, Refusal):
         return structure
     return _spec(scores, values, structure, softmax, candidate, context)

@@ -246,7 +246,8 @@ class _Builder:
         return il.negate(il.any_of(c.cond for c in hard)), cases
 
     def _note_empty_rows(self) -> None:
-        if not self.site.scores.nan_guard and not any(t.kind is spec.TermKind.ZERO for t in self.terms):
+        zeroed = (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW)
+        if not self.site.scores.nan_guard and not any(t.kind in zeroed for t in self.terms):
             self.fact("a row that sees no key gives 0 (NaN before)")
 
     def _note_mean(self, case: Case) -> None:

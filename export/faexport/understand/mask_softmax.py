@@ -29,7 +29,7 @@ def original(
     s = scores.astype(site.scores.dtype.numpy())
     with np.errstate(all="ignore"):
         for term in terms:
-            if term.kind is not spec.TermKind.ZERO:
+            if term.kind not in (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW):
                 s = _merged(_apply(term, arrays, _split(term, s, arrays)), term, scores.shape)
         p = _softmax(s.astype(np.float64))
     if mask.empty_row is spec.EmptyRow.ZERO:
@@ -37,6 +37,9 @@ def original(
     for term in terms:
         if term.kind is spec.TermKind.ZERO:
             kept = arrays[term.value].astype(bool) == term.keep_when
+            p = _merged(np.where(kept, _split(term, p, arrays), 0), term, scores.shape)
+        if term.kind is spec.TermKind.EMPTY_ROW:
+            kept = arrays[term.value].any(axis=-1, keepdims=True)
             p = _merged(np.where(kept, _split(term, p, arrays), 0), term, scores.shape)
     return p
 

@@ -169,7 +169,7 @@ def cases_of(site: Site, terms: list[spec.MaskTerm]) -> list[Case]:
     """All cases of the chain; their conditions exclude each other and cover everything."""
     cases = [Case(il.TRUE)]
     for term in terms:
-        if term.kind is spec.TermKind.ZERO:
+        if term.kind in (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW):
             continue
         apply = {"add": _add, "where": _where, "bool": _where, "clamp": _clamp, "gate": _gate}[term.kind.value]
         cases = [new for case in cases for new in apply(site, term, case)]
@@ -178,7 +178,7 @@ def cases_of(site: Site, terms: list[spec.MaskTerm]) -> list[Case]:
             raise NotAMask("its mask has too many cases")
     if any(c.mask is not None and c.mask > MASKING for c in cases):
         raise NotAMask("some of its scores are replaced by a number that is no mask")
-    return _zeroed(site, terms, cases)
+    return _emptied(site, terms, _zeroed(site, terms, cases))
 
 
 def _merged(cases: list[Case]) -> list[Case]:
@@ -286,6 +286,23 @@ def _zeroed(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[C
             gone = case.mask is not None and il.all_of((case.cond, kept)) is il.FALSE
             result.append(dataclasses.replace(case, mask=-math.inf, bias=()) if gone else case)
         cases = _merged(result)
+    return cases
+
+
+def _emptied(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[Case]:
+    """Rows that see no key in another mask, set to 0 behind the product: harmless where that mask has no such rows, or
+    where it is the very mask of the scores."""
+    for term in terms:
+        if term.kind is not spec.TermKind.EMPTY_ROW:
+            continue
+        kept = site.element(term, term.value)
+        if rows_see_a_key(site, kept):
+            continue
+        soft = any(c.mask is not None and c.mask > -math.inf for c in cases)
+        huge = any(not is_moderate(e) for c in cases if c.mask is None for e, _ in c.bias)
+        if kept is not visible(cases) or (soft and huge):
+            raise NotAMask("its output is set to 0 in other rows than those that see no key")
+        cases = _merged([c if c.mask is None else dataclasses.replace(c, mask=-math.inf, bias=()) for c in cases])
     return cases
 
 

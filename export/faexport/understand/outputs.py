@@ -47,7 +47,7 @@ def read_output(
 ) -> Output | Refusal:
     """The furthest tensor behind the product that is the whole output in one of the layouts. `sources` are query, key
     and value: Shape nodes on the way are rebuilt from them, or end it. `query` stands in the score product."""
-    y = values.product.node.outputs[0]
+    y = values.result
     shape = a.shape(y)
     refusal = Refusal("the output's shape is not understood", name_of(values.product.node))
     if shape is None:
@@ -113,7 +113,7 @@ def _layout_of(view: View, sizes) -> Layout | None:
 
 def _rebuilt(values: Values, sizes, dtype: ir.DataType | None, query: Factor, a: Analysis) -> Output | None:
     """The product's own output, made from the fused node's by new nodes."""
-    value, labels = values.product.node.outputs[0], values.product.labels
+    value, labels = values.result, values.product.labels
     leads = len(labels) - 2
     entry = ir.Value(name=None, type=value.type)
     build = Builder(a.opset)

@@ -17,6 +17,7 @@ from faexport.understand import view_ops
 from faexport.understand.dims import Dim, plain
 from faexport.understand.nodes import FLOATS, attribute, data_users, live_users, name_of, op
 from faexport.understand.products import PRODUCT_OPS, Product, product_of, with_row
+from faexport.understand.row_guard import row_guard
 from faexport.understand.score_chain import RESHAPES, Scores, label_axes
 from faexport.understand.shape_rules import slice_of
 from faexport.understand.shape_uses import ShapeUse, uses_of
@@ -34,10 +35,16 @@ class Values:
 
     product: Product  # left: the probabilities, rows are queries, the sum runs over the keys
     lead_sizes: list[Dim]  # of the product's leading labels
-    terms: list[MaskTerm]  # ZERO
+    terms: list[MaskTerm]  # ZERO, and EMPTY_ROW once past the guard
     nan_guard: bool
     nodes: list[ir.Node]
     shape_uses: list[ShapeUse]  # Shape nodes that read the probabilities
+    result: ir.Value  # the product's output, or that of the guard behind it
+    guard: MaskTerm | None  # EMPTY_ROW, where one stands behind `result`
+
+    def past_guard(self) -> Values:
+        """The same with the guard taken for a part of attention."""
+        return dataclasses.replace(self, terms=[*self.terms, self.guard], result=self.guard.node.outputs[0], guard=None)
 
 
 class _Walker:
@@ -187,7 +194,27 @@ def find_values(scores: Scores, probabilities: ir.Value, names: list[str], a: An
     if merged([x for axis in leads for x in axis]) != _whole_leads(scores.product, shape):
         return Refusal("batch and heads are exchanged between scores and values", name_of(node))
     walker.nodes.append(node)
-    return Values(product, [size_of(x) for x in leads], walker.terms, walker.nan_guard, walker.nodes, walker.shape_uses)
+    return Values(
+        product,
+        [size_of(x) for x in leads],
+        walker.terms,
+        walker.nan_guard,
+        walker.nodes,
+        walker.shape_uses,
+        node.outputs[0],
+        _guard_of(product, walker, a),
+    )
+
+
+def _guard_of(product: Product, walker: _Walker, a: Analysis) -> MaskTerm | None:
+    """The guard behind the product, if the product's axes are in the order of the probabilities'."""
+    ordered = list(product.leads)
+    if list(product.labels) != [*ordered, "row", "column"] or list(product.left.labels) != [*ordered, "row", "sum"]:
+        return None
+    axes = label_axes(walker.view, walker.names, walker.shape)
+    if axes is None or axes[-1] != "T":
+        return None
+    return row_guard(product.node.outputs[0], "".join(axes), tuple(plain(d) for d in walker.view.shape), a)
 
 
 def _whole_leads(product: Product, shape) -> tuple:
