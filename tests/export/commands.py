@@ -10,8 +10,12 @@ import sys
 
 
 def environment() -> dict[str, str]:
-    """This process's, with its import path: the tests run on the same faexport whether it is installed or not."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    """This process's, with its import path: the tests run on the same faexport whether it is installed or not.
+
+    Without COLUMNS, which pytest-xdist sets for its workers: a pipe has no width.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return inherited | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def faexport(*arguments: str | os.PathLike, cwd: pathlib.Path | None = None, **env: str) -> subprocess.CompletedProcess:
