@@ -27,6 +27,7 @@ OTHERS = ("always", "chunk", "prefix", "input mask", "segments", "lengths")
 FILLS = (-np.inf, MINIMUM, -np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
 FORMS = ("where add", "where scores", "where not scores", "float add", "max clamp")
 BIASES = ("none", "input", "alibi j", "alibi distance", "alibi counted", "padding", "table", "row", "query")
+ROW_GUARDS = ("none", "none", "none", "whole", "first", "off by one", "table > -2", "table > -0.5")
 NEAR_MISSES = (*["none"] * 16, "other axis", "second consumer", "data scale", "post scale")
 
 
@@ -65,7 +66,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         scale_after_mask=draw(st.sampled_from((False, False, True))),
         cache=draw(st.booleans()),
         guard=draw(st.booleans()),
-        row_guard=draw(st.sampled_from(("none", "none", "none", "whole", "first", "off by one"))),
+        row_guard=draw(st.sampled_from(ROW_GUARDS)),
         near_miss=draw(st.sampled_from(NEAR_MISSES)),
     )
 
@@ -170,7 +171,10 @@ class _Builder:
         masks = self.first if kind == "first" else self.visible
         if kind == "none" or not masks:
             return output
-        count = g("ReduceSum", g("Cast", masks[0], to=TensorProto.FLOAT), g.const([-1]))
+        mask = masks[0]
+        if kind.startswith("table >") and self.r.bias == "table":
+            mask = g("And", mask, g("Greater", self.table, g.const(kind.split()[-1], np.float32)))
+        count = g("ReduceSum", g("Cast", mask, to=TensorProto.FLOAT), g.const([-1]))
         empty = g("Less", count, g.const(2.0 if kind == "off by one" else 1.0, np.float32))
         return g("Where", empty, g.const(0.0, np.float32), output)
 
@@ -208,7 +212,8 @@ class _Builder:
             table = g.const(np.linspace(-1, 1, HEADS * 2 * MAX_LENGTH).reshape(-1, HEADS) ** 3, np.float32)
             places = g("Add", g("Sub", self.j, self.i), g.const(MAX_LENGTH))
             picked = g("Gather", table, g("Squeeze", places, g.const([0, 1])), axis=0)  # [S, T, H]
-            return g("Add", scores, g.unsqueeze(g("Transpose", picked, perm=[2, 0, 1]), 0))
+            self.table = g.unsqueeze(g("Transpose", picked, perm=[2, 0, 1]), 0)
+            return g("Add", scores, self.table)
         if kind == "row":
             return g("Add", scores, g("Cast", self.i, to=TensorProto.FLOAT))
         if kind == "query":

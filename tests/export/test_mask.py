@@ -249,6 +249,14 @@ def test_a_guard_for_empty_rows_is_absorbed(parts: tuple[str, ...], fill: float)
     assert found.mask.attn_mask is not None and found.mask.attn_bias is None
 
 
+@pytest.mark.parametrize(("bound", "absorbed"), (("-2", True), ("-0.5", False)))
+@pytest.mark.parametrize("part", ("j <= i", "unsqueeze"))
+def test_a_guard_may_test_a_bias_made_of_weights(part: str, bound: str, absorbed: bool) -> None:
+    """T5: the float mask holds the bias where a key is visible, and the weights are seen to be larger than the fill."""
+    found = outcome(grammar.build(Recipe((part,), bias="table", row_guard=f"table > {bound}")))
+    assert found.output.producer().op_type == ("Where" if absorbed else "MatMul")
+
+
 @pytest.mark.parametrize("parts", (("j <= i",), ("always",), ("j <= i", "unsqueeze")))
 def test_a_guard_that_is_never_taken_is_absorbed(parts: tuple[str, ...]) -> None:
     found = outcome(grammar.build(Recipe(parts, row_guard="first")))

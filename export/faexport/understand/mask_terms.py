@@ -296,6 +296,7 @@ def _emptied(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[
         if term.kind is not spec.TermKind.EMPTY_ROW:
             continue
         kept = site.element(term, term.value)
+        kept = il.rewrite(kept, {test: il.TRUE for test in ia.atoms(kept, "fcmp") if _holds_for_weights(test)})
         if rows_see_a_key(site, kept):
             continue
         soft = any(c.mask is not None and c.mask > -math.inf for c in cases)
@@ -304,6 +305,17 @@ def _emptied(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[
             raise NotAMask("its output is set to 0 in other rows than those that see no key")
         cases = _merged([c if c.mask is None else dataclasses.replace(c, mask=-math.inf, bias=()) for c in cases])
     return cases
+
+
+def _holds_for_weights(test: Expr) -> bool:
+    """Is it `number < an element of a table of weights` (a Gather, as for relative positions), true of all weights?"""
+    name, bound, element = test.args
+    gather = element.args[0].producer() if name == "lt" and bound.op == "float" and element.op == "load" else None
+    if gather is None or gather.op_type != "Gather" or gather.domain not in ("", "ai.onnx"):
+        return False
+    table = gather.inputs[0]
+    constant = None if table.is_graph_input() else ir.convenience.get_const_tensor(table)
+    return constant is not None and bool((constant.numpy() > il.float_value(bound)).all())
 
 
 def is_moderate(e: Expr) -> bool:
