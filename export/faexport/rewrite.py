@@ -14,8 +14,6 @@ import onnx_ir as ir
 from faexport.spec import DOMAIN, OP_TYPE, VERSION, Alignment, AttentionSpec, Candidate, EmptyRow, Layout, Operand
 from faexport.understand.nodes import name_of, subgraphs
 
-DEFAULT_LAYOUT = {3: Layout.BSH, 4: Layout.BHSD}
-
 
 class Names:
     """Fresh names that no value or node of the model has."""
