@@ -69,7 +69,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _group(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", metavar="", help="Print the version and exit.", callback=_show_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the result.
@@ -82,28 +85,35 @@ def _group(
 
 
 ModelArgument = Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of tables.")]
+JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print the report as JSON instead of tables.")]
 ReportOption = Annotated[
     pathlib.Path | None, typer.Option("--report", metavar="FILE", help="Also write the report as JSON to this file.")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but errors.")]
 OpsetOption = Annotated[
     int | None, typer.Option("--opset", metavar="N", help="Convert the model to this ONNX opset first.", min=7)
 ]
 AssumeOption = Annotated[
     Assumption | None,
     typer.Option(
-        "--assume", help="What a model can't tell. right-padding: every mask input keeps the first tokens of a row."
+        "--assume",
+        metavar="WHAT",
+        help="What a model can't tell. right-padding: every mask input keeps the first tokens of a row.",
     ),
 ]
 DtypeOption = Annotated[
     CoreDtype | None,
-    typer.Option("--dtype", help="Compute attention in this precision; the rest of the model keeps its own."),
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Compute attention in this precision, fp16 or bf16; the rest of the model keeps its own.",
+    ),
 ]
 FallbackOption = Annotated[
     bool,
     typer.Option(
         "--fallback/--no-fallback",
+        metavar="",
         help="Carry the operator's definition in standard ops, for runtimes without our library.",
     ),
 ]
@@ -117,7 +127,7 @@ def fuse(
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; default: MODEL with the ending .fa.onnx."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Run both models in onnxruntime and compare.")
+        bool, typer.Option("--verify/--no-verify", metavar="", help="Run both models in onnxruntime and compare.")
     ] = True,
     inputs: Annotated[
         pathlib.Path | None,
@@ -125,7 +135,7 @@ def fuse(
             "--inputs", metavar="FILE", help="Verify on these inputs as well: an .npz with an array for each input."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but write the model.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Do everything but write the model.")] = False,
     as_json: JsonOption = False,
     report_file: ReportOption = None,
     opset: OpsetOption = None,
@@ -177,9 +187,6 @@ def inspect(
         _, report = _fuse(source, pipeline.Options(assume is Assumption.RIGHT_PADDING, opset=opset), model)
     report.model = str(model)
     _show(report, as_json, report_file, quiet)
-
-
-build.add_commands(app)
 
 
 build.add_commands(app)
