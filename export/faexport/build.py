@@ -26,17 +26,17 @@ from .spec import DOMAIN, OP_TYPE
 
 BUILD_EXAMPLES = """[bold]Examples[/bold]
 
-faexport build model.onnx                                 write model.plan, fused first
+faexport build model.onnx                          fused, to model.plan
 
 faexport build model.onnx --min ids:1x1 --opt ids:1x128 --max ids:8x512
 
-faexport build model.onnx --runtime tensorrt-rtx          without fusing: TensorRT-RTX takes no plugins
+faexport build model.onnx --runtime tensorrt-rtx   not fused: no plugins
 """
 RUN_EXAMPLES = """[bold]Examples[/bold]
 
-faexport run model.plan --inputs in.npz                          print what comes out
+faexport run model.plan --inputs in.npz                      print the outputs
 
-faexport run model.plan --inputs in.npz --model model.onnx       compare with onnxruntime
+faexport run model.plan --inputs in.npz --model model.onnx   compare
 """
 
 ModelArgument = Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
@@ -46,7 +46,11 @@ PlanOption = Annotated[
 ]
 RuntimeOption = Annotated[
     Runtime | None,
-    typer.Option("--runtime", help="Which TensorRT; default: tensorrt if it is installed, else tensorrt-rtx."),
+    typer.Option(
+        "--runtime",
+        metavar="NAME",
+        help="Which TensorRT, tensorrt or tensorrt-rtx; default: the first of them that is installed.",
+    ),
 ]
 MinOption = Annotated[
     list[str] | None,
@@ -72,19 +76,25 @@ TimingCacheOption = Annotated[
     typer.Option("--timing-cache", metavar="FILE", help="Kernel timings, read if there and written after."),
 ]
 VersionCompatibleOption = Annotated[
-    bool, typer.Option("--version-compatible", help="The engine runs in later minor versions of TensorRT too.")
+    bool,
+    typer.Option("--version-compatible", metavar="", help="The engine runs in later minor versions of TensorRT too."),
 ]
 HardwareCompatibleOption = Annotated[
-    bool, typer.Option("--hardware-compatible", help="The engine runs on every GPU from Ampere on, not only this kind.")
+    bool,
+    typer.Option(
+        "--hardware-compatible", metavar="", help="The engine runs on every GPU from Ampere on, not only this kind."
+    ),
 ]
 ComputeCapabilityOption = Annotated[
     list[str] | None,
     typer.Option("--compute-capability", metavar="X.Y", help="TensorRT-RTX: a GPU to build for. Repeatable."),
 ]
-FuseOption = Annotated[bool, typer.Option("--fuse/--no-fuse", help="Put flash attention into the model first.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a table.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show TensorRT's log on stderr.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+FuseOption = Annotated[
+    bool, typer.Option("--fuse/--no-fuse", metavar="", help="Put flash attention into the model first.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print the report as JSON instead of a table.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", metavar="", help="Show TensorRT's log on stderr.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but errors.")]
 EngineArgument = Annotated[
     pathlib.Path, typer.Argument(metavar="ENGINE", help="An engine that build wrote.", show_default=False)
 ]
@@ -127,6 +137,7 @@ def build(
     """Build a TensorRT engine from MODEL, its attention fused first. Tensors keep the model's types."""
     kind, module = engine.find_runtime(runtime)
     target = output or model.with_suffix(".plan")
+    model_io.check_output(target, [model])
     log = terminal.console(stderr=True)
     options = engine.Options(
         profiles=_profiles(least or [], best or [], most or [], profile or []),
@@ -300,7 +311,9 @@ def run(
     quiet: QuietOption = False,
 ) -> None:
     """Run ENGINE on inputs from a file; with --model, compare with onnxruntime (exit code 1 where they differ)."""
-    tensors = engine_run.read_inputs(inputs)
+    tensors = model_io.read_arrays(inputs)
+    if output is not None:
+        model_io.check_output(output, [engine_file, inputs, *([model] if model else [])])
     kind, module = engine.find_runtime(runtime)
     result = engine_run.run(kind, module, engine_file, tensors)
     if output is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,13 @@ from .model_io import ModelError
 from .report import Report, Verification, VerificationStatus
 from .spec import DOMAIN, OP_TYPE
 
+# NOTE: Typer keeps the line breaks inside all paragraphs but the first.
+SUMMARY = (
+    "Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the result.\n\n"
+    "[bold]faexport model.onnx[/bold] writes model.fa.onnx beside the model. It runs in onnxruntime and TensorRT with "
+    "the libraries of the faplugin package, and without them too (slower) unless --no-fallback is given.\n\n"
+    "Exit codes: 0 done, or nothing to fuse; 1 verification failed, nothing written; 2 bad input; 3 internal error."
+)
 EXAMPLES = """[bold]Examples[/bold]
 
 faexport model.onnx                     write model.fa.onnx, verified
@@ -66,7 +74,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=SUMMARY)
 def _group(
     version: Annotated[
         bool,
@@ -75,13 +83,7 @@ def _group(
         ),
     ] = False,
 ) -> None:
-    """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the result.
-
-    [bold]faexport model.onnx[/bold] writes model.fa.onnx beside the model. It runs in onnxruntime and TensorRT with the
-    libraries of the faplugin package, and without them too (slower) unless --no-fallback is given.
-
-    Exit codes: 0 done, or nothing to fuse; 1 verification failed, nothing written; 2 bad input; 3 internal error.
-    """
+    pass  # the help is SUMMARY
 
 
 ModelArgument = Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
@@ -151,6 +153,7 @@ def fuse(
         progress.step(f"reading {model.name}")
         source = model_io.load(model)
         model_io.check_target(source, target, model)
+        _check_report_file(report_file, model, target)
         given = _read_inputs(inputs, source) if inputs else []
         progress.step("fusing")
         options = pipeline.Options(right_padding, fallback, _CORE_DTYPES[dtype] if dtype else None, opset)
@@ -183,6 +186,7 @@ def inspect(
     with terminal.progress(quiet) as progress:
         progress.step(f"reading {model.name}")
         source = model_io.load(model)
+        _check_report_file(report_file, model)
         progress.step("looking for attention")
         _, report = _fuse(source, pipeline.Options(assume is Assumption.RIGHT_PADDING, opset=opset), model)
     report.model = str(model)
@@ -232,12 +236,19 @@ def _verify(
     )
 
 
+def _check_report_file(path: pathlib.Path | None, model: pathlib.Path, target: pathlib.Path | None = None) -> None:
+    """Before anything is written: the report can be, and is neither the model read nor the one to be written."""
+    if path is None:
+        return
+    model_io.check_output(path, [model], "--report")
+    if target is not None and path.absolute() == target.absolute():
+        raise ModelError(f"{path}: is where the model will be written; choose another name with --report")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ModelError(f"{path}: cannot be written: no permission; choose another place with --report")
+
+
 def _read_inputs(path: pathlib.Path, model: ir.Model) -> list[verify.InputSet]:
-    try:
-        with np.load(path) as arrays:
-            tensors = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise ModelError(f"{path}: cannot be read as .npz: {error}; write it with numpy.savez") from error
+    tensors = model_io.read_arrays(path)
     wanted = {value.name: value for value in model.graph.inputs if not value.is_initializer()}
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise ModelError(f"{path}: has no array '{missing[0]}'; the model's inputs are {', '.join(sorted(wanted))}")
@@ -291,5 +302,5 @@ def _conclusion(report: Report) -> str:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command line; called by __main__.py."""
     terminal.run_app(app)

@@ -57,9 +57,7 @@ class Options:
     timing_cache: pathlib.Path | None = None  # read if it exists, written afterwards
     version_compatible: bool = False
     hardware_compatible: bool = False
-    compute_capabilities: Sequence[
-        int
-    ] = ()  # TensorRT-RTX only: 89 for 8.9; empty: this GPU, or all where there is none
+    compute_capabilities: Sequence[int] = ()  # TensorRT-RTX: 89 for 8.9; empty: this GPU's, or all if there is none
     on_log: Callable[[str], None] = lambda line: None
 
 

@@ -13,10 +13,12 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 import google.protobuf.message
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -121,15 +123,33 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
 def check_target(model: ir.Model, path: PathLike, source: PathLike | None) -> None:
     """Raises ModelError where writing to `path` is bound to fail or would overwrite the input."""
     path = pathlib.Path(path)
-    if path.is_dir():
-        raise ModelError(f"{path}: is a folder; give the name of a file with -o")
-    if not path.parent.is_dir():
-        raise ModelError(f"{path}: the folder {path.parent} does not exist; create it or choose another place with -o")
     inputs = {tensor.path for tensor in _external_tensors(model)}
     inputs |= {os.fspath(source)} if source is not None else set()
-    for target in (path, _data_path(path)):
-        if any(_same_file(target, name) for name in inputs):
-            raise ModelError(f"{target}: would overwrite the input; choose another name with -o")
+    check_output(path, inputs)
+    check_output(_data_path(path), inputs)
+
+
+def check_output(path: pathlib.Path, inputs: Iterable[PathLike], option: str = "-o") -> None:
+    """Raises ModelError where `path`, which `option` chooses, can't be a new file or is one of `inputs`."""
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; give the name of a file with {option}")
+    if not path.parent.is_dir():
+        raise ModelError(
+            f"{path}: the folder {path.parent} does not exist; create it or choose another place with {option}"
+        )
+    if any(_same_file(path, name) for name in inputs):
+        raise ModelError(f"{path}: would overwrite the input; choose another name with {option}")
+
+
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file by name. Raises ModelError."""
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file; check the path") from error
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: one array, no .npz
+        raise ModelError(f"{path}: can't be read as .npz: {error}; write it with numpy.savez") from error
 
 
 def _read_proto(path: pathlib.Path) -> onnx.ModelProto:

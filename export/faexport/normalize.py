@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common
 
@@ -20,6 +21,8 @@ def convert_opset(model: ir.Model, opset: int) -> ir.Model:
     """The model at this opset of ONNX. Raises ValueError with a sentence where a node has no counterpart there."""
     if model.opset_imports.get("", opset) == opset:
         return model
+    if opset > (newest := onnx.defs.onnx_opset_version()):
+        raise ValueError(f"opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows")
     import onnxscript.version_converter  # slow to import, and few ask for it
 
     logging.getLogger("onnxscript.version_converter").setLevel(logging.ERROR)

@@ -7,7 +7,9 @@ Colours and progress appear on terminals only, and not where NO_COLOR is set. Me
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -68,7 +70,13 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
 
 
 def run_app(app: Callable[[], None]) -> None:
-    """Runs a typer app: bad input ends with one line and exit code 2, never with a traceback."""
+    """Runs a typer app: bad input ends with one line and exit code 2, never with a traceback.
+
+    Ctrl-C, SIGTERM and SIGHUP unwind what runs, so that temporary files go and child processes end.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, _interrupt)
     try:
         app()
     except ModelError as error:
@@ -91,6 +99,10 @@ def run_app(app: Callable[[], None]) -> None:
         raise SystemExit(EXIT_INTERNAL_ERROR) from None
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 class DefaultCommandGroup(typer.core.TyperGroup):
     """A group whose first command may be left out: `faexport model.onnx` is `faexport fuse model.onnx`.
 
@@ -102,15 +114,21 @@ class DefaultCommandGroup(typer.core.TyperGroup):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         own = {option for param in super().get_params(ctx) for option in param.opts}
         if args and args[0] not in self.commands and args[0] not in own:
+            self._check_is_no_misspelt_command(args[0], ctx)
             args = [self._default.name or "", *args]
         return super().parse_args(ctx, args)
+
+    def _check_is_no_misspelt_command(self, word: str, ctx: typer.Context) -> None:
+        near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
+        if near and not os.path.exists(word):
+            ctx.fail(f"There is no file and no command '{word}'. Did you mean '{near[0]}'?")
 
     def get_params(self, ctx: typer.Context) -> list:
         params = super().get_params(ctx)
         if not self._show_default_options:
             return params
         names = {param.name for param in params}
-        return [*params, *(param for param in self._default.get_params(ctx) if param.name not in names)]
+        return [*(param for param in self._default.get_params(ctx) if param.name not in names), *params]
 
     def format_help(self, ctx: typer.Context, formatter: object) -> None:
         self._show_default_options = True

@@ -206,7 +206,7 @@ REFUSALS = {
     "hardware": (["{model}", "--hardware-compatible"], "--compute-capability"),
     "profile": (["{model}", "--profile", "{model}"], "is not a profile"),
     "no profile": (["{model}", "--profile", "nowhere.json"], "can't be read"),
-    "no folder": (["{model}", "--compute-capability", "8.9", "-o", "nowhere/x.plan"], "can't be written"),
+    "no folder": (["{model}", "--compute-capability", "8.9", "-o", "nowhere/x.plan"], "does not exist"),
 }
 
 

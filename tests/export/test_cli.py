@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.export import big_model
+from tests.export import big_model, commands
 from tests.export.bad_models import BAD
 from tests.export.commands import assert_bad_input, faexport
 
@@ -110,7 +115,7 @@ def test_the_model_is_converted_to_an_opset_first(model: pathlib.Path) -> None:
     assert faexport(model, "--opset", "21", "--quiet").returncode == 0
     opsets = {entry.domain: entry.version for entry in onnx.load(model.with_name("model.fa.onnx")).opset_import}
     assert opsets[""] == 21
-    assert_bad_input(faexport(model, "--opset", "999"), "999", "--opset")
+    assert_bad_input(faexport(model, "--opset", "999"), "opset 999 is newer than", "--opset")
 
 
 def test_quiet_prints_nothing(model: pathlib.Path) -> None:
@@ -134,7 +139,10 @@ def test_bad_own_inputs_are_bad_input(model: pathlib.Path) -> None:
     assert_bad_input(faexport(model, "--inputs", model.with_name("in.npz")), "[5, 9, 3]", "[batch,sequence,64]")
     model.with_name("in.npz").write_text("hello")
     assert_bad_input(faexport(model, "--inputs", model.with_name("in.npz")), "in.npz", "numpy.savez")
-    assert names(model.parent) == ["in.npz", "model.onnx"]
+    np.save(model.with_name("in.npy"), np.ones(3))
+    assert_bad_input(faexport(model, "--inputs", model.with_name("in.npy")), "in.npy", "numpy.savez")
+    assert_bad_input(faexport(model, "--inputs", model.with_name("no.npz")), "no.npz", "no such file")
+    assert names(model.parent) == ["in.npy", "in.npz", "model.onnx"]
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -152,6 +160,38 @@ def test_the_input_can_t_be_the_output(model: pathlib.Path) -> None:
     assert_bad_input(faexport(model, "-o", model.parent / "no" / "such.onnx"), "does not exist")
     assert_bad_input(faexport(model, "-o", model.parent), "folder")
     assert model.read_bytes() == before and names(model.parent) == ["model.onnx"]
+
+
+def test_the_report_overwrites_neither_model(model: pathlib.Path) -> None:
+    before, target = model.read_bytes(), model.with_name("model.fa.onnx")
+    assert_bad_input(faexport(model, "--report", model), "overwrite the input", "--report")
+    assert_bad_input(faexport(model, "--report", target), "where the model will be written", "--report")
+    assert_bad_input(faexport("inspect", model, "--report", model), "overwrite", "--report")
+    assert_bad_input(faexport(model, "--report", model.parent / "no" / "r.json"), "does not exist", "--report")
+    assert model.read_bytes() == before and names(model.parent) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_leaves_nothing(model: pathlib.Path, signal_number: int) -> None:
+    """Interrupted while the written model is verified, in the temporary folder beside its place."""
+    command = [sys.executable, "-m", "faexport", os.fspath(model)]
+    scratch = model.parent / "tmp"
+    scratch.mkdir()
+    environment = commands.environment() | {"TMPDIR": os.fspath(scratch)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not list(scratch.glob("faexport-run-*/job")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal_number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == b""
+    assert names(model.parent) == ["model.onnx", "tmp"] and names(scratch) == []
+
+
+def test_a_misspelt_command_is_told_from_a_missing_model(model: pathlib.Path) -> None:
+    done = faexport("inspekt", model)
+    assert done.returncode == 2 and "Did you mean 'inspect'?" in done.stderr
+    assert_bad_input(faexport(model.with_name("modle.onnx")), "no such file")
 
 
 @pytest.mark.parametrize("arguments", [("--no-such-option", "x.onnx"), ("x.onnx", "--dtype", "fp8"), ("inspect",)])
@@ -176,8 +216,6 @@ def test_a_failed_verification_writes_nothing_and_exits_with_1(model: pathlib.Pa
         "    return model, report\n"
         "pipeline.run = run\n"
     )
-    from tests.export import commands
-
     path = f"{saboteur}:{commands.environment()['PYTHONPATH']}"
     done = faexport(model, "--report", model.with_name("r.json"), PYTHONPATH=path)
     assert done.returncode == 1, done.stderr
@@ -210,12 +248,7 @@ def test_version() -> None:
 
 def test_colours_only_on_terminals(model: pathlib.Path) -> None:
     """In a pseudo-terminal there are colours, unless NO_COLOR asks for none."""
-    import os
     import pty
-    import subprocess
-    import sys
-
-    from tests.export import commands
 
     def run(**env: str) -> bytes:
         main, side = pty.openpty()
