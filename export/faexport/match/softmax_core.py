@@ -115,30 +115,35 @@ def _private(scores: Scores, values: Values, softmax: Softmax) -> Refusal | None
     return None
 
 
-def _spec(
-    scores, values, structure: Structure, softmax, candidate: Candidate, context: Context
-) -> AttentionSpec | Refusal:
+def _score_shape(
+    scores: Scores, values: Values, structure: Structure, softmax: Softmax, context: Context
+) -> ScoreShape:
     a = context.analysis
-    shape = a.shape(scores.product.node.outputs[0])
-    rows, columns = (shape[scores.product.labels.index(x)] for x in ("row", "column"))
-    query, key, value = structure.query, structure.key, structure.value
-    total = structure.heads
     batch = None
     for size in values.lead_sizes:
         batch = size if batch is None else batch * size
-    batch = batch.divide(total) if batch is not None else None
-    score_shape = ScoreShape(
-        query.operand,
-        key.operand,
+    shape = a.shape(scores.product.node.outputs[0])
+    rows, columns = (shape[scores.product.labels.index(x)] for x in ("row", "column"))
+    return ScoreShape(
+        structure.query.operand,
+        structure.key.operand,
         softmax.node,
         context.graph,
-        plain(batch),
-        total.const,
+        plain(batch.divide(structure.heads) if batch is not None else None),
+        structure.heads.const,
         plain(rows),
         plain(columns),
         dtype=a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT,
         nan_guard=values.nan_guard,
     )
+
+
+def _spec(
+    scores, values, structure: Structure, softmax, candidate: Candidate, context: Context
+) -> AttentionSpec | Refusal:
+    a = context.analysis
+    query, key, value = structure.query, structure.key, structure.value
+    score_shape = _score_shape(scores, values, structure, softmax, context)
     terms = [*scores.terms, *values.terms]
     mask = understand(terms, score_shape, context) if terms else Mask()
     if isinstance(mask, Refusal):
@@ -148,18 +153,18 @@ def _spec(
     if isinstance(shape_uses, Refusal):
         return shape_uses
     candidate.sizes.update(
-        batch_size=plain(batch),
-        num_q_heads=plain(total),
+        batch_size=score_shape.batch,
+        num_q_heads=plain(structure.heads),
         num_kv_heads=plain(key.heads),
-        seqlen_q=plain(rows),
-        seqlen_kv=plain(columns),
+        seqlen_q=score_shape.seqlen_q,
+        seqlen_kv=score_shape.seqlen_kv,
         head_dim=query.operand.head_dim,
         head_dim_v=value.operand.head_dim,
         dtype=_dtype_name(a.dtype(query.operand.value)),
     )
     sinks, sink_nodes = None, ()
     if scores.sink is not None:
-        found = sinks_of(scores, total, a)
+        found = sinks_of(scores, structure.heads, a)
         if isinstance(found, Refusal):
             return found
         sinks, sink_nodes = found
