@@ -34,17 +34,6 @@ class Result:
     milliseconds: float  # of one execution after a first one, on the GPU
 
 
-def read_inputs(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz. Raises ModelError."""
-    try:
-        with np.load(path) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file") from error
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise ModelError(f"{path}: can't be read as .npz: {error}; write it with numpy.savez") from error
-
-
 def write_outputs(path: pathlib.Path, outputs: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **outputs)
@@ -178,7 +167,7 @@ class Device:
 def compare(
     model: pathlib.Path, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
 ) -> list[OutputDifference]:
-    """The engine's outputs against those of `model` in onnxruntime, by verify.py's rule. Raises ModelError."""
+    """The engine's outputs against those of `model` in onnxruntime, by verify.py's tolerances. Raises ModelError."""
     if missing := ort_session.missing_packages():
         raise ModelError(f"--model: {missing}")
     loaded = model_io.load(model)
@@ -196,8 +185,8 @@ def compare(
         (str(array.dtype) for array in (*inputs.values(), *outputs.values())),
         key=lambda name: verify.RELATIVE_TOLERANCE.get(name, 0),
     )
-    dtype = coarsest if coarsest in verify.RELATIVE_TOLERANCE else "float32"
-    return [verify.compare(name, want, outputs[name], dtype) for name, want in reference.items()]
+    allowed = verify.CORE_TOLERANCE.get(coarsest, verify.RELATIVE_TOLERANCE["float32"])
+    return [verify.compare(name, want, outputs[name], allowed) for name, want in reference.items()]
 
 
 def table(result: Result, differences: Sequence[OutputDifference]) -> rich.table.Table:

@@ -39,6 +39,7 @@ class MaskPattern(enum.StrEnum):
     LEFT_PADDED = "left-padded"  # the last few
     RANDOM = "random"
     LAST = "all but the last"  # in the last row of the batch: no query loses all its keys
+    SCATTERED = "scattered"  # some at odd places: of two neighbours, one is kept, also in windows and chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +155,8 @@ def _mask(shape: tuple[int, ...], pattern: MaskPattern, random: np.random.Genera
     if pattern is MaskPattern.RANDOM:
         return random.random(shape) < 0.7
     length = shape[-1]
+    if pattern is MaskPattern.SCATTERED:
+        return (random.random(shape) < 0.4) | (np.arange(length) % 2 == 0)
     if pattern is MaskPattern.LAST:
         kept = np.ones(shape, bool)
         kept[(-1,) * len(shape)] = length == 1

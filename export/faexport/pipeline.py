@@ -16,7 +16,7 @@ from faexport.match import Context, find_sites
 from faexport.normalize import convert_opset, inline_functions
 from faexport.precision import in_precision
 from faexport.report import Report, count_nodes
-from faexport.rewrite import Names, add_opset, rewrite_site
+from faexport.rewrite import Names, add_opset, is_current, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.nodes import graphs_of
 from faexport.understand.shapes import Analysis
@@ -43,23 +43,39 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         model = convert_opset(model, options.opset)
     model = inline_functions(model)
     analysis = Analysis(model)
-    candidates = examine(model, options, analysis)
-    names = Names(model)
+    candidates = pending = examine(model, options, analysis)
+    names, full_rows = Names(model), []
+    while pending:
+        stale = [c for c in pending if not _rewritten(c, options, analysis, names, full_rows)]
+        if stale:  # their operands were read inside of a site that is one node by now
+            analysis = Analysis(model)
+            again = {c.anchor: c for c in examine(model, options, analysis)}
+            candidates = [again[c.anchor] if any(c is s for s in stale) else c for c in candidates]
+        pending = [again[c.anchor] for c in stale]
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
-    full_rows = []
-    for candidate in fused:
-        if options.dtype is not None:
-            given = analysis.dtype(candidate.outcome.query.value)
-            candidate.outcome = in_precision(candidate.outcome, options.dtype, given, analysis.opset)
-        node = rewrite_site(candidate, names)
-        if candidate.outcome.mask.rows_see_a_key:
-            full_rows.append(node)
     if fused:
         add_opset(model)
     if fused and options.fallback:
         add_fallback(model, full_rows, analysis)
     report = Report.from_candidates(candidates, before, count_nodes(model))
     return model, report
+
+
+def _rewritten(
+    candidate: Candidate, options: Options, analysis: Analysis, names: Names, full_rows: list[ir.Node]
+) -> bool:
+    """Fuses a site, if it is understood; False where what was understood no longer stands in the graph."""
+    if not isinstance(candidate.outcome, AttentionSpec):
+        return True
+    if not is_current(candidate.outcome):
+        return False
+    if options.dtype is not None:
+        given = analysis.dtype(candidate.outcome.query.value)
+        candidate.outcome = in_precision(candidate.outcome, options.dtype, given, analysis.opset)
+    node = rewrite_site(candidate, names)
+    if candidate.outcome.mask.rows_see_a_key:
+        full_rows.append(node)
+    return True
 
 
 def examine(

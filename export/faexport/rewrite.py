@@ -107,6 +107,17 @@ def _layouts(spec: AttentionSpec) -> dict:
     return attributes
 
 
+def is_current(spec: AttentionSpec) -> bool:
+    """Are the operands still computed? Not where the site that computed them was rewritten since."""
+    new = {*spec.new_nodes, *spec.mask.new_nodes}
+    mask = spec.mask
+    operands = [spec.query.value, spec.key.value, spec.value.value, spec.past_key, spec.past_value, spec.sinks]
+    operands += [mask.query_offset, mask.attn_mask, mask.attn_bias, mask.kv_lengths, mask.alibi_slopes]
+    operands += [v for node in new for v in node.inputs]
+    producers = [v.producer() for v in operands if v is not None]
+    return all(node is None or node.graph is not None or node in new for node in producers)
+
+
 def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     """Inserts the fused node of a candidate whose outcome is a spec, and removes the nodes that nothing needs any
     more."""

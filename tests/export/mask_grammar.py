@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A grammar of attention graphs: masks in the spellings of exporters, and near misses. Used by test_random_graphs.py.
 
-A Recipe says what is drawn; `build` writes it as an ONNX model with inputs q, k, v [B, H, S, D] of dynamic sizes and
-whatever its masks read; `feeds` draws inputs.
+A Recipe says what is drawn; `build` writes it as an ONNX model with inputs q, k, v [B, H, S, D] of dynamic sizes (or
+one packed input) and whatever its masks read; `feeds` draws inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import onnx
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 HEADS, HEAD_DIM, MAX_LENGTH, OPSET = 2, 8, 32, 20
+PAST = ("past_k", "past_v")
+WIDE = " (wide)"  # ends the name of a Cast that stays one in float16
 MINIMUM = float(np.finfo(np.float32).min)
 
 CAUSAL = (
@@ -28,7 +31,11 @@ FILLS = (-np.inf, MINIMUM, -np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
 FORMS = ("where add", "where scores", "where not scores", "float add", "max clamp")
 BIASES = ("none", "input", "alibi j", "alibi distance", "alibi counted", "padding", "table", "row", "query")
 ROW_GUARDS = ("none", "none", "none", "whole", "first", "off by one", "table > -2", "table > -0.5")
-NEAR_MISSES = (*["none"] * 16, "other axis", "second consumer", "data scale", "post scale")
+NEAR_MISSES = (
+    *["none"] * 24, "other axis", "second consumer", "second consumer of scores", "data scale", "post scale",
+    "late cap", "sink scaled", "mixed heads",
+)  # fmt: skip
+STRUCTURES = ("heads", "heads", "heads", "packed split", "packed slice", "bmm", "bmm with 4-D masks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,13 @@ class Recipe:
     guard: bool = False
     row_guard: str = "none"  # 0 where a row sees no key in the whole mask, or its first part; or off by one
     near_miss: str = "none"
+    structure: str = "heads"
+    kv_heads: int = HEADS
+    softcap: bool = False
+    sinks: bool = False
+    dtype: str = "float32"
+    wide_softmax: bool = False  # float16 alone: the softmax in float32, between Casts
+    layers: int = 1  # that share masks and bias
 
 
 @st.composite
@@ -68,6 +82,13 @@ def recipes(draw: st.DrawFn) -> Recipe:
         guard=draw(st.booleans()),
         row_guard=draw(st.sampled_from(ROW_GUARDS)),
         near_miss=draw(st.sampled_from(NEAR_MISSES)),
+        structure=draw(st.sampled_from(STRUCTURES)),
+        kv_heads=draw(st.sampled_from((HEADS, HEADS, 1))),
+        softcap=draw(st.sampled_from((False, False, False, True))),
+        sinks=draw(st.sampled_from((False, False, False, True))),
+        dtype=draw(st.sampled_from(("float32", "float32", "float32", "float16"))),
+        wide_softmax=draw(st.booleans()),
+        layers=draw(st.sampled_from((1, 1, 1, 2))),
     )
 
 
@@ -83,6 +104,12 @@ class _Graph:
         name = f"{op_type.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, inputs, [name], name=f"node_{name}", **attributes))
         return name
+
+    def many(self, op_type: str, count: int, *inputs: str, **attributes: object) -> list[str]:
+        """The outputs of a node that has several."""
+        name = self(op_type, *inputs, **attributes)
+        self.nodes[-1].output[:] = [f"{name}_{k}" for k in range(count)]
+        return list(self.nodes[-1].output)
 
     def const(self, value: object, dtype: type = np.int64) -> str:
         name = f"const_{len(self.initializers)}"
@@ -109,34 +136,92 @@ class _Builder:
 
     def build(self) -> onnx.ModelProto:
         g, r = self.g, self.r
-        for name in "qkv":
-            g.input(name, TensorProto.FLOAT, ["batch", HEADS, "sequence", HEAD_DIM])
-        key, value = "k", "v"
+        query, key, value = self._operands()
+        self.query = query
         self.past = g.const(0)
         if r.cache:
-            for name in ("past_k", "past_v"):
-                g.input(name, TensorProto.FLOAT, ["batch", HEADS, "past_sequence", HEAD_DIM])
-            key, value = g("Concat", "past_k", "k", axis=2), g("Concat", "past_v", "v", axis=2)
+            past = [g.input(n, TensorProto.FLOAT, ["batch", r.kv_heads, "past_sequence", HEAD_DIM]) for n in PAST]
+            key, value = (g("Concat", old, new, axis=2) for old, new in zip(past, (key, value), strict=True))
             self.past = g.size("past_k", 2)
-        self.length = g.size("q", 2)
+        self.length = g.size(query, 2)
         self.total = g("Add", self.past, self.length) if r.cache else self.length
         i = g.arange(self.length)
         self.i = g.unsqueeze(g("Add", i, self.past) if r.cache else i, 0, 1, 3)  # [1, 1, S, 1]
         self.j = g.unsqueeze(g.arange(self.total), 0, 1, 2)  # [1, 1, 1, T]
-        scores = g("MatMul", "q", g("Transpose", key, perm=[0, 1, 3, 2]))
-        probabilities = self._softmax(self._scores(scores))
-        outputs = [g("MatMul", probabilities, value)]
-        if r.near_miss == "post scale":
-            outputs[0] = g("MatMul", g("Mul", probabilities, g.const([0.5], np.float32)), value)
-        outputs[0] = self._row_guarded(outputs[0])
-        if r.near_miss == "second consumer":
-            outputs.append(g("ReduceSum", probabilities, g.const([-1, -2])))
-        shapes = (["batch", HEADS, "sequence", HEAD_DIM], ["batch", HEADS, 1, 1])
+        self.parts: list[str] | None = None
+        self.bias = ""
+        key, value = self._repeated(key), self._repeated(value)
+        self.more: list[str] = []
+        for _ in range(r.layers):
+            query = self._attention(query, key, value)
+        outputs = [query, *self.more]
+        shapes = (["batch", HEADS, "sequence", HEAD_DIM], *[["batch", HEADS, 1, 1]] * len(self.more))
         infos = [
-            helper.make_tensor_value_info(*info) for info in zip(outputs, [TensorProto.FLOAT] * 2, shapes, strict=False)
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in zip(outputs, shapes, strict=True)
         ]
         graph = helper.make_graph(g.nodes, "random", list(g.inputs.values()), infos, g.initializers)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+
+    def _operands(self) -> list[str]:
+        """Query [B, H, S, D], key and value [B, H_kv, S, D]."""
+        g, r = self.g, self.r
+        counts = (HEADS, r.kv_heads, r.kv_heads)
+        if not r.structure.startswith("packed"):
+            shapes = [["batch", count, "sequence", HEAD_DIM] for count in counts]
+            return [g.input(name, TensorProto.FLOAT, shape) for name, shape in zip("qkv", shapes, strict=True)]
+        ends = np.cumsum([0, *(count * HEAD_DIM for count in counts)])
+        packed = g.input("qkv", TensorProto.FLOAT, ["batch", "sequence", int(ends[-1])])
+        if r.structure == "packed split":
+            flat = g.many("Split", 3, packed, g.const(np.diff(ends)), axis=-1)
+        else:
+            flat = [g("Slice", packed, g.const([x]), g.const([y]), g.const([2])) for x, y in itertools.pairwise(ends)]
+        split = [g("Reshape", x, g.const([0, 0, n, HEAD_DIM])) for x, n in zip(flat, counts, strict=True)]
+        return [g("Transpose", x, perm=[0, 2, 1, 3]) for x in split]
+
+    def _repeated(self, value: str) -> str:
+        """The heads of keys and values, repeated for those of the queries."""
+        g, groups = self.g, HEADS // self.r.kv_heads
+        if groups == 1:
+            return value
+        wide = g("Expand", g.unsqueeze(value, 2), g.const([1, 1, groups, 1, 1]))
+        return g("Reshape", wide, g.const([0, HEADS, -1, HEAD_DIM]))
+
+    def _attention(self, query: str, key: str, value: str) -> str:
+        g, r = self.g, self.r
+        bmm = r.structure.startswith("bmm")
+        if bmm:
+            query, key, value = (self._merged(x) for x in (query, key, value))
+        scores = g("MatMul", query, g("Transpose", key, perm=[0, 2, 1] if bmm else [0, 1, 3, 2]))
+        if bmm:
+            scores = self._apart(scores)
+        if r.near_miss == "mixed heads":
+            scores = g("Add", scores, g("ReduceMean", scores, g.const([1])))
+        scores = self._scores(scores)
+        if r.near_miss == "second consumer of scores":
+            self.more.append(g("ReduceMax", scores, g.const([-1, -2])))
+        probabilities = self._softmax(self._merged(scores) if r.structure == "bmm" else scores)
+        if r.near_miss == "post scale":
+            probabilities = g("Mul", probabilities, g.const([0.5], np.float32))
+        if r.near_miss == "second consumer":
+            self.more.append(g("ReduceSum", self._apart(probabilities), g.const([-1, -2])))
+        if r.structure == "bmm with 4-D masks":
+            probabilities = self._merged(probabilities)
+        output = g("MatMul", probabilities, value)
+        return self._row_guarded(self._apart(output) if bmm else output)
+
+    def _merged(self, value: str) -> str:
+        """[B, H, ...] as [B * H, ...]."""
+        g = self.g
+        shape = g("Concat", g.const([-1]), g("Shape", value, start=2), axis=0)
+        return g("Reshape", value, shape)
+
+    def _apart(self, value: str) -> str:
+        """[B * H, ...] as [B, H, ...]."""
+        g = self.g
+        if not self.r.structure.startswith("bmm"):
+            return value
+        return g("Reshape", value, g("Concat", g.const([-1, HEADS]), g("Shape", value, start=-2), axis=0))
 
     def _scores(self, scores: str) -> str:
         g, r = self.g, self.r
@@ -145,7 +230,22 @@ class _Builder:
             scale = g.input("temperature", TensorProto.FLOAT, [])
         if not r.scale_after_mask:
             scores = g("Mul", scores, scale)
+        scores = self._capped(scores) if r.softcap and r.near_miss != "late cap" else scores
         scores = self._biased(scores) if r.bias_first else scores
+        if self.parts is None:
+            self.parts = self._masks()
+        for part in self.parts:
+            scores = self._masked(scores, part)
+        scores = scores if r.bias_first else self._biased(scores)
+        scores = self._capped(scores) if r.near_miss == "late cap" else scores
+        return g("Mul", scores, scale) if r.scale_after_mask else scores
+
+    def _capped(self, scores: str) -> str:
+        g, cap = self.g, self.g.const(2.0, np.float32)
+        return g("Mul", g("Tanh", g("Div", scores, cap)), cap)
+
+    def _masks(self) -> list[str]:
+        g, r = self.g, self.r
         parts = [self._part(name) for name in r.parts]
         if parts and r.negate_first:
             parts[0] = g("Not", parts[0])
@@ -155,20 +255,29 @@ class _Builder:
             for part in parts[1:]:
                 whole = g("And", whole, part)
             parts = [whole]
-        self.visible = parts
-        for part in parts:
-            scores = self._masked(scores, part)
-        scores = scores if r.bias_first else self._biased(scores)
-        return g("Mul", scores, scale) if r.scale_after_mask else scores
+        return parts
 
     def _softmax(self, scores: str) -> str:
         g, r = self.g, self.r
-        p = g("Softmax", scores, axis=2 if r.near_miss == "other axis" else -1)
+        sinks = r.sinks and not r.structure.startswith("bmm")
+        if sinks:
+            column = g.const(np.asarray([0.5, -1.0]).reshape(1, HEADS, 1, 1), np.float32)
+            column = g("Expand", column, g("Concat", g("Shape", scores, end=3), g.const([1]), axis=0))
+            scores = g("Concat", scores, column, axis=-1)
+            if r.near_miss == "sink scaled":
+                scores = g("Mul", scores, g.const(0.5, np.float32))
+        if r.wide_softmax:
+            scores = g("Cast", scores, to=TensorProto.FLOAT)
+            g.nodes[-1].name += WIDE
+        p = g("Softmax", scores, axis=-2 if r.near_miss == "other axis" else -1)
+        if r.wide_softmax:
+            p = g("Cast", p, to=TensorProto.FLOAT)
+        p = g("Slice", p, g.const([0]), g.const([-1]), g.const([3])) if sinks else p
         return g("Where", g("IsNaN", p), g.const(0.0, np.float32), p) if r.guard else p
 
     def _row_guarded(self, output: str) -> str:
         g, kind = self.g, self.r.row_guard
-        masks = self.first if kind == "first" else self.visible
+        masks = self.first if kind == "first" else self.parts
         if kind == "none" or not masks:
             return output
         mask = masks[0]
@@ -192,33 +301,38 @@ class _Builder:
         return g("Max", scores, g.const(MINIMUM, np.float32)) if r.form == "max clamp" else scores
 
     def _biased(self, scores: str) -> str:
+        if self.r.bias != "none" and not self.bias:
+            self.bias = self._bias()
+        return self.g("Add", scores, self.bias) if self.bias else scores
+
+    def _bias(self) -> str:
         g, kind = self.g, self.r.bias
         slopes = g.const(np.asarray([0.5, 0.125]).reshape(1, HEADS, 1, 1), np.float32)
         if kind == "input":
-            return g("Add", scores, g.input("bias", TensorProto.FLOAT, [1, HEADS, "sequence", "total"]))
+            return g.input("bias", TensorProto.FLOAT, [1, HEADS, "sequence", "total"])
         if kind == "alibi j":
-            return g("Add", scores, g("Mul", slopes, g("Cast", self.j, to=TensorProto.FLOAT)))
+            return g("Mul", slopes, g("Cast", self.j, to=TensorProto.FLOAT))
         if kind == "padding":  # (1 - mask) * minimum, as BERT and GPT-2 had it
             padded = g("Sub", g.const(1.0, np.float32), g("Cast", self._attention_mask(), to=TensorProto.FLOAT))
-            return g("Add", scores, g("Mul", g.unsqueeze(padded, 1, 2), g.const(MINIMUM, np.float32)))
+            return g("Mul", g.unsqueeze(padded, 1, 2), g.const(MINIMUM, np.float32))
         if kind == "alibi counted":
             mask = self._attention_mask()
             places = g("Mul", g("Sub", g("CumSum", mask, g.const(-1)), g.const(1)), mask)
-            return g("Add", scores, g("Mul", slopes, g("Cast", g.unsqueeze(places, 1, 2), to=TensorProto.FLOAT)))
+            return g("Mul", slopes, g("Cast", g.unsqueeze(places, 1, 2), to=TensorProto.FLOAT))
         if kind == "alibi distance":
             distance = g("Cast", g("Neg", g("Abs", g("Sub", self.i, self.j))), to=TensorProto.FLOAT)
-            return g("Add", scores, g("Mul", distance, slopes))
+            return g("Mul", distance, slopes)
         if kind == "table":
             table = g.const(np.linspace(-1, 1, HEADS * 2 * MAX_LENGTH).reshape(-1, HEADS) ** 3, np.float32)
             places = g("Add", g("Sub", self.j, self.i), g.const(MAX_LENGTH))
             picked = g("Gather", table, g("Squeeze", places, g.const([0, 1])), axis=0)  # [S, T, H]
             self.table = g.unsqueeze(g("Transpose", picked, perm=[2, 0, 1]), 0)
-            return g("Add", scores, self.table)
+            return self.table
         if kind == "row":
-            return g("Add", scores, g("Cast", self.i, to=TensorProto.FLOAT))
+            return g("Cast", self.i, to=TensorProto.FLOAT)
         if kind == "query":
-            return g("Add", scores, g("MatMul", "q", g.const(np.linspace(-1, 1, HEAD_DIM)[:, None], np.float32)))
-        return scores
+            return g("MatMul", self.query, g.const(np.linspace(-1, 1, HEAD_DIM)[:, None], np.float32))
+        raise ValueError(kind)
 
     # ------------------------------------------------------------------------------------------ conditions
 
@@ -274,7 +388,7 @@ class _Builder:
         """From attention_mask [batch, total], int64."""
         g, mask = self.g, self._attention_mask()
         flags = g("Cast", mask, to=TensorProto.BOOL)
-        batch = g.arange(g.size("q", 0))
+        batch = g.arange(g.size(self.query, 0))
         if name == "gather_nd":
             rows, columns = g.unsqueeze(batch, 1, 2, 3), self.j
             shape = g("Shape", g("Max", rows, columns))
@@ -311,7 +425,29 @@ class _Builder:
 
 
 def build(recipe: Recipe) -> onnx.ModelProto:
-    return _Builder(recipe).build()
+    """In float16 a mask's numbers are -inf: what rows without keys give there is up to the runtime (docs/masks.md)."""
+    if recipe.dtype == "float32":
+        return _Builder(recipe).build()
+    fill = -np.inf if recipe.fill <= -1e4 else recipe.fill
+    bias = "none" if recipe.bias == "padding" else recipe.bias
+    return _in_half(_Builder(dataclasses.replace(recipe, fill=fill, bias=bias)).build())
+
+
+def _in_half(model: onnx.ModelProto) -> onnx.ModelProto:
+    graph = model.graph
+    for tensor in graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            array = numpy_helper.to_array(tensor)
+            limits = np.finfo(np.float16)
+            kept = np.where(np.isfinite(array), np.clip(array, limits.min, limits.max), array)
+            tensor.CopyFrom(numpy_helper.from_array(kept.astype(np.float16), tensor.name))
+    for node in graph.node:
+        if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT and not node.name.endswith(WIDE):
+            node.attribute[0].i = TensorProto.FLOAT16
+    for info in (*graph.input, *graph.output):
+        if info.type.tensor_type.elem_type == TensorProto.FLOAT:
+            info.type.tensor_type.elem_type = TensorProto.FLOAT16
+    return model
 
 
 def feeds(model: onnx.ModelProto, seed: int) -> dict[str, np.ndarray]:
@@ -327,7 +463,9 @@ def feeds(model: onnx.ModelProto, seed: int) -> dict[str, np.ndarray]:
     result = {}
     for info in model.graph.input:
         shape = [d.dim_value or sizes[d.dim_param] for d in info.type.tensor_type.shape.dim]
-        result[info.name] = _draw(info.name, shape, sizes, random)
+        drawn = _draw(info.name, shape, sizes, random)
+        half = info.type.tensor_type.elem_type == TensorProto.FLOAT16
+        result[info.name] = drawn.astype(np.float16) if half else drawn
     return result
 
 

@@ -7,6 +7,7 @@ counts.
 
 from __future__ import annotations
 
+from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.understand.dims import Dim
 from faexport.understand.nodes import attribute, operand
 from faexport.understand.shape_rules import broadcast, constant_ints, resolve_axis, shape_of
@@ -114,3 +115,22 @@ def _matmul_nbits(node, a):
 @shape_of("DynamicQuantizeLinear")
 def _dynamic_quantize(node, a):
     return [a.shape(node.inputs[0]), (), ()]
+
+
+@shape_of(f"{DOMAIN}::{OP_TYPE}")
+def _fused(node, a):
+    """Our own operator's output; what else it returns is left to the file."""
+    query, value = a.shape(node.inputs[0]), a.shape(node.inputs[2])
+    if query is None or value is None:
+        return None
+    layout = attribute(node, "query_layout") or (Layout.BSH if len(query) == 3 else Layout.BHSD)
+    sizes = dict(zip(layout, query, strict=True))
+    width = value[-1]
+    if layout == Layout.BSH:
+        sizes["H"] = Dim.of(attribute(node, "q_num_heads"))
+    if len(value) == 3:
+        packed = attribute(node, "head_dim_v")
+        width = Dim.of(packed) if packed else width.divide(attribute(node, "kv_num_heads"))
+    sizes["D"] = Dim.unknown("head_dim") if width is None else width
+    axes = attribute(node, "output_layout") or layout
+    return [(sizes["B"], sizes["S"], sizes["H"] * sizes["D"]) if axes == Layout.BSH else tuple(sizes[x] for x in axes)]
