@@ -124,6 +124,7 @@ class ScoreShape:
     seqlen_q: int | str | None = None
     seqlen_kv: int | str | None = None
     dtype: ir.DataType = ir.DataType.FLOAT  # of the scores and of an attn_bias
+    sinks: bool = False  # one more logit a row: what is the same for a whole row changes the softmax
     nan_guard: bool = False  # NaN probabilities (a row of -inf only) are replaced by 0: EmptyRow.ZERO
 
 

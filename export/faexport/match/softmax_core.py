@@ -134,6 +134,7 @@ def _score_shape(
         plain(rows),
         plain(columns),
         dtype=a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT,
+        sinks=scores.sink is not None,
         nan_guard=values.nan_guard,
     )
 

@@ -101,7 +101,8 @@ def _key(site: Site, terms: Sequence[spec.MaskTerm], options: MaskOptions) -> tu
     parts = [
         (t.kind, t.axes, t.keep_when, t.factor, *(site.element(t, v) for v in (t.value, t.fill) if v)) for t in terms
     ]
-    return (*parts, site.index, tuple(site.sizes.values()), site.scores.dtype, site.scores.nan_guard, options)
+    scores = site.scores
+    return (*parts, site.index, tuple(site.sizes.values()), scores.dtype, scores.nan_guard, scores.sinks, options)
 
 
 def _name(node: ir.Node) -> str:
@@ -229,7 +230,7 @@ class _Builder:
         seen = visible(cases)
         sure = rows_see_a_key(self.site, seen)
         self.mask.rows_see_a_key = sure and self._moderate()
-        if not soft or sure:
+        if not soft or sure or self.site.scores.sinks:  # with a sink such a row gives 0, whatever the fill
             if not sure:
                 self._note_empty_rows()
             return seen, kept
@@ -409,8 +410,9 @@ class _Builder:
         return total
 
     def _kept_bias(self, bias: tuple[tuple[Expr, float], ...], window: Window) -> None:
-        # Softmax doesn't see what is the same for a whole row.
-        moving = tuple(p for p in bias if "j" in ia.variables(p[0]) or not is_moderate(p[0]))
+        # Softmax doesn't see what is the same for a whole row, unless there is a sink.
+        sinks = self.site.scores.sinks
+        moving = tuple(p for p in bias if sinks or "j" in ia.variables(p[0]) or not is_moderate(p[0]))
         for k, part in enumerate(moving):
             slopes = slopes_of(self.site, ((self._where_visible(part[0]), part[1]),), window)
             if slopes is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recognises ALiBi: a bias that is slope[h] times the key's position, up to a number that is the same for a whole row.
 
-Softmax doesn't see such a number, and the operator's -slope * |p - j| differs from slope * j by -slope * p wherever j
+Softmax doesn't see such a number (unless there is a sink), and the operator's -slope * |p - j| differs from slope * j by -slope * p wherever j
 <= p. So causal attention has ALiBi slopes if its bias grows by slope[h] from key to key; without a causal window only
 -slope * |p - j|. Press, Smith, Lewis 2022, "Train Short, Test Long".
 """
@@ -26,7 +26,7 @@ _RTOL = 1e-6
 def slopes_of(site: Site, bias: tuple[tuple[Expr, float], ...], window: Window) -> np.ndarray | None:
     """float32 [H]: the slopes, if the (one) bias expression with its factor is ALiBi at the window's positions; else
     None."""
-    if len(bias) != 1 or site.heads is None:
+    if len(bias) != 1 or site.heads is None or site.scores.sinks:
         return None
     expr, factor = bias[0]
     slopes = []
