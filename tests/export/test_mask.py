@@ -176,6 +176,19 @@ def test_a_float_mask_beside_a_finite_mask_stays_a_bias() -> None:
     assert window(proven(Recipe(("j <= i",), bias="input", fill=INFINITY))) == (-1, 0)
 
 
+@pytest.mark.parametrize("kind", ("row", "query", "alibi j"))
+def test_a_sink_makes_softmax_see_what_is_the_same_for_a_row(kind: str) -> None:
+    """Found by random graphs."""
+    mask = proven(Recipe(("j <= i",), bias=kind, sinks=True))
+    assert window(mask) == (-1, 0) and mask.attn_bias is not None and mask.alibi_slopes is None
+
+
+@pytest.mark.parametrize("fill", (INFINITY, MINIMUM, -1e4))
+def test_with_a_sink_no_row_is_empty(fill: float) -> None:
+    mask = proven(Recipe(("j <= i", "unsqueeze"), fill=fill, apart=True, sinks=True))
+    assert window(mask) == (-1, 0) and mask.attn_mask is not None and mask.attn_bias is None
+
+
 @pytest.mark.parametrize("near_miss", ("other axis", "second consumer", "post scale"))
 def test_near_misses_of_attention_are_refused(near_miss: str) -> None:
     assert isinstance(outcome(grammar.build(Recipe(("j <= i",), near_miss=near_miss))), Refusal)

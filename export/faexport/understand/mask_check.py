@@ -155,8 +155,9 @@ class _Trial:
         if np.prod(shape) > _MAX_ELEMENTS or not np.prod(shape):
             raise Skip
         scores = random.uniform(-3, 3, shape)
-        want = original(self.site, self.terms, arrays, scores, self.mask)
-        return float(np.abs(want - proven(self.mask, arrays, scores)).max())
+        sinks = random.uniform(-3, 3, (1, shape[1], 1, 1)) if self.site.scores.sinks else None
+        want = original(self.site, self.terms, arrays, scores, self.mask, sinks)
+        return float(np.abs(want - proven(self.mask, arrays, scores, sinks)).max())
 
     def _number(self, size: ia.Expr, sizes: dict[ia.Expr, int]) -> int:
         try:

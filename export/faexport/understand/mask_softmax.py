@@ -23,15 +23,21 @@ Arrays = Mapping[ir.Value, np.ndarray]
 
 
 def original(
-    site: Site, terms: Sequence[spec.MaskTerm], arrays: Arrays, scores: np.ndarray, mask: spec.Mask
+    site: Site,
+    terms: Sequence[spec.MaskTerm],
+    arrays: Arrays,
+    scores: np.ndarray,
+    mask: spec.Mask,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Probabilities [B, H, S, T] as the graph computes them; a row of -inf gives 0 where the operator gives 0."""
+    """Probabilities [B, H, S, T] as the graph computes them; a row of -inf gives 0 where the operator gives 0. `sinks`
+    are [1, H, 1, 1]."""
     s = scores.astype(site.scores.dtype.numpy())
     with np.errstate(all="ignore"):
         for term in terms:
             if term.kind not in (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW):
                 s = _merged(_apply(term, arrays, _split(term, s, arrays)), term, scores.shape)
-        p = _softmax(s.astype(np.float64))
+        p = _softmax(s.astype(np.float64), sinks)
     if mask.empty_row is spec.EmptyRow.ZERO:
         p = np.nan_to_num(p)
     for term in terms:
@@ -83,12 +89,14 @@ def _merged(s: np.ndarray, term: spec.MaskTerm, shape: tuple[int, ...]) -> np.nd
     return s.reshape(shape)
 
 
-def _softmax(s: np.ndarray) -> np.ndarray:
-    e = np.exp(s - s.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+def _softmax(s: np.ndarray, sinks: np.ndarray | None) -> np.ndarray:
+    highest = s.max(axis=-1, keepdims=True)
+    highest = highest if sinks is None else np.maximum(highest, sinks)
+    e = np.exp(s - highest)
+    return e / (e.sum(axis=-1, keepdims=True) + (0 if sinks is None else np.exp(sinks - highest)))
 
 
-def proven(mask: spec.Mask, arrays: Arrays, scores: np.ndarray) -> np.ndarray:
+def proven(mask: spec.Mask, arrays: Arrays, scores: np.ndarray, sinks: np.ndarray | None = None) -> np.ndarray:
     """Probabilities [B, H, S, T] of the operator with this mask (docs/operator.md)."""
     batch, heads, rows, columns = scores.shape
     keys = np.arange(columns)
@@ -111,8 +119,8 @@ def proven(mask: spec.Mask, arrays: Arrays, scores: np.ndarray) -> np.ndarray:
             s = s - arrays[mask.alibi_slopes].reshape(-1, heads, 1, 1) * np.abs(distance).astype(np.float32)
     s = np.where(seen, s, -np.inf).astype(np.float64)
     with np.errstate(all="ignore"):
-        p = np.nan_to_num(_softmax(s))
-    if mask.empty_row is spec.EmptyRow.MEAN:
+        p = np.nan_to_num(_softmax(s, sinks))
+    if mask.empty_row is spec.EmptyRow.MEAN and sinks is None:
         p = np.where(seen.any(axis=-1, keepdims=True), p, 1 / columns)
     return p
 
