@@ -25,7 +25,7 @@ Status check(const TensorView& past, const TensorView& fresh, const TensorView& 
     return {StatusCode::kInvalidArgument, "past, fresh and present have different dtypes, expected the same"};
   }
   for (const TensorView* t : {&past, &fresh, &present}) {
-    if (t->data == nullptr && t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3] != 0) {
+    if (t->data == nullptr && !t->empty()) {
       return {StatusCode::kInvalidArgument, "past, fresh or present has elements but no data"};
     }
   }

@@ -23,6 +23,8 @@ const Kernel kTable[] = {
 };
 // clang-format on
 
+constexpr const char* kNoCuda = "this build has no CUDA kernels (it was made without nvcc)";
+
 std::string refusal(const Kernel& kernel, const AttentionParams& params, const DeviceInfo& device) {
   if (kernel.device != device.type)
     return kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only";
@@ -44,7 +46,7 @@ const Kernel* choose(const AttentionParams& params, const DeviceInfo& device, co
     *why_not = "there is no kernel '" + std::string(name) + "'; there are";
     for (const Kernel& kernel : kTable) *why_not += std::string(" ") + kernel.name;
   }
-  if (why_not->empty()) *why_not = "this build has no kernel for CUDA devices (it was made without nvcc)";
+  if (why_not->empty()) *why_not = kNoCuda;
   return nullptr;
 }
 
@@ -101,13 +103,12 @@ std::string explain(const AttentionParams& params, const DeviceInfo& device) {
     text += std::string(text.empty() ? "" : "\n") + kernel.name + ": " + (sentence.empty() ? verdict : sentence);
     if (chosen == nullptr && sentence.empty()) chosen = &kernel;
   }
+  if (kernel_name(device.type, 0) == nullptr) text += std::string("\n") + kNoCuda;
   return (chosen == nullptr ? "no kernel" : chosen->name) + std::string(chosen == nullptr ? "\n" : ": chosen\n") + text;
 }
 
 #ifndef FA_WITH_CUDA
-Status query_cuda_device(DeviceInfo*) {
-  return {StatusCode::kUnsupported, "this build has no CUDA kernels (it was made without nvcc)"};
-}
+Status query_cuda_device(DeviceInfo*) { return {StatusCode::kUnsupported, kNoCuda}; }
 #endif
 
 }  // namespace fa

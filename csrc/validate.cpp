@@ -57,11 +57,23 @@ Status check_shape(const char* name, const TensorView& t, const int64_t (&expect
   return {};
 }
 
+/// Elements, empty axes counted as 1, so that no product of sizes overflows: -1 for more than any memory has.
+int64_t count_elements(const int64_t (&shape)[4]) {
+  constexpr int64_t kMostElements = int64_t{1} << 56;
+  int64_t count = 1;
+  for (int64_t size : shape) {
+    if (size > kMostElements / count) return -1;
+    if (size > 0) count *= size;
+  }
+  return count;
+}
+
 /// One of query, key, value and out: there, with a contiguous last axis.
 Status check_operand(const char* name, const TensorView& t) {
   FA_RULE(t.present, std::string(name) + " is missing");
   FA_RULE(is_float(t.dtype), has_dtype(name, t, "float32, float16 or bfloat16"));
   for (int64_t size : t.shape) FA_RULE(size >= 0, std::string(name) + " has a negative size: " + shape_text(t.shape, 4));
+  FA_RULE(count_elements(t.shape) >= 0, std::string(name) + " has shape " + shape_text(t.shape, 4) + ", more than fits a memory");
   FA_RULE(t.shape[3] <= 1 || t.stride[3] == 1,
           std::string(name) + " has stride " + std::to_string(t.stride[3]) + " on its last axis, expected 1 (contiguous)");
   return {};
@@ -167,11 +179,17 @@ Status check_sequences(const AttentionParams& p) {
   return {};
 }
 
+/// Windows and offsets stay so small that their sum with a row or key does not overflow.
+constexpr int64_t kMaxDistance = int64_t{1} << 60;
+
 Status check_scalars(const AttentionParams& p) {
   FA_RULE(std::isfinite(p.softmax_scale), "softmax_scale is " + std::to_string(p.softmax_scale) + ", expected a finite number");
   FA_RULE(std::isfinite(p.softcap) && p.softcap >= 0, "softcap is " + std::to_string(p.softcap) + ", expected 0 (none) or more");
   FA_RULE(p.window_left >= -1, "window_left is " + std::to_string(p.window_left) + ", expected -1 (open) or more");
   FA_RULE(p.window_right >= -1, "window_right is " + std::to_string(p.window_right) + ", expected -1 (open), 0 (causal) or more");
+  FA_RULE(p.window_left <= kMaxDistance && p.window_right <= kMaxDistance, "a window is above 2^60, expected -1 for an open one");
+  FA_RULE(p.query_offset >= -kMaxDistance && p.query_offset <= kMaxDistance,
+          "query_offset is " + std::to_string(p.query_offset) + ", expected at most 2^60 either way");
   return {};
 }
 

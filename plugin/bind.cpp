@@ -3,12 +3,15 @@
 // wrong because of a convention is refused here; the rest is fa::validate's.
 #include "bind.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "output_shape.h"
 
 namespace fa::plugin {
 namespace {
+
+constexpr int64_t kMostElements = int64_t{1} << 56;
 
 Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
 
@@ -20,6 +23,14 @@ std::string text_of(const int64_t* shape, int rank) {
 
 Status wrong_shape(Input input, const Tensor& tensor, const std::string& expected) {
   return invalid(std::string(name_of(input)) + " has shape " + text_of(tensor.shape, tensor.rank) + "; expected " + expected);
+}
+
+/// More elements than any memory has. Empty axes count as 1, so that no product of an input's sizes overflows.
+bool exceeds_memory(const Tensor& tensor) {
+  int64_t room = kMostElements;
+  for (int i = 0; i < std::min(tensor.rank, 4); ++i)
+    if (tensor.shape[i] > 1) room /= tensor.shape[i];
+  return room == 0;
 }
 
 struct Numbers {
@@ -98,6 +109,7 @@ class Binder {
                        accepted_dtypes(input, inputs_[0].dtype));
       if (inputs_[i].rank > 4 && input != Input::kUnused)
         return invalid(std::string(name_of(input)) + " has rank " + std::to_string(inputs_[i].rank) + "; expected 4 at most");
+      if (exceeds_memory(inputs_[i])) return wrong_shape(input, inputs_[i], "a tensor that fits a memory");
     }
     return {};
   }
@@ -118,7 +130,7 @@ class Binder {
       if (t.shape[2] % heads != 0)
         return wrong_shape(input, t,
                            "a last axis that is a multiple of " + std::string(heads_name) + " = " + std::to_string(heads));
-      if (head_dim > 0 && t.shape[2] != heads * head_dim)
+      if (head_dim > 0 && t.shape[2] / heads != head_dim)
         return wrong_shape(input, t, "a last axis of " + std::to_string(heads) + " heads of " + std::to_string(head_dim));
       stride = head_dim = t.shape[2] / heads;
     }
@@ -270,8 +282,8 @@ class Binder {
                             : head_dim > 0 ? static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)))
                                            : 1.0f;
     params_.softcap = a.softcap;
-    params_.window_left = a.left_window_size;
-    params_.window_right = a.is_causal ? 0 : a.right_window_size;
+    params_.window_left = a.left_window_size < kMostElements ? a.left_window_size : -1;
+    params_.window_right = a.is_causal ? 0 : a.right_window_size < kMostElements ? a.right_window_size : -1;
     params_.empty_row = a.empty_row == "mean" ? EmptyRow::kMean : EmptyRow::kZero;
     params_.align_bottom_right = a.alignment == "bottom_right" || (a.alignment == "onnx" && params_.kv_lengths.present);
     if (!params_.align_bottom_right && problem_.has_past) params_.query_offset = problem_.past[0].shape[2];

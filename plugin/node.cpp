@@ -3,6 +3,7 @@
 // the node. What depends on tensors is bind.cpp's.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include "bind.h"
 #include "output_shape.h"
@@ -75,13 +76,20 @@ Status check_at_least(const char* attribute, int64_t value, int64_t least) {
   return invalid(std::string(attribute) + " is " + std::to_string(value) + "; expected " + std::to_string(least) + " or more");
 }
 
+/// A number of heads or columns: 0 … 2^31 - 1, so that no product of two overflows.
+Status check_count(const char* attribute, int64_t value) {
+  constexpr int64_t kMost = INT32_MAX;
+  if (value <= kMost) return check_at_least(attribute, value, 0);
+  return invalid(std::string(attribute) + " is " + std::to_string(value) + "; expected " + std::to_string(kMost) + " at most");
+}
+
 Status check_numbers(const Attributes& a) {
-  if (Status s = check_at_least("q_num_heads", a.q_num_heads, 0); !s.ok()) return s;
-  if (Status s = check_at_least("kv_num_heads", a.kv_num_heads, 0); !s.ok()) return s;
+  if (Status s = check_count("q_num_heads", a.q_num_heads); !s.ok()) return s;
+  if (Status s = check_count("kv_num_heads", a.kv_num_heads); !s.ok()) return s;
   if (Status s = check_at_least("left_window_size", a.left_window_size, -1); !s.ok()) return s;
   if (Status s = check_at_least("right_window_size", a.right_window_size, -1); !s.ok()) return s;
-  if (Status s = check_at_least("head_dim", a.head_dim, 0); !s.ok()) return s;
-  if (Status s = check_at_least("head_dim_v", a.head_dim_v, 0); !s.ok()) return s;
+  if (Status s = check_count("head_dim", a.head_dim); !s.ok()) return s;
+  if (Status s = check_count("head_dim_v", a.head_dim_v); !s.ok()) return s;
   if (a.is_causal != 0 && a.is_causal != 1) return invalid("is_causal is " + std::to_string(a.is_causal) + "; expected 0 or 1");
   if (!std::isfinite(a.scale)) return invalid("scale is not a finite number");
   if (!std::isfinite(a.softcap) || a.softcap < 0)
@@ -95,7 +103,7 @@ Status check_packed_columns(const Attributes& a) {
     return invalid("packed_columns has " + std::to_string(a.packed_columns.size()) +
                    " numbers; expected 6: q_start, q_stride, k_start, k_stride, v_start, v_stride");
   for (const int64_t number : a.packed_columns)
-    if (Status s = check_at_least("packed_columns", number, 0); !s.ok()) return s;
+    if (Status s = check_count("packed_columns", number); !s.ok()) return s;
   if (a.head_dim == 0) return invalid("packed_columns needs the attribute head_dim");
   return {};
 }

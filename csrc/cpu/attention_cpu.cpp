@@ -231,7 +231,7 @@ const char* missing_memory(const AttentionParams& p) {
                                                                {"alibi_slopes", &p.alibi_slopes},
                                                                {"sinks", &p.sinks}};
   for (const auto& [name, t] : tensors) {
-    if (t->present && t->data == nullptr && t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3] != 0) return name;
+    if (t->present && t->data == nullptr && !t->empty()) return name;
   }
   return nullptr;
 }

@@ -36,6 +36,9 @@ struct SequenceRule {
   int64_t query_offset, window_left, window_right;
   bool align_bottom_right;
 
+  /// Positions farther away than this see no key, or all: no sum of a position, a window and a row overflows.
+  static constexpr int64_t kFarthest = int64_t{1} << 61;
+
   static FA_HD int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
   FA_HD Sequence at(int64_t b) const {
@@ -50,7 +53,7 @@ struct SequenceRule {
     if (kv_lengths.data != nullptr) s.mask.kv_length = clamp(kv_lengths.at(b), 0, s.num_keys);
     if (query_lengths.data != nullptr) s.query_length = clamp(query_lengths.at(b), 0, s.num_rows);
     if (align_bottom_right) s.mask.query_offset += s.mask.kv_length - s.query_length;
-    if (query_offsets.data != nullptr) s.mask.query_offset = query_offsets.at(b);
+    if (query_offsets.data != nullptr) s.mask.query_offset = clamp(query_offsets.at(b), -kFarthest, kFarthest);
     return s;
   }
 };

@@ -88,7 +88,8 @@ def attention(
         head_dim_v: with packed_columns, where it differs from head_dim.
         return_present: also return present_key and present_value, [B, H_kv, P + S, D] and [B, H_kv, P + S, D_v].
         return_lse: also return the natural log-sum-exp of the masked scores, float32 [B, H_q, S_q].
-        out: memory for results by name ("output", "present_key", "present_value", "lse"), row-major.
+        out: memory for results by name ("output", "present_key", "present_value", "lse"), row-major, shared with no
+            input.
         stream: CUDA stream as an integer; None: the framework's current one.
         kernel: forces a kernel by its name in explain().
         num_threads: threads on the CPU; 0: all.
@@ -106,6 +107,8 @@ def attention(
     stream = current_stream(query) if stream is None else stream
     plan = _plan(arguments, stream)
     out = out or {}
+    if unknown := out.keys() - {name for name, _, _ in plan.outputs}:
+        raise ValueError(f"out has {sorted(unknown)}; this call returns {[name for name, _, _ in plan.outputs]}")
     outputs = [
         out[name] if name in out else empty(query, tuple(shape), dtype, plan.device, stream)
         for name, shape, dtype in plan.outputs

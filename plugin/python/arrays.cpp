@@ -23,6 +23,7 @@ Array from_numpy(const char* name, const py::array& array) {
   if (!array.dtype().attr("isnative").cast<bool>()) refuse(name, "has another byte order than this machine");
   Array result;
   result.owner = array;
+  result.read_only = !array.writeable();
   result.tensor =
       empty_tensor(name, dtype_from(name, array.dtype().attr("name").cast<std::string>()), static_cast<size_t>(array.ndim()));
   result.tensor.data = const_cast<void*>(array.data());

@@ -16,6 +16,7 @@ struct Array {
   DeviceType device = DeviceType::kCpu;
   int device_id = 0;
   bool is_spec = false;    // no memory
+  bool read_only = false;  // known of NumPy arrays only; others don't export such memory
   pybind11::object owner;  // keeps the memory alive
 };
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // faplugin._native: a Plan is one call of the operator, bound to its inputs. Python allocates the outputs (and the workspace)
 // with the caller's own framework and hands them over as arrays; nothing is copied. Used by faplugin/__init__.py alone.
-
-#include <atomic>
+#include <algorithm>
 #include <thread>
 
 #include "arrays.h"
+#include "fa/threads.h"
 
 #ifdef FA_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -22,16 +22,25 @@ void check(const Status& status) {
   throw std::runtime_error(status.sentence);
 }
 
-/// Sets attributes by name; raises TypeError for one that attributes.def lacks.
+template <class T>
+T attribute_from(const std::string& name, const char* type, const py::handle& given) {
+  try {
+    return given.cast<T>();
+  } catch (const py::cast_error&) {
+    throw py::type_error(name + " is " + std::string(py::repr(given)) + "; expected " + type);
+  }
+}
+
+/// Sets attributes by name; raises TypeError for one that attributes.def lacks, or of another type.
 Attributes attributes_from(const py::dict& given) {
   Attributes attributes;
   for (const auto& item : given) {
     const std::string key = item.first.cast<std::string>();
     bool known = false;
-#define FA_ATTRIBUTE(type, name, value, meaning)                     \
-  if (key == #name) {                                                \
-    attributes.name = item.second.cast<decltype(attributes.name)>(); \
-    known = true;                                                    \
+#define FA_ATTRIBUTE(type, name, value, meaning)                                          \
+  if (key == #name) {                                                                     \
+    attributes.name = attribute_from<decltype(attributes.name)>(key, #type, item.second); \
+    known = true;                                                                         \
   }
 #include "fa/attributes.def"
 #undef FA_ATTRIBUTE
@@ -39,23 +48,6 @@ Attributes attributes_from(const py::dict& given) {
   }
   return attributes;
 }
-
-/// One thread a task at a time, for a process without a runtime's pool.
-struct Threads {
-  size_t count;
-
-  static void run(void* pool, size_t num_tasks, void (*task)(void* arg, size_t i), void* arg) {
-    std::atomic<size_t> next{0};
-    const auto work = [&] {
-      for (size_t i; (i = next.fetch_add(1)) < num_tasks;) task(arg, i);
-    };
-    std::vector<std::thread> threads;
-    const size_t wanted = std::min(static_cast<const Threads*>(pool)->count, num_tasks);
-    for (size_t t = 1; t < wanted; ++t) threads.emplace_back(work);
-    work();
-    for (std::thread& thread : threads) thread.join();
-  }
-};
 
 /// Makes a CUDA device current while it lives.
 class DeviceGuard {
@@ -128,14 +120,15 @@ class Plan {
     return plugin::workspace_bytes(problem_, device_by_name(device()), name_or_null(kernel));
   }
 
-  void run(const py::list& outputs, const py::object& workspace, const std::string& kernel, size_t num_threads) {
+  void run(const py::list& outputs, const py::object& workspace, const std::string& kernel, int64_t num_threads) {
+    if (num_threads < 0) throw py::value_error("num_threads is " + std::to_string(num_threads) + "; expected 0 (all) or more");
     const DeviceGuard guard(arrays_[0]);
     std::vector<Array> kept = take_outputs(outputs);
     ExecutionContext context;
     context.device = device_by_name(device());
     context.kernel = name_or_null(kernel);
     context.stream = reinterpret_cast<void*>(stream_);
-    Threads threads{num_threads > 0 ? num_threads : std::max(1u, std::thread::hardware_concurrency())};
+    Threads threads{num_threads > 0 ? static_cast<size_t>(num_threads) : std::max(1u, std::thread::hardware_concurrency())};
     context.parallel_for = Threads::run;
     context.pool = &threads;
     if (!workspace.is_none()) {
@@ -182,9 +175,32 @@ class Plan {
         same = got.shape[axis] == want.shape[axis] && (want.shape[axis] <= 1 || got.stride[axis] == want.stride[axis]);
       if (!same)
         throw py::value_error(std::string(name_of(output)) + " has another shape, dtype or layout than the row-major result");
+      if (kept.back().read_only) throw py::value_error(std::string(name_of(output)) + " is read-only");
+      for (size_t j = 0; j < arrays_.size(); ++j)
+        if (overlap(got, arrays_[j].tensor))
+          throw py::value_error(std::string(name_of(output)) + " shares memory with " + name_of(node_.inputs[j]) +
+                                "; give it memory of its own");
       set_output(&problem_, output, got.data);
     }
     return kept;
+  }
+
+  /// Do the spans of memory from the first to the last element of each meet?
+  static bool overlap(const Tensor& a, const Tensor& b) {
+    const auto [a_begin, a_end] = span(a);
+    const auto [b_begin, b_end] = span(b);
+    return a_begin < b_end && b_begin < a_end;
+  }
+
+  static std::pair<uintptr_t, uintptr_t> span(const Tensor& t) {
+    int64_t first = 0, last = 0;  // elements
+    for (int i = 0; i < t.rank; ++i) {
+      if (t.shape[i] == 0) return {0, 0};
+      (t.stride[i] < 0 ? first : last) += (t.shape[i] - 1) * t.stride[i];
+    }
+    const auto begin = reinterpret_cast<uintptr_t>(t.data);
+    const auto size = static_cast<int64_t>(size_of(t.dtype));
+    return {begin + first * size, begin + (last + 1) * size};
   }
 
   Node node_;

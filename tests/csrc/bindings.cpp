@@ -5,11 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
-#include <thread>
-#include <vector>
-
 #include "fa/attention.h"
+#include "fa/threads.h"
 
 namespace py = pybind11;
 
@@ -66,29 +63,13 @@ AttentionParams params_of(const py::dict& fields, bool corrupt) {
   return p;
 }
 
-/// Runs tasks on `count` threads, as a host's pool would.
-struct Threads {
-  size_t count;
-
-  static void run(void* pool, size_t num_tasks, void (*task)(void* arg, size_t i), void* arg) {
-    std::atomic<size_t> next{0};
-    const auto work = [&] {
-      for (size_t i; (i = next.fetch_add(1)) < num_tasks;) task(arg, i);
-    };
-    std::vector<std::thread> threads;
-    for (size_t t = 1; t < static_cast<const Threads*>(pool)->count; ++t) threads.emplace_back(work);
-    work();
-    for (std::thread& thread : threads) thread.join();
-  }
-};
-
 py::tuple result(const fa::Status& status) { return py::make_tuple(static_cast<int>(status.code), status.sentence); }
 
 py::tuple attention(const py::dict& fields, size_t num_threads, bool corrupt, const std::string& kernel) {
   const AttentionParams params = params_of(fields, corrupt);
-  Threads threads{num_threads};
+  fa::Threads threads{num_threads};
   fa::ExecutionContext context;
-  if (num_threads > 0) context.parallel_for = Threads::run, context.pool = &threads;
+  if (num_threads > 0) context.parallel_for = fa::Threads::run, context.pool = &threads;
   if (!kernel.empty()) context.kernel = kernel.c_str();
   fa::Status status;
   {
@@ -116,9 +97,9 @@ PYBIND11_MODULE(fa_csrc, m) {
   m.def(
       "append_kv",
       [](const py::array& past, const py::array& fresh, const py::array& present, size_t num_threads) {
-        Threads threads{num_threads};
+        fa::Threads threads{num_threads};
         fa::ExecutionContext context;
-        if (num_threads > 0) context.parallel_for = Threads::run, context.pool = &threads;
+        if (num_threads > 0) context.parallel_for = fa::Threads::run, context.pool = &threads;
         return result(fa::append_kv(view(past, true), view(fresh, true), view(present, true), context));
       },
       py::arg("past"), py::arg("fresh"), py::arg("present"), py::arg("num_threads") = 0);

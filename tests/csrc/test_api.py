@@ -80,6 +80,8 @@ REFUSED = [
     ({"softmax_scale": float("nan")}, "softmax_scale is nan, expected a finite number"),
     ({"softcap": -1.0}, "softcap is -1.000000, expected 0 (none) or more"),
     ({"window_left": -2}, "window_left is -2, expected -1 (open) or more"),
+    ({"window_right": 2**61}, "a window is above 2^60, expected -1 for an open one"),
+    ({"query_offset": -(2**61)}, "query_offset is -2305843009213693952, expected at most 2^60 either way"),
 ]
 
 

@@ -122,7 +122,7 @@ def test_rows_of_no_packed_sequence_are_cleared(fa_csrc):
 def test_wild_lengths_and_offsets_stay_in_their_tensors(fa_csrc):
     """The sanitizer sees any step outside; here the results must be finite."""
     rng = np.random.default_rng(0)
-    for low, high in ((-(2**31), 2**31 - 1), (-50, 50)):
+    for low, high in ((-(2**63), 2**63 - 1), (-(2**31), 2**31 - 1), (-50, 50)):
         for _ in range(50):
             fields = {name: rng.standard_normal((3, 2, 17, 8), dtype=np.float32) for name in ("query", "key", "value")}
             fields |= {

@@ -60,6 +60,24 @@ def test_results_go_where_the_caller_says() -> None:
     assert output is memory and np.array_equal(memory, expected)
     with pytest.raises(ValueError, match="output has another shape, dtype or layout"):
         faplugin.attention(QUERY, KEY, VALUE, out={"output": memory[..., :-1]})
+    with pytest.raises(ValueError, match=r"out has \['outptu'\]; this call returns \['output'\]"):
+        faplugin.attention(QUERY, KEY, VALUE, out={"outptu": memory})
+    memory.flags.writeable = False
+    with pytest.raises(ValueError, match="output is read-only"):
+        faplugin.attention(QUERY, KEY, VALUE, out={"output": memory})
+
+
+def test_results_share_no_memory_with_inputs() -> None:
+    memory = normal(3, 4, 9, 16)
+    with pytest.raises(ValueError, match="output shares memory with query; give it memory of its own"):
+        faplugin.attention(memory[:2], KEY, KEY, out={"output": memory[1:]})
+    faplugin.attention(memory[:1], KEY[:1], KEY[:1], out={"output": memory[1:2]})
+
+
+def test_distances_without_end_are_open_windows() -> None:
+    expected = faplugin.attention(QUERY, KEY, VALUE)
+    assert np.array_equal(faplugin.attention(QUERY, KEY, VALUE, left_window_size=2**63 - 1), expected)
+    assert np.array_equal(faplugin.attention(QUERY, KEY, VALUE, right_window_size=2**63 - 1), expected)
 
 
 class Exported:
@@ -109,6 +127,9 @@ def test_pytorch(dtype: str) -> None:
             "query has stride 2 on its last axis",
         ),
         ({"alignment": "left"}, ValueError, "alignment is 'left'; expected one of"),
+        ({"scale": "1"}, TypeError, "scale is '1'; expected FLOAT"),
+        ({"num_threads": -1}, ValueError, "num_threads is -1; expected 0"),
+        ({"q_num_heads": 2**40}, ValueError, "q_num_heads is 1099511627776; expected 2147483647 at most"),
         ({"kernel": "fast"}, RuntimeError, "there is no kernel 'fast'; there are cpu"),
     ],
 )
@@ -124,5 +145,8 @@ def test_specifications_can_be_explained_but_not_computed() -> None:
         faplugin.explain(spec, ((1, 3, 128, 64), "bfloat16"), spec)
     with pytest.raises(ValueError, match="query is a specification without memory"):
         faplugin.attention(spec, spec, spec, out={"output": np.zeros(1)})
+    vast = ((2**40, 2**40, 1, 1), "float32")
+    with pytest.raises(ValueError, match="expected a tensor that fits a memory"):
+        faplugin.explain(vast, vast, vast)
     with pytest.raises(ValueError, match="device is 'sm_70'; expected cpu, cuda, sm_80"):
         faplugin.explain(spec, spec, spec, device="sm_70")

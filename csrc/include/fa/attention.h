@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one API of the operator: what to compute (AttentionParams), where (ExecutionContext), and the answer (Status).
 // Called by the adapters in plugin/. Free of any framework: nothing here but the C++ standard library.
-// Every function is thread-safe, keeps no state between calls, never throws, exits or asserts.
+// Every function is thread-safe, keeps no state between calls, throws nothing but std::bad_alloc, never exits or asserts.
 #pragma once
 
 #include <cstddef>
@@ -29,6 +29,8 @@ struct TensorView {
   bool present = false;
   int64_t shape[4] = {1, 1, 1, 1};
   int64_t stride[4] = {0, 0, 0, 0};  // in elements; 0 on a broadcast axis; meaningless on an axis of size 1
+
+  bool empty() const { return shape[0] == 0 || shape[1] == 0 || shape[2] == 0 || shape[3] == 0; }
 };
 
 /// What a row that attends no key yields. kZero: output 0 (ONNX, FlashAttention). kMean: the mean of all S_kv values,
