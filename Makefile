@@ -44,7 +44,7 @@ test-matrix: $(KIND_OF_DEMOS) ## the operator's tests and the demo's model on on
 	$(BIN)/python -m tests.matrix $(ORT_VERSIONS)
 
 zoo: $(KIND_OF_DEMOS) ## fuse and verify a folder of exported models: make zoo ZOO=folder
-	$(BIN)/python benchmarks/zoo.py $(ZOO)
+	$(BIN)/python benchmarks/zoo.py $(ZOO) --record
 
 onnx-suite: $(KIND_OF_DEMOS) ## ONNX's own attention node tests, fused
 	$(BIN)/python benchmarks/onnx_suite.py

@@ -2,8 +2,9 @@
 """Fuses a folder of exported models and checks every one: `make zoo ZOO=folder`.
 
 Each model is fused, both files run in onnxruntime on the given inputs and at other sizes, and the peers are tried on
-it too: onnxruntime's transformers optimizer and onnxscript's ort_fusions. Prints tables by family and by slice; exits 1
-where any result of ours is wrong.
+it too (zoo_peers.py, which keeps their results): onnxruntime's transformers optimizer and onnxscript's ort_fusions.
+Prints tables by family and by slice; exits 1 where any result of ours is wrong. With --record the totals go to
+benchmarks/results/zoo.json, from which docs/faexport.md's table is made.
 """
 
 from __future__ import annotations
@@ -27,12 +28,16 @@ import rich.console
 import rich.markup
 import rich.progress
 import rich.table
+from results_file import environment, write
 
 WORKER = pathlib.Path(__file__).with_name("zoo_model.py")
 PEERS = {"onnxruntime": "onnxruntime optimizer", "onnxscript": "onnxscript ort_fusions"}
 
 # What a model is known to have (manifest.jsonl) and the word for it in the operator's kinds (zoo_model.py).
-NEEDS = {"causal": "causal", "sliding_window": "window", "padding_mask": "1xS", "softcap": "softcap", "sinks": "sinks"}
+NEEDS = {
+    "causal": "causal", "sliding_window": "window", "padding_mask": "1xS", "softcap": "softcap", "sinks": "sinks",
+    "alibi": "ALiBi, slopes",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -135,12 +140,14 @@ def examine_all(folders: list[pathlib.Path], options: Options, jobs: int, screen
 
 @dataclasses.dataclass
 class Tally:
-    """Sums over a group of models; `good` counts blocks fused in models that still agree."""
+    """Sums over a group of models; `good` counts blocks fused in models that still agree, `extra` what was fused in a
+    model beyond the blocks that it is said to have (not counted as fused)."""
 
     models: int = 0
     expected: int = 0
     fused: int = 0
     good: int = 0
+    extra: int = 0
     wrong: int = 0
     not_run: int = 0
     worst: float = 0.0
@@ -155,6 +162,7 @@ class Tally:
             tally.models += 1
             tally.expected += result["expected"]
             tally.fused += fused
+            tally.extra += found["fused"] - fused
             tally.good += fused if found["outcome"] == "right" else 0
             tally.wrong += found["outcome"] in ("wrong", "error")
             tally.not_run += found["outcome"] == "not run"
@@ -190,17 +198,25 @@ def show_slices(results: list[dict], peers: bool, screen: rich.console.Console) 
     """Blocks expected and fused (right) by us and by the peers."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("slice")
-    for heading in ("models", "blocks", "fused", "share", "wrong", "not run", *(PEERS.values() if peers else ())):
+    for heading in (
+        "models",
+        "blocks",
+        "fused (right)",
+        "share",
+        "wrong",
+        "not run",
+        *(PEERS.values() if peers else ()),
+    ):
         table.add_column(heading, justify="right")
     for name, group in slices(results).items():
         ours = Tally.of(group)
-        cells = [name, ours.models, ours.expected, ours.fused, ours.share, ours.wrong, ours.not_run]
+        right = f"{ours.fused} ({ours.good})"
+        cells = [name, ours.models, ours.expected, right, ours.share, ours.wrong, ours.not_run]
         others = [Tally.of(group, peer) for peer in PEERS] if peers else []
         cells += [f"{other.fused} ({other.good})" for other in others]
-        table.add_row(*map(str, cells))
+        table.add_row(*map(str, cells), style="red" if any(other.good >= ours.good > 0 for other in others) else None)
     screen.print(table)
-    if peers:
-        screen.print("peers: blocks fused, in brackets those in models that then still ran and agreed\n")
+    screen.print("in brackets: blocks fused in models that then still ran and agreed; red: a peer has as many\n")
 
 
 def add_needs(results: list[dict], manifest: pathlib.Path) -> None:
@@ -208,7 +224,8 @@ def add_needs(results: list[dict], manifest: pathlib.Path) -> None:
     lines = manifest.read_text("utf-8").splitlines() if manifest.exists() else []
     needs = {entry["name"]: entry.get("needs") for entry in map(json.loads, lines)}
     for result in results:
-        result["needs"] = needs.get(result["name"]) or result.get("needs")
+        known = needs.get(result["name"]) or result.get("needs") or []
+        result["needs"] = [*known, *(["alibi"] if "alibi" in (result.get("notes") or "").lower() else [])]
 
 
 def show_families(results: list[dict], screen: rich.console.Console) -> None:
@@ -233,13 +250,15 @@ def show_proofs(results: list[dict], screen: rich.console.Console) -> None:
         having = [
             result for result in results if need in (result.get("needs") or []) and result["ours"]["outcome"] == "right"
         ]
-        without = [
-            result["name"] for result in having if not any(word in kind for kind in result["ours"].get("kinds", []))
-        ]
+        without = [result["name"] for result in having if not any(word in text for text in _proofs(result["ours"]))]
         if having:
             table.add_row(need, str(len(having)), str(len(having) - len(without)), ", ".join(without))
     if table.row_count:
         screen.print(table)
+
+
+def _proofs(ours: dict) -> list[str]:
+    return [*ours.get("kinds", []), *(fact for site in ours.get("facts", []) for fact in site)]
 
 
 def show_reasons(results: list[dict], screen: rich.console.Console) -> None:
@@ -265,18 +284,43 @@ def show_reasons(results: list[dict], screen: rich.console.Console) -> None:
             screen.print(f"[red]S x S left[/]: {result['name']}: {rich.markup.escape(names)}")
 
 
-def summary(results: list[dict], options: Options) -> dict:
-    tally = Tally.of(results)
+def _counts(group: list[dict], options: Options) -> dict:
+    """Ours and the peers' sums over a group of models."""
+    tally = Tally.of(group)
+    others = {peer: Tally.of(group, peer) for peer in PEERS} if options.peers else {}
     return {
         "models": tally.models,
         "blocks": tally.expected,
         "fused": tally.fused,
         "fused_and_right": tally.good,
+        "fused_beyond_expected": tally.extra,
         "wrong": tally.wrong,
         "not_run": tally.not_run,
-        "leftovers": sum(bool(result["ours"].get("leftovers")) for result in results),
-        "peers": {peer: dataclasses.asdict(Tally.of(results, peer)) for peer in PEERS} if options.peers else {},
+        "peers": {name: {"fused": t.fused, "fused_and_right": t.good, "wrong": t.wrong} for name, t in others.items()},
     }
+
+
+def summary(results: list[dict], options: Options) -> dict:
+    leftovers = sum(bool(result["ours"].get("leftovers")) for result in results)
+    return _counts(results, options) | {"leftovers": leftovers}
+
+
+def record(results: list[dict], options: Options, seconds: float) -> pathlib.Path:
+    """Writes benchmarks/results/zoo.json: machine, versions, commit; slices, families, what was not fused."""
+    families = sorted({result["family"] for result in results})
+    by_family = {name: [result for result in results if result["family"] == name] for name in families}
+    refused = collections.Counter(r["reason"] for result in results for r in result["ours"].get("refusals", []))
+    document = environment("onnxruntime", "onnxscript", "onnx", "onnx-ir", "numpy", "faexport") | {
+        "seconds": round(seconds),
+        "summary": summary(results, options),
+        "slices": {name: _counts(group, options) for name, group in slices(results).items()},
+        "families": {
+            name: _counts(group, options) | {"kinds": dict(Tally.of(group).kinds)} for name, group in by_family.items()
+        },
+        "refused": dict(refused.most_common()),
+        "not_run": {r["name"]: r["ours"]["detail"] for r in results if r["ours"]["outcome"] == "not run"},
+    }
+    return write("zoo", document)
 
 
 def main() -> int:
@@ -288,7 +332,8 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="only every n-th model")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default: %(default)s)")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave the peers out: half the time")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave the peers out")
+    parser.add_argument("--record", action="store_true", help="write the totals to benchmarks/results/zoo.json")
     parser.add_argument(
         "--json", type=pathlib.Path, default=pathlib.Path("build/zoo.json"), help="results (default: %(default)s)"
     )
@@ -309,7 +354,11 @@ def main() -> int:
     show_proofs(results, screen)
     show_reasons(results, screen)
     show_slices(results, options.peers, screen)
-    print(f"{len(results)} models in {time.monotonic() - start:.0f} s; results: {arguments.json}")
+    seconds = time.monotonic() - start
+    files = [arguments.json, *([record(results, options, seconds)] if arguments.record else [])]
+    print(f"{len(results)} models in {seconds:.0f} s; results: {', '.join(map(str, files))}")
+    if totals["fused_beyond_expected"]:
+        print(f"{totals['fused_beyond_expected']} more sites fused than the models are said to have, not counted")
     print(f"{totals['fused']} of {totals['blocks']} blocks fused ({Tally.of(results).share}), {totals['wrong']} wrong")
     return 1 if totals["wrong"] or totals["leftovers"] else 0
 

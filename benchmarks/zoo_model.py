@@ -13,23 +13,34 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import zoo_peers
 from faexport import model_io, ort_session, pipeline, verify
-from faexport.report import VerificationStatus, count_nodes
+from faexport.report import VerificationStatus
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 
-PEER_OPS = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention", "PackedMultiHeadAttention"}
 MATERIALIZING = {"Expand", "Where", "ScatterND", "Trilu", "ConstantOfShape", "Tile"}  # what builds a mask of S x S
 
 
 def examine(folder: pathlib.Path, peers: bool, isolate: bool) -> dict:
     """Everything about one model. `isolate` runs each session in a process of its own, since one crashed before."""
     meta = json.loads((folder / "meta.json").read_text("utf-8"))
-    keys = ("name", "family", "exporter", "attn", "opset", "dtype", "with_cache", "mode", "needs", "numerics_ok")
+    keys = (
+        "name",
+        "family",
+        "exporter",
+        "attn",
+        "opset",
+        "dtype",
+        "with_cache",
+        "mode",
+        "needs",
+        "numerics_ok",
+        "notes",
+    )
     result = {key: meta.get(key) for key in keys} | {"expected": meta["expected_attention_blocks"]}
     run = ort_session.run if isolate else ort_session.run_here
     given = verify.InputSet("inputs.npz", dict(np.load(folder / "inputs.npz")))
@@ -37,8 +48,7 @@ def examine(folder: pathlib.Path, peers: bool, isolate: bool) -> dict:
     with tempfile.TemporaryDirectory(prefix="zoo-") as scratch:
         result["ours"] = _ours(folder, pathlib.Path(scratch), reference)
         if peers:
-            result["onnxruntime"] = _peer(_onnxruntime_optimizer, folder, meta, pathlib.Path(scratch), reference)
-            result["onnxscript"] = _peer(_onnxscript_fusions, folder, meta, pathlib.Path(scratch), reference)
+            result |= zoo_peers.results(folder, meta, pathlib.Path(scratch), reference, _outcome)
     return result
 
 
@@ -174,36 +184,6 @@ def _kind(node: ir.Node, shapes: dict) -> str:
         elif name == "sinks":
             parts.append("sinks")
     return " + ".join(parts) or "no mask"
-
-
-def _peer(fuse: Callable, folder: pathlib.Path, meta: dict, scratch: pathlib.Path, reference: verify.Reference) -> dict:
-    """A peer's fusion of the same file, judged as ours."""
-    path = scratch / f"{fuse.__name__}.onnx"
-    try:
-        fuse(folder / "model.onnx", meta, path)
-        counts = count_nodes(model_io.load(path))
-    except Exception as error:  # a peer that fails on a model fuses nothing in it
-        return {"fused": 0, "outcome": "failed", "detail": ort_session.one_line(f"{type(error).__name__}: {error}")}
-    fused = sum(counts.get(f"com.microsoft::{op_type}", 0) for op_type in PEER_OPS)
-    if not fused:
-        return {"fused": 0, "outcome": "nothing fused"}
-    return {"fused": fused, **_outcome(verify.verify_against(reference, path))}
-
-
-def _onnxruntime_optimizer(source: pathlib.Path, meta: dict, target: pathlib.Path) -> None:
-    from onnxruntime.transformers import optimizer
-
-    kind = meta["peer_type"] if meta.get("peer_type") in optimizer.MODEL_TYPES else "bert"
-    sizes = {"num_heads": meta.get("num_heads") or 0, "hidden_size": meta.get("hidden") or 0}
-    optimized = optimizer.optimize_model(str(source), model_type=kind, opt_level=0, **sizes)
-    optimized.save_model_to_file(str(target))
-
-
-def _onnxscript_fusions(source: pathlib.Path, meta: dict, target: pathlib.Path) -> None:
-    from onnxscript.rewriter import ort_fusions
-
-    model, _ = ort_fusions.optimize_for_ort(ir.load(source))
-    ir.save(model, target)
 
 
 def serve() -> None:
