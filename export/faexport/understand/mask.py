@@ -118,6 +118,10 @@ def _is_count(atom: Expr) -> bool:
     return axis is not None and int(axis.numpy().reshape(-1)[0]) in (-1, len(atom.args[1]) - 1)
 
 
+def _slopes_text(slopes: np.ndarray) -> str:
+    return "ALiBi, slopes " + ", ".join(f"{s:g}" for s in slopes[:8]) + ("…" if len(slopes) > 8 else "")
+
+
 class _Builder:
     """Turns the cases of one site into a spec.Mask."""
 
@@ -419,29 +423,39 @@ class _Builder:
                 self.mask.alibi_slopes = self.emitter.constant(slopes)
                 if self.mask.alignment is spec.Alignment.ONNX:
                     self.mask.alignment = spec.Alignment.TOP_LEFT
-                self.fact(
-                    "ALiBi, slopes " + ", ".join(f"{s:g}" for s in slopes[:8]) + ("…" if len(slopes) > 8 else ""),
-                    part[0],
-                )
+                self.fact(_slopes_text(slopes), part[0])
                 moving = moving[:k] + moving[k + 1 :]
                 break
         if not moving:
             return
         self._sum([(self._bias_value(expr), factor) for expr, factor in moving])
-        for expr, _ in moving:
-            counted = any(_is_count(atom) for atom in ia.atoms(expr, "load"))
-            self.fact(f"bias {self._axes(expr)}" + (": ALiBi, positions counted from a mask" if counted else ""), expr)
+        for expr, factor in moving:
+            slopes = self._counted_slopes(expr, factor, window)
+            more = "" if slopes is None else f": {_slopes_text(slopes)}, times positions counted from a mask"
+            self.fact(f"bias {self._axes(expr)}{more}", expr)
+
+    def _counted_slopes(self, expr: Expr, factor: float, window: Window) -> np.ndarray | None:
+        """ALiBi's slopes where the positions are a running sum of a mask: with holes in it they aren't the keys'."""
+        for atom in ia.atoms(expr, "load"):
+            padding = ia.only_atom(self._summed(atom)) if _is_count(atom) else None
+            if padding is not None:
+                return slopes_of(self.site, ((self._beside_ones(expr, padding), factor),), window)
+        return None
+
+    def _summed(self, count: Expr) -> Expr:
+        """The element whose running sum a load is."""
+        return self.site.ctx.tensor(count.args[0].producer().inputs[0]).at(count.args[1])
 
     def _where_visible(self, expr: Expr) -> Expr:
-        """`expr` at visible keys, with right padding assumed: the mask is 1 there, and its running sum j + 1."""
-        if self.padding is None:
-            return expr
-        known = {self.padding: ia.ONE}
+        """`expr` at visible keys, with right padding assumed."""
+        return expr if self.padding is None else self._beside_ones(expr, self.padding)
+
+    def _beside_ones(self, expr: Expr, padding: Expr) -> Expr:
+        """`expr` where an element of a mask is 1, and its running sum j + 1."""
+        known = {padding: ia.ONE}
         for atom in ia.atoms(expr, "load"):
-            if _is_count(atom):
-                summed = self.site.ctx.tensor(atom.args[0].producer().inputs[0]).at(atom.args[1])
-                if summed is ia.of_atom(self.padding):
-                    known[atom] = ia.add(self.site.j, ia.ONE)
+            if _is_count(atom) and self._summed(atom) is ia.of_atom(padding):
+                known[atom] = ia.add(self.site.j, ia.ONE)
         return il.rewrite(expr, known)
 
     def _bias_value(self, expr: Expr) -> ir.Value:
