@@ -58,6 +58,7 @@ app = typer.Typer(
 
 class Assumption(enum.StrEnum):
     RIGHT_PADDING = "right-padding"
+    FULL_ROWS = "full-rows"
 
 
 class CoreDtype(enum.StrEnum):
@@ -96,11 +97,12 @@ OpsetOption = Annotated[
     int | None, typer.Option("--opset", metavar="N", help="Convert the model to this ONNX opset first.", min=7)
 ]
 AssumeOption = Annotated[
-    Assumption | None,
+    list[Assumption] | None,
     typer.Option(
         "--assume",
         metavar="WHAT",
-        help="What a model can't tell. right-padding: every mask input keeps the first tokens of a row.",
+        help="What a model can't tell; may be given twice. right-padding: every mask input keeps the first tokens of a "
+        "row. full-rows: each query sees a key, or its output is never used.",
     ),
 ]
 DtypeOption = Annotated[
@@ -148,7 +150,7 @@ def fuse(
 ) -> None:
     """Fuse the attention of MODEL and write the result. The name of this command may be left out."""
     target = output or default_target(model)
-    right_padding = assume is Assumption.RIGHT_PADDING
+    assumed = {f"assume_{name.name.lower()}": True for name in assume or ()}
     with terminal.progress(quiet) as progress:
         progress.step(f"reading {model.name}")
         source = model_io.load(model)
@@ -156,13 +158,15 @@ def fuse(
         _check_report_file(report_file, model, target)
         given = _read_inputs(inputs, source) if inputs else []
         progress.step("fusing")
-        options = pipeline.Options(right_padding, fallback, _CORE_DTYPES[dtype] if dtype else None, opset)
+        options = pipeline.Options(
+            fallback=fallback, dtype=_CORE_DTYPES[dtype] if dtype else None, opset=opset, **assumed
+        )
         fused, report = _fuse(source, options, model)
         report.model = str(model)
         if report.num_fused:
             with _staged(fused, target, model, dry_run, progress) as stage:
                 if check:
-                    report.verification = _verify(model, stage, given, right_padding, progress)
+                    report.verification = _verify(model, stage, given, options, progress)
                 failed = report.verification is not None and report.verification.status is VerificationStatus.FAILED
                 if not failed and not dry_run:
                     stage.commit()
@@ -188,7 +192,8 @@ def inspect(
         source = model_io.load(model)
         _check_report_file(report_file, model)
         progress.step("looking for attention")
-        _, report = _fuse(source, pipeline.Options(assume is Assumption.RIGHT_PADDING, opset=opset), model)
+        assumed = {f"assume_{name.name.lower()}": True for name in assume or ()}
+        _, report = _fuse(source, pipeline.Options(opset=opset, **assumed), model)
     report.model = str(model)
     _show(report, as_json, report_file, quiet)
 
@@ -228,11 +233,16 @@ def _verify(
     model: pathlib.Path,
     stage: model_io.Stage,
     given: list[verify.InputSet],
-    right_padding: bool,
+    options: pipeline.Options,
     progress: terminal.Progress,
 ) -> Verification:
     return verify.verify(
-        model, stage.model_path, extra_inputs=given, right_padding=right_padding, on_step=progress.step
+        model,
+        stage.model_path,
+        extra_inputs=given,
+        right_padding=options.assume_right_padding,
+        full_rows=options.assume_full_rows,
+        on_step=progress.step,
     )
 
 

@@ -31,6 +31,7 @@ class Options:
     dtype: ir.DataType | None = None  # run the attention core in this type; None keeps the model's
     opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
     sources: tuple[str, ...] = ()  # matchers to use; empty: all
+    assume_full_rows: bool = False  # each query attends a key, or what it yields is never used
 
 
 def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report]:

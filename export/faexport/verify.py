@@ -103,6 +103,7 @@ def verify(
     *,
     extra_inputs: Sequence[InputSet] = (),
     right_padding: bool = False,
+    full_rows: bool = False,
     seed: int = 0,
     on_step: Step = lambda text: None,
 ) -> Verification:
@@ -112,12 +113,14 @@ def verify(
         original, rewritten: .onnx files.
         extra_inputs: to run on besides random inputs of several sizes.
         right_padding: masks keep a prefix only, since the rewritten model assumes it.
+        full_rows: masks leave each query a key, likewise.
         on_step: told what is being done, for a progress display.
     """
     if missing := ort_session.missing_packages():
         return Verification(VerificationStatus.NOT_RUN, missing)
     on_step("running the original")
-    reference = make_reference(original, extra_inputs=extra_inputs, right_padding=right_padding, seed=seed)
+    assumed = {"right_padding": right_padding, "full_rows": full_rows}
+    reference = make_reference(original, extra_inputs=extra_inputs, seed=seed, **assumed)
     on_step("running the rewritten model")
     return verify_against(reference, rewritten)
 
@@ -127,20 +130,21 @@ def make_reference(
     *,
     extra_inputs: Sequence[InputSet] = (),
     right_padding: bool = False,
+    full_rows: bool = False,
     seed: int = 0,
     run: Runner = ort_session.run,
 ) -> Reference:
     """Draws inputs and runs the original on them; `run` is ort_session.run or run_here."""
     reference = Reference(os.fspath(path), model_io.load(path), list(extra_inputs), ort_session.Results(), run)
     try:
-        reference.sets += _input_sets(reference.model, right_padding, seed)
+        reference.sets += _input_sets(reference.model, right_padding, full_rows, seed)
     except model_inputs.UnsupportedInput as error:
         if not extra_inputs:
             reference.problem = f"{error}; give inputs with --inputs file.npz"
             return reference
     reference.results = _run(reference, reference.path, reference.sets, _needs_library(reference.model))
     if not reference.results.error and not _usable(reference.results):
-        _try_lengths(reference, right_padding, seed)
+        _try_lengths(reference, right_padding, full_rows, seed)
     if not _usable(reference.results):
         sentences = [outputs for outputs in reference.results.outputs if isinstance(outputs, str)]
         why = reference.results.error or sentences[0]
@@ -187,21 +191,23 @@ def _conclude(runs: list[VerificationRun], by_fallback: bool) -> Verification:
     return Verification(VerificationStatus.PASSED, note, tuple(runs))
 
 
-def _input_sets(model: ir.Model, right_padding: bool, seed: int, length: int | None = None) -> Sequence[InputSet]:
+def _input_sets(
+    model: ir.Model, right_padding: bool, full_rows: bool, seed: int, length: int | None = None
+) -> Sequence[InputSet]:
     specs = model_inputs.input_specs(model)
     masks = any("mask" in spec.name.lower() for spec in specs)
     random = np.random.default_rng(seed)
     # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
     # there, but the mean of the values where float16 is added in float16. So no query loses all its keys: of two
     # neighbours one is kept, and the first.
-    half = _least_precise(model) == "float16"
+    full_rows = full_rows or _least_precise(model) == "float16"
     sets = []
     for sizes, pattern in PLANS:
         if not model_inputs.is_dynamic(specs) and len(sets) >= (2 if masks else 1):
             break
         if right_padding and pattern in (MaskPattern.LEFT_PADDED, MaskPattern.RANDOM):
             pattern = MaskPattern.RIGHT_PADDED
-        if half and pattern is not MaskPattern.ONES:
+        if full_rows and pattern is not MaskPattern.ONES:
             pattern = MaskPattern.LAST if pattern is MaskPattern.RIGHT_PADDED else MaskPattern.SCATTERED
         sizes = dataclasses.replace(sizes, length=length) if length else sizes
         bound = model_inputs.bind(specs, sizes)
@@ -212,10 +218,10 @@ def _input_sets(model: ir.Model, right_padding: bool, seed: int, length: int | N
     return sets
 
 
-def _try_lengths(reference: Reference, right_padding: bool, seed: int) -> None:
+def _try_lengths(reference: Reference, right_padding: bool, full_rows: bool, seed: int) -> None:
     """Replaces the sets by sets of another length, which the original runs on, if there is one."""
     for length in FALLBACK_LENGTHS:
-        sets = _input_sets(reference.model, right_padding, seed, length)
+        sets = _input_sets(reference.model, right_padding, full_rows, seed, length)
         results = _run(reference, reference.path, sets, _needs_library(reference.model))
         if _usable(results):
             reference.sets, reference.results = sets, results

@@ -33,10 +33,12 @@ from faexport.understand.mask_window import Window, corners, length_of, split
 @dataclasses.dataclass(frozen=True)
 class MaskOptions:
     """`assume_right_padding`: a padding mask given by the user is ones and then zeros in each row, so lengths say it
-    all. `check`: run the mask's subgraph on small inputs and compare with what was proven."""
+    all. `assume_full_rows`: each row sees a key, or its output is never used. `check`: run the mask's subgraph on small
+    inputs and compare with what was proven."""
 
     assume_right_padding: bool = False
     check: bool = True
+    assume_full_rows: bool = False
 
 
 class GraphMasks:
@@ -51,7 +53,7 @@ class GraphMasks:
 
 _BOTH_MASKS = (
     "a float mask is added to scores that another mask replaced by a number: rows of padding only would come out "
-    "differently (--assume right-padding rules them out)"
+    "differently (--assume full-rows or right-padding rules them out)"
 )
 UNKNOWN_SHAPE = "the shape of its mask can't be found out"
 Shapes = Callable[[ir.Value], Sequence[int | str | None] | None]
@@ -88,7 +90,7 @@ def understand_mask(
         return spec.Refusal(UNKNOWN_SHAPE, names[-1])
     mask, first = shared.known[key]
     if options.check:
-        wrong = shared.checker.check(key, site, terms, mask, options.assume_right_padding)
+        wrong = shared.checker.check(key, site, terms, mask, options)
         if wrong:
             text = f"what was proven of its mask isn't what the mask computes ({wrong}); please report this model"
             return spec.Refusal(text, names[-1])
@@ -136,7 +138,8 @@ class _Builder:
     def build(self) -> spec.Mask:
         cases = cases_of(self.site, self.terms)
         soft = any(c.mask is not None and c.mask > -math.inf for c in cases)
-        if soft and not self._moderate() and not self._first_key_is_kept(cases):
+        kept = self.options.assume_full_rows or self._first_key_is_kept(cases)
+        if soft and not kept and not self._moderate():
             self._as_they_are()
             return self._finished()
         seen, bias = self._decide(cases)
@@ -234,6 +237,9 @@ class _Builder:
         seen = visible(cases)
         sure = rows_see_a_key(self.site, seen)
         self.mask.rows_see_a_key = sure and self._moderate()
+        if soft and not sure and self.options.assume_full_rows:
+            self.fact("every row sees a key (assumed)")
+            return seen, kept
         if not soft or sure or self.site.scores.sinks:  # with a sink such a row gives 0, whatever the fill
             if not sure:
                 self._note_empty_rows()
@@ -246,7 +252,8 @@ class _Builder:
         if any(c.replaced and not c.exact for c in soft) or any(c.replaced and c.mask > -1e30 for c in soft):
             raise NotAMask("its mask gives rows without a visible key a softmax of other numbers")
         self.fact(
-            f"rows that may see no key would give another softmax without the {soft[0].mask:g} added: it stays a bias"
+            f"rows that may see no key would give another softmax without the {soft[0].mask:g} added: it stays a bias "
+            "(--assume full-rows rules them out)"
         )
         return il.negate(il.any_of(c.cond for c in hard)), cases
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -18,8 +19,11 @@ from onnx.reference import ReferenceEvaluator
 from faexport import spec
 from faexport.understand import index_algebra as ia
 from faexport.understand.index_tensor import Interpreter, kind_of
-from faexport.understand.mask_softmax import Skip, original, proven
-from faexport.understand.mask_terms import Site
+from faexport.understand.mask_softmax import Skip, highest, original, proven
+from faexport.understand.mask_terms import MASKING, Site
+
+if TYPE_CHECKING:
+    from faexport.understand.mask import MaskOptions
 
 _PLANS = ((2, 5, 3), (3, 7, 0), (1, 4, 9))  # batch, sequence, past: what symbols are bound to, by their names
 _TOLERANCE = {ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}  # of a probability; else 5e-3
@@ -34,21 +38,21 @@ class Checker:
         self._done: dict[tuple, str] = {}
 
     def check(
-        self, key: tuple, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, right_padding: bool
+        self, key: tuple, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, options: MaskOptions
     ) -> str:
         """ "" where all evaluations agree (or none was possible), else what differs; made once for a key."""
         if key not in self._done:
             try:
-                self._done[key] = self._check(site, terms, mask, right_padding)
+                self._done[key] = self._check(site, terms, mask, options)
             except Skip:
                 self._done[key] = ""
         return self._done[key]
 
-    def _check(self, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, right_padding: bool) -> str:
-        trial = _Trial(self.ctx, site, terms, mask)
+    def _check(self, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, options: MaskOptions) -> str:
+        trial = _Trial(self.ctx, site, terms, mask, options.assume_full_rows)
         random = np.random.default_rng(0)
         for plan in _PLANS:
-            difference = trial.try_plan(plan, random, right_padding)
+            difference = trial.try_plan(plan, random, options.assume_right_padding)
             if not difference <= _TOLERANCE.get(site.scores.dtype, 5e-3):
                 return f"a probability differs by {difference:.3g}"
         return ""
@@ -76,7 +80,10 @@ def _in_order(nodes: set[ir.Node], known: set[ir.Value]) -> list[ir.Node]:
 class _Trial:
     """The subgraph that computes the terms and the values of the proven mask, ready to run."""
 
-    def __init__(self, ctx: Interpreter, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask):
+    def __init__(
+        self, ctx: Interpreter, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, full_rows: bool
+    ):
+        self.full_rows = full_rows  # rows without a visible key aren't judged
         self.ctx, self.site, self.terms, self.mask = ctx, site, terms, mask
         given = [mask.query_offset, mask.attn_mask, mask.attn_bias, mask.kv_lengths, mask.alibi_slopes]
         self.outputs = list(dict.fromkeys([*site.roots, *(v for v in given if v is not None)]))
@@ -157,7 +164,10 @@ class _Trial:
         scores = random.uniform(-3, 3, shape)
         sinks = random.uniform(-3, 3, (1, shape[1], 1, 1)) if self.site.scores.sinks else None
         want = original(self.site, self.terms, arrays, scores, self.mask, sinks)
-        return float(np.abs(want - proven(self.mask, arrays, scores, sinks)).max())
+        difference = np.abs(want - proven(self.mask, arrays, scores, sinks))
+        if self.full_rows:
+            difference = difference[highest(self.site, self.terms, arrays, scores) > MASKING / 2]
+        return float(difference.max(initial=0.0))
 
     def _number(self, size: ia.Expr, sizes: dict[ia.Expr, int]) -> int:
         try:

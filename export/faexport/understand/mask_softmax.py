@@ -32,11 +32,8 @@ def original(
 ) -> np.ndarray:
     """Probabilities [B, H, S, T] as the graph computes them; a row of -inf gives 0 where the operator gives 0. `sinks`
     are [1, H, 1, 1]."""
-    s = scores.astype(site.scores.dtype.numpy())
+    s = _masked(site, terms, arrays, scores)
     with np.errstate(all="ignore"):
-        for term in terms:
-            if term.kind not in (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW):
-                s = _merged(_apply(term, arrays, _split(term, s, arrays)), term, scores.shape)
         p = _softmax(s.astype(np.float64), sinks)
     if mask.empty_row is spec.EmptyRow.ZERO:
         p = np.nan_to_num(p)
@@ -48,6 +45,20 @@ def original(
             kept = arrays[term.value].any(axis=-1, keepdims=True)
             p = _merged(np.where(kept, _split(term, p, arrays), 0), term, scores.shape)
     return p
+
+
+def _masked(site: Site, terms: Sequence[spec.MaskTerm], arrays: Arrays, scores: np.ndarray) -> np.ndarray:
+    s = scores.astype(site.scores.dtype.numpy())
+    with np.errstate(all="ignore"):
+        for term in terms:
+            if term.kind not in (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW):
+                s = _merged(_apply(term, arrays, _split(term, s, arrays)), term, scores.shape)
+    return s
+
+
+def highest(site: Site, terms: Sequence[spec.MaskTerm], arrays: Arrays, scores: np.ndarray) -> np.ndarray:
+    """[B, H, S]: the highest score of each row after masking."""
+    return _masked(site, terms, arrays, scores).astype(np.float64).max(axis=-1)
 
 
 def _apply(term: spec.MaskTerm, arrays: Arrays, s: np.ndarray) -> np.ndarray:

@@ -23,4 +23,6 @@ def understand(terms: Sequence[MaskTerm], scores: ScoreShape, context: Context) 
         found = context.analysis.shape(value)
         return None if found is None else [plain(d) for d in found]
 
-    return understand_mask(terms, scores, MaskOptions(context.options.assume_right_padding), shapes)
+    given = context.options
+    options = MaskOptions(given.assume_right_padding, assume_full_rows=given.assume_full_rows)
+    return understand_mask(terms, scores, options, shapes)
