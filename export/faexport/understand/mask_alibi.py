@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recognises ALiBi: a bias that is slope[h] times the key's position, up to a number that is the same for a whole row.
 
-Softmax doesn't see such a number (unless there is a sink), and the operator's -slope * |p - j| differs from slope * j by -slope * p wherever j
-<= p. So causal attention has ALiBi slopes if its bias grows by slope[h] from key to key; without a causal window only
--slope * |p - j|. Press, Smith, Lewis 2022, "Train Short, Test Long".
+Softmax doesn't see such a number (unless there is a sink), and the operator's -slope * |p - j| differs from slope * j
+by -slope * p wherever j <= p. So causal attention has ALiBi slopes if its bias grows by slope[h] from key to key;
+without a causal window only -slope * |p - j|. Press, Smith, Lewis 2022, "Train Short, Test Long".
 """
 
 from __future__ import annotations

@@ -225,14 +225,15 @@ def _partly_cut(ctx: Interpreter, value: ir.Value, sizes: Shape, axes: list[int]
 
 
 def _cut(start: Expr, end: Expr, step: int, size_: Expr) -> tuple[Expr, Expr]:
-    """(first index, number of elements) of a slice."""
+    """(first index, number of elements) of a slice. A start beyond the end needn't be clamped: no element is there."""
     if step < 0:
         if step != -1 or ia.value_of(end) is None or ia.value_of(end) > -_HUGE or _from_end(start, size_) is not None:
             raise Unknown
         return ia.sub(size_, ia.ONE), size_
     begin = _clamped(start, size_)
     length = ia.maximum(ia.sub(_clamped(end, size_), begin), ia.ZERO)
-    return begin, length if step == 1 else ia.floordiv(ia.add(length, ia.const(step - 1)), ia.const(step))
+    count = length if step == 1 else ia.floordiv(ia.add(length, ia.const(step - 1)), ia.const(step))
+    return start if ia.is_nonnegative(start) else begin, count
 
 
 def _from_end(start: Expr, size_: Expr) -> Expr | None:
