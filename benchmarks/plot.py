@@ -2,6 +2,7 @@
 """Draws benchmarks/results/attention.json: speed against sequence length, full and causal, one picture a head size.
 
 Memory is drawn from its definition, not measured: what one layer needs beside inputs and output, fused and unfused.
+Needs matplotlib (pip install '.[bench]').
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import shlex
@@ -19,6 +20,7 @@ from tests.export.commands import environment, faexport
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ("README.md", "docs/faexport.md")
+ALL_PAGES = sorted(os.fspath(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -42,7 +44,7 @@ def test_commands_run_as_printed(page: str, tmp_path: pathlib.Path) -> None:
     assert blocks(page, "python"), "the page shows the library too"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ALL_PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
@@ -59,7 +61,7 @@ def test_speeds_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPat
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for page in PAGES:
+    for page in ALL_PAGES:
         for target in re.findall(r"`?\bmake ([a-z-]+)(?=`|\s+#|$)", (ROOT / page).read_text(), re.M):
             assert target in targets, f"{page}: make {target}"
 
