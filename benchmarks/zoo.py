@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -302,7 +303,8 @@ def _counts(group: list[dict], options: Options) -> dict:
 
 def summary(results: list[dict], options: Options) -> dict:
     leftovers = sum(bool(result["ours"].get("leftovers")) for result in results)
-    return _counts(results, options) | {"leftovers": leftovers}
+    fallback = collections.Counter(r["ours"]["fallback"] for r in results if "fallback" in r["ours"])
+    return _counts(results, options) | {"leftovers": leftovers, "without_library": dict(fallback)}
 
 
 def record(results: list[dict], options: Options, seconds: float) -> pathlib.Path:
@@ -357,10 +359,12 @@ def main() -> int:
     seconds = time.monotonic() - start
     files = [arguments.json, *([record(results, options, seconds)] if arguments.record else [])]
     print(f"{len(results)} models in {seconds:.0f} s; results: {', '.join(map(str, files))}")
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in totals["without_library"].items())
+    print(f"rewritten models in plain onnxruntime {importlib.metadata.version('onnxruntime')}: {outcomes}")
     if totals["fused_beyond_expected"]:
         print(f"{totals['fused_beyond_expected']} more sites fused than the models are said to have, not counted")
     print(f"{totals['fused']} of {totals['blocks']} blocks fused ({Tally.of(results).share}), {totals['wrong']} wrong")
-    return 1 if totals["wrong"] or totals["leftovers"] else 0
+    return 1 if totals["wrong"] or totals["leftovers"] or totals["without_library"].get("failed") else 0
 
 
 if __name__ == "__main__":

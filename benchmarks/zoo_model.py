@@ -68,6 +68,7 @@ def _ours(folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Referen
     }
     if report.num_fused and result["outcome"] == "right":
         result |= _operands(path, reference) | _against_torch(folder, path, reference)
+        result["fallback"] = verify.verify_against(reference, path, use_library=False).status
     return result
 
 

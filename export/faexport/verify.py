@@ -152,13 +152,16 @@ def make_reference(
     return reference
 
 
-def verify_against(reference: Reference, rewritten: os.PathLike[str] | str) -> Verification:
-    """Compares a rewritten model file with the reference."""
+def verify_against(
+    reference: Reference, rewritten: os.PathLike[str] | str, *, use_library: bool = True
+) -> Verification:
+    """Compares a rewritten model file with the reference. Without the operator's library (also where `use_library` is
+    false) its function in standard operators runs."""
     if reference.problem:
         return Verification(VerificationStatus.NOT_RUN, reference.problem)
     model = model_io.load(rewritten)
     library = _needs_library(model)
-    by_fallback = library and not ort_session.has_library()
+    by_fallback = library and not (use_library and ort_session.has_library())
     if by_fallback and not any(function.domain == DOMAIN for function in model.functions.values()):
         return Verification(VerificationStatus.NOT_RUN, "the operator's library is not installed (package faplugin)")
     actual = _run(reference, os.fspath(rewritten), reference.sets, library and not by_fallback)

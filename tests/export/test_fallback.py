@@ -32,6 +32,17 @@ RECIPES = {
     "bias": Recipe((), bias="table"),
     "bias and padding": Recipe(("unsqueeze",), bias="table"),
     "off the diagonal": Recipe(("j <= i - 1",), fill=float(-np.inf), guard=True),
+    "BERT": Recipe(("unsqueeze",), layers=2),
+    "ViT": Recipe((), structure="packed slice"),
+    "CLIP's text model": Recipe(("buffer",), structure="bmm"),
+    "GPT-2": Recipe(("float buffer",), form="where scores", structure="packed split"),
+    "Llama": Recipe(("j <= i", "gather_nd"), kv_heads=1, cache=True),
+    "Mistral": Recipe(("j <= i", "j > i - w", "gather_nd"), kv_heads=1, cache=True),
+    "Gemma 2": Recipe(("j <= i", "j > i - w", "flat gather"), kv_heads=1, softcap=True),
+    "GPT-OSS": Recipe(("j <= i", "j > i - w", "gather_nd"), kv_heads=1, sinks=True),
+    "BLOOM": Recipe(("j <= i", "not equal 0"), structure="bmm with 4-D masks", bias="alibi counted"),
+    "MPT": Recipe(("not upper", "unsqueeze"), form="where not scores", bias="alibi j", structure="packed slice"),
+    "T5": Recipe(("j <= i", "unsqueeze"), bias="table", layers=2),
 }
 
 
