@@ -22,7 +22,7 @@ MINIMUM = float(np.finfo(np.float32).min)
 
 CAUSAL = (
     "j <= i", "i >= j", "not j > i", "j < i + 1", "i - j >= 0", "trilu", "buffer", "not upper", "float buffer",
-    "j <= i + 1", "j <= i - 1",
+    "band buffer", "j <= i + 1", "j <= i - 1",
 )  # fmt: skip
 WINDOWS = ("j > i - w", "i - j < w", "abs(i - j) <= w", "j <= i + w", "i < j + w")
 PADDING = ("unsqueeze", "gather_nd", "flat gather", "not equal 0", "greater half", "rows")
@@ -343,7 +343,7 @@ class _Builder:
 
     def _causal(self, name: str) -> str:
         g, i, j = self.g, self.i, self.j
-        if name in ("trilu", "buffer", "not upper", "float buffer"):
+        if name in ("trilu", "buffer", "not upper", "float buffer", "band buffer"):
             return self._triangle(name)
         return {
             "j <= i": lambda: g("LessOrEqual", j, i),
@@ -358,12 +358,14 @@ class _Builder:
     def _triangle(self, name: str) -> str:
         g = self.g
         past, total = (g.unsqueeze(x, 0) for x in (self.past, self.total))
-        if name in ("buffer", "float buffer"):
-            dtype = np.bool_ if name == "buffer" else np.float32
-            whole = g.const(np.tril(np.ones((1, 1, MAX_LENGTH, MAX_LENGTH))), dtype)
+        if name.endswith("buffer"):
+            dtype = np.float32 if name == "float buffer" else np.bool_
+            triangle = np.tril(np.ones((1, 1, MAX_LENGTH, MAX_LENGTH)))
+            band = np.tril(triangle, -self.r.window - 1) if name == "band buffer" else 0  # as GPT-Neo's local layers
+            whole = g.const(triangle - band, dtype)
             rows = g("Slice", whole, past, total, g.const([2]))
             square = g("Slice", rows, g.const([0]), total, g.const([3]))
-            return square if name == "buffer" else g("Equal", square, g.const(1.0, np.float32))
+            return square if dtype is np.bool_ else g("Equal", square, g.const(1.0, np.float32))
         shape = g("Concat", g.unsqueeze(self.length, 0), total, axis=0)
         ones = g("Expand", g.const(1.0, np.float32), shape)
         if name == "trilu":

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from faexport import pipeline
 from faexport.spec import Alignment, AttentionSpec, EmptyRow, Mask, Refusal
+from faexport.understand import index_logic as il
 
 from tests.export import mask_grammar as grammar
 from tests.export.mask_grammar import MINIMUM, Recipe
@@ -38,7 +39,7 @@ def is_only_a_window(mask: Mask) -> bool:
     return mask.attn_mask is None and mask.attn_bias is None and mask.kv_lengths is None
 
 
-@pytest.mark.parametrize("spelling", grammar.CAUSAL[:-2])
+@pytest.mark.parametrize("spelling", grammar.CAUSAL[:-3])
 @pytest.mark.parametrize("cache", (False, True))
 @pytest.mark.parametrize("fill", (INFINITY, MINIMUM, -1e4))
 def test_causal_in_every_spelling(spelling: str, cache: bool, fill: float) -> None:
@@ -100,6 +101,26 @@ def test_right_padding_gives_lengths_only_where_assumed() -> None:
     mask = proven(recipe, assume_right_padding=True)
     assert mask.kv_lengths is not None and mask.attn_mask is None
     assert mask.alignment is Alignment.TOP_LEFT  # the length may not move the diagonal
+
+
+@pytest.mark.parametrize("cache", (False, True))
+def test_with_full_rows_only_what_is_visible_counts(cache: bool) -> None:
+    """GPT-Neo: two finite masks, one after the other; GPT-1: -1e4 in place of scores, then a float mask."""
+    recipe = Recipe(("band buffer", "unsqueeze"), apart=True, window=2, cache=cache)
+    exact = proven(recipe)
+    assert exact.attn_bias is not None and any("--assume full-rows" in fact.text for fact in exact.facts)
+    mask = proven(recipe, assume_full_rows=True)
+    assert window(mask) == (2, 0) and mask.attn_bias is None and mask.attn_mask is not None
+    assumed = outcome(float_padding_beside(-1e4, "where scores"), assume_full_rows=True)
+    assert window(assumed.mask) == (-1, 0) and "bias [B, 1, 1, S_kv]" in {fact.text for fact in assumed.mask.facts}
+
+
+def test_full_rows_may_not_hide_a_wrong_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    from faexport.understand import mask as module
+
+    monkeypatch.setattr(module, "visible", lambda cases: il.TRUE)
+    found = outcome(grammar.build(Recipe(("j <= i", "unsqueeze"), apart=True)), assume_full_rows=True)
+    assert isinstance(found, Refusal) and "please report" in found.reason
 
 
 def test_lengths_from_an_input() -> None:
