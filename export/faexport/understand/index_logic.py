@@ -350,9 +350,39 @@ def float_op(name: str, dtype: ir.DataType, *args: Expr) -> Expr:
             return args[0]
         if (name == "Mul" and a == 1) or (name == "Add" and a == 0):
             return args[1]
+    exact = _whole_numbers(name, dtype, args)
+    if exact is not None:
+        return exact
     return lift(
         lambda *leaves: make("fop", (name, dtype, *leaves), "float"), lambda *x: float_op(name, dtype, *x), args
     )
+
+
+_WHOLE = {
+    "Add": ia.add, "Sub": ia.sub, "Neg": ia.neg, "Abs": ia.absolute, "Min": ia.minimum, "Max": ia.maximum,
+    "Floor": lambda a: a, "Ceil": lambda a: a, "Round": lambda a: a,
+}  # fmt: skip
+_EXACT = (ir.DataType.FLOAT, ir.DataType.DOUBLE)  # positions (below 2 ** 24) convert without rounding
+
+
+def _whole_numbers(name: str, dtype: ir.DataType, args: tuple[Expr, ...]) -> Expr | None:
+    """The operator on positions that were converted to floats before, as the same one on integers."""
+    if name not in _WHOLE or dtype not in _EXACT:
+        return None
+    whole = [_as_position(a) for a in args]
+    if None in whole or all(a.op == "float" for a in args):
+        return None
+    return cast_float(_WHOLE[name](*whole), dtype)
+
+
+def _as_position(e: Expr) -> Expr | None:
+    """The integer that a float expression made of indices and sizes stands for; None where numbers of the user's may
+    be too large for it."""
+    if e.op == "float" and e.args[0] != "nan" and abs(e.args[0]) < 1 << 20 and float(e.args[0]).is_integer():
+        return ia.const(int(e.args[0]))
+    if e.op != "cast" or e.args[0].kind != "int" or e.args[1] not in _EXACT:
+        return None
+    return None if ia.atoms(e.args[0], "load") or ia.atoms(e.args[0], "opaque_int") else e.args[0]
 
 
 def lift(whole: Callable[..., Expr], part: Callable[..., Expr], args: tuple[Expr, ...]) -> Expr:
@@ -393,8 +423,11 @@ def float_compare(op: str, a: Expr, b: Expr) -> Expr:
 
 
 def _compare_integers(op: str, a: Expr, b: Expr) -> Expr | None:
-    """`integer as float` (or `c - integer as float`) compared with a small whole number: as exact as the integers
-    themselves."""
+    """`integer as float` (or `c - integer as float`) compared with a small whole number, or positions with each other:
+    as exact as the integers themselves."""
+    positions = _as_position(a), _as_position(b)
+    if op in ("lt", "le") and None not in positions:
+        return ge0(ia.sub(positions[1], ia.add(positions[0], ia.ONE) if op == "lt" else positions[0]))
     if op not in ("eq", "ne") or b.op != "float" or not float(b.args[0]).is_integer() or abs(b.args[0]) > 64:
         return None
     target = int(b.args[0])

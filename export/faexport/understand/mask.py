@@ -26,7 +26,17 @@ from faexport.understand.index_tensor import Interpreter, Unknown
 from faexport.understand.mask_alibi import slopes_of
 from faexport.understand.mask_check import Checker
 from faexport.understand.mask_emit import Emitter
-from faexport.understand.mask_terms import Case, NotAMask, Site, cases_of, is_moderate, leaves, rows_see_a_key, visible
+from faexport.understand.mask_terms import (
+    Case,
+    NotAMask,
+    Site,
+    cases_of,
+    is_moderate,
+    leaves,
+    rows_see_a_key,
+    summands,
+    visible,
+)
 from faexport.understand.mask_window import Window, corners, length_of, split
 
 
@@ -160,7 +170,8 @@ class _Builder:
     def _moderate(self) -> bool:
         """Are all biases numbers like scores? Beside one that is itself a mask, a finite fill isn't sure to mask."""
         added = [t for t in self.terms if t.kind is spec.TermKind.ADD]
-        return all(is_moderate(e) for t in added for _, e in leaves(self.site.element(t, t.value)) if e.op != "float")
+        found = (e for t in added for _, leaf in leaves(self.site.element(t, t.value)) for e in summands(leaf))
+        return all(is_moderate(e) for e in found if e.op != "float")
 
     def _first_key_is_kept(self, cases: list[Case]) -> bool:
         """With right padding assumed: is key 0 visible in every row, and without a huge bias?"""

@@ -160,6 +160,15 @@ def leaves(e: Expr, cond: Expr = il.TRUE) -> list[tuple[Expr, Expr]]:
     return [(c, v) for c, v in both if c is not il.FALSE]
 
 
+def summands(e: Expr) -> list[Expr]:
+    """The parts of a sum of floats: a mask and a bias that the exporter added up before they meet the scores."""
+    if e.op == "fop" and e.args[0] == "Add":
+        return [part for x in e.args[2:] for part in summands(x)]
+    if e.op == "fop" and e.args[0] == "Sub" and e.args[3].op == "float":
+        return [*summands(e.args[2]), il.floating(-il.float_value(e.args[3]), e.args[1])]
+    return [e]
+
+
 def is_fill(e: Expr, factor: float) -> bool:
     value = il.float_value(e)
     return value is not None and not value * factor > MASKING
@@ -199,25 +208,30 @@ def _add(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
     absorbs = ABSORBS.get(dtype, -1e30)
     result = []
     added = site.element(term, term.value)
-    values = leaves(added)
-    if not any(is_fill(leaf, term.factor) for _, leaf in values):
-        values = [(il.TRUE, added)]  # a bias that happens to be made of choices
-    for cond, leaf in values:
-        cond = il.all_of((case.cond, cond))
-        value = il.float_value(leaf)
-        if value is None or (value != 0 and value * term.factor > MASKING):  # a bias; beside a huge number it vanishes
-            exact = case.mask is None or (case.exact and case.mask <= absorbs)
-            new = dataclasses.replace(case, cond=cond, exact=exact, bias=(*case.bias, (leaf, term.factor)))
-        elif math.isnan(value):
-            raise NotAMask("a NaN is added to its scores")
-        elif value == 0:
-            new = dataclasses.replace(case, cond=cond)
-        elif case.mask is None:
-            new = Case(cond, value * term.factor, False, value <= absorbs, case.bias)
-        else:
-            new = dataclasses.replace(case, cond=cond, mask=_sum(case.mask, value, term, dtype))
+    values = [(cond, summands(leaf)) for cond, leaf in leaves(added)]
+    if not any(is_fill(part, term.factor) for _, parts in values for part in parts):
+        values = [(il.TRUE, [added])]  # a bias that happens to be made of choices
+    for cond, parts in values:
+        new = dataclasses.replace(case, cond=il.all_of((case.cond, cond)))
+        for part in parts:
+            new = _add_one(term, part, new, absorbs, dtype)
         result.append(new)
     return result
+
+
+def _add_one(term: spec.MaskTerm, part: Expr, case: Case, absorbs: float, dtype: ir.DataType) -> Case:
+    """The case after one expression without choices was added."""
+    value = il.float_value(part)
+    if value is None or (value != 0 and value * term.factor > MASKING):  # a bias; beside a huge number it vanishes
+        exact = case.mask is None or (case.exact and case.mask <= absorbs)
+        return dataclasses.replace(case, exact=exact, bias=(*case.bias, (part, term.factor)))
+    if math.isnan(value):
+        raise NotAMask("a NaN is added to its scores")
+    if value == 0:
+        return case
+    if case.mask is None:
+        return Case(case.cond, value * term.factor, False, value <= absorbs, case.bias)
+    return dataclasses.replace(case, mask=_sum(case.mask, value, term, dtype))
 
 
 def _where(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
@@ -358,4 +372,4 @@ def rows_see_a_key(site: Site, seen: Expr) -> bool:
     return False
 
 
-__all__ = ["Case", "NotAMask", "Site", "Unknown", "cases_of", "leaves", "rows_see_a_key", "visible"]
+__all__ = ["Case", "NotAMask", "Site", "Unknown", "cases_of", "leaves", "rows_see_a_key", "summands", "visible"]

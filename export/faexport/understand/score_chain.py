@@ -102,8 +102,8 @@ def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
     if name == "Add":
         return [Step(node, "add", i) for i in _by_promise(node, a)]
     if name == "Sub":
-        reduce = subtracts_own_maximum(node, a.rank(node.outputs[0]) or 0, axis, a)
-        return [Step(node, "max", 0, also=(reduce,))] if reduce else [Step(node, "sub", 0)]
+        maximum = subtracts_own_maximum(node, axis, a)
+        return [Step(node, "max", 0, also=maximum.nodes)] if maximum else [Step(node, "sub", 0)]
     if name in ("Mul", "Div"):
         return _scale_steps(node, a)
     if name == "Where":

@@ -364,7 +364,14 @@ def _gather_nd(node, a):
     return [index[:-1] + shape[attribute(node, "batch_dims", 0) + depth :]]
 
 
-@shape_of("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceProd", "ArgMax", "ArgMin")
+@shape_of(
+    *(
+        f"Reduce{name}"
+        for name in ("Mean", "Sum", "Max", "Min", "L1", "L2", "Prod", "LogSum", "LogSumExp", "SumSquare")
+    ),
+    "ArgMax",
+    "ArgMin",
+)
 def _reduce(node, a):
     shape = a.shape(node.inputs[0])
     if shape is None:

@@ -6,6 +6,8 @@ Registered by decorator; called by the interpreter in index_tensor.py. Raising U
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -270,7 +272,20 @@ def reshape(ctx: Interpreter, node: ir.Node) -> Tensor:
         total = ia.product(x.shape)
         rest = ia.product(s for k, s in enumerate(sizes) if k not in unknown)
         sizes[unknown[0]] = ia.floordiv(total, rest)
+    same = _same_by_count(x.shape, sizes)
+    if same is not None:
+        ctx.unequal[same] = None
     return reshaped(node.outputs[0], x, tuple(sizes))
+
+
+def _same_by_count(old: Sequence[Expr], new: Sequence[Expr]) -> tuple[Expr, Expr] | None:
+    """Two sizes, one before and one after a reshape, that must be equal since all others are."""
+    left, right = ([s for s in sizes if ia.value_of(s) != 1] for sizes in (old, new))
+    for size in list(left):
+        if size in right:
+            left.remove(size)
+            right.remove(size)
+    return (left[0], right[0]) if len(left) == len(right) == 1 else None
 
 
 @transfer("Flatten")
@@ -283,7 +298,8 @@ def flatten(ctx: Interpreter, node: ir.Node) -> Tensor:
 def reshaped(value: ir.Value, x: Tensor, sizes: Shape) -> Tensor:
     """Elements in row-major order under a new shape: axes are split and merged in the smallest groups of equal
     products."""
-    groups = _groups(x.shape, sizes)
+    same = _same_by_count(x.shape, sizes)
+    groups = _groups(x.shape, tuple(same[0] if same and s is same[1] else s for s in sizes))
     if groups is None:
         return opaque(value, sizes, x.dtype)
 

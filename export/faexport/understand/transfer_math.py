@@ -318,7 +318,9 @@ def gemm(ctx: Interpreter, node: ir.Node) -> Tensor:
     return opaque(node.outputs[0], (rows, columns), a.dtype)
 
 
-@transfer("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare")
+@transfer(
+    *(f"Reduce{name}" for name in ("Mean", "Sum", "Max", "Min", "L1", "L2", "Prod", "LogSum", "LogSumExp", "SumSquare"))
+)
 def reduce(ctx: Interpreter, node: ir.Node) -> Tensor:
     x, axes = ctx.input(node, 0), axes_argument(ctx, node)
     gone = set(range(x.rank)) if axes is None else {axis_of(a, x.rank) for a in axes}

@@ -15,7 +15,8 @@ import onnx_ir as ir
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand import view_ops
 from faexport.understand.dims import Dim, plain
-from faexport.understand.nodes import FLOATS, attribute, data_users, live_users, name_of, op
+from faexport.understand.nan_guard import nan_guard
+from faexport.understand.nodes import FLOATS, attribute, data_users, name_of, op
 from faexport.understand.products import PRODUCT_OPS, Product, product_of, with_row
 from faexport.understand.row_guard import row_guard
 from faexport.understand.score_chain import RESHAPES, Scores, label_axes
@@ -64,9 +65,11 @@ class _Walker:
             self.shape_uses += uses_of(self.value, () if self.has_sink else self.view.shape)
             if self.value.is_graph_output():
                 return Refusal("the attention weights are also an output of the model", self.value.name or "")
-            guard = self._guard(users)
+            guard = nan_guard(self.value, self.a)
             if guard is not None:
-                self._advance(guard)
+                self.nan_guard = self.nan_guard or guard.replaces_nan
+                self.nodes += guard.tests
+                self._advance(guard.where)
                 continue
             if len(users) != 1:
                 return self._several(users)
@@ -84,25 +87,6 @@ class _Walker:
         products = [u for u in users if op(u) in PRODUCT_OPS]
         other = next((u for u in users if u not in products), users[-1])
         return Refusal(f"the attention weights are used twice: also by {op(other)}", name_of(other))
-
-    def _guard(self, users: list[ir.Node]) -> ir.Node | None:
-        """Where(IsNaN(p), 0, p)."""
-        where = [u for u in users if op(u) == "Where"]
-        isnan = [u for u in users if op(u) == "IsNaN"]
-        if len(users) != 2 or len(where) != 1 or len(isnan) != 1:
-            return None
-        node = where[0]
-        if (
-            node.inputs[0] is not isnan[0].outputs[0]
-            or node.inputs[2] is not self.value
-            or self.a.scalar(node.inputs[1]) != 0
-        ):
-            return None
-        if live_users(isnan[0].outputs[0]) != [node]:
-            return None
-        self.nan_guard = True
-        self.nodes.append(isnan[0])
-        return node
 
     def _advance(self, node: ir.Node) -> None:
         self.nodes.append(node)
