@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, overload
 
 if TYPE_CHECKING:
     import onnx
@@ -14,15 +14,19 @@ if TYPE_CHECKING:
     from faexport.pipeline import Options
     from faexport.report import Report
 
-    Model = TypeVar("Model", ir.Model, onnx.ModelProto)
-
 try:
     __version__ = importlib.metadata.version("faexport")
 except importlib.metadata.PackageNotFoundError:  # run from a source tree
     __version__ = "0.0.0+source"
 
 
-def fuse(model: Model | str | os.PathLike, *, options: Options | None = None) -> tuple[Model, Report]:
+@overload
+def fuse(model: onnx.ModelProto, *, options: Options | None = None) -> tuple[onnx.ModelProto, Report]: ...
+@overload
+def fuse(model: ir.Model | str | os.PathLike[str], *, options: Options | None = None) -> tuple[ir.Model, Report]: ...
+def fuse(
+    model: onnx.ModelProto | ir.Model | str | os.PathLike[str], *, options: Options | None = None
+) -> tuple[onnx.ModelProto | ir.Model, Report]:
     """Replaces all attention of a model that is understood by faexport::FlashAttention (docs/operator.md).
 
     `model` is an onnx_ir.Model, which is changed in place, an onnx.ModelProto, which is not, or the path of a file,
