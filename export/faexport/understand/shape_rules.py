@@ -364,26 +364,6 @@ def _gather_nd(node, a):
     return [index[:-1] + shape[attribute(node, "batch_dims", 0) + depth :]]
 
 
-@shape_of(
-    *(
-        f"Reduce{name}"
-        for name in ("Mean", "Sum", "Max", "Min", "L1", "L2", "Prod", "LogSum", "LogSumExp", "SumSquare")
-    ),
-    "ArgMax",
-    "ArgMin",
-)
-def _reduce(node, a):
-    shape = a.shape(node.inputs[0])
-    if shape is None:
-        return None
-    axes = [attribute(node, "axis", 0)] if node.op_type.startswith("Arg") else constant_ints(node, a, 1, "axes")
-    if axes is None and operand(node, 1) is not None:
-        return None
-    gone = {resolve_axis(x, len(shape)) for x in axes} if axes else set(range(len(shape)))
-    keep = attribute(node, "keepdims", 1)
-    return [tuple(ONE if i in gone else d for i, d in enumerate(shape) if keep or i not in gone)]
-
-
 def _window(node: ir.Node, shape: Shape) -> Shape:
     return shape[slice(attribute(node, "start", 0), attribute(node, "end"))]
 

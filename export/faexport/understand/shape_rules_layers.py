@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shape rules of layers that stand around attention: convolutions, pooling, padding, quantized and fused products.
+"""Shape rules of layers that stand around attention: convolutions, pooling, padding, reductions, quantized and
+fused products.
 
 Registered in shape_rules.SHAPE_RULES; imported by shapes.py. Sizes that aren't followed are unknown, the rank is what
 counts.
@@ -30,6 +31,26 @@ def _conv(node, a):
             span = size.const + pads[i] + pads[i + count] - dilations[i] * (kernel[i] - 1) - 1
             out.append(Dim.of(span // strides[i] + 1))
     return [tuple(out)]
+
+
+@shape_of(
+    *(
+        f"Reduce{name}"
+        for name in ("Mean", "Sum", "Max", "Min", "L1", "L2", "Prod", "LogSum", "LogSumExp", "SumSquare")
+    ),
+    "ArgMax",
+    "ArgMin",
+)
+def _reduce(node, a):
+    shape = a.shape(node.inputs[0])
+    if shape is None:
+        return None
+    axes = [attribute(node, "axis", 0)] if node.op_type.startswith("Arg") else constant_ints(node, a, 1, "axes")
+    if axes is None and operand(node, 1) is not None:
+        return None
+    gone = {resolve_axis(x, len(shape)) for x in axes} if axes else set(range(len(shape)))
+    keep = attribute(node, "keepdims", 1)
+    return [tuple(Dim.of(1) if i in gone else d for i, d in enumerate(shape) if keep or i not in gone)]
 
 
 @shape_of("MaxPool", "AveragePool", "LpPool", "Resize", "Upsample")
