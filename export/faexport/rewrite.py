@@ -139,7 +139,7 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     owner = anchor.graph
     owner.insert_before(anchor, new)
     replaced = [v for v in old if v is not None]
-    for value, fresh in zip(replaced, outputs, strict=True):
+    for value, fresh in (*zip(replaced, outputs, strict=True), *spec.other_outputs):
         take_over(value, fresh)
     for shape, instead in spec.shape_uses:
         _replace_shape(shape, instead, node.name, names)

@@ -180,6 +180,8 @@ class AttentionSpec:
     present_key: ir.Value | None = None
     present_value: ir.Value | None = None
     lse: ir.Value | None = None
+    # pairs of another output of the replaced node and a value that takes its place
+    other_outputs: Sequence[tuple[ir.Value, ir.Value]] = ()
     facts: tuple[Fact, ...] = ()
 
 

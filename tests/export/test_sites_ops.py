@@ -135,6 +135,22 @@ def test_attention_with_its_projection(tensors: list, attributes: dict, library:
     check(model_of("Attention", "com.microsoft", tensors, {"num_heads": H, **attributes}, opset=17), tensors, library)
 
 
+PAST, LONGER = floats(2, B, H, 3, D), np.ones((B, S + 3), np.int32)
+LONGER[1, -2:] = 0
+CACHED = {
+    "plain": ([X, WEIGHTS, BIAS, None, PAST], {}),
+    "unidirectional": ([X, WEIGHTS, BIAS, None, PAST], {"unidirectional": 1}),
+    "key mask": ([X, WEIGHTS, BIAS, LONGER, PAST], {"unidirectional": 1}),
+    "nothing cached yet": ([X, WEIGHTS, BIAS], {"unidirectional": 1}),
+}
+
+
+@pytest.mark.parametrize(("tensors", "attributes"), CACHED.values(), ids=CACHED.keys())
+def test_attention_with_a_cache_of_keys_and_values(tensors: list, attributes: dict, library: str) -> None:
+    attributes = {"num_heads": H, **attributes}
+    check(model_of("Attention", "com.microsoft", tensors, attributes, 2, opset=17), tensors, library)
+
+
 def grouped(*more, **attributes) -> tuple[onnx.ModelProto, list]:
     lengths, total = np.array([S - 1, 2], np.int32), np.array(S, np.int32)
     tensors = [floats(B, S, H * 16), floats(B, S, 2 * 16), floats(B, S, 2 * 16), None, None, lengths, total, *more]

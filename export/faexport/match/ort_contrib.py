@@ -202,10 +202,10 @@ class _Attention(Contrib):
 
     def spec(self, candidate: Candidate) -> AttentionSpec:
         node, a = self.node, self.a
-        if operand(node, 4) is not None or used_output(node, 1) is not None or attribute(node, "do_rotary", 0):
-            raise Unfit(
-                "it keeps keys and values in one cache tensor, or rotates them itself (past, present, do_rotary)"
-            )
+        if attribute(node, "do_rotary", 0):
+            raise Unfit("it rotates query and key itself (do_rotary)")
+        if operand(node, 6) is not None or attribute(node, "past_present_share_buffer", 0):
+            raise Unfit("it shares a cache buffer (past_sequence_length)")
         shape, weights = a.shape(node.inputs[0]), a.shape(node.inputs[1])
         if shape is None or weights is None or weights[1].const is None:
             raise Unfit("the shapes of its input and weights are not known")
@@ -215,6 +215,8 @@ class _Attention(Contrib):
         packed = self.build.add("MatMul", [node.inputs[0], node.inputs[1]], self.dtype)
         if operand(node, 2) is not None:
             packed = self.build.add("Add", [packed, node.inputs[2]], self.dtype)
+        if operand(node, 4) is not None or used_output(node, 1) is not None:
+            return self._cached(candidate, packed, widths, shape)
         sizes = [w // self.heads for w in widths]
         starts = [0, widths[0], widths[0] + widths[1]]
         operands = [
@@ -223,3 +225,34 @@ class _Attention(Contrib):
         mask = self.mask(operand(node, 3), operand(node, 5), shape[0], shape[1], has_past=False)
         candidate.sizes.update(batch_size=plain(shape[0]), seqlen_q=plain(shape[1]), seqlen_kv=plain(shape[1]))
         return self.finish(candidate, operands, mask)
+
+    def _cached(self, candidate: Candidate, packed: ir.Value, widths: list[int], shape) -> AttentionSpec:
+        """One cache tensor of keys and values, [2, B, H, P, D]: the new ones are put behind it, and it is read from
+        there."""
+        build, past, present = self.build, operand(self.node, 4), used_output(self.node, 1)
+        size = widths[0] // self.heads
+        if len(set(widths)) != 1:
+            raise Unfit("its cache holds keys and values of different widths")
+        parts = [
+            build.add("Slice", [packed, *(build.ints([x]) for x in (i * widths[0], (i + 1) * widths[0], 2))], self.dtype)
+            for i in range(3)
+        ]
+        new = [build.transpose(build.reshape(x, [0, 0, self.heads, size]), [0, 2, 1, 3]) for x in parts[1:]]
+        whole = build.add("Concat", [build.unsqueeze(x, 0) for x in new], self.dtype, axis=0)
+        keys = shape[1]
+        if past is not None:
+            before = self.a.shape(past)
+            if before is None or len(before) != 5:
+                raise Unfit("the shape of its cache is not known")
+            whole, keys = build.add("Concat", [past, whole], self.dtype, axis=3), keys + before[3]
+        read = [build.squeeze(build.add("Gather", [whole, build.ints([i])], self.dtype, axis=0), 0) for i in (0, 1)]
+        operands = [
+            Operand(parts[0], Layout.BSH, self.heads, size),
+            *(Operand(x, Layout.BHSD, self.heads, size) for x in read),
+        ]
+        mask = self.mask(operand(self.node, 3), operand(self.node, 5), shape[0], keys, has_past=past is not None)
+        if mask.is_causal:
+            mask.alignment = Alignment.BOTTOM_RIGHT
+        candidate.sizes.update(batch_size=plain(shape[0]), seqlen_q=plain(shape[1]), seqlen_kv=plain(keys))
+        outputs = () if present is None else ((present, whole),)
+        return self.finish(candidate, operands, mask, other_outputs=outputs)
