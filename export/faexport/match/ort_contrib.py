@@ -234,7 +234,9 @@ class _Attention(Contrib):
         if len(set(widths)) != 1:
             raise Unfit("its cache holds keys and values of different widths")
         parts = [
-            build.add("Slice", [packed, *(build.ints([x]) for x in (i * widths[0], (i + 1) * widths[0], 2))], self.dtype)
+            build.add(
+                "Slice", [packed, *(build.ints([x]) for x in (i * widths[0], (i + 1) * widths[0], 2))], self.dtype
+            )
             for i in range(3)
         ]
         new = [build.transpose(build.reshape(x, [0, 0, self.heads, size]), [0, 2, 1, 3]) for x in parts[1:]]
