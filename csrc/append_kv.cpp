@@ -9,16 +9,11 @@ namespace fa {
 namespace {
 
 Status check(const TensorView& past, const TensorView& fresh, const TensorView& present) {
-  const auto text = [](const TensorView& t) {
-    std::string s = "[";
-    for (int i = 0; i < 4; ++i) s += (i ? ", " : "") + std::to_string(t.shape[i]);
-    return s + "]";
-  };
   for (int i = 0; i < 4; ++i) {
     const int64_t sum = i == 2 ? past.shape[2] + fresh.shape[2] : past.shape[i];
     if ((i == 2 || past.shape[i] == fresh.shape[i]) && present.shape[i] == sum) continue;
-    return {StatusCode::kInvalidArgument, "present has shape " + text(present) + ", past " + text(past) + " and fresh " +
-                                              text(fresh) +
+    return {StatusCode::kInvalidArgument, "present has shape " + shape_text(present.shape, 4) + ", past " +
+                                              shape_text(past.shape, 4) + " and fresh " + shape_text(fresh.shape, 4) +
                                               "; expected equal batch, heads and head_dim, and as many rows as both together"};
   }
   if (past.dtype != fresh.dtype || past.dtype != present.dtype) {
@@ -30,22 +25,6 @@ Status check(const TensorView& past, const TensorView& fresh, const TensorView& 
     }
   }
   return {};
-}
-
-size_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kBool:
-      return 1;
-    case DType::kFloat16:
-    case DType::kBFloat16:
-      return 2;
-    case DType::kFloat32:
-    case DType::kInt32:
-      return 4;
-    case DType::kInt64:
-      return 8;
-  }
-  return 0;
 }
 
 /// One batch entry of one head.
@@ -60,7 +39,7 @@ struct Copy {
   }
 
   void rows(const TensorView& from, int64_t b, int64_t h, int64_t first) const {
-    const size_t size = size_of(from.dtype);
+    const int64_t size = size_of(from.dtype);
     const bool contiguous = from.shape[3] <= 1 || (from.stride[3] == 1 && present.stride[3] == 1);
     for (int64_t i = 0; i < from.shape[2]; ++i) {
       const char* source =

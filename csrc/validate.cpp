@@ -17,35 +17,11 @@
 namespace fa {
 namespace {
 
-const char* dtype_name(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return "float32";
-    case DType::kFloat16:
-      return "float16";
-    case DType::kBFloat16:
-      return "bfloat16";
-    case DType::kBool:
-      return "bool";
-    case DType::kInt32:
-      return "int32";
-    case DType::kInt64:
-      return "int64";
-  }
-  return "an unknown dtype";
-}
-
-std::string shape_text(const int64_t (&shape)[4], int rank) {
-  std::string text = "[";
-  for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
 bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 bool is_index(DType dtype) { return dtype == DType::kInt32 || dtype == DType::kInt64; }
 
 std::string has_dtype(const char* name, const TensorView& t, const char* expected) {
-  return std::string(name) + " has dtype " + dtype_name(t.dtype) + ", expected " + expected;
+  return std::string(name) + " has dtype " + name_of(t.dtype) + ", expected " + expected;
 }
 
 /// Shape equals `expected`, of which the first `rank` axes are spoken of.
@@ -95,9 +71,9 @@ Status check_operands(const AttentionParams& p) {
   FA_CHECK(check_operand("out", p.out));
   const int64_t (&q)[4] = p.query.shape, (&k)[4] = p.key.shape;
   const int64_t heads_kv = k[1], head_dim_v = p.value.shape[3];
-  FA_RULE(p.key.dtype == p.query.dtype, has_dtype("key", p.key, dtype_name(p.query.dtype)) + " as query");
-  FA_RULE(p.value.dtype == p.query.dtype, has_dtype("value", p.value, dtype_name(p.query.dtype)) + " as query");
-  FA_RULE(p.out.dtype == p.query.dtype, has_dtype("out", p.out, dtype_name(p.query.dtype)) + " as query");
+  FA_RULE(p.key.dtype == p.query.dtype, has_dtype("key", p.key, name_of(p.query.dtype)) + " as query");
+  FA_RULE(p.value.dtype == p.query.dtype, has_dtype("value", p.value, name_of(p.query.dtype)) + " as query");
+  FA_RULE(p.out.dtype == p.query.dtype, has_dtype("out", p.out, name_of(p.query.dtype)) + " as query");
   FA_RULE(q[1] >= 1, "query has " + std::to_string(q[1]) + " heads, expected at least 1");
   FA_RULE(q[3] >= 1, "query has head_dim " + std::to_string(q[3]) + ", expected at least 1");
   FA_RULE(head_dim_v >= 1, "value has head_dim " + std::to_string(head_dim_v) + ", expected at least 1");
@@ -194,6 +170,12 @@ Status check_scalars(const AttentionParams& p) {
 }
 
 }  // namespace
+
+std::string shape_text(const int64_t* shape, int rank) {
+  std::string text = "[";
+  for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
 
 Status validate(const AttentionParams& params) {
   FA_CHECK(check_operands(params));

@@ -15,14 +15,8 @@ constexpr int64_t kMostElements = int64_t{1} << 56;
 
 Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
 
-std::string text_of(const int64_t* shape, int rank) {
-  std::string text = "[";
-  for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
 Status wrong_shape(Input input, const Tensor& tensor, const std::string& expected) {
-  return invalid(std::string(name_of(input)) + " has shape " + text_of(tensor.shape, tensor.rank) + "; expected " + expected);
+  return invalid(std::string(name_of(input)) + " has shape " + shape_text(tensor.shape, tensor.rank) + "; expected " + expected);
 }
 
 /// More elements than any memory has. Empty axes count as 1, so that no product of an input's sizes overflows.
@@ -53,7 +47,7 @@ TensorView view_of(const Tensor& tensor) {
 }
 
 char* advance(void* data, int64_t elements, DType dtype) {
-  return data ? static_cast<char*>(data) + elements * static_cast<int64_t>(size_of(dtype)) : nullptr;
+  return data ? static_cast<char*>(data) + elements * size_of(dtype) : nullptr;
 }
 
 /// An operand as [B, H, S, D]. heads and head_dim describe a BSH tensor, column_* its columns.
@@ -316,16 +310,6 @@ size_t joined_bytes(const Problem& problem) {
 }
 
 }  // namespace
-
-const char* name_of(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64"};
-  return kNames[static_cast<int>(dtype)];
-}
-
-size_t size_of(DType dtype) {
-  constexpr size_t kBytes[] = {4, 2, 2, 1, 4, 8};
-  return kBytes[static_cast<int>(dtype)];
-}
 
 bool accepts(Input input, DType dtype, DType query) {
   const bool floating = dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;

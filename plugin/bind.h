@@ -13,6 +13,9 @@
 
 namespace fa::plugin {
 
+using fa::name_of;
+using fa::size_of;
+
 /// Inputs of FlashAttention. The first three are always there, the others where `optional_inputs` names them.
 enum class Input : uint8_t {
   kQuery,
@@ -73,8 +76,6 @@ bool accepts(Input input, DType dtype, DType query);
 std::string accepted_dtypes(Input input, DType query);
 /// The dtype of an output beside a query of dtype `query`.
 DType dtype_of(Output output, DType query);
-const char* name_of(DType dtype);
-size_t size_of(DType dtype);
 
 /// A tensor as a runtime hands it over. `data` may be null where only a plan is made.
 struct Tensor {

@@ -134,7 +134,7 @@ class Plan {
     if (!workspace.is_none()) {
       kept.push_back(array_from("the workspace", workspace, stream_));
       context.workspace = kept.back().tensor.data;
-      context.workspace_bytes = static_cast<size_t>(kept.back().tensor.shape[0]) * size_of(kept.back().tensor.dtype);
+      context.workspace_bytes = static_cast<size_t>(kept.back().tensor.shape[0] * size_of(kept.back().tensor.dtype));
     }
     Status status;
     {
@@ -199,7 +199,7 @@ class Plan {
       (t.stride[i] < 0 ? first : last) += (t.shape[i] - 1) * t.stride[i];
     }
     const auto begin = reinterpret_cast<uintptr_t>(t.data);
-    const auto size = static_cast<int64_t>(size_of(t.dtype));
+    const int64_t size = size_of(t.dtype);
     return {begin + first * size, begin + (last + 1) * size};
   }
 

@@ -12,6 +12,21 @@ namespace fa {
 
 enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kBool, kInt32, kInt64 };
 
+/// As NumPy and PyTorch write it.
+constexpr const char* name_of(DType dtype) {
+  constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+/// Bytes of an element.
+constexpr int64_t size_of(DType dtype) {
+  constexpr int64_t kBytes[] = {4, 2, 2, 1, 4, 8};
+  return kBytes[static_cast<int>(dtype)];
+}
+
+/// A shape for people: "[2, 4, 128, 64]".
+std::string shape_text(const int64_t* shape, int rank);
+
 enum class StatusCode : uint8_t { kOk, kInvalidArgument, kUnsupported, kCudaError };
 
 /// The outcome of a call: a code, and for anything but kOk one sentence for the user.

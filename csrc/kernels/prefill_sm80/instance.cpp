@@ -21,8 +21,6 @@ const TileInstance kInstances[] = {
 #undef FA_INSTANCE
 };
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kBool ? 1 : 2; }
-
 /// Are all rows at multiples of `bytes`? Strides of axes of size 1 have no meaning.
 bool rows_aligned_to(const TensorView& view, int64_t bytes) {
   bool aligned = reinterpret_cast<uintptr_t>(view.data) % bytes == 0;
