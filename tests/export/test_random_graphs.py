@@ -60,7 +60,8 @@ def rewritten(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
 
 
 def misfit(recipe: grammar.Recipe, want: list[np.ndarray], got: list[np.ndarray], exact: list[np.ndarray]) -> str:
-    """What is wrong, or "". `exact` is what the same graph gives in float32: in float16 an error of twice the original's is allowed."""
+    """What is wrong, or "". `exact` is what the same graph gives in float32: in float16 an error of twice the
+    original's is allowed."""
     allowed = WEAK_TOLERANCE if recipe.fill == -1e4 else TOLERANCE[recipe.dtype]
     difference = worst(want, got)
     if not difference <= allowed and recipe.dtype == "float16":
