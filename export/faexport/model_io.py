@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import tempfile
@@ -114,10 +115,8 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = error.strerror or error
-        raise ModelError(
-            f"{path}: cannot be written: {why}; free some space or choose another place with -o"
-        ) from error
+        advice = "free some space" if error.errno == errno.ENOSPC else "choose another place with -o"
+        raise ModelError(f"{path}: cannot be written: {error.strerror or error}; {advice}") from error
 
 
 def check_target(model: ir.Model, path: PathLike, source: PathLike | None) -> None:
