@@ -8,7 +8,7 @@ NVCC := $(shell command -v nvcc 2>/dev/null)
 GPU := $(wildcard /dev/nvidia0)
 EXTRAS ?= $(if $(GPU),gpu,ort),dev
 PYTEST_ARGS ?= -n 2 -q
-ORT_VERSIONS := 1.18.1 1.23.2 1.31.1
+ORT_VERSIONS := 1.18.1 1.20.1 1.23.2 1.31.1
 ZOO ?= zoo-models
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc plugin -type f -not -name '*.py' -not -name '*.pyc')
 

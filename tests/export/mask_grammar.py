@@ -12,7 +12,6 @@ import itertools
 
 import numpy as np
 import onnx
-from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 HEADS, HEAD_DIM, MAX_LENGTH, OPSET = 2, 8, 32, 20
@@ -62,34 +61,6 @@ class Recipe:
     dtype: str = "float32"
     wide_softmax: bool = False  # float16 alone: the softmax in float32, between Casts
     layers: int = 1  # that share masks and bias
-
-
-@st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
-    pools = [CAUSAL, WINDOWS, PADDING, OTHERS]
-    parts = draw(st.lists(st.sampled_from(pools).flatmap(st.sampled_from), min_size=0, max_size=3, unique=True))
-    return Recipe(
-        parts=tuple(parts),
-        window=draw(st.integers(0, 5)),
-        fill=draw(st.sampled_from(FILLS)),
-        form=draw(st.sampled_from(FORMS)),
-        apart=draw(st.booleans()),
-        negate_first=draw(st.sampled_from((False, False, False, True))),
-        bias=draw(st.sampled_from(BIASES)),
-        bias_first=draw(st.booleans()),
-        scale_after_mask=draw(st.sampled_from((False, False, True))),
-        cache=draw(st.booleans()),
-        guard=draw(st.booleans()),
-        row_guard=draw(st.sampled_from(ROW_GUARDS)),
-        near_miss=draw(st.sampled_from(NEAR_MISSES)),
-        structure=draw(st.sampled_from(STRUCTURES)),
-        kv_heads=draw(st.sampled_from((HEADS, HEADS, 1))),
-        softcap=draw(st.sampled_from((False, False, False, True))),
-        sinks=draw(st.sampled_from((False, False, False, True))),
-        dtype=draw(st.sampled_from(("float32", "float32", "float32", "float16"))),
-        wide_softmax=draw(st.booleans()),
-        layers=draw(st.sampled_from((1, 1, 1, 2))),
-    )
 
 
 class _Graph:
