@@ -79,6 +79,18 @@ SPELLINGS = {
         below = Less(p2, zero)
         both2 = And(isinf2, below)
         weights = Where(both2, low, p2)""",
+    "nan_to_num, all tests on the first weights": """
+        masked = Where(key_pad, inf, scores)
+        p = Softmax<axis = -1>(masked)
+        isnan = IsNaN(p)
+        p1 = Where(isnan, zero, p)
+        isinf = IsInf(p)
+        below = Less(p, zero)
+        both = And(below, isinf)
+        p2 = Where(both, low, p1)
+        above = Greater(p, zero)
+        both2 = And(above, isinf)
+        weights = Where(both2, c, p2)""",
 }
 MASKS = {
     "causal, positions as floats": (
@@ -137,6 +149,13 @@ NEAR_MISSES = {
         "p = Softmax<axis = -1>(scores)  few = Less(p, c)  weights = Where(few, zero, p)",
         "used twice",
     ),
+    "NaN replaced by 0, and then by another number": (
+        """p = Softmax<axis = -1>(scores)
+        isnan = IsNaN(p)
+        p1 = Where(isnan, zero, p)
+        weights = Where(isnan, c, p1)""",
+        "used twice",
+    ),
     "NaN replaced by another number": (
         "p = Softmax<axis = -1>(scores)  isnan = IsNaN(p)  weights = Where(isnan, c, p)",
         "used twice",
@@ -185,3 +204,24 @@ def test_near_misses(name: str) -> None:
     _, report = faexport.fuse(model_of(body))
     assert report.num_fused == 0
     assert reason is None or reason in report.sites[0].refusal.reason
+
+
+GROUPED = """<ir_version: 10, opset_import: ["" : 20]>
+block (float[B, 2, 4, S, 8] q, float[B, 2, 4, S, 8] k, float[B, 2, 4, S, 8] v, float[B, 2, 1, S, S] bias)
+    => (float[B, 2, 4, S, 8] y) {
+    kt = Transpose<perm = [0, 1, 2, 4, 3]>(k)
+    scores = MatMul(q, kt)
+    masked = Add(scores, bias)
+    weights = Softmax<axis = -1>(masked)
+    y = MatMul(weights, v)
+}"""
+
+
+def test_three_leading_axes_of_which_two_may_be_batch() -> None:
+    """Whether 2 x 4 are heads or only the 4 are, the bias goes with its axes."""
+    model = onnx.parser.parse_model(GROUPED)
+    fused, report = faexport.fuse(model)
+    assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
+    inputs = {name: RANDOM.standard_normal((3, 2, 4, ROWS, DEPTH)).astype(np.float32) for name in "qkv"}
+    inputs["bias"] = RANDOM.standard_normal((3, 2, 1, ROWS, ROWS)).astype(np.float32)
+    np.testing.assert_allclose(run(fused, inputs)[0], run(model, inputs)[0], atol=2e-5)

@@ -7,11 +7,13 @@ Anchored at the softmax (a node, or exp / sum). A softmax without both products 
 
 from __future__ import annotations
 
+import dataclasses
+
 import onnx_ir as ir
 
 from faexport.match import Context, matcher
-from faexport.spec import AttentionSpec, Candidate, Fact, Mask, Refusal, ScoreShape
-from faexport.understand.dims import plain
+from faexport.spec import AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape
+from faexport.understand.dims import Dim, plain
 from faexport.understand.masking import understand
 from faexport.understand.nodes import data_users, name_of, op
 from faexport.understand.score_chain import Blocked, Scores, find_scores, letters, read_scores
@@ -145,7 +147,9 @@ def _spec(
     a = context.analysis
     query, key, value = structure.query, structure.key, structure.value
     score_shape = _score_shape(scores, values, structure, softmax, context)
-    terms = [*scores.terms, *values.terms]
+    terms = _by_heads([*scores.terms, *values.terms], values.lead_sizes, structure.heads)
+    if isinstance(terms, Refusal):
+        return terms
     mask = understand(terms, score_shape, context) if terms else Mask()
     if isinstance(mask, Refusal):
         return mask
@@ -188,6 +192,18 @@ def _spec(
         sinks=sinks,
         facts=_facts(structure, scores),
     )
+
+
+def _by_heads(terms: list[MaskTerm], lead_sizes: list[Dim], heads: Dim) -> list[MaskTerm] | Refusal:
+    """The terms with axes named for this number of heads: of three leading axes the last two are heads (K, G), or the
+    last alone is, and the first two are the batch (M, W)."""
+    if len(lead_sizes) != 3 or heads == lead_sizes[1] * lead_sizes[2]:
+        return terms
+    mixed = next((term for term in terms if "H" in term.axes or "N" in term.axes), None)
+    if mixed is not None:
+        return Refusal("its mask mixes batch and heads", name_of(mixed.node))
+    names = str.maketrans("BKG", "MWH")
+    return [dataclasses.replace(term, axes=term.axes.translate(names)) for term in terms]
 
 
 def _shape_uses(

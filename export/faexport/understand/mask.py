@@ -97,7 +97,7 @@ def understand_mask(
     except NotAMask as reason:
         return spec.Refusal(str(reason), names[-1])
     except (Unknown, RecursionError):
-        return spec.Refusal(UNKNOWN_SHAPE, names[-1])
+        return _as_it_stands(terms) or spec.Refusal(UNKNOWN_SHAPE, names[-1])
     mask, first = shared.known[key]
     if options.check:
         wrong = shared.checker.check(key, site, terms, mask, options)
@@ -106,6 +106,15 @@ def understand_mask(
             return spec.Refusal(text, names[-1])
     facts = (spec.Fact(f.text, (*(n for n in f.nodes if n not in first), *names)) for f in mask.facts)
     return dataclasses.replace(mask, facts=tuple(facts))
+
+
+def _as_it_stands(terms: Sequence[spec.MaskTerm]) -> spec.Mask | None:
+    """One tensor added to scores [B, H, S_q, S_kv] is a bias, whatever it is made of."""
+    term = terms[0]
+    if len(terms) > 1 or (term.kind, term.axes, term.factor) != (spec.TermKind.ADD, "BHST", 1.0):
+        return None
+    fact = spec.Fact("bias, broadcast as it is: how it is computed is not understood", (_name(term.node),))
+    return spec.Mask(attn_bias=term.value, facts=(fact,))
 
 
 def _key(site: Site, terms: Sequence[spec.MaskTerm], options: MaskOptions) -> tuple:

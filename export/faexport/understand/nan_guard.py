@@ -31,31 +31,44 @@ class Truth:
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    where: ir.Node
-    tests: tuple[ir.Node, ...]  # the nodes that compute its condition
+    where: ir.Node  # the last one
+    nodes: tuple[ir.Node, ...]  # what else belongs to it
     replaces_nan: bool
 
 
 def nan_guard(weights: ir.Value, a: Analysis) -> Guard | None:
-    """The guard that all uses of `weights` belong to. NaN may become 0; what is put in the place of anything else never
-    gets there."""
-    users = live_users(weights)
-    for node in users:
-        if op(node) != "Where" or node.inputs[2] is not weights or node.inputs[0] is weights:
+    """The guards that all uses of `weights` belong to, one behind the other. NaN may become 0; what is put in the place
+    of anything else never gets there."""
+    copies, nodes, current, nan = [weights], {}, weights, False
+    while (found := _next_where(current, copies, a)) is not None:
+        where, tests, replaced = found
+        nodes |= dict.fromkeys((*tests, where))
+        nan, current = nan or replaced, where.outputs[0]
+        copies.append(current)
+    if current is weights:
+        return None
+    inner = [weights, *(value for node in nodes for value in node.outputs if value is not current)]
+    if any(value.is_graph_output() for value in inner[1:]):
+        return None
+    if any(user not in nodes for value in inner for user in live_users(value)):
+        return None
+    last = current.producer()
+    return Guard(last, tuple(node for node in nodes if node is not last), nan)
+
+
+def _next_where(current: ir.Value, copies: list[ir.Value], a: Analysis):
+    """(Where, the nodes of its condition, does it replace NaN) for one that reads `current`, else None."""
+    for node in live_users(current):
+        if op(node) != "Where" or node.inputs[2] is not current or node.inputs[0] is current:
             continue
         tests: dict[ir.Node, None] = {}
-        truth = _truth(node.inputs[0], weights, tests, a)
-        if truth is None or truth.numbers is not False or (truth.nan and a.scalar(node.inputs[1]) != 0):
-            continue
-        inside = {*tests, node}
-        outputs = [value for test in tests for value in test.outputs]
-        if all(user in inside for value in (weights, *outputs) for user in live_users(value)):
-            if not any(value.is_graph_output() for value in outputs):
-                return Guard(node, tuple(tests), truth.nan)
+        truth = _truth(node.inputs[0], copies, tests, a)
+        if truth is not None and truth.numbers is False and (not truth.nan or a.scalar(node.inputs[1]) == 0):
+            return node, tuple(tests), truth.nan
     return None
 
 
-def _truth(value: ir.Value, weights: ir.Value, tests: dict[ir.Node, None], a: Analysis) -> Truth | None:
+def _truth(value: ir.Value, weights: list[ir.Value], tests: dict[ir.Node, None], a: Analysis) -> Truth | None:
     """What `value` says of the weights; None where it depends on anything else. Notes the nodes on the way."""
     node = producer(value)
     if node is None or len(tests) > 16:
@@ -64,7 +77,7 @@ def _truth(value: ir.Value, weights: ir.Value, tests: dict[ir.Node, None], a: An
     name = op(node)
     if name in ("IsNaN", "IsInf"):
         return Truth(False, name == "IsNaN") if _is_copy(node.inputs[0], weights, tests) else None
-    if name == "Equal" and node.inputs[0] is weights and node.inputs[1] is weights:
+    if name == "Equal" and node.inputs[0] is node.inputs[1] and node.inputs[0] in weights:
         return Truth(True, False)
     if name in COMPARISONS:
         bound = a.scalar(node.inputs[1])
@@ -94,10 +107,10 @@ def _compared(name: str, bound: float) -> bool | None:
     return None
 
 
-def _is_copy(value: ir.Value, weights: ir.Value, tests: dict[ir.Node, None]) -> bool:
+def _is_copy(value: ir.Value, weights: list[ir.Value], tests: dict[ir.Node, None]) -> bool:
     """Is it the weights, perhaps in another float type?"""
-    while value is not weights and op(producer(value)) in ("Cast", "Identity"):
+    while value not in weights and op(producer(value)) in ("Cast", "Identity"):
         node = producer(value)
         tests[node] = None
         value = node.inputs[0]
-    return value is weights
+    return value in weights

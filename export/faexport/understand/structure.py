@@ -62,6 +62,7 @@ def structure_of(scores: Scores, values: Values, a: Analysis) -> Structure | Ref
     if isinstance(sides, Refusal):
         return sides
     best: Structure | None = None
+    cost = 0
     anchor = name_of(scores.product.node)
     refusal = Refusal("the heads of query, key and value cannot be told apart", anchor)
     for heads in _head_options(sides[0], scores):
@@ -69,11 +70,17 @@ def structure_of(scores: Scores, values: Values, a: Analysis) -> Structure | Ref
         if isinstance(found, Refusal):
             refusal = found
             continue
-        split = heads == 1 and len(sides[0].lead_sizes) == 1 and bool(scores.terms)
-        penalty = 100 if split and best is not None else 0  # a mask is smaller where heads are apart
-        if best is None or found.num_new_nodes + penalty < best.num_new_nodes:
-            best = found
+        total = found.num_new_nodes + (100 if scores.terms and _hides_heads(sides[0].lead_sizes, heads) else 0)
+        if best is None or total < cost:
+            best, cost = found, total
     return best or refusal
+
+
+def _hides_heads(lead_sizes: tuple[Dim, ...], heads: Dim) -> bool:
+    """Does the batch take up what may be heads? A mask is smaller, and easier to name, where they are apart."""
+    if len(lead_sizes) == 3:
+        return heads != lead_sizes[1] * lead_sizes[2]
+    return len(lead_sizes) == 1 and heads == 1
 
 
 def _sides(scores: Scores, values: Values, a: Analysis) -> tuple[_Side, _Side, _Side] | Refusal:

@@ -68,7 +68,7 @@ class _Walker:
             guard = nan_guard(self.value, self.a)
             if guard is not None:
                 self.nan_guard = self.nan_guard or guard.replaces_nan
-                self.nodes += guard.tests
+                self.nodes += guard.nodes
                 self._advance(guard.where)
                 continue
             if len(users) != 1:
