@@ -20,6 +20,15 @@ struct KeyRange {
   int64_t end;    // one past the last; begin >= end is an empty range
 };
 
+/// A MaskRule's windows for kernels with 32-bit positions (rows and keys below 2^30): of the keys begin … end - 1 that there are
+/// at all, row i sees those from i + left to i + right - 1.
+struct RowBand {
+  int32_t left, right;
+
+  FA_HD int32_t first(int32_t row, int32_t begin) const { return row + left > begin ? row + left : begin; }
+  FA_HD int32_t end(int32_t row, int32_t end) const { return row + right < end ? row + right : end; }
+};
+
 struct MaskRule {
   int64_t kv_length;     // keys in use
   int64_t query_offset;  // position of row 0 among the keys
@@ -30,6 +39,11 @@ struct MaskRule {
   FA_HD bool visible(int64_t i, int64_t j) const {
     const int64_t p = i + query_offset;
     return j >= 0 && j < kv_length && (window_left < 0 || j >= p - window_left) && (window_right < 0 || j <= p + window_right);
+  }
+
+  FA_HD RowBand band() const {
+    const int64_t left = query_offset - window_left, right = query_offset + window_right + 1;
+    return {window_left < 0 ? -kFar : clamped(left), window_right < 0 ? kFar : clamped(right)};
   }
 
   /// The smallest span that holds every key seen by any of the rows first_row … last_row (inclusive).
@@ -47,6 +61,11 @@ struct MaskRule {
     if (window_right >= 0 && first_row + query_offset + window_right + 1 < end) end = first_row + query_offset + window_right + 1;
     return {begin, end > begin ? end : begin};
   }
+
+ private:
+  static constexpr int32_t kFar = 1 << 30;
+
+  static FA_HD int32_t clamped(int64_t x) { return static_cast<int32_t>(x < -kFar ? -kFar : x > kFar ? kFar : x); }
 };
 
 }  // namespace fa

@@ -18,7 +18,7 @@ struct ScoreRule {
   template <class Tanh>
   FA_HD float capped(float dot, Tanh tanh) const {
     const float s = dot * softmax_scale;
-    return softcap == 0.0f ? s : softcap * tanh(s / softcap);
+    return softcap == 0.0f ? s : softcap * tanh(s * (1.0f / softcap));
   }
   FA_HD float capped(float dot) const {
     return capped(dot, [](float x) { return tanhf(x); });

@@ -35,8 +35,12 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* sh
 
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-/// Waits until the shared memory of this thread's stores has been read and may be written again.
-__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+/// Waits until the shared memory of this thread's stores has been read and may be written again, but for the last kPending
+/// groups.
+template <int kPending>
+__device__ __forceinline__ void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
 
 /// Where 16-byte chunk `chunk` of row `row` lies in a panel of 128-byte rows under the 128-byte swizzle (panel 1024-byte
 /// aligned).

@@ -39,12 +39,11 @@ bool has_vectors(const TensorView& view) {
   return view.shape[3] >= 8 && view.stride[3] == 1 && rows_aligned_to(view, std::min<int64_t>(16, 8 * size_of(view.dtype)));
 }
 
-/// How many (batch, head) pairs run together. Each brings row_tiles blocks, and their number must stay below 2^31.
-int64_t pairs_in_l2(const AttentionParams& p, int64_t pairs, int64_t row_tiles, int64_t query_heads_per_pair) {
+/// How many (batch, head) pairs run together.
+int64_t pairs_in_l2(const AttentionParams& p, int64_t pairs, int64_t query_heads_per_pair) {
   const int64_t bytes = std::max<int64_t>(1, p.key.shape[2] * (p.key.shape[3] + p.value.shape[3]) * size_of(p.key.dtype));
   const int64_t heads_per_key_head = p.query.shape[1] / p.key.shape[1] / query_heads_per_pair;
-  const int64_t fit = std::min(kL2BytesForKeys / bytes * heads_per_key_head, std::numeric_limits<int32_t>::max() / row_tiles);
-  return std::clamp<int64_t>(fit, std::min(pairs, heads_per_key_head), pairs);
+  return std::clamp<int64_t>(kL2BytesForKeys / bytes * heads_per_key_head, std::min(pairs, heads_per_key_head), pairs);
 }
 
 }  // namespace
@@ -93,15 +92,10 @@ Status launch_instance(const TileInstance& instance, const AttentionParams& para
   }
   grid.sequences = sequence_rule(params);
   grid.num_sequences = static_cast<int>(sequences);
-  grid.num_pairs = static_cast<int>(pairs);
-  grid.num_row_tiles = static_cast<int>(row_tiles);
   grid.group_size = Divisor(group_size);
-  grid.batch_fastest = !packed && params.bias.present && sequences > 1 && params.bias.stride[0] == 0;
-  grid.inner = Divisor(grid.batch_fastest ? sequences : heads);
-  const int64_t together = pairs_in_l2(params, pairs, row_tiles, share_tile ? group_size : 1);
-  grid.tiles_per_group = Divisor(together * row_tiles);
-  grid.pairs_per_group = Divisor(together);
-  grid.pairs_in_last_group = Divisor(pairs % together == 0 ? together : pairs % together);
+  const bool batch_fastest = !packed && params.bias.present && sequences > 1 && params.bias.stride[0] == 0;
+  grid.order =
+      TileOrder(packed ? 1 : sequences, heads, row_tiles, pairs_in_l2(params, pairs, share_tile ? group_size : 1), batch_fastest);
   grid.query_by_16 = is_by(params.query, 16);
   grid.key_by_16 = is_by(params.key, 16);
   grid.value_by_16 = is_by(params.value, 16);

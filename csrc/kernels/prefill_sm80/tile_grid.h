@@ -5,7 +5,7 @@
 
 #include <vector_types.h>
 
-#include "kernels/common/divisor.h"
+#include "kernels/common/tile_order.h"
 #include "semantics/sequence.h"
 
 namespace fa {
@@ -13,13 +13,7 @@ namespace fa {
 struct TileGrid {
   SequenceRule sequences;
   int num_sequences;
-  int num_pairs;            // of batch entry and head (of key head where query heads share a tile); heads alone where packed
-  int num_row_tiles;        // of a pair; an upper bound over all sequences where packed
-  Divisor tiles_per_group;  // of row tiles: pairs_per_group * num_row_tiles
-  Divisor pairs_per_group;  // pairs whose keys and values fit L2 together: their tiles run together
-  Divisor pairs_in_last_group;
-  Divisor inner;       // divides a pair into (batch, head), or where batch_fastest into (head, batch)
-  bool batch_fastest;  // neighbouring pairs differ in the batch entry: they share a bias without batch axis
+  TileOrder order;     // of pairs of batch entry and head (key head where query heads share a tile)
   Divisor group_size;  // query heads of a key head
   bool query_by_16, key_by_16, value_by_16, out_by_16;  // rows are whole 16-byte chunks at 16-byte addresses
   bool mask_by_8, bias_by_8;                            // eight keys lie in 8 or 16 aligned bytes

@@ -45,18 +45,13 @@ __device__ inline int2 find_packed_tile(const TileGrid& grid, int tile) {
 
 template <int kTileQ>
 __device__ __forceinline__ TileWork find_tile(const AttentionParams& p, const TileGrid& grid) {
-  const unsigned group = grid.tiles_per_group.quotient(blockIdx.x), in_group = grid.tiles_per_group.remainder(blockIdx.x);
-  const unsigned first_pair = group * grid.pairs_per_group.divisor;
-  const bool last = first_pair + grid.pairs_per_group.divisor > grid.num_pairs;
-  const Divisor& pairs = last ? grid.pairs_in_last_group : grid.pairs_per_group;
-  const int tile = pairs.quotient(in_group), pair = first_pair + in_group - tile * pairs.divisor;
-  const int outer = grid.inner.quotient(pair), inner = pair - outer * grid.inner.divisor;
-  int b = grid.batch_fastest ? inner : outer, row_tile = grid.num_row_tiles - 1 - tile;
+  const TilePlace place = grid.order.at(blockIdx.x);
+  int b = place.sequence, row_tile = grid.order.num_row_tiles - 1 - place.tile;
   if (p.cu_seqlens_q.present) {
-    const int2 found = find_packed_tile<kTileQ>(grid, tile);
+    const int2 found = find_packed_tile<kTileQ>(grid, place.tile);
     b = found.x, row_tile = found.y;
   }
-  TileWork work{{}, b, grid.batch_fastest ? outer : inner, row_tile * kTileQ, b >= 0, false, {}};
+  TileWork work{{}, b, place.head, row_tile * kTileQ, b >= 0, false, {}};
   if (work.exists) work.sequence = grid.sequences.at(b);
   return work;
 }

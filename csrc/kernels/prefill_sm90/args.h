@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "fa/attention.h"
+#include "kernels/common/tile_order.h"
 #include "semantics/sequence.h"
 
 namespace fa::prefill_sm90 {
@@ -21,14 +22,12 @@ struct KernelArgs {
   AttentionParams problem;
   SequenceRule sequences;
 
-  bool bias_by_tile;    // the bias comes through shared memory
-  bool batch_fastest;   // neighbouring tiles differ in the batch entry: they share a bias without batch axis
-  int num_sequences;    // batch entries, or packed sequences
-  int heads_per_kv;     // query heads that share a key head
-  int* tile_counter;    // zero before the launch; null: tiles are dealt out in turn
-  int num_tiles;        // upper bound of tile indices
-  int num_row_tiles;    // tiles of one head in one sequence (packed: in all of them together, an upper bound)
-  int heads_per_group;  // (sequence, head) pairs dealt out together, longest tiles first; their keys and values fit the L2 cache
+  TileOrder order;
+  bool bias_by_tile;     // the bias comes through shared memory
+  int num_sequences;     // batch entries, or packed sequences
+  Divisor heads_per_kv;  // query heads that share a key head
+  int* tile_counter;     // zero before the launch; null: tiles are dealt out in turn
+  int num_tiles;         // upper bound of tile indices
 };
 
 }  // namespace fa::prefill_sm90

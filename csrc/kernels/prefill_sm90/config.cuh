@@ -7,31 +7,35 @@
 #include "kernels/common/mbarrier.cuh"
 #include "kernels/common/warpgroup.cuh"
 #include "kernels/prefill_sm90/instances.h"
+#include "semantics/mask.h"
 
 namespace fa::prefill_sm90 {
 
 struct TileShape {
   int warpgroups, tile_n, stages, query_stages, bias_stages;
-  bool ping_pong;
+  bool ping_pong = true;
+  int blocks_per_sm = 1;
 };
 
 /// The tile table: one row for each head_dim bucket and variant, found by measurement (docs/kernels.md).
 constexpr TileShape tile_shape(int head_dim, Variant variant) {
-  if (variant == Variant::kCausal) return {3, 80, 3, 2, 0, false};  // head_dim 128: rows are skipped by 64, keys by 80
-  if (variant == Variant::kPlain) {
-    if (head_dim <= 64) return {3, 128, 4, 2, 0, true};
-    if (head_dim <= 80) return {3, 96, 2, 2, 0, true};
-    if (head_dim <= 128) return {2, 128, 2, 2, 0, true};
-    if (head_dim <= 192) return {2, 80, 2, 2, 0, true};
-    return {2, 80, 2, 1, 0, true};
+  if (variant == Variant::kShort) {
+    if (head_dim <= 64) return {1, 64, 3, 2, 0, false, 3};
+    return {2, 128, 2, 2, 0};
   }
-  if (head_dim <= 64) return {3, 128, 2, 1, 2, true};
-  if (head_dim <= 128) return {2, 128, 2, 1, 2, true};
-  return {2, 64, 2, 1, 2, true};
+  if (variant == Variant::kPlain) {
+    if (head_dim <= 64) return {3, 128, 4, 2, 0};
+    if (head_dim <= 128) return {3, 64, 3, 2, 0};
+    if (head_dim <= 192) return {2, 96, 2, 1, 0};
+    return {2, 64, 2, 1, 0};
+  }
+  if (head_dim <= 64) return {3, 128, 2, 2, 2};
+  if (head_dim <= 128) return {2, 128, 2, 1, 2};
+  return {2, 64, 2, 1, 2};
 }
 
 template <typename T_, Variant kVariant, int kHeadDim_, int kWarpgroups_, int kTileN_, int kStages_, int kQueryStages_,
-          int kBiasStages_ = 0, bool kPingPong_ = true, bool kOptimistic_ = kVariant != Variant::kModified>
+          int kBiasStages_ = 0, bool kPingPong_ = true, bool kOptimistic_ = true, int kBlocksPerSm_ = 1>
 struct Config {
   using T = T_;
   static constexpr bool kModified = kVariant == Variant::kModified;
@@ -40,15 +44,20 @@ struct Config {
   static constexpr int kTileM = 64 * kWarpgroups;     // query rows of a tile
   static constexpr int kTileN = kTileN_;              // keys of a tile
   static constexpr int kStages = kStages_;            // buffers for K, and as many for V
-  static constexpr int kQueryStages = kQueryStages_;  // buffers for Q; the output leaves through the same memory
+  static constexpr int kQueryStages = kQueryStages_;  // buffers for Q
   static constexpr int kBiasStages = kBiasStages_;    // buffers for tiles of a 16-bit bias; 0: read from device memory
   static constexpr bool kPingPong = kPingPong_;       // warpgroups issue their products in turn
   static constexpr bool kOptimistic = kOptimistic_;   // maxima are looked for only where a tile is masked or proves too large
   static constexpr int kPanels = (kHeadDim + 63) / 64;  // of 64 columns, 128 bytes
   static constexpr int kBiasPanels = (kTileN + 63) / 64;
-  static constexpr int kThreads = kWarpgroupThreads * (kWarpgroups + 1);
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
+  static constexpr bool kSmall = kWarpgroups == 1;  // no registers to move, and one warp that does not multiply
+  static constexpr int kThreads = kSmall ? kWarpgroupThreads + 32 : kWarpgroupThreads * (kWarpgroups + 1);
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  // The output leaves through the queries' memory. Where that is all there is, next to keys and values, and some is left, it has
+  // its own, so that the next queries come early.
+  static constexpr bool kOwnOutput = kQueryStages == 1 && !kModified && kHeadDim > 128;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
   static constexpr uint32_t kQueryBytes = kTileM * 128 * kPanels;
   static constexpr uint32_t kKeyBytes = kTileN * 128 * kPanels;
   static constexpr uint32_t kBiasBytes = kTileM * 128 * kBiasPanels;
@@ -58,7 +67,7 @@ struct Config {
 
 /// One tile of work, decided by the producer: everything about it that is not a constant of the launch.
 struct alignas(16) Tile {
-  int valid;                      // 0: no more tiles
+  int valid = 0;                  // 0: no more tiles
   int sequence;                   // batch entry or packed sequence
   int head;                       // query head
   int first_row;                  // in its sequence
@@ -68,6 +77,7 @@ struct alignas(16) Tile {
   int query_length, kv_length;    // … and those in use
   int key_begin, key_end;         // keys that mask and bias leave
   int test_mask;                  // the bool mask hides some keys of these tiles
+  RowBand band;                   // what windows leave of them
   int64_t query_offset;
 };
 static_assert(sizeof(Tile) % 16 == 0);
@@ -79,12 +89,13 @@ struct SharedMemory {
   alignas(1024) uint8_t query[C::kQueryStages][C::kQueryBytes];
   alignas(1024) uint8_t key[C::kStages][C::kKeyBytes];
   alignas(1024) uint8_t value[C::kStages][C::kKeyBytes];
+  alignas(1024) uint8_t out[C::kOwnOutput ? C::kWarpgroups : 1][2][C::kOwnOutput ? 64 * 128 : 16];
   alignas(1024) uint8_t bias[C::kBiasStages > 0 ? C::kBiasStages * C::kBiasBytes : 16];
   uint64_t query_full[C::kQueryStages], query_empty[C::kQueryStages];
   uint64_t key_full[C::kStages], key_empty[C::kStages];
   uint64_t value_full[C::kStages], value_empty[C::kStages];
   uint64_t bias_full[C::kBiasStages + 1], bias_empty[C::kBiasStages + 1];
-  uint64_t tile_full[kTileSlots], tile_empty[kTileSlots];
+  uint64_t tile_full[kTileSlots], tile_empty[kTileSlots], tile_wanted;
   Tile tile[kTileSlots];
 };
 

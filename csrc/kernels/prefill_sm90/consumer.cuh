@@ -19,12 +19,10 @@ namespace fa::prefill_sm90 {
 
 inline constexpr int kTurnBarrier = 1;  // named barriers 1 … 3: the warpgroup's turn to issue products
 
-/// What the warpgroup's rows see of a query tile.
+/// What the warpgroup's 64 rows see of a query tile.
 struct RowsView {
-  int begin[2], end[2];        // keys of the thread's two rows, by MaskRule and the span of mask and bias
-  int full_begin, full_end;    // key tiles that all 64 rows see entirely
-  int block_begin, block_end;  // key tiles that any of the 64 rows sees …
-  int num_left, num_right;     // … and the tile's others, on both sides: their buffers are given back unread
+  int full_begin, full_end;    // key tiles that all rows see entirely
+  int block_begin, block_end;  // key tiles that any of the rows sees
   int used_keys;               // keys whose values may be read; the copy engine's own zeros stand behind the tensor's last key
 };
 
@@ -90,13 +88,23 @@ struct Consumer {
     for (int i = 0; i < C::kTileN / 4; ++i) weights[i] = pack2<typename C::T>(s[2 * i], s[2 * i + 1]);
   }
 
-  /// Scores outside [begin, end) of their row (relative to this thread's first column of the key tile) become -inf.
+  /// Scores outside [begin, end) of their row (relative to this thread's first column of the key tile) become -inf. Of every
+  /// eight columns the thread has the first two: one bit each, since a test of a bit is one instruction.
   __device__ __forceinline__ void mask_scores(const int (&begin)[2], const int (&end)[2]) {
+    static_assert(C::kTileN <= 128);
+    uint32_t visible[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) visible[r] = columns_before(end[r]) & ~columns_before(begin[r]);
 #pragma unroll
     for (int i = 0; i < C::kTileN / 2; ++i) {
-      const int column = (i / 4) * 8 + (i & 1), r = (i >> 1) & 1;
-      if (column < begin[r] || column >= end[r]) s[i] = -INFINITY;
+      if ((visible[(i >> 1) & 1] >> (i / 4 * 2 + (i & 1)) & 1) == 0) s[i] = -INFINITY;
     }
+  }
+
+  /// A bit for each of the thread's columns below `column`.
+  static __device__ __forceinline__ uint32_t columns_before(int column) {
+    const int count = max(column >> 3, 0) * 2 + min(max(column, 0) & 7, 2);
+    return count >= 32 ? ~0u : (1u << count) - 1;
   }
 
   /// Waits for the values of a key tile of which `used` keys are in use. The others may be anything, NaN too, and become 0.
@@ -139,40 +147,20 @@ struct Consumer {
     }
   }
 
-  /// From raw products to scores.
-  __device__ __forceinline__ void modify(const Tile& tile, int block) {
-    const bool staged = C::kBiasStages > 0 && args.bias_by_tile;
-    if (staged) mbarrier_wait(&shared.bias_full[b.stage], b.phase);
-    modify_scores<C>(s, args.problem, tile, staged ? shared.bias + b.stage * C::kBiasBytes : nullptr, first_row_in_tile(),
-                     block * C::kTileN + threadIdx.x % 4 * 2);
-    if (staged) {
-      __syncwarp();
-      release(&shared.bias_empty[b.stage]);
-      b.advance();
-    }
+  __device__ __forceinline__ bool bias_is_staged() const { return C::kBiasStages > 0 && args.bias_by_tile; }
+  __device__ __forceinline__ const uint8_t* staged_bias() const {
+    return bias_is_staged() ? shared.bias + b.stage * C::kBiasBytes : nullptr;
   }
 
   __device__ __forceinline__ RowsView view_rows(const Tile& tile) const {
-    const AttentionParams& p = args.problem;
-    const MaskRule rule{tile.kv_length, tile.query_offset, p.window_left, p.window_right};
     const int first_row = tile.first_row + warpgroup * 64, last_row = min(first_row + 63, tile.query_length - 1);
-    const int row = tile.first_row + first_row_in_tile();
     RowsView rows_view;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const KeyRange visible = rule.key_range(row + 8 * r, row + 8 * r);
-      rows_view.begin[r] = max(static_cast<int>(visible.begin), tile.key_begin);
-      rows_view.end[r] = min(static_cast<int>(visible.end), tile.key_end);
-    }
-    const KeyRange full = rule.full_range(first_row, first_row + 63), any = rule.key_range(first_row, last_row);
-    rows_view.full_begin = (max(static_cast<int>(full.begin), tile.key_begin) + C::kTileN - 1) / C::kTileN;
-    rows_view.full_end = min(static_cast<int>(full.end), tile.key_end) / C::kTileN;
-    const int begin = max(static_cast<int>(any.begin), tile.key_begin), end = min(static_cast<int>(any.end), tile.key_end);
+    rows_view.full_begin = (tile.band.first(first_row + 63, tile.key_begin) + C::kTileN - 1) / C::kTileN;
+    rows_view.full_end = tile.test_mask ? 0 : tile.band.end(first_row, tile.key_end) / C::kTileN;
+    const int begin = tile.band.first(first_row, tile.key_begin), end = tile.band.end(last_row, tile.key_end);
     const bool none = first_row > last_row || begin >= end;
     rows_view.block_begin = none ? tile.block_begin : begin / C::kTileN;
     rows_view.block_end = none ? tile.block_begin : (end + C::kTileN - 1) / C::kTileN;
-    rows_view.num_left = rows_view.block_begin - tile.block_begin;
-    rows_view.num_right = tile.block_end - rows_view.block_end;
     rows_view.used_keys = tile.key_base + tile.kv_length < args.sequences.seqlen_kv ? tile.kv_length : INT_MAX;
     return rows_view;
   }
@@ -180,11 +168,11 @@ struct Consumer {
   /// Gives the buffer of a K tile back that this warpgroup does not need.
   __device__ __forceinline__ void skip_key() {
     mbarrier_wait(&shared.key_full[k.stage], k.phase);
-    if (C::kBiasStages > 0 && args.bias_by_tile) mbarrier_wait(&shared.bias_full[b.stage], b.phase);
+    if (bias_is_staged()) mbarrier_wait(&shared.bias_full[b.stage], b.phase);
     __syncwarp();
     release(&shared.key_empty[k.stage]);
     k.advance();
-    if (C::kBiasStages > 0 && args.bias_by_tile) {
+    if (bias_is_staged()) {
       release(&shared.bias_empty[b.stage]);
       b.advance();
     }
@@ -202,22 +190,49 @@ struct Consumer {
     pass_turn();
   }
 
+  /// Scores of a key tile that every row sees become weights, against the references as they stand. False: the scores are lost.
+  __device__ __forceinline__ bool try_weights(const Tile& tile, int block) {
+    if constexpr (!C::kModified) {
+      return optimistic_softmax_step<C>(s, rows, args.problem.softmax_scale * kLog2E);
+    } else {
+      const AttentionParams& p = args.problem;
+      if (bias_is_staged() && p.softcap == 0.0f && !p.alibi_slopes.present) {
+        start_exponents<C>(s, staged_bias(), first_row_in_tile() & ~15, p.softmax_scale, rows.reference);
+        return optimistic_weights(s, rows);
+      }
+      modify_scores<C>(s, p, tile, staged_bias(), first_row_in_tile(), block * C::kTileN + threadIdx.x % 4 * 2);
+      return optimistic_softmax_step<C>(s, rows, kLog2E);
+    }
+  }
+
+  /// The general way from raw products to weights. True: the output must be rescaled by rows.factor.
+  __device__ __forceinline__ bool take_weights(const Tile& tile, int block, bool masked) {
+    const int column = block * C::kTileN + threadIdx.x % 4 * 2;
+    if constexpr (C::kModified) modify_scores<C>(s, args.problem, tile, staged_bias(), first_row_in_tile(), column);
+    if (masked) {
+      const int row = tile.first_row + first_row_in_tile();
+      mask_scores({tile.band.first(row, tile.key_begin) - column, tile.band.first(row + 8, tile.key_begin) - column},
+                  {tile.band.end(row, tile.key_end) - column, tile.band.end(row + 8, tile.key_end) - column});
+      if (tile.test_mask) apply_mask(s, args.problem.mask, row_offsets(args.problem.mask, tile, row), column);
+    }
+    const bool rescale = softmax_step<C>(s, rows, C::kModified ? kLog2E : args.problem.softmax_scale * kLog2E);
+    settled = __all_sync(kAllLanes, is_settled<C>(rows));
+    return rescale;
+  }
+
   /// From raw products to weights, and the key buffer back to the producer. True: the output must be rescaled by rows.factor.
   __device__ __forceinline__ bool finish_scores(const Tile& tile, int block) {
-    const float unit = C::kModified ? kLog2E : args.problem.softmax_scale * kLog2E;
-    const bool masked = block >= view.full_end || block < view.full_begin;
+    const bool masked = block >= view.full_end || block < view.full_begin, hopeful = C::kOptimistic && settled && !masked;
+    if (bias_is_staged()) mbarrier_wait(&shared.bias_full[b.stage], b.phase);
     bool rescale = false;
-    if (!C::kOptimistic || masked || !settled || !optimistic_softmax_step<C>(s, rows, unit)) {
-      if constexpr (C::kOptimistic) {
-        if (!masked && settled) recompute_scores();
-      }
-      if constexpr (C::kModified) modify(tile, block);
-      if (masked) {
-        const int column = block * C::kTileN + threadIdx.x % 4 * 2;
-        mask_scores({view.begin[0] - column, view.begin[1] - column}, {view.end[0] - column, view.end[1] - column});
-      }
-      rescale = softmax_step<C>(s, rows, unit);
-      settled = !__any_sync(kAllLanes, rows.reference[0] == -INFINITY || rows.reference[1] == -INFINITY);
+    if (!hopeful || !try_weights(tile, block)) {
+      if (hopeful) recompute_scores();
+      rescale = take_weights(tile, block, masked);
+    }
+    if (bias_is_staged()) {
+      __syncwarp();
+      release(&shared.bias_empty[b.stage]);
+      b.advance();
     }
     release(&shared.key_empty[k.stage]);
     k.advance();
@@ -273,17 +288,31 @@ struct Consumer {
       pack_weights();
       if (rescale) rescale_rows(o, rows.factor);
     }
+    release_queries();
     start_output(view.block_begin);
     finish_output();
   }
 
+  /// The tile's queries are no longer needed, not even for scores to be computed once more.
+  __device__ __forceinline__ void release_queries() {
+    if constexpr (C::kOwnOutput) {
+      __syncwarp();
+      release(&shared.query_empty[q.stage]);
+    }
+  }
+
   __device__ __forceinline__ void end_tile(const Tile& tile, uint64_t* tile_empty) {
     finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), rows, o);
-    finish_stored();
-    store_tile<C>(args, shared.query[q.stage], tile, warpgroup, o);
+    if constexpr (C::kOwnOutput) {
+      store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return shared.out[warpgroup][panel % 2]; });
+    } else {
+      finish_stored();
+      uint8_t* queries = shared.query[q.stage] + warpgroup * 64 * 128;
+      store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return queries + panel * C::kTileM * 128; });
+      stored = q.stage;
+    }
     __syncwarp();
     release(tile_empty);
-    stored = q.stage;
     if constexpr (C::kQueryStages == 1) finish_stored();
   }
 
@@ -303,13 +332,15 @@ struct Consumer {
 #pragma unroll
       for (float& x : o) x = 0.0f;
       const bool has_blocks = view.block_begin < view.block_end;
-      for (int i = 0; i < view.num_right; ++i) {
+      const int num_right = tile.block_end - view.block_end;
+      for (int i = 0; i < num_right; ++i) {
         skip_key();
-        if (has_blocks || i + 1 < view.num_right) skip_turn();
+        if (has_blocks || i + 1 < num_right) skip_turn();
         skip_value();
       }
       if (has_blocks) run_blocks(tile);
-      for (int i = 0; i < view.num_left; ++i) {
+      if (!has_blocks) release_queries();
+      for (int i = tile.block_begin; i < view.block_begin; ++i) {
         skip_turn();
         skip_key();
         skip_value();
@@ -318,7 +349,7 @@ struct Consumer {
       slot.advance();
       q.advance();
     }
-    tma_store_wait_read();
+    tma_store_wait_read<0>();
   }
 };
 

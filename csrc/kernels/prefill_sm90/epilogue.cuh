@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of a tile in prefill_sm90: normalise, convert, and write 64 rows through the shared memory in which the warpgroup's
-// queries stood, by the copy engine, or row by row where a box would touch rows of another sequence.
+// The end of a tile in prefill_sm90: normalise, convert, and write 64 rows through shared memory, by the copy engine, or row by
+// row where a box would touch rows of another sequence.
 #pragma once
 
 #include "kernels/common/convert.cuh"
@@ -25,7 +25,7 @@ __device__ __forceinline__ void store_matrices(uint32_t shared, uint32_t a, uint
 /// acts.
 __device__ __forceinline__ void finish_store(uint64_t* query_empty) {
   if (threadIdx.x % kWarpgroupThreads == 0) {
-    tma_store_wait_read();
+    tma_store_wait_read<0>();
     mbarrier_arrive(query_empty);
   }
 }
@@ -36,7 +36,7 @@ __device__ __noinline__ float mean_of_values(const KernelArgs& args, const Tile&
   const TensorView& value = args.problem.value;
   if (column >= value.shape[3] || tile.num_keys == 0) return 0.0f;
   const T* data = static_cast<const T*>(value.data) + tile.batch * value.stride[0] +
-                  tile.head / args.heads_per_kv * value.stride[1] + tile.key_base * value.stride[2] + column;
+                  args.heads_per_kv.quotient(tile.head) * value.stride[1] + tile.key_base * value.stride[2] + column;
   float sum = 0.0f;
   for (int key = 0; key < tile.num_keys; ++key) sum += to_float(data[key * value.stride[2]]);
   return sum / static_cast<float>(tile.num_keys);
@@ -84,52 +84,60 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& 
   }
 }
 
-/// Rows of shared memory to device memory, 16 bytes a thread, as far as the sequence and the head reach.
+/// 64 rows x 64 columns of shared memory to device memory, 16 bytes a thread, as far as the sequence and the head reach.
 template <class C>
-__device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t* staged, const Tile& tile, int first_row) {
+__device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t* staged, const Tile& tile, int first_row,
+                                           int panel) {
   const TensorView& out = args.problem.out;
   auto* base = static_cast<typename C::T*>(out.data) + tile.batch * out.stride[0] + tile.head * out.stride[1];
-  constexpr int kChunks = C::kPanels * 8;
-  for (int i = threadIdx.x % kWarpgroupThreads; i < 64 * kChunks; i += kWarpgroupThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    if (first_row + row < tile.num_rows && chunk * 8 < out.shape[3]) {
-      const uint4 data =
-          *reinterpret_cast<const uint4*>(staged + (chunk / 8) * C::kTileM * 128 + swizzled_offset(row, chunk % 8));
-      *reinterpret_cast<uint4*>(base + (tile.row_base + first_row + row) * out.stride[2] + chunk * 8) = data;
+  for (int i = threadIdx.x % kWarpgroupThreads; i < 64 * 8; i += kWarpgroupThreads) {
+    const int row = i / 8, column = panel * 64 + i % 8 * 8;
+    if (first_row + row < tile.num_rows && column < out.shape[3]) {
+      const uint4 data = *reinterpret_cast<const uint4*>(staged + swizzled_offset(row, i % 8));
+      *reinterpret_cast<uint4*>(base + (tile.row_base + first_row + row) * out.stride[2] + column) = data;
     }
   }
 }
 
-/// Writes the warpgroup's 64 finished rows. query_buffer: the tile's queries, no longer needed by this warpgroup.
+/// Columns 64 panel … + 63 of the thread's rows to shared memory.
 template <class C>
-__device__ __forceinline__ void store_tile(const KernelArgs& args, uint8_t* query_buffer, const Tile& tile, int warpgroup,
-                                           float (&o)[C::kHeadDim / 2]) {
+__device__ __forceinline__ void stage_panel(const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged) {
   using T = typename C::T;
-  const int thread = threadIdx.x % kWarpgroupThreads, lane = thread % 32;
-  const int first_row = tile.first_row + warpgroup * 64;
-  uint8_t* staged = query_buffer + warpgroup * 64 * 128;
-  const int row = thread / 32 * 16 + lane % 16;
-  named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);  // no warp reads these queries any more
+  const int thread = threadIdx.x % kWarpgroupThreads, row = thread / 32 * 16 + thread % 16;
 #pragma unroll
-  for (int j = 0; j < C::kHeadDim / 16; ++j) {
-    const int chunk = 2 * j + lane / 16;
-    const uint32_t address = shared_address(staged + (chunk / 8) * C::kTileM * 128 + swizzled_offset(row, chunk % 8));
+  for (int i = 0; i < 4; ++i) {
+    const int j = 4 * panel + i;
+    if (j >= C::kHeadDim / 16) break;
+    const uint32_t address = shared_address(staged + swizzled_offset(row, 2 * i + thread % 32 / 16));
     store_matrices(address, pack2<T>(o[8 * j], o[8 * j + 1]), pack2<T>(o[8 * j + 2], o[8 * j + 3]),
                    pack2<T>(o[8 * j + 4], o[8 * j + 5]), pack2<T>(o[8 * j + 6], o[8 * j + 7]));
   }
-  fence_async_proxy();
-  named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
+}
+
+/// Writes the warpgroup's 64 finished rows, panel by panel, through buffer(panel): where the tile's queries stood, or one of two
+/// buffers of its own, whose last store must then have left.
+template <class C, class Buffer>
+__device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& tile, int warpgroup,
+                                           const float (&o)[C::kHeadDim / 2], Buffer buffer) {
+  const int first_row = tile.first_row + warpgroup * 64;
+  const bool first_thread = threadIdx.x % kWarpgroupThreads == 0;
   const bool whole = first_row + 64 <= tile.num_rows || !args.problem.cu_seqlens_q.present;
-  if (!whole) {
-    store_rows<C>(args, staged, tile, first_row);
-    named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
-  } else if (thread == 0) {
 #pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel) {
-      tma_store(&args.out, staged + panel * C::kTileM * 128, panel * 64, tile.row_base + first_row, tile.head, tile.batch);
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+    if (C::kOwnOutput && first_thread) tma_store_wait_read<1>();
+    if (C::kOwnOutput || panel == 0) named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
+    stage_panel<C>(o, panel, buffer(panel));
+    if (!C::kOwnOutput && panel + 1 < C::kPanels) continue;
+    fence_async_proxy();
+    named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
+#pragma unroll
+    for (int i = C::kOwnOutput ? panel : 0; i <= panel; ++i) {
+      if (!whole) store_rows<C>(args, buffer(i), tile, first_row, i);
+      if (whole && first_thread) tma_store(&args.out, buffer(i), i * 64, tile.row_base + first_row, tile.head, tile.batch);
     }
-    tma_store_commit();
+    if (first_thread) tma_store_commit();
   }
+  if (!whole) named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
 }
 
 }  // namespace fa::prefill_sm90

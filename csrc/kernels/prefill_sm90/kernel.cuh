@@ -13,7 +13,7 @@ __device__ __forceinline__ void init_barriers(SharedMemory<C>& shared) {
   constexpr int kConsumerWarps = 4 * C::kWarpgroups;
   for (int i = 0; i < C::kQueryStages; ++i) {
     mbarrier_init(&shared.query_full[i], 1);
-    mbarrier_init(&shared.query_empty[i], C::kWarpgroups);
+    mbarrier_init(&shared.query_empty[i], C::kOwnOutput ? kConsumerWarps : C::kWarpgroups);
   }
   for (int i = 0; i < C::kStages; ++i) {
     mbarrier_init(&shared.key_full[i], 1);
@@ -27,13 +27,14 @@ __device__ __forceinline__ void init_barriers(SharedMemory<C>& shared) {
   }
   for (int i = 0; i < kTileSlots; ++i) {
     mbarrier_init(&shared.tile_full[i], 1);
-    mbarrier_init(&shared.tile_empty[i], kConsumerWarps);
+    mbarrier_init(&shared.tile_empty[i], kConsumerWarps + !C::kSmall);
   }
+  mbarrier_init(&shared.tile_wanted, 1);
   mbarrier_init_fence();
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) prefill_sm90_kernel(const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedMemory<C>& shared = *reinterpret_cast<SharedMemory<C>*>(shared_bytes);
   if (threadIdx.x == 0) {
@@ -46,10 +47,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) prefill_sm90_kernel(const __gr
   __syncthreads();
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (warpgroup == C::kWarpgroups) {
-    release_registers<C::kProducerRegisters>();
-    if (threadIdx.x / 32 % 4 == 0) produce<C>(args, shared);
+    if constexpr (!C::kSmall) release_registers<C::kProducerRegisters>();
+    produce<C>(args, shared);
   } else {
-    acquire_registers<C::kConsumerRegisters>();
+    if constexpr (!C::kSmall) acquire_registers<C::kConsumerRegisters>();
     Consumer<C> consumer{args, shared, warpgroup};
     consumer.run();
   }

@@ -15,6 +15,8 @@
 namespace fa::prefill_sm90 {
 
 inline constexpr int64_t kL2Budget = 32 << 20;  // bytes of keys and values that the tiles in flight should share
+inline constexpr int64_t kKeyHeadsTogether =
+    16;  // as many as balance tiles of unequal length  // bytes of keys and values that the tiles in flight should share
 
 /// The bias as the copy engine sees it: an axis that is broadcast has size 1.
 inline TensorView bias_tensor(TensorView bias) {
@@ -31,19 +33,20 @@ inline bool bias_has_tiles(const AttentionParams& p) {
          bias.stride[3] == 1 && tensor_map_obstacle(bias_tensor(bias)).empty();
 }
 
-/// Which tiles run side by side. Rows of unequal length: longest first, as many heads together as keep their keys and values in
-/// L2. Else one head after the other.
-inline void choose_order(const AttentionParams& p, KernelArgs* args, bool* dynamic) {
+/// Which tiles run side by side. Rows of unequal length: longest first, as many heads together as balance them and keep their
+/// keys and values in L2. Else one head after the other.
+inline void choose_order(const AttentionParams& p, int64_t row_tiles, KernelArgs* args, bool* dynamic) {
   const bool packed = p.cu_seqlens_q.present;
-  const int64_t heads = p.query.shape[1], pairs = packed ? heads : heads * args->num_sequences;
+  const int64_t heads = p.query.shape[1];
   *dynamic =
       p.window_right >= 0 || p.window_left >= 0 || p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
   const int64_t bytes_per_head = std::max<int64_t>(1, p.key.shape[2] * (p.key.shape[3] + p.value.shape[3]) * 2);
-  const int64_t in_cache = std::max<int64_t>(1, kL2Budget / bytes_per_head) * args->heads_per_kv;
-  args->batch_fastest = !packed && p.bias.present && args->num_sequences > 1 && p.bias.stride[0] == 0;
-  int64_t group = *dynamic ? in_cache : 1;
-  if (args->batch_fastest) group = std::max<int64_t>(group, args->num_sequences);
-  args->heads_per_group = static_cast<int>(std::min(pairs, group));
+  const int64_t in_cache = std::clamp<int64_t>(kL2Budget / bytes_per_head, 1, kKeyHeadsTogether) * (heads / p.key.shape[1]);
+  const bool batch_fastest = !packed && p.bias.present && args->num_sequences > 1 && p.bias.stride[0] == 0;
+  const bool heads_share_bias = p.bias.present && p.bias.stride[1] == 0;
+  int64_t group = *dynamic || heads_share_bias ? in_cache : 1;
+  if (batch_fastest) group = std::max<int64_t>(group, args->num_sequences);
+  args->order = TileOrder(packed ? 1 : args->num_sequences, heads, row_tiles, group, batch_fastest);
 }
 
 template <class C>
@@ -70,13 +73,12 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
   args.problem = p;
   args.sequences = sequence_rule(p);
   args.num_sequences = static_cast<int>(sequences);
-  args.heads_per_kv = static_cast<int>(heads / p.key.shape[1]);
-  args.num_row_tiles = static_cast<int>(row_tiles);
+  args.heads_per_kv = Divisor(heads / p.key.shape[1]);
   args.num_tiles = static_cast<int>(tiles);
   bool dynamic;
-  choose_order(p, &args, &dynamic);
+  choose_order(p, row_tiles, &args, &dynamic);
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  const int blocks = static_cast<int>(std::min<int64_t>(tiles, context.device.num_sms));
+  const int blocks = static_cast<int>(std::min<int64_t>(tiles, context.device.num_sms * C::kBlocksPerSm));
   cudaError_t error = cudaSuccess;
   if (dynamic && tiles > blocks) {
     args.tile_counter = static_cast<int*>(context.workspace);
@@ -98,7 +100,7 @@ template <typename T, int kHeadDim, Variant kVariant>
 Status launch_instance(const AttentionParams& params, const ExecutionContext& context) {
   constexpr TileShape kShape = tile_shape(kHeadDim, kVariant);
   return launch_config<Config<T, kVariant, kHeadDim, kShape.warpgroups, kShape.tile_n, kShape.stages, kShape.query_stages,
-                              kShape.bias_stages, kShape.ping_pong>>(params, context);
+                              kShape.bias_stages, kShape.ping_pong, true, kShape.blocks_per_sm>>(params, context);
 }
 
 }  // namespace fa::prefill_sm90

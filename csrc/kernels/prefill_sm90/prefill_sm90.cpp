@@ -13,7 +13,8 @@ namespace fa::prefill_sm90 {
 namespace {
 
 constexpr int64_t kMaxRows = int64_t{1} << 30;
-constexpr int64_t kCausalRows = 768;   // from so many on the causal tiles were measured to be faster
+constexpr int64_t kLongTile = 192;     // rows of a tile of the long instances
+constexpr int64_t kFewKeys = 640;      // up to so many keys a row the short tiles of narrow heads were measured to be faster
 constexpr size_t kCounterBytes = 256;  // the tile counter, in an allocation's smallest unit
 
 struct Instance {
@@ -31,28 +32,41 @@ const Instance kInstances[] = {
 };
 
 Variant variant_of(const AttentionParams& p) {
-  const bool modified =
-      p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
+  const bool row_mask = p.mask.present && p.mask.shape[2] > 1 && p.mask.stride[2] != 0;  // else the producer reads it
+  const bool modified = row_mask || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
   return modified ? Variant::kModified : Variant::kPlain;
-}
-
-bool takes_causal_tiles(const AttentionParams& p) {
-  return variant_of(p) == Variant::kPlain && p.window_right >= 0 && p.window_left < 0 && p.query.shape[2] >= kCausalRows;
 }
 
 int64_t bucket_size(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
 
+/// Keys that a row sees, on average, as far as the host knows.
+int64_t mean_keys(const AttentionParams& p) {
+  int64_t keys = p.key.shape[2];
+  if (p.window_right >= 0) keys -= std::min(keys, p.query.shape[2]) / 2;
+  if (p.window_left >= 0) keys = std::min(keys, p.window_left + std::max<int64_t>(p.window_right, 0) + 1);
+  return keys;
+}
+
+/// Short tiles fill the GPU where there are few rows; narrow heads have such that hide each other's start and end, which counts
+/// where there are few keys.
+bool is_short(const AttentionParams& p, const DeviceInfo& device) {
+  const int64_t tiles = (p.query.shape[2] + kLongTile - 1) / kLongTile * p.query.shape[1] * p.query.shape[0];
+  return tiles <= device.num_sms || (bucket_size(p) <= 64 && mean_keys(p) <= kFewKeys);
+}
+
 /// The smallest instance that takes the problem; null where none does.
-const Instance* find_instance(const AttentionParams& p) {
-  const Instance* smallest = nullptr;
+const Instance* find_instance(const AttentionParams& p, const DeviceInfo& device) {
+  const Instance* best = nullptr;
+  const Variant variant = variant_of(p);
+  const bool short_tiles = variant == Variant::kPlain && is_short(p, device);
   for (const Instance& instance : kInstances) {
-    const bool right = instance.variant == variant_of(p) || (instance.variant == Variant::kCausal && takes_causal_tiles(p));
+    const bool right = instance.variant == variant || (short_tiles && instance.variant == Variant::kShort);
     if (instance.dtype != p.query.dtype || !right || instance.head_dim < bucket_size(p)) continue;
-    const bool better = smallest == nullptr || instance.head_dim < smallest->head_dim ||
-                        (instance.head_dim == smallest->head_dim && instance.variant == Variant::kCausal);
-    if (better) smallest = &instance;
+    const bool better = best == nullptr || instance.head_dim < best->head_dim ||
+                        (instance.head_dim == best->head_dim && instance.variant == Variant::kShort);
+    if (better) best = &instance;
   }
-  return smallest;
+  return best;
 }
 
 }  // namespace
@@ -60,7 +74,7 @@ const Instance* find_instance(const AttentionParams& p) {
 std::string supports(const AttentionParams& p, const DeviceInfo& device) {
   if (device.compute_capability != 90) return "needs compute capability 9.0 (Hopper)";
   if (p.query.dtype == DType::kFloat32) return "takes float16 and bfloat16 only, the tensors are float32";
-  if (find_instance(p) == nullptr) return "head_dim " + std::to_string(bucket_size(p)) + " is above 256";
+  if (find_instance(p, device) == nullptr) return "head_dim " + std::to_string(bucket_size(p)) + " is above 256";
   if (device.shared_memory_bytes < kSharedLimit)
     return "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block";
   if (p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0) {
@@ -83,7 +97,7 @@ std::string supports(const AttentionParams& p, const DeviceInfo& device) {
 size_t workspace_bytes(const AttentionParams&, const DeviceInfo&) { return kCounterBytes; }
 
 Status launch(const AttentionParams& params, const ExecutionContext& context) {
-  return find_instance(params)->launch(params, context);
+  return find_instance(params, context.device)->launch(params, context);
 }
 
 }  // namespace fa::prefill_sm90

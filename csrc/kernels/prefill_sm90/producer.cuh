@@ -48,7 +48,7 @@ struct ProducerRings {
 template <class C>
 __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C>& shared, const Tile& tile,
                                           ProducerRings<C>& rings) {
-  const int key_head = tile.head / args.heads_per_kv;
+  const int key_head = args.heads_per_kv.quotient(tile.head);
   const auto load_key = [&](int block) {
     const int i = rings.key.stage;
     load_rows<C::kPanels, C::kKeyBytes>(shared.key[i], &args.key, &shared.key_full[i], &shared.key_empty[i], rings.key.phase,
@@ -63,8 +63,11 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C
   load_rows<C::kPanels, C::kQueryBytes>(shared.query[q], &args.query, &shared.query_full[q], &shared.query_empty[q],
                                         rings.query.phase, tile.row_base + tile.first_row, tile.head, tile.batch);
   rings.query.advance();
+  const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kStages), tile.block_begin);
+  if (!C::kSmall && tile.block_begin == tile.block_end) mbarrier_arrive(&shared.tile_wanted);
 #pragma unroll 1
   for (int block = tile.block_end - 1; block >= tile.block_begin; --block) {
+    if (!C::kSmall && block == announced) mbarrier_arrive(&shared.tile_wanted);
     if (block > tile.block_begin) load_key(block - 1);
     const int i = rings.value.stage;
     load_rows<C::kPanels, C::kKeyBytes>(shared.value[i], &args.value, &shared.value_full[i], &shared.value_empty[i],
@@ -73,23 +76,69 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C
   }
 }
 
-template <class C>
-__device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>& shared) {
-  ProducerRings<C> rings;
+/// A warp: decides on tile after tile, tells the others, and calls wait(tile) before the next.
+template <class C, class Wait>
+__device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>& shared, Wait wait) {
   RingPosition<kTileSlots> slot;
-  int index = -1;
+  const bool first_lane = threadIdx.x % 32 == 0;
   Tile tile;
-  do {
-    tile.valid = next_tile<C>(args, index, tile);
-    if (threadIdx.x % 32 == 0) {
+  for (int index = blockIdx.x;;) {
+    if (index >= args.num_tiles) {
+      tile.valid = 0;
+    } else if (!decode_tile<C>(args, index, tile)) {
+      index = next_index(args, index);
+      continue;
+    }
+    if (first_lane) {
       mbarrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
       shared.tile[slot.stage] = tile;
       mbarrier_arrive(&shared.tile_full[slot.stage]);
-      if (tile.valid) load_tile<C>(args, shared, tile, rings);
     }
-    __syncwarp();
+    if (!tile.valid) return;
     slot.advance();
-  } while (tile.valid);
+    wait(tile);
+    index = next_index(args, index);
+  }
+}
+
+/// One lane: the copies of all tiles, as they are published.
+template <class C>
+__device__ __forceinline__ void load_tiles(const KernelArgs& args, SharedMemory<C>& shared) {
+  ProducerRings<C> rings;
+  RingPosition<kTileSlots> slot;
+  for (;;) {
+    mbarrier_wait(&shared.tile_full[slot.stage], slot.phase);
+    const Tile tile = shared.tile[slot.stage];
+    mbarrier_arrive(&shared.tile_empty[slot.stage]);
+    if (!tile.valid) return;
+    load_tile<C>(args, shared, tile, rings);
+    slot.advance();
+  }
+}
+
+/// The warps that don't multiply: one decides on tiles, which takes as long as one or two key tiles take the consumers, and a
+/// lane of another keeps the copy engine busy. The next tile is not decided before the copies of the last one near their end: a
+/// tile that waits for its block is one that no other block can take. A small block has one warp for both, and neighbours on its
+/// multiprocessor to hide the wait.
+template <class C>
+__device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>& shared) {
+  const int warp = threadIdx.x / 32 % 4;
+  const bool first_lane = threadIdx.x % 32 == 0;
+  if constexpr (C::kSmall) {
+    ProducerRings<C> rings;
+    schedule<C>(args, shared, [&](const Tile& tile) {
+      if (first_lane) load_tile<C>(args, shared, tile, rings);
+      __syncwarp();
+    });
+  } else if (warp == 0) {
+    RingPosition<1> wanted;
+    schedule<C>(args, shared, [&](const Tile&) {
+      mbarrier_wait(&shared.tile_wanted, wanted.phase);
+      wanted.advance();
+    });
+  } else if (warp == 1 && first_lane) {
+    load_tiles<C>(args, shared);
+  }
 }
 
 }  // namespace fa::prefill_sm90

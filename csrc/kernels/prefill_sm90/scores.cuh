@@ -5,6 +5,7 @@
 
 #include "kernels/common/convert.cuh"
 #include "kernels/common/exp2.cuh"
+#include "kernels/common/mma.cuh"
 #include "kernels/common/tma.cuh"
 #include "kernels/prefill_sm90/args.h"
 #include "kernels/prefill_sm90/config.cuh"
@@ -32,23 +33,33 @@ __device__ __forceinline__ float alibi_slope(const AttentionParams& p, const Til
       p.alibi_slopes.data)[tile.sequence * p.alibi_slopes.stride[0] + tile.head * p.alibi_slopes.stride[1]];
 }
 
-/// Adds the bias that the copy engine has brought. `row`: of the tile.
-template <class C>
-__device__ __forceinline__ void add_staged_bias(float (&s)[C::kTileN / 2], const uint8_t* staged, int row, float scale) {
+/// Calls use(i, bias) for the elements i of this thread that the bias tile from the copy engine has. `warp_row`: the first of the
+/// warp's 16 rows in the tile.
+template <class C, class Use>
+__device__ __forceinline__ void for_staged_bias(const uint8_t* staged, int warp_row, Use use) {
   constexpr bool kHalf = __is_same(typename C::T, __half);
-  const uint32_t base = shared_address(staged) + row * 128 + ((row & 7) << 4) + threadIdx.x % 4 * 4;
+  const int lane = threadIdx.x % 32, row = warp_row + lane % 16;
 #pragma unroll
-  for (int j = 0; j < C::kTileN / 8; ++j) {
-    const uint32_t address = (base ^ ((j % 8) << 4)) + (j / 8) * C::kTileM * 128;
+  for (int j = 0; j < C::kTileN / 16; ++j) {
+    uint32_t pairs[4];  // keys 16 j … + 7 of the thread's two rows, and + 8 … + 15
+    const uint32_t offset = swizzled_offset(row, 2 * j % 8 + lane / 16);
+    ldmatrix_x4(pairs, shared_address(staged) + j / 4 * C::kTileM * 128 + offset);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      uint32_t pair;
-      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(address + r * 8 * 128));
-      const float2 bias = unpack2(pair, kHalf);
-      s[4 * j + 2 * r] = fmaf(s[4 * j + 2 * r], scale, bias.x);
-      s[4 * j + 2 * r + 1] = fmaf(s[4 * j + 2 * r + 1], scale, bias.y);
+    for (int i = 0; i < 4; ++i) {
+      const float2 bias = unpack2(pairs[i], kHalf);
+      use(8 * j + 2 * i, bias.x);
+      use(8 * j + 2 * i + 1, bias.y);
     }
   }
+}
+
+/// From raw products to exponents: (scale * s + bias - reference) * log2(e).
+template <class C>
+__device__ __forceinline__ void start_exponents(float (&s)[C::kTileN / 2], const uint8_t* staged, int warp_row, float scale,
+                                                const float (&reference)[2]) {
+  const float unit = scale * kLog2E, offset[2] = {-reference[0] * kLog2E, -reference[1] * kLog2E};
+  for_staged_bias<C>(staged, warp_row,
+                     [&](int i, float bias) { s[i] = fmaf(s[i], unit, fmaf(bias, kLog2E, offset[(i >> 1) & 1])); });
 }
 
 /// Adds the bias of the thread's keys first_key, first_key + 1, first_key + 8, … from device memory.
@@ -81,7 +92,7 @@ __device__ __forceinline__ void apply_mask(float (&s)[kCount], const TensorView&
   }
 }
 
-/// scale → softcap → bias → ALiBi → mask, without MaskRule, for row `row` of the sequence and the thread's keys from first_key
+/// scale → softcap → bias → ALiBi for row `row` of the sequence and the thread's keys from first_key
 /// on. `staged`: the bias tile in shared memory, and `row_in_tile` the row there; null: none there.
 template <class C>
 __device__ __forceinline__ void modify_scores(float (&s)[C::kTileN / 2], const AttentionParams& p, const Tile& tile,
@@ -95,7 +106,7 @@ __device__ __forceinline__ void modify_scores(float (&s)[C::kTileN / 2], const A
     scale = 1.0f;
   }
   if (staged != nullptr) {
-    add_staged_bias<C>(s, staged, row_in_tile, scale);
+    for_staged_bias<C>(staged, row_in_tile & ~15, [&](int i, float bias) { s[i] = fmaf(s[i], scale, bias); });
   } else {
 #pragma unroll
     for (float& x : s) x *= scale;
@@ -103,11 +114,12 @@ __device__ __forceinline__ void modify_scores(float (&s)[C::kTileN / 2], const A
   }
   if (p.alibi_slopes.present) {
     const float slope = alibi_slope(p, tile);
-    const int64_t distance = row + tile.query_offset - first_key;  // from the thread's first key to its first row
+    const float distance =
+        static_cast<float>(row + tile.query_offset - first_key);  // from the thread's first key to its first row
 #pragma unroll
-    for (int i = 0; i < C::kTileN / 2; ++i) s[i] += alibi_bias(slope, distance + (i >> 1 & 1) * 8, (i / 4) * 8 + (i & 1));
+    for (int i = 0; i < C::kTileN / 2; ++i)
+      s[i] = fmaf(-slope, fabsf(distance + ((i >> 1 & 1) * 8 - (i / 4) * 8 - (i & 1))), s[i]);
   }
-  if (tile.test_mask) apply_mask(s, p.mask, row_offsets(p.mask, tile, row), first_key);
 }
 
 }  // namespace fa::prefill_sm90

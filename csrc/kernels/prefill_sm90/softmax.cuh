@@ -58,17 +58,17 @@ __device__ __forceinline__ bool softmax_step(float (&s)[kCount], RowPair& rows, 
   return rescale;
 }
 
-inline constexpr float kOptimisticLimit = 16384.0f;  // of a thread's sum over one key tile; the weights must also fit float16
+inline constexpr float kOptimisticLimit = 16384.0f;     // of a thread's sum over one key tile; the weights must also fit float16
+inline constexpr float kOptimisticReference = 4096.0f;  // of natural scores: beyond it the product with log2(e) rounds too much
 
-/// softmax_step without a look for the maximum: the reference stays. False, with the scores lost and the rows untouched, where it
-/// proves too small for any row of the warp.
-template <class C, int kCount>
-__device__ __forceinline__ bool optimistic_softmax_step(float (&s)[kCount], RowPair& rows, float unit) {
-  const float scaled_reference[2] = {rows.reference[0] * unit, rows.reference[1] * unit};
+/// Exponents (log2 units) become weights. False, with the exponents lost and the rows untouched, where the reference proves too
+/// small for any row of the warp.
+template <int kCount>
+__device__ __forceinline__ bool optimistic_weights(float (&s)[kCount], RowPair& rows) {
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    s[i] = exp2_approx(fmaf(s[i], unit, -scaled_reference[(i >> 1) & 1]));
+    s[i] = exp2_approx(s[i]);
     sums[i & 3] += s[i];
   }
   const float sum[2] = {sums[0] + sums[1], sums[2] + sums[3]};
@@ -76,6 +76,22 @@ __device__ __forceinline__ bool optimistic_softmax_step(float (&s)[kCount], RowP
   rows.sum[0] += sum[0];
   rows.sum[1] += sum[1];
   return true;
+}
+
+/// softmax_step without a look for the maximum: the reference stays. See optimistic_weights.
+template <class C, int kCount>
+__device__ __forceinline__ bool optimistic_softmax_step(float (&s)[kCount], RowPair& rows, float unit) {
+  const float scaled_reference[2] = {rows.reference[0] * unit, rows.reference[1] * unit};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) s[i] = fmaf(s[i], unit, -scaled_reference[(i >> 1) & 1]);
+  return optimistic_weights(s, rows);
+}
+
+/// May this thread's rows go without a maximum?
+template <class C>
+__device__ __forceinline__ bool is_settled(const RowPair& rows) {
+  if constexpr (C::kModified) return fmaxf(fabsf(rows.reference[0]), fabsf(rows.reference[1])) < kOptimisticReference;
+  return rows.reference[0] != -INFINITY && rows.reference[1] != -INFINITY;
 }
 
 template <int kCount>

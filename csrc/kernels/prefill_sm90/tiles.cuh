@@ -11,7 +11,7 @@
 namespace fa::prefill_sm90 {
 
 /// What the consumers need to know of sequence `idx`.
-__device__ __forceinline__ MaskRule describe_sequence(const SequenceRule& rule, int idx, Tile& tile) {
+__device__ __forceinline__ void describe_sequence(const SequenceRule& rule, int idx, Tile& tile) {
   const Sequence s = rule.at(idx);
   tile.sequence = idx;
   tile.batch = static_cast<int>(s.batch_idx);
@@ -22,7 +22,7 @@ __device__ __forceinline__ MaskRule describe_sequence(const SequenceRule& rule, 
   tile.query_length = static_cast<int>(s.query_length);
   tile.kv_length = static_cast<int>(s.mask.kv_length);
   tile.query_offset = s.mask.query_offset;
-  return s.mask;
+  tile.band = s.mask.band();
 }
 
 /// Packed sequences: which sequence row tile `row_tile` belongs to, and its number there. False: beyond the last.
@@ -50,20 +50,38 @@ __device__ __forceinline__ bool find_sequence(const KernelArgs& args, int row_ti
   return false;
 }
 
+/// True keys seen so far: the first, one past the last, how many.
+struct TrueKeys {
+  int first, end = 0, count = 0;
+
+  /// Four mask bytes, the lowest for `key`.
+  __device__ __forceinline__ void add4(uint32_t bytes, int key) {
+    const uint32_t set = __vcmpne4(bytes, 0);
+    if (set == 0) return;
+    first = min(first, key + (__ffs(set) - 1) / 8);
+    end = max(end, key + 4 - __clz(set) / 8);
+    count += __popc(set) / 8;
+  }
+};
+
 /// A mask that is the same for all rows of a head (padding as a bool [B, 1, 1, S_kv]): the span of its true keys. Where these are
 /// all neighbours the span says all, else *test_mask remains set.
 __device__ __forceinline__ KeyRange row_mask_span(const TensorView& mask, int64_t offset, int num_keys, int* test_mask) {
   const auto* data = static_cast<const uint8_t*>(mask.data) + offset;
-  int first = num_keys, end = 0, count = 0;
-  for (int key = threadIdx.x % 32; key < num_keys; key += 32) {
-    if (data[key * mask.stride[3]] == 0) continue;
-    first = min(first, key);
-    end = key + 1;
-    ++count;
+  TrueKeys keys{num_keys};
+  const bool wide = mask.stride[3] == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  const int num_wide = wide ? num_keys / 16 * 16 : 0;
+#pragma unroll 4
+  for (int key = threadIdx.x % 32 * 16; key < num_wide; key += 32 * 16) {
+    const uint4 bytes = *reinterpret_cast<const uint4*>(data + key);
+    keys.add4(bytes.x, key);
+    keys.add4(bytes.y, key + 4);
+    keys.add4(bytes.z, key + 8);
+    keys.add4(bytes.w, key + 12);
   }
-  first = __reduce_min_sync(kAllLanes, first);
-  end = __reduce_max_sync(kAllLanes, end);
-  *test_mask = __reduce_add_sync(kAllLanes, count) != end - first;
+  for (int key = num_wide + threadIdx.x % 32; key < num_keys; key += 32) keys.add4(data[key * mask.stride[3]], key);
+  const int first = __reduce_min_sync(kAllLanes, keys.first), end = __reduce_max_sync(kAllLanes, keys.end);
+  *test_mask = __reduce_add_sync(kAllLanes, keys.count) != end - first;
   return {first, end > first ? end : first};
 }
 
@@ -80,36 +98,26 @@ __device__ __forceinline__ KeyRange user_span(const AttentionParams& p, Tile& ti
   return span;
 }
 
-/// Tiles go by groups of heads_per_group (sequence, head) pairs; in a group the last rows, which causal masks make longest,
-/// first. False: no such tile (packed sequences leave some indices unused).
+/// The tile of this index. False: no such tile (packed sequences leave some indices unused).
 template <class C>
 __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, Tile& tile) {
   const AttentionParams& p = args.problem;
-  const int num_heads = static_cast<int>(p.query.shape[1]);
+  const TilePlace place = args.order.at(index);
   const bool packed = p.cu_seqlens_q.present;
-  const int num_pairs = packed ? num_heads : num_heads * args.num_sequences;
-  const int group_tiles = args.heads_per_group * args.num_row_tiles;
-  const int group = index / group_tiles;
-  const int first_pair = group * args.heads_per_group;
-  const int pairs = min(args.heads_per_group, num_pairs - first_pair);
-  const int in_group = index - group * group_tiles;
-  const int row_tile = args.num_row_tiles - 1 - in_group / pairs;
-  const int pair = first_pair + in_group % pairs;
-  const bool batch_fastest = !packed && args.batch_fastest;
-  tile.head = batch_fastest ? pair / args.num_sequences : pair % num_heads;
-  int sequence = batch_fastest ? pair % args.num_sequences : pair / num_heads, local_tile = row_tile;
-  if (packed && !find_sequence<C>(args, row_tile, &sequence, &local_tile)) return false;
+  int sequence = place.sequence, local_tile = args.order.num_row_tiles - 1 - place.tile;
+  if (packed && !find_sequence<C>(args, local_tile, &sequence, &local_tile)) return false;
+  tile.valid = 1;
+  tile.head = place.head;
   tile.first_row = local_tile * C::kTileM;
-  const MaskRule rule = describe_sequence(args.sequences, sequence, tile);
+  describe_sequence(args.sequences, sequence, tile);
   if (tile.first_row >= tile.num_rows) return false;
-  KeyRange span{0, tile.kv_length};
-  if constexpr (C::kModified) span = user_span(p, tile);
+  const KeyRange span = user_span(p, tile);
   tile.key_begin = static_cast<int>(span.begin);
   tile.key_end = static_cast<int>(span.end);
   tile.block_begin = tile.block_end = 0;
   if (tile.first_row < tile.query_length) {
-    const KeyRange keys = rule.key_range(tile.first_row, min(tile.first_row + C::kTileM, tile.query_length) - 1);
-    const int begin = max(static_cast<int>(keys.begin), tile.key_begin), end = min(static_cast<int>(keys.end), tile.key_end);
+    const int last_row = min(tile.first_row + C::kTileM, tile.query_length) - 1;
+    const int begin = tile.band.first(tile.first_row, tile.key_begin), end = tile.band.end(last_row, tile.key_end);
     if (begin < end) {
       tile.block_begin = begin / C::kTileN;
       tile.block_end = (end + C::kTileN - 1) / C::kTileN;
@@ -118,19 +126,12 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, T
   return true;
 }
 
-/// The next tile of this block. False: none is left.
-template <class C>
-__device__ __forceinline__ bool next_tile(const KernelArgs& args, int& index, Tile& tile) {
-  for (;;) {
-    if (args.tile_counter != nullptr) {
-      if (threadIdx.x % 32 == 0) index = atomicAdd(args.tile_counter, 1);
-      index = __shfl_sync(kAllLanes, index, 0);
-    } else {
-      index = index < 0 ? static_cast<int>(blockIdx.x) : index + static_cast<int>(gridDim.x);
-    }
-    if (index >= args.num_tiles) return false;
-    if (decode_tile<C>(args, index, tile)) return true;
-  }
+/// The index of this block's next tile. For a whole warp.
+__device__ __forceinline__ int next_index(const KernelArgs& args, int index) {
+  const int blocks = static_cast<int>(gridDim.x);
+  if (args.tile_counter == nullptr) return index + blocks;
+  if (threadIdx.x % 32 == 0) index = blocks + atomicAdd(args.tile_counter, 1);
+  return __shfl_sync(kAllLanes, index, 0);
 }
 
 }  // namespace fa::prefill_sm90

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// The order in which tiles of query rows are worked off: by groups of (sequence, head) pairs whose keys and values fit L2
+// together, in a group by row tile, so that causal masks give the longest first. Made on the host, read by the prefill kernels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "kernels/common/divisor.h"
+
+namespace fa {
+
+/// Where a tile stands.
+struct TilePlace {
+  int tile;            // of its pair, 0 is the last rows
+  int sequence, head;  // sequence: always 0 for packed sequences, whose tiles are found by their lengths
+};
+
+struct TileOrder {
+  int num_pairs = 0;        // of batch entry and head; heads alone where packed
+  int num_row_tiles = 0;    // of a pair; an upper bound over all sequences where packed
+  Divisor tiles_per_group;  // pairs_per_group * num_row_tiles
+  Divisor pairs_per_group;
+  Divisor pairs_in_last_group;
+  Divisor inner;               // divides a pair into (batch, head), or where batch_fastest into (head, batch)
+  bool batch_fastest = false;  // neighbouring pairs differ in the batch entry: they share a bias without batch axis
+
+  TileOrder() = default;
+  TileOrder(int64_t sequences, int64_t heads, int64_t row_tiles, int64_t group, bool batch_is_fastest)
+      : num_pairs(static_cast<int>(sequences * heads)),
+        num_row_tiles(static_cast<int>(row_tiles)),
+        inner(batch_is_fastest ? sequences : heads),
+        batch_fastest(batch_is_fastest) {
+    const int64_t together =
+        std::clamp<int64_t>(group, 1, std::min<int64_t>(num_pairs, std::numeric_limits<int32_t>::max() / row_tiles));
+    tiles_per_group = Divisor(together * row_tiles);
+    pairs_per_group = Divisor(together);
+    pairs_in_last_group = Divisor(num_pairs % together == 0 ? together : num_pairs % together);
+  }
+
+#if defined(__CUDACC__)
+  __device__ __forceinline__ TilePlace at(unsigned index) const {
+    const unsigned group = tiles_per_group.quotient(index), in_group = tiles_per_group.remainder(index);
+    const unsigned first_pair = group * pairs_per_group.divisor;
+    const bool last = first_pair + pairs_per_group.divisor > static_cast<unsigned>(num_pairs);
+    const Divisor& pairs = last ? pairs_in_last_group : pairs_per_group;
+    const unsigned tile = pairs.quotient(in_group), pair = first_pair + in_group - tile * pairs.divisor;
+    const unsigned outer = inner.quotient(pair), rest = pair - outer * inner.divisor;
+    const int sequence = static_cast<int>(batch_fastest ? rest : outer), head = static_cast<int>(batch_fastest ? outer : rest);
+    return {static_cast<int>(tile), sequence, head};
+  }
+#endif
+};
+
+}  // namespace fa
