@@ -80,9 +80,7 @@ def _in_order(nodes: set[ir.Node], known: set[ir.Value]) -> list[ir.Node]:
 class _Trial:
     """The subgraph that computes the terms and the values of the proven mask, ready to run."""
 
-    def __init__(
-        self, ctx: Interpreter, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, full_rows: bool
-    ):
+    def __init__(self, ctx: Interpreter, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, full_rows: bool):
         self.full_rows = full_rows  # rows without a visible key aren't judged
         self.ctx, self.site, self.terms, self.mask = ctx, site, terms, mask
         given = [mask.query_offset, mask.attn_mask, mask.attn_bias, mask.kv_lengths, mask.alibi_slopes]
