@@ -225,3 +225,20 @@ def test_three_leading_axes_of_which_two_may_be_batch() -> None:
     inputs = {name: RANDOM.standard_normal((3, 2, 4, ROWS, DEPTH)).astype(np.float32) for name in "qkv"}
     inputs["bias"] = RANDOM.standard_normal((3, 2, 1, ROWS, ROWS)).astype(np.float32)
     np.testing.assert_allclose(run(fused, inputs)[0], run(model, inputs)[0], atol=2e-5)
+
+
+OPTIMIZED = """<ir_version: 10, opset_import: ["" : 17, "com.microsoft" : 1]>
+block (int32[B, S] ids, float[20, 8] table, float[8] ones, float[8] zeros) => (float[B, S, 8] y) {
+    x, , sum = com.microsoft.EmbedLayerNormalization(ids, , table, table, , ones, zeros)
+    n, , , residual = com.microsoft.SkipLayerNormalization(x, sum, ones, zeros)
+    kt = Transpose<perm = [0, 2, 1]>(residual)
+    scores = MatMul(n, kt)
+    weights = Softmax<axis = -1>(scores)
+    y = MatMul(weights, residual)
+}"""
+
+
+def test_behind_layers_that_onnxruntime_fused() -> None:
+    """Shapes and types go through its own layers, in a file that states neither."""
+    _, report = faexport.fuse(onnx.parser.parse_model(OPTIMIZED))
+    assert report.num_fused == 1 and report.sites[0].dtype == "float"

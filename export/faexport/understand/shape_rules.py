@@ -33,8 +33,7 @@ SHAPE_OF_FIRST_INPUT = (
     "Swish Sign LayerNormalization RMSNormalization InstanceNormalization BatchNormalization GroupNormalization "
     "LpNormalization ScatterND ScatterElements RotaryEmbedding Mish Selu QuantizeLinear DequantizeLinear "
     "com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu com.microsoft::BiasGelu "
-    "com.microsoft::SkipLayerNormalization com.microsoft::RotaryEmbedding SimplifiedLayerNormalization "
-    "com.microsoft::SkipSimplifiedLayerNormalization "
+    "com.microsoft::RotaryEmbedding SimplifiedLayerNormalization "
 ).split()
 BROADCASTING = (
     "Add Sub Mul Div Pow Mod Equal Less LessOrEqual Greater GreaterOrEqual And Or Xor Where Max Min Mean Sum "

@@ -102,6 +102,18 @@ def _top_k(node, a):
     return [shape[:axis] + (size,) + shape[axis + 1 :]] * 2
 
 
+@shape_of("com.microsoft::SkipLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization")
+def _skip_normalization(node, a):
+    shape = a.shape(node.inputs[0])
+    return [shape, None, None, shape]  # the fourth is the sum that was normalized
+
+
+@shape_of("com.microsoft::EmbedLayerNormalization")
+def _embedding(node, a):
+    ids, table = a.shape(node.inputs[0]), a.shape(node.inputs[2])
+    return None if ids is None or table is None else [(*ids, table[-1]), None, (*ids, table[-1])]
+
+
 @shape_of("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
 def _fused_matmul(node, a):
     x, y = a.shape(node.inputs[0]), a.shape(node.inputs[1])

@@ -18,7 +18,14 @@ from faexport.understand.shape_rules import CONTENT_RULES, SHAPE_RULES, Shape
 MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
 
 _BOOL_OPS = ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
-DTYPE_OF = dict.fromkeys(_BOOL_OPS, ir.DataType.BOOL) | dict.fromkeys(("Shape", "Size", "NonZero"), ir.DataType.INT64)
+DTYPE_OF = (
+    dict.fromkeys(_BOOL_OPS, ir.DataType.BOOL)
+    | dict.fromkeys(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"), ir.DataType.INT64)
+    | dict.fromkeys(("MatMulInteger", "ConvInteger"), ir.DataType.INT32)
+)
+# The input whose element type the output has, where it is not the first.
+TYPED_BY = {"Where": 1, "CastLike": 1, "DequantizeLinear": 1, "OneHot": 2, "com.microsoft::DequantizeLinear": 1}
+TYPED_BY |= {"com.microsoft::EmbedLayerNormalization": 2, "com.microsoft::MatMulIntegerToFloat": 2}
 
 
 class Analysis:
@@ -162,8 +169,7 @@ class Analysis:
             return (
                 tensor.dtype if tensor is not None else ir.DataType.FLOAT if "ConstantOfShape" in node.op_type else None
             )
-        source = operand(node, 1 if op(node) in ("Where", "CastLike") else 0)
-        return self.dtype(source)
+        return self.dtype(operand(node, TYPED_BY.get(op(node), 0)))
 
     def _declared(self, value: ir.Value) -> Shape | None:
         if value.shape is None:
