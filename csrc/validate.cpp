@@ -50,7 +50,7 @@ Status check_operand(const char* name, const TensorView& t) {
   FA_RULE(is_float(t.dtype), has_dtype(name, t, "float32, float16 or bfloat16"));
   for (int64_t size : t.shape) FA_RULE(size >= 0, std::string(name) + " has a negative size: " + shape_text(t.shape, 4));
   FA_RULE(count_elements(t.shape) >= 0, std::string(name) + " has shape " + shape_text(t.shape, 4) + ", more than fits a memory");
-  FA_RULE(t.shape[3] <= 1 || t.stride[3] == 1,
+  FA_RULE(t.empty() || t.shape[3] <= 1 || t.stride[3] == 1,
           std::string(name) + " has stride " + std::to_string(t.stride[3]) + " on its last axis, expected 1 (contiguous)");
   return {};
 }
@@ -58,7 +58,7 @@ Status check_operand(const char* name, const TensorView& t) {
 /// An output must not fold several elements onto one address.
 Status check_written(const char* name, const TensorView& t, int rank) {
   for (int i = 0; i < rank; ++i) {
-    FA_RULE(t.shape[i] <= 1 || t.stride[i] != 0,
+    FA_RULE(t.empty() || t.shape[i] <= 1 || t.stride[i] != 0,
             std::string(name) + " has stride 0 on axis " + std::to_string(i) + ", but it is written");
   }
   return {};

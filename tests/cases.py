@@ -409,6 +409,17 @@ def full() -> list[Case]:
     return systematic() + randomized(1800, seed=1)
 
 
+def empty() -> list[Case]:
+    """No batch entries, no query rows, no keys: nothing to write, or rows that attend no key."""
+    masks = ("none", "causal_bottom_right", "mask_padding", "sinks", "mean_window", "lengths", "packed")
+    sizes = [(0, 5, 7), (2, 0, 7), (2, 5, 0), (2, 0, 0)]
+    return [
+        Case(dtype, batch_size, 4, 2, seqlen_q, seqlen_kv, 64, **MASKS[mask])
+        for dtype, (batch_size, seqlen_q, seqlen_kv), mask in itertools.product(DTYPES, sizes, masks)
+        if batch_size > 0 or mask not in ("lengths", "packed")  # what the generator can't draw
+    ]
+
+
 def quick() -> list[Case]:
     """For a CPU: every kind once in a small shape, dtypes in turn, head sizes and lengths, some random ones."""
     cases = []

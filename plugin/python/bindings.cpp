@@ -172,7 +172,8 @@ class Plan {
       check_device(name_of(output), kept.back());
       bool same = got.rank == want.rank && got.dtype == want.dtype;
       for (int axis = 0; same && axis < want.rank; ++axis)
-        same = got.shape[axis] == want.shape[axis] && (want.shape[axis] <= 1 || got.stride[axis] == want.stride[axis]);
+        same = got.shape[axis] == want.shape[axis] &&
+               (want.shape[axis] <= 1 || is_empty(want) || got.stride[axis] == want.stride[axis]);
       if (!same)
         throw py::value_error(std::string(name_of(output)) + " has another shape, dtype or layout than the row-major result");
       if (kept.back().read_only) throw py::value_error(std::string(name_of(output)) + " is read-only");
@@ -185,6 +186,8 @@ class Plan {
     return kept;
   }
 
+  static bool is_empty(const Tensor& t) { return std::find(t.shape, t.shape + t.rank, 0) != t.shape + t.rank; }
+
   /// Do the spans of memory from the first to the last element of each meet?
   static bool overlap(const Tensor& a, const Tensor& b) {
     const auto [a_begin, a_end] = span(a);
@@ -193,11 +196,9 @@ class Plan {
   }
 
   static std::pair<uintptr_t, uintptr_t> span(const Tensor& t) {
+    if (is_empty(t)) return {0, 0};
     int64_t first = 0, last = 0;  // elements
-    for (int i = 0; i < t.rank; ++i) {
-      if (t.shape[i] == 0) return {0, 0};
-      (t.stride[i] < 0 ? first : last) += (t.shape[i] - 1) * t.stride[i];
-    }
+    for (int i = 0; i < t.rank; ++i) (t.stride[i] < 0 ? first : last) += (t.shape[i] - 1) * t.stride[i];
     const auto begin = reinterpret_cast<uintptr_t>(t.data);
     const int64_t size = size_of(t.dtype);
     return {begin + first * size, begin + (last + 1) * size};

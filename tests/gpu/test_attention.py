@@ -29,7 +29,7 @@ def check(problem: cases.Problem) -> None:
             assert arrays.same_bits(first[name], second[name]), f"{kernel}: {name} differs between two runs"
 
 
-@pytest.mark.parametrize("case", cases.full(), ids=str)
+@pytest.mark.parametrize("case", [*cases.full(), *cases.empty()], ids=str)
 def test_case(case: cases.Case) -> None:
     check(case.problem())
 

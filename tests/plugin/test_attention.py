@@ -18,7 +18,7 @@ def run(problem: cases.Problem, **options) -> dict[str, np.ndarray]:
     return dict(zip(problem.outputs, results if isinstance(results, tuple) else (results,), strict=True))
 
 
-@pytest.mark.parametrize("case", cases.quick()[::3], ids=str)
+@pytest.mark.parametrize("case", [*cases.quick()[::3], *cases.empty()], ids=str)
 def test_case(case: cases.Case) -> None:
     problem = case.problem()
     tolerances.check(run(problem), problem)
