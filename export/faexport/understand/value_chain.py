@@ -141,6 +141,8 @@ class _Walker:
             return Refusal("the attention weights are replaced by other numbers after the softmax", name_of(node))
         dims = tuple(plain(d) for d in self.view.shape)
         self.terms.append(MaskTerm(TermKind.ZERO, node.inputs[0], node, "".join(axes), dims, keep_when=index == 1))
+        if not self.has_sink:
+            self.a.learn(node.outputs[0], self.view.shape)
         return None
 
 
