@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's tables of speed from the committed results; run it after a new measurement.
+"""Writes the documentation's tables from the committed results; run it after a new measurement.
 
-A test compares the README with what this makes.
+The README's tables of speed, and docs/faexport.md's table of the zoo. A test compares the pages with what this makes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
+ZOO_BEGIN, ZOO_END = "<!-- zoo: written by benchmarks/readme.py -->\n", "<!-- end of zoo -->\n"
 OURS = ("ours", "prefill_sm80", "prefill_sm90")
 GROUPS = {
     "no mask": lambda row: "s1x" not in row and not any(word in row for word in ("causal", "bias", "lengths", "mask")),
@@ -71,13 +72,45 @@ def section() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def zoo_section() -> str:
+    """Blocks fused by slice, by us and by the peers, in brackets those in models that then ran and agreed."""
+    data = json.loads((RESULTS / "zoo.json").read_text("utf-8"))
+    versions, total = data["versions"], data["summary"]
+    lines = [
+        f"{total['models']} models, {total['blocks']} attention blocks; {data['date'][:10]}, commit {data['commit']}, "
+        f"onnxruntime {versions['onnxruntime']}, onnxscript {versions['onnxscript']}. Blocks fused, in brackets those "
+        f"in models that then ran and agreed with the original ({total['not_run']} originals do not run at all):",
+        "",
+        "| slice | models | blocks | faexport | onnxruntime's optimizer | onnxscript's ort_fusions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, counts in data["slices"].items():
+        tools = [counts, *(counts["peers"][peer] for peer in ("onnxruntime", "onnxscript"))]
+        cells = [f"{tool['fused']} ({tool['fused_and_right']})" for tool in tools]
+        lines.append(f"| {name} | {counts['models']} | {counts['blocks']} | {' | '.join(cells)} |")
+    wrong = [f"{name} {counts['wrong']}" for name, counts in total["peers"].items()]
+    lines += ["", f"Models with other results than the original: faexport {total['wrong']}, {', '.join(wrong)}."]
+    return "\n".join(lines) + "\n"
+
+
+def replaced(text: str, begin: str, end: str, section: str) -> str:
+    """The page with another section between its two marks."""
+    head, rest = text.split(begin)
+    return head + begin + section + end + rest.split(end)[1]
+
+
 def updated(text: str) -> str:
-    """The README with the tables of today's results between the two marks."""
-    head, rest = text.split(BEGIN)
-    return head + BEGIN + section() + END + rest.split(END)[1]
+    """The README with the tables of today's results."""
+    return replaced(text, BEGIN, END, section())
+
+
+def updated_zoo(text: str) -> str:
+    """docs/faexport.md, likewise."""
+    return replaced(text, ZOO_BEGIN, ZOO_END, zoo_section())
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text("utf-8")), "utf-8")
+    for name, update in (("README.md", updated), ("docs/faexport.md", updated_zoo)):
+        page = ROOT / name
+        page.write_text(update(page.read_text("utf-8")), "utf-8")
     sys.exit(0)

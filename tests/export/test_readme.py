@@ -51,12 +51,14 @@ def test_links_lead_somewhere(page: str) -> None:
         assert "://" in target or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
 
 
-def test_speeds_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import readme
 
     text = (ROOT / "README.md").read_text()
     assert readme.updated(text) == text, "run: python benchmarks/readme.py"
+    page = (ROOT / "docs/faexport.md").read_text()
+    assert readme.updated_zoo(page) == page, "run: python benchmarks/readme.py"
 
 
 def test_make_targets_exist() -> None:
