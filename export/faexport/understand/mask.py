@@ -241,11 +241,16 @@ class _Builder:
         names = []
         for expr in exprs:
             for wanted in (expr, il.negate(expr)) if expr.kind == "bool" else (expr,):
-                found = self.emitter.source(self.site, wanted)
+                found = self._own_producer(wanted) or self.emitter.source(self.site, wanted)
                 if found is not None:
                     names.append(_name(found))
                     break
         self.facts.append(spec.Fact(text, tuple(dict.fromkeys([*names, *(_name(t.node) for t in self.terms)]))))
+
+    def _own_producer(self, expr: Expr) -> ir.Node | None:
+        """The node of a term that is this expression and nothing else: no search through what it is made of."""
+        own = (t for t in self.terms if t.kind is spec.TermKind.ADD and self.site.element(t, t.value) is expr)
+        return next((t.value.producer() for t in own), None)
 
     # ------------------------------------------------------------------------------------------ which cases are masked
 
