@@ -398,12 +398,14 @@ class _Builder:
 
 
 def build(recipe: Recipe) -> onnx.ModelProto:
-    """In float16 a mask's numbers are -inf: what rows without keys give there is up to the runtime (docs/masks.md)."""
+    """In float16 a mask's numbers are -inf, and stay it: what rows without keys give else is up to the runtime
+    (docs/masks.md)."""
     if recipe.dtype == "float32":
         return _Builder(recipe).build()
     fill = -np.inf if recipe.fill <= -1e4 else recipe.fill
     bias = "none" if recipe.bias == "padding" else recipe.bias
-    return _in_half(_Builder(dataclasses.replace(recipe, fill=fill, bias=bias)).build())
+    form = "where add" if recipe.form == "max clamp" else recipe.form
+    return _in_half(_Builder(dataclasses.replace(recipe, fill=fill, bias=bias, form=form)).build())
 
 
 def _in_half(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -23,7 +23,7 @@ from faexport.understand import transfer_layout, transfer_math  # noqa: F401  (r
 from faexport.understand.index_algebra import Expr
 from faexport.understand.index_print import to_text
 from faexport.understand.index_tensor import Interpreter, Unknown
-from faexport.understand.mask_alibi import slopes_of
+from faexport.understand.mask_alibi import in_words, slopes_of
 from faexport.understand.mask_check import Checker
 from faexport.understand.mask_emit import Emitter
 from faexport.understand.mask_terms import (
@@ -137,10 +137,6 @@ def _is_count(atom: Expr) -> bool:
         return False
     axis = ir.convenience.get_const_tensor(node.inputs[1])
     return axis is not None and int(axis.numpy().reshape(-1)[0]) in (-1, len(atom.args[1]) - 1)
-
-
-def _slopes_text(slopes: np.ndarray) -> str:
-    return "ALiBi, slopes " + ", ".join(f"{s:g}" for s in slopes[:8]) + ("…" if len(slopes) > 8 else "")
 
 
 class _Builder:
@@ -455,7 +451,7 @@ class _Builder:
                 self.mask.alibi_slopes = self.emitter.constant(slopes)
                 if self.mask.alignment is spec.Alignment.ONNX:
                     self.mask.alignment = spec.Alignment.TOP_LEFT
-                self.fact(_slopes_text(slopes), part[0])
+                self.fact(in_words(slopes), part[0])
                 moving = moving[:k] + moving[k + 1 :]
                 break
         if not moving:
@@ -463,7 +459,7 @@ class _Builder:
         self._sum([(self._bias_value(expr), factor) for expr, factor in moving])
         for expr, factor in moving:
             slopes = self._counted_slopes(expr, factor, window)
-            more = "" if slopes is None else f": {_slopes_text(slopes)}, times positions counted from a mask"
+            more = "" if slopes is None else f": {in_words(slopes)}, times positions counted from a mask"
             self.fact(f"bias {self._axes(expr)}{more}", expr)
 
     def _counted_slopes(self, expr: Expr, factor: float, window: Window) -> np.ndarray | None:

@@ -42,6 +42,10 @@ def slopes_of(site: Site, bias: tuple[tuple[Expr, float], ...], window: Window) 
     return found if np.isfinite(found).all() and found.any() else None
 
 
+def in_words(slopes: np.ndarray) -> str:
+    return "ALiBi, slopes " + ", ".join(f"{s:g}" for s in slopes[:8]) + ("…" if len(slopes) > 8 else "")
+
+
 def _slope(e: Expr, site: Site, window: Window) -> float | None:
     """The factor of j in one head's bias."""
     if e.op == "load":
