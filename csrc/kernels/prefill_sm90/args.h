@@ -25,6 +25,7 @@ struct KernelArgs {
   TileOrder order;
   bool bias_by_tile;     // the bias comes through shared memory
   int num_sequences;     // batch entries, or packed sequences
+  bool sort_sequences;   // those with most keys first
   Divisor heads_per_kv;  // query heads that share a key head
   int* tile_counter;     // zero before the launch; null: tiles are dealt out in turn
   int num_tiles;         // upper bound of tile indices

@@ -42,6 +42,7 @@ inline void choose_order(const AttentionParams& p, int64_t row_tiles, KernelArgs
       p.window_right >= 0 || p.window_left >= 0 || p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
   const int64_t bytes_per_head = std::max<int64_t>(1, p.key.shape[2] * (p.key.shape[3] + p.value.shape[3]) * 2);
   const int64_t in_cache = std::clamp<int64_t>(kL2Budget / bytes_per_head, 1, kKeyHeadsTogether) * (heads / p.key.shape[1]);
+  args->sort_sequences = p.kv_lengths.present && !packed && args->num_sequences > 1 && args->num_sequences <= 32;
   const bool batch_fastest = !packed && p.bias.present && args->num_sequences > 1 && p.bias.stride[0] == 0;
   const bool heads_share_bias = p.bias.present && p.bias.stride[1] == 0;
   int64_t group = *dynamic || heads_share_bias ? in_cache : 1;

@@ -13,9 +13,10 @@ namespace fa::prefill_sm90 {
 namespace {
 
 constexpr int64_t kMaxRows = int64_t{1} << 30;
-constexpr int64_t kLongTile = 192;     // rows of a tile of the long instances
-constexpr int64_t kFewKeys = 640;      // up to so many keys a row the short tiles of narrow heads were measured to be faster
-constexpr size_t kCounterBytes = 256;  // the tile counter, in an allocation's smallest unit
+constexpr int64_t kLongTile = 192;       // rows of a tile of the long instances
+constexpr int64_t kFewKeys = 320;        // up to so many keys a row the short tiles of narrow heads were measured to be faster,
+constexpr int64_t kFewKeysCausal = 640;  // and up to so many, on average, of rows with unlike numbers of keys
+constexpr size_t kCounterBytes = 256;    // the tile counter, in an allocation's smallest unit
 
 struct Instance {
   DType dtype;
@@ -51,7 +52,7 @@ int64_t mean_keys(const AttentionParams& p) {
 /// where there are few keys.
 bool is_short(const AttentionParams& p, const DeviceInfo& device) {
   const int64_t tiles = (p.query.shape[2] + kLongTile - 1) / kLongTile * p.query.shape[1] * p.query.shape[0];
-  return tiles <= device.num_sms || (bucket_size(p) <= 64 && mean_keys(p) <= kFewKeys);
+  return tiles <= device.num_sms || (bucket_size(p) <= 64 && mean_keys(p) <= (p.window_right >= 0 ? kFewKeysCausal : kFewKeys));
 }
 
 /// The smallest instance that takes the problem; null where none does.

@@ -8,14 +8,16 @@
 namespace fa::prefill_sm90 {
 
 /// Waits until the buffer is free, then starts the copy of all panels of rows row … row + kRows - 1 of one head.
-template <int kPanels, uint32_t kBytes>
+template <int kPanels, uint32_t kBytes, bool kKeys>
 __device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* map, uint64_t* full, uint64_t* empty,
                                           uint32_t phase, int row, int head, int batch) {
   mbarrier_wait(empty, phase ^ 1);
   mbarrier_arrive_expect(full, kBytes);
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel) {
-    tma_load(buffer + panel * (kBytes / kPanels), map, full, panel * 64, row, head, batch);
+    uint8_t* to = buffer + panel * (kBytes / kPanels);
+    if constexpr (kKeys) tma_load_shared_by_blocks(to, map, full, panel * 64, row, head, batch);
+    if constexpr (!kKeys) tma_load(to, map, full, panel * 64, row, head, batch);
   }
 }
 
@@ -51,8 +53,8 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C
   const int key_head = args.heads_per_kv.quotient(tile.head);
   const auto load_key = [&](int block) {
     const int i = rings.key.stage;
-    load_rows<C::kPanels, C::kKeyBytes>(shared.key[i], &args.key, &shared.key_full[i], &shared.key_empty[i], rings.key.phase,
-                                        tile.key_base + block * C::kTileN, key_head, tile.batch);
+    load_rows<C::kPanels, C::kKeyBytes, true>(shared.key[i], &args.key, &shared.key_full[i], &shared.key_empty[i],
+                                              rings.key.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.key.advance();
     if constexpr (C::kBiasStages > 0) {
       if (args.bias_by_tile) load_bias(args, shared, tile, block, rings.bias);
@@ -60,8 +62,8 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C
   };
   if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
   const int q = rings.query.stage;
-  load_rows<C::kPanels, C::kQueryBytes>(shared.query[q], &args.query, &shared.query_full[q], &shared.query_empty[q],
-                                        rings.query.phase, tile.row_base + tile.first_row, tile.head, tile.batch);
+  load_rows<C::kPanels, C::kQueryBytes, false>(shared.query[q], &args.query, &shared.query_full[q], &shared.query_empty[q],
+                                               rings.query.phase, tile.row_base + tile.first_row, tile.head, tile.batch);
   rings.query.advance();
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kStages), tile.block_begin);
   if (!C::kSmall && tile.block_begin == tile.block_end) mbarrier_arrive(&shared.tile_wanted);
@@ -70,8 +72,8 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C
     if (!C::kSmall && block == announced) mbarrier_arrive(&shared.tile_wanted);
     if (block > tile.block_begin) load_key(block - 1);
     const int i = rings.value.stage;
-    load_rows<C::kPanels, C::kKeyBytes>(shared.value[i], &args.value, &shared.value_full[i], &shared.value_empty[i],
-                                        rings.value.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
+    load_rows<C::kPanels, C::kKeyBytes, true>(shared.value[i], &args.value, &shared.value_full[i], &shared.value_empty[i],
+                                              rings.value.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.value.advance();
   }
 }
@@ -81,11 +83,12 @@ template <class C, class Wait>
 __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>& shared, Wait wait) {
   RingPosition<kTileSlots> slot;
   const bool first_lane = threadIdx.x % 32 == 0;
+  const int sequence_order = args.sort_sequences ? longest_first(args) : 0;
   Tile tile;
   for (int index = blockIdx.x;;) {
     if (index >= args.num_tiles) {
       tile.valid = 0;
-    } else if (!decode_tile<C>(args, index, tile)) {
+    } else if (!decode_tile<C>(args, index, sequence_order, tile)) {
       index = next_index(args, index);
       continue;
     }

@@ -98,13 +98,30 @@ __device__ __forceinline__ KeyRange user_span(const AttentionParams& p, Tile& ti
   return span;
 }
 
-/// The tile of this index. False: no such tile (packed sequences leave some indices unused).
+/// Which sequences come first: lane l gets the number of the l-th longest. For a whole warp, and up to 32 sequences.
+__device__ __forceinline__ int longest_first(const KernelArgs& args) {
+  const int lane = threadIdx.x % 32;
+  const int length = lane < args.num_sequences ? static_cast<int>(args.sequences.at(lane).mask.kv_length) : -1;
+  int rank = 0, sequence = 0;
+  for (int other = 0; other < 32; ++other) {
+    const int its = __shfl_sync(kAllLanes, length, other);
+    rank += its > length || (its == length && other < lane);
+  }
+  for (int other = 0; other < 32; ++other) {
+    if (__shfl_sync(kAllLanes, rank, other) == lane) sequence = other;
+  }
+  return sequence;
+}
+
+/// The tile of this index. `sequence_order`: of longest_first, where args.sort_sequences. False: no such tile (packed sequences
+/// leave some indices unused).
 template <class C>
-__device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, Tile& tile) {
+__device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, int sequence_order, Tile& tile) {
   const AttentionParams& p = args.problem;
   const TilePlace place = args.order.at(index);
   const bool packed = p.cu_seqlens_q.present;
   int sequence = place.sequence, local_tile = args.order.num_row_tiles - 1 - place.tile;
+  if (args.sort_sequences) sequence = __shfl_sync(kAllLanes, sequence_order, sequence);
   if (packed && !find_sequence<C>(args, local_tile, &sequence, &local_tile)) return false;
   tile.valid = 1;
   tile.head = place.head;
@@ -129,7 +146,11 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, T
 /// The index of this block's next tile. For a whole warp.
 __device__ __forceinline__ int next_index(const KernelArgs& args, int index) {
   const int blocks = static_cast<int>(gridDim.x);
-  if (args.tile_counter == nullptr) return index + blocks;
+  if (args.tile_counter == nullptr) {
+    // NOTE: each round starts one block further: with a plain stride a block whose count divides that of a head's tiles would
+    // always get the same of them, say the short last one.
+    return (index + 1) % blocks == 0 ? index + 1 : index + 1 + blocks;
+  }
   if (threadIdx.x % 32 == 0) index = blocks + atomicAdd(args.tile_counter, 1);
   return __shfl_sync(kAllLanes, index, 0);
 }
