@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+from faexport.match import softmax_core
 
 from tests.export.test_sites import run
 
@@ -242,3 +243,28 @@ def test_behind_layers_that_onnxruntime_fused() -> None:
     """Shapes and types go through its own layers, in a file that states neither."""
     _, report = faexport.fuse(onnx.parser.parse_model(OPTIMIZED))
     assert report.num_fused == 1 and report.sites[0].dtype == "float"
+
+
+def test_a_defect_at_one_site_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sites; the analysis of the first one fails."""
+    second = """
+        scores2 = MatMul(weights_v, kt)
+        weights2 = Softmax<axis = -1>(scores2)
+        y = MatMul(weights2, v)
+    }"""
+    body = "weights = Softmax<axis = -1>(scores)\n    weights_v = MatMul(weights, v)"
+    model = onnx.parser.parse_model(HEAD + body + second)
+    asked: list[str] = []
+
+    def fails_once(terms, *others):
+        asked.append("")
+        if len(asked) == 1:
+            raise ZeroDivisionError("by accident")
+        return find_values(terms, *others)
+
+    find_values = softmax_core.find_values
+    monkeypatch.setattr(softmax_core, "find_values", fails_once)
+    monkeypatch.delenv("FAEXPORT_TRACEBACK", raising=False)
+    _, report = faexport.fuse(model)
+    assert [site.fused for site in report.sites] == [False, True]
+    assert "ZeroDivisionError: by accident" in report.sites[0].refusal.reason

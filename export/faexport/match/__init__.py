@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from faexport.spec import Candidate
-from faexport.understand.nodes import op
+from faexport.spec import Candidate, Refusal
+from faexport.understand.nodes import name_of, op
 
 if TYPE_CHECKING:
     from faexport.pipeline import Options
@@ -74,8 +75,19 @@ def find_sites(context: Context) -> list[Candidate]:
     for node in context.graph:
         for entry in MATCHERS:
             if op(node) in entry.anchors and entry.min_opset <= context.analysis.opset <= entry.max_opset:
-                candidate = entry.match(node, context)
+                candidate = _tried(entry, node, context)
                 if candidate is not None:
                     found.append(candidate)
                     break
     return found
+
+
+def _tried(entry: Registration, node: ir.Node, context: Context) -> Candidate | None:
+    """The matcher's answer. A defect of ours at one site is a refusal, and costs the model no other site."""
+    try:
+        return entry.match(node, context)
+    except Exception as error:
+        if os.environ.get("FAEXPORT_TRACEBACK"):
+            raise
+        what = f"our analysis of it failed ({type(error).__name__}: {error}); please report this model"
+        return Candidate(node, context.graph, entry.source, outcome=Refusal(what, name_of(node)))
