@@ -71,7 +71,7 @@ if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   set(launch_sm90 "Status prefill_sm90::launch_instance<@T@, @HEAD_DIM@, prefill_sm90::Variant::@VARIANT@>(const AttentionParams&, const ExecutionContext&)")
   fa_instantiate(fa_prefill_sm90 prefill_sm90 kernels/prefill_sm90/launch.cuh "${launch_sm90}"
     "f16;bf16" "32;48;64;80;96;128;192;256" "kPlain;kModified")
-  fa_instantiate(fa_prefill_sm90 prefill_sm90 kernels/prefill_sm90/launch.cuh "${launch_sm90}" "f16;bf16" "32;48;64;128" "kShort")
+  fa_instantiate(fa_prefill_sm90 prefill_sm90 kernels/prefill_sm90/launch.cuh "${launch_sm90}" "f16;bf16" "32;48;64;128;256" "kShort")
   target_sources(fa_core PRIVATE kernels/common/tensor_map.cpp kernels/prefill_sm90/prefill_sm90.cpp)
   target_compile_definitions(fa_core PRIVATE FA_WITH_SM90)
 endif()

@@ -21,7 +21,8 @@ struct TileShape {
 constexpr TileShape tile_shape(int head_dim, Variant variant) {
   if (variant == Variant::kShort) {
     if (head_dim <= 64) return {1, 64, 3, 2, 0, false, 3};
-    return {2, 128, 2, 2, 0};
+    if (head_dim <= 128) return {1, 64, 2, 1, 0, false, 2};
+    return {2, 32, 4, 1, 0, false};
   }
   if (variant == Variant::kPlain) {
     if (head_dim <= 64) return {3, 128, 4, 2, 0};

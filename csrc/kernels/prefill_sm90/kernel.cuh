@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_ker
     tma_prefetch_map(&args.out);
     init_barriers(shared);
   }
-  __syncthreads();
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (warpgroup == C::kWarpgroups) {
     if constexpr (!C::kSmall) release_registers<C::kProducerRegisters>();
-    produce<C>(args, shared);
+    produce<C>(args, shared);  // NOTE: the barriers are ready only after a __syncthreads() in each role
   } else {
     if constexpr (!C::kSmall) acquire_registers<C::kConsumerRegisters>();
+    __syncthreads();
     Consumer<C> consumer{args, shared, warpgroup};
     consumer.run();
   }

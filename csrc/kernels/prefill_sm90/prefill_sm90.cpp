@@ -48,11 +48,14 @@ int64_t mean_keys(const AttentionParams& p) {
   return keys;
 }
 
-/// Short tiles fill the GPU where there are few rows; narrow heads have such that hide each other's start and end, which counts
-/// where there are few keys.
+/// Are short tiles the faster ones? Where there are few rows, small blocks fill the GPU. Where there are few keys, those of
+/// narrow heads hide each other's start and end, and wide heads gain from keys that come in small portions.
 bool is_short(const AttentionParams& p, const DeviceInfo& device) {
-  const int64_t tiles = (p.query.shape[2] + kLongTile - 1) / kLongTile * p.query.shape[1] * p.query.shape[0];
-  return tiles <= device.num_sms || (bucket_size(p) <= 64 && mean_keys(p) <= (p.window_right >= 0 ? kFewKeysCausal : kFewKeys));
+  const int64_t long_tiles = (p.query.shape[2] + kLongTile - 1) / kLongTile * p.query.shape[1] * p.query.shape[0];
+  const bool few_rows = long_tiles <= device.num_sms, causal = p.window_right >= 0;
+  if (bucket_size(p) <= 64) return few_rows || mean_keys(p) <= (causal ? kFewKeysCausal : kFewKeys);
+  if (bucket_size(p) <= 128) return few_rows;
+  return causal && mean_keys(p) <= kFewKeys;
 }
 
 /// The smallest instance that takes the problem; null where none does.

@@ -78,13 +78,15 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C
   }
 }
 
-/// A warp: decides on tile after tile, tells the others, and calls wait(tile) before the next.
+/// A warp: decides on tile after tile, tells the others, and calls wait(tile) before the next. The first decision passes while
+/// another warp makes the barriers.
 template <class C, class Wait>
 __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>& shared, Wait wait) {
   RingPosition<kTileSlots> slot;
   const bool first_lane = threadIdx.x % 32 == 0;
   const int sequence_order = args.sort_sequences ? longest_first(args) : 0;
   Tile tile;
+  bool first = true;
   for (int index = blockIdx.x;;) {
     if (index >= args.num_tiles) {
       tile.valid = 0;
@@ -92,6 +94,8 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>
       index = next_index(args, index);
       continue;
     }
+    if (first) __syncthreads();
+    first = false;
     if (first_lane) {
       mbarrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
       shared.tile[slot.stage] = tile;
@@ -139,8 +143,9 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>&
       mbarrier_wait(&shared.tile_wanted, wanted.phase);
       wanted.advance();
     });
-  } else if (warp == 1 && first_lane) {
-    load_tiles<C>(args, shared);
+  } else {
+    __syncthreads();
+    if (warp == 1 && first_lane) load_tiles<C>(args, shared);
   }
 }
 
