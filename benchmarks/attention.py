@@ -105,6 +105,20 @@ def print_results(console: rich.console.Console, results: list[dict]) -> None:
     console.print(table)
 
 
+def compare_with_maskless(results: list[dict]) -> None:
+    """Where a row with lengths has its maskless twin here: its time over the twin's time times the visible share."""
+    ours = {
+        result["row"]: result["contestants"]["ours"]["median_ms"]
+        for result in results
+        if "ours" in result["contestants"]
+    }
+    for result in results:
+        name = result["row"]
+        maskless = name.removesuffix(" lengths")
+        if name.endswith(" lengths") and {name, maskless} <= ours.keys() and "visible_share" in result:
+            result["over_maskless_share"] = round(ours[name] / (ours[maskless] * result["visible_share"]), 3)
+
+
 def driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -157,6 +171,7 @@ def main() -> None:
         console.print(document["memory"])
     for row in rich.progress.track(rows, "measuring", console=console, disable=not console.is_terminal):
         document["rows"].append(measure(row, options))
+        compare_with_maskless([result for result in document["rows"] if result["in_ort"] == row.in_ort])
         path = results_file.write(options.name, document)  # row by row: an interrupted run keeps what it has
         if not console.is_terminal:
             console.print(row.name, document["rows"][-1].get("ours_over_best_peer", document["rows"][-1]["refused"]))
