@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -178,7 +179,11 @@ def test_an_interrupted_run_leaves_nothing(model: pathlib.Path, signal_number: i
     scratch = model.parent / "tmp"
     scratch.mkdir()
     environment = commands.environment() | {"TMPDIR": os.fspath(scratch)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    heed = functools.partial(
+        signal.signal, signal_number, signal.SIG_DFL
+    )  # where the tests run under nohup, or behind &
+    with subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes) as process:
         deadline = time.monotonic() + 60
         while not list(scratch.glob("faexport-run-*/job")) and time.monotonic() < deadline:
             time.sleep(0.01)
