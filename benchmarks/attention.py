@@ -137,7 +137,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--match", default="", help="only rows whose name contains this, e.g. 'd64 causal'")
     parser.add_argument("--rounds", type=int, default=15, help="times each contestant's turn comes")
-    parser.add_argument("--commit", default="", help="of the sources, where they are no git checkout")
+    parser.add_argument("--commit", default="", help="of the sources, where this is no checkout of it")
     parser.add_argument("--name", default="attention", help="benchmarks/results/NAME.json is written")
     options = parser.parse_args()
     if unknown := set(options.suites) - {*SUITES, "memory", "all"}:
@@ -149,8 +149,9 @@ def parse() -> argparse.Namespace:
 
 def document_of(options: argparse.Namespace) -> dict:
     """What the numbers were measured with."""
-    environment = results_file.environment("torch", "triton", "onnxruntime-gpu", "flash-attn-4", "nvidia-cudnn-cu13")
-    environment["commit"] = environment["commit"] or options.commit
+    environment = results_file.environment(
+        "torch", "triton", "onnxruntime-gpu", "flash-attn-4", "nvidia-cudnn-cu13", commit=options.commit
+    )
     gpu = {"gpu": torch.cuda.get_device_name(), "driver": driver(), "cudnn": torch.backends.cudnn.version()}
     return {**gpu, **environment, "rounds": options.rounds, "rows": []}
 

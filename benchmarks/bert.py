@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--models", type=pathlib.Path, help="folder of the three files; exported where it has none")
     parser.add_argument("--export-only", action="store_true", help="write the files to --models and stop")
     parser.add_argument("--rounds", type=int, default=10, help="times each contestant's turn comes (%(default)s)")
-    parser.add_argument("--commit", default="", help="of the sources, where they are no git checkout")
+    parser.add_argument("--commit", default="", help="of the sources, where this is no checkout of it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.models or pathlib.Path(temporary)
@@ -118,8 +118,7 @@ def main() -> None:
             torch.cuda.Stream()
         )  # onnxruntime takes none from outside but where it isn't the default one
         rows = [measure(folder, batch_size, seqlen, options.rounds) for batch_size, seqlen in ((8, 512), (2, 2048))]
-    environment = results_file.environment("torch", "transformers", "onnxruntime-gpu")
-    environment["commit"] = environment["commit"] or options.commit
+    environment = results_file.environment("torch", "transformers", "onnxruntime-gpu", commit=options.commit)
     document = {"gpu": torch.cuda.get_device_name(), **environment, "rows": rows}
     print(f"written: {results_file.write('bert', document)}")
 

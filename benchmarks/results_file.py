@@ -35,8 +35,8 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def environment(*packages: str) -> dict:
-    """Machine, versions, commit and date: what a number means nothing without."""
+def environment(*packages: str, commit: str = "") -> dict:
+    """Machine, versions, commit and date: what a number means nothing without. `commit`: where this is no checkout of it."""
     versions = {}
     for package in packages:
         try:
@@ -45,8 +45,8 @@ def environment(*packages: str) -> dict:
             continue
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "sources_changed_since": bool(_git("status", "--porcelain", "--untracked-files=no", "csrc", "plugin")),
+        "commit": commit or _git("rev-parse", "--short", "HEAD"),
+        "sources_changed_since": None if commit else bool(_git("status", "--porcelain", "-uno", "csrc", "plugin")),
         "cpu": cpu_model(),
         "num_cpus": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kMaxRows = int64_t{1} << 30;
 constexpr int64_t kLongTile = 192;       // rows of a tile of the long instances
 constexpr int64_t kFewKeys = 320;        // up to so many keys a row the short tiles of narrow heads were measured to be faster,
-constexpr int64_t kFewKeysCausal = 640;  // and up to so many, on average, of rows with unlike numbers of keys
+constexpr int64_t kFewKeysUnlike = 640;  // and up to so many, on average, where rows have unlike numbers of them
 constexpr size_t kCounterBytes = 256;    // the tile counter, in an allocation's smallest unit
 
 struct Instance {
@@ -53,7 +53,8 @@ int64_t mean_keys(const AttentionParams& p) {
 bool is_short(const AttentionParams& p, const DeviceInfo& device) {
   const int64_t long_tiles = (p.query.shape[2] + kLongTile - 1) / kLongTile * p.query.shape[1] * p.query.shape[0];
   const bool few_rows = long_tiles <= device.num_sms, causal = p.window_right >= 0;
-  if (bucket_size(p) <= 64) return few_rows || mean_keys(p) <= (causal ? kFewKeysCausal : kFewKeys);
+  const bool unlike = causal || p.kv_lengths.present || p.mask.present;
+  if (bucket_size(p) <= 64) return few_rows || mean_keys(p) <= (unlike ? kFewKeysUnlike : kFewKeys);
   if (bucket_size(p) <= 128) return few_rows;
   return causal && mean_keys(p) <= kFewKeys;
 }
