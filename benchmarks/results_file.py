@@ -36,7 +36,7 @@ def _git(*arguments: str) -> str:
 
 
 def environment(*packages: str, commit: str = "") -> dict:
-    """Machine, versions, commit and date: what a number means nothing without. `commit`: where this is no checkout of it."""
+    """Machine, versions, commit and date: what a number means nothing without. `commit`: where this is no checkout."""
     versions = {}
     for package in packages:
         try:
