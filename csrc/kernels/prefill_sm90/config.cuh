@@ -84,6 +84,7 @@ struct alignas(16) Tile {
 static_assert(sizeof(Tile) % 16 == 0);
 
 inline constexpr int kTileSlots = 2;
+inline constexpr int kStartBarrier = 7;  // named barrier of the whole block
 
 template <class C>
 struct SharedMemory {
@@ -99,5 +100,11 @@ struct SharedMemory {
   uint64_t tile_full[kTileSlots], tile_empty[kTileSlots], tile_wanted;
   Tile tile[kTileSlots];
 };
+
+/// All threads of the block, each role in its own place: from here on the barriers in shared memory are there.
+template <class C>
+__device__ __forceinline__ void wait_for_barriers() {
+  named_barrier_sync(kStartBarrier, C::kThreads);
+}
 
 }  // namespace fa::prefill_sm90

@@ -47,10 +47,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_ker
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (warpgroup == C::kWarpgroups) {
     if constexpr (!C::kSmall) release_registers<C::kProducerRegisters>();
-    produce<C>(args, shared);  // NOTE: the barriers are ready only after a __syncthreads() in each role
+    produce<C>(args, shared);
   } else {
     if constexpr (!C::kSmall) acquire_registers<C::kConsumerRegisters>();
-    __syncthreads();
+    wait_for_barriers<C>();
     Consumer<C> consumer{args, shared, warpgroup};
     consumer.run();
   }

@@ -94,7 +94,7 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>
       index = next_index(args, index);
       continue;
     }
-    if (first) __syncthreads();
+    if (first) wait_for_barriers<C>();
     first = false;
     if (first_lane) {
       mbarrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
@@ -144,7 +144,7 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>&
       wanted.advance();
     });
   } else {
-    __syncthreads();
+    wait_for_barriers<C>();
     if (warp == 1 && first_lane) load_tiles<C>(args, shared);
   }
 }
