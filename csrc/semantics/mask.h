@@ -20,7 +20,7 @@ struct KeyRange {
   int64_t end;    // one past the last; begin >= end is an empty range
 };
 
-/// A MaskRule's windows for kernels with 32-bit positions (rows and keys below 2^30): of the keys begin … end - 1 that there are
+/// A MaskRule's windows for kernels with 32-bit positions (rows and keys up to 2^29): of the keys begin … end - 1 that there are
 /// at all, row i sees those from i + left to i + right - 1.
 struct RowBand {
   int32_t left, right;

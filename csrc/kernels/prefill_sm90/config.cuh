@@ -36,24 +36,23 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
 }
 
 template <typename T_, Variant kVariant, int kHeadDim_, int kWarpgroups_, int kTileN_, int kStages_, int kQueryStages_,
-          int kBiasStages_ = 0, bool kPingPong_ = true, bool kOptimistic_ = true, int kBlocksPerSm_ = 1>
+          int kBiasStages_ = 0, bool kPingPong_ = true, int kBlocksPerSm_ = 1>
 struct Config {
   using T = T_;
   static constexpr bool kModified = kVariant == Variant::kModified;
   static constexpr int kHeadDim = kHeadDim_;          // multiple of 16; narrower heads are padded by the copy engine's zero fill
-  static constexpr int kWarpgroups = kWarpgroups_;    // that multiply; one more copies
+  static constexpr int kWarpgroups = kWarpgroups_;    // that multiply
   static constexpr int kTileM = 64 * kWarpgroups;     // query rows of a tile
   static constexpr int kTileN = kTileN_;              // keys of a tile
   static constexpr int kStages = kStages_;            // buffers for K, and as many for V
   static constexpr int kQueryStages = kQueryStages_;  // buffers for Q
   static constexpr int kBiasStages = kBiasStages_;    // buffers for tiles of a 16-bit bias; 0: read from device memory
   static constexpr bool kPingPong = kPingPong_;       // warpgroups issue their products in turn
-  static constexpr bool kOptimistic = kOptimistic_;   // maxima are looked for only where a tile is masked or proves too large
   static constexpr int kPanels = (kHeadDim + 63) / 64;  // of 64 columns, 128 bytes
   static constexpr int kBiasPanels = (kTileN + 63) / 64;
-  static constexpr bool kSmall = kWarpgroups == 1;  // no registers to move, and one warp that does not multiply
+  static constexpr bool kSmall = kWarpgroups == 1;  // no registers are moved, and one warp does not multiply, else four
   static constexpr int kThreads = kSmall ? kWarpgroupThreads + 32 : kWarpgroupThreads * (kWarpgroups + 1);
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // what registers and shared memory are planned for
   // The output leaves through the queries' memory. Where that is all there is, next to keys and values, and some is left, it has
   // its own, so that the next queries come early.
   static constexpr bool kOwnOutput = kQueryStages == 1 && !kModified && kHeadDim > 128;
@@ -66,7 +65,7 @@ struct Config {
   static_assert(kModified || kBiasStages == 0);
 };
 
-/// One tile of work, decided by the producer: everything about it that is not a constant of the launch.
+/// One tile of work, as the warp that schedules decides: everything about it that is not a constant of the launch.
 struct alignas(16) Tile {
   int valid = 0;                  // 0: no more tiles
   int sequence;                   // batch entry or packed sequence

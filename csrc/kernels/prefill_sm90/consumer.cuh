@@ -40,7 +40,7 @@ struct Consumer {
   uint32_t weights[C::kTileN / 4];  // weights as A operand
   RowPair rows;
   RowsView view;
-  bool settled;     // all rows of the warp have a finite reference
+  bool settled;     // all rows of the warp may go without a maximum (is_settled)
   int stored = -1;  // query buffer that a store still reads
 
   __device__ __forceinline__ void take_turn() {
@@ -222,7 +222,7 @@ struct Consumer {
 
   /// From raw products to weights, and the key buffer back to the producer. True: the output must be rescaled by rows.factor.
   __device__ __forceinline__ bool finish_scores(const Tile& tile, int block) {
-    const bool masked = block >= view.full_end || block < view.full_begin, hopeful = C::kOptimistic && settled && !masked;
+    const bool masked = block >= view.full_end || block < view.full_begin, hopeful = settled && !masked;
     if (bias_is_staged()) mbarrier_wait(&shared.bias_full[b.stage], b.phase);
     bool rescale = false;
     if (!hopeful || !try_weights(tile, block)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on Hopper: one producer warpgroup (TMA), two or three consumer warpgroups (wgmma), a persistent grid.
-// After FlashAttention-3 (Shah et al. 2024). Launched by launch.cuh with kThreads threads and one block per multiprocessor.
+// Attention on Hopper: producer warps (TMA), one to three consumer warpgroups (wgmma), a persistent grid. After FlashAttention-3
+// (Shah et al. 2024). Launched by launch.cuh with kThreads threads and at most kBlocksPerSm blocks a multiprocessor.
 #pragma once
 
 #include "kernels/prefill_sm90/consumer.cuh"

@@ -101,7 +101,7 @@ template <typename T, int kHeadDim, Variant kVariant>
 Status launch_instance(const AttentionParams& params, const ExecutionContext& context) {
   constexpr TileShape kShape = tile_shape(kHeadDim, kVariant);
   return launch_config<Config<T, kVariant, kHeadDim, kShape.warpgroups, kShape.tile_n, kShape.stages, kShape.query_stages,
-                              kShape.bias_stages, kShape.ping_pong, true, kShape.blocks_per_sm>>(params, context);
+                              kShape.bias_stages, kShape.ping_pong, kShape.blocks_per_sm>>(params, context);
 }
 
 }  // namespace fa::prefill_sm90

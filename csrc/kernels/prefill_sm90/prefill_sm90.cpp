@@ -12,8 +12,8 @@
 namespace fa::prefill_sm90 {
 namespace {
 
-constexpr int64_t kMaxRows = int64_t{1} << 30;
-constexpr int64_t kLongTile = 192;       // rows of a tile of the long instances
+constexpr int64_t kMaxRows = int64_t{1} << 29;  // positions and sums of two fit 32 bits
+constexpr int64_t kLongTile = 192;              // rows of a tile of the long instances
 constexpr int64_t kFewKeys = 320;        // up to so many keys a row the short tiles of narrow heads were measured to be faster,
 constexpr int64_t kFewKeysUnlike = 640;  // and up to so many, on average, where rows have unlike numbers of them
 constexpr size_t kCounterBytes = 256;    // the tile counter, in an allocation's smallest unit
@@ -87,7 +87,7 @@ std::string supports(const AttentionParams& p, const DeviceInfo& device) {
            " must be multiples of 8: the copy engine (TMA) moves 16 bytes";
   }
   if (p.key.shape[2] == 0) return "there are no keys";
-  if (p.query.shape[2] > kMaxRows || p.key.shape[2] > kMaxRows) return "more than 2^30 rows or keys";
+  if (p.query.shape[2] > kMaxRows || p.key.shape[2] > kMaxRows) return "more than 2^29 rows or keys";
   const std::pair<const char*, const TensorView*> tensors[] = {
       {"query", &p.query}, {"key", &p.key}, {"value", &p.value}, {"out", &p.out}};
   for (const auto& [name, tensor] : tensors) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The producer warp of prefill_sm90: takes tiles, tells the consumers, and keeps the copy engine ahead of them.
+// The warps of prefill_sm90 that don't multiply: they decide on tiles, tell the consumers, and keep the copy engine ahead of
+// them.
 #pragma once
 
 #include "kernels/common/tma.cuh"
