@@ -46,6 +46,46 @@ def gpu_table(data: dict) -> str:
     return "\n".join(lines)
 
 
+def ort_table(data: dict) -> str:
+    """Times inside onnxruntime's CUDA provider; "–" where an operator can't take the mask, or is wrong."""
+    names = {"ours": "ours", "MultiHeadAttention": "MultiHeadAttention", "Attention": "Attention", "unfused": "unfused"}
+    lines = [
+        f"Inside onnxruntime {data['versions']['onnxruntime-gpu']}'s CUDA provider, {data['gpu']}, float16, "
+        "4 × 16 heads, 2048 × 2048, milliseconds:",
+        "",
+        f"| | {' | '.join(names.values())} |",
+        "|---|---|---|---|---|",
+    ]
+    kinds = {"": "no mask", "causal": "causal", "lengths": "padding as lengths", "mask": "padding as a bool mask"}
+    kinds["bias_1HSS"] = "bias [1, H, S, S]"
+    for row in data["rows"]:
+        shape, _, kind = row["row"].partition(" s2048 ")
+        head_dim, _, kind = kind.partition(" ")
+        if not row["in_ort"] or shape != "b4 h16" or kind not in kinds:
+            continue
+        found = [row["contestants"].get(name) for name in names]
+        cells = [f"{one['median_ms']:.2f}" if one else "–" for one in found]
+        lines.append(f"| {kinds[kind]}, {head_dim.replace('d', 'head_dim ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bert_table(data: dict) -> str:
+    """A whole model by its three files."""
+    lines = [
+        f"BERT-base (12 layers, float16, padding mask) in onnxruntime {data['versions']['onnxruntime-gpu']}, "
+        f"{data['gpu']}, milliseconds:",
+        "",
+        "| batch × length | faexport | onnxruntime's optimizer | unfused |",
+        "|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        times = {name: one["median_ms"] for name, one in row["contestants"].items()}
+        cells = " | ".join(f"{times[name]:.2f}" for name in ("ours", "onnxruntime", "unfused"))
+        batch_size, seqlen = (word[1:] for word in row["row"].split()[1:])
+        lines.append(f"| {batch_size} × {seqlen} | {cells} |")
+    return "\n".join(lines)
+
+
 def cpu_table(data: dict) -> str:
     """Medians and memory beside onnxruntime's own operator and the unfused graph."""
     names = {"faexport": "ours", "MultiHeadAttention": "MultiHeadAttention", "unfused": "unfused"}
@@ -66,7 +106,13 @@ def cpu_table(data: dict) -> str:
 
 def section() -> str:
     parts = []
-    for name, table in (("attention.json", gpu_table), ("cpu.json", cpu_table)):
+    tables = (
+        ("bert.json", bert_table),
+        ("attention.json", ort_table),
+        ("attention.json", gpu_table),
+        ("cpu.json", cpu_table),
+    )
+    for name, table in tables:
         if (RESULTS / name).exists():
             parts.append(table(json.loads((RESULTS / name).read_text("utf-8"))))
     return "\n\n".join(parts) + "\n"
