@@ -70,7 +70,9 @@ def has_library() -> bool:
 
 def run(job: Job, timeout: float | None = None) -> Results:
     """Runs the job in a child process; a crash or a timeout becomes Results.error."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # NOTE: onnxruntime's telemetry would tell of the user's model, and leave a file (.ses) in the temporary folder.
+    environment = {"ORT_DISABLE_TELEMETRY": "1", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with tempfile.TemporaryDirectory(prefix="faexport-run-") as folder:
         job_file, result_file = pathlib.Path(folder) / "job", pathlib.Path(folder) / "result"
         job_file.write_bytes(pickle.dumps(job))
