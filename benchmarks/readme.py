@@ -48,16 +48,21 @@ def gpu_table(data: dict) -> str:
 
 def ort_table(data: dict) -> str:
     """Times inside onnxruntime's CUDA provider; "–" where an operator can't take the mask, or is wrong."""
-    names = {"ours": "ours", "MultiHeadAttention": "MultiHeadAttention", "Attention": "Attention", "unfused": "unfused"}
+    names = ("ours", "MultiHeadAttention", "Attention", "unfused")
     lines = [
         f"Inside onnxruntime {data['versions']['onnxruntime-gpu']}'s CUDA provider, {data['gpu']}, float16, "
         "4 × 16 heads, 2048 × 2048, milliseconds:",
         "",
-        f"| | {' | '.join(names.values())} |",
+        f"| | {' | '.join(names)} |",
         "|---|---|---|---|---|",
     ]
-    kinds = {"": "no mask", "causal": "causal", "lengths": "padding as lengths", "mask": "padding as a bool mask"}
-    kinds["bias_1HSS"] = "bias [1, H, S, S]"
+    kinds = {
+        "": "no mask",
+        "causal": "causal",
+        "lengths": "padding as lengths",
+        "mask": "padding as a bool mask",
+        "bias_1HSS": "bias [1, H, S, S]",
+    }
     for row in data["rows"]:
         shape, _, kind = row["row"].partition(" s2048 ")
         head_dim, _, kind = kind.partition(" ")

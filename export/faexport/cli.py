@@ -150,7 +150,6 @@ def fuse(
 ) -> None:
     """Fuse the attention of MODEL and write the result. The name of this command may be left out."""
     target = output or default_target(model)
-    assumed = {f"assume_{name.name.lower()}": True for name in assume or ()}
     with terminal.progress(quiet) as progress:
         progress.step(f"reading {model.name}")
         source = model_io.load(model)
@@ -159,7 +158,7 @@ def fuse(
         given = _read_inputs(inputs, source) if inputs else []
         progress.step("fusing")
         options = pipeline.Options(
-            fallback=fallback, dtype=_CORE_DTYPES[dtype] if dtype else None, opset=opset, **assumed
+            fallback=fallback, dtype=_CORE_DTYPES[dtype] if dtype else None, opset=opset, **_assumed(assume)
         )
         fused, report = _fuse(source, options, model)
         report.model = str(model)
@@ -192,8 +191,7 @@ def inspect(
         source = model_io.load(model)
         _check_report_file(report_file, model)
         progress.step("looking for attention")
-        assumed = {f"assume_{name.name.lower()}": True for name in assume or ()}
-        _, report = _fuse(source, pipeline.Options(opset=opset, **assumed), model)
+        _, report = _fuse(source, pipeline.Options(opset=opset, **_assumed(assume)), model)
     report.model = str(model)
     _show(report, as_json, report_file, quiet)
 
@@ -244,6 +242,11 @@ def _verify(
         full_rows=options.assume_full_rows,
         on_step=progress.step,
     )
+
+
+def _assumed(assume: list[Assumption] | None) -> dict[str, bool]:
+    """--assume as arguments of pipeline.Options."""
+    return {f"assume_{assumption.name.lower()}": True for assumption in assume or ()}
 
 
 def _check_report_file(path: pathlib.Path | None, model: pathlib.Path, target: pathlib.Path | None = None) -> None:
