@@ -116,7 +116,7 @@ def test_with_full_rows_only_what_is_visible_counts(cache: bool) -> None:
 
 
 def test_full_rows_may_not_hide_a_wrong_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    from faexport.understand import mask as module
+    from faexport.understand import mask_builder as module
 
     monkeypatch.setattr(module, "visible", lambda cases: il.TRUE)
     found = outcome(grammar.build(Recipe(("j <= i", "unsqueeze"), apart=True)), assume_full_rows=True)
@@ -229,7 +229,7 @@ def test_sites_of_one_graph_share_nodes() -> None:
 
 def test_a_wrong_proof_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check runs the model's own nodes: a proof that is off by one does not pass."""
-    from faexport.understand import mask as module
+    from faexport.understand import mask_builder as module
 
     def off_by_one(site, cond):
         found, rest = module_split(site, cond)
