@@ -2,7 +2,7 @@
 """The ordered list of passes from a model to the rewritten model and its report. The only file that knows the order.
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
-precision -> rewrite, which also removes what nothing needs any more.
+empty rows -> precision -> rewrite, which also removes what nothing needs any more.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 
 import onnx_ir as ir
 
+from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
 from faexport.match import Context, find_sites
 from faexport.normalize import convert_opset, inline_functions
@@ -18,6 +19,7 @@ from faexport.precision import in_precision
 from faexport.report import Report, count_nodes
 from faexport.rewrite import Names, add_opset, is_current, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
+from faexport.understand.mask import graph_masks
 from faexport.understand.nodes import graphs_of
 from faexport.understand.shapes import Analysis
 
@@ -70,8 +72,12 @@ def _rewritten(
         return True
     if not is_current(candidate.outcome):
         return False
+    given = analysis.dtype(candidate.outcome.query.value)
+    shared = graph_masks(candidate.graph).emitter
+    candidate.outcome = with_empty_rows(candidate.outcome, given, shared, analysis.opset)
+    if not isinstance(candidate.outcome, AttentionSpec):
+        return True
     if options.dtype is not None:
-        given = analysis.dtype(candidate.outcome.query.value)
         candidate.outcome = in_precision(candidate.outcome, options.dtype, given, analysis.opset)
     node = rewrite_site(candidate, names)
     if candidate.outcome.mask.rows_see_a_key:

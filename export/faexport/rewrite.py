@@ -110,9 +110,8 @@ def _layouts(spec: AttentionSpec) -> dict:
 def is_current(spec: AttentionSpec) -> bool:
     """Are the operands still computed? Not where the site that computed them was rewritten since."""
     new = {*spec.new_nodes, *spec.mask.new_nodes}
-    mask = spec.mask
     operands = [spec.query.value, spec.key.value, spec.value.value, spec.past_key, spec.past_value, spec.sinks]
-    operands += [mask.query_offset, mask.attn_mask, mask.attn_bias, mask.kv_lengths, mask.alibi_slopes]
+    operands += spec.mask.values
     operands += [v for node in new for v in node.inputs]
     producers = [v.producer() for v in operands if v is not None]
     return all(node is None or node.graph is not None or node in new for node in producers)

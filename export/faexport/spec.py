@@ -128,6 +128,28 @@ class ScoreShape:
     nan_guard: bool = False  # NaN probabilities (a row of -inf only) are replaced by 0: EmptyRow.ZERO
 
 
+@dataclasses.dataclass(frozen=True)
+class EmptyRows:
+    """What rows without a visible key give where neither 0 nor the mean of all values is right; written behind the
+    operator (empty_rows.py).
+
+    In `rows` the output becomes output_weight * output + value_weight * sums. The sums are those of the values at
+    `keys` and, in row i, at row_keys[0 … i] where row_kept; a part that is None is 0. An axis below that doesn't matter
+    has size 1."""
+
+    rows: ir.Value  # bool [B, 1, S_q, 1]
+    output_weight: ir.Value  # float32 [B, 1, S_q, 1]
+    value_weight: ir.Value  # float32 [B, 1, S_q, 1]
+    keys: ir.Value | None = None  # float32 [B, 1, 1, S_kv]: 1 for a key that counts, else 0
+    row_keys: ir.Value | None = None  # int64 [S_q]
+    row_kept: ir.Value | None = None  # bool [B, 1, S_q, 1]
+
+    @property
+    def values(self) -> list[ir.Value]:
+        given = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [value for value in given if value is not None]
+
+
 @dataclasses.dataclass
 class Mask:
     """What is known of the mask or bias of a site; the default is "none at all".
@@ -145,6 +167,7 @@ class Mask:
     kv_lengths: ir.Value | None = None  # int64 [B]
     alibi_slopes: ir.Value | None = None  # float32 [H] or [B, H]
     empty_row: EmptyRow = EmptyRow.ZERO
+    empty_rows: EmptyRows | None = None  # where empty_row alone doesn't say it
     rows_see_a_key: bool = False  # proven of every row: then empty_row doesn't matter
     new_nodes: Sequence[ir.Node] = ()  # nodes that compute the values above, in order; not yet in the graph
     facts: tuple[Fact, ...] = ()
@@ -152,6 +175,12 @@ class Mask:
     @property
     def is_causal(self) -> bool:
         return self.window_right == 0
+
+    @property
+    def values(self) -> list[ir.Value]:
+        """The tensors that it speaks of."""
+        own = [self.query_offset, self.attn_mask, self.attn_bias, self.kv_lengths, self.alibi_slopes]
+        return [v for v in own if v is not None] + (self.empty_rows.values if self.empty_rows is not None else [])
 
 
 @dataclasses.dataclass

@@ -25,8 +25,9 @@ CAUSAL = (
 )  # fmt: skip
 WINDOWS = ("j > i - w", "i - j < w", "abs(i - j) <= w", "j <= i + w", "i < j + w")
 PADDING = ("unsqueeze", "gather_nd", "flat gather", "not equal 0", "greater half", "rows")
-OTHERS = ("always", "chunk", "prefix", "input mask", "segments", "lengths")
+OTHERS = ("always", "chunk", "prefix", "input mask", "segments", "lengths", "causal padding")
 FILLS = (-np.inf, MINIMUM, -np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
+FIRST_FILLS = (None, None, None, MINIMUM, -np.inf, -65504.0, -1e4)
 FORMS = ("where add", "where scores", "where not scores", "float add", "max clamp")
 BIASES = ("none", "input", "alibi j", "alibi distance", "alibi counted", "padding", "table", "row", "query")
 ROW_GUARDS = ("none", "none", "none", "whole", "first", "off by one", "table > -2", "table > -0.5")
@@ -45,6 +46,8 @@ class Recipe:
     window: int = 3
     fill: float = MINIMUM
     form: str = "where add"
+    first_form: str = ""  # how the first part is applied, and by which number, if not like the others
+    first_fill: float | None = None
     apart: bool = False
     negate_first: bool = False
     bias: str = "none"
@@ -205,8 +208,9 @@ class _Builder:
         scores = self._biased(scores) if r.bias_first else scores
         if self.parts is None:
             self.parts = self._masks()
-        for part in self.parts:
-            scores = self._masked(scores, part)
+        for k, part in enumerate(self.parts):
+            fill = r.fill if k or r.first_fill is None else r.first_fill
+            scores = self._masked(scores, part, r.first_form if k == 0 and r.first_form else r.form, fill)
         scores = scores if r.bias_first else self._biased(scores)
         scores = self._capped(scores) if r.near_miss == "late cap" else scores
         return g("Mul", scores, scale) if r.scale_after_mask else scores
@@ -258,18 +262,18 @@ class _Builder:
         empty = g("Less", count, g.const(2.0 if kind == "off by one" else 1.0, np.float32))
         return g("Where", empty, g.const(0.0, np.float32), output)
 
-    def _masked(self, scores: str, keep: str) -> str:
-        g, r = self.g, self.r
-        fill, zero = g.const(r.fill, np.float32), g.const(0.0, np.float32)
-        if r.form == "where scores":
+    def _masked(self, scores: str, keep: str, form: str, number: float) -> str:
+        g = self.g
+        fill, zero = g.const(number, np.float32), g.const(0.0, np.float32)
+        if form == "where scores":
             return g("Where", keep, scores, fill)
-        if r.form == "where not scores":
+        if form == "where not scores":
             return g("Where", g("Not", keep), fill, scores)
-        if r.form == "float add" and np.isfinite(r.fill):
+        if form == "float add" and np.isfinite(number):
             gone = g("Sub", g.const(1.0, np.float32), g("Cast", keep, to=TensorProto.FLOAT))
             return g("Add", scores, g("Mul", gone, fill))
         scores = g("Add", scores, g("Where", keep, zero, fill))
-        return g("Max", scores, g.const(MINIMUM, np.float32)) if r.form == "max clamp" else scores
+        return g("Max", scores, g.const(MINIMUM, np.float32)) if form == "max clamp" else scores
 
     def _biased(self, scores: str) -> str:
         if self.r.bias != "none" and not self.bias:
@@ -386,6 +390,8 @@ class _Builder:
         if name == "chunk":
             four = g.const(4)
             return g("Equal", g("Div", i, four), g("Div", j, four))
+        if name == "causal padding":
+            return g("And", g("LessOrEqual", j, i), self._padding("unsqueeze"))
         if name == "prefix":
             return g("Or", g("LessOrEqual", j, i), g("Less", j, g.const(3)))
         if name == "segments":
@@ -402,10 +408,13 @@ def build(recipe: Recipe) -> onnx.ModelProto:
     (docs/masks.md)."""
     if recipe.dtype == "float32":
         return _Builder(recipe).build()
-    fill = -np.inf if recipe.fill <= -1e4 else recipe.fill
-    bias = "none" if recipe.bias == "padding" else recipe.bias
-    form = "where add" if recipe.form == "max clamp" else recipe.form
-    return _in_half(_Builder(dataclasses.replace(recipe, fill=fill, bias=bias, form=form)).build())
+    changes: dict[str, object] = {"bias": "none" if recipe.bias == "padding" else recipe.bias}
+    for name in ("fill", "first_fill"):
+        number = getattr(recipe, name)
+        changes[name] = -np.inf if number is not None and number <= -1e4 else number
+    for name in ("form", "first_form"):
+        changes[name] = "where add" if getattr(recipe, name) == "max clamp" else getattr(recipe, name)
+    return _in_half(_Builder(dataclasses.replace(recipe, **changes)).build())
 
 
 def _in_half(model: onnx.ModelProto) -> onnx.ModelProto:

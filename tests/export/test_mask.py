@@ -105,12 +105,11 @@ def test_right_padding_gives_lengths_only_where_assumed() -> None:
 
 @pytest.mark.parametrize("cache", (False, True))
 def test_with_full_rows_only_what_is_visible_counts(cache: bool) -> None:
-    """GPT-Neo: two finite masks, one after the other; GPT-1: -1e4 in place of scores, then a float mask."""
-    recipe = Recipe(("band buffer", "unsqueeze"), apart=True, window=2, cache=cache)
+    recipe = Recipe(("j <= i - 1", "unsqueeze"), apart=True, cache=cache)
     exact = proven(recipe)
     assert exact.attn_bias is not None and any("--assume full-rows" in fact.text for fact in exact.facts)
     mask = proven(recipe, assume_full_rows=True)
-    assert window(mask) == (2, 0) and mask.attn_bias is None and mask.attn_mask is not None
+    assert mask.window_right == 0 and mask.attn_bias is None and mask.attn_mask is not None
     assumed = outcome(float_padding_beside(-1e4, "where scores"), assume_full_rows=True)
     assert window(assumed.mask) == (-1, 0) and "bias [B, 1, 1, S_kv]" in {fact.text for fact in assumed.mask.facts}
 
@@ -246,15 +245,23 @@ def float_padding_beside(fill: float, form: str) -> onnx.ModelProto:
 
 
 def test_padding_as_a_product_beside_a_causal_mask() -> None:
-    """(1 - mask) * minimum, the mask any integers: exact only as it is, unless padding is assumed to be at the end."""
-    exact = outcome(float_padding_beside(MINIMUM, "where scores"))
-    assert isinstance(exact, AttentionSpec) and window(exact.mask) == (-1, -1) and exact.mask.attn_bias is not None
-    weak = outcome(float_padding_beside(-1e4, "where scores"))
-    assert isinstance(weak, Refusal) and "float mask" in weak.reason
+    """(1 - mask) * minimum: two masks if the mask's integers are 0 and 1; with padding at the end any integers do."""
     for fill in (MINIMUM, -1e4):
-        assumed = outcome(float_padding_beside(fill, "where scores"), assume_right_padding=True)
+        model = float_padding_beside(fill, "where scores")
+        found = outcome(model)
+        assert isinstance(found, AttentionSpec) and window(found.mask) == (-1, 0) and found.mask.empty_rows is not None
+        assert "attention_mask holds zeros and ones (assumed)" in {fact.text for fact in found.mask.facts}
+        assumed = outcome(model, assume_right_padding=True)
         assert isinstance(assumed, AttentionSpec) and window(assumed.mask) == (-1, 0)
         assert "bias [B, 1, 1, S_kv]" in {fact.text for fact in assumed.mask.facts}
+
+
+def test_a_float_mask_of_the_users_stays_as_it_is() -> None:
+    given = Recipe(("j <= i",), form="where scores", bias="input", bias_first=False)
+    exact = proven(given)
+    assert window(exact) == (-1, -1) and exact.attn_bias is not None
+    weak = outcome(grammar.build(dataclasses.replace(given, fill=-1e4)))
+    assert isinstance(weak, Refusal) and "float mask" in weak.reason
 
 
 @pytest.mark.parametrize("cache", (False, True))

@@ -7,6 +7,7 @@ made by mask_emit.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,7 +23,9 @@ from faexport.understand.index_print import to_text
 from faexport.understand.index_tensor import Unknown
 from faexport.understand.mask_alibi import in_words, slopes_of
 from faexport.understand.mask_emit import Emitter
+from faexport.understand.mask_empty_rows import empty_rows, two_masks
 from faexport.understand.mask_terms import (
+    ABSORBS,
     Case,
     NotAMask,
     Site,
@@ -32,6 +35,7 @@ from faexport.understand.mask_terms import (
     rows_see_a_key,
     summands,
     visible,
+    zeros_and_ones,
 )
 from faexport.understand.mask_window import Window, corners, length_of, split
 from faexport.understand.nodes import name_of
@@ -70,7 +74,10 @@ class MaskBuilder:
         soft = any(c.mask is not None and c.mask > -math.inf for c in cases)
         kept = self.options.assume_full_rows or self._first_key_is_kept(cases)
         if soft and not kept and not self._moderate():
-            self._as_they_are()
+            if not self._with_zeros_and_ones():
+                self._as_they_are()
+            return self._finished()
+        if soft and not kept and self._two_masks(cases):
             return self._finished()
         seen, bias = self._decide(cases)
         window = self._visibility(seen, only_window=len(bias) == len(cases) and any(c.mask is not None for c in cases))
@@ -79,8 +86,7 @@ class MaskBuilder:
 
     def _finished(self) -> spec.Mask:
         mask = self.mask
-        values = [mask.query_offset, mask.attn_mask, mask.attn_bias, mask.kv_lengths, mask.alibi_slopes]
-        needed = dict.fromkeys(n for v in values if v is not None for n in self.emitter.nodes.get(v, ()))
+        needed = dict.fromkeys(n for v in mask.values for n in self.emitter.nodes.get(v, ()))
         mask.new_nodes, mask.facts = tuple(needed), tuple(self.facts)
         for value, dtype in ((mask.attn_mask, ir.DataType.BOOL), (mask.attn_bias, self.site.scores.dtype)):
             if value is not None and value.dtype is None:
@@ -107,6 +113,48 @@ class MaskBuilder:
                 if not is_moderate(il.rewrite(e, ones)):
                     return False
         return il.any_of(cond for cond, _ in moved) is il.TRUE
+
+    # ------------------------------------------------------------------------------------------ two masks
+
+    def _with_zeros_and_ones(self) -> bool:
+        """Is it two masks if the integers that the model makes a float mask of are 0 and 1?"""
+        self.site.known = zeros_and_ones(self.site, self.terms)
+        names = sorted({ia.only_atom(cast.args[0]).args[0].name or "?" for cast in self.site.known})
+        try:
+            if names and self._moderate() and self._two_masks(cases_of(self.site, self.terms)):
+                self.fact(f"{', '.join(names)} holds zeros and ones (assumed)")
+                return True
+        except NotAMask:
+            pass
+        self.site.known = {}
+        return False
+
+    def _two_masks(self, cases: list[Case]) -> bool:
+        """Writes down a window and a padding mask, one after the other, if the cases are that."""
+        found = two_masks(self.site, cases)
+        if found is None:
+            return False
+        mask, dtype = self.mask, self.site.scores.dtype
+        bias = il.choose(found.padding, il.floating(0.0, dtype), il.floating(found.fill, dtype))
+        try:
+            padding, added = self._value(found.padding), self._value(bias)
+            rows = empty_rows(self.emitter, self.site, found, padding)
+        except Unknown:
+            return False
+        if not self._position(found.window):
+            return False
+        mask.empty_rows, mask.window_left, mask.window_right = rows, found.window.left, found.window.right
+        self.fact(self._window_text(found.window), *found.window.parts)
+        if found.window_too:  # the operator then gives the mean over the window, where all of it is padding
+            mask.attn_bias = added
+            self.fact(f"{self._kind(found.padding)} mask {self._axes(bias)}, as a bias", found.padding)
+        else:
+            mask.attn_mask, mask.empty_row = padding, spec.EmptyRow.MEAN
+            self.fact(f"{self._kind(found.padding)} mask {self._axes(found.padding)}", found.padding)
+        self.fact(f"a row that sees no key gives {found.mean_in_words}, written behind the operator")
+        return True
+
+    # ------------------------------------------------------------------------------------- float masks of any values
 
     def _as_they_are(self) -> None:
         """The sum of all terms as a bias. A score replaced by a number that absorbs any score had that number added."""
@@ -185,13 +233,27 @@ class MaskBuilder:
             self.mask.empty_row = spec.EmptyRow.MEAN
             self._note_mean(soft[0])
             return seen, kept
+        deepest = self._deepest(soft, cases)
+        if deepest:
+            hidden = [dataclasses.replace(c, mask=-math.inf, bias=()) if c in deepest else c for c in cases]
+            return self._decide(hidden)
         if any(c.replaced and not c.exact for c in soft) or any(c.replaced and c.mask > -1e30 for c in soft):
             raise NotAMask("its mask gives rows without a visible key a softmax of other numbers")
         self.fact(
             f"rows that may see no key would give another softmax without the {soft[0].mask:g} added: it stays a bias "
             "(--assume full-rows rules them out)"
         )
-        return il.negate(il.any_of(c.cond for c in hard)), cases
+        written = il.negate(il.any_of(c.cond for c in hard)), il.any_of(c.cond for c in cases if c not in hard)
+        return max(written, key=lambda left: len(split(self.site, left)[0].parts)), cases
+
+    def _deepest(self, soft: list[Case], cases: list[Case]) -> list[Case]:
+        """Masks that weigh nothing beside another one, if each row has a key that they don't hide."""
+        deepest = [c for c in soft if c.mask <= ABSORBS[ir.DataType.FLOAT]]
+        others = [c for c in soft if c not in deepest]
+        if not others or min(c.mask for c in others) < -1e8:
+            return []
+        left = il.any_of(c.cond for c in cases if c.mask is None or c in others)
+        return deepest if rows_see_a_key(self.site, left) else []
 
     def _note_empty_rows(self) -> None:
         zeroed = (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW)

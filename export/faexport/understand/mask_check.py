@@ -84,8 +84,7 @@ class _Trial:
     def __init__(self, ctx: Interpreter, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, full_rows: bool):
         self.full_rows = full_rows  # rows without a visible key aren't judged
         self.ctx, self.site, self.terms, self.mask = ctx, site, terms, mask
-        given = [mask.query_offset, mask.attn_mask, mask.attn_bias, mask.kv_lengths, mask.alibi_slopes]
-        self.outputs = list(dict.fromkeys([*site.roots, *(v for v in given if v is not None)]))
+        self.outputs = list(dict.fromkeys([*site.roots, *mask.values]))
         self.leaves: dict[ir.Value, bool] = {}  # what is fed: True where only its shape matters
         self.nodes: list[ir.Node] = []
         self._collect()

@@ -133,7 +133,19 @@ def proven(mask: spec.Mask, arrays: Arrays, scores: np.ndarray, sinks: np.ndarra
         p = np.nan_to_num(_softmax(s, sinks))
     if mask.empty_row is spec.EmptyRow.MEAN and sinks is None:
         p = np.where(seen.any(axis=-1, keepdims=True), p, 1 / columns)
-    return p
+    return p if mask.empty_rows is None else _mended(p, mask.empty_rows, arrays)
+
+
+def _mended(p: np.ndarray, empty: spec.EmptyRows, arrays: Arrays) -> np.ndarray:
+    """What the nodes behind the operator make of its probabilities in rows without a visible key."""
+    sums = np.zeros_like(p)
+    if empty.keys is not None:
+        sums = sums + arrays[empty.keys]
+    if empty.row_keys is not None:
+        picked = np.arange(p.shape[-1]) == arrays[empty.row_keys][:, None]
+        sums = sums + np.cumsum(picked & arrays[empty.row_kept], axis=-2)
+    mended = arrays[empty.output_weight] * p + arrays[empty.value_weight] * sums
+    return np.where(arrays[empty.rows], mended, p)
 
 
 def _offset(mask: spec.Mask, arrays: Arrays, rows: int, columns: int) -> np.ndarray:

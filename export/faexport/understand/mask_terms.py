@@ -51,6 +51,7 @@ class Site:
     def __init__(self, ctx: Interpreter, terms: list[spec.MaskTerm], scores: spec.ScoreShape):
         self.ctx, self.scores = ctx, scores
         self.tensors: dict[ir.Value, Tensor] = {}
+        self.known: dict[Expr, Expr] = {}  # what is assumed of parts of its elements
         self.roots = [v for t in terms for v in (t.value, t.fill) if v is not None]
         sizes = self._score_sizes()
         for term in terms:
@@ -108,7 +109,8 @@ class Site:
 
     def element(self, term: spec.MaskTerm, value: ir.Value) -> Expr:
         """The element of a term's value (or fill) that meets score (b, h, i, j)."""
-        return self.tensors[value].at(self.place(term, value))
+        found = self.tensors[value].at(self.place(term, value))
+        return il.rewrite(found, self.known) if self.known else found
 
     def place(self, term: spec.MaskTerm, value: ir.Value) -> tuple[Expr, ...]:
         """The index into a term's value (or fill) that score (b, h, i, j) meets."""
@@ -172,6 +174,19 @@ def summands(e: Expr) -> list[Expr]:
 def is_fill(e: Expr, factor: float) -> bool:
     value = il.float_value(e)
     return value is not None and not value * factor > MASKING
+
+
+def zeros_and_ones(site: Site, terms: list[spec.MaskTerm]) -> dict[Expr, Expr]:
+    """The integers of graph inputs that float masks are made of, as choices between 0 and 1."""
+    found = {}
+    for term in terms:
+        if term.kind is spec.TermKind.ADD:
+            for cast in ia.atoms(site.element(term, term.value), "cast"):
+                number, dtype = cast.args
+                atom = ia.only_atom(number) if number.kind == "int" else None
+                if atom is not None and atom.op == "load" and atom.args[0].is_graph_input():
+                    found[cast] = il.choose(il.eq0(number), il.floating(0.0, dtype), il.floating(1.0, dtype))
+    return found
 
 
 def cases_of(site: Site, terms: list[spec.MaskTerm]) -> list[Case]:

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes behind the fused node what rows without a visible key give, where the operator has no word for it
+(spec.EmptyRows). Called by pipeline.py.
+
+Sums of values are products with a row of 0 and 1, and running sums: nothing of S_q x S_kv is made. They are taken in
+float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.spec import AttentionSpec, EmptyRows, Layout, Refusal
+from faexport.understand.mask_emit import Emitter
+from faexport.understand.surgery import Builder
+
+_FLOAT = ir.DataType.FLOAT
+
+
+def with_empty_rows(
+    spec: AttentionSpec, dtype: ir.DataType | None, shared: Emitter, opset: int
+) -> AttentionSpec | Refusal:
+    """The spec with the nodes that spec.mask.empty_rows asks for.
+
+    Args:
+        dtype: of query, key and value, and so of the output.
+        shared: makes what layers have in common; its nodes are added to those of the mask.
+    """
+    if spec.mask.empty_rows is None:
+        return spec
+    rows = _Rows(spec, dtype or _FLOAT, shared, Builder(opset))
+    result = rows.result()
+    if result is None:
+        node = spec.replaces.name if spec.replaces is not None else ""
+        return Refusal("its number of heads isn't known, and rows that see no key give sums of each head's", node or "")
+    if spec.output_entry is not None:
+        spec.output_entry.replace_all_uses_with(result)
+    needed = dict.fromkeys([*spec.mask.new_nodes, *rows.shared_nodes])
+    return dataclasses.replace(
+        spec,
+        mask=dataclasses.replace(spec.mask, new_nodes=tuple(needed)),
+        output_nodes=(*rows.build.nodes, *spec.output_nodes),
+        output_entry=rows.entry,
+    )
+
+
+class _Rows:
+    """The nodes behind one fused node."""
+
+    def __init__(self, spec: AttentionSpec, dtype: ir.DataType, shared: Emitter, build: Builder):
+        self.spec, self.dtype, self.shared, self.build = spec, dtype, shared, build
+        self.empty: EmptyRows = spec.mask.empty_rows
+        self.entry = ir.Value(type=ir.TensorType(dtype))  # the fused node's output
+        self.shared_nodes: list[ir.Node] = []
+
+    def result(self) -> ir.Value | None:
+        """None where the number of heads has to be known, and isn't."""
+        build, layout = self.build, self.spec.output_layout
+        sums = self._in_output_layout()
+        if sums is None:
+            return None
+        output = self._cast(self.entry, _FLOAT)
+        own = build.add("Mul", [output, self._placed(self.empty.output_weight, layout)], _FLOAT)
+        others = build.add("Mul", [sums, self._placed(self.empty.value_weight, layout)], _FLOAT)
+        mean = self._cast(build.add("Add", [own, others], _FLOAT), self.dtype)
+        return build.add("Where", [self._placed(self.empty.rows, layout), mean, self.entry], self.dtype)
+
+    def _placed(self, value: ir.Value, layout: Layout) -> ir.Value:
+        """[B, 1, S, 1] so that it broadcasts against a tensor of this layout."""
+        shared = self.shared
+        if layout is Layout.BSH:
+            value = shared.node("Squeeze", [value, shared.constant([1])])
+        elif layout is Layout.BSHD:
+            value = shared.node("Transpose", [value], {"perm": [0, 2, 1, 3]})
+        self.shared_nodes += shared.nodes.get(value, ())
+        return value
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return value if self.dtype is _FLOAT else self.build.add("Cast", [value], dtype, to=int(dtype))
+
+    def _in_output_layout(self) -> ir.Value | None:
+        """The sums, float32, of each query head."""
+        build, query, value = self.build, self.spec.query, self.spec.value
+        wanted, values, layout = self.spec.output_layout, value.value, value.layout
+        grouped = query.heads is None or query.heads != value.heads
+        if None in (query.heads, value.heads) and (grouped or layout is not wanted):
+            return None
+        if layout is Layout.BSHD:
+            values, layout = build.reshape(values, [0, 0, -1]), Layout.BSH
+        sums = self._summed(self._cast(values, _FLOAT), layout)
+        if layout is Layout.BHSD:
+            if grouped:
+                heads = [h // (query.heads // value.heads) for h in range(query.heads)]
+                sums = build.add("Gather", [sums, build.ints(heads)], _FLOAT, axis=1)
+            if wanted is Layout.BHSD:
+                return sums
+            sums = build.transpose(sums, [0, 2, 1, 3])
+            return build.reshape(sums, [0, 0, -1]) if wanted is Layout.BSH else sums
+        if grouped or value.column_start is not None:
+            if value.head_dim is None:
+                return None
+            sums = build.add("Gather", [sums, build.ints(self._columns())], _FLOAT, axis=2)
+        if wanted is Layout.BSH:
+            return sums
+        sums = build.reshape(sums, [0, 0, query.heads, -1])
+        return build.transpose(sums, [0, 2, 1, 3]) if wanted is Layout.BHSD else sums
+
+    def _columns(self) -> list[int]:
+        """Where each query head's values are in [B, S_kv, columns]."""
+        query, value = self.spec.query, self.spec.value
+        group, stride = query.heads // value.heads, value.column_stride or value.head_dim
+        starts = [(value.column_start or 0) + h // group * stride for h in range(query.heads)]
+        return [start + d for start in starts for d in range(value.head_dim)]
+
+    def _summed(self, values: ir.Value, layout: Layout) -> ir.Value:
+        """[…, S_q, …], or size 1 there if all rows have the same."""
+        build, empty, axis = self.build, self.empty, layout.index("S")
+        parts = []
+        if empty.keys is not None:
+            parts.append(build.add("MatMul", [self._placed(empty.keys, layout), values], _FLOAT))
+        if empty.row_keys is not None:
+            own = build.add("Gather", [values, empty.row_keys], _FLOAT, axis=axis)
+            zero = self._constant(np.zeros(1, np.float32))
+            kept = build.add("Where", [self._placed(empty.row_kept, layout), own, zero], _FLOAT)
+            parts.append(build.add("CumSum", [kept, self._constant(np.asarray(axis, np.int64))], _FLOAT))
+        return parts[0] if len(parts) == 1 else build.add("Add", parts, _FLOAT)
+
+    def _constant(self, array: np.ndarray) -> ir.Value:
+        value = self.shared.constant(array)
+        self.shared_nodes += self.shared.nodes[value]
+        return value

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two finite masks, one after the other: what a row without a visible key gives, without a tensor of S_q x S_kv.
+
+Called by mask_builder.py where a window (a condition on i and j) hides keys by one number and padding (a condition on b
+and j) by another. In a row without a visible key all keys of its window are padding, so which keys share its softmax
+is known from i and the padding alone: sums over them are running sums. empty_rows.py writes what depends on the values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport import spec
+from faexport.understand import index_algebra as ia
+from faexport.understand import index_logic as il
+from faexport.understand.index_algebra import Expr
+from faexport.understand.index_tensor import Unknown
+from faexport.understand.mask_emit import Emitter
+from faexport.understand.mask_terms import ABSORBS, MASKING, Case, Site, rows_see_a_key, visible
+from faexport.understand.mask_window import Window, conjuncts, split
+
+_WIDE = (ir.DataType.FLOAT, ir.DataType.BFLOAT16)  # in float16 such sums depend on the runtime (docs/masks.md)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoMasks:
+    """A key is visible where it is in the row's window and `padding` (the element of a mask) holds.
+
+    A row without a visible key gives the mean of the values at the keys where `padding` holds, none after the last one
+    of its window if `up_to_window`; with `window_too` the keys of its window take part. Without `window_too` it gives
+    the mean of all values where `padding` holds nowhere."""
+
+    window: Window
+    padding: Expr
+    window_too: bool
+    up_to_window: bool
+    fill: float  # what hides a key, highest of all where there are several
+
+    @property
+    def mean_in_words(self) -> str:
+        if not self.window_too:
+            return "the mean of all values that aren't padding"
+        others = "before its window" if self.up_to_window else "outside of its window"
+        return f"the mean of the values in its window and of those {others} that aren't padding"
+
+
+def two_masks(site: Site, cases: Sequence[Case]) -> TwoMasks | None:
+    """What the cases are of that kind, if they are."""
+    soft = [c for c in cases if c.mask is not None and c.mask > -math.inf]
+    if site.scores.sinks or site.scores.dtype not in _WIDE or any(c.bias for c in cases):
+        return None
+    if not soft or not all(c.exact for c in soft):
+        return None
+    seen = visible(cases)
+    if rows_see_a_key(site, seen):
+        return None
+    window, rest = split(site, seen)
+    if not window.parts or len(rest) != 1 or ia.variables(rest[0]) not in ({"b", "j"}, {"j"}):
+        return None
+    if "b" in ia.variables(window.offset) or ia.atoms(window.offset, "load"):
+        return None
+    inside, padding = il.all_of(window.parts), rest[0]
+    highest = max(c.mask for c in soft)
+    top = il.any_of(c.cond for c in soft if c.mask == highest)
+    lower = [c for c in soft if c.mask != highest]
+    if any(c.mask > highest + MASKING for c in lower):
+        return None
+    if _where(top, padding, False) is inside:
+        if highest > ABSORBS[site.scores.dtype] or (lower and not rows_see_a_key(site, inside)):
+            return None
+        up_to_window = _up_to_window(_where(top, padding, True), window, inside)
+        return None if up_to_window is None else TwoMasks(window, padding, True, up_to_window, highest)
+    all_others = _where(top, padding, True) is il.negate(inside) and _where(top, padding, False) is il.FALSE
+    one_number = len({c.mask for c in lower}) == 1
+    if all_others and one_number and _where(il.any_of(c.cond for c in lower), padding, False) is il.TRUE:
+        return TwoMasks(window, padding, False, False, highest)
+    return None
+
+
+def _where(cond: Expr, padding: Expr, holds: bool) -> Expr:
+    """`cond` where `padding` holds, or doesn't."""
+    yes, no = (il.TRUE, il.FALSE) if holds else (il.FALSE, il.TRUE)
+    return il.rewrite(cond, {padding: yes, il.negate(padding): no})
+
+
+def _up_to_window(others: Expr, window: Window, inside: Expr) -> bool | None:
+    """Are `others`, keys out of the window, all those before it (True), or just all (False)?"""
+    if others is il.negate(inside):
+        return False
+    before = [part for part in conjuncts(inside) if others is il.negate(part)]
+    right = [part for part in conjuncts(inside) if part not in before]
+    if len(before) == 1 and len(right) == 1 and window.right >= 0 and il.implies(others, right[0]):
+        return True
+    return None
+
+
+def empty_rows(emitter: Emitter, site: Site, found: TwoMasks, padding: ir.Value) -> spec.EmptyRows:
+    """What the operator's output becomes in rows without a visible key; sites with the same masks share the nodes.
+    `padding` is the bool value [B, 1, 1, S_kv] that is true where the padding's condition holds.
+
+    Raises Unknown where the ends of a window aren't proven to be keys."""
+    return _Nodes(emitter, site, found).emit(padding)
+
+
+class _Nodes:
+    def __init__(self, emitter: Emitter, site: Site, found: TwoMasks):
+        self.emitter, self.site, self.found = emitter, site, found
+
+    def emit(self, padding: ir.Value) -> spec.EmptyRows:
+        node, constant = self.emitter.node, self.emitter.constant
+        zero, one = (constant(np.full((1, 1, 1, 1), k, np.int64)) for k in (0, 1))
+        first, last, end = self._ends()
+        each = node("Cast", [padding], {"to": int(ir.DataType.INT64)})
+        counts = node("CumSum", [each, constant(np.asarray(3, np.int64))])
+        everywhere = node("ReduceSum", [each, constant([3])], {"keepdims": 1})
+        until_last = everywhere if last is None else self._at(counts, last)
+        seen = until_last
+        if first is not None:
+            seen = node("Sub", [until_last, self._at(node("Sub", [counts, each]), first)])
+        others = until_last if self.found.up_to_window else everywhere
+        if self.found.window_too:
+            size = ia.add(end if last is None else last, ia.ONE, ia.neg(first or ia.ZERO))
+            own = self.emitter.emit(self.site, size)
+            total = self._as_float(node("Max", [node("Add", [own, others]), one]))
+            output_weight = node("Div", [self._as_float(own), total])
+        else:
+            total = self._as_float(node("Max", [others, one]))
+            output_weight = self._as_float(node("Equal", [others, zero]))
+        rows, value_weight = node("Equal", [seen, zero], hint="empty_rows"), node("Reciprocal", [total])
+        if not self.found.up_to_window:
+            return spec.EmptyRows(rows, output_weight, value_weight, self._as_float(padding))
+        before = il.ge0(ia.sub(ia.sub(self._of_first_row(last), self.site.j), ia.ONE))
+        keys = None  # in front of the first row's last key
+        if before is not il.FALSE:
+            keys = self._as_float(node("And", [padding, self.emitter.emit(self.site, before)]))
+        return spec.EmptyRows(rows, output_weight, value_weight, keys, self._line(last), self._at(padding, last))
+
+    def _ends(self) -> tuple[Expr | None, Expr | None, Expr]:
+        """The first and the last key of row i's window, None where it is open on that side; the last key of all."""
+        window, position = self.found.window, ia.add(self.site.i, self.found.window.offset)
+        low = ia.sub(position, ia.const(window.left)) if window.left >= 0 else None
+        high = ia.add(position, ia.const(window.right)) if window.right >= 0 else None
+        ends = [ia.sub(size, ia.ONE) for size in self.site.sizes["T"]]
+        if not any(ia.is_nonnegative(end) or ia.is_nonnegative(ia.sub(end, self.site.i)) for end in ends):
+            raise Unknown  # there may be rows and no key
+        for end in ends:
+            starts = low is None or ia.is_nonnegative(ia.sub(end, low))
+            stops = high is None or ia.is_nonnegative(high)
+            if self.found.up_to_window:  # then each row has one key more than the row before it
+                stops = stops and ia.is_nonnegative(ia.sub(end, high))
+            if starts and stops:
+                first = None if low is None else ia.maximum(low, ia.ZERO)
+                return first, None if high is None else ia.minimum(high, end), end
+        raise Unknown
+
+    def _at(self, keys: ir.Value, key: Expr) -> ir.Value:
+        """[B, 1, S_q, 1]: what [B, 1, 1, S_kv] holds at a key for each row."""
+        picked = self.emitter.node("Gather", [keys, self._line(key)], {"axis": 3})
+        return self.emitter.node("Transpose", [picked], {"perm": [0, 1, 3, 2]})
+
+    def _of_first_row(self, key: Expr) -> Expr:
+        row = ia.only_atom(self.site.i)
+        return key if row is None else il.rewrite(key, {row: ia.ZERO})
+
+    def _line(self, key: Expr) -> ir.Value:
+        return self.emitter.node("Reshape", [self.emitter.emit(self.site, key), self.emitter.constant([-1])])
+
+    def _as_float(self, value: ir.Value) -> ir.Value:
+        return self.emitter.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two finite masks, one after the other: rows without a visible key, exact and without a tensor of S_q x S_kv."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from faexport import ort_session, pipeline
+from faexport.spec import AttentionSpec, Refusal
+from faexport.understand import mask_empty_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from tests.export import mask_grammar as grammar
+from tests.export.mask_grammar import HEAD_DIM, HEADS, MINIMUM, Recipe
+from tests.export.test_random_graphs import run, worst
+
+TOLERANCE = 2e-6  # of the largest magnitude, float32
+LOCAL = Recipe(("band buffer", "causal padding"), apart=True, window=2, first_form="where scores")  # GPT-Neo
+PRODUCT = Recipe(("j <= i",), form="where scores", bias="padding", bias_first=False)  # GPT-2 before transformers 4.48
+RECIPES = {
+    "window, then causal padding": LOCAL,
+    "with a cache": dataclasses.replace(LOCAL, cache=True),
+    "heads that share values": dataclasses.replace(LOCAL, cache=True, kv_heads=1),
+    "packed": dataclasses.replace(LOCAL, structure="packed split"),
+    "packed, heads that share values": dataclasses.replace(LOCAL, structure="packed slice", kv_heads=1),
+    "heads in the batch": dataclasses.replace(LOCAL, structure="bmm"),
+    "two layers": dataclasses.replace(LOCAL, layers=2),
+    "window, then padding": Recipe(("band buffer", "unsqueeze"), apart=True, window=2),
+    "scaled after the masks": Recipe(("j <= i", "unsqueeze"), apart=True, scale_after_mask=True),
+    "window on both sides": Recipe(("abs(i - j) <= w", "unsqueeze"), apart=True, window=2),
+    "open on the right": Recipe(("j > i - w", "unsqueeze"), apart=True, window=2, cache=True),
+    "open on the left": Recipe(("j <= i + w", "unsqueeze"), apart=True, window=2, cache=True),
+    "a product": PRODUCT,
+    "a product, window, cache": dataclasses.replace(PRODUCT, parts=("band buffer",), window=2, cache=True),
+    "a weak fill, then a product": dataclasses.replace(PRODUCT, fill=-1e4, structure="packed split"),  # GPT-1
+}
+
+
+def fused(model: onnx.ModelProto, **options: object) -> tuple[onnx.ModelProto, list[AttentionSpec]]:
+    changed, report = pipeline.run(ir.from_proto(model), pipeline.Options(**options))
+    assert all(site.fused for site in report.sites), [site.refusal for site in report.sites]
+    return ir.to_proto(changed), report.sites
+
+
+def paddings(shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Masks [B, T] that leave rows without a visible key, and one that doesn't."""
+    batch, keys = shape
+    place = np.arange(keys)
+    random = np.random.default_rng(7)
+    return {
+        "left": np.broadcast_to(place >= keys // 2, shape),
+        "right": np.broadcast_to(place < keys // 3, shape),
+        "holes": random.random(shape) < 0.3,
+        "one sequence": np.arange(batch)[:, None] * np.ones(keys) > 0,
+        "all": np.zeros(shape, bool),
+        "none": np.ones(shape, bool),
+    }
+
+
+def feeds_of(model: onnx.ModelProto, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    shapes = {
+        i.name: [d.dim_value or sizes[d.dim_param] for d in i.type.tensor_type.shape.dim] for i in model.graph.input
+    }
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def difference(model: onnx.ModelProto, changed: onnx.ModelProto, sizes: dict[str, int], pattern: str) -> float:
+    feeds = feeds_of(model, sizes)
+    feeds["attention_mask"] = paddings(feeds["attention_mask"].shape)[pattern].astype(np.int64)
+    return worst(run(model, feeds, False), run(changed, feeds, ort_session.has_library()))
+
+
+def sizes_of(recipe: Recipe, sequence: int = 11, past: int = 6) -> dict[str, int]:
+    past = past if recipe.cache else 0
+    return {"batch": 3, "sequence": sequence, "past_sequence": past, "total": sequence + past}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_row_is_the_originals(name: str) -> None:
+    recipe = RECIPES[name]
+    model = grammar.build(recipe)
+    changed, _ = fused(model)
+    for pattern in paddings((1, 1)):
+        for sequence in (11, 1) if recipe.cache else (11,):
+            found = difference(model, changed, sizes_of(recipe, sequence), pattern)
+            assert found <= TOLERANCE, (pattern, sequence)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nothing_of_rows_times_keys_is_left(name: str) -> None:
+    recipe = RECIPES[name]
+    model = grammar.build(recipe)
+    changed, _ = fused(model)
+    sizes = sizes_of(recipe, sequence=13)  # no other axis has this size
+    inner = [name for node in changed.graph.node for name in node.output]
+    del changed.graph.output[:]
+    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
+    feeds = feeds_of(model, sizes)
+    feeds["attention_mask"] = np.ones(feeds["attention_mask"].shape, np.int64)
+    shapes = [array.shape for array in run(changed, feeds, ort_session.has_library())]
+    keys = 13 + sizes["past_sequence"]
+    assert shapes and not [shape for shape in shapes if shape.count(13) + shape.count(keys) * (keys != 13) >= 2]
+
+
+def rearranged(recipe: Recipe, layout: str, output: str) -> onnx.ModelProto:
+    """The recipe's graph with q, k, v as [B, S, H * D] or [B, S, H, D], and the output likewise."""
+    model = grammar.build(recipe)
+    graph = model.graph
+    constants = {"split": [0, 0, HEADS, HEAD_DIM], "merge": [0, 0, HEADS * HEAD_DIM]}
+    graph.initializer.extend(helper.make_tensor(name, TensorProto.INT64, [len(v)], v) for name, v in constants.items())
+    front = []
+    for info in graph.input:
+        if info.name in ("q", "k", "v") and layout != "BHSD":
+            name, source = info.name, f"{info.name}_given"
+            shape = (
+                ["batch", "sequence", HEADS * HEAD_DIM] if layout == "BSH" else ["batch", "sequence", HEADS, HEAD_DIM]
+            )
+            info.CopyFrom(helper.make_tensor_value_info(source, TensorProto.FLOAT, shape))
+            if layout == "BSH":
+                front.append(helper.make_node("Reshape", [source, "split"], [f"{name}_split"], name=f"split_{name}"))
+                source = f"{name}_split"
+            front.append(helper.make_node("Transpose", [source], [name], name=f"order_{name}", perm=[0, 2, 1, 3]))
+    nodes = [*front, *graph.node]
+    if output != "BHSD":
+        result = graph.output[0].name
+        nodes.append(helper.make_node("Transpose", [result], ["ordered"], name="order", perm=[0, 2, 1, 3]))
+        if output == "BSH":
+            nodes.append(helper.make_node("Reshape", ["ordered", "merge"], ["merged"], name="merge_heads"))
+        name = "merged" if output == "BSH" else "ordered"
+        graph.output[0].CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
+
+
+@pytest.mark.parametrize("output", ("BHSD", "BSHD", "BSH"))
+@pytest.mark.parametrize("layout", ("BHSD", "BSHD", "BSH"))
+@pytest.mark.parametrize("recipe", (LOCAL, PRODUCT), ids=("running sums", "one sum"))
+def test_layouts(recipe: Recipe, layout: str, output: str) -> None:
+    model = rearranged(recipe, layout, output)
+    changed, _ = fused(model)
+    for pattern in ("left", "holes"):
+        assert difference(model, changed, sizes_of(recipe), pattern) <= TOLERANCE
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(RECIPES)))
+def test_any_padding(data: st.DataObject, name: str) -> None:
+    recipe = RECIPES[name]
+    model = grammar.build(recipe)
+    changed, _ = fused(model)
+    sizes = sizes_of(recipe, data.draw(st.integers(1, 14)), data.draw(st.integers(0, 9)))
+    feeds = feeds_of(model, sizes, data.draw(st.integers(0, 99)))
+    bits = st.lists(st.integers(0, 1), min_size=sizes["total"], max_size=sizes["total"])
+    feeds["attention_mask"] = np.asarray([data.draw(bits) for _ in range(sizes["batch"])], np.int64)
+    assert worst(run(model, feeds, False), run(changed, feeds, ort_session.has_library())) <= TOLERANCE
+
+
+@pytest.mark.parametrize("recipe", (LOCAL, PRODUCT), ids=("running sums", "one sum"))
+def test_long_sums_stay_exact(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2048 values of mean 1 against float64: far from the 1e-4 that a comparison of models allows."""
+    monkeypatch.setattr(grammar, "MAX_LENGTH", 2048)
+    model = grammar.build(recipe)
+    changed, _ = fused(model)
+    feeds = feeds_of(model, {"batch": 1, "sequence": 2048})
+    feeds["v"] += 1
+    visible = np.arange(2048) < 500 if recipe is LOCAL else np.arange(2048) >= 1500
+    feeds["attention_mask"] = visible[None].astype(np.int64)
+    values, row = feeds["v"].astype(np.float64), np.arange(2048)[:, None]
+    first = row - 2 if recipe is LOCAL else 0
+    counts = (visible & (np.arange(2048) <= row)) if recipe is LOCAL else visible
+    weights = (counts | ((np.arange(2048) >= first) & (np.arange(2048) <= row))).astype(np.float64)
+    want = weights @ values / weights.sum(axis=1, keepdims=True)
+    empty = slice(503, None) if recipe is LOCAL else slice(0, 1500)
+    got = run(changed, feeds, ort_session.has_library())[0]
+    assert np.abs(got - want)[:, :, empty].max() <= 2e-6 * np.abs(want).max()
+
+
+def test_layers_share_what_is_the_same() -> None:
+    changed, _ = fused(grammar.build(dataclasses.replace(LOCAL, layers=3, cache=True)))
+    kinds = [node.op_type for node in changed.graph.node]
+    assert kinds.count("FlashAttention") == 3
+    assert kinds.count("CumSum") == 1 + 3  # of the mask, and of each layer's values
+    assert kinds.count("Reciprocal") == 1 and kinds.count("Div") == 1
+
+
+def test_a_second_run_changes_nothing() -> None:
+    changed, _ = fused(grammar.build(LOCAL))
+    again, report = pipeline.run(ir.from_proto(changed), pipeline.Options())
+    assert not report.sites and ir.to_proto(again).SerializeToString() == changed.SerializeToString()
+
+
+def test_a_core_in_half_precision_keeps_its_sums_in_float32() -> None:
+    model = grammar.build(LOCAL)
+    changed, _ = fused(model, dtype=ir.DataType.FLOAT16)
+    made = {name: node for node in changed.graph.node for name in node.output}
+    sums = next(node for node in made.values() if node.op_type == "CumSum" and "FlashAttention" in node.name)
+    assert made[made[sums.input[0]].input[1]].op_type == "Gather" and "v" in made[made[sums.input[0]].input[1]].input
+    assert difference(model, changed, sizes_of(LOCAL), "holes") <= 2e-3
+
+
+def test_fills_of_different_depth_need_no_sums() -> None:
+    """GPT-Neo in float16: its scores are float32, its padding adds float16's minimum. Each row has a key in its window,
+    beside which the window's own fill weighs nothing."""
+    recipe = dataclasses.replace(LOCAL, first_fill=MINIMUM, fill=-65504.0)
+    model = grammar.build(recipe)
+    mask = pipeline.examine(ir.from_proto(model))[0].outcome.mask
+    assert (mask.window_left, mask.window_right) == (2, 0) and mask.empty_rows is None
+    assert "bias [B, 1, 1, S_kv]" in {fact.text for fact in mask.facts}
+    changed, _ = fused(model)
+    for pattern in paddings((1, 1)):
+        assert difference(model, changed, sizes_of(recipe), pattern) <= 1e-5, pattern
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        dataclasses.replace(LOCAL, fill=-1e9, first_fill=-1e4),  # neither number swallows scores or is far below
+        dataclasses.replace(LOCAL, sinks=True),
+        Recipe(("j <= i - 1", "unsqueeze"), apart=True),  # row 0 has no key in its window
+        dataclasses.replace(LOCAL, bias="alibi j"),
+    ],
+    ids=("weak", "sinks", "empty window", "slopes"),
+)
+def test_what_is_not_two_masks(recipe: Recipe) -> None:
+    found = pipeline.examine(ir.from_proto(grammar.build(recipe)))[0].outcome
+    assert isinstance(found, Refusal) or found.mask.empty_rows is None
+
+
+def test_a_wrong_proof_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check runs the new nodes, too: other keys than those of the model do not pass."""
+    original = mask_empty_rows.two_masks
+
+    def other_keys(site, cases):
+        found = original(site, cases)
+        return found and dataclasses.replace(found, up_to_window=not found.up_to_window)
+
+    monkeypatch.setattr("faexport.understand.mask_builder.two_masks", other_keys)
+    found = pipeline.examine(ir.from_proto(grammar.build(LOCAL)))[0].outcome
+    assert isinstance(found, Refusal) and "please report" in found.reason
