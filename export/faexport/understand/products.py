@@ -17,7 +17,8 @@ from faexport.understand.nodes import attribute, op, operand
 if TYPE_CHECKING:
     from faexport.understand.shapes import Analysis
 
-PRODUCT_OPS = ("MatMul", "Einsum", "Gemm", "com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
+FUSED = ("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
+PRODUCT_OPS = ("MatMul", "Einsum", "Gemm", *FUSED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,33 +66,46 @@ def with_row(product: Product, label: str) -> Product:
 def product_of(node: ir.Node, a: Analysis) -> Product | None:
     """`node` as a product, or None where it is none or its ranks are unknown."""
     name = op(node)
-    if name == "MatMul":
-        return _matmul(node, a, False, False, 1.0)
-    if name in ("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul"):
-        if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
-            return None
-        flags = (bool(attribute(node, n, 0)) for n in ("transA", "transB"))
-        return _matmul(node, a, *flags, attribute(node, "alpha", 1.0))
+    if name == "MatMul" or name in FUSED:
+        return _matmul(node, a, attribute(node, "alpha", 1.0))
     if name == "Gemm":
         bias = operand(node, 2)
         if bias is not None and attribute(node, "beta", 1.0) != 0.0 and a.scalar(bias) != 0.0:
             return None
-        flags = (bool(attribute(node, n, 0)) for n in ("transA", "transB"))
-        return _matmul(node, a, *flags, attribute(node, "alpha", 1.0))
+        return _matmul(node, a, attribute(node, "alpha", 1.0))
     return _einsum(node, a) if name == "Einsum" else None
 
 
-def _matmul(node: ir.Node, a: Analysis, trans_left: bool, trans_right: bool, scale: float) -> Product | None:
+def _matmul(node: ir.Node, a: Analysis, scale: float) -> Product | None:
     left, right = node.inputs[0], node.inputs[1]
     ranks = a.rank(left), a.rank(right)
     if None in ranks or min(ranks) < 2:
         return None
     leads = tuple(f"lead{i}" for i in range(max(ranks) - 2))
-    rows = ("sum", "row") if trans_left else ("row", "sum")
-    columns = ("column", "sum") if trans_right else ("sum", "column")
-    x = Factor(left, leads[len(leads) - ranks[0] + 2 :] + rows)
-    y = Factor(right, leads[len(leads) - ranks[1] + 2 :] + columns)
+    x, y = (
+        Factor(value, _stored(node, side, (*leads[len(leads) - rank + 2 :], *last)))
+        for value, side, rank, last in (
+            (left, "A", ranks[0], ("row", "sum")),
+            (right, "B", ranks[1], ("sum", "column")),
+        )
+    )
     return Product(node, x, y, (*leads, "row", "column"), scale)
+
+
+def _stored(node: ir.Node, side: str, labels: tuple[str, ...]) -> tuple[str, ...]:
+    order = multiplied_order(node, side, len(labels))
+    return tuple(labels[order.index(i)] for i in range(len(labels)))
+
+
+def multiplied_order(node: ir.Node, side: str, rank: int) -> list[int]:
+    """The axes of operand A or B in the order in which they are multiplied: FusedMatMul's transBatchA takes the first
+    behind the batch, then transA swaps the last two."""
+    order = list(range(rank))
+    if attribute(node, f"transBatch{side}", 0):
+        order = [*order[1:-1], 0, rank - 1]
+    if attribute(node, f"trans{side}", 0):
+        order[-2:] = order[:-3:-1]
+    return order
 
 
 def _einsum(node: ir.Node, a: Analysis) -> Product | None:

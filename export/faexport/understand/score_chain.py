@@ -115,7 +115,7 @@ def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
         and len(node.inputs) == 2
         and resolve_axis(attribute(node, "axis"), a.rank(node.outputs[0]) or 0) == axis
     ):
-        return [Step(node, "sink", 0)]
+        return [Step(node, "sink", 0), Step(node, "sink", 1)]
     return []
 
 
@@ -175,6 +175,7 @@ class Scores:
     terms: list[MaskTerm]
     sink: ir.Value | None
     sink_axes: tuple[str, ...]  # letters of the axes that the sink column was concatenated along
+    sink_first: bool  # is the column in front of the scores, not behind?
     nodes: list[ir.Node]
     shape_uses: list[ShapeUse]  # Shape nodes that read the scores
     row_weights: list[
@@ -198,6 +199,7 @@ class _Reader:
         self.splits: list[Dim] = []
         self.sink: ir.Value | None = None
         self.sink_axes: tuple[str, ...] = ()
+        self.sink_first = False
         self.scale, self.softcap = path.product.scale, 0.0
         self.row_weights: list[ir.Value] = []
         self.shape_uses = uses_of(path.product.node.outputs[0], shape)
@@ -229,7 +231,8 @@ class _Reader:
         elif step.kind == "tanh":
             return self._take_tanh(step, factor)
         elif step.kind == "sink":
-            self.sink, self.sink_axes = node.inputs[1], self._axes() or ()
+            self.sink, self.sink_axes = node.inputs[1 - step.index], self._axes() or ()
+            self.sink_first = step.index == 1
             if self.path.steps[-1] is not step and any(s.kind not in ("pass", "max") for s in self._after(step)):
                 return Refusal("the scores are changed after the attention sink was put beside them", name_of(node))
         elif step.kind not in ("pass", "max"):
@@ -393,6 +396,7 @@ def read_scores(path: Path, softmax: Softmax, a: Analysis) -> Scores | Refusal:
         reader.terms,
         reader.sink,
         reader.sink_axes,
+        reader.sink_first,
         reader.nodes,
         reader.shape_uses,
         reader.row_weights,

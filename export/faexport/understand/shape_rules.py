@@ -2,13 +2,12 @@
 """How ops determine the symbolic shapes of their outputs and the contents of integer tensors. Read by shapes.Analysis
 only.
 
-A shape rule returns one shape per output or None (nothing known); a content rule the elements of the first output, or
-None. An op without rule costs no correctness: its outputs have the file's shape or none.
+A shape rule returns one shape per output or None (nothing known); a content rule the elements of the first output (or
+a list, for every output) or None. An op without rule costs no correctness: its outputs have the file's shape or none.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[Dim, ...]
 ShapeRule = Callable[[ir.Node, "Analysis"], Sequence[Shape | None] | None]
-ContentRule = Callable[[ir.Node, "Analysis"], Shape | None]
+ContentRule = Callable[[ir.Node, "Analysis"], Shape | list[Shape] | None]
 
 SHAPE_RULES: dict[str, ShapeRule] = {}
 CONTENT_RULES: dict[str, ContentRule] = {}
@@ -60,10 +59,21 @@ def broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
 
 def _broadcast_axis(dims: Sequence[Dim]) -> Dim:
     wide = [d for d in dict.fromkeys(dims) if d != 1]
+    wide = [d for d in wide if not any(_is_up_to(d, other) for other in wide)]
     fixed = [d for d in wide if d.const is not None]
     if fixed:
         return fixed[0]
     return ONE if not wide else wide[0] if len(wide) == 1 else Dim.unknown("broadcast")
+
+
+def _up_to(length: Dim, start: Dim, size: Dim) -> Dim:
+    """`length` elements from `start` on, but no more than the axis of `size` has: of a table of positions, say. Where
+    it meets an axis of `length`, the sum has that size: it is either as long or 1."""
+    return Dim.of(f"?up_to({length})[{start}:{size}]")
+
+
+def _is_up_to(dim: Dim, length: Dim) -> bool:
+    return len(dim.symbols) == 1 and str(dim).startswith(f"?up_to({length})[")
 
 
 def resolve_axis(axis: int, rank: int) -> int:
@@ -229,7 +239,7 @@ def _range(node, a):
 @shape_of("Shape")
 def _shape(node, a):
     shape = a.shape(node.inputs[0])
-    return [(Dim.unknown("rank"),)] if shape is None else [(Dim.of(len(_window(node, shape))),)]
+    return [(Dim.unknown("rank"),)] if shape is None else [(Dim.of(len(shape_window(node, shape))),)]
 
 
 @shape_of("Size")
@@ -303,10 +313,7 @@ def slice_of(node: ir.Node, a: Analysis, shape: Shape) -> list[tuple[int, Dim, D
 def _slice_axis(start: Dim, end: Dim, size: Dim, step: int) -> tuple[Dim, Dim] | None:
     if step < 1:
         return None
-    if start.const is not None and start.const < 0:
-        start = size + start
-    if end.const is not None and end.const < 0:
-        end = size + end
+    start, end = (size + x if _is_negative(x) else x for x in (start, end))
     if end.const is not None and (end.const >= 2**31 - 1 or (size.const is not None and end.const > size.const)):
         end = size
     length = end - start
@@ -315,6 +322,11 @@ def _slice_axis(start: Dim, end: Dim, size: Dim, step: int) -> tuple[Dim, Dim] |
     if step != 1:
         return None if length.const is None else (start, Dim.of(-(-length.const // step)))
     return start, length
+
+
+def _is_negative(bound: Dim) -> bool:
+    """Does it count from the axis's end? (As -n does, be n a constant or a symbol.)"""
+    return bool(bound.terms) and all(c < 0 for c in bound.terms.values())
 
 
 def _fits(end: Dim, size: Dim) -> bool:
@@ -336,8 +348,21 @@ def _slice(node, a):
     axes = constant_ints(node, a, 3, "axes")
     if axes is None:
         axes = range(len(shape))
-    cut = {resolve_axis(x, len(shape)) for x in axes}
-    return [tuple(Dim.unknown("slice") if i in cut else d for i, d in enumerate(shape))]
+    cut = {resolve_axis(x, len(shape)): i for i, x in enumerate(axes)}
+    return [tuple(_cut(node, a, cut[i], d) if i in cut else d for i, d in enumerate(shape))]
+
+
+def _cut(node: ir.Node, a: Analysis, index: int, size: Dim) -> Dim:
+    """What the Slice leaves of an axis of `size`, its `index`-th."""
+    bounds = [a.contents(operand(node, i)) for i in (1, 2)]
+    steps = constant_ints(node, a, 4, "steps") or [1]
+    if any(b is None or index >= len(b) for b in bounds) or steps[min(index, len(steps) - 1)] != 1:
+        return Dim.unknown("slice")
+    start, end = (b[index] for b in bounds)
+    length = end - start
+    if any(c < 0 for d in (start, length) for c in d.terms.values()):
+        return Dim.unknown("slice")
+    return _up_to(length, start, size)
 
 
 @shape_of("Gather")
@@ -363,120 +388,5 @@ def _gather_nd(node, a):
     return [index[:-1] + shape[attribute(node, "batch_dims", 0) + depth :]]
 
 
-def _window(node: ir.Node, shape: Shape) -> Shape:
+def shape_window(node: ir.Node, shape: Shape) -> Shape:
     return shape[slice(attribute(node, "start", 0), attribute(node, "end"))]
-
-
-@contents_of("Shape")
-def _contents_shape(node, a):
-    shape = a.shape(node.inputs[0])
-    return None if shape is None else _window(node, shape)
-
-
-@contents_of("Size")
-def _contents_size(node, a):
-    shape = a.shape(node.inputs[0])
-    return None if shape is None else (product(shape),)
-
-
-@contents_of("Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
-def _contents_same(node, a):
-    contents, rank = a.contents(node.inputs[0]), a.rank(node.outputs[0])
-    if node.op_type == "Reshape":
-        rank = 1 if a.contents(operand(node, 1)) is None else len(a.contents(operand(node, 1)))
-    return contents if rank is None or rank <= 1 else None
-
-
-@contents_of("Cast")
-def _contents_cast(node, a):
-    integer = attribute(node, "to") in (int(ir.DataType.INT64), int(ir.DataType.INT32))
-    return a.contents(node.inputs[0]) if integer else None
-
-
-@contents_of("Concat")
-def _contents_concat(node, a):
-    parts = [a.contents(v) for v in node.inputs]
-    return None if any(p is None for p in parts) else tuple(itertools.chain.from_iterable(parts))
-
-
-@contents_of("Gather")
-def _contents_gather(node, a):
-    data, index = a.contents(node.inputs[0]), a.constant(node.inputs[1])
-    if data is None or index is None or index.ndim > 1 or attribute(node, "axis", 0) not in (0, -1):
-        return None
-    if any(not -len(data) <= i < len(data) for i in index.reshape(-1)):
-        return None
-    return tuple(data[int(i)] for i in index.reshape(-1))
-
-
-@contents_of("Slice")
-def _contents_slice(node, a):
-    data = a.contents(node.inputs[0])
-    if data is None:
-        return None
-    bounds = [constant_ints(node, a, i, n) for i, n in ((1, "starts"), (2, "ends"), (4, "steps"))]
-    if bounds[0] is None or bounds[1] is None or len(bounds[0]) != 1:
-        return None
-    return data[slice(bounds[0][0], bounds[1][0], (bounds[2] or [1])[0])]
-
-
-@contents_of("Add", "Sub", "Mul", "Div")
-def _contents_arithmetic(node, a):
-    x, y = (a.contents(v) for v in node.inputs)
-    if x is None or y is None or (len(x) != len(y) and 1 not in (len(x), len(y))):
-        return None
-    count = max(len(x), len(y))
-    x, y = (p * count if len(p) == 1 else p for p in (x, y))
-    return tuple(_arithmetic(node.op_type, p, q) for p, q in zip(x, y, strict=True))
-
-
-def _arithmetic(name: str, x: Dim, y: Dim) -> Dim:
-    if name != "Div":
-        return {"Add": x + y, "Sub": x - y, "Mul": x * y}[name]
-    if x.const is not None and y.const:
-        return Dim.of(int(x.const / y.const))
-    exact = x.divide(y)
-    return Dim.of(f"({x})//({y})") if exact is None else exact
-
-
-@contents_of("Where")
-def _contents_where(node, a):
-    """The idiom `Where(shape == -1, 1, shape)`: sizes are never negative, so a symbol is never -1."""
-    condition, x, y = node.inputs
-    test = condition.producer()
-    if test is None or test.op_type != "Equal":
-        return None
-    left, right, yes, no = (a.contents(v) for v in (*test.inputs, x, y))
-    if None in (left, right, yes, no) or not len(left) == len(right) == len(yes) == len(no):
-        return None
-    result = []
-    for p, q, if_equal, if_not in zip(left, right, yes, no, strict=True):
-        equal = True if p == q else False if _never_equal(p, q) else None
-        if equal is None and if_equal != if_not:
-            return None
-        result.append(if_equal if equal else if_not)
-    return tuple(result)
-
-
-def _never_equal(p: Dim, q: Dim) -> bool:
-    difference = p - q
-    if difference.const is not None:
-        return difference.const != 0
-    signs = {c > 0 for c in difference.terms.values()}
-    return len(signs) == 1 and difference.terms.get((), 0) != 0
-
-
-@contents_of("ConstantOfShape")
-def _contents_constant_of_shape(node, a):
-    length, fill = a.contents(node.inputs[0]), attribute(node, "value")
-    if length is None or len(length) != 1 or length[0].const is None or fill is None or length[0].const > 32:
-        return None
-    if fill.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
-        return None
-    return (Dim.of(int(fill.numpy().reshape(-1)[0])),) * length[0].const
-
-
-@contents_of("ReduceProd")
-def _contents_reduce_prod(node, a):
-    contents = a.contents(node.inputs[0])
-    return None if contents is None else (product(contents),)

@@ -8,9 +8,9 @@ counts.
 
 from __future__ import annotations
 
-from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.understand.dims import Dim
 from faexport.understand.nodes import attribute, operand
+from faexport.understand.products import multiplied_order
 from faexport.understand.shape_rules import broadcast, constant_ints, resolve_axis, shape_of
 
 
@@ -111,7 +111,7 @@ def _skip_normalization(node, a):
 @shape_of("com.microsoft::EmbedLayerNormalization")
 def _embedding(node, a):
     ids, table = a.shape(node.inputs[0]), a.shape(node.inputs[2])
-    return None if ids is None or table is None else [(*ids, table[-1]), None, (*ids, table[-1])]
+    return None if ids is None or table is None else [(*ids, table[-1]), ids[:1], (*ids, table[-1])]
 
 
 @shape_of("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
@@ -119,8 +119,8 @@ def _fused_matmul(node, a):
     x, y = a.shape(node.inputs[0]), a.shape(node.inputs[1])
     if x is None or y is None or min(len(x), len(y)) < 2:
         return None
-    lead = broadcast([x[:-2], y[:-2]])
-    return [(*lead, x[-1 if attribute(node, "transA", 0) else -2], y[-2 if attribute(node, "transB", 0) else -1])]
+    x, y = (tuple(d[i] for i in multiplied_order(node, side, len(d))) for side, d in (("A", x), ("B", y)))
+    return [(*broadcast([x[:-2], y[:-2]]), x[-2], y[-1])]
 
 
 @shape_of("MatMulInteger", "com.microsoft::DynamicQuantizeMatMul", "com.microsoft::MatMulIntegerToFloat")
@@ -148,22 +148,3 @@ def _matmul_nbits(node, a):
 @shape_of("DynamicQuantizeLinear")
 def _dynamic_quantize(node, a):
     return [a.shape(node.inputs[0]), (), ()]
-
-
-@shape_of(f"{DOMAIN}::{OP_TYPE}")
-def _fused(node, a):
-    """Our own operator's output; what else it returns is left to the file."""
-    query, value = a.shape(node.inputs[0]), a.shape(node.inputs[2])
-    if query is None or value is None:
-        return None
-    layout = attribute(node, "query_layout") or (Layout.BSH if len(query) == 3 else Layout.BHSD)
-    sizes = dict(zip(layout, query, strict=True))
-    width = value[-1]
-    if layout == Layout.BSH:
-        sizes["H"] = Dim.of(attribute(node, "q_num_heads"))
-    if len(value) == 3:
-        packed = attribute(node, "head_dim_v")
-        width = Dim.of(packed) if packed else width.divide(attribute(node, "kv_num_heads"))
-    sizes["D"] = Dim.unknown("head_dim") if width is None else width
-    axes = attribute(node, "output_layout") or layout
-    return [(sizes["B"], sizes["S"], sizes["H"] * sizes["D"]) if axes == Layout.BSH else tuple(sizes[x] for x in axes)]

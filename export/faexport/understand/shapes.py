@@ -10,7 +10,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from faexport.understand import constants, shape_rules_layers  # noqa: F401 (registers its rules)
+from faexport.understand import (  # noqa: F401 (some only register their rules)
+    constants,
+    shape_rules_attention,
+    shape_rules_contents,
+    shape_rules_layers,
+)
 from faexport.understand.dims import Dim
 from faexport.understand.nodes import attribute, op, operand, own_functions, producer, subgraphs
 from faexport.understand.shape_rules import CONTENT_RULES, SHAPE_RULES, Shape
@@ -128,15 +133,13 @@ class Analysis:
                 return None
             return tensor.numpy()
         node = producer(value)
-        if node is None or node.outputs[0] is not value:
-            return None
         if op(node) == "Constant":
             return constants.tensor_of_constant(node)
         contents = self._contents.get(value)
         if contents is not None and all(d.const is not None for d in contents):
             array = np.array([d.const for d in contents], np.int64)
             return array.reshape(()) if self.rank(value) == 0 else array
-        if op(node) not in constants.FOLD:
+        if node is None or node.outputs[0] is not value or op(node) not in constants.FOLD:
             return None
         return constants.fold(node, [self.constant(v) for v in node.inputs])
 
@@ -146,8 +149,10 @@ class Analysis:
                 self._visit(body)
             rule = CONTENT_RULES.get(op(node))
             contents = rule(node, self) if rule else None
-            if contents is not None and len(contents) <= MAX_CONTENTS:
-                self._contents[node.outputs[0]] = contents
+            known = contents if isinstance(contents, list) else [contents]
+            for value, elements in zip(node.outputs, known, strict=False):
+                if elements is not None and len(elements) <= MAX_CONTENTS:
+                    self._contents[value] = elements
             shape_rule = SHAPE_RULES.get(op(node))
             shapes = shape_rule(node, self) if shape_rule else None
             for i, value in enumerate(node.outputs):

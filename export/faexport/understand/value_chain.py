@@ -131,7 +131,8 @@ class _Walker:
         if pieces is None or len(pieces) != 1:
             return False
         axis, start, size, step = pieces[0]
-        return axis == len(shape) - 1 and start == 0 and step == 1 and size == shape[-1] - 1
+        kept = (1 if self.scores.sink_first else 0, 1, shape[-1] - 1)
+        return axis == len(shape) - 1 and (start, step, size) == kept
 
     def _zero(self, node: ir.Node) -> Refusal | None:
         """Where(condition, p, 0) or Where(condition, 0, p)."""
@@ -159,6 +160,8 @@ def find_values(scores: Scores, probabilities: ir.Value, names: list[str], a: An
     product = product_of(node, a)
     if product is None:
         return Refusal("the product with the values has a form or shape that is not understood", name_of(node))
+    if product.scale != 1.0:
+        return Refusal("the product with the values is scaled (alpha), which attention doesn't have", name_of(node))
     if product.left.value is product.right.value:
         return Refusal("the attention weights are multiplied with themselves", name_of(node))
     if product.right.value is value:

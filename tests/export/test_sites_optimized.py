@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks as other tools leave them, written as ONNX text: onnxruntime's optimizer (FusedMatMul, Split of a Shape, its
+own attention ops), positions cut from a table. Fused and right, or refused."""
+
+from __future__ import annotations
+
+import faexport
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from tests.export.test_sites import run
+
+RANDOM = np.random.default_rng(17)
+HEADER = '<ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>\n'
+BATCH, ROWS, EMBED = 2, 6, 32
+
+# One projection of x [B, S, 32] for query, key and value, split into 4 heads of 8.
+HEADS = """
+    split = Constant<value = int64[4] {0, 0, 4, 8}>()
+    q3 = MatMul(x, wq)
+    k3 = MatMul(x, wk)
+    v3 = MatMul(x, wv)
+    q4 = Reshape(q3, split)
+    k4 = Reshape(k3, split)
+    v4 = Reshape(v3, split)
+    q = Transpose<perm = [0, 2, 1, 3]>(q4)
+    k = Transpose<perm = [0, 2, 1, 3]>(k4)
+    v = Transpose<perm = [0, 2, 1, 3]>(v4)
+"""
+SELF = "block (float[B, S, 32] x, float[32, 32] wq, float[32, 32] wk, float[32, 32] wv) => (float y)"
+SEQUENCE_FIRST = "block (float[S, N, 8] q, float[S, N, 8] k, float[S, N, 8] v) => (float y)"
+
+RIGHT = {
+    "the batch of bmm is the second axis": (
+        SEQUENCE_FIRST,
+        """
+        scores = com.microsoft.FusedMatMul<transBatchA = 1, transBatchB = 1, transB = 1, alpha = 0.3>(q, k)
+        weights = Softmax<axis = -1>(scores)
+        y = com.microsoft.FusedMatMul<transBatchB = 1>(weights, v)""",
+        set(),
+    ),
+    "a queries' transpose inside the product": (
+        "block (float[N, 8, S] q, float[N, T, 8] k, float[N, T, 8] v) => (float y)",
+        """
+        scores = com.microsoft.FusedMatMul<transA = 1, transB = 1, alpha = 0.3>(q, k)
+        weights = Softmax<axis = -1>(scores)
+        y = MatMul(weights, v)""",
+        set(),
+    ),
+    "sizes by a Split of the shape": (
+        SELF,
+        HEADS
+        + """
+        kt = Transpose<perm = [0, 1, 3, 2]>(k)
+        scores = MatMul(q, kt)
+        size = Shape(scores)
+        axis0 = Constant<value = int64[1] {0}>()
+        b1, h1, s1, t1 = Split<axis = 0>(size)
+        s0 = Squeeze(s1, axis0)
+        one = Constant<value = int64 {1}>()
+        zero = Constant<value = int64 {0}>()
+        place = Range(zero, s0, one)
+        axis1 = Constant<value = int64[1] {1}>()
+        rows = Unsqueeze(place, axis1)
+        ahead = Greater(place, rows)
+        low = Constant<value = float {-inf}>()
+        masked = Where(ahead, low, scores)
+        weights = Softmax<axis = -1>(masked)
+        y4 = MatMul(weights, v)
+        yt = Transpose<perm = [0, 2, 1, 3]>(y4)
+        merged = Constant<value = int64[1] {32}>()
+        target = Concat<axis = 0>(b1, s1, merged)
+        y = Reshape(yt, target)""",
+        {"causal"},
+    ),
+    "the sink's column in front": (
+        SELF.replace(") =>", ", float[4] sinks) =>"),
+        HEADS
+        + """
+        kt = Transpose<perm = [0, 1, 3, 2]>(k)
+        scores = MatMul(q, kt)
+        size = Shape<start = 0, end = 3>(scores)
+        one = Constant<value = int64[1] {1}>()
+        wide = Concat<axis = 0>(size, one)
+        each = Constant<value = int64[3] {4, 1, 1}>()
+        sinks3 = Reshape(sinks, each)
+        column = Expand(sinks3, wide)
+        both = Concat<axis = -1>(column, scores)
+        p = Softmax<axis = -1>(both)
+        end = Constant<value = int64[1] {9223372036854775807}>()
+        last = Constant<value = int64[1] {3}>()
+        weights = Slice(p, one, end, last)
+        y = MatMul(weights, v)""",
+        {"attention sinks"},
+    ),
+}
+SINK_FIRST = RIGHT["the sink's column in front"]
+RIGHT["positions cut from a table"] = (
+    SELF.replace(") =>", ", float[64, 32] table) =>").replace(" x,", " x0,"),
+    """
+    size = Shape<start = 1, end = 2>(x0)
+    zero = Constant<value = int64[1] {0}>()
+    places = Slice(table, zero, size, zero)
+    x = Add(x0, places)
+"""
+    + HEADS
+    + """
+    kt = Transpose<perm = [0, 1, 3, 2]>(k)
+    scores = MatMul(q, kt)
+    square = Shape<start = 2>(scores)
+    true = ConstantOfShape<value = bool[1] {1}>(square)
+    ahead = Constant<value = int64 {1}>()
+    hidden = Trilu<upper = 1>(true, ahead)
+    low = Constant<value = float {-3.4028235e38}>()
+    masked = Where(hidden, low, scores)
+    weights = Softmax<axis = -1>(masked)
+    y = MatMul(weights, v)""",
+    {"causal"},
+)
+WRONG = {
+    "the product with the values is scaled": (
+        SELF,
+        HEADS
+        + """
+        scores = com.microsoft.FusedMatMul<transB = 1, alpha = 0.3>(q, k)
+        weights = Softmax<axis = -1>(scores)
+        y = com.microsoft.FusedMatMul<alpha = 0.5>(weights, v)""",
+        "scaled (alpha)",
+    ),
+    "the sink's column in front, and the last one dropped": (
+        SINK_FIRST[0],
+        SINK_FIRST[1]
+        .replace("  end = C", "  first = Constant<value = int64[1] {0}>() end = C")
+        .replace("(p, one,", "(p, first,")
+        .replace("{9223372036854775807}", "{-1}"),
+        "not simply dropped",
+    ),
+}
+
+
+def model_of(head: str, body: str) -> onnx.ModelProto:
+    return onnx.parser.parse_model(f"{HEADER}{head} {{{body}\n}}")
+
+
+def feeds(model: onnx.ModelProto, **sizes: int) -> dict[str, np.ndarray]:
+    def shape(value: onnx.ValueInfoProto) -> list[int]:
+        return [d.dim_value or sizes[d.dim_param] for d in value.type.tensor_type.shape.dim]
+
+    return {v.name: RANDOM.standard_normal(shape(v)).astype(np.float32) / 2 for v in model.graph.input}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_fused_and_right(name: str, library: str) -> None:
+    head, body, facts = RIGHT[name]
+    model = model_of(head, body)
+    fused, report = faexport.fuse(model)
+    assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
+    assert facts <= {fact.text for fact in report.sites[0].facts}
+    for sizes in (
+        {"B": 2, "S": 6, "T": 9, "N": 3},
+        {"B": 1, "S": 1, "T": 4, "N": 1},
+        {"B": 3, "S": 11, "T": 2, "N": 5},
+    ):
+        inputs = feeds(model, **sizes)
+        np.testing.assert_allclose(run(fused, inputs, library)[0], run(model, inputs)[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_near_misses(name: str) -> None:
+    head, body, reason = WRONG[name]
+    _, report = faexport.fuse(model_of(head, body))
+    assert report.num_fused == 0
+    assert reason in report.sites[0].refusal.reason
+
+
+def test_each_block_of_a_model_that_onnxruntime_fused(library: str) -> None:
+    """Its embedding gives the lengths that its attention ops read; each block's input is the output of the one in
+    front, and the file states no shape."""
+    model = model_of(
+        "block (int32[B, S] ids, int32[B, S] pad, float[20, 32] table, float[32] one, float[32] none, "
+        "float[32, 96] w, float[96] bias) => (float y)",
+        """
+        x, lengths, sum = com.microsoft.EmbedLayerNormalization(ids, , table, table, , one, none, pad)
+        a = com.microsoft.Attention<num_heads = 4>(x, w, bias, lengths)
+        n = com.microsoft.SkipLayerNormalization(a, x, one, none)
+        b = com.microsoft.Attention<num_heads = 4>(n, w, bias, lengths)
+        y = com.microsoft.SkipLayerNormalization(b, n, one, none)""",
+    )
+    fused, report = faexport.fuse(model)
+    assert [site.fused for site in report.sites] == [True, True], [str(site.refusal) for site in report.sites]
+    inputs = {n: RANDOM.standard_normal(s).astype(np.float32) / 3 for n, s in (("table", (20, 32)), ("w", (32, 96)))}
+    inputs |= {"one": np.ones(32, np.float32), "none": np.zeros(32, np.float32), "bias": np.zeros(96, np.float32)}
+    inputs["ids"] = RANDOM.integers(0, 20, (BATCH, ROWS)).astype(np.int32)
+    inputs["pad"] = (np.arange(ROWS) < np.array([[3], [6]])).astype(np.int32)
+    np.testing.assert_allclose(run(fused, inputs, library)[0], run(model, inputs)[0], atol=2e-5)
