@@ -414,10 +414,12 @@ def build(recipe: Recipe) -> onnx.ModelProto:
         changes[name] = -np.inf if number is not None and number <= -1e4 else number
     for name in ("form", "first_form"):
         changes[name] = "where add" if getattr(recipe, name) == "max clamp" else getattr(recipe, name)
-    return _in_half(_Builder(dataclasses.replace(recipe, **changes)).build())
+    return in_half(dataclasses.replace(recipe, **changes))
 
 
-def _in_half(model: onnx.ModelProto) -> onnx.ModelProto:
+def in_half(recipe: Recipe) -> onnx.ModelProto:
+    """In float16 as it is: a mask's numbers from -65504 on are that number."""
+    model = _Builder(recipe).build()
     graph = model.graph
     for tensor in graph.initializer:
         if tensor.data_type == TensorProto.FLOAT:

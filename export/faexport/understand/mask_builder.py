@@ -43,6 +43,7 @@ from faexport.understand.nodes import name_of
 if TYPE_CHECKING:
     from faexport.understand.mask import MaskOptions
 
+_LOWEST = float(np.finfo(np.float32).min)
 _BOTH_MASKS = (
     "a float mask is added to scores that another mask replaced by a number: rows of padding only would come out "
     "differently (--assume full-rows or right-padding rules them out)"
@@ -134,8 +135,8 @@ class MaskBuilder:
         found = two_masks(self.site, cases)
         if found is None:
             return False
-        mask, dtype = self.mask, self.site.scores.dtype
-        bias = il.choose(found.padding, il.floating(0.0, dtype), il.floating(found.fill, dtype))
+        mask, zero, fill = self.mask, *(il.floating(x, ir.DataType.FLOAT) for x in (0.0, _LOWEST))
+        bias = il.choose(found.padding, zero, fill)
         try:
             padding, added = self._value(found.padding), self._value(bias)
             rows = empty_rows(self.emitter, self.site, found, padding)
@@ -145,13 +146,14 @@ class MaskBuilder:
             return False
         mask.empty_rows, mask.window_left, mask.window_right = rows, found.window.left, found.window.right
         self.fact(self._window_text(found.window), *found.window.parts)
-        if found.window_too:  # the operator then gives the mean over the window, where all of it is padding
-            mask.attn_bias = added
+        if not found.else_all:  # the operator then gives the mean over the window, where all of it is padding
+            mask.attn_bias, added.dtype = added, ir.DataType.FLOAT
             self.fact(f"{self._kind(found.padding)} mask {self._axes(bias)}, as a bias", found.padding)
         else:
             mask.attn_mask, mask.empty_row = padding, spec.EmptyRow.MEAN
             self.fact(f"{self._kind(found.padding)} mask {self._axes(found.padding)}", found.padding)
-        self.fact(f"a row that sees no key gives {found.mean_in_words}, written behind the operator")
+        text = f"a row that sees no key gives {found.mean_in_words}, written behind the operator"
+        self.fact(text + self._in_half())
         return True
 
     # ------------------------------------------------------------------------------------- float masks of any values
@@ -238,7 +240,10 @@ class MaskBuilder:
             hidden = [dataclasses.replace(c, mask=-math.inf, bias=()) if c in deepest else c for c in cases]
             return self._decide(hidden)
         if any(c.replaced and not c.exact for c in soft) or any(c.replaced and c.mask > -1e30 for c in soft):
-            raise NotAMask("its mask gives rows without a visible key a softmax of other numbers")
+            raise NotAMask(
+                "its mask gives rows without a visible key a softmax of other numbers (--assume full-rows rules them "
+                "out)"
+            )
         self.fact(
             f"rows that may see no key would give another softmax without the {soft[0].mask:g} added: it stays a bias "
             "(--assume full-rows rules them out)"
@@ -262,9 +267,11 @@ class MaskBuilder:
 
     def _note_mean(self, case: Case) -> None:
         text = f"a row that sees no key gives the mean of all values, as the fill {case.mask:g} does"
-        if not case.replaced and self.site.scores.dtype is ir.DataType.FLOAT16:
-            text += " (exact in float16 while such scores are below 16)"
-        self.fact(text)
+        self.fact(text if case.replaced else text + self._in_half())
+
+    def _in_half(self) -> str:
+        half = self.site.scores.dtype is ir.DataType.FLOAT16
+        return " (exact in float16 while such scores are below 16)" if half else ""
 
     # -------------------------------------------------------------------------------------- windows, lengths, bool mask
 

@@ -24,22 +24,20 @@ from faexport.understand.mask_emit import Emitter
 from faexport.understand.mask_terms import ABSORBS, MASKING, Case, Site, rows_see_a_key, visible
 from faexport.understand.mask_window import Window, conjuncts, split
 
-_WIDE = (ir.DataType.FLOAT, ir.DataType.BFLOAT16)  # in float16 such sums depend on the runtime (docs/masks.md)
-
 
 @dataclasses.dataclass(frozen=True)
 class TwoMasks:
     """A key is visible where it is in the row's window and `padding` (the element of a mask) holds.
 
     A row without a visible key gives the mean of the values at the keys where `padding` holds, none after the last one
-    of its window if `up_to_window`; with `window_too` the keys of its window take part. Without `window_too` it gives
-    the mean of all values where `padding` holds nowhere."""
+    of its window if `up_to_window`; with `window_too` the keys of its window take part. Where there is no such key it
+    gives the mean of its window, or of all values if `else_all`."""
 
     window: Window
     padding: Expr
     window_too: bool
-    up_to_window: bool
-    fill: float  # what hides a key, highest of all where there are several
+    up_to_window: bool = False
+    else_all: bool = False
 
     @property
     def mean_in_words(self) -> str:
@@ -52,9 +50,7 @@ class TwoMasks:
 def two_masks(site: Site, cases: Sequence[Case]) -> TwoMasks | None:
     """What the cases are of that kind, if they are."""
     soft = [c for c in cases if c.mask is not None and c.mask > -math.inf]
-    if site.scores.sinks or site.scores.dtype not in _WIDE or any(c.bias for c in cases):
-        return None
-    if not soft or not all(c.exact for c in soft):
+    if not soft or not all(c.exact for c in soft) or site.scores.sinks or any(c.bias for c in cases):
         return None
     seen = visible(cases)
     if rows_see_a_key(site, seen):
@@ -70,16 +66,16 @@ def two_masks(site: Site, cases: Sequence[Case]) -> TwoMasks | None:
     lower = [c for c in soft if c.mask != highest]
     if any(c.mask > highest + MASKING for c in lower):
         return None
-    if _where(top, padding, False) is inside:
-        if highest > ABSORBS[site.scores.dtype] or (lower and not rows_see_a_key(site, inside)):
+    if_kept, if_padding = (_where(top, padding, holds) for holds in (True, False))
+    if if_padding is inside:
+        if highest > ABSORBS.get(site.scores.dtype, -math.inf) or (lower and not rows_see_a_key(site, inside)):
             return None
-        up_to_window = _up_to_window(_where(top, padding, True), window, inside)
-        return None if up_to_window is None else TwoMasks(window, padding, True, up_to_window, highest)
-    all_others = _where(top, padding, True) is il.negate(inside) and _where(top, padding, False) is il.FALSE
-    one_number = len({c.mask for c in lower}) == 1
-    if all_others and one_number and _where(il.any_of(c.cond for c in lower), padding, False) is il.TRUE:
-        return TwoMasks(window, padding, False, False, highest)
-    return None
+        up_to_window = _up_to_window(if_kept, window, inside)
+        return None if up_to_window is None else TwoMasks(window, padding, True, up_to_window)
+    if if_padding is not il.FALSE or if_kept is not il.negate(inside) or len({c.mask for c in lower}) != 1:
+        return None
+    left = _where(il.any_of(c.cond for c in lower), padding, False)
+    return TwoMasks(window, padding, False, else_all=left is il.TRUE) if left in (il.TRUE, inside) else None
 
 
 def _where(cond: Expr, padding: Expr, holds: bool) -> Expr:
