@@ -269,7 +269,17 @@ def _data_path(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.data")
 
 
+def _load_small_tensors(model: ir.Model) -> None:
+    """Copies what comes into the model file. onnx_ir would close its mapped data first, which arrays in use forbid."""
+    for graph in model.graphs():
+        for v in graph.initializers.values():
+            tensor = v.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= EXTERNAL_THRESHOLD_BYTES:
+                v.const_value = ir.Tensor(tensor.numpy().copy(), name=tensor.name, dtype=tensor.dtype)
+
+
 def _write_external(model: ir.Model, path: pathlib.Path, progress: Progress | None) -> None:
+    _load_small_tensors(model)
     total = _weight_bytes(model)
     written = 0
 

@@ -71,6 +71,14 @@ def test_external_data_stays_external(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "weights.bin").read_bytes() == before
 
 
+def test_small_external_weights_may_be_in_use(tmp_path: pathlib.Path) -> None:
+    onnx.save(small(), tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    model = model_io.load(tmp_path / "model.onnx")
+    arrays = [v.const_value.numpy() for v in model.graph.initializers.values()]
+    model_io.save(model, tmp_path / "copy.onnx")
+    assert _without_weights(onnx.load(tmp_path / "copy.onnx"))[1] == _without_weights(small())[1] and arrays
+
+
 def test_a_linked_model_of_a_cache_is_read(tmp_path: pathlib.Path) -> None:
     """Model caches keep files under other names and link to them; the links' targets lie together."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
