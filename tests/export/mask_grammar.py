@@ -29,7 +29,9 @@ OTHERS = ("always", "chunk", "prefix", "input mask", "segments", "lengths", "cau
 FILLS = (-np.inf, MINIMUM, -np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
 FIRST_FILLS = (None, None, None, MINIMUM, -np.inf, -65504.0, -1e4)
 FORMS = ("where add", "where scores", "where not scores", "float add", "max clamp")
-BIASES = ("none", "input", "alibi j", "alibi distance", "alibi counted", "padding", "table", "row", "query")
+BIASES = (
+    "none", "input", "alibi j", "alibi distance", "alibi counted", "padding", "lower of two", "table", "row", "query",
+)  # fmt: skip
 ROW_GUARDS = ("none", "none", "none", "whole", "first", "off by one", "table > -2", "table > -0.5")
 NEAR_MISSES = (
     *["none"] * 24, "other axis", "second consumer", "second consumer of scores", "data scale", "post scale",
@@ -290,6 +292,11 @@ class _Builder:
         if kind == "padding":  # (1 - mask) * minimum, as BERT and GPT-2 had it
             padded = g("Sub", g.const(1.0, np.float32), g("Cast", self._attention_mask(), to=TensorProto.FLOAT))
             return g("Mul", g.unsqueeze(padded, 1, 2), g.const(MINIMUM, np.float32))
+        if kind == "lower of two":  # as TimesFM has it, 1 for padding
+            lowest = g.const(MINIMUM, np.float32)
+            padded = g.input("padding", TensorProto.FLOAT, ["batch", "total" if self.r.cache else "sequence"])
+            later = g("Where", g("Greater", self.j, self.i), lowest, g.const(0.0, np.float32))
+            return g("Min", g("Mul", g.unsqueeze(padded, 1, 2), lowest), later)
         if kind == "alibi counted":
             mask = self._attention_mask()
             places = g("Mul", g("Sub", g("CumSum", mask, g.const(-1)), g.const(1)), mask)
@@ -408,7 +415,7 @@ def build(recipe: Recipe) -> onnx.ModelProto:
     (docs/masks.md)."""
     if recipe.dtype == "float32":
         return _Builder(recipe).build()
-    changes: dict[str, object] = {"bias": "none" if recipe.bias == "padding" else recipe.bias}
+    changes: dict[str, object] = {"bias": "none" if recipe.bias in ("padding", "lower of two") else recipe.bias}
     for name in ("fill", "first_fill"):
         number = getattr(recipe, name)
         changes[name] = -np.inf if number is not None and number <= -1e4 else number
@@ -458,6 +465,10 @@ def feeds(model: onnx.ModelProto, seed: int) -> dict[str, np.ndarray]:
 def _draw(name: str, shape: list[int], sizes: dict[str, int], random: np.random.Generator) -> np.ndarray:
     if name == "attention_mask":
         return (random.random(shape) < 0.7).astype(np.int64)
+    if name == "padding":
+        return random.choice([0.0, 1.0, 0.3, 1.5, 1e-9, -0.5], shape, p=[0.4, 0.4, 0.05, 0.05, 0.05, 0.05]).astype(
+            np.float32
+        )
     if name == "mask":
         return random.random(shape) < 0.7
     if name == "segments":

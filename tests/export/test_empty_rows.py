@@ -94,6 +94,23 @@ def test_every_row_is_the_originals(name: str) -> None:
             assert found <= TOLERANCE, (pattern, sequence)
 
 
+@pytest.mark.parametrize("cache", (False, True))
+def test_the_lower_of_two_masks(cache: bool) -> None:
+    """TimesFM: the user's numbers may be any, also such that overflow."""
+    recipe = Recipe((), bias="lower of two", cache=cache)
+    model = grammar.build(recipe)
+    changed, _ = fused(model)
+    mask = pipeline.examine(ir.from_proto(model))[0].outcome.mask
+    assert (mask.window_left, mask.window_right) == (-1, 0) and mask.empty_rows is not None
+    assert "bias [B, 1, 1, S_kv]" in {fact.text for fact in mask.facts}
+    for seed in range(20):
+        feeds = grammar.feeds(model, seed)
+        feeds["padding"][0] = 1
+        assert worst(run(model, feeds, False), run(changed, feeds, ort_session.has_library())) <= TOLERANCE
+    assumed = pipeline.examine(ir.from_proto(model), pipeline.Options(assume_full_rows=True))[0].outcome.mask
+    assert assumed.is_causal and assumed.empty_rows is None
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_nothing_of_rows_times_keys_is_left(name: str) -> None:
     recipe = RECIPES[name]

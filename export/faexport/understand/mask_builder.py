@@ -19,11 +19,10 @@ from faexport import spec
 from faexport.understand import index_algebra as ia
 from faexport.understand import index_logic as il
 from faexport.understand.index_algebra import Expr
-from faexport.understand.index_print import to_text
 from faexport.understand.index_tensor import Unknown
 from faexport.understand.mask_alibi import in_words, slopes_of
 from faexport.understand.mask_emit import Emitter
-from faexport.understand.mask_empty_rows import empty_rows, two_masks
+from faexport.understand.mask_empty_rows import TwoMasks, empty_rows, lower_of_two, two_masks
 from faexport.understand.mask_terms import (
     ABSORBS,
     Case,
@@ -38,6 +37,7 @@ from faexport.understand.mask_terms import (
     zeros_and_ones,
 )
 from faexport.understand.mask_window import Window, corners, length_of, split
+from faexport.understand.mask_words import axes_of, kind_of, window_text
 from faexport.understand.nodes import name_of
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class MaskBuilder:
             return self._finished()
         if soft and not kept and self._two_masks(cases):
             return self._finished()
+        if not soft and self._lower_of_two():
+            return self._finished()
         seen, bias = self._decide(cases)
         window = self._visibility(seen, only_window=len(bias) == len(cases) and any(c.mask is not None for c in cases))
         self._bias(bias, window)
@@ -90,7 +92,8 @@ class MaskBuilder:
         needed = dict.fromkeys(n for v in mask.values for n in self.emitter.nodes.get(v, ()))
         mask.new_nodes, mask.facts = tuple(needed), tuple(self.facts)
         for value, dtype in ((mask.attn_mask, ir.DataType.BOOL), (mask.attn_bias, self.site.scores.dtype)):
-            if value is not None and value.dtype is None:
+            made_here = value is not None and value.producer() is not None and value.producer().graph is None
+            if made_here and value.dtype is None:
                 value.dtype = dtype
         return mask
 
@@ -145,16 +148,44 @@ class MaskBuilder:
         if not self._position(found.window):
             return False
         mask.empty_rows, mask.window_left, mask.window_right = rows, found.window.left, found.window.right
-        self.fact(self._window_text(found.window), *found.window.parts)
+        self.fact(window_text(found.window), *found.window.parts)
         if not found.else_all:  # the operator then gives the mean over the window, where all of it is padding
             mask.attn_bias, added.dtype = added, ir.DataType.FLOAT
-            self.fact(f"{self._kind(found.padding)} mask {self._axes(bias)}, as a bias", found.padding)
+            self.fact(f"{kind_of(found.padding)} mask {axes_of(bias)}, as a bias", found.padding)
         else:
             mask.attn_mask, mask.empty_row = padding, spec.EmptyRow.MEAN
-            self.fact(f"{self._kind(found.padding)} mask {self._axes(found.padding)}", found.padding)
+            self.fact(f"{kind_of(found.padding)} mask {axes_of(found.padding)}", found.padding)
         text = f"a row that sees no key gives {found.mean_in_words}, written behind the operator"
         self.fact(text + self._in_half())
         return True
+
+    def _lower_of_two(self) -> bool:
+        """Writes down the lower of a window's mask and a given one, if the terms are that."""
+        found = lower_of_two(self.site, self.terms)
+        if found is None:
+            return False
+        node, (zero, fill) = self.emitter.node, (self._number(x) for x in (0.0, found.fill))
+        try:
+            given = self._value(found.given)
+            above, counted = node("Greater", [given, fill]), node("GreaterOrEqual", [given, fill])
+            rows = None
+            if not self.options.assume_full_rows:
+                rows = empty_rows(self.emitter, self.site, TwoMasks(found.window, il.TRUE, False), above, counted)
+        except Unknown:
+            return False
+        if not self._position(found.window):
+            return False
+        mask, window = self.mask, found.window
+        mask.empty_rows, mask.window_left, mask.window_right = rows, window.left, window.right
+        mask.attn_bias = node("Min", [given, zero])
+        self.fact(window_text(window), *window.parts)
+        self.fact(f"bias {axes_of(found.given)}", found.given)
+        if rows is not None:
+            self.fact("a row that sees no key gives the mean of all values above -inf, written behind the operator")
+        return True
+
+    def _number(self, value: float) -> ir.Value:
+        return self.emitter.constant(np.full((1, 1, 1, 1), value, self.site.scores.dtype.numpy()))
 
     # ------------------------------------------------------------------------------------- float masks of any values
 
@@ -283,24 +314,17 @@ class MaskBuilder:
             window, rest = Window(), [*window.parts, *rest]
         mask.window_left, mask.window_right = window.left, window.right
         if window.parts:
-            self.fact(self._window_text(window), *window.parts)
+            self.fact(window_text(window), *window.parts)
         if only_window:
             return window
         rest = self._lengths(rest)
         if rest:
             whole = il.all_of(rest)
             mask.attn_mask = self._value(whole)
-            self.fact(f"{self._kind(whole)} mask {self._axes(whole)}", *rest)
+            self.fact(f"{kind_of(whole)} mask {axes_of(whole)}", *rest)
         elif seen is il.TRUE and any(t.kind is not spec.TermKind.ADD for t in self.terms):
             self.fact("its mask lets every key through")
         return window
-
-    def _window_text(self, window: Window) -> str:
-        place = "" if ia.value_of(window.offset) == 0 else f" from position {to_text(window.offset)}"
-        if window.right == 0:
-            return ("causal" if window.left < 0 else f"causal, sliding window of {window.left + 1}") + place
-        sides = [f"{n} {word}" for n, word in ((window.left, "before"), (window.right, "after")) if n >= 0]
-        return "window: " + ", ".join(sides) + place
 
     def _position(self, window: Window) -> bool:
         """Writes down where row 0 stands; False where that can't be said."""
@@ -362,19 +386,6 @@ class MaskBuilder:
         axes = self.emitter.constant([1, 2, 3])
         return self.emitter.node("ReduceSum", [ones, axes], {"keepdims": 0})
 
-    @staticmethod
-    def _kind(cond: Expr) -> str:
-        return {frozenset("bj"): "padding", frozenset("j"): "key"}.get(ia.variables(cond), "bool")
-
-    @staticmethod
-    def _axes(expr: Expr) -> str:
-        names = ia.variables(expr)
-        return (
-            "["
-            + ", ".join(size if v in names else "1" for v, size in zip("bhij", ("B", "H", "S_q", "S_kv"), strict=True))
-            + "]"
-        )
-
     def _value(self, expr: Expr) -> ir.Value:
         """A value for an expression: new nodes where they are few, else one of the graph's own."""
         found = None
@@ -407,7 +418,7 @@ class MaskBuilder:
             expr = il.choose(case.cond, self._added(case), expr)
         expr = il.assume(expr, il.all_of(window.parts)) if window.parts else expr
         self.mask.attn_bias = self._value(expr)
-        self.fact(f"bias {self._axes(expr)}", expr)
+        self.fact(f"bias {axes_of(expr)}", expr)
 
     def _added(self, case: Case) -> Expr:
         """What a case adds to its scores; beside a hugely negative number the rest vanishes."""
@@ -444,7 +455,7 @@ class MaskBuilder:
         for expr, factor in moving:
             slopes = self._counted_slopes(expr, factor, window)
             more = "" if slopes is None else f": {in_words(slopes)}, times positions counted from a mask"
-            self.fact(f"bias {self._axes(expr)}{more}", expr)
+            self.fact(f"bias {axes_of(expr)}{more}", expr)
 
     def _counted_slopes(self, expr: Expr, factor: float, window: Window) -> np.ndarray | None:
         """ALiBi's slopes where the positions are a running sum of a mask: with holes in it they aren't the keys'."""

@@ -95,30 +95,67 @@ def _up_to_window(others: Expr, window: Window, inside: Expr) -> bool | None:
     return None
 
 
-def empty_rows(emitter: Emitter, site: Site, found: TwoMasks, padding: ir.Value) -> spec.EmptyRows:
+@dataclasses.dataclass(frozen=True)
+class LowerOfTwo:
+    """min(window's mask, given mask) is added (TimesFM): 0 or `fill`, and the element of a tensor [B, S_kv] of any
+    values. A key of the window hides all others if its given mask is above the fill. In a row without such a key, what
+    is not below the fill is the fill, in the window or not: the mean of those values."""
+
+    window: Window
+    given: Expr
+    fill: float
+
+
+def lower_of_two(site: Site, terms: Sequence[spec.MaskTerm]) -> LowerOfTwo | None:
+    """What the terms are of that kind, if they are."""
+    if len(terms) != 1 or terms[0].kind is not spec.TermKind.ADD or terms[0].factor != 1 or site.scores.sinks:
+        return None
+    choice = site.element(terms[0], terms[0].value)
+    if choice.op != "choose":
+        return None
+    parts = [e.args for e in choice.args[1:] if e.op == "fop" and e.args[0] == "Min"]
+    if len(parts) != 2 or len({*parts[0][2:]} & {*parts[1][2:]}) != 1:
+        return None
+    given = next(iter({*parts[0][2:]} & {*parts[1][2:]}))
+    numbers = [il.float_value(next(e for e in args[2:] if e is not given)) for args in parts]
+    inside = choice.args[0] if numbers[0] == 0 else il.negate(choice.args[0])
+    window, rest = split(site, inside)
+    fill, fixed = min(numbers, key=lambda x: x or 0), not ia.atoms(window.offset, "load")
+    absorbs = ABSORBS.get(site.scores.dtype, -math.inf)
+    if None in numbers or 0 not in numbers or not -math.inf < fill <= absorbs or rest or not window.parts:
+        return None
+    small = ia.variables(given) in ({"b", "j"}, {"j"}) and "b" not in ia.variables(window.offset)
+    return LowerOfTwo(window, given, fill) if small and fixed else None
+
+
+def empty_rows(
+    emitter: Emitter, site: Site, found: TwoMasks, padding: ir.Value, counted: ir.Value | None = None
+) -> spec.EmptyRows:
     """What the operator's output becomes in rows without a visible key; sites with the same masks share the nodes.
-    `padding` is the bool value [B, 1, 1, S_kv] that is true where the padding's condition holds.
+
+    Args:
+        padding: bool [B, 1, 1, S_kv], true where the padding's condition holds.
+        counted: the same, where other keys than those count.
 
     Raises Unknown where the ends of a window aren't proven to be keys."""
-    return _Nodes(emitter, site, found).emit(padding)
+    return _Nodes(emitter, site, found).emit(padding, padding if counted is None else counted)
 
 
 class _Nodes:
     def __init__(self, emitter: Emitter, site: Site, found: TwoMasks):
         self.emitter, self.site, self.found = emitter, site, found
 
-    def emit(self, padding: ir.Value) -> spec.EmptyRows:
+    def emit(self, padding: ir.Value, counted: ir.Value) -> spec.EmptyRows:
         node, constant = self.emitter.node, self.emitter.constant
         zero, one = (constant(np.full((1, 1, 1, 1), k, np.int64)) for k in (0, 1))
         first, last, end = self._ends()
         each = node("Cast", [padding], {"to": int(ir.DataType.INT64)})
         counts = node("CumSum", [each, constant(np.asarray(3, np.int64))])
-        everywhere = node("ReduceSum", [each, constant([3])], {"keepdims": 1})
-        until_last = everywhere if last is None else self._at(counts, last)
+        until_last = self._total(padding) if last is None else self._at(counts, last)
         seen = until_last
         if first is not None:
             seen = node("Sub", [until_last, self._at(node("Sub", [counts, each]), first)])
-        others = until_last if self.found.up_to_window else everywhere
+        others = until_last if self.found.up_to_window else self._total(counted)
         if self.found.window_too:
             size = ia.add(end if last is None else last, ia.ONE, ia.neg(first or ia.ZERO))
             own = self.emitter.emit(self.site, size)
@@ -129,7 +166,7 @@ class _Nodes:
             output_weight = self._as_float(node("Equal", [others, zero]))
         rows, value_weight = node("Equal", [seen, zero], hint="empty_rows"), node("Reciprocal", [total])
         if not self.found.up_to_window:
-            return spec.EmptyRows(rows, output_weight, value_weight, self._as_float(padding))
+            return spec.EmptyRows(rows, output_weight, value_weight, self._as_float(counted))
         before = il.ge0(ia.sub(ia.sub(self._of_first_row(last), self.site.j), ia.ONE))
         keys = None  # in front of the first row's last key
         if before is not il.FALSE:
@@ -158,6 +195,11 @@ class _Nodes:
         """[B, 1, S_q, 1]: what [B, 1, 1, S_kv] holds at a key for each row."""
         picked = self.emitter.node("Gather", [keys, self._line(key)], {"axis": 3})
         return self.emitter.node("Transpose", [picked], {"perm": [0, 1, 3, 2]})
+
+    def _total(self, keys: ir.Value) -> ir.Value:
+        """int64 [B, 1, 1, 1]: how many are true."""
+        each = self.emitter.node("Cast", [keys], {"to": int(ir.DataType.INT64)})
+        return self.emitter.node("ReduceSum", [each, self.emitter.constant([3])], {"keepdims": 1})
 
     def _of_first_row(self, key: Expr) -> Expr:
         row = ia.only_atom(self.site.i)
