@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks as other tools leave them, written as ONNX text: onnxruntime's optimizer (FusedMatMul, Split of a Shape, its
-own attention ops), positions cut from a table. Fused and right, or refused."""
+own attention ops), positions cut from a table or added
+while rows and columns are split. Fused and right, or refused."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from tests.export.test_sites import run
 
 RANDOM = np.random.default_rng(17)
 HEADER = '<ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>\n'
-BATCH, ROWS, EMBED = 2, 6, 32
+BATCH, ROWS = 2, 6
+SIZES = [
+    {"B": 2, "S": 6, "T": 9, "N": 3, "Y": 3, "X": 4},
+    {"B": 1, "S": 1, "T": 4, "N": 1, "Y": 1, "X": 1},
+    {"B": 3, "S": 11, "T": 2, "N": 5, "Y": 5, "X": 2},
+]
 
 # One projection of x [B, S, 32] for query, key and value, split into 4 heads of 8.
 HEADS = """
@@ -119,7 +125,81 @@ RIGHT["positions cut from a table"] = (
     y = MatMul(weights, v)""",
     {"causal"},
 )
+SPLIT = "block (float[N, 12, 8] q, float[N, 12, 8] k, float[N, 12, 8] v, float[{a}] a, float[{b}] b) => (float y)"
+IMAGE = """
+        kt = Transpose<perm = [0, 2, 1]>(k)
+        scores = MatMul(q, kt)
+        split = Constant<value = int64[5] {-1, 3, 4, 3, 4}>()
+        image = Reshape(scores, split)
+        once = Add(image, a)
+        both = Add(once, b)
+        merged = Constant<value = int64[3] {-1, 12, 12}>()
+        masked = Reshape(both, merged)
+        weights = Softmax<axis = -1>(masked)
+        y = MatMul(weights, v)"""
+RIGHT["relative positions of an image"] = (SPLIT.format(a="N, 3, 4, 3, 1", b="N, 3, 4, 1, 4"), IMAGE, set())
+RIGHT["relative positions that the batch shares"] = (SPLIT.format(a="3, 4, 3, 1", b="3, 1, 1, 4"), IMAGE, set())
+RIGHT["one axis of an image"] = (SPLIT.format(a="1, 1, 1, 3, 1", b="1, 1, 1, 1, 1"), IMAGE, set())
+RIGHT["heads apart, an image of any size"] = (
+    "block (float[B, 4, Y, X, 8] q, float[B, 4, Y, X, 8] k, float[B, 4, Y, X, 8] v, float[B, 4, Y, X, Y, 1] a, "
+    "float[B, 4, Y, X, 1, X] b) => (float y)",
+    """
+        flat = Constant<value = int64[4] {0, 0, -1, 8}>()
+        q4 = Reshape(q, flat)
+        k4 = Reshape(k, flat)
+        v4 = Reshape(v, flat)
+        kt = Transpose<perm = [0, 1, 3, 2]>(k4)
+        scores = MatMul(q4, kt)
+        whole = Shape(scores)
+        outer = Shape<end = 4>(q)
+        inner = Shape<start = 2, end = 4>(k)
+        split = Concat<axis = 0>(outer, inner)
+        image = Reshape(scores, split)
+        once = Add(image, a)
+        both = Add(once, b)
+        masked = Reshape(both, whole)
+        weights = Softmax<axis = -1>(masked)
+        y = MatMul(weights, v4)""",
+    set(),
+)
+RIGHT["an Einsum with an ellipsis"] = (
+    "block (float[B, S, 4, 8] q, float[B, S, 4, 8] k, float[B, S, 4, 8] v) => (float y)",
+    """
+        scores = Einsum<equation = "...qhd,...khd->...hqk">(q, k)
+        weights = Softmax<axis = -1>(scores)
+        y = Einsum<equation = "...hqk,...khd->...qhd">(weights, v)""",
+    set(),
+)
+RIGHT["a bias of either branch"] = (
+    SELF.replace(") =>", ", float[4, S, S] bias, float[1] which) =>"),
+    HEADS
+    + """
+        kt = Transpose<perm = [0, 1, 3, 2]>(k)
+        scores = MatMul(q, kt)
+        nothing = Constant<value = float[1] {0.0}>()
+        positive = Greater(which, nothing)
+        added = If (positive) <
+            then_branch = g1 () => (float[4, S, S] same) { same = Identity(bias) },
+            else_branch = g2 () => (float[4, S, S] other) { other = Neg(bias) }
+        >
+        masked = Add(scores, added)
+        weights = Softmax<axis = -1>(masked)
+        y = MatMul(weights, v)""",
+    {"bias [1, H, S_q, S_kv]"},
+)
 WRONG = {
+    "a bias that meets a split image, and a Where after it": (
+        SPLIT.format(a="N, 3, 4, 3, 1", b="N, 3, 4, 1, 4"),
+        IMAGE.replace(
+            "both = Add(once, b)", "low = Constant<value = float {-9.0}>() no = Less(b, low) both = Where(no, b, once)"
+        ),
+        "in a shape that is not understood",
+    ),
+    "a bias of an unknown size that meets a split image": (
+        SPLIT.format(a="N, 3, 4, Z, 1", b="N, 3, 4, 1, 4"),
+        IMAGE,
+        "in a shape that is not understood",
+    ),
     "the product with the values is scaled": (
         SELF,
         HEADS
@@ -158,11 +238,7 @@ def test_fused_and_right(name: str, library: str) -> None:
     fused, report = faexport.fuse(model)
     assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
     assert facts <= {fact.text for fact in report.sites[0].facts}
-    for sizes in (
-        {"B": 2, "S": 6, "T": 9, "N": 3},
-        {"B": 1, "S": 1, "T": 4, "N": 1},
-        {"B": 3, "S": 11, "T": 2, "N": 5},
-    ):
+    for sizes in SIZES:
         inputs = feeds(model, **sizes)
         np.testing.assert_allclose(run(fused, inputs, library)[0], run(model, inputs)[0], atol=2e-5)
 

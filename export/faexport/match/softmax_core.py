@@ -22,7 +22,7 @@ from faexport.understand.sinks import sinks_of
 from faexport.understand.softmax import Softmax, softmax_of
 from faexport.understand.structure import Structure, new_producers, structure_of
 from faexport.understand.value_chain import Values, feeds_product, find_values
-from faexport.understand.views import View
+from faexport.understand.views import View, merged
 
 SOURCE = "softmax_core"
 
@@ -51,7 +51,7 @@ def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:
     scores = read_scores(path, softmax, a)
     if isinstance(scores, Refusal) or softmax.axis >= len(scores.view.axes):
         return None
-    atoms = scores.view.axes[softmax.axis]
+    atoms = merged(scores.view.axes[softmax.axis])
     return atoms[0].axis if len(atoms) == 1 else None
 
 
@@ -61,7 +61,7 @@ def _understand(path, softmax: Softmax, candidate: Candidate, context: Context) 
     if isinstance(scores, Refusal):
         return scores
     _note_sizes(candidate, scores, a)
-    if scores.view.axes[softmax.axis] != _column(scores, a):
+    if merged(scores.view.axes[softmax.axis]) != _column(scores, a):
         return Refusal("the softmax does not run over the keys", name_of(softmax.node))
     if scores.sink is None:
         a.learn(softmax.probabilities, scores.view.shape)
@@ -183,7 +183,14 @@ def _spec(
         replaces=values.product.node,
         head_dim=query.operand.head_dim,
         head_dim_v=value.operand.head_dim,
-        new_nodes=(*new_producers(query.source), *query.new_nodes, *key.new_nodes, *value.new_nodes, *sink_nodes),
+        new_nodes=(
+            *new_producers(query.source),
+            *query.new_nodes,
+            *key.new_nodes,
+            *value.new_nodes,
+            *sink_nodes,
+            *_of_mask(mask),
+        ),
         output_nodes=output.nodes,
         output_entry=output.entry,
         shape_uses=shape_uses,
@@ -192,6 +199,14 @@ def _spec(
         sinks=sinks,
         facts=_facts(structure, scores),
     )
+
+
+def _of_mask(mask: Mask) -> tuple[ir.Node, ...]:
+    """New nodes that a mask is made from, beside its own."""
+    values = [v for v in (mask.attn_mask, mask.attn_bias) if v is not None]
+    values += [v for node in mask.new_nodes for v in node.inputs if v is not None]
+    needed = dict.fromkeys(node for value in values for node in new_producers(value))
+    return tuple(node for node in needed if node not in mask.new_nodes)
 
 
 def _by_heads(terms: list[MaskTerm], lead_sizes: list[Dim], heads: Dim) -> list[MaskTerm] | Refusal:

@@ -8,6 +8,7 @@ the contraction.
 from __future__ import annotations
 
 import dataclasses
+import string
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -92,6 +93,26 @@ def _matmul(node: ir.Node, a: Analysis, scale: float) -> Product | None:
     return Product(node, x, y, (*leads, "row", "column"), scale)
 
 
+def einsum_equation(node: ir.Node, a: Analysis) -> str | None:
+    """The equation with a letter for each axis that "..." stands for; None where it states no result or a rank is not
+    known."""
+    equation = attribute(node, "equation", "").replace(" ", "")
+    if "->" not in equation or "..." not in equation:
+        return equation if "->" in equation else None
+    inputs, out = equation.split("->")
+    ranks = [a.rank(v) for v in node.inputs]
+    if None in ranks:
+        return None
+    terms = inputs.split(",")
+    counts = [rank - len(term) + 3 for rank, term in zip(ranks, terms, strict=True) if "..." in term]
+    unused = [letter for letter in string.ascii_letters if letter not in equation][: max(counts)]
+    dots = iter(counts)
+    parts = [
+        term.replace("...", "".join(unused[len(unused) - next(dots) :])) if "..." in term else term for term in terms
+    ]
+    return f"{','.join(parts)}->{out.replace('...', ''.join(unused))}"
+
+
 def _stored(node: ir.Node, side: str, labels: tuple[str, ...]) -> tuple[str, ...]:
     order = multiplied_order(node, side, len(labels))
     return tuple(labels[order.index(i)] for i in range(len(labels)))
@@ -109,8 +130,8 @@ def multiplied_order(node: ir.Node, side: str, rank: int) -> list[int]:
 
 
 def _einsum(node: ir.Node, a: Analysis) -> Product | None:
-    equation = attribute(node, "equation", "").replace(" ", "")
-    if len(node.inputs) != 2 or "->" not in equation or "." in equation:
+    equation = einsum_equation(node, a)
+    if len(node.inputs) != 2 or equation is None:
         return None
     inputs, out = equation.split("->")
     left, right = inputs.split(",")

@@ -23,7 +23,8 @@ from faexport.understand.products import PRODUCT_OPS, Product, product_of
 from faexport.understand.shape_rules import resolve_axis
 from faexport.understand.shape_uses import ShapeUse, uses_of
 from faexport.understand.softmax import subtracts_own_maximum
-from faexport.understand.views import View
+from faexport.understand.split_bias import SplitBias
+from faexport.understand.views import View, merged
 
 if TYPE_CHECKING:
     from faexport.understand.shapes import Analysis
@@ -202,6 +203,7 @@ class _Reader:
         self.sink_first = False
         self.scale, self.softcap = path.product.scale, 0.0
         self.row_weights: list[ir.Value] = []
+        self.split: SplitBias | None = None  # biases added while rows or columns are split
         self.shape_uses = uses_of(path.product.node.outputs[0], shape)
 
     def run(self) -> Refusal | None:
@@ -212,18 +214,19 @@ class _Reader:
                 return refusal
             if self.sink is None:
                 self.shape_uses += uses_of(step.node.outputs[0], self.view.shape)
-        return None
+        return self._not_understood(self.path.steps[-1].node) if self.split else None
+
+    @staticmethod
+    def _not_understood(node: ir.Node) -> Refusal:
+        return Refusal("a mask or bias meets the scores in a shape that is not understood", name_of(node))
 
     def _take(self, step: Step, factor: float) -> Refusal | None:
         node = step.node
+        if self.split and step.kind not in ("view", "add", "pass"):
+            return self._not_understood(node)
         if step.kind == "view":
-            view = view_ops.apply(node.outputs[0], self.view, self.a)
-            if view is None:
-                return Refusal("the scores change their shape in a way that is not understood", name_of(node))
-            self.view = view
-            if len(view.axes) == 4:
-                self.splits.append(view.shape[1])
-        elif step.kind == "scale":
+            return self._take_view(node)
+        if step.kind == "scale":
             if not self.softcap:
                 self.scale *= step.factor
         elif step.kind == "rows":
@@ -239,6 +242,25 @@ class _Reader:
             return self._take_term(step, factor)
         else:
             self.a.learn(node.outputs[0], self.view.shape)
+        return None
+
+    def _take_view(self, node: ir.Node) -> Refusal | None:
+        view = view_ops.apply(node.outputs[0], self.view, self.a)
+        if view is None:
+            return Refusal("the scores change their shape in a way that is not understood", name_of(node))
+        before, self.view = self.view, view
+        if len(view.axes) == 4:
+            self.splits.append(view.shape[1])
+        if self.split:
+            if not self.split.follow(node, before.shape, view.shape):
+                return self._not_understood(node)
+            axes = self._axes()
+            if axes is not None:
+                dims = tuple(plain(d) for d in view.shape)
+                self.terms.append(
+                    MaskTerm(TermKind.ADD, self.split.value, node, "".join(axes), dims, factor=self.split.factor)
+                )
+                self.split = None
         return None
 
     def _after(self, step: Step) -> list[Step]:
@@ -268,7 +290,7 @@ class _Reader:
         axes = self._axes()
         node = step.node
         if axes is None:
-            return Refusal("a mask or bias meets the scores in a shape that is not understood", name_of(node))
+            return self._take_split(step, factor)
         dims = tuple(plain(d) for d in self.view.shape)
         common = {"node": node, "axes": "".join(axes), "dims": dims}
         if step.kind in ("add", "sub"):
@@ -292,6 +314,15 @@ class _Reader:
             return Refusal("a mask or bias gives the scores more rows, heads or batch entries", name_of(node))
         self.terms.append(term)
         self.a.learn(node.outputs[0], self.view.shape)
+        return None
+
+    def _take_split(self, step: Step, factor: float) -> Refusal | None:
+        """A bias that is added in a shape without names."""
+        value = step.node.inputs[1 - step.index]
+        self.split = self.split or SplitBias(self.a)
+        if step.kind != "add" or not self.split.add(step.node, value, factor, self.view.shape):
+            return self._not_understood(step.node)
+        self.a.learn(step.node.outputs[0], self.view.shape)
         return None
 
     def _is_zero(self, value: ir.Value) -> bool:
@@ -355,7 +386,7 @@ def label_axes(view: View, names: list[str], shape) -> tuple[str, ...] | None:
     """
     unused = [n for n, d in zip(names, shape, strict=True) if d == 1]
     result: list[str] = []
-    for axis in view.axes:
+    for axis in map(merged, view.axes):
         if not axis:
             result.append(unused.pop(0) if unused else "1")
             continue

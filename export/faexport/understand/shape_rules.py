@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from faexport.understand.dims import Dim, product
 from faexport.understand.nodes import attribute, operand
+from faexport.understand.products import einsum_equation
 
 if TYPE_CHECKING:
     from faexport.understand.shapes import Analysis
@@ -66,14 +67,22 @@ def _broadcast_axis(dims: Sequence[Dim]) -> Dim:
     return ONE if not wide else wide[0] if len(wide) == 1 else Dim.unknown("broadcast")
 
 
+_UP_TO = "?up_to("
+
+
 def _up_to(length: Dim, start: Dim, size: Dim) -> Dim:
     """`length` elements from `start` on, but no more than the axis of `size` has: of a table of positions, say. Where
     it meets an axis of `length`, the sum has that size: it is either as long or 1."""
-    return Dim.of(f"?up_to({length})[{start}:{size}]")
+    return Dim.of(f"{_UP_TO}{length})[{start}:{size}]")
+
+
+def is_bound(dim: Dim) -> bool:
+    """Is it a size of which an upper bound is known?"""
+    return any(s.startswith(_UP_TO) for s in dim.symbols)
 
 
 def _is_up_to(dim: Dim, length: Dim) -> bool:
-    return len(dim.symbols) == 1 and str(dim).startswith(f"?up_to({length})[")
+    return len(dim.symbols) == 1 and str(dim).startswith(f"{_UP_TO}{length})[")
 
 
 def resolve_axis(axis: int, rank: int) -> int:
@@ -130,19 +139,21 @@ def _gemm(node, a):
 
 @shape_of("Einsum")
 def _einsum(node, a):
-    equation = attribute(node, "equation", "").replace(" ", "")
-    if "->" not in equation or "." in equation:
+    equation = einsum_equation(node, a)
+    if equation is None:
         return None
     left, out = equation.split("->")
     sizes: dict[str, Dim] = {}
     for letters, value in zip(left.split(","), node.inputs, strict=True):
         shape = a.shape(value)
-        if shape is None or len(shape) != len(letters):
+        if shape is None:
+            continue
+        if len(shape) != len(letters):
             return None
         for letter, dim in zip(letters, shape, strict=True):
             if letter not in sizes or sizes[letter] == 1:
                 sizes[letter] = dim
-    return [tuple(sizes[letter] for letter in out)]
+    return [tuple(sizes[letter] if letter in sizes else Dim.unknown("einsum") for letter in out)]
 
 
 @shape_of("Transpose")

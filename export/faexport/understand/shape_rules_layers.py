@@ -102,6 +102,24 @@ def _top_k(node, a):
     return [shape[:axis] + (size,) + shape[axis + 1 :]] * 2
 
 
+@shape_of("If")
+def _if(node, a):
+    """What both branches agree on; a constant condition's branch alone."""
+    branches = [attribute(node, "then_branch"), attribute(node, "else_branch")]
+    condition = a.constant(node.inputs[0])
+    if condition is not None and condition.size == 1:
+        branches = [branches[0 if condition.reshape(-1)[0] else 1]]
+    outputs = zip(*(branch.outputs for branch in branches), strict=True)
+    return [_common([a.shape(value) for value in values]) for values in outputs]
+
+
+def _common(shapes):
+    first = shapes[0]
+    if any(s is None or len(s) != len(first or ()) for s in shapes):
+        return None
+    return tuple(d if all(s[i] == d for s in shapes) else Dim.unknown("if") for i, d in enumerate(first))
+
+
 @shape_of("com.microsoft::SkipLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization")
 def _skip_normalization(node, a):
     shape = a.shape(node.inputs[0])

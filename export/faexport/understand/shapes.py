@@ -18,7 +18,7 @@ from faexport.understand import (  # noqa: F401 (some only register their rules)
 )
 from faexport.understand.dims import Dim
 from faexport.understand.nodes import attribute, op, operand, own_functions, producer, subgraphs
-from faexport.understand.shape_rules import CONTENT_RULES, SHAPE_RULES, Shape
+from faexport.understand.shape_rules import CONTENT_RULES, SHAPE_RULES, Shape, is_bound
 
 MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
 
@@ -169,6 +169,10 @@ class Analysis:
             return ir.DataType(attribute(node, "to"))
         if op(node) in DTYPE_OF:
             return DTYPE_OF[op(node)]
+        if op(node) == "If":
+            return self.dtype(attribute(node, "then_branch").outputs[node.outputs.index(value)])
+        if op(node) in ("Loop", "Scan"):
+            return None
         if op(node) in ("Constant", "ConstantOfShape"):
             tensor = attribute(node, "value")
             return (
@@ -195,5 +199,11 @@ class Analysis:
         if value.shape is None or len(value.shape) != len(inferred):
             return inferred
         declared = self._declared(value)
-        opaque = [d.const is None and all(s.startswith("?") for s in d.symbols) for d in inferred]
-        return tuple(known if hide else dim for dim, known, hide in zip(inferred, declared, opaque, strict=True))
+        return tuple(known if _says_more(known, dim) else dim for dim, known in zip(inferred, declared, strict=True))
+
+
+def _says_more(declared: Dim, inferred: Dim) -> bool:
+    """Is the file's size better than the derived one? Where that is unknown; a bound says more than another name."""
+    if inferred.const is not None or not all(s.startswith("?") for s in inferred.symbols):
+        return False
+    return declared.const is not None or not is_bound(inferred)

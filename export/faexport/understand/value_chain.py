@@ -166,7 +166,7 @@ def find_values(scores: Scores, probabilities: ir.Value, names: list[str], a: An
         return Refusal("the attention weights are multiplied with themselves", name_of(node))
     if product.right.value is value:
         product = product.swapped()
-    axes = dict(zip(product.left.labels, walker.view.axes, strict=True))
+    axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
     column, row = (_atom_axis(scores.product, label, shape) for label in ("column", "row"))
     if axes["sum"] != column:
         return Refusal("the product after the softmax does not sum over the softmax's axis", name_of(node))
@@ -174,7 +174,7 @@ def find_values(scores: Scores, probabilities: ir.Value, names: list[str], a: An
         other = next((x for x in product.leads if axes.get(x) == row and x not in product.right.labels), None)
         if other is not None:
             product = with_row(product, other)
-            axes = dict(zip(product.left.labels, walker.view.axes, strict=True))
+            axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
     if axes["row"] != row:
         return Refusal("the rows of the attention weights are not those of the scores", name_of(node))
     if a.is_static(product.right.value):
