@@ -232,6 +232,12 @@ def test_layers_share_what_is_the_same() -> None:
     assert kinds.count("Reciprocal") == 1 and kinds.count("Div") == 1
 
 
+def test_the_operator_itself_sees_a_key_in_every_row() -> None:
+    """So its word for rows without keys doesn't matter, and one function may stand in for it and others."""
+    assert pipeline.examine(ir.from_proto(grammar.build(LOCAL)))[0].outcome.mask.rows_see_a_key
+    assert not pipeline.examine(ir.from_proto(grammar.build(WEAK)))[0].outcome.mask.rows_see_a_key
+
+
 def test_a_second_run_changes_nothing() -> None:
     changed, _ = fused(grammar.build(LOCAL))
     again, report = pipeline.run(ir.from_proto(changed), pipeline.Options())

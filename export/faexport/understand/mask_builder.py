@@ -151,6 +151,7 @@ class MaskBuilder:
         self.fact(window_text(found.window), *found.window.parts)
         if not found.else_all:  # the operator then gives the mean over the window, where all of it is padding
             mask.attn_bias, added.dtype = added, ir.DataType.FLOAT
+            mask.rows_see_a_key = rows_see_a_key(self.site, il.all_of(found.window.parts))
             self.fact(f"{kind_of(found.padding)} mask {axes_of(bias)}, as a bias", found.padding)
         else:
             mask.attn_mask, mask.empty_row = padding, spec.EmptyRow.MEAN
