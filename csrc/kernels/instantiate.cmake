@@ -66,12 +66,13 @@ fa_instantiate(fa_prefill_sm80 prefill_sm80 ${launch_tiles_header} "${launch_til
 fa_instantiate(fa_prefill_sm80 prefill_sm80 ${launch_tiles_header} "${launch_tiles}" "f16;bf16;f32" "64;128;256" "kSplit")
 
 if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
-  fa_cuda_library(fa_prefill_sm90)
+  fa_cuda_library(fa_prefill_sm90 kernels/prefill_sm90/tile_counter.cu)
   set_target_properties(fa_prefill_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
   set(launch_sm90 "Status prefill_sm90::launch_instance<@T@, @HEAD_DIM@, prefill_sm90::Variant::@VARIANT@>(const AttentionParams&, const ExecutionContext&)")
   fa_instantiate(fa_prefill_sm90 prefill_sm90 kernels/prefill_sm90/launch.cuh "${launch_sm90}"
     "f16;bf16" "32;48;64;80;96;128;192;256" "kPlain;kModified")
   fa_instantiate(fa_prefill_sm90 prefill_sm90 kernels/prefill_sm90/launch.cuh "${launch_sm90}" "f16;bf16" "32;48;64;128;256" "kShort")
+  fa_instantiate(fa_prefill_sm90 prefill_sm90 kernels/prefill_sm90/launch.cuh "${launch_sm90}" "f16;bf16" "32;48;64" "kTall;kModifiedTall")
   target_sources(fa_core PRIVATE kernels/common/tensor_map.cpp kernels/prefill_sm90/prefill_sm90.cpp)
   target_compile_definitions(fa_core PRIVATE FA_WITH_SM90)
 endif()

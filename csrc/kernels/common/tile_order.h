@@ -7,9 +7,20 @@
 #include <cstdint>
 #include <limits>
 
+#include "fa/attention.h"
 #include "kernels/common/divisor.h"
 
 namespace fa {
+
+/// Key heads whose keys and values take up to `bytes`.
+inline int64_t key_heads_in(int64_t bytes, const AttentionParams& p) {
+  return bytes / std::max<int64_t>(1, p.key.shape[2] * (p.key.shape[3] + p.value.shape[3]) * size_of(p.key.dtype));
+}
+
+/// Do several batch entries add the same bias?
+inline bool batch_shares_bias(const AttentionParams& p) {
+  return !p.cu_seqlens_q.present && p.bias.present && p.query.shape[0] > 1 && p.bias.stride[0] == 0;
+}
 
 /// Where a tile stands.
 struct TilePlace {

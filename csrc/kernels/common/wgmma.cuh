@@ -49,7 +49,7 @@ __device__ __forceinline__ void wgmma_pin(R (&registers)[kCount]) {
 }
 
 /// One instruction, N columns. accumulate = 0 starts the sum. ss: A and B from shared memory, both along the summed axis;
-/// rs: A from registers, B row-wise along the other axis (wgmma_descriptor_mn_major).
+/// rs: A from registers, B row-wise along the other axis (wgmma_descriptor_mn_major), or where !kMnMajor as in ss.
 template <int kN>
 struct Wgmma;
 
@@ -72,35 +72,36 @@ struct Wgmma;
 #define FA_L120 FA_L112 "," FA_R8(112, 113, 114, 115, 116, 117, 118, 119)
 #define FA_L128 FA_L120 "," FA_R8(120, 121, 122, 123, 124, 125, 126, 127)
 
-#define FA_D8(i) \
+#define FA_REGISTERS8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define FA_D16 FA_D8(0), FA_D8(8)
-#define FA_D24 FA_D16, FA_D8(16)
-#define FA_D32 FA_D24, FA_D8(24)
-#define FA_D40 FA_D32, FA_D8(32)
-#define FA_D48 FA_D40, FA_D8(40)
-#define FA_D56 FA_D48, FA_D8(48)
-#define FA_D64 FA_D56, FA_D8(56)
-#define FA_D72 FA_D64, FA_D8(64)
-#define FA_D80 FA_D72, FA_D8(72)
-#define FA_D88 FA_D80, FA_D8(80)
-#define FA_D96 FA_D88, FA_D8(88)
-#define FA_D104 FA_D96, FA_D8(96)
-#define FA_D112 FA_D104, FA_D8(104)
-#define FA_D120 FA_D112, FA_D8(112)
-#define FA_D128 FA_D120, FA_D8(120)
+#define FA_D8 FA_REGISTERS8(0)
+#define FA_D16 FA_REGISTERS8(0), FA_REGISTERS8(8)
+#define FA_D24 FA_D16, FA_REGISTERS8(16)
+#define FA_D32 FA_D24, FA_REGISTERS8(24)
+#define FA_D40 FA_D32, FA_REGISTERS8(32)
+#define FA_D48 FA_D40, FA_REGISTERS8(40)
+#define FA_D56 FA_D48, FA_REGISTERS8(48)
+#define FA_D64 FA_D56, FA_REGISTERS8(56)
+#define FA_D72 FA_D64, FA_REGISTERS8(64)
+#define FA_D80 FA_D72, FA_REGISTERS8(72)
+#define FA_D88 FA_D80, FA_REGISTERS8(80)
+#define FA_D96 FA_D88, FA_REGISTERS8(88)
+#define FA_D104 FA_D96, FA_REGISTERS8(96)
+#define FA_D112 FA_D104, FA_REGISTERS8(104)
+#define FA_D120 FA_D112, FA_REGISTERS8(112)
+#define FA_D128 FA_D120, FA_REGISTERS8(120)
 
 #define FA_WGMMA_SS(N, R, TYPE, i0, i1, i2)                                                                                   \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
                " {" FA_L##R "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"                                                        \
                : FA_D##R                                                                                                      \
                : "l"(a), "l"(b), "r"(accumulate))
-#define FA_WGMMA_RS(N, R, TYPE, i0, i1, i2, i3, i4, i5)                                                                       \
+#define FA_WGMMA_RS(N, R, TYPE, i0, i1, i2, i3, i4, i5, i6)                                                                   \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
-               " {" FA_L##R "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1, 1;\n}"                              \
+               " {" FA_L##R "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n}"                       \
                : FA_D##R                                                                                                      \
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate))
-#define FA_WGMMA(N, R, i0, i1, i2, i3, i4, i5)                                                                               \
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate), "n"(kMnMajor ? 1 : 0))
+#define FA_WGMMA(N, R, i0, i1, i2, i3, i4, i5, i6)                                                                           \
   template <>                                                                                                                \
   struct Wgmma<N> {                                                                                                          \
     template <typename T>                                                                                                    \
@@ -111,29 +112,30 @@ struct Wgmma;
         FA_WGMMA_SS(N, R, "bf16", i0, i1, i2);                                                                               \
       }                                                                                                                      \
     }                                                                                                                        \
-    template <typename T>                                                                                                    \
+    template <typename T, bool kMnMajor = true>                                                                              \
     static __device__ __forceinline__ void rs(float (&d)[R], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, \
                                               int accumulate) {                                                              \
       if constexpr (std::is_same_v<T, __half>) {                                                                             \
-        FA_WGMMA_RS(N, R, "f16", i0, i1, i2, i3, i4, i5);                                                                    \
+        FA_WGMMA_RS(N, R, "f16", i0, i1, i2, i3, i4, i5, i6);                                                                \
       } else {                                                                                                               \
-        FA_WGMMA_RS(N, R, "bf16", i0, i1, i2, i3, i4, i5);                                                                   \
+        FA_WGMMA_RS(N, R, "bf16", i0, i1, i2, i3, i4, i5, i6);                                                               \
       }                                                                                                                      \
     }                                                                                                                        \
   }
 
-FA_WGMMA(32, 16, 16, 17, 18, 19, 20, 21);
-FA_WGMMA(48, 24, 24, 25, 26, 27, 28, 29);
-FA_WGMMA(64, 32, 32, 33, 34, 35, 36, 37);
-FA_WGMMA(80, 40, 40, 41, 42, 43, 44, 45);
-FA_WGMMA(96, 48, 48, 49, 50, 51, 52, 53);
-FA_WGMMA(112, 56, 56, 57, 58, 59, 60, 61);
-FA_WGMMA(128, 64, 64, 65, 66, 67, 68, 69);
-FA_WGMMA(144, 72, 72, 73, 74, 75, 76, 77);
-FA_WGMMA(160, 80, 80, 81, 82, 83, 84, 85);
-FA_WGMMA(176, 88, 88, 89, 90, 91, 92, 93);
-FA_WGMMA(192, 96, 96, 97, 98, 99, 100, 101);
-FA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133);
+FA_WGMMA(16, 8, 8, 9, 10, 11, 12, 13, 14);
+FA_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22);
+FA_WGMMA(48, 24, 24, 25, 26, 27, 28, 29, 30);
+FA_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38);
+FA_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46);
+FA_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54);
+FA_WGMMA(112, 56, 56, 57, 58, 59, 60, 61, 62);
+FA_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70);
+FA_WGMMA(144, 72, 72, 73, 74, 75, 76, 77, 78);
+FA_WGMMA(160, 80, 80, 81, 82, 83, 84, 85, 86);
+FA_WGMMA(176, 88, 88, 89, 90, 91, 92, 93, 94);
+FA_WGMMA(192, 96, 96, 97, 98, 99, 100, 101, 102);
+FA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134);
 
 #undef FA_WGMMA
 #undef FA_WGMMA_RS

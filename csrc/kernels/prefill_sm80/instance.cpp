@@ -41,9 +41,8 @@ bool has_vectors(const TensorView& view) {
 
 /// How many (batch, head) pairs run together.
 int64_t pairs_in_l2(const AttentionParams& p, int64_t pairs, int64_t query_heads_per_pair) {
-  const int64_t bytes = std::max<int64_t>(1, p.key.shape[2] * (p.key.shape[3] + p.value.shape[3]) * size_of(p.key.dtype));
   const int64_t heads_per_key_head = p.query.shape[1] / p.key.shape[1] / query_heads_per_pair;
-  return std::clamp<int64_t>(kL2BytesForKeys / bytes * heads_per_key_head, std::min(pairs, heads_per_key_head), pairs);
+  return std::clamp<int64_t>(key_heads_in(kL2BytesForKeys, p) * heads_per_key_head, std::min(pairs, heads_per_key_head), pairs);
 }
 
 }  // namespace
@@ -93,9 +92,8 @@ Status launch_instance(const TileInstance& instance, const AttentionParams& para
   grid.sequences = sequence_rule(params);
   grid.num_sequences = static_cast<int>(sequences);
   grid.group_size = Divisor(group_size);
-  const bool batch_fastest = !packed && params.bias.present && sequences > 1 && params.bias.stride[0] == 0;
-  grid.order =
-      TileOrder(packed ? 1 : sequences, heads, row_tiles, pairs_in_l2(params, pairs, share_tile ? group_size : 1), batch_fastest);
+  grid.order = TileOrder(packed ? 1 : sequences, heads, row_tiles, pairs_in_l2(params, pairs, share_tile ? group_size : 1),
+                         batch_shares_bias(params));
   grid.query_by_16 = is_by(params.query, 16);
   grid.key_by_16 = is_by(params.key, 16);
   grid.value_by_16 = is_by(params.value, 16);

@@ -23,12 +23,13 @@ struct KernelArgs {
   SequenceRule sequences;
 
   TileOrder order;
-  bool bias_by_tile;     // the bias comes through shared memory
-  int num_sequences;     // batch entries, or packed sequences
-  bool sort_sequences;   // those with most keys first
-  Divisor heads_per_kv;  // query heads that share a key head
-  int* tile_counter;     // zero before the launch; null: tiles are dealt out in turn
-  int num_tiles;         // upper bound of tile indices
+  bool bias_by_tile;         // the bias comes through shared memory
+  int num_sequences;         // batch entries, or packed sequences
+  bool sort_sequences;       // those with most keys first
+  bool tiles_end_with_rows;  // the tile that is not full is a sequence's first, not its last
+  Divisor heads_per_kv;      // query heads that share a key head
+  unsigned* tile_counter;    // 0 before the launch and after it; null: tiles are dealt out in turn
+  int num_tiles;             // upper bound of tile indices
 };
 
 }  // namespace fa::prefill_sm90

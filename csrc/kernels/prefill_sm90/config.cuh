@@ -15,6 +15,7 @@ struct TileShape {
   int warpgroups, tile_n, stages, query_stages, bias_stages;
   bool ping_pong = true;
   int blocks_per_sm = 1;
+  int query_steps = 0;
 };
 
 /// The tile table: one row for each head_dim bucket and variant, found by measurement (docs/kernels.md).
@@ -22,13 +23,15 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
   if (variant == Variant::kShort) {
     if (head_dim <= 64) return {1, 64, 3, 2, 0, false, 3};
     if (head_dim <= 128) return {1, 64, 2, 1, 0, false, 2};
-    return {2, 32, 4, 1, 0, false};
+    return {2, 32, 4, 1, 0, false, 1, 8};
   }
+  if (variant == Variant::kTall) return {4, 64, 6, 2, 0, false};
+  if (variant == Variant::kModifiedTall) return {4, 64, 3, 2, 3};
   if (variant == Variant::kPlain) {
     if (head_dim <= 64) return {3, 128, 4, 2, 0};
     if (head_dim <= 128) return {3, 64, 3, 2, 0};
-    if (head_dim <= 192) return {2, 96, 2, 1, 0};
-    return {2, 64, 2, 1, 0};
+    if (head_dim <= 192) return {2, 64, 3, 1, 0, true, 1, 8};
+    return {2, 64, 2, 1, 0, true, 1, 2};
   }
   if (head_dim <= 64) return {3, 128, 2, 2, 2};
   if (head_dim <= 128) return {2, 128, 2, 1, 2};
@@ -36,10 +39,10 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
 }
 
 template <typename T_, Variant kVariant, int kHeadDim_, int kWarpgroups_, int kTileN_, int kStages_, int kQueryStages_,
-          int kBiasStages_ = 0, bool kPingPong_ = true, int kBlocksPerSm_ = 1>
+          int kBiasStages_ = 0, bool kPingPong_ = true, int kBlocksPerSm_ = 1, int kQuerySteps_ = 0>
 struct Config {
   using T = T_;
-  static constexpr bool kModified = kVariant == Variant::kModified;
+  static constexpr bool kModified = kVariant == Variant::kModified || kVariant == Variant::kModifiedTall;
   static constexpr int kHeadDim = kHeadDim_;          // multiple of 16; narrower heads are padded by the copy engine's zero fill
   static constexpr int kWarpgroups = kWarpgroups_;    // that multiply
   static constexpr int kTileM = 64 * kWarpgroups;     // query rows of a tile
@@ -48,6 +51,7 @@ struct Config {
   static constexpr int kQueryStages = kQueryStages_;  // buffers for Q
   static constexpr int kBiasStages = kBiasStages_;    // buffers for tiles of a 16-bit bias; 0: read from device memory
   static constexpr bool kPingPong = kPingPong_;       // warpgroups issue their products in turn
+  static constexpr int kQuerySteps = kQuerySteps_;    // times 16 columns of Q that consumers keep in registers
   static constexpr int kPanels = (kHeadDim + 63) / 64;  // of 64 columns, 128 bytes
   static constexpr int kBiasPanels = (kTileN + 63) / 64;
   static constexpr bool kSmall = kWarpgroups == 1;  // no registers are moved, and one warp does not multiply, else four
@@ -56,8 +60,8 @@ struct Config {
   // The output leaves through the queries' memory. Where that is all there is, next to keys and values, and some is left, it has
   // its own, so that the next queries come early.
   static constexpr bool kOwnOutput = kQueryStages == 1 && !kModified && kHeadDim > 128;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kWarpgroups == 3 ? 32 : 24;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
   static constexpr uint32_t kQueryBytes = kTileM * 128 * kPanels;
   static constexpr uint32_t kKeyBytes = kTileN * 128 * kPanels;
   static constexpr uint32_t kBiasBytes = kTileM * 128 * kBiasPanels;
@@ -70,20 +74,24 @@ struct alignas(16) Tile {
   int valid = 0;                  // 0: no more tiles
   int sequence;                   // batch entry or packed sequence
   int head;                       // query head
-  int first_row;                  // in its sequence
+  int first_row;                  // in its sequence; warpgroups whose rows are below 0 have none
   int block_begin, block_end;     // key tiles to visit
   int batch, row_base, key_base;  // where the sequence stands in the tensors
   int num_rows, num_keys;         // rows and keys of the sequence …
   int query_length, kv_length;    // … and those in use
   int key_begin, key_end;         // keys that mask and bias leave
   int test_mask;                  // the bool mask hides some keys of these tiles
+  int few_in_last;                // all rows see the last key tile to its end, which is at most kFewInLast keys
   RowBand band;                   // what windows leave of them
   int64_t query_offset;
 };
 static_assert(sizeof(Tile) % 16 == 0);
 
+inline constexpr int kFewInLast = 16;
 inline constexpr int kTileSlots = 2;
-inline constexpr int kStartBarrier = 7;  // named barrier of the whole block
+inline constexpr int kTurnBarrier = 1;       // named barriers 1 … 4: the warpgroup's turn to issue products
+inline constexpr int kWarpgroupBarrier = 5;  // 5 … 8: the threads of one consumer warpgroup
+inline constexpr int kStartBarrier = 9;      // the whole block
 
 template <class C>
 struct SharedMemory {

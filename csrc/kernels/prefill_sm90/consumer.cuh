@@ -17,8 +17,6 @@
 
 namespace fa::prefill_sm90 {
 
-inline constexpr int kTurnBarrier = 1;  // named barriers 1 … 3: the warpgroup's turn to issue products
-
 /// What the warpgroup's 64 rows see of a query tile.
 struct RowsView {
   int full_begin, full_end;    // key tiles that all rows see entirely
@@ -35,9 +33,10 @@ struct Consumer {
   RingPosition<C::kQueryStages> q;
   RingPosition<C::kStages> k, v;
   RingPosition<C::kBiasStages + 1 - (C::kBiasStages > 0)> b;
-  float o[C::kHeadDim / 2];         // output fragment
-  float s[C::kTileN / 2];           // scores, then weights
-  uint32_t weights[C::kTileN / 4];  // weights as A operand
+  float o[C::kHeadDim / 2];                                     // output fragment
+  float s[C::kTileN / 2];                                       // scores, then weights
+  uint32_t weights[C::kTileN / 4];                              // weights as A operand
+  uint32_t queries[C::kQuerySteps + (C::kQuerySteps == 0)][4];  // the first columns of Q as A operand
   RowPair rows;
   RowsView view;
   bool settled;     // all rows of the warp may go without a maximum (is_settled)
@@ -59,15 +58,29 @@ struct Consumer {
     return warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
   }
 
-  /// Issues S = Q K^T.
+  /// The thread's part of Q's columns 16 step … + 15 as A operand.
+  __device__ __forceinline__ void load_queries(uint32_t (&fragment)[4], int step) const {
+    const int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 16, chunk = step % 4 * 2 + threadIdx.x % 32 / 16;
+    ldmatrix_x4(fragment, shared_address(shared.query[q.stage]) + step / 4 * C::kTileM * 128 + swizzled_offset(row, chunk));
+  }
+
+  /// Issues S = Q K^T for the first kKeys keys of the tile.
+  template <int kKeys = C::kTileN>
   __device__ __forceinline__ void issue_scores() {
+    float (&scores)[kKeys / 2] = reinterpret_cast<float (&)[kKeys / 2]>(s);
     const uint64_t query = wgmma_descriptor_k_major(shared_address(shared.query[q.stage]) + warpgroup * 64 * 128);
     const uint64_t key = wgmma_descriptor_k_major(shared_address(shared.key[k.stage]));
 #pragma unroll
     for (int step = 0; step < C::kHeadDim / 16; ++step) {
       const uint32_t in_panel = (step % 4) * 32;
-      Wgmma<C::kTileN>::template ss<typename C::T>(s, query + (((step / 4) * C::kTileM * 128 + in_panel) >> 4),
-                                                   key + (((step / 4) * C::kTileN * 128 + in_panel) >> 4), step > 0);
+      const uint64_t keys = key + (((step / 4) * C::kTileN * 128 + in_panel) >> 4);
+      if (step < C::kQuerySteps) {
+        const uint32_t (&a)[4] = queries[step < C::kQuerySteps ? step : 0];
+        Wgmma<kKeys>::template rs<typename C::T, false>(scores, a[0], a[1], a[2], a[3], keys, step > 0);
+      } else {
+        Wgmma<kKeys>::template ss<typename C::T>(scores, query + (((step / 4) * C::kTileM * 128 + in_panel) >> 4), keys,
+                                                 step > 0);
+      }
     }
     wgmma_commit();
   }
@@ -124,8 +137,8 @@ struct Consumer {
 
   /// S = Q K^T once more, by each warp for its own rows. Rare: where the scores were spent on a reference that proved too small.
   __device__ __forceinline__ void recompute_scores() {
-    const int lane = threadIdx.x % 32, row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + lane % 16;
-    const uint32_t query = shared_address(shared.query[q.stage]), key = shared_address(shared.key[k.stage]);
+    const int lane = threadIdx.x % 32;
+    const uint32_t key = shared_address(shared.key[k.stage]);
 #pragma unroll
     for (int j = 0; j < C::kTileN / 16; ++j) {
       float low[4] = {}, high[4] = {};  // keys 16 j … + 7 and + 8 … + 15
@@ -134,7 +147,7 @@ struct Consumer {
       for (int step = 0; step < C::kHeadDim / 16; ++step) {
         const int panel = step / 4, chunk = step % 4 * 2;
         uint32_t a[4], b_pair[4];
-        ldmatrix_x4(a, query + panel * C::kTileM * 128 + swizzled_offset(row, chunk + lane / 16));
+        load_queries(a, step);
         ldmatrix_x4(b_pair, key + panel * C::kTileN * 128 + swizzled_offset(key_row, chunk + lane / 8 % 2));
         mma_m16n8k16<typename C::T>(low, a, b_pair[0], b_pair[1]);
         mma_m16n8k16<typename C::T>(high, a, b_pair[2], b_pair[3]);
@@ -158,7 +171,7 @@ struct Consumer {
     rows_view.full_begin = (tile.band.first(first_row + 63, tile.key_begin) + C::kTileN - 1) / C::kTileN;
     rows_view.full_end = tile.test_mask ? 0 : tile.band.end(first_row, tile.key_end) / C::kTileN;
     const int begin = tile.band.first(first_row, tile.key_begin), end = tile.band.end(last_row, tile.key_end);
-    const bool none = first_row > last_row || begin >= end;
+    const bool none = first_row < 0 || first_row > last_row || begin >= end;
     rows_view.block_begin = none ? tile.block_begin : begin / C::kTileN;
     rows_view.block_end = none ? tile.block_begin : (end + C::kTileN - 1) / C::kTileN;
     rows_view.used_keys = tile.key_base + tile.kv_length < args.sequences.seqlen_kv ? tile.kv_length : INT_MAX;
@@ -239,6 +252,27 @@ struct Consumer {
     return rescale;
   }
 
+  /// Scores and weights of a last key tile with very few keys.
+  __device__ __forceinline__ void take_few(const Tile& tile) {
+    wgmma_pin(s);
+    wgmma_fence();
+    issue_scores<kFewInLast>();
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    float (&few)[kFewInLast / 2] = reinterpret_cast<float (&)[kFewInLast / 2]>(s);
+    const int end = tile.key_end - (view.block_end - 1) * C::kTileN - threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kFewInLast / 2; ++i) {
+      if (i / 4 * 8 + (i & 1) >= end) few[i] = -INFINITY;
+    }
+    softmax_step<C>(few, rows, args.problem.softmax_scale * kLog2E);
+    settled = __all_sync(kAllLanes, is_settled<C>(rows));
+#pragma unroll
+    for (int i = kFewInLast / 2; i < C::kTileN / 2; ++i) s[i] = 0.0f;
+    release(&shared.key_empty[k.stage]);
+    k.advance();
+  }
+
   /// Waits for the values of key tile `block` and issues O += P V.
   __device__ __forceinline__ void start_output(int block) {
     wait_value(view.used_keys - block * C::kTileN);
@@ -265,12 +299,16 @@ struct Consumer {
   /// The key tiles that the warpgroup's rows see, from the last to the first.
   __device__ __forceinline__ void run_blocks(const Tile& tile) {
     mbarrier_wait(&shared.key_full[k.stage], k.phase);
-    wgmma_pin(s);
-    wgmma_fence();
-    issue_scores();
-    wgmma_wait<0>();
-    wgmma_pin(s);
-    finish_scores(tile, view.block_end - 1);
+    if (C::kSmall && tile.few_in_last) {
+      take_few(tile);
+    } else {
+      wgmma_pin(s);
+      wgmma_fence();
+      issue_scores();
+      wgmma_wait<0>();
+      wgmma_pin(s);
+      finish_scores(tile, view.block_end - 1);
+    }
     pack_weights();
     finish_stored();  // by now the last tile's output has left: the queries after the next may come
     for (int block = view.block_end - 2; block >= view.block_begin; --block) {
@@ -302,13 +340,14 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void end_tile(const Tile& tile, uint64_t* tile_empty) {
-    finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), rows, o);
+    const bool has_rows = tile.first_row + warpgroup * 64 >= 0;
+    if (has_rows) finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), rows, o);
     if constexpr (C::kOwnOutput) {
-      store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return shared.out[warpgroup][panel % 2]; });
+      if (has_rows) store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return shared.out[warpgroup][panel % 2]; });
     } else {
       finish_stored();
       uint8_t* queries = shared.query[q.stage] + warpgroup * 64 * 128;
-      store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return queries + panel * C::kTileM * 128; });
+      if (has_rows) store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return queries + panel * C::kTileM * 128; });
       stored = q.stage;
     }
     __syncwarp();
@@ -326,6 +365,8 @@ struct Consumer {
       const Tile& tile = shared.tile[slot.stage];
       if (!tile.valid) break;
       mbarrier_wait(&shared.query_full[q.stage], q.phase);
+#pragma unroll
+      for (int step = 0; step < C::kQuerySteps; ++step) load_queries(queries[step], step);
       view = view_rows(tile);
       rows = RowPair{};
       settled = false;

@@ -12,8 +12,6 @@
 
 namespace fa::prefill_sm90 {
 
-inline constexpr int kWarpgroupBarrier = 4;  // named barriers 4 … 6: the threads of one consumer warpgroup
-
 /// Four 8x8 matrices of 16-bit elements from the accumulator layout to rows of shared memory; lane l gives row l % 8 of matrix l
 /// / 8.
 __device__ __forceinline__ void store_matrices(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

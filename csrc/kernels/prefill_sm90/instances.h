@@ -12,9 +12,11 @@ namespace fa::prefill_sm90 {
 inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory that an instance may take
 
 enum class Variant : uint8_t {
-  kPlain,     // scale > 0, lengths, window, sinks, mask without rows: scores stay raw products, the scale is in the exponent
-  kShort,     // the same problems, with tiles for few keys or few rows
-  kModified,  // on top of it softcap, bias, mask with rows, ALiBi, or a scale <= 0: scores are natural
+  kPlain,         // scale > 0, lengths, window, sinks, mask without rows: scores stay raw products, the scale is in the exponent
+  kTall,          // the same problems, with tiles of more rows and fewer keys
+  kShort,         // … with tiles for few keys or few rows
+  kModified,      // on top of it softcap, bias, mask with rows, ALiBi, or a scale <= 0: scores are natural
+  kModifiedTall,  // … with tiles of more rows and fewer keys
 };
 
 template <typename T, int kHeadDim, Variant kVariant>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention on Hopper: producer warps (TMA), one to three consumer warpgroups (wgmma), a persistent grid. After FlashAttention-3
+// Attention on Hopper: producer warps (TMA), one to four consumer warpgroups (wgmma), a persistent grid. After FlashAttention-3
 // (Shah et al. 2024). Launched by launch.cuh with kThreads threads and at most kBlocksPerSm blocks a multiprocessor.
 #pragma once
 

@@ -11,12 +11,13 @@
 #include "kernels/common/tensor_map.h"
 #include "kernels/prefill_sm90/instances.h"
 #include "kernels/prefill_sm90/kernel.cuh"
+#include "kernels/prefill_sm90/shape.h"
+#include "kernels/prefill_sm90/tile_counter.h"
 
 namespace fa::prefill_sm90 {
 
-inline constexpr int64_t kL2Budget = 32 << 20;  // bytes of keys and values that the tiles in flight should share
-inline constexpr int64_t kKeyHeadsTogether =
-    16;  // as many as balance tiles of unequal length  // bytes of keys and values that the tiles in flight should share
+inline constexpr int64_t kL2Budget = 32 << 20;    // bytes of keys and values that the tiles in flight should share
+inline constexpr int64_t kKeyHeadsTogether = 16;  // as many as balance tiles of unequal length
 
 /// The bias as the copy engine sees it: an axis that is broadcast has size 1.
 inline TensorView bias_tensor(TensorView bias) {
@@ -35,17 +36,14 @@ inline bool bias_has_tiles(const AttentionParams& p) {
 
 /// Which tiles run side by side. Rows of unequal length: longest first, as many heads together as balance them and keep their
 /// keys and values in L2. Else one head after the other.
-inline void choose_order(const AttentionParams& p, int64_t row_tiles, KernelArgs* args, bool* dynamic) {
-  const bool packed = p.cu_seqlens_q.present;
+inline void choose_order(const AttentionParams& p, int64_t row_tiles, bool unequal, KernelArgs* args) {
+  const bool packed = p.cu_seqlens_q.present, batch_fastest = batch_shares_bias(p);
   const int64_t heads = p.query.shape[1];
-  *dynamic =
-      p.window_right >= 0 || p.window_left >= 0 || p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
-  const int64_t bytes_per_head = std::max<int64_t>(1, p.key.shape[2] * (p.key.shape[3] + p.value.shape[3]) * 2);
-  const int64_t in_cache = std::clamp<int64_t>(kL2Budget / bytes_per_head, 1, kKeyHeadsTogether) * (heads / p.key.shape[1]);
+  const int64_t in_cache = std::clamp<int64_t>(key_heads_in(kL2Budget, p), 1, kKeyHeadsTogether) * (heads / p.key.shape[1]);
   args->sort_sequences = p.kv_lengths.present && !packed && args->num_sequences > 1 && args->num_sequences <= 32;
-  const bool batch_fastest = !packed && p.bias.present && args->num_sequences > 1 && p.bias.stride[0] == 0;
+  args->tiles_end_with_rows = mean_keys(p) > kFewKeys;
   const bool heads_share_bias = p.bias.present && p.bias.stride[1] == 0;
-  int64_t group = *dynamic || heads_share_bias ? in_cache : 1;
+  int64_t group = unequal || heads_share_bias ? in_cache : 1;
   if (batch_fastest) group = std::max<int64_t>(group, args->num_sequences);
   args->order = TileOrder(packed ? 1 : args->num_sequences, heads, row_tiles, group, batch_fastest);
 }
@@ -67,24 +65,20 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
   KernelArgs args{};
   if (Status status = encode_maps<C>(p, &args); !status.ok()) return status;
   const bool packed = p.cu_seqlens_q.present;
-  const int64_t heads = p.query.shape[1], rows = p.query.shape[2], sequences = num_sequences(p);
-  const int64_t row_tiles = packed ? rows / C::kTileM + sequences : (rows + C::kTileM - 1) / C::kTileM;
-  const int64_t tiles = row_tiles * heads * (packed ? 1 : sequences);
+  const int64_t heads = p.query.shape[1], sequences = num_sequences(p), tiles = num_tiles(p, C::kTileM);
   if (tiles == 0) return {};
   args.problem = p;
   args.sequences = sequence_rule(p);
   args.num_sequences = static_cast<int>(sequences);
   args.heads_per_kv = Divisor(heads / p.key.shape[1]);
   args.num_tiles = static_cast<int>(tiles);
-  bool dynamic;
-  choose_order(p, row_tiles, &args, &dynamic);
+  const bool unequal =
+      p.window_right >= 0 || p.window_left >= 0 || p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
+  choose_order(p, tiles / (heads * (packed ? 1 : sequences)), unequal, &args);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, context.device.num_sms * C::kBlocksPerSm));
   cudaError_t error = cudaSuccess;
-  if (dynamic && tiles > blocks) {
-    args.tile_counter = static_cast<int*>(context.workspace);
-    error = cudaMemsetAsync(args.tile_counter, 0, sizeof(int), stream);
-  }
+  if (unequal && tiles > blocks) error = find_tile_counter(context, &args.tile_counter);
   const auto kernel = prefill_sm90_kernel<C>;
   constexpr int kSharedBytes = sizeof(SharedMemory<C>);
   static_assert(kSharedBytes <= kSharedLimit);
@@ -101,7 +95,7 @@ template <typename T, int kHeadDim, Variant kVariant>
 Status launch_instance(const AttentionParams& params, const ExecutionContext& context) {
   constexpr TileShape kShape = tile_shape(kHeadDim, kVariant);
   return launch_config<Config<T, kVariant, kHeadDim, kShape.warpgroups, kShape.tile_n, kShape.stages, kShape.query_stages,
-                              kShape.bias_stages, kShape.ping_pong, kShape.blocks_per_sm>>(params, context);
+                              kShape.bias_stages, kShape.ping_pong, kShape.blocks_per_sm, kShape.query_steps>>(params, context);
 }
 
 }  // namespace fa::prefill_sm90

@@ -7,16 +7,16 @@
 
 #include "kernels/common/tensor_map.h"
 #include "kernels/prefill_sm90/instances.h"
+#include "kernels/prefill_sm90/shape.h"
+#include "kernels/prefill_sm90/tile_counter.h"
 #include "semantics/sequence.h"
 
 namespace fa::prefill_sm90 {
 namespace {
 
-constexpr int64_t kMaxRows = int64_t{1} << 29;  // positions and sums of two fit 32 bits
-constexpr int64_t kLongTile = 192;              // rows of a tile of the long instances
-constexpr int64_t kFewKeys = 320;        // up to so many keys a row the short tiles of narrow heads were measured to be faster,
-constexpr int64_t kFewKeysUnlike = 640;  // and up to so many, on average, where rows have unlike numbers of them
-constexpr size_t kCounterBytes = 256;    // the tile counter, in an allocation's smallest unit
+constexpr int64_t kMaxRows = int64_t{1} << 29;                        // positions and sums of two fit 32 bits
+constexpr int64_t kLongTile = 192, kTallTile = 256, kShortTile = 64;  // rows of the instances' tiles
+constexpr int64_t kManyKeys = 2048;  // from here on long tiles of modified scores are faster than tall ones
 
 struct Instance {
   DType dtype;
@@ -32,44 +32,41 @@ const Instance kInstances[] = {
 #undef FA_INSTANCE
 };
 
-Variant variant_of(const AttentionParams& p) {
-  const bool row_mask = p.mask.present && p.mask.shape[2] > 1 && p.mask.stride[2] != 0;  // else the producer reads it
-  const bool modified = row_mask || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
-  return modified ? Variant::kModified : Variant::kPlain;
-}
-
 int64_t bucket_size(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
 
-/// Keys that a row sees, on average, as far as the host knows.
-int64_t mean_keys(const AttentionParams& p) {
-  int64_t keys = p.key.shape[2];
-  if (p.window_right >= 0) keys -= std::min(keys, p.query.shape[2]) / 2;
-  if (p.window_left >= 0) keys = std::min(keys, p.window_left + std::max<int64_t>(p.window_right, 0) + 1);
-  return keys;
+bool is_modified(const AttentionParams& p) {
+  const bool row_mask = p.mask.present && p.mask.shape[2] > 1 && p.mask.stride[2] != 0;  // else the producer reads it
+  return row_mask || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
 }
 
-/// Are short tiles the faster ones? Where there are few rows, small blocks fill the GPU. Where there are few keys, those of
-/// narrow heads hide each other's start and end, and wide heads gain from keys that come in small portions.
-bool is_short(const AttentionParams& p, const DeviceInfo& device) {
-  const int64_t long_tiles = (p.query.shape[2] + kLongTile - 1) / kLongTile * p.query.shape[1] * p.query.shape[0];
-  const bool few_rows = long_tiles <= device.num_sms, causal = p.window_right >= 0;
-  const bool unlike = causal || p.kv_lengths.present || p.mask.present;
-  if (bucket_size(p) <= 64) return few_rows || mean_keys(p) <= (unlike ? kFewKeysUnlike : kFewKeys);
-  if (bucket_size(p) <= 128) return few_rows;
-  return causal && mean_keys(p) <= kFewKeys;
+/// The fastest tiles for narrow heads: those that fill the GPU most evenly. Tall ones, equally even, are ahead of long ones.
+/// Three blocks of short ones do less at a time, but hide each other's start and end, which makes up for it with few keys.
+Variant narrow_variant(const AttentionParams& p, const DeviceInfo& device) {
+  const int64_t long_rows = busiest_rows(p, device, kLongTile), tall_rows = busiest_rows(p, device, kTallTile);
+  const bool tall = tall_rows <= long_rows;
+  if (is_modified(p)) return tall && p.key.shape[2] < kManyKeys ? Variant::kModifiedTall : Variant::kModified;
+  const int64_t short_rows = busiest_rows(p, device, kShortTile);
+  const int64_t short_cost = keys_in_window(p) <= kFewKeys ? short_rows : short_rows * 5 / 4;
+  if (short_cost <= std::min(tall_rows, long_rows)) return Variant::kShort;
+  return tall ? Variant::kTall : Variant::kPlain;
 }
 
-/// The smallest instance that takes the problem; null where none does.
+/// Short tiles of heads of 128 fill the GPU where there are few rows, those of 256 bring the keys in smaller portions.
+Variant wide_variant(const AttentionParams& p, const DeviceInfo& device) {
+  if (is_modified(p)) return Variant::kModified;
+  const int64_t head_dim = bucket_size(p);
+  const bool few_rows = num_tiles(p, kLongTile) <= device.num_sms, few_keys = p.window_right >= 0 && mean_keys(p) <= kFewKeys;
+  const bool is_short = (head_dim > 96 && head_dim <= 128 && few_rows) || (head_dim > 192 && few_keys);
+  return is_short ? Variant::kShort : Variant::kPlain;
+}
+
+/// The smallest instance of the fastest variant; null where the heads are too wide for any.
 const Instance* find_instance(const AttentionParams& p, const DeviceInfo& device) {
   const Instance* best = nullptr;
-  const Variant variant = variant_of(p);
-  const bool short_tiles = variant == Variant::kPlain && is_short(p, device);
+  const Variant variant = bucket_size(p) <= 64 ? narrow_variant(p, device) : wide_variant(p, device);
   for (const Instance& instance : kInstances) {
-    const bool right = instance.variant == variant || (short_tiles && instance.variant == Variant::kShort);
-    if (instance.dtype != p.query.dtype || !right || instance.head_dim < bucket_size(p)) continue;
-    const bool better = best == nullptr || instance.head_dim < best->head_dim ||
-                        (instance.head_dim == best->head_dim && instance.variant == Variant::kShort);
-    if (better) best = &instance;
+    if (instance.dtype != p.query.dtype || instance.variant != variant || instance.head_dim < bucket_size(p)) continue;
+    if (best == nullptr || instance.head_dim < best->head_dim) best = &instance;
   }
   return best;
 }
@@ -94,8 +91,7 @@ std::string supports(const AttentionParams& p, const DeviceInfo& device) {
     const std::string obstacle = tensor_map_obstacle(*tensor);
     if (!obstacle.empty()) return std::string("the copy engine (TMA) can't address ") + name + ", which " + obstacle;
   }
-  const int64_t tiles = (p.query.shape[2] / 64 + num_sequences(p)) * p.query.shape[1] * num_sequences(p);
-  if (tiles > std::numeric_limits<int32_t>::max()) return "more than 2^31 tiles of rows";
+  if (num_tiles(p, kShortTile) > std::numeric_limits<int32_t>::max()) return "more than 2^31 tiles of rows";
   return "";
 }
 

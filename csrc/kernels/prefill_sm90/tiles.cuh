@@ -128,16 +128,20 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, i
   tile.first_row = local_tile * C::kTileM;
   describe_sequence(args.sequences, sequence, tile);
   if (tile.first_row >= tile.num_rows) return false;
+  if (args.tiles_end_with_rows) tile.first_row -= (C::kTileM - 1 - (tile.num_rows - 1) % C::kTileM) / 64 * 64;
   const KeyRange span = user_span(p, tile);
   tile.key_begin = static_cast<int>(span.begin);
   tile.key_end = static_cast<int>(span.end);
-  tile.block_begin = tile.block_end = 0;
+  tile.block_begin = tile.block_end = tile.few_in_last = 0;
   if (tile.first_row < tile.query_length) {
     const int last_row = min(tile.first_row + C::kTileM, tile.query_length) - 1;
-    const int begin = tile.band.first(tile.first_row, tile.key_begin), end = tile.band.end(last_row, tile.key_end);
+    const int begin = tile.band.first(max(tile.first_row, 0), tile.key_begin), end = tile.band.end(last_row, tile.key_end);
     if (begin < end) {
       tile.block_begin = begin / C::kTileN;
       tile.block_end = (end + C::kTileN - 1) / C::kTileN;
+      const int last_block = (tile.block_end - 1) * C::kTileN;
+      tile.few_in_last = tile.key_end - last_block <= kFewInLast && tile.band.end(tile.first_row, tile.key_end) == tile.key_end &&
+                         tile.band.first(last_row, tile.key_begin) <= last_block && !tile.test_mask;
     }
   }
   return true;
@@ -151,7 +155,8 @@ __device__ __forceinline__ int next_index(const KernelArgs& args, int index) {
     // always get the same of them, say the short last one.
     return (index + 1) % blocks == 0 ? index + 1 : index + 1 + blocks;
   }
-  if (threadIdx.x % 32 == 0) index = blocks + atomicAdd(args.tile_counter, 1);
+  // NOTE: the blocks draw num_tiles times in all, the last draw of each being one too many: the counter ends at 0 again.
+  if (threadIdx.x % 32 == 0) index = blocks + static_cast<int>(atomicInc(args.tile_counter, args.num_tiles - 1));
   return __shfl_sync(kAllLanes, index, 0);
 }
 
