@@ -170,9 +170,13 @@ class Interpreter:
 
     def declared_shape(self, value: ir.Value) -> Shape:
         dims = list(value.shape) if value.shape is not None else None
-        if dims is None or any(not isinstance(d, int) and d.value is None for d in dims):
-            other = self._shapes(value)
-            dims = list(other) if other is not None else dims
+        derived = self._shapes(value) if dims is None or any(not isinstance(d, int) for d in dims) else None
+        if dims is None:
+            dims = derived
+        elif derived is not None and len(derived) == len(
+            dims
+        ):  # its names are those of the inputs; the file's may be an exporter's own
+            dims = [b if b is not None and not isinstance(a, int) else a for a, b in zip(dims, derived, strict=True)]
         if dims is None:
             raise Unknown
         return tuple(self.size(d, f"{value.name}.{k}") for k, d in enumerate(dims))

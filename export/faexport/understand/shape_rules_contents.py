@@ -7,12 +7,16 @@ Registered in shape_rules.CONTENT_RULES; imported by shapes.py.
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from faexport.understand.dims import Dim, product
-from faexport.understand.nodes import attribute, operand
-from faexport.understand.shape_rules import constant_ints, contents_of, shape_window, split_sizes
+from faexport.understand.nodes import attribute, op, operand
+from faexport.understand.shape_rules import Shape, constant_ints, contents_of, shape_window, split_sizes
+
+if TYPE_CHECKING:
+    from faexport.understand.shapes import Analysis
 
 
 @contents_of("Shape")
@@ -32,7 +36,21 @@ def _contents_same(node, a):
     contents, rank = a.contents(node.inputs[0]), a.rank(node.outputs[0])
     if node.op_type == "Reshape":
         rank = 1 if a.contents(operand(node, 1)) is None else len(a.contents(operand(node, 1)))
+        if rank == 1 and op(node.inputs[0].producer()) == "OneHot":
+            return _one_hot(node.inputs[0].producer(), a)
     return contents if rank is None or rank <= 1 else None
+
+
+def _one_hot(node: ir.Node, a: Analysis) -> Shape | None:
+    """One number at one place and another elsewhere: the repeats of a Tile, as torch.repeat_interleave writes them."""
+    place, depth, values = (a.contents(v) for v in node.inputs)
+    if None in (place, depth, values) or len(place) != 1 or place[0].const is None or depth[0].const is None:
+        return None
+    count = depth[0].const
+    where = place[0].const
+    if not -count <= where < count or count > 32:
+        return None
+    return tuple(values[1] if i == where % count else values[0] for i in range(count))
 
 
 @contents_of("Cast")
@@ -60,11 +78,11 @@ def _contents_gather(node, a):
 @contents_of("Slice")
 def _contents_slice(node, a):
     data = a.contents(node.inputs[0])
-    if data is None:
-        return None
     bounds = [constant_ints(node, a, i, n) for i, n in ((1, "starts"), (2, "ends"), (4, "steps"))]
     if bounds[0] is None or bounds[1] is None or len(bounds[0]) != 1:
         return None
+    if data is None:
+        return () if bounds[0] == bounds[1] and a.rank(node.inputs[0]) == 1 else None
     return data[slice(bounds[0][0], bounds[1][0], (bounds[2] or [1])[0])]
 
 

@@ -78,9 +78,11 @@ def _conv_transpose(node, a):
 
 @shape_of("Pad")
 def _pad(node, a):
-    shape, pads = a.shape(node.inputs[0]), constant_ints(node, a, 1, "pads")
+    shape, pads = a.shape(node.inputs[0]), a.contents(operand(node, 1))
     if shape is None:
         return None
+    if operand(node, 1) is None:
+        pads = tuple(map(Dim.of, attribute(node, "pads", ())))
     if pads is None or operand(node, 3) is not None or len(pads) != 2 * len(shape):
         return [tuple(Dim.unknown("pad") for _ in shape)]
     return [tuple(d + pads[i] + pads[i + len(shape)] for i, d in enumerate(shape))]

@@ -175,6 +175,28 @@ def concat(ctx: Interpreter, node: ir.Node) -> Tensor:
     return Tensor(others[:axis] + (starts[-1],) + others[axis + 1 :], parts[0].dtype, element)
 
 
+@transfer("Pad")
+def pad(ctx: Interpreter, node: ir.Node) -> Tensor:
+    if attribute(node, "mode", "constant") != "constant":
+        raise Unknown
+    x, dtype = ctx.input(node, 0), ctx.dtype(node)
+    given, axes = ctx.optional(node, 1), axes_argument(ctx, node, 3)
+    pads = given.vector() if given is not None else [ia.const(k) for k in attribute(node, "pads")]
+    axes = list(range(x.rank)) if axes is None else [axis_of(a, x.rank) for a in axes]
+    before, after = (dict(zip(axes, part, strict=True)) for part in (pads[: len(axes)], pads[len(axes) :]))
+    value = ctx.optional(node, 2)
+    fill = il.scalar(attribute(node, "value", 0.0), dtype) if value is None else value.at((ia.ZERO,) * value.rank)
+
+    def element(index: Index) -> Expr:
+        own = tuple(ia.sub(i, before[k]) if k in before else i for k, i in enumerate(index))
+        bounds = [il.ge0(e) for k in axes for e in (own[k], ia.sub(ia.sub(x.shape[k], own[k]), ia.ONE))]
+        inside = il.all_of(bounds)
+        return fill if inside is il.FALSE else il.choose(inside, x.at(own), fill)
+
+    sizes = [ia.add(s, ia.add(before[k], after[k])) if k in before else s for k, s in enumerate(x.shape)]
+    return Tensor(tuple(sizes), dtype, element)
+
+
 @transfer("Split")
 def split(ctx: Interpreter, node: ir.Node, which: int = 0) -> Tensor:
     x = ctx.input(node, 0)
