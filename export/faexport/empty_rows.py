@@ -9,11 +9,12 @@ float32.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from faexport.spec import AttentionSpec, EmptyRows, Layout, Refusal
+from faexport.spec import ROW_BLOCK, AttentionSpec, EmptyRows, Layout, Refusal
 from faexport.understand.mask_emit import Emitter
 from faexport.understand.surgery import Builder
 
@@ -84,49 +85,62 @@ class _Rows:
     def _in_output_layout(self) -> ir.Value | None:
         """The sums, float32, of each query head."""
         build, query, value = self.build, self.spec.query, self.spec.value
-        wanted, values, layout = self.spec.output_layout, value.value, value.layout
-        grouped = query.heads is None or query.heads != value.heads
-        if None in (query.heads, value.heads) and (grouped or layout is not wanted):
+        wanted = self.spec.output_layout
+        if None in (query.heads, value.heads, value.head_dim):
             return None
-        if layout is Layout.BSHD:
-            values, layout = build.reshape(values, [0, 0, -1]), Layout.BSH
+        values, layout = self._values()
         sums = self._summed(self._cast(values, _FLOAT), layout)
+        group = query.heads // value.heads
         if layout is Layout.BHSD:
-            if grouped:
-                heads = [h // (query.heads // value.heads) for h in range(query.heads)]
-                sums = build.add("Gather", [sums, build.ints(heads)], _FLOAT, axis=1)
+            if group > 1:
+                sums = build.add("Gather", [sums, build.ints([h // group for h in range(query.heads)])], _FLOAT, axis=1)
             if wanted is Layout.BHSD:
                 return sums
             sums = build.transpose(sums, [0, 2, 1, 3])
             return build.reshape(sums, [0, 0, -1]) if wanted is Layout.BSH else sums
-        if grouped or value.column_start is not None:
-            if value.head_dim is None:
-                return None
-            sums = build.add("Gather", [sums, build.ints(self._columns())], _FLOAT, axis=2)
+        if group > 1:
+            starts = [h // group * value.head_dim for h in range(query.heads)]
+            sums = build.add("Gather", [sums, build.ints(self._columns(starts))], _FLOAT, axis=2)
         if wanted is Layout.BSH:
             return sums
         sums = build.reshape(sums, [0, 0, query.heads, -1])
         return build.transpose(sums, [0, 2, 1, 3]) if wanted is Layout.BHSD else sums
 
-    def _columns(self) -> list[int]:
-        """Where each query head's values are in [B, S_kv, columns]."""
-        query, value = self.spec.query, self.spec.value
-        group, stride = query.heads // value.heads, value.column_stride or value.head_dim
-        starts = [(value.column_start or 0) + h // group * stride for h in range(query.heads)]
-        return [start + d for start in starts for d in range(value.head_dim)]
+    def _columns(self, starts: Sequence[int]) -> list[int]:
+        return [start + d for start in starts for d in range(self.spec.value.head_dim)]
+
+    def _values(self) -> tuple[ir.Value, Layout]:
+        """The values as [B, H, S, D] or [B, S, H * D]."""
+        build, value = self.build, self.spec.value
+        if value.layout is Layout.BSHD:
+            return build.reshape(value.value, [0, 0, -1]), Layout.BSH
+        if value.column_start is None:
+            return value.value, value.layout
+        columns = self._columns([value.column_start + h * value.column_stride for h in range(value.heads)])
+        return build.add("Gather", [value.value, build.ints(columns)], value.value.dtype, axis=2), Layout.BSH
 
     def _summed(self, values: ir.Value, layout: Layout) -> ir.Value:
         """[…, S_q, …], or size 1 there if all rows have the same."""
-        build, empty, axis = self.build, self.empty, layout.index("S")
         parts = []
-        if empty.keys is not None:
-            parts.append(build.add("MatMul", [self._placed(empty.keys, layout), values], _FLOAT))
-        if empty.row_keys is not None:
-            own = build.add("Gather", [values, empty.row_keys], _FLOAT, axis=axis)
-            zero = self._constant(np.zeros(1, np.float32))
-            kept = build.add("Where", [self._placed(empty.row_kept, layout), own, zero], _FLOAT)
-            parts.append(build.add("CumSum", [kept, self._constant(np.asarray(axis, np.int64))], _FLOAT))
-        return parts[0] if len(parts) == 1 else build.add("Add", parts, _FLOAT)
+        if self.empty.keys is not None:
+            parts.append(self.build.add("MatMul", [self._placed(self.empty.keys, layout), values], _FLOAT))
+        if self.empty.row_keys is not None:
+            parts.append(self._running(values, layout))
+        return parts[0] if len(parts) == 1 else self.build.add("Add", parts, _FLOAT)
+
+    def _running(self, values: ir.Value, layout: Layout) -> ir.Value:
+        """Running sums over the rows' own keys: in each block by a triangle of ones, then over the blocks."""
+        build, empty, value, axis = self.build, self.empty, self.spec.value, layout.index("S")
+        blocks = build.add("Gather", [values, empty.row_keys], _FLOAT, axis=axis)
+        zero, triangle = (self._constant(x) for x in (np.zeros(1, np.float32), np.tri(ROW_BLOCK, dtype=np.float32)))
+        kept = build.add("Where", [self._placed(empty.row_kept, layout), blocks, zero], _FLOAT)
+        within = build.add("MatMul", [triangle, kept], _FLOAT)
+        last, over = (self._constant(np.asarray(x, np.int64)) for x in (ROW_BLOCK - 1, axis))
+        totals = build.add("Gather", [within, last], _FLOAT, axis=axis + 1)
+        before = build.unsqueeze(build.add("CumSum", [totals, over], _FLOAT, exclusive=1), axis + 1)
+        columns = value.head_dim * (1 if layout is Layout.BHSD else value.heads)
+        rows = build.reshape(build.add("Add", [within, before], _FLOAT), [*[0] * axis, -1, columns])
+        return build.add("Slice", [rows, build.ints([0]), empty.num_rows, build.ints([axis])], _FLOAT)
 
     def _constant(self, array: np.ndarray) -> ir.Value:
         value = self.shared.constant(array)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 DOMAIN = "faexport"
 OP_TYPE = "FlashAttention"
 VERSION = 1
+ROW_BLOCK = 64
 
 
 class Alignment(enum.StrEnum):
@@ -134,15 +135,17 @@ class EmptyRows:
     operator (empty_rows.py).
 
     In `rows` the output becomes output_weight * output + value_weight * sums. The sums are those of the values at
-    `keys` and, in row i, at row_keys[0 … i] where row_kept; a part that is None is 0. An axis below that doesn't matter
-    has size 1."""
+    `keys` and, in row i, at the first i + 1 of row_keys where row_kept; a part that is None is 0. An axis below that
+    doesn't matter has size 1. Rows are in blocks of ROW_BLOCK here, the last one filled up: running sums are taken in
+    two steps, since runtimes take them one element after the other, or worse."""
 
     rows: ir.Value  # bool [B, 1, S_q, 1]
     output_weight: ir.Value  # float32 [B, 1, S_q, 1]
     value_weight: ir.Value  # float32 [B, 1, S_q, 1]
     keys: ir.Value | None = None  # float32 [B, 1, 1, S_kv]: 1 for a key that counts, else 0
-    row_keys: ir.Value | None = None  # int64 [S_q]
-    row_kept: ir.Value | None = None  # bool [B, 1, S_q, 1]
+    row_keys: ir.Value | None = None  # int64 [blocks, ROW_BLOCK]
+    row_kept: ir.Value | None = None  # bool [B, 1, blocks, ROW_BLOCK, 1]
+    num_rows: ir.Value | None = None  # int64 [1]: S_q, given with row_keys
 
     @property
     def values(self) -> list[ir.Value]:

@@ -37,8 +37,11 @@ class Emitter:
     def node(
         self, op_type: str, inputs: Sequence[ir.Value], attributes: dict | None = None, hint: str = ""
     ) -> ir.Value:
-        """The output of a node with these parts (made once)."""
+        """The output of a node with these parts (made once), written as opset 15 has it."""
         attributes = attributes or {}
+        older = self._in_older_opset(op_type, inputs, attributes)
+        if older is not None:
+            return older
         key = (op_type, tuple(inputs), repr(sorted((k, repr(v)) for k, v in attributes.items())))
         if key not in self._cache:
             name = f"faexport_mask_{hint or op_type.lower()}_{next(self._count)}"
@@ -47,6 +50,20 @@ class Emitter:
             self._cache[key] = made.outputs[0]
             self.nodes[made.outputs[0]] = (*before, made)
         return self._cache[key]
+
+    def _in_older_opset(self, op_type: str, inputs: Sequence[ir.Value], attributes: dict) -> ir.Value | None:
+        """The same in a form that the model's opset has, where it doesn't have this one."""
+        opset = self.ctx.opset
+        if op_type == "Shape" and attributes and opset < 15:
+            return self.node(
+                "Slice", [self.node("Shape", inputs), *(self.constant([attributes[n]]) for n in ("start", "end"))]
+            )
+        if op_type in ("Squeeze", "Unsqueeze", "ReduceSum") and len(inputs) == 2 and opset < 13:
+            axes = inputs[1].const_value.numpy().reshape(-1).tolist()
+            return self.node(op_type, inputs[:1], {**attributes, "axes": axes})
+        if op_type == "GreaterOrEqual" and opset < 12:
+            return self.node("Not", [self.node("Less", inputs)])
+        return None
 
     def constant(self, array: np.ndarray | Sequence[int]) -> ir.Value:
         array = np.asarray(array)
@@ -150,7 +167,7 @@ class Emitter:
         if e.op == "load":
             return self._emit_load(site, e)
         if e.op == "var":
-            line = self._range(self.size(site.sizes["BHST"[_AXES.index(e.args[0])]]))
+            line = self.arange(self.size(site.sizes["BHST"[_AXES.index(e.args[0])]]))
             return self._unsqueezed(line, (_AXES.index(e.args[0]),))
         if e.op == "sym":
             return self.node("Reshape", [self.size((ia.of_atom(e),)), self.constant(np.ones(4, np.int64))])
@@ -261,7 +278,8 @@ class Emitter:
 
     # ------------------------------------------------------------------------------------------ sizes
 
-    def _range(self, size: ir.Value) -> ir.Value:
+    def arange(self, size: ir.Value) -> ir.Value:
+        """0, 1 … up to an int64 [1]."""
         scalar = self.node("Squeeze", [size, self.constant([0])])
         return self.node(
             "Range", [self.constant(np.asarray(0, np.int64)), scalar, self.constant(np.asarray(1, np.int64))]

@@ -171,7 +171,19 @@ class _Nodes:
         keys = None  # in front of the first row's last key
         if before is not il.FALSE:
             keys = self._as_float(node("And", [padding, self.emitter.emit(self.site, before)]))
-        return spec.EmptyRows(rows, output_weight, value_weight, keys, self._line(last), self._at(padding, last))
+        size, blocks = self._blocks(last)
+        kept = node("Transpose", [node("Gather", [padding, blocks], {"axis": 3})], {"perm": [0, 1, 3, 4, 2]})
+        return spec.EmptyRows(rows, output_weight, value_weight, keys, blocks, kept, size)
+
+    def _blocks(self, last: Expr) -> tuple[ir.Value, ir.Value]:
+        """(S_q, the last key of each row's window in blocks of rows), where that key is some key + i."""
+        node, constant = self.emitter.node, self.emitter.constant
+        size, width = self.emitter.size(self.site.sizes["S"]), constant([spec.ROW_BLOCK])
+        count = node("Div", [node("Add", [size, constant([spec.ROW_BLOCK - 1])]), width])
+        rows = self.emitter.arange(node("Mul", [count, width]))
+        keys = node("Add", [rows, self.emitter.scalar(self._of_first_row(last))])
+        end = node("Sub", [self.emitter.size(self.site.sizes["T"]), constant([1])])
+        return size, node("Reshape", [node("Min", [keys, end]), constant([-1, spec.ROW_BLOCK])])
 
     def _ends(self) -> tuple[Expr | None, Expr | None, Expr]:
         """The first and the last key of row i's window, None where it is open on that side; the last key of all."""

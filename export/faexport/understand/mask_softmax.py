@@ -142,8 +142,10 @@ def _mended(p: np.ndarray, empty: spec.EmptyRows, arrays: Arrays) -> np.ndarray:
     if empty.keys is not None:
         sums = sums + arrays[empty.keys]
     if empty.row_keys is not None:
-        picked = np.arange(p.shape[-1]) == arrays[empty.row_keys][:, None]
-        sums = sums + np.cumsum(picked & arrays[empty.row_kept], axis=-2)
+        rows, (batch, heads) = p.shape[-2], arrays[empty.row_kept].shape[:2]
+        picked = np.arange(p.shape[-1]) == arrays[empty.row_keys].reshape(-1, 1)[:rows]
+        kept = arrays[empty.row_kept].reshape(batch, heads, -1, 1)[:, :, :rows]
+        sums = sums + np.cumsum(picked & kept, axis=-2)
     mended = arrays[empty.output_weight] * p + arrays[empty.value_weight] * sums
     return np.where(arrays[empty.rows], mended, p)
 
