@@ -310,3 +310,36 @@ def test_names_that_shape_inference_gave(library: str) -> None:
     assert facts <= {fact.text for fact in report.sites[0].facts}
     inputs = feeds(model, B=2, S=6)
     np.testing.assert_allclose(run(fused, inputs, library)[0], run(model, inputs)[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13, 15, 20])
+def test_new_nodes_are_of_the_models_opset(opset: int, library: str) -> None:
+    """Causal, and one key behind the others that every query sees: a mask that is computed anew."""
+    head = "block (float[B, 4, S, 8] q, float[B, 4, S, 8] k, float[B, 4, 1, 8] more, float[B, 4, S, 8] v) => (float y)"
+    body = """
+        k1 = Concat<axis = 2>(k, more)
+        v1 = Concat<axis = 2>(v, more)
+        kt = Transpose<perm = [0, 1, 3, 2]>(k1)
+        scores = MatMul(q, kt)
+        size = Shape(q)
+        two = Constant<value = int64 {2}>()
+        rows = Gather(size, two)
+        zero = Constant<value = int64 {0}>()
+        one = Constant<value = int64 {1}>()
+        place = Range(zero, rows, one)
+        standing = Constant<value = int64[2] {-1, 1}>()
+        row = Reshape(place, standing)
+        ahead = Greater(place, row)
+        low = Constant<value = float {-inf}>()
+        nothing = Constant<value = float {0.0}>()
+        triangle = Where(ahead, low, nothing)
+        pads = Constant<value = int64[4] {0, 0, 0, 1}>()
+        mask = Pad(triangle, pads)
+        masked = Add(scores, mask)
+        weights = Softmax<axis = -1>(masked)
+        y = MatMul(weights, v1)"""
+    model = onnx.parser.parse_model(HEADER.replace("17", str(opset)) + f"{head} {{{body}\n}}")
+    fused, report = faexport.fuse(model)
+    assert [fact.text for fact in report.sites[0].facts] == ["bool mask [1, 1, S_q, S_kv]"]
+    inputs = feeds(model, B=2, S=6)
+    np.testing.assert_allclose(run(fused, inputs, library)[0], run(model, inputs)[0], atol=2e-5)

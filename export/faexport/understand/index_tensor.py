@@ -106,6 +106,7 @@ class Interpreter:
         self._shapes = shapes or (
             lambda _: None
         )  # a second source of shapes, for values that no transfer function knows
+        self.opset = graph.opset_imports.get("", 20)  # the body of an If or Loop doesn't tell: then its reader does
         self._memo: dict[ir.Value, Tensor] = {}
         self._sizes: dict[str, Expr] = {}
         self.unequal: dict[

@@ -114,9 +114,8 @@ class _Trial:
         self.nodes = _in_order(found, set(self.leaves))
 
     def _build(self) -> ReferenceEvaluator:
-        opsets = getattr(self.site.scores.graph, "opset_imports", {})
         model = onnx.ModelProto(ir_version=10)
-        model.opset_import.append(onnx.helper.make_opsetid("", opsets.get("", 20)))
+        model.opset_import.append(onnx.helper.make_opsetid("", self.ctx.opset))
         model.graph.node.extend(ir.to_proto(n) for n in self.nodes)
         inner = {v for n in self.nodes for v in n.outputs}
         used = {v for n in self.nodes for v in n.inputs if v is not None} | set(self.outputs)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from faexport.spec import Mask, MaskTerm, Refusal, ScoreShape
 from faexport.understand.dims import plain
-from faexport.understand.mask import MaskOptions, understand_mask
+from faexport.understand.mask import MaskOptions, graph_masks, understand_mask
 
 if TYPE_CHECKING:
     from faexport.match import Context
@@ -23,6 +23,7 @@ def understand(terms: Sequence[MaskTerm], scores: ScoreShape, context: Context) 
         found = context.analysis.shape(value)
         return None if found is None else [plain(d) for d in found]
 
+    graph_masks(context.graph, shapes).ctx.opset = context.analysis.opset
     given = context.options
     options = MaskOptions(given.assume_right_padding, assume_full_rows=given.assume_full_rows)
     return understand_mask(terms, scores, options, shapes)
