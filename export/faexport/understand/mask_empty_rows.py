@@ -24,6 +24,8 @@ from faexport.understand.mask_emit import Emitter
 from faexport.understand.mask_terms import ABSORBS, MASKING, Case, Site, rows_see_a_key, visible
 from faexport.understand.mask_window import Window, conjuncts, split
 
+MINIMUM_OPSET = 12
+
 
 @dataclasses.dataclass(frozen=True)
 class TwoMasks:
@@ -137,7 +139,9 @@ def empty_rows(
         padding: bool [B, 1, 1, S_kv], true where the padding's condition holds.
         counted: the same, where other keys than those count.
 
-    Raises Unknown where the ends of a window aren't proven to be keys."""
+    Raises Unknown where the ends of a window aren't proven to be keys, or the opset has no integers in Min and Max."""
+    if emitter.ctx.opset < MINIMUM_OPSET:
+        raise Unknown
     return _Nodes(emitter, site, found).emit(padding, padding if counted is None else counted)
 
 
