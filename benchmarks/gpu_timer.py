@@ -8,12 +8,14 @@ enqueued them. So it is the GPU's time that counts, and not the host's to launch
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 
 ROUND_MS = 2.0  # what one contestant runs for in a round
-LEAD_CYCLES = 4_000_000  # what the GPU waits for the host, about 2 ms
+LEAD_MS = 2.0  # what the GPU waits for the host at least
+CYCLES_PER_MS = 2_000_000  # of the fastest GPU clock
 Call = Callable[[int], object]  # argument: which set of inputs
 Run = Callable[[], object]
 
@@ -23,15 +25,25 @@ def num_sets(num_bytes: int) -> int:
     return max(1, min(16, -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // max(1, num_bytes))))
 
 
-def _elapsed(run: Run, lead: bool) -> float:
+def _elapsed(run: Run, lead_ms: float) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if lead:
-        torch.cuda._sleep(LEAD_CYCLES)
+    if lead_ms:
+        torch.cuda._sleep(int(lead_ms * CYCLES_PER_MS))
     start.record()
     run()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def _lead_ms(run: Run) -> float:
+    """How long the GPU must wait so that the host has enqueued all of `run` by then, with a margin for a busy host."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    enqueued = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return max(LEAD_MS, 2e3 * enqueued)
 
 
 def _repeated(call: Call, count: int, sets: int) -> Run:
@@ -57,23 +69,26 @@ def _graph(run: Run) -> Run | None:
 
 def in_turn(calls: dict[str, Call], sets: int, rounds: int, capture: bool) -> tuple[dict[str, list[float]], list[str]]:
     """Milliseconds of a call in each round, by name; and who was replayed from a graph."""
-    runs: dict[str, tuple[Run, int, bool]] = {}
+    runs: dict[str, tuple[Run, int, float]] = {}
+    replayed = []
     for name, call in calls.items():
         for i in range(sets + 2):
             call(i % sets)
         torch.cuda.synchronize()
-        once = min(_elapsed(_repeated(call, sets, sets), lead=True) / sets for _ in range(2))
+        once = min(_elapsed(_repeated(call, sets, sets), LEAD_MS) / sets for _ in range(2))
         count = sets * max(1, round(ROUND_MS / max(once, 1e-3) / sets))
         run = _repeated(call, count, sets)
         replay = _graph(run) if capture else None
-        runs[name] = (replay or run, count, replay is not None)
+        runs[name] = (replay or run, count, 0.0 if replay else _lead_ms(run))
+        if replay:
+            replayed.append(name)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
-        for name, (run, count, replayed) in runs.items():
-            elapsed = _elapsed(run, lead=not replayed) / count
+        for name, (run, count, lead_ms) in runs.items():
+            elapsed = _elapsed(run, lead_ms) / count
             if turn > 0:
                 times[name].append(elapsed)
-    return times, [name for name, (_, _, replayed) in runs.items() if replayed]
+    return times, replayed
 
 
 def summary(times: list[float]) -> dict[str, float]:

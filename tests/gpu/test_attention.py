@@ -34,6 +34,36 @@ def test_case(case: cases.Case) -> None:
     check(case.problem())
 
 
+# Rows, keys and head_dim of 132 heads: they fill a GPU of so many multiprocessors, and tiles of many rows are chosen,
+# tall or long ones, of which none, one or two thirds are empty.
+MANY_ROWS = (
+    (250, 330, 64),
+    (190, 330, 48),
+    (400, 330, 64),
+    (300, 650, 128),
+    (333, 330, 192),
+    (250, 330, 256),
+    (250, 330, 80),
+)
+ON_ALL_SHAPES = {"causal", "packed_causal"}
+
+
+def many_rows() -> list[cases.Case]:
+    chosen = []
+    for i, (kind, fields) in enumerate(cases.MASKS.items()):
+        shapes = MANY_ROWS if kind in ON_ALL_SHAPES else (MANY_ROWS[i % len(MANY_ROWS)],)
+        for j, (rows, keys, head_dim) in enumerate(shapes):
+            dtype, layout = ("float16", "bfloat16")[(i + j) % 2], ("BHSD", "BSHD")[(i + j) // 2 % 2]
+            key_heads = 1 if (i + j) % 3 == 0 else 11
+            chosen.append(cases.Case(dtype, 12, 11, key_heads, rows, keys, head_dim, 0, layout, **fields))
+    return chosen
+
+
+@pytest.mark.parametrize("case", many_rows(), ids=str)
+def test_many_rows(case: cases.Case) -> None:
+    check(case.problem())
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("head_dim", (64, 80, 128, 33))
 @pytest.mark.parametrize("seqlen", (1, 200))

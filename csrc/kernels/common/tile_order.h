@@ -33,29 +33,32 @@ struct TileOrder {
   int num_row_tiles = 0;    // of a pair; an upper bound over all sequences where packed
   Divisor tiles_per_group;  // pairs_per_group * num_row_tiles
   Divisor pairs_per_group;
+  unsigned num_groups_before_last = 0;
   Divisor pairs_in_last_group;
   Divisor inner;               // divides a pair into (batch, head), or where batch_fastest into (head, batch)
   bool batch_fastest = false;  // neighbouring pairs differ in the batch entry: they share a bias without batch axis
 
   TileOrder() = default;
-  TileOrder(int64_t sequences, int64_t heads, int64_t row_tiles, int64_t group, bool batch_is_fastest)
+  /// `group`: pairs that run together; `last_group`: at most so many, and at least `group`, in the last group, whose tiles of
+  /// unlike length balance the end.
+  TileOrder(int64_t sequences, int64_t heads, int64_t row_tiles, int64_t group, int64_t last_group, bool batch_is_fastest)
       : num_pairs(static_cast<int>(sequences * heads)),
         num_row_tiles(static_cast<int>(row_tiles)),
         inner(batch_is_fastest ? sequences : heads),
         batch_fastest(batch_is_fastest) {
-    const int64_t together =
-        std::clamp<int64_t>(group, 1, std::min<int64_t>(num_pairs, std::numeric_limits<int32_t>::max() / row_tiles));
+    const int64_t limit = std::min<int64_t>(num_pairs, std::numeric_limits<int32_t>::max() / row_tiles);
+    const int64_t together = std::clamp<int64_t>(group, 1, limit), in_last = std::clamp<int64_t>(last_group, together, limit);
+    num_groups_before_last = static_cast<unsigned>((num_pairs - in_last + together - 1) / together);
     tiles_per_group = Divisor(together * row_tiles);
     pairs_per_group = Divisor(together);
-    pairs_in_last_group = Divisor(num_pairs % together == 0 ? together : num_pairs % together);
+    pairs_in_last_group = Divisor(num_pairs - num_groups_before_last * together);
   }
 
 #if defined(__CUDACC__)
   __device__ __forceinline__ TilePlace at(unsigned index) const {
-    const unsigned group = tiles_per_group.quotient(index), in_group = tiles_per_group.remainder(index);
-    const unsigned first_pair = group * pairs_per_group.divisor;
-    const bool last = first_pair + pairs_per_group.divisor > static_cast<unsigned>(num_pairs);
-    const Divisor& pairs = last ? pairs_in_last_group : pairs_per_group;
+    const unsigned group = min(tiles_per_group.quotient(index), num_groups_before_last);
+    const unsigned in_group = index - group * tiles_per_group.divisor, first_pair = group * pairs_per_group.divisor;
+    const Divisor& pairs = group == num_groups_before_last ? pairs_in_last_group : pairs_per_group;
     const unsigned tile = pairs.quotient(in_group), pair = first_pair + in_group - tile * pairs.divisor;
     const unsigned outer = inner.quotient(pair), rest = pair - outer * inner.divisor;
     const int sequence = static_cast<int>(batch_fastest ? rest : outer), head = static_cast<int>(batch_fastest ? outer : rest);

@@ -92,8 +92,8 @@ Status launch_instance(const TileInstance& instance, const AttentionParams& para
   grid.sequences = sequence_rule(params);
   grid.num_sequences = static_cast<int>(sequences);
   grid.group_size = Divisor(group_size);
-  grid.order = TileOrder(packed ? 1 : sequences, heads, row_tiles, pairs_in_l2(params, pairs, share_tile ? group_size : 1),
-                         batch_shares_bias(params));
+  const int64_t group = pairs_in_l2(params, pairs, share_tile ? group_size : 1);
+  grid.order = TileOrder(packed ? 1 : sequences, heads, row_tiles, group, group, batch_shares_bias(params));
   grid.query_by_16 = is_by(params.query, 16);
   grid.key_by_16 = is_by(params.key, 16);
   grid.value_by_16 = is_by(params.value, 16);

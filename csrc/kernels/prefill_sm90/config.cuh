@@ -29,7 +29,8 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
   if (variant == Variant::kModifiedTall) return {4, 64, 3, 2, 3};
   if (variant == Variant::kPlain) {
     if (head_dim <= 64) return {3, 128, 4, 2, 0};
-    if (head_dim <= 128) return {3, 64, 3, 2, 0};
+    if (head_dim <= 96) return {3, 64, 3, 2, 0};
+    if (head_dim <= 128) return {3, 64, 3, 2, 0, true, 1, 2};
     if (head_dim <= 192) return {2, 64, 3, 1, 0, true, 1, 8};
     return {2, 64, 2, 1, 0, true, 1, 2};
   }
@@ -54,7 +55,8 @@ struct Config {
   static constexpr int kQuerySteps = kQuerySteps_;    // times 16 columns of Q that consumers keep in registers
   static constexpr int kPanels = (kHeadDim + 63) / 64;  // of 64 columns, 128 bytes
   static constexpr int kBiasPanels = (kTileN + 63) / 64;
-  static constexpr bool kSmall = kWarpgroups == 1;  // no registers are moved, and one warp does not multiply, else four
+  static constexpr bool kSmall = kWarpgroups == 1;            // no registers are moved, and one warp does not multiply, else four
+  static constexpr bool kFewApart = kSmall && kHeadDim > 32;  // a last key tile of very few keys goes its own, shorter way
   static constexpr int kThreads = kSmall ? kWarpgroupThreads + 32 : kWarpgroupThreads * (kWarpgroups + 1);
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // what registers and shared memory are planned for
   // The output leaves through the queries' memory. Where that is all there is, next to keys and values, and some is left, it has
@@ -108,9 +110,10 @@ struct SharedMemory {
   Tile tile[kTileSlots];
 };
 
-/// All threads of the block, each role in its own place: from here on the barriers in shared memory are there.
+/// All threads of the block, whole warps, each role in its own place: from here on the barriers in shared memory are there.
 template <class C>
 __device__ __forceinline__ void wait_for_barriers() {
+  __syncwarp();
   named_barrier_sync(kStartBarrier, C::kThreads);
 }
 

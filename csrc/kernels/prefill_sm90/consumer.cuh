@@ -299,7 +299,7 @@ struct Consumer {
   /// The key tiles that the warpgroup's rows see, from the last to the first.
   __device__ __forceinline__ void run_blocks(const Tile& tile) {
     mbarrier_wait(&shared.key_full[k.stage], k.phase);
-    if (C::kSmall && tile.few_in_last) {
+    if (C::kFewApart && tile.few_in_last) {
       take_few(tile);
     } else {
       wgmma_pin(s);
@@ -340,14 +340,13 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void end_tile(const Tile& tile, uint64_t* tile_empty) {
-    const bool has_rows = tile.first_row + warpgroup * 64 >= 0;
-    if (has_rows) finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), rows, o);
+    finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), rows, o);
     if constexpr (C::kOwnOutput) {
-      if (has_rows) store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return shared.out[warpgroup][panel % 2]; });
+      store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return shared.out[warpgroup][panel % 2]; });
     } else {
       finish_stored();
       uint8_t* queries = shared.query[q.stage] + warpgroup * 64 * 128;
-      if (has_rows) store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return queries + panel * C::kTileM * 128; });
+      store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return queries + panel * C::kTileM * 128; });
       stored = q.stage;
     }
     __syncwarp();

@@ -17,7 +17,8 @@
 namespace fa::prefill_sm90 {
 
 inline constexpr int64_t kL2Budget = 32 << 20;    // bytes of keys and values that the tiles in flight should share
-inline constexpr int64_t kKeyHeadsTogether = 16;  // as many as balance tiles of unequal length
+inline constexpr int64_t kKeyHeadsTogether = 16;  // as many as balance tiles of unequal length …
+inline constexpr int64_t kKeyHeadsAtTheEnd = 48;  // … and as many as let blocks end together
 
 /// The bias as the copy engine sees it: an axis that is broadcast has size 1.
 inline TensorView bias_tensor(TensorView bias) {
@@ -39,13 +40,15 @@ inline bool bias_has_tiles(const AttentionParams& p) {
 inline void choose_order(const AttentionParams& p, int64_t row_tiles, bool unequal, KernelArgs* args) {
   const bool packed = p.cu_seqlens_q.present, batch_fastest = batch_shares_bias(p);
   const int64_t heads = p.query.shape[1];
-  const int64_t in_cache = std::clamp<int64_t>(key_heads_in(kL2Budget, p), 1, kKeyHeadsTogether) * (heads / p.key.shape[1]);
+  const int64_t in_cache = std::max<int64_t>(key_heads_in(kL2Budget, p), 1), heads_per_key_head = heads / p.key.shape[1];
+  const int64_t together = std::min(in_cache, kKeyHeadsTogether) * heads_per_key_head;
   args->sort_sequences = p.kv_lengths.present && !packed && args->num_sequences > 1 && args->num_sequences <= 32;
   args->tiles_end_with_rows = mean_keys(p) > kFewKeys;
   const bool heads_share_bias = p.bias.present && p.bias.stride[1] == 0;
-  int64_t group = unequal || heads_share_bias ? in_cache : 1;
+  int64_t group = unequal || heads_share_bias ? together : 1;
   if (batch_fastest) group = std::max<int64_t>(group, args->num_sequences);
-  args->order = TileOrder(packed ? 1 : args->num_sequences, heads, row_tiles, group, batch_fastest);
+  const int64_t last_group = unequal ? std::min(in_cache, kKeyHeadsAtTheEnd) * heads_per_key_head : group;
+  args->order = TileOrder(packed ? 1 : args->num_sequences, heads, row_tiles, group, last_group, batch_fastest);
 }
 
 template <class C>

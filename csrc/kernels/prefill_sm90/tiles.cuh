@@ -113,6 +113,14 @@ __device__ __forceinline__ int longest_first(const KernelArgs& args) {
   return sequence;
 }
 
+/// Do all rows see the last key tile to its end, and is it very short?
+template <class C>
+__device__ __forceinline__ bool has_few_in_last(const Tile& tile, int last_row) {
+  const int first_key = (tile.block_end - 1) * C::kTileN;
+  return tile.key_end - first_key <= kFewInLast && tile.band.end(tile.first_row, tile.key_end) == tile.key_end &&
+         tile.band.first(last_row, tile.key_begin) <= first_key && !tile.test_mask;
+}
+
 /// The tile of this index. `sequence_order`: of longest_first, where args.sort_sequences. False: no such tile (packed sequences
 /// leave some indices unused).
 template <class C>
@@ -128,7 +136,7 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, i
   tile.first_row = local_tile * C::kTileM;
   describe_sequence(args.sequences, sequence, tile);
   if (tile.first_row >= tile.num_rows) return false;
-  if (args.tiles_end_with_rows) tile.first_row -= (C::kTileM - 1 - (tile.num_rows - 1) % C::kTileM) / 64 * 64;
+  if (C::kTileM > 64 && args.tiles_end_with_rows) tile.first_row -= (C::kTileM - 1 - (tile.num_rows - 1) % C::kTileM) / 64 * 64;
   const KeyRange span = user_span(p, tile);
   tile.key_begin = static_cast<int>(span.begin);
   tile.key_end = static_cast<int>(span.end);
@@ -139,9 +147,7 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, i
     if (begin < end) {
       tile.block_begin = begin / C::kTileN;
       tile.block_end = (end + C::kTileN - 1) / C::kTileN;
-      const int last_block = (tile.block_end - 1) * C::kTileN;
-      tile.few_in_last = tile.key_end - last_block <= kFewInLast && tile.band.end(tile.first_row, tile.key_end) == tile.key_end &&
-                         tile.band.first(last_row, tile.key_begin) <= last_block && !tile.test_mask;
+      if constexpr (C::kFewApart) tile.few_in_last = has_few_in_last<C>(tile, last_row);
     }
   }
   return true;
