@@ -44,15 +44,16 @@ template <typename T_, Variant kVariant, int kHeadDim_, int kWarpgroups_, int kT
 struct Config {
   using T = T_;
   static constexpr bool kModified = kVariant == Variant::kModified || kVariant == Variant::kModifiedTall;
-  static constexpr int kHeadDim = kHeadDim_;          // multiple of 16; narrower heads are padded by the copy engine's zero fill
-  static constexpr int kWarpgroups = kWarpgroups_;    // that multiply
-  static constexpr int kTileM = 64 * kWarpgroups;     // query rows of a tile
-  static constexpr int kTileN = kTileN_;              // keys of a tile
-  static constexpr int kStages = kStages_;            // buffers for K, and as many for V
-  static constexpr int kQueryStages = kQueryStages_;  // buffers for Q
-  static constexpr int kBiasStages = kBiasStages_;    // buffers for tiles of a 16-bit bias; 0: read from device memory
-  static constexpr bool kPingPong = kPingPong_;       // warpgroups issue their products in turn
-  static constexpr int kQuerySteps = kQuerySteps_;    // times 16 columns of Q that consumers keep in registers
+  static constexpr int kHeadDim = kHeadDim_;           // multiple of 16; narrower heads are padded by the copy engine's zero fill
+  static constexpr int kWarpgroups = kWarpgroups_;     // that multiply
+  static constexpr int kTileM = 64 * kWarpgroups;      // query rows of a tile
+  static constexpr bool kRowsBelowZero = kTileM > 64;  // a sequence's first tile may begin before it
+  static constexpr int kTileN = kTileN_;               // keys of a tile
+  static constexpr int kStages = kStages_;             // buffers for K, and as many for V
+  static constexpr int kQueryStages = kQueryStages_;   // buffers for Q
+  static constexpr int kBiasStages = kBiasStages_;     // buffers for tiles of a 16-bit bias; 0: read from device memory
+  static constexpr bool kPingPong = kPingPong_;        // warpgroups issue their products in turn
+  static constexpr int kQuerySteps = kQuerySteps_;     // times 16 columns of Q that consumers keep in registers
   static constexpr int kPanels = (kHeadDim + 63) / 64;  // of 64 columns, 128 bytes
   static constexpr int kBiasPanels = (kTileN + 63) / 64;
   static constexpr bool kSmall = kWarpgroups == 1;            // no registers are moved, and one warp does not multiply, else four
@@ -113,7 +114,6 @@ struct SharedMemory {
 /// All threads of the block, whole warps, each role in its own place: from here on the barriers in shared memory are there.
 template <class C>
 __device__ __forceinline__ void wait_for_barriers() {
-  __syncwarp();
   named_barrier_sync(kStartBarrier, C::kThreads);
 }
 

@@ -28,8 +28,11 @@ __device__ __forceinline__ void finish_store(uint64_t* query_empty) {
   }
 }
 
-/// Is it one of 0 … end - 1? The rows of a tile may begin below 0.
-__device__ __forceinline__ bool is_below(int row, int end) { return static_cast<unsigned>(row) < static_cast<unsigned>(end); }
+/// Is it one of the rows 0 … end - 1?
+template <class C>
+__device__ __forceinline__ bool is_row(int row, int end) {
+  return C::kRowsBelowZero ? static_cast<unsigned>(row) < static_cast<unsigned>(end) : row < end;
+}
 
 /// The mean of all values of the tile's head in one column. Rare, and slow.
 template <typename T>
@@ -52,7 +55,7 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int i = row + 8 * r;
-    const bool used = is_below(i, tile.query_length);
+    const bool used = is_row<C>(i, tile.query_length);
     unused[r] = !used;
     const float reference = rows.reference[r];
     const float highest = C::kModified || reference == -INFINITY ? reference : reference * p.softmax_scale;
@@ -62,7 +65,7 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& 
     }
     empty[r] = used && state.sum == 0.0f;
     rows.factor[r] = used ? normalizer(state) * rescale_factor(highest, state.max) : 0.0f;
-    if (p.lse.present && threadIdx.x % 4 == 0 && is_below(i, tile.num_rows)) {
+    if (p.lse.present && threadIdx.x % 4 == 0 && is_row<C>(i, tile.num_rows)) {
       float* row_lse = static_cast<float*>(p.lse.data) + tile.batch * p.lse.stride[0] + tile.head * p.lse.stride[1];
       row_lse[(tile.row_base + i) * p.lse.stride[2]] = used ? lse(state) : -INFINITY;
     }
@@ -93,7 +96,7 @@ __device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t
   auto* base = static_cast<typename C::T*>(out.data) + tile.batch * out.stride[0] + tile.head * out.stride[1];
   for (int i = threadIdx.x % kWarpgroupThreads; i < 64 * 8; i += kWarpgroupThreads) {
     const int row = i / 8, column = panel * 64 + i % 8 * 8;
-    if (is_below(first_row + row, tile.num_rows) && column < out.shape[3]) {
+    if (is_row<C>(first_row + row, tile.num_rows) && column < out.shape[3]) {
       const uint4 data = *reinterpret_cast<const uint4*>(staged + swizzled_offset(row, i % 8));
       *reinterpret_cast<uint4*>(base + (tile.row_base + first_row + row) * out.stride[2] + column) = data;
     }
@@ -122,7 +125,8 @@ __device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& t
                                            const float (&o)[C::kHeadDim / 2], Buffer buffer) {
   const int first_row = tile.first_row + warpgroup * 64;
   const bool first_thread = threadIdx.x % kWarpgroupThreads == 0;
-  const bool whole = (first_row >= 0 && first_row + 64 <= tile.num_rows) || !args.problem.cu_seqlens_q.present;
+  const bool exists = !C::kRowsBelowZero || first_row >= 0;
+  const bool whole = (exists && first_row + 64 <= tile.num_rows) || !args.problem.cu_seqlens_q.present;
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     if (C::kOwnOutput && first_thread) tma_store_wait_read<1>();
@@ -134,7 +138,7 @@ __device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& t
 #pragma unroll
     for (int i = C::kOwnOutput ? panel : 0; i <= panel; ++i) {
       if (!whole) store_rows<C>(args, buffer(i), tile, first_row, i);
-      if (whole && first_thread && first_row >= 0)
+      if (whole && first_thread && exists)
         tma_store(&args.out, buffer(i), i * 64, tile.row_base + first_row, tile.head, tile.batch);
     }
     if (first_thread) tma_store_commit();

@@ -95,6 +95,7 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>
       index = next_index(args, index);
       continue;
     }
+    __syncwarp();
     if (first) wait_for_barriers<C>();
     first = false;
     if (first_lane) {

@@ -136,7 +136,8 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, i
   tile.first_row = local_tile * C::kTileM;
   describe_sequence(args.sequences, sequence, tile);
   if (tile.first_row >= tile.num_rows) return false;
-  if (C::kTileM > 64 && args.tiles_end_with_rows) tile.first_row -= (C::kTileM - 1 - (tile.num_rows - 1) % C::kTileM) / 64 * 64;
+  if (C::kRowsBelowZero && args.tiles_end_with_rows)
+    tile.first_row -= (C::kTileM - 1 - (tile.num_rows - 1) % C::kTileM) / 64 * 64;
   const KeyRange span = user_span(p, tile);
   tile.key_begin = static_cast<int>(span.begin);
   tile.key_end = static_cast<int>(span.end);
