@@ -171,6 +171,23 @@ RIGHT["an Einsum with an ellipsis"] = (
         y = Einsum<equation = "...hqk,...khd->...qhd">(weights, v)""",
     set(),
 )
+RIGHT["an Einsum that puts heads in front of the batch"] = (
+    "block (float[B, S, 4, 8] q, float[B, T, 4, 8] k, float[B, T, 4, 8] v, float[4, 1, S, T] bias) => (float y)",
+    """
+        scores = Einsum<equation = "bthd,bshd->hbts">(q, k)
+        masked = Add(scores, bias)
+        weights = Softmax<axis = -1>(masked)
+        y = Einsum<equation = "hbts,bshd->bthd">(weights, v)""",
+    set(),
+)
+RIGHT["an Einsum of groups of heads"] = (
+    "block (float[B, S, 2, 3, 8] q, float[B, T, 2, 8] k, float[B, T, 2, 8] v) => (float y)",
+    """
+        scores = Einsum<equation = "btkgd,bskd->bkgts">(q, k)
+        weights = Softmax<axis = -1>(scores)
+        y = Einsum<equation = "bkgts,bskd->btkgd">(weights, v)""",
+    {"6 query heads on 2 kv heads"},
+)
 RIGHT["a bias of either branch"] = (
     SELF.replace(") =>", ", float[4, S, S] bias, float[1] which) =>"),
     HEADS
@@ -215,6 +232,16 @@ RIGHT["key heads repeated by torch.repeat_interleave"] = (
     {"4 query heads on 2 kv heads"},
 )
 WRONG = {
+    "learnt weights of heads that stand in front of the batch": (
+        "block (float[B, S, 4, 8] q, float[B, S, 4, 8] k, float[B, S, 4, 8] v) => (float y)",
+        """
+        scores = Einsum<equation = "bthd,bshd->hbts">(q, k)
+        temperature = Constant<value = float[4, 1, 1, 1] {1.0, 2.0, 0.5, 3.0}>()
+        scaled = Mul(scores, temperature)
+        weights = Softmax<axis = -1>(scaled)
+        y = Einsum<equation = "hbts,bshd->bthd">(weights, v)""",
+        "multiplied by a weight",
+    ),
     "a bias that meets a split image, and a Where after it": (
         SPLIT.format(a="N, 3, 4, 3, 1", b="N, 3, 4, 1, 4"),
         IMAGE.replace(

@@ -85,16 +85,24 @@ def _split(term: spec.MaskTerm, s: np.ndarray, arrays: Arrays) -> np.ndarray:
             at = term.axes.index(inner) - len(term.axes) + value.ndim
             size = known if isinstance(known, int) else value.shape[at] if at >= 0 else 1
             sizes[inner], sizes[outer] = size, whole // size
-    plain = "".join("ST" if letter == "S" else "" if letter == "T" else letter for letter in term.axes)
+    order = _by_rank(term)
     try:
-        split = s.reshape([sizes[letter] for letter in plain])
+        split = s.reshape([sizes[letter] for letter in order])
     except (ValueError, KeyError):
         raise Skip from None
-    return np.swapaxes(split, -1, -2) if term.axes.endswith("TS") else split
+    return split.transpose([order.index(letter) for letter in term.axes])
+
+
+def _by_rank(term: spec.MaskTerm) -> list[str]:
+    """The term's axes in the order of [B, H, S, T]: batch and its parts, heads and theirs, rows, columns."""
+    try:
+        return sorted(term.axes, key="BMWNHKGST".index)
+    except ValueError:
+        raise Skip from None
 
 
 def _merged(s: np.ndarray, term: spec.MaskTerm, shape: tuple[int, ...]) -> np.ndarray:
-    s = np.swapaxes(s, -1, -2) if term.axes.endswith("TS") else s
+    s = s.transpose([term.axes.index(letter) for letter in _by_rank(term)])
     if s.size != np.prod(shape):
         raise Skip
     return s.reshape(shape)

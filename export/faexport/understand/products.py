@@ -37,10 +37,11 @@ class Product:
     right: Factor  # has "column" and "sum"
     labels: tuple[str, ...]  # of the result
     scale: float = 1.0
+    order: tuple[str, ...] = ()  # of the leading labels, batch first, where the result's axes stand in another one
 
     @property
     def leads(self) -> tuple[str, ...]:
-        return tuple(label for label in self.labels if label not in ("row", "column"))
+        return self.order or tuple(label for label in self.labels if label not in ("row", "column"))
 
     def swapped(self) -> Product:
         """The same product with left and right (row and column) exchanged."""
@@ -61,7 +62,7 @@ def with_row(product: Product, label: str) -> Product:
         return tuple(names.get(x, x) for x in labels)
 
     left = Factor(product.left.value, rename(product.left.labels))
-    return dataclasses.replace(product, left=left, labels=rename(product.labels))
+    return dataclasses.replace(product, left=left, labels=rename(product.labels), order=())
 
 
 def product_of(node: ir.Node, a: Analysis) -> Product | None:
@@ -148,4 +149,8 @@ def _einsum(node: ir.Node, a: Analysis) -> Product | None:
     names = {summed[0]: "sum", rows[-1]: "row", columns[-1]: "column"}
     names |= {x: f"lead{i}" for i, x in enumerate(x for x in out if x not in names)}
     labels = [tuple(names[x] for x in part) for part in (left, right, out)]
-    return Product(node, Factor(node.inputs[0], labels[0]), Factor(node.inputs[1], labels[1]), labels[2])
+    # The result may have heads in front of the batch ("bthd,bshd->hbts"); the operands' order is the one to go by.
+    leads = {x for x in names.values() if x.startswith("lead")}
+    orders = [tuple(x for x in part if x in leads) for part in (labels[1], labels[0], labels[2])]
+    order = next(x for x in orders if len(x) == len(leads))
+    return Product(node, Factor(node.inputs[0], labels[0]), Factor(node.inputs[1], labels[1]), labels[2], order=order)

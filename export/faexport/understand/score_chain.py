@@ -269,8 +269,10 @@ class _Reader:
     def _take_rows(self, step: Step) -> Refusal | None:
         """A weight that is multiplied to whole rows may as well be multiplied to the query."""
         weight = step.node.inputs[1 - step.index]
-        same_axes = self.view == View.whole(self.shape) and self.path.product.labels[-2:] == ("row", "column")
-        if self.terms or self.softcap or not same_axes or self.path.product.left.labels[-2:] != ("row", "sum"):
+        labels = self.path.product.labels
+        same_axes = self.view == View.whole(self.shape) and labels[-2:] == ("row", "column")
+        same_axes = same_axes and self.path.product.left.labels == (*labels[:-1], "sum")
+        if self.terms or self.softcap or not same_axes:
             return Refusal(
                 "the scores are multiplied by a weight after something else was done to them", name_of(step.node)
             )
