@@ -25,6 +25,7 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
     if (head_dim <= 128) return {1, 64, 2, 1, 0, false, 2};
     return {2, 32, 4, 1, 0, false, 1, 8};
   }
+  if (variant == Variant::kMiddle) return {2, 64, 4, 2, 0, false, 1, 4};
   if (variant == Variant::kTall) return {4, 64, 6, 2, 0, false};
   if (variant == Variant::kModifiedTall) return {4, 64, 3, 2, 3};
   if (variant == Variant::kPlain) {
@@ -58,7 +59,8 @@ struct Config {
   static constexpr int kBiasPanels = (kTileN + 63) / 64;
   static constexpr bool kSmall = kWarpgroups == 1;            // no registers are moved, and one warp does not multiply, else four
   static constexpr bool kFewApart = kSmall && kHeadDim > 32;  // a last key tile of very few keys goes its own, shorter way
-  static constexpr int kThreads = kSmall ? kWarpgroupThreads + 32 : kWarpgroupThreads * (kWarpgroups + 1);
+  static constexpr int kConsumerThreads = kWarpgroupThreads * kWarpgroups;
+  static constexpr int kThreads = kConsumerThreads + (kSmall ? 32 : kWarpgroupThreads);
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // what registers and shared memory are planned for
   // The output leaves through the queries' memory. Where that is all there is, next to keys and values, and some is left, it has
   // its own, so that the next queries come early.
@@ -92,9 +94,10 @@ static_assert(sizeof(Tile) % 16 == 0);
 
 inline constexpr int kFewInLast = 16;
 inline constexpr int kTileSlots = 2;
-inline constexpr int kTurnBarrier = 1;       // named barriers 1 … 4: the warpgroup's turn to issue products
-inline constexpr int kWarpgroupBarrier = 5;  // 5 … 8: the threads of one consumer warpgroup
-inline constexpr int kStartBarrier = 9;      // the whole block
+inline constexpr int kTurnBarrier = 1;        // named barriers 1 … 4: the warpgroup's turn to issue products
+inline constexpr int kWarpgroupBarrier = 5;   // 5 … 8: the threads of one consumer warpgroup
+inline constexpr int kStartBarrier = 9;       // warp 0 and the producers
+inline constexpr int kConsumersBarrier = 10;  // all consumer warpgroups
 
 template <class C>
 struct SharedMemory {
@@ -111,10 +114,17 @@ struct SharedMemory {
   Tile tile[kTileSlots];
 };
 
-/// All threads of the block, whole warps, each role in its own place: from here on the barriers in shared memory are there.
+/// For the warps that don't multiply: from here on the barriers that warp 0 makes in shared memory are there.
 template <class C>
 __device__ __forceinline__ void wait_for_barriers() {
-  named_barrier_sync(kStartBarrier, C::kThreads);
+  named_barrier_sync(kStartBarrier, C::kThreads - C::kConsumerThreads + 32);
+}
+
+/// The same for those that do, warp 0 among them.
+template <class C>
+__device__ __forceinline__ void announce_barriers() {
+  if (threadIdx.x < 32) named_barrier_arrive(kStartBarrier, C::kThreads - C::kConsumerThreads + 32);
+  named_barrier_sync(kConsumersBarrier, C::kConsumerThreads);
 }
 
 }  // namespace fa::prefill_sm90

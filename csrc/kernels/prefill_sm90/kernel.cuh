@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_ker
     produce<C>(args, shared);
   } else {
     if constexpr (!C::kSmall) acquire_registers<C::kConsumerRegisters>();
-    wait_for_barriers<C>();
+    announce_barriers<C>();
     Consumer<C> consumer{args, shared, warpgroup};
     consumer.run();
   }

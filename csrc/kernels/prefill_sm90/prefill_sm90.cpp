@@ -3,6 +3,7 @@
 #include "kernels/prefill_sm90/prefill_sm90.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 
 #include "kernels/common/tensor_map.h"
@@ -14,9 +15,8 @@
 namespace fa::prefill_sm90 {
 namespace {
 
-constexpr int64_t kMaxRows = int64_t{1} << 29;                        // positions and sums of two fit 32 bits
-constexpr int64_t kLongTile = 192, kTallTile = 256, kShortTile = 64;  // rows of the instances' tiles
-constexpr int64_t kManyKeys = 2048;  // from here on long tiles of modified scores are faster than tall ones
+constexpr int64_t kMaxRows = int64_t{1} << 29;  // positions and sums of two fit 32 bits
+constexpr int64_t kManyKeys = 2048;             // from here on long tiles of modified scores are faster than tall ones
 
 struct Instance {
   DType dtype;
@@ -39,31 +39,42 @@ bool is_modified(const AttentionParams& p) {
   return row_mask || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
 }
 
-/// The fastest tiles for narrow heads: those that fill the GPU most evenly. Tall ones, equally even, are ahead of long ones.
-/// Three blocks of short ones do less at a time, but hide each other's start and end, which makes up for it with few keys.
-Variant narrow_variant(const AttentionParams& p, const DeviceInfo& device) {
-  const int64_t long_rows = busiest_rows(p, device, kLongTile), tall_rows = busiest_rows(p, device, kTallTile);
-  const bool tall = tall_rows <= long_rows;
-  if (is_modified(p)) return tall && p.key.shape[2] < kManyKeys ? Variant::kModifiedTall : Variant::kModified;
-  const int64_t short_rows = busiest_rows(p, device, kShortTile);
-  const int64_t short_cost = keys_in_window(p) <= kFewKeys ? short_rows : short_rows * 5 / 4;
-  if (short_cost <= std::min(tall_rows, long_rows)) return Variant::kShort;
-  return tall ? Variant::kTall : Variant::kPlain;
+/// A variant that could run the problem: rows of its tiles, and its time for a row that all variants have, in percent.
+struct Candidate {
+  Variant variant;
+  int64_t tile_rows, cost;
+};
+
+constexpr Candidate kLong{Variant::kPlain, 192, 100}, kTall{Variant::kTall, 256, 100}, kMiddle{Variant::kMiddle, 128, 120},
+    kShort{Variant::kShort, 64, 125}, kShortForFewKeys{Variant::kShort, 64, 100};
+
+/// The variant whose tiles fill the GPU most evenly, so that the busiest multiprocessor ends first. Of equal ones the first.
+Variant fastest(std::initializer_list<Candidate> candidates, const AttentionParams& p, const DeviceInfo& device) {
+  const auto time = [&](const Candidate& c) { return busiest_rows(p, device, c.tile_rows) * c.cost; };
+  return std::min_element(candidates.begin(), candidates.end(), [&](auto& a, auto& b) { return time(a) < time(b); })->variant;
 }
 
-/// Short tiles of heads of 128 fill the GPU where there are few rows, those of 256 bring the keys in smaller portions.
-Variant wide_variant(const AttentionParams& p, const DeviceInfo& device) {
-  if (is_modified(p)) return Variant::kModified;
+/// The fastest variant, by measurement (docs/kernels.md). Several blocks of short tiles on a multiprocessor do less at a time,
+/// but hide each other's start and end, which makes up for it with few keys; those of heads of 256 bring keys in smaller
+/// portions.
+Variant choose_variant(const AttentionParams& p, const DeviceInfo& device) {
   const int64_t head_dim = bucket_size(p);
-  const bool few_rows = num_tiles(p, kLongTile) <= device.num_sms, few_keys = p.window_right >= 0 && mean_keys(p) <= kFewKeys;
-  const bool is_short = (head_dim > 96 && head_dim <= 128 && few_rows) || (head_dim > 192 && few_keys);
-  return is_short ? Variant::kShort : Variant::kPlain;
+  if (is_modified(p)) {
+    const bool tall = head_dim <= 64 && p.key.shape[2] < kManyKeys && fastest({kTall, kLong}, p, device) == Variant::kTall;
+    return tall ? Variant::kModifiedTall : Variant::kModified;
+  }
+  if (head_dim <= 64) {
+    return fastest({keys_in_window(p) <= kFewKeys ? kShortForFewKeys : kShort, kTall, kLong}, p, device);
+  }
+  if (head_dim > 96 && head_dim <= 128) return fastest({kMiddle, kShort, kLong}, p, device);
+  const bool few_keys = p.window_right >= 0 && mean_keys(p) <= kFewKeys;
+  return head_dim > 192 && few_keys ? Variant::kShort : Variant::kPlain;
 }
 
 /// The smallest instance of the fastest variant; null where the heads are too wide for any.
 const Instance* find_instance(const AttentionParams& p, const DeviceInfo& device) {
   const Instance* best = nullptr;
-  const Variant variant = bucket_size(p) <= 64 ? narrow_variant(p, device) : wide_variant(p, device);
+  const Variant variant = choose_variant(p, device);
   for (const Instance& instance : kInstances) {
     if (instance.dtype != p.query.dtype || instance.variant != variant || instance.head_dim < bucket_size(p)) continue;
     if (best == nullptr || instance.head_dim < best->head_dim) best = &instance;
@@ -91,7 +102,7 @@ std::string supports(const AttentionParams& p, const DeviceInfo& device) {
     const std::string obstacle = tensor_map_obstacle(*tensor);
     if (!obstacle.empty()) return std::string("the copy engine (TMA) can't address ") + name + ", which " + obstacle;
   }
-  if (num_tiles(p, kShortTile) > std::numeric_limits<int32_t>::max()) return "more than 2^31 tiles of rows";
+  if (num_tiles(p, kShort.tile_rows) > std::numeric_limits<int32_t>::max()) return "more than 2^31 tiles of rows";
   return "";
 }
 
