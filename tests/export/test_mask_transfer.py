@@ -113,8 +113,7 @@ CASES = {
     "Expand": "s = Shape(past) {'end': 2}; t = Shape(x) {'start': 1}; u = Concat(s, t) {'axis': 0}; r = Expand(y, u)",
     "Tile": "r = Tile(x, [2, 3])",
     "Pad": "r = Pad(x, [0, 1, 2, 0], 7)",
-    "Pad by a size": "t = Shape(past) {'start': 2, 'end': 3}; b = Concat(t, [2]) {'axis': 0}; "
-    "r = Pad(x, b, 0, [-1])",
+    "Pad by a size": "t = Shape(past) {'start': 2, 'end': 3}; b = Concat(t, [2]) {'axis': 0}; r = Pad(x, b, 0, [-1])",
     "Concat": "r = Concat(x, x, x) {'axis': 1}",
     "Slice": "r = Slice(x, [1], [4], [1])",
     "Slice from the end": "r = Slice(x, [-2], [9223372036854775807], [1])",

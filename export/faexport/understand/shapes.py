@@ -199,6 +199,9 @@ class Analysis:
         if value.shape is None or len(value.shape) != len(inferred):
             return inferred
         declared = self._declared(value)
+        for dim, known in zip(inferred, declared, strict=True):
+            if _names_a_bound(known, dim):
+                self._equal.setdefault(str(known), dim)
         return tuple(known if _says_more(known, dim) else dim for dim, known in zip(inferred, declared, strict=True))
 
 
@@ -207,3 +210,12 @@ def _says_more(declared: Dim, inferred: Dim) -> bool:
     if inferred.const is not None or not all(s.startswith("?") for s in inferred.symbols):
         return False
     return declared.const is not None or not is_bound(inferred)
+
+
+def _names_a_bound(declared: Dim, inferred: Dim) -> bool:
+    """Does the file call a derived size by a minimum? PyTorch's exporter does so behind a table of positions,
+    "Min(128, sequence)", and elsewhere calls the same size by its own name; a model that runs has both equal."""
+    symbols = declared.symbols
+    if len(symbols) != 1 or "Min(" not in next(iter(symbols)) or declared != Dim.of(next(iter(symbols))):
+        return False
+    return not any(s.startswith("?") or s in symbols for s in inferred.symbols)

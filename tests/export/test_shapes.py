@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the analysis concludes of shapes, where no site of the other tests shows it."""
+
+from __future__ import annotations
+
+import onnx.parser
+import onnx_ir as ir
+from faexport.understand.shapes import Analysis
+
+BEHIND_A_TABLE = """<ir_version: 8, opset_import: ["" : 17, "other" : 1]>
+main (float[b, s, 8] x, float[128, 8] table) => (float[b, s, 8] y) {
+    zero = Constant <value_ints = [0]> ()
+    length = Shape <start = 1, end = 2> (x)
+    positions = Slice (table, zero, length, zero)
+    sum = Add (x, positions)
+    own = other.Unknown (sum)
+    y = Relu (own)
+}"""
+
+
+def test_a_size_that_the_file_calls_a_minimum_is_the_derived_one() -> None:
+    """PyTorch's exporter calls it so behind a table of positions; other tensors have the size's own name."""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(BEHIND_A_TABLE))
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for name in ("sum", "own"):
+        values[name].shape = ir.Shape(["b", "Min(128, s)", 8])
+    analysis = Analysis(model)
+    for name in ("sum", "own"):
+        assert [str(size) for size in analysis.shape(values[name])] == ["b", "s", "8"], name
