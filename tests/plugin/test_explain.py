@@ -59,3 +59,11 @@ def test_refusals_say_why() -> None:
     assert "head_dim 320 is above 256" in explain((1, 1, 1, 128, 128, 320, "float16"), {}, "sm_80")
     text = explain((1, 1, 1, 128, 128, 64, "float16"), {}, "sm_80")
     assert "decode_splitkv: seqlen_q times the query heads of a key head is 128, for decoding at most 64" in text
+
+
+@pytest.mark.parametrize("device", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_no_packed_sequences(device: str, head_dim: int) -> None:
+    none = {"cu_seqlens_q": ((1,), "int32"), "cu_seqlens_kv": ((1,), "int32")}
+    text = explain((1, 4, 4, 0, 8, head_dim, "float16"), none | {"is_causal": True}, device)
+    assert ": chosen" in text, text

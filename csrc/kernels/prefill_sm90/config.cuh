@@ -6,56 +6,27 @@
 
 #include "kernels/common/mbarrier.cuh"
 #include "kernels/common/warpgroup.cuh"
-#include "kernels/prefill_sm90/instances.h"
+#include "kernels/prefill_sm90/shape.h"
 #include "semantics/mask.h"
 
 namespace fa::prefill_sm90 {
-
-struct TileShape {
-  int warpgroups, tile_n, stages, query_stages, bias_stages;
-  bool ping_pong = true;
-  int blocks_per_sm = 1;
-  int query_steps = 0;
-};
-
-/// The tile table: one row for each head_dim bucket and variant, found by measurement (docs/kernels.md).
-constexpr TileShape tile_shape(int head_dim, Variant variant) {
-  if (variant == Variant::kShort) {
-    if (head_dim <= 64) return {1, 64, 3, 2, 0, false, 3};
-    if (head_dim <= 128) return {1, 64, 2, 1, 0, false, 2};
-    return {2, 32, 4, 1, 0, false, 1, 8};
-  }
-  if (variant == Variant::kMiddle) return {2, 64, 4, 2, 0, false, 1, 4};
-  if (variant == Variant::kTall) return {4, 64, 6, 2, 0, false};
-  if (variant == Variant::kModifiedTall) return {4, 64, 3, 2, 3};
-  if (variant == Variant::kPlain) {
-    if (head_dim <= 64) return {3, 128, 4, 2, 0};
-    if (head_dim <= 96) return {3, 64, 3, 2, 0};
-    if (head_dim <= 128) return {3, 64, 3, 2, 0, true, 1, 2};
-    if (head_dim <= 192) return {2, 64, 3, 1, 0, true, 1, 8};
-    return {2, 64, 2, 1, 0, true, 1, 2};
-  }
-  if (head_dim <= 64) return {3, 128, 2, 2, 2};
-  if (head_dim <= 128) return {2, 128, 2, 1, 2};
-  return {2, 64, 2, 1, 2};
-}
 
 template <typename T_, Variant kVariant, int kHeadDim_, int kWarpgroups_, int kTileN_, int kStages_, int kQueryStages_,
           int kBiasStages_ = 0, bool kPingPong_ = true, int kBlocksPerSm_ = 1, int kQuerySteps_ = 0>
 struct Config {
   using T = T_;
   static constexpr bool kModified = kVariant == Variant::kModified || kVariant == Variant::kModifiedTall;
-  static constexpr int kHeadDim = kHeadDim_;           // multiple of 16; narrower heads are padded by the copy engine's zero fill
-  static constexpr int kWarpgroups = kWarpgroups_;     // that multiply
-  static constexpr int kTileM = 64 * kWarpgroups;      // query rows of a tile
-  static constexpr bool kRowsBelowZero = kTileM > 64;  // a sequence's first tile may begin before it
-  static constexpr int kTileN = kTileN_;               // keys of a tile
-  static constexpr int kStages = kStages_;             // buffers for K, and as many for V
-  static constexpr int kQueryStages = kQueryStages_;   // buffers for Q
-  static constexpr int kBiasStages = kBiasStages_;     // buffers for tiles of a 16-bit bias; 0: read from device memory
-  static constexpr bool kPingPong = kPingPong_;        // warpgroups issue their products in turn
-  static constexpr int kQuerySteps = kQuerySteps_;     // times 16 columns of Q that consumers keep in registers
-  static constexpr int kPanels = (kHeadDim + 63) / 64;  // of 64 columns, 128 bytes
+  static constexpr int kHeadDim = kHeadDim_;        // multiple of 16; narrower heads are padded by the copy engine's zero fill
+  static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
+  static constexpr int kTileM = kRowsUnit * kWarpgroups;  // query rows of a tile
+  static constexpr bool kRowsBelowZero = kTileM > 64;     // a sequence's first tile may begin before it
+  static constexpr int kTileN = kTileN_;                  // keys of a tile
+  static constexpr int kStages = kStages_;                // buffers for K, and as many for V
+  static constexpr int kQueryStages = kQueryStages_;      // buffers for Q
+  static constexpr int kBiasStages = kBiasStages_;        // buffers for tiles of a 16-bit bias; 0: read from device memory
+  static constexpr bool kPingPong = kPingPong_;           // warpgroups issue their products in turn
+  static constexpr int kQuerySteps = kQuerySteps_;        // times 16 columns of Q that consumers keep in registers
+  static constexpr int kPanels = (kHeadDim + 63) / 64;    // of 64 columns, 128 bytes
   static constexpr int kBiasPanels = (kTileN + 63) / 64;
   static constexpr bool kSmall = kWarpgroups == 1;            // no registers are moved, and one warp does not multiply, else four
   static constexpr bool kFewApart = kSmall && kHeadDim > 32;  // a last key tile of very few keys goes its own, shorter way

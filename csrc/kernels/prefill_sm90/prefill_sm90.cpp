@@ -39,18 +39,16 @@ bool is_modified(const AttentionParams& p) {
   return row_mask || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
 }
 
-/// A variant that could run the problem: rows of its tiles, and its time for a row that all variants have, in percent.
+/// A variant that could run the problem, and its time for a row that all variants have, in percent.
 struct Candidate {
   Variant variant;
-  int64_t tile_rows, cost;
+  int64_t cost = 100;
 };
-
-constexpr Candidate kLong{Variant::kPlain, 192, 100}, kTall{Variant::kTall, 256, 100}, kMiddle{Variant::kMiddle, 128, 120},
-    kShort{Variant::kShort, 64, 125}, kShortForFewKeys{Variant::kShort, 64, 100};
 
 /// The variant whose tiles fill the GPU most evenly, so that the busiest multiprocessor ends first. Of equal ones the first.
 Variant fastest(std::initializer_list<Candidate> candidates, const AttentionParams& p, const DeviceInfo& device) {
-  const auto time = [&](const Candidate& c) { return busiest_rows(p, device, c.tile_rows) * c.cost; };
+  const int head_dim = static_cast<int>(bucket_size(p));
+  const auto time = [&](const Candidate& c) { return busiest_rows(p, device, tile_shape(head_dim, c.variant).rows()) * c.cost; };
   return std::min_element(candidates.begin(), candidates.end(), [&](auto& a, auto& b) { return time(a) < time(b); })->variant;
 }
 
@@ -60,13 +58,16 @@ Variant fastest(std::initializer_list<Candidate> candidates, const AttentionPara
 Variant choose_variant(const AttentionParams& p, const DeviceInfo& device) {
   const int64_t head_dim = bucket_size(p);
   if (is_modified(p)) {
-    const bool tall = head_dim <= 64 && p.key.shape[2] < kManyKeys && fastest({kTall, kLong}, p, device) == Variant::kTall;
-    return tall ? Variant::kModifiedTall : Variant::kModified;
+    const bool tall_is_faster = head_dim <= 64 && p.key.shape[2] < kManyKeys;
+    return tall_is_faster ? fastest({{Variant::kModifiedTall}, {Variant::kModified}}, p, device) : Variant::kModified;
   }
   if (head_dim <= 64) {
-    return fastest({keys_in_window(p) <= kFewKeys ? kShortForFewKeys : kShort, kTall, kLong}, p, device);
+    const int64_t short_cost = keys_in_window(p) <= kFewKeys ? 100 : 125;
+    return fastest({{Variant::kShort, short_cost}, {Variant::kTall}, {Variant::kPlain}}, p, device);
   }
-  if (head_dim > 96 && head_dim <= 128) return fastest({kMiddle, kShort, kLong}, p, device);
+  if (head_dim > 96 && head_dim <= 128) {
+    return fastest({{Variant::kMiddle, 120}, {Variant::kShort, 125}, {Variant::kPlain}}, p, device);
+  }
   const bool few_keys = p.window_right >= 0 && mean_keys(p) <= kFewKeys;
   return head_dim > 192 && few_keys ? Variant::kShort : Variant::kPlain;
 }
@@ -102,7 +103,7 @@ std::string supports(const AttentionParams& p, const DeviceInfo& device) {
     const std::string obstacle = tensor_map_obstacle(*tensor);
     if (!obstacle.empty()) return std::string("the copy engine (TMA) can't address ") + name + ", which " + obstacle;
   }
-  if (num_tiles(p, kShort.tile_rows) > std::numeric_limits<int32_t>::max()) return "more than 2^31 tiles of rows";
+  if (num_tiles(p, kRowsUnit) > std::numeric_limits<int32_t>::max()) return "more than 2^31 tiles of rows";
   return "";
 }
 

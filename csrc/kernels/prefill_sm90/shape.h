@@ -1,28 +1,67 @@
 // SPDX-License-Identifier: Apache-2.0
-// What decides on the tiles of a problem, on the host: how many keys its rows see, and how evenly tiles fill the GPU. Used by
-// prefill_sm90.cpp for the choice of an instance, and by launch.cuh.
+// The tiles of each instance, and what decides on those of a problem: how many keys its rows see, and how evenly tiles fill the
+// GPU. Used by prefill_sm90.cpp for the choice of an instance, and by config.cuh and launch.cuh.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "fa/attention.h"
+#include "kernels/prefill_sm90/instances.h"
 #include "semantics/sequence.h"
 
 namespace fa::prefill_sm90 {
 
+inline constexpr int kRowsUnit = 64;  // query rows of a warpgroup, and of the shortest tiles
+
+struct TileShape {
+  int warpgroups, tile_n, stages, query_stages, bias_stages;
+  bool ping_pong = true;
+  int blocks_per_sm = 1;
+  int query_steps = 0;
+
+  constexpr int rows() const { return kRowsUnit * warpgroups; }
+};
+
+/// The tile table: one row for each head_dim bucket and variant, found by measurement (docs/kernels.md).
+constexpr TileShape tile_shape(int head_dim, Variant variant) {
+  if (variant == Variant::kShort) {
+    if (head_dim <= 64) return {1, 64, 3, 2, 0, false, 3};
+    if (head_dim <= 128) return {1, 64, 2, 1, 0, false, 2};
+    return {2, 32, 4, 1, 0, false, 1, 8};
+  }
+  if (variant == Variant::kMiddle) return {2, 64, 4, 2, 0, false, 1, 4};
+  if (variant == Variant::kTall) return {4, 64, 6, 2, 0, false};
+  if (variant == Variant::kModifiedTall) return {4, 64, 3, 2, 3};
+  if (variant == Variant::kPlain) {
+    if (head_dim <= 64) return {3, 128, 4, 2, 0};
+    if (head_dim <= 96) return {3, 64, 3, 2, 0};
+    if (head_dim <= 128) return {3, 64, 3, 2, 0, true, 1, 2};
+    if (head_dim <= 192) return {2, 64, 3, 1, 0, true, 1, 8};
+    return {2, 64, 2, 1, 0, true, 1, 2};
+  }
+  if (head_dim <= 64) return {3, 128, 2, 2, 2};
+  if (head_dim <= 128) return {2, 128, 2, 1, 2};
+  return {2, 64, 2, 1, 2};
+}
+
 inline constexpr int64_t kFewKeys = 320;  // up to so many the fixed costs of a tile decide
+
+/// Of keys, or what else there is of all sequences: what one has on average, where they are packed.
+inline int64_t per_sequence(int64_t count, const AttentionParams& p) {
+  return p.cu_seqlens_q.present ? count / std::max<int64_t>(num_sequences(p), 1) : count;
+}
 
 /// Keys of a sequence that a row can see, as far as the host knows.
 inline int64_t keys_in_window(const AttentionParams& p) {
-  const int64_t keys = p.key.shape[2] / (p.cu_seqlens_q.present ? num_sequences(p) : 1);
+  const int64_t keys = per_sequence(p.key.shape[2], p);
   return p.window_left < 0 ? keys : std::min(keys, p.window_left + std::max<int64_t>(p.window_right, 0) + 1);
 }
 
 /// Keys that a row sees on average.
 inline int64_t mean_keys(const AttentionParams& p) {
   const int64_t keys = p.key.shape[2], hidden = p.window_right >= 0 ? std::min(keys, p.query.shape[2]) / 2 : 0;
-  return std::min((keys - hidden) / (p.cu_seqlens_q.present ? num_sequences(p) : 1), keys_in_window(p));
+  return std::min(per_sequence(keys - hidden, p), keys_in_window(p));
 }
 
 /// Tiles of `tile_rows` query rows; of packed sequences an upper bound.
