@@ -15,6 +15,17 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+# ONNX text for the nodes of `ahead`, bool [S, S]: keys later than the row. Uses the query q [B, H, S, D].
+AHEAD = """size = Shape(q)
+two = Constant<value = int64 {2}>()
+rows = Gather(size, two)
+zero = Constant<value = int64 {0}>()
+one = Constant<value = int64 {1}>()
+place = Range(zero, rows, one)
+standing = Constant<value = int64[2] {-1, 1}>()
+row = Reshape(place, standing)
+ahead = Greater(place, row)"""
+
 HIDDEN_WEIGHTS = np.random.default_rng(7)
 
 

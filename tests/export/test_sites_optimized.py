@@ -12,6 +12,7 @@ import onnx.parser
 import onnx.shape_inference
 import pytest
 
+from tests.export.site_graphs import AHEAD
 from tests.export.test_sites import run
 
 RANDOM = np.random.default_rng(17)
@@ -348,15 +349,7 @@ def test_new_nodes_are_of_the_models_opset(opset: int, library: str) -> None:
         v1 = Concat<axis = 2>(v, more)
         kt = Transpose<perm = [0, 1, 3, 2]>(k1)
         scores = MatMul(q, kt)
-        size = Shape(q)
-        two = Constant<value = int64 {2}>()
-        rows = Gather(size, two)
-        zero = Constant<value = int64 {0}>()
-        one = Constant<value = int64 {1}>()
-        place = Range(zero, rows, one)
-        standing = Constant<value = int64[2] {-1, 1}>()
-        row = Reshape(place, standing)
-        ahead = Greater(place, row)
+        AHEAD
         low = Constant<value = float {-inf}>()
         nothing = Constant<value = float {0.0}>()
         triangle = Where(ahead, low, nothing)
@@ -365,7 +358,7 @@ def test_new_nodes_are_of_the_models_opset(opset: int, library: str) -> None:
         masked = Add(scores, mask)
         weights = Softmax<axis = -1>(masked)
         y = MatMul(weights, v1)"""
-    model = onnx.parser.parse_model(HEADER.replace("17", str(opset)) + f"{head} {{{body}\n}}")
+    model = onnx.parser.parse_model(HEADER.replace("17", str(opset)) + f"{head} {{{body}\n}}".replace("AHEAD", AHEAD))
     fused, report = faexport.fuse(model)
     assert [fact.text for fact in report.sites[0].facts] == ["bool mask [1, 1, S_q, S_kv]"]
     inputs = feeds(model, B=2, S=6)
