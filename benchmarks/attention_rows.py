@@ -71,6 +71,13 @@ class Tensors:
     bias: torch.Tensor | None = None  # [1 or B, H or 1, S, S]
 
 
+def _uniform_lengths(count: int, longest: int) -> torch.Tensor:
+    """25 to 100 % of `longest`, in random order, one from each of `count` equal parts of that span: of a few independent
+    draws it would be luck how much work they leave."""
+    share = (torch.arange(count, device="cuda") + torch.rand(count, device="cuda")) / count
+    return (longest * (0.25 + 0.75 * share)).round().long()[torch.randperm(count, device="cuda")]
+
+
 def draw(row: Row) -> Tensors:
     dtype = getattr(torch, row.dtype)
 
@@ -85,7 +92,7 @@ def draw(row: Row) -> Tensors:
         normal(b, s, h, d),
     )
     if row.mask in ("lengths", "mask"):
-        tensors.lengths = torch.randint(row.kv_len // 4, row.kv_len + 1, (b,), device="cuda")
+        tensors.lengths = _uniform_lengths(b, row.kv_len)
         keys = torch.arange(row.kv_len, device="cuda")
         tensors.mask = keys[None, None, None] < tensors.lengths[:, None, None, None]
     elif row.mask:

@@ -65,6 +65,37 @@ def test_many_rows(case: cases.Case) -> None:
     check(case.problem())
 
 
+# Keys in multiples of 16, as sequences mostly are: rows of a mask that are read 16 bytes at a time.
+ALIGNED = ((250, 336, 64), (190, 144, 48), (120, 128, 32), (300, 656, 128), (120, 336, 128), (333, 336, 192), (250, 288, 256))
+
+
+@pytest.mark.parametrize("mask", ("B11K", "1H1K", "B1QK", "BHQK"))
+@pytest.mark.parametrize("shape", ALIGNED, ids=lambda shape: "x".join(map(str, shape)))
+def test_mask_in_wide_rows(shape: tuple[int, int, int], mask: str) -> None:
+    dtype = "float16" if shape[2] % 64 else "bfloat16"
+    check(cases.Case(dtype, 12, 11, 11, *shape, mask=mask, is_causal=mask == "1H1K", empty=mask == "B1QK").problem())
+
+
+def test_kernels_wait_for_each_other() -> None:
+    """Each launch reads what the one before it wrote; blocks may come early, but nothing may be read early."""
+    import faplugin
+
+    torch.manual_seed(0)
+    start = torch.randn(4, 16, 512, 64, device="cuda", dtype=torch.float16)
+    for kernel in arrays.kernels_for({"query": start, "key": start, "value": start}, {}):
+        ends = []
+        for synchronize in (True, False):
+            x, lengths = start, torch.full((4,), 512, device="cuda")
+            for i in range(60):
+                y = faplugin.attention(x, x, x, nonpad_kv_seqlen=lengths, kernel=kernel)
+                x = y if i % 3 else y * 8  # now and then a kernel of PyTorch's between them
+                lengths = lengths - 3
+                if synchronize:
+                    torch.cuda.synchronize()
+            ends.append(x)
+        assert arrays.same_bits(*ends), kernel
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("head_dim", (64, 80, 128, 33))
 @pytest.mark.parametrize("seqlen", (1, 200))

@@ -18,4 +18,11 @@ struct TanhByExp2 {
   }
 };
 
+/// 1 / x to 1 ulp; infinite for subnormal x.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace fa

@@ -58,4 +58,7 @@ __device__ __forceinline__ void tma_store_wait_read() {
 /// aligned).
 __device__ __forceinline__ uint32_t swizzled_offset(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
+/// swizzled_offset(row, chunk + 2 * step) from that of an even chunk or the odd one behind it: one register serves all steps.
+__device__ __forceinline__ uint32_t swizzled_step(uint32_t offset, int step) { return offset ^ step << 5; }
+
 }  // namespace fa

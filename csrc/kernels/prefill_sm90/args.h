@@ -6,12 +6,60 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "fa/attention.h"
 #include "kernels/common/tile_order.h"
 #include "semantics/sequence.h"
 
 namespace fa::prefill_sm90 {
+
+/// One tile of work, as the warp that schedules decides: everything about it that is not a constant of the launch.
+struct alignas(16) Tile {
+  int valid = 0;                  // 0: no more tiles
+  int sequence;                   // batch entry or packed sequence
+  int head;                       // query head
+  int first_row;                  // in its sequence; warpgroups whose rows are below 0 have none
+  int block_begin, block_end;     // key tiles to visit
+  int batch, row_base, key_base;  // where the sequence stands in the tensors
+  int num_rows, num_keys;         // rows and keys of the sequence …
+  int query_length, kv_length;    // … and those in use
+  int used_keys;                  // keys whose values may be read; the copy engine's own zeros stand behind the tensor's last key
+  int key_begin, key_end;         // keys that mask and bias leave
+  int test_mask;                  // the bool mask hides some keys of these tiles
+  int few_in_last;                // all rows see the last key tile to its end, which is at most kFewInLast keys
+  RowBand band;                   // what windows leave of them
+  int64_t query_offset;
+};
+static_assert(sizeof(Tile) % 16 == 0);
+
+/// Of the keys of its last key tile, those whose values may be read; the rest may be anything, NaN too. More than there are: all.
+FA_HD int used_in_last(const Tile& tile, int tile_n) { return tile.used_keys - (tile.block_end - 1) * tile_n; }
+
+/// What the 64 rows of a consumer warpgroup see of their tile.
+struct alignas(16) RowsView {
+  int full_begin, full_end;    // key tiles that all rows see entirely
+  int block_begin, block_end;  // key tiles that any of the rows sees
+};
+
+/// Sequence `idx` in a tile of its rows.
+FA_HD void describe_sequence(const SequenceRule& rule, int idx, Tile* tile) {
+  const Sequence s = rule.at(idx);
+  tile->sequence = idx;
+  tile->batch = static_cast<int>(s.batch_idx);
+  tile->row_base = static_cast<int>(s.first_row);
+  tile->key_base = static_cast<int>(s.first_key);
+  tile->num_rows = static_cast<int>(s.num_rows);
+  tile->num_keys = static_cast<int>(s.num_keys);
+  tile->query_length = static_cast<int>(s.query_length);
+  tile->kv_length = static_cast<int>(s.mask.kv_length);
+  tile->used_keys = tile->key_base + tile->kv_length < rule.seqlen_kv ? tile->kv_length : std::numeric_limits<int>::max();
+  tile->query_offset = s.mask.query_offset;
+  tile->band = s.mask.band();
+  tile->key_begin = 0;
+  tile->key_end = tile->kv_length;
+  tile->test_mask = 0;
+}
 
 struct KernelArgs {
   CUtensorMap query;  // [B, H_q, S_q, D], boxes of kTileM rows x 64 columns
@@ -22,7 +70,10 @@ struct KernelArgs {
   AttentionParams problem;
   SequenceRule sequences;
 
+  // Here and in `order` is all that most launches read of this at first: each line of constants costs them 100 clocks.
   TileOrder order;
+  Tile common;               // what all tiles have in common, if
+  bool tiles_alike;          // there are no lengths, packed sequences, mask and bias
   bool bias_by_tile;         // the bias comes through shared memory
   int num_sequences;         // batch entries, or packed sequences
   bool sort_sequences;       // those with most keys first

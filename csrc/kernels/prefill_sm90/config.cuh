@@ -6,8 +6,8 @@
 
 #include "kernels/common/mbarrier.cuh"
 #include "kernels/common/warpgroup.cuh"
+#include "kernels/prefill_sm90/args.h"
 #include "kernels/prefill_sm90/shape.h"
-#include "semantics/mask.h"
 
 namespace fa::prefill_sm90 {
 
@@ -16,6 +16,7 @@ template <typename T_, Variant kVariant, int kHeadDim_, int kWarpgroups_, int kT
 struct Config {
   using T = T_;
   static constexpr bool kModified = kVariant == Variant::kModified || kVariant == Variant::kModifiedTall;
+  static constexpr bool kStagedOnly = kVariant == Variant::kModifiedTall;  // no mask, and no bias but by the copy engine
   static constexpr int kHeadDim = kHeadDim_;        // multiple of 16; narrower heads are padded by the copy engine's zero fill
   static constexpr int kWarpgroups = kWarpgroups_;  // that multiply
   static constexpr int kTileM = kRowsUnit * kWarpgroups;  // query rows of a tile
@@ -36,7 +37,7 @@ struct Config {
   // The output leaves through the queries' memory. Where that is all there is, next to keys and values, and some is left, it has
   // its own, so that the next queries come early.
   static constexpr bool kOwnOutput = kQueryStages == 1 && !kModified && kHeadDim > 128;
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kWarpgroups == 3 ? 32 : 24;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
   static constexpr uint32_t kQueryBytes = kTileM * 128 * kPanels;
   static constexpr uint32_t kKeyBytes = kTileN * 128 * kPanels;
@@ -45,30 +46,11 @@ struct Config {
   static_assert(kModified || kBiasStages == 0);
 };
 
-/// One tile of work, as the warp that schedules decides: everything about it that is not a constant of the launch.
-struct alignas(16) Tile {
-  int valid = 0;                  // 0: no more tiles
-  int sequence;                   // batch entry or packed sequence
-  int head;                       // query head
-  int first_row;                  // in its sequence; warpgroups whose rows are below 0 have none
-  int block_begin, block_end;     // key tiles to visit
-  int batch, row_base, key_base;  // where the sequence stands in the tensors
-  int num_rows, num_keys;         // rows and keys of the sequence …
-  int query_length, kv_length;    // … and those in use
-  int key_begin, key_end;         // keys that mask and bias leave
-  int test_mask;                  // the bool mask hides some keys of these tiles
-  int few_in_last;                // all rows see the last key tile to its end, which is at most kFewInLast keys
-  RowBand band;                   // what windows leave of them
-  int64_t query_offset;
-};
-static_assert(sizeof(Tile) % 16 == 0);
-
 inline constexpr int kFewInLast = 16;
 inline constexpr int kTileSlots = 2;
-inline constexpr int kTurnBarrier = 1;        // named barriers 1 … 4: the warpgroup's turn to issue products
-inline constexpr int kWarpgroupBarrier = 5;   // 5 … 8: the threads of one consumer warpgroup
-inline constexpr int kStartBarrier = 9;       // warp 0 and the producers
-inline constexpr int kConsumersBarrier = 10;  // all consumer warpgroups
+inline constexpr int kTurnBarrier = 1;       // named barriers 1 … 4: the warpgroup's turn to issue products
+inline constexpr int kWarpgroupBarrier = 5;  // 5 … 8: the threads of one consumer warpgroup
+inline constexpr int kStartBarrier = 9;      // all threads of the block, once
 
 template <class C>
 struct SharedMemory {
@@ -82,20 +64,29 @@ struct SharedMemory {
   uint64_t value_full[C::kStages], value_empty[C::kStages];
   uint64_t bias_full[C::kBiasStages + 1], bias_empty[C::kBiasStages + 1];
   uint64_t tile_full[kTileSlots], tile_empty[kTileSlots], tile_wanted;
+  uint64_t last_value_full[kTileSlots];  // a tile's last values are there, but for clear_values
   Tile tile[kTileSlots];
+  RowsView view[kTileSlots][C::kWarpgroups];
+  int longest_first[32];  // sequences, for the warp that schedules
 };
 
-/// For the warps that don't multiply: from here on the barriers that warp 0 makes in shared memory are there.
+/// Zeros in rows used … kTileN - 1 of a tile of values, by `num_threads` threads, for the tensor cores to read.
 template <class C>
-__device__ __forceinline__ void wait_for_barriers() {
-  named_barrier_sync(kStartBarrier, C::kThreads - C::kConsumerThreads + 32);
+__device__ __forceinline__ void clear_rows(uint8_t* values, int used, int thread, int num_threads) {
+#pragma unroll 1
+  for (int i = max(used, 0) * 8 + thread; i < C::kTileN * 8; i += num_threads) {
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      *reinterpret_cast<uint4*>(values + panel * C::kTileN * 128 + i * 16) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  fence_async_proxy();
 }
 
-/// The same for those that do, warp 0 among them.
+/// From here on the barriers that warp 0 makes in shared memory are there. Once, for all threads.
 template <class C>
-__device__ __forceinline__ void announce_barriers() {
-  if (threadIdx.x < 32) named_barrier_arrive(kStartBarrier, C::kThreads - C::kConsumerThreads + 32);
-  named_barrier_sync(kConsumersBarrier, C::kConsumerThreads);
+__device__ __forceinline__ void wait_for_barriers() {
+  named_barrier_sync(kStartBarrier, C::kThreads);
 }
 
 }  // namespace fa::prefill_sm90

@@ -4,8 +4,6 @@
 // softmax hides behind the other's products.
 #pragma once
 
-#include <climits>
-
 #include "kernels/common/convert.cuh"
 #include "kernels/common/mma.cuh"
 #include "kernels/common/wgmma.cuh"
@@ -16,13 +14,6 @@
 #include "kernels/prefill_sm90/softmax.cuh"
 
 namespace fa::prefill_sm90 {
-
-/// What the warpgroup's 64 rows see of a query tile.
-struct RowsView {
-  int full_begin, full_end;    // key tiles that all rows see entirely
-  int block_begin, block_end;  // key tiles that any of the rows sees
-  int used_keys;               // keys whose values may be read; the copy engine's own zeros stand behind the tensor's last key
-};
 
 /// Registers and ring positions of one consumer warpgroup.
 template <class C>
@@ -39,6 +30,7 @@ struct Consumer {
   uint32_t queries[C::kQuerySteps + (C::kQuerySteps == 0)][4];  // the first columns of Q as A operand
   RowPair rows;
   RowsView view;
+  int used_keys;    // of the tile; where kSmall
   bool settled;     // all rows of the warp may go without a maximum (is_settled)
   int stored = -1;  // query buffer that a store still reads
 
@@ -60,8 +52,9 @@ struct Consumer {
 
   /// The thread's part of Q's columns 16 step … + 15 as A operand.
   __device__ __forceinline__ void load_queries(uint32_t (&fragment)[4], int step) const {
-    const int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 16, chunk = step % 4 * 2 + threadIdx.x % 32 / 16;
-    ldmatrix_x4(fragment, shared_address(shared.query[q.stage]) + step / 4 * C::kTileM * 128 + swizzled_offset(row, chunk));
+    const int row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 16;
+    const uint32_t first = shared_address(shared.query[q.stage]) + swizzled_offset(row, threadIdx.x % 32 / 16);
+    ldmatrix_x4(fragment, swizzled_step(first, step % 4) + step / 4 * C::kTileM * 128);
   }
 
   /// Issues S = Q K^T for the first kKeys keys of the tile.
@@ -101,38 +94,39 @@ struct Consumer {
     for (int i = 0; i < C::kTileN / 4; ++i) weights[i] = pack2<typename C::T>(s[2 * i], s[2 * i + 1]);
   }
 
-  /// Scores outside [begin, end) of their row (relative to this thread's first column of the key tile) become -inf. Of every
-  /// eight columns the thread has the first two: one bit each, since a test of a bit is one instruction.
-  __device__ __forceinline__ void mask_scores(const int (&begin)[2], const int (&end)[2]) {
-    static_assert(C::kTileN <= 128);
-    uint32_t visible[2];
+  /// Scores that the thread's rows, `row` and the one 8 below, don't see become -inf; `first_key`: of the key tile. One bit a
+  /// key, since a test of a bit is one instruction.
+  __device__ __forceinline__ void mask_scores(const Tile& tile, int row, int first_key) {
+    KeyBits<C::kTileN> visible[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) visible[r] = columns_before(end[r]) & ~columns_before(begin[r]);
+    for (int r = 0; r < 2; ++r) {
+      visible[r] = key_span<C::kTileN>(tile.band.first(row + 8 * r, tile.key_begin) - first_key,
+                                       tile.band.end(row + 8 * r, tile.key_end) - first_key);
+    }
+    if (!C::kStagedOnly && tile.test_mask) {
+      const TensorView& mask = args.problem.mask;
+      const RowOffsets offsets = row_offsets(mask, tile, row);
+      const KeyBits<C::kTileN> first = mask_bits<C::kTileN>(mask, offsets.row[0], first_key);
+      visible[0] &= first;
+      visible[1] &=
+          C::kModified ? mask_bits<C::kTileN>(mask, offsets.row[1], first_key) : first;  // NOTE: elsewhere rows are alike
+    }
 #pragma unroll
-    for (int i = 0; i < C::kTileN / 2; ++i) {
-      if ((visible[(i >> 1) & 1] >> (i / 4 * 2 + (i & 1)) & 1) == 0) s[i] = -INFINITY;
+    for (int i = 0; i < C::kTileN / 2; ++i) {  // of every eight keys the thread has two neighbours
+      const uint32_t own = visible[i / 2 % 2].word[i / 16] >> threadIdx.x % 4 * 2;
+      if ((own >> (i / 4 % 4 * 8 + i % 2) & 1) == 0) s[i] = -INFINITY;
     }
   }
 
-  /// A bit for each of the thread's columns below `column`.
-  static __device__ __forceinline__ uint32_t columns_before(int column) {
-    const int count = max(column >> 3, 0) * 2 + min(max(column, 0) & 7, 2);
-    return count >= 32 ? ~0u : (1u << count) - 1;
-  }
-
-  /// Waits for the values of a key tile of which `used` keys are in use. The others may be anything, NaN too, and become 0.
-  __device__ __forceinline__ void wait_value(int used) {
+  /// Waits for the values of key tile `block`, and where no producer does it (clear_values), clears those behind the last key.
+  __device__ __forceinline__ void wait_value(int block) {
     mbarrier_wait(&shared.value_full[v.stage], v.phase);
-    if (used >= C::kTileN) return;
-    uint8_t* values = shared.value[v.stage];
-    for (int i = max(used, 0) * 8 + threadIdx.x % kWarpgroupThreads; i < C::kTileN * 8; i += kWarpgroupThreads) {
-#pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        *reinterpret_cast<uint4*>(values + panel * C::kTileN * 128 + i * 16) = make_uint4(0, 0, 0, 0);
-      }
+    if constexpr (C::kSmall) {
+      const int used = used_keys - block * C::kTileN;
+      if (used >= C::kTileN) return;
+      clear_rows<C>(shared.value[v.stage], used, threadIdx.x % kWarpgroupThreads, kWarpgroupThreads);
+      named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
     }
-    fence_async_proxy();
-    named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
   }
 
   /// S = Q K^T once more, by each warp for its own rows. Rare: where the scores were spent on a reference that proved too small.
@@ -163,19 +157,6 @@ struct Consumer {
   __device__ __forceinline__ bool bias_is_staged() const { return C::kBiasStages > 0 && args.bias_by_tile; }
   __device__ __forceinline__ const uint8_t* staged_bias() const {
     return bias_is_staged() ? shared.bias + b.stage * C::kBiasBytes : nullptr;
-  }
-
-  __device__ __forceinline__ RowsView view_rows(const Tile& tile) const {
-    const int first_row = tile.first_row + warpgroup * 64, last_row = min(first_row + 63, tile.query_length - 1);
-    RowsView rows_view;
-    rows_view.full_begin = (tile.band.first(first_row + 63, tile.key_begin) + C::kTileN - 1) / C::kTileN;
-    rows_view.full_end = tile.test_mask ? 0 : tile.band.end(first_row, tile.key_end) / C::kTileN;
-    const int begin = tile.band.first(first_row, tile.key_begin), end = tile.band.end(last_row, tile.key_end);
-    const bool none = first_row < 0 || first_row > last_row || begin >= end;
-    rows_view.block_begin = none ? tile.block_begin : begin / C::kTileN;
-    rows_view.block_end = none ? tile.block_begin : (end + C::kTileN - 1) / C::kTileN;
-    rows_view.used_keys = tile.key_base + tile.kv_length < args.sequences.seqlen_kv ? tile.kv_length : INT_MAX;
-    return rows_view;
   }
 
   /// Gives the buffer of a K tile back that this warpgroup does not need.
@@ -222,12 +203,7 @@ struct Consumer {
   __device__ __forceinline__ bool take_weights(const Tile& tile, int block, bool masked) {
     const int column = block * C::kTileN + threadIdx.x % 4 * 2;
     if constexpr (C::kModified) modify_scores<C>(s, args.problem, tile, staged_bias(), first_row_in_tile(), column);
-    if (masked) {
-      const int row = tile.first_row + first_row_in_tile();
-      mask_scores({tile.band.first(row, tile.key_begin) - column, tile.band.first(row + 8, tile.key_begin) - column},
-                  {tile.band.end(row, tile.key_end) - column, tile.band.end(row + 8, tile.key_end) - column});
-      if (tile.test_mask) apply_mask(s, args.problem.mask, row_offsets(args.problem.mask, tile, row), column);
-    }
+    if (masked) mask_scores(tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
     const bool rescale = softmax_step<C>(s, rows, C::kModified ? kLog2E : args.problem.softmax_scale * kLog2E);
     settled = __all_sync(kAllLanes, is_settled<C>(rows));
     return rescale;
@@ -275,7 +251,7 @@ struct Consumer {
 
   /// Waits for the values of key tile `block` and issues O += P V.
   __device__ __forceinline__ void start_output(int block) {
-    wait_value(view.used_keys - block * C::kTileN);
+    wait_value(block);
     wgmma_pin(o);
     wgmma_pin(weights);
     wgmma_fence();
@@ -340,13 +316,14 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void end_tile(const Tile& tile, uint64_t* tile_empty) {
-    finish_rows<C>(args, tile, tile.first_row + first_row_in_tile(), rows, o);
+    const int row = tile.first_row + first_row_in_tile();
+    finish_rows<C>(args, tile, row, rows, o);
     if constexpr (C::kOwnOutput) {
-      store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return shared.out[warpgroup][panel % 2]; });
+      store_tile<C>(args, tile, warpgroup, row, rows, o, [&](int panel) { return shared.out[warpgroup][panel % 2]; });
     } else {
       finish_stored();
       uint8_t* queries = shared.query[q.stage] + warpgroup * 64 * 128;
-      store_tile<C>(args, tile, warpgroup, o, [&](int panel) { return queries + panel * C::kTileM * 128; });
+      store_tile<C>(args, tile, warpgroup, row, rows, o, [&](int panel) { return queries + panel * C::kTileM * 128; });
       stored = q.stage;
     }
     __syncwarp();
@@ -366,7 +343,8 @@ struct Consumer {
       mbarrier_wait(&shared.query_full[q.stage], q.phase);
 #pragma unroll
       for (int step = 0; step < C::kQuerySteps; ++step) load_queries(queries[step], step);
-      view = view_rows(tile);
+      view = shared.view[slot.stage][warpgroup];
+      if constexpr (C::kSmall) used_keys = tile.used_keys;
       rows = RowPair{};
       settled = false;
 #pragma unroll

@@ -34,6 +34,48 @@ __device__ __forceinline__ bool is_row(int row, int end) {
   return C::kRowsBelowZero ? static_cast<unsigned>(row) < static_cast<unsigned>(end) : row < end;
 }
 
+/// Sinks and log-sum-exp of the thread's two rows; `used`: which of them there are. Apart from finish_rows, which few problems
+/// need more than: these exponentials and logarithms are a fifth of a short tile's time.
+template <class C>
+__device__ __forceinline__ void finish_sums(const KernelArgs& args, const Tile& tile, int row, const bool (&used)[2],
+                                            RowPair& rows) {
+  const AttentionParams& p = args.problem;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float reference = rows.reference[r];
+    const float highest = C::kModified || reference == -INFINITY ? reference : reference * p.softmax_scale;
+    SoftmaxState state{highest, rows.sum[r]};
+    if (p.sinks.present) {
+      state = add_sink(state, static_cast<const float*>(p.sinks.data)[tile.head * p.sinks.stride[0]]);
+      rows.sum[r] = state.sum;
+      rows.factor[r] = used[r] ? normalizer(state) * rescale_factor(highest, state.max) : 0.0f;
+    }
+    if (p.lse.present && threadIdx.x % 4 == 0 && is_row<C>(row + 8 * r, tile.num_rows)) {
+      float* row_lse = static_cast<float*>(p.lse.data) + tile.batch * p.lse.stride[0] + tile.head * p.lse.stride[1];
+      row_lse[(tile.row_base + row + 8 * r) * p.lse.stride[2]] = used[r] ? lse(state) : -INFINITY;
+    }
+  }
+}
+
+/// Ends the thread's two rows: sum, sink, log-sum-exp, normalised output. Rows that see no key become 0, and rows.sum too.
+template <class C>
+__device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& tile, int row, RowPair& rows,
+                                            float (&o)[C::kHeadDim / 2]) {
+  const bool used[2] = {is_row<C>(row, tile.query_length), is_row<C>(row + 8, tile.query_length)};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    rows.sum[r] = quad_sum(rows.sum[r]);
+    rows.factor[r] = used[r] && rows.sum[r] != 0.0f ? reciprocal_approx(rows.sum[r]) : 0.0f;
+  }
+  if (args.problem.sinks.present || args.problem.lse.present) finish_sums<C>(args, tile, row, used, rows);
+  rescale_rows(o, rows.factor);
+  if (used[0] && used[1]) return;
+#pragma unroll
+  for (int j = 0; j < C::kHeadDim / 2; ++j) {  // NOTE: the queries of unused rows may be NaN, and NaN * 0 is NaN
+    if (!used[j / 2 % 2]) o[j] = 0.0f;
+  }
+}
+
 /// The mean of all values of the tile's head in one column. Rare, and slow.
 template <typename T>
 __device__ __noinline__ float mean_of_values(const KernelArgs& args, const Tile& tile, int column) {
@@ -46,44 +88,19 @@ __device__ __noinline__ float mean_of_values(const KernelArgs& args, const Tile&
   return sum / static_cast<float>(tile.num_keys);
 }
 
-/// Ends the thread's two rows: sum, sink, log-sum-exp, normalised output, and what a row without keys yields.
+/// Where EmptyRow::kMean asks for it, puts the mean of the values into those of the thread's two rows that saw no key: columns 64
+/// panel … + 63 of the 64 staged rows.
 template <class C>
-__device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& tile, int row, RowPair& rows,
-                                            float (&o)[C::kHeadDim / 2]) {
-  const AttentionParams& p = args.problem;
-  bool empty[2], unused[2];
-#pragma unroll
+__device__ __forceinline__ void stage_means(const KernelArgs& args, const Tile& tile, int row, const RowPair& rows, int panel,
+                                            uint8_t* staged) {
+#pragma unroll 1
   for (int r = 0; r < 2; ++r) {
-    const int i = row + 8 * r;
-    const bool used = is_row<C>(i, tile.query_length);
-    unused[r] = !used;
-    const float reference = rows.reference[r];
-    const float highest = C::kModified || reference == -INFINITY ? reference : reference * p.softmax_scale;
-    SoftmaxState state{highest, quad_sum(rows.sum[r])};
-    if (p.sinks.present) {
-      state = add_sink(state, static_cast<const float*>(p.sinks.data)[tile.head * p.sinks.stride[0]]);
-    }
-    empty[r] = used && state.sum == 0.0f;
-    rows.factor[r] = used ? normalizer(state) * rescale_factor(highest, state.max) : 0.0f;
-    if (p.lse.present && threadIdx.x % 4 == 0 && is_row<C>(i, tile.num_rows)) {
-      float* row_lse = static_cast<float*>(p.lse.data) + tile.batch * p.lse.stride[0] + tile.head * p.lse.stride[1];
-      row_lse[(tile.row_base + i) * p.lse.stride[2]] = used ? lse(state) : -INFINITY;
-    }
-  }
-  rescale_rows(o, rows.factor);
-  if (unused[0] || unused[1]) {  // NOTE: the queries of unused rows may be NaN, and NaN * 0 is NaN
-#pragma unroll
-    for (int j = 0; j < C::kHeadDim / 2; ++j) {
-      if (unused[j / 2 % 2]) o[j] = 0.0f;
-    }
-  }
-  if (p.empty_row == EmptyRow::kMean && (empty[0] || empty[1])) {
-#pragma unroll
-    for (int i = 0; i < C::kHeadDim / 4; ++i) {
-      const float mean = mean_of_values<typename C::T>(args, tile, (i / 2) * 8 + threadIdx.x % 4 * 2 + i % 2);
-      const int j = i / 2 * 4 + i % 2;
-      if (empty[0]) o[j] = mean;
-      if (empty[1]) o[j + 2] = mean;
+    if ((r == 0 ? rows.sum[0] : rows.sum[1]) != 0.0f || !is_row<C>(row + 8 * r, tile.query_length)) continue;
+    const int staged_row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+#pragma unroll 1
+    for (int i = threadIdx.x % 4; i < min(C::kHeadDim - 64 * panel, 64); i += 4) {
+      const float mean = mean_of_values<typename C::T>(args, tile, 64 * panel + i);
+      reinterpret_cast<typename C::T*>(staged + swizzled_offset(staged_row, i / 8))[i % 8] = from_float<typename C::T>(mean);
     }
   }
 }
@@ -108,12 +125,12 @@ template <class C>
 __device__ __forceinline__ void stage_panel(const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged) {
   using T = typename C::T;
   const int thread = threadIdx.x % kWarpgroupThreads, row = thread / 32 * 16 + thread % 16;
+  const uint32_t first = shared_address(staged) + swizzled_offset(row, thread % 32 / 16);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int j = 4 * panel + i;
     if (j >= C::kHeadDim / 16) break;
-    const uint32_t address = shared_address(staged + swizzled_offset(row, 2 * i + thread % 32 / 16));
-    store_matrices(address, pack2<T>(o[8 * j], o[8 * j + 1]), pack2<T>(o[8 * j + 2], o[8 * j + 3]),
+    store_matrices(swizzled_step(first, i), pack2<T>(o[8 * j], o[8 * j + 1]), pack2<T>(o[8 * j + 2], o[8 * j + 3]),
                    pack2<T>(o[8 * j + 4], o[8 * j + 5]), pack2<T>(o[8 * j + 6], o[8 * j + 7]));
   }
 }
@@ -121,7 +138,7 @@ __device__ __forceinline__ void stage_panel(const float (&o)[C::kHeadDim / 2], i
 /// Writes the warpgroup's 64 finished rows, panel by panel, through buffer(panel): where the tile's queries stood, or one of two
 /// buffers of its own, whose last store must then have left.
 template <class C, class Buffer>
-__device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& tile, int warpgroup,
+__device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& tile, int warpgroup, int row, const RowPair& rows,
                                            const float (&o)[C::kHeadDim / 2], Buffer buffer) {
   const int first_row = tile.first_row + warpgroup * 64;
   const bool first_thread = threadIdx.x % kWarpgroupThreads == 0;
@@ -132,6 +149,10 @@ __device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& t
     if (C::kOwnOutput && first_thread) tma_store_wait_read<1>();
     if (C::kOwnOutput || panel == 0) named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
     stage_panel<C>(o, panel, buffer(panel));
+    if (args.problem.empty_row == EmptyRow::kMean) {
+      __syncwarp();
+      stage_means<C>(args, tile, row, rows, panel, buffer(panel));
+    }
     if (!C::kOwnOutput && panel + 1 < C::kPanels) continue;
     fence_async_proxy();
     named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);

@@ -17,7 +17,7 @@ enum class Variant : uint8_t {
   kMiddle,        // … with tiles of fewer rows
   kShort,         // … with tiles for few keys or few rows
   kModified,      // on top of it softcap, bias, mask with rows, ALiBi, or a scale <= 0: scores are natural
-  kModifiedTall,  // … with tiles of more rows and fewer keys
+  kModifiedTall,  // … with tiles of more rows and fewer keys; without mask, and without a bias that only threads can read
 };
 
 template <typename T, int kHeadDim, Variant kVariant>

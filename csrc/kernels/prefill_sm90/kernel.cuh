@@ -3,33 +3,38 @@
 // (Shah et al. 2024). Launched by launch.cuh with kThreads threads and at most kBlocksPerSm blocks a multiprocessor.
 #pragma once
 
+#include "kernels/common/launch_early.h"
 #include "kernels/prefill_sm90/consumer.cuh"
 #include "kernels/prefill_sm90/producer.cuh"
 
 namespace fa::prefill_sm90 {
 
+/// The barriers of a ring whose buffers one producer fills and `num_consumers` give back.
+template <int kStages>
+__device__ __forceinline__ void init_ring(uint64_t (&full)[kStages], uint64_t (&empty)[kStages], int num_consumers) {
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    mbarrier_init(&full[i], 1);
+    mbarrier_init(&empty[i], num_consumers);
+  }
+}
+
+/// For one lane of each of the first four warps, which share the work: each barrier takes its lane some 20 clocks.
 template <class C>
-__device__ __forceinline__ void init_barriers(SharedMemory<C>& shared) {
+__device__ __forceinline__ void init_barriers(SharedMemory<C>& shared, int warp) {
   constexpr int kConsumerWarps = 4 * C::kWarpgroups;
-  for (int i = 0; i < C::kQueryStages; ++i) {
-    mbarrier_init(&shared.query_full[i], 1);
-    mbarrier_init(&shared.query_empty[i], C::kOwnOutput ? kConsumerWarps : C::kWarpgroups);
+  if (warp == 0) {
+    init_ring(shared.query_full, shared.query_empty, C::kOwnOutput ? kConsumerWarps : C::kWarpgroups);
+  } else if (warp == 1) {
+    init_ring(shared.key_full, shared.key_empty, kConsumerWarps);
+  } else if (warp == 2) {
+    init_ring(shared.value_full, shared.value_empty, kConsumerWarps);
+  } else {
+    init_ring(shared.tile_full, shared.tile_empty, kConsumerWarps + (C::kSmall ? 0 : 2));
+    for (uint64_t& barrier : shared.last_value_full) mbarrier_init(&barrier, 1);
+    mbarrier_init(&shared.tile_wanted, 1);
+    if constexpr (C::kBiasStages > 0) init_ring(shared.bias_full, shared.bias_empty, kConsumerWarps);
   }
-  for (int i = 0; i < C::kStages; ++i) {
-    mbarrier_init(&shared.key_full[i], 1);
-    mbarrier_init(&shared.key_empty[i], kConsumerWarps);
-    mbarrier_init(&shared.value_full[i], 1);
-    mbarrier_init(&shared.value_empty[i], kConsumerWarps);
-  }
-  for (int i = 0; i < C::kBiasStages; ++i) {
-    mbarrier_init(&shared.bias_full[i], 1);
-    mbarrier_init(&shared.bias_empty[i], kConsumerWarps);
-  }
-  for (int i = 0; i < kTileSlots; ++i) {
-    mbarrier_init(&shared.tile_full[i], 1);
-    mbarrier_init(&shared.tile_empty[i], kConsumerWarps + !C::kSmall);
-  }
-  mbarrier_init(&shared.tile_wanted, 1);
   mbarrier_init_fence();
 }
 
@@ -42,15 +47,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_ker
     tma_prefetch_map(&args.key);
     tma_prefetch_map(&args.value);
     tma_prefetch_map(&args.out);
-    init_barriers(shared);
   }
+  if (threadIdx.x < 128 && threadIdx.x % 32 == 0) init_barriers(shared, threadIdx.x / 32);
+  __syncwarp();
+  wait_for_earlier_kernels();
+
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (warpgroup == C::kWarpgroups) {
     if constexpr (!C::kSmall) release_registers<C::kProducerRegisters>();
     produce<C>(args, shared);
   } else {
     if constexpr (!C::kSmall) acquire_registers<C::kConsumerRegisters>();
-    announce_barriers<C>();
+    wait_for_barriers<C>();
     Consumer<C> consumer{args, shared, warpgroup};
     consumer.run();
   }

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "fa/attention.h"
+#include "kernels/common/launch_early.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/prefill_sm90/instances.h"
 #include "kernels/prefill_sm90/kernel.cuh"
@@ -19,21 +20,6 @@ namespace fa::prefill_sm90 {
 inline constexpr int64_t kL2Budget = 32 << 20;    // bytes of keys and values that the tiles in flight should share
 inline constexpr int64_t kKeyHeadsTogether = 16;  // as many as balance tiles of unequal length …
 inline constexpr int64_t kKeyHeadsAtTheEnd = 48;  // … and as many as let blocks end together
-
-/// The bias as the copy engine sees it: an axis that is broadcast has size 1.
-inline TensorView bias_tensor(TensorView bias) {
-  for (int axis = 0; axis < 2; ++axis) {
-    if (bias.stride[axis] == 0) bias.shape[axis] = 1;
-  }
-  return bias;
-}
-
-/// Can the copy engine bring tiles of the bias? Else threads read it element by element.
-inline bool bias_has_tiles(const AttentionParams& p) {
-  const TensorView& bias = p.bias;
-  return bias.present && bias.dtype == p.query.dtype && bias.shape[2] > 1 && bias.stride[2] != 0 && bias.shape[3] > 1 &&
-         bias.stride[3] == 1 && tensor_map_obstacle(bias_tensor(bias)).empty();
-}
 
 /// Which tiles run side by side. Rows of unequal length: longest first, as many heads together as balance them and keep their
 /// keys and values in L2. Else one head after the other.
@@ -72,6 +58,9 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
   if (tiles == 0) return {};
   args.problem = p;
   args.sequences = sequence_rule(p);
+  args.tiles_alike = !p.kv_lengths.present && !p.query_lengths.present && !p.query_offsets.present && !packed &&
+                     !p.mask.present && !p.bias.present;
+  if (args.tiles_alike) describe_sequence(args.sequences, 0, &args.common);
   args.num_sequences = static_cast<int>(sequences);
   args.heads_per_kv = Divisor(heads / p.key.shape[1]);
   args.num_tiles = static_cast<int>(tiles);
@@ -86,10 +75,7 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
   constexpr int kSharedBytes = sizeof(SharedMemory<C>);
   static_assert(kSharedBytes <= kSharedLimit);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error == cudaSuccess) {
-    kernel<<<blocks, C::kThreads, kSharedBytes, stream>>>(args);
-    error = cudaGetLastError();
-  }
+  if (error == cudaSuccess) error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, stream, args);
   if (error == cudaSuccess) return {};
   return {StatusCode::kCudaError, std::string("prefill_sm90 could not be launched: ") + cudaGetErrorString(error) + "."};
 }

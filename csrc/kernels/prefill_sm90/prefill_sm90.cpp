@@ -58,15 +58,17 @@ Variant fastest(std::initializer_list<Candidate> candidates, const AttentionPara
 Variant choose_variant(const AttentionParams& p, const DeviceInfo& device) {
   const int64_t head_dim = bucket_size(p);
   if (is_modified(p)) {
+    const bool tall_can = !p.mask.present && (!p.bias.present || bias_has_tiles(p));
     const bool tall_is_faster = head_dim <= 64 && p.key.shape[2] < kManyKeys;
-    return tall_is_faster ? fastest({{Variant::kModifiedTall}, {Variant::kModified}}, p, device) : Variant::kModified;
+    return tall_can && tall_is_faster ? fastest({{Variant::kModifiedTall}, {Variant::kModified}}, p, device) : Variant::kModified;
   }
   if (head_dim <= 64) {
     const int64_t short_cost = keys_in_window(p) <= kFewKeys ? 100 : 125;
     return fastest({{Variant::kShort, short_cost}, {Variant::kTall}, {Variant::kPlain}}, p, device);
   }
   if (head_dim > 96 && head_dim <= 128) {
-    return fastest({{Variant::kMiddle, 120}, {Variant::kShort, 125}, {Variant::kPlain}}, p, device);
+    const int64_t middle_cost = mean_keys(p) <= kFewKeys ? 110 : 120;
+    return fastest({{Variant::kMiddle, middle_cost}, {Variant::kShort, 125}, {Variant::kPlain}}, p, device);
   }
   const bool few_keys = p.window_right >= 0 && mean_keys(p) <= kFewKeys;
   return head_dim > 192 && few_keys ? Variant::kShort : Variant::kPlain;

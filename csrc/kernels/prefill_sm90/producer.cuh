@@ -49,7 +49,7 @@ struct ProducerRings {
 
 /// One lane: the copies of one tile, in the order in which the consumers want them.
 template <class C>
-__device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C>& shared, const Tile& tile,
+__device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C>& shared, const Tile& tile, int slot,
                                           ProducerRings<C>& rings) {
   const int key_head = args.heads_per_kv.quotient(tile.head);
   const auto load_key = [&](int block) {
@@ -73,8 +73,10 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C
     if (!C::kSmall && block == announced) mbarrier_arrive(&shared.tile_wanted);
     if (block > tile.block_begin) load_key(block - 1);
     const int i = rings.value.stage;
-    load_rows<C::kPanels, C::kKeyBytes, true>(shared.value[i], &args.value, &shared.value_full[i], &shared.value_empty[i],
-                                              rings.value.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
+    const bool to_be_cleared = !C::kSmall && block == tile.block_end - 1 && used_in_last(tile, C::kTileN) < C::kTileN;
+    load_rows<C::kPanels, C::kKeyBytes, true>(
+        shared.value[i], &args.value, to_be_cleared ? &shared.last_value_full[slot] : &shared.value_full[i],
+        &shared.value_empty[i], rings.value.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.value.advance();
   }
 }
@@ -85,24 +87,25 @@ template <class C, class Wait>
 __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>& shared, Wait wait) {
   RingPosition<kTileSlots> slot;
   const bool first_lane = threadIdx.x % 32 == 0;
-  const int sequence_order = args.sort_sequences ? longest_first(args) : 0;
-  Tile tile;
+  if (__builtin_expect(args.sort_sequences, 0)) sort_longest_first(args, shared.longest_first);
+  Tile tile = args.common;
   bool first = true;
   for (int index = blockIdx.x;;) {
     if (index >= args.num_tiles) {
       tile.valid = 0;
-    } else if (!decode_tile<C>(args, index, sequence_order, tile)) {
+    } else if (!decode_tile<C>(args, index, shared.longest_first, tile)) {
       index = next_index(args, index);
       continue;
     }
+    const RowsView view = view_rows<C>(tile, threadIdx.x % 32);
     __syncwarp();
     if (first) wait_for_barriers<C>();
     first = false;
-    if (first_lane) {
-      mbarrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
-      shared.tile[slot.stage] = tile;
-      mbarrier_arrive(&shared.tile_full[slot.stage]);
-    }
+    mbarrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
+    if (first_lane) shared.tile[slot.stage] = tile;
+    if (threadIdx.x % 32 < C::kWarpgroups) shared.view[slot.stage][threadIdx.x % 32] = view;
+    __syncwarp();
+    if (first_lane) mbarrier_arrive(&shared.tile_full[slot.stage]);
     if (!tile.valid) return;
     slot.advance();
     wait(tile);
@@ -120,15 +123,41 @@ __device__ __forceinline__ void load_tiles(const KernelArgs& args, SharedMemory<
     const Tile tile = shared.tile[slot.stage];
     mbarrier_arrive(&shared.tile_empty[slot.stage]);
     if (!tile.valid) return;
-    load_tile<C>(args, shared, tile, rings);
+    load_tile<C>(args, shared, tile, slot.stage, rings);
+    slot.advance();
+  }
+}
+
+/// A warp: writes zeros over values behind the last key in use, which their weights, all 0, would not keep out of a sum if they
+/// are NaN. Only then are these values given to the consumers.
+template <class C>
+__device__ __forceinline__ void clear_values(SharedMemory<C>& shared) {
+  RingPosition<kTileSlots> slot;
+  int stage = 0;
+  uint32_t phases = 0;  // of last_value_full, a bit each
+  for (;;) {
+    mbarrier_wait(&shared.tile_full[slot.stage], slot.phase);
+    const Tile& tile = shared.tile[slot.stage];
+    if (!tile.valid) return;
+    const int blocks = tile.block_end - tile.block_begin, used = used_in_last(tile, C::kTileN);
+    if (blocks > 0 && used < C::kTileN) {
+      mbarrier_wait(&shared.last_value_full[slot.stage], phases >> slot.stage & 1);
+      phases ^= 1u << slot.stage;
+      clear_rows<C>(shared.value[stage], used, threadIdx.x % 32, 32);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.value_full[stage]);
+    }
+    stage = (stage + blocks) % C::kStages;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.tile_empty[slot.stage]);
     slot.advance();
   }
 }
 
 /// The warps that don't multiply: one decides on tiles, which takes as long as one or two key tiles take the consumers, and a
-/// lane of another keeps the copy engine busy. The next tile is not decided before the copies of the last one near their end: a
-/// tile that waits for its block is one that no other block can take. A small block has one warp for both, and neighbours on its
-/// multiprocessor to hide the wait.
+/// lane of another keeps the copy engine busy; a third clears. The next tile is not decided before the copies of the last one
+/// near their end: a tile that waits for its block is one that no other block can take. A small block has one warp for both, and
+/// neighbours on its multiprocessor to hide the wait.
 template <class C>
 __device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>& shared) {
   const int warp = threadIdx.x / 32 % 4;
@@ -136,7 +165,7 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>&
   if constexpr (C::kSmall) {
     ProducerRings<C> rings;
     schedule<C>(args, shared, [&](const Tile& tile) {
-      if (first_lane) load_tile<C>(args, shared, tile, rings);
+      if (first_lane) load_tile<C>(args, shared, tile, 0, rings);
       __syncwarp();
     });
   } else if (warp == 0) {
@@ -148,6 +177,7 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>&
   } else {
     wait_for_barriers<C>();
     if (warp == 1 && first_lane) load_tiles<C>(args, shared);
+    if (warp == 2) clear_values<C>(shared);
   }
 }
 

@@ -6,6 +6,7 @@
 #include "kernels/common/convert.cuh"
 #include "kernels/common/exp2.cuh"
 #include "kernels/common/mma.cuh"
+#include "kernels/common/reduce.cuh"
 #include "kernels/common/tma.cuh"
 #include "kernels/prefill_sm90/args.h"
 #include "kernels/prefill_sm90/config.cuh"
@@ -39,11 +40,11 @@ template <class C, class Use>
 __device__ __forceinline__ void for_staged_bias(const uint8_t* staged, int warp_row, Use use) {
   constexpr bool kHalf = __is_same(typename C::T, __half);
   const int lane = threadIdx.x % 32, row = warp_row + lane % 16;
+  const uint32_t first = shared_address(staged) + swizzled_offset(row, lane / 16);
 #pragma unroll
   for (int j = 0; j < C::kTileN / 16; ++j) {
     uint32_t pairs[4];  // keys 16 j … + 7 of the thread's two rows, and + 8 … + 15
-    const uint32_t offset = swizzled_offset(row, 2 * j % 8 + lane / 16);
-    ldmatrix_x4(pairs, shared_address(staged) + j / 4 * C::kTileM * 128 + offset);
+    ldmatrix_x4(pairs, swizzled_step(first, j % 4) + j / 4 * C::kTileM * 128);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 bias = unpack2(pairs[i], kHalf);
@@ -77,19 +78,80 @@ __device__ __forceinline__ void add_bias(float (&s)[kCount], const TensorView& b
   }
 }
 
-template <int kCount>
-__device__ __forceinline__ void apply_mask(float (&s)[kCount], const TensorView& mask, const RowOffsets& offsets, int first_key) {
-  const int limit = static_cast<int>(mask.shape[3]) - 1;
-  const int64_t stride = limit == 0 ? 0 : mask.stride[3];
-  const auto* data = static_cast<const uint8_t*>(mask.data);
+/// Which keys of a tile a row sees, a bit each.
+template <int kTileN>
+struct KeyBits {
+  static_assert(kTileN % 32 == 0);
+  static constexpr int kWords = kTileN / 32;
+  uint32_t word[kWords];
+
+  __device__ __forceinline__ void operator&=(const KeyBits& other) {
 #pragma unroll
-  for (int j = 0; j < kCount / 4; ++j) {
+    for (int i = 0; i < kWords; ++i) word[i] &= other.word[i];
+  }
+};
+
+/// As many ones as `count` says, 0 … 32, from the lowest bit on; below and above as at 0 and 32.
+__device__ __forceinline__ uint32_t ones(int count) {
+  uint32_t bits;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(max(count, 0)));
+  return bits;
+}
+
+/// Keys begin … end - 1 of a tile, counted from its first key.
+template <int kTileN>
+__device__ __forceinline__ KeyBits<kTileN> key_span(int begin, int end) {
+  KeyBits<kTileN> span;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = min(first_key + 8 * j + i % 2, limit);
-      if (data[offsets.row[i / 2] + key * stride] == 0) s[4 * j + i] = -INFINITY;
+  for (int i = 0; i < span.kWords; ++i) span.word[i] = ones(end - 32 * i) & ~ones(begin - 32 * i);
+  return span;
+}
+
+/// A bit for each of four bytes that is not 0.
+__device__ __forceinline__ uint32_t bits_of_bytes(uint32_t bytes) {
+  return ((__vcmpne4(bytes, 0) & 0x01010101u) * 0x01020408u) >> 24;
+}
+
+/// Are the rows of a mask 16-byte aligned throughout?
+__device__ __forceinline__ bool mask_is_aligned(const TensorView& mask) {
+  const uint64_t all = reinterpret_cast<uint64_t>(mask.data) | mask.stride[0] | mask.stride[1] | mask.stride[2];
+  return mask.stride[3] == 1 && all % 16 == 0;
+}
+
+/// What the user's mask leaves of a tile's keys, in a row whose key 0 is at `offset`. The four lanes that share the row read 16
+/// bytes each and exchange the bits, or where those are not aligned or not all there, each only what it needs itself.
+template <int kTileN>
+__device__ __forceinline__ KeyBits<kTileN> mask_bits(const TensorView& mask, int64_t offset, int first_key) {
+  const auto* data = static_cast<const uint8_t*>(mask.data) + offset;
+  const int lane = threadIdx.x % 4, num_keys = static_cast<int>(mask.shape[3]);
+  KeyBits<kTileN> seen = {};
+  if (mask_is_aligned(mask) && first_key + kTileN <= num_keys) {
+#pragma unroll
+    for (int i = 0; i < seen.kWords; ++i) {
+      if (i % 2 != lane / 2 && kTileN > 32) continue;  // lanes 0 and 1 read the even words, 2 and 3 the odd ones
+      if (kTileN == 32 && lane >= 2) continue;
+      const uint4 bytes = *reinterpret_cast<const uint4*>(data + first_key + 32 * i + lane % 2 * 16);
+      const uint32_t bits =
+          bits_of_bytes(bytes.x) | bits_of_bytes(bytes.y) << 4 | bits_of_bytes(bytes.z) << 8 | bits_of_bytes(bytes.w) << 12;
+      seen.word[i] = bits << lane % 2 * 16;
+    }
+#pragma unroll
+    for (uint32_t& word : seen.word) {
+      word |= __shfl_xor_sync(kAllLanes, word, 1);
+      word |= __shfl_xor_sync(kAllLanes, word, 2);
+    }
+  } else {
+    const int64_t stride = num_keys == 1 ? 0 : mask.stride[3];
+#pragma unroll
+    for (int i = 0; i < seen.kWords; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int bit = j / 2 * 8 + lane * 2 + j % 2, key = min(first_key + 32 * i + bit, num_keys - 1);
+        seen.word[i] |= (data[key * stride] != 0 ? 1u : 0u) << bit;
+      }
     }
   }
+  return seen;
 }
 
 /// scale → softcap → bias → ALiBi for row `row` of the sequence and the thread's keys from first_key
@@ -110,7 +172,7 @@ __device__ __forceinline__ void modify_scores(float (&s)[C::kTileN / 2], const A
   } else {
 #pragma unroll
     for (float& x : s) x *= scale;
-    if (p.bias.present) add_bias(s, p.bias, row_offsets(p.bias, tile, row), first_key);
+    if (!C::kStagedOnly && p.bias.present) add_bias(s, p.bias, row_offsets(p.bias, tile, row), first_key);
   }
   if (p.alibi_slopes.present) {
     const float slope = alibi_slope(p, tile);

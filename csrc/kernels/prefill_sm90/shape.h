@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "fa/attention.h"
+#include "kernels/common/tensor_map.h"
 #include "kernels/prefill_sm90/instances.h"
 #include "semantics/sequence.h"
 
@@ -26,6 +27,7 @@ struct TileShape {
 /// The tile table: one row for each head_dim bucket and variant, found by measurement (docs/kernels.md).
 constexpr TileShape tile_shape(int head_dim, Variant variant) {
   if (variant == Variant::kShort) {
+    if (head_dim <= 32) return {1, 64, 2, 2, 0, false, 4};
     if (head_dim <= 64) return {1, 64, 3, 2, 0, false, 3};
     if (head_dim <= 128) return {1, 64, 2, 1, 0, false, 2};
     return {2, 32, 4, 1, 0, false, 1, 8};
@@ -43,6 +45,21 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
   if (head_dim <= 64) return {3, 128, 2, 2, 2};
   if (head_dim <= 128) return {2, 128, 2, 1, 2};
   return {2, 64, 2, 1, 2};
+}
+
+/// The bias as the copy engine sees it: an axis that is broadcast has size 1.
+inline TensorView bias_tensor(TensorView bias) {
+  for (int axis = 0; axis < 2; ++axis) {
+    if (bias.stride[axis] == 0) bias.shape[axis] = 1;
+  }
+  return bias;
+}
+
+/// Can the copy engine bring tiles of the bias? Else threads read it element by element.
+inline bool bias_has_tiles(const AttentionParams& p) {
+  const TensorView& bias = p.bias;
+  return bias.present && bias.dtype == p.query.dtype && bias.shape[2] > 1 && bias.stride[2] != 0 && bias.shape[3] > 1 &&
+         bias.stride[3] == 1 && tensor_map_obstacle(bias_tensor(bias)).empty();
 }
 
 inline constexpr int64_t kFewKeys = 320;  // up to so many the fixed costs of a tile decide

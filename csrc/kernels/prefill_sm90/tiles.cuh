@@ -10,21 +10,6 @@
 
 namespace fa::prefill_sm90 {
 
-/// What the consumers need to know of sequence `idx`.
-__device__ __forceinline__ void describe_sequence(const SequenceRule& rule, int idx, Tile& tile) {
-  const Sequence s = rule.at(idx);
-  tile.sequence = idx;
-  tile.batch = static_cast<int>(s.batch_idx);
-  tile.row_base = static_cast<int>(s.first_row);
-  tile.key_base = static_cast<int>(s.first_key);
-  tile.num_rows = static_cast<int>(s.num_rows);
-  tile.num_keys = static_cast<int>(s.num_keys);
-  tile.query_length = static_cast<int>(s.query_length);
-  tile.kv_length = static_cast<int>(s.mask.kv_length);
-  tile.query_offset = s.mask.query_offset;
-  tile.band = s.mask.band();
-}
-
 /// Packed sequences: which sequence row tile `row_tile` belongs to, and its number there. False: beyond the last.
 template <class C>
 __device__ __forceinline__ bool find_sequence(const KernelArgs& args, int row_tile, int* sequence, int* local_tile) {
@@ -86,7 +71,7 @@ __device__ __forceinline__ KeyRange row_mask_span(const TensorView& mask, int64_
 }
 
 /// The keys that the user's mask and bias leave to be seen by any row.
-__device__ __forceinline__ KeyRange user_span(const AttentionParams& p, Tile& tile) {
+__device__ __forceinline__ void apply_user_span(const AttentionParams& p, Tile& tile) {
   KeyRange span{0, tile.kv_length};
   if (p.bias.present && p.bias.shape[3] < span.end) span.end = p.bias.shape[3];
   if (p.mask.present && p.mask.shape[3] < span.end) span.end = p.mask.shape[3];
@@ -95,22 +80,22 @@ __device__ __forceinline__ KeyRange user_span(const AttentionParams& p, Tile& ti
     const int64_t offset = tile.batch * p.mask.stride[0] + tile.head * p.mask.stride[1];
     span = row_mask_span(p.mask, offset, static_cast<int>(span.end), &tile.test_mask);
   }
-  return span;
+  tile.key_begin = static_cast<int>(span.begin);
+  tile.key_end = static_cast<int>(span.end);
 }
 
-/// Which sequences come first: lane l gets the number of the l-th longest. For a whole warp, and up to 32 sequences.
-__device__ __forceinline__ int longest_first(const KernelArgs& args) {
+/// Which sequences come first: entry i becomes the number of the i-th longest. For a whole warp, and up to 32 sequences.
+__device__ __forceinline__ void sort_longest_first(const KernelArgs& args, int (&sequences)[32]) {
   const int lane = threadIdx.x % 32;
   const int length = lane < args.num_sequences ? static_cast<int>(args.sequences.at(lane).mask.kv_length) : -1;
-  int rank = 0, sequence = 0;
+  int rank = 0;
+#pragma unroll 8
   for (int other = 0; other < 32; ++other) {
     const int its = __shfl_sync(kAllLanes, length, other);
     rank += its > length || (its == length && other < lane);
   }
-  for (int other = 0; other < 32; ++other) {
-    if (__shfl_sync(kAllLanes, rank, other) == lane) sequence = other;
-  }
-  return sequence;
+  sequences[rank] = lane;
+  __syncwarp();
 }
 
 /// Do all rows see the last key tile to its end, and is it very short?
@@ -121,26 +106,38 @@ __device__ __forceinline__ bool has_few_in_last(const Tile& tile, int last_row) 
          tile.band.first(last_row, tile.key_begin) <= first_key && !tile.test_mask;
 }
 
-/// The tile of this index. `sequence_order`: of longest_first, where args.sort_sequences. False: no such tile (packed sequences
-/// leave some indices unused).
+/// What consumer warpgroup `warpgroup` sees of its tile.
 template <class C>
-__device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, int sequence_order, Tile& tile) {
+__device__ __forceinline__ RowsView view_rows(const Tile& tile, int warpgroup) {
+  const int first_row = tile.first_row + warpgroup * 64, last_row = min(first_row + 63, tile.query_length - 1);
+  const int begin = tile.band.first(first_row, tile.key_begin), end = tile.band.end(last_row, tile.key_end);
+  const bool none = first_row < 0 || first_row > last_row || begin >= end;
+  return {(tile.band.first(first_row + 63, tile.key_begin) + C::kTileN - 1) / C::kTileN,
+          tile.test_mask ? 0 : tile.band.end(first_row, tile.key_end) / C::kTileN, none ? tile.block_begin : begin / C::kTileN,
+          none ? tile.block_begin : (end + C::kTileN - 1) / C::kTileN};
+}
+
+/// The tile of this index, on top of args.common. `longest_first`: the order of sequences, where args.sort_sequences. False: no
+/// such tile (packed sequences leave some indices unused).
+template <class C>
+__device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, const int (&longest_first)[32], Tile& tile) {
   const AttentionParams& p = args.problem;
   const TilePlace place = args.order.at(index);
-  const bool packed = p.cu_seqlens_q.present;
+  const bool packed = !args.tiles_alike && p.cu_seqlens_q.present;
   int sequence = place.sequence, local_tile = args.order.num_row_tiles - 1 - place.tile;
-  if (args.sort_sequences) sequence = __shfl_sync(kAllLanes, sequence_order, sequence);
-  if (packed && !find_sequence<C>(args, local_tile, &sequence, &local_tile)) return false;
+  if (args.sort_sequences) sequence = longest_first[sequence];
+  if (__builtin_expect(packed, 0) && !find_sequence<C>(args, local_tile, &sequence, &local_tile)) return false;
   tile.valid = 1;
   tile.head = place.head;
   tile.first_row = local_tile * C::kTileM;
-  describe_sequence(args.sequences, sequence, tile);
+  tile.sequence = tile.batch = sequence;
+  if (__builtin_expect(!args.tiles_alike, 0)) {
+    describe_sequence(args.sequences, sequence, &tile);
+    apply_user_span(p, tile);
+  }
   if (tile.first_row >= tile.num_rows) return false;
   if (C::kRowsBelowZero && args.tiles_end_with_rows)
     tile.first_row -= (C::kTileM - 1 - (tile.num_rows - 1) % C::kTileM) / 64 * 64;
-  const KeyRange span = user_span(p, tile);
-  tile.key_begin = static_cast<int>(span.begin);
-  tile.key_end = static_cast<int>(span.end);
   tile.block_begin = tile.block_end = tile.few_in_last = 0;
   if (tile.first_row < tile.query_length) {
     const int last_row = min(tile.first_row + C::kTileM, tile.query_length) - 1;

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// Programmatic dependent launch: the blocks of a kernel come while the kernel before it in the stream still ends, and wait for it
+// on the device. Saves one to two microseconds a launch. Compute capability 9.0 and later; a kernel launched so must call
+// wait_for_earlier_kernels() before it touches device memory.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace fa {
+
+/// May launches be captured into a CUDA graph with the attribute? Drivers before CUDA 12.3 refuse it there.
+inline bool driver_overlaps_launches() {
+  static const bool answer = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
+  }();
+  return answer;
+}
+
+/// kernel<<<blocks, threads, shared_bytes, stream>>>(args), early.
+template <class Args>
+cudaError_t launch_early(void (*kernel)(Args), int blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+                         const Args& args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = driver_overlaps_launches() ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+#if defined(__CUDACC__)
+/// Until all kernels before this one have ended and what they wrote is visible.
+__device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#endif
+
+}  // namespace fa
