@@ -72,8 +72,8 @@ class Tensors:
 
 
 def _uniform_lengths(count: int, longest: int) -> torch.Tensor:
-    """25 to 100 % of `longest`, in random order, one from each of `count` equal parts of that span: of a few independent
-    draws it would be luck how much work they leave."""
+    """25 to 100 % of `longest`, in random order, one from each of `count` equal parts of that span: how much work a few
+    independent draws leave would be luck."""
     share = (torch.arange(count, device="cuda") + torch.rand(count, device="cuda")) / count
     return (longest * (0.25 + 0.75 * share)).round().long()[torch.randperm(count, device="cuda")]
 

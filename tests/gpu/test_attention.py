@@ -66,7 +66,15 @@ def test_many_rows(case: cases.Case) -> None:
 
 
 # Keys in multiples of 16, as sequences mostly are: rows of a mask that are read 16 bytes at a time.
-ALIGNED = ((250, 336, 64), (190, 144, 48), (120, 128, 32), (300, 656, 128), (120, 336, 128), (333, 336, 192), (250, 288, 256))
+ALIGNED = (
+    (250, 336, 64),
+    (190, 144, 48),
+    (120, 128, 32),
+    (300, 656, 128),
+    (120, 336, 128),
+    (333, 336, 192),
+    (250, 288, 256),
+)
 
 
 @pytest.mark.parametrize("mask", ("B11K", "1H1K", "B1QK", "BHQK"))

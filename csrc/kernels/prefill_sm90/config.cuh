@@ -30,7 +30,7 @@ struct Config {
   static constexpr int kPanels = (kHeadDim + 63) / 64;    // of 64 columns, 128 bytes
   static constexpr int kBiasPanels = (kTileN + 63) / 64;
   static constexpr bool kSmall = kWarpgroups == 1;            // no registers are moved, and one warp does not multiply, else four
-  static constexpr bool kFewApart = kSmall && kHeadDim > 32;  // a last key tile of very few keys goes its own, shorter way
+  static constexpr bool kFewApart = kSmall && kHeadDim > 48;  // a last key tile of very few keys goes its own, shorter way
   static constexpr int kConsumerThreads = kWarpgroupThreads * kWarpgroups;
   static constexpr int kThreads = kConsumerThreads + (kSmall ? 32 : kWarpgroupThreads);
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // what registers and shared memory are planned for
