@@ -6,13 +6,14 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <limits>
 
 #include "fa/attention.h"
 #include "kernels/common/tile_order.h"
 #include "semantics/sequence.h"
 
 namespace fa::prefill_sm90 {
+
+inline constexpr int kAllKeys = 1 << 30;  // more than any tensor has
 
 /// One tile of work, as the warp that schedules decides: everything about it that is not a constant of the launch.
 struct alignas(16) Tile {
@@ -33,7 +34,7 @@ struct alignas(16) Tile {
 };
 static_assert(sizeof(Tile) % 16 == 0);
 
-/// Of the keys of its last key tile, those whose values may be read; the rest may be anything, NaN too. More than there are: all.
+/// Of the keys of its last key tile, those whose values may be read; the rest may be anything, NaN too.
 FA_HD int used_in_last(const Tile& tile, int tile_n) { return tile.used_keys - (tile.block_end - 1) * tile_n; }
 
 /// What the 64 rows of a consumer warpgroup see of their tile.
@@ -53,7 +54,7 @@ FA_HD void describe_sequence(const SequenceRule& rule, int idx, Tile* tile) {
   tile->num_keys = static_cast<int>(s.num_keys);
   tile->query_length = static_cast<int>(s.query_length);
   tile->kv_length = static_cast<int>(s.mask.kv_length);
-  tile->used_keys = tile->key_base + tile->kv_length < rule.seqlen_kv ? tile->kv_length : std::numeric_limits<int>::max();
+  tile->used_keys = tile->key_base + tile->kv_length < rule.seqlen_kv ? tile->kv_length : kAllKeys;
   tile->query_offset = s.mask.query_offset;
   tile->band = s.mask.band();
   tile->key_begin = 0;

@@ -9,12 +9,13 @@
 
 namespace fa::prefill_sm90 {
 
-/// The barriers of a ring whose buffers one producer fills and `num_consumers` give back.
+/// The barriers of a ring whose buffers `num_producers` threads fill and `num_consumers` give back.
 template <int kStages>
-__device__ __forceinline__ void init_ring(uint64_t (&full)[kStages], uint64_t (&empty)[kStages], int num_consumers) {
+__device__ __forceinline__ void init_ring(uint64_t (&full)[kStages], uint64_t (&empty)[kStages], int num_producers,
+                                          int num_consumers) {
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    mbarrier_init(&full[i], 1);
+    mbarrier_init(&full[i], num_producers);
     mbarrier_init(&empty[i], num_consumers);
   }
 }
@@ -24,16 +25,16 @@ template <class C>
 __device__ __forceinline__ void init_barriers(SharedMemory<C>& shared, int warp) {
   constexpr int kConsumerWarps = 4 * C::kWarpgroups;
   if (warp == 0) {
-    init_ring(shared.query_full, shared.query_empty, C::kOwnOutput ? kConsumerWarps : C::kWarpgroups);
+    init_ring(shared.query_full, shared.query_empty, 1, C::kOwnOutput ? kConsumerWarps : C::kWarpgroups);
   } else if (warp == 1) {
-    init_ring(shared.key_full, shared.key_empty, kConsumerWarps);
+    init_ring(shared.key_full, shared.key_empty, 1, kConsumerWarps);
   } else if (warp == 2) {
-    init_ring(shared.value_full, shared.value_empty, kConsumerWarps);
+    init_ring(shared.value_full, shared.value_empty, 1, kConsumerWarps);
   } else {
-    init_ring(shared.tile_full, shared.tile_empty, kConsumerWarps + (C::kSmall ? 0 : 2));
+    init_ring(shared.tile_full, shared.tile_empty, C::kWarpgroups, kConsumerWarps + (C::kSmall ? 0 : 2));
     for (uint64_t& barrier : shared.last_value_full) mbarrier_init(&barrier, 1);
     mbarrier_init(&shared.tile_wanted, 1);
-    if constexpr (C::kBiasStages > 0) init_ring(shared.bias_full, shared.bias_empty, kConsumerWarps);
+    if constexpr (C::kBiasStages > 0) init_ring(shared.bias_full, shared.bias_empty, 1, kConsumerWarps);
   }
   mbarrier_init_fence();
 }

@@ -103,9 +103,10 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>
     first = false;
     mbarrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
     if (first_lane) shared.tile[slot.stage] = tile;
-    if (threadIdx.x % 32 < C::kWarpgroups) shared.view[slot.stage][threadIdx.x % 32] = view;
-    __syncwarp();
-    if (first_lane) mbarrier_arrive(&shared.tile_full[slot.stage]);
+    if (threadIdx.x % 32 < C::kWarpgroups) {
+      shared.view[slot.stage][threadIdx.x % 32] = view;
+      mbarrier_arrive(&shared.tile_full[slot.stage]);
+    }
     if (!tile.valid) return;
     slot.advance();
     wait(tile);
