@@ -146,7 +146,9 @@ __device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& t
   const bool whole = (exists && first_row + 64 <= tile.num_rows) || !args.problem.cu_seqlens_q.present;
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
-    if (C::kOwnOutput && first_thread) tma_store_wait_read<1>();
+    // NOTE: an odd number of panels ends and begins with the same buffer.
+    constexpr int kPendingAtFirst = C::kPanels % 2 == 0 ? 1 : 0;
+    if (C::kOwnOutput && first_thread) panel == 0 ? tma_store_wait_read<kPendingAtFirst>() : tma_store_wait_read<1>();
     if (C::kOwnOutput || panel == 0) named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
     stage_panel<C>(o, panel, buffer(panel));
     if (args.problem.empty_row == EmptyRow::kMean) {
