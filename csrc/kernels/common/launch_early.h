@@ -8,16 +8,8 @@
 
 namespace fa {
 
-/// May launches be captured into a CUDA graph with the attribute? Drivers before CUDA 12.3 refuse it there.
-inline bool driver_overlaps_launches() {
-  static const bool answer = [] {
-    int version = 0;
-    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
-  }();
-  return answer;
-}
-
-/// kernel<<<blocks, threads, shared_bytes, stream>>>(args), early.
+/// kernel<<<blocks, threads, shared_bytes, stream>>>(args), early. Not while the stream is captured: from a CUDA graph a launch
+/// takes a microsecond less anyway, and which nodes may stand before such a kernel depends on the driver.
 template <class Args>
 cudaError_t launch_early(void (*kernel)(Args), int blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                          const Args& args) {
@@ -30,7 +22,10 @@ cudaError_t launch_early(void (*kernel)(Args), int blocks, int threads, size_t s
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = driver_overlaps_launches() ? 1 : 0;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(stream, &capture);
+  if (error != cudaSuccess) return error;
+  config.numAttrs = capture == cudaStreamCaptureStatusNone ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
