@@ -71,7 +71,7 @@ struct KernelArgs {
   AttentionParams problem;
   SequenceRule sequences;
 
-  // Here and in `order` is all that most launches read of this at first: each line of constants costs them 100 clocks.
+  // What the decision on a first tile reads stands together: each line of constants that it needs takes 100 clocks to come.
   TileOrder order;
   Tile common;               // what all tiles have in common, if
   bool tiles_alike;          // there are no lengths, packed sequences, mask and bias

@@ -83,7 +83,7 @@ __device__ __forceinline__ void clear_rows(uint8_t* values, int used, int thread
   fence_async_proxy();
 }
 
-/// From here on the barriers that warp 0 makes in shared memory are there. Once, for all threads.
+/// From here on the barriers of init_barriers are there. Once, for all threads.
 template <class C>
 __device__ __forceinline__ void wait_for_barriers() {
   named_barrier_sync(kStartBarrier, C::kThreads);

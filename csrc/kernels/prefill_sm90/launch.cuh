@@ -58,14 +58,13 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
   if (tiles == 0) return {};
   args.problem = p;
   args.sequences = sequence_rule(p);
-  args.tiles_alike = !p.kv_lengths.present && !p.query_lengths.present && !p.query_offsets.present && !packed &&
-                     !p.mask.present && !p.bias.present;
+  const bool lengths_differ = p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
+  args.tiles_alike = !lengths_differ && !p.query_offsets.present && !p.bias.present;
   if (args.tiles_alike) describe_sequence(args.sequences, 0, &args.common);
   args.num_sequences = static_cast<int>(sequences);
   args.heads_per_kv = Divisor(heads / p.key.shape[1]);
   args.num_tiles = static_cast<int>(tiles);
-  const bool unequal =
-      p.window_right >= 0 || p.window_left >= 0 || p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
+  const bool unequal = p.window_right >= 0 || p.window_left >= 0 || lengths_differ;
   choose_order(p, tiles / (heads * (packed ? 1 : sequences)), unequal, &args);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, context.device.num_sms * C::kBlocksPerSm));

@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C
 }
 
 /// A warp: decides on tile after tile, tells the others, and calls wait(tile) before the next. The first decision passes while
-/// another warp makes the barriers.
+/// other warps make the barriers.
 template <class C, class Wait>
 __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>& shared, Wait wait) {
   RingPosition<kTileSlots> slot;
