@@ -28,7 +28,7 @@ struct alignas(16) Tile {
   int used_keys;                  // keys whose values may be read; the copy engine's own zeros stand behind the tensor's last key
   int key_begin, key_end;         // keys that mask and bias leave
   int test_mask;                  // the bool mask hides some keys of these tiles
-  int few_in_last;                // all rows see the last key tile to its end, which is at most kFewInLast keys
+  int keys_in_last;               // of the last key tile, where all rows see the same of it, its first ones; else 0
   RowBand band;                   // what windows leave of them
   int64_t query_offset;
 };
@@ -83,5 +83,10 @@ struct KernelArgs {
   unsigned* tile_counter;    // 0 before the launch and after it; null: tiles are dealt out in turn
   int num_tiles;             // upper bound of tile indices
 };
+
+/// May the copy engine write the 64 rows from first_row on? Else rows of another sequence stand behind them, or they are none.
+FA_HD bool box_fits(const KernelArgs& args, const Tile& tile, int first_row) {
+  return first_row >= 0 && (first_row + 64 <= tile.num_rows || !args.problem.cu_seqlens_q.present);
+}
 
 }  // namespace fa::prefill_sm90

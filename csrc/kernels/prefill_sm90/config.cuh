@@ -37,6 +37,7 @@ struct Config {
   // The output leaves through the queries' memory. Where that is all there is, next to keys and values, and some is left, it has
   // its own, so that the next queries come early.
   static constexpr bool kOwnOutput = kQueryStages == 1 && !kModified && kHeadDim > 128;
+  static constexpr bool kStoreWarp = !kSmall && !kOwnOutput;  // output is copied by a warp that doesn't multiply, else by its own
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
   static constexpr uint32_t kQueryBytes = kTileM * 128 * kPanels;
@@ -64,7 +65,8 @@ struct SharedMemory {
   uint64_t value_full[C::kStages], value_empty[C::kStages];
   uint64_t bias_full[C::kBiasStages + 1], bias_empty[C::kBiasStages + 1];
   uint64_t tile_full[kTileSlots], tile_empty[kTileSlots], tile_wanted;
-  uint64_t last_value_full[kTileSlots];  // a tile's last values are there, but for clear_values
+  uint64_t last_value_full[kTileSlots];                // a tile's last values are there, but for clear_values
+  uint64_t out_full[C::kQueryStages][C::kWarpgroups];  // output stands where the queries were; for store_tiles
   Tile tile[kTileSlots];
   RowsView view[kTileSlots][C::kWarpgroups];
   int longest_first[32];  // sequences, for the warp that schedules

@@ -32,7 +32,7 @@ struct Consumer {
   RowsView view;
   int used_keys;    // of the tile; where kSmall
   bool settled;     // all rows of the warp may go without a maximum (is_settled)
-  int stored = -1;  // query buffer that a store still reads
+  int stored = -1;  // query buffer that a copy still reads; where kSmall
 
   __device__ __forceinline__ void take_turn() {
     if constexpr (C::kPingPong) named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroupThreads);
@@ -118,6 +118,15 @@ struct Consumer {
     }
   }
 
+  /// As mask_scores, where all rows see the same of the tile: its first `num_keys` keys.
+  __device__ __forceinline__ void hide_last_keys(int num_keys) {
+    const int end = num_keys - threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < C::kTileN / 2; ++i) {
+      if (i / 4 * 8 + i % 2 >= end) s[i] = -INFINITY;
+    }
+  }
+
   /// Waits for the values of key tile `block`, and where no producer does it (clear_values), clears those behind the last key.
   __device__ __forceinline__ void wait_value(int block) {
     mbarrier_wait(&shared.value_full[v.stage], v.phase);
@@ -199,24 +208,31 @@ struct Consumer {
     }
   }
 
-  /// The general way from raw products to weights. True: the output must be rescaled by rows.factor.
+  /// The general way from raw products to weights; kFirst: of the first key tile that the rows see. True: the output must be
+  /// rescaled by rows.factor.
+  template <bool kFirst>
   __device__ __forceinline__ bool take_weights(const Tile& tile, int block, bool masked) {
     const int column = block * C::kTileN + threadIdx.x % 4 * 2;
     if constexpr (C::kModified) modify_scores<C>(s, args.problem, tile, staged_bias(), first_row_in_tile(), column);
-    if (masked) mask_scores(tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
+    if (kFirst && !C::kSmall && masked && tile.keys_in_last > 0) {  // NOTE: one register too many for small blocks
+      hide_last_keys(tile.keys_in_last);
+    } else if (masked) {
+      mask_scores(tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
+    }
     const bool rescale = softmax_step<C>(s, rows, C::kModified ? kLog2E : args.problem.softmax_scale * kLog2E);
     settled = __all_sync(kAllLanes, is_settled<C>(rows));
     return rescale;
   }
 
   /// From raw products to weights, and the key buffer back to the producer. True: the output must be rescaled by rows.factor.
+  template <bool kFirst = false>
   __device__ __forceinline__ bool finish_scores(const Tile& tile, int block) {
     const bool masked = block >= view.full_end || block < view.full_begin, hopeful = settled && !masked;
     if (bias_is_staged()) mbarrier_wait(&shared.bias_full[b.stage], b.phase);
     bool rescale = false;
     if (!hopeful || !try_weights(tile, block)) {
       if (hopeful) recompute_scores();
-      rescale = take_weights(tile, block, masked);
+      rescale = take_weights<kFirst>(tile, block, masked);
     }
     if (bias_is_staged()) {
       __syncwarp();
@@ -236,7 +252,7 @@ struct Consumer {
     wgmma_wait<0>();
     wgmma_pin(s);
     float (&few)[kFewInLast / 2] = reinterpret_cast<float (&)[kFewInLast / 2]>(s);
-    const int end = tile.key_end - (view.block_end - 1) * C::kTileN - threadIdx.x % 4 * 2;
+    const int end = tile.keys_in_last - threadIdx.x % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kFewInLast / 2; ++i) {
       if (i / 4 * 8 + (i & 1) >= end) few[i] = -INFINITY;
@@ -266,16 +282,19 @@ struct Consumer {
     v.advance();
   }
 
-  /// Returns a query buffer whose output has left.
+  /// Small blocks: once the last tile's output has left the buffer of its queries, gives that back.
   __device__ __forceinline__ void finish_stored() {
-    if (stored >= 0) finish_store(&shared.query_empty[stored]);
+    if (C::kSmall && stored >= 0 && threadIdx.x == 0) {
+      tma_store_wait_read<0>();
+      mbarrier_arrive(&shared.query_empty[stored]);
+    }
     stored = -1;
   }
 
   /// The key tiles that the warpgroup's rows see, from the last to the first.
   __device__ __forceinline__ void run_blocks(const Tile& tile) {
     mbarrier_wait(&shared.key_full[k.stage], k.phase);
-    if (C::kFewApart && tile.few_in_last) {
+    if (C::kFewApart && tile.keys_in_last > 0 && tile.keys_in_last <= kFewInLast) {
       take_few(tile);
     } else {
       wgmma_pin(s);
@@ -283,10 +302,10 @@ struct Consumer {
       issue_scores();
       wgmma_wait<0>();
       wgmma_pin(s);
-      finish_scores(tile, view.block_end - 1);
+      finish_scores<true>(tile, view.block_end - 1);
     }
     pack_weights();
-    finish_stored();  // by now the last tile's output has left: the queries after the next may come
+    finish_stored();  // by now it has: the queries after the next may come
     for (int block = view.block_end - 2; block >= view.block_begin; --block) {
       mbarrier_wait(&shared.key_full[k.stage], k.phase);
       take_turn();
@@ -315,18 +334,27 @@ struct Consumer {
     }
   }
 
+  /// Normalises the tile's rows and sees to it that they leave.
   __device__ __forceinline__ void end_tile(const Tile& tile, uint64_t* tile_empty) {
     const int row = tile.first_row + first_row_in_tile();
     finish_rows<C>(args, tile, row, rows, o);
     if constexpr (C::kOwnOutput) {
-      store_tile<C>(args, tile, warpgroup, row, rows, o, [&](int panel) { return shared.out[warpgroup][panel % 2]; });
+      store_by_panels<C>(args, tile, warpgroup, row, rows, o, shared.out[warpgroup]);
     } else {
       finish_stored();
       uint8_t* queries = shared.query[q.stage] + warpgroup * 64 * 128;
-      store_tile<C>(args, tile, warpgroup, row, rows, o, [&](int panel) { return queries + panel * C::kTileM * 128; });
-      stored = q.stage;
+      stage_tile<C>(args, tile, warpgroup, row, rows, o, queries);
+      if constexpr (C::kSmall) {
+        named_barrier_sync(kWarpgroupBarrier, kWarpgroupThreads);
+        if (threadIdx.x == 0) {
+          copy_out<C>(args, tile, 0, queries);
+          tma_store_commit();
+        }
+        stored = q.stage;
+      }
     }
     __syncwarp();
+    if constexpr (C::kStoreWarp) release(&shared.out_full[q.stage][warpgroup]);
     release(tile_empty);
     if constexpr (C::kQueryStages == 1) finish_stored();
   }
@@ -367,7 +395,7 @@ struct Consumer {
       slot.advance();
       q.advance();
     }
-    tma_store_wait_read<0>();
+    if constexpr (!C::kStoreWarp) tma_store_wait_read<0>();
   }
 };
 

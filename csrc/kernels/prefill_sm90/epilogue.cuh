@@ -19,15 +19,6 @@ __device__ __forceinline__ void store_matrices(uint32_t shared, uint32_t a, uint
                : "memory");
 }
 
-/// Once the copy engine has read the buffer of this thread's last store, gives it back to the producer. For all threads: one
-/// acts.
-__device__ __forceinline__ void finish_store(uint64_t* query_empty) {
-  if (threadIdx.x % kWarpgroupThreads == 0) {
-    tma_store_wait_read<0>();
-    mbarrier_arrive(query_empty);
-  }
-}
-
 /// Is it one of the rows 0 … end - 1?
 template <class C>
 __device__ __forceinline__ bool is_row(int row, int end) {
@@ -96,23 +87,24 @@ __device__ __forceinline__ void stage_means(const KernelArgs& args, const Tile& 
 #pragma unroll 1
   for (int r = 0; r < 2; ++r) {
     if ((r == 0 ? rows.sum[0] : rows.sum[1]) != 0.0f || !is_row<C>(row + 8 * r, tile.query_length)) continue;
-    const int staged_row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * r;
 #pragma unroll 1
     for (int i = threadIdx.x % 4; i < min(C::kHeadDim - 64 * panel, 64); i += 4) {
       const float mean = mean_of_values<typename C::T>(args, tile, 64 * panel + i);
-      reinterpret_cast<typename C::T*>(staged + swizzled_offset(staged_row, i / 8))[i % 8] = from_float<typename C::T>(mean);
+      reinterpret_cast<typename C::T*>(staged + swizzled_offset(row % 64 + 8 * r, i / 8))[i % 8] =
+          from_float<typename C::T>(mean);
     }
   }
 }
 
-/// 64 rows x 64 columns of shared memory to device memory, 16 bytes a thread, as far as the sequence and the head reach.
+/// The warp's 16 rows, 64 columns, from shared memory to device memory, 16 bytes a thread, as far as the sequence and the head
+/// reach.
 template <class C>
 __device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t* staged, const Tile& tile, int first_row,
                                            int panel) {
   const TensorView& out = args.problem.out;
   auto* base = static_cast<typename C::T*>(out.data) + tile.batch * out.stride[0] + tile.head * out.stride[1];
-  for (int i = threadIdx.x % kWarpgroupThreads; i < 64 * 8; i += kWarpgroupThreads) {
-    const int row = i / 8, column = panel * 64 + i % 8 * 8;
+  for (int i = threadIdx.x % 32; i < 16 * 8; i += 32) {
+    const int row = threadIdx.x / 32 % 4 * 16 + i / 8, column = panel * 64 + i % 8 * 8;
     if (is_row<C>(first_row + row, tile.num_rows) && column < out.shape[3]) {
       const uint4 data = *reinterpret_cast<const uint4*>(staged + swizzled_offset(row, i % 8));
       *reinterpret_cast<uint4*>(base + (tile.row_base + first_row + row) * out.stride[2] + column) = data;
@@ -120,12 +112,13 @@ __device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t
   }
 }
 
-/// Columns 64 panel … + 63 of the thread's rows to shared memory.
+/// Columns 64 panel … + 63 of the warp's 16 finished rows to shared memory.
 template <class C>
-__device__ __forceinline__ void stage_panel(const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged) {
+__device__ __forceinline__ void stage_panel(const KernelArgs& args, const Tile& tile, int row, const RowPair& rows,
+                                            const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged) {
   using T = typename C::T;
-  const int thread = threadIdx.x % kWarpgroupThreads, row = thread / 32 * 16 + thread % 16;
-  const uint32_t first = shared_address(staged) + swizzled_offset(row, thread % 32 / 16);
+  const int thread = threadIdx.x % kWarpgroupThreads, staged_row = thread / 32 * 16 + thread % 16;
+  const uint32_t first = shared_address(staged) + swizzled_offset(staged_row, thread % 32 / 16);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int j = 4 * panel + i;
@@ -133,40 +126,66 @@ __device__ __forceinline__ void stage_panel(const float (&o)[C::kHeadDim / 2], i
     store_matrices(swizzled_step(first, i), pack2<T>(o[8 * j], o[8 * j + 1]), pack2<T>(o[8 * j + 2], o[8 * j + 3]),
                    pack2<T>(o[8 * j + 4], o[8 * j + 5]), pack2<T>(o[8 * j + 6], o[8 * j + 7]));
   }
+  if (args.problem.empty_row == EmptyRow::kMean) {
+    __syncwarp();
+    stage_means<C>(args, tile, row, rows, panel, staged);
+  }
 }
 
-/// Writes the warpgroup's 64 finished rows, panel by panel, through buffer(panel): where the tile's queries stood, or one of two
-/// buffers of its own, whose last store must then have left.
-template <class C, class Buffer>
-__device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& tile, int warpgroup, int row, const RowPair& rows,
-                                           const float (&o)[C::kHeadDim / 2], Buffer buffer) {
+/// Puts the warpgroup's 64 finished rows where the tile's queries stood. Copied from there by one thread (copy_out), but for rows
+/// that the copy engine can't take, which are written at once.
+template <class C>
+__device__ __forceinline__ void stage_tile(const KernelArgs& args, const Tile& tile, int warpgroup, int row, const RowPair& rows,
+                                           const float (&o)[C::kHeadDim / 2], uint8_t* queries) {
   const int first_row = tile.first_row + warpgroup * 64;
-  const bool first_thread = threadIdx.x % kWarpgroupThreads == 0;
-  const bool exists = !C::kRowsBelowZero || first_row >= 0;
-  const bool whole = (exists && first_row + 64 <= tile.num_rows) || !args.problem.cu_seqlens_q.present;
+  named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);  // all warps have read their queries
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
+    stage_panel<C>(args, tile, row, rows, o, panel, queries + panel * C::kTileM * 128);
+  }
+  if (!box_fits(args, tile, first_row)) {
+    __syncwarp();
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      store_rows<C>(args, queries + panel * C::kTileM * 128, tile, first_row, panel);
+    }
+  }
+  fence_async_proxy();
+}
+
+/// One thread: starts the copy of a warpgroup's 64 rows, if the copy engine can take them, from where its queries stood. The
+/// caller commits.
+template <class C>
+__device__ __forceinline__ void copy_out(const KernelArgs& args, const Tile& tile, int warpgroup, const uint8_t* queries) {
+  const int first_row = tile.first_row + warpgroup * 64;
+  if (!box_fits(args, tile, first_row)) return;
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+    tma_store(&args.out, queries + panel * C::kTileM * 128, panel * 64, tile.row_base + first_row, tile.head, tile.batch);
+  }
+}
+
+/// The warpgroup's 64 finished rows to device memory through two panels of its own, each of whose last copy must then have ended.
+template <class C>
+__device__ __forceinline__ void store_by_panels(const KernelArgs& args, const Tile& tile, int warpgroup, int row,
+                                                const RowPair& rows, const float (&o)[C::kHeadDim / 2],
+                                                uint8_t (&panels)[2][64 * 128]) {
+  const int first_row = tile.first_row + warpgroup * 64;
+  const bool first_thread = threadIdx.x % kWarpgroupThreads == 0, fits = box_fits(args, tile, first_row);
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+    uint8_t* staged = panels[panel % 2];
     // NOTE: an odd number of panels ends and begins with the same buffer.
     constexpr int kPendingAtFirst = C::kPanels % 2 == 0 ? 1 : 0;
-    if (C::kOwnOutput && first_thread) panel == 0 ? tma_store_wait_read<kPendingAtFirst>() : tma_store_wait_read<1>();
-    if (C::kOwnOutput || panel == 0) named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
-    stage_panel<C>(o, panel, buffer(panel));
-    if (args.problem.empty_row == EmptyRow::kMean) {
-      __syncwarp();
-      stage_means<C>(args, tile, row, rows, panel, buffer(panel));
-    }
-    if (!C::kOwnOutput && panel + 1 < C::kPanels) continue;
+    if (first_thread) panel == 0 ? tma_store_wait_read<kPendingAtFirst>() : tma_store_wait_read<1>();
+    named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
+    stage_panel<C>(args, tile, row, rows, o, panel, staged);
     fence_async_proxy();
     named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
-#pragma unroll
-    for (int i = C::kOwnOutput ? panel : 0; i <= panel; ++i) {
-      if (!whole) store_rows<C>(args, buffer(i), tile, first_row, i);
-      if (whole && first_thread && exists)
-        tma_store(&args.out, buffer(i), i * 64, tile.row_base + first_row, tile.head, tile.batch);
-    }
+    if (!fits) store_rows<C>(args, staged, tile, first_row, panel);
+    if (fits && first_thread) tma_store(&args.out, staged, panel * 64, tile.row_base + first_row, tile.head, tile.batch);
     if (first_thread) tma_store_commit();
   }
-  if (!whole) named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
 }
 
 }  // namespace fa::prefill_sm90

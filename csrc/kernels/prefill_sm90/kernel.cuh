@@ -25,13 +25,16 @@ template <class C>
 __device__ __forceinline__ void init_barriers(SharedMemory<C>& shared, int warp) {
   constexpr int kConsumerWarps = 4 * C::kWarpgroups;
   if (warp == 0) {
-    init_ring(shared.query_full, shared.query_empty, 1, C::kOwnOutput ? kConsumerWarps : C::kWarpgroups);
+    init_ring(shared.query_full, shared.query_empty, 1, C::kOwnOutput ? kConsumerWarps : 1);
+    if constexpr (C::kStoreWarp) {
+      for (int i = 0; i < C::kQueryStages * C::kWarpgroups; ++i) mbarrier_init(&shared.out_full[0][i], 4);
+    }
   } else if (warp == 1) {
     init_ring(shared.key_full, shared.key_empty, 1, kConsumerWarps);
   } else if (warp == 2) {
     init_ring(shared.value_full, shared.value_empty, 1, kConsumerWarps);
   } else {
-    init_ring(shared.tile_full, shared.tile_empty, C::kWarpgroups, kConsumerWarps + (C::kSmall ? 0 : 2));
+    init_ring(shared.tile_full, shared.tile_empty, C::kWarpgroups, kConsumerWarps + (C::kSmall ? 0 : C::kStoreWarp ? 3 : 2));
     for (uint64_t& barrier : shared.last_value_full) mbarrier_init(&barrier, 1);
     mbarrier_init(&shared.tile_wanted, 1);
     if constexpr (C::kBiasStages > 0) init_ring(shared.bias_full, shared.bias_empty, 1, kConsumerWarps);

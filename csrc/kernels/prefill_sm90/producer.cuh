@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/common/tma.cuh"
+#include "kernels/prefill_sm90/epilogue.cuh"
 #include "kernels/prefill_sm90/tiles.cuh"
 
 namespace fa::prefill_sm90 {
@@ -155,10 +156,33 @@ __device__ __forceinline__ void clear_values(SharedMemory<C>& shared) {
   }
 }
 
+/// One lane: the copies of finished tiles to device memory, after which the buffer of their queries is free.
+template <class C>
+__device__ __forceinline__ void store_tiles(const KernelArgs& args, SharedMemory<C>& shared) {
+  RingPosition<kTileSlots> slot;
+  RingPosition<C::kQueryStages> q;
+  for (;;) {
+    mbarrier_wait(&shared.tile_full[slot.stage], slot.phase);
+    const Tile tile = shared.tile[slot.stage];
+    mbarrier_arrive(&shared.tile_empty[slot.stage]);
+    if (!tile.valid) return;
+#pragma unroll
+    for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) {
+      mbarrier_wait(&shared.out_full[q.stage][warpgroup], q.phase);
+      copy_out<C>(args, tile, warpgroup, shared.query[q.stage] + warpgroup * 64 * 128);
+    }
+    tma_store_commit();  // NOTE: once for all: each takes its time
+    tma_store_wait_read<0>();
+    mbarrier_arrive(&shared.query_empty[q.stage]);
+    q.advance();
+    slot.advance();
+  }
+}
+
 /// The warps that don't multiply: one decides on tiles, which takes as long as one or two key tiles take the consumers, and a
-/// lane of another keeps the copy engine busy; a third clears. The next tile is not decided before the copies of the last one
-/// near their end: a tile that waits for its block is one that no other block can take. A small block has one warp for both, and
-/// neighbours on its multiprocessor to hide the wait.
+/// lane of another keeps the copy engine busy; a third clears, a fourth writes the output. The next tile is not decided before
+/// the copies of the last one near their end: a tile that waits for its block is one that no other block can take. A small block
+/// has one warp for both, and neighbours on its multiprocessor to hide the wait.
 template <class C>
 __device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>& shared) {
   const int warp = threadIdx.x / 32 % 4;
@@ -179,6 +203,7 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>&
     wait_for_barriers<C>();
     if (warp == 1 && first_lane) load_tiles<C>(args, shared);
     if (warp == 2) clear_values<C>(shared);
+    if (C::kStoreWarp && warp == 3 && first_lane) store_tiles<C>(args, shared);
   }
 }
 

@@ -128,8 +128,7 @@ __device__ __forceinline__ KeyBits<kTileN> mask_bits(const TensorView& mask, int
   if (mask_is_aligned(mask) && first_key + kTileN <= num_keys) {
 #pragma unroll
     for (int i = 0; i < seen.kWords; ++i) {
-      if (i % 2 != lane / 2 && kTileN > 32) continue;  // lanes 0 and 1 read the even words, 2 and 3 the odd ones
-      if (kTileN == 32 && lane >= 2) continue;
+      if (i % 2 != lane / 2) continue;  // lanes 0 and 1 read the even words, 2 and 3 the odd ones
       const uint4 bytes = *reinterpret_cast<const uint4*>(data + first_key + 32 * i + lane % 2 * 16);
       const uint32_t bits =
           bits_of_bytes(bytes.x) | bits_of_bytes(bytes.y) << 4 | bits_of_bytes(bytes.z) << 8 | bits_of_bytes(bytes.w) << 12;

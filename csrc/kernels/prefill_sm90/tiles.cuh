@@ -98,12 +98,13 @@ __device__ __forceinline__ void sort_longest_first(const KernelArgs& args, int (
   __syncwarp();
 }
 
-/// Do all rows see the last key tile to its end, and is it very short?
+/// Tile::keys_in_last.
 template <class C>
-__device__ __forceinline__ bool has_few_in_last(const Tile& tile, int last_row) {
+__device__ __forceinline__ int keys_in_last(const Tile& tile, int last_row) {
   const int first_key = (tile.block_end - 1) * C::kTileN;
-  return tile.key_end - first_key <= kFewInLast && tile.band.end(tile.first_row, tile.key_end) == tile.key_end &&
-         tile.band.first(last_row, tile.key_begin) <= first_key && !tile.test_mask;
+  const bool alike = tile.band.end(tile.first_row, tile.key_end) == tile.key_end &&
+                     tile.band.first(last_row, tile.key_begin) <= first_key && !tile.test_mask;
+  return alike ? tile.key_end - first_key : 0;
 }
 
 /// What consumer warpgroup `warpgroup` sees of its tile.
@@ -138,14 +139,14 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, c
   if (tile.first_row >= tile.num_rows) return false;
   if (C::kRowsBelowZero && args.tiles_end_with_rows)
     tile.first_row -= (C::kTileM - 1 - (tile.num_rows - 1) % C::kTileM) / 64 * 64;
-  tile.block_begin = tile.block_end = tile.few_in_last = 0;
+  tile.block_begin = tile.block_end = tile.keys_in_last = 0;
   if (tile.first_row < tile.query_length) {
     const int last_row = min(tile.first_row + C::kTileM, tile.query_length) - 1;
     const int begin = tile.band.first(max(tile.first_row, 0), tile.key_begin), end = tile.band.end(last_row, tile.key_end);
     if (begin < end) {
       tile.block_begin = begin / C::kTileN;
       tile.block_end = (end + C::kTileN - 1) / C::kTileN;
-      if constexpr (C::kFewApart) tile.few_in_last = has_few_in_last<C>(tile, last_row);
+      tile.keys_in_last = keys_in_last<C>(tile, last_row);
     }
   }
   return true;
