@@ -27,7 +27,9 @@ __device__ __forceinline__ void init_barriers(SharedMemory<C>& shared, int warp)
   if (warp == 0) {
     init_ring(shared.query_full, shared.query_empty, 1, C::kOwnOutput ? kConsumerWarps : 1);
     if constexpr (C::kStoreWarp) {
-      for (int i = 0; i < C::kQueryStages * C::kWarpgroups; ++i) mbarrier_init(&shared.out_full[0][i], 4);
+      for (auto& stage : shared.out_full) {
+        for (uint64_t& barrier : stage) mbarrier_init(&barrier, 4);
+      }
     }
   } else if (warp == 1) {
     init_ring(shared.key_full, shared.key_empty, 1, kConsumerWarps);
