@@ -10,6 +10,8 @@ EXTRAS ?= $(if $(GPU),gpu,ort),dev
 PYTEST_ARGS ?= -n 2 -q
 ORT_VERSIONS := 1.18.1 1.20.1 1.23.2 1.31.1
 ZOO ?= zoo-models
+# RECORD=1: the run's results become those of benchmarks/results, from which the documentation's tables are made.
+RECORDING := $(if $(RECORD),--record)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc plugin -type f -not -name '*.py' -not -name '*.pyc')
 
 # What is compiled: FULL (CUDA kernels where nvcc is found) or CPU (a minute instead of several). A FULL installation serves both.
@@ -23,7 +25,8 @@ KIND_OF_DEMOS := $(if $(filter ON,$(FA_CUDA)),$(FULL),$(if $(or $(GPU),$(wildcar
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@echo "make TARGET   (FA_CUDA=OFF: without CUDA kernels; FA_CUDA=ON: with them for the demos too)"; echo
+	@echo "make TARGET   (FA_CUDA=OFF: without CUDA kernels; FA_CUDA=ON: with them for the demos too; RECORD=1: zoo,"
+	@echo "              onnx-suite and bench write to benchmarks/results; then run benchmarks/readme.py)"; echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(KIND_OF_TESTS) ## set up .venv and install the packages in it, editable
@@ -44,13 +47,13 @@ test-matrix: $(KIND_OF_DEMOS) ## the operator's tests and the demo's model on on
 	$(BIN)/python -m tests.matrix $(ORT_VERSIONS)
 
 zoo: $(KIND_OF_DEMOS) ## fuse and verify a folder of exported models: make zoo ZOO=folder
-	$(BIN)/python benchmarks/zoo.py $(ZOO) --record
+	$(BIN)/python benchmarks/zoo.py $(ZOO) $(RECORDING)
 
 onnx-suite: $(KIND_OF_DEMOS) ## ONNX's own attention node tests, fused
-	$(BIN)/python benchmarks/onnx_suite.py
+	$(BIN)/python benchmarks/onnx_suite.py $(RECORDING)
 
 bench: $(KIND_OF_DEMOS) ## time the CPU kernel against onnxruntime's
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/cpu.py $(RECORDING)
 
 lint: $(VENV)/.ready ## check style: ruff and clang-format
 	$(BIN)/ruff check .

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contestants inside onnxruntime's CUDA provider, inputs and outputs bound on the device: the operator, the unfused
-graph, ONNX's Attention, onnxruntime's MultiHeadAttention and GroupQueryAttention."""
+graph, ONNX's Attention, onnxruntime's MultiHeadAttention and GroupQueryAttention.
+
+A float32 row has each contestant twice: "NAME TF32" with the provider's default, use_tf32=1, and "NAME float32"; the
+operator once with each of its precisions.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ def _projected(tensors: Tensors) -> dict[str, torch.Tensor]:
     return {name: getattr(tensors, name).flatten(2) for name in ("query", "key", "value")}
 
 
-def _faexport(row: Row, tensors: Tensors):
+def _faexport(row: Row, tensors: Tensors, precision: str = ""):
     inputs = _projected(tensors)
     if row.mask == "mask":
         inputs["attn_mask"] = tensors.mask
@@ -39,6 +43,8 @@ def _faexport(row: Row, tensors: Tensors):
         inputs["attn_bias"] = tensors.bias
     optional = [name for name in inputs if name not in ("query", "key", "value")]
     attributes = {"q_num_heads": row.num_heads, "kv_num_heads": row.kv_heads, "is_causal": int(row.is_causal)}
+    if precision:
+        attributes["float32_precision"] = precision
     node = helper.make_node(
         "FlashAttention", list(inputs), ["output"], domain="faexport", optional_inputs=",".join(optional), **attributes
     )
@@ -47,7 +53,8 @@ def _faexport(row: Row, tensors: Tensors):
 
 def _unfused(row: Row, tensors: Tensors):
     inputs = {name: getattr(tensors, name).transpose(1, 2).contiguous() for name in ("query", "key", "value")}
-    scale = numpy_helper.from_array(np.array(row.head_dim**-0.5, np.float16), "scale")
+    element = ELEMENTS[tensors.query.dtype][1]
+    scale = numpy_helper.from_array(np.array(row.head_dim**-0.5, element), "scale")
     nodes = [
         helper.make_node("Transpose", ["key"], ["key_t"], perm=[0, 1, 3, 2]),
         helper.make_node("MatMul", ["query", "key_t"], ["scores"]),
@@ -56,11 +63,11 @@ def _unfused(row: Row, tensors: Tensors):
     last, initializers = "scaled", [scale]
     if tensors.lengths is not None:
         inputs["mask"] = tensors.mask
-        initializers.append(numpy_helper.from_array(np.array(-np.inf, np.float16), "hidden"))
+        initializers.append(numpy_helper.from_array(np.array(-np.inf, element), "hidden"))
         nodes.append(helper.make_node("Where", ["mask", "scaled", "hidden"], ["masked"]))
         last = "masked"
     elif row.is_causal or tensors.bias is not None:
-        causal = torch.full((row.seqlen, row.kv_len), float("-inf"), device="cuda", dtype=torch.float16).triu(1)
+        causal = torch.full((row.seqlen, row.kv_len), float("-inf"), device="cuda", dtype=tensors.query.dtype).triu(1)
         inputs["bias"] = tensors.bias if tensors.bias is not None else causal
         nodes.append(helper.make_node("Add", ["scaled", "bias"], ["biased"]))
         last = "biased"
@@ -114,6 +121,8 @@ def _group_query_attention(row: Row, tensors: Tensors):
 
 GRAPHS = {
     "ours": _faexport,
+    "ours tf32": functools.partial(_faexport, precision="tf32"),
+    "ours tf32x3": functools.partial(_faexport, precision="tf32x3"),
     "unfused": _unfused,
     "Attention": _attention,
     "MultiHeadAttention": _multi_head_attention,
@@ -139,14 +148,31 @@ def _model(nodes, inputs: dict[str, torch.Tensor], initializers, rank: int) -> b
 
 
 @functools.lru_cache(maxsize=8)
-def session(model: bytes | str, ours: bool) -> ort.InferenceSession:
+def session(model: bytes | str, ours: bool, use_tf32: bool = True) -> ort.InferenceSession:
     """A CUDA session on PyTorch's current stream, so that PyTorch's events time it."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if ours:
         faplugin.register(options)
-    stream = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
-    return ort.InferenceSession(model, options, providers=[("CUDAExecutionProvider", stream)])
+    stream = str(torch.cuda.current_stream().cuda_stream)
+    provider = {"user_compute_stream": stream, "use_tf32": str(int(use_tf32))}
+    return ort.InferenceSession(model, options, providers=[("CUDAExecutionProvider", provider)])
+
+
+def _graph_of(name: str) -> tuple[Callable, bool]:
+    """What builds the contestant's graph, and whether its session may use TF32."""
+    if name in GRAPHS:
+        return GRAPHS[name], True
+    base, _, precision = name.rpartition(" ")
+    return GRAPHS[base], precision == "TF32"
+
+
+def names_for(row: Row) -> list[str]:
+    """The contestants of a row."""
+    if row.dtype != "float32":
+        return [name for name in GRAPHS if not name.startswith("ours ")]
+    peers = ("unfused", "Attention", "MultiHeadAttention")
+    return ["ours tf32", "ours tf32x3", *(f"{peer} {precision}" for peer in peers for precision in ("TF32", "float32"))]
 
 
 def bind(
@@ -165,14 +191,16 @@ def bind(
 def contestant(name: str, row: Row, sets: list[Tensors]) -> Contestant:
     """One graph in one session; the call enqueues one run on a set of tensors and waits for nothing."""
     made, bindings, views, kept = None, [], [], []
+    build, use_tf32 = _graph_of(name)
     for tensors in sets:
-        nodes, inputs, initializers = GRAPHS[name](row, tensors)
+        nodes, inputs, initializers = build(row, tensors)
         shape = inputs["query"].shape
         output = torch.full(shape, float("nan"), device="cuda", dtype=tensors.query.dtype)
-        made = made or session(_model(nodes, inputs, initializers, len(shape)), name == "ours")
+        ours = name.startswith("ours")
+        made = made or session(_model(nodes, inputs, initializers, len(shape)), ours, use_tf32)
         bindings.append(bind(made, inputs, {"output": output}))
         heads = (row.batch_size, row.seqlen, row.num_heads, row.head_dim)
-        views.append(output.transpose(1, 2) if name == "unfused" else output.view(heads))
+        views.append(output.transpose(1, 2) if name.startswith("unfused") else output.view(heads))
         kept.append(inputs)  # the binding holds addresses only
     run_options = ort.RunOptions()
     run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -188,7 +216,7 @@ def contestant(name: str, row: Row, sets: list[Tensors]) -> Contestant:
 def contestants(row: Row, sets: list[Tensors], wanted: set[str]) -> dict[str, Contestant | str]:
     """By name a contestant, or the sentence that says why there is none."""
     found: dict[str, Contestant | str] = {}
-    for name in GRAPHS:
+    for name in names_for(row):
         if wanted and name not in wanted:
             continue
         try:

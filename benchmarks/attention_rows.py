@@ -27,6 +27,7 @@ class Row:
     seqlen_kv: int = 0  # 0: seqlen
     dtype: str = "bfloat16"
     in_ort: bool = False  # measured inside onnxruntime
+    unfused: bool = False  # PyTorch's MatMul, Softmax, MatMul is a peer too
 
     @property
     def kv_heads(self) -> int:
@@ -42,6 +43,7 @@ class Row:
         length = f"s{self.seqlen}" + (f"x{self.seqlen_kv}" if self.seqlen_kv else "")
         words = [f"b{self.batch_size}", heads, length, f"d{self.head_dim}"]
         words += ["causal"] * self.is_causal + ([f"window{self.window}"] if self.window >= 0 else []) + [self.mask]
+        words += ["float32"] * (self.dtype == "float32")
         return " ".join(filter(None, words))
 
     @property
@@ -69,11 +71,17 @@ class Tensors:
     lengths: torch.Tensor | None = None  # int64 [B]
     mask: torch.Tensor | None = None  # bool [B, 1, 1, S], the same keys
     bias: torch.Tensor | None = None  # [1 or B, H or 1, S, S]
+    # For peers whose form of lengths is packed sequences: the keys and values of `lengths` without the padding
+    # [sum of lengths, H_kv, D], and where each sequence's rows and keys begin, int32 [B + 1].
+    packed_key: torch.Tensor | None = None
+    packed_value: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_kv: torch.Tensor | None = None
 
 
 def _uniform_lengths(count: int, longest: int) -> torch.Tensor:
-    """25 to 100 % of `longest`, in random order, one from each of `count` equal parts of that span: how much work a few
-    independent draws leave would be luck."""
+    """25 to 100 % of `longest`, in random order. One length is drawn from each of `count` equal parts of that span,
+    because the total work of a few independent draws would differ from run to run."""
     share = (torch.arange(count, device="cuda") + torch.rand(count, device="cuda")) / count
     return (longest * (0.25 + 0.75 * share)).round().long()[torch.randperm(count, device="cuda")]
 
@@ -95,9 +103,20 @@ def draw(row: Row) -> Tensors:
         tensors.lengths = _uniform_lengths(b, row.kv_len)
         keys = torch.arange(row.kv_len, device="cuda")
         tensors.mask = keys[None, None, None] < tensors.lengths[:, None, None, None]
+        _pack(row, tensors)
     elif row.mask:
         tensors.bias = normal(*((1, h) if row.mask == "bias_1HSS" else (b, 1)), s, row.kv_len)
     return tensors
+
+
+def _pack(row: Row, tensors: Tensors) -> None:
+    """The same keys and values without the padding."""
+    used = tensors.mask[:, 0, 0]
+    tensors.packed_key, tensors.packed_value = tensors.key[used], tensors.value[used]
+    starts = torch.zeros(row.batch_size + 1, dtype=torch.int32, device="cuda")
+    starts[1:] = tensors.lengths.cumsum(0)
+    tensors.cu_seqlens_kv = starts
+    tensors.cu_seqlens_q = torch.arange(row.batch_size + 1, dtype=torch.int32, device="cuda") * row.seqlen
 
 
 def expected(row: Row, tensors: Tensors, rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -151,12 +170,39 @@ def _bias() -> list[Row]:
 
 def _short() -> list[Row]:
     shapes = ((32, 12, 197, 64), (8, 16, 577, 64), (64, 12, 128, 32), (4, 16, 1024, 80), (4, 16, 1024, 72))
-    return [Row(*shape) for shape in (*shapes, (2, 8, 4096, 40), (4, 32, 1024, 96))]
+    shapes += ((2, 8, 4096, 40), (4, 32, 1024, 96), (8, 16, 333, 96), (1, 16, 640, 80))
+    swin = Row(64, 4, 49, 32, mask="bias_1HSS")
+    return [*(Row(*shape) for shape in shapes), swin]
+
+
+def _wide() -> list[Row]:
+    """One head of 512, as the autoencoders of diffusion models have it."""
+    shapes = ((1, 1, 1024), (1, 1, 4096), (1, 1, 9216), (1, 1, 16384), (4, 1, 4096), (4, 8, 1024))
+    return [Row(*shape, 512, unfused=True) for shape in shapes]
 
 
 def _decode() -> list[Row]:
     sizes = ((1, 32768), (16, 4096), (64, 2048), (8, 32768))
     return [Row(b, 32, 1, 128, num_kv_heads=8, seqlen_kv=s) for b, s in sizes]
+
+
+# Batch, heads, length and head_dim of the float32 rows: what exports of encoders and of longer models have.
+FLOAT32 = (
+    (8, 12, 128, 64),
+    (8, 12, 512, 64),
+    (4, 16, 512, 128),
+    (4, 16, 2048, 64),
+    (4, 16, 2048, 128),
+    (2, 16, 4096, 128),
+    (1, 16, 8192, 64),
+    (1, 16, 8192, 128),
+)
+
+
+def _float32(in_ort: bool) -> list[Row]:
+    options = {"dtype": "float32", "in_ort": in_ort, "unfused": True}
+    rows = [Row(*shape, mask=mask, **options) for shape in FLOAT32 for mask in ("", "mask")]
+    return [*rows, Row(4, 16, 2048, 64, is_causal=True, **options), Row(4, 16, 2048, 128, is_causal=True, **options)]
 
 
 SUITES: dict[str, list[Row]] = {
@@ -167,4 +213,7 @@ SUITES: dict[str, list[Row]] = {
     "decode": _decode(),
     "ort": _in_ort(),  # inside onnxruntime
     "short": _short(),
+    "wide": _wide(),
+    "float32": _float32(in_ort=False),
+    "float32_ort": _float32(in_ort=True),
 }

@@ -203,7 +203,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="turns of the contestants; long shapes get fewer (15)")
     parser.add_argument("--long", action="store_true", help="also 131,072 tokens on one head, ours alone (a minute)")
     parser.add_argument("--json", action="store_true", help="print the JSON and no table")
-    parser.add_argument("--no-save", action="store_true", help="leave benchmarks/results as it is")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/results, not to build/benchmarks")
     parser.add_argument("--peak-memory-of", nargs=6, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -233,9 +233,8 @@ def main() -> int:
         print(results_file.json.dumps(document, indent=2))
     else:
         show(console, measured)
-    if not options.no_save:
-        path = results_file.write("cpu", document)
-        console.print(f"written: {path.relative_to(results_file.ROOT)}")
+    path = results_file.write("cpu", document, options.record)
+    console.print(f"written: {path.relative_to(results_file.ROOT)}")
     return 0
 
 

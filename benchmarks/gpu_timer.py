@@ -92,5 +92,6 @@ def in_turn(calls: dict[str, Call], sets: int, rounds: int, capture: bool) -> tu
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    ordered = sorted(times)
-    return {"median_ms": statistics.median(ordered), "min_ms": ordered[0], "max_ms": ordered[-1]}
+    """The median, and beside it the spread: the middle half of the times, the least and the largest."""
+    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return {"median_ms": median, "q1_ms": lower, "q3_ms": upper, "min_ms": min(times), "max_ms": max(times)}

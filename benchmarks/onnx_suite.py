@@ -20,6 +20,7 @@ import warnings
 import numpy as np
 import onnx
 import onnxruntime
+import results_file
 import rich.box
 import rich.console
 import rich.markup
@@ -129,6 +130,7 @@ def main() -> int:
     parser.add_argument("--expanded", action="store_true", help="also the tests' bodies in standard ops")
     parser.add_argument("--filter", default="", help="only tests whose name contains this")
     parser.add_argument("--json", type=pathlib.Path, help="write the results to this file")
+    parser.add_argument("--record", action="store_true", help="write the totals to benchmarks/results/onnx_suite.json")
     options = parser.parse_args()
     cases = [case for case in collect(options.expanded) if options.filter in case.name]
     with tempfile.TemporaryDirectory() as folder:
@@ -139,8 +141,12 @@ def main() -> int:
     if options.json:
         data = {"onnx": onnx.__version__, "results": [dataclasses.asdict(result) for result in results]}
         options.json.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-    print(f"onnxruntime {onnxruntime.__version__} passes {alone} of the {len(cases)} tests by itself")
     counts = collections.Counter(result.outcome for result in results)
+    if options.record:
+        totals = {outcome: counts[outcome] for outcome in ("right", "refused", "wrong")}
+        document = results_file.environment("onnx", "onnxruntime")
+        results_file.write("onnx_suite", document | totals | {"tests": len(cases), "onnxruntime_alone": alone}, True)
+    print(f"onnxruntime {onnxruntime.__version__} passes {alone} of the {len(cases)} tests by itself")
     print(f"{counts['right']} fused and right, {counts['refused']} refused, {counts['wrong']} wrong")
     return 1 if counts["wrong"] or not results else 0
 

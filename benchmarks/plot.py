@@ -16,7 +16,14 @@ import re
 import matplotlib.pyplot as plt
 
 RESULTS = pathlib.Path(__file__).with_name("results")
-COLOURS = {"ours": "#c0392b", "prefill_sm80": "#e59866", "FA2": "#2e86c1", "cuDNN": "#28b463", "FA4": "#7d3c98"}
+COLOURS = {
+    "ours": "#c0392b",
+    "prefill_sm80": "#e59866",
+    "FA2": "#2e86c1",
+    "cuDNN": "#28b463",
+    "FA3": "#d68910",
+    "FA4": "#7d3c98",
+}
 
 
 def series(rows: list[dict], head_dim: int, is_causal: bool) -> dict[str, list[tuple[int, float]]]:

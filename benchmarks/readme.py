@@ -14,22 +14,34 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
+EXPORTS_BEGIN, EXPORTS_END = "<!-- exports: written by benchmarks/readme.py -->\n", "<!-- end of exports -->\n"
 ZOO_BEGIN, ZOO_END = "<!-- zoo: written by benchmarks/readme.py -->\n", "<!-- end of zoo -->\n"
-OURS = ("ours", "prefill_sm80", "prefill_sm90")
+OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv")
 GROUPS = {
-    "no mask": lambda row: "s1x" not in row and not any(word in row for word in ("causal", "bias", "lengths", "mask")),
+    "no mask": lambda row: not any(word in row for word in ("s1x", "d512", "causal", "bias", "lengths", "mask")),
     "causal": lambda row: row.endswith("causal"),
     "causal window of 1024": lambda row: "window" in row,
     "additive bias": lambda row: "bias" in row,
     "padding as lengths": lambda row: row.endswith("lengths"),
     "padding as a bool mask": lambda row: row.endswith(" mask"),
+    "head_dim 512": lambda row: "d512" in row,
     "decoding, one query row": lambda row: "s1x" in row,
+}
+BERT_FILES = {
+    "ours": "faexport",
+    "onnxruntime": "onnxruntime's optimizer",
+    "onnxruntime eager": "the same on an eager export",
+    "unfused": "unfused",
 }
 
 
 def gpu_table(data: dict) -> str:
     """Per kind of problem: our speed relative to the fastest peer on each row; over 1 is faster."""
-    rows = [row for row in data["rows"] if not row["in_ort"] and row.get("ours_over_best_peer")]
+    rows = [
+        row
+        for row in data["rows"]
+        if not row["in_ort"] and row["dtype"] != "float32" and row.get("ours_over_best_peer")
+    ]
     peers = {name for row in rows for name in row["contestants"]} - set(OURS)
     lines = [
         f"{data['gpu']}, bfloat16: speed relative to the fastest of "
@@ -66,7 +78,7 @@ def ort_table(data: dict) -> str:
     for row in data["rows"]:
         shape, _, kind = row["row"].partition(" s2048 ")
         head_dim, _, kind = kind.partition(" ")
-        if not row["in_ort"] or shape != "b4 h16" or kind not in kinds:
+        if not row["in_ort"] or row["dtype"] == "float32" or shape != "b4 h16" or kind not in kinds:
             continue
         found = [row["contestants"].get(name) for name in names]
         cells = [f"{one['median_ms']:.2f}" if one else "–" for one in found]
@@ -74,20 +86,48 @@ def ort_table(data: dict) -> str:
     return "\n".join(lines)
 
 
-def bert_table(data: dict) -> str:
-    """A whole model by its three files."""
+def float32_table(data: dict) -> str:
+    """Times of float32 inside onnxruntime's CUDA provider."""
+    rows = [row for row in data["rows"] if row["in_ort"] and row["dtype"] == "float32"]
+    if not rows:
+        return ""
+    names = (
+        *("ours tf32", "unfused TF32", "MultiHeadAttention TF32", "Attention TF32"),
+        *("ours tf32x3", "unfused float32", "MultiHeadAttention float32", "Attention float32"),
+    )
     lines = [
-        f"BERT-base (12 layers, float16, padding mask) in onnxruntime {data['versions']['onnxruntime-gpu']}, "
+        f"The same in float32, with products in TF32 (onnxruntime's default, relative error about "
+        f"{_largest_error(rows, 'ours tf32'):.0e}) and in float32 (ours: three products in TF32, "
+        f"{_largest_error(rows, 'ours tf32x3'):.0e}), milliseconds:",
+        "",
+        f"| | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for row in rows:
+        found = [row["contestants"].get(name) for name in names]
+        cells = [f"{one['median_ms']:.3f}" if one else "–" for one in found]
+        lines.append(f"| {row['row'].removesuffix(' float32')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _largest_error(rows: list[dict], name: str) -> float:
+    return max((row["contestants"][name]["error"] for row in rows if name in row["contestants"]), default=math.nan)
+
+
+def bert_table(data: dict) -> str:
+    """A whole model by its files."""
+    names = [name for name in BERT_FILES if name in data["rows"][0]["contestants"]]
+    lines = [
+        f"BERT-base (12 layers, padding mask) in onnxruntime {data['versions']['onnxruntime-gpu']}, "
         f"{data['gpu']}, milliseconds:",
         "",
-        "| batch × length | faexport | onnxruntime's optimizer | unfused |",
-        "|---|---|---|---|",
+        f"| batch × length | {' | '.join(BERT_FILES[name] for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
     ]
     for row in data["rows"]:
-        times = {name: one["median_ms"] for name, one in row["contestants"].items()}
-        cells = " | ".join(f"{times[name]:.2f}" for name in ("ours", "onnxruntime", "unfused"))
+        cells = " | ".join(f"{row['contestants'][name]['median_ms']:.2f}" for name in names)
         batch_size, seqlen = (word[1:] for word in row["row"].split()[1:])
-        lines.append(f"| {batch_size} × {seqlen} | {cells} |")
+        lines.append(f"| {batch_size} × {seqlen}, {row.get('dtype', 'float16')} | {cells} |")
     return "\n".join(lines)
 
 
@@ -114,13 +154,14 @@ def section() -> str:
     tables = (
         ("bert.json", bert_table),
         ("attention.json", ort_table),
+        ("attention.json", float32_table),
         ("attention.json", gpu_table),
         ("cpu.json", cpu_table),
     )
     for name, table in tables:
         if (RESULTS / name).exists():
             parts.append(table(json.loads((RESULTS / name).read_text("utf-8"))))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def zoo_section() -> str:
@@ -144,6 +185,34 @@ def zoo_section() -> str:
     return "\n".join(lines) + "\n"
 
 
+def suite_sentence() -> str:
+    """The README's sentence on ONNX's node tests."""
+    data = json.loads((RESULTS / "onnx_suite.json").read_text("utf-8"))
+    return (
+        f"**ONNX's own node tests** of `Attention` (onnx {data['versions']['onnx']}, `make onnx-suite`): "
+        f"{data['right']} fused and right, {data['refused']} refused because the test asks for\nthe scores too (`qk_matmul_output`), "
+        f"{data['wrong']} wrong. onnxruntime {data['versions']['onnxruntime']} by itself passes "
+        f"{data['onnxruntime_alone']} of these {data['tests']}.\n"
+    )
+
+
+def exports_section() -> str:
+    """The README's numbers of what is fused."""
+    data = json.loads((RESULTS / "zoo.json").read_text("utf-8"))
+    total, share = data["summary"], data["summary"]["fused"] / data["summary"]["blocks"]
+    peers = {name: counts["fused"] for name, counts in total["peers"].items()}
+    return suite_sentence() + (
+        f"\n**Real exports** (`make zoo ZOO=folder`): small models of transformers' architectures and PyTorch modules, "
+        "exported by both of PyTorch's\nexporters and by transformers' own, eager and SDPA, opset 14 to 24, with and "
+        "without a KV cache, some in float16, decoys among them.\n"
+        f"Of {total['blocks']:,} attention blocks {total['fused']:,} are fused ({100 * share:.1f} %), {total['wrong']} "
+        f"wrong; {total['not_run']} of the {total['models']} models do not run in\nonnxruntime before any change and "
+        "could not be compared. Every export is run at other batch sizes and lengths than it was made with.\n"
+        f"onnxscript's `ort_fusions` fuses {peers['onnxscript']} of these blocks, onnxruntime's transformers optimizer "
+        f"{peers['onnxruntime']}; by kind of export:\n[docs/faexport.md](docs/faexport.md#how-much-is-fused).\n"
+    )
+
+
 def replaced(text: str, begin: str, end: str, section: str) -> str:
     """The page with another section between its two marks."""
     head, rest = text.split(begin)
@@ -151,8 +220,8 @@ def replaced(text: str, begin: str, end: str, section: str) -> str:
 
 
 def updated(text: str) -> str:
-    """The README with the tables of today's results."""
-    return replaced(text, BEGIN, END, section())
+    """The README with the numbers of today's results."""
+    return replaced(replaced(text, EXPORTS_BEGIN, EXPORTS_END, exports_section()), BEGIN, END, section())
 
 
 def updated_zoo(text: str) -> str:

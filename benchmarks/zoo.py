@@ -322,7 +322,7 @@ def record(results: list[dict], options: Options, seconds: float) -> pathlib.Pat
         "refused": dict(refused.most_common()),
         "not_run": {r["name"]: r["ours"]["detail"] for r in results if r["ours"]["outcome"] == "not run"},
     }
-    return write("zoo", document)
+    return write("zoo", document, record=True)
 
 
 def main() -> int:
