@@ -8,6 +8,7 @@ error has a limit of its own.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -25,17 +26,31 @@ RELATIVE = {
 }  # ||out - ref|| / ||ref||, where the unfused error is smaller
 
 
-def check(actual: Mapping[str, np.ndarray], problem: Problem) -> None:
+@dataclasses.dataclass(frozen=True)
+class Expectation:
+    """What a problem's outputs are compared with, by output name."""
+
+    exact: dict[str, np.ndarray]  # float64
+    unfused: dict[str, np.ndarray]  # each result rounded to the query's dtype
+    dtype: np.dtype  # of the query
+
+
+def expectation(problem: Problem) -> Expectation:
+    """Computes both references of tests/reference.py: the costly part of a check, worth keeping for several."""
+    exact, unfused = reference.attention(problem), reference.attention(problem, unfused=True)
+    return Expectation(exact, unfused, problem.inputs["query"].dtype)
+
+
+def check(actual: Mapping[str, np.ndarray], expected: Problem | Expectation) -> None:
     """Raises AssertionError with one sentence where an output is wrong.
 
     Args:
         actual: the operator's outputs by the names of docs/operator.md, shapes as the operator gives them.
-        problem: what was computed.
+        expected: what was computed, or its expectation() where that is known already.
     """
-    expected = reference.attention(problem)
-    unfused = reference.attention(problem, unfused=True)
-    dtype = problem.inputs["query"].dtype
-    for name, want in expected.items():
+    if isinstance(expected, Problem):
+        expected = expectation(expected)
+    for name, want in expected.exact.items():
         got = np.asarray(actual[name])
         assert got.shape == want.shape, f"{name} has the shape {got.shape}, expected {want.shape}"
         if name.startswith("present"):
@@ -47,8 +62,8 @@ def check(actual: Mapping[str, np.ndarray], problem: Problem) -> None:
             name,
             got.astype(np.float64),
             want,
-            unfused[name].astype(np.float64),
-            dtype if name == "output" else np.dtype(np.float32),
+            expected.unfused[name].astype(np.float64),
+            expected.dtype if name == "output" else np.dtype(np.float32),
         )
 
 

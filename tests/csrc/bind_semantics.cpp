@@ -42,9 +42,11 @@ void bind_semantics(py::module_& m) {
         return fa::MaskRule{kv_length, query_offset, window_left, window_right};
       }))
       .def("visible", &fa::MaskRule::visible)
+      .def("band", &fa::MaskRule::band)
       .def("key_range", [](const fa::MaskRule& rule, int64_t first, int64_t last) { return pair(rule.key_range(first, last)); })
       .def("full_range",
            [](const fa::MaskRule& rule, int64_t first, int64_t last) { return pair(rule.full_range(first, last)); });
+  py::class_<fa::RowBand>(m, "RowBand").def("first", &fa::RowBand::first).def("end", &fa::RowBand::end);
   m.def("merge",
         [](float max_a, float sum_a, float max_b, float sum_b) { return pair(fa::merge({max_a, sum_a}, {max_b, sum_b})); });
   m.def("add_sink", [](float max, float sum, float sink) { return pair(fa::add_sink({max, sum}, sink)); });

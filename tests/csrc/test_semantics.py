@@ -49,6 +49,20 @@ def test_visible_is_the_documented_rule(fa_csrc, rule, i, j):
     assert fa_csrc.MaskRule(*rule).visible(i, j) == expected
 
 
+# Offsets and windows up to where a kernel's 32-bit positions end, and far beyond: what is clamped must still hide the same.
+far = st.one_of(st.integers(-30, 30), st.integers(-(1 << 29), 1 << 29), st.integers(-(1 << 40), 1 << 40))
+far_window = st.one_of(window, st.integers(0, 1 << 29), st.just(1 << 62))
+
+
+@FIXTURE
+@given(kv_length=small, offset=far, left=far_window, right=far_window, i=st.one_of(small, st.integers(0, 1 << 29)))
+def test_a_band_is_the_rule_in_32_bits(fa_csrc, kv_length, offset, left, right, i):
+    mask = fa_csrc.MaskRule(kv_length, offset, left, right)
+    band = mask.band()
+    begin, end = band.first(i, 0), band.end(i, kv_length)
+    assert {j for j in range(-2, kv_length + 2) if mask.visible(i, j)} == set(range(begin, end))
+
+
 def state(scores: list[float]) -> tuple[float, float]:
     """(max, sum of exp(score - max)), as float32."""
     if not scores:
