@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.spec import ROW_BLOCK, AttentionSpec, EmptyRows, Layout, Refusal
-from faexport.understand.mask_emit import Emitter
-from faexport.understand.surgery import Builder
+from faexport.surgery import Builder
+from faexport.understand.mask.emit import Emitter
 
 _FLOAT = ir.DataType.FLOAT
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from faexport.fallback_body import Form, function
 from faexport.spec import DOMAIN, OP_TYPE, Layout
-from faexport.understand.shapes import Analysis
+from faexport.understand.shapes.analysis import Analysis
 
 MINIMUM_OPSET = 13
 OVERLOADS_IR_VERSION = 10

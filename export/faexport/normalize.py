@@ -13,8 +13,8 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common
 
+from faexport.nodes import own_functions
 from faexport.spec import DOMAIN
-from faexport.understand.nodes import own_functions
 
 
 def convert_opset(model: ir.Model, opset: int) -> ir.Model:

@@ -7,33 +7,20 @@ empty rows -> precision -> rewrite, which also removes what nothing needs any mo
 
 from __future__ import annotations
 
-import dataclasses
-
 import onnx_ir as ir
 
 from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
 from faexport.match import Context, find_sites
+from faexport.nodes import graphs_of
 from faexport.normalize import convert_opset, inline_functions
+from faexport.options import Options
 from faexport.precision import in_precision
 from faexport.report import Report, count_nodes
 from faexport.rewrite import Names, add_opset, is_current, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
-from faexport.understand.mask import graph_masks
-from faexport.understand.nodes import graphs_of
-from faexport.understand.shapes import Analysis
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a user may choose. The command line's options of the same names set them."""
-
-    assume_right_padding: bool = False  # a padding mask from an input masks a tail: it becomes lengths
-    fallback: bool = True  # carry the operator as a function of standard ops, so that the file runs without our library
-    dtype: ir.DataType | None = None  # run the attention core in this type; None keeps the model's
-    opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
-    sources: tuple[str, ...] = ()  # matchers to use; empty: all
-    assume_full_rows: bool = False  # each query attends a key, or what it yields is never used
+from faexport.understand.mask.proof import graph_masks
+from faexport.understand.shapes.analysis import Analysis
 
 
 def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report]:

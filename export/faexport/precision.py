@@ -9,7 +9,7 @@ import dataclasses
 import onnx_ir as ir
 
 from faexport.spec import AttentionSpec, Fact
-from faexport.understand.surgery import Builder
+from faexport.surgery import Builder
 
 
 def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | None, opset: int) -> AttentionSpec:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from faexport.nodes import name_of, subgraphs
 from faexport.spec import DOMAIN, OP_TYPE, VERSION, Alignment, AttentionSpec, Candidate, EmptyRow, Layout, Operand
-from faexport.understand.nodes import name_of, subgraphs
 
 
 class Names:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from faexport import ort_session, pipeline
 from faexport.spec import AttentionSpec, Refusal
-from faexport.understand import mask_empty_rows
+from faexport.understand.mask import empty_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -320,12 +320,12 @@ def test_what_is_not_two_masks(recipe: Recipe) -> None:
 
 def test_a_wrong_proof_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check runs the new nodes, too: other keys than those of the model do not pass."""
-    original = mask_empty_rows.two_masks
+    original = empty_rows.two_masks
 
     def other_keys(site, cases):
         found = original(site, cases)
         return found and dataclasses.replace(found, up_to_window=not found.up_to_window)
 
-    monkeypatch.setattr("faexport.understand.mask_builder.two_masks", other_keys)
+    monkeypatch.setattr("faexport.understand.mask.builder.two_masks", other_keys)
     found = pipeline.examine(ir.from_proto(grammar.build(LOCAL)))[0].outcome
     assert isinstance(found, Refusal) and "please report" in found.reason

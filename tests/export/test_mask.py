@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from faexport import pipeline
 from faexport.spec import Alignment, AttentionSpec, EmptyRow, Mask, Refusal
-from faexport.understand import index_logic as il
+from faexport.understand.index import logic as il
 
 from tests.export import mask_grammar as grammar
 from tests.export.mask_grammar import MINIMUM, Recipe
@@ -115,7 +115,7 @@ def test_with_full_rows_only_what_is_visible_counts(cache: bool) -> None:
 
 
 def test_full_rows_may_not_hide_a_wrong_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    from faexport.understand import mask_builder as module
+    from faexport.understand.mask import builder as module
 
     monkeypatch.setattr(module, "visible", lambda cases: il.TRUE)
     found = outcome(grammar.build(Recipe(("j <= i", "unsqueeze"), apart=True)), assume_full_rows=True)
@@ -228,7 +228,7 @@ def test_sites_of_one_graph_share_nodes() -> None:
 
 def test_a_wrong_proof_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check runs the model's own nodes: a proof that is off by one does not pass."""
-    from faexport.understand import mask_builder as module
+    from faexport.understand.mask import builder as module
 
     def off_by_one(site, cond):
         found, rest = module_split(site, cond)

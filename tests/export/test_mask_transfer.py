@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from faexport.understand import index_algebra as ia
-from faexport.understand import mask  # noqa: F401  (registers the transfer functions)
-from faexport.understand.index_algebra import Expr
-from faexport.understand.index_tensor import Interpreter
+from faexport.understand.index import algebra as ia
+from faexport.understand.index.algebra import Expr
+from faexport.understand.index.interpreter import Interpreter
+from faexport.understand.mask import proof  # noqa: F401  (registers the transfer functions)
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 

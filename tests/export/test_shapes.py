@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import onnx.parser
 import onnx_ir as ir
-from faexport.understand.shapes import Analysis
+from faexport.understand.shapes.analysis import Analysis
 
 BEHIND_A_TABLE = """<ir_version: 8, opset_import: ["" : 17, "other" : 1]>
 main (float[b, s, 8] x, float[128, 8] table) => (float[b, s, 8] y) {

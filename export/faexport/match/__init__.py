@@ -13,16 +13,13 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from faexport.nodes import name_of, op
+from faexport.options import Options
 from faexport.spec import Candidate, Refusal
-from faexport.understand.nodes import name_of, op
-
-if TYPE_CHECKING:
-    from faexport.pipeline import Options
-    from faexport.understand.shapes import Analysis
+from faexport.understand.shapes.analysis import Analysis
 
 
 @dataclasses.dataclass(frozen=True)

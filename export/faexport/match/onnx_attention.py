@@ -7,13 +7,13 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport.match import Context, matcher
+from faexport.match.masks import understand
+from faexport.nodes import attribute, live_users, name_of, operand
 from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Mask, MaskTerm, Refusal, ScoreShape, TermKind
-from faexport.understand.declared import Declared, read_all, sizes_of
-from faexport.understand.dims import Dim, plain
-from faexport.understand.masking import understand
-from faexport.understand.nodes import attribute, live_users, name_of, operand
-from faexport.understand.outputs import Output, declared_output
-from faexport.understand.structure import TYPES
+from faexport.understand.core.outputs import Output, declared_output
+from faexport.understand.core.structure import TYPES
+from faexport.understand.layout.declared import Declared, read_all, sizes_of
+from faexport.understand.shapes.dims import Dim, plain
 
 SOURCE = "onnx_attention"
 

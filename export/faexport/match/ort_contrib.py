@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from faexport.match import Context, matcher
 from faexport.match.onnx_attention import used_output
+from faexport.nodes import attribute, name_of, operand
 from faexport.spec import Alignment, AttentionSpec, Candidate, Fact, Layout, Mask, Operand, Refusal
-from faexport.understand.declared import Declared, read_all, sizes_of
-from faexport.understand.dims import Dim, plain
-from faexport.understand.nodes import attribute, name_of, operand
-from faexport.understand.structure import TYPES
-from faexport.understand.surgery import Builder
+from faexport.surgery import Builder
+from faexport.understand.core.structure import TYPES
+from faexport.understand.layout.declared import Declared, read_all, sizes_of
+from faexport.understand.shapes.dims import Dim, plain
 
 SOURCE = "ort_contrib"
 

@@ -13,9 +13,9 @@ import onnx_ir as ir
 from faexport.match import Context, matcher
 from faexport.match.onnx_attention import used_output
 from faexport.match.ort_contrib import Contrib, Unfit
+from faexport.nodes import attribute, name_of, operand
 from faexport.spec import Alignment, AttentionSpec, Candidate, Fact, Layout, Mask, Operand, Refusal
-from faexport.understand.dims import plain
-from faexport.understand.nodes import attribute, name_of, operand
+from faexport.understand.shapes.dims import plain
 
 SOURCE = "ort_contrib"
 UNFIT_INPUTS = {

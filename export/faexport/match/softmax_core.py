@@ -12,17 +12,17 @@ import dataclasses
 import onnx_ir as ir
 
 from faexport.match import Context, matcher
+from faexport.match.masks import understand
+from faexport.nodes import data_users, name_of, op
 from faexport.spec import AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape
-from faexport.understand.dims import Dim, plain
-from faexport.understand.masking import understand
-from faexport.understand.nodes import data_users, name_of, op
-from faexport.understand.score_chain import Blocked, Scores, find_scores, letters, read_scores
-from faexport.understand.shape_uses import rebuild
-from faexport.understand.sinks import sinks_of
-from faexport.understand.softmax import Softmax, softmax_of
-from faexport.understand.structure import Structure, new_producers, structure_of
-from faexport.understand.value_chain import Values, feeds_product, find_values
-from faexport.understand.views import View, merged
+from faexport.understand.core.score_chain import Blocked, Scores, find_scores, letters, read_scores
+from faexport.understand.core.sinks import sinks_of
+from faexport.understand.core.softmax import Softmax, softmax_of
+from faexport.understand.core.structure import Structure, new_producers, structure_of
+from faexport.understand.core.value_chain import Values, feeds_product, find_values
+from faexport.understand.layout.shape_uses import rebuild
+from faexport.understand.layout.views import View, merged
+from faexport.understand.shapes.dims import Dim, plain
 
 SOURCE = "softmax_core"
 

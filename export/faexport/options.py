@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may choose when a model is fused. Set by the command line, read by the passes and matchers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a user may choose. The command line's options of the same names set them."""
+
+    assume_right_padding: bool = False  # a padding mask from an input masks a tail: it becomes lengths
+    fallback: bool = True  # carry the operator as a function of standard ops, so that the file runs without our library
+    dtype: ir.DataType | None = None  # run the attention core in this type; None keeps the model's
+    opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
+    sources: tuple[str, ...] = ()  # matchers to use; empty: all
+    assume_full_rows: bool = False  # each query attends a key, or what it yields is never used

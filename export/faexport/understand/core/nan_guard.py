@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard behind a softmax: Where(condition on the weights themselves, number, weights), as for NaN and infinities.
+
+Called by value_chain.py. A softmax yields numbers from 0 to 1, or a row of NaN. So a condition is evaluated for both:
+one that is false of all numbers replaces nothing but NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from faexport.nodes import live_users, op, producer
+from faexport.understand.shapes.analysis import Analysis
+
+COMPARISONS = {"Less": (False, False), "Greater": (True, False), "LessOrEqual": (False, True)}
+COMPARISONS |= {"GreaterOrEqual": (True, True)}  # (is it larger that is asked for, or equal)
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """Of a condition on the weights: for every number from 0 to 1 (None: it depends), and for NaN."""
+
+    numbers: bool | None
+    nan: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    where: ir.Node  # the last one
+    nodes: tuple[ir.Node, ...]  # what else belongs to it
+    replaces_nan: bool
+
+
+def nan_guard(weights: ir.Value, a: Analysis) -> Guard | None:
+    """The guards that all uses of `weights` belong to, one behind the other. NaN may become 0; what is put in the place
+    of anything else never gets there."""
+    copies, nodes, current, nan = [weights], {}, weights, False
+    while (found := _next_where(current, copies, a)) is not None:
+        where, tests, replaced = found
+        nodes |= dict.fromkeys((*tests, where))
+        nan, current = nan or replaced, where.outputs[0]
+        copies.append(current)
+    if current is weights:
+        return None
+    inner = [weights, *(value for node in nodes for value in node.outputs if value is not current)]
+    if any(value.is_graph_output() for value in inner[1:]):
+        return None
+    if any(user not in nodes for value in inner for user in live_users(value)):
+        return None
+    last = current.producer()
+    return Guard(last, tuple(node for node in nodes if node is not last), nan)
+
+
+def _next_where(current: ir.Value, copies: list[ir.Value], a: Analysis):
+    """(Where, the nodes of its condition, does it replace NaN) for one that reads `current`, else None."""
+    for node in live_users(current):
+        if op(node) != "Where" or node.inputs[2] is not current or node.inputs[0] is current:
+            continue
+        tests: dict[ir.Node, None] = {}
+        truth = _truth(node.inputs[0], copies, tests, a)
+        if truth is not None and truth.numbers is False and (not truth.nan or a.scalar(node.inputs[1]) == 0):
+            return node, tuple(tests), truth.nan
+    return None
+
+
+def _truth(value: ir.Value, weights: list[ir.Value], tests: dict[ir.Node, None], a: Analysis) -> Truth | None:
+    """What `value` says of the weights; None where it depends on anything else. Notes the nodes on the way."""
+    node = producer(value)
+    if node is None or len(tests) > 16:
+        return None
+    tests[node] = None
+    name = op(node)
+    if name in ("IsNaN", "IsInf"):
+        return Truth(False, name == "IsNaN") if _is_copy(node.inputs[0], weights, tests) else None
+    if name == "Equal" and node.inputs[0] is node.inputs[1] and node.inputs[0] in weights:
+        return Truth(True, False)
+    if name in COMPARISONS:
+        bound = a.scalar(node.inputs[1])
+        known = bound is not None and _is_copy(node.inputs[0], weights, tests)
+        return Truth(_compared(name, bound), False) if known else None
+    if name not in ("Cast", "Identity", "Not", "And", "Or"):
+        return None
+    parts = [_truth(x, weights, tests, a) for x in node.inputs]
+    return None if None in parts else _combined(name, parts)
+
+
+def _combined(name: str, parts: list[Truth]) -> Truth:
+    numbers, nan = [p.numbers for p in parts], [p.nan for p in parts]
+    if name == "Not":
+        return Truth(None if numbers[0] is None else not numbers[0], not nan[0])
+    decides = name == "Or"  # one such part is enough
+    both = decides if decides in numbers else None if None in numbers else not decides
+    return Truth(both, any(nan) if decides else all(nan))
+
+
+def _compared(name: str, bound: float) -> bool | None:
+    larger, equal = COMPARISONS[name]
+    if bound < 0 or (bound == 0 and larger == equal):
+        return larger
+    if bound > 1 or (bound == 1 and larger != equal):
+        return not larger
+    return None
+
+
+def _is_copy(value: ir.Value, weights: list[ir.Value], tests: dict[ir.Node, None]) -> bool:
+    """Is it the weights, perhaps in another float type?"""
+    while value not in weights and op(producer(value)) in ("Cast", "Identity"):
+        node = producer(value)
+        tests[node] = None
+        value = node.inputs[0]
+    return value in weights

@@ -1,0 +1,433 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a softmax up to the product of queries and keys: scale, softcap, masks and biases, casts, sinks, changes of
+shape.
+
+`find_scores` searches the path (Adds and Wheres fork it); `read_scores` then replays it from the product on, with
+labelled axes. Called by match/softmax_core.py. The graph is not changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.nodes import FLOATS, attribute, name_of, op, operand, producer
+from faexport.spec import MaskTerm, Refusal, TermKind
+from faexport.understand.core.softmax import Softmax, subtracts_own_maximum
+from faexport.understand.core.split_bias import SplitBias
+from faexport.understand.layout import view_ops
+from faexport.understand.layout.products import PRODUCT_OPS, Product, product_of
+from faexport.understand.layout.shape_uses import ShapeUse, uses_of
+from faexport.understand.layout.views import View, merged
+from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim, plain
+from faexport.understand.shapes.rules import resolve_axis
+
+MAX_PATH = 40  # nodes between product and softmax
+RESHAPES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One node on the way, what it does to the scores, and which input the scores come in by."""
+
+    node: ir.Node
+    kind: str  # pass, scale, rows, tanh, add, sub, where, clamp, gate, max, sink, view
+    index: int = 0
+    factor: float = 1.0  # scale: what it multiplies by
+    also: tuple[ir.Node, ...] = ()  # nodes beside the path that belong to it
+
+
+@dataclasses.dataclass
+class Path:
+    product: Product
+    steps: list[Step]  # from the product to the softmax
+
+
+@dataclasses.dataclass
+class Blocked:
+    """The search ended at a node that attention doesn't have. `inside`: it stood behind at least one step of
+    attention."""
+
+    node: ir.Node | None
+    why: str
+
+
+def find_scores(softmax: Softmax, a: Analysis) -> Path | Blocked:
+    """The path from a product of two computed tensors to the softmax."""
+    return _search(softmax.scores, softmax.axis, a, 0, set())
+
+
+def _search(value: ir.Value, axis: int, a: Analysis, depth: int, dead: set[ir.Value]) -> Path | Blocked:
+    node = producer(value)
+    if node is None or depth > MAX_PATH or value in dead:
+        return Blocked(node, "its input is no product of queries and keys")
+    if op(node) in PRODUCT_OPS:
+        product = product_of(node, a)
+        if product is None:
+            return Blocked(node, "the shapes of the score product are not known")
+        if a.is_static(product.left.value) or a.is_static(product.right.value):
+            return Blocked(node, "its input is a projection by weights, not a product of queries and keys")
+        return Path(product, [])
+    blocked = Blocked(node, f"the scores pass through {op(node)}, which attention doesn't have")
+    if op(node) in ("QuantizeLinear", "DequantizeLinear"):
+        blocked = Blocked(node, f"the scores are quantized inside the block ({op(node)})")
+    for step in _steps(node, axis, a):
+        found = _search(node.inputs[step.index], axis, a, depth + 1, dead)
+        if isinstance(found, Path):
+            found.steps.append(step)
+            return found
+        blocked = found
+    dead.add(value)
+    return blocked
+
+
+def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
+    """What `node` may do to scores that come in by one of its inputs."""
+    name = op(node)
+    if name == "Identity" or (name == "Dropout" and not view_ops.is_training(node, a)):
+        return [Step(node, "pass")]
+    if name == "Cast":
+        return [Step(node, "pass")] if ir.DataType(attribute(node, "to")) in FLOATS else []
+    if name in RESHAPES:
+        return [Step(node, "view")]
+    if name == "Tanh":
+        return [Step(node, "tanh")]
+    if name == "Add":
+        return [Step(node, "add", i) for i in _by_promise(node, a)]
+    if name == "Sub":
+        maximum = subtracts_own_maximum(node, axis, a)
+        return [Step(node, "max", 0, also=maximum.nodes)] if maximum else [Step(node, "sub", 0)]
+    if name in ("Mul", "Div"):
+        return _scale_steps(node, a)
+    if name == "Where":
+        return [Step(node, "where", i) for i in (2, 1) if a.scalar(node.inputs[i]) is None]
+    if name in ("Max", "Clip"):
+        return _clamp_steps(node, a)
+    if (
+        name == "Concat"
+        and len(node.inputs) == 2
+        and resolve_axis(attribute(node, "axis"), a.rank(node.outputs[0]) or 0) == axis
+    ):
+        return [Step(node, "sink", 0), Step(node, "sink", 1)]
+    return []
+
+
+def _by_promise(node: ir.Node, a: Analysis) -> list[int]:
+    """The inputs of an Add, those first that look less like a bias."""
+    order = [i for i in (0, 1) if not a.is_static(node.inputs[i])]
+    return sorted(order, key=lambda i: op(producer(node.inputs[i])) not in (*PRODUCT_OPS, "Mul", "Div"))
+
+
+def _scale_steps(node: ir.Node, a: Analysis) -> list[Step]:
+    for index in (0, 1) if op(node) == "Mul" else (0,):
+        factor = a.scalar(node.inputs[1 - index])
+        if factor is not None and factor != 0 and math.isfinite(factor):
+            return [Step(node, "scale", index, factor if op(node) == "Mul" else 1.0 / factor)]
+    if op(node) != "Mul":
+        return []
+    found = [i for i in (0, 1) if _is_weight(node.inputs[1 - i], a) and not a.is_static(node.inputs[i])]
+    return [Step(node, "rows" if _is_one_a_row(node.inputs[1 - i], a) else "gate", i) for i in found]
+
+
+def _is_one_a_row(value: ir.Value, a: Analysis) -> bool:
+    """Is the factor the same for all keys, as a learnt temperature of each head is?"""
+    shape = a.shape(value)
+    return bool(shape) and shape[-1] == 1
+
+
+def _is_weight(value: ir.Value, a: Analysis) -> bool:
+    """A constant, or a part of one cut out at run time."""
+    while not a.is_static(value) and op(producer(value)) in ("Slice", "Gather", "Unsqueeze", "Cast", "Identity"):
+        value = producer(value).inputs[0]
+    return a.is_static(value)
+
+
+def _clamp_steps(node: ir.Node, a: Analysis) -> list[Step]:
+    """max(scores, a hugely negative number), which only takes -inf away."""
+    if op(node) == "Max" and len(node.inputs) == 2:
+        candidates = [(0, 1), (1, 0)]
+    elif op(node) == "Clip" and operand(node, 1) is not None and operand(node, 2) is None:
+        candidates = [(0, 1)]
+    else:
+        return []
+    for index, bound in candidates:
+        low = a.scalar(node.inputs[bound])
+        if low is not None and low <= -65504.0:
+            return [Step(node, "clamp", index)]
+    return []
+
+
+@dataclasses.dataclass
+class Scores:
+    """What `read_scores` learnt: softmax(softcap(scale * product) with terms) over the columns of `product`."""
+
+    product: Product  # left rows are queries, right columns are keys
+    view: View  # of the softmax's input over the axes of the product's result; the sink column is left out
+    scale: float
+    softcap: float
+    terms: list[MaskTerm]
+    sink: ir.Value | None
+    sink_axes: tuple[str, ...]  # letters of the axes that the sink column was concatenated along
+    sink_first: bool  # is the column in front of the scores, not behind?
+    nodes: list[ir.Node]
+    shape_uses: list[ShapeUse]  # Shape nodes that read the scores
+    row_weights: list[
+        ir.Value
+    ]  # weights, broadcastable to the rows of the scores, that the query is to be multiplied by
+    splits: list[Dim]  # sizes of axis 1 of 4-D forms met on the way: the number of heads where the product is 3-D
+
+
+class _Reader:
+    """Replays a Path forward."""
+
+    def __init__(self, path: Path, softmax: Softmax, a: Analysis):
+        self.a, self.path, self.softmax = a, path, softmax
+        self.factors = _later_factors(path.steps)
+        shape = a.shape(path.product.node.outputs[0])
+        self.shape = shape
+        self.view = View.whole(shape)
+        self.names = letters(path.product)
+        self.terms: list[MaskTerm] = []
+        self.nodes: list[ir.Node] = [path.product.node]
+        self.splits: list[Dim] = []
+        self.sink: ir.Value | None = None
+        self.sink_axes: tuple[str, ...] = ()
+        self.sink_first = False
+        self.scale, self.softcap = path.product.scale, 0.0
+        self.row_weights: list[ir.Value] = []
+        self.split: SplitBias | None = None  # biases added while rows or columns are split
+        self.shape_uses = uses_of(path.product.node.outputs[0], shape)
+
+    def run(self) -> Refusal | None:
+        for step, factor in zip(self.path.steps, self.factors, strict=True):
+            self.nodes += [step.node, *step.also]
+            refusal = self._take(step, factor)
+            if refusal is not None:
+                return refusal
+            if self.sink is None:
+                self.shape_uses += uses_of(step.node.outputs[0], self.view.shape)
+        return self._not_understood(self.path.steps[-1].node) if self.split else None
+
+    @staticmethod
+    def _not_understood(node: ir.Node) -> Refusal:
+        return Refusal("a mask or bias meets the scores in a shape that is not understood", name_of(node))
+
+    def _take(self, step: Step, factor: float) -> Refusal | None:
+        node = step.node
+        if self.split and step.kind not in ("view", "add", "pass"):
+            return self._not_understood(node)
+        if step.kind == "view":
+            return self._take_view(node)
+        if step.kind == "scale":
+            if not self.softcap:
+                self.scale *= step.factor
+        elif step.kind == "rows":
+            return self._take_rows(step)
+        elif step.kind == "tanh":
+            return self._take_tanh(step, factor)
+        elif step.kind == "sink":
+            self.sink, self.sink_axes = node.inputs[1 - step.index], self._axes() or ()
+            self.sink_first = step.index == 1
+            if self.path.steps[-1] is not step and any(s.kind not in ("pass", "max") for s in self._after(step)):
+                return Refusal("the scores are changed after the attention sink was put beside them", name_of(node))
+        elif step.kind not in ("pass", "max"):
+            return self._take_term(step, factor)
+        else:
+            self.a.learn(node.outputs[0], self.view.shape)
+        return None
+
+    def _take_view(self, node: ir.Node) -> Refusal | None:
+        view = view_ops.apply(node.outputs[0], self.view, self.a)
+        if view is None:
+            return Refusal("the scores change their shape in a way that is not understood", name_of(node))
+        before, self.view = self.view, view
+        if len(view.axes) == 4:
+            self.splits.append(view.shape[1])
+        if self.split:
+            if not self.split.follow(node, before.shape, view.shape):
+                return self._not_understood(node)
+            axes = self._axes()
+            if axes is not None:
+                dims = tuple(plain(d) for d in view.shape)
+                self.terms.append(
+                    MaskTerm(TermKind.ADD, self.split.value, node, "".join(axes), dims, factor=self.split.factor)
+                )
+                self.split = None
+        return None
+
+    def _after(self, step: Step) -> list[Step]:
+        return self.path.steps[self.path.steps.index(step) + 1 :]
+
+    def _take_rows(self, step: Step) -> Refusal | None:
+        """A weight that is multiplied to whole rows may as well be multiplied to the query."""
+        weight = step.node.inputs[1 - step.index]
+        labels = self.path.product.labels
+        same_axes = self.view == View.whole(self.shape) and labels[-2:] == ("row", "column")
+        same_axes = same_axes and self.path.product.left.labels == (*labels[:-1], "sum")
+        if self.terms or self.softcap or not same_axes:
+            return Refusal(
+                "the scores are multiplied by a weight after something else was done to them", name_of(step.node)
+            )
+        self.row_weights.append(weight)
+        return None
+
+    def _take_tanh(self, step: Step, factor: float) -> Refusal | None:
+        if self.terms or self.softcap:
+            return Refusal("a mask or bias is added before the softcap (Tanh)", name_of(step.node))
+        if factor <= 0:
+            return Refusal("the softcap (Tanh) is not multiplied back", name_of(step.node))
+        self.softcap = factor
+        self.scale *= factor
+        return None
+
+    def _take_term(self, step: Step, factor: float) -> Refusal | None:
+        axes = self._axes()
+        node = step.node
+        if axes is None:
+            return self._take_split(step, factor)
+        dims = tuple(plain(d) for d in self.view.shape)
+        common = {"node": node, "axes": "".join(axes), "dims": dims}
+        if step.kind in ("add", "sub"):
+            value = node.inputs[1 - step.index]
+            if self._is_zero(value):
+                return None
+            sign = -1.0 if step.kind == "sub" else 1.0
+            term = MaskTerm(TermKind.ADD, value, factor=sign * factor, **common)
+        elif step.kind == "where":
+            fill = node.inputs[3 - step.index]
+            term = MaskTerm(
+                TermKind.WHERE, node.inputs[0], keep_when=step.index == 1, fill=fill, factor=factor, **common
+            )
+        elif step.kind == "clamp":
+            if factor <= 0:
+                return Refusal("the scores are negated after they were clamped", name_of(node))
+            term = MaskTerm(TermKind.CLAMP, node.inputs[1 - step.index], factor=factor, **common)
+        else:
+            term = MaskTerm(TermKind.GATE, node.inputs[1 - step.index], factor=factor, **common)
+        if not self._fits(term):
+            return Refusal("a mask or bias gives the scores more rows, heads or batch entries", name_of(node))
+        self.terms.append(term)
+        self.a.learn(node.outputs[0], self.view.shape)
+        return None
+
+    def _take_split(self, step: Step, factor: float) -> Refusal | None:
+        """A bias that is added in a shape without names."""
+        value = step.node.inputs[1 - step.index]
+        self.split = self.split or SplitBias(self.a)
+        if step.kind != "add" or not self.split.add(step.node, value, factor, self.view.shape):
+            return self._not_understood(step.node)
+        self.a.learn(step.node.outputs[0], self.view.shape)
+        return None
+
+    def _is_zero(self, value: ir.Value) -> bool:
+        array = self.a.constant(value)
+        if array is not None:
+            return not np.any(array)
+        return is_times_zero(value, self.a)
+
+    def _fits(self, term: MaskTerm) -> bool:
+        """Does the operand leave the shape of the scores as it is?"""
+        for value in (term.value, term.fill):
+            shape = self.a.shape(value) if value is not None else ()
+            if shape is None:
+                continue
+            if len(shape) > len(self.view.axes):
+                return False
+            for size, scores in zip(shape[::-1], self.view.shape[::-1], strict=False):
+                if size != 1 and size.const is not None and scores.const is not None and size != scores:
+                    return False
+        return True
+
+    def _axes(self) -> tuple[str, ...] | None:
+        return label_axes(self.view, self.names, self.shape)
+
+
+def is_times_zero(value: ir.Value, a: Analysis) -> bool:
+    """Is the value 0 times something, as torch.baddbmm(beta=0) leaves it?"""
+    node = producer(value)
+    while op(node) in ("Cast", "Identity", "Expand", "Reshape", "Unsqueeze", "Transpose"):
+        node = producer(node.inputs[0])
+    if op(node) == "ConstantOfShape":
+        fill = attribute(node, "value")
+        return fill is None or not np.any(fill.numpy())
+    return op(node) == "Mul" and any(a.scalar(v) == 0 for v in node.inputs)
+
+
+def _later_factors(steps: list[Step]) -> list[float]:
+    """For each step, the product of the scales that come after it and before the softmax."""
+    factors, factor = [], 1.0
+    for step in reversed(steps):
+        factors.append(factor)
+        if step.kind == "scale":
+            factor *= step.factor
+    return factors[::-1]
+
+
+def letters(product: Product) -> list[str]:
+    """Letters of spec.MaskTerm.axes for the axes of the product's result."""
+    leads = {0: "", 1: "N", 2: "BH", 3: "BKG"}.get(len(product.leads))
+    if leads is None:
+        leads = "".join(chr(ord("a") + i) for i in range(len(product.leads)))
+    names = dict(zip(product.leads, leads, strict=True)) | {"row": "S", "column": "T"}
+    return [names[label] for label in product.labels]
+
+
+def label_axes(view: View, names: list[str], shape) -> tuple[str, ...] | None:
+    """A letter for each axis of `view`, whose source has axes called `names`; None where an axis is a mixture without
+    name.
+
+    An axis that is part of B is called M (outer) or W (inner); part of H, K or G; H inside B is N.
+    """
+    unused = [n for n, d in zip(names, shape, strict=True) if d == 1]
+    result: list[str] = []
+    for axis in map(merged, view.axes):
+        if not axis:
+            result.append(unused.pop(0) if unused else "1")
+            continue
+        parts = [names[x.axis] if x.axis is not None else "?" for x in axis]
+        whole = [x.axis is not None and x.size == shape[x.axis] for x in axis]
+        if len(parts) == 1:
+            result.append(parts[0] if whole[0] else {"N": "n", "B": "b", "H": "h"}.get(parts[0], "?"))
+        else:
+            result.append(
+                "N" if parts == ["B", "H"] and all(whole) else "H" if parts == ["K", "G"] and all(whole) else "?"
+            )
+    return _name_parts(result)
+
+
+def _name_parts(letters: list[str]) -> tuple[str, ...] | None:
+    pairs = {"n": "BH", "b": "MW", "h": "KG"}
+    for part, names in pairs.items():
+        if letters.count(part) == 2:
+            first = letters.index(part)
+            letters[first] = names[0]
+            letters[letters.index(part)] = names[1]
+    return None if any(x in "?nbh" for x in letters) else tuple(letters)
+
+
+def read_scores(path: Path, softmax: Softmax, a: Analysis) -> Scores | Refusal:
+    """Replays the path from the product to the softmax."""
+    if a.shape(path.product.node.outputs[0]) is None:
+        return Refusal("the shape of the scores is not known", name_of(path.product.node))
+    reader = _Reader(path, softmax, a)
+    refusal = reader.run()
+    if refusal is not None:
+        return refusal
+    return Scores(
+        path.product,
+        reader.view,
+        reader.scale,
+        reader.softcap,
+        reader.terms,
+        reader.sink,
+        reader.sink_axes,
+        reader.sink_first,
+        reader.nodes,
+        reader.shape_uses,
+        reader.row_weights,
+        reader.splits,
+    )

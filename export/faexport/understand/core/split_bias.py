@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Biases that are added while the scores' rows and columns are split, as relative positions of an image are: the scores
+as [N, rows_y, rows_x, columns_y, columns_x]. Called by score_chain.py.
+
+Adding and rearranging may be exchanged: the sum of such biases, as large as the scores, goes through the nodes that
+bring the scores back, and is then a bias of their own shape. The graph is not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from faexport.surgery import Builder
+from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim
+from faexport.understand.shapes.rules import broadcast
+
+
+class SplitBias:
+    """The sum of the biases since the scores were split; its nodes aren't in the graph yet."""
+
+    def __init__(self, a: Analysis):
+        self.a, self.factor = a, 1.0
+        self.value: ir.Value | None = None
+        self._count = 0  # of new nodes
+        self._followed = False  # has it gone through a node already?
+
+    def add(self, node: ir.Node, value: ir.Value, factor: float, shape: Sequence[Dim]) -> bool:
+        """Adds factor * value, which `node` adds to scores of this shape; False where that can't be done here."""
+        sizes = self.a.shape(value)
+        if sizes is None or len(sizes) > len(shape) or self._followed or (self.value and factor != self.factor):
+            return False
+        self.factor = factor
+        if self.value is None:
+            self.value = value
+        else:
+            build = Builder(self.a.opset)
+            build.add("Add", [self.value, value], self.a.dtype(value))
+            self._become(build, node, broadcast([sizes, self.a.shape(self.value)]))
+        return True
+
+    def follow(self, node: ir.Node, before: Sequence[Dim], after: Sequence[Dim]) -> bool:
+        """Goes through a node that takes the scores from one shape to another; False where that isn't possible. In the
+        axes in front, which a Reshape leaves alone, the bias may be broadcast; in all others it is as large as the
+        scores."""
+        kept = 0
+        while node.op_type == "Reshape" and kept < min(len(before), len(after)) and before[kept] == after[kept]:
+            kept += 1
+        if not self._expand(node, before, kept):
+            return False
+        own = self.a.shape(self.value)
+        build, dtype = Builder(self.a.opset), self.a.dtype(self.value)
+        if own == tuple(before):
+            attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+            build.add(node.op_type, [self.value, *node.inputs[1:]], dtype, **attributes)
+        else:
+            rest = [-1 if d.const is None else d.const for d in after[kept:]]
+            if rest.count(-1) > 1:
+                return False
+            build.add("Reshape", [self.value, build.ints([*(0,) * kept, *rest])], dtype)
+        self._become(build, node, (*own[:kept], *after[kept:]))
+        return True
+
+    def _expand(self, node: ir.Node, shape: Sequence[Dim], kept: int) -> bool:
+        """Gives the sum the rank of the scores, and their sizes but for the first `kept` axes, where sizes that it
+        lacks are constants."""
+        given = self.a.shape(self.value)
+        own = (Dim.of(1),) * (len(shape) - len(given)) + tuple(given)
+        if any(x not in (1, size) for x, size in zip(own, shape, strict=True)):
+            return False
+        sizes = (*own[:kept], *shape[kept:])
+        missing = [1 if x == size else size.const for x, size in zip(own, sizes, strict=True)]
+        if None in missing:
+            return False
+        if sizes != given:
+            build = Builder(self.a.opset)
+            build.add("Expand", [self.value, build.ints(missing)], self.a.dtype(self.value))
+            self._become(build, node, sizes)
+        self._followed = True
+        return True
+
+    def _become(self, build: Builder, node: ir.Node, shape: Sequence[Dim] | None) -> None:
+        """Takes what was built, called after the node on the scores' way."""
+        for new in build.nodes:
+            new.outputs[0].name = f"{node.outputs[0].name}_faexport_bias_{self._count}"
+            self._count += 1
+        self.value = build.nodes[-1].outputs[0]
+        self.a.define(self.value, None if shape is None else tuple(shape))

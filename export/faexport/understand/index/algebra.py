@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Integer expressions over the indices of a tensor element: what masks are made of.
+
+An expression says what one element of a tensor is, as a function of index variables, symbolic sizes and elements of
+other tensors. Integers are polynomials over atoms, in one normal form, so that equal expressions are the same object.
+Used by logic.py (conditions) and by the transfer functions. Assumed: no 64-bit overflow; sizes are >= 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Iterable, Sequence
+
+_serial = itertools.count()
+_interned: weakref.WeakValueDictionary[tuple, Expr] = weakref.WeakValueDictionary()
+
+
+class Expr:
+    """A node of an interned expression: `is` is equality. `kind` is "int", "bool" or "float"."""
+
+    __slots__ = ("__weakref__", "args", "kind", "op", "serial")
+
+
+def make(op: str, args: tuple, kind: str) -> Expr:
+    """The one Expr with these parts."""
+    key = (op, args, kind)
+    found = _interned.get(key)
+    if found is None:
+        found = object.__new__(Expr)
+        found.op, found.args, found.kind, found.serial = op, args, kind, next(_serial)
+        _interned[key] = found
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- polynomials
+
+Monomial = tuple[Expr, ...]  # atoms in order of serial; () is the constant
+
+
+def _poly(terms: dict[Monomial, int]) -> Expr:
+    items = sorted(((m, c) for m, c in terms.items() if c), key=lambda item: [a.serial for a in item[0]])
+    return make("poly", tuple(items), "int")
+
+
+def const(value: int) -> Expr:
+    return make("poly", (((), int(value)),) if value else (), "int")
+
+
+ZERO, ONE = const(0), const(1)
+
+
+def of_atom(atom: Expr) -> Expr:
+    return make("poly", (((atom,), 1),), "int")
+
+
+def value_of(expr: Expr) -> int | None:
+    """The integer that a constant expression is, else None."""
+    if not expr.args:
+        return 0
+    return expr.args[0][1] if len(expr.args) == 1 and not expr.args[0][0] else None
+
+
+def constant_part(expr: Expr) -> int:
+    return next((c for m, c in expr.args if not m), 0)
+
+
+def add(*exprs: Expr) -> Expr:
+    terms: dict[Monomial, int] = {}
+    for expr in exprs:
+        for m, c in expr.args:
+            terms[m] = terms.get(m, 0) + c
+    return _poly(terms)
+
+
+def scale(expr: Expr, factor: int) -> Expr:
+    return expr if factor == 1 else _poly({m: c * factor for m, c in expr.args})
+
+
+def neg(expr: Expr) -> Expr:
+    return scale(expr, -1)
+
+
+def sub(a: Expr, b: Expr) -> Expr:
+    return add(a, neg(b))
+
+
+def _join(a: Monomial, b: Monomial) -> Monomial:
+    return tuple(sorted(a + b, key=lambda atom: atom.serial))
+
+
+def mul(a: Expr, b: Expr) -> Expr:
+    terms: dict[Monomial, int] = {}
+    for (m1, c1), (m2, c2) in itertools.product(a.args, b.args):
+        m = _join(m1, m2)
+        terms[m] = terms.get(m, 0) + c1 * c2
+    return _poly(terms)
+
+
+def product(exprs: Iterable[Expr]) -> Expr:
+    result = ONE
+    for expr in exprs:
+        result = mul(result, expr)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- atoms
+
+
+def sym(name: str, at_least: int = 0) -> Expr:
+    """A size known by name only, e.g. "sequence"."""
+    return of_atom(make("sym", (name, at_least), "int"))
+
+
+def var(name: str, sizes: Sequence[Expr]) -> Expr:
+    """An index: 0 <= index < each of `sizes`. An axis of size 1 has the index 0."""
+    if any(value_of(s) == 1 for s in sizes):
+        return ZERO
+    return of_atom(make("var", (name, tuple(sizes)), "int"))
+
+
+def only_atom(expr: Expr) -> Expr | None:
+    """The atom of an expression that is just that atom, else None."""
+    if expr.op == "poly" and len(expr.args) == 1 and expr.args[0][1] == 1 and len(expr.args[0][0]) == 1:
+        return expr.args[0][0][0]
+    return None
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    if is_nonnegative(sub(b, a)):
+        return a
+    if is_nonnegative(sub(a, b)):
+        return b
+    return of_atom(make("min", tuple(sorted((a, b), key=lambda e: e.serial)), "int"))
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    if is_nonnegative(sub(b, a)):
+        return b
+    if is_nonnegative(sub(a, b)):
+        return a
+    return of_atom(make("max", tuple(sorted((a, b), key=lambda e: e.serial)), "int"))
+
+
+def absolute(a: Expr) -> Expr:
+    if is_nonnegative(a):
+        return a
+    if is_nonnegative(neg(a)):
+        return neg(a)
+    if a.args[0][1] < 0:
+        a = neg(a)
+    return of_atom(make("abs", (a,), "int"))
+
+
+def _divide_exactly(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """(q, r) with a = q * b + r, by multivariate division on b's leading monomial."""
+    lead, lead_c = max(b.args, key=lambda item: (len(item[0]), [-x.serial for x in item[0]]))
+    quotient, rest = ZERO, a
+    for _ in range(16):
+        for m, c in rest.args:
+            remaining = list(m)
+            if c % lead_c == 0 and all(atom in remaining and (remaining.remove(atom) or True) for atom in lead):
+                step = _poly({tuple(remaining): c // lead_c})
+                trial = sub(rest, mul(step, b))
+                if len(trial.args) <= len(rest.args) - 1 or len(b.args) == 1:
+                    quotient, rest = add(quotient, step), trial
+                    break
+        else:
+            break
+    return quotient, rest
+
+
+def floordiv(a: Expr, b: Expr) -> Expr:
+    """Floor division; b > 0 is assumed (a size or a positive constant)."""
+    if value_of(b) == 1:
+        return a
+    if value_of(b) == 0:
+        return of_atom(make("floordiv", (a, b), "int"))
+    quotient, rest = _divide_exactly(a, b)
+    known = value_of(b)
+    if known is not None:
+        c = constant_part(rest)
+        quotient, rest = add(quotient, const(c // known)), add(rest, const(c % known - c))
+    if is_nonnegative(rest) and is_nonnegative(sub(sub(b, ONE), rest)):
+        return quotient
+    return add(quotient, of_atom(make("floordiv", (rest, b), "int")))
+
+
+def modulo(a: Expr, b: Expr) -> Expr:
+    """a - b * floor(a / b); b > 0 is assumed."""
+    return sub(a, mul(b, floordiv(a, b)))
+
+
+# ---------------------------------------------------------------------------------------------- bounds
+
+
+def _upper(atom: Expr) -> Sequence[Expr]:
+    """Expressions that `atom` never exceeds."""
+    if atom.op == "var":
+        return [sub(size, ONE) for size in atom.args[1]]
+    if atom.op == "min":
+        return atom.args
+    if atom.op == "floordiv" and is_nonnegative(atom.args[0]):
+        known = value_of(atom.args[1])
+        bounds = upper_bounds(atom.args[0]) if known else []
+        return [const(b // known) for b in map(value_of, bounds) if b is not None]
+    if atom.op == "choose":
+        yes, no = atom.args[1:]
+        return [yes if is_nonnegative(sub(yes, no)) else no] if value_of(sub(yes, no)) is not None else []
+    return []
+
+
+def _lower(atom: Expr) -> Sequence[Expr]:
+    """Expressions that `atom` never falls below."""
+    if atom.op == "sym":
+        return [const(atom.args[1])]
+    if atom.op in ("var", "abs"):
+        return [ZERO]
+    if atom.op == "max":
+        return atom.args
+    if atom.op == "min":
+        return [ZERO] if all(is_nonnegative(a) for a in atom.args) else []
+    if atom.op == "floordiv":
+        return [ZERO] if is_nonnegative(atom.args[0]) else []
+    if atom.op == "choose":
+        yes, no = atom.args[1:]
+        return [no if is_nonnegative(sub(yes, no)) else yes] if value_of(sub(yes, no)) is not None else []
+    return []
+
+
+def _atom_nonnegative(atom: Expr) -> bool:
+    return any(is_nonnegative(bound) for bound in _lower(atom))
+
+
+def upper_bounds(expr: Expr) -> list[Expr]:
+    """Expressions without index variables that `expr` never exceeds (possibly none)."""
+    return [b for b in _extremes(expr, 1, 6) if not any(a.op == "var" for m, _ in b.args for a in m)]
+
+
+def _extremes(expr: Expr, sign: int, depth: int) -> list[Expr]:
+    """Bounds of `expr` after replacing one atom (var, min, max …) at a time by its bound; sign 1: above, -1: below."""
+    if depth == 0:
+        return [expr]
+    for m, c in expr.args:
+        for k, atom in enumerate(m):
+            if atom.op == "sym":
+                continue
+            if not all(_atom_nonnegative(other) for other in m[:k] + m[k + 1 :]):
+                continue
+            results = []
+            for bound in _upper(atom) if c * sign > 0 else _lower(atom):
+                rest = add(expr, _poly({m: -c}))
+                replaced = add(rest, mul(bound, _poly({m[:k] + m[k + 1 :]: c})))
+                results += _extremes(replaced, sign, depth - 1)
+            return results
+    return [expr]
+
+
+_nonnegative: weakref.WeakKeyDictionary[Expr, bool] = weakref.WeakKeyDictionary()
+
+
+def is_nonnegative(expr: Expr) -> bool:
+    """True where `expr` >= 0 is proven for all indices and sizes; False where it is not proven."""
+    known = _nonnegative.get(expr)
+    if known is None:
+        known = any(_sizes_nonnegative(bound) for bound in _extremes(expr, -1, 6))
+        _nonnegative[expr] = known
+    return known
+
+
+def _sizes_nonnegative(expr: Expr) -> bool:
+    """Is a polynomial over sizes >= 0? Each size is written as its least value plus a non-negative rest."""
+    shifted = ZERO
+    for m, c in expr.args:
+        term = const(c)
+        for atom in m:
+            if atom.op != "sym":
+                return False
+            term = mul(term, add(of_atom(atom), const(atom.args[1])))
+        shifted = add(shifted, term)
+    return all(c >= 0 for _, c in shifted.args)
+
+
+def is_positive(expr: Expr) -> bool:
+    return is_nonnegative(sub(expr, ONE))
+
+
+def content(expr: Expr) -> int:
+    """The greatest common divisor of the coefficients, the constant left out."""
+    return math.gcd(*(c for m, c in expr.args if m)) if any(m for m, _ in expr.args) else 0
+
+
+# ---------------------------------------------------------------------------------------------- walks
+
+
+def children(expr: Expr) -> list[Expr]:
+    if expr.op == "poly":
+        return [atom for m, _ in expr.args for atom in m]
+    if expr.op == "var":
+        return list(expr.args[1])
+    flat: list[Expr] = []
+    for arg in expr.args:
+        if isinstance(arg, Expr):
+            flat.append(arg)
+        elif isinstance(arg, (tuple, frozenset)):
+            flat += [a for a in arg if isinstance(a, Expr)]
+    return flat
+
+
+_variables: weakref.WeakKeyDictionary[Expr, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def variables(expr: Expr) -> frozenset[str]:
+    """Names of the index variables that `expr` depends on."""
+    known = _variables.get(expr)
+    if known is None:
+        if expr.op == "var":
+            known = frozenset((expr.args[0],))
+        else:
+            known = frozenset().union(*(variables(c) for c in children(expr)))
+        _variables[expr] = known
+    return known
+
+
+def atoms(expr: Expr, op: str) -> set[Expr]:
+    """All sub-expressions of `expr` made by `op`."""
+    found: set[Expr] = set()
+    seen: set[Expr] = set()
+    stack = [expr]
+    while stack:
+        e = stack.pop()
+        if e in seen:
+            continue
+        seen.add(e)
+        if e.op == op:
+            found.add(e)
+        stack += children(e)
+    return found
+
+
+def linear_in(expr: Expr, name: str) -> tuple[int, Expr] | None:
+    """(coefficient, rest) with expr = coefficient * name + rest, the rest free of `name`; None where it isn't so."""
+    coefficient, rest = 0, {}
+    for m, c in expr.args:
+        if len(m) == 1 and m[0].op == "var" and m[0].args[0] == name:
+            coefficient += c
+        else:
+            rest[m] = c
+    rest_expr = _poly(rest)
+    return None if name in variables(rest_expr) else (coefficient, rest_expr)
+
+
+def evaluate(expr: Expr, sizes: dict[Expr, int]) -> int:
+    """The number that a size is, given the numbers of its symbols. KeyError where something else is in it."""
+    total = 0
+    for m, c in expr.args:
+        for atom in m:
+            c *= _evaluate_atom(atom, sizes)
+        total += c
+    return total
+
+
+def _evaluate_atom(atom: Expr, sizes: dict[Expr, int]) -> int:
+    if atom.op in ("min", "max", "abs", "floordiv"):
+        parts = [evaluate(a, sizes) for a in atom.args]
+        return parts[0] // parts[1] if atom.op == "floordiv" else {"min": min, "max": max, "abs": abs}[atom.op](*parts)
+    return sizes[atom]

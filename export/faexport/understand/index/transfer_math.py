@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfer functions of the ONNX operators that compute element by element or along an axis, and the shapes of the
+large ones.
+
+Registered by decorator; called by the interpreter in interpreter.py. Raising Unknown makes the value opaque.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from faexport.understand.index import algebra as ia
+from faexport.understand.index import logic as il
+from faexport.understand.index.algebra import Expr, make
+from faexport.understand.index.interpreter import Interpreter, transfer
+from faexport.understand.index.tensor import Index, Tensor, Unknown, attribute, kind_of, opaque
+from faexport.understand.index.transfer_layout import axes_argument, axis_of
+
+
+def elementwise(ctx: Interpreter, node: ir.Node, dtype: ir.DataType, combine: Callable[..., Expr]) -> Tensor:
+    """The broadcast result of `combine` on the elements of all inputs."""
+    inputs = [ctx.input(node, k) for k in range(len(node.inputs))]
+    return Tensor(
+        ctx.broadcast([x.shape for x in inputs]), dtype, lambda index: combine(*(x.at_right(index) for x in inputs))
+    )
+
+
+# ---------------------------------------------------------------------------------------------- logic
+
+
+@transfer("And")
+def and_(ctx: Interpreter, node: ir.Node) -> Tensor:
+    return elementwise(ctx, node, ir.DataType.BOOL, lambda a, b: il.all_of((a, b)))
+
+
+@transfer("Or")
+def or_(ctx: Interpreter, node: ir.Node) -> Tensor:
+    return elementwise(ctx, node, ir.DataType.BOOL, lambda a, b: il.any_of((a, b)))
+
+
+@transfer("Xor")
+def xor(ctx: Interpreter, node: ir.Node) -> Tensor:
+    return elementwise(ctx, node, ir.DataType.BOOL, lambda a, b: il.choose(a, il.negate(b), b))
+
+
+@transfer("Not")
+def not_(ctx: Interpreter, node: ir.Node) -> Tensor:
+    return elementwise(ctx, node, ir.DataType.BOOL, il.negate)
+
+
+@transfer("Where")
+def where(ctx: Interpreter, node: ir.Node) -> Tensor:
+    return elementwise(ctx, node, ctx.dtype(node, 1), il.choose)
+
+
+@transfer("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal")
+def compare(ctx: Interpreter, node: ir.Node) -> Tensor:
+    op, kind = node.op_type, kind_of(ctx.dtype(node))
+    if kind == "bool":
+        combine = lambda a, b: il.choose(a, b, il.negate(b))  # noqa: E731
+    elif kind == "int":
+        combine = lambda a, b: _compare_int(op, a, b)  # noqa: E731
+    else:
+        names = {"Less": "lt", "LessOrEqual": "le", "Greater": "lt", "GreaterOrEqual": "le", "Equal": "eq"}
+        swap = op.startswith("Greater")
+        combine = lambda a, b: il.float_compare(names[op], *((b, a) if swap else (a, b)))  # noqa: E731
+    return elementwise(ctx, node, ir.DataType.BOOL, combine)
+
+
+def _compare_int(op: str, a: Expr, b: Expr) -> Expr:
+    if a.kind != "int" or b.kind != "int":
+        raise Unknown
+    if op == "Equal":
+        return il.eq0(ia.sub(a, b))
+    larger = ia.sub(a, b) if op.startswith("Greater") else ia.sub(b, a)
+    return il.ge0(larger if op.endswith("OrEqual") else ia.sub(larger, ia.ONE))
+
+
+@transfer("IsNaN", "IsInf")
+def is_special(ctx: Interpreter, node: ir.Node) -> Tensor:
+    op, zero = node.op_type.lower(), il.floating(0.0, ir.DataType.FLOAT)
+    return elementwise(ctx, node, ir.DataType.BOOL, lambda a: il.float_compare(op, a, zero))
+
+
+# ---------------------------------------------------------------------------------------------- conversion
+
+
+@transfer("Cast", "CastLike")
+def cast(ctx: Interpreter, node: ir.Node) -> Tensor:
+    x = ctx.input(node, 0)
+    to = ctx.dtype(node, 1) if node.op_type == "CastLike" else ir.DataType(attribute(node, "to"))
+    return Tensor(x.shape, to, lambda index: convert(x.at(index), to))
+
+
+def convert(e: Expr, to: ir.DataType) -> Expr:
+    if to is ir.DataType.BOOL:
+        if e.kind == "int":
+            return il.negate(il.eq0(e))
+        return e if e.kind == "bool" else il.float_compare("ne", e, il.floating(0.0, e_dtype(e)))
+    if il.is_float(to):
+        return il.cast_float(e, to)
+    if e.kind == "bool":
+        return il.choose(e, ia.ONE, ia.ZERO)
+    if e.kind == "int":
+        return e if to in (ir.DataType.INT64, ir.DataType.INT32) else _narrow(e, to)
+    value = il.float_value(e)
+    if value is not None and abs(value) < 2**62:
+        return ia.const(int(value))
+    if e.op == "choose":
+        return il.choose(e.args[0], convert(e.args[1], to), convert(e.args[2], to))
+    return ia.of_atom(make("opaque_int", ("truncate", e), "int"))
+
+
+def e_dtype(e: Expr) -> ir.DataType:
+    """The float type of a float expression; FLOAT where it isn't written in it (a zero is the same in all)."""
+    return next((a for a in e.args if isinstance(a, ir.DataType)), ir.DataType.FLOAT)
+
+
+def _narrow(e: Expr, to: ir.DataType) -> Expr:
+    if ia.value_of(e) is not None and -128 <= ia.value_of(e) <= 127 and (ia.value_of(e) >= 0 or to.is_signed()):
+        return e
+    atom = ia.only_atom(e)
+    if atom is not None and atom.op == "choose":
+        return il.choose(atom.args[0], _narrow(atom.args[1], to), _narrow(atom.args[2], to))
+    return ia.of_atom(make("opaque_int", (f"to {to.name}", e), "int"))
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic
+
+
+def _divide(a: Expr, b: Expr) -> Expr:
+    if ia.is_nonnegative(a) and ia.is_positive(b):
+        return ia.floordiv(a, b)
+    quotient, exact = ia.floordiv(a, b), None
+    if a is ia.mul(quotient, b):  # exact: truncation and floor agree; b = 0 would have failed at run time
+        exact = quotient
+    return exact if exact is not None else ia.of_atom(make("opaque_int", ("Div", a, b), "int"))
+
+
+def _remainder(a: Expr, b: Expr) -> Expr:
+    if ia.is_nonnegative(a) and ia.is_positive(b):
+        return ia.modulo(a, b)
+    return ia.of_atom(make("opaque_int", ("Mod", a, b), "int"))
+
+
+_INTEGER = {
+    "Add": ia.add,
+    "Sub": ia.sub,
+    "Mul": ia.mul,
+    "Div": _divide,
+    "Mod": _remainder,
+    "Neg": ia.neg,
+    "Abs": ia.absolute,
+}
+
+
+@transfer("Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs")
+def arithmetic(ctx: Interpreter, node: ir.Node) -> Tensor:
+    op, dtype = node.op_type, ctx.dtype(node)
+    if il.is_float(dtype):
+        return elementwise(ctx, node, dtype, lambda *x: il.float_op(op, dtype, *x))
+    if kind_of(dtype) != "int":
+        raise Unknown
+    return elementwise(ctx, node, dtype, lambda *x: _integer(_INTEGER[op], x))
+
+
+def _integer(combine: Callable[..., Expr], args: tuple[Expr, ...]) -> Expr:
+    """Integer arithmetic, lifted over a choice so that its condition stays visible."""
+    if any(a.kind != "int" for a in args):
+        raise Unknown
+    bare = [ia.only_atom(a) or a for a in args]
+    lifted = il.lift(
+        lambda *x: combine(*map(_as_poly, x)), lambda *x: _integer(combine, tuple(map(_as_poly, x))), tuple(bare)
+    )
+    return _as_poly(lifted)
+
+
+def _as_poly(e: Expr) -> Expr:
+    return e if e.op == "poly" else ia.of_atom(e)
+
+
+@transfer(
+    "Sqrt",
+    "Exp",
+    "Log",
+    "Pow",
+    "Reciprocal",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Sign",
+    "Tanh",
+    "Sigmoid",
+    "Erf",
+    "Sin",
+    "Cos",
+    "Relu",
+    "Softplus",
+)
+def floats(ctx: Interpreter, node: ir.Node) -> Tensor:
+    op, dtype = node.op_type, ctx.dtype(node)
+    if not il.is_float(dtype):
+        return _unclear_integer(ctx, node, dtype)
+    return elementwise(
+        ctx,
+        node,
+        dtype,
+        lambda *x: il.float_op(op, dtype, *x) if all(a.kind == "float" for a in x) else _mixed(op, dtype, x),
+    )
+
+
+def _unclear_integer(ctx: Interpreter, node: ir.Node, dtype: ir.DataType) -> Tensor:
+    op = node.op_type
+    return elementwise(ctx, node, dtype, lambda *x: ia.of_atom(make("opaque_int", (op, *x), "int")))
+
+
+def _mixed(op: str, dtype: ir.DataType, args: tuple[Expr, ...]) -> Expr:
+    """Pow of a float by an integer."""
+    return il.float_op(op, dtype, *(a if a.kind == "float" else il.cast_float(a, dtype) for a in args))
+
+
+@transfer("Min", "Max")
+def extreme(ctx: Interpreter, node: ir.Node) -> Tensor:
+    op, dtype = node.op_type, ctx.dtype(node)
+    inputs = [ctx.input(node, k) for k in range(len(node.inputs))]
+
+    def combine(a: Expr, b: Expr) -> Expr:
+        if il.is_float(dtype):
+            return il.float_op(op, dtype, a, b)
+        return (ia.minimum if op == "Min" else ia.maximum)(a, b)
+
+    def element(index: Index) -> Expr:
+        result = inputs[0].at_right(index)
+        for x in inputs[1:]:
+            result = combine(result, x.at_right(index))
+        return result
+
+    return Tensor(ctx.broadcast([x.shape for x in inputs]), dtype, element)
+
+
+@transfer("Clip")
+def clip(ctx: Interpreter, node: ir.Node) -> Tensor:
+    x, dtype = ctx.input(node, 0), ctx.dtype(node)
+    bounds = [ctx.optional(node, 1), ctx.optional(node, 2)]
+    limits = [b.at((ia.ZERO,) * b.rank) if b is not None else None for b in bounds]
+    for k, name in enumerate(("min", "max")):
+        if name in node.attributes:
+            limits[k] = il.scalar(attribute(node, name), dtype)
+
+    def element(index: Index) -> Expr:
+        e = x.at(index)
+        for limit, op in zip(limits, ("Max", "Min"), strict=True):
+            if limit is not None and il.is_float(dtype):
+                e = il.float_op(op, dtype, e, limit)
+            elif limit is not None:
+                e = (ia.maximum if op == "Max" else ia.minimum)(e, limit)
+        return e
+
+    return Tensor(x.shape, dtype, element)
+
+
+@transfer("CumSum")
+def cumsum(ctx: Interpreter, node: ir.Node) -> Tensor:
+    """The sum of elements that are the same along the axis; else opaque."""
+    x, along = ctx.input(node, 0), ctx.input(node, 1)
+    if x.kind != "int":
+        return opaque(node.outputs[0], x.shape, x.dtype)
+    axis = axis_of(ia.value_of(along.at((ia.ZERO,) * along.rank)), x.rank)
+    count_from, backward = 0 if attribute(node, "exclusive", 0) else 1, attribute(node, "reverse", 0)
+
+    def element(index: Index) -> Expr:
+        summed = x.at(index[:axis] + (ia.var("summed", (x.shape[axis],)),) + index[axis + 1 :])
+        if "summed" in ia.variables(summed):
+            return il.load(node.outputs[0], index, "int")
+        place = ia.sub(ia.sub(x.shape[axis], ia.ONE), index[axis]) if backward else index[axis]
+        return ia.mul(summed, ia.add(place, ia.const(count_from)))
+
+    return Tensor(x.shape, x.dtype, element)
+
+
+# ---------------------------------------------------------------------------------------------- shapes only
+
+
+@transfer(
+    "Softmax",
+    "LogSoftmax",
+    "LayerNormalization",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+    "Gelu",
+    "LeakyRelu",
+    "Elu",
+    "HardSwish",
+    "HardSigmoid",
+    "Selu",
+    "Swish",
+)
+def same_shape(ctx: Interpreter, node: ir.Node) -> Tensor:
+    x = ctx.input(node, 0)
+    return opaque(node.outputs[0], x.shape, x.dtype)
+
+
+@transfer("MatMul")
+def matmul(ctx: Interpreter, node: ir.Node) -> Tensor:
+    a, b = ctx.input(node, 0), ctx.input(node, 1)
+    if a.rank < 2 or b.rank < 2:
+        raise Unknown
+    return opaque(
+        node.outputs[0], ctx.broadcast([a.shape[:-2], b.shape[:-2], ()]) + (a.shape[-2], b.shape[-1]), a.dtype
+    )
+
+
+@transfer("Gemm")
+def gemm(ctx: Interpreter, node: ir.Node) -> Tensor:
+    a, b = ctx.input(node, 0), ctx.input(node, 1)
+    rows, columns = a.shape[1 if attribute(node, "transA", 0) else 0], b.shape[0 if attribute(node, "transB", 0) else 1]
+    return opaque(node.outputs[0], (rows, columns), a.dtype)
+
+
+@transfer(
+    *(f"Reduce{name}" for name in ("Mean", "Sum", "Max", "Min", "L1", "L2", "Prod", "LogSum", "LogSumExp", "SumSquare"))
+)
+def reduce(ctx: Interpreter, node: ir.Node) -> Tensor:
+    x, axes = ctx.input(node, 0), axes_argument(ctx, node)
+    gone = set(range(x.rank)) if axes is None else {axis_of(a, x.rank) for a in axes}
+    if attribute(node, "keepdims", 1):
+        shape = tuple(ia.ONE if k in gone else s for k, s in enumerate(x.shape))
+    else:
+        shape = tuple(s for k, s in enumerate(x.shape) if k not in gone)
+    return opaque(node.outputs[0], shape, x.dtype)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shape nodes that read a tensor which fusing removes (scores, probabilities, the output before its Transpose), as
+exporters write them to compute a Reshape. Their result is built anew from the shapes of query, key and value. Called
+by match/softmax_core.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from faexport.nodes import attribute, is_live, name_of, op
+from faexport.spec import Refusal
+from faexport.surgery import Builder
+from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeUse:
+    node: ir.Node  # the Shape node
+    sizes: tuple[Dim, ...]  # of the tensor that it reads
+
+
+def shape_users(value: ir.Value) -> list[ir.Node]:
+    return [n for n in dict.fromkeys(use.node for use in value.uses()) if op(n) == "Shape" and is_live(n)]
+
+
+def uses_of(value: ir.Value, sizes: Sequence[Dim]) -> list[ShapeUse]:
+    return [ShapeUse(node, tuple(sizes)) for node in shape_users(value)]
+
+
+def rebuild(use: ShapeUse, sources: Sequence[ir.Value], a: Analysis) -> list[ir.Node] | Refusal:
+    """Nodes that compute what the Shape node gave from shapes of `sources`; the last one's output replaces it."""
+    sizes = use.sizes[slice(attribute(use.node, "start", 0), attribute(use.node, "end"))]
+    build = Builder(a.opset)
+    if all(d.const is not None for d in sizes):
+        build.ints([d.const for d in sizes])
+        return build.nodes
+    shapes: dict[ir.Value, ir.Value] = {}
+    parts = []
+    for size in sizes:
+        part = build.ints([size.const]) if size.const is not None else _from_source(build, size, sources, shapes, a)
+        if part is None:
+            return Refusal("the shape of scores or output is used elsewhere too (Shape)", name_of(use.node))
+        parts.append(part)
+    build.add("Concat", parts, ir.DataType.INT64, axis=0)
+    return build.nodes
+
+
+def _from_source(build: Builder, size: Dim, sources, shapes: dict, a: Analysis) -> ir.Value | None:
+    """`size` as a constant times a size of one of the sources, int64 [1]."""
+    for source in sources:
+        for axis, own in enumerate(a.shape(source) or ()):
+            factor = size.divide(own) if own.const is None else None
+            if factor is None or factor.const is None:
+                continue
+            if source not in shapes:
+                shapes[source] = build.add("Shape", [source], ir.DataType.INT64)
+            part = build.add("Gather", [shapes[source], build.ints([axis])], ir.DataType.INT64, axis=0)
+            return part if factor == 1 else build.add("Mul", [part, build.ints([factor.const])], ir.DataType.INT64)
+    return None

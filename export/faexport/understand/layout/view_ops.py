@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which nodes only rearrange a tensor, and how: one function per ONNX op, applied to a View of the node's input.
+
+Each returns the View of the asked output, or None where it isn't proven to be a rearrangement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.nodes import FLOATS, attribute, op, operand
+from faexport.understand.layout.views import View
+from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim, product
+from faexport.understand.shapes.rules import constant_ints, resolve_axis, slice_of, split_sizes
+
+ViewOp = Callable[[ir.Node, ir.Value, View, "Analysis"], View | None]
+VIEW_OPS: dict[str, ViewOp] = {}
+
+
+def _view(*names: str):
+    return lambda function: VIEW_OPS.update(dict.fromkeys(names, function)) or function
+
+
+def apply(value: ir.Value, view: View, a: Analysis) -> View | None:
+    """The view of `value`, an output of a node, given the view of that node's first input."""
+    node = value.producer()
+    function = VIEW_OPS.get(op(node))
+    return None if function is None else function(node, value, view, a)
+
+
+@_view("Identity")
+def _identity(node, value, view, a):
+    return view
+
+
+@_view("Dropout")
+def _dropout(node, value, view, a):
+    return view if value is node.outputs[0] and not is_training(node, a) else None
+
+
+def is_training(node: ir.Node, a: Analysis) -> bool:
+    """May this Dropout drop anything?"""
+    mode = operand(node, 2)
+    if mode is None:
+        return False
+    flag = a.constant(mode)
+    return flag is None or bool(flag.reshape(-1)[0])
+
+
+@_view("Cast")
+def _cast(node, value, view, a):
+    """Only a Cast that loses nothing is looked through."""
+    order = {ir.DataType.FLOAT16: 1, ir.DataType.BFLOAT16: 1, ir.DataType.FLOAT: 2, ir.DataType.DOUBLE: 3}
+    source, target = a.dtype(node.inputs[0]), ir.DataType(attribute(node, "to", 0))
+    if source not in FLOATS or target not in FLOATS:
+        return None
+    return view if source == target or order[source] < order[target] else None
+
+
+@_view("Transpose")
+def _transpose(node, value, view, a):
+    perm = attribute(node, "perm") or list(range(len(view.axes)))[::-1]
+    return view.transpose(perm) if len(perm) == len(view.axes) else None
+
+
+@_view("Reshape", "Flatten")
+def _reshape(node, value, view, a):
+    target = a.contents(operand(node, 1)) if node.op_type == "Reshape" else None
+    if target is None:
+        shape = a.shape(value)
+        return None if shape is None else view.reshape(shape)
+    sizes, copies = view.shape, not attribute(node, "allowzero", 0)
+    dims = [sizes[i] if d == 0 and copies and i < len(sizes) else d for i, d in enumerate(target)]
+    if -1 in dims:
+        rest = product(sizes).divide(product(d for d in dims if d != -1))
+        dims = [rest if d == -1 else d for d in dims]
+    return None if None in dims else view.reshape(dims)
+
+
+@_view("Unsqueeze")
+def _unsqueeze(node, value, view, a):
+    axes = constant_ints(node, a, 1, "axes")
+    if axes is None:
+        return None
+    rank = len(view.axes) + len(axes)
+    for position in sorted(resolve_axis(x, rank) for x in axes):
+        view = view.insert(position)
+    return view
+
+
+@_view("Squeeze")
+def _squeeze(node, value, view, a):
+    axes = constant_ints(node, a, 1, "axes")
+    if axes is None:
+        return None
+    for position in sorted((resolve_axis(x, len(view.axes)) for x in axes), reverse=True):
+        view = view.drop(position)
+        if view is None:
+            return None
+    return view
+
+
+@_view("Expand")
+def _expand(node, value, view, a):
+    shape = a.shape(value)
+    return None if shape is None else view.expand(shape)
+
+
+@_view("Slice")
+def _slice(node, value, view, a):
+    pieces = slice_of(node, a, view.shape)
+    for axis, start, size, step in pieces or ():
+        if step != 1:
+            return None
+        view = view.slice(axis, start, size)
+        if view is None:
+            return None
+    return None if pieces is None else view
+
+
+@_view("Split")
+def _split(node, value, view, a):
+    axis = resolve_axis(attribute(node, "axis", 0), len(view.axes))
+    sizes = split_sizes(node, a, view.shape[axis])
+    if sizes is None:
+        return None
+    index = node.outputs.index(value)
+    return view.slice(axis, sum(sizes[:index], Dim.of(0)), sizes[index])
+
+
+@_view("Gather")
+def _gather(node, value, view, a):
+    """One index, a run of them, or each index several times: a slice or a repetition."""
+    index = a.constant(node.inputs[1])
+    axis = resolve_axis(attribute(node, "axis", 0), len(view.axes))
+    size = view.shape[axis].const
+    if index is None or index.ndim > 1 or index.size == 0 or (size is None and index.min() < 0):
+        return None
+    index = np.where(index < 0, index + (size or 0), index)
+    if index.ndim == 0:
+        one = view.slice(axis, Dim.of(int(index)), Dim.of(1))
+        return None if one is None else one.drop(axis)
+    count = len(np.unique(index))
+    copies = index.size // count
+    run = np.arange(index[0], index[0] + count)
+    inner = np.array_equal(index, np.repeat(run, copies))
+    if not inner and not np.array_equal(index, np.tile(run, copies)):
+        return None
+    part = view.slice(axis, Dim.of(int(index[0])), Dim.of(count))
+    return None if part is None else part.repeat(axis, Dim.of(copies), inner)
+
+
+@_view("Tile")
+def _tile(node, value, view, a):
+    counts = a.contents(operand(node, 1))
+    if counts is None or len(counts) != len(view.axes):
+        return None
+    for axis, count in enumerate(counts):
+        view = view.repeat(axis, count, inner=False)
+    return view
+
+
+@_view("Concat")
+def _concat(node, value, view, a):
+    """Copies of one tensor."""
+    if any(v is not node.inputs[0] for v in node.inputs):
+        return None
+    axis = resolve_axis(attribute(node, "axis", 0), len(view.axes))
+    return view.repeat(axis, Dim.of(len(node.inputs)), inner=False)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graph values for index expressions: an existing value where one is exactly that, else new nodes in the cheapest
+shape.
+
+A value for an expression of (b, h, i, j) has rank 4 and size 1 on the axes that the expression doesn't depend on, so a
+padding mask is [B, 1, 1, S_kv]. Values are remembered by expression: sites of one graph share them. Called by proof.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.understand.index import algebra as ia
+from faexport.understand.index import logic as il
+from faexport.understand.index.algebra import Expr
+from faexport.understand.index.interpreter import Interpreter
+from faexport.understand.index.tensor import Unknown
+from faexport.understand.mask.terms import Site
+
+_AXES = "bhij"
+_MAX_SEARCH = 600  # values of a mask subgraph that are compared with an expression
+
+
+class Emitter:
+    """Makes nodes for one graph; they are not inserted here. `nodes` maps each value made to the nodes that it
+    needs, in order."""
+
+    def __init__(self, ctx: Interpreter, graph: ir.Graph | ir.Function):
+        self.ctx, self.graph = ctx, graph
+        self.nodes: dict[ir.Value, tuple[ir.Node, ...]] = {}
+        self._cache: dict[tuple, ir.Value] = {}
+        self._count = itertools.count()
+
+    def node(
+        self, op_type: str, inputs: Sequence[ir.Value], attributes: dict | None = None, hint: str = ""
+    ) -> ir.Value:
+        """The output of a node with these parts (made once), written as opset 15 has it."""
+        attributes = attributes or {}
+        older = self._in_older_opset(op_type, inputs, attributes)
+        if older is not None:
+            return older
+        key = (op_type, tuple(inputs), repr(sorted((k, repr(v)) for k, v in attributes.items())))
+        if key not in self._cache:
+            name = f"faexport_mask_{hint or op_type.lower()}_{next(self._count)}"
+            made = ir.node(op_type, inputs, attributes, name=name, outputs=[ir.Value(name=name)])
+            before = dict.fromkeys(n for v in inputs for n in self.nodes.get(v, ()))
+            self._cache[key] = made.outputs[0]
+            self.nodes[made.outputs[0]] = (*before, made)
+        return self._cache[key]
+
+    def _in_older_opset(self, op_type: str, inputs: Sequence[ir.Value], attributes: dict) -> ir.Value | None:
+        """The same in a form that the model's opset has, where it doesn't have this one."""
+        opset = self.ctx.opset
+        if op_type == "Shape" and attributes and opset < 15:
+            return self.node(
+                "Slice", [self.node("Shape", inputs), *(self.constant([attributes[n]]) for n in ("start", "end"))]
+            )
+        if op_type in ("Squeeze", "Unsqueeze", "ReduceSum") and len(inputs) == 2 and opset < 13:
+            axes = inputs[1].const_value.numpy().reshape(-1).tolist()
+            return self.node(op_type, inputs[:1], {**attributes, "axes": axes})
+        if op_type == "GreaterOrEqual" and opset < 12:
+            return self.node("Not", [self.node("Less", inputs)])
+        return None
+
+    def constant(self, array: np.ndarray | Sequence[int]) -> ir.Value:
+        array = np.asarray(array)
+        key = ("constant", array.dtype.str, array.shape, array.tobytes())
+        if key not in self._cache:
+            value = self.node(
+                "Constant", (), {"value": ir.tensor(array, name=f"faexport_constant_{next(self._count)}")}, "constant"
+            )
+            value.const_value = value.producer().attributes["value"].value
+            self._cache[key] = value
+        return self._cache[key]
+
+    # ------------------------------------------------------------------------------------------ existing values
+
+    def find(self, site: Site, expr: Expr) -> ir.Value | None:
+        """A value in the site's mask whose elements are `expr`, unsqueezed to rank 4; the one with the fewest axes."""
+        wanted = ia.variables(expr)
+        best: tuple[int, ir.Value, tuple[int, ...]] | None = None
+        for value in self._below(site.roots):
+            tensor = self.ctx.known(value)
+            if tensor is None or tensor.rank > 4 or tensor.rank < len(wanted) or tensor.kind != expr.kind:
+                continue
+            axes = self._placed(site, tensor, expr)
+            if axes is not None and (best is None or tensor.rank < best[0]):
+                best = (tensor.rank, value, axes)
+        if best is None:
+            return None
+        return self._unsqueezed(best[1], best[2])
+
+    def source(self, site: Site, expr: Expr) -> ir.Node | None:
+        """The first node (nearest to the inputs) whose elements are `expr`, whatever its shape."""
+        found = None
+        for value in self._below(site.roots):
+            tensor = self.ctx.known(value)
+            if tensor is not None and value.producer() is not None and tensor.rank <= 4 and tensor.kind == expr.kind:
+                if tensor.at_right(site.index) is expr:
+                    found = value.producer()
+        return found
+
+    def _placed(self, site: Site, tensor, expr: Expr) -> tuple[int, ...] | None:
+        """Which of (b, h, i, j) the axes of `tensor` are, in order, if its elements are then `expr`."""
+        needed = [k for k, name in enumerate(_AXES) if name in ia.variables(expr)]
+        for axes in itertools.combinations(range(4), tensor.rank):
+            if not set(needed) <= set(axes):
+                continue
+            fits = all(
+                ia.value_of(s) == 1 or (k in needed and self._is_size(site, s, k))
+                for s, k in zip(tensor.shape, axes, strict=True)
+            )
+            if fits and tensor.at(tuple(site.index[k] for k in axes)) is expr:
+                return axes
+        return None
+
+    def _is_size(self, site: Site, size: Expr, axis: int) -> bool:
+        return size in site.sizes["BHST"[axis]]
+
+    def _below(self, roots: Sequence[ir.Value]) -> Iterator[ir.Value]:
+        """The values that the roots are computed from, roots first, up to the first that nothing is known of."""
+        seen: dict[ir.Value, None] = dict.fromkeys(roots)
+        queue = list(seen)
+        for value in queue:
+            yield value
+            if self.ctx.is_opaque(value) or value.producer() is None or len(seen) > _MAX_SEARCH:
+                continue
+            for v in value.producer().inputs:
+                if v is not None and v not in seen:
+                    seen[v] = None
+                    queue.append(v)
+
+    def _unsqueezed(self, value: ir.Value, axes: tuple[int, ...]) -> ir.Value:
+        missing = [k for k in range(4) if k not in axes]
+        return self.node("Unsqueeze", [value, self.constant(np.asarray(missing, np.int64))]) if missing else value
+
+    # ------------------------------------------------------------------------------------------ new values
+
+    def emit(self, site: Site, expr: Expr) -> ir.Value:
+        """New nodes that compute `expr`, rank 4; parts that can't be written are taken from the graph. Raises
+        Unknown."""
+        key = ("expr", expr, site.index)
+        if key not in self._cache:
+            try:
+                self._cache[key] = self._emit(site, expr)
+            except Unknown:
+                self._cache[key] = self._borrow(site, expr)
+        return self._cache[key]
+
+    def _borrow(self, site: Site, expr: Expr) -> ir.Value:
+        found = self.find(site, expr)
+        if found is not None:
+            return found
+        opposite = self.find(site, il.negate(expr)) if expr.kind == "bool" else None
+        if opposite is None:
+            raise Unknown
+        return self.node("Not", [opposite])
+
+    def _emit(self, site: Site, e: Expr) -> ir.Value:
+        if e.op == "poly":
+            return self._emit_poly(site, e)
+        if e.op in ("true", "false", "float"):
+            return self._emit_constant(e)
+        if e.op == "load":
+            return self._emit_load(site, e)
+        if e.op == "var":
+            line = self.arange(self.size(site.sizes["BHST"[_AXES.index(e.args[0])]]))
+            return self._unsqueezed(line, (_AXES.index(e.args[0]),))
+        if e.op == "sym":
+            return self.node("Reshape", [self.size((ia.of_atom(e),)), self.constant(np.ones(4, np.int64))])
+        if e.op == "not":
+            return self._emit_not(site, e.args[0])
+        if e.op in ("and", "or"):
+            return self._fold(
+                {"and": "And", "or": "Or"}[e.op], [self.emit(site, a) for a in self._cheapest_first(e.args)]
+            )
+        if e.op in ("ge0", "eq0"):
+            zero = self.constant(np.zeros((1, 1, 1, 1), np.int64))
+            return self.node("GreaterOrEqual" if e.op == "ge0" else "Equal", [self.emit(site, e.args[0]), zero])
+        if e.op == "choose":
+            return self.node("Where", [self.emit(site, a) for a in e.args])
+        if e.op in ("min", "max", "abs", "floordiv"):
+            name = {"min": "Min", "max": "Max", "abs": "Abs", "floordiv": "Div"}[e.op]
+            if e.op == "floordiv" and not ia.is_nonnegative(e.args[0]):
+                raise Unknown
+            return self.node(name, [self.emit(site, a) for a in e.args])
+        if e.op == "cast":
+            return self.node("Cast", [self.emit(site, e.args[0])], {"to": int(e.args[1])})
+        if e.op == "fop":
+            return self.node(e.args[0], [self.emit(site, a) for a in e.args[2:]])
+        raise Unknown
+
+    @staticmethod
+    def _cheapest_first(parts: Sequence[Expr]) -> list[Expr]:
+        return sorted(parts, key=lambda p: (len(ia.variables(p)), p.serial))
+
+    def _fold(self, op_type: str, values: Sequence[ir.Value]) -> ir.Value:
+        result = values[0]
+        for v in values[1:]:
+            result = self.node(op_type, [result, v])
+        return result
+
+    def _emit_constant(self, e: Expr) -> ir.Value:
+        if e.op == "float":
+            array = np.full((1, 1, 1, 1), float(e.args[0])).astype(e.args[1].numpy())
+        else:
+            array = np.full((1, 1, 1, 1), e is il.TRUE)
+        return self.constant(array)
+
+    def _emit_not(self, site: Site, inner: Expr) -> ir.Value:
+        atom = ia.only_atom(inner.args[0]) if inner.op == "eq0" else None
+        if atom is not None and atom.op == "load":
+            return self._emit_load(site, atom, cast=ir.DataType.BOOL)
+        return self.node("Not", [self.emit(site, inner)])
+
+    def _emit_poly(self, site: Site, e: Expr) -> ir.Value:
+        known = ia.value_of(e)
+        if known is not None:
+            return self.constant(np.full((1, 1, 1, 1), known, np.int64))
+        terms = []
+        for m, c in e.args:
+            factors = [self.emit(site, a) for a in m]
+            if c != 1 or not m:
+                factors.append(self.constant(np.full((1, 1, 1, 1), c, np.int64)))
+            terms.append(self._fold("Mul", factors))
+        return self._fold("Add", terms)
+
+    def _emit_load(self, site: Site, e: Expr, cast: ir.DataType | None = None) -> ir.Value:
+        """value[index]: axes that are plain variables stay, a constant index or one of a single variable becomes a
+        Gather."""
+        value, index = e.args
+        shape = self.ctx.tensor(value).shape
+        if e.kind == "int" and cast is None:
+            cast = ir.DataType.INT64
+        result, axes = (
+            (self.node("Cast", [value], {"to": int(cast)}) if cast is not None and value.dtype != cast else value),
+            [],
+        )
+        for k, x in enumerate(index):
+            result, new = self._place_axis(site, result, len(axes), shape[k], x)
+            if set(new) & set(axes):
+                raise Unknown
+            axes += new
+        order = sorted(axes, key=_AXES.index)
+        if order != axes:
+            result = self.node("Transpose", [result], {"perm": [axes.index(name) for name in order]})
+        return self._unsqueezed(result, tuple(_AXES.index(name) for name in order))
+
+    def _place_axis(self, site: Site, value: ir.Value, at: int, size: Expr, x: Expr) -> tuple[ir.Value, list[str]]:
+        """Reads axis `at` of `value` at index `x`; the variables that the axis turns into."""
+        known = ia.value_of(x)
+        if known is not None and ia.value_of(size) == 1:
+            return self.node("Squeeze", [value, self.constant([at])]), []
+        if known is not None:
+            return self.node("Gather", [value, self.constant(np.asarray(known, np.int64))], {"axis": at}), []
+        if site.heads is not None and x is ia.add(ia.scale(site.b, site.heads), site.h):
+            return self._split_heads(value, at, site.heads), ["b", "h"]
+        names = ia.variables(x)
+        if len(names) != 1:
+            raise Unknown
+        name = next(iter(names))
+        axis = _AXES.index(name)
+        if x is not site.index[axis] or not self._is_size(site, size, axis):
+            line = self.node("Reshape", [self.emit(site, x), self.constant([-1])])
+            value = self.node("Gather", [value, line], {"axis": at})
+        return value, [name]
+
+    def _split_heads(self, value: ir.Value, at: int, heads: int) -> ir.Value:
+        """[… B * H …] as [… B, H …]."""
+        sizes = self.node("Shape", [value])
+        before = [self.node("Slice", [sizes, self.constant([0]), self.constant([at])])] if at else []
+        after = self.node("Slice", [sizes, self.constant([at + 1]), self.constant([8])])
+        shape = self.node("Concat", [*before, self.constant([-1, heads]), after], {"axis": 0})
+        return self.node("Reshape", [value, shape])
+
+    # ------------------------------------------------------------------------------------------ sizes
+
+    def arange(self, size: ir.Value) -> ir.Value:
+        """0, 1 … up to an int64 [1]."""
+        scalar = self.node("Squeeze", [size, self.constant([0])])
+        return self.node(
+            "Range", [self.constant(np.asarray(0, np.int64)), scalar, self.constant(np.asarray(1, np.int64))]
+        )
+
+    def size(self, written: Sequence[Expr]) -> ir.Value:
+        """An int64 [1] with a size, given the ways in which it can be written."""
+        for expr in written:
+            try:
+                return self.scalar(expr)
+            except Unknown:
+                continue
+        raise Unknown
+
+    def scalar(self, expr: Expr) -> ir.Value:
+        """An int64 [1] with a number made of sizes."""
+        known = ia.value_of(expr)
+        if known is not None:
+            return self.constant([known])
+        terms = []
+        for m, c in expr.args:
+            factors = [self._size_of_input(a) for a in m] + ([self.constant([c])] if c != 1 or not m else [])
+            terms.append(self._fold("Mul", factors))
+        return self._fold("Add", terms)
+
+    def _size_of_input(self, atom: Expr) -> ir.Value:
+        for value in self.graph.inputs if atom.op == "sym" else ():
+            tensor = self.ctx.known(value)
+            for k, s in enumerate(tensor.shape if tensor is not None else ()):
+                if ia.only_atom(s) is atom:
+                    return self.node("Shape", [value], {"start": k, "end": k + 1})
+        raise Unknown

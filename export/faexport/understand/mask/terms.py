@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a chain of mask terms does to each score: the cases, as conditions over (b, h, i, j), and what happens in each.
+
+Called by proof.py. A score is either kept (perhaps with a bias added) or masked: a huge negative number is added to it,
+or it is replaced by one. Which of both, and by which number, decides what a row without a visible key gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport import spec
+from faexport.understand.index import algebra as ia
+from faexport.understand.index import logic as il
+from faexport.understand.index.algebra import Expr
+from faexport.understand.index.interpreter import Interpreter
+from faexport.understand.index.tensor import Tensor, Unknown
+
+MASKING = (
+    -1e4
+)  # a fill above this is a number like any other; at or below it a softmax weight is 0 beside any usual score
+ABSORBS = {ir.DataType.FLOAT16: -6e4, ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.DOUBLE: -1e30}
+_MAX_CASES = 24
+
+
+class NotAMask(Exception):
+    """The terms can't be expressed; the message is the reason of the refusal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What happens to a score where `cond` holds: `mask` is None (kept), or the number added or (`replaced`) put in its
+    place.
+
+    `exact`: all masked scores of this case are the same number whatever the score was. `bias` are the added
+    expressions with their factors, also where they vanish beside the mask."""
+
+    cond: Expr
+    mask: float | None = None
+    replaced: bool = False
+    exact: bool = True
+    bias: tuple[tuple[Expr, float], ...] = ()
+
+
+class Site:
+    """The index variables of one attention site and the elements of its terms at them."""
+
+    def __init__(self, ctx: Interpreter, terms: list[spec.MaskTerm], scores: spec.ScoreShape):
+        self.ctx, self.scores = ctx, scores
+        self.tensors: dict[ir.Value, Tensor] = {}
+        self.known: dict[Expr, Expr] = {}  # what is assumed of parts of its elements
+        self.roots = [v for t in terms for v in (t.value, t.fill) if v is not None]
+        sizes = self._score_sizes()
+        for term in terms:
+            for value in (term.value, term.fill):
+                if value is not None:
+                    self.tensors[value] = ctx.tensor(value)
+            self._term_sizes(term, sizes)
+        self._add_equal_sizes(sizes)
+        heads = next((s for s in sizes["H"] if ia.value_of(s) is not None), None)
+        self.heads = ia.value_of(heads) if heads is not None else None
+        for letter, name in (("B", "batch"), ("H", "heads"), ("S", "seqlen_q"), ("T", "seqlen_kv")):
+            sizes[letter] = sizes[letter] or {ctx.size(None, f"{name} of {scores.anchor.outputs[0].name}"): None}
+        self.sizes = {letter: tuple(sizes[letter]) for letter in "BHST"}
+        self.b, self.h, self.i, self.j = (
+            ia.var(name, self.sizes[letter]) for name, letter in zip("bhij", "BHST", strict=True)
+        )
+        self.index = (self.b, self.h, self.i, self.j)
+
+    def _score_sizes(self) -> dict[str, dict[Expr, None]]:
+        """Sizes known from the operands' shapes and from what the matcher says."""
+        scores, sizes = self.scores, {letter: {} for letter in "BHST"}
+        operands = [(scores.query, "S")] + [(scores.key, "T")]
+        for operand, row_axis in operands:
+            shape = self.ctx.shape(operand.value)
+            layout = operand.layout.value
+            if shape is not None and len(shape) == len(layout):
+                named = dict(zip(layout, shape, strict=True))
+                sizes["B"][named["B"]] = None
+                sizes[row_axis][named["S"]] = None
+        for letter, dim in (("B", scores.batch), ("H", scores.heads), ("S", scores.seqlen_q), ("T", scores.seqlen_kv)):
+            if dim is not None:
+                sizes[letter][self.ctx.size(dim, "")] = None
+        return {letter: {s: None for s in found if not _is_fresh(s)} for letter, found in sizes.items()}
+
+    def _term_sizes(self, term: spec.MaskTerm, sizes: dict[str, dict[Expr, None]]) -> None:
+        """Sizes known from a term: an axis of a mask that isn't 1 is the axis of the scores (else the model wouldn't
+        run)."""
+        for letter, dim in zip(term.axes, term.dims, strict=False):
+            if letter in sizes and dim is not None:
+                sizes[letter][self.ctx.size(dim, "")] = None
+        for value in (term.value, term.fill):
+            if value is None:
+                continue
+            shape = self.tensors[value].shape
+            for letter, s in zip(reversed(term.axes), reversed(shape), strict=False):
+                if letter in sizes and ia.value_of(s) != 1:
+                    sizes[letter][s] = None
+
+    def _add_equal_sizes(self, sizes: dict[str, dict[Expr, None]]) -> None:
+        """Sizes that broadcasting inside the mask took for equal."""
+        for found in sizes.values():
+            for pair in self.ctx.unequal:
+                if pair[0] in found or pair[1] in found:
+                    found.update(dict.fromkeys(pair))
+
+    def element(self, term: spec.MaskTerm, value: ir.Value) -> Expr:
+        """The element of a term's value (or fill) that meets score (b, h, i, j)."""
+        found = self.tensors[value].at(self.place(term, value))
+        return il.rewrite(found, self.known) if self.known else found
+
+    def place(self, term: spec.MaskTerm, value: ir.Value) -> tuple[Expr, ...]:
+        """The index into a term's value (or fill) that score (b, h, i, j) meets."""
+        tensor = self.tensors[value]
+        if tensor.rank > len(term.axes):
+            raise NotAMask("its mask has more axes than the scores")
+        letters = term.axes[len(term.axes) - tensor.rank :]
+        return tuple(self._axis(letter, term, size) for letter, size in zip(letters, tensor.shape, strict=True))
+
+    def _axis(self, letter: str, term: spec.MaskTerm, size: Expr) -> Expr:
+        """The index along an axis of the score tensor, from (b, h, i, j)."""
+        if ia.value_of(size) == 1:
+            return ia.ZERO
+        plain = dict(zip("BHST", self.index, strict=True))
+        if letter in plain:
+            return plain[letter]
+        if letter == "N" and self.heads is not None:
+            return ia.add(ia.scale(self.b, self.heads), self.h)
+        inner = {"K": "G", "G": "G", "M": "W", "W": "W"}.get(letter)
+        if inner is None:
+            raise NotAMask(f"its scores have an axis of unknown meaning ({letter})")
+        whole = self.h if letter in "KG" else self.b
+        per_group = self._group_size(term, inner)
+        return ia.floordiv(whole, per_group) if letter in "KM" else ia.modulo(whole, per_group)
+
+    def _group_size(self, term: spec.MaskTerm, letter: str) -> Expr:
+        k = term.axes.index(letter)
+        if k < len(term.dims) and term.dims[k] is not None:
+            return self.ctx.size(term.dims[k], "")
+        shape = self.tensors[term.value].shape
+        at = k - len(term.axes) + len(shape)
+        if at < 0 or ia.value_of(shape[at]) == 1:
+            raise NotAMask("the number of heads in a group isn't known")
+        return shape[at]
+
+
+def _is_fresh(size: Expr) -> bool:
+    """A size made up for a dimension of which nothing is known tells nothing."""
+    atom = ia.only_atom(size)
+    return atom is not None and atom.op == "sym" and "." in atom.args[0]
+
+
+def leaves(e: Expr, cond: Expr = il.TRUE) -> list[tuple[Expr, Expr]]:
+    """The values that a nest of choices can take, each with its condition."""
+    if e.op != "choose":
+        return [(cond, e)]
+    c, yes, no = e.args
+    both = leaves(yes, il.all_of((cond, c))) + leaves(no, il.all_of((cond, il.negate(c))))
+    return [(c, v) for c, v in both if c is not il.FALSE]
+
+
+def summands(e: Expr) -> list[Expr]:
+    """The parts of a sum of floats: a mask and a bias that the exporter added up before they meet the scores."""
+    if e.op == "fop" and e.args[0] == "Add":
+        return [part for x in e.args[2:] for part in summands(x)]
+    if e.op == "fop" and e.args[0] == "Sub" and e.args[3].op == "float":
+        return [*summands(e.args[2]), il.floating(-il.float_value(e.args[3]), e.args[1])]
+    return [e]
+
+
+def is_fill(e: Expr, factor: float) -> bool:
+    value = il.float_value(e)
+    return value is not None and not value * factor > MASKING
+
+
+def zeros_and_ones(site: Site, terms: list[spec.MaskTerm]) -> dict[Expr, Expr]:
+    """The integers of graph inputs that float masks are made of, as choices between 0 and 1."""
+    found = {}
+    for term in terms:
+        if term.kind is spec.TermKind.ADD:
+            for cast in ia.atoms(site.element(term, term.value), "cast"):
+                number, dtype = cast.args
+                atom = ia.only_atom(number) if number.kind == "int" else None
+                if atom is not None and atom.op == "load" and atom.args[0].is_graph_input():
+                    found[cast] = il.choose(il.eq0(number), il.floating(0.0, dtype), il.floating(1.0, dtype))
+    return found
+
+
+def cases_of(site: Site, terms: list[spec.MaskTerm]) -> list[Case]:
+    """All cases of the chain; their conditions exclude each other and cover everything."""
+    cases = [Case(il.TRUE)]
+    for term in terms:
+        if term.kind in (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW):
+            continue
+        apply = {"add": _add, "where": _where, "bool": _where, "clamp": _clamp, "gate": _gate}[term.kind.value]
+        cases = [new for case in cases for new in apply(site, term, case)]
+        cases = _merged([c for c in cases if c.cond is not il.FALSE])
+        if len(cases) > _MAX_CASES:
+            raise NotAMask("its mask has too many cases")
+    if any(c.mask is not None and c.mask > MASKING for c in cases):
+        raise NotAMask("some of its scores are replaced by a number that is no mask")
+    return _emptied(site, terms, _zeroed(site, terms, cases))
+
+
+def _merged(cases: list[Case]) -> list[Case]:
+    """Cases with the same effect become one."""
+    groups: dict[tuple, list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.mask, case.replaced, case.exact, case.bias), []).append(case)
+    return [dataclasses.replace(g[0], cond=il.any_of(c.cond for c in g)) for g in groups.values()]
+
+
+def _sum(mask: float, value: float, term: spec.MaskTerm, dtype: ir.DataType) -> float:
+    """A mask after one more addition; it overflows (or not) before the scale that follows."""
+    return il.float_value(il.floating(mask / term.factor + value, dtype)) * term.factor
+
+
+def _add(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
+    dtype = site.tensors[term.value].dtype
+    absorbs = ABSORBS.get(dtype, -1e30)
+    result = []
+    added = site.element(term, term.value)
+    values = [(cond, summands(leaf)) for cond, leaf in leaves(added)]
+    if not any(is_fill(part, term.factor) for _, parts in values for part in parts):
+        values = [(il.TRUE, [added])]  # a bias that happens to be made of choices
+    for cond, parts in values:
+        new = dataclasses.replace(case, cond=il.all_of((case.cond, cond)))
+        for part in parts:
+            new = _add_one(term, part, new, absorbs, dtype)
+        result.append(new)
+    return result
+
+
+def _add_one(term: spec.MaskTerm, part: Expr, case: Case, absorbs: float, dtype: ir.DataType) -> Case:
+    """The case after one expression without choices was added."""
+    value = il.float_value(part)
+    if value is None or (value != 0 and value * term.factor > MASKING):  # a bias; beside a huge number it vanishes
+        exact = case.mask is None or (case.exact and case.mask <= absorbs)
+        return dataclasses.replace(case, exact=exact, bias=(*case.bias, (part, term.factor)))
+    if math.isnan(value):
+        raise NotAMask("a NaN is added to its scores")
+    if value == 0:
+        return case
+    if case.mask is None:
+        return Case(case.cond, value * term.factor, False, value <= absorbs, case.bias)
+    return dataclasses.replace(case, mask=_sum(case.mask, value, term, dtype))
+
+
+def _where(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
+    kept = site.element(term, term.value)
+    if kept.kind != "bool":
+        kept = (
+            il.negate(il.eq0(kept))
+            if kept.kind == "int"
+            else il.float_compare("ne", kept, il.floating(0.0, ir.DataType.FLOAT))
+        )
+    kept = kept if term.keep_when else il.negate(kept)
+    result = [dataclasses.replace(case, cond=il.all_of((case.cond, kept)))]
+    gone = il.all_of((case.cond, il.negate(kept)))
+    if term.kind is spec.TermKind.BOOL:
+        return [*result, Case(gone, -math.inf, True)]
+    if gone is il.FALSE:
+        return result
+    for cond, leaf in leaves(site.element(term, term.fill)):
+        value = il.float_value(leaf)
+        if value is None or not value * term.factor <= MASKING:
+            what = "other values" if value is None else f"{value * term.factor:g}, which is no mask"
+            raise NotAMask(f"some of its scores are replaced by {what}")
+        result.append(Case(il.all_of((gone, cond)), value * term.factor, True))
+    return result
+
+
+def _clamp(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
+    floor = il.float_value(site.element(term, term.value))
+    if floor is None or floor * term.factor > MASKING:
+        raise NotAMask("its scores are clamped at a number that real scores can reach")
+    floor *= term.factor
+    if case.mask is None or case.mask > floor:
+        return [case]
+    return [dataclasses.replace(case, mask=floor, replaced=True, exact=True)]
+
+
+def _gate(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
+    """A weight of 1 keeps a score, a weight of 0 replaces it by 0 (and a huge negative number has to follow)."""
+    result = []
+    for cond, leaf in leaves(_as_float(site.element(term, term.value))):
+        cond, weight = il.all_of((case.cond, cond)), il.float_value(leaf)
+        if weight == 0:
+            result.append(Case(cond, 0.0, True))
+        elif weight == 1:
+            result.append(dataclasses.replace(case, cond=cond))
+        else:
+            raise NotAMask("its scores are multiplied by values that aren't just 0 and 1")
+    return result
+
+
+def _as_float(e: Expr) -> Expr:
+    return e if e.kind == "float" else il.cast_float(e, ir.DataType.FLOAT)
+
+
+def _zeroed(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[Case]:
+    """Probabilities set to 0 after the softmax: harmless where they are masked anyway, and then such a row gives 0."""
+    for term in terms:
+        if term.kind is not spec.TermKind.ZERO:
+            continue
+        kept = site.element(term, term.value)
+        kept = kept if term.keep_when else il.negate(kept)
+        result = []
+        for case in cases:
+            if case.mask is None and il.all_of((case.cond, il.negate(kept))) is not il.FALSE:
+                raise NotAMask("probabilities are set to 0 after its softmax, where they aren't masked before it")
+            gone = case.mask is not None and il.all_of((case.cond, kept)) is il.FALSE
+            result.append(dataclasses.replace(case, mask=-math.inf, bias=()) if gone else case)
+        cases = _merged(result)
+    return cases
+
+
+def _emptied(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[Case]:
+    """Rows that see no key in another mask, set to 0 behind the product: harmless where that mask has no such rows, or
+    where it is the very mask of the scores."""
+    for term in terms:
+        if term.kind is not spec.TermKind.EMPTY_ROW:
+            continue
+        kept = site.element(term, term.value)
+        kept = il.rewrite(kept, {test: il.TRUE for test in ia.atoms(kept, "fcmp") if _holds_for_weights(test)})
+        if rows_see_a_key(site, kept):
+            continue
+        soft = any(c.mask is not None and c.mask > -math.inf for c in cases)
+        huge = any(not is_moderate(e) for c in cases if c.mask is None for e, _ in c.bias)
+        if kept is not visible(cases) or (soft and huge):
+            raise NotAMask("its output is set to 0 in other rows than those that see no key")
+        cases = _merged([c if c.mask is None else dataclasses.replace(c, mask=-math.inf, bias=()) for c in cases])
+    return cases
+
+
+def _holds_for_weights(test: Expr) -> bool:
+    """Is it `number < an element of a table of weights` (a Gather, as for relative positions), true of all weights?"""
+    name, bound, element = test.args
+    gather = element.args[0].producer() if name == "lt" and bound.op == "float" and element.op == "load" else None
+    if gather is None or gather.op_type != "Gather" or gather.domain not in ("", "ai.onnx"):
+        return False
+    table = gather.inputs[0]
+    constant = None if table.is_graph_input() else ir.convenience.get_const_tensor(table)
+    return constant is not None and bool((constant.numpy() > il.float_value(bound)).all())
+
+
+def is_moderate(e: Expr) -> bool:
+    """Is a bias a number like a score, far from any fill? Not if it has a huge constant in it, or comes from the
+    user."""
+    for number in ia.atoms(e, "float"):
+        if not abs(il.float_value(number)) < -MASKING:
+            return False
+    for atom in ia.atoms(e, "load"):
+        if atom.kind == "float":
+            constant = ir.convenience.get_const_tensor(atom.args[0])
+            if atom.args[0].is_graph_input() and constant is None:
+                return False
+            if constant is not None and not np.abs(constant.numpy().astype(np.float64)).max(initial=0) < -MASKING:
+                return False
+    return True
+
+
+def visible(cases: list[Case]) -> Expr:
+    return il.any_of(c.cond for c in cases if c.mask is None)
+
+
+def rows_see_a_key(site: Site, seen: Expr) -> bool:
+    """Is it proven that in every row some key is visible? A few keys are tried: the first, the last, the row's own."""
+    if seen is il.TRUE:
+        return True
+    atom = ia.only_atom(site.j)
+    if atom is None:
+        return False
+    last = [ia.sub(size, ia.ONE) for size in site.sizes["T"]]
+    candidates = [ia.ZERO, *last, site.i]
+    for part in seen.args if seen.op == "and" else (seen,):
+        linear = ia.linear_in(part.args[0], "j") if part.op == "ge0" else None
+        if linear is not None and abs(linear[0]) == 1:
+            candidates.append(ia.scale(linear[1], -linear[0]))
+    for key in candidates:
+        inside = ia.is_nonnegative(key) and any(ia.is_nonnegative(ia.sub(size, key)) for size in last)
+        if inside and il.rewrite(seen, {atom: key}) is il.TRUE:
+            return True
+    return False
+
+
+__all__ = ["Case", "NotAMask", "Site", "Unknown", "cases_of", "leaves", "rows_see_a_key", "summands", "visible"]

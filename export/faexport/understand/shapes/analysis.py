@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of every value of a model: symbolic shape, contents of small integer tensors, constants.
+
+Made once per model by pipeline.py and read by everything that proves. Own derivation comes first, the file's own shape
+information fills what it leaves open; unknown sizes are symbols that equal only themselves. The graph is not changed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.nodes import attribute, op, operand, own_functions, producer, subgraphs
+from faexport.understand.shapes import (  # noqa: F401 (some only register their rules)
+    constants,
+    rules_attention,
+    rules_contents,
+    rules_layers,
+)
+from faexport.understand.shapes.dims import Dim
+from faexport.understand.shapes.known import Shape
+from faexport.understand.shapes.rules import CONTENT_RULES, SHAPE_RULES, is_bound
+
+MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
+
+_BOOL_OPS = ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN", "IsInf")
+DTYPE_OF = (
+    dict.fromkeys(_BOOL_OPS, ir.DataType.BOOL)
+    | dict.fromkeys(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"), ir.DataType.INT64)
+    | dict.fromkeys(("MatMulInteger", "ConvInteger"), ir.DataType.INT32)
+)
+# The input whose element type the output has, where it is not the first.
+TYPED_BY = {"Where": 1, "CastLike": 1, "DequantizeLinear": 1, "OneHot": 2, "com.microsoft::DequantizeLinear": 1}
+TYPED_BY |= {"com.microsoft::EmbedLayerNormalization": 2, "com.microsoft::MatMulIntegerToFloat": 2}
+
+
+class Analysis:
+    """Shapes and contents of all values of a model, computed node by node in graph order."""
+
+    def __init__(self, model: ir.Model):
+        self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+        self._shapes: dict[ir.Value, Shape | None] = {}
+        self._contents: dict[ir.Value, tuple[Dim, ...]] = {}
+        self._constants: dict[ir.Value, np.ndarray | None] = {}
+        self._dtypes: dict[ir.Value, ir.DataType | None] = {}
+        self._static: dict[ir.Value, bool] = {}
+        self._equal: dict[str, Dim] = {}
+        for graph in (model.graph, *own_functions(model)):
+            self._visit(graph)
+
+    def shape(self, value: ir.Value | None) -> Shape | None:
+        """Symbolic sizes of the axes, or None where the rank is unknown."""
+        if value is None:
+            return None
+        if value not in self._shapes:
+            self._shapes[value] = self._declared(value)
+        found = self._shapes[value]
+        return found if found is None or not self._equal else tuple(d.substitute(self._equal) for d in found)
+
+    def learn(self, value: ir.Value, sizes: Shape) -> None:
+        """From now on, sizes of `value` of which nothing was known are these. (Of a sum of scores and mask, say: where
+        the mask made it larger, the model's own Reshapes behind it would fail, and the operator refuses such a mask
+        when it runs.)"""
+        for own, size in zip(self.shape(value) or (), sizes, strict=False):
+            symbols = own.symbols
+            if len(symbols) == 1 and own == Dim.of(next(iter(symbols))) and own != size:
+                symbol = symbols.pop()
+                if symbol.startswith("?") and symbol not in size.substitute(self._equal).symbols:
+                    self._equal[symbol] = size
+
+    def define(self, value: ir.Value, shape: Shape | None) -> None:
+        """The shape of a value that isn't in the graph yet."""
+        self._shapes[value] = shape
+
+    def rank(self, value: ir.Value | None) -> int | None:
+        shape = self.shape(value)
+        return None if shape is None else len(shape)
+
+    def dtype(self, value: ir.Value | None) -> ir.DataType | None:
+        """Element type, or None where neither the file nor the nodes in front tell."""
+        if value is None or value.dtype is not None:
+            return None if value is None else value.dtype
+        if value not in self._dtypes:
+            self._dtypes[value] = self._derive_dtype(value)
+        return self._dtypes[value]
+
+    def contents(self, value: ir.Value | None) -> tuple[Dim, ...] | None:
+        """Symbolic contents of an integer tensor of rank 0 or 1 (one Dim for a scalar)."""
+        if value is None:
+            return None
+        if value not in self._contents:
+            array = self.constant(value)
+            if (
+                array is None
+                or array.ndim > 1
+                or array.size > MAX_CONTENTS
+                or not np.issubdtype(array.dtype, np.integer)
+            ):
+                return None
+            self._contents[value] = tuple(Dim.of(int(x)) for x in array.reshape(-1))
+        found = self._contents[value]
+        return tuple(d.substitute(self._equal) for d in found) if self._equal else found
+
+    def constant(self, value: ir.Value | None) -> np.ndarray | None:
+        """The tensor where it is constant and small, whatever chain of nodes computes it; else None."""
+        if value is None:
+            return None
+        if value not in self._constants:
+            self._constants[value] = self._fold(value)
+        return self._constants[value]
+
+    def scalar(self, value: ir.Value | None) -> float | None:
+        """The number where the value is a constant of one element (of any rank)."""
+        array = self.constant(value)
+        return (
+            float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype != np.bool_ else None
+        )
+
+    def is_static(self, value: ir.Value | None) -> bool:
+        """Does the value depend on no input of the model? (A weight, or computed from weights alone.)"""
+        if value is None:
+            return True
+        return self._static.get(value, value.const_value is not None and not value.is_graph_input())
+
+    def _is_static_node(self, node: ir.Node) -> bool:
+        if node.op_type.startswith("Random") or any(True for _ in subgraphs(node)):
+            return False
+        return all(self.is_static(v) for v in node.inputs)
+
+    def _fold(self, value: ir.Value) -> np.ndarray | None:
+        if value.const_value is not None and producer(value) is None:
+            tensor = value.const_value
+            if value.is_graph_input() or tensor.size > constants.MAX_ELEMENTS or tensor.dtype == ir.DataType.STRING:
+                return None
+            return tensor.numpy()
+        node = producer(value)
+        if op(node) == "Constant":
+            return constants.tensor_of_constant(node)
+        contents = self._contents.get(value)
+        if contents is not None and all(d.const is not None for d in contents):
+            array = np.array([d.const for d in contents], np.int64)
+            return array.reshape(()) if self.rank(value) == 0 else array
+        if node is None or node.outputs[0] is not value or op(node) not in constants.FOLD:
+            return None
+        return constants.fold(node, [self.constant(v) for v in node.inputs])
+
+    def _visit(self, graph: ir.Graph | ir.Function) -> None:
+        for node in graph:
+            for body in subgraphs(node):
+                self._visit(body)
+            rule = CONTENT_RULES.get(op(node))
+            contents = rule(node, self) if rule else None
+            known = contents if isinstance(contents, list) else [contents]
+            for value, elements in zip(node.outputs, known, strict=False):
+                if elements is not None and len(elements) <= MAX_CONTENTS:
+                    self._contents[value] = elements
+            shape_rule = SHAPE_RULES.get(op(node))
+            shapes = shape_rule(node, self) if shape_rule else None
+            for i, value in enumerate(node.outputs):
+                self.dtype(value)
+                self._static[value] = self._is_static_node(node)
+                inferred = shapes[i] if shapes is not None and i < len(shapes) else None
+                self._shapes[value] = self._merge(inferred, value)
+
+    def _derive_dtype(self, value: ir.Value) -> ir.DataType | None:
+        node = producer(value)
+        if node is None:
+            return value.const_value.dtype if value.const_value is not None else None
+        if op(node) == "Cast":
+            return ir.DataType(attribute(node, "to"))
+        if op(node) in DTYPE_OF:
+            return DTYPE_OF[op(node)]
+        if op(node) == "If":
+            return self.dtype(attribute(node, "then_branch").outputs[node.outputs.index(value)])
+        if op(node) in ("Loop", "Scan"):
+            return None
+        if op(node) in ("Constant", "ConstantOfShape"):
+            tensor = attribute(node, "value")
+            return (
+                tensor.dtype if tensor is not None else ir.DataType.FLOAT if "ConstantOfShape" in node.op_type else None
+            )
+        return self.dtype(operand(node, TYPED_BY.get(op(node), 0)))
+
+    def _declared(self, value: ir.Value) -> Shape | None:
+        if value.shape is None:
+            return None if value.const_value is None else tuple(Dim.of(int(d)) for d in value.const_value.shape)
+        return tuple(self._declared_dim(value, i, d) for i, d in enumerate(value.shape))
+
+    @staticmethod
+    def _declared_dim(value: ir.Value, axis: int, dim: int | ir.SymbolicDim) -> Dim:
+        if isinstance(dim, int):
+            return Dim.of(dim)
+        return Dim.of(str(dim.value)) if dim.value else Dim.unknown(f"{value.name}.{axis}")
+
+    def _merge(self, inferred: Shape | None, value: ir.Value) -> Shape | None:
+        """The derived shape, with sizes that only the file knows; a file that contradicts the derivation is not
+        believed."""
+        if inferred is None:
+            return self._declared(value)
+        if value.shape is None or len(value.shape) != len(inferred):
+            return inferred
+        declared = self._declared(value)
+        for dim, known in zip(inferred, declared, strict=True):
+            if _names_a_bound(known, dim):
+                self._equal.setdefault(str(known), dim)
+        return tuple(known if _says_more(known, dim) else dim for dim, known in zip(inferred, declared, strict=True))
+
+
+def _says_more(declared: Dim, inferred: Dim) -> bool:
+    """Is the file's size better than the derived one? Where that is unknown; a bound says more than another name."""
+    if inferred.const is not None or not all(s.startswith("?") for s in inferred.symbols):
+        return False
+    return declared.const is not None or not is_bound(inferred)
+
+
+def _names_a_bound(declared: Dim, inferred: Dim) -> bool:
+    """Does the file call a derived size by a minimum? PyTorch's exporter does so behind a table of positions,
+    "Min(128, sequence)", and elsewhere calls the same size by its own name; a model that runs has both equal."""
+    symbols = declared.symbols
+    if len(symbols) != 1 or "Min(" not in next(iter(symbols)) or declared != Dim.of(next(iter(symbols))):
+        return False
+    return not any(s.startswith("?") or s in symbols for s in inferred.symbols)

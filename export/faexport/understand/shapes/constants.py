@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate small constant subgraphs with NumPy, as onnxruntime's constant folding would. Called by shapes.Analysis.
+
+Only tensors of at most MAX_ELEMENTS are evaluated; the graph is not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.nodes import attribute, op, operand
+
+MAX_ELEMENTS = 1 << 16
+
+Arrays = list[np.ndarray | None]
+FOLD: dict[str, Callable[[ir.Node, Arrays], np.ndarray]] = {}
+
+
+def _register(*names: str):
+    def add(function):
+        FOLD.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+_BINARY = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Pow": np.power,
+    "Mod": np.mod,
+    "Equal": np.equal,
+    "Less": np.less,
+    "LessOrEqual": np.less_equal,
+    "Greater": np.greater,
+    "GreaterOrEqual": np.greater_equal,
+    "And": np.logical_and,
+    "Or": np.logical_or,
+    "Xor": np.logical_xor,
+}
+_UNARY = {
+    "Sqrt": np.sqrt,
+    "Neg": np.negative,
+    "Exp": np.exp,
+    "Log": np.log,
+    "Floor": np.floor,
+    "Ceil": np.ceil,
+    "Abs": np.abs,
+    "Reciprocal": np.reciprocal,
+    "Not": np.logical_not,
+    "Identity": np.asarray,
+    "IsNaN": np.isnan,
+}
+for _name, _f in _BINARY.items():
+    FOLD[_name] = lambda node, x, f=_f: f(x[0], x[1])
+for _name, _f in _UNARY.items():
+    FOLD[_name] = lambda node, x, f=_f: f(x[0])
+
+
+@_register("Div")
+def _div(node, x):
+    if np.issubdtype(x[0].dtype, np.integer):
+        return (np.sign(x[0]) * np.sign(x[1]) * (abs(x[0]) // abs(x[1]))).astype(x[0].dtype)
+    return x[0] / x[1]
+
+
+@_register("Cast")
+def _cast(node, x):
+    return x[0].astype(ir.DataType(attribute(node, "to")).numpy())
+
+
+@_register("CastLike")
+def _cast_like(node, x):
+    return x[0].astype(x[1].dtype)
+
+
+@_register("Where")
+def _where(node, x):
+    return np.where(x[0], x[1], x[2])
+
+
+@_register("Min")
+def _min(node, x):
+    return np.minimum.reduce(np.broadcast_arrays(*x))
+
+
+@_register("Max")
+def _max(node, x):
+    return np.maximum.reduce(np.broadcast_arrays(*x))
+
+
+@_register("Unsqueeze")
+def _unsqueeze(node, x):
+    axes = attribute(node, "axes") if len(x) < 2 or x[1] is None else x[1].reshape(-1).tolist()
+    return np.expand_dims(x[0], tuple(axes))
+
+
+@_register("Squeeze")
+def _squeeze(node, x):
+    axes = attribute(node, "axes") if len(x) < 2 or x[1] is None else x[1].reshape(-1).tolist()
+    return np.squeeze(x[0], None if axes is None else tuple(axes))
+
+
+@_register("Reshape")
+def _reshape(node, x):
+    shape = [
+        x[0].shape[i] if d == 0 and not attribute(node, "allowzero", 0) else d for i, d in enumerate(x[1].tolist())
+    ]
+    return x[0].reshape(shape)
+
+
+@_register("Transpose")
+def _transpose(node, x):
+    return np.transpose(x[0], attribute(node, "perm"))
+
+
+@_register("Concat")
+def _concat(node, x):
+    return np.concatenate(x, axis=attribute(node, "axis"))
+
+
+@_register("Gather")
+def _gather(node, x):
+    return np.take(x[0], x[1], axis=attribute(node, "axis", 0))
+
+
+@_register("Expand")
+def _expand(node, x):
+    return np.broadcast_to(x[0], np.broadcast_shapes(x[0].shape, tuple(x[1].tolist())))
+
+
+@_register("Tile")
+def _tile(node, x):
+    return np.tile(x[0], tuple(x[1].tolist()))
+
+
+@_register("ConstantOfShape")
+def _constant_of_shape(node, x):
+    fill = attribute(node, "value")
+    fill = np.zeros(1, np.float32) if fill is None else fill.numpy()
+    if np.prod(x[0], dtype=np.float64) > MAX_ELEMENTS:
+        raise ValueError("too large to fold")
+    return np.full(tuple(x[0].tolist()), fill.reshape(-1)[0], fill.dtype)
+
+
+@_register("Range")
+def _range(node, x):
+    return np.arange(x[0].item(), x[1].item(), x[2].item(), dtype=x[0].dtype)
+
+
+@_register("Trilu")
+def _trilu(node, x):
+    k = 0 if len(x) < 2 or x[1] is None else int(x[1].item())
+    return np.triu(x[0], k) if attribute(node, "upper", 1) else np.tril(x[0], k)
+
+
+@_register("Slice")
+def _slice(node, x):
+    def ints(index: int, name: str, default):
+        if len(x) > index and x[index] is not None:
+            return x[index].reshape(-1).tolist()
+        return attribute(node, name, default)
+
+    starts, ends = ints(1, "starts", []), ints(2, "ends", [])
+    axes = ints(3, "axes", list(range(len(starts))))
+    steps = ints(4, "steps", [1] * len(starts))
+    index = [slice(None)] * x[0].ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        index[axis] = slice(start, None if step < 0 and end < -x[0].shape[axis] else end, step)
+    return x[0][tuple(index)]
+
+
+def tensor_of_constant(node: ir.Node) -> np.ndarray | None:
+    """The tensor of a Constant node, in whichever attribute it stands."""
+    for name, dtype in (
+        ("value_float", np.float32),
+        ("value_int", np.int64),
+        ("value_floats", np.float32),
+        ("value_ints", np.int64),
+    ):
+        if name in node.attributes:
+            return np.array(attribute(node, name), dtype)
+    tensor = attribute(node, "value")
+    if tensor is None or tensor.size > MAX_ELEMENTS or tensor.dtype == ir.DataType.STRING:
+        return None
+    return tensor.numpy()
+
+
+def fold(node: ir.Node, inputs: Arrays) -> np.ndarray | None:
+    """The first output of `node` for constant inputs, or None where the op isn't known, fails or yields too much."""
+    function = FOLD.get(op(node))
+    if function is None or any(x is None and operand(node, i) is not None for i, x in enumerate(inputs)):
+        return None
+    try:
+        with np.errstate(all="ignore"):
+            result = np.asarray(function(node, inputs))
+    except (ValueError, IndexError, TypeError, KeyError, OverflowError, np.exceptions.AxisError):
+        return None
+    return result if result.size <= MAX_ELEMENTS else None

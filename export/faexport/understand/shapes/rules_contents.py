@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What small integer tensors hold, as far as it can be told: sizes of other tensors and what is computed from them.
+
+Registered in rules.CONTENT_RULES; imported by analysis.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import onnx_ir as ir
+
+from faexport.nodes import attribute, op, operand
+from faexport.understand.shapes.dims import Dim, product
+from faexport.understand.shapes.known import Known, Shape
+from faexport.understand.shapes.rules import constant_ints, contents_of, shape_window, split_sizes
+
+
+@contents_of("Shape")
+def _contents_shape(node, a):
+    shape = a.shape(node.inputs[0])
+    return None if shape is None else shape_window(node, shape)
+
+
+@contents_of("Size")
+def _contents_size(node, a):
+    shape = a.shape(node.inputs[0])
+    return None if shape is None else (product(shape),)
+
+
+@contents_of("Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
+def _contents_same(node, a):
+    contents, rank = a.contents(node.inputs[0]), a.rank(node.outputs[0])
+    if node.op_type == "Reshape":
+        rank = 1 if a.contents(operand(node, 1)) is None else len(a.contents(operand(node, 1)))
+        if rank == 1 and op(node.inputs[0].producer()) == "OneHot":
+            return _one_hot(node.inputs[0].producer(), a)
+    return contents if rank is None or rank <= 1 else None
+
+
+def _one_hot(node: ir.Node, a: Known) -> Shape | None:
+    """One number at one place and another elsewhere: the repeats of a Tile, as torch.repeat_interleave writes them."""
+    place, depth, values = (a.contents(v) for v in node.inputs)
+    if None in (place, depth, values) or len(place) != 1 or place[0].const is None or depth[0].const is None:
+        return None
+    count = depth[0].const
+    where = place[0].const
+    if not -count <= where < count or count > 32:
+        return None
+    return tuple(values[1] if i == where % count else values[0] for i in range(count))
+
+
+@contents_of("Cast")
+def _contents_cast(node, a):
+    integer = attribute(node, "to") in (int(ir.DataType.INT64), int(ir.DataType.INT32))
+    return a.contents(node.inputs[0]) if integer else None
+
+
+@contents_of("Concat")
+def _contents_concat(node, a):
+    parts = [a.contents(v) for v in node.inputs]
+    return None if any(p is None for p in parts) else tuple(itertools.chain.from_iterable(parts))
+
+
+@contents_of("Gather")
+def _contents_gather(node, a):
+    data, index = a.contents(node.inputs[0]), a.constant(node.inputs[1])
+    if data is None or index is None or index.ndim > 1 or attribute(node, "axis", 0) not in (0, -1):
+        return None
+    if any(not -len(data) <= i < len(data) for i in index.reshape(-1)):
+        return None
+    return tuple(data[int(i)] for i in index.reshape(-1))
+
+
+@contents_of("Slice")
+def _contents_slice(node, a):
+    data = a.contents(node.inputs[0])
+    bounds = [constant_ints(node, a, i, n) for i, n in ((1, "starts"), (2, "ends"), (4, "steps"))]
+    if bounds[0] is None or bounds[1] is None or len(bounds[0]) != 1:
+        return None
+    if data is None:
+        return () if bounds[0] == bounds[1] and a.rank(node.inputs[0]) == 1 else None
+    return data[slice(bounds[0][0], bounds[1][0], (bounds[2] or [1])[0])]
+
+
+@contents_of("Split")
+def _contents_split(node, a):
+    """Sizes apart, as onnxruntime's optimizer writes several Gathers from one Shape."""
+    data = a.contents(node.inputs[0])
+    sizes = None if data is None else split_sizes(node, a, Dim.of(len(data)))
+    if sizes is None or any(d.const is None for d in sizes):
+        return None
+    ends = list(itertools.accumulate(d.const for d in sizes))
+    return [data[end - d.const : end] for end, d in zip(ends, sizes, strict=True)]
+
+
+@contents_of("Add", "Sub", "Mul", "Div")
+def _contents_arithmetic(node, a):
+    x, y = (a.contents(v) for v in node.inputs)
+    if x is None or y is None or (len(x) != len(y) and 1 not in (len(x), len(y))):
+        return None
+    count = max(len(x), len(y))
+    x, y = (p * count if len(p) == 1 else p for p in (x, y))
+    return tuple(_arithmetic(node.op_type, p, q) for p, q in zip(x, y, strict=True))
+
+
+def _arithmetic(name: str, x: Dim, y: Dim) -> Dim:
+    if name != "Div":
+        return {"Add": x + y, "Sub": x - y, "Mul": x * y}[name]
+    if x.const is not None and y.const:
+        return Dim.of(int(x.const / y.const))
+    exact = x.divide(y)
+    return Dim.of(f"({x})//({y})") if exact is None else exact
+
+
+@contents_of("Where")
+def _contents_where(node, a):
+    """The idiom `Where(shape == -1, 1, shape)`: sizes are never negative, so a symbol is never -1."""
+    condition, x, y = node.inputs
+    test = condition.producer()
+    if test is None or test.op_type != "Equal":
+        return None
+    left, right, yes, no = (a.contents(v) for v in (*test.inputs, x, y))
+    if None in (left, right, yes, no) or not len(left) == len(right) == len(yes) == len(no):
+        return None
+    result = []
+    for p, q, if_equal, if_not in zip(left, right, yes, no, strict=True):
+        equal = True if p == q else False if _never_equal(p, q) else None
+        if equal is None and if_equal != if_not:
+            return None
+        result.append(if_equal if equal else if_not)
+    return tuple(result)
+
+
+def _never_equal(p: Dim, q: Dim) -> bool:
+    difference = p - q
+    if difference.const is not None:
+        return difference.const != 0
+    signs = {c > 0 for c in difference.terms.values()}
+    return len(signs) == 1 and difference.terms.get((), 0) != 0
+
+
+@contents_of("ConstantOfShape")
+def _contents_constant_of_shape(node, a):
+    length, fill = a.contents(node.inputs[0]), attribute(node, "value")
+    if length is None or len(length) != 1 or length[0].const is None or fill is None or length[0].const > 32:
+        return None
+    if fill.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        return None
+    return (Dim.of(int(fill.numpy().reshape(-1)[0])),) * length[0].const
+
+
+@contents_of("ReduceProd")
+def _contents_reduce_prod(node, a):
+    contents = a.contents(node.inputs[0])
+    return None if contents is None else (product(contents),)

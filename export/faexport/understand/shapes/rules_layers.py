@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shape rules of layers that stand around attention: convolutions, pooling, padding, reductions, quantized and
+fused products.
+
+Registered in rules.SHAPE_RULES; imported by analysis.py. Sizes that aren't followed are unknown, the rank is what
+counts.
+"""
+
+from __future__ import annotations
+
+from faexport.nodes import attribute, operand
+from faexport.understand.shapes.dims import Dim
+from faexport.understand.shapes.einsum import multiplied_order
+from faexport.understand.shapes.rules import broadcast, constant_ints, resolve_axis, shape_of
+
+
+@shape_of("Conv")
+def _conv(node, a):
+    x, w = a.shape(node.inputs[0]), a.shape(node.inputs[1])
+    if x is None or w is None:
+        return None
+    kernel = [d.const for d in w[2:]]
+    count = len(kernel)
+    pads = attribute(node, "pads", [0] * 2 * count)
+    strides, dilations = attribute(node, "strides", [1] * count), attribute(node, "dilations", [1] * count)
+    out = [x[0], w[0]]
+    for i, size in enumerate(x[2:]):
+        if size.const is None or kernel[i] is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+            out.append(size if kernel[i] == strides[i] == 1 and not any(pads) else Dim.unknown("conv"))
+        else:
+            span = size.const + pads[i] + pads[i + count] - dilations[i] * (kernel[i] - 1) - 1
+            out.append(Dim.of(span // strides[i] + 1))
+    return [tuple(out)]
+
+
+@shape_of(
+    *(
+        f"Reduce{name}"
+        for name in ("Mean", "Sum", "Max", "Min", "L1", "L2", "Prod", "LogSum", "LogSumExp", "SumSquare")
+    ),
+    "ArgMax",
+    "ArgMin",
+)
+def _reduce(node, a):
+    shape = a.shape(node.inputs[0])
+    if shape is None:
+        return None
+    axes = [attribute(node, "axis", 0)] if node.op_type.startswith("Arg") else constant_ints(node, a, 1, "axes")
+    if axes is None and operand(node, 1) is not None:
+        return None
+    gone = {resolve_axis(x, len(shape)) for x in axes} if axes else set(range(len(shape)))
+    keep = attribute(node, "keepdims", 1)
+    return [tuple(Dim.of(1) if i in gone else d for i, d in enumerate(shape) if keep or i not in gone)]
+
+
+@shape_of("MaxPool", "AveragePool", "LpPool", "Resize", "Upsample")
+def _resized(node, a):
+    shape = a.shape(node.inputs[0])
+    if shape is None:
+        return None
+    keep = 0 if node.op_type in ("Resize", "Upsample") else 2
+    return [shape[:keep] + tuple(Dim.unknown(node.op_type) for _ in shape[keep:])]
+
+
+@shape_of("GlobalAveragePool", "GlobalMaxPool")
+def _global_pool(node, a):
+    shape = a.shape(node.inputs[0])
+    return None if shape is None else [shape[:2] + (Dim.of(1),) * (len(shape) - 2)]
+
+
+@shape_of("ConvTranspose")
+def _conv_transpose(node, a):
+    x, w = a.shape(node.inputs[0]), a.shape(node.inputs[1])
+    if x is None or w is None:
+        return None
+    return [(x[0], w[1] * attribute(node, "group", 1), *(Dim.unknown("conv") for _ in x[2:]))]
+
+
+@shape_of("Pad")
+def _pad(node, a):
+    shape, pads = a.shape(node.inputs[0]), a.contents(operand(node, 1))
+    if shape is None:
+        return None
+    if operand(node, 1) is None:
+        pads = tuple(map(Dim.of, attribute(node, "pads", ())))
+    if pads is None or operand(node, 3) is not None or len(pads) != 2 * len(shape):
+        return [tuple(Dim.unknown("pad") for _ in shape)]
+    return [tuple(d + pads[i] + pads[i + len(shape)] for i, d in enumerate(shape))]
+
+
+@shape_of("DepthToSpace", "SpaceToDepth")
+def _space(node, a):
+    shape = a.shape(node.inputs[0])
+    return None if shape is None else [(shape[0], *(Dim.unknown("space") for _ in shape[1:]))]
+
+
+@shape_of("TopK")
+def _top_k(node, a):
+    shape, count = a.shape(node.inputs[0]), a.contents(operand(node, 1))
+    if shape is None:
+        return None
+    axis = resolve_axis(attribute(node, "axis", -1), len(shape))
+    size = count[0] if count else Dim.unknown("top_k")
+    return [shape[:axis] + (size,) + shape[axis + 1 :]] * 2
+
+
+@shape_of("If")
+def _if(node, a):
+    """What both branches agree on; a constant condition's branch alone."""
+    branches = [attribute(node, "then_branch"), attribute(node, "else_branch")]
+    condition = a.constant(node.inputs[0])
+    if condition is not None and condition.size == 1:
+        branches = [branches[0 if condition.reshape(-1)[0] else 1]]
+    outputs = zip(*(branch.outputs for branch in branches), strict=True)
+    return [_common([a.shape(value) for value in values]) for values in outputs]
+
+
+def _common(shapes):
+    first = shapes[0]
+    if any(s is None or len(s) != len(first or ()) for s in shapes):
+        return None
+    return tuple(d if all(s[i] == d for s in shapes) else Dim.unknown("if") for i, d in enumerate(first))
+
+
+@shape_of("com.microsoft::SkipLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization")
+def _skip_normalization(node, a):
+    shape = a.shape(node.inputs[0])
+    return [shape, None, None, shape]  # the fourth is the sum that was normalized
+
+
+@shape_of("com.microsoft::EmbedLayerNormalization")
+def _embedding(node, a):
+    ids, table = a.shape(node.inputs[0]), a.shape(node.inputs[2])
+    return None if ids is None or table is None else [(*ids, table[-1]), ids[:1], (*ids, table[-1])]
+
+
+@shape_of("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
+def _fused_matmul(node, a):
+    x, y = a.shape(node.inputs[0]), a.shape(node.inputs[1])
+    if x is None or y is None or min(len(x), len(y)) < 2:
+        return None
+    x, y = (tuple(d[i] for i in multiplied_order(node, side, len(d))) for side, d in (("A", x), ("B", y)))
+    return [(*broadcast([x[:-2], y[:-2]]), x[-2], y[-1])]
+
+
+@shape_of("MatMulInteger", "com.microsoft::DynamicQuantizeMatMul", "com.microsoft::MatMulIntegerToFloat")
+def _integer_matmul(node, a):
+    x, y = a.shape(node.inputs[0]), a.shape(node.inputs[1])
+    if x is None or y is None or min(len(x), len(y)) < 2:
+        return None
+    return [(*broadcast([x[:-2], y[:-2]]), x[-2], y[-1])]
+
+
+@shape_of("QLinearMatMul")
+def _qlinear_matmul(node, a):
+    x, y = a.shape(node.inputs[0]), a.shape(node.inputs[3])
+    if x is None or y is None or min(len(x), len(y)) < 2:
+        return None
+    return [(*broadcast([x[:-2], y[:-2]]), x[-2], y[-1])]
+
+
+@shape_of("com.microsoft::MatMulNBits", "com.microsoft::MatMulBnb4")
+def _matmul_nbits(node, a):
+    x, columns = a.shape(node.inputs[0]), attribute(node, "N")
+    return None if x is None or columns is None else [(*x[:-1], Dim.of(columns))]
+
+
+@shape_of("DynamicQuantizeLinear")
+def _dynamic_quantize(node, a):
+    return [a.shape(node.inputs[0]), (), ()]

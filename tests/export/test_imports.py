@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports inside of faexport: no cycle, and only in the directions that docs/architecture.md gives. Imports for types
+and imports inside of functions count as well."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2] / "export" / "faexport"
+
+# Each part of understand/ and the parts of it that it may import.
+ALLOWED = {
+    "shapes": set(),
+    "index": {"shapes"},
+    "mask": {"shapes", "index"},
+    "layout": {"shapes"},
+    "core": {"shapes", "layout"},
+}
+
+
+def modules() -> dict[str, pathlib.Path]:
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(name: str, path: pathlib.Path, known: dict[str, pathlib.Path]) -> set[str]:
+    """The modules of faexport that this one names in an import, wherever in the file it stands."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base]) if base else ".".join(above)
+            submodules = {f"{base}.{alias.name}" for alias in node.names}
+            found |= submodules & known.keys()
+            if not submodules <= known.keys():
+                found.add(base)
+    return (found & known.keys()) - {name}
+
+
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports_of(name, path, known) for name, path in known.items()}
+
+
+def a_cycle(edges: dict[str, set[str]]) -> list[str] | None:
+    """Modules that import each other in a circle, the first one again at the end."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str] | None:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return None
+        for other in sorted(edges[name]):
+            found = search(other, [*path, name])
+            if found:
+                return found
+        done.add(name)
+        return None
+
+    return next(filter(None, (search(name, []) for name in edges)), None)
+
+
+def test_a_cycle_is_found():
+    assert a_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c", "a"]
+    assert a_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_no_module_imports_itself_through_others():
+    assert a_cycle(graph()) is None
+
+
+def part_of(name: str) -> str | None:
+    """ "shapes" for faexport.understand.shapes.dims."""
+    parts = name.split(".")
+    return parts[2] if len(parts) > 2 and parts[1] == "understand" else None
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_parts_of_understand_import_in_one_direction(part):
+    edges = {name: found for name, found in graph().items() if part_of(name) == part}
+    assert edges
+    for name, found in edges.items():
+        for other in found:
+            assert part_of(other) in (None, part, *ALLOWED[part]), f"{name} imports {other}"
+            assert other.split(".")[1] not in ("match", "pipeline", "rewrite", "verify", "report", "cli"), name
+
+
+def test_every_file_of_understand_is_in_a_part():
+    assert {part_of(name) for name in modules() if name.startswith("faexport.understand.")} == ALLOWED.keys()
