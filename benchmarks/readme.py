@@ -190,8 +190,8 @@ def suite_sentence() -> str:
     data = json.loads((RESULTS / "onnx_suite.json").read_text("utf-8"))
     return (
         f"**ONNX's own node tests** of `Attention` (onnx {data['versions']['onnx']}, `make onnx-suite`): "
-        f"{data['right']} fused and right, {data['refused']} refused because the test asks for\nthe scores too (`qk_matmul_output`), "
-        f"{data['wrong']} wrong. onnxruntime {data['versions']['onnxruntime']} by itself passes "
+        f"{data['right']} fused and right, {data['refused']} refused because the test asks for\nthe scores too "
+        f"(`qk_matmul_output`), {data['wrong']} wrong. onnxruntime {data['versions']['onnxruntime']} by itself passes "
         f"{data['onnxruntime_alone']} of these {data['tests']}.\n"
     )
 
