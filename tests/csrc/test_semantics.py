@@ -49,7 +49,7 @@ def test_visible_is_the_documented_rule(fa_csrc, rule, i, j):
     assert fa_csrc.MaskRule(*rule).visible(i, j) == expected
 
 
-# Offsets and windows up to where a kernel's 32-bit positions end, and far beyond: clamping must not change what is hidden.
+# Offsets and windows up to where a kernel's 32-bit positions end and beyond: clamping must not change what is hidden.
 far = st.one_of(st.integers(-30, 30), st.integers(-(1 << 29), 1 << 29), st.integers(-(1 << 40), 1 << 40))
 far_window = st.one_of(window, st.integers(0, 1 << 29), st.just(1 << 62))
 
