@@ -10,7 +10,6 @@
 namespace fa {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
 
 /// Partial softmax of a row: max = -inf and sum = 0 where it has seen no key.
 struct SoftmaxState {

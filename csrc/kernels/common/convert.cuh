@@ -12,13 +12,6 @@
 namespace fa {
 
 template <class T>
-inline constexpr DType kDTypeOf = DType::kFloat32;
-template <>
-inline constexpr DType kDTypeOf<__half> = DType::kFloat16;
-template <>
-inline constexpr DType kDTypeOf<__nv_bfloat16> = DType::kBFloat16;
-
-template <class T>
 __device__ __forceinline__ T from_float(float x) {
   if constexpr (__is_same(T, __half)) return __float2half_rn(x);
   if constexpr (__is_same(T, __nv_bfloat16)) return __float2bfloat16_rn(x);

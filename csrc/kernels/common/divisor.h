@@ -18,7 +18,6 @@ struct Divisor {
 
 #if defined(__CUDACC__)
   __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, multiplier) + n) >> shift; }
-  __device__ __forceinline__ uint32_t remainder(uint32_t n) const { return n - quotient(n) * divisor; }
 #endif
 };
 

@@ -26,8 +26,6 @@ struct TileShape {
   constexpr int threads() const { return warps * 32; }
 };
 
-inline constexpr int kHeadDimBuckets[] = {32, 64, 96, 128, 192, 256};
-
 constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant) {
   if (element_bytes == 4) {
     if (variant == Variant::kSplit) return head_dim <= 128 ? TileShape{1, 1, 32, 3, 1, false} : TileShape{1, 1, 32, 2, 1, false};
