@@ -43,6 +43,27 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
+/// A barrier in shared memory whose phase ends with the kArrivals-th arrival, and not before the announced bytes are there.
+template <int kArrivals>
+struct Mbarrier {
+  uint64_t word;
+
+  __device__ __forceinline__ void init() { mbarrier_init(&word, kArrivals); }
+  __device__ __forceinline__ void arrive() { mbarrier_arrive(&word); }
+  __device__ __forceinline__ void arrive_expect(uint32_t bytes) { mbarrier_arrive_expect(&word, bytes); }
+  __device__ __forceinline__ void wait(uint32_t parity) { mbarrier_wait(&word, parity); }
+};
+
+/// The barriers of a ring of buffers: filled, and given back.
+template <int kStages, int kFillers, int kReaders>
+__device__ __forceinline__ void init_ring(Mbarrier<kFillers> (&full)[kStages], Mbarrier<kReaders> (&empty)[kStages]) {
+#pragma unroll
+  for (int i = 0; i < kStages; ++i) {
+    full[i].init();
+    empty[i].init();
+  }
+}
+
 /// A position in a ring of kStages buffers. Consumers wait for full[stage] with phase, the producer for empty[stage] with phase
 /// ^ 1.
 template <int kStages>

@@ -71,7 +71,8 @@ struct KernelArgs {
   AttentionParams problem;
   SequenceRule sequences;
 
-  // What the decision on a first tile reads stands together: each line of constants that it needs takes 100 clocks to come.
+  // The scheduling warp reads the fields from here on for a block's first tile, so they stand next to each other: arguments are
+  // constant memory, and each cache line of it costs a warp 100 clocks the first time.
   TileOrder order;
   Tile common;               // what all tiles have in common, if
   bool tiles_alike;          // there are no lengths, packed sequences, mask and bias

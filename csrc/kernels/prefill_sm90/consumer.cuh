@@ -8,9 +8,9 @@
 #include "kernels/common/mma.cuh"
 #include "kernels/common/wgmma.cuh"
 #include "kernels/prefill_sm90/args.h"
-#include "kernels/prefill_sm90/config.cuh"
 #include "kernels/prefill_sm90/epilogue.cuh"
 #include "kernels/prefill_sm90/scores.cuh"
+#include "kernels/prefill_sm90/shared_plan.cuh"
 #include "kernels/prefill_sm90/softmax.cuh"
 
 namespace fa::prefill_sm90 {
@@ -19,7 +19,7 @@ namespace fa::prefill_sm90 {
 template <class C>
 struct Consumer {
   const KernelArgs& args;
-  SharedMemory<C>& shared;
+  SharedPlan<C>& shared;
   int warpgroup;
   RingPosition<C::kQueryStages> q;
   RingPosition<C::kStages> k, v;
@@ -42,8 +42,10 @@ struct Consumer {
       named_barrier_arrive(kTurnBarrier + (warpgroup + 1 == C::kWarpgroups ? 0 : warpgroup + 1), 2 * kWarpgroupThreads);
     }
   }
-  __device__ __forceinline__ void release(uint64_t* barrier) {
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+  /// Tells a producer that this warp is done. All its lanes must be.
+  template <int kArrivals>
+  __device__ __forceinline__ void release(Mbarrier<kArrivals>& barrier) {
+    if (threadIdx.x % 32 == 0) barrier.arrive();
   }
 
   __device__ __forceinline__ int first_row_in_tile() const {
@@ -94,42 +96,9 @@ struct Consumer {
     for (int i = 0; i < C::kTileN / 4; ++i) weights[i] = pack2<typename C::T>(s[2 * i], s[2 * i + 1]);
   }
 
-  /// Scores that the thread's rows, `row` and the one 8 below, don't see become -inf; `first_key`: of the key tile. One bit a
-  /// key, since a test of a bit is one instruction.
-  __device__ __forceinline__ void mask_scores(const Tile& tile, int row, int first_key) {
-    KeyBits<C::kTileN> visible[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      visible[r] = key_span<C::kTileN>(tile.band.first(row + 8 * r, tile.key_begin) - first_key,
-                                       tile.band.end(row + 8 * r, tile.key_end) - first_key);
-    }
-    if (!C::kStagedOnly && tile.test_mask) {
-      const TensorView& mask = args.problem.mask;
-      const RowOffsets offsets = row_offsets(mask, tile, row);
-      const KeyBits<C::kTileN> first = mask_bits<C::kTileN>(mask, offsets.row[0], first_key);
-      visible[0] &= first;
-      visible[1] &=
-          C::kModified ? mask_bits<C::kTileN>(mask, offsets.row[1], first_key) : first;  // NOTE: elsewhere rows are alike
-    }
-#pragma unroll
-    for (int i = 0; i < C::kTileN / 2; ++i) {  // of every eight keys the thread has two neighbours
-      const uint32_t own = visible[i / 2 % 2].word[i / 16] >> threadIdx.x % 4 * 2;
-      if ((own >> (i / 4 % 4 * 8 + i % 2) & 1) == 0) s[i] = -INFINITY;
-    }
-  }
-
-  /// As mask_scores, where all rows see the same of the tile: its first `num_keys` keys.
-  __device__ __forceinline__ void hide_last_keys(int num_keys) {
-    const int end = num_keys - threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < C::kTileN / 2; ++i) {
-      if (i / 4 * 8 + i % 2 >= end) s[i] = -INFINITY;
-    }
-  }
-
   /// Waits for the values of key tile `block`, and where no producer does it (clear_values), clears those behind the last key.
   __device__ __forceinline__ void wait_value(int block) {
-    mbarrier_wait(&shared.value_full[v.stage], v.phase);
+    shared.value_full[v.stage].wait(v.phase);
     if constexpr (C::kSmall) {
       const int used = used_keys - block * C::kTileN;
       if (used >= C::kTileN) return;
@@ -170,21 +139,21 @@ struct Consumer {
 
   /// Gives the buffer of a K tile back that this warpgroup does not need.
   __device__ __forceinline__ void skip_key() {
-    mbarrier_wait(&shared.key_full[k.stage], k.phase);
-    if (bias_is_staged()) mbarrier_wait(&shared.bias_full[b.stage], b.phase);
+    shared.key_full[k.stage].wait(k.phase);
+    if (bias_is_staged()) shared.bias_full[b.stage].wait(b.phase);
     __syncwarp();
-    release(&shared.key_empty[k.stage]);
+    release(shared.key_empty[k.stage]);
     k.advance();
     if (bias_is_staged()) {
-      release(&shared.bias_empty[b.stage]);
+      release(shared.bias_empty[b.stage]);
       b.advance();
     }
   }
 
   __device__ __forceinline__ void skip_value() {
-    mbarrier_wait(&shared.value_full[v.stage], v.phase);
+    shared.value_full[v.stage].wait(v.phase);
     __syncwarp();
-    release(&shared.value_empty[v.stage]);
+    release(shared.value_empty[v.stage]);
     v.advance();
   }
 
@@ -215,9 +184,9 @@ struct Consumer {
     const int column = block * C::kTileN + threadIdx.x % 4 * 2;
     if constexpr (C::kModified) modify_scores<C>(s, args.problem, tile, staged_bias(), first_row_in_tile(), column);
     if (kFirst && !C::kSmall && masked && tile.keys_in_last > 0) {  // NOTE: one register too many for small blocks
-      hide_last_keys(tile.keys_in_last);
+      hide_from<C::kTileN>(s, tile.keys_in_last);
     } else if (masked) {
-      mask_scores(tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
+      hide_keys<C>(s, args.problem, tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
     }
     const bool rescale = softmax_step<C>(s, rows, C::kModified ? kLog2E : args.problem.softmax_scale * kLog2E);
     settled = __all_sync(kAllLanes, is_settled<C>(rows));
@@ -228,7 +197,7 @@ struct Consumer {
   template <bool kFirst = false>
   __device__ __forceinline__ bool finish_scores(const Tile& tile, int block) {
     const bool masked = block >= view.full_end || block < view.full_begin, hopeful = settled && !masked;
-    if (bias_is_staged()) mbarrier_wait(&shared.bias_full[b.stage], b.phase);
+    if (bias_is_staged()) shared.bias_full[b.stage].wait(b.phase);
     bool rescale = false;
     if (!hopeful || !try_weights(tile, block)) {
       if (hopeful) recompute_scores();
@@ -236,10 +205,10 @@ struct Consumer {
     }
     if (bias_is_staged()) {
       __syncwarp();
-      release(&shared.bias_empty[b.stage]);
+      release(shared.bias_empty[b.stage]);
       b.advance();
     }
-    release(&shared.key_empty[k.stage]);
+    release(shared.key_empty[k.stage]);
     k.advance();
     return rescale;
   }
@@ -252,16 +221,12 @@ struct Consumer {
     wgmma_wait<0>();
     wgmma_pin(s);
     float (&few)[kFewInLast / 2] = reinterpret_cast<float (&)[kFewInLast / 2]>(s);
-    const int end = tile.keys_in_last - threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kFewInLast / 2; ++i) {
-      if (i / 4 * 8 + (i & 1) >= end) few[i] = -INFINITY;
-    }
+    hide_from<kFewInLast>(few, tile.keys_in_last);
     softmax_step<C>(few, rows, args.problem.softmax_scale * kLog2E);
     settled = __all_sync(kAllLanes, is_settled<C>(rows));
 #pragma unroll
     for (int i = kFewInLast / 2; i < C::kTileN / 2; ++i) s[i] = 0.0f;
-    release(&shared.key_empty[k.stage]);
+    release(shared.key_empty[k.stage]);
     k.advance();
   }
 
@@ -278,47 +243,60 @@ struct Consumer {
     wgmma_wait<0>();
     wgmma_pin(o);
     wgmma_pin(weights);
-    release(&shared.value_empty[v.stage]);
+    release(shared.value_empty[v.stage]);
     v.advance();
   }
 
-  /// Small blocks: once the last tile's output has left the buffer of its queries, gives that back.
+  /// In small blocks, waits until the copy engine has read the last tile's output from the buffer in which that tile's queries
+  /// stood, and gives the buffer back to the producer.
   __device__ __forceinline__ void finish_stored() {
     if (C::kSmall && stored >= 0 && threadIdx.x == 0) {
       tma_store_wait_read<0>();
-      mbarrier_arrive(&shared.query_empty[stored]);
+      shared.query_empty[stored].arrive();
     }
     stored = -1;
   }
 
-  /// The key tiles that the warpgroup's rows see, from the last to the first.
-  __device__ __forceinline__ void run_blocks(const Tile& tile) {
-    mbarrier_wait(&shared.key_full[k.stage], k.phase);
+  /// Issues S = Q K^T of the next key tile.
+  __device__ __forceinline__ void start_scores() {
+    wgmma_pin(s);
+    wgmma_fence();
+    issue_scores();
+  }
+
+  /// Weights of the last key tile that the rows see; there is no product to hide softmax behind yet.
+  __device__ __forceinline__ void take_first_weights(const Tile& tile) {
+    shared.key_full[k.stage].wait(k.phase);
     if (C::kFewApart && tile.keys_in_last > 0 && tile.keys_in_last <= kFewInLast) {
       take_few(tile);
     } else {
-      wgmma_pin(s);
-      wgmma_fence();
-      issue_scores();
+      start_scores();
       wgmma_wait<0>();
       wgmma_pin(s);
       finish_scores<true>(tile, view.block_end - 1);
     }
     pack_weights();
-    finish_stored();  // by now it has: the queries after the next may come
+  }
+
+  /// The key tiles that the warpgroup's rows see, from the last to the first.
+  __device__ __forceinline__ void run_blocks(const Tile& tile) {
+    take_first_weights(tile);
+    finish_stored();  // the copy has had the time of a key tile; now the queries after the next may come
     for (int block = view.block_end - 2; block >= view.block_begin; --block) {
-      mbarrier_wait(&shared.key_full[k.stage], k.phase);
+      // 1. In this warpgroup's turn, issue S = Q K^T of this key tile and O += P V of the one before.
+      shared.key_full[k.stage].wait(k.phase);
       take_turn();
-      wgmma_pin(s);
-      wgmma_fence();
-      issue_scores();
+      start_scores();
       start_output(block + 1);
       pass_turn();
+      // 2. When S is there, take the weights, while O += P V runs and other warpgroups' products do.
       wgmma_wait<1>();
       wgmma_pin(s);
       const bool rescale = finish_scores(tile, block);
+      // 3. When O is there, give the values back, and convert the weights into registers that O += P V no longer reads.
       finish_output();
       pack_weights();
+      // 4. Where a maximum has risen far, bring O to it.
       if (rescale) rescale_rows(o, rows.factor);
     }
     release_queries();
@@ -330,12 +308,12 @@ struct Consumer {
   __device__ __forceinline__ void release_queries() {
     if constexpr (C::kOwnOutput) {
       __syncwarp();
-      release(&shared.query_empty[q.stage]);
+      release(shared.query_empty[q.stage]);
     }
   }
 
   /// Normalises the tile's rows and sees to it that they leave.
-  __device__ __forceinline__ void end_tile(const Tile& tile, uint64_t* tile_empty) {
+  __device__ __forceinline__ void end_tile(const Tile& tile, int slot) {
     const int row = tile.first_row + first_row_in_tile();
     finish_rows<C>(args, tile, row, rows, o);
     if constexpr (C::kOwnOutput) {
@@ -354,29 +332,36 @@ struct Consumer {
       }
     }
     __syncwarp();
-    if constexpr (C::kStoreWarp) release(&shared.out_full[q.stage][warpgroup]);
-    release(tile_empty);
+    if constexpr (C::kStoreWarp) release(shared.out_full[q.stage][warpgroup]);
+    release(shared.tile_empty[slot]);
     if constexpr (C::kQueryStages == 1) finish_stored();
   }
 
-  /// Tile after tile. Turns are passed on before each wait for the keys of a tile that this warpgroup skips: the other warpgroups
-  /// need them to give their buffers back.
+  /// Nothing is known of the tile's rows yet.
+  __device__ __forceinline__ void start_tile(const Tile& tile, int slot) {
+#pragma unroll
+    for (int step = 0; step < C::kQuerySteps; ++step) load_queries(queries[step], step);
+    view = shared.view[slot][warpgroup];
+    if constexpr (C::kSmall) used_keys = tile.used_keys;
+    rows = RowPair{};
+    settled = false;
+#pragma unroll
+    for (float& x : o) x = 0.0f;
+  }
+
+  /// Tile after tile. A warpgroup also takes and passes its turn for each key tile that its rows don't see, and it passes the
+  /// turn before it waits for that tile's keys: the others can't go on, and give their buffers back, without it.
   __device__ __forceinline__ void run() {
     RingPosition<kTileSlots> slot;
     if (C::kPingPong && warpgroup == C::kWarpgroups - 1) pass_turn();
     for (;;) {
-      mbarrier_wait(&shared.tile_full[slot.stage], slot.phase);
+      // 1. The next tile and its queries.
+      shared.tile_full[slot.stage].wait(slot.phase);
       const Tile& tile = shared.tile[slot.stage];
       if (!tile.valid) break;
-      mbarrier_wait(&shared.query_full[q.stage], q.phase);
-#pragma unroll
-      for (int step = 0; step < C::kQuerySteps; ++step) load_queries(queries[step], step);
-      view = shared.view[slot.stage][warpgroup];
-      if constexpr (C::kSmall) used_keys = tile.used_keys;
-      rows = RowPair{};
-      settled = false;
-#pragma unroll
-      for (float& x : o) x = 0.0f;
+      shared.query_full[q.stage].wait(q.phase);
+      start_tile(tile, slot.stage);
+      // 2. Key tiles that only rows of other warpgroups see, behind those that these rows see.
       const bool has_blocks = view.block_begin < view.block_end;
       const int num_right = tile.block_end - view.block_end;
       for (int i = 0; i < num_right; ++i) {
@@ -384,17 +369,21 @@ struct Consumer {
         if (has_blocks || i + 1 < num_right) skip_turn();
         skip_value();
       }
+      // 3. Those that these rows see.
       if (has_blocks) run_blocks(tile);
       if (!has_blocks) release_queries();
+      // 4. Those of other warpgroups again, before them.
       for (int i = tile.block_begin; i < view.block_begin; ++i) {
         skip_turn();
         skip_key();
         skip_value();
       }
-      end_tile(tile, &shared.tile_empty[slot.stage]);
+      // 5. The output.
+      end_tile(tile, slot.stage);
       slot.advance();
       q.advance();
     }
+    // 6. Shared memory must outlive the copies out of it.
     if constexpr (!C::kStoreWarp) tma_store_wait_read<0>();
   }
 };

@@ -7,7 +7,7 @@
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/tma.cuh"
 #include "kernels/prefill_sm90/args.h"
-#include "kernels/prefill_sm90/config.cuh"
+#include "kernels/prefill_sm90/shared_plan.cuh"
 #include "kernels/prefill_sm90/softmax.cuh"
 
 namespace fa::prefill_sm90 {

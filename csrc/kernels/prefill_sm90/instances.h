@@ -9,7 +9,9 @@
 
 namespace fa::prefill_sm90 {
 
-inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory that an instance may take
+// Shared memory in bytes: of a multiprocessor, what the system takes of it for each block, and what an instance may take.
+inline constexpr int kSharedOfSm = 228 * 1024, kReservedShared = 1024;
+inline constexpr int kSharedLimit = kSharedOfSm - kReservedShared;
 
 enum class Variant : uint8_t {
   kPlain,         // scale > 0, lengths, window, sinks, mask without rows: scores stay raw products, the scale is in the exponent

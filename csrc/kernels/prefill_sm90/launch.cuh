@@ -71,8 +71,10 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
   cudaError_t error = cudaSuccess;
   if (unequal && tiles > blocks) error = find_tile_counter(context, &args.tile_counter);
   const auto kernel = prefill_sm90_kernel<C>;
-  constexpr int kSharedBytes = sizeof(SharedMemory<C>);
-  static_assert(kSharedBytes <= kSharedLimit);
+  constexpr int kSharedBytes = sizeof(SharedPlan<C>);
+  static_assert(C::kBlocksPerSm * (kSharedBytes + kReservedShared) <= kSharedOfSm,
+                "As many blocks as the registers are planned for must fit into a multiprocessor's shared memory.");
+  static_assert(kSharedBytes <= kSharedLimit, "supports() asks the device for kSharedLimit bytes, so no block may need more.");
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error == cudaSuccess) error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, stream, args);
   if (error == cudaSuccess) return {};
@@ -81,9 +83,7 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
 
 template <typename T, int kHeadDim, Variant kVariant>
 Status launch_instance(const AttentionParams& params, const ExecutionContext& context) {
-  constexpr TileShape kShape = tile_shape(kHeadDim, kVariant);
-  return launch_config<Config<T, kVariant, kHeadDim, kShape.warpgroups, kShape.tile_n, kShape.stages, kShape.query_stages,
-                              kShape.bias_stages, kShape.ping_pong, kShape.blocks_per_sm, kShape.query_steps>>(params, context);
+  return launch_config<Traits<T, kHeadDim, kVariant>>(params, context);
 }
 
 }  // namespace fa::prefill_sm90

@@ -10,31 +10,31 @@
 namespace fa::prefill_sm90 {
 
 /// Waits until the buffer is free, then starts the copy of all panels of rows row … row + kRows - 1 of one head.
-template <int kPanels, uint32_t kBytes, bool kKeys>
-__device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* map, uint64_t* full, uint64_t* empty,
+template <int kPanels, uint32_t kBytes, bool kKeys, int kReaders>
+__device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* map, Mbarrier<1>& full, Mbarrier<kReaders>& empty,
                                           uint32_t phase, int row, int head, int batch) {
-  mbarrier_wait(empty, phase ^ 1);
-  mbarrier_arrive_expect(full, kBytes);
+  empty.wait(phase ^ 1);
+  full.arrive_expect(kBytes);
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel) {
     uint8_t* to = buffer + panel * (kBytes / kPanels);
-    if constexpr (kKeys) tma_load_shared_by_blocks(to, map, full, panel * 64, row, head, batch);
-    if constexpr (!kKeys) tma_load(to, map, full, panel * 64, row, head, batch);
+    if constexpr (kKeys) tma_load_shared_by_blocks(to, map, &full.word, panel * 64, row, head, batch);
+    if constexpr (!kKeys) tma_load(to, map, &full.word, panel * 64, row, head, batch);
   }
 }
 
 /// The bias of the tile's rows and the keys of one block, 64 keys a panel.
 template <class C, class Ring>
-__device__ __forceinline__ void load_bias(const KernelArgs& args, SharedMemory<C>& shared, const Tile& tile, int block,
+__device__ __forceinline__ void load_bias(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile, int block,
                                           Ring& ring) {
   const TensorView& bias = args.problem.bias;
   const int head = bias.shape[1] > 1 && bias.stride[1] != 0 ? tile.head : 0,
             batch = bias.shape[0] > 1 && bias.stride[0] != 0 ? tile.batch : 0;
-  mbarrier_wait(&shared.bias_empty[ring.stage], ring.phase ^ 1);
-  mbarrier_arrive_expect(&shared.bias_full[ring.stage], C::kBiasBytes);
+  shared.bias_empty[ring.stage].wait(ring.phase ^ 1);
+  shared.bias_full[ring.stage].arrive_expect(C::kBiasBytes);
 #pragma unroll
   for (int panel = 0; panel < C::kBiasPanels; ++panel) {
-    tma_load(shared.bias + ring.stage * C::kBiasBytes + panel * C::kTileM * 128, &args.bias, &shared.bias_full[ring.stage],
+    tma_load(shared.bias + ring.stage * C::kBiasBytes + panel * C::kTileM * 128, &args.bias, &shared.bias_full[ring.stage].word,
              block * C::kTileN + panel * 64, tile.row_base + tile.first_row, head, batch);
   }
   ring.advance();
@@ -50,34 +50,36 @@ struct ProducerRings {
 
 /// One lane: the copies of one tile, in the order in which the consumers want them.
 template <class C>
-__device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C>& shared, const Tile& tile, int slot,
+__device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile, int slot,
                                           ProducerRings<C>& rings) {
   const int key_head = args.heads_per_kv.quotient(tile.head);
   const auto load_key = [&](int block) {
     const int i = rings.key.stage;
-    load_rows<C::kPanels, C::kKeyBytes, true>(shared.key[i], &args.key, &shared.key_full[i], &shared.key_empty[i],
-                                              rings.key.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
+    load_rows<C::kPanels, C::kKeyBytes, true>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i], rings.key.phase,
+                                              tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.key.advance();
     if constexpr (C::kBiasStages > 0) {
       if (args.bias_by_tile) load_bias(args, shared, tile, block, rings.bias);
     }
   };
+  // 1. The last keys and the queries: what the first product needs.
   if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
   const int q = rings.query.stage;
-  load_rows<C::kPanels, C::kQueryBytes, false>(shared.query[q], &args.query, &shared.query_full[q], &shared.query_empty[q],
+  load_rows<C::kPanels, C::kQueryBytes, false>(shared.query[q], &args.query, shared.query_full[q], shared.query_empty[q],
                                                rings.query.phase, tile.row_base + tile.first_row, tile.head, tile.batch);
   rings.query.advance();
+  // 2. Keys one tile ahead of values, as the consumers multiply. At block `announced` the scheduling warp may draw the next tile.
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kStages), tile.block_begin);
-  if (!C::kSmall && tile.block_begin == tile.block_end) mbarrier_arrive(&shared.tile_wanted);
+  if (!C::kSmall && tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
 #pragma unroll 1
   for (int block = tile.block_end - 1; block >= tile.block_begin; --block) {
-    if (!C::kSmall && block == announced) mbarrier_arrive(&shared.tile_wanted);
+    if (!C::kSmall && block == announced) shared.tile_wanted.arrive();
     if (block > tile.block_begin) load_key(block - 1);
     const int i = rings.value.stage;
     const bool to_be_cleared = !C::kSmall && block == tile.block_end - 1 && used_in_last(tile, C::kTileN) < C::kTileN;
     load_rows<C::kPanels, C::kKeyBytes, true>(
-        shared.value[i], &args.value, to_be_cleared ? &shared.last_value_full[slot] : &shared.value_full[i],
-        &shared.value_empty[i], rings.value.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
+        shared.value[i], &args.value, to_be_cleared ? shared.last_value_full[slot] : shared.value_full[i], shared.value_empty[i],
+        rings.value.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.value.advance();
   }
 }
@@ -85,13 +87,15 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedMemory<C
 /// A warp: decides on tile after tile, tells the others, and calls wait(tile) before the next. The first decision passes while
 /// other warps make the barriers.
 template <class C, class Wait>
-__device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>& shared, Wait wait) {
+__device__ __forceinline__ void schedule(const KernelArgs& args, SharedPlan<C>& shared, Wait wait) {
   RingPosition<kTileSlots> slot;
   const bool first_lane = threadIdx.x % 32 == 0;
+  // 1. Once: what all tiles have in common.
   if (__builtin_expect(args.sort_sequences, 0)) sort_longest_first(args, shared.longest_first);
   Tile tile = args.common;
   bool first = true;
   for (int index = blockIdx.x;;) {
+    // 2. The tile of this index, and what each consumer warpgroup sees of it.
     if (index >= args.num_tiles) {
       tile.valid = 0;
     } else if (!decode_tile<C>(args, index, shared.longest_first, tile)) {
@@ -100,16 +104,18 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>
     }
     const RowsView view = view_rows<C>(tile, threadIdx.x % 32);
     __syncwarp();
+    // 3. When its slot is free, publish it.
     if (first) wait_for_barriers<C>();
     first = false;
-    mbarrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
+    shared.tile_empty[slot.stage].wait(slot.phase ^ 1);
     if (first_lane) shared.tile[slot.stage] = tile;
     if (threadIdx.x % 32 < C::kWarpgroups) {
       shared.view[slot.stage][threadIdx.x % 32] = view;
-      mbarrier_arrive(&shared.tile_full[slot.stage]);
+      shared.tile_full[slot.stage].arrive();
     }
     if (!tile.valid) return;
     slot.advance();
+    // 4. When it is time for the next tile, draw its index.
     wait(tile);
     index = next_index(args, index);
   }
@@ -117,13 +123,13 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, SharedMemory<C>
 
 /// One lane: the copies of all tiles, as they are published.
 template <class C>
-__device__ __forceinline__ void load_tiles(const KernelArgs& args, SharedMemory<C>& shared) {
+__device__ __forceinline__ void load_tiles(const KernelArgs& args, SharedPlan<C>& shared) {
   ProducerRings<C> rings;
   RingPosition<kTileSlots> slot;
   for (;;) {
-    mbarrier_wait(&shared.tile_full[slot.stage], slot.phase);
+    shared.tile_full[slot.stage].wait(slot.phase);
     const Tile tile = shared.tile[slot.stage];
-    mbarrier_arrive(&shared.tile_empty[slot.stage]);
+    shared.tile_empty[slot.stage].arrive();
     if (!tile.valid) return;
     load_tile<C>(args, shared, tile, slot.stage, rings);
     slot.advance();
@@ -133,58 +139,59 @@ __device__ __forceinline__ void load_tiles(const KernelArgs& args, SharedMemory<
 /// A warp: writes zeros over values behind the last key in use, which their weights, all 0, would not keep out of a sum if they
 /// are NaN. Only then are these values given to the consumers.
 template <class C>
-__device__ __forceinline__ void clear_values(SharedMemory<C>& shared) {
+__device__ __forceinline__ void clear_values(SharedPlan<C>& shared) {
   RingPosition<kTileSlots> slot;
   int stage = 0;
   uint32_t phases = 0;  // of last_value_full, a bit each
   for (;;) {
-    mbarrier_wait(&shared.tile_full[slot.stage], slot.phase);
+    shared.tile_full[slot.stage].wait(slot.phase);
     const Tile& tile = shared.tile[slot.stage];
     if (!tile.valid) return;
     const int blocks = tile.block_end - tile.block_begin, used = used_in_last(tile, C::kTileN);
     if (blocks > 0 && used < C::kTileN) {
-      mbarrier_wait(&shared.last_value_full[slot.stage], phases >> slot.stage & 1);
+      shared.last_value_full[slot.stage].wait(phases >> slot.stage & 1);
       phases ^= 1u << slot.stage;
       clear_rows<C>(shared.value[stage], used, threadIdx.x % 32, 32);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.value_full[stage]);
+      if (threadIdx.x % 32 == 0) shared.value_full[stage].arrive();
     }
     stage = (stage + blocks) % C::kStages;
     __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.tile_empty[slot.stage]);
+    if (threadIdx.x % 32 == 0) shared.tile_empty[slot.stage].arrive();
     slot.advance();
   }
 }
 
 /// One lane: the copies of finished tiles to device memory, after which the buffer of their queries is free.
 template <class C>
-__device__ __forceinline__ void store_tiles(const KernelArgs& args, SharedMemory<C>& shared) {
+__device__ __forceinline__ void store_tiles(const KernelArgs& args, SharedPlan<C>& shared) {
   RingPosition<kTileSlots> slot;
   RingPosition<C::kQueryStages> q;
   for (;;) {
-    mbarrier_wait(&shared.tile_full[slot.stage], slot.phase);
+    shared.tile_full[slot.stage].wait(slot.phase);
     const Tile tile = shared.tile[slot.stage];
-    mbarrier_arrive(&shared.tile_empty[slot.stage]);
+    shared.tile_empty[slot.stage].arrive();
     if (!tile.valid) return;
 #pragma unroll
     for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) {
-      mbarrier_wait(&shared.out_full[q.stage][warpgroup], q.phase);
+      shared.out_full[q.stage][warpgroup].wait(q.phase);
       copy_out<C>(args, tile, warpgroup, shared.query[q.stage] + warpgroup * 64 * 128);
     }
     tma_store_commit();  // NOTE: once for all: each takes its time
     tma_store_wait_read<0>();
-    mbarrier_arrive(&shared.query_empty[q.stage]);
+    shared.query_empty[q.stage].arrive();
     q.advance();
     slot.advance();
   }
 }
 
-/// The warps that don't multiply: one decides on tiles, which takes as long as one or two key tiles take the consumers, and a
-/// lane of another keeps the copy engine busy; a third clears, a fourth writes the output. The next tile is not decided before
-/// the copies of the last one near their end: a tile that waits for its block is one that no other block can take. A small block
-/// has one warp for both, and neighbours on its multiprocessor to hide the wait.
+/// The warps that don't multiply. One decides on tiles, which takes as long as the consumers take for one or two key tiles; a
+/// lane of another keeps the copy engine busy; a third clears values, and a lane of the fourth copies output. The first draws the
+/// next tile only when nearly all copies of the current one have been started: a block that drew earlier would hold a tile that
+/// an idle block could already be working on. A small block has one warp that decides and loads; while it decides, the other
+/// blocks of its multiprocessor keep the tensor cores busy.
 template <class C>
-__device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>& shared) {
+__device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& shared) {
   const int warp = threadIdx.x / 32 % 4;
   const bool first_lane = threadIdx.x % 32 == 0;
   if constexpr (C::kSmall) {
@@ -196,7 +203,7 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedMemory<C>&
   } else if (warp == 0) {
     RingPosition<1> wanted;
     schedule<C>(args, shared, [&](const Tile&) {
-      mbarrier_wait(&shared.tile_wanted, wanted.phase);
+      shared.tile_wanted.wait(wanted.phase);
       wanted.advance();
     });
   } else {

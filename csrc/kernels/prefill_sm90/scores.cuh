@@ -9,7 +9,6 @@
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/tma.cuh"
 #include "kernels/prefill_sm90/args.h"
-#include "kernels/prefill_sm90/config.cuh"
 #include "semantics/score.h"
 
 namespace fa::prefill_sm90 {
@@ -151,6 +150,41 @@ __device__ __forceinline__ KeyBits<kTileN> mask_bits(const TensorView& mask, int
     }
   }
   return seen;
+}
+
+/// Scores that the thread's rows, `row` and the one 8 below, don't see become -inf. `first_key`: of the key tile. One bit a key,
+/// since a test of a bit is one instruction.
+template <class C>
+__device__ __forceinline__ void hide_keys(float (&s)[C::kTileN / 2], const AttentionParams& p, const Tile& tile, int row,
+                                          int first_key) {
+  KeyBits<C::kTileN> visible[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    visible[r] = key_span<C::kTileN>(tile.band.first(row + 8 * r, tile.key_begin) - first_key,
+                                     tile.band.end(row + 8 * r, tile.key_end) - first_key);
+  }
+  if (!C::kStagedOnly && tile.test_mask) {
+    const RowOffsets offsets = row_offsets(p.mask, tile, row);
+    const KeyBits<C::kTileN> first = mask_bits<C::kTileN>(p.mask, offsets.row[0], first_key);
+    visible[0] &= first;
+    visible[1] &=
+        C::kModified ? mask_bits<C::kTileN>(p.mask, offsets.row[1], first_key) : first;  // NOTE: elsewhere rows are alike
+  }
+#pragma unroll
+  for (int i = 0; i < C::kTileN / 2; ++i) {  // of every eight keys the thread has two neighbours
+    const uint32_t own = visible[i / 2 % 2].word[i / 16] >> threadIdx.x % 4 * 2;
+    if ((own >> (i / 4 % 4 * 8 + i % 2) & 1) == 0) s[i] = -INFINITY;
+  }
+}
+
+/// As hide_keys, where all rows see the first `num_keys` of a tile's kKeys keys.
+template <int kKeys>
+__device__ __forceinline__ void hide_from(float (&s)[kKeys / 2], int num_keys) {
+  const int end = num_keys - threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kKeys / 2; ++i) {
+    if (i / 4 * 8 + i % 2 >= end) s[i] = -INFINITY;
+  }
 }
 
 /// scale → softcap → bias → ALiBi for row `row` of the sequence and the thread's keys from first_key

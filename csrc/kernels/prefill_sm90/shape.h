@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tiles of each instance, and what decides on those of a problem: how many keys its rows see, and how evenly tiles fill the
-// GPU. Used by prefill_sm90.cpp for the choice of an instance, and by config.cuh and launch.cuh.
+// GPU. Used by prefill_sm90.cpp for the choice of an instance, and by traits.cuh and launch.cuh.
 #pragma once
 
 #include <algorithm>

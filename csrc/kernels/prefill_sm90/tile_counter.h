@@ -10,10 +10,11 @@ namespace fa::prefill_sm90 {
 
 inline constexpr size_t kCounterBytes = 256;  // of workspace, an allocation's smallest unit
 
-/// A counter that is 0 when the launch that comes next in the context's stream runs, and that no other launch uses meanwhile, if
-/// that launch leaves it 0. It belongs to the workspace, which is nobody else's either: so nothing has to be zeroed before a
-/// launch (2 µs of a stream), and replays of a captured launch may run beside anything. Where there are none left it stands in
-/// the workspace itself, and is zeroed.
+/// Finds the counter for the next launch in the context's stream. It is 0 when that launch starts, provided that every launch
+/// leaves its counter at 0. Each workspace address has a counter of its own: launches that share a workspace never overlap, so
+/// launches that share a counter don't either, and a captured launch may be replayed beside any other. No launch has to zero its
+/// counter first, which would take 2 µs in the stream. When all counters are taken, the counter is the first word of the
+/// workspace, and a memset before the launch zeroes it.
 cudaError_t find_tile_counter(const ExecutionContext& context, unsigned** counter);
 
 }  // namespace fa::prefill_sm90

@@ -5,7 +5,6 @@
 
 #include "kernels/common/reduce.cuh"
 #include "kernels/prefill_sm90/args.h"
-#include "kernels/prefill_sm90/config.cuh"
 #include "semantics/sequence.h"
 
 namespace fa::prefill_sm90 {
