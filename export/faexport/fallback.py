@@ -16,11 +16,12 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import onnx_ir as ir
 
-from faexport.fallback_body import Form, function
+from faexport.fallback_body import FIRST_OPSET, READS_ATTRIBUTES, Form, Missing, function, numbers_of
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.understand.shapes.analysis import Analysis
 
-MINIMUM_OPSET = 13
+MINIMUM_OPSET = 7
+MINIMUM_IR_VERSION = 8  # the first with functions
 OVERLOADS_IR_VERSION = 10
 UNUSED = "unused"
 LAST_OVERLOAD = "needs_faexport_library_or_newer_onnxruntime"
@@ -63,7 +64,7 @@ def add_fallback(model: ir.Model, full_rows: Collection[ir.Node] = (), analysis:
     analysis = analysis or Analysis(model)
     calls = []
     for node in nodes:
-        call = _read(node, analysis, node in full_rows)
+        call = _read(node, analysis, opset, node in full_rows)
         if isinstance(call, str):
             return f"{call} ({node.name})"
         calls.append(call)
@@ -74,8 +75,13 @@ def add_fallback(model: ir.Model, full_rows: Collection[ir.Node] = (), analysis:
         for call in group:
             _align(call, form)
             call.node.overload = overload
-        made = function(form, opset, group[0].dtype, overload)
+        try:
+            made = function(form, opset, group[0].dtype, overload)
+        except Missing as what:
+            remove_fallback(model)
+            return f"the stand-in {what}"
         model.functions[made.identifier()] = made
+    model.ir_version = max(model.ir_version, MINIMUM_IR_VERSION)
     if len(groups) > 1:
         _refuse_older(model, opset)
     return ""
@@ -107,7 +113,7 @@ def _words(node: ir.Node, name: str) -> list[str]:
     return text.split(",") if text else []
 
 
-def _read(node: ir.Node, analysis: Analysis, full_rows: bool) -> _Call | str:
+def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Call | str:
     """The form of one node, or why nothing can stand in for it."""
     names = _words(node, "optional_inputs")
     roles = []
@@ -137,8 +143,20 @@ def _read(node: ir.Node, analysis: Analysis, full_rows: bool) -> _Call | str:
         packed="packed_columns" in node.attributes,
         windows=windows,
         softcap=node.attributes.get_float("softcap", 0.0) != 0,
+        numbers=numbers_of(node) if opset < READS_ATTRIBUTES else (),
+        heads=_heads(node, analysis) if opset < FIRST_OPSET["Range"] else None,
     )
     return _Call(node, form, dtype)
+
+
+def _heads(node: ir.Node, analysis: Analysis) -> tuple[int, int] | None:
+    """The numbers of query and key heads, where they are known."""
+    found = []
+    for value, layout, name in zip(node.inputs, _layouts(node), ("q_num_heads", "kv_num_heads"), strict=False):
+        shape = analysis.shape(value)
+        axis = None if shape is None or layout is Layout.BSH else shape[layout.index("H")].const
+        found.append(node.attributes.get_int(name, 0) or axis)
+    return None if None in found else tuple(found)
 
 
 def _layouts(node: ir.Node) -> tuple[Layout, Layout, Layout, Layout]:
@@ -165,7 +183,7 @@ def _rows_see_a_key(roles: list[str], windows: bool, left: int) -> bool:
 def _key(call: _Call, *, words: bool) -> tuple:
     form = call.form
     fixed = tuple(sorted(set(form.inputs) - set(NEUTRAL)))
-    key = (form.layouts, fixed, form.outputs, form.packed, call.dtype)
+    key = (form.layouts, fixed, form.outputs, form.packed, call.dtype, form.numbers, form.heads)
     return (*key, form.alignment, form.empty_row) if words else key
 
 
@@ -200,7 +218,7 @@ def _united(group: list[_Call]) -> Form:
         group[0].form,
         inputs=tuple(order),
         alignment=next((c.form.alignment for c in group if c.form.alignment), "top_left"),
-        empty_row=next((c.form.empty_row for c in group if c.form.empty_row), "zero"),
+        empty_row=next((c.form.empty_row for c in group if c.form.empty_row), ""),
         windows=any(c.form.windows for c in group),
         softcap=any(c.form.softcap for c in group),
     )

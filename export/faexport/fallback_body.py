@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The body of the stand-in function: docs/operator.md's arithmetic in standard ONNX operators, opset 13 or later.
+"""The body of the stand-in function: docs/operator.md's arithmetic in standard ONNX operators of the model's opset.
 
 Called by fallback.py. Sums are taken in float32, as by the kernels. Numbers (scale, windows, heads …) are read from the
-calling node's attributes; which inputs there are, layouts and words are fixed by `Form`.
+calling node's attributes; which inputs there are, layouts and words are fixed by `Form`. Before opset 13 no operator
+reads an attribute of the calling node, so there the form fixes the numbers too. No Reshape has to guess a size: the
+body runs for tensors without elements.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ INTEGERS = (
     "head_dim_v",
 )
 DEFAULTS = {"left_window_size": -1, "right_window_size": -1}
+READS_ATTRIBUTES = 13  # the first opset whose body reads the numbers of the calling node
+FIRST_OPSET = {"Where": 9, "Expand": 8, "Range": 11}
+LOWEST = float(np.finfo(np.float32).min)
 WORDS = (
     "alignment", "empty_row", "query_layout", "key_layout", "value_layout", "output_layout",
     "optional_inputs", "optional_outputs",
@@ -46,24 +51,37 @@ class Form:
     packed: bool = False
     windows: bool = False  # some node has one
     softcap: bool = False
+    numbers: tuple[tuple[str, object], ...] = ()  # attributes that are fixed, before opset READS_ATTRIBUTES
+    heads: tuple[int, int] | None = None  # of query and key, where Range can't count them (before opset 11)
+
+
+class Missing(Exception):
+    """The model's opset has no operator for what the body needs; the text says which."""
 
 
 class _Ops:
     """Makes nodes in a row."""
 
-    def __init__(self, opset: int):
-        self.opset, self.nodes = opset, []
+    def __init__(self, opset: int, numbers: dict[str, object] | None = None):
+        self.opset, self.nodes, self.numbers = opset, [], numbers or {}
 
     def __call__(self, op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        if self.opset < FIRST_OPSET.get(op_type, 0):
+            raise Missing(f"needs {op_type}, which opset {self.opset} doesn't have")
         node = ir.node(op_type, inputs, attributes, outputs=[ir.Value(name=f"v{len(self.nodes)}")])
         self.nodes.append(node)
         return node.outputs[0]
 
     def const(self, value: object, dtype: type = np.int64) -> ir.Value:
+        if self.opset < 9 and dtype is np.int64:  # Constant then holds floats only
+            return self("Cast", self.const(value, np.float32), to=int(ir.DataType.INT64))
         return self("Constant", value=ir.tensor(np.asarray(value, dtype)))
 
     def ref(self, name: str, kind: ir.AttributeType) -> ir.Value:
         """An attribute of the calling node: a number, or a vector."""
+        if self.opset < READS_ATTRIBUTES:
+            dtype = np.float32 if kind is ir.AttributeType.FLOAT else np.int64
+            return self.const(self.numbers[name], dtype)
         field = {
             ir.AttributeType.INT: "value_int",
             ir.AttributeType.FLOAT: "value_float",
@@ -83,17 +101,34 @@ class _Ops:
 
     def size(self, x: ir.Value, axis: int) -> ir.Value:
         """int64 [1]."""
-        return self("Slice", self("Shape", x), self.const([axis]), self.const([axis + 1]))
+        return self.part(self("Shape", x), axis, axis + 1)
+
+    def part(self, x: ir.Value, start: int, end: int, axis: int = 0) -> ir.Value:
+        if self.opset < 10:
+            return self("Slice", x, starts=[start], ends=[end], axes=[axis])
+        return self("Slice", x, self.const([start]), self.const([end]), self.const([axis]))
 
     def scalar_size(self, x: ir.Value, axis: int) -> ir.Value:
-        return self("Squeeze", self.size(x, axis), self.const([0]))
+        return self.squeeze(self.size(x, axis), 0)
+
+    def squeeze(self, x: ir.Value, axis: int) -> ir.Value:
+        return self("Squeeze", x, axes=[axis]) if self.opset < 13 else self("Squeeze", x, self.const([axis]))
+
+    def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
+        return self("Unsqueeze", x, axes=axes) if self.opset < 13 else self("Unsqueeze", x, self.const(axes))
 
     def concat(self, *parts: ir.Value, axis: int = 0) -> ir.Value:
         return self("Concat", *parts, axis=axis)
 
+    def reshape(self, x: ir.Value, *sizes: ir.Value) -> ir.Value:
+        """Axes 0 and 1 stay. The Gather keeps onnxruntime from putting -1 in the place of a computed size, which
+        fails for a tensor without elements."""
+        target = self.concat(self.const([0, 0]), *sizes)
+        return self("Reshape", x, self("Gather", target, self.const(list(range(2 + len(sizes)))), axis=0))
+
     def reduce(self, op_type: str, x: ir.Value) -> ir.Value:
         """Over the last axis, which stays with size 1."""
-        if self.opset >= 18 or op_type == "ReduceSum":
+        if self.opset >= (13 if op_type == "ReduceSum" else 18):
             return self(op_type, x, self.const([-1]), keepdims=1)
         return self(op_type, x, axes=[-1], keepdims=1)
 
@@ -103,15 +138,27 @@ class _Ops:
     def arange(self, size: ir.Value) -> ir.Value:
         return self("Range", self.const(0), size, self.const(1))
 
+    def at_most(self, x: ir.Value, bound: ir.Value) -> ir.Value:
+        return self("Not", self("Greater", x, bound))
+
 
 def function(form: Form, opset: int, dtype: ir.DataType, overload: str = "") -> ir.Function:
     """The stand-in for nodes of this form whose query is of this type, for a model of this opset."""
-    ops = _Ops(opset)
+    ops = _Ops(opset, dict(form.numbers))
     inputs = [ir.Value(name=name) for name in ("query", "key", "value", *_names(form.inputs))]
     given = dict(zip(("query", "key", "value", *form.inputs), inputs, strict=True))
     outputs = _Attention(ops, form, given, dtype).build()
     graph = ir.Graph(inputs, outputs, nodes=ops.nodes, opset_imports={"": opset}, name=OP_TYPE)
     return ir.Function(DOMAIN, OP_TYPE, overload, graph=graph, attributes=_attributes())
+
+
+def numbers_of(node: ir.Node) -> tuple[tuple[str, object], ...]:
+    """A node's attributes that are numbers, or the operator's defaults."""
+    given = {
+        attr.name: node.attributes[attr.name].value if attr.name in node.attributes else attr.value
+        for attr in _attributes()
+    }
+    return tuple((name, tuple(x) if isinstance(x, list) else x) for name, x in given.items() if name not in WORDS)
 
 
 def _names(roles: Sequence[str]) -> list[str]:
@@ -162,7 +209,8 @@ class _Attention:
         if layout is Layout.BSH and self.form.packed:
             x = self._packed(x, n, ops.number(heads))
         elif layout is Layout.BSH:
-            x = ops("Reshape", x, ops.concat(ops.const([0, 0]), ops.vector(ops.number(heads)), ops.const([-1])))
+            count = ops.vector(ops.number(heads))
+            x = ops.reshape(x, count, ops("Div", ops.size(x, 2), count))
         return ops("Transpose", x, perm=[0, 2, 1, 3])
 
     def _packed(self, x: ir.Value, n: int, heads: ir.Value) -> ir.Value:
@@ -175,32 +223,38 @@ class _Attention:
             other = ops.number("head_dim_v")
             width = ops("Where", ops("Equal", other, ops.const(0)), width, other)
         first = ops("Add", ops("Mul", ops.arange(heads), stride), start)
-        index = ops("Add", ops("Unsqueeze", first, ops.const([1])), ops("Unsqueeze", ops.arange(width), ops.const([0])))
+        index = ops("Add", ops.unsqueeze(first, 1), ops.unsqueeze(ops.arange(width), 0))
         return ops("Gather", x, index, axis=2)
 
     def _repeat(self, x: ir.Value, num_q_heads: ir.Value) -> ir.Value:
         """Each key and value head as often as query heads share it."""
         ops = self.ops
+        if self.form.heads is not None:
+            heads, own = self.form.heads
+            return x if heads == own else ops("Gather", x, ops.const([h * own // heads for h in range(heads)]), axis=1)
         group = ops("Div", num_q_heads, ops.size(x, 1))
-        one = ops.const([1])
-        wide = ops("Expand", ops("Unsqueeze", x, ops.const([2])), ops.concat(one, one, group, one, one))
-        shape = ops.concat(ops.size(x, 0), num_q_heads, ops.size(x, 2), ops.size(x, 3))
-        return ops("Reshape", wide, shape)
+        return ops("Gather", x, ops("Div", ops.arange(ops.squeeze(num_q_heads, 0)), group), axis=1)
 
     def _placed(self, x: ir.Value) -> ir.Value:
         """[B, H, S, D] in the output's layout."""
         layout = self.form.layouts[3]
         if layout is Layout.BHSD:
             return x
-        x = self.ops("Transpose", x, perm=[0, 2, 1, 3])
-        return x if layout is Layout.BSHD else self.ops("Reshape", x, self.ops.const([0, 0, -1]))
+        ops = self.ops
+        width = ops("Mul", ops.size(x, 1), ops.size(x, 3))
+        x = ops("Transpose", x, perm=[0, 2, 1, 3])
+        return x if layout is Layout.BSHD else ops.reshape(x, width)
 
     # ------------------------------------------------------------------------------------------ scores
 
     def _scale(self, q: ir.Value) -> ir.Value:
         ops = self.ops
         scale = ops.ref("scale", ir.AttributeType.FLOAT)
+        if ops.numbers.get("scale"):
+            return scale
         usual = ops("Reciprocal", ops("Sqrt", ops.float32(ops.scalar_size(q, 3))))
+        if ops.numbers:
+            return usual
         return ops("Where", ops("Equal", scale, ops.const(0.0, np.float32)), usual, scale)
 
     def _capped(self, scores: ir.Value) -> ir.Value:
@@ -208,13 +262,18 @@ class _Attention:
             return scores
         ops = self.ops
         cap = ops.ref("softcap", ir.AttributeType.FLOAT)
+        if ops.numbers:
+            return ops("Mul", cap, ops("Tanh", ops("Div", scores, cap)))
         off = ops("Equal", cap, ops.const(0.0, np.float32))
         divisor = ops("Where", off, ops.const(1.0, np.float32), cap)
         return ops("Where", off, scores, ops("Mul", divisor, ops("Tanh", ops("Div", scores, divisor))))
 
     def _whole(self, name: str, beyond: object, dtype: type) -> ir.Value:
-        """A mask or bias with rank 4; a last axis shorter than S_kv (and not 1) goes on with `beyond`."""
+        """A mask or bias with rank 4. A last axis shorter than S_kv (and not 1), which ONNX Attention takes, goes on
+        with `beyond`."""
         ops = self.ops
+        if ops.opset < 13:
+            return ops.float32(self.given[name]) if dtype is np.float32 else self.given[name]
         x = ops("Expand", self.given[name], ops.const([1, 1, 1, 1]))
         x = ops.float32(x) if dtype is np.float32 else x
         columns = ops.size(x, 3)
@@ -227,19 +286,19 @@ class _Attention:
             if name in self.given:
                 scores = ops("Add", scores, self._whole(name, -np.inf, np.float32))
         if "alibi_slopes" in self.given:
-            slopes = ops("Unsqueeze", self.given["alibi_slopes"], ops.const([-1, -2]))  # [H, 1, 1] or [B, H, 1, 1]
+            slopes = ops.unsqueeze(self.given["alibi_slopes"], -1, -2)  # [H, 1, 1] or [B, H, 1, 1]
             scores = ops("Sub", scores, ops("Mul", slopes, ops.float32(ops("Abs", self._ahead()))))
         return scores
 
     def _ahead(self) -> ir.Value:
         """How far key j is ahead of row i's position: [1 or B, 1, S_q, S_kv]."""
         ops = self.ops
-        rows = ops("Unsqueeze", ops.arange(ops("Squeeze", self.rows, ops.const([0]))), ops.const([1]))
+        rows = ops.unsqueeze(ops.arange(ops.squeeze(self.rows, 0)), 1)
         positions = ops("Add", rows, ops("Reshape", self._offset(), ops.const([-1, 1, 1, 1])))
         return ops("Sub", self._key_index(), positions)
 
     def _key_index(self) -> ir.Value:
-        return self.ops.arange(self.ops("Squeeze", self.keys, self.ops.const([0])))
+        return self.ops.arange(self.ops.squeeze(self.keys, 0))
 
     def _offset(self) -> ir.Value:
         """Position of row 0: [1] or [B]."""
@@ -259,12 +318,7 @@ class _Attention:
     def _masked(self, scores: ir.Value) -> ir.Value:
         ops, seen = self.ops, []
         if self.form.windows:
-            ahead, zero = self._ahead(), ops.const(0)
-            causal = ops("Equal", ops.number("is_causal"), ops.const(1))
-            right = ops("Where", causal, zero, ops.number("right_window_size"))
-            left = ops.number("left_window_size")
-            seen.append(ops("Or", ops("Less", right, zero), ops("LessOrEqual", ahead, right)))
-            seen.append(ops("Or", ops("Less", left, zero), ops("LessOrEqual", ops("Neg", ahead), left)))
+            seen += self._window(self._ahead())
         if "nonpad_kv_seqlen" in self.given:
             lengths = ops("Reshape", self._lengths(), ops.const([-1, 1, 1, 1]))
             seen.append(ops("Less", self._key_index(), lengths))
@@ -274,23 +328,43 @@ class _Attention:
             scores = ops("Where", keep, scores, ops.const(-np.inf, np.float32))
         return scores
 
-    def _softmax(self, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(probabilities, log-sum-exp), with what a row without keys gives."""
-        ops = self.ops
-        low = ops.const(-np.inf, np.float32)
+    def _window(self, ahead: ir.Value) -> list[ir.Value]:
+        """The conditions on how far a key is ahead of its row."""
+        ops, numbers, zero = self.ops, self.ops.numbers, self.ops.const(0)
+        if numbers:
+            right = 0 if numbers["is_causal"] else numbers["right_window_size"]
+            sides = ((right, ahead), (numbers["left_window_size"], ops("Neg", ahead)))
+            return [ops.at_most(distance, ops.const(size)) for size, distance in sides if size >= 0]
+        causal = ops("Equal", ops.number("is_causal"), ops.const(1))
+        right = ops("Where", causal, zero, ops.number("right_window_size"))
+        left = ops.number("left_window_size")
+        sides = ((right, ahead), (left, ops("Neg", ahead)))
+        return [ops("Or", ops("Less", size, zero), ops.at_most(distance, size)) for size, distance in sides]
+
+    def _softmax(self, scores: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+        """(probabilities, log-sum-exp if it is asked for), with what a row without keys gives."""
+        ops, form = self.ops, self.form
         if "sinks" in self.given:
             sinks = ops("Reshape", self.given["sinks"], ops.const([1, -1, 1, 1]))
             column = ops("Expand", sinks, ops.concat(*(ops.size(scores, k) for k in range(3)), ops.const([1])))
             scores = ops.concat(scores, column, axis=3)
-        top = ops.reduce("ReduceMax", scores)
-        none = ops("Equal", top, low)  # no key and no sink
-        top = ops("Where", none, ops.const(0.0, np.float32), top)
-        weights = ops("Exp", ops("Sub", scores, top))
-        total = ops.reduce("ReduceSum", weights)
-        lse = ops("Add", ops("Log", total), top)
-        p = ops("Div", weights, ops("Where", none, ops.const(1.0, np.float32), total))
+        p = ops("Softmax", scores, axis=3)
+        lse = self._log_sum(scores) if "lse" in form.outputs else None
+        if form.empty_row:
+            seen = ops("Not", ops("Less", scores, ops.const(LOWEST, np.float32)))  # also where the score is NaN
+            none = ops("Less", ops.reduce("ReduceSum", ops.float32(seen)), ops.const(0.5, np.float32))
         if "sinks" in self.given:
             p = ops("Slice", p, ops.const([0]), self.keys, ops.const([3]))
-        if self.form.empty_row == "mean":
-            p = ops("Where", none, ops("Reciprocal", ops.float32(self.keys)), p)
-        return p, ops("Squeeze", lse, ops.const([-1]))
+        if form.empty_row:
+            mean = form.empty_row == "mean"
+            instead = ops("Reciprocal", ops.float32(self.keys)) if mean else ops.const(0.0, np.float32)
+            p = ops("Where", none, instead, p)
+        return p, lse
+
+    def _log_sum(self, scores: ir.Value) -> ir.Value:
+        """The natural logarithm of the sum of exponentials, -inf in a row without keys: [B, H, S_q]."""
+        ops = self.ops
+        top = ops.reduce("ReduceMax", scores)
+        base = ops("Where", ops("Less", top, ops.const(LOWEST, np.float32)), ops.const(0.0, np.float32), top)
+        total = ops.reduce("ReduceSum", ops("Exp", ops("Sub", scores, base)))
+        return ops.squeeze(ops("Add", ops("Log", total), base), -1)

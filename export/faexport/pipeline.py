@@ -45,9 +45,9 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
     if fused:
         add_opset(model)
-    if fused and options.fallback:
-        add_fallback(model, full_rows, analysis)
-    report = Report.from_candidates(candidates, before, count_nodes(model))
+    missing = add_fallback(model, full_rows, analysis) if fused and options.fallback else ""
+    notes = [f"the file runs with our library only: {missing}"] if missing else []
+    report = Report.from_candidates(candidates, before, count_nodes(model), notes)
     return model, report
 
 

@@ -219,6 +219,57 @@ def test_layouts_and_groups(given: str, out: str) -> None:
     np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "keys"), [(0, 7), (5, 0), (0, 0)])
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD", "BSH"])
+def test_tensors_without_elements(layout: str, rows: int, keys: int) -> None:
+    def shape(heads: int, length: int) -> list[int]:
+        return {"BHSD": [2, heads, length, 8], "BSHD": [2, length, heads, 8], "BSH": [2, length, heads * 8]}[layout]
+
+    sizes = {"q": shape(4, rows), "k": shape(2, keys), "v": shape(2, keys)}
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * len(s)) for n, s in sizes.items()]
+    values.append(helper.make_tensor_value_info("mask", TensorProto.BOOL, [None] * 4))
+    words = {f"{name}_layout": layout for name in ("query", "key", "value", "output")}
+    node = helper.make_node(
+        "FlashAttention", ["q", "k", "v", "mask"], ["y"], domain=DOMAIN, name="n", q_num_heads=4, kv_num_heads=2,
+        is_causal=1, optional_inputs="attn_mask", **words,
+    )  # fmt: skip
+    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=9))
+    assert fallback.add_fallback(model) == ""
+    feeds = {n: np.ones(s, np.float32) for n, s in sizes.items()} | {"mask": np.ones((1, 1, 1, keys), np.bool_)}
+    (y,) = run(ir.to_proto(model), feeds)
+    assert y.shape == tuple(sizes["q"]) and not y.any()
+
+
+@pytest.mark.parametrize("opset", [7, 8, 9, 10, 11, 12])
+@pytest.mark.parametrize("form", ["plain", "groups", "bias", "mask", "causal"])
+def test_old_opsets(form: str, opset: int) -> None:
+    """Before opset 13 the function holds the node's numbers; what an opset has no operator for is said."""
+    heads = 1 if form == "groups" else 2
+    sizes = {"q": [1, 2, 5, 8], "k": [1, heads, 5, 8], "v": [1, heads, 5, 8]}
+    extra = {"bias": BIAS, "mask": MASK}.get(form, {})
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in sizes.items()]
+    values += [helper.make_tensor_value_info(n, *what) for n, what in extra.items()]
+    words = {"optional_inputs": f"attn_{form}"} if extra else {"is_causal": int(form == "causal")}
+    node = operator("n", ["q", "k", "v", *extra], "y", scale=0.5, softcap=3.0, **words)
+    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=5))
+    first = {"mask": 9, "bias": 9, "causal": 11}.get(form, 7)
+    if opset < first:
+        assert f"opset {opset} doesn't have" in fallback.add_fallback(model) and not model.functions
+        return
+    assert fallback.add_fallback(model) == ""
+    feeds = random_feeds(model)
+    s = 3 * np.tanh(feeds["q"] @ feeds["k"].swapaxes(-1, -2) / 6) + feeds.get("bias", 0)
+    keep = feeds["mask"] if form == "mask" else np.tri(5, dtype=bool) if form == "causal" else np.ones((5, 5), bool)
+    e = np.where(keep, np.exp(s), 0)
+    total = e.sum(-1, keepdims=True)
+    want = np.where(total > 0, e / np.where(total > 0, total, 1), 0) @ feeds["v"]
+    np.testing.assert_allclose(run(ir.to_proto(model), feeds)[0], want, rtol=1e-4, atol=1e-5)
+
+
 def grouped_reference(feeds: dict[str, np.ndarray], layout: str) -> tuple[np.ndarray, np.ndarray]:
     q, k, v = (
         feeds[n] if layout == "BHSD" else feeds[n].reshape(2, 5, -1, 8).swapaxes(1, 2) for n in "qkv"
