@@ -59,11 +59,12 @@ struct Copy {
 
 }  // namespace
 
-Status append_kv(const TensorView& past, const TensorView& fresh, const TensorView& present, const ExecutionContext& context) {
+Status append_kv(const TensorView& past, const TensorView& fresh, const TensorView& present, const Device& device,
+                 const ExecutionContext& context) {
   if (Status status = check(past, fresh, present); !status.ok()) return status;
-  if (context.device.type == DeviceType::kCuda) {
+  if (device.type == DeviceType::kCuda) {
 #ifdef FA_WITH_CUDA
-    return append_kv_cuda(past, fresh, present, context);
+    return append_kv_cuda(past, fresh, present, device, context);
 #else
     return {StatusCode::kUnsupported, "this build has no CUDA kernels (it was made without nvcc)"};
 #endif

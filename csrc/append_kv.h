@@ -6,7 +6,7 @@
 
 namespace fa {
 
-Status append_kv_cuda(const TensorView& past, const TensorView& fresh, const TensorView& present,
+Status append_kv_cuda(const TensorView& past, const TensorView& fresh, const TensorView& present, const Device& device,
                       const ExecutionContext& context);
 
 }  // namespace fa

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "cpu/attention_cpu.h"
 #ifdef FA_WITH_CUDA
@@ -16,7 +17,7 @@ namespace {
 
 // clang-format off
 const Kernel kTable[] = {
-    {"cpu", DeviceType::kCpu, cpu::supports, cpu::workspace_bytes, cpu::launch},
+    {"cpu", DeviceType::kCpu, cpu::plan, cpu::launch},
 #ifdef FA_WITH_CUDA
     FA_CUDA_KERNELS
 #endif
@@ -25,63 +26,94 @@ const Kernel kTable[] = {
 
 constexpr const char* kNoCuda = "this build has no CUDA kernels (it was made without nvcc)";
 
-std::string refusal(const Kernel& kernel, const AttentionParams& params, const DeviceInfo& device) {
-  if (kernel.device != device.type)
-    return kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only";
-  return kernel.supports(params, device);
+/// Does the kernel take the problem? On success the plan is complete; else *why_not, where given, says why not.
+bool plan_with(const Kernel& kernel, const AttentionParams& params, const Device& device, Plan* plan, std::string* why_not) {
+  FA_REFUSE_IF(kernel.device != device.type,
+               kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only");
+  *plan = {};
+  plan->device = device;
+  if (!kernel.plan(params, plan, why_not)) return false;
+  plan->kernel = &kernel;
+  return true;
 }
 
-/// The kernel that runs the problem, or null and the sentence that says why there is none.
-const Kernel* choose(const AttentionParams& params, const DeviceInfo& device, const char* name, std::string* why_not) {
+/// Why no kernel, or not the one of this name, takes the problem.
+std::string refusals(const AttentionParams& params, const Device& device, const char* name) {
+  std::string text;
   bool known = false;
   for (const Kernel& kernel : kTable) {
-    if (name != nullptr && std::strcmp(name, kernel.name) != 0) continue;
+    if (name != nullptr ? std::strcmp(name, kernel.name) != 0 : kernel.device != device.type) continue;
     known = true;
-    const std::string sentence = refusal(kernel, params, device);
-    if (sentence.empty()) return &kernel;
-    if (name != nullptr || kernel.device == device.type)
-      *why_not += (why_not->empty() ? "" : "; ") + std::string(kernel.name) + ": " + sentence;
+    Plan unused;
+    std::string sentence;
+    plan_with(kernel, params, device, &unused, &sentence);
+    text += (text.empty() ? "" : "; ") + std::string(kernel.name) + ": " + sentence;
   }
-  if (name != nullptr && !known) {
-    *why_not = "there is no kernel '" + std::string(name) + "'; there are";
-    for (const Kernel& kernel : kTable) *why_not += std::string(" ") + kernel.name;
+  if (known) return text;
+  if (name == nullptr) return kNoCuda;
+  text = "there is no kernel '" + std::string(name) + "'; there are";
+  for (const Kernel& kernel : kTable) text += std::string(" ") + kernel.name;
+  return text;
+}
+
+/// The first tensor that has elements but no memory; null: there is none.
+const char* missing_memory(const AttentionParams& p) {
+  const std::pair<const char*, const TensorView*> tensors[] = {{"query", &p.query},
+                                                               {"key", &p.key},
+                                                               {"value", &p.value},
+                                                               {"out", &p.out},
+                                                               {"lse", &p.lse},
+                                                               {"mask", &p.mask},
+                                                               {"bias", &p.bias},
+                                                               {"kv_lengths", &p.kv_lengths},
+                                                               {"query_lengths", &p.query_lengths},
+                                                               {"query_offsets", &p.query_offsets},
+                                                               {"cu_seqlens_q", &p.cu_seqlens_q},
+                                                               {"cu_seqlens_kv", &p.cu_seqlens_kv},
+                                                               {"alibi_slopes", &p.alibi_slopes},
+                                                               {"sinks", &p.sinks}};
+  for (const auto& [name, t] : tensors) {
+    if (t->present && t->data == nullptr && !t->empty()) return name;
   }
-  if (why_not->empty()) *why_not = kNoCuda;
   return nullptr;
 }
 
 }  // namespace
 
-Status attention_forward(const AttentionParams& params, const ExecutionContext& context) {
+Status plan(const AttentionParams& params, const Device& device, Plan* plan, const char* kernel) {
+  *plan = {};
   if (Status status = validate(params); !status.ok()) return status;
-  std::string why_not;
-  const Kernel* kernel = choose(params, context.device, context.kernel, &why_not);
-  if (kernel == nullptr) return {StatusCode::kUnsupported, why_not};
-  const size_t needed = kernel->workspace_bytes(params, context.device);
-  if (needed > context.workspace_bytes || (needed > 0 && context.workspace == nullptr)) {
-    return {StatusCode::kInvalidArgument, std::string(kernel->name) + " needs a workspace of " + std::to_string(needed) +
-                                              " bytes, but the context has " + std::to_string(context.workspace_bytes)};
+  for (const Kernel& row : kTable) {
+    if (kernel != nullptr && std::strcmp(kernel, row.name) != 0) continue;
+    if (plan_with(row, params, device, plan, nullptr)) return {};
   }
+  *plan = {};
+  return {StatusCode::kUnsupported, refusals(params, device, kernel)};
+}
+
+Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
+  if (plan.kernel == nullptr) return {StatusCode::kInvalidArgument, "there is no plan: plan() was not called or has failed"};
+  if (plan.workspace_bytes > context.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr)) {
+    return {StatusCode::kInvalidArgument, std::string(plan.kernel->name) + " needs a workspace of " +
+                                              std::to_string(plan.workspace_bytes) + " bytes, but the context has " +
+                                              std::to_string(context.workspace_bytes)};
+  }
+  if (const char* name = missing_memory(params))
+    return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
   if (params.out.empty()) return {};  // also where a kernel could not describe a tensor without elements
-  return kernel->launch(params, context);
+  return plan.kernel->launch(plan, params, context);
 }
 
-size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device, const char* kernel) {
-  if (!validate(params).ok()) return 0;
-  std::string why_not;
-  const Kernel* chosen = choose(params, device, kernel, &why_not);
-  return chosen == nullptr ? 0 : chosen->workspace_bytes(params, device);
-}
-
-size_t max_workspace_bytes(const AttentionParams& largest, const DeviceInfo& device) {
+size_t max_workspace_bytes(const AttentionParams& largest, const Device& device) {
   if (!validate(largest).ok()) return 0;
   size_t bytes = 0;
   for (const Kernel& kernel : kTable) {
+    Plan plan;
     if (kernel.device != device.type) continue;
     if (kernel.max_workspace_bytes != nullptr) {
       bytes = std::max(bytes, kernel.max_workspace_bytes(largest, device));
-    } else if (kernel.supports(largest, device).empty()) {
-      bytes = std::max(bytes, kernel.workspace_bytes(largest, device));
+    } else if (plan_with(kernel, largest, device, &plan, nullptr)) {
+      bytes = std::max(bytes, plan.workspace_bytes);
     }
   }
   return bytes;
@@ -94,22 +126,25 @@ const char* kernel_name(DeviceType type, int idx) {
   return nullptr;
 }
 
-std::string explain(const AttentionParams& params, const DeviceInfo& device) {
+std::string explain(const AttentionParams& params, const Device& device) {
   if (Status status = validate(params); !status.ok()) return "no kernel: " + status.sentence;
   std::string text;
   const Kernel* chosen = nullptr;
   for (const Kernel& kernel : kTable) {
-    const std::string sentence = refusal(kernel, params, device);
-    const char* verdict = chosen == nullptr ? "runs this problem" : "could run it, but comes later in the table";
-    text += std::string(text.empty() ? "" : "\n") + kernel.name + ": " + (sentence.empty() ? verdict : sentence);
-    if (chosen == nullptr && sentence.empty()) chosen = &kernel;
+    Plan plan;
+    std::string sentence;
+    const bool can = plan_with(kernel, params, device, &plan, &sentence);
+    if (can) sentence = chosen == nullptr ? "runs this problem" : "could run it, but comes later in the table";
+    text += std::string(text.empty() ? "" : "\n") + kernel.name + ": " + sentence;
+    if (chosen == nullptr && can) chosen = &kernel;
   }
   if (kernel_name(device.type, 0) == nullptr) text += std::string("\n") + kNoCuda;
   return (chosen == nullptr ? "no kernel" : chosen->name) + std::string(chosen == nullptr ? "\n" : ": chosen\n") + text;
 }
 
 #ifndef FA_WITH_CUDA
-Status query_cuda_device(DeviceInfo*) { return {StatusCode::kUnsupported, kNoCuda}; }
+Status query_cuda_device(int, Device*) { return {StatusCode::kUnsupported, kNoCuda}; }
+Status current_cuda_device(int*) { return {StatusCode::kUnsupported, kNoCuda}; }
 #endif
 
 }  // namespace fa

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a kernel tells of itself, for the ordered table in dispatch.cpp. A new kernel is one folder and one row there.
+// What a kernel offers to the ordered table in dispatch.cpp. A new kernel is one folder and one row there (kernels/kernels.h).
 #pragma once
 
 #include <cstddef>
@@ -7,19 +7,27 @@
 
 #include "fa/attention.h"
 
+// For a kernel's plan function, with `std::string* why_not` in scope: where the condition holds, the kernel does not take the
+// problem. The sentence is built only for a caller who asks why.
+#define FA_REFUSE_IF(condition, sentence)          \
+  if (condition) {                                 \
+    if (why_not != nullptr) *why_not = (sentence); \
+    return false;                                  \
+  }
+
 namespace fa {
 
 struct Kernel {
   const char* name;   // its folder, and the word in explain(), NVTX ranges and test ids
   DeviceType device;  // the others refuse themselves
 
-  /// The sentence that says why not; empty where the kernel can do it. params are valid (validate.cpp).
-  std::string (*supports)(const AttentionParams& params, const DeviceInfo& device);
-  size_t (*workspace_bytes)(const AttentionParams& params, const DeviceInfo& device);
-  /// Called only where supports() said yes and the workspace is large enough.
-  Status (*launch)(const AttentionParams& params, const ExecutionContext& context);
-  /// As fa::max_workspace_bytes, of this kernel; null where workspace_bytes grows with the sizes.
-  size_t (*max_workspace_bytes)(const AttentionParams& largest, const DeviceInfo& device) = nullptr;
+  /// Does the kernel take this problem (params are valid, plan->device is of its type)? True: sets the plan's instance, splits
+  /// and workspace_bytes. False: says why in *why_not, unless that is null.
+  bool (*plan)(const AttentionParams& params, Plan* plan, std::string* why_not);
+  /// Called with a plan of its own, tensors that have memory, at least one element of output, and workspace enough.
+  Status (*launch)(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
+  /// As fa::max_workspace_bytes, of this kernel; null where the largest problem needs most.
+  size_t (*max_workspace_bytes)(const AttentionParams& largest, const Device& device) = nullptr;
 };
 
 }  // namespace fa

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The support surface: one rule a line, each broken rule a sentence that names the tensor, what it has and what is expected.
-// Called first by attention_forward, workspace_bytes and explain. Looks at shapes, dtypes, strides and scalars, never at data.
+// Called first by plan, max_workspace_bytes and explain. Looks at shapes, dtypes, strides and scalars, never at data.
 #include <cmath>
 #include <string>
 

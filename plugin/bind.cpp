@@ -309,6 +309,12 @@ size_t joined_bytes(const Problem& problem) {
   return bytes;
 }
 
+/// Where the joined keys (0) or values (1) go; with a past, attention reads them there.
+void set_present(Problem* problem, int which, void* data) {
+  problem->present[which].data = data;
+  if (problem->has_past) (which == 0 ? problem->params.key : problem->params.value).data = data;
+}
+
 }  // namespace
 
 bool accepts(Input input, DType dtype, DType query) {
@@ -372,35 +378,41 @@ void set_output(Problem* problem, Output output, void* data) {
   problem->outputs[static_cast<int>(output)].data = data;
   if (output == Output::kOutput) problem->params.out.data = data;
   if (output == Output::kLse) problem->params.lse.data = data;
-  if (output == Output::kPresentKey) problem->present[0].data = data;
-  if (output == Output::kPresentValue) problem->present[1].data = data;
+  if (output == Output::kPresentKey) set_present(problem, 0, data);
+  if (output == Output::kPresentValue) set_present(problem, 1, data);
 }
 
-size_t workspace_bytes(const Problem& problem, const DeviceInfo& device, const char* kernel) {
-  return joined_bytes(problem) + fa::workspace_bytes(problem.params, device, kernel);
+Status plan(const Problem& problem, const Device& device, Plan* plan, const char* kernel) {
+  *plan = {};
+  if (Status s = fa::plan(problem.params, device, &plan->attention, kernel); !s.ok()) return s;
+  plan->joined_bytes = joined_bytes(problem);
+  plan->workspace_bytes = plan->joined_bytes + plan->attention.workspace_bytes;
+  return {};
 }
 
-size_t max_workspace_bytes(const Problem& largest, const DeviceInfo& device) {
+size_t max_workspace_bytes(const Problem& largest, const Device& device) {
   return joined_bytes(largest) + fa::max_workspace_bytes(largest.params, device);
 }
 
-Status run(Problem problem, const ExecutionContext& context) {
-  const size_t needed = workspace_bytes(problem, context.device, context.kernel);
-  if (context.workspace_bytes < needed)
-    return invalid("the workspace has " + std::to_string(context.workspace_bytes) + " bytes; expected " + std::to_string(needed));
-  ExecutionContext inner = context;  // the joined cache lies in front of the kernel's own workspace
+Status launch(const Plan& plan, Problem problem, const ExecutionContext& context) {
+  if (context.workspace_bytes < plan.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr))
+    return invalid("the workspace has " + std::to_string(context.workspace_bytes) + " bytes; expected " +
+                   std::to_string(plan.workspace_bytes));
+  char* joined = static_cast<char*>(context.workspace);
   for (int which = 0; which < 2; ++which) {
     if (!problem.fresh[which].present) continue;
-    TensorView& present = problem.present[which];
     if (joins_in_workspace(problem, which)) {
-      present.data = inner.workspace;
-      inner.workspace = static_cast<char*>(inner.workspace) + bytes_of(present);
-      inner.workspace_bytes -= bytes_of(present);
+      set_present(&problem, which, joined);
+      joined += bytes_of(problem.present[which]);
     }
-    if (Status s = append_kv(problem.past[which], problem.fresh[which], present, context); !s.ok()) return s;
-    if (problem.has_past) (which == 0 ? problem.params.key : problem.params.value).data = present.data;
+    if (Status s = append_kv(problem.past[which], problem.fresh[which], problem.present[which], plan.attention.device, context);
+        !s.ok())
+      return s;
   }
-  return attention_forward(problem.params, inner);
+  ExecutionContext inner = context;
+  inner.workspace = joined;
+  inner.workspace_bytes -= plan.joined_bytes;
+  return fa::launch(plan.attention, problem.params, inner);
 }
 
 }  // namespace fa::plugin

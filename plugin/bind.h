@@ -89,7 +89,7 @@ struct Tensor {
 /// A row-major tensor.
 Tensor contiguous(void* data, DType dtype, const int64_t* shape, size_t rank);
 
-/// A call that is ready to run but for the memory of its outputs and its workspace.
+/// A call, complete but for the memory of its outputs and its workspace.
 struct Problem {
   AttentionParams params;
   bool has_past = false;
@@ -104,13 +104,21 @@ Status bind(const Node& node, const std::vector<Tensor>& inputs, Problem* proble
 /// Gives an output its memory (row-major, of the shape in problem.outputs).
 void set_output(Problem* problem, Output output, void* data);
 
-/// Memory that run() needs in context.workspace. On the CPU too: the joined cache where present is not an output.
-size_t workspace_bytes(const Problem& problem, const DeviceInfo& device, const char* kernel = nullptr);
+/// How a call is carried out on one device.
+struct Plan {
+  fa::Plan attention;
+  size_t joined_bytes = 0;     // of workspace, in front of the kernel's own: the joined cache where present is not an output
+  size_t workspace_bytes = 0;  // all of it; on the CPU too
+};
+
+/// Checks the call and chooses its kernel, the one called `kernel` where that is not null. After the outputs have their memory,
+/// whose alignment counts; outputs without memory yet count as aligned.
+Status plan(const Problem& problem, const Device& device, Plan* plan, const char* kernel = nullptr);
 
 /// Memory that suffices for every problem of at most these sizes (batch, rows, keys), all else being equal.
-size_t max_workspace_bytes(const Problem& largest, const DeviceInfo& device);
+size_t max_workspace_bytes(const Problem& largest, const Device& device);
 
 /// Joins past and fresh keys and values where asked, then computes attention.
-Status run(Problem problem, const ExecutionContext& context);
+Status launch(const Plan& plan, Problem problem, const ExecutionContext& context);
 
 }  // namespace fa::plugin

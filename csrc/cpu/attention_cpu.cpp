@@ -69,18 +69,18 @@ struct Cut {
 };
 
 /// Keys that the task's rows can see: what it costs, per row.
-int64_t num_keys(const Plan& plan, const Task& t) {
-  const KeyRange range = plan.sequences.at(t.sequence_idx).mask.key_range(t.first_row, t.first_row + t.num_rows - 1);
+int64_t num_keys(const Tiling& tiling, const Task& t) {
+  const KeyRange range = tiling.sequences.at(t.sequence_idx).mask.key_range(t.first_row, t.first_row + t.num_rows - 1);
   return std::max<int64_t>(0, std::min(range.end, t.key_end) - std::max(range.begin, t.key_begin));
 }
 
 /// Adds the blocks of rows of one sequence.
-void cut_sequence(const Plan& plan, int64_t sequence_idx, std::vector<Task>* tasks) {
-  const Sequence s = plan.sequences.at(sequence_idx);
-  const int64_t heads = plan.params.query.shape[1], group = heads / plan.params.key.shape[1];
+void cut_sequence(const Tiling& tiling, int64_t sequence_idx, std::vector<Task>* tasks) {
+  const Sequence s = tiling.sequences.at(sequence_idx);
+  const int64_t heads = tiling.params.query.shape[1], group = heads / tiling.params.key.shape[1];
   const int64_t heads_per_task = s.query_length * group <= kFewRows ? group : 1;
   // Blocks of nearly equal length: a short last one would pack all keys for a few rows.
-  const int64_t most = std::max<int64_t>(1, plan.rows_per_task / heads_per_task);
+  const int64_t most = std::max<int64_t>(1, tiling.rows_per_task / heads_per_task);
   const int64_t num_blocks = std::max<int64_t>(1, (s.query_length + most - 1) / most);
   const int64_t rows =
       std::min(most, ((s.query_length + num_blocks - 1) / num_blocks + kBlockRows - 1) / kBlockRows * kBlockRows);
@@ -94,8 +94,8 @@ void cut_sequence(const Plan& plan, int64_t sequence_idx, std::vector<Task>* tas
 
 /// Replaces each task of few rows and many keys by one for each span of keys; those of the same keys follow one another, since
 /// the heads of a row often lie side by side in memory.
-void split_keys(const Plan& plan, Cut* cut) {
-  const int64_t partial_floats = 2 + plan.params.value.shape[3];
+void split_keys(const Tiling& tiling, Cut* cut) {
+  const int64_t partial_floats = 2 + tiling.params.value.shape[3];
   std::vector<Task> tasks;
   int64_t most_splits = 0, total = 0;
   for (Task& task : cut->tasks) {
@@ -127,23 +127,23 @@ void split_keys(const Plan& plan, Cut* cut) {
   cut->tasks = std::move(tasks);
 }
 
-Cut cut_problem(Plan* plan, int64_t threads) {
+Cut cut_problem(Tiling* tiling, int64_t threads) {
   Cut cut;
   for (int64_t rows : kRowsPerTask) {
-    plan->rows_per_task = rows;
+    tiling->rows_per_task = rows;
     cut.tasks.clear();
-    for (int64_t i = 0; i < num_sequences(plan->params); ++i) cut_sequence(*plan, i, &cut.tasks);
+    for (int64_t i = 0; i < num_sequences(tiling->params); ++i) cut_sequence(*tiling, i, &cut.tasks);
     if (threads == 1 || static_cast<int64_t>(cut.tasks.size()) >= 4 * threads) break;
   }
-  split_keys(*plan, &cut);
+  split_keys(*tiling, &cut);
   int64_t largest = 1;
   std::vector<std::pair<int64_t, size_t>> order;
   for (size_t i = 0; i < cut.tasks.size(); ++i) {
     const Task& task = cut.tasks[i];
     largest = std::max(largest, task.num_heads * task.num_rows);
-    order.push_back({-task.num_heads * task.num_rows * num_keys(*plan, task), i});
+    order.push_back({-task.num_heads * task.num_rows * num_keys(*tiling, task), i});
   }
-  plan->rows_per_task = largest;
+  tiling->rows_per_task = largest;
   std::sort(order.begin(), order.end());
   std::vector<Task> sorted;
   for (const auto& entry : order) sorted.push_back(cut.tasks[entry.second]);
@@ -157,9 +157,9 @@ struct FreeDeleter {
 
 /// Workers that take the next task until none is left; each has its own scratch.
 struct Workers {
-  const Plan& plan;
+  const Tiling& tiling;
   const std::vector<Task>& tasks;
-  void (*run)(const Plan&, const Task&, void*);
+  void (*run)(const Tiling&, const Task&, void*);
   size_t scratch_bytes;
   std::atomic<size_t> next{0};
   std::atomic<bool> out_of_memory{false};
@@ -173,7 +173,7 @@ struct Workers {
       self.out_of_memory = true;
       return;
     }
-    for (; i < self.tasks.size(); i = self.next.fetch_add(1)) self.run(self.plan, self.tasks[i], scratch.get());
+    for (; i < self.tasks.size(); i = self.next.fetch_add(1)) self.run(self.tiling, self.tasks[i], scratch.get());
   }
 
   Status run_all(const ExecutionContext& context) {
@@ -202,59 +202,33 @@ void clear_rows(const AttentionParams& p, int64_t b, int64_t begin, int64_t end)
   }
 }
 
-void clear_unused_rows(const Plan& plan) {
-  const bool packed = plan.params.cu_seqlens_q.present;
+void clear_unused_rows(const Tiling& tiling) {
+  const bool packed = tiling.params.cu_seqlens_q.present;
   int64_t reached = 0;  // first row after the packed sequences so far
-  for (int64_t i = 0; i < num_sequences(plan.params); ++i) {
-    const Sequence s = plan.sequences.at(i);
-    if (packed) clear_rows(plan.params, 0, reached, s.first_row);
-    clear_rows(plan.params, s.batch_idx, s.first_row + s.query_length, s.first_row + s.num_rows);
+  for (int64_t i = 0; i < num_sequences(tiling.params); ++i) {
+    const Sequence s = tiling.sequences.at(i);
+    if (packed) clear_rows(tiling.params, 0, reached, s.first_row);
+    clear_rows(tiling.params, s.batch_idx, s.first_row + s.query_length, s.first_row + s.num_rows);
     reached = s.first_row + s.num_rows;
   }
-  if (packed) clear_rows(plan.params, 0, reached, plan.params.query.shape[2]);
-}
-
-/// The first tensor that has elements but no memory.
-const char* missing_memory(const AttentionParams& p) {
-  const std::pair<const char*, const TensorView*> tensors[] = {{"query", &p.query},
-                                                               {"key", &p.key},
-                                                               {"value", &p.value},
-                                                               {"out", &p.out},
-                                                               {"lse", &p.lse},
-                                                               {"mask", &p.mask},
-                                                               {"bias", &p.bias},
-                                                               {"kv_lengths", &p.kv_lengths},
-                                                               {"query_lengths", &p.query_lengths},
-                                                               {"query_offsets", &p.query_offsets},
-                                                               {"cu_seqlens_q", &p.cu_seqlens_q},
-                                                               {"cu_seqlens_kv", &p.cu_seqlens_kv},
-                                                               {"alibi_slopes", &p.alibi_slopes},
-                                                               {"sinks", &p.sinks}};
-  for (const auto& [name, t] : tensors) {
-    if (t->present && t->data == nullptr && !t->empty()) return name;
-  }
-  return nullptr;
+  if (packed) clear_rows(tiling.params, 0, reached, tiling.params.query.shape[2]);
 }
 
 }  // namespace
 
-std::string supports(const AttentionParams&, const DeviceInfo&) { return {}; }
+bool plan(const AttentionParams&, Plan*, std::string*) { return true; }
 
-size_t workspace_bytes(const AttentionParams&, const DeviceInfo&) { return 0; }
-
-Status launch(const AttentionParams& params, const ExecutionContext& context) {
-  if (const char* name = missing_memory(params))
-    return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
+Status launch(const Plan&, const AttentionParams& params, const ExecutionContext& context) {
   try {
     const int64_t dims = params.query.shape[3] + params.value.shape[3];
     const int64_t tile = kTileBytes / (4 * dims) / 64 * 64;
-    Plan plan{params, sequence_rule(params), 0, std::min(kMaxKeysPerTile, std::max<int64_t>(64, tile))};
-    const Cut cut = cut_problem(&plan, num_threads(context));
-    clear_unused_rows(plan);
+    Tiling tiling{params, sequence_rule(params), 0, std::min(kMaxKeysPerTile, std::max<int64_t>(64, tile))};
+    const Cut cut = cut_problem(&tiling, num_threads(context));
+    clear_unused_rows(tiling);
     const Isa& isa = best_isa();
-    Workers attend{plan, cut.tasks, isa.attend, isa.scratch_bytes(plan)};
+    Workers attend{tiling, cut.tasks, isa.attend, isa.scratch_bytes(tiling)};
     if (Status status = attend.run_all(context); !status.ok() || cut.merges.empty()) return status;
-    Workers merge{plan, cut.merges, isa.merge, isa.scratch_bytes(plan)};
+    Workers merge{tiling, cut.merges, isa.merge, isa.scratch_bytes(tiling)};
     return merge.run_all(context);
   } catch (const std::bad_alloc&) {
     return {StatusCode::kUnsupported, "out of memory: the CPU kernel could not list its tasks"};

@@ -22,7 +22,7 @@ struct Task {
 };
 
 /// What all tasks of a call share.
-struct Plan {
+struct Tiling {
   const AttentionParams& params;
   SequenceRule sequences;
   int64_t rows_per_task;  // num_heads * num_rows of the largest task
@@ -32,9 +32,9 @@ struct Plan {
 /// One compilation of tile_kernel.cpp.
 struct Isa {
   const char* name;
-  size_t (*scratch_bytes)(const Plan& plan);
-  void (*attend)(const Plan& plan, const Task& task, void* scratch);  // scratch: 64-byte aligned
-  void (*merge)(const Plan& plan, const Task& task, void* scratch);   // partials of all splits -> out and lse
+  size_t (*scratch_bytes)(const Tiling& tiling);
+  void (*attend)(const Tiling& tiling, const Task& task, void* scratch);  // scratch: 64-byte aligned
+  void (*merge)(const Tiling& tiling, const Task& task, void* scratch);   // partials of all splits -> out and lse
 };
 
 inline constexpr int64_t kMaxKeysPerTile = 256;

@@ -36,9 +36,9 @@ struct Scratch {
   float* mean;     // [round_up(D_v)]
   float* end;
 
-  Scratch(const Plan& plan, float* memory) {
-    const int64_t d = round_up(plan.params.query.shape[3], kLanes), d_v = round_up(plan.params.value.shape[3], kLanes);
-    const int64_t rows = plan.rows_per_task, tile = plan.keys_per_tile;
+  Scratch(const Tiling& tiling, float* memory) {
+    const int64_t d = round_up(tiling.params.query.shape[3], kLanes), d_v = round_up(tiling.params.value.shape[3], kLanes);
+    const int64_t rows = tiling.rows_per_task, tile = tiling.keys_per_tile;
     const int64_t staged = kLanes * (d > d_v ? d : d_v);
     query = memory;
     out = query + round_up(rows * d, 16);
@@ -56,13 +56,13 @@ struct Scratch {
 /// One task on its way through the keys.
 class TileKernel {
  public:
-  TileKernel(const Plan& plan, const Task& task, void* memory)
-      : p_(plan.params),
+  TileKernel(const Tiling& tiling, const Task& task, void* memory)
+      : p_(tiling.params),
         task_(task),
-        s_(plan, static_cast<float*>(memory)),
-        sequence_(plan.sequences.at(task.sequence_idx)),
+        s_(tiling, static_cast<float*>(memory)),
+        sequence_(tiling.sequences.at(task.sequence_idx)),
         rows_(task.num_heads * task.num_rows),
-        tile_(plan.keys_per_tile),
+        tile_(tiling.keys_per_tile),
         d_(p_.query.shape[3]),
         d_v_(p_.value.shape[3]),
         d_v_padded_(round_up(d_v_, kLanes)),
@@ -284,13 +284,13 @@ class TileKernel {
   bool has_mean_ = false;
 };
 
-size_t scratch_bytes(const Plan& plan) {
-  const Scratch scratch(plan, nullptr);
+size_t scratch_bytes(const Tiling& tiling) {
+  const Scratch scratch(tiling, nullptr);
   return reinterpret_cast<size_t>(scratch.end);
 }
 
-void attend(const Plan& plan, const Task& task, void* memory) {
-  TileKernel kernel(plan, task, memory);
+void attend(const Tiling& tiling, const Task& task, void* memory) {
+  TileKernel kernel(tiling, task, memory);
   kernel.attend();
   if (task.partials != nullptr) {
     kernel.write_partials();
@@ -299,8 +299,8 @@ void attend(const Plan& plan, const Task& task, void* memory) {
   }
 }
 
-void merge_splits(const Plan& plan, const Task& task, void* memory) {
-  TileKernel kernel(plan, task, memory);
+void merge_splits(const Tiling& tiling, const Task& task, void* memory) {
+  TileKernel kernel(tiling, task, memory);
   kernel.merge_partials();
   kernel.write_out();
 }

@@ -7,14 +7,12 @@
 #include "kernels/prefill_sm80/prefill_sm80.h"
 #include "kernels/prefill_sm90/prefill_sm90.h"
 
-#define FA_CUDA_KERNEL(name) {#name, DeviceType::kCuda, name::supports, name::workspace_bytes, name::launch}
+#define FA_CUDA_KERNEL(name) {#name, DeviceType::kCuda, name::plan, name::launch}
 #ifdef FA_WITH_SM90
 #define FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm90),
 #else
 #define FA_HOPPER_KERNELS
 #endif
-#define FA_DECODE_KERNEL                                      \
-  {"decode_splitkv",         DeviceType::kCuda,               \
-   decode_splitkv::supports, decode_splitkv::workspace_bytes, \
-   decode_splitkv::launch,   decode_splitkv::max_workspace_bytes}
+#define FA_DECODE_KERNEL \
+  {"decode_splitkv", DeviceType::kCuda, decode_splitkv::plan, decode_splitkv::launch, decode_splitkv::max_workspace_bytes}
 #define FA_CUDA_KERNELS FA_DECODE_KERNEL, FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm80)

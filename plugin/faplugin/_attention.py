@@ -105,18 +105,18 @@ def attention(
     """
     arguments = dict(locals())
     stream = current_stream(query) if stream is None else stream
-    plan = _plan(arguments, stream)
+    call = _bind(arguments, stream)
     out = out or {}
-    if unknown := out.keys() - {name for name, _, _ in plan.outputs}:
-        raise ValueError(f"out has {sorted(unknown)}; this call returns {[name for name, _, _ in plan.outputs]}")
+    if unknown := out.keys() - {name for name, _, _ in call.outputs}:
+        raise ValueError(f"out has {sorted(unknown)}; this call returns {[name for name, _, _ in call.outputs]}")
     outputs = [
-        out[name] if name in out else empty(query, tuple(shape), dtype, plan.device, stream)
-        for name, shape, dtype in plan.outputs
+        out[name] if name in out else empty(query, tuple(shape), dtype, call.device, stream)
+        for name, shape, dtype in call.outputs
     ]
-    num_bytes = plan.workspace_bytes(kernel)
+    num_bytes = call.prepare([readable(array) for array in outputs], kernel)
     # int32, because not every framework has DLPack for bytes
-    workspace = empty(query, ((num_bytes + 3) // 4,), "int32", plan.device, stream) if num_bytes else None
-    plan.run([readable(array) for array in outputs], workspace, kernel, num_threads)
+    workspace = empty(query, ((num_bytes + 3) // 4,), "int32", call.device, stream) if num_bytes else None
+    call.run(workspace, num_threads)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -134,7 +134,7 @@ def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: 
     Raises:
         ValueError, TypeError: as attention().
     """
-    return _plan({"query": query, "key": key, "value": value, **arguments}, 0).explain(device)
+    return _bind({"query": query, "key": key, "value": value, **arguments}, 0).explain(device)
 
 
 _OPTIONAL_INPUTS = (
@@ -144,7 +144,7 @@ _OPTIONAL_INPUTS = (
 _NOT_ATTRIBUTES = {"query", "key", "value", "return_present", "return_lse", "out", "stream", "kernel", "num_threads"}
 
 
-def _plan(arguments: dict[str, Any], stream: int) -> Any:
+def _bind(arguments: dict[str, Any], stream: int) -> Any:
     """A call bound to its inputs. The native module checks the names of inputs and attributes."""
     given = [name for name in _OPTIONAL_INPUTS if arguments.get(name) is not None]
     outputs = ["present_key", "present_value"] if arguments.get("return_present") else []
@@ -155,4 +155,4 @@ def _plan(arguments: dict[str, Any], stream: int) -> Any:
     attributes["packed_columns"] = list(attributes.get("packed_columns", ()))
     attributes |= {"optional_inputs": ",".join(given), "optional_outputs": ",".join(outputs)}
     arrays = [readable(arguments[name]) for name in ("query", "key", "value", *given)]
-    return native().Plan(attributes, arrays, stream)
+    return native().Call(attributes, arrays, stream)

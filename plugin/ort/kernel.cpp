@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of one FlashAttention node: attributes read and checked once, then bind and run for each call. Compute is const and
-// is called from several threads at once. On CUDA it enqueues on the session's stream, allocates from the session's arena and
-// waits for nothing.
+// is called from several threads at once. On CUDA it enqueues on the session's stream and waits for nothing.
 #include <memory>
 
+#include "cuda_device.h"
 #include "op.h"
 #include "workspace.h"
 
@@ -13,7 +13,7 @@ namespace {
 struct Kernel {
   Node node;
   DeviceType device;
-  RetainedBuffers retained;
+  StreamMemories memories;
 };
 
 Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
@@ -134,20 +134,25 @@ Status compute(const Kernel& kernel, OrtKernelContext* raw_context) {
     Ort::UnownedValue value = context.GetOutput(static_cast<size_t>(output), tensor.shape, static_cast<size_t>(tensor.rank));
     set_output(&problem, output, value.GetTensorMutableRawData());
   }
+  Device device;
   ExecutionContext execution;
+  CudaDeviceGuard guard;
+  int device_id = 0;
   if (kernel.device == DeviceType::kCpu) {
     execution.parallel_for = parallel_for;
     execution.pool = raw_context;
   } else {
-    const int device_id = context.GetInput(0).GetTensorMemoryInfo().GetDeviceId();
-    if (Status s = use_cuda_device(device_id, &execution.device); !s.ok()) return s;
+    device_id = context.GetInput(0).GetTensorMemoryInfo().GetDeviceId();
+    if (Status s = guard.use(device_id); !s.ok()) return s;
+    if (Status s = query_cuda_device(device_id, &device); !s.ok()) return s;
     execution.stream = context.GetGPUComputeStream();
   }
+  Plan plan;
+  if (Status s = plugin::plan(problem, device, &plan); !s.ok()) return s;
   Workspace workspace;
-  execution.workspace_bytes = workspace_bytes(problem, execution.device);
-  if (Status s = workspace.allocate(context, execution, &kernel.retained); !s.ok()) return s;
-  execution.workspace = workspace.data();
-  return run(std::move(problem), execution);
+  if (Status s = workspace.reserve(context, kernel.memories, device, device_id, plan.workspace_bytes, &execution); !s.ok())
+    return s;
+  return launch(plan, std::move(problem), execution);
 }
 
 }  // namespace

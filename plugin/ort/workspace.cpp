@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Workspace of a call (workspace.h). The arena is stream-aware: a buffer that is freed after its kernels were enqueued is given
-// to others only behind them. A CUDA graph is replayed without the arena's knowledge, so what it recorded is kept.
+// See workspace.h.
 #include "workspace.h"
+
+#include <algorithm>
+#include <map>
 
 #ifdef FA_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -10,88 +12,83 @@
 namespace fa::plugin {
 namespace {
 
-#ifdef FA_WITH_CUDA
-Status cuda_status(cudaError_t error, const char* call) {
-  if (error == cudaSuccess) return {};
-  return {StatusCode::kCudaError, std::string(call) + ": " + cudaGetErrorString(error)};
-}
-#endif
-
 Status is_captured(void* stream, bool* captured) {
+  *captured = false;
 #ifdef FA_WITH_CUDA
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (Status s = cuda_status(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing"); !s.ok())
-    return s;
-  *captured = status == cudaStreamCaptureStatusActive;
+  const cudaError_t error = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return {StatusCode::kCudaError, std::string("cudaStreamIsCapturing failed: ") + cudaGetErrorString(error) + "."};
+  }
+  *captured = status != cudaStreamCaptureStatusNone;
 #else
   (void)stream;
-  *captured = false;
 #endif
   return {};
 }
 
-OrtAllocator* allocator_of(const OrtKernelContext* context, const OrtMemoryInfo* memory) {
-  OrtAllocator* allocator = nullptr;
-  Ort::ThrowOnError(Ort::GetApi().KernelContext_GetAllocator(context, memory, &allocator));
-  return allocator;
-}
-
 }  // namespace
 
-RetainedBuffers::~RetainedBuffers() {
+StreamMemory::~StreamMemory() {
   for (const Buffer& buffer : buffers_) {
     buffer.allocator->Free(buffer.allocator, buffer.data);
     Ort::GetApi().ReleaseAllocator(buffer.allocator);
   }
 }
 
-void* RetainedBuffers::allocate(const OrtKernelContext* context, const OrtMemoryInfo* memory, size_t bytes) const {
-  OrtAllocator* allocator = allocator_of(context, memory);
-  void* data = allocator->Alloc(allocator, bytes);
+Status StreamMemory::reserve(const Ort::KernelContext& context, void* stream, size_t bytes) {
+  if (bytes <= this->bytes()) return {};
+  bool captured = false;
+  if (Status s = is_captured(stream, &captured); !s.ok()) return s;
+  if (captured)
+    return {StatusCode::kCudaError, "needs a workspace of " + std::to_string(bytes) +
+                                        " bytes while a CUDA graph is captured, but " + std::to_string(this->bytes()) +
+                                        " were reserved before; run once with these shapes before the capture"};
+  const size_t larger = std::max(bytes, 2 * this->bytes());
+  buffers_.reserve(buffers_.size() + 1);
+  const Ort::ConstMemoryInfo memory = context.GetInput(0).GetTensorMemoryInfo();
+  OrtAllocator* allocator = nullptr;
+  Ort::ThrowOnError(Ort::GetApi().KernelContext_GetAllocator(context.GetOrtKernelContext(), memory, &allocator));
+  void* data = allocator->Alloc(allocator, larger);
+  if (data == nullptr) {
+    Ort::GetApi().ReleaseAllocator(allocator);
+    return {StatusCode::kCudaError, "no device memory for a workspace of " + std::to_string(larger) + " bytes"};
+  }
+  buffers_.push_back({allocator, data, larger});
+  return {};
+}
+
+StreamMemory& StreamMemories::find(int device_id, void* stream) const {
+  const Place place{device_id, stream};
   const std::lock_guard<std::mutex> lock(mutex_);
-  buffers_.push_back({allocator, data});
-  return data;
+  for (const auto& [known, memory] : known_)
+    if (known == place) return *memory;
+  // NOTE: never freed, because sessions may outlive this library's static objects.
+  static std::mutex& all_mutex = *new std::mutex;
+  static auto& all = *new std::map<Place, std::weak_ptr<StreamMemory>>;
+  const std::lock_guard<std::mutex> all_lock(all_mutex);
+  std::shared_ptr<StreamMemory> memory = all[place].lock();
+  if (!memory) all[place] = memory = std::make_shared<StreamMemory>();
+  known_.emplace_back(place, memory);
+  return *memory;
 }
 
-Workspace::~Workspace() {
-  if (!allocator_) return;
-  allocator_->Free(allocator_, data_);
-  Ort::GetApi().ReleaseAllocator(allocator_);
-}
-
-Status Workspace::allocate(const Ort::KernelContext& context, const ExecutionContext& execution,
-                           const RetainedBuffers* retained) {
-  const size_t bytes = execution.workspace_bytes;
+Status Workspace::reserve(const Ort::KernelContext& context, const StreamMemories& memories, const Device& device, int device_id,
+                          size_t bytes, ExecutionContext* execution) {
   if (bytes == 0) return {};
-  if (execution.device.type == DeviceType::kCpu) {
+  if (device.type == DeviceType::kCpu) {
     heap_.reset(new char[bytes]);
-    data_ = heap_.get();
+    execution->workspace = heap_.get();
+    execution->workspace_bytes = bytes;
     return {};
   }
-  const Ort::ConstMemoryInfo memory = context.GetInput(0).GetTensorMemoryInfo();
-  bool captured = false;
-  if (Status s = is_captured(execution.stream, &captured); !s.ok()) return s;
-  const OrtKernelContext* raw = context.GetOrtKernelContext();
-  if (captured) {
-    data_ = retained->allocate(raw, memory, bytes);
-  } else {
-    Ort::ThrowOnError(Ort::GetApi().KernelContext_GetScratchBuffer(raw, memory, bytes, &data_));
-    allocator_ = allocator_of(raw, memory);
-  }
-  if (data_) return {};
-  return {StatusCode::kCudaError, "no device memory for a workspace of " + std::to_string(bytes) + " bytes"};
-}
-
-Status use_cuda_device(int device_id, DeviceInfo* device) {
-#ifdef FA_WITH_CUDA
-  int current = -1;
-  if (Status s = cuda_status(cudaGetDevice(&current), "cudaGetDevice"); !s.ok()) return s;
-  if (current != device_id)
-    if (Status s = cuda_status(cudaSetDevice(device_id), "cudaSetDevice"); !s.ok()) return s;
-#else
-  (void)device_id;
-#endif
-  return query_cuda_device(device);
+  StreamMemory& memory = memories.find(device_id, execution->stream);
+  lock_ = std::unique_lock<std::mutex>(memory.mutex());
+  if (Status s = memory.reserve(context, execution->stream, bytes); !s.ok()) return s;
+  execution->workspace = memory.data();
+  execution->workspace_bytes = memory.bytes();
+  return {};
 }
 
 }  // namespace fa::plugin

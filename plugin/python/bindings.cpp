@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// faplugin._native: a Plan is one call of the operator, bound to its inputs. Python allocates the outputs (and the workspace)
-// with the caller's own framework and hands them over as arrays; nothing is copied. Used by faplugin/__init__.py alone.
+// faplugin._native: a Call is one call of the operator, bound to its inputs. Python allocates the outputs (and the workspace)
+// with the caller's own framework and hands them over as arrays; nothing is copied. Used by faplugin/_attention.py alone.
 #include <algorithm>
+#include <optional>
 #include <thread>
 
 #include "arrays.h"
+#include "cuda_device.h"
 #include "fa/threads.h"
-
-#ifdef FA_WITH_CUDA
-#include <cuda_runtime_api.h>
-#endif
 
 namespace py = pybind11;
 
@@ -49,48 +47,19 @@ Attributes attributes_from(const py::dict& given) {
   return attributes;
 }
 
-/// Makes a CUDA device current while it lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const Array& array) {
-#ifdef FA_WITH_CUDA
-    if (array.device != DeviceType::kCuda || cudaGetDevice(&previous_) != cudaSuccess) return;
-    cudaSetDevice(array.device_id);
-    changed_ = true;
-#else
-    (void)array;
-#endif
-  }
-  ~DeviceGuard() {
-#ifdef FA_WITH_CUDA
-    if (changed_) cudaSetDevice(previous_);
-#endif
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-};
-
-/// What explain() knows of a GPU that isn't there. SMs and the opt-in shared memory of A100, RTX 3090, RTX 4090, H100
+/// What explain() knows of a GPU that need not be there. SMs and the opt-in shared memory of A100, RTX 3090, RTX 4090, H100
 /// (CUDA C++ programming guide, "Technical Specifications per Compute Capability").
-DeviceInfo device_by_name(const std::string& name) {
-  if (name == "cpu") return {};
-  if (name == "sm_80") return {DeviceType::kCuda, 80, 108, 163 * 1024};
-  if (name == "sm_86") return {DeviceType::kCuda, 86, 82, 99 * 1024};
-  if (name == "sm_89") return {DeviceType::kCuda, 89, 128, 99 * 1024};
-  if (name == "sm_90") return {DeviceType::kCuda, 90, 132, 227 * 1024};
-  DeviceInfo device;
-  if (name != "cuda") throw py::value_error("device is '" + name + "'; expected cpu, cuda, sm_80, sm_86, sm_89 or sm_90");
-  check(query_cuda_device(&device));
-  return device;
+std::optional<Device> device_by_name(const std::string& name) {
+  if (name == "sm_80") return Device{DeviceType::kCuda, 80, 108, 163 * 1024};
+  if (name == "sm_86") return Device{DeviceType::kCuda, 86, 82, 99 * 1024};
+  if (name == "sm_89") return Device{DeviceType::kCuda, 89, 128, 99 * 1024};
+  if (name == "sm_90") return Device{DeviceType::kCuda, 90, 132, 227 * 1024};
+  return std::nullopt;
 }
 
-class Plan {
+class Call {
  public:
-  Plan(const py::dict& attributes, const py::list& inputs, uintptr_t stream) : stream_(stream) {
+  Call(const py::dict& attributes, const py::list& inputs, uintptr_t stream) : stream_(stream) {
     check(make_node(attributes_from(attributes), &node_));
     std::vector<Tensor> tensors;
     for (size_t i = 0; i < inputs.size(); ++i) {
@@ -113,44 +82,63 @@ class Plan {
     return result;
   }
 
-  std::string device() const { return arrays_[0].device == DeviceType::kCpu ? "cpu" : "cuda"; }
+  std::string device() const { return is_cuda() ? "cuda" : "cpu"; }
 
-  size_t workspace_bytes(const std::string& kernel) const {
-    const DeviceGuard guard(arrays_[0]);
-    return plugin::workspace_bytes(problem_, device_by_name(device()), name_or_null(kernel));
+  /// Binds the outputs' memory and chooses the kernel: the bytes of workspace that run() needs.
+  size_t prepare(const py::list& outputs, const std::string& kernel) {
+    take_outputs(outputs);
+    CudaDeviceGuard guard;
+    check(plugin::plan(problem_, device_of_query(&guard), &plan_, kernel.empty() ? nullptr : kernel.c_str()));
+    return plan_.workspace_bytes;
   }
 
-  void run(const py::list& outputs, const py::object& workspace, const std::string& kernel, int64_t num_threads) {
+  /// After prepare().
+  void run(const py::object& workspace, int64_t num_threads) {
     if (num_threads < 0) throw py::value_error("num_threads is " + std::to_string(num_threads) + "; expected 0 (all) or more");
-    const DeviceGuard guard(arrays_[0]);
-    std::vector<Array> kept = take_outputs(outputs);
+    CudaDeviceGuard guard;
+    device_of_query(&guard);
     ExecutionContext context;
-    context.device = device_by_name(device());
-    context.kernel = name_or_null(kernel);
     context.stream = reinterpret_cast<void*>(stream_);
     Threads threads{num_threads > 0 ? static_cast<size_t>(num_threads) : std::max(1u, std::thread::hardware_concurrency())};
     context.parallel_for = Threads::run;
     context.pool = &threads;
+    Array memory;  // of the workspace; its owner lives until the kernels are enqueued
     if (!workspace.is_none()) {
-      kept.push_back(array_from("the workspace", workspace, stream_));
-      context.workspace = kept.back().tensor.data;
-      context.workspace_bytes = static_cast<size_t>(kept.back().tensor.shape[0] * size_of(kept.back().tensor.dtype));
+      memory = array_from("the workspace", workspace, stream_);
+      context.workspace = memory.tensor.data;
+      context.workspace_bytes = static_cast<size_t>(memory.tensor.shape[0] * size_of(memory.tensor.dtype));
     }
     Status status;
     {
       py::gil_scoped_release release;
-      status = plugin::run(problem_, context);
+      status = plugin::launch(plan_, problem_, context);
     }
     check(status);
   }
 
-  std::string explain(const std::string& device_name) const {
-    const DeviceGuard guard(arrays_[0]);
-    return fa::explain(problem_.params, device_by_name(device_name.empty() ? device() : device_name));
+  std::string explain(const std::string& name) const {
+    if (const std::optional<Device> absent = device_by_name(name)) return fa::explain(problem_.params, *absent);
+    if (name == "cpu" || (name.empty() && !is_cuda())) return fa::explain(problem_.params, Device{});
+    if (!name.empty() && name != "cuda")
+      throw py::value_error("device is '" + name + "'; expected cpu, cuda, sm_80, sm_86, sm_89 or sm_90");
+    Device device;
+    int ordinal = arrays_[0].device_id;
+    if (!is_cuda()) check(current_cuda_device(&ordinal));
+    check(query_cuda_device(ordinal, &device));
+    return fa::explain(problem_.params, device);
   }
 
  private:
-  static const char* name_or_null(const std::string& name) { return name.empty() ? nullptr : name.c_str(); }
+  bool is_cuda() const { return arrays_[0].device == DeviceType::kCuda; }
+
+  /// The query's device, made current where it is a GPU.
+  Device device_of_query(CudaDeviceGuard* guard) const {
+    Device device;
+    if (!is_cuda()) return device;
+    check(guard->use(arrays_[0].device_id));
+    check(query_cuda_device(arrays_[0].device_id, &device));
+    return device;
+  }
 
   void check_device(const char* name, const Array& array) const {
     const Array& query = arrays_[0];
@@ -159,31 +147,29 @@ class Plan {
   }
 
   /// Binds the outputs' memory: row-major arrays of the shapes that outputs() tells.
-  std::vector<Array> take_outputs(const py::list& outputs) {
+  void take_outputs(const py::list& outputs) {
     if (outputs.size() != node_.outputs.size())
       throw py::value_error("expected " + std::to_string(node_.outputs.size()) + " outputs");
     if (arrays_[0].is_spec) throw py::value_error("query is a specification without memory; it can't be computed");
-    std::vector<Array> kept;
     for (size_t i = 0; i < outputs.size(); ++i) {
       const Output output = node_.outputs[i];
       const Tensor& want = problem_.outputs[static_cast<int>(output)];
-      kept.push_back(array_from(name_of(output), outputs[i], stream_));
-      const Tensor& got = kept.back().tensor;
-      check_device(name_of(output), kept.back());
+      kept_.push_back(array_from(name_of(output), outputs[i], stream_));
+      const Tensor& got = kept_.back().tensor;
+      check_device(name_of(output), kept_.back());
       bool same = got.rank == want.rank && got.dtype == want.dtype;
       for (int axis = 0; same && axis < want.rank; ++axis)
         same = got.shape[axis] == want.shape[axis] &&
                (want.shape[axis] <= 1 || is_empty(want) || got.stride[axis] == want.stride[axis]);
       if (!same)
         throw py::value_error(std::string(name_of(output)) + " has another shape, dtype or layout than the row-major result");
-      if (kept.back().read_only) throw py::value_error(std::string(name_of(output)) + " is read-only");
+      if (kept_.back().read_only) throw py::value_error(std::string(name_of(output)) + " is read-only");
       for (size_t j = 0; j < arrays_.size(); ++j)
         if (overlap(got, arrays_[j].tensor))
           throw py::value_error(std::string(name_of(output)) + " shares memory with " + name_of(node_.inputs[j]) +
                                 "; give it memory of its own");
       set_output(&problem_, output, got.data);
     }
-    return kept;
   }
 
   static bool is_empty(const Tensor& t) { return std::find(t.shape, t.shape + t.rank, 0) != t.shape + t.rank; }
@@ -205,8 +191,10 @@ class Plan {
   }
 
   Node node_;
-  std::vector<Array> arrays_;
+  std::vector<Array> arrays_;  // the inputs
+  std::vector<Array> kept_;    // the outputs
   Problem problem_;
+  Plan plan_;
   uintptr_t stream_;
 };
 
@@ -214,19 +202,19 @@ class Plan {
 }  // namespace fa::plugin
 
 PYBIND11_MODULE(_native, m) {
-  using fa::plugin::Plan;
+  using fa::plugin::Call;
   m.doc() = "The operator for Python; used through faplugin.";
 #ifdef FA_WITH_CUDA
   m.attr("with_cuda") = true;
 #else
   m.attr("with_cuda") = false;
 #endif
-  py::class_<Plan>(m, "Plan")
+  py::class_<Call>(m, "Call")
       .def(py::init<const py::dict&, const py::list&, uintptr_t>(), py::arg("attributes"), py::arg("inputs"),
            py::arg("stream") = 0)
-      .def_property_readonly("outputs", &Plan::outputs)
-      .def_property_readonly("device", &Plan::device)
-      .def("workspace_bytes", &Plan::workspace_bytes, py::arg("kernel") = "")
-      .def("run", &Plan::run, py::arg("outputs"), py::arg("workspace"), py::arg("kernel") = "", py::arg("num_threads") = 0)
-      .def("explain", &Plan::explain, py::arg("device") = "");
+      .def_property_readonly("outputs", &Call::outputs)
+      .def_property_readonly("device", &Call::device)
+      .def("prepare", &Call::prepare, py::arg("outputs"), py::arg("kernel") = "")
+      .def("run", &Call::run, py::arg("workspace") = py::none(), py::arg("num_threads") = 0)
+      .def("explain", &Call::explain, py::arg("device") = "");
 }

@@ -14,7 +14,15 @@ namespace {
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-constexpr const char* kPlannedNumSms = "planned_num_sms";
+/// What the state holds besides the attributes.
+struct PlanField {
+  const char* name;
+  int64_t PluginState::* value;
+};
+constexpr PlanField kPlanFields[] = {{"planned_compute_capability", &PluginState::planned_compute_capability},
+                                     {"planned_num_sms", &PluginState::planned_num_sms},
+                                     {"planned_shared_memory_bytes", &PluginState::planned_shared_memory_bytes},
+                                     {"reserved_workspace_bytes", &PluginState::reserved_workspace_bytes}};
 
 const char* name_of(PluginFieldType type) {
   switch (type) {
@@ -110,7 +118,8 @@ Status read_field(const PluginField& field, PluginState* state) {
   if (std::strcmp(field.name, #attribute) == 0) return read(field, &state->attributes.attribute);
 #include "fa/attributes.def"
 #undef FA_ATTRIBUTE
-  if (std::strcmp(field.name, kPlannedNumSms) == 0) return read(field, &state->planned_num_sms);
+  for (const PlanField& known : kPlanFields)
+    if (std::strcmp(field.name, known.name) == 0) return read(field, &(state->*known.value));
   return {};
 }
 
@@ -146,7 +155,7 @@ std::vector<PluginField> write_fields(const PluginState& state) {
 #define FA_ATTRIBUTE(type, name, value, meaning) fields.push_back(field_of(#name, state.attributes.name));
 #include "fa/attributes.def"
 #undef FA_ATTRIBUTE
-  fields.push_back(field_of(kPlannedNumSms, state.planned_num_sms));
+  for (const PlanField& known : kPlanFields) fields.push_back(field_of(known.name, state.*known.value));
   std::vector<PluginField> filled;  // an empty list is its default and is left out: a field of length 0 is nobody's habit
   for (const PluginField& field : fields) {
     if (field.length > 0) filled.push_back(field);

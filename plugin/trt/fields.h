@@ -11,10 +11,14 @@
 
 namespace fa::trt {
 
-/// What a plugin is made from: the attributes, and the GPU that its workspace was planned for.
+/// What a plugin is made from: the attributes and, once it is configured, the GPU that it is planned for and the memory that it
+/// asked for. An engine carries these along: wherever it runs, it takes no more than it reserved.
 struct PluginState {
   plugin::Attributes attributes;
-  int64_t planned_num_sms = 0;  // streaming multiprocessors of the GPU that the engine was built on; 0: not built yet
+  int64_t planned_compute_capability = 0;   // 0: not configured yet
+  int64_t planned_num_sms = 0;              // streaming multiprocessors
+  int64_t planned_shared_memory_bytes = 0;  // opt-in limit of one thread block
+  int64_t reserved_workspace_bytes = 0;     // for the largest shapes that it was configured for
 };
 
 /// Field names and types as the creator lists them: the attributes, which are all that a parser is to pass. Never changes.

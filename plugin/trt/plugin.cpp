@@ -3,6 +3,7 @@
 // shape and convention logic is bind.h's and output_shape.h's. Nothing is thrown to TensorRT.
 #include "plugin.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <memory>
@@ -46,6 +47,13 @@ Status write_shape(const plugin::Shape<const IDimensionExpr*>& shape, plugin::Ou
     dims->d[i] = shape.dims[i];
   }
   return {};
+}
+
+/// The current GPU. kUnsupported where there is none.
+Status find_device(Device* device) {
+  int ordinal = 0;
+  if (Status status = current_cuda_device(&ordinal); !status.ok()) return status;
+  return query_cuda_device(ordinal, device);
 }
 
 }  // namespace
@@ -181,17 +189,36 @@ int32_t FlashAttentionPlugin::configurePlugin(const DynamicPluginTensorDesc* in,
       if (Status status = bind_at(node_, in, corner, &problem); !status.ok()) return status;
       if (Status status = validate(problem.params); !status.ok()) return status;
     }
-    DeviceInfo device;
-    if (query_cuda_device(&device).ok()) state_.planned_num_sms = device.num_sms;
+    Device device;
+    if (!find_device(&device).ok()) return {};  // without a GPU there is nothing to plan for
+    state_.planned_compute_capability = device.compute_capability;
+    state_.planned_num_sms = device.num_sms;
+    state_.planned_shared_memory_bytes = device.shared_memory_bytes;
+    size_t bytes = 0;
+    if (Status status = reserved_workspace(node_, in, device, nullptr, &bytes); !status.ok()) return status;
+    state_.reserved_workspace_bytes = std::max(state_.reserved_workspace_bytes, static_cast<int64_t>(bytes));
     return {};
   });
 }
 
-Status FlashAttentionPlugin::planned_device(DeviceInfo* device) const {
-  if (Status status = query_cuda_device(device); !status.ok()) return status;
-  // NOTE: splits depend on the number of SMs. A hardware-compatible engine may meet a GPU with more of them than it reserved for.
-  if (state_.planned_num_sms > 0) device->num_sms = static_cast<int>(state_.planned_num_sms);
-  return {};
+bool FlashAttentionPlugin::is_configured() const { return state_.planned_compute_capability > 0; }
+
+const char* FlashAttentionPlugin::forced_kernel() const {
+  return tactic_ > 0 ? kernel_name(DeviceType::kCuda, tactic_ - 1) : nullptr;
+}
+
+Status FlashAttentionPlugin::planned_device(Device* device) const {
+  const Status status = find_device(device);
+  if (!is_configured()) return status;
+  // NOTE: which kernel runs and into how many parts it splits the keys depends on the GPU, and so does the memory they need. On
+  // another GPU than the engine was built on (hardware compatibility) the choice stays what it was, as far as that GPU can.
+  const Device planned{DeviceType::kCuda, static_cast<int>(state_.planned_compute_capability),
+                       static_cast<int>(state_.planned_num_sms), static_cast<int>(state_.planned_shared_memory_bytes)};
+  const Device actual = status.ok() ? *device : planned;
+  *device = planned;
+  device->compute_capability = std::min(planned.compute_capability, actual.compute_capability);
+  device->shared_memory_bytes = std::min(planned.shared_memory_bytes, actual.shared_memory_bytes);
+  return status;
 }
 
 size_t FlashAttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t num_inputs,
@@ -199,11 +226,11 @@ size_t FlashAttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inp
   size_t bytes = 0;
   guarded("getWorkspaceSize", [&]() -> Status {
     if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
-    DeviceInfo device;
+    Device device;
     device.type = DeviceType::kCuda;
     const Status no_device = planned_device(&device);  // without a GPU nothing runs: what remains is the joined cache
     if (!no_device.ok() && no_device.code != StatusCode::kUnsupported) return no_device;
-    return reserved_workspace(node_, inputs, device, &bytes);
+    return reserved_workspace(node_, inputs, device, forced_kernel(), &bytes);
   });
   return bytes;
 }
@@ -237,9 +264,7 @@ int32_t FlashAttentionPlugin::onShapeChange(const PluginTensorDesc* in, int32_t 
     if (Status status = bind_now(node_, in, nullptr, &problem); !status.ok()) return status;
     if (Status status = validate(problem.params); !status.ok()) return status;
     if (Status status = check_outputs(problem, out); !status.ok()) return status;
-    device_ = {};
-    const Status no_device = planned_device(&device_);  // enqueue says so where it is needed
-    if (!no_device.ok()) device_ = {};
+    if (!planned_device(&device_).ok()) device_ = {};  // enqueue says why
     return {};
   });
 }
@@ -255,13 +280,16 @@ int32_t FlashAttentionPlugin::enqueue(const PluginTensorDesc* input_desc, const 
       if (Status status = planned_device(&device_); !status.ok()) return status;
     }
     for (size_t i = 0; i < node_.outputs.size(); ++i) plugin::set_output(&problem, node_.outputs[i], outputs[i]);
+    plugin::Plan plan;
+    if (Status status = plugin::plan(problem, device_, &plan, forced_kernel()); !status.ok()) return status;
     ExecutionContext context;
-    context.device = device_;
     context.stream = stream;
     context.workspace = workspace;
-    context.kernel = tactic_ > 0 ? kernel_name(DeviceType::kCuda, tactic_ - 1) : nullptr;
-    context.workspace_bytes = plugin::workspace_bytes(problem, device_, context.kernel);
-    return plugin::run(std::move(problem), context);
+    // TensorRT does not tell how much it reserved: what this plugin asked for. An object that was never configured, or whose
+    // kernel is forced, has answered getWorkspaceSize for this very plan.
+    const bool is_known = is_configured() && tactic_ == 0;
+    context.workspace_bytes = is_known ? static_cast<size_t>(state_.reserved_workspace_bytes) : plan.workspace_bytes;
+    return plugin::launch(plan, std::move(problem), context);
   });
 }
 

@@ -70,14 +70,17 @@ class FlashAttentionPlugin final : public nvinfer1::IPluginV3,
   int32_t guarded(const char* method, Body body) const noexcept;
   Status check_counts(int32_t num_inputs, int32_t num_outputs) const;
   Status check_outputs(const plugin::Problem& problem, const nvinfer1::PluginTensorDesc* out) const;
-  Status planned_device(DeviceInfo* device) const;
+  bool is_configured() const;
+  const char* forced_kernel() const;
+  /// The GPU that is planned for: the current one, or what is left on it of the one that the engine was built on.
+  Status planned_device(Device* device) const;
 
   const std::string node_name_;
   const plugin::Node node_;
   PluginState state_;
   const std::string description_;
   int32_t tactic_ = 0;
-  DeviceInfo device_;                              // of the context's thread; type kCpu until the first shape is known
+  Device device_;                                  // of the context's thread; type kCpu until the first shape is known
   std::vector<nvinfer1::PluginField> serialized_;  // point into state_
   nvinfer1::PluginFieldCollection serialized_collection_{};
 };

@@ -42,11 +42,13 @@ Status bind_now(const plugin::Node& node, const nvinfer1::PluginTensorDesc* inpu
   return plugin::bind(node, tensors, problem);
 }
 
-Status reserved_workspace(const plugin::Node& node, const DynamicPluginTensorDesc* inputs, const DeviceInfo& device,
-                          size_t* bytes) {
+Status reserved_workspace(const plugin::Node& node, const DynamicPluginTensorDesc* inputs, const Device& device,
+                          const char* kernel, size_t* bytes) {
   plugin::Problem largest;
   if (Status s = bind_at(node, inputs, &DynamicPluginTensorDesc::max, &largest); !s.ok()) return s;
-  *bytes = is_one_shape(node, inputs) ? plugin::workspace_bytes(largest, device) : plugin::max_workspace_bytes(largest, device);
+  plugin::Plan plan;
+  const bool exact = is_one_shape(node, inputs) && plugin::plan(largest, device, &plan, kernel).ok();
+  *bytes = exact ? plan.workspace_bytes : plugin::max_workspace_bytes(largest, device);
   return {};
 }
 

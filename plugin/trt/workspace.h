@@ -16,8 +16,9 @@ Status bind_at(const plugin::Node& node, const nvinfer1::DynamicPluginTensorDesc
 Status bind_now(const plugin::Node& node, const nvinfer1::PluginTensorDesc* inputs, const void* const* data,
                 plugin::Problem* problem);
 
-/// Bytes that suffice for every shape up to the range's max; where the range is one shape, exactly what that shape needs.
-Status reserved_workspace(const plugin::Node& node, const nvinfer1::DynamicPluginTensorDesc* inputs, const DeviceInfo& device,
-                          size_t* bytes);
+/// Bytes that suffice for every shape up to the range's max; where the range is one shape, exactly what that shape needs, with
+/// the kernel of this name if it is not null.
+Status reserved_workspace(const plugin::Node& node, const nvinfer1::DynamicPluginTensorDesc* inputs, const Device& device,
+                          const char* kernel, size_t* bytes);
 
 }  // namespace fa::trt

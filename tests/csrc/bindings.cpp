@@ -70,13 +70,18 @@ py::tuple attention(const py::dict& fields, size_t num_threads, bool corrupt, co
   fa::Threads threads{num_threads};
   fa::ExecutionContext context;
   if (num_threads > 0) context.parallel_for = fa::Threads::run, context.pool = &threads;
-  if (!kernel.empty()) context.kernel = kernel.c_str();
-  fa::Status status;
-  {
+  fa::Plan plan;
+  fa::Status status = fa::plan(params, fa::Device{}, &plan, kernel.empty() ? nullptr : kernel.c_str());
+  if (status.ok()) {
     py::gil_scoped_release release;
-    status = fa::attention_forward(params, context);
+    status = fa::launch(plan, params, context);
   }
   return result(status);
+}
+
+fa::Device device_of(int compute_capability) {
+  if (compute_capability == 0) return {};
+  return {fa::DeviceType::kCuda, compute_capability, 108, 163 * 1024};
 }
 
 }  // namespace
@@ -84,14 +89,12 @@ py::tuple attention(const py::dict& fields, size_t num_threads, bool corrupt, co
 PYBIND11_MODULE(fa_csrc, m) {
   m.doc() = "fa_core without an adapter. Status is (code, sentence): 0 ok, 1 invalid argument, 2 unsupported.";
   m.def("attention", attention, py::arg("fields"), py::arg("num_threads") = 0, py::arg("corrupt") = false, py::arg("kernel") = "",
-        "attention_forward; 0 threads: the calling one does it all without a pool");
+        "plan and launch on the CPU; 0 threads: the calling one does it all without a pool");
   m.def("validate", [](const py::dict& fields) { return result(fa::validate(params_of(fields, false))); });
   m.def(
       "explain",
       [](const py::dict& fields, int compute_capability) {
-        fa::DeviceInfo device;
-        if (compute_capability > 0) device = {fa::DeviceType::kCuda, compute_capability, 108, 163 * 1024};
-        return fa::explain(params_of(fields, false), device);
+        return fa::explain(params_of(fields, false), device_of(compute_capability));
       },
       py::arg("fields"), py::arg("compute_capability") = 0);
   m.def(
@@ -100,7 +103,7 @@ PYBIND11_MODULE(fa_csrc, m) {
         fa::Threads threads{num_threads};
         fa::ExecutionContext context;
         if (num_threads > 0) context.parallel_for = fa::Threads::run, context.pool = &threads;
-        return result(fa::append_kv(view(past, true), view(fresh, true), view(present, true), context));
+        return result(fa::append_kv(view(past, true), view(fresh, true), view(present, true), fa::Device{}, context));
       },
       py::arg("past"), py::arg("fresh"), py::arg("present"), py::arg("num_threads") = 0);
   bind_semantics(m);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one API of the operator: what to compute (AttentionParams), where (ExecutionContext), and the answer (Status).
-// Called by the adapters in plugin/. Free of any framework: nothing here but the C++ standard library.
-// Every function is thread-safe, keeps no state between calls, throws nothing but std::bad_alloc, never exits or asserts.
+// The one API of the operator: plan() checks a problem (AttentionParams) once and chooses its kernel for a device; launch() runs
+// that Plan with an ExecutionContext's stream and memory. The answer is a Status. Called by the adapters in plugin/. Free of any
+// framework: nothing here but the C++ standard library.
+// Every function is thread-safe, throws nothing but std::bad_alloc, never exits or asserts.
 #pragma once
 
 #include <cstddef>
@@ -87,51 +88,70 @@ struct AttentionParams {
 
 enum class DeviceType : uint8_t { kCpu, kCuda };
 
-struct DeviceInfo {
+/// All that a plan may depend on besides the problem. The same for every call on a device, so an adapter asks for it once.
+struct Device {
   DeviceType type = DeviceType::kCpu;
   int compute_capability = 0;   // 80, 86, 89, 90, …; 0 on the CPU
   int num_sms = 0;              // streaming multiprocessors; 0 on the CPU
   int shared_memory_bytes = 0;  // opt-in limit of one thread block
 };
 
+/// A row of the dispatch table (dispatch.h).
+struct Kernel;
+
+/// How one problem is computed on one device: made by plan(), carried out by launch().
+struct Plan {
+  const Kernel* kernel = nullptr;  // null: plan() has not succeeded
+  Device device;
+  int instance = 0;            // which of the kernel's own instances (element type, head size, tile shape)
+  int num_splits = 1;          // parts of the keys that are worked off side by side and then merged
+  size_t workspace_bytes = 0;  // memory that launch() needs beside the tensors; depends on no data
+};
+
 /// Runs task(arg, i) for every i in [0, num_tasks), on as many threads as the host gives; returns when all are done.
 using ParallelFor = void (*)(void* pool, size_t num_tasks, void (*task)(void* arg, size_t i), void* arg);
 
-/// Where and with what a call runs.
+/// With what a launch runs. On CUDA the device of the tensors is the current one.
 struct ExecutionContext {
-  DeviceInfo device;
-  void* stream = nullptr;     // cudaStream_t; work is enqueued on it and never waited for
-  void* workspace = nullptr;  // device memory of at least workspace_bytes(params, device), 256-byte aligned
-  size_t workspace_bytes = 0;
+  void* stream = nullptr;              // cudaStream_t; work is enqueued on it and never waited for
+  void* workspace = nullptr;           // device memory, 256-byte aligned, that no other stream uses meanwhile
+  size_t workspace_bytes = 0;          // how much of it was reserved: a launch that needs more is refused
   ParallelFor parallel_for = nullptr;  // CPU only; null: the calling thread does it all
   void* pool = nullptr;
-  const char* kernel = nullptr;  // a name of the dispatch table forces that kernel; null: the first that supports the problem
 };
 
 /// Checks shapes, dtypes and strides. Says which tensor is wrong, what it has and what is expected.
 Status validate(const AttentionParams& params);
 
-/// Computes params.out (and lse). On CUDA it only enqueues; a launch error is returned.
-Status attention_forward(const AttentionParams& params, const ExecutionContext& context);
+/// Checks the problem and chooses the first kernel of the dispatch table that supports it, or the one called `kernel` if that is
+/// not null. Looks at shapes, dtypes, strides and the alignment of addresses, never at data; a null address counts as aligned.
+Status plan(const AttentionParams& params, const Device& device, Plan* plan, const char* kernel = nullptr);
 
-/// Device memory the call needs beside its tensors; depends on shapes, dtypes and device, never on data. 0 on the CPU.
-size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device, const char* kernel = nullptr);
+/// Computes params.out (and lse) as planned. `params` are those of plan(); addresses may have been filled in or exchanged for
+/// others of the same alignment. On CUDA it only enqueues; an error of the launch is returned, and not left behind in the CUDA
+/// runtime.
+Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
 
 /// Device memory that suffices for every problem of at most these sizes (batch, rows, keys), all else being equal. The largest
 /// problem is not always the hungriest: few query rows are split over many keys, and each split keeps a partial result.
-size_t max_workspace_bytes(const AttentionParams& largest, const DeviceInfo& device);
+size_t max_workspace_bytes(const AttentionParams& largest, const Device& device);
 
-/// The kernels for a type of device, in order of preference: names for ExecutionContext::kernel. Null beyond the last.
+/// The kernels for a type of device, in order of preference: names for plan(). Null beyond the last.
 const char* kernel_name(DeviceType type, int idx);
 
 /// Which kernel would run and why: "prefill_sm80: …"; or for each kernel the sentence that says why not.
-std::string explain(const AttentionParams& params, const DeviceInfo& device);
+std::string explain(const AttentionParams& params, const Device& device);
 
 /// Copies past [B, H, P, D] and then fresh [B, H, S, D] rows into present [B, H, P + S, D] (any strides, equal dtypes).
 /// What a cache step does before attention; on CUDA enqueued on the context's stream.
-Status append_kv(const TensorView& past, const TensorView& fresh, const TensorView& present, const ExecutionContext& context);
+Status append_kv(const TensorView& past, const TensorView& fresh, const TensorView& present, const Device& device,
+                 const ExecutionContext& context);
 
-/// The current CUDA device; kUnsupported with a sentence where there is no driver or GPU.
-Status query_cuda_device(DeviceInfo* device);
+/// What the CUDA device number `ordinal` is; the driver is asked once for each device of the process. kUnsupported with a
+/// sentence where there is no driver or no such GPU.
+Status query_cuda_device(int ordinal, Device* device);
+
+/// The number of the current CUDA device of this thread; otherwise as query_cuda_device.
+Status current_cuda_device(int* ordinal);
 
 }  // namespace fa

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "append_kv.h"
+#include "kernels/common/launch.h"
 
 namespace fa {
 namespace {
@@ -37,26 +38,18 @@ bool aligned_to(const TensorView& view, int64_t elements) {
 
 }  // namespace
 
-Status append_kv_cuda(const TensorView& past, const TensorView& fresh, const TensorView& present,
+Status append_kv_cuda(const TensorView& past, const TensorView& fresh, const TensorView& present, const Device& device,
                       const ExecutionContext& context) {
-  const int64_t size = present.dtype == DType::kFloat32 ? 4 : 2, wide = 16 / size;
+  const int64_t size = size_of(present.dtype), wide = 16 / size;
   const bool by_chunk = aligned_to(past, wide) && aligned_to(fresh, wide) && aligned_to(present, wide);
   const int64_t per_element = by_chunk ? wide : 1, columns = present.shape[3] / per_element;
   const int64_t count = present.shape[0] * present.shape[1] * present.shape[2] * columns;
   if (count == 0) return {};
-  const auto stream = static_cast<cudaStream_t>(context.stream);
-  const auto blocks =
-      static_cast<unsigned>(std::min<int64_t>((count + 255) / 256, int64_t{64} * std::max(1, context.device.num_sms)));
-  if (by_chunk) {
-    append_kernel<uint4><<<blocks, 256, 0, stream>>>(past, fresh, present, columns, per_element, count);
-  } else if (size == 4) {
-    append_kernel<uint32_t><<<blocks, 256, 0, stream>>>(past, fresh, present, columns, per_element, count);
-  } else {
-    append_kernel<uint16_t><<<blocks, 256, 0, stream>>>(past, fresh, present, columns, per_element, count);
-  }
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return {};
-  return {StatusCode::kCudaError, std::string("append_kv could not be launched: ") + cudaGetErrorString(error) + "."};
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>((count + 255) / 256, int64_t{64} * std::max(1, device.num_sms)));
+  const auto kernel = by_chunk ? append_kernel<uint4> : size == 4 ? append_kernel<uint32_t> : append_kernel<uint16_t>;
+  const cudaError_t error = launch_kernel(kernel, dim3(blocks), 256, 0, static_cast<cudaStream_t>(context.stream), past, fresh,
+                                          present, columns, per_element, count);
+  return cuda_status(error, "append_kv could not be launched");
 }
 
 }  // namespace fa

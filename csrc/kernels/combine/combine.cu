@@ -5,6 +5,7 @@
 
 #include "kernels/combine/combine.h"
 #include "kernels/common/convert.cuh"
+#include "kernels/common/launch.h"
 #include "kernels/common/reduce.cuh"
 #include "semantics/sequence.h"
 #include "semantics/softmax.h"
@@ -79,25 +80,13 @@ Status combine(const Partials& partials, const AttentionParams& params, const Ex
   if (rows == 0) return {};
   const auto blocks = static_cast<unsigned>((rows + kWarps - 1) / kWarps);
   const size_t shared_bytes = sizeof(float) * kWarps * partials.num_splits;
-  const auto launch = [&](auto kernel) {
-    kernel<<<blocks, 32 * kWarps, shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(params, partials,
-                                                                                             sequence_rule(params), rows);
-  };
-  switch (params.query.dtype) {
-    case DType::kFloat16:
-      launch(combine_kernel<__half>);
-      break;
-    case DType::kBFloat16:
-      launch(combine_kernel<__nv_bfloat16>);
-      break;
-    default:
-      launch(combine_kernel<float>);
-      break;
-  }
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return {};
-  return {StatusCode::kCudaError,
-          std::string("The merge of split keys could not be launched: ") + cudaGetErrorString(error) + "."};
+  const auto kernel = params.query.dtype == DType::kFloat16    ? combine_kernel<__half>
+                      : params.query.dtype == DType::kBFloat16 ? combine_kernel<__nv_bfloat16>
+                                                               : combine_kernel<float>;
+  const cudaError_t error =
+      launch_kernel(kernel, dim3(blocks), 32 * kWarps, shared_bytes, static_cast<cudaStream_t>(context.stream), params, partials,
+                    sequence_rule(params), rows);
+  return cuda_status(error, "The merge of split keys could not be launched");
 }
 
 }  // namespace fa

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "dispatch.h"
+
 namespace fa {
 namespace {
 
@@ -21,20 +23,27 @@ EncodeFunction find_encoder() {
   return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeFunction>(function) : nullptr;
 }
 
-}  // namespace
-
-std::string tensor_map_obstacle(const TensorView& tensor) {
-  if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0) return "does not begin at a multiple of 16 bytes";
+bool is_addressable(const TensorView& tensor, std::string* why_not) {
+  FA_REFUSE_IF(reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0, "does not begin at a multiple of 16 bytes");
   for (int axis = 0; axis < 3; ++axis) {
-    if (tensor.shape[axis] >= kSizeLimit) return "has an axis of 2^31 elements or more";
+    FA_REFUSE_IF(tensor.shape[axis] >= kSizeLimit, "has an axis of 2^31 elements or more");
     if (tensor.shape[axis] <= 1) continue;
     const int64_t stride = tensor.stride[axis];
-    if (stride <= 0 || stride >= kStrideLimit || stride % kStrideUnit != 0) {
-      return "has stride " + std::to_string(stride) + " on axis " + std::to_string(axis) +
-             ", which is not a positive multiple of 8";
-    }
+    FA_REFUSE_IF(
+        stride <= 0 || stride >= kStrideLimit || stride % kStrideUnit != 0,
+        "has stride " + std::to_string(stride) + " on axis " + std::to_string(axis) + ", which is not a positive multiple of 8");
   }
-  return "";
+  return true;
+}
+
+}  // namespace
+
+bool has_tensor_map(const TensorView& tensor) { return is_addressable(tensor, nullptr); }
+
+std::string tensor_map_obstacle(const TensorView& tensor) {
+  std::string sentence;
+  is_addressable(tensor, &sentence);
+  return sentence;
 }
 
 Status encode_tensor_map(const TensorView& tensor, int box_rows, CUtensorMap* map) {

@@ -11,7 +11,10 @@
 
 namespace fa {
 
-/// Why the copy engine can't address this [B, H, S, D] tensor of 16-bit elements: a sentence's end ("has …"); empty where it can.
+/// Can the copy engine address this [B, H, S, D] tensor of 16-bit elements?
+bool has_tensor_map(const TensorView& tensor);
+
+/// Why it can't: a sentence's end ("has …").
 std::string tensor_map_obstacle(const TensorView& tensor);
 
 /// Boxes of box_rows rows x 64 columns, 128-byte swizzle, zeros outside. The tensor has no obstacle.

@@ -9,9 +9,8 @@
 
 namespace fa::decode_splitkv {
 
-std::string supports(const AttentionParams& params, const DeviceInfo& device);
-size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device);
-size_t max_workspace_bytes(const AttentionParams& largest, const DeviceInfo& device);
-Status launch(const AttentionParams& params, const ExecutionContext& context);
+bool plan(const AttentionParams& params, Plan* plan, std::string* why_not);
+size_t max_workspace_bytes(const AttentionParams& largest, const Device& device);
+Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
 
 }  // namespace fa::decode_splitkv

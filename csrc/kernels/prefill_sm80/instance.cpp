@@ -7,6 +7,8 @@
 #include <limits>
 #include <string>
 
+#include "dispatch.h"
+#include "kernels/common/launch.h"
 #include "kernels/prefill_sm80/instances.h"
 #include "kernels/prefill_sm80/tile_grid.h"
 
@@ -57,26 +59,26 @@ const TileInstance* find_instance(const AttentionParams& params, Variant variant
   return smallest;
 }
 
-std::string why_not(const AttentionParams& params, const DeviceInfo& device, const TileInstance* instance) {
+bool plan_instance(const AttentionParams& params, Variant variant, Plan* plan, std::string* why_not) {
   constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() / 2;
-  const int capability = device.compute_capability;
-  if (capability < 80) {
-    return "needs compute capability 8.0 or newer, the device has " + std::to_string(capability / 10) + "." +
-           std::to_string(capability % 10);
-  }
-  if (instance == nullptr) {
-    return "head_dim " + std::to_string(std::max(params.query.shape[3], params.value.shape[3])) + " is above 256";
-  }
-  if (params.query.shape[2] > kMaxRows || params.key.shape[2] > kMaxRows) return "more than 2^30 rows or keys";
-  if (instance->shared_bytes() > device.shared_memory_bytes) {
-    return "needs " + std::to_string(instance->shared_bytes()) + " bytes of shared memory in a thread block, the device gives " +
-           std::to_string(device.shared_memory_bytes);
-  }
-  return "";
+  const int capability = plan->device.compute_capability, shared_bytes = plan->device.shared_memory_bytes;
+  FA_REFUSE_IF(capability < 80, "needs compute capability 8.0 or newer, the device has " + std::to_string(capability / 10) + "." +
+                                    std::to_string(capability % 10));
+  const TileInstance* instance = find_instance(params, variant);
+  FA_REFUSE_IF(instance == nullptr,
+               "head_dim " + std::to_string(std::max(params.query.shape[3], params.value.shape[3])) + " is above 256");
+  FA_REFUSE_IF(params.query.shape[2] > kMaxRows || params.key.shape[2] > kMaxRows, "more than 2^30 rows or keys");
+  FA_REFUSE_IF(instance->shared_bytes() > shared_bytes, "needs " + std::to_string(instance->shared_bytes()) +
+                                                            " bytes of shared memory in a thread block, the device gives " +
+                                                            std::to_string(shared_bytes));
+  plan->instance = static_cast<int>(instance - kInstances);
+  return true;
 }
 
-Status launch_instance(const TileInstance& instance, const AttentionParams& params, TileGrid grid,
-                       const ExecutionContext& context) {
+const TileInstance& instance_of(const Plan& plan) { return kInstances[plan.instance]; }
+
+Status launch_instance(const Plan& plan, const AttentionParams& params, TileGrid grid, const ExecutionContext& context) {
+  const TileInstance& instance = instance_of(plan);
   const TileShape tile = instance.tile();
   const int64_t group_size = params.query.shape[1] / params.key.shape[1];
   const bool share_tile = instance.variant == Variant::kSplit, packed = params.cu_seqlens_q.present;
@@ -100,10 +102,8 @@ Status launch_instance(const TileInstance& instance, const AttentionParams& para
   grid.out_by_16 = is_by(params.out, 16);
   grid.mask_by_8 = params.mask.present && has_vectors(params.mask);
   grid.bias_by_8 = params.bias.present && has_vectors(params.bias);
-  const cudaError_t error =
-      instance.launch(params, grid, static_cast<unsigned>(blocks), static_cast<cudaStream_t>(context.stream));
-  if (error == cudaSuccess) return {};
-  return {StatusCode::kCudaError, std::string("The attention kernel could not be launched: ") + cudaGetErrorString(error) + "."};
+  return cuda_status(instance.launch(params, grid, static_cast<unsigned>(blocks), static_cast<cudaStream_t>(context.stream)),
+                     "The attention kernel could not be launched");
 }
 
 }  // namespace fa

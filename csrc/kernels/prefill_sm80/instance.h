@@ -22,14 +22,16 @@ struct TileInstance {
   int shared_bytes() const { return shared_memory_bytes(dtype == DType::kFloat32 ? 4 : 2, head_dim, tile()); }
 };
 
-/// The smallest instance that takes the problem; null where none does.
+/// The smallest instance that takes heads of this size; null where none does.
 const TileInstance* find_instance(const AttentionParams& params, Variant variant);
 
-/// Why the instance can't run on the device; empty where it can.
-std::string why_not(const AttentionParams& params, const DeviceInfo& device, const TileInstance* instance);
+/// A kernel's plan function (dispatch.h) for the instances of one variant: sets plan->instance.
+bool plan_instance(const AttentionParams& params, Variant variant, Plan* plan, std::string* why_not);
+
+/// The instance that plan_instance chose.
+const TileInstance& instance_of(const Plan& plan);
 
 /// Launches it. The grid's splits and partials are the caller's; everything else is filled in here.
-Status launch_instance(const TileInstance& instance, const AttentionParams& params, TileGrid grid,
-                       const ExecutionContext& context);
+Status launch_instance(const Plan& plan, const AttentionParams& params, TileGrid grid, const ExecutionContext& context);
 
 }  // namespace fa

@@ -2,6 +2,7 @@
 // Launches one instance of the sm_80 kernel. Included by the generated instances only (instantiate.cmake).
 #pragma once
 
+#include "kernels/common/launch.h"
 #include "kernels/prefill_sm80/instances.h"
 #include "kernels/prefill_sm80/kernel.cuh"
 
@@ -13,8 +14,7 @@ cudaError_t launch_tiles(const AttentionParams& params, const TileGrid& grid, un
   const auto kernel = attention_tile_kernel<Config>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<dim3(num_blocks, grid.num_splits), Config::kThreads, Config::kSharedBytes, stream>>>(params, grid);
-  return cudaGetLastError();
+  return launch_kernel(kernel, dim3(num_blocks, grid.num_splits), Config::kThreads, Config::kSharedBytes, stream, params, grid);
 }
 
 }  // namespace fa

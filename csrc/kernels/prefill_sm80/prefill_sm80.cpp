@@ -17,14 +17,12 @@ Variant variant_of(const AttentionParams& p) {
 
 }  // namespace
 
-std::string supports(const AttentionParams& params, const DeviceInfo& device) {
-  return why_not(params, device, find_instance(params, variant_of(params)));
+bool plan(const AttentionParams& params, Plan* plan, std::string* why_not) {
+  return plan_instance(params, variant_of(params), plan, why_not);
 }
 
-size_t workspace_bytes(const AttentionParams&, const DeviceInfo&) { return 0; }
-
-Status launch(const AttentionParams& params, const ExecutionContext& context) {
-  return launch_instance(*find_instance(params, variant_of(params)), params, TileGrid{}, context);
+Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
+  return launch_instance(plan, params, TileGrid{}, context);
 }
 
 }  // namespace fa::prefill_sm80

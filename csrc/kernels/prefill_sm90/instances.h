@@ -23,6 +23,6 @@ enum class Variant : uint8_t {
 };
 
 template <typename T, int kHeadDim, Variant kVariant>
-Status launch_instance(const AttentionParams& params, const ExecutionContext& context);
+Status launch_instance(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
 
 }  // namespace fa::prefill_sm90

@@ -5,9 +5,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <string>
 
 #include "fa/attention.h"
+#include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/prefill_sm90/instances.h"
@@ -50,7 +50,7 @@ Status encode_maps(const AttentionParams& p, KernelArgs* args) {
 }
 
 template <class C>
-Status launch_config(const AttentionParams& p, const ExecutionContext& context) {
+Status launch_config(const Plan& plan, const AttentionParams& p, const ExecutionContext& context) {
   KernelArgs args{};
   if (Status status = encode_maps<C>(p, &args); !status.ok()) return status;
   const bool packed = p.cu_seqlens_q.present;
@@ -67,7 +67,7 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
   const bool unequal = p.window_right >= 0 || p.window_left >= 0 || lengths_differ;
   choose_order(p, tiles / (heads * (packed ? 1 : sequences)), unequal, &args);
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  const int blocks = static_cast<int>(std::min<int64_t>(tiles, context.device.num_sms * C::kBlocksPerSm));
+  const int blocks = static_cast<int>(std::min<int64_t>(tiles, plan.device.num_sms * C::kBlocksPerSm));
   cudaError_t error = cudaSuccess;
   if (unequal && tiles > blocks) error = find_tile_counter(context, &args.tile_counter);
   const auto kernel = prefill_sm90_kernel<C>;
@@ -77,13 +77,12 @@ Status launch_config(const AttentionParams& p, const ExecutionContext& context) 
   static_assert(kSharedBytes <= kSharedLimit, "supports() asks the device for kSharedLimit bytes, so no block may need more.");
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error == cudaSuccess) error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, stream, args);
-  if (error == cudaSuccess) return {};
-  return {StatusCode::kCudaError, std::string("prefill_sm90 could not be launched: ") + cudaGetErrorString(error) + "."};
+  return cuda_status(error, "prefill_sm90 could not be launched");
 }
 
 template <typename T, int kHeadDim, Variant kVariant>
-Status launch_instance(const AttentionParams& params, const ExecutionContext& context) {
-  return launch_config<Traits<T, kHeadDim, kVariant>>(params, context);
+Status launch_instance(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
+  return launch_config<Traits<T, kHeadDim, kVariant>>(plan, params, context);
 }
 
 }  // namespace fa::prefill_sm90

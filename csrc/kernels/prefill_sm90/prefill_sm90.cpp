@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
+#include <utility>
 
+#include "dispatch.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/prefill_sm90/instances.h"
 #include "kernels/prefill_sm90/shape.h"
@@ -22,7 +24,7 @@ struct Instance {
   DType dtype;
   int head_dim;  // bucket: the largest head_dim and head_dim_v it takes
   Variant variant;
-  Status (*launch)(const AttentionParams& params, const ExecutionContext& context);
+  Status (*launch)(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
 };
 
 const Instance kInstances[] = {
@@ -46,7 +48,7 @@ struct Candidate {
 };
 
 /// The variant whose tiles fill the GPU most evenly, so that the busiest multiprocessor ends first. Of equal ones the first.
-Variant fastest(std::initializer_list<Candidate> candidates, const AttentionParams& p, const DeviceInfo& device) {
+Variant fastest(std::initializer_list<Candidate> candidates, const AttentionParams& p, const Device& device) {
   const int head_dim = static_cast<int>(bucket_size(p));
   const auto time = [&](const Candidate& c) { return busiest_rows(p, device, tile_shape(head_dim, c.variant).rows()) * c.cost; };
   return std::min_element(candidates.begin(), candidates.end(), [&](auto& a, auto& b) { return time(a) < time(b); })->variant;
@@ -55,7 +57,7 @@ Variant fastest(std::initializer_list<Candidate> candidates, const AttentionPara
 /// The fastest variant, by measurement (docs/kernels.md). Several blocks of short tiles on a multiprocessor do less at a time,
 /// but hide each other's start and end, which makes up for it with few keys; those of heads of 256 bring keys in smaller
 /// portions.
-Variant choose_variant(const AttentionParams& p, const DeviceInfo& device) {
+Variant choose_variant(const AttentionParams& p, const Device& device) {
   const int64_t head_dim = bucket_size(p);
   if (is_modified(p)) {
     const bool tall_can = !p.mask.present && (!p.bias.present || bias_has_tiles(p));
@@ -75,7 +77,7 @@ Variant choose_variant(const AttentionParams& p, const DeviceInfo& device) {
 }
 
 /// The smallest instance of the fastest variant; null where the heads are too wide for any.
-const Instance* find_instance(const AttentionParams& p, const DeviceInfo& device) {
+const Instance* find_instance(const AttentionParams& p, const Device& device) {
   const Instance* best = nullptr;
   const Variant variant = choose_variant(p, device);
   for (const Instance& instance : kInstances) {
@@ -87,32 +89,32 @@ const Instance* find_instance(const AttentionParams& p, const DeviceInfo& device
 
 }  // namespace
 
-std::string supports(const AttentionParams& p, const DeviceInfo& device) {
-  if (device.compute_capability != 90) return "needs compute capability 9.0 (Hopper)";
-  if (p.query.dtype == DType::kFloat32) return "takes float16 and bfloat16 only, the tensors are float32";
-  if (find_instance(p, device) == nullptr) return "head_dim " + std::to_string(bucket_size(p)) + " is above 256";
-  if (device.shared_memory_bytes < kSharedLimit)
-    return "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block";
-  if (p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0) {
-    return "head_dim " + std::to_string(p.query.shape[3]) + " and head_dim_v " + std::to_string(p.value.shape[3]) +
-           " must be multiples of 8: the copy engine (TMA) moves 16 bytes";
-  }
-  if (p.key.shape[2] == 0) return "there are no keys";
-  if (p.query.shape[2] > kMaxRows || p.key.shape[2] > kMaxRows) return "more than 2^29 rows or keys";
+bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
+  FA_REFUSE_IF(plan->device.compute_capability != 90, "needs compute capability 9.0 (Hopper)");
+  FA_REFUSE_IF(p.query.dtype == DType::kFloat32, "takes float16 and bfloat16 only, the tensors are float32");
+  FA_REFUSE_IF(plan->device.shared_memory_bytes < kSharedLimit,
+               "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block");
+  FA_REFUSE_IF(p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0,
+               "head_dim " + std::to_string(p.query.shape[3]) + " and head_dim_v " + std::to_string(p.value.shape[3]) +
+                   " must be multiples of 8: the copy engine (TMA) moves 16 bytes");
+  FA_REFUSE_IF(p.key.shape[2] == 0, "there are no keys");
+  FA_REFUSE_IF(p.query.shape[2] > kMaxRows || p.key.shape[2] > kMaxRows, "more than 2^29 rows or keys");
   const std::pair<const char*, const TensorView*> tensors[] = {
       {"query", &p.query}, {"key", &p.key}, {"value", &p.value}, {"out", &p.out}};
   for (const auto& [name, tensor] : tensors) {
-    const std::string obstacle = tensor_map_obstacle(*tensor);
-    if (!obstacle.empty()) return std::string("the copy engine (TMA) can't address ") + name + ", which " + obstacle;
+    FA_REFUSE_IF(!has_tensor_map(*tensor),
+                 std::string("the copy engine (TMA) can't address ") + name + ", which " + tensor_map_obstacle(*tensor));
   }
-  if (num_tiles(p, kRowsUnit) > std::numeric_limits<int32_t>::max()) return "more than 2^31 tiles of rows";
-  return "";
+  FA_REFUSE_IF(num_tiles(p, kRowsUnit) > std::numeric_limits<int32_t>::max(), "more than 2^31 tiles of rows");
+  const Instance* instance = find_instance(p, plan->device);
+  FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(bucket_size(p)) + " is above 256");
+  plan->instance = static_cast<int>(instance - kInstances);
+  plan->workspace_bytes = kCounterBytes;
+  return true;
 }
 
-size_t workspace_bytes(const AttentionParams&, const DeviceInfo&) { return kCounterBytes; }
-
-Status launch(const AttentionParams& params, const ExecutionContext& context) {
-  return find_instance(params, context.device)->launch(params, context);
+Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
+  return kInstances[plan.instance].launch(plan, params, context);
 }
 
 }  // namespace fa::prefill_sm90

@@ -9,8 +9,7 @@
 
 namespace fa::prefill_sm90 {
 
-std::string supports(const AttentionParams& params, const DeviceInfo& device);
-size_t workspace_bytes(const AttentionParams& params, const DeviceInfo& device);
-Status launch(const AttentionParams& params, const ExecutionContext& context);
+bool plan(const AttentionParams& params, Plan* plan, std::string* why_not);
+Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
 
 }  // namespace fa::prefill_sm90

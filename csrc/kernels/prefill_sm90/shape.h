@@ -59,7 +59,7 @@ inline TensorView bias_tensor(TensorView bias) {
 inline bool bias_has_tiles(const AttentionParams& p) {
   const TensorView& bias = p.bias;
   return bias.present && bias.dtype == p.query.dtype && bias.shape[2] > 1 && bias.stride[2] != 0 && bias.shape[3] > 1 &&
-         bias.stride[3] == 1 && tensor_map_obstacle(bias_tensor(bias)).empty();
+         bias.stride[3] == 1 && has_tensor_map(bias_tensor(bias));
 }
 
 inline constexpr int64_t kFewKeys = 320;  // up to so many the fixed costs of a tile decide
@@ -89,7 +89,7 @@ inline int64_t num_tiles(const AttentionParams& p, int64_t tile_rows) {
 }
 
 /// Query rows that fall to the busiest multiprocessor.
-inline int64_t busiest_rows(const AttentionParams& p, const DeviceInfo& device, int64_t tile_rows) {
+inline int64_t busiest_rows(const AttentionParams& p, const Device& device, int64_t tile_rows) {
   return (num_tiles(p, tile_rows) + device.num_sms - 1) / device.num_sms * tile_rows;
 }
 
