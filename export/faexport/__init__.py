@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pathlib
 from typing import TYPE_CHECKING, overload
 
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ def fuse(
     import onnx
     import onnx_ir as ir
 
-    from faexport import model_io, pipeline
+    from faexport import diagnosis, model_io, pipeline
 
     options = options or pipeline.Options()
     if isinstance(model, ir.Model):
         return pipeline.run(model, options)
     if isinstance(model, onnx.ModelProto):
-        fused, report = pipeline.run(ir.from_proto(model), options)
+        fused, report = pipeline.run(model_io.load(model), options)
         return ir.to_proto(fused), report
-    return pipeline.run(model_io.load(model), options)
+    return diagnosis.fuse(model_io.load(model), options, pathlib.Path(model))

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import tempfile
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -19,9 +18,10 @@ import rich.progress
 import rich.table
 import typer
 
-from . import engine, engine_run, model_io, pipeline, terminal
+from . import engine, engine_run, model_io, pipeline, scratch, terminal
 from .engine import EngineReport, Range, Runtime, shape_text
-from .model_io import ModelError
+from .errors import ModelError
+from .output import check_input, check_output, write_file
 from .spec import DOMAIN, OP_TYPE
 
 BUILD_EXAMPLES = """[bold]Examples[/bold]
@@ -136,8 +136,11 @@ def build(
 ) -> None:
     """Build a TensorRT engine from MODEL, its attention fused first. Tensors keep the model's types."""
     kind, module = engine.find_runtime(runtime)
+    check_input(model)
     target = output or model.with_suffix(".plan")
-    model_io.check_output(target, [model])
+    check_output(target, [model])
+    if timing_cache is not None:
+        check_output(timing_cache, [model, target], "--timing-cache")
     log = terminal.console(stderr=True)
     options = engine.Options(
         profiles=_profiles(least or [], best or [], most or [], profile or []),
@@ -156,7 +159,7 @@ def build(
             builder.parse(path)
             bars.say("building")
             content, report = builder.build(bars)
-        engine.write_file(target, content)
+        write_file(target, content)
     report.notes[:0] = notes
     if as_json and not quiet:
         data = {"model": str(model), "output": str(target), "num_plugin_nodes": num_nodes, **dataclasses.asdict(report)}
@@ -189,8 +192,7 @@ def prepared(
             num_nodes = fused_report.num_fused
             notes.append(f"{num_nodes} of {len(fused_report.sites)} attention sites fused; faexport inspect tells more")
             if num_nodes:
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="faexport-build-"))
-                path = pathlib.Path(folder) / "model.onnx"
+                path = stack.enter_context(scratch.folder(what="build-")) / "model.onnx"
                 model_io.save(fused, path, source=model)
                 model = path
         if num_nodes:
@@ -226,6 +228,7 @@ def _profiles(least: list[str], best: list[str], most: list[str], files: list[pa
 
 
 def _read_profile(path: pathlib.Path) -> engine.Profile:
+    check_input(path)
     try:
         content = json.loads(path.read_text("utf-8"))
         return {
@@ -236,7 +239,7 @@ def _read_profile(path: pathlib.Path) -> engine.Profile:
         }
     except OSError as error:
         raise ModelError(f"{path}: can't be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         example = '{"ids": {"min": [1, 1], "opt": [1, 128], "max": [8, 512]}}'
         raise ModelError(f"{path}: is not a profile ({type(error).__name__}: {error}); expected {example}") from error
 
@@ -313,7 +316,7 @@ def run(
     """Run ENGINE on inputs from a file; with --model, compare with onnxruntime (exit code 1 where they differ)."""
     tensors = model_io.read_arrays(inputs)
     if output is not None:
-        model_io.check_output(output, [engine_file, inputs, *([model] if model else [])])
+        check_output(output, [engine_file, inputs, *([model] if model else [])])
     kind, module = engine.find_runtime(runtime)
     result = engine_run.run(kind, module, engine_file, tensors)
     if output is not None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 import pathlib
-import tempfile
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -19,9 +17,12 @@ import numpy as np
 import onnx_ir as ir
 import typer
 
-from . import __version__, build, model_io, pipeline, terminal, verify
-from .model_io import ModelError
+from . import __version__, build, diagnosis, model_io, pipeline, scratch, terminal, verify
+from .errors import ModelError
+from .graph_checks import external_tensors
+from .output import check_input, check_output, final_path, write_file
 from .report import Report, Verification, VerificationStatus
+from .signals import uninterrupted
 from .spec import DOMAIN, OP_TYPE
 
 # NOTE: Typer keeps the line breaks inside all paragraphs but the first.
@@ -149,30 +150,32 @@ def fuse(
     quiet: QuietOption = False,
 ) -> None:
     """Fuse the attention of MODEL and write the result. The name of this command may be left out."""
+    check_input(model)
     target = output or default_target(model)
-    with terminal.progress(quiet) as progress:
-        progress.step(f"reading {model.name}")
-        source = model_io.load(model)
-        model_io.check_target(source, target, model)
-        _check_report_file(report_file, model, target)
-        given = _read_inputs(inputs, source) if inputs else []
-        progress.step("fusing")
-        options = pipeline.Options(
-            fallback=fallback, dtype=_CORE_DTYPES[dtype] if dtype else None, opset=opset, **_assumed(assume)
-        )
-        fused, report = _fuse(source, options, model)
-        report.model = str(model)
-        if report.num_fused:
-            with _staged(fused, target, model, dry_run, progress) as stage:
-                if check:
-                    report.verification = _verify(model, stage, given, options, progress)
-                failed = report.verification is not None and report.verification.status is VerificationStatus.FAILED
-                if not failed and not dry_run:
-                    stage.commit()
-                    report.output = str(target)
-    _show(report, as_json, report_file, quiet)
-    if report.verification is not None and report.verification.status is VerificationStatus.FAILED:
-        terminal.print_error(f"{model}: verification failed: {report.verification.reason}; {target} was not written")
+    _check_report_file(report_file, model, target)
+    report = Report(model=str(model))
+    with _failures(report, as_json, report_file):
+        with terminal.progress(quiet) as progress:
+            source = _read(model, report_file, progress)
+            model_io.check_target(source, target, model)
+            given = _read_inputs(inputs, source) if inputs else []
+            progress.step("fusing")
+            options = pipeline.Options(
+                fallback=fallback, dtype=_CORE_DTYPES[dtype] if dtype else None, opset=opset, **_assumed(assume)
+            )
+            fused = _fuse(source, options, model, report)
+            if report.num_fused:
+                with _staged(fused, target, model, dry_run, progress) as stage:
+                    if check:
+                        report.verification = _verify(model, stage, given, options, progress)
+                        report.error = _failure(report.verification, model, target)
+                    if not report.error and not dry_run:
+                        with uninterrupted():
+                            stage.commit()
+                            report.output = str(target)
+        _show(report, as_json, report_file, quiet)
+    if report.error:
+        terminal.print_error(report.error)
         raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)
 
 
@@ -186,14 +189,14 @@ def inspect(
     quiet: QuietOption = False,
 ) -> None:
     """Show the attention sites of MODEL, what can be proven of each, and what would be fused. Writes no model."""
-    with terminal.progress(quiet) as progress:
-        progress.step(f"reading {model.name}")
-        source = model_io.load(model)
-        _check_report_file(report_file, model)
+    check_input(model)
+    _check_report_file(report_file, model)
+    report = Report(model=str(model))
+    with _failures(report, as_json, report_file), terminal.progress(quiet) as progress:
+        source = _read(model, report_file, progress)
         progress.step("looking for attention")
-        _, report = _fuse(source, pipeline.Options(opset=opset, **_assumed(assume)), model)
-    report.model = str(model)
-    _show(report, as_json, report_file, quiet)
+        _fuse(source, pipeline.Options(opset=opset, **_assumed(assume)), model, report)
+        _show(report, as_json, report_file, quiet)
 
 
 build.add_commands(app)
@@ -205,13 +208,39 @@ def default_target(model: pathlib.Path) -> pathlib.Path:
     return model.with_name(f"{stem}.fa.onnx")
 
 
-def _fuse(source: ir.Model, options: pipeline.Options, path: pathlib.Path) -> tuple[ir.Model, Report]:
+def _read(model: pathlib.Path, report_file: pathlib.Path | None, progress: terminal.Progress) -> ir.Model:
+    progress.step(f"reading {model.name}")
+    source = model_io.load(model)
+    if report_file is not None:
+        check_output(report_file, [tensor.path for tensor in external_tensors(source)], "--report", streams=True)
+    return source
+
+
+@contextlib.contextmanager
+def _failures(report: Report, as_json: bool, report_file: pathlib.Path | None) -> Iterator[None]:
+    """Bad input, and a defect of ours, end in JSON too where JSON was asked for; once the model was written, whatever
+    stops us afterwards says so."""
     try:
-        return pipeline.run(source, options)
-    except ValueError as error:
-        if options.opset is None:
-            raise
-        raise ModelError(f"{path}: {error}; choose another --opset, or leave it out") from error
+        yield
+    except KeyboardInterrupt:
+        if report.output:
+            terminal.print_error(f"interrupted; {report.output} was written before that")
+        raise
+    except Exception as error:
+        if report.output:
+            raise ModelError(f"{error}; {report.output} was written before that") from error
+        report.error = str(error) if isinstance(error, ModelError) else terminal.internal_error(error)
+        with contextlib.suppress(ModelError):
+            _write_json(report, as_json, report_file)
+        raise
+
+
+def _fuse(source: ir.Model, options: pipeline.Options, path: pathlib.Path, report: Report) -> ir.Model:
+    """The rewritten model; fills in the report."""
+    fused, found = diagnosis.fuse(source, options, path)
+    report.sites, report.nodes_before, report.nodes_after = found.sites, found.nodes_before, found.nodes_after
+    report.notes = found.notes
+    return fused
 
 
 @contextlib.contextmanager
@@ -222,8 +251,7 @@ def _staged(
     progress.step(f"writing {target.name}")
     with contextlib.ExitStack() as stack:
         if dry_run:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="faexport-"))
-            target = pathlib.Path(folder) / target.name
+            target = stack.enter_context(scratch.folder(what="dry-")) / target.name
         yield stack.enter_context(model_io.staged(model, target, source=source, progress=progress.amount))
 
 
@@ -244,20 +272,30 @@ def _verify(
     )
 
 
+def _failure(verification: Verification, model: pathlib.Path, target: pathlib.Path) -> str | None:
+    """Why the model can't be written, if it can't."""
+    if verification.status is VerificationStatus.FAILED:
+        return f"{model}: verification failed: {verification.reason}; {target} was not written"
+    return None
+
+
 def _assumed(assume: list[Assumption] | None) -> dict[str, bool]:
     """--assume as arguments of pipeline.Options."""
     return {f"assume_{assumption.name.lower()}": True for assumption in assume or ()}
 
 
 def _check_report_file(path: pathlib.Path | None, model: pathlib.Path, target: pathlib.Path | None = None) -> None:
-    """Before anything is written: the report can be, and is neither the model read nor the one to be written."""
+    """Before anything is done: the report can be written, and over nothing but an older report."""
     if path is None:
         return
-    model_io.check_output(path, [model], "--report")
-    if target is not None and path.absolute() == target.absolute():
+    check_output(path, [model], "--report", streams=True)
+    if target is not None and final_path(path) == final_path(target):
         raise ModelError(f"{path}: is where the model will be written; choose another name with --report")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ModelError(f"{path}: cannot be written: no permission; choose another place with --report")
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(1)
+        if start not in (b"", b"{"):
+            raise ModelError(f"{path}: is there already and no report; choose another name with --report")
 
 
 def _read_inputs(path: pathlib.Path, model: ir.Model) -> list[verify.InputSet]:
@@ -283,17 +321,20 @@ def _misfit(array: np.ndarray, value: ir.Value) -> str:
 
 
 def _show(report: Report, as_json: bool, report_file: pathlib.Path | None, quiet: bool) -> None:
+    _write_json(report, as_json, report_file)
+    if not as_json and not quiet:
+        with terminal.printing():
+            screen = terminal.console()
+            screen.print(report)
+            screen.print(_conclusion(report), markup=False, soft_wrap=True)
+
+
+def _write_json(report: Report, as_json: bool, report_file: pathlib.Path | None) -> None:
     if report_file is not None:
-        try:
-            report_file.write_text(report.to_json() + "\n", "utf-8")
-        except OSError as error:
-            raise ModelError(f"{report_file}: cannot be written: {error.strerror}") from error
+        write_file(report_file, f"{report.to_json()}\n".encode())
     if as_json:
-        typer.echo(report.to_json())
-    elif not quiet:
-        screen = terminal.console()
-        screen.print(report)
-        screen.print(_conclusion(report), markup=False, soft_wrap=True)
+        with terminal.printing():
+            typer.echo(report.to_json())
 
 
 def _conclusion(report: Report) -> str:

@@ -18,7 +18,8 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .model_io import ModelError
+from .errors import ModelError
+from .output import write_file
 
 Shape = tuple[int, ...]
 
@@ -257,19 +258,6 @@ class EngineBuilder:
         if path is None:
             return
         write_file(path, config.get_timing_cache().serialize())
-
-
-def write_file(path: pathlib.Path, content: Any) -> None:
-    """Writes a buffer beside `path` and moves it there: never half a file. Raises ModelError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-        partial.replace(path)
-    except OSError as error:
-        raise ModelError(f"{path}: can't be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def parse_shape(text: str) -> tuple[str, Shape]:

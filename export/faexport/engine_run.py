@@ -22,7 +22,8 @@ import rich.table
 
 from . import engine, model_io, ort_session, verify
 from .engine import Runtime
-from .model_io import ModelError
+from .errors import ModelError
+from .output import check_input, write_file
 from .report import OutputDifference
 
 MAGIC = {Runtime.TENSORRT: b"ftrt", Runtime.TENSORRT_RTX: b"vtrt"}  # first bytes of an engine file
@@ -37,15 +38,13 @@ class Result:
 def write_outputs(path: pathlib.Path, outputs: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **outputs)
-    engine.write_file(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def read_engine(path: pathlib.Path, runtime: Runtime) -> bytes:
     """The file's content, if it looks like an engine of this runtime. Raises ModelError."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path}: can't be read: {error.strerror}") from error
+    check_input(path)
+    content = path.read_bytes()
     for kind, magic in MAGIC.items():
         if content.startswith(magic) and kind is not runtime:
             raise ModelError(f"{path}: was built by {kind}, but {runtime} is to run it: pass --runtime {kind}")

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
+import itertools
 import os
 import pathlib
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import google.protobuf.message
@@ -23,7 +22,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from .validate import contradiction
+from . import scratch
+from .errors import ModelError
+from .graph_checks import check_model, external_tensors
+from .output import check_input, check_output, final_path, writing
+from .proto_checks import check_proto
+from .signals import uninterrupted
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
@@ -35,14 +39,11 @@ STREAM_THRESHOLD_BYTES = 1 << 16  # smaller tensors are serialized together with
 _LOOKS_LIKE = (
     (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
     (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint?); export the model with torch.onnx.export first"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"\x89HDF", "an HDF5 file (a Keras model?); convert it with tf2onnx first"),
     (b"ORTM", "onnxruntime's own format"),
     (b"<", "a web page or XML; download the file again"),
 )
-
-
-class ModelError(ValueError):
-    """Bad input or a failed write. The text is one line: where, what, and what to do about it."""
 
 
 def load(source: PathLike | onnx.ModelProto | ir.Model) -> ir.Model:
@@ -61,13 +62,13 @@ def load(source: PathLike | onnx.ModelProto | ir.Model) -> ir.Model:
 
 def uses_external_data(model: ir.Model) -> bool:
     """Does any weight lie in a file of its own?"""
-    return any(True for _ in _external_tensors(model))
+    return any(True for _ in external_tensors(model))
 
 
 def save(
     model: ir.Model, path: PathLike, *, source: PathLike | None = None, progress: Progress | None = None
 ) -> list[pathlib.Path]:
-    """Writes the model to `path`, and to `path`.data what was external or exceeds 2 GB. Returns the files written.
+    """Writes the model to `path`, and to a file beside it what was external or exceeds 2 GB. Returns the files written.
 
     `source` is the file that the model came from, which is never overwritten, nor are the files its weights lie in.
     The model is unchanged. Raises ModelError.
@@ -82,16 +83,32 @@ class Stage:
 
     target: pathlib.Path
     model_path: pathlib.Path
+    data_name: str  # of the file of weights beside it, if there is one
 
     def commit(self) -> list[pathlib.Path]:
-        """Moves the files and returns where they are now. The model comes last: it is complete once it is there."""
-        written = []
-        with _writing(self.target):
-            for staged_file in (_data_path(self.model_path), self.model_path):
-                if staged_file.exists():
-                    written.append(self.target.with_name(staged_file.name))
-                    os.replace(staged_file, written[-1])
-        return written[::-1]
+        """Moves the files and returns where they are now, the model first.
+
+        The file of weights has a name that nothing had before, and comes first: until the graph, which refers to it, is
+        moved over the old graph, the old pair is complete, and afterwards the new one is. Then the old file of weights
+        goes.
+        """
+        written = [self.target]
+        staged_data, data = self.model_path.with_name(self.data_name), self.target.with_name(self.data_name)
+        with writing(self.target), uninterrupted():
+            if staged_data.exists():
+                os.rename(staged_data, data)
+                written.append(data)
+            try:
+                os.replace(self.model_path, self.target)
+            except OSError:
+                if len(written) > 1:
+                    data.unlink()
+                raise
+            for old in _data_files(self.target):
+                if old not in written:
+                    with contextlib.suppress(OSError):
+                        old.unlink()
+        return written
 
 
 @contextlib.contextmanager
@@ -99,69 +116,53 @@ def staged(
     model: ir.Model, path: PathLike, *, source: PathLike | None = None, progress: Progress | None = None
 ) -> Iterator[Stage]:
     """Writes the model to a temporary folder beside `path`, to be tried before it takes its place. See save."""
-    path = pathlib.Path(path)
     check_target(model, path, source)
+    target = final_path(pathlib.Path(path))
     external = uses_external_data(model) or _weight_bytes(model) > MAX_PROTOBUF_BYTES - (64 << 20)
     with contextlib.ExitStack() as stack:
-        with _writing(path):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".faexport-", dir=path.parent))
-            stage = Stage(path, pathlib.Path(folder) / path.name)
-            (_write_external if external else _write_inline)(model, stage.model_path, progress)
+        with writing(target):
+            folder = stack.enter_context(scratch.folder(target.parent))
+            stage = Stage(target, folder / target.name, _free_data_name(target))
+            if external:
+                _write_external(model, stage.model_path, stage.data_name, progress)
+            else:
+                _write_inline(model, stage.model_path, progress)
         yield stage
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        advice = "free some space" if error.errno == errno.ENOSPC else "choose another place with -o"
-        raise ModelError(f"{path}: cannot be written: {error.strerror or error}; {advice}") from error
 
 
 def check_target(model: ir.Model, path: PathLike, source: PathLike | None) -> None:
     """Raises ModelError where writing to `path` is bound to fail or would overwrite the input."""
     path = pathlib.Path(path)
-    inputs = {tensor.path for tensor in _external_tensors(model)}
+    inputs = {tensor.path for tensor in external_tensors(model)}
     inputs |= {os.fspath(source)} if source is not None else set()
     check_output(path, inputs)
-    check_output(_data_path(path), inputs)
-
-
-def check_output(path: pathlib.Path, inputs: Iterable[PathLike], option: str = "-o") -> None:
-    """Raises ModelError where `path`, which `option` chooses, can't be a new file or is one of `inputs`."""
-    if path.is_dir():
-        raise ModelError(f"{path}: is a folder; give the name of a file with {option}")
-    if not path.parent.is_dir():
-        raise ModelError(
-            f"{path}: the folder {path.parent} does not exist; create it or choose another place with {option}"
-        )
-    if any(_same_file(path, name) for name in inputs):
-        raise ModelError(f"{path}: would overwrite the input; choose another name with {option}")
+    for data in _data_files(final_path(path)):
+        if data.is_file():
+            check_output(data, inputs)
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name. Raises ModelError."""
+    check_input(path)
     try:
         with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file; check the path") from error
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: one array, no .npz
-        raise ModelError(f"{path}: can't be read as .npz: {error}; write it with numpy.savez") from error
+    except Exception as error:  # a broken archive raises what zipfile, zlib and NumPy's parser raise
+        why = str(error) or type(error).__name__
+        raise ModelError(f"{path}: can't be read as .npz: {why}; write it with numpy.savez") from error
 
 
 def _read_proto(path: pathlib.Path) -> onnx.ModelProto:
+    check_input(path, "name the .onnx file" if path.is_dir() else "check the path")
     try:
         with path.open("rb") as file:
             head = file.read(64)
+            size = os.fstat(file.fileno()).st_size
         if not head:
             raise ModelError(f"{path}: the file is empty; export or copy the model again")
+        if size > MAX_PROTOBUF_BYTES:
+            raise ModelError(f"{path}: has {size} bytes, and no ONNX file exceeds 2 GB; export with external data")
         return onnx.load(path, format="protobuf", load_external_data=False)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: no such file; check the path") from error
-    except IsADirectoryError as error:
-        raise ModelError(f"{path}: is a folder; name the .onnx file in it") from error
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
     except google.protobuf.message.DecodeError as error:
@@ -174,9 +175,9 @@ def _read_proto(path: pathlib.Path) -> onnx.ModelProto:
 
 
 def _from_proto(proto: onnx.ModelProto, name: str, path: pathlib.Path) -> ir.Model:
-    _check_proto(proto, name)
+    check_proto(proto, name)
     try:
-        with _silent_serde():  # its warnings are _check_nodes' errors
+        with _silent_serde():  # its warnings are graph_checks.py's errors
             model = ir.from_proto(proto)
     except Exception as error:  # onnx-ir raises many types for malformed protos; all of them are bad input
         raise ModelError(
@@ -184,76 +185,8 @@ def _from_proto(proto: onnx.ModelProto, name: str, path: pathlib.Path) -> ir.Mod
         ) from error
     for graph in model.graphs():
         ir.external_data.set_base_dir(graph, path.parent)
-    _check_external_data(model, name, path)
-    _check_nodes(model, name)
+    check_model(model, name, path)
     return model
-
-
-def _check_proto(proto: onnx.ModelProto, name: str) -> None:
-    if not proto.HasField("graph") or not proto.ir_version or not proto.opset_import:
-        missing = "graph" if not proto.HasField("graph") else "IR version" if not proto.ir_version else "opset_import"
-        raise ModelError(
-            f"{name}: not a complete ONNX model (no {missing}), perhaps truncated; export or copy the model again"
-        )
-    if proto.ir_version > onnx.IR_VERSION:
-        raise ModelError(
-            f"{name}: IR version {proto.ir_version} is newer than {onnx.IR_VERSION}, the newest that "
-            f"onnx {onnx.__version__} knows; update onnx (pip install -U onnx) or export for an older version"
-        )
-    newest = onnx.defs.onnx_opset_version()
-    opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    if opset > newest:
-        raise ModelError(
-            f"{name}: opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows; "
-            "update onnx (pip install -U onnx) or export for an older opset"
-        )
-    if proto.graph.sparse_initializer:
-        sparse = proto.graph.sparse_initializer[0].values.name
-        raise ModelError(f"{name}: the sparse initializer '{sparse}' is not supported; make it dense")
-
-
-def _check_external_data(model: ir.Model, name: str, path: pathlib.Path) -> None:
-    """Each file exists in the model's folder and is long enough."""
-    # A model cache may keep symbolic links to files of another folder: the folder that the model really lies in counts
-    # too.
-    folders = {path.parent.resolve(), path.resolve().parent}
-    for tensor in _external_tensors(model):
-        what = f"{name}: weight '{tensor.name}' lies in the external file '{tensor.location}'"
-        file = pathlib.Path(tensor.path)
-        if os.path.isabs(tensor.location) or not any(file.resolve().is_relative_to(folder) for folder in folders):
-            raise ModelError(
-                f"{what}, outside the model's folder; move the file beside the model and save its location as relative"
-            )
-        if not file.is_file():
-            raise ModelError(f"{what}, which does not exist; copy it beside the model")
-        end = (tensor.offset or 0) + max(tensor.length or 0, tensor.nbytes)
-        if file.stat().st_size < end:
-            raise ModelError(
-                f"{what}, which is truncated ({file.stat().st_size} bytes instead of {end} or more); copy it again"
-            )
-
-
-def _check_nodes(model: ir.Model, name: str) -> None:
-    """Each value that a node reads is made by something; head counts of attention operators fit their tensors."""
-    for graph in (model.graph, *model.functions.values()):
-        for node in ir.traversal.RecursiveGraphIterator(graph):
-            where = f"node '{node.name or node.outputs[0].name}' ({node.op_type})"
-            if wrong := contradiction(node):
-                raise ModelError(f"{name}: {where}: {wrong}; export the model again")
-            for value in node.inputs:
-                if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
-                    raise ModelError(
-                        f"{name}: {where} reads '{value.name}', which nothing produces; export the model again"
-                    )
-
-
-def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for graph in model.graphs():
-        yield from (v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor))
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    yield attribute.value
 
 
 def _weight_bytes(model: ir.Model) -> int:
@@ -265,8 +198,17 @@ def _weight_bytes(model: ir.Model) -> int:
     )
 
 
-def _data_path(path: pathlib.Path) -> pathlib.Path:
-    return path.with_name(f"{path.name}.data")
+def _data_files(target: pathlib.Path) -> list[pathlib.Path]:
+    """The files of weights beside `target` that belong to it: model.onnx.data, model.onnx.1.data, …"""
+    ours = re.compile(re.escape(target.name) + r"(\.[1-9][0-9]*)?\.data")
+    return sorted(target.with_name(name) for name in os.listdir(target.parent) if ours.fullmatch(name))
+
+
+def _free_data_name(target: pathlib.Path) -> str:
+    """`target`.data, or where that is there already (an older model's), with the first number that is free."""
+    taken = {path.name for path in _data_files(target)}
+    names = (f"{target.name}.{number}.data" for number in itertools.count(1))
+    return next(name for name in itertools.chain([f"{target.name}.data"], names) if name not in taken)
 
 
 def _load_small_tensors(model: ir.Model) -> None:
@@ -278,7 +220,7 @@ def _load_small_tensors(model: ir.Model) -> None:
                 v.const_value = ir.Tensor(tensor.numpy().copy(), name=tensor.name, dtype=tensor.dtype)
 
 
-def _write_external(model: ir.Model, path: pathlib.Path, progress: Progress | None) -> None:
+def _write_external(model: ir.Model, path: pathlib.Path, data_name: str, progress: Progress | None) -> None:
     _load_small_tensors(model)
     total = _weight_bytes(model)
     written = 0
@@ -293,7 +235,7 @@ def _write_external(model: ir.Model, path: pathlib.Path, progress: Progress | No
         model,
         path,
         format="protobuf",
-        external_data=_data_path(path).name,
+        external_data=data_name,
         size_threshold_bytes=EXTERNAL_THRESHOLD_BYTES,
         callback=show,
     )
@@ -376,13 +318,6 @@ def _varint(number: int) -> bytes:
         groups.append(number & 127 | 128)
         number >>= 7
     return bytes([*groups, number])
-
-
-def _same_file(a: PathLike, b: PathLike) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return os.path.abspath(a) == os.path.abspath(b)
 
 
 def _root_cause(error: BaseException) -> str:

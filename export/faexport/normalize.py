@@ -17,12 +17,16 @@ from faexport.nodes import own_functions
 from faexport.spec import DOMAIN
 
 
+class ConversionError(ValueError):
+    """Why a model can't be converted to another opset, as a sentence."""
+
+
 def convert_opset(model: ir.Model, opset: int) -> ir.Model:
-    """The model at this opset of ONNX. Raises ValueError with a sentence where a node has no counterpart there."""
+    """The model at this opset of ONNX. Raises ConversionError where a node has no counterpart there."""
     if model.opset_imports.get("", opset) == opset:
         return model
     if opset > (newest := onnx.defs.onnx_opset_version()):
-        raise ValueError(f"opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows")
+        raise ConversionError(f"opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows")
     import onnxscript.version_converter  # slow to import, and few ask for it
 
     logging.getLogger("onnxscript.version_converter").setLevel(logging.ERROR)
@@ -30,9 +34,13 @@ def convert_opset(model: ir.Model, opset: int) -> ir.Model:
     try:
         onnxscript.version_converter.convert_version(model, opset, fallback=True)
     except Exception as error:  # the converters raise whatever their C++ or Python parts raise
-        raise ValueError(f"can't convert the model from opset {before} to {opset}: {_first_line(error)}") from error
+        raise ConversionError(
+            f"can't convert the model from opset {before} to {opset}: {_first_line(error)}"
+        ) from error
     if model.opset_imports.get("") != opset:
-        raise ValueError(f"can't convert the model from opset {before} to {opset}: a node has no counterpart there")
+        raise ConversionError(
+            f"can't convert the model from opset {before} to {opset}: a node has no counterpart there"
+        )
     return model
 
 

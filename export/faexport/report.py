@@ -116,6 +116,7 @@ class Report:
     model: str | None = None  # path read
     output: str | None = None  # path written
     verification: Verification | None = None  # None: not asked for
+    error: str | None = None  # the sentence that the command ended with, where it failed
 
     @classmethod
     def from_candidates(
@@ -187,7 +188,9 @@ def sites_table(sites: Sequence[SiteReport]) -> rich.table.Table:
             _pair(site.seqlen_q, site.seqlen_kv),
         )
         proven = ", ".join(dict.fromkeys(fact.text for fact in site.facts))
-        result = "[green]fused[/green]" if site.fused else f"[yellow]left:[/yellow] {_why(site)}"
+        defect = site.refusal is not None and site.refusal.defect
+        left = "[red]left, a defect of ours:[/red]" if defect else "[yellow]left:[/yellow]"
+        result = "[green]fused[/green]" if site.fused else f"{left} {_why(site)}"
         cells = (site.name, site.source, *sizes, _pair(site.head_dim, site.head_dim_v), proven or "-")
         table.add_row(*map(rich.markup.escape, cells), result)
     return table

@@ -48,6 +48,7 @@ class Refusal:
 
     reason: str
     node: str
+    defect: bool = False  # the reason is a failure of ours
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.node})" if self.node else self.reason

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import os
 import signal
 import sys
@@ -18,8 +19,10 @@ import rich.console
 import rich.progress
 import typer
 
-from .model_io import ModelError
+from .errors import ModelError
 
+PROGRAM = "faexport"
+USAGE_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 PIPE_WIDTH = 160  # columns where the output is not a terminal and COLUMNS is not set
 EXIT_VERIFICATION_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -27,15 +30,23 @@ EXIT_INTERNAL_ERROR = 3
 EXIT_INTERRUPTED = 130
 
 
+class _Console(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves it to printing(): rich would end the program with exit code 1."""
+        raise BrokenPipeError
+
+
 def console(stderr: bool = False, quiet: bool = False) -> rich.console.Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    return rich.console.Console(stderr=stderr, quiet=quiet, width=width, highlight=False)
+    return _Console(stderr=stderr, quiet=quiet, width=width, highlight=False)
 
 
 def print_error(message: str) -> None:
-    """One line on stderr."""
-    console(stderr=True).print("error: " + " ".join(message.split()), style="red", markup=False, soft_wrap=True)
+    """One line on stderr; what would steer a terminal is shown escaped."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    with contextlib.suppress(OSError):
+        console(stderr=True).print(f"error: {line}", style="red", markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -69,7 +80,7 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
         yield Progress(bar)
 
 
-def run_app(app: Callable[[], None]) -> None:
+def run_app(app: Callable[..., object]) -> None:
     """Runs a typer app: bad input ends with one line and exit code 2, never with a traceback.
 
     Ctrl-C, SIGTERM and SIGHUP unwind what runs, so that temporary files go and child processes end.
@@ -77,26 +88,61 @@ def run_app(app: Callable[[], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
             signal.signal(number, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the terminal's encoding lacks are shown escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        code = app(standalone_mode=False, prog_name=PROGRAM)
     except ModelError as error:
         print_error(str(error))
-        raise SystemExit(EXIT_BAD_INPUT) from None
-    except KeyboardInterrupt:
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the reader went away: keep the interpreter's flush silent
-        raise SystemExit(0) from None
+        code = EXIT_BAD_INPUT
+    except USAGE_ERROR as error:
+        if str(error):  # empty where no argument was given: then the help was shown
+            print_error(_usage_error(error))
+        code = EXIT_BAD_INPUT
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    except MemoryError:
+        print_error("there is not enough memory for this model; free some, or run where there is more")
+        code = EXIT_BAD_INPUT
     except Exception as error:
         if os.environ.get("FAEXPORT_TRACEBACK"):
             traceback.print_exc()
-        print_error(
-            f"internal error, please report it with the model: {type(error).__name__}: {error} "
-            "(set FAEXPORT_TRACEBACK=1 to see where it happened)"
-        )
-        raise SystemExit(EXIT_INTERNAL_ERROR) from None
+        print_error(internal_error(error))
+        code = EXIT_INTERNAL_ERROR
+    raise SystemExit(code or 0)
+
+
+def internal_error(error: Exception) -> str:
+    """The sentence about a defect of ours."""
+    return (
+        f"internal error, please report it with the model: {type(error).__name__}: {error} "
+        "(set FAEXPORT_TRACEBACK=1 to see where it happened)"
+    )
+
+
+def _usage_error(error: Exception) -> str:
+    """typer's message in a line of ours, without the words of the library that checks the types."""
+    text = " ".join(error.format_message().split()).removesuffix(".")  # type: ignore[attr-defined]
+    text = text.replace("Value error, ", "").replace("Input should be", "it must be")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else PROGRAM
+    return f"{text[:1].lower()}{text[1:]}; {command} --help shows the usage"
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Around the printing of results: that the reader went away is no error, that the disk is full is one."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered goes nowhere, so that the interpreter's own flush is silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ModelError(f"the result can't be printed: {error.strerror or error}") from error
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gzip
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -16,8 +18,9 @@ Writer = Callable[[pathlib.Path], None]
 BAD: dict[str, tuple[Writer, tuple[str, ...]]] = {}
 
 
-def _bad(*words: str) -> Callable[[Writer], Writer]:
+def bad(*words: str) -> Callable[[Writer], Writer]:
     def add(write: Writer) -> Writer:
+        assert write.__name__ not in BAD
         BAD[write.__name__] = (write, words)
         return write
 
@@ -28,50 +31,77 @@ def small() -> onnx.ModelProto:
     return big_model.encoder(big_model.EncoderSize(1, 2, 8))
 
 
-@_bad("empty")
+@bad("empty")
 def empty(path: pathlib.Path) -> None:
     path.write_bytes(b"")
 
 
-@_bad("truncated")
+@bad("truncated")
 def truncated(path: pathlib.Path) -> None:
     data = small().SerializeToString()
     path.write_bytes(data[: len(data) // 2])
 
 
-@_bad("not a complete ONNX model")
+@bad("not a complete ONNX model")
 def truncated_between_fields(path: pathlib.Path) -> None:
     model = small()
     model.ClearField("opset_import")
     path.write_bytes(model.SerializeToString())
 
 
-@_bad("text file")
+@bad("text file")
 def text(path: pathlib.Path) -> None:
     path.write_text("This is a list of groceries:\n- bread\n- milk\n" * 10)
 
 
-@_bad("Git LFS", "git lfs pull")
+@bad("Git LFS", "git lfs pull")
 def git_lfs(path: pathlib.Path) -> None:
     path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 90868376\n")
 
 
-@_bad("zip archive", "torch.onnx.export")
+@bad("gzip archive", "unpack")
+def compressed(path: pathlib.Path) -> None:
+    path.write_bytes(gzip.compress(small().SerializeToString()))
+
+
+@bad("a device")
+def endless(path: pathlib.Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@bad("a pipe")
+def pipe(path: pathlib.Path) -> None:
+    os.mkfifo(path)
+
+
+@bad("2 GB")
+def huge(path: pathlib.Path) -> None:
+    with path.open("wb") as file:
+        file.write(b"\x08\x09")
+        file.truncate(1 << 32)  # takes no room on the disk
+
+
+@bad("cannot be read")
+def link_to_itself(path: pathlib.Path) -> None:
+    path.symlink_to(path.name)
+
+
+@bad("zip archive", "torch.onnx.export")
 def checkpoint(path: pathlib.Path) -> None:
     path.write_bytes(b"PK\x03\x04" + bytes(range(256)))
 
 
-@_bad("not an ONNX model")
+@bad("not an ONNX model")
 def noise(path: pathlib.Path) -> None:
     path.write_bytes(b"\xff" + np.random.default_rng(0).bytes(4096))
 
 
-@_bad("no such file")
+@bad("no such file")
 def absent(path: pathlib.Path) -> None:
     assert not path.exists()
 
 
-@_bad("folder")
+@bad("folder")
 def folder(path: pathlib.Path) -> None:
     path.mkdir()
 
@@ -84,32 +114,32 @@ def _external(path: pathlib.Path, data: str) -> None:
     onnx.save(model, path)
 
 
-@_bad("weights.bin", "does not exist")
+@bad("weights.bin", "does not exist")
 def external_missing(path: pathlib.Path) -> None:
     _external(path, "weights.bin")
     (path.parent / "weights.bin").unlink()
 
 
-@_bad("truncated", "weights.bin")
+@bad("truncated", "weights.bin")
 def external_truncated(path: pathlib.Path) -> None:
     _external(path, "weights.bin")
     data = path.parent / "weights.bin"
     data.write_bytes(data.read_bytes()[:100])
 
 
-@_bad("outside the model's folder")
+@bad("outside the model's folder")
 def external_above(path: pathlib.Path) -> None:
     (path.parent / "inner").mkdir()
     _external(path, "inner/../../weights.bin")
 
 
-@_bad("outside the model's folder")
+@bad("outside the model's folder")
 def external_absolute(path: pathlib.Path) -> None:
     _external(path, "weights.bin")
     _external(path, str(path.parent / "weights.bin"))
 
 
-@_bad("outside the model's folder")
+@bad("outside the model's folder")
 def external_by_link(path: pathlib.Path) -> None:
     _external(path, "weights.bin")
     other = path.parent.parent / f"{path.parent.name}-other"
@@ -118,21 +148,21 @@ def external_by_link(path: pathlib.Path) -> None:
     (path.parent / "weights.bin").symlink_to(other / "weights.bin")
 
 
-@_bad("IR version 99", "update onnx")
+@bad("IR version 99", "update onnx")
 def too_new(path: pathlib.Path) -> None:
     model = small()
     model.ir_version = 99
     path.write_bytes(model.SerializeToString())
 
 
-@_bad("opset 999", "update onnx")
+@bad("opset 999", "update onnx")
 def too_new_opset(path: pathlib.Path) -> None:
     model = small()
     model.opset_import[0].version = 999
     path.write_bytes(model.SerializeToString())
 
 
-@_bad("/encoder/layer.0/attention/Div", "nobody", "nothing produces")
+@bad("/encoder/layer.0/attention/Div", "nobody", "nothing produces")
 def dangling(path: pathlib.Path) -> None:
     model = small()
     node = next(node for node in model.graph.node if node.op_type == "Div")
@@ -149,22 +179,22 @@ def attention(query: list, key: list, **heads: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
-@_bad("attention", "5 query heads", "2 key and value heads")
+@bad("attention", "5 query heads", "2 key and value heads")
 def heads_of_4d(path: pathlib.Path) -> None:
     onnx.save(attention(["B", 5, "S", 8], ["B", 2, "T", 8]), path)
 
 
-@_bad("attention", "6 query heads", "4 key and value heads")
+@bad("attention", "6 query heads", "4 key and value heads")
 def heads_of_3d(path: pathlib.Path) -> None:
     onnx.save(attention(["B", "S", 48], ["B", "T", 32], q_num_heads=6, kv_num_heads=4), path)
 
 
-@_bad("attention", "query is 50 wide", "4 heads")
+@bad("attention", "query is 50 wide", "4 heads")
 def width_of_3d(path: pathlib.Path) -> None:
     onnx.save(attention(["B", "S", 50], ["B", "T", 48], q_num_heads=4, kv_num_heads=4), path)
 
 
-@_bad("sparse initializer")
+@bad("sparse initializer")
 def sparse(path: pathlib.Path) -> None:
     model = small()
     values = helper.make_tensor("sparse", TensorProto.FLOAT, [1], [1.0])

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+
+from faexport import cli
+from faexport.signals import SIGNALS
 
 
 def environment() -> dict[str, str]:
@@ -21,6 +27,24 @@ def environment() -> dict[str, str]:
 def faexport(*arguments: str | os.PathLike, cwd: pathlib.Path | None = None, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "faexport", *map(os.fspath, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment() | env, capture_output=True, text=True, timeout=600)
+
+
+def here(*arguments: str | os.PathLike) -> subprocess.CompletedProcess:
+    """As faexport(), in this process: faster. Not for tests of signals, of the environment, or of crashes."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, {number: signal.getsignal(number) for number in SIGNALS}
+    sys.argv = ["faexport", *map(os.fspath, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = before[0]
+        for number, handler in before[1].items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
 def assert_bad_input(done: subprocess.CompletedProcess, *words: str) -> None:

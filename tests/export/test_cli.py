@@ -17,7 +17,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.export import big_model, commands
+from tests.export import (
+    big_model,
+    commands,
+    malformed_models,  # noqa: F401 (fills BAD)
+)
 from tests.export.bad_models import BAD
 from tests.export.commands import assert_bad_input, faexport
 
@@ -148,11 +152,16 @@ def test_bad_own_inputs_are_bad_input(model: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_input_exits_with_2(kind: str, tmp_path: pathlib.Path) -> None:
+    """In one line, and in the report where there is to be one."""
     write, words = BAD[kind]
     write(tmp_path / "model.onnx")
     before = names(tmp_path)
-    assert_bad_input(faexport(tmp_path / "model.onnx", "--report", tmp_path / "r.json"), *words)
-    assert names(tmp_path) == before
+    done = commands.here(tmp_path / "model.onnx", "--report", tmp_path / "r.json")
+    assert_bad_input(done, *words)
+    left = set(names(tmp_path)) - set(before)
+    assert left <= {"r.json"}
+    if left:
+        assert f"error: {json.loads((tmp_path / 'r.json').read_text())['error']}" == done.stderr.strip()
 
 
 def test_the_input_can_t_be_the_output(model: pathlib.Path) -> None:

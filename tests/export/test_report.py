@@ -31,13 +31,15 @@ OUTPUT = {"name": str, "dtype": str, "shape": [int], "max_abs_diff": (float, str
 SITE = {
     "name": str, "source": str, "batch_size": DIM, "num_q_heads": DIM, "num_kv_heads": DIM, "seqlen_q": DIM,
     "seqlen_kv": DIM, "head_dim": DIM, "head_dim_v": DIM, "dtype": (str, types.NoneType),
-    "facts": [{"text": str, "nodes": [str]}], "refusal": ({"reason": str, "node": str}, types.NoneType), "fused": bool,
+    "facts": [{"text": str, "nodes": [str]}],
+    "refusal": ({"reason": str, "node": str, "defect": bool}, types.NoneType), "fused": bool,
 }  # fmt: skip
 REPORT = {
     "schema_version": int, "num_fused": int, "num_refused": int, "sites": [SITE], "nodes_before": {...: int},
     "nodes_after": {...: int}, "notes": [str], "model": (str, types.NoneType), "output": (str, types.NoneType),
     "verification": ({"status": str, "reason": str,
                       "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str}]}, types.NoneType),
+    "error": (str, types.NoneType),
 }  # fmt: skip
 
 

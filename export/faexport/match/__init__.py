@@ -12,6 +12,7 @@ import functools
 import importlib
 import os
 import pkgutil
+import traceback
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -85,6 +86,6 @@ def _tried(entry: Registration, node: ir.Node, context: Context) -> Candidate | 
         return entry.match(node, context)
     except Exception as error:
         if os.environ.get("FAEXPORT_TRACEBACK"):
-            raise
+            traceback.print_exc()
         what = f"our analysis of it failed ({type(error).__name__}: {error}); please report this model"
-        return Candidate(node, context.graph, entry.source, outcome=Refusal(what, name_of(node)))
+        return Candidate(node, context.graph, entry.source, outcome=Refusal(what, name_of(node), defect=True))
