@@ -17,7 +17,7 @@ from faexport.normalize import convert_opset, inline_functions
 from faexport.options import Options
 from faexport.precision import in_precision
 from faexport.report import Report, count_nodes
-from faexport.rewrite import Names, add_opset, is_current, rewrite_site
+from faexport.rewrite import Names, add_opset, drop_drafts, is_current, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.mask.proof import graph_masks
 from faexport.understand.shapes.analysis import Analysis
@@ -42,6 +42,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
             again = {c.anchor: c for c in examine(model, options, analysis)}
             candidates = [again[c.anchor] if any(c is s for s in stale) else c for c in candidates]
         pending = [again[c.anchor] for c in stale]
+    drop_drafts(model)
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
     if fused:
         add_opset(model)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.nodes import name_of, subgraphs
+from faexport.nodes import graphs_of, name_of, subgraphs
 from faexport.spec import DOMAIN, OP_TYPE, VERSION, Alignment, AttentionSpec, Candidate, EmptyRow, Layout, Operand
 
 
@@ -194,6 +194,20 @@ def remove_dead(roots: list[ir.Node | None]) -> None:
                 pending.append(value.producer())
             elif value.is_initializer() and not (value.uses() or value.is_graph_input() or value.is_graph_output()):
                 value.graph.initializers.pop(value.name)
+
+
+def drop_drafts(model: ir.Model) -> None:
+    """Forgets new nodes that came into no graph, and removes what only they read."""
+    roots = []
+    for graph, _ in graphs_of(model):
+        own = list(graph.initializers.values()) if isinstance(graph, ir.Graph) else []
+        for value in [*own, *(v for node in graph for v in node.outputs)]:
+            drafts = [use for use in value.uses() if use.node.graph is None]
+            for use in drafts:
+                use.node.replace_input_with(use.idx, None)
+            if drafts and value.producer() is not None:
+                roots.append(value.producer())
+    remove_dead(roots)
 
 
 def add_opset(model: ir.Model) -> None:

@@ -59,8 +59,8 @@ FLAWS = {
     "scores_used_twice": "used twice",
     "scores_output": "also an output of the model",
     "softmax_over_queries": "",
-    "scale_from_data": "",
-    "multiplied_after": "after the softmax",
+    "scores_times_scores": "rows and keys",
+    "multiplied_after": "used twice",
     "constant_values": "constant",
     "quantized": "quantized",
     "bias_before_softcap": "before the softcap",
@@ -224,8 +224,8 @@ class _Attention:
             scores = b.op("Mul", scores, weight)
         elif form.scale == "div":
             scores = b.op("Div", scores, b.const(np.float32(1 / scale)))
-        if form.flaw == "scale_from_data":
-            scores = b.op("Mul", scores, b.op("ReduceMean", "x", keepdims=0))
+        if form.flaw == "scores_times_scores":
+            scores = b.op("Mul", scores, b.op("Sigmoid", scores))
         if form.flaw == "mixed_heads":
             mixed = b.op("Transpose", scores, perm=[0, 2, 3, 1])
             scores = b.op("Transpose", b.linear(mixed, form.heads, form.heads), perm=[0, 3, 1, 2])
@@ -326,7 +326,7 @@ class _Attention:
         if form.flaw == "weights_used_twice":
             self._export(b.op("ReduceMean", weights, keepdims=0))
         if form.flaw == "multiplied_after":
-            weights = b.op("Mul", weights, b.const(np.float32(0.5)))
+            weights = b.op("Mul", weights, b.op("Sqrt", weights))
         return weights
 
     def _with_sink(self, scores: str) -> str:

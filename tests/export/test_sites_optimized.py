@@ -232,17 +232,17 @@ RIGHT["key heads repeated by torch.repeat_interleave"] = (
         y = MatMul(weights, v4)""",
     {"4 query heads on 2 kv heads"},
 )
+RIGHT["learnt weights of heads that stand in front of the batch"] = (
+    "block (float[B, S, 4, 8] q, float[B, S, 4, 8] k, float[B, S, 4, 8] v) => (float y)",
+    """
+    scores = Einsum<equation = "bthd,bshd->hbts">(q, k)
+    temperature = Constant<value = float[4, 1, 1, 1] {1.0, 2.0, 0.5, 3.0}>()
+    scaled = Mul(scores, temperature)
+    weights = Softmax<axis = -1>(scaled)
+    y = Einsum<equation = "hbts,bshd->bthd">(weights, v)""",
+    set(),
+)
 WRONG = {
-    "learnt weights of heads that stand in front of the batch": (
-        "block (float[B, S, 4, 8] q, float[B, S, 4, 8] k, float[B, S, 4, 8] v) => (float y)",
-        """
-        scores = Einsum<equation = "bthd,bshd->hbts">(q, k)
-        temperature = Constant<value = float[4, 1, 1, 1] {1.0, 2.0, 0.5, 3.0}>()
-        scaled = Mul(scores, temperature)
-        weights = Softmax<axis = -1>(scaled)
-        y = Einsum<equation = "hbts,bshd->bthd">(weights, v)""",
-        "multiplied by a weight",
-    ),
     "a bias that meets a split image, and a Where after it": (
         SPLIT.format(a="N, 3, 4, 3, 1", b="N, 3, 4, 1, 4"),
         IMAGE.replace(

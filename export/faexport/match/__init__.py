@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finders of attention sites: one file per source form, each registered with the ops that anchor it.
 
-A matcher looks at one anchor node and returns a Candidate with its outcome (an AttentionSpec or a Refusal), or None
-where the node is no attention at all. It changes nothing.
+A matcher looks at one anchor node and returns Candidates with their outcome (an AttentionSpec or a Refusal): one, one
+for each product that reads a softmax, or none where the node is no attention at all. It changes nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Context:
     options: Options
 
 
-Matcher = Callable[[ir.Node, Context], Candidate | None]
+Matcher = Callable[[ir.Node, Context], list[Candidate]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +73,14 @@ def find_sites(context: Context) -> list[Candidate]:
     for node in context.graph:
         for entry in MATCHERS:
             if op(node) in entry.anchors and entry.min_opset <= context.analysis.opset <= entry.max_opset:
-                candidate = _tried(entry, node, context)
-                if candidate is not None:
-                    found.append(candidate)
+                candidates = _tried(entry, node, context)
+                if candidates:
+                    found += candidates
                     break
     return found
 
 
-def _tried(entry: Registration, node: ir.Node, context: Context) -> Candidate | None:
+def _tried(entry: Registration, node: ir.Node, context: Context) -> list[Candidate]:
     """The matcher's answer. A defect of ours at one site is a refusal, and costs the model no other site."""
     try:
         return entry.match(node, context)
@@ -88,4 +88,4 @@ def _tried(entry: Registration, node: ir.Node, context: Context) -> Candidate | 
         if os.environ.get("FAEXPORT_TRACEBACK"):
             traceback.print_exc()
         what = f"our analysis of it failed ({type(error).__name__}: {error}); please report this model"
-        return Candidate(node, context.graph, entry.source, outcome=Refusal(what, name_of(node), defect=True))
+        return [Candidate(node, context.graph, entry.source, outcome=Refusal(what, name_of(node), defect=True))]

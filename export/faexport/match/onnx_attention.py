@@ -19,10 +19,10 @@ SOURCE = "onnx_attention"
 
 
 @matcher(SOURCE, ("Attention",), min_opset=23)
-def match(node: ir.Node, context: Context) -> Candidate:
+def match(node: ir.Node, context: Context) -> list[Candidate]:
     candidate = Candidate(node, context.graph, SOURCE)
     candidate.outcome = _refusal(node, context) or _spec(node, candidate, context)
-    return candidate
+    return [candidate]
 
 
 def used_output(node: ir.Node, index: int) -> ir.Value | None:
@@ -50,6 +50,8 @@ def _refusal(node: ir.Node, context: Context) -> Refusal | None:
     if any(x.is_ref() for x in node.attributes.values()):
         return Refusal("an attribute is a parameter of the function that the node is in", name)
     ranks = [a.rank(v) for v in node.inputs[:3]]
+    if None in ranks and set(ranks) != {None}:
+        return Refusal("the shape of query, key or value is not known", name)
     if ranks[0] not in (3, 4, None) or len(set(ranks)) != 1:
         return Refusal("query, key and value have different ranks", name)
     return None

@@ -27,14 +27,14 @@ class Unfit(Exception):
 
 
 @matcher(SOURCE, ("com.microsoft::MultiHeadAttention", "com.microsoft::Attention"))
-def match(node: ir.Node, context: Context) -> Candidate:
+def match(node: ir.Node, context: Context) -> list[Candidate]:
     candidate = Candidate(node, context.graph, SOURCE)
     try:
         reader = _MultiHead if node.op_type == "MultiHeadAttention" else _Attention
         candidate.outcome = reader(node, context).spec(candidate)
     except Unfit as reason:
         candidate.outcome = Refusal(str(reason), name_of(node))
-    return candidate
+    return [candidate]
 
 
 class Contrib:

@@ -29,13 +29,13 @@ UNFIT_INPUTS = {
 
 
 @matcher(SOURCE, ("com.microsoft::GroupQueryAttention",))
-def match(node: ir.Node, context: Context) -> Candidate:
+def match(node: ir.Node, context: Context) -> list[Candidate]:
     candidate = Candidate(node, context.graph, SOURCE)
     try:
         candidate.outcome = _Grouped(node, context).spec(candidate)
     except Unfit as reason:
         candidate.outcome = Refusal(str(reason), name_of(node))
-    return candidate
+    return [candidate]
 
 
 class _Grouped(Contrib):

@@ -15,7 +15,16 @@ from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.nodes import data_users, name_of, op
 from faexport.spec import AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape
-from faexport.understand.core.score_chain import Blocked, Scores, find_scores, letters, read_scores
+from faexport.understand.core.score_chain import (
+    BY_WEIGHTS,
+    Blocked,
+    Path,
+    Scores,
+    find_scores,
+    letters,
+    read_scores,
+    view_of_scores,
+)
 from faexport.understand.core.sinks import sinks_of
 from faexport.understand.core.softmax import Softmax, softmax_of
 from faexport.understand.core.structure import Structure, new_producers, structure_of
@@ -28,49 +37,90 @@ SOURCE = "softmax_core"
 
 
 @matcher(SOURCE, ("Softmax", "Div", "Mul", "Exp"))
-def match(node: ir.Node, context: Context) -> Candidate | None:
+def match(node: ir.Node, context: Context) -> list[Candidate]:
     a = context.analysis
     softmax = softmax_of(node, a)
     if softmax is None:
-        return None
-    candidate = Candidate(node, context.graph, SOURCE)
+        return []
     path = find_scores(softmax, a)
-    if isinstance(path, Blocked):
-        if not feeds_product(softmax.probabilities, a):
-            return None
-        candidate.outcome = Refusal(path.why, name_of(path.node or node))
-        return candidate
-    if path.product.labels.index("row") == softmax_axis_in_product(path, softmax, a):
+    if isinstance(path, Path) and path.product.labels.index("row") == softmax_axis_in_product(path, softmax, a):
         path.product = path.product.swapped()
-    candidate.outcome = _understand(path, softmax, candidate, context)
-    return candidate
+    if isinstance(path, Path) and a.is_static(path.product.right.value):
+        path = Blocked(path.product.node, BY_WEIGHTS)
+    if softmax.flaw or isinstance(path, Blocked):
+        refusal = (
+            Refusal(softmax.flaw, name_of(node)) if softmax.flaw else Refusal(path.why, name_of(path.node or node))
+        )
+        meant = feeds_product(softmax, a)
+        return [Candidate(node, context.graph, SOURCE, outcome=refusal)] if meant else []
+    return _understand(path, softmax, context)
 
 
 def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:
     """Which axis of the score product the softmax normalises over."""
-    scores = read_scores(path, softmax, a)
-    if isinstance(scores, Refusal) or softmax.axis >= len(scores.view.axes):
+    view = view_of_scores(path, a)
+    if view is None or softmax.axis >= len(view.axes):
         return None
-    atoms = merged(scores.view.axes[softmax.axis])
+    atoms = merged(view.axes[softmax.axis])
     return atoms[0].axis if len(atoms) == 1 else None
 
 
-def _understand(path, softmax: Softmax, candidate: Candidate, context: Context) -> AttentionSpec | Refusal:
+def _understand(path: Path, softmax: Softmax, context: Context) -> list[Candidate]:
+    """A candidate for each product with values that reads the softmax."""
+    first = _read(path, softmax, context, gates=True)
+    if all(isinstance(c.outcome, AttentionSpec) for c in first) or not any(s.kind == "factor" for s in path.steps):
+        return first
+    second = _read(path, softmax, context, gates=False)
+    return second if all(isinstance(c.outcome, AttentionSpec) for c in second) else first
+
+
+def _read(path: Path, softmax: Softmax, context: Context, gates: bool) -> list[Candidate]:
+    """With `gates`, scores times 0 or 1 are masked, else they are scores times a factor."""
     a = context.analysis
-    scores = read_scores(path, softmax, a)
+    candidate = Candidate(softmax.node, context.graph, SOURCE)
+    scores = read_scores(path, softmax, a, gates)
+    values: list[Values] | Refusal
     if isinstance(scores, Refusal):
-        return scores
-    _note_sizes(candidate, scores, a)
+        values = scores
+    else:
+        _note_sizes(candidate, scores, a)
+        values = _values(scores, softmax, a)
+    if isinstance(values, Refusal):
+        candidate.outcome = values
+        return [candidate]
+    found = []
+    for one in values:
+        anchor = softmax.node if len(values) == 1 else one.product.node
+        own = Candidate(anchor, context.graph, SOURCE, sizes=dict(candidate.sizes))
+        own.outcome = _with_guard(scores, one, softmax, own, context)
+        found.append(own)
+    return _all_or_none(found)
+
+
+def _all_or_none(candidates: list[Candidate]) -> list[Candidate]:
+    """Where one product keeps the probabilities, they are computed anyway, and fusing another would compute them
+    twice."""
+    left = next((c for c in candidates if isinstance(c.outcome, Refusal)), None)
+    if left is not None:
+        for candidate in candidates:
+            if isinstance(candidate.outcome, AttentionSpec):
+                why = f"the attention weights are also read by {left.name}, which is left as it is"
+                candidate.outcome = Refusal(why, left.name)
+    return candidates
+
+
+def _values(scores: Scores, softmax: Softmax, a) -> list[Values] | Refusal:
     if merged(scores.view.axes[softmax.axis]) != _column(scores, a):
         return Refusal("the softmax does not run over the keys", name_of(softmax.node))
     if scores.sink is None:
         a.learn(softmax.probabilities, scores.view.shape)
-    values = find_values(scores, softmax.probabilities, letters(path.product), a)
+    values = find_values(scores, softmax, letters(scores.product), a)
     if isinstance(values, Refusal):
         return values
-    refusal = _private(scores, values, softmax)
-    if refusal is not None:
-        return refusal
+    return _private(scores, values, softmax) or values
+
+
+def _with_guard(scores: Scores, values: Values, softmax, candidate, context: Context) -> AttentionSpec | Refusal:
     if values.guard is not None:
         found = _with_values(scores, values.past_guard(), softmax, candidate, context)
         if isinstance(found, AttentionSpec):
@@ -103,10 +153,10 @@ def _dtype_name(dtype: ir.DataType | None) -> str | None:
     return None if dtype is None else dtype.name.lower()
 
 
-def _private(scores: Scores, values: Values, softmax: Softmax) -> Refusal | None:
+def _private(scores: Scores, values: list[Values], softmax: Softmax) -> Refusal | None:
     """The scores may be read by nothing else: they would be computed a second time, and outputs of the model may not
     go away."""
-    inside = {*scores.nodes, *values.nodes, *softmax.inner}
+    inside = {*scores.nodes, *softmax.inner, *(node for one in values for node in one.nodes)}
     for node in (*scores.nodes, *softmax.inner):
         for value in node.outputs:
             if value.is_graph_output():
@@ -147,7 +197,9 @@ def _spec(
     a = context.analysis
     query, key, value = structure.query, structure.key, structure.value
     score_shape = _score_shape(scores, values, structure, softmax, context)
-    terms = _by_heads([*scores.terms, *values.terms], values.lead_sizes, structure.heads)
+    terms = _widened([*scores.terms, *values.terms], scores, values, a)
+    if not isinstance(terms, Refusal):
+        terms = _by_heads(terms, values.lead_sizes, structure.heads)
     if isinstance(terms, Refusal):
         return terms
     mask = understand(terms, score_shape, context) if terms else Mask()
@@ -184,7 +236,6 @@ def _spec(
         head_dim=query.operand.head_dim,
         head_dim_v=value.operand.head_dim,
         new_nodes=(
-            *new_producers(query.source),
             *query.new_nodes,
             *key.new_nodes,
             *value.new_nodes,
@@ -197,8 +248,32 @@ def _spec(
         mask=mask,
         softcap=scores.softcap,
         sinks=sinks,
-        facts=_facts(structure, scores),
+        facts=_facts(structure, scores, values, a.dtype(query.operand.value)),
     )
+
+
+def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a) -> list[MaskTerm] | Refusal:
+    """The terms for scores with as many batch entries and heads as the values, which may have more than the queries and
+    keys have: then a mask has to be the same for all of them."""
+    names = dict(zip(scores.product.labels, letters(scores.product), strict=True))
+    shape = dict(zip(names, a.shape(scores.product.node.outputs[0]), strict=True))
+    if len(values.lead_sizes) != len(scores.product.leads):
+        return terms
+    whole = zip(scores.product.leads, values.lead_sizes, strict=True)
+    wider = {names[label]: size for label, size in whole if shape[label] != size}
+    for term in terms if wider else ():
+        for value in (term.value, term.fill):
+            sizes = a.shape(value) if value is not None else ()
+            on = dict(zip(reversed(term.axes), reversed(sizes or ()), strict=False))
+            if sizes is None or any(on.get(letter, 1) != 1 for letter in wider) or not set(wider) <= set(term.axes):
+                why = "the values may have more heads or batch entries than the masked scores"
+                return Refusal(why, name_of(term.node))
+    return [
+        dataclasses.replace(
+            t, dims=tuple(plain(wider[x]) if x in wider else d for x, d in zip(t.axes, t.dims, strict=True))
+        )
+        for t in terms
+    ]
 
 
 def _of_mask(mask: Mask) -> tuple[ir.Node, ...]:
@@ -237,7 +312,7 @@ def _shape_uses(
     return tuple(found)
 
 
-def _facts(structure: Structure, scores: Scores) -> tuple[Fact, ...]:
+def _facts(structure: Structure, scores: Scores, values: Values, dtype: ir.DataType | None) -> tuple[Fact, ...]:
     facts = []
     query, key = structure.query, structure.key
     if key.heads != structure.heads:
@@ -248,4 +323,11 @@ def _facts(structure: Structure, scores: Scores) -> tuple[Fact, ...]:
         facts.append(Fact(f"softcap {scores.softcap:g}"))
     if scores.sink is not None:
         facts.append(Fact("attention sinks"))
+    folded = (("queries", scores.query_weights), ("keys", scores.key_weights), ("values", values.weights))
+    for operand, weights in folded:
+        if weights:
+            what = "weights" if operand == "values" else "scores"
+            limit = " (assumed to stay below 65504 there)" if dtype is ir.DataType.FLOAT16 else ""
+            names = tuple(name_of(weight.node) for weight in weights)
+            facts.append(Fact(f"a factor of the {what}, multiplied to the {operand}{limit}", names))
     return tuple(facts)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from faexport.nodes import FLOATS, attribute, name_of, op, operand, producer
 from faexport.spec import MaskTerm, Refusal, TermKind
+from faexport.understand.core.factors import Weight, fits, is_gate, weighed
 from faexport.understand.core.softmax import Softmax, subtracts_own_maximum
 from faexport.understand.core.split_bias import SplitBias
 from faexport.understand.layout import view_ops
@@ -27,6 +28,7 @@ from faexport.understand.shapes.dims import Dim, plain
 from faexport.understand.shapes.rules import resolve_axis
 
 MAX_PATH = 40  # nodes between product and softmax
+BY_WEIGHTS = "its input is a projection by weights, not a product of queries and keys"
 RESHAPES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten")
 
 
@@ -35,7 +37,7 @@ class Step:
     """One node on the way, what it does to the scores, and which input the scores come in by."""
 
     node: ir.Node
-    kind: str  # pass, scale, rows, tanh, add, sub, where, clamp, gate, max, sink, view
+    kind: str  # pass, scale, factor, tanh, add, sub, where, clamp, max, sink, view
     index: int = 0
     factor: float = 1.0  # scale: what it multiplies by
     also: tuple[ir.Node, ...] = ()  # nodes beside the path that belong to it
@@ -57,11 +59,16 @@ class Blocked:
 
 
 def find_scores(softmax: Softmax, a: Analysis) -> Path | Blocked:
-    """The path from a product of two computed tensors to the softmax."""
-    return _search(softmax.scores, softmax.axis, a, 0, set())
+    """The path from a product of two computed tensors to the softmax, or from one of a computed tensor and a constant,
+    as learnt queries are."""
+    found = _search(softmax.scores, softmax.axis, a, False, 0, set())
+    if isinstance(found, Blocked):
+        by_weights = _search(softmax.scores, softmax.axis, a, True, 0, set())
+        return by_weights if isinstance(by_weights, Path) else found
+    return found
 
 
-def _search(value: ir.Value, axis: int, a: Analysis, depth: int, dead: set[ir.Value]) -> Path | Blocked:
+def _search(value: ir.Value, axis: int, a: Analysis, weights: bool, depth: int, dead: set[ir.Value]) -> Path | Blocked:
     node = producer(value)
     if node is None or depth > MAX_PATH or value in dead:
         return Blocked(node, "its input is no product of queries and keys")
@@ -69,20 +76,22 @@ def _search(value: ir.Value, axis: int, a: Analysis, depth: int, dead: set[ir.Va
         product = product_of(node, a)
         if product is None:
             return Blocked(node, "the shapes of the score product are not known")
-        if a.is_static(product.left.value) or a.is_static(product.right.value):
-            return Blocked(node, "its input is a projection by weights, not a product of queries and keys")
+        static = a.is_static(product.left.value), a.is_static(product.right.value)
+        if all(static) or (any(static) and not weights):
+            return Blocked(node, BY_WEIGHTS)
         return Path(product, [])
     blocked = Blocked(node, f"the scores pass through {op(node)}, which attention doesn't have")
     if op(node) in ("QuantizeLinear", "DequantizeLinear"):
         blocked = Blocked(node, f"the scores are quantized inside the block ({op(node)})")
+    likely: Blocked | None = None
     for step in _steps(node, axis, a):
-        found = _search(node.inputs[step.index], axis, a, depth + 1, dead)
+        found = _search(node.inputs[step.index], axis, a, weights, depth + 1, dead)
         if isinstance(found, Path):
             found.steps.append(step)
             return found
-        blocked = found
+        likely = likely or (found if found.node is not None else None)
     dead.add(value)
-    return blocked
+    return likely or blocked
 
 
 def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
@@ -96,6 +105,8 @@ def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
         return [Step(node, "view")]
     if name == "Tanh":
         return [Step(node, "tanh")]
+    if name == "Neg":
+        return [Step(node, "scale", factor=-1.0)]
     if name == "Add":
         return [Step(node, "add", i) for i in _by_promise(node, a)]
     if name == "Sub":
@@ -127,23 +138,16 @@ def _scale_steps(node: ir.Node, a: Analysis) -> list[Step]:
         factor = a.scalar(node.inputs[1 - index])
         if factor is not None and factor != 0 and math.isfinite(factor):
             return [Step(node, "scale", index, factor if op(node) == "Mul" else 1.0 / factor)]
-    if op(node) != "Mul":
-        return []
-    found = [i for i in (0, 1) if _is_weight(node.inputs[1 - i], a) and not a.is_static(node.inputs[i])]
-    return [Step(node, "rows" if _is_one_a_row(node.inputs[1 - i], a) else "gate", i) for i in found]
+    if op(node) == "Div":
+        return [Step(node, "factor")]
+    return [Step(node, "factor", i) for i in _by_size(node, a)]
 
 
-def _is_one_a_row(value: ir.Value, a: Analysis) -> bool:
-    """Is the factor the same for all keys, as a learnt temperature of each head is?"""
-    shape = a.shape(value)
-    return bool(shape) and shape[-1] == 1
-
-
-def _is_weight(value: ir.Value, a: Analysis) -> bool:
-    """A constant, or a part of one cut out at run time."""
-    while not a.is_static(value) and op(producer(value)) in ("Slice", "Gather", "Unsqueeze", "Cast", "Identity"):
-        value = producer(value).inputs[0]
-    return a.is_static(value)
+def _by_size(node: ir.Node, a: Analysis) -> list[int]:
+    """The inputs of a Mul that may be the scores, those first that have the size of the result."""
+    whole = a.shape(node.outputs[0])
+    order = [i for i in (0, 1) if not a.is_static(node.inputs[i])]
+    return sorted(order, key=lambda i: a.shape(node.inputs[i]) != whole)
 
 
 def _clamp_steps(node: ir.Node, a: Analysis) -> list[Step]:
@@ -175,17 +179,16 @@ class Scores:
     sink_first: bool  # is the column in front of the scores, not behind?
     nodes: list[ir.Node]
     shape_uses: list[ShapeUse]  # Shape nodes that read the scores
-    row_weights: list[
-        ir.Value
-    ]  # weights, broadcastable to the rows of the scores, that the query is to be multiplied by
+    query_weights: list[Weight]  # what the queries are to be multiplied by; axes as those of `product`
+    key_weights: list[Weight]  # likewise the keys
     splits: list[Dim]  # sizes of axis 1 of 4-D forms met on the way: the number of heads where the product is 3-D
 
 
 class _Reader:
     """Replays a Path forward."""
 
-    def __init__(self, path: Path, softmax: Softmax, a: Analysis):
-        self.a, self.path, self.softmax = a, path, softmax
+    def __init__(self, path: Path, softmax: Softmax, gates: bool, a: Analysis):
+        self.a, self.path, self.softmax, self.gates = a, path, softmax, gates
         self.factors = _later_factors(path.steps)
         shape = a.shape(path.product.node.outputs[0])
         self.shape = shape
@@ -198,7 +201,8 @@ class _Reader:
         self.sink_axes: tuple[str, ...] = ()
         self.sink_first = False
         self.scale, self.softcap = path.product.scale, 0.0
-        self.row_weights: list[ir.Value] = []
+        self.query_weights: list[Weight] = []
+        self.key_weights: list[Weight] = []
         self.split: SplitBias | None = None  # biases added while rows or columns are split
         self.shape_uses = uses_of(path.product.node.outputs[0], shape)
 
@@ -225,8 +229,8 @@ class _Reader:
         if step.kind == "scale":
             if not self.softcap:
                 self.scale *= step.factor
-        elif step.kind == "rows":
-            return self._take_rows(step)
+        elif step.kind == "factor":
+            return self._take_factor(step)
         elif step.kind == "tanh":
             return self._take_tanh(step, factor)
         elif step.kind == "sink":
@@ -262,18 +266,39 @@ class _Reader:
     def _after(self, step: Step) -> list[Step]:
         return self.path.steps[self.path.steps.index(step) + 1 :]
 
-    def _take_rows(self, step: Step) -> Refusal | None:
-        """A weight that is multiplied to whole rows may as well be multiplied to the query."""
-        weight = step.node.inputs[1 - step.index]
+    def _take_factor(self, step: Step) -> Refusal | None:
+        """A factor without constants: multiplied to the queries or the keys, or a gate that a mask is made of."""
+        weight = Weight(step.node.inputs[1 - step.index], op(step.node), step.node)
+        name, sizes = name_of(step.node), self.a.shape(weight.value)
+        if sizes is None:
+            return Refusal("the scores are multiplied by a tensor of unknown shape", name)
+        if not fits(weight.value, self.view.shape, self.a):
+            return Refusal("the scores are multiplied by a tensor that may give them another shape", name)
+        if self.softcap:
+            return Refusal("the scores are multiplied by a tensor behind the softcap (Tanh)", name)
+        whole = self.view == View.whole(self.shape)
+        if not weight.is_single(self.a) and not whole:
+            return Refusal("the scores are multiplied by a tensor in a shape that is not understood", name)
         labels = self.path.product.labels
-        same_axes = self.view == View.whole(self.shape) and labels[-2:] == ("row", "column")
-        same_axes = same_axes and self.path.product.left.labels == (*labels[:-1], "sum")
-        if self.terms or self.softcap or not same_axes:
-            return Refusal(
-                "the scores are multiplied by a weight after something else was done to them", name_of(step.node)
-            )
-        self.row_weights.append(weight)
+        wide = {x for x, size in zip(reversed(labels), reversed(sizes), strict=False) if size != 1}
+        if "column" in wide and self.gates and weight.op_type == "Mul" and is_gate(weight.value, self.a):
+            return self._take_term(dataclasses.replace(step, kind="gate"), self.factors[self.path.steps.index(step)])
+        if {"row", "column"} <= wide:
+            return Refusal("the scores are multiplied by a tensor of rows and keys", name)
+        if "column" in wide and weight.op_type == "Div":
+            return Refusal("the scores are divided by a tensor of keys, which may hold 0", name)
+        if self.terms and not self._weigh_terms(weight):
+            return Refusal("the scores are multiplied by a tensor after a mask was put on them", name)
+        (self.key_weights if "column" in wide else self.query_weights).append(weight)
         return None
+
+    def _weigh_terms(self, weight: Weight) -> bool:
+        """(scores + bias) * w is scores * w + bias * w. False where what was done to the scores is no such sum."""
+        axes, dims = "".join(self._axes() or ()), tuple(plain(d) for d in self.view.shape)
+        if not all((t.kind, t.axes, t.dims) == (TermKind.ADD, axes, dims) for t in self.terms):
+            return False
+        self.terms = [dataclasses.replace(t, value=weighed(t.value, weight, self.a)) for t in self.terms]
+        return True
 
     def _take_tanh(self, step: Step, factor: float) -> Refusal | None:
         if self.terms or self.softcap:
@@ -409,11 +434,22 @@ def _name_parts(letters: list[str]) -> tuple[str, ...] | None:
     return None if any(x in "?nbh" for x in letters) else tuple(letters)
 
 
-def read_scores(path: Path, softmax: Softmax, a: Analysis) -> Scores | Refusal:
-    """Replays the path from the product to the softmax."""
+def view_of_scores(path: Path, a: Analysis) -> View | None:
+    """The softmax's input as a view of the product, without the sink's column."""
+    shape = a.shape(path.product.node.outputs[0])
+    view = None if shape is None else View.whole(shape)
+    for step in path.steps:
+        if step.kind == "view" and view is not None:
+            view = view_ops.apply(step.node.outputs[0], view, a)
+    return view
+
+
+def read_scores(path: Path, softmax: Softmax, a: Analysis, gates: bool = True) -> Scores | Refusal:
+    """Replays the path from the product to the softmax. With `gates`, scores times 0 or 1 are taken for a part of a
+    mask, else for scores with a factor."""
     if a.shape(path.product.node.outputs[0]) is None:
         return Refusal("the shape of the scores is not known", name_of(path.product.node))
-    reader = _Reader(path, softmax, a)
+    reader = _Reader(path, softmax, gates, a)
     refusal = reader.run()
     if refusal is not None:
         return refusal
@@ -428,6 +464,7 @@ def read_scores(path: Path, softmax: Softmax, a: Analysis) -> Scores | Refusal:
         reader.sink_first,
         reader.nodes,
         reader.shape_uses,
-        reader.row_weights,
+        reader.query_weights,
+        reader.key_weights,
         reader.splits,
     )

@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds softmaxes, as a Softmax node or written by hand as exp / sum. Called by match/softmax_core.py."""
+"""Finds softmaxes: a Softmax node, or one written by hand as exp and sum, whose division may stand behind the product
+with the values. Called by match/softmax_core.py.
+
+What looks like a softmax and isn't the one of attention is found too, with the sentence that says why.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand, producer
+from faexport.nodes import FLOATS, attribute, data_users, op, operand, producer
+from faexport.understand.layout.products import PRODUCT_OPS
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import constant_ints, resolve_axis
+
+SUMS = ("ReduceSum", "ReduceL1")  # of exponentials, which are not negative, they are the same
+FLATTENED = "this Softmax normalises over axes {first} to {last} together (opset {opset}), not over the keys alone"
+ALTERED = "the sum of the exponentials is changed ({op}) before they are divided by it"
+NOT_DIVIDED = "the exponentials are not divided by their sum in a way that is understood"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,66 +28,153 @@ class Softmax:
     node: ir.Node  # the one that yields the probabilities
     scores: ir.Value
     axis: int  # not negative
-    probabilities: ir.Value
+    probabilities: ir.Value  # with `total`, the exponentials
     inner: tuple[ir.Node, ...]  # all nodes that belong to it
+    total: ir.Value | None = None  # the sums that the product with the values is yet to be divided by
+    flaw: str = ""  # why this can't be the softmax of attention
 
 
 def softmax_of(node: ir.Node, a: Analysis) -> Softmax | None:
     """`node` as the end of a softmax over one axis, or None."""
-    if op(node) == "Softmax":
+    name = op(node)
+    if name == "Softmax":
         return _softmax_node(node, a)
-    if op(node) == "Exp" and op(producer(node.inputs[0])) == "LogSoftmax":
-        inner = _softmax_node(producer(node.inputs[0]), a)
-        return inner and Softmax(node, inner.scores, inner.axis, node.outputs[0], (*inner.inner, node))
-    if op(node) == "Exp" and op(producer(node.inputs[0])) == "Sub":
-        return _by_log_sum(node, a)
-    if op(node) == "Div":
+    if name == "Exp":
+        return _exponential(node, a)
+    if name == "Div":
         return _written_out(node, node.inputs[0], node.inputs[1], (), a)
-    if op(node) == "Mul":
+    if name == "Mul":
         for exp, inverse in (node.inputs, node.inputs[::-1]):
-            reciprocal = producer(inverse)
-            if op(reciprocal) == "Reciprocal":
-                return _written_out(node, exp, reciprocal.inputs[0], (reciprocal,), a)
+            divisor = divisor_of(inverse, a)
+            found = _written_out(node, exp, divisor, (producer(inverse),), a) if divisor is not None else None
+            if found is not None:
+                return found
     return None
 
 
-def _softmax_node(node: ir.Node, a: Analysis) -> Softmax | None:
+def divisor_of(value: ir.Value, a: Analysis) -> ir.Value | None:
+    """x, where the value is 1 / x."""
+    node = producer(value)
+    if op(node) == "Reciprocal":
+        return node.inputs[0]
+    return node.inputs[1] if op(node) == "Div" and a.scalar(node.inputs[0]) == 1 else None
+
+
+def _softmax_node(node: ir.Node, a: Analysis) -> Softmax:
     rank = a.rank(node.inputs[0])
     axis = attribute(node, "axis", -1 if a.opset >= 13 else 1)
+    flaw = ""
     if rank is None:
-        # Of an unknown rank only "the last axis" can be told, and up to opset 12 the axes behind `axis` are taken
-        # together.
-        return None
-    axis = resolve_axis(axis, rank)
-    if a.opset < 13 and axis != rank - 1:
-        return None
-    return Softmax(node, node.inputs[0], axis, node.outputs[0], (node,))
+        axis, flaw = 0, "the shape of the scores is not known"
+    else:
+        axis = resolve_axis(axis, rank)
+        if a.opset < 13 and any(d != 1 for d in a.shape(node.inputs[0])[axis : rank - 1]):
+            flaw = FLATTENED.format(first=axis, last=rank - 1, opset=a.opset)
+        if a.opset < 13:
+            axis = rank - 1
+    return Softmax(node, node.inputs[0], axis, node.outputs[0], (node,), flaw=flaw)
+
+
+def _exponential(node: ir.Node, a: Analysis) -> Softmax | None:
+    before = producer(node.inputs[0])
+    if op(before) == "LogSoftmax":
+        inner = _softmax_node(before, a)
+        return dataclasses.replace(inner, node=node, probabilities=node.outputs[0], inner=(before, node))
+    return _by_log_sum(node, before, a) or _divided_late(node, a)
 
 
 def _written_out(node, exp_value, total_value, more, a: Analysis) -> Softmax | None:
     """exp(x) / sum(exp(x))."""
-    exp, total = producer(exp_value), reduction_of(total_value, a)
-    if op(exp) != "Exp" or total is None or (total.name, total.source) != ("ReduceSum", exp_value):
+    exp = producer(exp_value)
+    if op(exp) != "Exp":
         return None
-    if len(total.axes) != 1:
+    total, changes = _sum_of(total_value, exp, a)
+    if total is None or total.source is not exp_value or len(total.axes) != 1:
         return None
-    return Softmax(node, exp.inputs[0], total.axes[0], node.outputs[0], (exp, *total.nodes, *more, node))
+    inner = (exp, *total.nodes, *changes, *more, node)
+    flaw = ALTERED.format(op=op(changes[-1])) if changes and not _is_harmless(changes, exp, total, a) else ""
+    return Softmax(node, exp.inputs[0], total.axes[0], node.outputs[0], inner, flaw=flaw)
 
 
-def _by_log_sum(node: ir.Node, a: Analysis) -> Softmax | None:
-    """exp(x - logsumexp(x))."""
-    difference = producer(node.inputs[0])
+def _divided_late(exp: ir.Node, a: Analysis) -> Softmax | None:
+    """exp(x), whose sums divide what is made of it."""
+    users = data_users(exp.outputs[0])
+    sums = [u for u in users if op(u) in SUMS]
+    if not sums or not any(op(u) in PRODUCT_OPS for u in users):
+        return None
+    axes, rank = reduced_axes(sums[0], a), a.rank(exp.outputs[0])
+    if len(sums) > 1 or axes is None or len(axes) != 1:
+        return Softmax(exp, exp.inputs[0], (rank or 1) - 1, exp.outputs[0], (exp, *sums), flaw=NOT_DIVIDED)
+    return Softmax(exp, exp.inputs[0], axes[0], exp.outputs[0], (exp, *sums), sums[0].outputs[0])
+
+
+def _sum_of(value: ir.Value, exp: ir.Node, a: Analysis) -> tuple[Reduction | None, tuple[ir.Node, ...]]:
+    """The value as sums of the exponentials, and the nodes that then change them."""
+    changes: list[ir.Node] = []
+    while len(changes) < 3:
+        found = reduction_of(value, a)
+        if found is not None and found.name in SUMS:
+            return found, tuple(changes[::-1])
+        node = producer(value)
+        if op(node) not in ("Add", "Max", "Clip"):
+            return None, ()
+        changes.append(node)
+        others = [v for v in node.inputs if v is not None and a.constant(v) is None]
+        if len(others) != 1:
+            return None, ()
+        value = others[0]
+    return None, ()
+
+
+def _is_harmless(changes: tuple[ir.Node, ...], exp: ir.Node, total: Reduction, a: Analysis) -> bool:
+    """Do the changes leave a sum of at least 1 as it is? It is that where the maximum was subtracted before."""
+    before = producer(exp.inputs[0])
+    dtype = a.dtype(exp.outputs[0])
+    if dtype is None or op(before) != "Sub" or subtracts_own_maximum(before, total.axes[0], a) is None:
+        return False
+    return all(_keeps(node, dtype, a) for node in changes)
+
+
+def _keeps(node: ir.Node, dtype: ir.DataType, a: Analysis) -> bool:
+    numbers = [a.scalar(v) for v in node.inputs if v is not None and a.constant(v) is not None]
+    if None in numbers or not numbers:
+        return False
+    if op(node) == "Add":  # less than half of the distance between 1 and the next number is rounded away
+        return 0 <= numbers[0] < _epsilon(dtype) / 2
+    return len(numbers) == 1 and numbers[0] <= 1 and (op(node) == "Max" or operand(node, 2) is None)
+
+
+def _epsilon(dtype: ir.DataType) -> float:
+    """The distance from 1 to the next number of a float type."""
+    return {ir.DataType.BFLOAT16: 2.0**-7}.get(dtype) or float(np.finfo(dtype.numpy()).eps)
+
+
+def _by_log_sum(exp: ir.Node, difference: ir.Node | None, a: Analysis) -> Softmax | None:
+    """exp(x - log(sum(exp(x))))."""
+    if op(difference) != "Sub":
+        return None
+    source = difference.inputs[0]
     total = reduction_of(difference.inputs[1], a)
-    if total is None or (total.name, total.source) != ("ReduceLogSumExp", difference.inputs[0]) or len(total.axes) != 1:
+    if total is None or len(total.axes) != 1:
         return None
-    return Softmax(node, total.source, total.axes[0], node.outputs[0], (difference, *total.nodes, node))
+    nodes = total.nodes
+    if total.name != "ReduceLogSumExp":
+        inner = producer(total.source)
+        if total.name not in ("ReduceLogSum", "log of ReduceSum") or op(inner) != "Exp":
+            return None
+        nodes = (inner, *nodes)
+        if inner.inputs[0] is not source:
+            return None
+    elif total.source is not source:
+        return None
+    return Softmax(exp, source, total.axes[0], exp.outputs[0], (difference, *nodes, exp))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
     """A value that holds `source` reduced along `axes` (not negative), which are there with size 1."""
 
-    name: str
+    name: str  # the op's, or "log of ReduceSum"
     source: ir.Value
     axes: tuple[int, ...]
     nodes: tuple[ir.Node, ...]  # from the reduction to the value
@@ -84,24 +182,32 @@ class Reduction:
 
 def reduction_of(value: ir.Value, a: Analysis) -> Reduction | None:
     """`value` as a reduction of another one; axes that it dropped may have been put back by other nodes."""
-    node, nodes = producer(value), []
-    while op(node) in ("Identity", "Cast", "Unsqueeze", "Reshape"):
+    node, nodes, is_log = producer(value), [], False
+    while op(node) in ("Identity", "Cast", "Unsqueeze", "Reshape", "Log"):
+        if (op(node) == "Log" and is_log) or (op(node) == "Cast" and ir.DataType(attribute(node, "to")) not in FLOATS):
+            return None
+        is_log = is_log or op(node) == "Log"
         nodes.append(node)
         node = producer(node.inputs[0])
-    if not op(node).startswith("Reduce"):
+    if not op(node).startswith("Reduce") or (is_log and op(node) != "ReduceSum"):
         return None
-    source, rank = node.inputs[0], a.rank(node.inputs[0])
-    if rank is None:
+    source, gone = node.inputs[0], reduced_axes(node, a)
+    if gone is None:
         return None
-    axes = constant_ints(node, a, 1, "axes")
-    if axes is None and (operand(node, 1) is not None or attribute(node, "axes") is not None):
+    kept = bool(attribute(node, "keepdims", 1)) and all(op(n) in ("Identity", "Cast", "Log") for n in nodes)
+    if not _is_in_place(value, source, gone, kept, a):
+        return None
+    return Reduction("log of ReduceSum" if is_log else op(node), source, tuple(gone), (node, *nodes[::-1]))
+
+
+def reduced_axes(node: ir.Node, a: Analysis) -> list[int] | None:
+    """The axes, not negative, that a reduction reduces."""
+    rank, axes = a.rank(node.inputs[0]), constant_ints(node, a, 1, "axes")
+    if rank is None or (axes is None and (operand(node, 1) is not None or attribute(node, "axes") is not None)):
         return None
     if not axes and attribute(node, "noop_with_empty_axes", 0):
         return None
-    gone = sorted(resolve_axis(x, rank) for x in axes) if axes else list(range(rank))
-    if not _is_in_place(value, source, gone, bool(attribute(node, "keepdims", 1)) and not nodes, a):
-        return None
-    return Reduction(op(node), source, tuple(gone), (node, *nodes[::-1]))
+    return sorted(resolve_axis(x, rank) for x in axes) if axes else list(range(rank))
 
 
 def _is_in_place(value: ir.Value, source: ir.Value, gone: list[int], kept: bool, a: Analysis) -> bool:

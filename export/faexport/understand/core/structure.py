@@ -9,17 +9,20 @@ fewest new nodes wins. Called by match/softmax_core.py.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from faexport.nodes import name_of
 from faexport.spec import Layout, Operand, Refusal
 from faexport.surgery import Builder
+from faexport.understand.core.factors import Weight, folded, times
 from faexport.understand.core.outputs import Output, read_output
 from faexport.understand.core.score_chain import Scores
 from faexport.understand.core.value_chain import Values
-from faexport.understand.layout.heads import Link, Reading, Wanted, canonical, chain_of, parts_of, read, same_heads
+from faexport.understand.layout.heads import Link, Reading, Wanted, canonical, chain_of, parts_of, read
 from faexport.understand.layout.products import Factor
+from faexport.understand.layout.shape_uses import size_from
 from faexport.understand.layout.views import View, size_of
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim, product
@@ -48,6 +51,8 @@ class _Side:
     links: list[Link]
     labels: tuple[str, ...]
     lead_sizes: tuple[Dim, ...]
+    source: ir.Value  # the operand in the graph; `factor` may be this times weights
+    numbers: tuple[Weight, ...] = ()  # that the operand is multiplied by wherever it is read
 
     def wanted(self, heads: Dim, grouped: bool, packed: bool, dtype: ir.DataType | None) -> Wanted:
         return Wanted(self.labels, self.lead_sizes, heads, grouped, packed, dtype)
@@ -84,33 +89,30 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> tuple[_Side, _Side, _
     shape = a.shape(scores.product.node.outputs[0])
     leads = scores.product.leads
     sizes = tuple(shape[scores.product.labels.index(x)] for x in leads)
-    made = []
-    query = scores.product.left
-    if scores.row_weights:
-        query = Factor(_weighted(query.value, scores.row_weights, a), query.labels)
-    for factor, names, lead_sizes, rows in (
-        (query, leads, sizes, "row"),
-        (scores.product.right, leads, sizes, "column"),
-        (values.product.right, values.product.leads, tuple(values.lead_sizes), "sum"),
-    ):
-        columns = "column" if rows == "sum" else "sum"
-        missing = {rows, columns} - set(factor.labels)
-        if missing or a.shape(factor.value) is None:
-            return Refusal("the shape of query, key or value is not known", name_of(scores.product.node))
-        links = [x for x in chain_of(factor.value, a) if rows != "sum" or x.scale == 1.0]
-        made.append(_Side(factor, links, (*names, rows, columns), lead_sizes))
-    return tuple(made)
+    if len(sizes) == len(values.lead_sizes):
+        sizes = tuple(values.lead_sizes)  # where keys and queries have one batch entry, the values may have more
+    right, value_sizes = values.product.right, tuple(values.lead_sizes)
+    after = (values.product.left.labels, {"row": "column"}, a)
+    before = (scores.product.labels, {"column": "sum"}, a), (scores.product.labels, {"row": "sum"}, a)
+    sides = [
+        _side(scores.product.left, scores.query_weights, before[0], (*leads, "row", "sum"), sizes),
+        _side(scores.product.right, scores.key_weights, before[1], (*leads, "column", "sum"), sizes),
+        _side(right, values.weights, after, (*values.product.leads, "sum", "column"), value_sizes),
+    ]
+    if None in sides:
+        return Refusal("the shape of query, key or value is not known", name_of(scores.product.node))
+    return tuple(sides)
 
 
-def _weighted(query: ir.Value, weights: list[ir.Value], a: Analysis) -> ir.Value:
-    """The query times the weights; the new nodes are found by `new_producers`."""
-    value = query
-    for weight in weights:
-        build = Builder(a.opset)
-        product_value = build.add("Mul", [value, weight], a.dtype(query))
-        a.define(product_value, a.shape(query))
-        value = product_value
-    return value
+def _side(factor: Factor, weights: list[Weight], how, labels: tuple[str, ...], lead_sizes) -> _Side | None:
+    """One operand, times the weights that aren't single numbers; `how` says what `folded` needs to know."""
+    a = how[-1]
+    if set(labels[-2:]) - set(factor.labels) or a.shape(factor.value) is None:
+        return None
+    numbers = tuple(w for w in weights if w.is_single(a))
+    whole = folded(factor, [w for w in weights if w not in numbers], *how)
+    links = [x for x in chain_of(whole.value, a) if labels[-1] == "sum" or x.scale == 1.0]
+    return _Side(whole, links, labels, lead_sizes, factor.value, numbers)
 
 
 def new_producers(value: ir.Value) -> tuple[ir.Node, ...]:
@@ -146,6 +148,8 @@ def _with_heads(sides, values: Values, heads: Dim, a: Analysis) -> Structure | R
         return Refusal("query, key and value are not float32, float16 or bfloat16", name_of(values.product.node))
     for dtype in dtypes:
         for grouped, packed in ((True, True), (True, False), (False, True), (False, False)):
+            if packed and any(side.numbers for side in sides):
+                continue
             found = _try(sides, values, heads, (grouped, packed, dtype), a)
             if isinstance(found, Refusal):
                 problem = found
@@ -172,12 +176,12 @@ def _try(sides, values: Values, heads: Dim, how, a: Analysis) -> Structure | Ref
     for side in sides:
         is_query = side is sides[0]
         wanted = side.wanted(heads, grouped and not is_query, packed, dtype)
-        reading = read(side.factor, side.links, wanted, a) or _rebuilt(side, wanted, a)
+        reading = read(side.factor, side.links, wanted, a) or _rebuilt(side, wanted, sides, a)
         if reading is None:
             return Refusal("the heads of query, key and value cannot be told apart", name_of(values.product.node))
-        readings.append(reading)
+        readings.append(_weighted(reading, side, a))
     query, key, value = readings
-    if not same_heads(key.heads, value.heads):
+    if key.heads != value.heads:
         return Refusal("key and value have different numbers of heads", name_of(values.product.node))
     in_columns = [r.operand.column_start is not None for r in readings]
     if any(in_columns) and not _all_in_columns(readings):
@@ -197,24 +201,99 @@ def _all_in_columns(readings: list[Reading]) -> bool:
     return True
 
 
-def _rebuilt(side: _Side, wanted: Wanted, a: Analysis) -> Reading | None:
+def _weighted(reading: Reading, side: _Side, a: Analysis) -> Reading:
+    """The reading with the side's weights: what `folded` made stands in front, single numbers are multiplied here."""
+    value, nodes = times(reading.operand.value, side.numbers, a)
+    operand = dataclasses.replace(reading.operand, value=value)
+    source = side.source if reading.source is side.factor.value else reading.source
+    before = new_producers(side.factor.value)
+    return dataclasses.replace(reading, operand=operand, source=source, new_nodes=(*before, *reading.new_nodes, *nodes))
+
+
+def _rebuilt(side: _Side, wanted: Wanted, sides: Sequence[_Side], a: Analysis) -> Reading | None:
     """The operand as it stands at its product, brought to a layout by new nodes."""
-    value, shape = side.factor.value, a.shape(side.factor.value)
-    parts = parts_of(canonical(side.factor, View.whole(shape), wanted), wanted)
-    if parts is None:
-        return None
-    own = tuple(x for x in side.labels if x in side.factor.labels)
-    perm = [side.factor.labels.index(x) for x in own]
-    heads, dtype = size_of(parts.heads), wanted.dtype
     build = Builder(a.opset)
+    value, dtype = side.factor.value, wanted.dtype
     if dtype is not None and a.dtype(value) != dtype:
         value = build.cast(value, dtype)
+    own = tuple(x for x in side.labels if x in side.factor.labels)
+    perm = [side.factor.labels.index(x) for x in own]
     value = build.transpose(value, perm)
+    shape = tuple(a.shape(side.factor.value)[i] for i in perm)
+    parts = parts_of(canonical(Factor(value, own), View.whole(shape), wanted), wanted)
+    if parts is None:
+        expanded = _expanded(build, value, dict(zip(own, shape, strict=True)), side, wanted, sides, a)
+        if expanded is None:
+            return None
+        value, shape = expanded
+        own = side.labels
+        parts = parts_of(canonical(Factor(value, own), View.whole(shape), wanted), wanted)
+        if parts is None:
+            return None
+    heads = size_of(parts.heads)
     value, layout = _to_layout(build, value, len(own), heads, parts.group)
     if value is None:
         return None
     operand = Operand(value, layout, heads=heads.const, head_dim=size_of(parts.columns).const)
-    return Reading(operand, heads, side.factor.value, 1.0, tuple(build.nodes))
+    return Reading(operand, heads, side.source, 1.0, tuple(build.nodes))
+
+
+def _expanded(
+    build: Builder,
+    value: ir.Value,
+    known: dict[str, Dim],
+    side: _Side,
+    wanted: Wanted,
+    sides: Sequence[_Side],
+    a: Analysis,
+) -> tuple[ir.Value, tuple[Dim, ...]] | None:
+    """The operand with as many batch entries (and heads, where it may not have fewer) as the scores, and its shape. The
+    sizes that it lacks are those of the other operands: each is equal to its own, or one of both is 1."""
+    leads = side.labels[:-2]
+    missing = dict(zip(leads, side.lead_sizes, strict=True))
+    if wanted.grouped:
+        missing = {x: size for x, size in missing.items() if x not in _head_labels(leads, wanted)}
+    targets: list[list[ir.Value]] = [[]]  # of Expands, one after the other: sizes of the leading axes
+    for position, label in enumerate(leads):
+        if label not in known:
+            value = build.unsqueeze(value, position)
+    for label in leads:
+        own, size = known.get(label, ONE), missing.get(label, ONE)
+        sizes = [] if size in (1, own) else _sizes(build, label, own, size, sides, a)
+        if sizes is None:
+            return None
+        targets += [[] for _ in range(len(sizes) - len(targets))]
+        for k, target in enumerate(targets):
+            target.append(sizes[k] if k < len(sizes) else build.ints([1]))
+    for target in targets:
+        whole = build.add("Concat", [*target, build.ints([1, 1])], ir.DataType.INT64, axis=0)
+        value = build.add("Expand", [value, whole], value.dtype)
+    own_sizes = {x: known.get(x, ONE) if missing.get(x, ONE) == 1 else missing[x] for x in leads}
+    return value, (*own_sizes.values(), *(known[x] for x in side.labels[-2:]))
+
+
+def _head_labels(leads: tuple[str, ...], wanted: Wanted) -> tuple[str, ...]:
+    """The leading axes that are heads."""
+    return next((leads[k:] for k in range(len(leads)) if product(wanted.lead_sizes[k:]) == wanted.heads), ())
+
+
+def _sizes(
+    build: Builder, label: str, own: Dim, size: Dim, sides: Sequence[_Side], a: Analysis
+) -> list[ir.Value] | None:
+    """The sizes, int64 [1], that an axis of size `own` is to be expanded to, one after the other, to become `size`."""
+    if size.const is not None:
+        return [build.ints([size.const])]
+    found: dict[Dim, ir.Value] = {}
+    for other in sides:
+        given = dict(zip(other.factor.labels, a.shape(other.factor.value), strict=True)).get(label, ONE)
+        if given in (1, own) or given in found:
+            continue
+        sources = [x.value for x in reversed(other.links) if x.value is not other.factor.value]
+        part = size_from(build, given, (*sources, other.source), {}, a)
+        if part is None:
+            return None
+        found[given] = part
+    return list(found.values()) or None
 
 
 def _to_layout(build: Builder, value: ir.Value, rank: int, heads: Dim, group: Dim) -> tuple[ir.Value | None, Layout]:

@@ -7,15 +7,18 @@ shape.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import onnx_ir as ir
 
 from faexport.nodes import FLOATS, attribute, data_users, name_of, op
 from faexport.spec import MaskTerm, Refusal, TermKind
+from faexport.understand.core.factors import Weight, division_by, fits
 from faexport.understand.core.nan_guard import nan_guard
 from faexport.understand.core.row_guard import row_guard
 from faexport.understand.core.score_chain import RESHAPES, Scores, label_axes
+from faexport.understand.core.softmax import Softmax
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import PRODUCT_OPS, Product, product_of, with_row
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
@@ -25,6 +28,19 @@ from faexport.understand.shapes.dims import Dim, plain
 from faexport.understand.shapes.rules import slice_of
 
 MAX_PATH = 24
+# Products of matrices, also of quantized ones, and which of their inputs are multiplied.
+MULTIPLYING = dict.fromkeys((*PRODUCT_OPS, "MatMulInteger"), (0, 1)) | {"QLinearMatMul": (0, 3)}
+MULTIPLYING |= dict.fromkeys(
+    [f"com.microsoft::{name}" for name in ("MatMulIntegerToFloat", "DynamicQuantizeMatMul")], (0, 1)
+)
+# What may stand between a softmax and the product with the values, also where it makes the block no attention.
+PASSING = frozenset(
+    (*RESHAPES, "Cast", "Identity", "Dropout", "Where", "IsNaN", "Slice", "Mul", "Div", "Add", "Sub", "Max", "Min")
+    + ("Clip", "Concat", "Expand", "Pad", "Gather", "ScatterND", "Split", "Tile", "Round", "Floor", "Sqrt", "Pow")
+    + ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+    + tuple(f"{domain}::{kind}Linear" for domain in ("com.microsoft", "trt") for kind in ("Quantize", "Dequantize"))
+    + ("trt::TRT_FP8QuantizeLinear", "trt::TRT_FP8DequantizeLinear")
+)
 
 
 @dataclasses.dataclass
@@ -37,8 +53,9 @@ class Values:
     nan_guard: bool
     nodes: list[ir.Node]
     shape_uses: list[ShapeUse]  # Shape nodes that read the probabilities
-    result: ir.Value  # the product's output, or that of the guard behind it
+    result: ir.Value  # the product's output, or that of the division or the guard behind it
     guard: MaskTerm | None  # EMPTY_ROW, where one stands behind `result`
+    weights: list[Weight]  # what the probabilities are multiplied by, the same for all rows: so are the values then
 
     def past_guard(self) -> Values:
         """The same with the guard taken for a part of attention."""
@@ -46,19 +63,29 @@ class Values:
 
 
 class _Walker:
-    def __init__(self, scores: Scores, value: ir.Value, names: list[str], shape, a: Analysis):
-        self.a, self.scores, self.value, self.names, self.shape = a, scores, value, names, shape
+    """What was met on the way so far. Where the probabilities are read several times, each way goes on with a copy."""
+
+    def __init__(self, scores: Scores, softmax: Softmax, names: list[str], shape, a: Analysis):
+        self.a, self.scores, self.softmax, self.names, self.shape = a, scores, softmax, names, shape
+        self.value = softmax.probabilities
         self.view: View = scores.view
         self.has_sink = scores.sink is not None
         self.terms: list[MaskTerm] = []
+        self.weights: list[Weight] = []
         self.nan_guard = False
         self.nodes: list[ir.Node] = []
         self.shape_uses: list[ShapeUse] = []
 
-    def run(self) -> tuple[ir.Node, ir.Value] | Refusal:
-        """Walks on to the product; returns it and the probabilities that it reads."""
-        for _ in range(MAX_PATH):
-            users = data_users(self.value)
+    def _copy(self) -> _Walker:
+        other = copy.copy(self)
+        for name in ("terms", "weights", "nodes", "shape_uses"):
+            setattr(other, name, list(getattr(self, name)))
+        return other
+
+    def run(self) -> list[tuple[_Walker, ir.Node]] | Refusal:
+        """Walks on to the products that read the probabilities: each, and the walker that stands in front of it."""
+        while len(self.nodes) <= MAX_PATH:
+            users = [u for u in data_users(self.value) if u not in self.softmax.inner]
             self.shape_uses += uses_of(self.value, () if self.has_sink else self.view.shape)
             if self.value.is_graph_output():
                 return Refusal("the attention weights are also an output of the model", self.value.name or "")
@@ -68,22 +95,27 @@ class _Walker:
                 self.nodes += guard.nodes
                 self._advance(guard.where)
                 continue
-            if len(users) != 1:
+            if not users:
+                return Refusal("nothing uses the attention weights", name_of(self.value.producer()))
+            if len(users) > 1:
                 return self._several(users)
-            node = users[0]
-            if op(node) in PRODUCT_OPS:
-                return (node, self.value)
-            refusal = self._step(node)
+            if op(users[0]) in PRODUCT_OPS:
+                return [(self, users[0])]
+            refusal = self._step(users[0])
             if refusal is not None:
                 return refusal
         return Refusal("no product with values follows the softmax", name_of(self.nodes[-1]))
 
-    def _several(self, users: list[ir.Node]) -> Refusal:
-        if not users:
-            return Refusal("nothing uses the attention weights", "")
-        products = [u for u in users if op(u) in PRODUCT_OPS]
-        other = next((u for u in users if u not in products), users[-1])
-        return Refusal(f"the attention weights are used twice: also by {op(other)}", name_of(other))
+    def _several(self, users: list[ir.Node]) -> list[tuple[_Walker, ir.Node]] | Refusal:
+        """The products behind all users, if each of them leads to some."""
+        ends: list[tuple[_Walker, ir.Node]] = []
+        for user in users:
+            way = self._copy()
+            found = [(way, user)] if op(user) in PRODUCT_OPS else way._step(user) or way.run()
+            if isinstance(found, Refusal):
+                return Refusal(f"the attention weights are used twice: also by {op(user)}", name_of(user))
+            ends += found
+        return ends
 
     def _advance(self, node: ir.Node) -> None:
         self.nodes.append(node)
@@ -110,6 +142,10 @@ class _Walker:
             refusal = self._zero(node)
             if refusal is not None:
                 return refusal
+        elif name in ("Mul", "Div"):
+            refusal = self._weigh(node)
+            if refusal is not None:
+                return refusal
         elif name == "Dropout" and view_ops.is_training(node, self.a):
             return Refusal("Dropout is in training mode", name_of(node))
         elif name in ("QuantizeLinear", "DynamicQuantizeLinear"):
@@ -121,6 +157,27 @@ class _Walker:
             )
         self._advance(node)
         return None
+
+    def _weigh(self, node: ir.Node) -> Refusal | None:
+        """A factor that is the same for all rows may as well be multiplied to the values."""
+        index = 0 if node.inputs[0] is self.value else 1
+        weight = node.inputs[1 - index]
+        one_way = weight is not self.value and (op(node) == "Mul" or (index == 0 and self.a.scalar(weight)))
+        whole = self.view == View.whole(self.shape) and not self.has_sink
+        if not one_way or not whole or not fits(weight, self.shape, self.a) or not self._skips_rows(weight):
+            return Refusal(
+                f"the attention weights pass through {op(node)} after the softmax, and what they are multiplied by "
+                "is not known to be the same for all rows",
+                name_of(node),
+            )
+        self.weights.append(Weight(weight, op(node), node))
+        return None
+
+    def _skips_rows(self, weight: ir.Value) -> bool:
+        """Has the factor size 1 along the rows?"""
+        labels = self.scores.product.labels
+        sizes = dict(zip(reversed(labels), reversed(self.a.shape(weight)), strict=False))
+        return sizes.get("row", 1) == 1
 
     def _drops_sink(self, node: ir.Node) -> bool:
         shape = self.a.shape(node.inputs[0])
@@ -144,14 +201,18 @@ class _Walker:
         return None
 
 
-def find_values(scores: Scores, probabilities: ir.Value, names: list[str], a: Analysis) -> Values | Refusal:
-    """Walks from the probabilities to their product with the values and checks which axis is summed."""
+def find_values(scores: Scores, softmax: Softmax, names: list[str], a: Analysis) -> list[Values] | Refusal:
+    """Walks from the probabilities to their products with values, and checks for each which axis is summed."""
     shape = a.shape(scores.product.node.outputs[0])
-    walker = _Walker(scores, probabilities, names, shape, a)
-    found = walker.run()
-    if isinstance(found, Refusal):
-        return found
-    node, value = found
+    ends = _Walker(scores, softmax, names, shape, a).run()
+    if isinstance(ends, Refusal):
+        return ends
+    found = [_values(walker, node) for walker, node in ends]
+    return next((x for x in found if isinstance(x, Refusal)), found)
+
+
+def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
+    a, scores, shape = walker.a, walker.scores, walker.shape
     if walker.has_sink:
         return Refusal("the sink's column is not dropped after the softmax", name_of(node))
     product = product_of(node, a)
@@ -161,7 +222,7 @@ def find_values(scores: Scores, probabilities: ir.Value, names: list[str], a: An
         return Refusal("the product with the values is scaled (alpha), which attention doesn't have", name_of(node))
     if product.left.value is product.right.value:
         return Refusal("the attention weights are multiplied with themselves", name_of(node))
-    if product.right.value is value:
+    if product.right.value is walker.value:
         product = product.swapped()
     axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
     column, row = (_atom_axis(scores.product, label, shape) for label in ("column", "row"))
@@ -179,16 +240,30 @@ def find_values(scores: Scores, probabilities: ir.Value, names: list[str], a: An
     leads = [axes.get(label, ()) for label in product.leads]
     if merged([x for axis in leads for x in axis]) != _whole_leads(scores.product, shape):
         return Refusal("batch and heads are exchanged between scores and values", name_of(node))
+    sizes = [size_of(x) for x in leads]
+    whole = a.shape(node.outputs[0])
+    if whole is not None and len(leads) == len(scores.product.leads) and walker.view == View.whole(shape):
+        sizes = [whole[product.labels.index(x)] for x in product.leads]  # the values may have more than the scores
     walker.nodes.append(node)
+    result, guard = node.outputs[0], None
+    if walker.softmax.total is not None:
+        division = division_by(walker.softmax.total, walker.softmax.axis, walker.view, product, a)
+        if isinstance(division, Refusal):
+            return division
+        walker.nodes += division
+        result = division[-1].outputs[0]
+    else:
+        guard = _guard_of(product, walker, a)
     return Values(
         product,
-        [size_of(x) for x in leads],
+        sizes,
         walker.terms,
         walker.nan_guard,
         walker.nodes,
         walker.shape_uses,
-        node.outputs[0],
-        _guard_of(product, walker, a),
+        result,
+        guard,
+        walker.weights,
     )
 
 
@@ -214,16 +289,18 @@ def _atom_axis(product: Product, label: str, shape) -> tuple:
     return View.whole(shape).axes[position]
 
 
-def feeds_product(value: ir.Value, a: Analysis) -> bool:
+def feeds_product(softmax: Softmax, a: Analysis) -> bool:
     """Do the probabilities run into a product with a computed tensor? Then attention was probably meant."""
-    for _ in range(MAX_PATH):
-        users = data_users(value)
-        node = next((u for u in users if op(u) in PRODUCT_OPS), users[0] if users else None)
-        if node is None:
-            return False
-        if op(node) in PRODUCT_OPS:
-            return not any(a.is_static(v) for v in node.inputs[:2])
-        if op(node) not in ("Cast", "Identity", "Dropout", "Where", "IsNaN", "Slice", "Mul", "Add", *RESHAPES):
-            return False
-        value = node.outputs[0]
+    pending, seen = [softmax.probabilities], set()
+    while pending and len(seen) < 4 * MAX_PATH:
+        value = pending.pop(0)
+        for node in data_users(value):
+            if node in seen or node in softmax.inner:
+                continue
+            seen.add(node)
+            if op(node) in MULTIPLYING:
+                if not any(a.is_static(node.inputs[i]) for i in MULTIPLYING[op(node)] if i < len(node.inputs)):
+                    return True
+            elif op(node) in PASSING:
+                pending += node.outputs
     return False

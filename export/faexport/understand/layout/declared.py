@@ -78,7 +78,9 @@ def _read(side: Declared, sizes, query_heads: Dim, grouped: bool, packed: bool, 
         view = _as_bhsd(link.view, side.layout, sizes)
         if view is not None and link.scale == 1.0:
             links.append(Link(link.value, 1.0, view.repeat(1, repeat, inner=True)))
-    wanted = Wanted(LABELS, (sizes[0], query_heads), query_heads, grouped or repeat != 1, packed, a.dtype(side.value))
+    wanted = Wanted(
+        LABELS, (sizes[0], query_heads), query_heads, grouped or repeat != 1, packed, a.dtype(side.value), True
+    )
     return read(Factor(side.value, LABELS), links, wanted, a)
 
 

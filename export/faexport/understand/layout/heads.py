@@ -19,7 +19,7 @@ from faexport.understand.layout.products import Factor
 from faexport.understand.layout.view_ops import VIEW_OPS
 from faexport.understand.layout.views import Atom, Axis, View, merged, size_of, take_inner
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
+from faexport.understand.shapes.dims import Dim, product
 
 MAX_CHAIN = 24
 ONE = Dim.of(1)
@@ -116,6 +116,7 @@ class Wanted:
     grouped: bool  # may have fewer heads than the queries
     packed: bool  # may be read from the columns of a wider tensor
     dtype: ir.DataType | None = None
+    stated: bool = False  # the op itself states batch and heads: they fit, whatever is known of their sizes
 
 
 def canonical(factor: Factor, view: View, wanted: Wanted) -> list[Axis]:
@@ -131,11 +132,14 @@ def canonical(factor: Factor, view: View, wanted: Wanted) -> list[Axis]:
 def parts_of(axes: list[Axis], wanted: Wanted) -> Parts | None:
     """Batch and heads apart, and in the heads the repetition of GQA; None where they can't be told apart."""
     split = take_inner([x for axis in axes[:-2] for x in axis], wanted.heads)
-    if split is None and len(axes) == 4 and (is_opaque(wanted.heads) or is_opaque(size_of(axes[1]))):
+    if split is None and wanted.stated and len(axes) == 4 and (is_opaque(wanted.heads) or is_opaque(size_of(axes[1]))):
         split = axes[0], axes[1]
     if split is None:
         return None
     batch, heads = split
+    total = product(wanted.lead_sizes).divide(wanted.heads)
+    if not wanted.stated and size_of(batch) != total:
+        return None
     real = tuple(x for x in heads if x.axis is not None)
     if any(x.axis is None for x in batch) or heads[: len(real)] != real:
         return None
@@ -149,10 +153,6 @@ def is_opaque(size: Dim) -> bool:
     """Is nothing known of the size? Then the operator reads it from the shape, and checks that it divides, when the
     model runs."""
     return any(s.startswith("?") for s in size.symbols)
-
-
-def same_heads(x: Dim, y: Dim) -> bool:
-    return x == y or is_opaque(x) or is_opaque(y)
 
 
 def read(factor: Factor, links: list[Link], wanted: Wanted, a: Analysis) -> Reading | None:

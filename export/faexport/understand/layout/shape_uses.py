@@ -42,7 +42,7 @@ def rebuild(use: ShapeUse, sources: Sequence[ir.Value], a: Analysis) -> list[ir.
     shapes: dict[ir.Value, ir.Value] = {}
     parts = []
     for size in sizes:
-        part = build.ints([size.const]) if size.const is not None else _from_source(build, size, sources, shapes, a)
+        part = build.ints([size.const]) if size.const is not None else size_from(build, size, sources, shapes, a)
         if part is None:
             return Refusal("the shape of scores or output is used elsewhere too (Shape)", name_of(use.node))
         parts.append(part)
@@ -50,8 +50,9 @@ def rebuild(use: ShapeUse, sources: Sequence[ir.Value], a: Analysis) -> list[ir.
     return build.nodes
 
 
-def _from_source(build: Builder, size: Dim, sources, shapes: dict, a: Analysis) -> ir.Value | None:
-    """`size` as a constant times a size of one of the sources, int64 [1]."""
+def size_from(build: Builder, size: Dim, sources, shapes: dict, a: Analysis) -> ir.Value | None:
+    """`size` as a constant times a size of one of the sources, int64 [1]; None where no source has it. `shapes` holds
+    the Shape nodes that were made for them."""
     for source in sources:
         for axis, own in enumerate(a.shape(source) or ()):
             factor = size.divide(own) if own.const is None else None

@@ -27,7 +27,7 @@ SHAPE_OF_FIRST_INPUT = (
     "Identity Cast CastLike Softmax LogSoftmax Relu Gelu Erf Tanh Sigmoid Sqrt Neg Exp Log Abs Not IsNaN IsInf "
     "Reciprocal Floor Ceil Round Sin Cos Clip Trilu CumSum Dropout LeakyRelu Elu Softplus HardSigmoid HardSwish "
     "Swish Sign LayerNormalization RMSNormalization InstanceNormalization BatchNormalization GroupNormalization "
-    "LpNormalization ScatterND ScatterElements RotaryEmbedding Mish Selu QuantizeLinear DequantizeLinear "
+    "LpNormalization ScatterND ScatterElements TensorScatter RotaryEmbedding Mish Selu QuantizeLinear DequantizeLinear "
     "com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu com.microsoft::BiasGelu "
     "com.microsoft::RotaryEmbedding SimplifiedLayerNormalization "
 ).split()

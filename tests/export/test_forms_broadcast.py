@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queries, keys and values that share batch entries or heads with each other: constants, sizes that are 1 in the file,
+and sizes by two names, which are equal or one of them is 1 when the model runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.export.form_text import PRODUCT, Form, check
+
+END = "p = Softmax<axis = -1>(s) y = MatMul(p, v)"
+LEARNT = "lat = Constant<value = float[1, 3, 2, 8] {" + ", ".join(str(i % 7 - 3) for i in range(48)) + "}>()"
+
+
+def heads(q: str = "B, 3, T, 8", k: str = "B, 3, S, 8", v: str = "B, 3, S, 8", **more: object) -> Form:
+    """The plain block on operands of these shapes."""
+    return Form(f"float[{q}] q, float[{k}] k, float[{v}] v", f"{PRODUCT} {END}", **more)
+
+
+RIGHT = {
+    "keys of one batch entry": heads(k="1, 3, S, 8"),
+    "values of one batch entry": heads(v="1, 3, S, 8"),
+    "keys and values of one batch entry": heads(k="1, 3, S, 8", v="1, 3, S, 8"),
+    "queries of one batch entry": heads(q="1, 3, T, 8"),
+    "queries and keys of one batch entry": heads(q="1, 3, T, 8", k="1, 3, S, 8"),
+    "keys without a batch": Form(
+        "float[B, 3, T, 8] q, float[3, S, 8] k, float[B, 3, S, 8] v",
+        "kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) " + END,
+    ),
+    "values without a batch": heads(v="3, S, 8"),
+    "queries without a batch": heads(q="3, T, 8"),
+    "keys of one head": heads(k="B, 1, S, 8"),
+    "values of one head": heads(v="B, 1, S, 8"),
+    "keys and values of one head": heads(
+        k="B, 1, S, 8", v="B, 1, S, 8", facts=frozenset({"3 query heads on 1 kv heads"})
+    ),
+    "queries of one head": heads(q="B, 1, T, 8"),
+    "queries and keys of one head": heads(q="B, 1, T, 8", k="B, 1, S, 8"),
+    "queries and values of one head": heads(q="B, 1, T, 8", v="B, 1, S, 8"),
+    "keys of one head and one batch entry": heads(k="1, 1, S, 8"),
+    "keys of one head, values of one batch entry": heads(k="B, 1, S, 8", v="1, 3, S, 8"),
+    "keys of two dimensions": Form(
+        "float[B, 3, T, 8] q, float[S, 8] k, float[S, 8] v", "kt = Transpose(k) s = MatMul(q, kt) " + END
+    ),
+    "a batch by another name": heads(k="E, 3, S, 8", v="E, 3, S, 8"),
+    "three names of a batch": heads(k="E, 3, S, 8", v="F, 3, S, 8"),
+    "a batch by another name, causal": Form(
+        "float[B, 3, T, 8] q, float[E, 3, T, 8] k, float[E, 3, T, 8] v",
+        f"""{PRODUCT} size = Shape<start = 2>(s) true = ConstantOfShape<value = bool[1] {{1}}>(size)
+        one = Constant<value = int64 {{1}}>() ahead = Trilu<upper = 1>(true, one)
+        low = Constant<value = float {{-inf}}>() x = Where(ahead, low, s) p = Softmax<axis = -1>(x)
+        y = MatMul(p, v)""",
+        frozenset({"causal"}),
+    ),
+    "heads by two names": heads(q="B, H, T, 8", k="B, K, S, 8", v="B, 3, S, 8"),
+    "one head of any number": heads(q="B, H, T, 8", k="B, 1, S, 8", v="B, 1, S, 8"),
+    "learnt queries": Form(
+        "float[B, 3, S, 8] k, float[B, 3, S, 8] v",
+        f"{LEARNT} kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(lat, kt) {END}",
+    ),
+    "learnt queries, scaled": Form(
+        "float[B, 3, S, 8] k, float[B, 3, S, 8] v",
+        f"""{LEARNT} kt = Transpose<perm = [0, 1, 3, 2]>(k) s0 = MatMul(lat, kt)
+        c = Constant<value = float {{0.3}}>() s = Mul(s0, c) {END}""",
+    ),
+    "learnt queries of a batch": Form(
+        "float[B, 3, S, 8] k, float[B, 3, S, 8] v",
+        f"""{LEARNT} b = Shape<end = 1>(k) ones = Constant<value = int64[3] {{1, 1, 1}}>()
+        to = Concat<axis = 0>(b, ones) q = Expand(lat, to)
+        kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt) {END}""",
+    ),
+    "a bmm's keys of one entry": Form(
+        "float[N, T, 8] q, float[1, S, 8] k, float[N, S, 8] v",
+        f"kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) {END}",
+    ),
+    "keys of one batch entry, merged heads": Form(
+        "float[B, T, 24] q, float[1, S, 24] k, float[B, S, 24] v",
+        """heads = Constant<value = int64[4] {0, 0, 3, 8}>() q4 = Reshape(q, heads) k4 = Reshape(k, heads)
+        v4 = Reshape(v, heads) qt = Transpose<perm = [0, 2, 1, 3]>(q4) kt = Transpose<perm = [0, 2, 3, 1]>(k4)
+        vt = Transpose<perm = [0, 2, 1, 3]>(v4) s = MatMul(qt, kt) p = Softmax<axis = -1>(s) o = MatMul(p, vt)
+        ot = Transpose<perm = [0, 2, 1, 3]>(o) flat = Constant<value = int64[3] {0, 0, 24}>()
+        y = Reshape(ot, flat)""",
+    ),
+}
+
+MASKED = "more heads or batch entries than the masked scores"
+WRONG = {
+    "learnt keys": Form(
+        "float[B, 3, T, 8] q, float[B, 3, 2, 8] v",
+        f"{LEARNT} kt = Transpose<perm = [0, 1, 3, 2]>(lat) s = MatMul(q, kt) {END}",
+        reason="weights",
+    ),
+    "a batch by another name, padded": Form(
+        "float[B, 3, T, 8] q, float[E, 3, S, 8] k, float[E, 3, S, 8] v, bool[E, 1, 1, S] m",
+        f"""{PRODUCT} low = Constant<value = float {{-inf}}>() x = Where(m, s, low) p = Softmax<axis = -1>(x)
+        y = MatMul(p, v)""",
+        reason=MASKED,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_fused_and_right(name: str, library: str) -> None:
+    check(RIGHT[name], library)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_near_misses(name: str, library: str) -> None:
+    check(WRONG[name], library)

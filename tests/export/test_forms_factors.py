@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores that are multiplied, divided or negated: by constants, by numbers made at run time (one for all, one a head,
+one a row, one a key), before and after masks and softcap. Weights and outputs that are multiplied."""
+
+from __future__ import annotations
+
+import faexport
+import numpy as np
+import pytest
+
+from tests.export.form_text import PRODUCT, QKV, Form, check, draw
+from tests.export.test_sites import run
+
+END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
+LATE = "p = Softmax<axis = -1>(s) w = Mul(p, g) y = MatMul(w, v)"
+
+
+def factor(shape: str, body: str = "x = Mul(s, g)", before: str = "", kind: str = "float", **more: object) -> Form:
+    """Scores `s` and a factor `g` of this shape, which the nodes in `body` make the softmax's input `x` of."""
+    return Form(f"{QKV}, {kind}[{shape}] g".replace("[]", ""), f"{PRODUCT} {before} {body} {END}", **more)
+
+
+def late(shape: str, kind: str = "float", **more: object) -> Form:
+    """Weights that are multiplied by `g` after the softmax."""
+    return Form(f"{QKV}, {kind}[{shape}] g".replace("[]", ""), f"{PRODUCT} {LATE}", **more)
+
+
+RIGHT = {
+    "negated": Form(QKV, f"{PRODUCT} x = Neg(s) {END}"),
+    "negated twice": Form(QKV, f"{PRODUCT} n = Neg(s) c = Constant<value = float {{-0.5}}>() x = Mul(n, c) {END}"),
+    "negated and causal": Form(
+        QKV.replace("S", "T"),
+        f"""{PRODUCT} n = Neg(s)
+        size = Shape<start = 2>(s) true = ConstantOfShape<value = bool[1] {{1}}>(size)
+        one = Constant<value = int64 {{1}}>() ahead = Trilu<upper = 1>(true, one)
+        low = Constant<value = float {{-inf}}>() x = Where(ahead, low, n) {END}""",
+        frozenset({"causal"}),
+    ),
+    "one number": factor(""),
+    "one number on the left": factor("", "x = Mul(g, s)"),
+    "one number of rank 1": factor("1"),
+    "one number of rank 4": factor("1, 1, 1, 1"),
+    "a divisor": factor("", "e = Exp(g) x = Div(s, e)"),
+    "one a head": factor("1, 3, 1, 1"),
+    "one a head of rank 3": factor("3, 1, 1"),
+    "one a head, divided": factor("3, 1, 1", "e = Exp(g) x = Div(s, e)"),
+    "one a batch entry": factor("B, 1, 1, 1"),
+    "one a row": factor("B, 1, T, 1"),
+    "one a row of each head": factor("B, 3, T, 1"),
+    "one a row, shared": factor("T, 1"),
+    "one a key": factor("B, 1, 1, S"),
+    "one a key, shared": factor("S"),
+    "two factors": factor("T, 1", "a = Mul(s, g) b = ReduceMax(g) x = Mul(a, b)"),
+    "rows and keys": factor("B, 1, 1, S", "a = Mul(s, g) r = ReduceMean<axes = [3]>(q) x = Mul(a, r)"),
+    "a factor and then a bias": Form(
+        f"{QKV}, float[3, 1, 1] g, float[T, S] b", f"{PRODUCT} a = Mul(s, g) x = Add(a, b) {END}"
+    ),
+    "a factor and then a softcap": factor(
+        "3, 1, 1", "a = Mul(s, g) c = Constant<value = float {5.0}>() d = Div(a, c) t = Tanh(d) x = Mul(t, c)"
+    ),
+    "a factor, transposed scores": Form(
+        f"{QKV}, float[B, 1, 1, T] g",
+        """qt = Transpose<perm = [0, 1, 3, 2]>(q) s = MatMul(k, qt) f = Mul(s, g) p = Softmax<axis = -2>(f)
+        w = Transpose<perm = [0, 1, 3, 2]>(p) y = MatMul(w, v)""",
+        opset=13,
+    ),
+    "a factor that an Einsum's scores meet": Form(
+        "float[B, T, 3, 8] q, float[B, S, 3, 8] k, float[B, S, 3, 8] v, float[3, 1, 1] g",
+        """s = Einsum<equation = "bthd,bshd->bhts">(q, k) x = Mul(s, g) p = Softmax<axis = -1>(x)
+        y = Einsum<equation = "bhts,bshd->bthd">(p, v)""",
+        gone=frozenset({"Softmax", "Einsum"}),
+        empty=False,
+    ),
+    "a factor for each head of a bmm": Form(
+        "float[N, T, 8] q, float[N, S, 8] k, float[N, S, 8] v, float[N, 1, 1] g",
+        """kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) x = Mul(s, g) p = Softmax<axis = -1>(x)
+        y = MatMul(p, v)""",
+    ),
+    "a gate of a mask": factor(
+        "B, 1, 1, S",
+        """f = Cast<to = 1>(g) one = Constant<value = float {1.0}>() i = Sub(one, f)
+        c = Constant<value = float {-1.0e9}>() a = Mul(i, c) b = Mul(s, f) x = Add(b, a)""",
+        kind="bool",
+        facts=frozenset({"padding mask [B, 1, 1, S_kv]"}),
+    ),
+    "a gate of rows and keys": factor(
+        "B, 1, T, S",
+        """f = Cast<to = 1>(g) one = Constant<value = float {1.0}>() i = Sub(one, f)
+        c = Constant<value = float {-1.0e9}>() a = Mul(i, c) b = Mul(s, f) x = Add(b, a)""",
+        kind="bool",
+    ),
+    "a gate of floats": factor(
+        "B, 1, 1, S",
+        """one = Constant<value = float {1.0}>() i = Sub(one, g) c = Constant<value = float {-1.0e9}>()
+        a = Mul(i, c) b = Mul(s, g) x = Add(b, a)""",
+    ),
+    "a factor after a bias": Form(
+        f"{QKV}, float[3, 1, 1] g, float[T, S] b", f"{PRODUCT} a = Add(s, b) x = Mul(a, g) {END}"
+    ),
+    "weights times a number for each key": late("B, 1, 1, S"),
+    "weights times a number for each head": late("3, 1, 1"),
+    "weights times one number": late(""),
+    "weights times a mask of keys": Form(
+        f"{QKV}, bool[B, 1, 1, S] m",
+        f"{PRODUCT} g = Cast<to = 1>(m) {LATE}",
+    ),
+    "float16": Form(
+        QKV.replace("float", "float16") + ", float16[3, 1, 1] g", f"{PRODUCT} x = Mul(s, g) {END}", type="float16"
+    ),
+}
+
+WRONG = {
+    "a factor of rows and keys": factor("T, S", reason="multiplied by a tensor of rows and keys"),
+    "divided by a number for each key": factor("S", "x = Div(s, g)", reason="divided by a tensor of keys"),
+    "a factor of another rank": Form(
+        f"{QKV}, float[2, 1, 1, 1, 1] g",
+        f"{PRODUCT} x = Mul(s, g) p = Softmax<axis = -1>(x) y = MatMul(p, v)",
+        reason="multiplied",
+    ),
+    "more heads by the factor": Form(
+        "float[B, 1, T, 8] q, float[B, 1, S, 8] k, float[B, 1, S, 8] v, float[1, 2, 1, 1] g",
+        f"{PRODUCT} x = Mul(s, g) {END}",
+        reason="give them another shape",
+    ),
+    "a number divided by the scores": factor("", "x = Div(g, s)", reason="the scores pass through Div"),
+    "a factor after a replaced score": Form(
+        f"{QKV}, float[3, 1, 1] g, bool[B, 1, 1, S] m",
+        f"{PRODUCT} c = Constant<value = float {{-1.0e9}}>() a = Where(m, s, c) x = Mul(a, g) {END}",
+        reason="multiplied",
+    ),
+    "a factor after a softcap": factor(
+        "3, 1, 1",
+        "c = Constant<value = float {5.0}>() d = Div(s, c) t = Tanh(d) a = Mul(t, c) x = Mul(a, g)",
+        reason="multiplied",
+    ),
+    "a softcap made at run time": factor("", "d = Div(s, g) t = Tanh(d) x = Mul(t, g)", reason="softcap"),
+    "a gate that is squared scores": Form(QKV, f"{PRODUCT} x = Mul(s, s) {END}", reason="multipl"),
+    "weights times rows and keys": late("T, S", reason="after the softmax"),
+    "weights times numbers of more batch entries": Form(
+        "float[1, 3, T, 8] q, float[1, 3, S, 8] k, float[1, 3, S, 8] v, float[2, 1, 1, 1] g",
+        f"{PRODUCT} {LATE}",
+        reason="after the softmax",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_fused_and_right(name: str, library: str) -> None:
+    check(RIGHT[name], library)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_near_misses(name: str, library: str) -> None:
+    check(WRONG[name], library)
+
+
+@pytest.mark.parametrize("value", [0.0, -2.0])
+def test_a_factor_that_is_no_usual_number(value: float, library: str) -> None:
+    """0 makes all weights equal, a negative one turns them around."""
+    model = RIGHT["one number"].model()
+    fused, report = faexport.fuse(model)
+    assert report.num_fused == 1
+    inputs = draw(model, {"B": 2, "T": 3, "S": 6}, np.random.default_rng(1)) | {"g": np.array(value, np.float32)}
+    want, got = run(model, inputs)[0], run(fused, inputs, library)[0]
+    np.testing.assert_allclose(got, want, atol=2e-5)

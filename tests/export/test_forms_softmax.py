@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmaxes: those of opset 7 to 12, which normalise over all axes behind theirs, and those written out, which divide
+before or after the product with the values; weights that two products read; and a row in the report for each."""
+
+from __future__ import annotations
+
+import faexport
+import pytest
+
+from tests.export.form_text import PRODUCT, QKV, Form, check
+
+LAST = "last = Constant<value = int64[1] {-1}>()"
+TWO = f"{QKV}, float[B, 3, S, 5] u"
+
+
+def old(axis: str, q: str = "B, 3, T, 8", opset: int = 11, **more: object) -> Form:
+    """A Softmax of an old opset; `axis` is its attribute, or nothing."""
+    inputs = f"float[{q}] q, float[B, 3, S, 8] k, float[B, 3, S, 8] v"
+    return Form(inputs, f"{PRODUCT} p = Softmax{axis}(s) y = MatMul(p, v)", opset=opset, **more)
+
+
+def late(body: str, **more: object) -> Form:
+    """exp(s) @ v and the sum of exp(s), which `body` makes y of."""
+    return Form(QKV, f"{PRODUCT} {LAST} {body}", gone=frozenset({"Exp", "Div"}), **more)
+
+
+RIGHT = {
+    "opset 11, the last axis": old("<axis = 3>"),
+    "opset 11, counted from the end": old("<axis = -1>"),
+    "opset 11, one row": old("<axis = 2>", q="B, 3, 1, 8"),
+    "opset 7": old("<axis = 3>", opset=7),
+    "opset 8": old("<axis = 3>", opset=8),
+    "opset 9": old("<axis = 3>", opset=9),
+    "opset 10": old("<axis = 3>", opset=10),
+    "opset 12": old("<axis = 3>", opset=12),
+    "opset 11, a bmm of one row": Form(
+        "float[N, 1, 8] q, float[N, S, 8] k, float[N, S, 8] v",
+        "kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) p = Softmax(s) y = MatMul(p, v)",
+        opset=11,
+    ),
+    "opset 11, rank 2": Form(
+        "float[T, 8] q, float[S, 8] k, float[S, 8] v",
+        "kt = Transpose(k) s = MatMul(q, kt) p = Softmax(s) y = MatMul(p, v)",
+        opset=11,
+    ),
+    "divided after the product": late("e = Exp(s) t = ReduceSum<keepdims = 1>(e, last) o = MatMul(e, v) y = Div(o, t)"),
+    "divided after the product, x - max": late(
+        """m = ReduceMax<axes = [-1]>(s) d = Sub(s, m) e = Exp(d) t = ReduceSum<keepdims = 1>(e, last)
+        o = MatMul(e, v) y = Div(o, t)"""
+    ),
+    "divided after the product, the axis put back": late(
+        """e = Exp(s) t0 = ReduceSum<keepdims = 0>(e, last) t = Unsqueeze(t0, last) o = MatMul(e, v)
+        y = Div(o, t)"""
+    ),
+    "multiplied by 1 / sum after the product": late(
+        "e = Exp(s) t = ReduceSum(e, last) r = Reciprocal(t) o = MatMul(e, v) y = Mul(o, r)"
+    ),
+    "multiplied by 1 / sum on the left": late(
+        "e = Exp(s) t = ReduceSum(e, last) r = Reciprocal(t) o = MatMul(e, v) y = Mul(r, o)"
+    ),
+    "multiplied by a quotient": late(
+        """one = Constant<value = float {1.0}>() e = Exp(s) t = ReduceSum(e, last) r = Div(one, t)
+        o = MatMul(e, v) y = Mul(o, r)"""
+    ),
+    "1 / sum by a quotient in front of the product": late(
+        """one = Constant<value = float {1.0}>() e = Exp(s) t = ReduceSum(e, last) r = Div(one, t)
+        p = Mul(e, r) y = MatMul(p, v)"""
+    ),
+    "ReduceL1 of the exponentials": late("e = Exp(s) t = ReduceL1<axes = [-1]>(e) p = Div(e, t) y = MatMul(p, v)"),
+    "exp(x - log(sum(exp(x))))": late(
+        "e = Exp(s) t = ReduceSum(e, last) l = Log(t) d = Sub(s, l) p = Exp(d) y = MatMul(p, v)"
+    ),
+    "exp(x - ReduceLogSum(exp(x)))": late(
+        "e = Exp(s) l = ReduceLogSum<axes = [-1]>(e) d = Sub(s, l) p = Exp(d) y = MatMul(p, v)"
+    ),
+    "two products": Form(
+        TWO,
+        f"{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) b = MatMul(p, u) y = Concat<axis = -1>(a, b)",
+        fused=2,
+    ),
+    "two products, one behind a Cast": Form(
+        TWO,
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) w = Cast<to = 1>(p) a = MatMul(p, v) b = MatMul(w, u)
+        y = Concat<axis = -1>(a, b)""",
+        fused=2,
+    ),
+    "three products of the same values": Form(
+        QKV,
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) n = Neg(v) a = MatMul(p, v) b = MatMul(p, n) c = MatMul(p, v)
+        y = Concat<axis = -1>(a, b, c)""",
+        fused=3,
+    ),
+    "two products and a mask": Form(
+        f"{TWO}, bool[B, 1, 1, S] m",
+        f"""{PRODUCT} low = Constant<value = float {{-3.4e38}}>() x = Where(m, s, low) p = Softmax<axis = -1>(x)
+        a = MatMul(p, v) b = MatMul(p, u) y = Concat<axis = -1>(a, b)""",
+        fused=2,
+        facts=frozenset({"padding mask [B, 1, 1, S_kv]"}),
+    ),
+}
+
+HEADS = "together (opset"
+WRONG = {
+    "opset 11, heads, rows and keys": old("<axis = 1>", reason=HEADS),
+    "opset 11, no attribute": old("", reason=HEADS),
+    "opset 11, rows and keys": old("<axis = 2>", reason=HEADS),
+    "opset 11, everything": old("<axis = 0>", reason=HEADS),
+    "opset 13, over heads": old("<axis = 1>", opset=13, reason="does not run over the keys"),
+    "opset 13, over rows": old("<axis = 2>", opset=13, reason="does not sum over the softmax's axis"),
+    "opset 13, over the batch": old("<axis = 0>", opset=13, reason="does not run over the keys"),
+    "a bmm of opset 11 over rows and keys": Form(
+        "float[N, T, 8] q, float[N, S, 8] k, float[N, S, 8] v",
+        "kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) p = Softmax(s) y = MatMul(p, v)",
+        opset=11,
+        reason=HEADS,
+    ),
+    "a number beside the sum": late(
+        """small = Constant<value = float {1.0e-6}>() e = Exp(s) t0 = ReduceSum(e, last) t = Add(t0, small)
+        p = Div(e, t) y = MatMul(p, v)""",
+        reason="sum of the exponentials",
+    ),
+    "a number beside the sum, divided late": late(
+        """small = Constant<value = float {1.0}>() e = Exp(s) t0 = ReduceSum(e, last) t = Add(t0, small)
+        o = MatMul(e, v) y = Div(o, t)""",
+        reason="not divided by their sum",
+    ),
+    "exponentials divided by the sum of the rows": late(
+        "two = Constant<value = int64[1] {-2}>() e = Exp(s) t = ReduceSum(e, two) p = Div(e, t) y = MatMul(p, v)",
+        reason="",
+        fused=0,
+    ),
+    "divided by the sum of other exponentials": late(
+        "e = Exp(s) n = Neg(s) f = Exp(n) t = ReduceSum(f, last) o = MatMul(e, v) y = Div(o, t)",
+        fused=0,
+    ),
+    "two products, and a mean of the weights": Form(
+        TWO,
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) b = MatMul(p, u) c = Concat<axis = -1>(a, b)
+        m = ReduceMean(p) y = Add(c, m)""",
+        reason="used twice: also by ReduceMean",
+    ),
+    "two products, one over the rows": Form(
+        "float[B, 3, T, 8] q, float[B, 3, T, 8] k, float[B, 3, T, 8] v",
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) pt = Transpose<perm = [0, 1, 3, 2]>(p)
+        b = MatMul(pt, v) y = Add(a, b)""",
+        reason="does not sum over the softmax's axis",
+    ),
+    "sigmoid instead of exp": Form(
+        QKV, f"{PRODUCT} {LAST} e = Sigmoid(s) t = ReduceSum(e, last) p = Div(e, t) y = MatMul(p, v)", fused=0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_fused_and_right(name: str, library: str) -> None:
+    check(RIGHT[name], library)
+
+
+@pytest.mark.parametrize("name", [name for name, form in WRONG.items() if form.reason])
+def test_near_misses(name: str, library: str) -> None:
+    check(WRONG[name], library)
+
+
+@pytest.mark.parametrize("name", [name for name, form in WRONG.items() if not form.reason])
+def test_what_is_no_softmax(name: str) -> None:
+    _, report = faexport.fuse(WRONG[name].model())
+    assert report.num_fused == 0
