@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized attention: fused where queries, keys and values alone are quantized, else a row with the reason; and rows
+for attention operators that are not read."""
+
+from __future__ import annotations
+
+import faexport
+import pytest
+
+from tests.export.form_text import PRODUCT, QKV, Form, check
+
+SCALES = """one = Constant<value = float {0.02}>() small = Constant<value = float {0.008}>()
+    zero = Constant<value = int8 {0}>() half = Constant<value = uint8 {128}>() none = Constant<value = uint8 {0}>()"""
+EIGHT = "int8[B, 3, T, 8] q8, int8[B, 3, S, 8] k8, int8[B, 3, S, 8] v8"
+
+
+def qdq(name: str, scale: str = "one") -> str:
+    """Nodes that quantize `name` and back, to `name`r."""
+    return f"{name}8 = QuantizeLinear({name}, {scale}, zero) {name}r = DequantizeLinear({name}8, {scale}, zero)"
+
+
+RIGHT = {
+    "queries, keys and values": Form(
+        QKV,
+        f"""{SCALES} {qdq("q")} {qdq("k")} {qdq("v")} kt = Transpose<perm = [0, 1, 3, 2]>(kr) s = MatMul(qr, kt)
+        p = Softmax<axis = -1>(s) y = MatMul(p, vr)""",
+    ),
+}
+WRONG = {
+    "scores": Form(
+        QKV,
+        f"{SCALES} {PRODUCT} {qdq('s')} p = Softmax<axis = -1>(sr) y = MatMul(p, v)",
+        reason="the scores are quantized",
+    ),
+    "weights": Form(
+        QKV,
+        f"{SCALES} {PRODUCT} p = Softmax<axis = -1>(s) {qdq('p', 'small')} y = MatMul(pr, v)",
+        reason="the attention weights are quantized",
+    ),
+    "scores and weights": Form(
+        QKV,
+        f"{SCALES} {PRODUCT} {qdq('s')} p = Softmax<axis = -1>(sr) {qdq('p', 'small')} y = MatMul(pr, v)",
+        reason="the scores are quantized",
+    ),
+    "MatMulInteger": Form(
+        QKV,
+        f"""{SCALES} kt = Transpose<perm = [0, 1, 3, 2]>(k) q8, qs, qz = DynamicQuantizeLinear(q)
+        k8, ks, kz = DynamicQuantizeLinear(kt) i = MatMulInteger(q8, k8, qz, kz) f = Cast<to = 1>(i)
+        scale = Mul(qs, ks) s = Mul(f, scale) p = Softmax<axis = -1>(s) p8, ps, pz = DynamicQuantizeLinear(p)
+        v8, vs, vz = DynamicQuantizeLinear(v) o = MatMulInteger(p8, v8, pz, vz) of = Cast<to = 1>(o)
+        all = Mul(ps, vs) y = Mul(of, all)""",
+        reason="multiplied as quantized numbers (MatMulInteger)",
+    ),
+    "QLinearMatMul": Form(
+        EIGHT,
+        f"""{SCALES} kt = Transpose<perm = [0, 1, 3, 2]>(k8)
+        s8 = QLinearMatMul(q8, one, zero, kt, one, zero, one, zero) s = DequantizeLinear(s8, one, zero)
+        p = Softmax<axis = -1>(s) p8 = QuantizeLinear(p, small, zero)
+        y8 = QLinearMatMul(p8, small, zero, v8, one, zero, one, zero) y = DequantizeLinear(y8, one, zero)""",
+        reason="the scores are quantized",
+    ),
+    "QLinearSoftmax": Form(
+        EIGHT,
+        f"""{SCALES} kt = Transpose<perm = [0, 1, 3, 2]>(k8)
+        s8 = QLinearMatMul(q8, one, zero, kt, one, zero, one, zero)
+        p8 = com.microsoft.QLinearSoftmax<axis = -1, opset = 13>(s8, one, zero, small, zero)
+        y8 = QLinearMatMul(p8, small, zero, v8, one, zero, one, zero) y = DequantizeLinear(y8, one, zero)""",
+        reason="QLinearSoftmax",
+    ),
+    "QAttention": Form(
+        "int8[B, S, 24] x8, int8[24, 72] w8, float[72] b",
+        f"{SCALES} y = com.microsoft.QAttention<num_heads = 3>(x8, w8, b, one, one)",
+        reason="QAttention is not read",
+    ),
+    "BiasSoftmax": Form(
+        f"{QKV}, float[B, 1, 1, S] b",
+        f"{PRODUCT} p = com.microsoft.BiasSoftmax<axis = 3, is_inner_broadcast = 0>(s, b) y = MatMul(p, v)",
+        reason="BiasSoftmax",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_fused_and_right(name: str, library: str) -> None:
+    check(RIGHT[name], library)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_row_with_the_reason(name: str, library: str) -> None:
+    check(WRONG[name], library)
+
+
+def test_a_softmax_that_classifies_has_no_row() -> None:
+    """What follows it is no product with a computed tensor."""
+    model = Form("float[B, 8] x, float[8, 4] w", "z = MatMul(x, w) y = Softmax<axis = -1>(z)").model()
+    _, report = faexport.fuse(model)
+    assert not report.sites
