@@ -252,7 +252,9 @@ def _staged(
     with contextlib.ExitStack() as stack:
         if dry_run:
             target = stack.enter_context(scratch.folder(what="dry-")) / target.name
-        yield stack.enter_context(model_io.staged(model, target, source=source, progress=progress.amount))
+        with diagnosis.blaming(source):
+            stage = stack.enter_context(model_io.staged(model, target, source=source, progress=progress.amount))
+        yield stage
 
 
 def _verify(

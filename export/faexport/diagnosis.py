@@ -7,10 +7,12 @@ defect is ours. Both are native code, which malformed models may crash, so they 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import onnx
 import onnx_ir as ir
@@ -18,27 +20,42 @@ import onnx_ir as ir
 from . import ort_session, pipeline
 from .errors import ModelError
 from .normalize import ConversionError
+from .options import Options
 from .report import Report
 
 TIMEOUT_SECONDS = 60.0
 
 
-def fuse(model: ir.Model, options: pipeline.Options, path: pathlib.Path) -> tuple[ir.Model, Report]:
+def fuse(model: ir.Model, options: Options, path: pathlib.Path) -> tuple[ir.Model, Report]:
     """pipeline.run on the model that was read from `path`. Raises ModelError where the model or an option is to blame;
     any other exception is a defect of ours."""
+    if options.opset is not None and (fault := fault_of(path)):  # the converters are native code
+        raise _malformed(path, fault)
+    with blaming(path):
+        try:
+            fused, report = pipeline.run(model, options)
+        except ConversionError as error:
+            raise ModelError(f"{path}: {error}; choose another --opset, or leave it out") from error
+    if any(site.refusal is not None and site.refusal.defect for site in report.sites) and (fault := fault_of(path)):
+        raise _malformed(path, fault)
+    return fused, report
+
+
+@contextlib.contextmanager
+def blaming(path: pathlib.Path) -> Iterator[None]:
+    """Makes an unexpected exception of the body a ModelError where the model of `path` is to blame for it."""
     try:
-        fused, report = pipeline.run(model, options)
-    except ConversionError as error:
-        raise ModelError(f"{path}: {error}; choose another --opset, or leave it out") from error
-    except (ModelError, MemoryError):
+        yield
+    except (ModelError, MemoryError, OSError):
         raise
     except Exception as error:
         if fault := fault_of(path):
-            raise ModelError(f"{path}: malformed model: {fault}; export it again") from error
+            raise _malformed(path, fault) from error
         raise
-    if any(site.refusal is not None and site.refusal.defect for site in report.sites) and (fault := fault_of(path)):
-        raise ModelError(f"{path}: malformed model: {fault}; export it again")
-    return fused, report
+
+
+def _malformed(path: pathlib.Path, fault: str) -> ModelError:
+    return ModelError(f"{path}: malformed model: {fault}; export it again")
 
 
 def fault_of(model: pathlib.Path) -> str:

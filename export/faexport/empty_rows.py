@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.spec import ROW_BLOCK, AttentionSpec, EmptyRows, Layout, Refusal
-from faexport.surgery import Builder
+from faexport.surgery import Builder, Missing
 from faexport.understand.mask.emit import Emitter
 
 _FLOAT = ir.DataType.FLOAT
@@ -33,10 +33,13 @@ def with_empty_rows(
     if spec.mask.empty_rows is None:
         return spec
     rows = _Rows(spec, dtype or _FLOAT, shared, Builder(opset))
-    result = rows.result()
+    node = (spec.replaces.name if spec.replaces is not None else "") or ""
+    try:
+        result = rows.result()
+    except Missing as what:
+        return Refusal(f"what its rows give that see no key {what}", node)
     if result is None:
-        node = spec.replaces.name if spec.replaces is not None else ""
-        return Refusal("its number of heads isn't known, and rows that see no key give sums of each head's", node or "")
+        return Refusal("its number of heads isn't known, and rows that see no key give sums of each head's", node)
     if spec.output_entry is not None:
         spec.output_entry.replace_all_uses_with(result)
     needed = dict.fromkeys([*spec.mask.new_nodes, *rows.shared_nodes])

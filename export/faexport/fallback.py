@@ -16,8 +16,9 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import onnx_ir as ir
 
-from faexport.fallback_body import FIRST_OPSET, READS_ATTRIBUTES, Form, Missing, function, numbers_of
+from faexport.fallback_body import READS_ATTRIBUTES, Form, function, numbers_of
 from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.surgery import FIRST_OPSET, Missing
 from faexport.understand.shapes.analysis import Analysis
 
 MINIMUM_OPSET = 7

@@ -10,12 +10,14 @@ body runs for tensors without elements.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.surgery import Builder
 
 INTEGERS = (
     "q_num_heads",
@@ -28,7 +30,6 @@ INTEGERS = (
 )
 DEFAULTS = {"left_window_size": -1, "right_window_size": -1}
 READS_ATTRIBUTES = 13  # the first opset whose body reads the numbers of the calling node
-FIRST_OPSET = {"Where": 9, "Expand": 8, "Range": 11}
 LOWEST = float(np.finfo(np.float32).min)
 WORDS = (
     "alignment", "empty_row", "query_layout", "key_layout", "value_layout", "output_layout",
@@ -55,27 +56,25 @@ class Form:
     heads: tuple[int, int] | None = None  # of query and key, where Range can't count them (before opset 11)
 
 
-class Missing(Exception):
-    """The model's opset has no operator for what the body needs; the text says which."""
-
-
-class _Ops:
-    """Makes nodes in a row."""
+class _Ops(Builder):
+    """Makes the nodes of a function. `numbers`: the attributes that are fixed."""
 
     def __init__(self, opset: int, numbers: dict[str, object] | None = None):
-        self.opset, self.nodes, self.numbers = opset, [], numbers or {}
+        super().__init__(opset)
+        self.numbers = numbers or {}
+        self._count = itertools.count()
 
     def __call__(self, op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
-        if self.opset < FIRST_OPSET.get(op_type, 0):
-            raise Missing(f"needs {op_type}, which opset {self.opset} doesn't have")
-        node = ir.node(op_type, inputs, attributes, outputs=[ir.Value(name=f"v{len(self.nodes)}")])
-        self.nodes.append(node)
-        return node.outputs[0]
+        return self.add(op_type, inputs, **attributes)
+
+    def _named(self, node: ir.Node) -> ir.Node:
+        node.outputs[0].name = f"v{next(self._count)}"
+        return node
 
     def const(self, value: object, dtype: type = np.int64) -> ir.Value:
-        if self.opset < 9 and dtype is np.int64:  # Constant then holds floats only
-            return self("Cast", self.const(value, np.float32), to=int(ir.DataType.INT64))
-        return self("Constant", value=ir.tensor(np.asarray(value, dtype)))
+        made = self.constant(np.asarray(value, dtype))
+        made.type = None  # files of before IR version 10 have no types of values inside of functions
+        return made
 
     def ref(self, name: str, kind: ir.AttributeType) -> ir.Value:
         """An attribute of the calling node: a number, or a vector."""
@@ -87,9 +86,7 @@ class _Ops:
             ir.AttributeType.FLOAT: "value_float",
             ir.AttributeType.INTS: "value_ints",
         }
-        node = ir.Node(
-            "", "Constant", [], [ir.RefAttr(field[kind], name, kind)], outputs=[ir.Value(name=f"v{len(self.nodes)}")]
-        )
+        node = self._named(ir.Node("", "Constant", [], [ir.RefAttr(field[kind], name, kind)]))
         self.nodes.append(node)
         return node.outputs[0]
 
@@ -101,45 +98,29 @@ class _Ops:
 
     def size(self, x: ir.Value, axis: int) -> ir.Value:
         """int64 [1]."""
-        return self.part(self("Shape", x), axis, axis + 1)
-
-    def part(self, x: ir.Value, start: int, end: int, axis: int = 0) -> ir.Value:
-        if self.opset < 10:
-            return self("Slice", x, starts=[start], ends=[end], axes=[axis])
-        return self("Slice", x, self.const([start]), self.const([end]), self.const([axis]))
+        return self.slice(self("Shape", x), axis, axis + 1)
 
     def scalar_size(self, x: ir.Value, axis: int) -> ir.Value:
         return self.squeeze(self.size(x, axis), 0)
 
-    def squeeze(self, x: ir.Value, axis: int) -> ir.Value:
-        return self("Squeeze", x, axes=[axis]) if self.opset < 13 else self("Squeeze", x, self.const([axis]))
-
-    def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
-        return self("Unsqueeze", x, axes=axes) if self.opset < 13 else self("Unsqueeze", x, self.const(axes))
-
     def concat(self, *parts: ir.Value, axis: int = 0) -> ir.Value:
         return self("Concat", *parts, axis=axis)
 
-    def reshape(self, x: ir.Value, *sizes: ir.Value) -> ir.Value:
-        """Axes 0 and 1 stay. The Gather keeps onnxruntime from putting -1 in the place of a computed size, which
-        fails for a tensor without elements."""
+    def resize(self, x: ir.Value, *sizes: ir.Value) -> ir.Value:
+        """x with other axes behind axes 0 and 1. The Gather keeps onnxruntime from putting -1 in the place of a
+        computed size, which fails for a tensor without elements."""
         target = self.concat(self.const([0, 0]), *sizes)
         return self("Reshape", x, self("Gather", target, self.const(list(range(2 + len(sizes)))), axis=0))
 
     def reduce(self, op_type: str, x: ir.Value) -> ir.Value:
         """Over the last axis, which stays with size 1."""
-        if self.opset >= (13 if op_type == "ReduceSum" else 18):
-            return self(op_type, x, self.const([-1]), keepdims=1)
-        return self(op_type, x, axes=[-1], keepdims=1)
+        return self(op_type, x, self.const([-1]), keepdims=1)
 
     def float32(self, x: ir.Value) -> ir.Value:
         return self("Cast", x, to=int(ir.DataType.FLOAT))
 
     def arange(self, size: ir.Value) -> ir.Value:
         return self("Range", self.const(0), size, self.const(1))
-
-    def at_most(self, x: ir.Value, bound: ir.Value) -> ir.Value:
-        return self("Not", self("Greater", x, bound))
 
 
 def function(form: Form, opset: int, dtype: ir.DataType, overload: str = "") -> ir.Function:
@@ -210,7 +191,7 @@ class _Attention:
             x = self._packed(x, n, ops.number(heads))
         elif layout is Layout.BSH:
             count = ops.vector(ops.number(heads))
-            x = ops.reshape(x, count, ops("Div", ops.size(x, 2), count))
+            x = ops.resize(x, count, ops("Div", ops.size(x, 2), count))
         return ops("Transpose", x, perm=[0, 2, 1, 3])
 
     def _packed(self, x: ir.Value, n: int, heads: ir.Value) -> ir.Value:
@@ -243,7 +224,7 @@ class _Attention:
         ops = self.ops
         width = ops("Mul", ops.size(x, 1), ops.size(x, 3))
         x = ops("Transpose", x, perm=[0, 2, 1, 3])
-        return x if layout is Layout.BSHD else ops.reshape(x, width)
+        return x if layout is Layout.BSHD else ops.resize(x, width)
 
     # ------------------------------------------------------------------------------------------ scores
 
@@ -334,12 +315,12 @@ class _Attention:
         if numbers:
             right = 0 if numbers["is_causal"] else numbers["right_window_size"]
             sides = ((right, ahead), (numbers["left_window_size"], ops("Neg", ahead)))
-            return [ops.at_most(distance, ops.const(size)) for size, distance in sides if size >= 0]
+            return [ops("LessOrEqual", distance, ops.const(size)) for size, distance in sides if size >= 0]
         causal = ops("Equal", ops.number("is_causal"), ops.const(1))
         right = ops("Where", causal, zero, ops.number("right_window_size"))
         left = ops.number("left_window_size")
         sides = ((right, ahead), (left, ops("Neg", ahead)))
-        return [ops("Or", ops("Less", size, zero), ops.at_most(distance, size)) for size, distance in sides]
+        return [ops("Or", ops("Less", size, zero), ops("LessOrEqual", distance, size)) for size, distance in sides]
 
     def _softmax(self, scores: ir.Value) -> tuple[ir.Value, ir.Value | None]:
         """(probabilities, log-sum-exp if it is asked for), with what a row without keys gives."""

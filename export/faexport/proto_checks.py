@@ -204,6 +204,8 @@ def _check_node(
         if attribute.name in seen:
             raise _Malformed(f"{where} has the attribute '{attribute.name}' twice")
         seen.add(attribute.name)
+        if attribute.type == AttributeProto.UNDEFINED:
+            raise _Malformed(f"{where} has an attribute '{attribute.name}' without a type")
         for tensor in (*([attribute.t] if attribute.HasField("t") else ()), *attribute.tensors):
             _check_tensor(tensor, f"the tensor of {where}")
     function = functions.get((node.domain, node.op_type, node.overload))
@@ -254,7 +256,7 @@ def _misuse(node: onnx.NodeProto, schema: OpSchema) -> str:
         attribute = found.get(name)
         if attribute is None and required:
             return f"lacks the attribute '{name}'"
-        if attribute is not None and attribute.type not in (kind, AttributeProto.UNDEFINED):
+        if attribute is not None and attribute.type != kind:
             return f"has an attribute '{name}' of another type than its operator's"
     return ""
 

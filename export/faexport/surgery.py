@@ -1,34 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New nodes of standard ONNX for operands and outputs whose layout the operator can't take as it is.
+"""The one builder of new nodes of standard ONNX, in the spelling of the model's opset.
 
-Nodes are made, not inserted; rewrite.py names and inserts them. Integers that ops take as inputs become Constant nodes.
+Operands and outputs whose layout the operator can't take (understand/), masks (understand/mask/emit.py) and the
+stand-in function (fallback_body.py) are made with it. Nodes are made, not inserted; rewrite.py names and inserts them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
+
+FIRST_OPSET = {"Where": 9, "ConstantOfShape": 9, "Expand": 8, "Range": 11, "CumSum": 11, "NonZero": 9, "IsInf": 10}
+AXES_AS_INPUT = dict.fromkeys(("Squeeze", "Unsqueeze", "ReduceSum"), 13)
+AXES_AS_INPUT |= dict.fromkeys(("ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd"), 18)
+NEGATED = {"GreaterOrEqual": "Less", "LessOrEqual": "Greater"}  # not there before opset 12
+
+
+class Missing(Exception):
+    """The model's opset has no operator for what is asked; the text says which."""
 
 
 class Builder:
-    """Collects nodes in order."""
+    """Collects nodes in order. Operators are given as opset 18 writes them: axes, starts and ends are inputs."""
 
     def __init__(self, opset: int):
         self.opset = opset
         self.nodes: list[ir.Node] = []
 
     def add(
-        self, op_type: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None = None, **attributes
+        self, op_type: str, inputs: Sequence[ir.Value | None] = (), dtype: ir.DataType | None = None, **attributes
     ) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes or None)
+        """The first output of a node, with its element type where that is given. Raises Missing."""
+        if self.opset < FIRST_OPSET.get(op_type, 1):
+            raise Missing(f"needs {op_type}, which opset {self.opset} doesn't have")
+        inputs = list(inputs)
+        if op_type in NEGATED and self.opset < 12:
+            return self.add("Not", [self.add(NEGATED[op_type], inputs)], dtype)
+        if op_type == "Shape" and attributes and self.opset < 15:
+            bounds = (self.ints([attributes[name]]) for name in ("start", "end"))
+            return self.add("Slice", [self.add("Shape", inputs), *bounds, self.ints([0])], dtype)
+        if op_type == "Slice" and self.opset < 10:
+            names = ("starts", "ends", "axes")
+            attributes = {name: self._numbers(value) for name, value in zip(names, inputs[1:], strict=False)}
+            inputs = inputs[:1]
+        if len(inputs) == 2 and self.opset < AXES_AS_INPUT.get(op_type, 0):
+            attributes["axes"] = self._numbers(inputs.pop())
+        return self._made(op_type, inputs, attributes, dtype)
+
+    def _made(
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict, dtype: ir.DataType | None
+    ) -> ir.Value:
+        node = self._named(ir.node(op_type, inputs, attributes or None))
         if dtype is not None:
             node.outputs[0].dtype = dtype
         self.nodes.append(node)
         return node.outputs[0]
 
+    def _named(self, node: ir.Node) -> ir.Node:
+        """rewrite.py names what has no name."""
+        return node
+
+    def _numbers(self, value: ir.Value) -> list[int]:
+        """The integers of a constant of ours, which becomes an attribute: its node goes where nothing else reads it."""
+        if value.const_value is None:
+            raise Missing(f"needs a computed axis or bound, which opset {self.opset} doesn't have")
+        node = value.producer()
+        if node in self.nodes and not value.uses():
+            self.nodes.remove(node)
+        return value.const_value.numpy().reshape(-1).tolist()
+
+    def constant(self, array: np.ndarray | Sequence[int]) -> ir.Value:
+        """A Constant node; Python's integers are int64."""
+        array = np.asarray(array)
+        if self.opset < 9 and array.dtype == np.int64:  # Constant then holds floats only
+            value = self.add("Cast", [self.constant(array.astype(np.float32))], ir.DataType.INT64, to=7)
+        else:
+            value = self.add("Constant", (), value=ir.tensor(array))
+            value.dtype = ir.DataType.from_numpy(array.dtype)
+        value.const_value = ir.tensor(array)
+        return value
+
     def ints(self, values: Sequence[int]) -> ir.Value:
-        return self.add("Constant", (), ir.DataType.INT64, value=ir.tensor(list(values), ir.DataType.INT64))
+        return self.constant(np.asarray(list(values), np.int64))
 
     def transpose(self, value: ir.Value, perm: Sequence[int]) -> ir.Value:
         return (
@@ -37,15 +92,14 @@ class Builder:
             else self.add("Transpose", [value], value.dtype, perm=list(perm))
         )
 
-    def unsqueeze(self, value: ir.Value, axis: int) -> ir.Value:
-        if self.opset < 13:
-            return self.add("Unsqueeze", [value], value.dtype, axes=[axis])
-        return self.add("Unsqueeze", [value, self.ints([axis])], value.dtype)
+    def unsqueeze(self, value: ir.Value, *axes: int) -> ir.Value:
+        return self.add("Unsqueeze", [value, self.ints(axes)], value.dtype)
 
     def squeeze(self, value: ir.Value, axis: int) -> ir.Value:
-        if self.opset < 13:
-            return self.add("Squeeze", [value], value.dtype, axes=[axis])
         return self.add("Squeeze", [value, self.ints([axis])], value.dtype)
+
+    def slice(self, value: ir.Value, start: int, end: int, axis: int = 0) -> ir.Value:
+        return self.add("Slice", [value, *(self.ints([k]) for k in (start, end, axis))], value.dtype)
 
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         """0 copies the size of the same axis, -1 is what remains."""
@@ -64,7 +118,6 @@ class Builder:
 
     def to_four_axes(self, value: ir.Value, rank: int, heads: int) -> ir.Value:
         """[…, S, D] of `rank` axes to [B, heads, S, D]."""
-        shape = self.add("Shape", [value], ir.DataType.INT64)
-        tail = self.add("Slice", [shape, self.ints([rank - 2]), self.ints([rank]), self.ints([0])], ir.DataType.INT64)
+        tail = self.slice(self.add("Shape", [value], ir.DataType.INT64), rank - 2, rank)
         target = self.add("Concat", [self.ints([-1, heads]), tail], ir.DataType.INT64, axis=0)
         return self.add("Reshape", [value, target], value.dtype)

@@ -222,6 +222,11 @@ def attribute_of_another_type(model: onnx.ModelProto) -> None:
     node(model, "p").attribute[0].CopyFrom(helper.make_attribute("axis", 1.5))
 
 
+@_changed("Softmax", "'axis' without a type")
+def attribute_without_type(model: onnx.ModelProto) -> None:
+    node(model, "p").attribute[0].ClearField("type")
+
+
 @_changed("Softmax", "'axis' twice")
 def attribute_twice(model: onnx.ModelProto) -> None:
     softmax = node(model, "p")

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from faexport.nodes import name_of, op
 from faexport.options import Options
 from faexport.spec import Candidate, Refusal
+from faexport.surgery import Missing
 from faexport.understand.shapes.analysis import Analysis
 
 
@@ -84,6 +85,8 @@ def _tried(entry: Registration, node: ir.Node, context: Context) -> list[Candida
     """The matcher's answer. A defect of ours at one site is a refusal, and costs the model no other site."""
     try:
         return entry.match(node, context)
+    except Missing as what:
+        return [Candidate(node, context.graph, entry.source, outcome=Refusal(f"fusing it {what}", name_of(node)))]
     except Exception as error:
         if os.environ.get("FAEXPORT_TRACEBACK"):
             traceback.print_exc()
