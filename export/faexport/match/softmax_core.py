@@ -51,9 +51,11 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
         refusal = (
             Refusal(softmax.flaw, name_of(node)) if softmax.flaw else Refusal(path.why, name_of(path.node or node))
         )
-        meant = feeds_product(softmax, a)
-        return [Candidate(node, context.graph, SOURCE, outcome=refusal)] if meant else []
-    return _understand(path, softmax, context)
+        found = [Candidate(node, context.graph, SOURCE, outcome=refusal)]
+    else:
+        found = _understand(path, softmax, context)
+    refused = any(isinstance(c.outcome, Refusal) for c in found)
+    return [] if refused and not feeds_product(softmax, a, constants=isinstance(path, Path)) else found
 
 
 def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:

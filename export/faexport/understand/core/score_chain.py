@@ -20,7 +20,7 @@ from faexport.understand.core.factors import Weight, fits, is_gate, weighed
 from faexport.understand.core.softmax import Softmax, subtracts_own_maximum
 from faexport.understand.core.split_bias import SplitBias
 from faexport.understand.layout import view_ops
-from faexport.understand.layout.products import PRODUCT_OPS, Product, product_of
+from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product, product_of
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.analysis import Analysis
@@ -81,7 +81,9 @@ def _search(value: ir.Value, axis: int, a: Analysis, weights: bool, depth: int, 
             return Blocked(node, BY_WEIGHTS)
         return Path(product, [])
     blocked = Blocked(node, f"the scores pass through {op(node)}, which attention doesn't have")
-    if op(node) in ("QuantizeLinear", "DequantizeLinear"):
+    if op(node) in QUANTIZED and not all(a.is_static(node.inputs[i]) for i in QUANTIZED[op(node)]):
+        blocked = Blocked(node, f"queries and keys are multiplied as quantized numbers ({op(node)})")
+    if op(node).endswith(("QuantizeLinear", "DequantizeLinear")):
         blocked = Blocked(node, f"the scores are quantized inside the block ({op(node)})")
     likely: Blocked | None = None
     for step in _steps(node, axis, a):
@@ -272,6 +274,9 @@ class _Reader:
         name, sizes = name_of(step.node), self.a.shape(weight.value)
         if sizes is None:
             return Refusal("the scores are multiplied by a tensor of unknown shape", name)
+        for_keys = bool(sizes) and sizes[-1] != 1 and weight.op_type == "Mul"
+        if for_keys and self.gates and is_gate(weight.value, self.a):
+            return self._take_term(dataclasses.replace(step, kind="gate"), self.factors[self.path.steps.index(step)])
         if not fits(weight.value, self.view.shape, self.a):
             return Refusal("the scores are multiplied by a tensor that may give them another shape", name)
         if self.softcap:
@@ -281,8 +286,6 @@ class _Reader:
             return Refusal("the scores are multiplied by a tensor in a shape that is not understood", name)
         labels = self.path.product.labels
         wide = {x for x, size in zip(reversed(labels), reversed(sizes), strict=False) if size != 1}
-        if "column" in wide and self.gates and weight.op_type == "Mul" and is_gate(weight.value, self.a):
-            return self._take_term(dataclasses.replace(step, kind="gate"), self.factors[self.path.steps.index(step)])
         if {"row", "column"} <= wide:
             return Refusal("the scores are multiplied by a tensor of rows and keys", name)
         if "column" in wide and weight.op_type == "Div":

@@ -20,7 +20,7 @@ from faexport.understand.core.row_guard import row_guard
 from faexport.understand.core.score_chain import RESHAPES, Scores, label_axes
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.layout import view_ops
-from faexport.understand.layout.products import PRODUCT_OPS, Product, product_of, with_row
+from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product, product_of, with_row
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
 from faexport.understand.layout.views import View, merged, size_of
 from faexport.understand.shapes.analysis import Analysis
@@ -28,11 +28,6 @@ from faexport.understand.shapes.dims import Dim, plain
 from faexport.understand.shapes.rules import slice_of
 
 MAX_PATH = 24
-# Products of matrices, also of quantized ones, and which of their inputs are multiplied.
-MULTIPLYING = dict.fromkeys((*PRODUCT_OPS, "MatMulInteger"), (0, 1)) | {"QLinearMatMul": (0, 3)}
-MULTIPLYING |= dict.fromkeys(
-    [f"com.microsoft::{name}" for name in ("MatMulIntegerToFloat", "DynamicQuantizeMatMul")], (0, 1)
-)
 # What may stand between a softmax and the product with the values, also where it makes the block no attention.
 PASSING = frozenset(
     (*RESHAPES, "Cast", "Identity", "Dropout", "Where", "IsNaN", "Slice", "Mul", "Div", "Add", "Sub", "Max", "Min")
@@ -40,6 +35,7 @@ PASSING = frozenset(
     + ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
     + tuple(f"{domain}::{kind}Linear" for domain in ("com.microsoft", "trt") for kind in ("Quantize", "Dequantize"))
     + ("trt::TRT_FP8QuantizeLinear", "trt::TRT_FP8DequantizeLinear")
+    + tuple(f"com.microsoft::QLinear{name}" for name in ("Add", "Mul", "Concat", "Where"))
 )
 
 
@@ -289,8 +285,9 @@ def _atom_axis(product: Product, label: str, shape) -> tuple:
     return View.whole(shape).axes[position]
 
 
-def feeds_product(softmax: Softmax, a: Analysis) -> bool:
-    """Do the probabilities run into a product with a computed tensor? Then attention was probably meant."""
+def feeds_product(softmax: Softmax, a: Analysis, constants: bool = False) -> bool:
+    """Do the probabilities run into a product with a computed tensor (with `constants`, with any)? Then attention was
+    probably meant."""
     pending, seen = [softmax.probabilities], set()
     while pending and len(seen) < 4 * MAX_PATH:
         value = pending.pop(0)
@@ -298,8 +295,9 @@ def feeds_product(softmax: Softmax, a: Analysis) -> bool:
             if node in seen or node in softmax.inner:
                 continue
             seen.add(node)
-            if op(node) in MULTIPLYING:
-                if not any(a.is_static(node.inputs[i]) for i in MULTIPLYING[op(node)] if i < len(node.inputs)):
+            if op(node) in (*PRODUCT_OPS, *QUANTIZED):
+                multiplied = QUANTIZED.get(op(node), (0, 1))
+                if constants or not any(a.is_static(node.inputs[i]) for i in multiplied if i < len(node.inputs)):
                     return True
             elif op(node) in PASSING:
                 pending += node.outputs

@@ -17,6 +17,14 @@ from faexport.understand.shapes.einsum import einsum_equation, multiplied_order
 
 FUSED = ("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
 PRODUCT_OPS = ("MatMul", "Einsum", "Gemm", *FUSED)
+# Products of quantized numbers, and which of their inputs are multiplied. They are known, not read.
+QUANTIZED = {
+    "MatMulInteger": (0, 1),
+    "QLinearMatMul": (0, 3),
+    "com.microsoft::QLinearMatMul": (0, 3),
+    "com.microsoft::MatMulIntegerToFloat": (0, 1),
+    "com.microsoft::DynamicQuantizeMatMul": (0, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
