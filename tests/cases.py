@@ -399,9 +399,26 @@ def randomized(count: int, seed: int) -> list[Case]:
     return list(cases.values())
 
 
+def wide() -> list[Case]:
+    """Heads of more than 256 columns, which CUDA kernels take in 16-bit types."""
+    shapes = ((113, 129), (129, 113), (1, 300), (7, 65), (200, 200), (130, 1023))
+    dims = ((512, 0), (320, 0), (384, 0), (264, 0), (512, 256), (72, 512))
+    found = []
+    for i, fields in enumerate(MASKS.values()):
+        for j, (sq, sk) in enumerate(shapes[i % 2 :: 2]):
+            head_dim, head_dim_v = dims[(i + j) % 6]
+            layout, heads = ("BHSD", "BSHD", "BSH")[(i + j) % 3], ((2, 2), (4, 2), (3, 1))[(i + 2 * j) % 3]
+            dtype = ("float16", "bfloat16")[(i // 2 + j) % 2]
+            found.append(Case(dtype, 3, *heads, sq, sk, head_dim, head_dim_v, layout, **fields))
+    for dtype, sq, sk in itertools.product(("float16", "bfloat16"), (1, 64, 129, 700), (1, 128, 257, 1100)):
+        found.append(Case(dtype, 1, 1, 1, sq, sk, 512))
+        found.append(Case(dtype, 1, 2, 1, sq, sk, 512, is_causal=True, alignment="bottom_right"))
+    return found
+
+
 def systematic() -> list[Case]:
     """The enumeration, without repetitions."""
-    return list({case.id: case for case in itertools.chain(_shapes(), _kinds())}.values())
+    return list({case.id: case for case in itertools.chain(_shapes(), _kinds(), wide())}.values())
 
 
 def full() -> list[Case]:
@@ -430,6 +447,8 @@ def quick() -> list[Case]:
         )
     for i, d in enumerate(HEAD_DIMS):
         cases.append(Case(list(DTYPES)[i % 3], 1, 2, 1, 19, 37, d, layout=("BSH", "BSHD")[i % 2], is_causal=True))
+    for i, (d, dv) in enumerate(((320, 0), (384, 0), (512, 0), (512, 64), (33, 512))):
+        cases.append(Case(list(DTYPES)[i % 3], 1, 2, 1, 19, 37, d, dv, is_causal=bool(i % 2)))
     for i, broadcast in enumerate(BROADCASTS):
         cases.append(Case(list(DTYPES)[i % 3], 2, 2, 1, 9, 34, 16, mask=broadcast))
         cases.append(

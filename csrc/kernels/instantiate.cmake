@@ -83,7 +83,12 @@ if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   fa_instantiate_sm90("128" "kModified;kPlain;kMiddle;kShort")
   fa_instantiate_sm90("256" "kModified;kPlain;kShort")
   fa_instantiate_sm90("96;80;192" "kModified;kPlain")
-  target_sources(fa_core PRIVATE kernels/common/tensor_map.cpp kernels/prefill_sm90/prefill_sm90.cpp)
+  string(REPLACE "prefill_sm90::" "prefill_sm90_wide::" launch_sm90_wide "${launch_sm90}")
+  fa_instantiate(fa_prefill_sm90 prefill_sm90_wide kernels/prefill_sm90_wide/launch.cuh "${launch_sm90_wide}" "f16;bf16" "512" "kPlain;kModified")
+  target_sources(fa_core PRIVATE
+    kernels/common/tensor_map.cpp
+    kernels/prefill_sm90/prefill_sm90.cpp
+    kernels/prefill_sm90_wide/prefill_sm90_wide.cpp)
   target_compile_definitions(fa_core PRIVATE FA_WITH_SM90)
 endif()
 

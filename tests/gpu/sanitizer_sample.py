@@ -16,7 +16,7 @@ def sample() -> list[cases.Case]:
         chosen.append(
             cases.Case(dtype, 2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], dims[i % 8], 0, layout, **fields)
         )
-    return chosen
+    return chosen + cases.wide()[::9]
 
 
 def main() -> None:

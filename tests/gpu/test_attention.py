@@ -47,6 +47,7 @@ MANY_ROWS = (
     (333, 330, 192),
     (250, 330, 256),
     (250, 330, 80),
+    (250, 330, 512),
 )
 ON_ALL_SHAPES = {"causal", "packed_causal"}
 
@@ -93,7 +94,7 @@ def test_mask_in_wide_rows(case: cases.Case, expected) -> None:
     check(case.problem(), expected(case))
 
 
-@pytest.mark.parametrize("head_dim", (32, 64, 96, 128, 192, 256))
+@pytest.mark.parametrize("head_dim", (32, 64, 96, 128, 192, 256, 512))
 @pytest.mark.parametrize("seqlen", (100, 700))
 def test_many_launches_give_the_same_bits(head_dim: int, seqlen: int) -> None:
     """A buffer that is written too early is seen now and then only."""
@@ -147,7 +148,7 @@ def test_strides_of_axes_of_size_1_are_not_read(dtype: str, head_dim: int, seqle
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("is_causal", (False, True))
-@pytest.mark.parametrize("shape", ((2, 4, 2048, 64), (1, 2, 8192, 128), (1, 2, 1500, 256)))
+@pytest.mark.parametrize("shape", ((2, 4, 2048, 64), (1, 2, 8192, 128), (1, 2, 1500, 256), (1, 1, 4096, 512)))
 def test_error_is_at_most_twice_pytorchs(dtype: str, is_causal: bool, shape: tuple[int, ...]) -> None:
     """FlashAttention's rule on sizes that the cases don't reach; float64 and the unfused result both by PyTorch."""
     import faplugin

@@ -55,6 +55,14 @@ def test_kernel_is_named(shape: tuple, arguments: dict, phase: str, on_hopper: b
     assert text.splitlines()[0] == f"{expected}: chosen", text
 
 
+def test_wide_heads() -> None:
+    shape = (1, 1, 1, 4096, 4096, 512, "float16")
+    if "prefill_sm90_wide" not in explain(shape, {}, "sm_90"):
+        pytest.skip("a build without Hopper's kernels")
+    assert explain(shape, {}, "sm_90").startswith("prefill_sm90_wide: chosen")
+    assert "head_dim 520 is above 512" in explain((*shape[:5], 520, "float16"), {}, "sm_90")
+
+
 def test_refusals_say_why() -> None:
     assert "head_dim 320 is above 256" in explain((1, 1, 1, 128, 128, 320, "float16"), {}, "sm_80")
     text = explain((1, 1, 1, 128, 128, 64, "float16"), {}, "sm_80")

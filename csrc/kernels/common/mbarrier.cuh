@@ -23,6 +23,19 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+/// Arrives at the barrier that block `rank` of the cluster has at this place. Orders nothing that the caller wrote: a release
+/// that reaches the cluster would wait for all of the thread's memory accesses, about a microsecond.
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 theirs;\n"
+      "mapa.shared::cluster.u32 theirs, %0, %1;\n"
+      "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [theirs];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
 /// Arrives, and makes the phase wait for `bytes` more from the copy engine.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
@@ -50,6 +63,7 @@ struct Mbarrier {
 
   __device__ __forceinline__ void init() { mbarrier_init(&word, kArrivals); }
   __device__ __forceinline__ void arrive() { mbarrier_arrive(&word); }
+  __device__ __forceinline__ void arrive_at(int rank) { mbarrier_arrive_at(&word, rank); }
   __device__ __forceinline__ void arrive_expect(uint32_t bytes) { mbarrier_arrive_expect(&word, bytes); }
   __device__ __forceinline__ void wait(uint32_t parity) { mbarrier_wait(&word, parity); }
 };

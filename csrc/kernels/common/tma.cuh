@@ -38,6 +38,19 @@ __device__ __forceinline__ void tma_load_shared_by_blocks(void* shared, const CU
       : "memory");
 }
 
+/// The same into this block and others of its cluster (a bit of `blocks` each), at the same place and on the same barrier of
+/// each.
+__device__ __forceinline__ void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier, int column, int row,
+                                                   int head, int batch, uint16_t blocks) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch), "h"(blocks), "l"(policy)
+      : "memory");
+}
+
 /// Starts the copy of one box to device memory, in the thread's current bulk group.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* shared, int column, int row, int head, int batch) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),

@@ -83,13 +83,13 @@ __device__ __noinline__ float mean_of_values(const KernelArgs& args, const Tile&
 /// panel … + 63 of the 64 staged rows.
 template <class C>
 __device__ __forceinline__ void stage_means(const KernelArgs& args, const Tile& tile, int row, const RowPair& rows, int panel,
-                                            uint8_t* staged) {
+                                            uint8_t* staged, int first_column) {
 #pragma unroll 1
   for (int r = 0; r < 2; ++r) {
     if ((r == 0 ? rows.sum[0] : rows.sum[1]) != 0.0f || !is_row<C>(row + 8 * r, tile.query_length)) continue;
 #pragma unroll 1
     for (int i = threadIdx.x % 4; i < min(C::kHeadDim - 64 * panel, 64); i += 4) {
-      const float mean = mean_of_values<typename C::T>(args, tile, 64 * panel + i);
+      const float mean = mean_of_values<typename C::T>(args, tile, first_column + 64 * panel + i);
       reinterpret_cast<typename C::T*>(staged + swizzled_offset(row % 64 + 8 * r, i / 8))[i % 8] =
           from_float<typename C::T>(mean);
     }
@@ -112,10 +112,11 @@ __device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t
   }
 }
 
-/// Columns 64 panel … + 63 of the warp's 16 finished rows to shared memory.
+/// Columns 64 panel … + 63 of o, whose first one is the output's `first_column`, for the warp's 16 finished rows to shared
+/// memory.
 template <class C>
 __device__ __forceinline__ void stage_panel(const KernelArgs& args, const Tile& tile, int row, const RowPair& rows,
-                                            const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged) {
+                                            const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged, int first_column = 0) {
   using T = typename C::T;
   const int thread = threadIdx.x % kWarpgroupThreads, staged_row = thread / 32 * 16 + thread % 16;
   const uint32_t first = shared_address(staged) + swizzled_offset(staged_row, thread % 32 / 16);
@@ -128,7 +129,7 @@ __device__ __forceinline__ void stage_panel(const KernelArgs& args, const Tile& 
   }
   if (args.problem.empty_row == EmptyRow::kMean) {
     __syncwarp();
-    stage_means<C>(args, tile, row, rows, panel, staged);
+    stage_means<C>(args, tile, row, rows, panel, staged, first_column);
   }
 }
 

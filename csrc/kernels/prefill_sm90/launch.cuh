@@ -49,23 +49,30 @@ Status encode_maps(const AttentionParams& p, KernelArgs* args) {
   return encode_tensor_map(p.out, 64, &args->out);
 }
 
+/// All of the arguments but the tensor maps, for tiles of `tile_rows` rows. Returns whether rows see unequally many keys.
+inline bool describe_problem(const AttentionParams& p, int64_t tile_rows, KernelArgs* args) {
+  const bool packed = p.cu_seqlens_q.present;
+  const int64_t heads = p.query.shape[1], sequences = num_sequences(p), tiles = num_tiles(p, tile_rows);
+  args->problem = p;
+  args->sequences = sequence_rule(p);
+  const bool lengths_differ = p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
+  args->tiles_alike = !lengths_differ && !p.query_offsets.present && !p.bias.present;
+  if (args->tiles_alike) describe_sequence(args->sequences, 0, &args->common);
+  args->num_sequences = static_cast<int>(sequences);
+  args->heads_per_kv = Divisor(heads / p.key.shape[1]);
+  args->num_tiles = static_cast<int>(tiles);
+  const bool unequal = p.window_right >= 0 || p.window_left >= 0 || lengths_differ;
+  choose_order(p, tiles / (heads * (packed ? 1 : sequences)), unequal, args);
+  return unequal;
+}
+
 template <class C>
 Status launch_config(const Plan& plan, const AttentionParams& p, const ExecutionContext& context) {
   KernelArgs args{};
   if (Status status = encode_maps<C>(p, &args); !status.ok()) return status;
-  const bool packed = p.cu_seqlens_q.present;
-  const int64_t heads = p.query.shape[1], sequences = num_sequences(p), tiles = num_tiles(p, C::kTileM);
+  const int64_t tiles = num_tiles(p, C::kTileM);
   if (tiles == 0) return {};
-  args.problem = p;
-  args.sequences = sequence_rule(p);
-  const bool lengths_differ = p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
-  args.tiles_alike = !lengths_differ && !p.query_offsets.present && !p.bias.present;
-  if (args.tiles_alike) describe_sequence(args.sequences, 0, &args.common);
-  args.num_sequences = static_cast<int>(sequences);
-  args.heads_per_kv = Divisor(heads / p.key.shape[1]);
-  args.num_tiles = static_cast<int>(tiles);
-  const bool unequal = p.window_right >= 0 || p.window_left >= 0 || lengths_differ;
-  choose_order(p, tiles / (heads * (packed ? 1 : sequences)), unequal, &args);
+  const bool unequal = describe_problem(p, C::kTileM, &args);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, plan.device.num_sms * C::kBlocksPerSm));
   cudaError_t error = cudaSuccess;

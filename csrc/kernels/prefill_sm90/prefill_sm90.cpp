@@ -36,11 +36,6 @@ const Instance kInstances[] = {
 
 int64_t bucket_size(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
 
-bool is_modified(const AttentionParams& p) {
-  const bool row_mask = p.mask.present && p.mask.shape[2] > 1 && p.mask.stride[2] != 0;  // else the producer reads it
-  return row_mask || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
-}
-
 /// A variant that could run the problem, and its time for a row that all variants have, in percent.
 struct Candidate {
   Variant variant;
@@ -89,10 +84,10 @@ const Instance* find_instance(const AttentionParams& p, const Device& device) {
 
 }  // namespace
 
-bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
-  FA_REFUSE_IF(plan->device.compute_capability != 90, "needs compute capability 9.0 (Hopper)");
+bool suits_hopper(const AttentionParams& p, const Device& device, std::string* why_not) {
+  FA_REFUSE_IF(device.compute_capability != 90, "needs compute capability 9.0 (Hopper)");
   FA_REFUSE_IF(p.query.dtype == DType::kFloat32, "takes float16 and bfloat16 only, the tensors are float32");
-  FA_REFUSE_IF(plan->device.shared_memory_bytes < kSharedLimit,
+  FA_REFUSE_IF(device.shared_memory_bytes < kSharedLimit,
                "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block");
   FA_REFUSE_IF(p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0,
                "head_dim " + std::to_string(p.query.shape[3]) + " and head_dim_v " + std::to_string(p.value.shape[3]) +
@@ -106,6 +101,11 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
                  std::string("the copy engine (TMA) can't address ") + name + ", which " + tensor_map_obstacle(*tensor));
   }
   FA_REFUSE_IF(num_tiles(p, kRowsUnit) > std::numeric_limits<int32_t>::max(), "more than 2^31 tiles of rows");
+  return true;
+}
+
+bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
+  if (!suits_hopper(p, plan->device, why_not)) return false;
   const Instance* instance = find_instance(p, plan->device);
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(bucket_size(p)) + " is above 256");
   plan->instance = static_cast<int>(instance - kInstances);

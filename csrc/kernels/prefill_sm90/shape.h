@@ -62,6 +62,12 @@ inline bool bias_has_tiles(const AttentionParams& p) {
          bias.stride[3] == 1 && has_tensor_map(bias_tensor(bias));
 }
 
+/// Do scores need more than a scale > 0, lengths, windows and a mask that is the same for all rows, which a producer reads?
+inline bool is_modified(const AttentionParams& p) {
+  const bool row_mask = p.mask.present && p.mask.shape[2] > 1 && p.mask.stride[2] != 0;
+  return row_mask || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
+}
+
 inline constexpr int64_t kFewKeys = 320;  // up to so many the fixed costs of a tile decide
 
 /// Of keys, or what else there is of all sequences: what one has on average, where they are packed.

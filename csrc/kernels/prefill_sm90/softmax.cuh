@@ -19,10 +19,15 @@ struct RowPair {
   float factor[2];                   // what the output gathered so far must be multiplied with
 };
 
+/// What softmax_step does with the maxima of rows whose keys no other warp has.
+struct NothingToCombine {
+  __device__ __forceinline__ void operator()(float (&)[2]) const {}
+};
+
 /// Scores become weights relative to the rows' reference; score times `unit` is in log2 units. Returns whether the output must be
-/// rescaled by rows.factor.
-template <class C, int kCount>
-__device__ __forceinline__ bool softmax_step(float (&s)[kCount], RowPair& rows, float unit) {
+/// rescaled by rows.factor. `combine` is given the maxima of the two rows, and may raise them to those of other warps.
+template <class C, int kCount, class Combine = NothingToCombine>
+__device__ __forceinline__ bool softmax_step(float (&s)[kCount], RowPair& rows, float unit, Combine combine = {}) {
   float highest[2] = {rows.reference[0], rows.reference[1]};
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
@@ -31,6 +36,7 @@ __device__ __forceinline__ bool softmax_step(float (&s)[kCount], RowPair& rows, 
   }
   highest[0] = quad_max(highest[0]);
   highest[1] = quad_max(highest[1]);
+  combine(highest);
   const bool far =
       (highest[0] - rows.reference[0]) * unit > kRescaleThreshold || (highest[1] - rows.reference[1]) * unit > kRescaleThreshold;
   const bool rescale = __any_sync(kAllLanes, far);

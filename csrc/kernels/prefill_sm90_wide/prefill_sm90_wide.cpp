@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which problems the kernel for wide heads takes, and the choice of its instance.
+#include "kernels/prefill_sm90_wide/prefill_sm90_wide.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "dispatch.h"
+#include "kernels/prefill_sm90/prefill_sm90.h"
+#include "kernels/prefill_sm90_wide/instances.h"
+#include "kernels/prefill_sm90_wide/shape.h"
+
+namespace fa::prefill_sm90_wide {
+namespace {
+
+struct Instance {
+  DType dtype;
+  int head_dim;  // the largest head_dim and head_dim_v it takes
+  Variant variant;
+  Status (*launch)(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
+};
+
+const Instance kInstances[] = {
+#define FA_INSTANCE(T, dtype, head_dim, variant) \
+  {dtype, head_dim, Variant::variant, launch_instance<T, head_dim, Variant::variant>},
+#include "kernels/prefill_sm90_wide/instances.def"
+#undef FA_INSTANCE
+};
+
+constexpr int64_t kLeastHeadDim = 257;  // what prefill_sm90 takes is faster there
+
+}  // namespace
+
+bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
+  if (!prefill_sm90::suits_hopper(p, plan->device, why_not)) return false;
+  const int64_t head_dim = std::max(p.query.shape[3], p.value.shape[3]);
+  FA_REFUSE_IF(head_dim < kLeastHeadDim, "is for head_dim above 256, the heads have " + std::to_string(head_dim));
+  FA_REFUSE_IF(head_dim > kMaxHeadDim, "head_dim " + std::to_string(head_dim) + " is above " + std::to_string(kMaxHeadDim));
+  const Splits splits = choose_splits(p, plan->device);
+  FA_REFUSE_IF(prefill_sm90::num_tiles(p, kPairRows) > std::numeric_limits<int32_t>::max() / (2 * splits.count),
+               "more than 2^31 blocks of rows");
+  const Variant variant = prefill_sm90::is_modified(p) ? Variant::kModified : Variant::kPlain;
+  const Instance* found = std::find_if(std::begin(kInstances), std::end(kInstances), [&](const Instance& instance) {
+    return instance.dtype == p.query.dtype && instance.variant == variant;
+  });
+  plan->instance = static_cast<int>(found - kInstances);
+  plan->num_splits = splits.count;
+  plan->workspace_bytes = workspace_bytes(p, splits);
+  return true;
+}
+
+Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
+  return kInstances[plan.instance].launch(plan, params, context);
+}
+
+}  // namespace fa::prefill_sm90_wide
