@@ -178,7 +178,7 @@ class _Builder:
             self.more.append(g("ReduceMax", scores, g.const([-1, -2])))
         probabilities = self._softmax(self._merged(scores) if r.structure == "bmm" else scores)
         if r.near_miss == "post scale":
-            probabilities = g("Mul", probabilities, g.const([0.5], np.float32))
+            probabilities = g("Mul", probabilities, g("Sqrt", probabilities))
         if r.near_miss == "second consumer":
             self.more.append(g("ReduceSum", self._apart(probabilities), g.const([-1, -2])))
         if r.structure == "bmm with 4-D masks":

@@ -241,7 +241,8 @@ class Emitter:
             [],
         )
         for k, x in enumerate(index):
-            result, new = self._place_axis(site, result, len(axes), shape[k], x)
+            rank = len(axes) + len(shape) - k
+            result, new = self._place_axis(site, result, len(axes), rank, shape[k], x)
             if set(new) & set(axes):
                 raise Unknown
             axes += new
@@ -250,8 +251,10 @@ class Emitter:
             result = self.node("Transpose", [result], {"perm": [axes.index(name) for name in order]})
         return self._unsqueezed(result, tuple(_AXES.index(name) for name in order))
 
-    def _place_axis(self, site: Site, value: ir.Value, at: int, size: Expr, x: Expr) -> tuple[ir.Value, list[str]]:
-        """Reads axis `at` of `value` at index `x`; the variables that the axis turns into."""
+    def _place_axis(
+        self, site: Site, value: ir.Value, at: int, rank: int, size: Expr, x: Expr
+    ) -> tuple[ir.Value, list[str]]:
+        """Reads axis `at` of `value`, of `rank` axes, at index `x`; the variables that the axis turns into."""
         known = ia.value_of(x)
         if known is not None and ia.value_of(size) == 1:
             return self.node("Squeeze", [value, self.constant([at])]), []
@@ -266,8 +269,23 @@ class Emitter:
         axis = _AXES.index(name)
         if x is not site.index[axis] or not self._is_size(site, size, axis):
             line = self.node("Reshape", [self.emit(site, x), self.constant([-1])])
+            if not (ia.is_nonnegative(x) and ia.is_positive(ia.sub(size, x))):
+                value, line = self._with_outside(value, at, rank, line)
             value = self.node("Gather", [value, line], {"axis": at})
         return value, [name]
+
+    def _with_outside(self, value: ir.Value, at: int, rank: int, line: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The value with one more element on an axis, and the indices with that in the place of those that lie outside.
+        A choice around what is read there takes something else, as where a mask was padded; yet it has to be read."""
+        if self.ctx.opset < (13 if value.dtype is ir.DataType.BOOL else 11):  # of Pad
+            raise Unknown
+        size = self.node("Shape", [value], {"start": at, "end": at + 1})
+        pads = [0] * (2 * rank)
+        pads[rank + at] = 1
+        value = self.node("Pad", [value, self.constant(pads)])
+        for outside in (("Less", [line, self.constant([0])]), ("Less", [size, line])):
+            line = self.node("Where", [self.node(*outside), size, line])
+        return value, line
 
     def _split_heads(self, value: ir.Value, at: int, heads: int) -> ir.Value:
         """[… B * H …] as [… B, H …]."""

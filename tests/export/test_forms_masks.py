@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks that the model itself makes longer, as for tokens that it puts behind those of the user, and what has to be
+read for them beyond the user's mask."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.export.form_text import PRODUCT, Form, check
+
+SELF = "float[B, 3, 9, 8] q, float[B, 3, 9, 8] k, float[B, 3, 9, 8] v"
+LOW = "low = Constant<value = float {-10000.0}>()"
+TRIANGLE = """square = Constant<value = int64[2] {9, 9}>()
+    whole = ConstantOfShape<value = float[1] {-10000.0}>(square) k1 = Constant<value = int64 {1}>()
+    causal = Trilu<upper = 1>(whole, k1)"""
+END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
+
+RIGHT = {
+    "padded by a constant, and causal": Form(
+        f"{SELF}, float[B, 5] m",
+        f"""{PRODUCT} {LOW} one = Constant<value = float {{1.0}}>() i = Sub(one, m) b = Mul(i, low)
+        pads = Constant<value = int64[4] {{0, 0, 0, 4}}>() more = Pad(b, pads) axis = Constant<value = int64[1] {{1}}>()
+        b3 = Unsqueeze(more, axis) {TRIANGLE} both = Add(b3, causal) b4 = Unsqueeze(both, axis) x = Add(s, b4) {END}""",
+    ),
+    "a bool mask, padded in front": Form(
+        f"{SELF}, bool[B, 5] m",
+        f"""{PRODUCT} none = Constant<value = bool {{0}}>() pads = Constant<value = int64[4] {{0, 4, 0, 0}}>()
+        more = Pad(m, pads, none) axes = Constant<value = int64[2] {{1, 2}}>() b4 = Unsqueeze(more, axes)
+        low = Constant<value = float {{-3.4e38}}>() x = Where(b4, s, low) {END}""",
+    ),
+    "as many zeros as rows are missing": Form(
+        "float[B, 3, T, 8] q, float[B, 3, T, 8] k, float[B, 3, T, 8] v, float[B, M] m",
+        f"""{PRODUCT} {LOW} one = Constant<value = float {{1.0}}>() i = Sub(one, m) b = Mul(i, low)
+        rows = Shape<start = 2, end = 3>(q) own = Shape<start = 1, end = 2>(m) missing = Sub(rows, own)
+        zeros = Constant<value = int64[3] {{0, 0, 0}}>() pads = Concat<axis = 0>(zeros, missing) more = Pad(b, pads)
+        axes = Constant<value = int64[2] {{1, 2}}>() b4 = Unsqueeze(more, axes) x = Add(s, b4) {END}""",
+    ),
+    "repeated for each head of a bmm": Form(
+        "float[N, 9, 8] q, float[N, 9, 8] k, float[N, 9, 8] v, float[N, 5] m",
+        f"""kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) {LOW} one = Constant<value = float {{1.0}}>()
+        i = Sub(one, m) b = Mul(i, low) pads = Constant<value = int64[4] {{0, 0, 0, 4}}>() more = Pad(b, pads)
+        axis = Constant<value = int64[1] {{1}}>() b3 = Unsqueeze(more, axis) {TRIANGLE} both = Add(b3, causal)
+        x = Add(s, both) {END}""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_fused_and_right(name: str, library: str) -> None:
+    check(RIGHT[name], library)
