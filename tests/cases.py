@@ -116,6 +116,7 @@ class Case:
     softcap: float = 0.0
     scale: float = 0.0
     empty_row: str = "zero"
+    float32_precision: str = ""
     lse: bool = True
     index_dtype: str = "int64"
     seed: int = 0
@@ -192,6 +193,8 @@ class _Builder:
             self.attributes["alignment"] = case.alignment
         if case.empty_row != "zero":
             self.attributes["empty_row"] = case.empty_row
+        if case.float32_precision:
+            self.attributes["float32_precision"] = case.float32_precision
         extra = (["present_key", "present_value"] if case.past else []) + (["lse"] if case.lse else [])
         if self.optional:
             self.attributes["optional_inputs"] = ",".join(self.optional)
@@ -362,6 +365,17 @@ def _kinds() -> Iterator[Case]:
         yield Case(dtype, 2, *ratio, sq, sk, 64, layout="BSHD", is_causal=True, alignment="bottom_right")
 
 
+def _tf32() -> Iterator[Case]:
+    """Every kind of mask in one TF32 product, and head sizes that fill a bucket or not."""
+    shapes = ((113, 129), (129, 113), (300, 300), (7, 65))
+    for i, (kind, fields) in enumerate(MASKS.items()):
+        for (sq, sk), head_dim in zip(shapes, ((64, 128, 40, 256), (128, 64, 192, 96))[i % 2], strict=True):
+            layout, heads = ("BHSD", "BSHD", "BSH")[i % 3], ((2, 2), (4, 2), (6, 1))[(i + len(kind)) % 3]
+            yield Case("float32", 3, *heads, sq, sk, head_dim, 0, layout, **fields, float32_precision="tf32")
+    for head_dim in HEAD_DIMS:
+        yield Case("float32", 2, 4, 2, 130, 200, head_dim, is_causal=True, float32_precision="tf32")
+
+
 def randomized(count: int, seed: int) -> list[Case]:
     """`count` different cases, drawn over everything at once; equal for equal seeds."""
     rng = np.random.default_rng(seed)
@@ -418,7 +432,7 @@ def wide() -> list[Case]:
 
 def systematic() -> list[Case]:
     """The enumeration, without repetitions."""
-    return list({case.id: case for case in itertools.chain(_shapes(), _kinds(), wide())}.values())
+    return list({case.id: case for case in itertools.chain(_shapes(), _kinds(), _tf32(), wide())}.values())
 
 
 def full() -> list[Case]:

@@ -2,7 +2,8 @@
 """The operator in NumPy, as docs/operator.md says it: the oracle of every test, independent of the C++ code.
 
 `attention(problem)` is in float64. `attention(problem, unfused=True)` is what a graph of MatMul, Softmax, MatMul gives
-in the tensors' own dtype, each result rounded: its error is the measure of the others'.
+in the tensors' own dtype, each result rounded, with TF32 operands where the attribute float32_precision says so: its
+error is the measure of the others'.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 from tests.cases import Problem
 
 DEFAULTS = {"q_num_heads": 0, "kv_num_heads": 0, "scale": 0.0, "is_causal": 0, "left_window_size": -1,
-            "right_window_size": -1, "softcap": 0.0, "alignment": "onnx", "empty_row": "zero"}  # fmt: skip
+            "right_window_size": -1, "softcap": 0.0, "alignment": "onnx", "empty_row": "zero",
+            "float32_precision": ""}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -32,6 +34,20 @@ class _Sequence:
     bias: np.ndarray | None  # likewise, added
     slopes: np.ndarray | None  # [H_q]
     sinks: np.ndarray | None  # [H_q]
+
+
+@dataclasses.dataclass
+class _Rounding:
+    """What becomes of each result, and of what a product multiplies."""
+
+    result: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    operand: Callable[[np.ndarray], np.ndarray] = lambda x: x
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """float32 to the nearest number of 11 significant bits, ties to even."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 @np.errstate(over="ignore")  # a float16 bias near the least number, rounded with a score below it, is -inf
@@ -51,13 +67,17 @@ def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
         key = np.concatenate([problem.inputs["past_key"], key], axis=2)
         value = np.concatenate([problem.inputs["past_value"], value], axis=2)
         outputs |= {"present_key": key, "present_value": value}
-    round_to: Callable = (lambda x: x.astype(query.dtype).astype(np.float32)) if unfused else (lambda x: x)
+    rounding = _Rounding()
+    if unfused:
+        rounding.result = lambda x: x.astype(query.dtype).astype(np.float32)
+        if attributes["float32_precision"] == "tf32" and query.dtype == np.float32:
+            rounding.operand = _tf32
     working = np.float32 if unfused else np.float64
     _, heads, rows, _ = query.shape
     out = np.zeros((*query.shape[:3], value.shape[3]), working)
     lse = np.full((query.shape[0], heads, rows), -np.inf, working)
     for batch_idx, row, sequence in _sequences(problem.inputs, attributes, query, key, value, past):
-        o, log_sum = _sequence(sequence, attributes, working, round_to)
+        o, log_sum = _sequence(sequence, attributes, working, rounding)
         out[batch_idx, :, row : row + o.shape[1]] = o
         lse[batch_idx, :, row : row + o.shape[1]] = log_sum
     outputs["output"] = to_layout(out, attributes, problem.inputs["query"].ndim)
@@ -143,7 +163,7 @@ def _sequences(inputs: dict, attributes: dict, query, key, value, past: int):
         yield batch_idx, row, _Sequence(q, k, v, q_length, kv_length, offset, hidden, bias, slopes, inputs.get("sinks"))
 
 
-def _sequence(s: _Sequence, attributes: dict, working, round_to: Callable) -> tuple[np.ndarray, np.ndarray]:
+def _sequence(s: _Sequence, attributes: dict, working, rounding: _Rounding) -> tuple[np.ndarray, np.ndarray]:
     """Output [H_q, rows, D_v] and lse [H_q, rows] of one sequence."""
     heads, rows, dim = s.query.shape
     group = heads // s.key.shape[0] if s.key.shape[0] else 1
@@ -155,9 +175,10 @@ def _sequence(s: _Sequence, attributes: dict, working, round_to: Callable) -> tu
         v = s.value[h // group].astype(working)
         for first in range(0, s.query_length, 512):
             i = np.arange(first, min(first + 512, s.query_length))
-            scores = round_to(round_to(s.query[h, i].astype(working) * working(scale)) @ k.T)
-            scores = _masked_scores(scores, s, attributes, h, i, round_to)
-            out[h, i], lse[h, i] = _softmax_times(scores, s, attributes, h, v, round_to)
+            q = rounding.result(s.query[h, i].astype(working) * working(scale))
+            scores = rounding.result(rounding.operand(q) @ rounding.operand(k).T)
+            scores = _masked_scores(scores, s, attributes, h, i, rounding.result)
+            out[h, i], lse[h, i] = _softmax_times(scores, s, attributes, h, v, rounding)
     return out, lse
 
 
@@ -190,7 +211,7 @@ def _masked_scores(
     return np.where(hide, working(-np.inf), scores)
 
 
-def _softmax_times(scores, s: _Sequence, attributes: dict, h: int, v: np.ndarray, round_to: Callable):
+def _softmax_times(scores, s: _Sequence, attributes: dict, h: int, v: np.ndarray, rounding: _Rounding):
     """Softmax of the scores with the sink, times the values; rows without keys as `empty_row` says."""
     working = scores.dtype.type
     top = scores.max(axis=1, initial=-np.inf)
@@ -200,9 +221,9 @@ def _softmax_times(scores, s: _Sequence, attributes: dict, h: int, v: np.ndarray
     weights = np.exp(scores - safe[:, None])
     total = weights.sum(axis=1) + (np.exp(working(s.sinks[h]) - safe) if s.sinks is not None else 0)
     empty = total == 0
-    weights = round_to(weights / np.where(empty, 1, total)[:, None])
-    out = round_to(weights @ v[: s.kv_length])
+    weights = rounding.result(weights / np.where(empty, 1, total)[:, None])
+    out = rounding.result(rounding.operand(weights) @ rounding.operand(v[: s.kv_length]))
     if attributes["empty_row"] == "mean" and empty.any() and len(v):
-        out[empty] = round_to(v.mean(axis=0))
+        out[empty] = rounding.result(v.mean(axis=0))
     with np.errstate(divide="ignore"):
         return out, np.where(empty, -np.inf, safe + np.log(total))

@@ -68,7 +68,7 @@ set(launch_tiles "cudaError_t launch_tiles<@T@, @HEAD_DIM@, Variant::@VARIANT@>(
 function(fa_instantiate_sm80 types head_dims variants)
   fa_instantiate(fa_prefill_sm80 prefill_sm80 kernels/prefill_sm80/launch.cuh "${launch_tiles}" "${types}" "${head_dims}" "${variants}")
 endfunction()
-fa_instantiate_sm80("f32" "256;128;64" "kModified;kSplit")
+fa_instantiate_sm80("f32" "256;128;64" "kModified;kTf32;kSplit")
 fa_instantiate_sm80("f16;bf16" "256;128;64" "kPlain;kModified;kSplit")
 fa_instantiate_sm80("f16;bf16" "192;96;32" "kPlain;kModified")
 
@@ -85,9 +85,12 @@ if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   fa_instantiate_sm90("96;80;192" "kModified;kPlain")
   string(REPLACE "prefill_sm90::" "prefill_sm90_wide::" launch_sm90_wide "${launch_sm90}")
   fa_instantiate(fa_prefill_sm90 prefill_sm90_wide kernels/prefill_sm90_wide/launch.cuh "${launch_sm90_wide}" "f16;bf16" "512" "kPlain;kModified")
+  set(launch_sm90_f32 "Status prefill_sm90_f32::launch_instance<@HEAD_DIM@, Float32Precision::@VARIANT@>(const Plan&, const AttentionParams&, const ExecutionContext&)")
+  fa_instantiate(fa_prefill_sm90 prefill_sm90_f32 kernels/prefill_sm90_f32/launch.cuh "${launch_sm90_f32}" "f32" "256;128;64" "kTf32;kTf32x3")
   target_sources(fa_core PRIVATE
     kernels/common/tensor_map.cpp
     kernels/prefill_sm90/prefill_sm90.cpp
+    kernels/prefill_sm90_f32/prefill_sm90_f32.cpp
     kernels/prefill_sm90_wide/prefill_sm90_wide.cpp)
   target_compile_definitions(fa_core PRIVATE FA_WITH_SM90)
 endif()

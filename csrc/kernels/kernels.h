@@ -6,11 +6,12 @@
 #include "kernels/decode_splitkv/decode_splitkv.h"
 #include "kernels/prefill_sm80/prefill_sm80.h"
 #include "kernels/prefill_sm90/prefill_sm90.h"
+#include "kernels/prefill_sm90_f32/prefill_sm90_f32.h"
 #include "kernels/prefill_sm90_wide/prefill_sm90_wide.h"
 
 #define FA_CUDA_KERNEL(name) {#name, DeviceType::kCuda, name::plan, name::launch}
 #ifdef FA_WITH_SM90
-#define FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm90), FA_CUDA_KERNEL(prefill_sm90_wide),
+#define FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm90), FA_CUDA_KERNEL(prefill_sm90_f32), FA_CUDA_KERNEL(prefill_sm90_wide),
 #else
 #define FA_HOPPER_KERNELS
 #endif

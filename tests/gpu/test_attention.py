@@ -59,7 +59,10 @@ def many_rows() -> list[cases.Case]:
         for j, (rows, keys, head_dim) in enumerate(shapes):
             dtype, layout = ("float16", "bfloat16")[(i + j) % 2], ("BHSD", "BSHD")[(i + j) // 2 % 2]
             key_heads = 1 if (i + j) % 3 == 0 else 11
-            chosen.append(cases.Case(dtype, 12, 11, key_heads, rows, keys, head_dim, 0, layout, **fields))
+            shape = (12, 11, key_heads, rows, keys, head_dim, 0, layout)
+            precision = ("tf32", "tf32x3")[(i + j) % 2]
+            chosen.append(cases.Case(dtype, *shape, **fields))
+            chosen.append(cases.Case("float32", *shape, **fields, float32_precision=precision))
     return chosen
 
 
@@ -86,6 +89,8 @@ def wide_rows() -> list[cases.Case]:
         dtype = "float16" if shape[2] % 64 else "bfloat16"
         options = {"mask": mask, "is_causal": mask == "1H1K", "empty": mask == "B1QK"}
         chosen.append(cases.Case(dtype, 12, 11, 11, *shape, **options))
+        if shape[2] % 64 == 0:
+            chosen.append(cases.Case("float32", 12, 11, 11, *shape, **options, float32_precision="tf32"))
     return chosen
 
 
@@ -96,16 +101,18 @@ def test_mask_in_wide_rows(case: cases.Case, expected) -> None:
 
 @pytest.mark.parametrize("head_dim", (32, 64, 96, 128, 192, 256, 512))
 @pytest.mark.parametrize("seqlen", (100, 700))
-def test_many_launches_give_the_same_bits(head_dim: int, seqlen: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "precision"), ((torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "tf32x3")), ids=str
+)
+def test_many_launches_give_the_same_bits(head_dim: int, seqlen: int, dtype: torch.dtype, precision: str) -> None:
     """A buffer that is written too early is seen now and then only."""
     import faplugin
 
     torch.manual_seed(head_dim)
     inputs = {
-        name: torch.randn(8, 33, seqlen, head_dim, device="cuda", dtype=torch.float16)
-        for name in ("query", "key", "value")
+        name: torch.randn(8, 33, seqlen, head_dim, device="cuda", dtype=dtype) for name in ("query", "key", "value")
     }
-    for attributes in ({}, {"is_causal": True, "left_window_size": 40}):
+    for attributes in ({"float32_precision": precision}, {"is_causal": True, "left_window_size": 40}):
         for kernel in arrays.kernels_for(inputs, attributes):
             first = faplugin.attention(**inputs, **attributes, kernel=kernel)
             for _ in range(40):
@@ -168,6 +175,38 @@ def test_error_is_at_most_twice_pytorchs(dtype: str, is_causal: bool, shape: tup
     for kernel in arrays.kernels_for(inputs, {"is_causal": is_causal}):
         output = faplugin.attention(**inputs, is_causal=is_causal, kernel=kernel)
         assert (output - expected).abs().max() <= allowed, kernel
+
+
+@pytest.mark.parametrize("is_causal", (False, True))
+@pytest.mark.parametrize("shape", ((8, 12, 128, 64), (2, 4, 2048, 64), (1, 2, 4096, 128), (1, 2, 1500, 256)))
+def test_float32_errors_are_of_the_class_that_was_asked_for(shape: tuple[int, ...], is_causal: bool) -> None:
+    """In three TF32 products below 1e-6; in one that of an unfused graph with TF32 products, but for chance."""
+    import faplugin
+
+    torch.manual_seed(shape[2])
+    query, key, value = (torch.randn(shape, device="cuda") for _ in range(3))
+    hidden = torch.ones(shape[2], shape[2], device="cuda", dtype=torch.bool).triu(1)
+
+    def unfused(q, k, v):
+        scores = q * shape[3] ** -0.5 @ k.transpose(-1, -2)
+        return (scores.masked_fill_(hidden, float("-inf")) if is_causal else scores).softmax(-1) @ v
+
+    expected = unfused(query.double(), key.double(), value.double())
+
+    def error(output: torch.Tensor) -> float:
+        return float((output - expected).norm() / expected.norm())
+
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        of_tf32 = error(unfused(query, key, value))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    inputs = {"query": query, "key": key, "value": value}
+    for kernel in arrays.kernels_for(inputs, {}):
+        for precision, limit in (("tf32x3", 1e-6), ("tf32", 1.01 * of_tf32)):
+            arguments = {"is_causal": is_causal, "float32_precision": precision, "kernel": kernel}
+            assert error(faplugin.attention(**inputs, **arguments)) <= limit, (kernel, precision)
 
 
 def test_sequence_beyond_2_to_31_elements() -> None:

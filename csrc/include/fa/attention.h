@@ -53,6 +53,10 @@ struct TensorView {
 /// which is what softmax gives where a mask is a large finite number added to every score (lse stays -inf).
 enum class EmptyRow : uint8_t { kZero, kMean };
 
+/// How GPUs multiply float32 tensors; of no meaning to other element types and to the CPU. kTf32x3: as three products of TF32
+/// numbers, with float32's error (5e-7, relative). kTf32: as one, the operands rounded to 11 significant bits (4e-4).
+enum class Float32Precision : uint8_t { kTf32x3, kTf32 };
+
 /// One attention problem: out = softmax(softcap(scale * Q K^T) + bias, masked) V.
 /// Position of query row i of batch b: p = i + query_offset(b). Key j is visible when all of these hold:
 ///   j < kv_length(b);  window_left < 0 or j >= p - window_left;  window_right < 0 or j <= p + window_right;
@@ -84,6 +88,7 @@ struct AttentionParams {
   float softmax_scale = 0;  // multiplies Q K^T; already resolved (never a "default" here)
   float softcap = 0;        // 0 = none; else s -> softcap * tanh(s / softcap), before bias and ALiBi
   EmptyRow empty_row = EmptyRow::kZero;
+  Float32Precision float32_precision = Float32Precision::kTf32x3;
 };
 
 enum class DeviceType : uint8_t { kCpu, kCuda };

@@ -45,21 +45,19 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/// x = high + low, each exact in TF32 (11 significant bits), to 2^-22 of x.
-__device__ __forceinline__ void split_tf32(uint32_t x, uint32_t& high, uint32_t& low) {
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(high) : "f"(__uint_as_float(x)));
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(low) : "f"(__uint_as_float(x) - __uint_as_float(high)));
+/// A float32's nearest TF32 number (11 significant bits), ties away from zero. NaN stays NaN.
+__device__ __forceinline__ uint32_t round_tf32_away(uint32_t x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(rounded) : "f"(__uint_as_float(x)));
+  return rounded;
 }
 
-/// c += a b for float32 operands: three TF32 products (3xTF32), the small ones first; low·low is below float32's rounding.
-__device__ __forceinline__ void mma_m16n8k8_3xtf32(float (&c)[4], const uint32_t (&a_high)[4], const uint32_t (&a_low)[4],
-                                                   uint32_t b0, uint32_t b1) {
-  uint32_t b0_high, b0_low, b1_high, b1_low;
-  split_tf32(b0, b0_high, b0_low);
-  split_tf32(b1, b1_high, b1_low);
-  mma_m16n8k8_tf32(c, a_low, b0_high, b1_high);
-  mma_m16n8k8_tf32(c, a_high, b0_low, b1_low);
-  mma_m16n8k8_tf32(c, a_high, b0_high, b1_high);
+/// x = high + low: high the nearest TF32 number, low the exact rest, of which tensor cores read 11 bits: 2^-21 of x at most is
+/// lost. NOTE: rounded by an addition to the bits, in two instructions where cvt.rna takes three; a NaN may leave high, but not
+/// low.
+__device__ __forceinline__ void split_tf32(uint32_t x, uint32_t& high, uint32_t& low) {
+  high = (x + 0x1000) & 0xffffe000u;
+  low = __float_as_uint(__uint_as_float(x) - __uint_as_float(high));
 }
 
 }  // namespace fa

@@ -11,13 +11,13 @@
 
 namespace fa {
 
-/// Can the copy engine address this [B, H, S, D] tensor of 16-bit elements?
+/// Can the copy engine address this [B, H, S, D] tensor of float32, float16 or bfloat16?
 bool has_tensor_map(const TensorView& tensor);
 
 /// Why it can't: a sentence's end ("has …").
 std::string tensor_map_obstacle(const TensorView& tensor);
 
-/// Boxes of box_rows rows x 64 columns, 128-byte swizzle, zeros outside. The tensor has no obstacle.
+/// Boxes of box_rows rows x 128 bytes of columns, 128-byte swizzle, zeros outside. The tensor has no obstacle.
 Status encode_tensor_map(const TensorView& tensor, int box_rows, CUtensorMap* map);
 
 }  // namespace fa

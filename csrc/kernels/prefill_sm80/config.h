@@ -11,6 +11,7 @@ namespace fa {
 enum class Variant : uint8_t {
   kPlain,     // scale, lengths, window: scores stay raw products, the scale is folded into the exponent
   kModified,  // on top of it softcap, bias, mask, ALiBi, or a scale <= 0: scores are natural
+  kTf32,      // float32 as kModified, in one TF32 product in place of three
   kSplit,     // as kModified; keys split over thread blocks, the query heads of one key head share a tile
 };
 
@@ -29,7 +30,7 @@ struct TileShape {
 constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant) {
   if (element_bytes == 4) {
     if (variant == Variant::kSplit) return head_dim <= 128 ? TileShape{1, 1, 32, 3, 1, false} : TileShape{1, 1, 32, 2, 1, false};
-    if (head_dim <= 64) return {4, 1, 32, 4, 2, false};
+    if (head_dim <= 64) return variant == Variant::kTf32 ? TileShape{4, 2, 32, 4, 2, false} : TileShape{4, 1, 32, 4, 2, false};
     if (head_dim <= 128) return {4, 1, 32, 3, 2, false};
     return {2, 1, 32, 2, 2, false};
   }

@@ -21,6 +21,7 @@ struct TileConfig {
   using T = T_;
   static constexpr TileShape kTile = tile_shape(sizeof(T), kHeadDim_, kVariant);
   static constexpr bool kSplit = kVariant == Variant::kSplit, kNatural = kVariant != Variant::kPlain;
+  static constexpr bool kOneProduct = kVariant == Variant::kTf32;
   static constexpr int kHeadDim = kHeadDim_, kRowBlocks = kTile.row_blocks, kThreads = kTile.threads(), kSlots = kTile.slots;
   static constexpr int kTileQ = kTile.tile_q(), kTileKv = kTile.tile_kv;
   static constexpr bool kQueryInRegisters = kTile.query_in_registers;

@@ -8,11 +8,13 @@ namespace fa::prefill_sm80 {
 namespace {
 
 /// The plain variant keeps raw products as scores: it can't add to them, and a maximum of raw products must be one of scores.
-/// float32 is bound by its three products, so it has one variant for all.
+/// float32 is bound by its products, so it has one variant for all problems.
 Variant variant_of(const AttentionParams& p) {
+  if (p.query.dtype == DType::kFloat32)
+    return p.float32_precision == Float32Precision::kTf32 ? Variant::kTf32 : Variant::kModified;
   const bool modified =
       p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
-  return modified || p.query.dtype == DType::kFloat32 ? Variant::kModified : Variant::kPlain;
+  return modified ? Variant::kModified : Variant::kPlain;
 }
 
 }  // namespace

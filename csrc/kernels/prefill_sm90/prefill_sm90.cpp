@@ -86,12 +86,12 @@ const Instance* find_instance(const AttentionParams& p, const Device& device) {
 
 bool suits_hopper(const AttentionParams& p, const Device& device, std::string* why_not) {
   FA_REFUSE_IF(device.compute_capability != 90, "needs compute capability 9.0 (Hopper)");
-  FA_REFUSE_IF(p.query.dtype == DType::kFloat32, "takes float16 and bfloat16 only, the tensors are float32");
   FA_REFUSE_IF(device.shared_memory_bytes < kSharedLimit,
                "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block");
-  FA_REFUSE_IF(p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0,
+  const int64_t unit = 16 / size_of(p.query.dtype);
+  FA_REFUSE_IF(p.query.shape[3] % unit != 0 || p.value.shape[3] % unit != 0,
                "head_dim " + std::to_string(p.query.shape[3]) + " and head_dim_v " + std::to_string(p.value.shape[3]) +
-                   " must be multiples of 8: the copy engine (TMA) moves 16 bytes");
+                   " must be multiples of " + std::to_string(unit) + ": the copy engine (TMA) moves 16 bytes");
   FA_REFUSE_IF(p.key.shape[2] == 0, "there are no keys");
   FA_REFUSE_IF(p.query.shape[2] > kMaxRows || p.key.shape[2] > kMaxRows, "more than 2^29 rows or keys");
   const std::pair<const char*, const TensorView*> tensors[] = {
@@ -105,6 +105,7 @@ bool suits_hopper(const AttentionParams& p, const Device& device, std::string* w
 }
 
 bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
+  FA_REFUSE_IF(p.query.dtype == DType::kFloat32, "takes float16 and bfloat16 only, the tensors are float32");
   if (!suits_hopper(p, plan->device, why_not)) return false;
   const Instance* instance = find_instance(p, plan->device);
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(bucket_size(p)) + " is above 256");

@@ -9,7 +9,8 @@
 
 namespace fa::prefill_sm90 {
 
-/// Can any kernel here that uses the copy engine and wgmma run the problem, but for its head_dim? As FA_REFUSE_IF says why not.
+/// Can any kernel here that uses the copy engine and wgmma run the problem, but for its dtype and head_dim? As FA_REFUSE_IF says
+/// why not.
 bool suits_hopper(const AttentionParams& params, const Device& device, std::string* why_not);
 
 bool plan(const AttentionParams& params, Plan* plan, std::string* why_not);

@@ -86,8 +86,8 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
 
 /// A warp: decides on tile after tile, tells the others, and calls wait(tile) before the next. The first decision passes while
 /// other warps make the barriers.
-template <class C, class Wait>
-__device__ __forceinline__ void schedule(const KernelArgs& args, SharedPlan<C>& shared, Wait wait) {
+template <class C, class Plan, class Wait>
+__device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, Wait wait) {
   RingPosition<kTileSlots> slot;
   const bool first_lane = threadIdx.x % 32 == 0;
   // 1. Once: what all tiles have in common.

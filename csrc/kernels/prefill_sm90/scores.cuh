@@ -62,9 +62,27 @@ __device__ __forceinline__ void start_exponents(float (&s)[C::kTileN / 2], const
                      [&](int i, float bias) { s[i] = fmaf(s[i], unit, fmaf(bias, kLog2E, offset[(i >> 1) & 1])); });
 }
 
-/// Adds the bias of the thread's keys first_key, first_key + 1, first_key + 8, … from device memory.
-template <int kCount>
+/// Are the thread's pairs of neighbouring keys aligned float32 pairs, all of them within the bias?
+__device__ __forceinline__ bool has_float_pairs(const TensorView& bias, const RowOffsets& offsets, int end_key) {
+  const uint64_t all = reinterpret_cast<uint64_t>(bias.data) / 4 | offsets.row[0] | offsets.row[1];
+  return bias.dtype == DType::kFloat32 && bias.stride[3] == 1 && all % 2 == 0 && end_key <= bias.shape[3];
+}
+
+/// Adds the bias of the thread's keys first_key, first_key + 1, first_key + 8, … from device memory. kPairs: two at a time, where
+/// float32 can be read so.
+template <bool kPairs, int kCount>
 __device__ __forceinline__ void add_bias(float (&s)[kCount], const TensorView& bias, const RowOffsets& offsets, int first_key) {
+  if (kPairs && has_float_pairs(bias, offsets, first_key + 2 * kCount)) {
+    const float* rows[2] = {static_cast<const float*>(bias.data) + offsets.row[0] + first_key,
+                            static_cast<const float*>(bias.data) + offsets.row[1] + first_key};
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      const float2 pair = *reinterpret_cast<const float2*>(rows[i / 2 % 2] + i / 4 * 8);
+      s[i] += pair.x;
+      s[i + 1] += pair.y;
+    }
+    return;
+  }
   const int limit = static_cast<int>(bias.shape[3]) - 1;
   const int64_t stride = limit == 0 ? 0 : bias.stride[3];
 #pragma unroll
@@ -205,7 +223,9 @@ __device__ __forceinline__ void modify_scores(float (&s)[C::kTileN / 2], const A
   } else {
 #pragma unroll
     for (float& x : s) x *= scale;
-    if (!C::kStagedOnly && p.bias.present) add_bias(s, p.bias, row_offsets(p.bias, tile, row), first_key);
+    if (!C::kStagedOnly && p.bias.present) {
+      add_bias<sizeof(typename C::T) == 4>(s, p.bias, row_offsets(p.bias, tile, row), first_key);
+    }
   }
   if (p.alibi_slopes.present) {
     const float slope = alibi_slope(p, tile);

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// The end of a tile in prefill_sm90_f32: 64 finished rows leave through the memory of their queries, by the copy engine, or row
+// by row where a box would touch rows of another sequence.
+#pragma once
+
+#include "kernels/common/shared_memory.cuh"
+#include "kernels/common/tma.cuh"
+#include "kernels/prefill_sm90/epilogue.cuh"
+#include "kernels/prefill_sm90_f32/shared_plan.cuh"
+
+namespace fa::prefill_sm90_f32 {
+
+/// Columns 32 panel … + 31 of the thread's two rows to shared memory. Where EmptyRow::kMean asks for it, rows that saw no key
+/// become the mean of the values.
+template <class C>
+__device__ __forceinline__ void stage_columns(const KernelArgs& args, const Tile& tile, int row, const RowPair& rows,
+                                              const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged) {
+  const int t = threadIdx.x % 4, staged_row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t first = shared_address(staged) + swizzled_offset(staged_row + 8 * r, t / 2) + t % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int j = 4 * (4 * panel + i) + 2 * r;
+      store_shared(swizzled_step(first, i), o[j], o[j + 1]);
+    }
+  }
+  if (args.problem.empty_row != EmptyRow::kMean) return;
+  __syncwarp();
+#pragma unroll 1
+  for (int r = 0; r < 2; ++r) {
+    if ((r == 0 ? rows.sum[0] : rows.sum[1]) != 0.0f || !prefill_sm90::is_row<C>(row + 8 * r, tile.query_length)) continue;
+#pragma unroll 1
+    for (int i = t; i < 32; i += 4) {
+      reinterpret_cast<float*>(staged + swizzled_offset(staged_row + 8 * r, i / 4))[i % 4] =
+          prefill_sm90::mean_of_values<float>(args, tile, 32 * panel + i);
+    }
+  }
+}
+
+/// The warp's 16 rows of a panel from shared to device memory, as far as the sequence and the head reach.
+template <class C>
+__device__ __forceinline__ void store_columns(const KernelArgs& args, const uint8_t* staged, const Tile& tile, int first_row,
+                                              int panel) {
+  const TensorView& out = args.problem.out;
+  auto* base = static_cast<float*>(out.data) + tile.batch * out.stride[0] + tile.head * out.stride[1];
+  for (int i = threadIdx.x % 32; i < 16 * 8; i += 32) {
+    const int row = threadIdx.x / 32 % 4 * 16 + i / 8, column = panel * 32 + i % 8 * 4;
+    if (prefill_sm90::is_row<C>(first_row + row, tile.num_rows) && column < out.shape[3]) {
+      *reinterpret_cast<float4*>(base + (tile.row_base + first_row + row) * out.stride[2] + column) =
+          *reinterpret_cast<const float4*>(staged + swizzled_offset(row, i % 8));
+    }
+  }
+}
+
+/// The warpgroup's 64 rows from registers to where their queries stood, and the start of their copy to device memory.
+template <class C>
+__device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& tile, int warpgroup, int row, const RowPair& rows,
+                                           const float (&o)[C::kHeadDim / 2], uint8_t* queries) {
+  const int first_row = tile.first_row + warpgroup * 64;
+  const bool fits = box_fits(args, tile, first_row);
+  named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);  // all warps have read their queries
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+    uint8_t* staged = queries + panel * C::kTileM * 128;
+    stage_columns<C>(args, tile, row, rows, o, panel, staged);
+    if (!fits) {
+      __syncwarp();
+      store_columns<C>(args, staged, tile, first_row, panel);
+    }
+  }
+  fence_async_proxy();
+  named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
+  if (threadIdx.x % kWarpgroupThreads == 0) {
+    if (fits) {
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; ++panel) {
+        tma_store(&args.out, queries + panel * C::kTileM * 128, panel * 32, tile.row_base + first_row, tile.head, tile.batch);
+      }
+    }
+    tma_store_commit();
+  }
+}
+
+}  // namespace fa::prefill_sm90_f32

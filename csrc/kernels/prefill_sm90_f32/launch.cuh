@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches one instantiation of prefill_sm90_f32 on a problem that plan() has accepted.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "kernels/common/launch.h"
+#include "kernels/common/launch_early.h"
+#include "kernels/common/tensor_map.h"
+#include "kernels/prefill_sm90/launch.cuh"
+#include "kernels/prefill_sm90_f32/instances.h"
+#include "kernels/prefill_sm90_f32/kernel.cuh"
+
+namespace fa::prefill_sm90_f32 {
+
+template <class C>
+Status encode_tensors(const AttentionParams& p, KernelArgs* args) {
+  if (Status status = encode_tensor_map(p.query, C::kTileM, &args->query); !status.ok()) return status;
+  if (Status status = encode_tensor_map(p.key, C::kTileN, &args->key); !status.ok()) return status;
+  if (Status status = encode_tensor_map(p.value, 32, &args->value); !status.ok()) return status;
+  return encode_tensor_map(p.out, prefill_sm90::kRowsUnit, &args->out);
+}
+
+template <int kHeadDim, Float32Precision kPrecision>
+Status launch_instance(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
+  using C = Traits<kHeadDim, kPrecision>;
+  KernelArgs args{};
+  if (Status status = encode_tensors<C>(params, &args); !status.ok()) return status;
+  const int64_t tiles = prefill_sm90::num_tiles(params, C::kTileM);
+  if (tiles == 0) return {};
+  const bool unequal = prefill_sm90::describe_problem(params, C::kTileM, &args);
+  const int blocks = static_cast<int>(std::min<int64_t>(tiles, plan.device.num_sms));
+  const auto kernel = prefill_sm90_f32_kernel<C>;
+  constexpr int kSharedBytes = sizeof(SharedPlan<C>);
+  static_assert(kSharedBytes <= prefill_sm90::kSharedLimit, "plan() asks the device for no more.");
+  cudaError_t error = cudaSuccess;
+  if (unequal && tiles > blocks) error = prefill_sm90::find_tile_counter(context, &args.tile_counter);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess)
+    error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, static_cast<cudaStream_t>(context.stream), args);
+  return cuda_status(error, "prefill_sm90_f32 could not be launched");
+}
+
+}  // namespace fa::prefill_sm90_f32

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warps of prefill_sm90_f32 that don't multiply: one decides on tiles, a lane of another keeps the copy engine busy, two
+// convert.
+#pragma once
+
+#include "kernels/common/tma.cuh"
+#include "kernels/prefill_sm90/producer.cuh"
+#include "kernels/prefill_sm90_f32/convert.cuh"
+
+namespace fa::prefill_sm90_f32 {
+
+/// Ring positions of the producer.
+template <class C>
+struct ProducerRings {
+  RingPosition<C::kQueryStages> query;
+  RingPosition<C::kKeyStages> key;
+  RingPosition<C::kValueStages> value;
+};
+
+/// One lane: the copies of one tile, in the order in which the consumers want them.
+template <class C>
+__device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile,
+                                          ProducerRings<C>& rings) {
+  const int key_head = args.heads_per_kv.quotient(tile.head);
+  const auto load_key = [&](int block) {
+    const int i = rings.key.stage;
+    shared.key_empty[i].wait(rings.key.phase ^ 1);
+    shared.key_raw[i].arrive_expect(C::kTileBytes);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      tma_load_shared_by_blocks(shared.key[i] + panel * C::kParts * C::kTileN * 128, &args.key, &shared.key_raw[i].word,
+                                panel * 32, tile.key_base + block * C::kTileN, key_head, tile.batch);
+    }
+    rings.key.advance();
+  };
+  const auto load_value = [&](int block) {
+    const int i = rings.value.stage;
+    shared.value_empty[i].wait(rings.value.phase ^ 1);
+    shared.value_raw[i].arrive_expect(C::kTileBytes);
+#pragma unroll
+    for (int box = 0; box < C::kTileN / 32 * C::kPanels; ++box) {
+      tma_load_shared_by_blocks(shared.value[i] + box * C::kBlockBytes, &args.value, &shared.value_raw[i].word,
+                                box % C::kPanels * 32, tile.key_base + block * C::kTileN + box / C::kPanels * 32, key_head,
+                                tile.batch);
+    }
+    rings.value.advance();
+  };
+  if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
+  const int q = rings.query.stage;
+  shared.query_empty[q].wait(rings.query.phase ^ 1);
+  shared.query_full[q].arrive_expect(C::kQueryBytes);
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+    tma_load(shared.query[q] + panel * C::kTileM * 128, &args.query, &shared.query_full[q].word, panel * 32,
+             tile.row_base + tile.first_row, tile.head, tile.batch);
+  }
+  rings.query.advance();
+  const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kKeyStages), tile.block_begin);
+  if (tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
+#pragma unroll 1
+  for (int block = tile.block_end - 1; block >= tile.block_begin; --block) {
+    if (block == announced) shared.tile_wanted.arrive();
+    load_value(block);
+    if (block > tile.block_begin) load_key(block - 1);
+  }
+}
+
+/// One lane: the copies of all tiles, as they are published.
+template <class C>
+__device__ __forceinline__ void load_tiles(const KernelArgs& args, SharedPlan<C>& shared) {
+  ProducerRings<C> rings;
+  RingPosition<kTileSlots> slot;
+  for (;;) {
+    shared.tile_full[slot.stage].wait(slot.phase);
+    const Tile tile = shared.tile[slot.stage];
+    shared.tile_empty[slot.stage].arrive();
+    if (!tile.valid) return;
+    load_tile<C>(args, shared, tile, rings);
+    slot.advance();
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& shared) {
+  const int warp = threadIdx.x / 32 % 4;
+  if (warp == 0) {
+    RingPosition<1> wanted;
+    prefill_sm90::schedule<C>(args, shared, [&](const Tile&) {
+      shared.tile_wanted.wait(wanted.phase);
+      wanted.advance();
+    });
+  } else {
+    prefill_sm90::wait_for_barriers<C>();
+    if (warp == 1 && threadIdx.x % 32 == 0) load_tiles<C>(args, shared);
+    if (warp >= 2) convert_tiles<C>(shared, warp - 2);
+  }
+}
+
+}  // namespace fa::prefill_sm90_f32
