@@ -279,6 +279,7 @@ class Binder {
     params_.window_left = a.left_window_size < kMostElements ? a.left_window_size : -1;
     params_.window_right = a.is_causal ? 0 : a.right_window_size < kMostElements ? a.right_window_size : -1;
     params_.empty_row = a.empty_row == "mean" ? EmptyRow::kMean : EmptyRow::kZero;
+    if (a.float32_precision == "tf32") params_.float32_precision = Float32Precision::kTf32;
     params_.align_bottom_right = a.alignment == "bottom_right" || (a.alignment == "onnx" && params_.kv_lengths.present);
     if (!params_.align_bottom_right && problem_.has_past) params_.query_offset = problem_.past[0].shape[2];
   }

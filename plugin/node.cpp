@@ -65,6 +65,7 @@ Status check_word(const char* attribute, const std::string& value, std::initiali
 Status check_words(const Attributes& a) {
   if (Status s = check_word("alignment", a.alignment, {"onnx", "top_left", "bottom_right"}); !s.ok()) return s;
   if (Status s = check_word("empty_row", a.empty_row, {"zero", "mean"}); !s.ok()) return s;
+  if (Status s = check_word("float32_precision", a.float32_precision, {"", "tf32", "tf32x3"}); !s.ok()) return s;
   if (Status s = check_word("query_layout", a.query_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
   if (Status s = check_word("key_layout", a.key_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
   if (Status s = check_word("value_layout", a.value_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;

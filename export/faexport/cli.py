@@ -67,6 +67,11 @@ class CoreDtype(enum.StrEnum):
     BF16 = "bf16"
 
 
+class Float32(enum.StrEnum):
+    TF32 = "tf32"
+    TF32X3 = "tf32x3"
+
+
 _CORE_DTYPES = {CoreDtype.FP16: ir.DataType.FLOAT16, CoreDtype.BF16: ir.DataType.BFLOAT16}
 
 
@@ -114,6 +119,15 @@ DtypeOption = Annotated[
         help="Compute attention in this precision, fp16 or bf16; the rest of the model keeps its own.",
     ),
 ]
+Float32Option = Annotated[
+    Float32 | None,
+    typer.Option(
+        "--float32",
+        metavar="HOW",
+        help="How GPUs multiply float32 attention: tf32 (one product, error about 4e-4) or tf32x3 (three, about 5e-7). "
+        "Default: as the runtime multiplies float32 matrices.",
+    ),
+]
 FallbackOption = Annotated[
     bool,
     typer.Option(
@@ -146,6 +160,7 @@ def fuse(
     opset: OpsetOption = None,
     assume: AssumeOption = None,
     dtype: DtypeOption = None,
+    float32: Float32Option = None,
     fallback: FallbackOption = True,
     quiet: QuietOption = False,
 ) -> None:
@@ -161,7 +176,11 @@ def fuse(
             given = _read_inputs(inputs, source) if inputs else []
             progress.step("fusing")
             options = pipeline.Options(
-                fallback=fallback, dtype=_CORE_DTYPES[dtype] if dtype else None, opset=opset, **_assumed(assume)
+                fallback=fallback,
+                dtype=_CORE_DTYPES[dtype] if dtype else None,
+                float32=str(float32 or ""),
+                opset=opset,
+                **_assumed(assume),
             )
             fused = _fuse(source, options, model, report)
             if report.num_fused:

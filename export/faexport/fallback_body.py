@@ -32,7 +32,7 @@ DEFAULTS = {"left_window_size": -1, "right_window_size": -1}
 READS_ATTRIBUTES = 13  # the first opset whose body reads the numbers of the calling node
 LOWEST = float(np.finfo(np.float32).min)
 WORDS = (
-    "alignment", "empty_row", "query_layout", "key_layout", "value_layout", "output_layout",
+    "alignment", "empty_row", "float32_precision", "query_layout", "key_layout", "value_layout", "output_layout",
     "optional_inputs", "optional_outputs",
 )  # fmt: skip
 WORD_DEFAULTS = {"alignment": "onnx", "empty_row": "zero"}

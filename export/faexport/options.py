@@ -15,6 +15,7 @@ class Options:
     assume_right_padding: bool = False  # a padding mask from an input masks a tail: it becomes lengths
     fallback: bool = True  # carry the operator as a function of standard ops, so that the file runs without our library
     dtype: ir.DataType | None = None  # run the attention core in this type; None keeps the model's
+    float32: str = ""  # how GPUs multiply float32 attention: "tf32", "tf32x3"; empty: as the runtime is set
     opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
     sources: tuple[str, ...] = ()  # matchers to use; empty: all
     assume_full_rows: bool = False  # each query attends a key, or what it yields is never used

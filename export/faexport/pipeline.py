@@ -15,7 +15,7 @@ from faexport.match import Context, find_sites
 from faexport.nodes import graphs_of
 from faexport.normalize import convert_opset, inline_functions
 from faexport.options import Options
-from faexport.precision import in_precision
+from faexport.precision import FLOAT32_PRECISION, float32_note, in_precision
 from faexport.report import Report, count_nodes
 from faexport.rewrite import Names, add_opset, drop_drafts, is_current, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
@@ -49,6 +49,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     missing = add_fallback(model, full_rows, analysis) if fused and options.fallback else ""
     notes = [f"the file runs with our library only: {missing}"] if missing else []
     report = Report.from_candidates(candidates, before, count_nodes(model), notes)
+    if any(site.fused and site.dtype == "float" for site in report.sites):
+        report.notes.append(float32_note(options.float32))
     return model, report
 
 
@@ -68,6 +70,8 @@ def _rewritten(
     if options.dtype is not None:
         candidate.outcome = in_precision(candidate.outcome, options.dtype, given, analysis.opset)
     node = rewrite_site(candidate, names)
+    if options.float32 and given == ir.DataType.FLOAT:
+        node.attributes[FLOAT32_PRECISION] = ir.AttrString(FLOAT32_PRECISION, options.float32)
     if candidate.outcome.mask.rows_see_a_key:
         full_rows.append(node)
     return True

@@ -44,3 +44,17 @@ def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | N
         output_entry=entry,
         facts=(*spec.facts, Fact(f"core in {dtype.name.lower()}")),
     )
+
+
+FLOAT32_PRECISION = "float32_precision"  # the operator's attribute
+_FLOAT32_NOTES = {
+    "": "on a GPU float32 attention is computed as the runtime multiplies float32 matrices: in onnxruntime by default "
+    "in TF32 (relative error about 4e-4), with use_tf32 = 0 in three TF32 products (5e-7); --float32 chooses",
+    "tf32": "on a GPU float32 attention is computed in TF32 (relative error about 4e-4)",
+    "tf32x3": "on a GPU float32 attention is computed in three TF32 products (relative error about 5e-7)",
+}
+
+
+def float32_note(precision: str) -> str:
+    """What the report says of a model with float32 attention. `precision`: the attribute; empty: there is none."""
+    return _FLOAT32_NOTES[precision]

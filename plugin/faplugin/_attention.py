@@ -35,6 +35,7 @@ def attention(
     softcap: float = 0.0,
     alignment: str = "onnx",
     empty_row: str = "zero",
+    float32_precision: str = "",
     query_layout: str = "",
     key_layout: str = "",
     value_layout: str = "",
@@ -79,6 +80,8 @@ def attention(
         softcap: scores become softcap · tanh(score / softcap); 0 is none.
         alignment: position of the first query: "onnx", "top_left" or "bottom_right".
         empty_row: output of a row that attends no key: "zero", or "mean" of all values.
+        float32_precision: how GPUs multiply float32 arrays: "tf32" (operands rounded to 11 bits, error about 4e-4) or
+            "tf32x3" (three such products, error about 5e-7); empty: "tf32x3". The CPU always computes in float32.
         query_layout: "BHSD", "BSHD" or "BSH"; empty: by rank.
         key_layout: as query_layout.
         value_layout: as query_layout.

@@ -123,6 +123,14 @@ void parallel_for(void* pool, size_t num_tasks, void (*task)(void* arg, size_t i
   for (size_t i = 0; i < num_tasks; ++i) task(arg, i);
 }
 
+/// How the session's other nodes multiply float32 matrices: the option use_tf32 of its CUDA provider, which is on by default.
+Float32Precision session_precision(const OrtKernelContext* context) {
+  constexpr int kCudaResourceVersion = 3, kUseTf32 = 10011;  // of onnxruntime's cuda_resource.h, which not all packages have
+  void* use_tf32 = nullptr;
+  const Ort::Status status{Ort::GetApi().KernelContext_GetResource(context, kCudaResourceVersion, kUseTf32, &use_tf32)};
+  return !status.IsOK() || use_tf32 != nullptr ? Float32Precision::kTf32 : Float32Precision::kTf32x3;
+}
+
 Status compute(const Kernel& kernel, OrtKernelContext* raw_context) {
   const Ort::KernelContext context(raw_context);
   std::vector<Tensor> inputs(context.GetInputCount());
@@ -146,6 +154,7 @@ Status compute(const Kernel& kernel, OrtKernelContext* raw_context) {
     if (Status s = guard.use(device_id); !s.ok()) return s;
     if (Status s = query_cuda_device(device_id, &device); !s.ok()) return s;
     execution.stream = context.GetGPUComputeStream();
+    if (kernel.node.attributes.float32_precision.empty()) problem.params.float32_precision = session_precision(raw_context);
   }
   Plan plan;
   if (Status s = plugin::plan(problem, device, &plan); !s.ok()) return s;

@@ -27,6 +27,8 @@ class FlashAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
       PluginState state;
       plugin::Node node;
       Status status = read_fields(fields, &state);
+      // TensorRT's flag kTF32 is on by default, and no plugin can see it: without a word we do as TensorRT's own layers do then.
+      if (state.attributes.float32_precision.empty()) state.attributes.float32_precision = "tf32";
       if (status.ok()) status = plugin::make_node(state.attributes, &node);
       if (status.ok()) return std::make_unique<FlashAttentionPlugin>(node_name, std::move(node), std::move(state)).release();
       log_error(node_name, status.sentence);

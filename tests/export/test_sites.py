@@ -190,6 +190,21 @@ def test_half_precision_core(library: str) -> None:
     assert "core in float16" in [fact.text for fact in report.sites[0].facts]
 
 
+@pytest.mark.parametrize("float32", ("", "tf32", "tf32x3"))
+@pytest.mark.parametrize("fallback", (False, True))
+def test_how_gpus_multiply_float32_is_written_and_told(float32: str, fallback: bool, library: str) -> None:
+    model = build(Form(mask="add"))
+    fused, report = faexport.fuse(model, options=Options(fallback=fallback, float32=float32))
+    (node,) = (node for node in fused.graph.node if node.op_type == "FlashAttention")
+    written = {a.name: a.s.decode() for a in node.attribute if a.name == "float32_precision"}
+    assert written == ({"float32_precision": float32} if float32 else {})
+    assert sum("on a GPU float32 attention" in note for note in report.notes) == 1
+    inputs = feeds(model)
+    for libraries in [library, None] if fallback else [library]:  # the CPU always computes in float32
+        got = run(fused, inputs, libraries)[0] if libraries else run(fused, inputs)[0]
+        np.testing.assert_allclose(got, run(model, inputs)[0], atol=TOLERANCE)
+
+
 def test_the_model_is_converted_to_the_asked_opset(library: str) -> None:
     model = build(Form())
     fused, report = faexport.fuse(model, options=Options(fallback=False, opset=20))

@@ -41,7 +41,19 @@ def draw(seed: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("case", cases.quick(), ids=str)
 def test_case(case: cases.Case) -> None:
     problem = case.problem()
-    tolerances.check(nodes.run(problem, [CUDA]), problem)
+    tolerances.check(nodes.run(problem, [(CUDA, {"use_tf32": "0"})]), problem)
+
+
+@pytest.mark.parametrize("use_tf32", ("", "0", "1"))
+@pytest.mark.parametrize("precision", ("", "tf32", "tf32x3"))
+def test_float32_is_multiplied_as_the_node_says_or_else_the_session(precision: str, use_tf32: str) -> None:
+    case = cases.Case("float32", 2, 4, 4, 300, 300, 64, float32_precision=precision)
+    problem = case.problem()
+    out = nodes.run(problem, [(CUDA, {"use_tf32": use_tf32} if use_tf32 else {})])
+    expected = tolerances.expectation(problem).exact["output"]
+    error = np.linalg.norm(out["output"] - expected) / np.linalg.norm(expected)
+    is_tf32 = precision == "tf32" or (not precision and use_tf32 != "0")
+    assert 1e-4 < error < 6e-4 if is_tf32 else error < 1e-6
 
 
 def test_nodes_of_an_exported_model_run_on_the_gpu() -> None:

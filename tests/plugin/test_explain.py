@@ -9,7 +9,7 @@ import pytest
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
 PREFILL, DECODE = "prefill", "decode_splitkv"
 
-# (batch, query heads, key heads, seqlen_q, seqlen_kv, head_dim, dtype), other arguments, phase, for Hopper's
+# (batch, query heads, key heads, seqlen_q, seqlen_kv, head_dim, dtype), other arguments, phase, for one of Hopper's
 CONFIGURATIONS = [
     ((1, 16, 16, 512, 512, 64, "float16"), {}, PREFILL, True),
     ((4, 16, 16, 2048, 2048, 128, "bfloat16"), {"is_causal": True}, PREFILL, True),
@@ -25,8 +25,11 @@ CONFIGURATIONS = [
     ((2, 4, 4, 300, 300, 64, "float16"), {"alibi_slopes": ((4,), "float32")}, PREFILL, True),
     ((2, 4, 4, 300, 300, 64, "float16"), {"softcap": 30.0}, PREFILL, True),
     ((2, 4, 4, 300, 300, 33, "float16"), {}, PREFILL, False),
-    ((2, 4, 4, 300, 300, 64, "float32"), {}, PREFILL, False),
-    ((1, 16, 16, 4096, 4096, 128, "float32"), {"is_causal": True}, PREFILL, False),
+    ((2, 4, 4, 300, 300, 64, "float32"), {}, PREFILL, True),
+    ((2, 4, 4, 300, 300, 36, "float32"), {"float32_precision": "tf32"}, PREFILL, True),
+    ((1, 16, 16, 4096, 4096, 128, "float32"), {"is_causal": True, "float32_precision": "tf32"}, PREFILL, True),
+    ((2, 8, 4, 512, 300, 256, "float32"), {"attn_mask": ((2, 1, 512, 300), "bool")}, PREFILL, True),
+    ((2, 4, 4, 300, 300, 33, "float32"), {}, PREFILL, False),
     ((2, 4, 4, 300, 300, 111, "bfloat16"), {}, PREFILL, False),
     ((1, 32, 8, 1, 32768, 128, "float16"), {}, DECODE, False),
     ((16, 32, 8, 1, 4096, 128, "bfloat16"), {"nonpad_kv_seqlen": ((16,), "int32")}, DECODE, False),
@@ -50,7 +53,8 @@ def _has_cuda_kernels() -> None:
 @pytest.mark.parametrize(("shape", "arguments", "phase", "on_hopper"), CONFIGURATIONS)
 def test_kernel_is_named(shape: tuple, arguments: dict, phase: str, on_hopper: bool, device: str) -> None:
     text = explain(shape, arguments, device)
-    prefill = "prefill_sm90" if device == "sm_90" and on_hopper and "prefill_sm90" in text else "prefill_sm80"
+    hoppers = "prefill_sm90_f32" if shape[-1] == "float32" else "prefill_sm90"
+    prefill = hoppers if device == "sm_90" and on_hopper and hoppers in text else "prefill_sm80"
     expected = prefill if phase == PREFILL else DECODE
     assert text.splitlines()[0] == f"{expected}: chosen", text
 

@@ -16,7 +16,7 @@ FLOATS = st.sampled_from([0.0, -1.0, 1e-30, 0.5, 30.0, 3e38, float("inf"), float
 WORDS = st.sampled_from(["", "BHSD", "BSHD", "BSH", "onnx", "top_left", "bottom_right", "zero", "mean", "SHB", "\0"])
 DTYPES = st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16, np.bool_, np.int32, np.int64, np.float64])
 INTEGERS = ("q_num_heads", "kv_num_heads", "left_window_size", "right_window_size", "head_dim", "head_dim_v")
-STRINGS = ("alignment", "empty_row", "query_layout", "key_layout", "value_layout", "output_layout")
+STRINGS = ("alignment", "empty_row", "float32_precision", "query_layout", "key_layout", "value_layout", "output_layout")
 OPTIONAL = (
     "attn_mask", "attn_bias", "past_key", "past_value", "nonpad_kv_seqlen", "query_lengths", "cu_seqlens_q",
     "cu_seqlens_kv", "query_offset", "alibi_slopes", "sinks",

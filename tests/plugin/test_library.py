@@ -25,6 +25,7 @@ ATTRIBUTES = {
     "softcap": ("FLOAT", 0.0),
     "alignment": ("STRING", "onnx"),
     "empty_row": ("STRING", "zero"),
+    "float32_precision": ("STRING", ""),
     "query_layout": ("STRING", ""),
     "key_layout": ("STRING", ""),
     "value_layout": ("STRING", ""),

@@ -112,6 +112,7 @@ def compare(item: tuple[cases.Case, dict[int, bytes]]) -> list[str]:
     """What is wrong with the outputs of one case; equal outputs of two tactics are looked at once."""
     case, outputs = item
     problem = case.problem()
+    problem.attributes = {"float32_precision": "tf32"} | problem.attributes  # TensorRT's default
     wrong = []
     for content in set(outputs.values()):
         tactics = [tactic for tactic, other in outputs.items() if other == content]
