@@ -16,7 +16,7 @@ def sample() -> list[cases.Case]:
         chosen.append(
             cases.Case(dtype, 2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], dims[i % 8], 0, layout, **fields)
         )
-    for i, fields in enumerate(cases.MASKS.values()):  # float32 in both precisions, none of its heads unaligned
+    for i, fields in enumerate([*cases.MASKS.values()][::4]):  # float32 in both precisions, none of its heads unaligned
         precision, head_dim = ("tf32", "tf32x3")[i % 2], (64, 128, 40, 256, 96)[i % 5]
         shape = (2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], head_dim)
         chosen.append(cases.Case("float32", *shape, **fields, float32_precision=precision))
