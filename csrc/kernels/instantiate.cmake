@@ -71,6 +71,7 @@ endfunction()
 fa_instantiate_sm80("f32" "256;128;64" "kModified;kTf32;kSplit")
 fa_instantiate_sm80("f16;bf16" "256;128;64" "kPlain;kModified;kSplit")
 fa_instantiate_sm80("f16;bf16" "192;96;32" "kPlain;kModified")
+fa_instantiate_sm80("f16;bf16" "512" "kModified")
 
 if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   fa_cuda_library(fa_prefill_sm90 kernels/prefill_sm90/tile_counter.cu)

@@ -59,16 +59,21 @@ def test_kernel_is_named(shape: tuple, arguments: dict, phase: str, on_hopper: b
     assert text.splitlines()[0] == f"{expected}: chosen", text
 
 
-def test_wide_heads() -> None:
-    shape = (1, 1, 1, 4096, 4096, 512, "float16")
-    if "prefill_sm90_wide" not in explain(shape, {}, "sm_90"):
-        pytest.skip("a build without Hopper's kernels")
-    assert explain(shape, {}, "sm_90").startswith("prefill_sm90_wide: chosen")
-    assert "head_dim 520 is above 512" in explain((*shape[:5], 520, "float16"), {}, "sm_90")
+@pytest.mark.parametrize("device", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_wide_heads(dtype: str, device: str) -> None:
+    def text(head_dim: int) -> str:
+        return explain((1, 1, 1, 4096, 4096, head_dim, dtype), {}, device)
+
+    on_hopper = device == "sm_90" and "prefill_sm90_wide" in text(512)
+    for head_dim in (264, 320, 512):
+        assert text(head_dim).startswith(f"{'prefill_sm90_wide' if on_hopper else 'prefill_sm80'}: chosen")
+    assert text(500).startswith("prefill_sm80: chosen")  # rows that the copy engine can't move
+    assert "prefill_sm80: head_dim 520 is above 512" in text(520)
 
 
 def test_refusals_say_why() -> None:
-    assert "head_dim 320 is above 256" in explain((1, 1, 1, 128, 128, 320, "float16"), {}, "sm_80")
+    assert "head_dim 320 is above 256" in explain((1, 1, 1, 128, 128, 320, "float32"), {}, "sm_80")
     text = explain((1, 1, 1, 128, 128, 64, "float16"), {}, "sm_80")
     assert "decode_splitkv: seqlen_q times the query heads of a key head is 128, for decoding at most 64" in text
 

@@ -16,14 +16,16 @@ enum class Variant : uint8_t {
 };
 
 struct TileShape {
-  int warps;  // each has row_blocks * 16 query rows
+  int warps;  // each has row_blocks * 16 query rows, and of their output a part of the columns
   int row_blocks;
   int tile_kv;     // keys, a multiple of 32
   int slots;       // of shared memory for K and V tiles, used in turn: K0 V0 K1 V1 …
   int min_blocks;  // thread blocks per multiprocessor the registers must allow
   bool query_in_registers;
+  int column_groups = 1;  // warps that share rows: each computes all of their scores
 
-  constexpr int tile_q() const { return warps * row_blocks * 16; }
+  constexpr int row_warps() const { return warps / column_groups; }
+  constexpr int tile_q() const { return row_warps() * row_blocks * 16; }
   constexpr int threads() const { return warps * 32; }
 };
 
@@ -39,7 +41,8 @@ constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant)
   if (head_dim <= 64) return modified ? TileShape{4, 2, 64, 4, 2, false} : TileShape{4, 2, 64, 4, 3, false};
   if (head_dim <= 128) return modified ? TileShape{4, 2, 32, 4, 2, false} : TileShape{4, 2, 64, 3, 2, false};
   if (head_dim <= 192) return {4, 1, 64, 3, 2, false};
-  return {4, 1, 64, 2, 2, false};
+  if (head_dim <= 256) return {4, 1, 64, 2, 2, false};
+  return {4, 1, 32, 2, 1, false, 2};
 }
 
 constexpr int shared_memory_bytes(int element_bytes, int head_dim, const TileShape& tile) {

@@ -61,7 +61,7 @@ __device__ __forceinline__ EmptyRows normalize_rows(typename Config::Products::O
 #pragma unroll
         for (int d = 0; d < Config::Products::kDimBlocks; ++d) out[m][d][2 * r] = out[m][d][2 * r + 1] = 0.0f;
       }
-      if (t != 0 || !row.exists) continue;
+      if (t != 0 || !row.exists || Config::column_group() != 0) continue;
       if (Config::kSplit && grid.partial_out != nullptr) {
         grid.partial_state[partial_index(p, work, row, split)] = make_float2(all.max, all.sum);
       } else if (p.lse.present) {
@@ -81,7 +81,9 @@ __device__ __noinline__ void write_mean(EmptyRows empty, const AttentionParams& 
   const Sequence& s = work.sequence;
   const int kv_head = Config::kSplit ? work.head : grid.group_size.quotient(work.head);
   const T* value = row_data<T>(p.value, s.batch_idx, kv_head, s.first_key);
-  for (int column = threadIdx.x % 32; column < p.value.shape[3]; column += 32) {
+  const int first_column = Config::column_group() * Config::kColumns;
+  const int end_column = min(static_cast<int>(p.value.shape[3]), first_column + Config::kColumns);
+  for (int column = first_column + threadIdx.x % 32; column < end_column; column += 32) {
     float sum = 0.0f;
     for (int64_t key = 0; key < s.num_keys; ++key) sum += to_float(value[key * p.value.stride[2] + column]);
     const T mean = from_float<T>(s.num_keys > 0 ? sum / static_cast<float>(s.num_keys) : 0.0f);
@@ -124,8 +126,9 @@ __device__ __forceinline__ void stage_out(const typename Config::Products::Out& 
   using Layout = typename Config::LayoutQ;
   const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
   constexpr int kChunksPerBlock = 8 * sizeof(T) / 16;  // of a d-block
+  const int first_chunk = Config::column_group() * (Config::kColumns * sizeof(T) / 16);
   const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(tile)) +
-                         Layout::offset(warp_row + g, 2 * t * sizeof(T) / 16) + 2 * t * sizeof(T) % 16;
+                         Layout::offset(warp_row + g, first_chunk + 2 * t * sizeof(T) / 16) + 2 * t * sizeof(T) % 16;
 #pragma unroll
   for (int m = 0; m < Config::kRowBlocks; ++m) {
 #pragma unroll
@@ -150,11 +153,12 @@ __device__ __forceinline__ void write_out(const typename Config::Products::Out& 
   using T = typename Config::T;
   using Layout = typename Config::LayoutQ;
   constexpr int kPerChunk = 16 / sizeof(T), kPerBlock = Layout::kChunksPerBlock, kRowsPerPass = 32 / kPerBlock;
-  constexpr int kBlocks = Config::kHeadDim / (kPerBlock * kPerChunk);
+  constexpr int kBlocks = Config::kColumns / (kPerBlock * kPerChunk);  // of the warp's columns
   __syncwarp();
   stage_out<Config>(out, tile, warp_row);
   __syncwarp();
-  const int chunk = threadIdx.x % kPerBlock, first = warp_row + threadIdx.x % 32 / kPerBlock;
+  const int chunk = Config::column_group() * kBlocks * kPerBlock + threadIdx.x % kPerBlock,
+            first = warp_row + threadIdx.x % 32 / kPerBlock;
   const int head_dim_v = static_cast<int>(p.value.shape[3]);
   T* data = nullptr;
 #pragma unroll

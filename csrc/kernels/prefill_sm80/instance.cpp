@@ -47,6 +47,15 @@ int64_t pairs_in_l2(const AttentionParams& p, int64_t pairs, int64_t query_heads
   return std::clamp<int64_t>(key_heads_in(kL2BytesForKeys, p) * heads_per_key_head, std::min(pairs, heads_per_key_head), pairs);
 }
 
+/// The widest heads of the type and variant.
+int widest(DType dtype, Variant variant) {
+  int head_dim = 0;
+  for (const TileInstance& instance : kInstances) {
+    if (instance.dtype == dtype && instance.variant == variant) head_dim = std::max(head_dim, instance.head_dim);
+  }
+  return head_dim;
+}
+
 }  // namespace
 
 const TileInstance* find_instance(const AttentionParams& params, Variant variant) {
@@ -65,8 +74,8 @@ bool plan_instance(const AttentionParams& params, Variant variant, Plan* plan, s
   FA_REFUSE_IF(capability < 80, "needs compute capability 8.0 or newer, the device has " + std::to_string(capability / 10) + "." +
                                     std::to_string(capability % 10));
   const TileInstance* instance = find_instance(params, variant);
-  FA_REFUSE_IF(instance == nullptr,
-               "head_dim " + std::to_string(std::max(params.query.shape[3], params.value.shape[3])) + " is above 256");
+  FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(std::max(params.query.shape[3], params.value.shape[3])) +
+                                        " is above " + std::to_string(widest(params.query.dtype, variant)));
   FA_REFUSE_IF(params.query.shape[2] > kMaxRows || params.key.shape[2] > kMaxRows, "more than 2^30 rows or keys");
   FA_REFUSE_IF(instance->shared_bytes() > shared_bytes, "needs " + std::to_string(instance->shared_bytes()) +
                                                             " bytes of shared memory in a thread block, the device gives " +

@@ -25,6 +25,11 @@ struct TileConfig {
   static constexpr int kHeadDim = kHeadDim_, kRowBlocks = kTile.row_blocks, kThreads = kTile.threads(), kSlots = kTile.slots;
   static constexpr int kTileQ = kTile.tile_q(), kTileKv = kTile.tile_kv;
   static constexpr bool kQueryInRegisters = kTile.query_in_registers;
+  static constexpr int kColumnGroups = kTile.column_groups, kColumns = kHeadDim_ / kColumnGroups;  // of a warp's output
+
+  /// Of the calling warp.
+  static __device__ __forceinline__ int row_warp() { return threadIdx.x / 32 % kTile.row_warps(); }
+  static __device__ __forceinline__ int column_group() { return threadIdx.x / 32 / kTile.row_warps(); }
   static constexpr int kSharedBytes = shared_memory_bytes(sizeof(T), kHeadDim, kTile);
   static constexpr int kKeyValueBytes = kSlots * kTileKv * kHeadDim * sizeof(T);  // the query tile lies behind
   using LayoutQ = TileLayout<kTileQ, kHeadDim * sizeof(T), RowOrder::kNeighbours>;
@@ -104,8 +109,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   if constexpr (Config::kNatural) __syncthreads();  // biases are fetched before the first tile is waited for
 
   const uint32_t query = static_cast<uint32_t>(__cvta_generic_to_shared(shared + Config::kKeyValueBytes));
-  WarpContext<Config> warp{p, grid, work, static_cast<int>(threadIdx.x / 32) * 16 * Config::kRowBlocks,
-                           query + Products::query_lane(threadIdx.x / 32, threadIdx.x % 32)};
+  WarpContext<Config> warp{p, grid, work, Config::row_warp() * 16 * Config::kRowBlocks,
+                           query + Products::query_lane(Config::row_warp(), threadIdx.x % 32)};
   if constexpr (Config::kQueryInRegisters) {
     cp_async_wait<Config::kSlots - 2>();
     __syncthreads();

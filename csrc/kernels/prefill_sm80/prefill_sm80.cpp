@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/prefill_sm80/prefill_sm80.h"
 
+#include <algorithm>
+
 #include "kernels/prefill_sm80/instance.h"
 #include "kernels/prefill_sm80/tile_grid.h"
 
@@ -8,12 +10,13 @@ namespace fa::prefill_sm80 {
 namespace {
 
 /// The plain variant keeps raw products as scores: it can't add to them, and a maximum of raw products must be one of scores.
-/// float32 is bound by its products, so it has one variant for all problems.
+/// float32 is bound by its products, and heads above 256 are rare, so they have one variant for all problems.
 Variant variant_of(const AttentionParams& p) {
   if (p.query.dtype == DType::kFloat32)
     return p.float32_precision == Float32Precision::kTf32 ? Variant::kTf32 : Variant::kModified;
+  const bool is_wide = std::max(p.query.shape[3], p.value.shape[3]) > 256;
   const bool modified =
-      p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
+      is_wide || p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
   return modified ? Variant::kModified : Variant::kPlain;
 }
 

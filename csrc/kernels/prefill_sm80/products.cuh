@@ -16,7 +16,7 @@ struct Products {
   using LayoutQ = typename Config::LayoutQ;
   using LayoutKv = typename Config::LayoutKv;
   static constexpr bool kFloat = sizeof(T) == 4;
-  static constexpr int kRowBlocks = Config::kRowBlocks, kKeyBlocks = Config::kTileKv / 8, kDimBlocks = Config::kHeadDim / 8;
+  static constexpr int kRowBlocks = Config::kRowBlocks, kKeyBlocks = Config::kTileKv / 8, kDimBlocks = Config::kColumns / 8;
   static constexpr int kDepthSteps = Config::kHeadDim * sizeof(T) / 32;  // of two chunks each
   using Scores = float[kRowBlocks][kKeyBlocks][4];
   using Out = float[kRowBlocks][kDimBlocks][4];
@@ -34,7 +34,8 @@ struct Products {
   }
   /// In a value tile: n-blocks 0 and 1 of the first chunk, then of the second.
   static __device__ __forceinline__ uint32_t value_lane(int lane) {
-    return LayoutKv::offset(key_in_tile((lane / 8) % 2, (lane % 8) / 2, lane % 2), lane / 16);
+    const int first_chunk = Config::column_group() * (Config::kColumns * sizeof(T) / 16);
+    return LayoutKv::offset(key_in_tile((lane / 8) % 2, (lane % 8) / 2, lane % 2), first_chunk + lane / 16);
   }
 
   static __device__ __forceinline__ void load_query(QueryFragment& a, uint32_t query, int step) {
