@@ -293,6 +293,16 @@ class Binder {
   int64_t num_sequences_ = 0;
 };
 
+/// The words of the column `dtypes` of inputs.def.
+enum class InputDTypes : uint8_t { FLOAT, SAME, MASK, INDEX, INT32, FLOAT32, ANY };
+constexpr InputDTypes kInputDTypes[kNumInputs] = {
+#define FA_INPUT(identifier, name, dtypes, shape, meaning) InputDTypes::dtypes,
+#include "fa/inputs.def"
+#undef FA_INPUT
+};
+
+bool is_floating(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+
 constexpr size_t kAlignment = 256;
 size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -319,29 +329,20 @@ void set_present(Problem* problem, int which, void* data) {
 }  // namespace
 
 bool accepts(Input input, DType dtype, DType query) {
-  const bool floating = dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-  switch (input) {
-    case Input::kQuery:
-    case Input::kAttnBias:
-      return floating;
-    case Input::kAttnMask:
-      return floating || dtype == DType::kBool;
-    case Input::kKey:
-    case Input::kValue:
-    case Input::kPastKey:
-    case Input::kPastValue:
-      return floating && dtype == query;
-    case Input::kNonpadKvSeqlen:
-    case Input::kQueryLengths:
-    case Input::kQueryOffset:
+  switch (kInputDTypes[static_cast<int>(input)]) {
+    case InputDTypes::FLOAT:
+      return is_floating(dtype);
+    case InputDTypes::SAME:
+      return is_floating(dtype) && dtype == query;
+    case InputDTypes::MASK:
+      return is_floating(dtype) || dtype == DType::kBool;
+    case InputDTypes::INDEX:
       return dtype == DType::kInt64 || dtype == DType::kInt32;
-    case Input::kCuSeqlensQ:
-    case Input::kCuSeqlensKv:
+    case InputDTypes::INT32:
       return dtype == DType::kInt32;
-    case Input::kAlibiSlopes:
-    case Input::kSinks:
+    case InputDTypes::FLOAT32:
       return dtype == DType::kFloat32;
-    case Input::kUnused:
+    case InputDTypes::ANY:
       return true;
   }
   return false;

@@ -18,23 +18,15 @@ using fa::size_of;
 
 /// Inputs of FlashAttention. The first three are always there, the others where `optional_inputs` names them.
 enum class Input : uint8_t {
-  kQuery,
-  kKey,
-  kValue,
-  kAttnMask,
-  kAttnBias,
-  kPastKey,
-  kPastValue,
-  kNonpadKvSeqlen,
-  kQueryLengths,
-  kCuSeqlensQ,
-  kCuSeqlensKv,
-  kQueryOffset,
-  kAlibiSlopes,
-  kSinks,
-  kUnused,  // any tensor; nobody looks at it
+#define FA_INPUT(identifier, name, dtypes, shape, meaning) identifier,
+#include "fa/inputs.def"
+#undef FA_INPUT
 };
-inline constexpr int kNumInputs = 15;
+#define FA_INPUT(identifier, name, dtypes, shape, meaning) +1
+inline constexpr int kNumInputs = 0
+#include "fa/inputs.def"
+    ;
+#undef FA_INPUT
 const char* name_of(Input input);
 
 /// Outputs of FlashAttention. The first is always there, the others where `optional_outputs` names them.

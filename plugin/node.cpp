@@ -11,10 +11,11 @@
 namespace fa::plugin {
 namespace {
 
-constexpr const char* kInputNames[kNumInputs] = {"query",         "key",          "value",         "attn_mask",
-                                                 "attn_bias",     "past_key",     "past_value",    "nonpad_kv_seqlen",
-                                                 "query_lengths", "cu_seqlens_q", "cu_seqlens_kv", "query_offset",
-                                                 "alibi_slopes",  "sinks",        "unused"};
+constexpr const char* kInputNames[kNumInputs] = {
+#define FA_INPUT(identifier, name, dtypes, shape, meaning) #name,
+#include "fa/inputs.def"
+#undef FA_INPUT
+};
 constexpr const char* kOutputNames[kNumOutputs] = {"output", "present_key", "present_value", "lse"};
 
 Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }

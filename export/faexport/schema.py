@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator's schema for onnx: onnx.checker and onnx.shape_inference then know faexport::FlashAttention.
 
-Attributes are read from attributes.def, the table that both runtimes' adapters are compiled from. Shapes follow
-docs/operator.md.
+Attributes and inputs are read from attributes.def and inputs.def, the tables that both runtimes' adapters are compiled
+from. Shapes follow docs/operator.md.
 """
 
 from __future__ import annotations
@@ -20,20 +20,7 @@ from .spec import DOMAIN, OP_TYPE, VERSION, Layout
 
 FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 OPTIONAL_TYPES = [*FLOAT_TYPES, "tensor(bool)", "tensor(int32)", "tensor(int64)"]
-OPTIONAL_INPUTS = {
-    "attn_mask": "bool (true = attend) or added float, broadcastable to [B, H_q, S_q, S_kv]",
-    "attn_bias": "added to the scores after softcap, broadcastable to [B, H_q, S_q, S_kv]",
-    "past_key": "[B, H_kv, P, D]: rows in front of key",
-    "past_value": "[B, H_kv, P, D_v]: rows in front of value",
-    "nonpad_kv_seqlen": "[B]: keys in use in each batch entry",
-    "query_lengths": "[B]: query rows in use",
-    "cu_seqlens_q": "[B + 1] int32: packed sequences of query rows",
-    "cu_seqlens_kv": "[B + 1] int32: packed sequences of key rows",
-    "query_offset": "[1] or [B]: position of the first query among the keys",
-    "alibi_slopes": "[H_q] or [B, H_q] float32",
-    "sinks": "[H_q] float32: a logit without a value in each row's softmax",
-    "unused": "any tensor, which nobody looks at; may come more than once",
-}
+NUM_REQUIRED = 3  # query, key, value
 OPTIONAL_OUTPUTS = {
     "present_key": "[B, H_kv, P + S, D]",
     "present_value": "[B, H_kv, P + S, D_v]",
@@ -45,6 +32,8 @@ optional_outputs:
 """
 
 Dim = int | str | None  # size, name, or unknown
+_TEXT = r'("(?:[^"\\]|\\.)*")'
+_INPUT_ROW = re.compile(rf"^FA_INPUT\((\w+), (\w+), (\w+), {_TEXT}, {_TEXT}\)\s*$")
 _ROW = re.compile(r'^FA_ATTRIBUTE\((INT|FLOAT|STRING|INTS), (\w+), (.+?), ("(?:[^"\\]|\\.)*")\)\s*$')
 
 
@@ -58,21 +47,49 @@ class Attribute:
     meaning: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A row of inputs.def."""
+
+    name: str
+    dtypes: str
+    shape: str
+    meaning: str
+
+
+def _rows(table: str, macro: str, pattern: re.Pattern[str]) -> list[tuple[str, ...]]:
+    """The columns of a table's rows, in its order.
+
+    Raises:
+        ValueError: a row has another form.
+    """
+    rows = []
+    for line in importlib.resources.files(__package__).joinpath(table).read_text("utf-8").splitlines():
+        if not line.startswith(f"{macro}("):
+            continue
+        match = pattern.match(line)
+        if match is None:
+            raise ValueError(f"{table} has a row of another form: {line}")
+        rows.append(match.groups())
+    return rows
+
+
+@functools.cache
+def inputs() -> tuple[Input, ...]:
+    """The rows of inputs.def, in its order: NUM_REQUIRED that are always there, then those of optional_inputs."""
+    return tuple(
+        Input(name, dtypes, ast.literal_eval(shape), ast.literal_eval(meaning))
+        for _, name, dtypes, shape, meaning in _rows("inputs.def", "FA_INPUT", _INPUT_ROW)
+    )
+
+
 @functools.cache
 def attributes() -> tuple[Attribute, ...]:
     """The rows of attributes.def, in its order."""
-    rows = []
-    for line in importlib.resources.files(__package__).joinpath("attributes.def").read_text("utf-8").splitlines():
-        if not line.startswith("FA_ATTRIBUTE("):
-            continue
-        match = _ROW.match(line)
-        if match is None:
-            raise ValueError(f"attributes.def has a row of another form: {line}")
-        kind, name, default, meaning = match.groups()
-        rows.append(
-            Attribute(name, OpSchema.AttrType.__members__[kind], _default(kind, default), ast.literal_eval(meaning))
-        )
-    return tuple(rows)
+    return tuple(
+        Attribute(name, OpSchema.AttrType.__members__[kind], _default(kind, default), ast.literal_eval(meaning))
+        for kind, name, default, meaning in _rows("attributes.def", "FA_ATTRIBUTE", _ROW)
+    )
 
 
 def _default(kind: str, text: str) -> int | float | str | list[int]:
@@ -89,10 +106,9 @@ def register() -> None:
 def make_schema() -> OpSchema:
     """The schema with type and shape inference; register() hands it to onnx."""
     option = OpSchema.FormalParameterOption
-    tensors = [
-        OpSchema.FormalParameter(name, "T", "[B, H, S, D], [B, S, H, D] or [B, S, H * D]")
-        for name in ("query", "key", "value")
-    ]
+    required, named = inputs()[:NUM_REQUIRED], inputs()[NUM_REQUIRED:]
+    tensors = [OpSchema.FormalParameter(row.name, "T", f"{row.meaning}, {row.shape}") for row in required]
+    meanings = {row.name: f"{row.meaning}, {row.dtypes}, {row.shape}" for row in named} | OPTIONAL_OUTPUTS
     optional = _variadic("optional_in", "T_optional", "as optional_inputs names them", option)
     outputs = [
         OpSchema.FormalParameter("output", "T", "[B, H_q, S_q, D_v], [B, S_q, H_q, D_v] or [B, S_q, H_q * D_v]"),
@@ -102,7 +118,7 @@ def make_schema() -> OpSchema:
         OP_TYPE,
         DOMAIN,
         VERSION,
-        DOC + "\n".join(f"{name}: {meaning}" for name, meaning in (OPTIONAL_INPUTS | OPTIONAL_OUTPUTS).items()),
+        DOC + "\n".join(f"{name}: {meaning}" for name, meaning in meanings.items()),
         inputs=[*tensors, optional],
         outputs=outputs,
         type_constraints=[

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._frameworks import current_stream, empty, readable
+from ._frameworks import allocates, current_stream, empty, readable
 from ._library import native
 
 
@@ -117,8 +117,10 @@ def attention(
         for name, shape, dtype in call.outputs
     ]
     num_bytes = call.prepare([readable(array) for array in outputs], kernel)
-    # int32, because not every framework has DLPack for bytes
-    workspace = empty(query, ((num_bytes + 3) // 4,), "int32", call.device, stream) if num_bytes else None
+    workspace = None  # the call then allocates its own
+    if num_bytes and allocates(query):
+        # int32, because not every framework has DLPack for bytes
+        workspace = empty(query, ((num_bytes + 3) // 4,), "int32", call.device, stream)
     call.run(workspace, num_threads)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -140,22 +142,17 @@ def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: 
     return _bind({"query": query, "key": key, "value": value, **arguments}, 0).explain(device)
 
 
-_OPTIONAL_INPUTS = (
-    "attn_mask", "attn_bias", "past_key", "past_value", "nonpad_kv_seqlen", "query_lengths", "cu_seqlens_q",
-    "cu_seqlens_kv", "query_offset", "alibi_slopes", "sinks",
-)  # fmt: skip
-_NOT_ATTRIBUTES = {"query", "key", "value", "return_present", "return_lse", "out", "stream", "kernel", "num_threads"}
+_NOT_ATTRIBUTES = {"return_present", "return_lse", "out", "stream", "kernel", "num_threads"}
 
 
 def _bind(arguments: dict[str, Any], stream: int) -> Any:
     """A call bound to its inputs. The native module checks the names of inputs and attributes."""
-    given = [name for name in _OPTIONAL_INPUTS if arguments.get(name) is not None]
+    inputs = native().inputs
+    given = [name for name in inputs[3:] if arguments.get(name) is not None]
     outputs = ["present_key", "present_value"] if arguments.get("return_present") else []
     outputs += ["lse"] if arguments.get("return_lse") else []
-    attributes = {
-        name: x for name, x in arguments.items() if name not in _NOT_ATTRIBUTES and name not in _OPTIONAL_INPUTS
-    }
+    attributes = {name: x for name, x in arguments.items() if name not in _NOT_ATTRIBUTES and name not in inputs}
     attributes["packed_columns"] = list(attributes.get("packed_columns", ()))
     attributes |= {"optional_inputs": ",".join(given), "optional_outputs": ",".join(outputs)}
-    arrays = [readable(arguments[name]) for name in ("query", "key", "value", *given)]
+    arrays = [readable(arguments[name]) for name in (*inputs[:3], *given)]
     return native().Call(attributes, arrays, stream)

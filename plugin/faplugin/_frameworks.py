@@ -30,6 +30,11 @@ def current_stream(array: Any) -> int:
     return 0
 
 
+def allocates(array: Any) -> bool:
+    """Can the array's framework be asked for memory?"""
+    return framework_of(array) in ("torch", "cupy")
+
+
 def empty(like: Any, shape: tuple[int, ...], dtype: str, device: str, stream: int) -> Any:
     """Uninitialised memory from the framework of `like`, on its device, for use on `stream`.
 
@@ -44,7 +49,7 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str, device: str, stream: in
             return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     if framework == "cupy":
         cupy = sys.modules["cupy"]
-        with cupy.cuda.Device(like.device.id):
+        with cupy.cuda.Device(like.device.id), cupy.cuda.ExternalStream(stream):
             return cupy.empty(shape, dtype=dtype)
     if device != "cpu":
         raise TypeError(f"results can't be allocated as arrays of {framework}; give them with out=")

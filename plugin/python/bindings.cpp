@@ -57,6 +57,42 @@ std::optional<Device> device_by_name(const std::string& name) {
   return std::nullopt;
 }
 
+/// Memory for one call where the caller's framework gives none; on CUDA allocated and freed in the order of a stream.
+class OwnMemory {
+ public:
+  OwnMemory(bool is_cuda, void* stream) : is_cuda_(is_cuda), stream_(stream) {}
+  OwnMemory(const OwnMemory&) = delete;
+  OwnMemory& operator=(const OwnMemory&) = delete;
+
+  ~OwnMemory() {
+#ifdef FA_WITH_CUDA
+    if (cuda_ != nullptr && cudaFreeAsync(cuda_, static_cast<cudaStream_t>(stream_)) != cudaSuccess) cudaGetLastError();
+#endif
+  }
+
+  Status allocate(size_t bytes, void** data) {
+#ifdef FA_WITH_CUDA
+    if (is_cuda_) {
+      const cudaError_t error = cudaMallocAsync(&cuda_, bytes, static_cast<cudaStream_t>(stream_));
+      *data = cuda_;
+      if (error == cudaSuccess) return {};
+      cudaGetLastError();  // the failure is told here and must not be found again by the caller
+      return {StatusCode::kCudaError,
+              "no device memory for a workspace of " + std::to_string(bytes) + " bytes: " + cudaGetErrorString(error) + "."};
+    }
+#endif
+    heap_.resize(bytes);
+    *data = heap_.data();
+    return {};
+  }
+
+ private:
+  [[maybe_unused]] bool is_cuda_;
+  [[maybe_unused]] void* stream_;
+  [[maybe_unused]] void* cuda_ = nullptr;
+  std::vector<char> heap_;
+};
+
 class Call {
  public:
   Call(const py::dict& attributes, const py::list& inputs, uintptr_t stream) : stream_(stream) {
@@ -92,7 +128,7 @@ class Call {
     return plan_.workspace_bytes;
   }
 
-  /// After prepare().
+  /// After prepare(). Without a workspace, where one is needed, it is allocated here, in the order of the stream.
   void run(const py::object& workspace, int64_t num_threads) {
     if (num_threads < 0) throw py::value_error("num_threads is " + std::to_string(num_threads) + "; expected 0 (all) or more");
     CudaDeviceGuard guard;
@@ -103,10 +139,14 @@ class Call {
     context.parallel_for = Threads::run;
     context.pool = &threads;
     Array memory;  // of the workspace; its owner lives until the kernels are enqueued
+    OwnMemory own(is_cuda(), context.stream);
     if (!workspace.is_none()) {
       memory = array_from("the workspace", workspace, stream_);
       context.workspace = memory.tensor.data;
       context.workspace_bytes = static_cast<size_t>(memory.tensor.shape[0] * size_of(memory.tensor.dtype));
+    } else if (plan_.workspace_bytes > 0) {
+      check(own.allocate(plan_.workspace_bytes, &context.workspace));
+      context.workspace_bytes = plan_.workspace_bytes;
     }
     Status status;
     {
@@ -209,6 +249,9 @@ PYBIND11_MODULE(_native, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
+  py::list inputs;  // names, in the order of inputs.def
+  for (int i = 0; i < fa::plugin::kNumInputs; ++i) inputs.append(fa::plugin::name_of(static_cast<fa::plugin::Input>(i)));
+  m.attr("inputs") = py::tuple(inputs);
   py::class_<Call>(m, "Call")
       .def(py::init<const py::dict&, const py::list&, uintptr_t>(), py::arg("attributes"), py::arg("inputs"),
            py::arg("stream") = 0)

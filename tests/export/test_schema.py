@@ -8,7 +8,7 @@ import re
 
 import onnx
 import pytest
-from faexport import schema
+from faexport import fallback, schema
 from onnx import TensorProto, helper
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,13 +40,27 @@ def test_attributes_are_those_of_the_table() -> None:
     assert made["alignment"].default_value.s == b"onnx"
 
 
+def test_inputs_are_those_of_the_table() -> None:
+    table = (ROOT / "csrc/include/fa/inputs.def").read_text()
+    rows = re.findall(r"^FA_INPUT\(\w+, (\w+), (\w+),", table, re.M)
+    assert [(row.name, row.dtypes) for row in schema.inputs()] == rows
+    made = schema.make_schema()
+    assert [parameter.name for parameter in made.inputs[:-1]] == [name for name, _ in rows[: schema.NUM_REQUIRED]]
+    assert all(f"\n{name}: " in made.doc for name, _ in rows[schema.NUM_REQUIRED :])
+
+
+def test_the_stand_in_function_knows_inputs_of_the_table_only() -> None:
+    roles = fallback.SUPPORTED - {"float_mask"}  # which is an attn_mask of floats
+    assert {row.name for row in schema.inputs()} > roles
+
+
 def test_names_of_optional_tensors_are_those_of_the_documentation() -> None:
     page = (ROOT / "docs/operator.md").read_text()
     inputs, outputs = page.split("| output | dtype", 1)
     named = re.findall(
         r"`(\w+)`", " ".join(line.split("|")[1] for line in inputs.splitlines() if line.startswith("| `"))
     )
-    assert set(schema.OPTIONAL_INPUTS) == set(named) - {"query", "key", "value"}
+    assert {row.name for row in schema.inputs()} == set(named)
     assert all(f"`{name}`" in outputs for name in schema.OPTIONAL_OUTPUTS)
 
 

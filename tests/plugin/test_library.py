@@ -102,7 +102,9 @@ def test_python_takes_exactly_the_inputs() -> None:
 
     names = list(inspect.signature(faplugin.attention).parameters)
     first, last = names.index("value") + 1, names.index("q_num_heads")
-    inputs = [name for name in schema.OPTIONAL_INPUTS if name != "unused"]  # of nodes only
+    table = [row.name for row in schema.inputs()]
+    assert names[: schema.NUM_REQUIRED] == table[: schema.NUM_REQUIRED]
+    inputs = [name for name in table[schema.NUM_REQUIRED :] if name != "unused"]  # of nodes only
     assert names[first:last] == inputs
     tensor = np.zeros((1, 1, 1, 1), np.float32)
     for name in inputs:  # the binding knows each by this name
