@@ -9,6 +9,7 @@
 
 #include "cpu/attention_cpu.h"
 #ifdef FA_WITH_CUDA
+#include "kernels/empty_rows/empty_rows.h"
 #include "kernels/kernels.h"
 #endif
 
@@ -26,6 +27,24 @@ const Kernel kTable[] = {
 
 constexpr const char* kNoCuda = "this build has no CUDA kernels (it was made without nvcc)";
 
+/// Can a row attend no key, though there are keys?
+bool may_have_empty_rows(const AttentionParams& p) {
+  return p.mask.present || p.bias.present || p.kv_lengths.present || p.cu_seqlens_q.present || p.window_left >= 0 ||
+         p.window_right >= 0;
+}
+
+size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+/// Memory for log-sum-exp where it is needed but not wanted.
+size_t lse_bytes(const AttentionParams& p, bool fills_means) {
+  if (!fills_means || p.lse.present) return 0;
+  return align(static_cast<size_t>(p.query.shape[0] * p.query.shape[1] * p.query.shape[2]) * sizeof(float));
+}
+
+bool fills_means(const AttentionParams& p, const Device& device) {
+  return device.type == DeviceType::kCuda && p.empty_row == EmptyRow::kMean && may_have_empty_rows(p);
+}
+
 /// Does the kernel take the problem? On success the plan is complete; else *why_not, where given, says why not.
 bool plan_with(const Kernel& kernel, const AttentionParams& params, const Device& device, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(kernel.device != device.type,
@@ -34,6 +53,9 @@ bool plan_with(const Kernel& kernel, const AttentionParams& params, const Device
   plan->device = device;
   if (!kernel.plan(params, plan, why_not)) return false;
   plan->kernel = &kernel;
+  plan->fills_means = fills_means(params, device);
+  plan->lse_bytes = lse_bytes(params, plan->fills_means);
+  if (plan->lse_bytes > 0) plan->workspace_bytes = align(plan->workspace_bytes) + plan->lse_bytes;
   return true;
 }
 
@@ -78,6 +100,23 @@ const char* missing_memory(const AttentionParams& p) {
   return nullptr;
 }
 
+#ifdef FA_WITH_CUDA
+/// EmptyRow::kMean on CUDA: the kernel writes 0 into rows that attend no key, and a second one their mean.
+Status launch_with_means(const Plan& plan, AttentionParams params, const ExecutionContext& context) {
+  params.empty_row = EmptyRow::kZero;
+  if (plan.lse_bytes > 0) {
+    const int64_t (&q)[4] = params.query.shape;
+    params.lse = {static_cast<char*>(context.workspace) + (plan.workspace_bytes - plan.lse_bytes),
+                  DType::kFloat32,
+                  true,
+                  {q[0], q[1], q[2], 1},
+                  {q[1] * q[2], q[2], 1, 1}};
+  }
+  if (Status status = plan.kernel->launch(plan, params, context); !status.ok()) return status;
+  return fill_empty_rows(params, context);
+}
+#endif
+
 }  // namespace
 
 Status plan(const AttentionParams& params, const Device& device, Plan* plan, const char* kernel) {
@@ -101,6 +140,9 @@ Status launch(const Plan& plan, const AttentionParams& params, const ExecutionCo
   if (const char* name = missing_memory(params))
     return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
   if (params.out.empty()) return {};  // also where a kernel could not describe a tensor without elements
+#ifdef FA_WITH_CUDA
+  if (plan.fills_means) return launch_with_means(plan, params, context);
+#endif
   return plan.kernel->launch(plan, params, context);
 }
 
@@ -111,7 +153,8 @@ size_t max_workspace_bytes(const AttentionParams& largest, const Device& device)
     Plan plan;
     if (kernel.device != device.type) continue;
     if (kernel.max_workspace_bytes != nullptr) {
-      bytes = std::max(bytes, kernel.max_workspace_bytes(largest, device));
+      const size_t own = kernel.max_workspace_bytes(largest, device);
+      bytes = std::max(bytes, align(own) + lse_bytes(largest, fills_means(largest, device)));
     } else if (plan_with(kernel, largest, device, &plan, nullptr)) {
       bytes = std::max(bytes, plan.workspace_bytes);
     }

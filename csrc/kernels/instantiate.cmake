@@ -62,7 +62,7 @@ function(fa_instantiate target kernel header declaration types head_dims variant
   file(CONFIGURE OUTPUT ${dir}/instances.def CONTENT "// Written by instantiate.cmake: the instances of ${kernel}.\n${rows}")
 endfunction()
 
-fa_cuda_library(fa_prefill_sm80 kernels/append_kv/append_kv.cu kernels/combine/combine.cu)
+fa_cuda_library(fa_prefill_sm80 kernels/append_kv/append_kv.cu kernels/combine/combine.cu kernels/empty_rows/empty_rows.cu)
 fa_compile_through_sm_80(fa_prefill_sm80)
 set(launch_tiles "cudaError_t launch_tiles<@T@, @HEAD_DIM@, Variant::@VARIANT@>(const AttentionParams&, const TileGrid&, unsigned, cudaStream_t)")
 function(fa_instantiate_sm80 types head_dims variants)

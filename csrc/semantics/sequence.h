@@ -30,6 +30,7 @@ struct Sequence {
 };
 
 struct SequenceRule {
+  int64_t num_sequences;  // batch entries, or packed ones
   IndexView kv_lengths, query_lengths, query_offsets;
   IndexView cu_seqlens_q, cu_seqlens_kv;  // both or none
   int64_t seqlen_q, seqlen_kv;            // of the tensors: all rows, where packed
@@ -41,10 +42,19 @@ struct SequenceRule {
 
   static FA_HD int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
+  /// Sequence `b`. Of packed ones two more, without keys and with no row in use: the rows in front of the first sequence (b =
+  /// num_sequences) and those behind the last (b = num_sequences + 1), which are written like other rows beyond a length.
   FA_HD Sequence at(int64_t b) const {
     Sequence s{b, 0, seqlen_q, seqlen_q, 0, seqlen_kv, {seqlen_kv, query_offset, window_left, window_right}};
     if (cu_seqlens_q.data != nullptr) {
       s.batch_idx = 0;
+      if (b >= num_sequences) {
+        const int64_t edge = clamp(cu_seqlens_q.at(b == num_sequences ? 0 : num_sequences), 0, seqlen_q);
+        s.first_row = b == num_sequences ? 0 : edge;
+        s.num_rows = b == num_sequences ? edge : seqlen_q - edge;
+        s.query_length = s.num_keys = s.mask.kv_length = 0;
+        return s;
+      }
       s.first_row = clamp(cu_seqlens_q.at(b), 0, seqlen_q);
       s.num_rows = s.query_length = clamp(cu_seqlens_q.at(b + 1), s.first_row, seqlen_q) - s.first_row;
       s.first_key = clamp(cu_seqlens_kv.at(b), 0, seqlen_kv);
@@ -62,8 +72,17 @@ inline IndexView index_view(const TensorView& t) {
   return {t.present ? t.data : nullptr, t.shape[0] > 1 ? t.stride[0] : 0, t.dtype == DType::kInt64};
 }
 
+/// Sequences of a problem: batch entries, or packed ones.
+inline int64_t num_sequences(const AttentionParams& p) {
+  return p.cu_seqlens_q.present ? p.cu_seqlens_q.shape[0] - 1 : p.query.shape[0];
+}
+
+/// What SequenceRule::at takes: all sequences and, of packed ones, the rows outside of them. Together they are all rows.
+inline int64_t num_spans(const AttentionParams& p) { return num_sequences(p) + (p.cu_seqlens_q.present ? 2 : 0); }
+
 inline SequenceRule sequence_rule(const AttentionParams& p) {
-  return {index_view(p.kv_lengths),
+  return {num_sequences(p),
+          index_view(p.kv_lengths),
           index_view(p.query_lengths),
           index_view(p.query_offsets),
           index_view(p.cu_seqlens_q),
@@ -74,11 +93,6 @@ inline SequenceRule sequence_rule(const AttentionParams& p) {
           p.window_left,
           p.window_right,
           p.align_bottom_right};
-}
-
-/// Sequences of a problem: batch entries, or packed ones.
-inline int64_t num_sequences(const AttentionParams& p) {
-  return p.cu_seqlens_q.present ? p.cu_seqlens_q.shape[0] - 1 : p.query.shape[0];
 }
 
 }  // namespace fa

@@ -40,11 +40,21 @@ bool get(const OrtKernelInfo* info, const char* name, std::vector<int64_t>* valu
   return size == 0 || Ort::Status{Ort::GetApi().KernelInfoGetAttributeArray_int64(info, name, value->data(), &size)}.IsOK();
 }
 
+bool get(const OrtKernelInfo* info, const char* name, std::vector<float>* value) {
+  size_t size = 0;
+  if (!Ort::Status{Ort::GetApi().KernelInfoGetAttributeArray_float(info, name, nullptr, &size)}.IsOK()) return false;
+  value->resize(size);
+  return size == 0 || Ort::Status{Ort::GetApi().KernelInfoGetAttributeArray_float(info, name, value->data(), &size)}.IsOK();
+}
+
+template <class... T>
+bool has_any(const OrtKernelInfo* info, const char* name, T... values) {
+  return (get(info, name, &values) || ...);
+}
+
+/// Has the node an attribute of this name, of any type?
 bool has_attribute(const OrtKernelInfo* info, const char* name) {
-  int64_t integer;
-  float number;
-  std::string text;
-  return get(info, name, &integer) || get(info, name, &number) || get(info, name, &text);
+  return has_any(info, name, int64_t{}, float{}, std::string{}, std::vector<int64_t>{}, std::vector<float>{});
 }
 
 /// Reads an attribute where the node has it. NOTE: the runtime tells an absent one and one of another type by the same code.

@@ -81,13 +81,6 @@ std::optional<DType> dtype_of(ONNXTensorElementDataType type) {
   }
 }
 
-ONNXTensorElementDataType element_type_of(DType dtype) {
-  constexpr ONNXTensorElementDataType kTypes[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,    ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
-                                                  ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL,
-                                                  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32,    ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
-  return kTypes[static_cast<int>(dtype)];
-}
-
 OrtStatus* to_ort(const Status& status) {
   if (status.ok()) return nullptr;
   const OrtErrorCode code = status.code == StatusCode::kInvalidArgument ? ORT_INVALID_ARGUMENT

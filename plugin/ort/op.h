@@ -30,7 +30,6 @@ void allow_shapes_of_optional_outputs(bool allow);
 
 /// A dtype of ours, or nothing where the operator has no such dtype.
 std::optional<DType> dtype_of(ONNXTensorElementDataType type);
-ONNXTensorElementDataType element_type_of(DType dtype);
 
 /// null for kOk. The sentence is preceded by the operator's name.
 OrtStatus* to_ort(const Status& status);

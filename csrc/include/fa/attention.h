@@ -111,6 +111,8 @@ struct Plan {
   int instance = 0;            // which of the kernel's own instances (element type, head size, tile shape)
   int num_splits = 1;          // parts of the keys that are worked off side by side and then merged
   size_t workspace_bytes = 0;  // memory that launch() needs beside the tensors; depends on no data
+  bool fills_means = false;    // on CUDA, EmptyRow::kMean: a second kernel writes the rows that attend no key …
+  size_t lse_bytes = 0;        // … and finds them by their log-sum-exp; where none is wanted, it is the end of the workspace
 };
 
 /// Runs task(arg, i) for every i in [0, num_tasks), on as many threads as the host gives; returns when all are done.

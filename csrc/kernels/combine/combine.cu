@@ -15,15 +15,6 @@ namespace {
 
 constexpr int kWarps = 4;  // rows of a thread block
 
-/// Mean of one column of the values of head `head`.
-template <class T>
-__device__ float mean_of_column(const AttentionParams& p, const Sequence& s, int64_t head, int64_t column) {
-  const T* value = static_cast<const T*>(p.value.data) + s.batch_idx * p.value.stride[0] + head * p.value.stride[1] + column;
-  float sum = 0.0f;
-  for (int64_t key = 0; key < s.num_keys; ++key) sum += to_float(value[(s.first_key + key) * p.value.stride[2]]);
-  return s.num_keys > 0 ? sum / static_cast<float>(s.num_keys) : 0.0f;
-}
-
 /// One warp per row; lanes first over splits (weights into shared memory), then over columns.
 template <class T>
 __global__ void __launch_bounds__(32 * kWarps)
@@ -53,7 +44,6 @@ __global__ void __launch_bounds__(32 * kWarps)
   const SoftmaxState all =
       p.sinks.present ? add_sink(keys, static_cast<const float*>(p.sinks.data)[head * p.sinks.stride[0]]) : keys;
   const float factor = rescale_factor(keys.max, all.max) * normalizer(all);
-  const bool mean = in_use && all.sum == 0.0f && p.empty_row == EmptyRow::kMean;
 
   T* out = static_cast<T*>(p.out.data) + b * p.out.stride[0] + head * p.out.stride[1] + row * p.out.stride[2];
   const int64_t head_dim_v = p.value.shape[3];
@@ -64,7 +54,6 @@ __global__ void __launch_bounds__(32 * kWarps)
       if (weight != 0.0f) x += weight * partials.out[(split * num_rows + idx) * head_dim_v + column];
     }
     x = in_use && keys.sum != 0.0f ? x * factor : 0.0f;
-    if (mean) x = mean_of_column<T>(p, s, head / (heads / p.key.shape[1]), column);
     out[column] = from_float<T>(x);
   }
   if (lane == 0 && p.lse.present) {

@@ -16,29 +16,16 @@ __device__ __forceinline__ T* row_data(const TensorView& view, int64_t b, int64_
   return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] + row * view.stride[2];
 }
 
-/// Rows of a warp without keys that are in use: lanes 4g say it of rows g + 8i, i < 4.
-struct EmptyRows {
-  uint32_t lanes[4] = {};
-  __device__ __forceinline__ bool any() const { return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0; }
-  __device__ __forceinline__ bool holds(int row) const {
-    bool is_empty = false;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) is_empty |= row / 8 == i && (lanes[i] >> (row % 8 * 4) & 1);
-    return is_empty;
-  }
-};
-
 __device__ __forceinline__ int64_t partial_index(const AttentionParams& p, const TileWork& work, const TileRow& row, int split) {
   return ((split * p.query.shape[0] + work.sequence.batch_idx) * p.query.shape[1] + row.head) * p.query.shape[2] + row.row;
 }
 
 /// Normalizes this lane's rows and writes their lse. A row that attends no key becomes 0.
 template <class Config>
-__device__ __forceinline__ EmptyRows normalize_rows(typename Config::Products::Out& out,
-                                                    const RowState<Config::kRowBlocks>& state, const AttentionParams& p,
-                                                    const TileGrid& grid, const TileWork& work, int warp_row, int split) {
+__device__ __forceinline__ void normalize_rows(typename Config::Products::Out& out, const RowState<Config::kRowBlocks>& state,
+                                               const AttentionParams& p, const TileGrid& grid, const TileWork& work, int warp_row,
+                                               int split) {
   const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
-  EmptyRows empty;
 #pragma unroll
   for (int m = 0; m < Config::kRowBlocks; ++m) {
 #pragma unroll
@@ -54,7 +41,6 @@ __device__ __forceinline__ EmptyRows normalize_rows(typename Config::Products::O
         all = add_sink(all, static_cast<const float*>(p.sinks.data)[row.head * p.sinks.stride[0]]);
         factor = rescale_factor(top, all.max) * normalizer(all);
       }
-      empty.lanes[2 * m + r] = __ballot_sync(kAllLanes, row.in_use && all.sum == 0.0f);
 #pragma unroll
       for (int d = 0; d < Config::Products::kDimBlocks; ++d) out[m][d][2 * r] *= factor, out[m][d][2 * r + 1] *= factor;
       if (!has_keys) {
@@ -68,28 +54,6 @@ __device__ __forceinline__ EmptyRows normalize_rows(typename Config::Products::O
         *row_data<float>(p.lse, work.sequence.batch_idx, row.head, work.sequence.first_row + row.row) =
             row.in_use ? lse(all) : -INFINITY;
       }
-    }
-  }
-  return empty;
-}
-
-/// Writes the mean of all values into the warp's empty rows. Rare, so out of line.
-template <class Config>
-__device__ __noinline__ void write_mean(EmptyRows empty, const AttentionParams& p, const TileGrid& grid, const TileWork& work,
-                                        int warp_row) {
-  using T = typename Config::T;
-  const Sequence& s = work.sequence;
-  const int kv_head = Config::kSplit ? work.head : grid.group_size.quotient(work.head);
-  const T* value = row_data<T>(p.value, s.batch_idx, kv_head, s.first_key);
-  const int first_column = Config::column_group() * Config::kColumns;
-  const int end_column = min(static_cast<int>(p.value.shape[3]), first_column + Config::kColumns);
-  for (int column = first_column + threadIdx.x % 32; column < end_column; column += 32) {
-    float sum = 0.0f;
-    for (int64_t key = 0; key < s.num_keys; ++key) sum += to_float(value[key * p.value.stride[2] + column]);
-    const T mean = from_float<T>(s.num_keys > 0 ? sum / static_cast<float>(s.num_keys) : 0.0f);
-    for (int i = 0; i < 16 * Config::kRowBlocks; ++i) {
-      const TileRow row = tile_row<Config::kSplit>(work, grid, warp_row + i);
-      if (empty.holds(i)) row_data<T>(p.out, s.batch_idx, row.head, s.first_row + row.row)[column] = mean;
     }
   }
 }

@@ -91,7 +91,7 @@ Status launch_instance(const Plan& plan, const AttentionParams& params, TileGrid
   const TileShape tile = instance.tile();
   const int64_t group_size = params.query.shape[1] / params.key.shape[1];
   const bool share_tile = instance.variant == Variant::kSplit, packed = params.cu_seqlens_q.present;
-  const int64_t sequences = num_sequences(params), heads = share_tile ? params.key.shape[1] : params.query.shape[1];
+  const int64_t sequences = num_spans(params), heads = share_tile ? params.key.shape[1] : params.query.shape[1];
   const int64_t rows = params.query.shape[2] * (share_tile ? group_size : 1), pairs = packed ? heads : heads * sequences;
   const int64_t row_tiles = packed ? rows / tile.tile_q() + sequences : (rows + tile.tile_q() - 1) / tile.tile_q();
   const int64_t blocks = pairs * row_tiles;
@@ -101,7 +101,7 @@ Status launch_instance(const Plan& plan, const AttentionParams& params, TileGrid
             "The problem has " + std::to_string(blocks) + " tiles of rows, at most 2^31 - 1 can be launched."};
   }
   grid.sequences = sequence_rule(params);
-  grid.num_sequences = static_cast<int>(sequences);
+  grid.num_spans = static_cast<int>(sequences);
   grid.group_size = Divisor(group_size);
   const int64_t group = pairs_in_l2(params, pairs, share_tile ? group_size : 1);
   grid.order = TileOrder(packed ? 1 : sequences, heads, row_tiles, group, group, batch_shares_bias(params));

@@ -131,16 +131,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   __syncthreads();  // without key tiles the query's copies are still under way, and they end in rows of other warps
 
   const int split = Config::kSplit ? blockIdx.y : 0;
-  const EmptyRows empty = normalize_rows<Config>(out, state, p, grid, work, warp.first_row, split);
+  normalize_rows<Config>(out, state, p, grid, work, warp.first_row, split);
   if (Config::kSplit && grid.partial_out != nullptr) {
     write_partial<Config>(out, p, grid, work, warp.first_row, split);
     return;
   }
   write_out<Config>(out, shared + Config::kKeyValueBytes, p, grid, work, warp.first_row);
-  if (p.empty_row == EmptyRow::kMean && empty.any()) {
-    __syncwarp();
-    write_mean<Config>(empty, p, grid, work, warp.first_row);
-  }
 }
 
 }  // namespace fa

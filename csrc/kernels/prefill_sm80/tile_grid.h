@@ -12,7 +12,7 @@ namespace fa {
 
 struct TileGrid {
   SequenceRule sequences;
-  int num_sequences;
+  int num_spans;       // of packed sequences and the rows outside of them
   TileOrder order;     // of pairs of batch entry and head (key head where query heads share a tile)
   Divisor group_size;  // query heads of a key head
   bool query_by_16, key_by_16, value_by_16, out_by_16;  // rows are whole 16-byte chunks at 16-byte addresses

@@ -23,9 +23,9 @@ struct TileWork {
 template <int kTileQ>
 __device__ inline int2 find_packed_tile(const TileGrid& grid, int tile) {
   const int lane = threadIdx.x % 32;
-  for (int first = 0, tiles_before = 0; first < grid.num_sequences; first += 32) {
+  for (int first = 0, tiles_before = 0; first < grid.num_spans; first += 32) {
     int tiles = 0;
-    if (first + lane < grid.num_sequences) {
+    if (first + lane < grid.num_spans) {
       tiles = static_cast<int>((grid.sequences.at(first + lane).num_rows + kTileQ - 1) / kTileQ);
     }
     int end = tiles_before + tiles;

@@ -77,7 +77,7 @@ struct KernelArgs {
   Tile common;               // what all tiles have in common, if
   bool tiles_alike;          // there are no lengths, packed sequences, mask and bias
   bool bias_by_tile;         // the bias comes through shared memory
-  int num_sequences;         // batch entries, or packed sequences
+  int num_spans;             // batch entries, or packed sequences and the rows outside of them
   bool sort_sequences;       // those with most keys first
   bool tiles_end_with_rows;  // the tile that is not full is a sequence's first, not its last
   Divisor heads_per_kv;      // query heads that share a key head

@@ -317,11 +317,11 @@ struct Consumer {
     const int row = tile.first_row + first_row_in_tile();
     finish_rows<C>(args, tile, row, rows, o);
     if constexpr (C::kOwnOutput) {
-      store_by_panels<C>(args, tile, warpgroup, row, rows, o, shared.out[warpgroup]);
+      store_by_panels<C>(args, tile, warpgroup, o, shared.out[warpgroup]);
     } else {
       finish_stored();
       uint8_t* queries = shared.query[q.stage] + warpgroup * 64 * 128;
-      stage_tile<C>(args, tile, warpgroup, row, rows, o, queries);
+      stage_tile<C>(args, tile, warpgroup, o, queries);
       if constexpr (C::kSmall) {
         named_barrier_sync(kWarpgroupBarrier, kWarpgroupThreads);
         if (threadIdx.x == 0) {

@@ -67,35 +67,6 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& 
   }
 }
 
-/// The mean of all values of the tile's head in one column. Rare, and slow.
-template <typename T>
-__device__ __noinline__ float mean_of_values(const KernelArgs& args, const Tile& tile, int column) {
-  const TensorView& value = args.problem.value;
-  if (column >= value.shape[3] || tile.num_keys == 0) return 0.0f;
-  const T* data = static_cast<const T*>(value.data) + tile.batch * value.stride[0] +
-                  args.heads_per_kv.quotient(tile.head) * value.stride[1] + tile.key_base * value.stride[2] + column;
-  float sum = 0.0f;
-  for (int key = 0; key < tile.num_keys; ++key) sum += to_float(data[key * value.stride[2]]);
-  return sum / static_cast<float>(tile.num_keys);
-}
-
-/// Where EmptyRow::kMean asks for it, puts the mean of the values into those of the thread's two rows that saw no key: columns 64
-/// panel … + 63 of the 64 staged rows.
-template <class C>
-__device__ __forceinline__ void stage_means(const KernelArgs& args, const Tile& tile, int row, const RowPair& rows, int panel,
-                                            uint8_t* staged, int first_column) {
-#pragma unroll 1
-  for (int r = 0; r < 2; ++r) {
-    if ((r == 0 ? rows.sum[0] : rows.sum[1]) != 0.0f || !is_row<C>(row + 8 * r, tile.query_length)) continue;
-#pragma unroll 1
-    for (int i = threadIdx.x % 4; i < min(C::kHeadDim - 64 * panel, 64); i += 4) {
-      const float mean = mean_of_values<typename C::T>(args, tile, first_column + 64 * panel + i);
-      reinterpret_cast<typename C::T*>(staged + swizzled_offset(row % 64 + 8 * r, i / 8))[i % 8] =
-          from_float<typename C::T>(mean);
-    }
-  }
-}
-
 /// The warp's 16 rows, 64 columns, from shared memory to device memory, 16 bytes a thread, as far as the sequence and the head
 /// reach.
 template <class C>
@@ -112,11 +83,9 @@ __device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t
   }
 }
 
-/// Columns 64 panel … + 63 of o, whose first one is the output's `first_column`, for the warp's 16 finished rows to shared
-/// memory.
+/// Columns 64 panel … + 63 of the warp's 16 finished rows to shared memory.
 template <class C>
-__device__ __forceinline__ void stage_panel(const KernelArgs& args, const Tile& tile, int row, const RowPair& rows,
-                                            const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged, int first_column = 0) {
+__device__ __forceinline__ void stage_panel(const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged) {
   using T = typename C::T;
   const int thread = threadIdx.x % kWarpgroupThreads, staged_row = thread / 32 * 16 + thread % 16;
   const uint32_t first = shared_address(staged) + swizzled_offset(staged_row, thread % 32 / 16);
@@ -127,22 +96,18 @@ __device__ __forceinline__ void stage_panel(const KernelArgs& args, const Tile& 
     store_matrices(swizzled_step(first, i), pack2<T>(o[8 * j], o[8 * j + 1]), pack2<T>(o[8 * j + 2], o[8 * j + 3]),
                    pack2<T>(o[8 * j + 4], o[8 * j + 5]), pack2<T>(o[8 * j + 6], o[8 * j + 7]));
   }
-  if (args.problem.empty_row == EmptyRow::kMean) {
-    __syncwarp();
-    stage_means<C>(args, tile, row, rows, panel, staged, first_column);
-  }
 }
 
 /// Puts the warpgroup's 64 finished rows where the tile's queries stood. Copied from there by one thread (copy_out), but for rows
 /// that the copy engine can't take, which are written at once.
 template <class C>
-__device__ __forceinline__ void stage_tile(const KernelArgs& args, const Tile& tile, int warpgroup, int row, const RowPair& rows,
+__device__ __forceinline__ void stage_tile(const KernelArgs& args, const Tile& tile, int warpgroup,
                                            const float (&o)[C::kHeadDim / 2], uint8_t* queries) {
   const int first_row = tile.first_row + warpgroup * 64;
   named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);  // all warps have read their queries
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
-    stage_panel<C>(args, tile, row, rows, o, panel, queries + panel * C::kTileM * 128);
+    stage_panel<C>(o, panel, queries + panel * C::kTileM * 128);
   }
   if (!box_fits(args, tile, first_row)) {
     __syncwarp();
@@ -168,9 +133,8 @@ __device__ __forceinline__ void copy_out(const KernelArgs& args, const Tile& til
 
 /// The warpgroup's 64 finished rows to device memory through two panels of its own, each of whose last copy must then have ended.
 template <class C>
-__device__ __forceinline__ void store_by_panels(const KernelArgs& args, const Tile& tile, int warpgroup, int row,
-                                                const RowPair& rows, const float (&o)[C::kHeadDim / 2],
-                                                uint8_t (&panels)[2][64 * 128]) {
+__device__ __forceinline__ void store_by_panels(const KernelArgs& args, const Tile& tile, int warpgroup,
+                                                const float (&o)[C::kHeadDim / 2], uint8_t (&panels)[2][64 * 128]) {
   const int first_row = tile.first_row + warpgroup * 64;
   const bool first_thread = threadIdx.x % kWarpgroupThreads == 0, fits = box_fits(args, tile, first_row);
 #pragma unroll
@@ -180,7 +144,7 @@ __device__ __forceinline__ void store_by_panels(const KernelArgs& args, const Ti
     constexpr int kPendingAtFirst = C::kPanels % 2 == 0 ? 1 : 0;
     if (first_thread) panel == 0 ? tma_store_wait_read<kPendingAtFirst>() : tma_store_wait_read<1>();
     named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
-    stage_panel<C>(args, tile, row, rows, o, panel, staged);
+    stage_panel<C>(o, panel, staged);
     fence_async_proxy();
     named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
     if (!fits) store_rows<C>(args, staged, tile, first_row, panel);

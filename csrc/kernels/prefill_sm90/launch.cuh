@@ -28,13 +28,13 @@ inline void choose_order(const AttentionParams& p, int64_t row_tiles, bool unequ
   const int64_t heads = p.query.shape[1];
   const int64_t in_cache = std::max<int64_t>(key_heads_in(kL2Budget, p), 1), heads_per_key_head = heads / p.key.shape[1];
   const int64_t together = std::min(in_cache, kKeyHeadsTogether) * heads_per_key_head;
-  args->sort_sequences = p.kv_lengths.present && !packed && args->num_sequences > 1 && args->num_sequences <= 32;
+  args->sort_sequences = p.kv_lengths.present && !packed && args->num_spans > 1 && args->num_spans <= 32;
   args->tiles_end_with_rows = mean_keys(p) > kFewKeys;
   const bool heads_share_bias = p.bias.present && p.bias.stride[1] == 0;
   int64_t group = unequal || heads_share_bias ? together : 1;
-  if (batch_fastest) group = std::max<int64_t>(group, args->num_sequences);
+  if (batch_fastest) group = std::max<int64_t>(group, args->num_spans);
   const int64_t last_group = unequal ? std::min(in_cache, kKeyHeadsAtTheEnd) * heads_per_key_head : group;
-  args->order = TileOrder(packed ? 1 : args->num_sequences, heads, row_tiles, group, last_group, batch_fastest);
+  args->order = TileOrder(packed ? 1 : args->num_spans, heads, row_tiles, group, last_group, batch_fastest);
 }
 
 template <class C>
@@ -52,17 +52,17 @@ Status encode_maps(const AttentionParams& p, KernelArgs* args) {
 /// All of the arguments but the tensor maps, for tiles of `tile_rows` rows. Returns whether rows see unequally many keys.
 inline bool describe_problem(const AttentionParams& p, int64_t tile_rows, KernelArgs* args) {
   const bool packed = p.cu_seqlens_q.present;
-  const int64_t heads = p.query.shape[1], sequences = num_sequences(p), tiles = num_tiles(p, tile_rows);
+  const int64_t heads = p.query.shape[1], spans = num_spans(p), tiles = num_tiles(p, tile_rows);
   args->problem = p;
   args->sequences = sequence_rule(p);
   const bool lengths_differ = p.kv_lengths.present || p.query_lengths.present || packed || p.mask.present;
   args->tiles_alike = !lengths_differ && !p.query_offsets.present && !p.bias.present;
   if (args->tiles_alike) describe_sequence(args->sequences, 0, &args->common);
-  args->num_sequences = static_cast<int>(sequences);
+  args->num_spans = static_cast<int>(spans);
   args->heads_per_kv = Divisor(heads / p.key.shape[1]);
   args->num_tiles = static_cast<int>(tiles);
   const bool unequal = p.window_right >= 0 || p.window_left >= 0 || lengths_differ;
-  choose_order(p, tiles / (heads * (packed ? 1 : sequences)), unequal, args);
+  choose_order(p, tiles / (heads * (packed ? 1 : spans)), unequal, args);
   return unequal;
 }
 

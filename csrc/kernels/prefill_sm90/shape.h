@@ -90,8 +90,8 @@ inline int64_t mean_keys(const AttentionParams& p) {
 /// Tiles of `tile_rows` query rows; of packed sequences an upper bound.
 inline int64_t num_tiles(const AttentionParams& p, int64_t tile_rows) {
   const int64_t rows = p.query.shape[2], heads = p.query.shape[1];
-  if (p.cu_seqlens_q.present) return (rows / tile_rows + num_sequences(p)) * heads;
-  return (rows + tile_rows - 1) / tile_rows * heads * num_sequences(p);
+  if (p.cu_seqlens_q.present) return (rows / tile_rows + num_spans(p)) * heads;
+  return (rows + tile_rows - 1) / tile_rows * heads * num_spans(p);
 }
 
 /// Query rows that fall to the busiest multiprocessor.

@@ -13,9 +13,9 @@ namespace fa::prefill_sm90 {
 template <class C>
 __device__ __forceinline__ bool find_sequence(const KernelArgs& args, int row_tile, int* sequence, int* local_tile) {
   const int lane = threadIdx.x % 32;
-  for (int first = 0; first < args.num_sequences; first += 32) {
+  for (int first = 0; first < args.num_spans; first += 32) {
     int tiles = 0;
-    if (first + lane < args.num_sequences)
+    if (first + lane < args.num_spans)
       tiles = static_cast<int>((args.sequences.at(first + lane).num_rows + C::kTileM - 1) / C::kTileM);
     int upto = tiles;  // inclusive prefix sum over lanes
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -86,7 +86,7 @@ __device__ __forceinline__ void apply_user_span(const AttentionParams& p, Tile& 
 /// Which sequences come first: entry i becomes the number of the i-th longest. For a whole warp, and up to 32 sequences.
 __device__ __forceinline__ void sort_longest_first(const KernelArgs& args, int (&sequences)[32]) {
   const int lane = threadIdx.x % 32;
-  const int length = lane < args.num_sequences ? static_cast<int>(args.sequences.at(lane).mask.kv_length) : -1;
+  const int length = lane < args.num_spans ? static_cast<int>(args.sequences.at(lane).mask.kv_length) : -1;
   int rank = 0;
 #pragma unroll 8
   for (int other = 0; other < 32; ++other) {

@@ -105,7 +105,7 @@ struct Consumer {
     }
     prefill_sm90::finish_rows<C>(args, tile, row, rows, o);
     finish_stored();
-    store_tile<C>(args, tile, warpgroup, row, rows, o, queries());
+    store_tile<C>(args, tile, warpgroup, o, queries());
     stored = q.stage;
     if constexpr (C::kQueryStages == 1) finish_stored();
     __syncwarp();

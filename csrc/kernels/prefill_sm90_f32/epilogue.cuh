@@ -10,11 +10,9 @@
 
 namespace fa::prefill_sm90_f32 {
 
-/// Columns 32 panel … + 31 of the thread's two rows to shared memory. Where EmptyRow::kMean asks for it, rows that saw no key
-/// become the mean of the values.
+/// Columns 32 panel … + 31 of the thread's two rows to shared memory.
 template <class C>
-__device__ __forceinline__ void stage_columns(const KernelArgs& args, const Tile& tile, int row, const RowPair& rows,
-                                              const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged) {
+__device__ __forceinline__ void stage_columns(const float (&o)[C::kHeadDim / 2], int panel, uint8_t* staged) {
   const int t = threadIdx.x % 4, staged_row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -23,17 +21,6 @@ __device__ __forceinline__ void stage_columns(const KernelArgs& args, const Tile
     for (int i = 0; i < 4; ++i) {
       const int j = 4 * (4 * panel + i) + 2 * r;
       store_shared(swizzled_step(first, i), o[j], o[j + 1]);
-    }
-  }
-  if (args.problem.empty_row != EmptyRow::kMean) return;
-  __syncwarp();
-#pragma unroll 1
-  for (int r = 0; r < 2; ++r) {
-    if ((r == 0 ? rows.sum[0] : rows.sum[1]) != 0.0f || !prefill_sm90::is_row<C>(row + 8 * r, tile.query_length)) continue;
-#pragma unroll 1
-    for (int i = t; i < 32; i += 4) {
-      reinterpret_cast<float*>(staged + swizzled_offset(staged_row + 8 * r, i / 4))[i % 4] =
-          prefill_sm90::mean_of_values<float>(args, tile, 32 * panel + i);
     }
   }
 }
@@ -55,7 +42,7 @@ __device__ __forceinline__ void store_columns(const KernelArgs& args, const uint
 
 /// The warpgroup's 64 rows from registers to where their queries stood, and the start of their copy to device memory.
 template <class C>
-__device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& tile, int warpgroup, int row, const RowPair& rows,
+__device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& tile, int warpgroup,
                                            const float (&o)[C::kHeadDim / 2], uint8_t* queries) {
   const int first_row = tile.first_row + warpgroup * 64;
   const bool fits = box_fits(args, tile, first_row);
@@ -63,7 +50,7 @@ __device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& t
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     uint8_t* staged = queries + panel * C::kTileM * 128;
-    stage_columns<C>(args, tile, row, rows, o, panel, staged);
+    stage_columns<C>(o, panel, staged);
     if (!fits) {
       __syncwarp();
       store_columns<C>(args, staged, tile, first_row, panel);

@@ -20,7 +20,7 @@ __device__ __forceinline__ void store_columns(const Consumer<C>& consumer, float
   prefill_sm90::finish_rows<P>(args, tile, row, rows, o);
 #pragma unroll
   for (int panel = 0; panel < kCount / 64; ++panel) {
-    prefill_sm90::stage_panel<P>(args, tile, row, rows, o, panel, staged[panel], first_column);
+    prefill_sm90::stage_panel<P>(o, panel, staged[panel]);
   }
   if (!prefill_sm90::box_fits(args, tile, first_row)) {
     __syncwarp();

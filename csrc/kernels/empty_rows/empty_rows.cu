@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// See empty_rows.h. One thread block for each sequence and key head: it looks for empty rows among those of its query heads, and
+// ends at once where there are none, which is the rule.
+#include "kernels/common/convert.cuh"
+#include "kernels/common/launch.h"
+#include "kernels/empty_rows/empty_rows.h"
+#include "semantics/sequence.h"
+
+namespace fa {
+namespace {
+
+constexpr int kWarps = 16;
+
+/// One key head of one sequence, and the query heads that share it.
+template <class T>
+struct HeadGroup {
+  const AttentionParams& p;
+  const Sequence& s;
+  int64_t key_head;
+  int64_t heads;  // query heads of the key head
+
+  __device__ int64_t query_head(int64_t i) const { return key_head * heads + i; }
+
+  __device__ bool is_empty(int64_t i, int64_t row) const {
+    const auto* lse = static_cast<const float*>(p.lse.data);
+    return lse[s.batch_idx * p.lse.stride[0] + query_head(i) * p.lse.stride[1] + (s.first_row + row) * p.lse.stride[2]] ==
+           -INFINITY;
+  }
+
+  /// Does any of the rows attend no key? For the whole block.
+  __device__ bool has_empty_rows() const {
+    bool found = false;
+    for (int64_t i = 0; i < heads; ++i) {
+      for (int64_t row = threadIdx.x; row < s.query_length; row += blockDim.x) found |= is_empty(i, row);
+    }
+    return __syncthreads_or(found);
+  }
+
+  /// mean [D_v]. Each warp adds every kWarps-th key, then their sums are added in order: the result is always the same.
+  __device__ void compute_mean(float* mean) const {
+    __shared__ float sums[kWarps][32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const T* value = static_cast<const T*>(p.value.data) + s.batch_idx * p.value.stride[0] + key_head * p.value.stride[1] +
+                     s.first_key * p.value.stride[2];
+    for (int64_t first = 0; first < p.value.shape[3]; first += 32) {
+      const bool exists = first + lane < p.value.shape[3];
+      float sum = 0.0f;
+      if (exists) {
+#pragma unroll 8
+        for (int64_t key = warp; key < s.num_keys; key += kWarps) sum += to_float(value[key * p.value.stride[2] + first + lane]);
+      }
+      sums[warp][lane] = sum;
+      __syncthreads();
+      if (warp == 0 && exists) {
+        float total = 0.0f;
+        for (int i = 0; i < kWarps; ++i) total += sums[i][lane];
+        mean[first + lane] = total / static_cast<float>(s.num_keys);
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ void write(const float* mean) const {
+    for (int64_t i = 0; i < heads; ++i) {
+      T* out = static_cast<T*>(p.out.data) + s.batch_idx * p.out.stride[0] + query_head(i) * p.out.stride[1];
+      for (int64_t row = threadIdx.x / 32; row < s.query_length; row += kWarps) {
+        if (!is_empty(i, row)) continue;
+        T* out_row = out + (s.first_row + row) * p.out.stride[2];
+        for (int64_t x = threadIdx.x % 32; x < p.out.shape[3]; x += 32) out_row[x] = from_float<T>(mean[x]);
+      }
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(32 * kWarps)
+    fill_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ SequenceRule sequences) {
+  extern __shared__ float mean[];
+  const int64_t key_heads = p.key.shape[1];
+  const Sequence s = sequences.at(blockIdx.x / key_heads);
+  const HeadGroup<T> group{p, s, blockIdx.x % key_heads, p.query.shape[1] / key_heads};
+  if (!group.has_empty_rows() || s.num_keys == 0) return;  // without keys the mean is the 0 that stands there
+  group.compute_mean(mean);
+  group.write(mean);
+}
+
+}  // namespace
+
+Status fill_empty_rows(const AttentionParams& params, const ExecutionContext& context) {
+  const auto blocks = static_cast<unsigned>(num_sequences(params) * params.key.shape[1]);
+  if (blocks == 0) return {};
+  const auto kernel = params.query.dtype == DType::kFloat16    ? fill_kernel<__half>
+                      : params.query.dtype == DType::kBFloat16 ? fill_kernel<__nv_bfloat16>
+                                                               : fill_kernel<float>;
+  const cudaError_t error = launch_kernel(kernel, dim3(blocks), 32 * kWarps, sizeof(float) * params.value.shape[3],
+                                          static_cast<cudaStream_t>(context.stream), params, sequence_rule(params));
+  return cuda_status(error, "The means of rows without keys could not be launched");
+}
+
+}  // namespace fa
