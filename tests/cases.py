@@ -19,6 +19,7 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfl
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 HEAD_DIMS = (1, 2, 3, 5, 8, 16, 17, 24, 32, 33, 40, 48, 64, 72, 80, 96, 100, 111, 128, 129, 160, 192, 200, 255, 256)
 SEQLENS = (1, 7, 113, 128, 129, 1023, 4097)
+OUTSIDE = (3, 70)  # rows in front of all packed sequences, and behind them
 BROADCASTS = ("BHQK", "1HQK", "B1QK", "11QK", "B11K", "BHQ1", "1H1K", "HQK", "1QK", "QK", "1K", "K")
 # what may come on top of a plain problem; the words are fields of Case
 MASKS: dict[str, dict] = {
@@ -64,6 +65,7 @@ MASKS: dict[str, dict] = {
     "past_bias": {"past": 9, "bias": "1HQK"},
     "packed": {"packed": True},
     "packed_causal": {"packed": True, "is_causal": True, "alignment": "bottom_right"},
+    "packed_outside": {"packed": True, "outside": True, "is_causal": True},
     "packed_window": {"packed": True, "window_left": 30, "window_right": 2, "alibi": "H", "sinks": True},
     "everything": {"softcap": 20.0, "bias": "1HQK", "mask": "B11K", "alibi": "BH", "sinks": True, "is_causal": True,
                    "window_left": 60, "kv_lengths": True, "query_lengths": True, "alignment": "bottom_right"},
@@ -111,6 +113,7 @@ class Case:
     kv_lengths: bool = False
     query_lengths: bool = False
     packed: bool = False
+    outside: bool = False  # rows and keys in front of the first packed sequence and behind the last
     alibi: str = ""  # "H" or "BH"
     sinks: bool = False
     softcap: float = 0.0
@@ -165,6 +168,12 @@ class Case:
         return _Builder(self).build()
 
 
+def packed_rows(case: Case, inputs: dict[str, np.ndarray]) -> tuple[int, int]:
+    """Rows of query and of key in a case with packed sequences."""
+    behind = OUTSIDE[1] if case.outside else 0
+    return int(inputs["cu_seqlens_q"][-1]) + behind, int(inputs["cu_seqlens_kv"][-1]) + behind
+
+
 class _Builder:
     """Makes the tensors and attributes of one case."""
 
@@ -216,7 +225,8 @@ class _Builder:
         if case.packed:
             for name, limit in (("cu_seqlens_q", case.seqlen_q), ("cu_seqlens_kv", case.seqlen_kv)):
                 lengths = self._lengths(limit, case.batch_size)
-                self.optional[name] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+                starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+                self.optional[name] = starts + np.int32(OUTSIDE[0]) if case.outside else starts
         if case.kv_lengths:
             self.optional["nonpad_kv_seqlen"] = self._lengths(case.seqlen_kv, case.batch_size)
         if case.query_lengths:
@@ -226,10 +236,13 @@ class _Builder:
         case = self.case
         batch, rows_q, rows_kv = case.batch_size, case.seqlen_q, case.seqlen_kv
         if case.packed:
-            batch, rows_q, rows_kv = 1, int(self.optional["cu_seqlens_q"][-1]), int(self.optional["cu_seqlens_kv"][-1])
+            batch, rows_q, rows_kv = 1, *packed_rows(case, self.optional)
         query = self._normal(batch, case.num_q_heads, rows_q, case.head_dim)
         key = self._normal(batch, case.num_kv_heads, rows_kv, case.head_dim)
         value = self._normal(batch, case.num_kv_heads, rows_kv, case.dim_v)
+        if case.outside:
+            for array in (query, key, value):
+                array[:, :, : OUTSIDE[0]] = array[:, :, -OUTSIDE[1] :] = np.nan
         for b in range(batch):
             if case.kv_lengths and case.empty_row == "zero":
                 key[b, :, self.optional["nonpad_kv_seqlen"][b] :] = np.nan

@@ -26,6 +26,7 @@ py::dict sequence_at(int64_t b, int64_t seqlen_q, int64_t seqlen_kv, const py::d
     return {array.data(), array.strides(0) / array.itemsize(), array.itemsize() == 8};
   };
   rule.kv_lengths = index("kv_lengths"), rule.query_lengths = index("query_lengths"), rule.query_offsets = index("query_offsets");
+  rule.num_sequences = indices.contains("cu_seqlens_q") ? py::len(indices["cu_seqlens_q"]) - 1 : b + 1;
   rule.cu_seqlens_q = index("cu_seqlens_q"), rule.cu_seqlens_kv = index("cu_seqlens_kv");
   const fa::Sequence s = rule.at(b);
   py::dict d;

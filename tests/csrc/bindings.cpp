@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <vector>
+
 #include "fa/attention.h"
 #include "fa/threads.h"
 
@@ -79,6 +81,19 @@ py::tuple attention(const py::dict& fields, size_t num_threads, bool corrupt, co
   return result(status);
 }
 
+/// As attention, but that the plan needs `needed` bytes of workspace and the context has `reserved`.
+py::tuple attention_in(const py::dict& fields, size_t needed, size_t reserved) {
+  const AttentionParams params = params_of(fields, false);
+  fa::Plan plan;
+  if (fa::Status status = fa::plan(params, fa::Device{}, &plan); !status.ok()) return result(status);
+  plan.workspace_bytes = needed;
+  std::vector<char> memory(reserved);
+  fa::ExecutionContext context;
+  context.workspace = memory.data();
+  context.workspace_bytes = reserved;
+  return result(fa::launch(plan, params, context));
+}
+
 fa::Device device_of(int compute_capability) {
   if (compute_capability == 0) return {};
   return {fa::DeviceType::kCuda, compute_capability, 108, 163 * 1024};
@@ -90,6 +105,19 @@ PYBIND11_MODULE(fa_csrc, m) {
   m.doc() = "fa_core without an adapter. Status is (code, sentence): 0 ok, 1 invalid argument, 2 unsupported.";
   m.def("attention", attention, py::arg("fields"), py::arg("num_threads") = 0, py::arg("corrupt") = false, py::arg("kernel") = "",
         "plan and launch on the CPU; 0 threads: the calling one does it all without a pool");
+  m.def("attention_in", attention_in, py::arg("fields"), py::arg("needed"), py::arg("reserved"));
+  m.def(
+      "attention_without_data",
+      [](const py::dict& fields, const std::string& name) {
+        AttentionParams params = params_of(fields, false);
+        (name == "query" ? params.query : name == "out" ? params.out : params.kv_lengths).data = nullptr;
+        fa::Plan plan;
+        if (fa::Status status = fa::plan(params, fa::Device{}, &plan); !status.ok()) return result(status);
+        return result(fa::launch(plan, params, fa::ExecutionContext{}));
+      },
+      "attention, but that one tensor has no memory");
+  m.def("launch_without_plan",
+        [](const py::dict& fields) { return result(fa::launch(fa::Plan{}, params_of(fields, false), fa::ExecutionContext{})); });
   m.def("validate", [](const py::dict& fields) { return result(fa::validate(params_of(fields, false))); });
   m.def(
       "explain",

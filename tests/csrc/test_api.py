@@ -110,6 +110,27 @@ def test_unknown_kernel(fa_csrc):
     assert fa_csrc.attention(fields(), kernel="prefill_sm20") == (2, "there is no kernel 'prefill_sm20'; there are cpu")
 
 
+def test_a_launch_that_needs_more_than_was_reserved_is_refused(fa_csrc):
+    problem = fields()
+    before = problem["out"].copy()
+    assert fa_csrc.attention_in(problem, 100, 99) == (
+        1,
+        "cpu needs a workspace of 100 bytes, but the context has 99",
+    )
+    assert np.array_equal(problem["out"], before), "nothing is written"
+    assert fa_csrc.attention_in(problem, 100, 100) == (0, "")
+
+
+def test_a_launch_without_a_plan_is_refused(fa_csrc):
+    assert fa_csrc.launch_without_plan(fields()) == (1, "there is no plan: plan() was not called or has failed")
+
+
+@pytest.mark.parametrize("name", ["query", "out", "kv_lengths"])
+def test_a_tensor_without_memory_is_refused(fa_csrc, name):
+    problem = fields(kv_lengths=np.array([3, 7]))
+    assert fa_csrc.attention_without_data(problem, name) == (1, f"{name} has elements but no data")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("threads", [0, 3])
 def test_append_kv(fa_csrc, dtype, threads):

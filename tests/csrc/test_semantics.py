@@ -135,6 +135,20 @@ any_length = st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 40)
 
 
 @FIXTURE
+@given(lengths=st.lists(st.integers(0, 9), max_size=5), first=st.integers(0, 5), behind=st.integers(0, 5))
+def test_packed_sequences_and_what_is_outside_of_them_are_all_rows(fa_csrc, lengths, first, behind):
+    cu = np.cumsum([first, *lengths]).astype(np.int32)
+    rows, count = int(cu[-1]) + behind, len(lengths)
+    indices = {"cu_seqlens_q": cu, "cu_seqlens_kv": cu}
+    spans = [fa_csrc.sequence_at(b, rows, rows, indices, 0, False) for b in range(count + 2)]
+    covered = [row for s in spans for row in range(s["first_row"], s["first_row"] + s["num_rows"])]
+    assert sorted(covered) == list(range(rows)), "each row once"
+    for s in spans[count:]:
+        assert s["query_length"] == s["num_keys"] == s["kv_length"] == 0
+    assert [s["num_rows"] for s in spans[count:]] == [first, behind]
+
+
+@FIXTURE
 @given(
     q=any_length,
     kv=any_length,

@@ -38,6 +38,8 @@ def past(key_rows: int, head_dim: int, value_rows: int, head_dim_v: int) -> dict
         ({}, {"softcap": -1.0}, "softcap is -1.000000; expected 0 or more"),
         ({}, {"scale": float("nan")}, "scale is not a finite number"),
         ({}, {"scale": 1}, "the attribute scale is of another type; expected FLOAT"),
+        ({}, {"scale": [0.5]}, "the attribute scale is of another type; expected FLOAT"),
+        ({}, {"head_dim": [64]}, "the attribute head_dim is of another type; expected INT"),
         ({}, {"packed_columns": [1, 2]}, "packed_columns has 2 numbers; expected 6"),
     ],
 )  # fmt: skip

@@ -127,6 +127,26 @@ std::vector<nvinfer1::PluginTensorDesc> describe(const std::vector<TensorSpec>& 
   return descriptors;
 }
 
+size_t workspace_of(const Plugin& plugin, const Case& node, size_t binding) {
+  std::vector<nvinfer1::DynamicPluginTensorDesc> descriptors;
+  for (const std::vector<TensorSpec>* tensors : {&node.inputs, &node.outputs}) {
+    for (const nvinfer1::PluginTensorDesc& desc : describe(*tensors, binding)) {
+      nvinfer1::DynamicPluginTensorDesc d{};
+      d.desc = desc;
+      d.min = d.opt = d.max = desc.dims;
+      descriptors.push_back(d);
+    }
+  }
+  const int32_t num_inputs = static_cast<int32_t>(node.inputs.size());
+  return plugin.build->getWorkspaceSize(descriptors.data(), num_inputs, descriptors.data() + num_inputs,
+                                        static_cast<int32_t>(node.outputs.size()));
+}
+
+bool plan_for(FieldSet* fields, int capability) {
+  return fields->set("planned_compute_capability", capability) && fields->set("planned_num_sms", capability == 90 ? 132 : 108) &&
+         fields->set("planned_shared_memory_bytes", (capability == 90 ? 227 : 163) * 1024);
+}
+
 FieldSet::FieldSet(const Case& node, Ints ints) {
   for (const Attribute& attribute : node.attributes) {
     if (attribute.type == "FLOAT") {
@@ -154,6 +174,15 @@ void FieldSet::add(const std::string& name, PluginFieldType type, const void* da
               std::make_unique<std::vector<char>>(bytes + 16, '\x5a'), type, length};  // no NUL beyond the end either
   if (bytes) std::memcpy(entry.data->data(), data, bytes);
   entries_.push_back(std::move(entry));
+}
+
+bool FieldSet::set(const std::string& name, int64_t value) {
+  for (Entry& entry : entries_) {
+    if (name != entry.name->data() || entry.type != PluginFieldType::kINT64 || entry.length != 1) continue;
+    std::memcpy(entry.data->data(), &value, sizeof value);
+    return true;
+  }
+  return false;
 }
 
 const nvinfer1::PluginFieldCollection* FieldSet::get() {

@@ -66,6 +66,8 @@ class FieldSet {
   explicit FieldSet(const nvinfer1::PluginFieldCollection& fields);
 
   void add(const std::string& name, nvinfer1::PluginFieldType type, const void* data, size_t bytes, int32_t length);
+  /// Replaces the value of an integer field; false where there is none of this name.
+  bool set(const std::string& name, int64_t value);
   const nvinfer1::PluginFieldCollection* get();
   void wipe();
   bool operator==(const FieldSet& other) const;
@@ -117,11 +119,17 @@ void check_creator(const Source& source, const std::vector<Case>& cases, Report&
 std::unique_ptr<Serialized> drive_build(const Source& source, const Case& node, Report& report);
 /// Re-creation from serialised fields, contexts and shape changes: what needs no GPU.
 void drive_deserialization(const Source& source, const Case& node, Serialized& serialized, Report& report);
-/// Enqueue on a GPU, by each tactic. `output_path` gets a byte, the number of tactics, then for each case and tactic the
-/// outputs' size as int64 (-1: a forced kernel refused the problem) and the outputs.
+/// Enqueue on a GPU, by each tactic and, as if it were one more, from an engine that was built on an A100. `output_path` gets a
+/// byte, the number of tactics with that one, then for each case and tactic the outputs' size as int64 (-1: a forced kernel
+/// refused the problem) and the outputs.
 void drive_runtime(const Source& source, const std::vector<Case>& cases, const std::string& data_path,
                    const std::string& output_path, Report& report);
 
 std::vector<nvinfer1::PluginTensorDesc> describe(const std::vector<TensorSpec>& tensors, size_t binding);
+/// getWorkspaceSize of one binding's shapes alone.
+size_t workspace_of(const Plugin& plugin, const Case& node, size_t binding);
+/// Makes the fields those of an engine that was built on another GPU (hardware compatibility), the kind that `capability` names:
+/// 80 an A100, 90 an H100. False where the plugin does not serialise the GPU that it was planned for.
+bool plan_for(FieldSet* fields, int capability);
 
 }  // namespace host

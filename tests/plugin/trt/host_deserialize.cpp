@@ -33,6 +33,21 @@ void change_shapes(const Plugin& context, const Case& node, Report& report) {
   }
 }
 
+/// The workspace is that of the GPU that the engine was built on, here an A100 and an H100, whichever GPU there is now.
+void check_planned_workspace(const Source& source, const Case& node, Serialized& serialized, Report& report) {
+  size_t bytes[2] = {};
+  for (int i = 0; i < 2; ++i) {
+    FieldSet fields(*serialized.fields.get());
+    if (!report.check(plan_for(&fields, i == 0 ? 80 : 90), node.id + ": the GPU that was planned for is serialised")) return;
+    Plugin plugin(source.creator->createPlugin(node.id.c_str(), fields.get(), nvinfer1::TensorRTPhase::kRUNTIME), report,
+                  node.id + ": createPlugin for another GPU");
+    if (!plugin) return;
+    bytes[i] = workspace_of(plugin, node, 0);
+  }
+  // The Hopper kernel needs memory for its tile counter, and more multiprocessors take more parts of split keys.
+  report.check(bytes[0] <= bytes[1], node.id + ": an engine built on an A100 needs no more than one built on an H100");
+}
+
 }  // namespace
 
 void drive_deserialization(const Source& source, const Case& node, Serialized& serialized, Report& report) {
@@ -47,6 +62,7 @@ void drive_deserialization(const Source& source, const Case& node, Serialized& s
                node.id + ": serialised again, the fields are equal");
   report.check(plugin->build->getNbOutputs() == static_cast<int32_t>(node.outputs.size()),
                node.id + ": re-created, getNbOutputs");
+  check_planned_workspace(source, node, serialized, report);
   Plugin first(plugin->runtime->attachToContext(nullptr), report, node.id + ": first context");
   Plugin second(plugin->runtime->attachToContext(nullptr), report, node.id + ": second context");
   plugin.reset();  // contexts outlive what they were attached from

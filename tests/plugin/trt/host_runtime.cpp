@@ -164,8 +164,10 @@ class RuntimeDriver {
     Plugin plugin(source_.creator->createPlugin(node_.id.c_str(), serialized.fields.get(), nvinfer1::TensorRTPhase::kRUNTIME),
                   report_, name_ + "createPlugin");
     if (!plugin || !report_.check(plugin.runtime->setTactic(tactic) == 0, name_ + "setTactic")) return {};
-    Context first(plugin.runtime->attachToContext(nullptr), node_, serialized.workspace_bytes[0], report_);
-    Context second(plugin.runtime->attachToContext(nullptr), node_, serialized.workspace_bytes[0], report_);
+    const size_t workspace_bytes = workspace_of(plugin, node_, 0);
+    if (tactic == 0) report_.check(workspace_bytes == serialized.workspace_bytes[0], name_ + "the workspace is as at the build");
+    Context first(plugin.runtime->attachToContext(nullptr), node_, workspace_bytes, report_);
+    Context second(plugin.runtime->attachToContext(nullptr), node_, workspace_bytes, report_);
     if (!report_.check(first.begin() && second.begin(), name_ + "onShapeChange")) return {};
     const Bytes outputs = first.run(inputs_);
     if (outputs.empty()) {
@@ -181,7 +183,46 @@ class RuntimeDriver {
     return outputs;
   }
 
+  size_t num_short() const { return num_short_; }
+
+  /// The outputs of an engine that was built on an A100, in exactly the memory that it reserved there.
+  Bytes run_foreign(Serialized& serialized) {
+    name_ = node_.id + ", built on an A100: ";
+    FieldSet fields(*serialized.fields.get());
+    if (!report_.check(plan_for(&fields, 80), name_ + "the GPU that was planned for is serialised")) return {};
+    const size_t bytes = workspace_of(create(fields), node_, 0);
+    if (!report_.check(fields.set("reserved_workspace_bytes", static_cast<int64_t>(bytes)), name_ + "the reserve is serialised"))
+      return {};
+    Plugin plugin = create(fields);
+    Context context(plugin.runtime->attachToContext(nullptr), node_, bytes, report_);
+    if (!report_.check(context.begin(), name_ + "onShapeChange")) return {};
+    const Bytes outputs = context.run(inputs_);
+    report_.check(!outputs.empty(), name_ + "enqueue");
+    report_.check(context.canaries_intact(), name_ + "canaries round outputs and workspace are intact");
+    if (bytes > 0) check_short(fields, bytes);
+    return outputs;
+  }
+
  private:
+  Plugin create(FieldSet& fields) {
+    return Plugin(source_.creator->createPlugin(node_.id.c_str(), fields.get(), nvinfer1::TensorRTPhase::kRUNTIME), report_,
+                  name_ + "createPlugin");
+  }
+
+  /// An engine that reserved a byte too few is refused by the plugin, and nothing is written.
+  void check_short(FieldSet& fields, size_t bytes) {
+    fields.set("reserved_workspace_bytes", static_cast<int64_t>(bytes) - 1);
+    Plugin plugin = create(fields);
+    Context context(plugin.runtime->attachToContext(nullptr), node_, bytes, report_);
+    if (!report_.check(context.begin(), name_ + "onShapeChange, a byte short")) return;
+    context.poison();
+    const Bytes before = context.results();
+    report_.check(!context.enqueue(inputs_), name_ + "a workspace that is short by a byte is refused");
+    report_.check(context.results() == before, name_ + "a refused enqueue writes nothing");
+    report_.check(cudaGetLastError() == cudaSuccess, name_ + "a refused enqueue leaves no CUDA error");
+    ++num_short_;
+  }
+
   /// Both contexts at once, each from a thread and on a stream of its own, several times: the outputs stay bitwise the same.
   void check_both(Context& first, Context& second, const Bytes& expected) {
     bool same[2] = {true, true};
@@ -234,6 +275,7 @@ class RuntimeDriver {
   const Case& node_;
   Report& report_;
   std::string name_;
+  size_t num_short_ = 0;
   Bytes values_;
   Buffers inputs_;
 };
@@ -263,9 +305,9 @@ void drive_runtime(const Source& source, const std::vector<Case>& cases, const s
   std::ofstream output(output_path, std::ios::binary);
   if (!data || !output) throw std::runtime_error("can't open " + (data ? output_path : data_path));
   const int32_t num_tactics = cases.empty() ? 0 : count_tactics(source, cases[0]);
-  output.put(static_cast<char>(num_tactics));
-  std::vector<size_t> num_run(static_cast<size_t>(num_tactics));
-  size_t num_with_workspace = 0;
+  output.put(static_cast<char>(num_tactics + 1));
+  std::vector<size_t> num_run(static_cast<size_t>(num_tactics) + 1);
+  size_t num_with_workspace = 0, num_short = 0;
   for (const Case& node : cases) {
     const std::unique_ptr<Serialized> serialized = drive_build(source, node, report);
     if (!serialized) throw std::runtime_error(node.id + ": the build phase failed");
@@ -276,12 +318,15 @@ void drive_runtime(const Source& source, const std::vector<Case>& cases, const s
       num_run[static_cast<size_t>(tactic)] += !outputs.empty();
       write_outputs(output, outputs);
     }
+    const Bytes outputs = driver.run_foreign(*serialized);
+    num_run.back() += !outputs.empty();
+    num_short += driver.num_short();
+    write_outputs(output, outputs);
   }
   if (!output.flush()) throw std::runtime_error("can't write " + output_path);
   std::printf("%zu cases, %zu with a workspace\n", cases.size(), num_with_workspace);
-  for (int32_t tactic = 0; tactic < num_tactics; ++tactic) {
-    std::printf("tactic %d ran %zu cases\n", tactic, num_run[static_cast<size_t>(tactic)]);
-  }
+  std::printf("refused %zu workspaces that were short by a byte\n", num_short);
+  for (size_t tactic = 0; tactic < num_run.size(); ++tactic) std::printf("tactic %zu ran %zu cases\n", tactic, num_run[tactic]);
 }
 
 }  // namespace host

@@ -142,14 +142,16 @@ def run_in_parallel(
     parts = [(host, plugin, folder / str(part), chosen[part::num_parts]) for part in range(num_parts)]
     with concurrent.futures.ProcessPoolExecutor(num_parts, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(run_and_compare, *zip(*parts, strict=True)))
-    num_run, num_checks, wrong = collections.Counter(), 0, []
+    num_run, num_checks, num_short, wrong = collections.Counter(), 0, 0, []
     for done, found in results:
         if done.returncode:
             wrong.append(done.stdout[-1000:] + done.stderr[-500:])
         for tactic, count in re.findall(r"tactic (\d+) ran (\d+) cases", done.stdout):
             num_run[int(tactic)] += int(count)
+        num_short += int((re.findall(r"refused (\d+) workspaces", done.stdout) or [0])[0])
         num_checks += int((re.findall(r"(\d+) checks", done.stdout) or [0])[-1])
         wrong += found
+    assert num_short > 0, "no workspace was offered that is short by a byte"
     return num_run, num_checks, wrong
 
 
