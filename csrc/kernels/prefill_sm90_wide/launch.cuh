@@ -30,7 +30,7 @@ Status launch_instance(const Plan& plan, const AttentionParams& p, const Executi
   if (Status status = encode_maps(p, &args); !status.ok()) return status;
   if (prefill_sm90::num_tiles(p, kPairRows) == 0) return {};
   prefill_sm90::describe_problem(p, kPairRows, &args);
-  const bool over_grid = plan.workspace_bytes > 0;
+  const bool over_grid = splits_over_grid(plan);
   const int cluster = over_grid ? 2 : 2 * plan.num_splits;
   args.num_splits = plan.num_splits;
   args.over_grid = over_grid;

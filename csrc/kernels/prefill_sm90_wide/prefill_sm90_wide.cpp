@@ -44,14 +44,14 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   const Instance* found = std::find_if(std::begin(kInstances), std::end(kInstances), [&](const Instance& instance) {
     return instance.dtype == p.query.dtype && instance.variant == variant;
   });
-  plan->instance = static_cast<int>(found - kInstances);
+  plan->instance = plan_instance(static_cast<int>(found - kInstances), splits);
   plan->num_splits = splits.count;
   plan->workspace_bytes = workspace_bytes(p, splits);
   return true;
 }
 
 Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
-  return kInstances[plan.instance].launch(plan, params, context);
+  return kInstances[instance_of(plan)].launch(plan, params, context);
 }
 
 }  // namespace fa::prefill_sm90_wide

@@ -34,6 +34,11 @@ inline size_t workspace_bytes(const AttentionParams& p, const Splits& splits) {
   return splits.over_grid ? static_cast<size_t>(splits.count * num_rows(p) * (p.value.shape[3] + 2)) * sizeof(float) : 0;
 }
 
+/// A plan's instance says where the parts of a tile are merged, too.
+inline int plan_instance(int instance, const Splits& splits) { return 2 * instance + (splits.over_grid ? 1 : 0); }
+inline int instance_of(const Plan& plan) { return plan.instance / 2; }
+inline bool splits_over_grid(const Plan& plan) { return plan.instance % 2 != 0; }
+
 /// The time of a problem, in tenths of a step; its constants are measured (docs/kernels.md).
 inline int64_t predicted_time(const AttentionParams& p, const Device& device, const Splits& splits) {
   const int64_t tiles = prefill_sm90::num_tiles(p, kPairRows), pairs = std::max(device.num_sms / 2, 1);
