@@ -11,7 +11,10 @@
 
 #define FA_CUDA_KERNEL(name) {#name, DeviceType::kCuda, name::plan, name::launch}
 #ifdef FA_WITH_SM90
-#define FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm90), FA_CUDA_KERNEL(prefill_sm90_f32), FA_CUDA_KERNEL(prefill_sm90_wide),
+#define FA_WIDE_KERNEL                                                                         \
+  {"prefill_sm90_wide", DeviceType::kCuda, prefill_sm90_wide::plan, prefill_sm90_wide::launch, \
+   prefill_sm90_wide::max_workspace_bytes}
+#define FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm90), FA_CUDA_KERNEL(prefill_sm90_f32), FA_WIDE_KERNEL,
 #else
 #define FA_HOPPER_KERNELS
 #endif

@@ -50,6 +50,16 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   return true;
 }
 
+/// Smaller problems may be split over the grid where the largest is not. All parts of rows then run at once.
+size_t max_workspace_bytes(const AttentionParams& largest, const Device& device) {
+  const int64_t head_dim = std::max(largest.query.shape[3], largest.value.shape[3]);
+  const bool can_run = device.compute_capability == 90 && size_of(largest.query.dtype) == 2 && head_dim >= kLeastHeadDim &&
+                       head_dim <= kMaxHeadDim;
+  if (!can_run || largest.cu_seqlens_q.present) return 0;
+  const int64_t partial_rows = std::min<int64_t>(num_rows(largest) * kMaxOverGrid, device.num_sms / 2 * kPairRows);
+  return static_cast<size_t>(partial_rows * (largest.value.shape[3] + 2)) * sizeof(float);
+}
+
 Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
   return kInstances[instance_of(plan)].launch(plan, params, context);
 }

@@ -25,7 +25,7 @@ struct Splits {
 };
 
 inline constexpr int kMaxInCluster = 4;  // so that a cluster has at most 8 blocks, which every GPU can place
-inline constexpr int kMaxOverGrid = 8;
+inline constexpr int kMaxOverGrid = 8;   // … and only while all parts run at once, which bounds their workspace
 
 /// Query rows of all heads.
 inline int64_t num_rows(const AttentionParams& p) { return p.query.shape[0] * p.query.shape[1] * p.query.shape[2]; }
@@ -63,8 +63,9 @@ inline Splits choose_splits(const AttentionParams& p, const Device& device) {
   };
   const int64_t steps = (p.key.shape[2] + kStepKeys - 1) / kStepKeys;
   for (int count = 2; count <= std::min<int64_t>(steps, kMaxInCluster); count *= 2) consider({count, false});
-  for (int count = 2; count <= std::min<int64_t>(steps, kMaxOverGrid) && !p.cu_seqlens_q.present; ++count)
-    consider({count, true});
+  const int64_t at_once = device.num_sms / 2 / std::max<int64_t>(prefill_sm90::num_tiles(p, kPairRows), 1);
+  const int64_t most_over_grid = p.cu_seqlens_q.present ? 0 : std::min<int64_t>({steps, kMaxOverGrid, at_once});
+  for (int count = 2; count <= most_over_grid; ++count) consider({count, true});
   return best;
 }
 
