@@ -110,14 +110,32 @@ class Builder:
 
     def split_first_axis(self, value: ir.Value, inner: int) -> ir.Value:
         """[N, S, D] to [N / inner, inner, S, D] whatever S and D are."""
-        return self.reshape(self.unsqueeze(value, 1), [-1, inner, 0, 0])
+        outer = self.add("Div", [self._size(value, 0), self.ints([inner])], ir.DataType.INT64)
+        return self._reshaped(self.unsqueeze(value, 1), [outer, self.ints([inner, 0, 0])])
 
     def merge_first_axes(self, value: ir.Value) -> ir.Value:
         """[B, H, S, D] to [B * H, S, D] whatever they are."""
-        return self.squeeze(self.reshape(value, [-1, 1, 0, 0]), 1)
+        both = self.add("Mul", [self._size(value, 0), self._size(value, 1)], ir.DataType.INT64)
+        return self.squeeze(self._reshaped(value, [both, self.ints([1, 0, 0])]), 1)
+
+    def _size(self, value: ir.Value, axis: int) -> ir.Value:
+        """int64 [1]."""
+        return self.slice(self.add("Shape", [value], ir.DataType.INT64), axis, axis + 1)
+
+    def _reshaped(self, value: ir.Value, sizes: Sequence[ir.Value], **attributes: int) -> ir.Value:
+        """To sizes that are computed, not left to Reshape: -1 fails for a tensor without elements. The Gather keeps
+        onnxruntime from putting -1 in the place of a computed size."""
+        target = self.add("Concat", sizes, ir.DataType.INT64, axis=0)
+        target = self.add("Gather", [target, self.ints(range(4))], ir.DataType.INT64, axis=0)
+        return self.add("Reshape", [value, target], value.dtype, **attributes)
 
     def to_four_axes(self, value: ir.Value, rank: int, heads: int) -> ir.Value:
         """[…, S, D] of `rank` axes to [B, heads, S, D]."""
-        tail = self.slice(self.add("Shape", [value], ir.DataType.INT64), rank - 2, rank)
+        sizes = self.add("Shape", [value], ir.DataType.INT64)
+        tail = self.slice(sizes, rank - 2, rank)
+        if self.opset >= 14:  # allowzero
+            leads = self.add("ReduceProd", [self.slice(sizes, 0, rank - 2)], ir.DataType.INT64, keepdims=1)
+            outer = self.add("Div", [leads, self.ints([heads])], ir.DataType.INT64)
+            return self._reshaped(value, [outer, self.ints([heads]), tail], allowzero=1)
         target = self.add("Concat", [self.ints([-1, heads]), tail], ir.DataType.INT64, axis=0)
         return self.add("Reshape", [value, target], value.dtype)

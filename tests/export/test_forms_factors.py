@@ -76,6 +76,15 @@ RIGHT = {
         """kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) x = Mul(s, g) p = Softmax<axis = -1>(x)
         y = MatMul(p, v)""",
     ),
+    "a factor of groups of heads": Form(
+        "float[B, 2, 3, T, 8] q, float[B, 2, 1, S, 8] k, float[B, 2, 1, S, 8] v, float[2, 3, 1, 1] g",
+        f"kt = Transpose<perm = [0, 1, 2, 4, 3]>(k) s = MatMul(q, kt) x = Mul(s, g) {END}",
+        frozenset({"3 query heads on 1 kv heads"}),
+    ),
+    "a factor of keys and groups of heads": Form(
+        "float[B, 2, 3, T, 8] q, float[B, 2, 1, S, 8] k, float[B, 2, 1, S, 8] v, float[2, 3, 1, S] g",
+        f"kt = Transpose<perm = [0, 1, 2, 4, 3]>(k) s = MatMul(q, kt) x = Mul(s, g) {END}",
+    ),
     "a gate of a mask": factor(
         "B, 1, 1, S",
         """f = Cast<to = 1>(g) one = Constant<value = float {1.0}>() i = Sub(one, f)
@@ -112,6 +121,11 @@ RIGHT = {
 WRONG = {
     "a factor of rows and keys": factor("T, S", reason="multiplied by a tensor of rows and keys"),
     "divided by a number for each key": factor("S", "x = Div(s, g)", reason="divided by a tensor of keys"),
+    "a factor that is 0 in float32": Form(
+        QKV,
+        f"{PRODUCT} c = Constant<value = float {{1.0e-30}}>() a = Mul(s, c) x = Mul(a, c) {END}",
+        reason="is no number of float32 other than 0",
+    ),
     "a factor of another rank": Form(
         f"{QKV}, float[2, 1, 1, 1, 1] g",
         f"{PRODUCT} x = Mul(s, g) p = Softmax<axis = -1>(x) y = MatMul(p, v)",

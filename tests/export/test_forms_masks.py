@@ -35,6 +35,15 @@ RIGHT = {
         zeros = Constant<value = int64[3] {{0, 0, 0}}>() pads = Concat<axis = 0>(zeros, missing) more = Pad(b, pads)
         axes = Constant<value = int64[2] {{1, 2}}>() b4 = Unsqueeze(more, axes) x = Add(s, b4) {END}""",
     ),
+    "blocks of rows, each with its own bias": Form(
+        "float[B, 3, 4, 2, 8] q, float[B, 3, 6, 2, 8] k, float[B, 3, 6, 2, 8] v, float[B, 3, 2, 4, 6] b",
+        """bias = LpNormalization<axis = -1>(b) s = Einsum<equation = "...qhd,...khd->...hqk">(q, k) x = Add(s, bias)
+        p = Softmax<axis = -1>(x) o = Einsum<equation = "...hqk,...khd->...qhd">(p, v)
+        t = Einsum<equation = "...qhd,...khd->...hqk">(o, k) z = Add(t, bias) w = Softmax<axis = -1>(z)
+        y = Einsum<equation = "...hqk,...khd->...qhd">(w, v)""",
+        fused=2,
+        empty=False,
+    ),
     "repeated for each head of a bmm": Form(
         "float[N, 9, 8] q, float[N, 9, 8] k, float[N, 9, 8] v, float[N, 5] m",
         f"""kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) {LOW} one = Constant<value = float {{1.0}}>()

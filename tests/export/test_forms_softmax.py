@@ -73,6 +73,23 @@ RIGHT = {
     "exp(x - ReduceLogSum(exp(x)))": late(
         "e = Exp(s) l = ReduceLogSum<axes = [-1]>(e) d = Sub(s, l) p = Exp(d) y = MatMul(p, v)"
     ),
+    "the sum with what is rounded away": late(
+        """m = ReduceMax<axes = [-1]>(s) d = Sub(s, m) e = Exp(d) t0 = ReduceSum(e, last)
+        c = Constant<value = float {1.0e-9}>() t1 = Add(t0, c) t = Clip(t1, c) p = Div(e, t) y = MatMul(p, v)"""
+    ),
+    "an Einsum that is divided late": Form(
+        "float[B, T, 3, 8] q, float[B, S, 3, 8] k, float[B, S, 3, 8] v",
+        f"""{LAST} s = Einsum<equation = "bthd,bshd->bhts">(q, k) e = Exp(s) t = ReduceSum(e, last)
+        o = Einsum<equation = "bhts,bshd->bthd">(e, v) tt = Transpose<perm = [0, 2, 1, 3]>(t) y = Div(o, tt)""",
+        gone=frozenset({"Exp", "Div", "Einsum"}),
+        empty=False,
+    ),
+    "two products, one of them transposed": Form(
+        f"{QKV}, float[B, 3, 5, S] u",
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) pt = Transpose<perm = [0, 1, 3, 2]>(p)
+        bt = MatMul(u, pt) b = Transpose<perm = [0, 1, 3, 2]>(bt) y = Concat<axis = -1>(a, b)""",
+        fused=2,
+    ),
     "two products": Form(
         TWO,
         f"{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) b = MatMul(p, u) y = Concat<axis = -1>(a, b)",
@@ -122,6 +139,23 @@ WRONG = {
     "a number beside the sum, divided late": late(
         """small = Constant<value = float {1.0}>() e = Exp(s) t0 = ReduceSum(e, last) t = Add(t0, small)
         o = MatMul(e, v) y = Div(o, t)""",
+        reason="not divided by their sum",
+    ),
+    "exponentials that are masked, divided late": Form(
+        f"{QKV}, bool[B, 1, 1, S] m",
+        f"""{PRODUCT} {LAST} w = Cast<to = 1>(m) f = Exp(s) e = Mul(f, w) t = ReduceSum(e, last) o = MatMul(e, v)
+        y = Div(o, t)""",
+        reason="the exponentials are changed (Mul)",
+    ),
+    "exponentials that are masked": Form(
+        f"{QKV}, bool[B, 1, 1, S] m",
+        f"""{PRODUCT} {LAST} w = Cast<to = 1>(m) f = Exp(s) e = Mul(f, w) t = ReduceSum(e, last) p = Div(e, t)
+        y = MatMul(p, v)""",
+        reason="the exponentials or their sum are changed (Mul)",
+    ),
+    "the sum as an integer": late(
+        """e = Exp(s) t = ReduceSum(e, last) i = Cast<to = 7>(t) f = Cast<to = 1>(i) p = Div(e, f)
+        y = MatMul(p, v)""",
         reason="not divided by their sum",
     ),
     "exponentials divided by the sum of the rows": late(

@@ -8,13 +8,16 @@ Anchored at the softmax (a node, or exp / sum). A softmax without both products 
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import numpy as np
 import onnx_ir as ir
 
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.nodes import data_users, name_of, op
-from faexport.spec import AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape
+from faexport.spec import AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
+from faexport.surgery import Builder
 from faexport.understand.core.score_chain import (
     BY_WEIGHTS,
     Blocked,
@@ -31,7 +34,7 @@ from faexport.understand.core.structure import Structure, new_producers, structu
 from faexport.understand.core.value_chain import Values, feeds_product, find_values
 from faexport.understand.layout.shape_uses import rebuild
 from faexport.understand.layout.views import View, merged
-from faexport.understand.shapes.dims import Dim, plain
+from faexport.understand.shapes.dims import Dim, plain, product
 
 SOURCE = "softmax_core"
 
@@ -205,8 +208,15 @@ def _spec(
     if isinstance(terms, Refusal):
         return terms
     mask = understand(terms, score_shape, context) if terms else Mask()
+    merged = _with_four_axes(terms, structure.heads, a) if isinstance(mask, Refusal) else None
+    if merged is not None:
+        as_bias = understand([merged], score_shape, context)
+        mask = as_bias if isinstance(as_bias, Mask) else mask
     if isinstance(mask, Refusal):
         return mask
+    scale = scores.scale * query.scale * key.scale
+    if not 0 < abs(float(np.float32(scale))) < math.inf:  # 0 is the operator's word for 1 / sqrt(head_dim)
+        return Refusal(f"its scale, {scale:g}, is no number of float32 other than 0", name_of(softmax.node))
     output = structure.output
     shape_uses = _shape_uses(scores, values, structure, a)
     if isinstance(shape_uses, Refusal):
@@ -233,7 +243,7 @@ def _spec(
         value.operand,
         output.value,
         output.layout,
-        scores.scale * query.scale * key.scale,
+        scale,
         replaces=values.product.node,
         head_dim=query.operand.head_dim,
         head_dim_v=value.operand.head_dim,
@@ -276,6 +286,30 @@ def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a) -> list[M
         )
         for t in terms
     ]
+
+
+def _with_four_axes(terms: list[MaskTerm], heads: Dim, a) -> MaskTerm | None:
+    """A lone bias as large as the scores, [M, W, H, S, T] or [B, K, G, S, T], as one of [B, H, S, T]."""
+    if len(terms) != 1 or terms[0].kind is not TermKind.ADD or terms[0].axes not in ("MWHST", "BKGST"):
+        return None
+    term = terms[0]
+    sizes = a.shape(term.value)
+    if sizes is None or len(sizes) != 5 or heads.const is None:
+        return None
+    dims = [None if d is None else Dim.of(d) for d in term.dims]
+    groups = ((0, 1), (2,)) if term.axes == "MWHST" else ((0,), (1, 2))
+    full = [all(sizes[i] == dims[i] for i in group) for group in groups]
+    none = [all(sizes[i] == 1 for i in group) for group in groups]
+    if not all(x or y for x, y in zip(full, none, strict=True)):
+        return None
+    build = Builder(a.opset)
+    value = build.to_four_axes(term.value, 5, heads.const if full[1] else 1)
+    for count, node in enumerate(build.nodes):
+        node.outputs[0].name = f"{term.node.outputs[0].name}_faexport_{count}"
+    batch = product(sizes[i] for i in groups[0])
+    a.define(value, (batch, heads if full[1] else Dim.of(1), *sizes[3:]))
+    size = product(d for i, d in enumerate(dims) if i in groups[0] and d is not None)
+    return dataclasses.replace(term, value=value, axes="BHST", dims=(plain(size), heads.const, *term.dims[3:]))
 
 
 def _of_mask(mask: Mask) -> tuple[ir.Node, ...]:

@@ -149,5 +149,6 @@ def _split_leads(build: Builder, fused: ir.Value, values: Values, query: Factor,
         return None
     sizes = build.add("Shape", [query.value], ir.DataType.INT64)
     first = build.add("Gather", [sizes, build.ints(axes)], ir.DataType.INT64, axis=0)
-    target = build.add("Concat", [first, build.ints([-1])], ir.DataType.INT64, axis=0)
-    return build.add("Reshape", [fused, target], fused.dtype)
+    exact = dims[-1] is not None and build.opset >= 14  # then nothing is left to -1, which fails without elements
+    target = build.add("Concat", [first, build.ints([dims[-1] if exact else -1])], ir.DataType.INT64, axis=0)
+    return build.add("Reshape", [fused, target], fused.dtype, **({"allowzero": 1} if exact else {}))

@@ -20,6 +20,9 @@ from faexport.understand.shapes.rules import constant_ints, resolve_axis
 SUMS = ("ReduceSum", "ReduceL1")  # of exponentials, which are not negative, they are the same
 FLATTENED = "this Softmax normalises over axes {first} to {last} together (opset {opset}), not over the keys alone"
 ALTERED = "the sum of the exponentials is changed ({op}) before they are divided by it"
+ALTERED_EACH = "the exponentials are changed ({op}) before they are summed"
+CHANGING = ("Cast", "Identity", "Mul", "Add", "Where", "Max", "Clip", "Unsqueeze", "Reshape", "Dropout")
+MAX_CHANGES = 4
 NOT_DIVIDED = "the exponentials are not divided by their sum in a way that is understood"
 
 
@@ -87,18 +90,52 @@ def _written_out(node, exp_value, total_value, more, a: Analysis) -> Softmax | N
     """exp(x) / sum(exp(x))."""
     exp = producer(exp_value)
     if op(exp) != "Exp":
-        return None
+        return _changed(node, exp_value, total_value, a)
     total, changes = _sum_of(total_value, exp, a)
     if total is None or total.source is not exp_value or len(total.axes) != 1:
-        return None
+        return _changed(node, exp_value, total_value, a)
     inner = (exp, *total.nodes, *changes, *more, node)
     flaw = ALTERED.format(op=op(changes[-1])) if changes and not _is_harmless(changes, exp, total, a) else ""
     return Softmax(node, exp.inputs[0], total.axes[0], node.outputs[0], inner, flaw=flaw)
 
 
+def _changed(node: ir.Node, exp_value: ir.Value, total_value: ir.Value, a: Analysis) -> Softmax | None:
+    """Exponentials that are divided by a sum of theirs, where one or the other is changed before."""
+    exp, above = _behind(exp_value, ("Exp",))
+    total, below = _behind(total_value, SUMS)
+    source = None if total is None else _behind(total.inputs[0], ("Exp",))[0]
+    if exp is None or source is not exp:
+        return None
+    other = next((n for n in (*above, *below) if op(n) not in ("Cast", "Identity")), None)
+    flaw = (
+        NOT_DIVIDED if other is None else f"the exponentials or their sum are changed ({op(other)}) before the division"
+    )
+    axis = (a.rank(exp.outputs[0]) or 1) - 1
+    return Softmax(node, exp.inputs[0], axis, node.outputs[0], (exp, *above, total, *below, node), flaw=flaw)
+
+
+def _behind(value: ir.Value, wanted: tuple[str, ...]) -> tuple[ir.Node | None, list[ir.Node]]:
+    """The nearest node of one of these kinds that the value is made of, element by element, and the nodes between."""
+    node, nodes = producer(value), []
+    while node is not None and op(node) not in wanted and len(nodes) < MAX_CHANGES:
+        if op(node) not in CHANGING:
+            return None, []
+        nodes.append(node)
+        makers = [producer(v) for v in node.inputs if v is not None]
+        node = next((n for n in makers if op(n) in wanted), None) or next(
+            (n for n in makers if op(n) in CHANGING), None
+        )
+    return (node, nodes) if node is not None and op(node) in wanted else (None, [])
+
+
 def _divided_late(exp: ir.Node, a: Analysis) -> Softmax | None:
     """exp(x), whose sums divide what is made of it."""
     users = data_users(exp.outputs[0])
+    if len(users) == 1 and op(users[0]) in CHANGING:
+        later = data_users(users[0].outputs[0])
+        if any(op(u) in SUMS for u in later) and any(op(u) in PRODUCT_OPS for u in later):
+            flaw, axis = ALTERED_EACH.format(op=op(users[0])), (a.rank(exp.outputs[0]) or 1) - 1
+            return Softmax(exp, exp.inputs[0], axis, users[0].outputs[0], (exp, users[0]), flaw=flaw)
     sums = [u for u in users if op(u) in SUMS]
     if not sums or not any(op(u) in PRODUCT_OPS for u in users):
         return None
