@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from faexport.cuda_heads import cpu_only_note
 from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
 from faexport.match import Context, find_sites
@@ -51,6 +52,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     report = Report.from_candidates(candidates, before, count_nodes(model), notes)
     if any(site.fused and site.dtype == "float" for site in report.sites):
         report.notes.append(float32_note(options.float32))
+    if note := cpu_only_note(candidates):
+        report.notes.append(note)
     return model, report
 
 

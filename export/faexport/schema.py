@@ -57,7 +57,7 @@ class Input:
     meaning: str
 
 
-def _rows(table: str, macro: str, pattern: re.Pattern[str]) -> list[tuple[str, ...]]:
+def table_rows(table: str, macro: str, pattern: re.Pattern[str]) -> list[tuple[str, ...]]:
     """The columns of a table's rows, in its order.
 
     Raises:
@@ -79,7 +79,7 @@ def inputs() -> tuple[Input, ...]:
     """The rows of inputs.def, in its order: NUM_REQUIRED that are always there, then those of optional_inputs."""
     return tuple(
         Input(name, dtypes, ast.literal_eval(shape), ast.literal_eval(meaning))
-        for _, name, dtypes, shape, meaning in _rows("inputs.def", "FA_INPUT", _INPUT_ROW)
+        for _, name, dtypes, shape, meaning in table_rows("inputs.def", "FA_INPUT", _INPUT_ROW)
     )
 
 
@@ -88,7 +88,7 @@ def attributes() -> tuple[Attribute, ...]:
     """The rows of attributes.def, in its order."""
     return tuple(
         Attribute(name, OpSchema.AttrType.__members__[kind], _default(kind, default), ast.literal_eval(meaning))
-        for kind, name, default, meaning in _rows("attributes.def", "FA_ATTRIBUTE", _ROW)
+        for kind, name, default, meaning in table_rows("attributes.def", "FA_ATTRIBUTE", _ROW)
     )
 
 
@@ -247,7 +247,7 @@ class _NodeView:
             return 0, 0
         return self.integer("head_dim"), self.integer("head_dim_v") or self.integer("head_dim")
 
-    def past_rows(self) -> Dim:
+    def pasttable_rows(self) -> Dim:
         """Rows of past_key; 0 without a past, None where unknown."""
         names = [name for name in self.text("optional_inputs").split(",") if name]
         if "past_key" not in names:

@@ -190,6 +190,20 @@ def test_half_precision_core(library: str) -> None:
     assert "core in float16" in [fact.text for fact in report.sites[0].facts]
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "limit"), ((256, None, 0), (264, None, 256), (264, "FLOAT16", 0), (520, "FLOAT16", 512))
+)
+def test_heads_that_no_cuda_kernel_takes_are_told(head_dim: int, dtype: str | None, limit: int) -> None:
+    import onnx_ir as ir
+
+    options = Options(fallback=False, dtype=dtype and ir.DataType[dtype])
+    _, report = faexport.fuse(build(Form(heads=1, kv_heads=1, head_dim=head_dim)), options=options)
+    assert report.num_fused == 1
+    told = [note for note in report.notes if "no CUDA kernel" in note]
+    assert len(told) == (limit > 0)
+    assert all(f"head_dim {head_dim} in" in note and f"at most {limit}" in note for note in told)
+
+
 @pytest.mark.parametrize("float32", ("", "tf32", "tf32x3"))
 @pytest.mark.parametrize("fallback", (False, True))
 def test_how_gpus_multiply_float32_is_written_and_told(float32: str, fallback: bool, library: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import faplugin
 import pytest
+from faexport import cuda_heads
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
 PREFILL, DECODE = "prefill", "decode_splitkv"
@@ -70,6 +71,15 @@ def test_wide_heads(dtype: str, device: str) -> None:
         assert text(head_dim).startswith(f"{'prefill_sm90_wide' if on_hopper else 'prefill_sm80'}: chosen")
     assert text(500).startswith("prefill_sm80: chosen")  # rows that the copy engine can't move
     assert "prefill_sm80: head_dim 520 is above 512" in text(520)
+
+
+@pytest.mark.parametrize("device", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", cuda_heads.widest())
+def test_widest_heads_are_those_of_the_table(dtype: str, device: str) -> None:
+    columns = cuda_heads.widest()[dtype]
+    for widths, is_taken in (((columns, columns), True), ((columns + 8, 64), False), ((64, columns + 8), False)):
+        query, value = (((1, 2, 300, d), dtype) for d in widths)
+        assert (": chosen" in faplugin.explain(query, query, value, device=device)) == is_taken
 
 
 def test_refusals_say_why() -> None:
