@@ -179,6 +179,17 @@ WRONG = {
         b = MatMul(pt, v) y = Add(a, b)""",
         reason="does not sum over the softmax's axis",
     ),
+    "exponentials above 1 that are cut, divided late": late(
+        """one = Constant<value = float {1.0}>() e = Exp(s) t = ReduceSum(e, last) above = Greater(e, one)
+        w = Where(above, one, e) o = MatMul(w, v) y = Div(o, t)""",
+        reason="used twice",
+    ),
+    "weights above 1 that are cut": Form(
+        QKV,
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) c = Constant<value = float {{3.0}}>() w = Mul(p, c)
+        one = Constant<value = float {{1.0}}>() above = Greater(w, one) u = Where(above, one, w) y = MatMul(u, v)""",
+        reason="used twice",
+    ),
     "sigmoid instead of exp": Form(
         QKV, f"{PRODUCT} {LAST} e = Sigmoid(s) t = ReduceSum(e, last) p = Div(e, t) y = MatMul(p, v)", fused=0
     ),

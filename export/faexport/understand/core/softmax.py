@@ -137,7 +137,7 @@ def _divided_late(exp: ir.Node, a: Analysis) -> Softmax | None:
             flaw, axis = ALTERED_EACH.format(op=op(users[0])), (a.rank(exp.outputs[0]) or 1) - 1
             return Softmax(exp, exp.inputs[0], axis, users[0].outputs[0], (exp, users[0]), flaw=flaw)
     sums = [u for u in users if op(u) in SUMS]
-    if not sums or not any(op(u) in PRODUCT_OPS for u in users):
+    if not sums or all(op(u) in (*SUMS, "Div", "Mul") for u in users):  # divided in front of the product
         return None
     axes, rank = reduced_axes(sums[0], a), a.rank(exp.outputs[0])
     if len(sums) > 1 or axes is None or len(axes) != 1:

@@ -85,7 +85,8 @@ class _Walker:
             self.shape_uses += uses_of(self.value, () if self.has_sink else self.view.shape)
             if self.value.is_graph_output():
                 return Refusal("the attention weights are also an output of the model", self.value.name or "")
-            guard = nan_guard(self.value, self.a)
+            from_0_to_1 = not self.weights and self.softmax.total is None
+            guard = nan_guard(self.value, self.a) if from_0_to_1 else None
             if guard is not None:
                 self.nan_guard = self.nan_guard or guard.replaces_nan
                 self.nodes += guard.nodes
