@@ -25,6 +25,7 @@ CONFIGURATIONS = [
     ((2, 4, 4, 304, 304, 64, "float16"), {"attn_bias": ((1, 4, 304, 304), "float16")}, PREFILL, True),
     ((2, 4, 4, 300, 300, 64, "float16"), {"alibi_slopes": ((4,), "float32")}, PREFILL, True),
     ((2, 4, 4, 300, 300, 64, "float16"), {"softcap": 30.0}, PREFILL, True),
+    ((64, 4, 4, 49, 49, 32, "bfloat16"), {"attn_bias": ((1, 4, 49, 49), "bfloat16")}, PREFILL, True),  # Swin's windows
     ((2, 4, 4, 300, 300, 33, "float16"), {}, PREFILL, False),
     ((2, 4, 4, 300, 300, 64, "float32"), {}, PREFILL, True),
     ((2, 4, 4, 300, 300, 36, "float32"), {"float32_precision": "tf32"}, PREFILL, True),
@@ -35,6 +36,7 @@ CONFIGURATIONS = [
     ((1, 32, 8, 1, 32768, 128, "float16"), {}, DECODE, False),
     ((16, 32, 8, 1, 4096, 128, "bfloat16"), {"nonpad_kv_seqlen": ((16,), "int32")}, DECODE, False),
     ((1, 8, 1, 4, 1024, 64, "float32"), {"is_causal": True}, DECODE, False),
+    ((1, 8, 8, 40, 8192, 128, "float16"), {}, DECODE, False),
 ]
 
 

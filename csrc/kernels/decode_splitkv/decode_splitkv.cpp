@@ -36,6 +36,9 @@ bool plan(const AttentionParams& params, Plan* plan, std::string* why_not) {
                                                          std::to_string(kMaxRows));
   if (!plan_instance(params, Variant::kSplit, plan, why_not)) return false;
   plan->num_splits = num_splits(params, plan->device, instance_of(*plan));
+  FA_REFUSE_IF(plan->num_splits == 1 && params.query.shape[2] > instance_of(*plan).tile().tile_q(),
+               "the keys need no splitting, and seqlen_q " + std::to_string(params.query.shape[2]) + " is more than a tile of " +
+                   std::to_string(instance_of(*plan).tile().tile_q()) + " rows");
   if (plan->num_splits > 1) {
     plan->workspace_bytes =
         static_cast<size_t>(plan->num_splits * num_rows(params) * (params.value.shape[3] + 2)) * sizeof(float);

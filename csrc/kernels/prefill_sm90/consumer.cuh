@@ -28,6 +28,7 @@ struct Consumer {
   float s[C::kTileN / 2];                                       // scores, then weights
   uint32_t weights[C::kTileN / 4];                              // weights as A operand
   uint32_t queries[C::kQuerySteps + (C::kQuerySteps == 0)][4];  // the first columns of Q as A operand
+  FetchedBias<typename C::T, C::kFetchBias ? C::kTileN : 0> bias;
   RowPair rows;
   RowsView view;
   int used_keys;    // of the tile; where kSmall
@@ -137,6 +138,17 @@ struct Consumer {
     return bias_is_staged() ? shared.bias + b.stage * C::kBiasBytes : nullptr;
   }
 
+  /// Starts to read the bias of key tile `block`, where the copy engine can't bring it.
+  __device__ __forceinline__ void fetch_bias(const Tile& tile, int block) {
+    if constexpr (C::kFetchBias) {
+      bias.there = args.problem.bias.present && !args.bias_by_tile && args.problem.bias.dtype == args.problem.query.dtype;
+      if (bias.there) {
+        const RowOffsets offsets = row_offsets(args.problem.bias, tile, tile.first_row + first_row_in_tile());
+        bias.fetch(args.problem.bias, offsets, block * C::kTileN + threadIdx.x % 4 * 2);
+      }
+    }
+  }
+
   /// Gives the buffer of a K tile back that this warpgroup does not need.
   __device__ __forceinline__ void skip_key() {
     shared.key_full[k.stage].wait(k.phase);
@@ -172,7 +184,7 @@ struct Consumer {
         start_exponents<C>(s, staged_bias(), first_row_in_tile() & ~15, p.softmax_scale, rows.reference);
         return optimistic_weights(s, rows);
       }
-      modify_scores<C>(s, p, tile, staged_bias(), first_row_in_tile(), block * C::kTileN + threadIdx.x % 4 * 2);
+      modify_scores<C>(s, p, tile, staged_bias(), first_row_in_tile(), block * C::kTileN + threadIdx.x % 4 * 2, bias);
       return optimistic_softmax_step<C>(s, rows, kLog2E);
     }
   }
@@ -182,7 +194,7 @@ struct Consumer {
   template <bool kFirst>
   __device__ __forceinline__ bool take_weights(const Tile& tile, int block, bool masked) {
     const int column = block * C::kTileN + threadIdx.x % 4 * 2;
-    if constexpr (C::kModified) modify_scores<C>(s, args.problem, tile, staged_bias(), first_row_in_tile(), column);
+    if constexpr (C::kModified) modify_scores<C>(s, args.problem, tile, staged_bias(), first_row_in_tile(), column, bias);
     if (kFirst && !C::kSmall && masked && tile.keys_in_last > 0) {  // NOTE: one register too many for small blocks
       hide_from<C::kTileN>(s, tile.keys_in_last);
     } else if (masked) {
@@ -289,6 +301,7 @@ struct Consumer {
       start_scores();
       start_output(block + 1);
       pass_turn();
+      fetch_bias(tile, block);
       // 2. When S is there, take the weights, while O += P V runs and other warpgroups' products do.
       wgmma_wait<1>();
       wgmma_pin(s);
@@ -359,6 +372,7 @@ struct Consumer {
       shared.tile_full[slot.stage].wait(slot.phase);
       const Tile& tile = shared.tile[slot.stage];
       if (!tile.valid) break;
+      if constexpr (C::kFetchBias) fetch_bias(tile, shared.view[slot.stage][warpgroup].block_end - 1);
       shared.query_full[q.stage].wait(q.phase);
       start_tile(tile, slot.stage);
       // 2. Key tiles that only rows of other warpgroups see, behind those that these rows see.

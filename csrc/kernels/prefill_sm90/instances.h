@@ -14,13 +14,16 @@ inline constexpr int kSharedOfSm = 228 * 1024, kReservedShared = 1024;
 inline constexpr int kSharedLimit = kSharedOfSm - kReservedShared;
 
 enum class Variant : uint8_t {
-  kPlain,         // scale > 0, lengths, window, sinks, mask without rows: scores stay raw products, the scale is in the exponent
-  kTall,          // the same problems, with tiles of more rows and fewer keys
-  kMiddle,        // … with tiles of fewer rows
-  kShort,         // … with tiles for few keys or few rows
-  kModified,      // on top of it softcap, bias, mask with rows, ALiBi, or a scale <= 0: scores are natural
-  kModifiedTall,  // … with tiles of more rows and fewer keys; without mask, and without a bias that only threads can read
+  kPlain,          // scale > 0, lengths, window, sinks, mask without rows: scores stay raw products, the scale is in the exponent
+  kTall,           // the same problems, with tiles of more rows and fewer keys
+  kMiddle,         // … with tiles of fewer rows
+  kShort,          // … with tiles for few keys or few rows
+  kModified,       // on top of it softcap, bias, mask with rows, ALiBi, or a scale <= 0: scores are natural
+  kModifiedTall,   // … with tiles of more rows and fewer keys; without mask, and without a bias that only threads can read
+  kModifiedShort,  // … with tiles for few keys or few rows, or for a bias that only threads can read
 };
+
+constexpr bool modifies_scores(Variant variant) { return variant >= Variant::kModified; }
 
 template <typename T, int kHeadDim, Variant kVariant>
 Status launch_instance(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);

@@ -49,21 +49,30 @@ Variant fastest(std::initializer_list<Candidate> candidates, const AttentionPara
   return std::min_element(candidates.begin(), candidates.end(), [&](auto& a, auto& b) { return time(a) < time(b); })->variant;
 }
 
+/// Of those that add to scores or mask rows.
+Variant choose_modified(const AttentionParams& p, const Device& device) {
+  const int64_t head_dim = bucket_size(p), keys = keys_in_window(p);
+  const bool has_tiles = !p.bias.present || bias_has_tiles(p);  // else threads read the bias
+  if (!has_tiles && p.bias.dtype == p.query.dtype && head_dim <= 128) return Variant::kModifiedShort;
+  if (head_dim > 64) return Variant::kModified;
+  const Candidate shortest{Variant::kModifiedShort, keys <= kFewKeys ? 110 : 125};
+  const Candidate longest{Variant::kModified, keys <= kFewKeys ? 130 : 100};
+  const bool tall_can = has_tiles && !p.mask.present && p.key.shape[2] < kManyKeys;
+  return tall_can ? fastest({{Variant::kModifiedTall}, shortest, longest}, p, device) : fastest({longest, shortest}, p, device);
+}
+
 /// The fastest variant, by measurement (docs/kernels.md). Several blocks of short tiles on a multiprocessor do less at a time,
 /// but hide each other's start and end, which makes up for it with few keys; those of heads of 256 bring keys in smaller
 /// portions.
 Variant choose_variant(const AttentionParams& p, const Device& device) {
+  if (is_modified(p)) return choose_modified(p, device);
   const int64_t head_dim = bucket_size(p);
-  if (is_modified(p)) {
-    const bool tall_can = !p.mask.present && (!p.bias.present || bias_has_tiles(p));
-    const bool tall_is_faster = head_dim <= 64 && p.key.shape[2] < kManyKeys;
-    return tall_can && tall_is_faster ? fastest({{Variant::kModifiedTall}, {Variant::kModified}}, p, device) : Variant::kModified;
-  }
   if (head_dim <= 64) {
     const int64_t short_cost = keys_in_window(p) <= kFewKeys ? 100 : 125;
     return fastest({{Variant::kShort, short_cost}, {Variant::kTall}, {Variant::kPlain}}, p, device);
   }
-  if (head_dim > 96 && head_dim <= 128) {
+  if (head_dim <= 96) return fastest({{Variant::kPlain}, {Variant::kMiddle, 125}, {Variant::kShort, 150}}, p, device);
+  if (head_dim <= 128) {
     const int64_t middle_cost = mean_keys(p) <= kFewKeys ? 110 : 120;
     return fastest({{Variant::kMiddle, middle_cost}, {Variant::kShort, 125}, {Variant::kPlain}}, p, device);
   }

@@ -95,6 +95,44 @@ __device__ __forceinline__ void add_bias(float (&s)[kCount], const TensorView& b
   }
 }
 
+/// A 16-bit bias for the scores of one key tile, read by threads. kTileN = 0: there is none.
+template <class T, int kTileN>
+struct FetchedBias {
+  uint32_t pairs[kTileN / 4];  // of two neighbouring keys, in the order of the accumulator
+  bool there;
+
+  /// The loads are under way when this returns. `first_key`: the thread's first; keys beyond the bias, which no row sees, repeat
+  /// the last one.
+  __device__ __forceinline__ void fetch(const TensorView& bias, const RowOffsets& offsets, int first_key) {
+    const int limit = static_cast<int>(bias.shape[3]) - 1;
+    const int64_t stride = limit == 0 ? 0 : bias.stride[3];
+    const auto* data = static_cast<const uint16_t*>(bias.data);
+#pragma unroll
+    for (int i = 0; i < kTileN / 4; ++i) {
+      const uint16_t* row = data + offsets.row[i % 2];
+      const int key = first_key + i / 2 * 8;
+      pairs[i] = __ldg(row + min(key, limit) * stride) | static_cast<uint32_t>(__ldg(row + min(key + 1, limit) * stride)) << 16;
+    }
+  }
+
+  /// s = scale * s + bias
+  __device__ __forceinline__ void add(float (&s)[kTileN / 2], float scale) const {
+#pragma unroll
+    for (int i = 0; i < kTileN / 4; ++i) {
+      const float2 bias = unpack2(pairs[i], __is_same(T, __half));
+      s[2 * i] = fmaf(s[2 * i], scale, bias.x);
+      s[2 * i + 1] = fmaf(s[2 * i + 1], scale, bias.y);
+    }
+  }
+};
+
+template <class T>
+struct FetchedBias<T, 0> {
+  static constexpr bool there = false;
+  template <int kCount>
+  __device__ __forceinline__ void add(float (&)[kCount], float) const {}
+};
+
 /// Which keys of a tile a row sees, a bit each.
 template <int kTileN>
 struct KeyBits {
@@ -207,9 +245,11 @@ __device__ __forceinline__ void hide_from(float (&s)[kKeys / 2], int num_keys) {
 
 /// scale → softcap → bias → ALiBi for row `row` of the sequence and the thread's keys from first_key
 /// on. `staged`: the bias tile in shared memory, and `row_in_tile` the row there; null: none there.
-template <class C>
+/// `fetched`: the bias where threads have read it.
+template <class C, class Fetched = FetchedBias<typename C::T, 0>>
 __device__ __forceinline__ void modify_scores(float (&s)[C::kTileN / 2], const AttentionParams& p, const Tile& tile,
-                                              const uint8_t* staged, int row_in_tile, int first_key) {
+                                              const uint8_t* staged, int row_in_tile, int first_key,
+                                              const Fetched& fetched = {}) {
   const int row = tile.first_row + row_in_tile;
   float scale = p.softmax_scale;
   if (p.softcap != 0.0f) {
@@ -220,6 +260,8 @@ __device__ __forceinline__ void modify_scores(float (&s)[C::kTileN / 2], const A
   }
   if (staged != nullptr) {
     for_staged_bias<C>(staged, row_in_tile & ~15, [&](int i, float bias) { s[i] = fmaf(s[i], scale, bias); });
+  } else if (fetched.there) {
+    fetched.add(s, scale);
   } else {
 #pragma unroll
     for (float& x : s) x *= scale;

@@ -29,12 +29,15 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
   if (variant == Variant::kShort) {
     if (head_dim <= 32) return {1, 64, 2, 2, 0, false, 4};
     if (head_dim <= 64) return {1, 64, 3, 2, 0, false, 3};
+    if (head_dim <= 96) return {1, 64, 2, 2, 0, false, 2};
     if (head_dim <= 128) return {1, 64, 2, 1, 0, false, 2};
     return {2, 32, 4, 1, 0, false, 1, 8};
   }
-  if (variant == Variant::kMiddle) return {2, 64, 4, 2, 0, false, 1, 4};
+  if (variant == Variant::kMiddle) return {2, 64, 4, 2, 0, false, 1, head_dim <= 96 ? head_dim / 16 : 4};
   if (variant == Variant::kTall) return {4, 64, 6, 2, 0, false};
   if (variant == Variant::kModifiedTall) return {4, 64, 3, 2, 3};
+  if (variant == Variant::kModifiedShort)
+    return head_dim <= 64 ? TileShape{1, 64, 2, 2, 2, false, 3} : TileShape{1, 64, 2, 1, 2, false, 2};
   if (variant == Variant::kPlain) {
     if (head_dim <= 64) return {3, 128, 4, 2, 0};
     if (head_dim <= 96) return {3, 64, 3, 2, 0};

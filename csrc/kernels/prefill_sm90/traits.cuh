@@ -26,8 +26,8 @@ struct Traits {
   static constexpr TileShape kShape = tile_shape(kHeadDim_, kVariant);
 
   // What the instance can do.
-  static constexpr bool kStagedOnly = kVariant == Variant::kModifiedTall;           // no mask, and no bias but by the copy engine
-  static constexpr bool kModified = kVariant == Variant::kModified || kStagedOnly;  // scores are natural, not raw products
+  static constexpr bool kStagedOnly = kVariant == Variant::kModifiedTall;  // no mask, and no bias but by the copy engine
+  static constexpr bool kModified = modifies_scores(kVariant);             // scores are natural, not raw products
 
   // Tiles.
   static constexpr int kHeadDim = kHeadDim_;              // multiple of 16; the copy engine pads narrower heads with zeros
@@ -56,9 +56,11 @@ struct Traits {
   static constexpr int kBlocksPerSm = kShape.blocks_per_sm;
 
   // Ways through the kernel.
-  static constexpr bool kPingPong = kShape.ping_pong;         // consumer warpgroups issue their products in turn
-  static constexpr int kQuerySteps = kShape.query_steps;      // times 16 columns of Q that consumers keep in registers
-  static constexpr bool kFewApart = kSmall && kHeadDim > 48;  // a last key tile of very few keys goes its own, shorter way
+  static constexpr bool kPingPong = kShape.ping_pong;      // consumer warpgroups issue their products in turn
+  static constexpr int kQuerySteps = kShape.query_steps;   // times 16 columns of Q that consumers keep in registers
+  static constexpr bool kFetchBias = kSmall && kModified;  // threads read a bias before the product that hides the way to it
+  static constexpr bool kFewApart =
+      kSmall && !kModified && kHeadDim > 48;  // a last key tile of very few keys goes its own, shorter way
   // The output leaves through the buffer in which the tile's queries stood, unless that would keep the next queries waiting
   // (there is one such buffer) and shared memory has room for buffers of its own (wide heads).
   static constexpr bool kOwnOutput = kQueryStages == 1 && !kModified && kHeadDim > 128;
@@ -68,7 +70,8 @@ struct Traits {
   static constexpr int kEntryRegisters = registers_at_entry(kThreads, kBlocksPerSm);
   static constexpr int kProducerRegisters = kSmall ? kEntryRegisters : kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kSmall ? kEntryRegisters : kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
-  static constexpr int kOperandRegisters = kHeadDim / 2 + kTileN / 2 + kTileN / 4 + 4 * kQuerySteps;  // O, S, P and part of Q
+  static constexpr int kOperandRegisters =  // O, S, P, part of Q, and the bias
+      kHeadDim / 2 + kTileN / 2 + kTileN / 4 + 4 * kQuerySteps + (kFetchBias ? kTileN / 4 : 0);
   static constexpr int kOtherRegisters = 32;  // addresses, ring positions, references and sums of two rows
   static_assert(kSmall || kProducerRegisters + kWarpgroups * kConsumerRegisters <= (1 + kWarpgroups) * kEntryRegisters,
                 "setmaxnreg hands registers from one warpgroup to another; consumers can't get more than producers give.");
