@@ -42,9 +42,9 @@ def examine(folder: pathlib.Path, peers: bool, isolate: bool) -> dict:
         "notes",
     )
     result = {key: meta.get(key) for key in keys} | {"expected": meta["expected_attention_blocks"]}
-    run = ort_session.run if isolate else ort_session.run_here
+    open_session = ort_session.Session if isolate else ort_session.SessionHere
     given = verify.InputSet("inputs.npz", dict(np.load(folder / "inputs.npz")))
-    reference = verify.make_reference(folder / "model.onnx", extra_inputs=[given], run=run)
+    reference = verify.make_reference(folder / "model.onnx", extra_inputs=[given], open_session=open_session)
     with tempfile.TemporaryDirectory(prefix="zoo-") as scratch:
         result["ours"] = _ours(folder, pathlib.Path(scratch), reference)
         if peers:
@@ -64,7 +64,7 @@ def _ours(folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Referen
         "refusals": [{"site": site.name, "reason": site.refusal.reason} for site in report.sites if site.refusal],
         "facts": [[fact.text for fact in site.facts] for site in report.sites if site.fused],
         "seconds": seconds,
-        **_outcome(verify.verify_against(reference, path)),
+        **_outcome(verify.with_sites(reference, path, verify.verify_against(reference, path))),
     }
     if report.num_fused and result["outcome"] == "right":
         result |= _operands(path, reference) | _against_torch(folder, path, reference)
@@ -93,7 +93,7 @@ def _outcome(verification: verify.Verification) -> dict:
 def _against_torch(folder: pathlib.Path, path: pathlib.Path, reference: verify.Reference) -> dict:
     """The fused model's error against PyTorch's outputs beside the original's, relative to their magnitude."""
     expected = dict(np.load(folder / "expected.npz"))
-    given = reference.results.outputs[0]
+    given = reference.outputs[0]
     fused = reference.run(ort_session.Job(str(path), [reference.sets[0].tensors]))
     if isinstance(given, str) or fused.error or isinstance(fused.outputs[0], str):
         return {}
@@ -137,7 +137,7 @@ def _shapes(proto: onnx.ModelProto, names: set[str], path: pathlib.Path, referen
     wanted = sorted(names - outputs - inputs - constants.keys())
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
     onnx.save(proto, path)
-    index = next(i for i, given in enumerate(reference.results.outputs) if not isinstance(given, str))
+    index = next(i for i, given in enumerate(reference.outputs) if not isinstance(given, str))
     tensors = reference.sets[index].tensors
     results = reference.run(ort_session.Job(str(path), [tensors], optimize=False))
     if results.error or isinstance(results.outputs[0], str):

@@ -15,12 +15,12 @@ import pathlib
 from collections.abc import Callable
 
 import onnx_ir as ir
-from faexport import inputs, model_io, ort_session, verify, widen
+from faexport import compare, inputs, model_io, ort_session, settings, verify, widen
 from faexport.report import count_nodes
 
 CACHE = pathlib.Path(__file__).parents[1] / "build" / "zoo-peers"
 PEER_OPS = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention", "PackedMultiHeadAttention"}
-JUDGES = (__file__, verify.__file__, inputs.__file__, ort_session.__file__, widen.__file__)
+JUDGES = (__file__, *(judge.__file__ for judge in (verify, compare, settings, inputs, ort_session, widen)))
 Outcome = Callable[[verify.Verification], dict]
 
 

@@ -3,7 +3,7 @@
 
 `quick()` is for one CPU within a minute, `full()` (over 3,000) for a GPU. A Case is a description with a readable id;
 `case.problem()` draws its tensors (docs/operator.md). What a kernel must not use (keys beyond a length, rows beyond a
-query length) is NaN.
+query length) is NaN. A NaN that it must use (`nan`) reaches the rows that see it and no others.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class Case:
     scale: float = 0.0
     empty_row: str = "zero"
     float32_precision: str = ""
+    nan: str = ""  # a NaN in query, key, value, bias, or "hidden": in a key and value that the mask hides from all rows
     lse: bool = True
     index_dtype: str = "int64"
     seed: int = 0
@@ -243,6 +244,11 @@ class _Builder:
         if case.outside:
             for array in (query, key, value):
                 array[:, :, : OUTSIDE[0]] = array[:, :, -OUTSIDE[1] :] = np.nan
+        if case.nan in ("query", "key", "value"):
+            drawn = {"query": query, "key": key, "value": value}[case.nan]
+            drawn[0, 0, drawn.shape[2] // 3, 0] = drawn[-1, -1, -1, -1] = np.nan
+        if case.nan == "hidden":
+            key[0, :, rows_kv // 3] = value[0, :, rows_kv // 3] = np.nan
         for b in range(batch):
             if case.kv_lengths and case.empty_row == "zero":
                 key[b, :, self.optional["nonpad_kv_seqlen"][b] :] = np.nan
@@ -310,6 +316,8 @@ class _Builder:
         if case.mask:
             shape = self._mask_shape(case.mask)
             mask = self.rng.random(shape) < 0.7
+            if case.nan == "hidden":
+                mask[0, ..., case.past + case.seqlen_kv // 3] = False
             self.optional["attn_mask"] = mask & ~self._empty_rows(shape) if case.empty else mask
         if case.bias:
             shape = self._mask_shape(case.bias)
@@ -319,6 +327,8 @@ class _Builder:
             if case.bias_values != "normal":
                 hidden = self.rng.random(shape) < 0.3
                 bias[hidden | self._empty_rows(shape) if case.empty else hidden] = least[case.bias_values]
+            if case.nan == "bias":
+                bias[0, 0, 0, bias.shape[-1] // 3] = np.nan
             self.optional[case.bias_input] = bias
 
     def _draw_rest(self) -> None:
@@ -389,6 +399,22 @@ def _tf32() -> Iterator[Case]:
         yield Case("float32", 2, 4, 2, 130, 200, head_dim, is_causal=True, float32_precision="tf32")
 
 
+def _nans() -> Iterator[Case]:
+    """A NaN in each input: for many rows and for few, for keys in one tile and in several."""
+    causal = {"is_causal": True, "alignment": "bottom_right"}
+    kinds: tuple[dict, ...] = (
+        {"nan": "query"}, {"nan": "query", **causal}, {"nan": "key"}, {"nan": "key", **causal}, {"nan": "value"},
+        {"nan": "value", **causal}, {"nan": "key", "mask": "B1QK"}, {"nan": "value", "mask": "B1QK"},
+        {"nan": "bias", "bias": "BHQK"}, {"nan": "bias", "bias": "1HQK", **causal}, {"nan": "hidden", "mask": "B11K"},
+        {"nan": "hidden", "mask": "B1QK", **causal}, {"nan": "key", "softcap": 15.0}, {"nan": "key", "sinks": True},
+        {"nan": "query", "empty_row": "mean", "mask": "B11K"},
+    )  # fmt: skip
+    for dtype, kind, (sq, sk, dim) in itertools.product(
+        DTYPES, kinds, ((113, 129, 64), (1, 300, 128), (7, 2065, 40), (130, 1023, 256))
+    ):
+        yield Case(dtype, 2, 4, 2, sq, sk, dim, **kind)
+
+
 def randomized(count: int, seed: int) -> list[Case]:
     """`count` different cases, drawn over everything at once; equal for equal seeds."""
     rng = np.random.default_rng(seed)
@@ -445,7 +471,7 @@ def wide() -> list[Case]:
 
 def systematic() -> list[Case]:
     """The enumeration, without repetitions."""
-    return list({case.id: case for case in itertools.chain(_shapes(), _kinds(), _tf32(), wide())}.values())
+    return list({case.id: case for case in itertools.chain(_shapes(), _kinds(), _tf32(), _nans(), wide())}.values())
 
 
 def full() -> list[Case]:
@@ -486,5 +512,6 @@ def quick() -> list[Case]:
     for layout in ("QKV", "HQKV"):
         cases.append(Case("float32", 2, 2, 2, 33, 33, 16, layout=layout, is_causal=True))
         cases.append(Case("float16", 2, 2, 2, 33, 33, 16, 8, layout=layout, output_layout="BHSD"))
+    cases += list(_nans())[::7]
     cases += [case for case in randomized(150, seed=2) if case.work <= 150_000]
     return list({case.id: case for case in cases}.values())

@@ -50,7 +50,7 @@ def _tf32(x: np.ndarray) -> np.ndarray:
     return ((bits + 0xFFF + (bits >> 13 & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-@np.errstate(over="ignore")  # a float16 bias near the least number, rounded with a score below it, is -inf
+@np.errstate(over="ignore", invalid="ignore")  # a float16 bias near the least number, rounded, is -inf; NaN
 def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
     """The operator's outputs by name, float64 (present_key and present_value in their own dtype).
 
@@ -222,7 +222,10 @@ def _softmax_times(scores, s: _Sequence, attributes: dict, h: int, v: np.ndarray
     total = weights.sum(axis=1) + (np.exp(working(s.sinks[h]) - safe) if s.sinks is not None else 0)
     empty = total == 0
     weights = rounding.result(weights / np.where(empty, 1, total)[:, None])
-    out = rounding.result(rounding.operand(weights) @ rounding.operand(v[: s.kv_length]))
+    out = rounding.result(rounding.operand(weights) @ rounding.operand(np.nan_to_num(v[: s.kv_length])))
+    lost = np.isnan(v[: s.kv_length])
+    if lost.any():  # 0 * NaN is NaN, but a key that the row doesn't see has no part in it
+        out[(~np.isneginf(scores)).astype(working) @ lost.astype(working) > 0] = np.nan
     if attributes["empty_row"] == "mean" and empty.any() and len(v):
         out[empty] = rounding.result(v.mean(axis=0))
     with np.errstate(divide="ignore"):

@@ -74,8 +74,11 @@ def check(actual: Mapping[str, np.ndarray], expected: Problem | Expectation) -> 
 def _compare(name: str, got: np.ndarray, want: np.ndarray, unfused: np.ndarray, precision: str) -> None:
     if not want.size:
         return
-    assert not np.isnan(got).any(), f"{name} has {np.isnan(got).sum()} NaNs of {got.size}"
-    special = np.isinf(want) | (want == 0)
+    nan = np.isnan(want)
+    wrong = np.isnan(got) != nan
+    assert not wrong.any(), f"{name}: {wrong.sum()} of {got.size} elements are NaN in one of both only"
+    got, want, unfused = (np.where(nan, 0, x) for x in (got, want, unfused))
+    special = (np.isinf(want) | (want == 0)) & ~nan
     assert np.array_equal(got[special], want[special]), f"{name}: rows without keys must be exactly {want[special][0]}"
     scale = np.where(special, 0, want)
     error = np.abs(np.subtract(got, want, where=~special, out=np.zeros_like(want)))

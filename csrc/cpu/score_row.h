@@ -63,7 +63,8 @@ static void add_alibi(float* s, int64_t begin, int64_t end, float slope, int64_t
 
 /// Turns kGroup rows of scores, [begin, end) of each a multiple of kLanes, into weights exp(s - max), and the rows' max and sum
 /// into those with these keys. factors: what each row has summed up so far is multiplied by. max, sum and factors are read and
-/// written by whole vectors: kStatePadding more floats must be there.
+/// written by whole vectors: kStatePadding more floats must be there. A score that is NaN may be left out of max, but its weight,
+/// and so the row's sum, is NaN.
 template <int kGroup>
 static void softmax_step(float* scores, int64_t stride, int64_t begin, int64_t end, float* max, float* sum, float* factors) {
   constexpr int kPadded = (kGroup + kLanes - 1) / kLanes * kLanes;

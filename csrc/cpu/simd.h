@@ -95,7 +95,7 @@ FA_INLINE float horizontal_sum(Vec v) {
   }
 }
 
-/// e^x for x <= 0 within about 1 ulp; 0 below -87.3 (where the result would be subnormal) and for -inf.
+/// e^x for x <= 0 within about 1 ulp; 0 below -87.3 (where the result would be subnormal) and for -inf; NaN for NaN.
 /// x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts (Cody & Waite); e^r = 1 + r + r^2 p(r), p minimax (3e-9, relative).
 FA_INLINE Vec exp_nonpositive(Vec x) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which lies in the low bits then
@@ -110,8 +110,8 @@ FA_INLINE Vec exp_nonpositive(Vec x) {
   y = y * r + 0.4999999403953552f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  const VecInt exponent = (VecInt)shifted << 23;  // n becomes the exponent; the shift's own bits fall out
-  return (Vec)(((VecInt)y + exponent) & (x > low));
+  const VecInt exponent = (VecInt)shifted << 23;                  // n becomes the exponent; the shift's own bits fall out
+  return (Vec)((((VecInt)y + exponent) & (x > low)) | (x != x));  // all bits set are a NaN
 }
 
 /// tanh within about 2 ulp: an odd minimax polynomial (4e-9, relative) up to 0.625, beyond it (1 - e^-2x) / (1 + e^-2x).

@@ -237,6 +237,7 @@ class TileKernel {
 
   void write_row(int64_t r) {
     const int64_t h = head_of(r), row = sequence_.first_row + row_of(r), b = sequence_.batch_idx;
+    if (s_.sum[r] == s_.sum[r] && has_nan(s_.out + r * d_v_padded_)) attend_row(r);
     SoftmaxState state = {s_.max[r], s_.sum[r]};
     float factor = normalizer(state);
     const float* source = s_.out + r * d_v_padded_;
@@ -256,6 +257,59 @@ class TileKernel {
     if (p_.lse.present) {
       static_cast<float*>(p_.lse.data)[b * p_.lse.stride[0] + h * p_.lse.stride[1] + row * p_.lse.stride[2]] = lse(state);
     }
+  }
+
+  bool has_nan(const float* row) const {
+    bool found = false;
+    for (int64_t x = 0; x < d_v_; ++x) found |= row[x] != row[x];
+    return found;
+  }
+
+  /// Computes a row anew that came out NaN although its sum is a number: a value that is NaN or infinite stands at a key that the
+  /// row doesn't see, and 0 times that is NaN. Here such keys are passed over.
+  void attend_row(int64_t r) {
+    const int64_t i = row_of(r), size = element_bytes(p_.query.dtype);
+    float* out = s_.out + r * d_v_padded_;
+    float *query = s_.scores, *key = s_.staging, *value = s_.staging + round_up(d_, kLanes);
+    const TensorView& q = p_.query;
+    const int64_t offset = sequence_.batch_idx * q.stride[0] + head_of(r) * q.stride[1] + (sequence_.first_row + i) * q.stride[2];
+    to_float(static_cast<const char*>(q.data) + offset * size, q.dtype, query, d_);
+    for (int64_t x = 0; x < d_v_; ++x) out[x] = 0;
+    SoftmaxState state = {-INFINITY, 0.0f};
+    const KeyRange range = sequence_.mask.key_range(i, i);
+    for (int64_t j = range.begin; j < range.end; ++j) {
+      to_float(key_.row(j), key_.dtype, key, d_);
+      float score = 0;
+      for (int64_t x = 0; x < d_; ++x) score += query[x] * p_.softmax_scale * key[x];
+      score = one_score(score, r, j);
+      if (score == -INFINITY) continue;
+      to_float(value_.row(j), value_.dtype, value, d_v_);
+      const SoftmaxState merged = merge(state, {score, 1.0f});
+      const float old_factor = rescale_factor(state.max, merged.max), factor = rescale_factor(score, merged.max);
+      for (int64_t x = 0; x < d_v_; ++x) out[x] = out[x] * old_factor + factor * value[x];
+      state = merged;
+    }
+    s_.max[r] = state.max;
+    s_.sum[r] = state.sum;
+  }
+
+  /// What the rules of apply_rules make of one scaled product.
+  float one_score(float score, int64_t r, int64_t j) {
+    const int64_t h = head_of(r), i = row_of(r), b = sequence_.batch_idx;
+    if (p_.softcap != 0) score = p_.softcap * tanhf(score * (1.0f / p_.softcap));
+    if (p_.bias.present) {
+      const TensorRow bias = tensor_row(p_.bias, b, h, i);
+      score = j < bias.keys ? score + element(bias.data, bias.dtype, j * bias.stride) : -INFINITY;
+    }
+    if (p_.alibi_slopes.present) {
+      const int64_t at = task_.sequence_idx * p_.alibi_slopes.stride[0] + h * p_.alibi_slopes.stride[1];
+      score += alibi_bias(static_cast<const float*>(p_.alibi_slopes.data)[at], i + sequence_.mask.query_offset, j);
+    }
+    if (p_.mask.present) {
+      const TensorRow mask = tensor_row(p_.mask, b, h, i);
+      if (j >= mask.keys || !mask.data[j * mask.stride]) score = -INFINITY;
+    }
+    return score;
   }
 
   /// The mean of all values of the sequence, summed in double, when a row first asks for it.

@@ -333,4 +333,4 @@ def run(
         terminal.print_error(
             f"{engine_file}: output '{worst.name}' differs by {worst.max_abs_diff:.3g}; allowed: {worst.tolerance:.3g}"
         )
-        raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)
+        raise typer.Exit(terminal.EXIT_NOT_VERIFIED)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `faexport model.onnx`, `faexport inspect model.onnx` and the commands of build.py.
 
-Exit codes: 0 done (also where nothing is to fuse), 1 verification failed and nothing was written, 2 bad input, 3
-internal error.
+Exit codes: 0 done (also where nothing is to fuse), 1 not verified and nothing was written, 2 bad input, 3 internal
+error, 4 with --strict where a site is left or nothing was fused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ SUMMARY = (
     "Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the result.\n\n"
     "[bold]faexport model.onnx[/bold] writes model.fa.onnx beside the model. It runs in onnxruntime and TensorRT with "
     "the libraries of the faplugin package, and without them too (slower) unless --no-fallback is given.\n\n"
-    "Exit codes: 0 done, or nothing to fuse; 1 verification failed, nothing written; 2 bad input; 3 internal error."
+    "Exit codes: 0 done, or nothing to fuse; 1 not verified, nothing written; 2 bad input; 3 internal error; 4 with "
+    "--strict: a site is left, or nothing was fused."
 )
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -98,6 +99,10 @@ JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print the 
 ReportOption = Annotated[
     pathlib.Path | None, typer.Option("--report", metavar="FILE", help="Also write the report as JSON to this file.")
 ]
+StrictOption = Annotated[
+    bool,
+    typer.Option("--strict", metavar="", help="Exit with 4 where a site is left as it is or nothing can be fused."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but errors.")]
 OpsetOption = Annotated[
     int | None, typer.Option("--opset", metavar="N", help="Convert the model to this ONNX opset first.", min=7)
@@ -148,6 +153,15 @@ def fuse(
     check: Annotated[
         bool, typer.Option("--verify/--no-verify", metavar="", help="Run both models in onnxruntime and compare.")
     ] = True,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--verify-timeout",
+            metavar="SECONDS",
+            help="How long loading a model in onnxruntime, and each run, may take.",
+            min=0.001,
+        ),
+    ] = verify.DEFAULT_TIMEOUT,
     inputs: Annotated[
         pathlib.Path | None,
         typer.Option(
@@ -162,6 +176,7 @@ def fuse(
     dtype: DtypeOption = None,
     float32: Float32Option = None,
     fallback: FallbackOption = True,
+    strict: StrictOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Fuse the attention of MODEL and write the result. The name of this command may be left out."""
@@ -186,7 +201,7 @@ def fuse(
             if report.num_fused:
                 with _staged(fused, target, model, dry_run, progress) as stage:
                     if check:
-                        report.verification = _verify(model, stage, given, options, progress)
+                        report.verification = _verify(model, stage, given, options, timeout, progress)
                         report.error = _failure(report.verification, model, target)
                     if not report.error and not dry_run:
                         with uninterrupted():
@@ -195,7 +210,8 @@ def fuse(
         _show(report, as_json, report_file, quiet)
     if report.error:
         terminal.print_error(report.error)
-        raise typer.Exit(terminal.EXIT_VERIFICATION_FAILED)
+        raise typer.Exit(terminal.EXIT_NOT_VERIFIED)
+    _exit_if_strict(report, strict)
 
 
 @app.command()
@@ -205,6 +221,7 @@ def inspect(
     report_file: ReportOption = None,
     opset: OpsetOption = None,
     assume: AssumeOption = None,
+    strict: StrictOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Show the attention sites of MODEL, what can be proven of each, and what would be fused. Writes no model."""
@@ -216,6 +233,7 @@ def inspect(
         progress.step("looking for attention")
         _fuse(source, pipeline.Options(opset=opset, **_assumed(assume)), model, report)
         _show(report, as_json, report_file, quiet)
+    _exit_if_strict(report, strict)
 
 
 build.add_commands(app)
@@ -281,6 +299,7 @@ def _verify(
     stage: model_io.Stage,
     given: list[verify.InputSet],
     options: pipeline.Options,
+    timeout: float,
     progress: terminal.Progress,
 ) -> Verification:
     return verify.verify(
@@ -289,15 +308,27 @@ def _verify(
         extra_inputs=given,
         right_padding=options.assume_right_padding,
         full_rows=options.assume_full_rows,
+        timeout=timeout,
         on_step=progress.step,
+        on_amount=progress.amount,
     )
 
 
 def _failure(verification: Verification, model: pathlib.Path, target: pathlib.Path) -> str | None:
-    """Why the model can't be written, if it can't."""
+    """Why the model can't be written: it was found wrong, or could not be compared."""
     if verification.status is VerificationStatus.FAILED:
         return f"{model}: verification failed: {verification.reason}; {target} was not written"
+    if verification.status is VerificationStatus.NOT_RUN:
+        return (
+            f"{model}: could not be verified: {verification.reason}; {target} was not written (--no-verify would write "
+            "it without a comparison)"
+        )
     return None
+
+
+def _exit_if_strict(report: Report, strict: bool) -> None:
+    if strict and (report.num_refused or not report.num_fused):
+        raise typer.Exit(terminal.EXIT_STRICT)
 
 
 def _assumed(assume: list[Assumption] | None) -> dict[str, bool]:

@@ -100,13 +100,13 @@ class _Rows:
             if wanted is Layout.BHSD:
                 return sums
             sums = build.transpose(sums, [0, 2, 1, 3])
-            return build.reshape(sums, [0, 0, -1]) if wanted is Layout.BSH else sums
+            return build.reshape(sums, [0, 0, query.heads * value.head_dim]) if wanted is Layout.BSH else sums
         if group > 1:
             starts = [h // group * value.head_dim for h in range(query.heads)]
             sums = build.add("Gather", [sums, build.ints(self._columns(starts))], _FLOAT, axis=2)
         if wanted is Layout.BSH:
             return sums
-        sums = build.reshape(sums, [0, 0, query.heads, -1])
+        sums = build.reshape(sums, [0, 0, query.heads, value.head_dim])
         return build.transpose(sums, [0, 2, 1, 3]) if wanted is Layout.BHSD else sums
 
     def _columns(self, starts: Sequence[int]) -> list[int]:
@@ -116,7 +116,7 @@ class _Rows:
         """The values as [B, H, S, D] or [B, S, H * D]."""
         build, value = self.build, self.spec.value
         if value.layout is Layout.BSHD:
-            return build.reshape(value.value, [0, 0, -1]), Layout.BSH
+            return build.reshape(value.value, [0, 0, value.heads * value.head_dim]), Layout.BSH
         if value.column_start is None:
             return value.value, value.layout
         columns = self._columns([value.column_start + h * value.column_stride for h in range(value.heads)])
@@ -142,7 +142,16 @@ class _Rows:
         totals = build.add("Gather", [within, last], _FLOAT, axis=axis + 1)
         before = build.unsqueeze(build.add("CumSum", [totals, over], _FLOAT, exclusive=1), axis + 1)
         columns = value.head_dim * (1 if layout is Layout.BHSD else value.heads)
-        rows = build.reshape(build.add("Add", [within, before], _FLOAT), [*[0] * axis, -1, columns])
+        sums = build.add("Add", [within, before], _FLOAT)
+        if build.opset < 14:
+            rows = build.reshape(sums, [*[0] * axis, -1, columns])
+        else:
+            num_rows = self.shared.node(
+                "Reshape", [self.shared.node("Size", [empty.row_keys]), self._constant(np.ones(1, np.int64))]
+            )
+            self.shared_nodes += self.shared.nodes[num_rows]
+            lead = build.add("Shape", [sums], ir.DataType.INT64, start=0, end=axis)
+            rows = build.reshape_to(sums, lead, num_rows, build.ints([columns]))
         return build.add("Slice", [rows, build.ints([0]), empty.num_rows, build.ints([axis])], _FLOAT)
 
     def _constant(self, array: np.ndarray) -> ir.Value:

@@ -20,7 +20,8 @@ import ml_dtypes
 import numpy as np
 import rich.table
 
-from . import engine, model_io, ort_session, verify
+from . import compare as comparison
+from . import engine, model_io, ort_session
 from .engine import Runtime
 from .errors import ModelError
 from .output import check_input, write_file
@@ -166,7 +167,7 @@ class Device:
 def compare(
     model: pathlib.Path, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
 ) -> list[OutputDifference]:
-    """The engine's outputs against those of `model` in onnxruntime, by verify.py's tolerances. Raises ModelError."""
+    """The engine's outputs against those of `model` in onnxruntime, by compare.py's tolerances. Raises ModelError."""
     if missing := ort_session.missing_packages():
         raise ModelError(f"--model: {missing}")
     loaded = model_io.load(model)
@@ -182,10 +183,10 @@ def compare(
         raise ModelError(f"the engine has no output '{absent[0]}', which {model} has")
     coarsest = max(
         (str(array.dtype) for array in (*inputs.values(), *outputs.values())),
-        key=lambda name: verify.RELATIVE_TOLERANCE.get(name, 0),
+        key=lambda name: comparison.RELATIVE_TOLERANCE.get(name, 0),
     )
-    allowed = verify.CORE_TOLERANCE.get(coarsest, verify.RELATIVE_TOLERANCE["float32"])
-    return [verify.compare(name, want, outputs[name], allowed) for name, want in reference.items()]
+    allowed = comparison.CORE_TOLERANCE.get(coarsest, comparison.RELATIVE_TOLERANCE["float32"])
+    return [comparison.compare(name, want, outputs[name], allowed) for name, want in reference.items()]
 
 
 def table(result: Result, differences: Sequence[OutputDifference]) -> rich.table.Table:

@@ -1,34 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random inputs that a model accepts: sizes for its symbolic dimensions, ids inside its tables, masks of 0 and 1.
+"""The inputs of a model and random values for them that it accepts: ids inside their tables, masks of 0 and 1, lengths
+and positions that fit one another.
 
-verify.py and the zoo benchmark draw from here. What can't be told from the model (a length that must divide by a patch
-size) is tried by the caller with other sizes; what can't be drawn (a sequence, a string) is an UnsupportedInput.
+settings.py decides what is drawn; verify.py and the zoo benchmark run it. What can't be drawn (a sequence, a string) is
+an UnsupportedInput.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-_KEEPS_IDS = {
-    "Cast",
-    "Concat",
-    "Expand",
-    "Flatten",
-    "Gather",
-    "Identity",
-    "Reshape",
-    "Slice",
-    "Squeeze",
-    "Tile",
-    "Transpose",
+_KEEPS_ELEMENTS = {
+    "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose",
     "Unsqueeze",
-}
+}  # fmt: skip
+_TO_BOOL = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor"}
+_COMPARES = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
 _DEFAULT_ID_LIMIT = 2  # where no embedding table is found: 0 and 1 are valid for nearly anything
+_WILD = (0, 1, 2, 3, -1, 255, 256, 2**31, 2**32, -(2**32))  # where an integer is only asked whether it is 0
 
 
 class MaskPattern(enum.StrEnum):
@@ -38,8 +32,43 @@ class MaskPattern(enum.StrEnum):
     RIGHT_PADDED = "right-padded"  # the first few
     LEFT_PADDED = "left-padded"  # the last few
     RANDOM = "random"
+    FIRST = "the first only"
     LAST = "all but the last"  # in the last row of the batch: no query loses all its keys
     SCATTERED = "scattered"  # some at odd places: of two neighbours, one is kept, also in windows and chunks
+
+
+class Role(enum.StrEnum):
+    """What the numbers of an input mean; of those that belong together, one is drawn to fit the others."""
+
+    NUMBERS = "numbers"
+    WEIGHT = "weight"  # a float mask that 1 - mask turns into a bias: holds 0 and 1
+    MASK = "mask"  # integer or bool, or a float mask of rank 2
+    FLAGS = "flags"  # other bools
+    IDS = "ids"
+    POSITIONS = "positions"  # of the new tokens
+    PAST_LENGTH = "past length"  # number of tokens in the cache
+    WRITE_INDEX = "write index"  # where new rows go in a cache of fixed capacity
+    VALID_KEYS = "valid keys"  # past length + new rows, of each batch entry
+    LAST_KEY = "last key"  # one less
+    TOTAL = "total"  # the largest number of valid keys
+    LENGTHS = "lengths"  # compared with positions
+
+
+# By the operator (domain, op type) and the input's place.
+_ROLES = {
+    (("", "TensorScatter"), 2): Role.WRITE_INDEX,
+    (("", "Attention"), 6): Role.VALID_KEYS,
+    (("com.microsoft", "GroupQueryAttention"), 5): Role.LAST_KEY,
+    (("com.microsoft", "GroupQueryAttention"), 6): Role.TOTAL,
+    (("com.microsoft", "MultiHeadAttention"), 8): Role.PAST_LENGTH,
+}
+_CACHES = {
+    ("", "TensorScatter"): (0,),
+    ("", "Attention"): (4, 5),
+    ("com.microsoft", "Attention"): (4,),
+    ("com.microsoft", "GroupQueryAttention"): (3, 4),
+    ("com.microsoft", "MultiHeadAttention"): (6, 7),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +87,21 @@ class InputSpec:
     name: str
     dtype: np.dtype
     dims: tuple[int | ir.SymbolicDim, ...]
-    id_limit: int | None  # exclusive upper limit of values used as indices, where discoverable
+    role: Role = Role.NUMBERS
+    id_limit: int | None = None  # exclusive upper limit of values used as indices, where discoverable
+    is_cache: bool = False
+    only_bool: bool = False  # integers that are only compared or cast to bool: any value is valid
+    default: np.ndarray | None = None  # the initializer of an input that needn't be given
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How the values of one set of inputs are drawn."""
+
+    pattern: MaskPattern = MaskPattern.ONES
+    scale: float = 1.0  # of floating-point inputs
+    overrides: str = ""  # inputs with an initializer get other values where their dtype is of these kinds (as "fb")
+    wild: bool = False  # numbers that are no mask's in float masks, any integers where only 0 and not 0 differ
 
 
 class UnsupportedInput(Exception):
@@ -66,25 +109,42 @@ class UnsupportedInput(Exception):
 
 
 def input_specs(model: ir.Model) -> list[InputSpec]:
-    """The inputs that a caller must give (not those with an initializer). Raises UnsupportedInput."""
+    """All inputs; those that needn't be given have a `default`. Raises UnsupportedInput."""
     specs = []
     for value in model.graph.inputs:
-        if value.is_initializer():
-            continue
-        if not isinstance(value.type, ir.TensorType) or value.dtype in (
-            None,
-            ir.DataType.STRING,
-            ir.DataType.UNDEFINED,
-        ):
+        optional = value.is_initializer()
+        unknown = (None, ir.DataType.STRING, ir.DataType.UNDEFINED)
+        if not isinstance(value.type, ir.TensorType) or value.dtype in unknown or value.shape is None:
+            if optional:
+                continue
+            if isinstance(value.type, ir.TensorType) and value.dtype not in unknown:
+                raise UnsupportedInput(f"input '{value.name}' has no shape")
             raise UnsupportedInput(f"no random values can be drawn for input '{value.name}' of type {value.type}")
-        if value.shape is None:
-            raise UnsupportedInput(f"input '{value.name}' has no shape")
+        if optional and model.ir_version < 4:
+            continue  # every initializer is an input there, and can't be given
         dims = tuple(
             dim if isinstance(dim, int) or _is_expression(dim) else ir.SymbolicDim(f"{value.name}_{axis}")
             for axis, dim in enumerate(value.shape)
         )
-        specs.append(InputSpec(value.name, value.dtype.numpy(), dims, _id_limit(value)))
+        uses = list(_uses(value))
+        kind, limit = value.dtype.numpy().kind, _id_limit(uses)
+        specs.append(
+            InputSpec(
+                value.name,
+                value.dtype.numpy(),
+                dims,
+                _role(value.name.lower(), kind, len(dims), uses, limit),
+                limit,
+                _is_past(value.name) or any(_is_cache(node, position) for node, position in uses),
+                kind in "iu" and bool(uses) and _only_bool(value),
+                value.const_value.numpy() if optional else None,
+            )
+        )
     return specs
+
+
+def required(specs: Sequence[InputSpec]) -> list[InputSpec]:
+    return [spec for spec in specs if spec.default is None]
 
 
 def _is_expression(dim: ir.SymbolicDim) -> bool:
@@ -95,27 +155,42 @@ def _is_expression(dim: ir.SymbolicDim) -> bool:
         return False
 
 
-def is_dynamic(specs: Sequence[InputSpec]) -> bool:
-    return any(not isinstance(dim, int) for spec in specs for dim in spec.dims)
+def symbols(specs: Sequence[InputSpec]) -> list[str]:
+    """The names of all sizes that are open."""
+    dims = [dim for spec in specs for dim in spec.dims if not isinstance(dim, int)]
+    return list(dict.fromkeys(str(symbol) for dim in dims for symbol in dim.free_symbols()))
 
 
-def bind(specs: Sequence[InputSpec], sizes: Sizes) -> dict[str, int]:
-    """Values for all symbols. A mask over the past and the new positions is as long as both together."""
-    bound: dict[str, int] = {}
+def past_symbols(specs: Sequence[InputSpec]) -> list[str]:
+    """Those that are lengths of a cache."""
+    bound = {name: bind(specs, Sizes(2, 3, past)).get(name) for past in (0, 7) for name in symbols(specs)}
+    zero = bind(specs, Sizes(2, 3, 0))
+    return [name for name in symbols(specs) if zero[name] == 0 and bound[name] == 7]
+
+
+def bind(specs: Sequence[InputSpec], sizes: Sizes, given: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Values for all symbols, those of `given` as they are. A mask over the past and the new positions is as long as
+    both together."""
+    bound: dict[str, int] = dict(given or {})
+    fixed = frozenset(bound)
     has_past = any(_is_past(spec.name) for spec in specs)
     rows = next((spec.dims[1] for spec in specs if len(spec.dims) == 2 and "mask" not in spec.name), None)
+    new = rows if isinstance(rows, int) else bound.get(str(rows), sizes.length)
+    past = next((bound[name] for name in fixed if "past" in name.lower()), sizes.past)
     for spec in specs:
         for axis, dim in enumerate(spec.dims):
             if isinstance(dim, int):
                 continue
             for symbol in dim.free_symbols():
                 name = str(symbol)
+                if name in fixed:
+                    continue
                 if axis == 0 or "batch" in name.lower():
                     bound[name] = sizes.batch
                 elif "total" in name.lower() or (
                     has_past and "mask" in spec.name and dim != rows and name not in bound
                 ):
-                    bound[name] = sizes.past + (rows if isinstance(rows, int) else sizes.length)
+                    bound[name] = past + new
                 elif "past" in name.lower() or _is_past(spec.name):
                     bound.setdefault(name, sizes.past)
                 else:
@@ -124,26 +199,110 @@ def bind(specs: Sequence[InputSpec], sizes: Sizes) -> dict[str, int]:
 
 
 def draw(
-    specs: Sequence[InputSpec], bound: Mapping[str, int], pattern: MaskPattern, random: np.random.Generator
+    specs: Sequence[InputSpec], bound: Mapping[str, int], drawing: Drawing, random: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """One set of inputs."""
-    return {
-        spec.name: _draw_one(spec, tuple(_size(dim, bound) for dim in spec.dims), pattern, random) for spec in specs
-    }
+    """One set of inputs. Raises UnsupportedInput where a size can't be told from `bound`."""
+    return _Draw(specs, bound, drawing, random).all()
 
 
-def _draw_one(spec: InputSpec, shape: tuple[int, ...], pattern: MaskPattern, random: np.random.Generator) -> np.ndarray:
-    name = spec.name.lower()
-    if "mask" in name and (spec.dtype.kind in "iub" or len(shape) == 2):
-        return _mask(shape, pattern, random).astype(spec.dtype)
-    if spec.dtype.kind == "b":
-        return random.random(shape) < 0.5
-    if spec.dtype.kind in "iu":
-        limit = spec.id_limit or _DEFAULT_ID_LIMIT
-        if "position" in name and len(shape) >= 1:
-            return np.broadcast_to(np.arange(shape[-1]) % limit, shape).astype(spec.dtype)
-        return random.integers(0, limit, shape).astype(spec.dtype)
-    return random.standard_normal(shape).astype(spec.dtype)
+class _Draw:
+    """The values of one set: what belongs together is remembered here."""
+
+    def __init__(
+        self, specs: Sequence[InputSpec], bound: Mapping[str, int], drawing: Drawing, random: np.random.Generator
+    ):
+        self.specs, self.drawing, self.random = specs, drawing, random
+        self.shapes = {spec.name: tuple(_size(dim, bound) for dim in spec.dims) for spec in specs}
+        self.mask: np.ndarray | None = None  # the first mask [B, keys]
+        caches = [self.shapes[spec.name] for spec in specs if spec.is_cache and len(self.shapes[spec.name]) >= 3]
+        self.capacity = _rows_of(caches[0]) if caches else 0
+        plain = [s for s in required(specs) if not s.is_cache and s.role is not Role.MASK and len(s.dims) >= 2]
+        self.new_rows = _rows_of(self.shapes[plain[0].name]) if plain else 1
+        self.batch = self.shapes[plain[0].name][0] if plain else 1
+        writes = any(spec.role is Role.WRITE_INDEX for spec in specs)
+        # Rows in the cache before the new ones: all, or where new ones are written into it, as many as leave room.
+        room = max(self.capacity - self.new_rows, 0)
+        self.past = random.integers(0, room + 1, self.batch) if writes else np.full(self.batch, self.capacity)
+
+    def all(self) -> dict[str, np.ndarray]:
+        drawn = {}
+        for spec in sorted(self.specs, key=lambda spec: spec.role is not Role.MASK):
+            if spec.default is None:
+                value = self._value(spec, self.shapes[spec.name])
+            elif spec.dtype.kind in self.drawing.overrides:
+                value = self._override(spec.default)
+            else:
+                continue
+            drawn[spec.name] = np.asarray(value).astype(spec.dtype)
+            if spec.role is Role.MASK and self.mask is None and value.ndim == 2:
+                self.mask = np.asarray(value) != 0
+        return {spec.name: drawn[spec.name] for spec in self.specs if spec.name in drawn}
+
+    def _value(self, spec: InputSpec, shape: tuple[int, ...]) -> np.ndarray:
+        if self.drawing.wild and spec.only_bool:
+            return self.random.choice([n for n in _WILD if _fits(n, spec.dtype)], shape)
+        makers: dict[Role, Callable[[], np.ndarray]] = {
+            Role.MASK: lambda: _mask(shape, self.drawing.pattern, self.random),
+            Role.WEIGHT: lambda: _mask(shape, self.drawing.pattern, self.random),
+            Role.FLAGS: lambda: self.random.random(shape) < 0.5,
+            Role.IDS: lambda: self.random.integers(0, spec.id_limit or _DEFAULT_ID_LIMIT, shape),
+            Role.POSITIONS: lambda: self._positions(shape) % (spec.id_limit or 2**31 - 1),
+            Role.PAST_LENGTH: lambda: self._each(self.past, shape),
+            Role.WRITE_INDEX: lambda: self._each(self.past, shape),
+            Role.VALID_KEYS: lambda: self._each(self._valid(), shape),
+            Role.LAST_KEY: lambda: self._each(self._valid() - 1, shape),
+            Role.TOTAL: lambda: np.broadcast_to(np.max(self.past + self.new_rows), shape),
+            Role.LENGTHS: lambda: self._lengths(shape),
+            Role.NUMBERS: lambda: self.random.standard_normal(shape) * self.drawing.scale,
+        }
+        return makers[Role.NUMBERS if self.drawing.wild and spec.role is Role.WEIGHT else spec.role]()
+
+    def _each(self, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """One value for each batch entry, or the largest for all."""
+        fits = shape and shape[0] == self.batch and np.prod(shape) == self.batch
+        return values.reshape(shape) if fits else np.broadcast_to(values.max(initial=0), shape)
+
+    def _valid(self) -> np.ndarray:
+        """Keys of each batch entry; fewer than there are only where nothing is in the cache yet."""
+        full = self.past + self.new_rows
+        if self.capacity or self.drawing.pattern is MaskPattern.ONES or self.batch < 2 or self.new_rows < 2:
+            return full
+        return np.array([self.new_rows, *self.random.integers(1, self.new_rows + 1, self.batch - 1)])
+
+    def _lengths(self, shape: tuple[int, ...]) -> np.ndarray:
+        most = self.capacity + self.new_rows
+        drawn = self.random.integers(0 if self.drawing.pattern is MaskPattern.RANDOM else 1, most + 2, shape)
+        return np.full(shape, most) if self.drawing.pattern is MaskPattern.ONES else drawn
+
+    def _positions(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Those of the mask's kept tokens, where a mask tells; else after the past."""
+        if not shape:
+            return np.asarray(self.past.max(initial=0))
+        if self.mask is not None and len(shape) == 2 and self.mask.shape[0] == shape[0] <= self.mask.shape[1]:
+            counted = np.maximum(np.cumsum(self.mask, 1) - 1, 0)
+            if counted.shape[1] >= shape[1]:
+                return counted[:, counted.shape[1] - shape[1] :]
+        each = len(shape) == 2 and shape[0] == self.batch
+        start = self.past[:, None] if each else self.past[:1]
+        return np.broadcast_to(np.arange(shape[-1]) + start, shape)
+
+    def _override(self, default: np.ndarray) -> np.ndarray:
+        """Other values of the same kind: its own elements elsewhere, or another number."""
+        other = self.random.permutation(default.reshape(-1)).reshape(default.shape)
+        if not np.array_equal(other, default):
+            return other
+        if default.dtype.kind == "b":
+            return self.random.random(default.shape) < 0.5
+        return default + self.random.integers(0, 2, default.shape).astype(default.dtype)
+
+
+def _rows_of(shape: tuple[int, ...]) -> int:
+    """Tokens of [B, S], [B, S, H * D], [B, H, S, D] or [2, B, H, S, D]."""
+    return shape[1] if len(shape) < 4 else shape[-2]
+
+
+def _fits(number: int, dtype: np.dtype) -> bool:
+    return np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
 
 
 def _mask(shape: tuple[int, ...], pattern: MaskPattern, random: np.random.Generator) -> np.ndarray:
@@ -155,11 +314,14 @@ def _mask(shape: tuple[int, ...], pattern: MaskPattern, random: np.random.Genera
     if pattern is MaskPattern.RANDOM:
         return random.random(shape) < 0.7
     length = shape[-1]
+    if pattern is MaskPattern.FIRST:
+        return np.broadcast_to(np.arange(length) == 0, shape)
     if pattern is MaskPattern.SCATTERED:
         return (random.random(shape) < 0.4) | (np.arange(length) % 2 == 0)
     if pattern is MaskPattern.LAST:
         kept = np.ones(shape, bool)
-        kept[(-1,) * len(shape)] = length == 1
+        if kept.size:
+            kept[(-1,) * len(shape)] = length == 1
         return kept
     kept = (
         random.integers(max(1, length // 3), max(2, length), (*shape[:-1], 1))
@@ -174,7 +336,7 @@ def _mask(shape: tuple[int, ...], pattern: MaskPattern, random: np.random.Genera
 
 def _size(dim: int | ir.SymbolicDim, bound: Mapping[str, int]) -> int:
     size = dim if isinstance(dim, int) else dim.evaluate(bound)
-    if not isinstance(size, int):
+    if not isinstance(size, int) or size < 0:
         raise UnsupportedInput(f"the dimension '{dim}' can't be evaluated")
     return size
 
@@ -183,19 +345,94 @@ def _is_past(name: str) -> bool:
     return "past" in name.lower()
 
 
-def _id_limit(value: ir.Value) -> int | None:
-    """The smallest table that the value indexes, through operations that keep its elements."""
-    limits: list[int] = []
-    seen, queue = {id(value)}, [value]
+# ---------------------------------------------------------------------------------------------- uses of an input
+
+
+def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """The nodes that read the value, and at which input; also behind operations that keep its elements."""
+    seen, queue = {value}, [value]
+    while queue:
+        for node, position in queue.pop().uses():
+            yield node, position
+            if node.op_type in _KEEPS_ELEMENTS and (position == 0 or node.op_type == "Concat"):
+                new = node.outputs[0]
+                if new not in seen:
+                    seen.add(new)
+                    queue.append(new)
+
+
+def _role(name: str, kind: str, rank: int, uses: Sequence[tuple[ir.Node, int]], limit: int | None) -> Role:
+    """From what reads the input, else from its name. `kind` is that of its NumPy dtype."""
+    is_mask = "mask" in name and (kind in "iub" or rank == 2)
+    if kind not in "iu":
+        by_name = Role.MASK if is_mask else Role.FLAGS if kind == "b" else Role.NUMBERS
+        return Role.WEIGHT if by_name is Role.NUMBERS and any(_is_complement(*use) for use in uses) else by_name
+    for node, position in uses:
+        if role := _ROLES.get((node.op_identifier()[:2], position)):
+            return role
+    if is_mask:
+        return Role.MASK
+    if "position" in name:
+        return Role.PAST_LENGTH if rank == 0 else Role.POSITIONS
+    if _is_past(name) and rank <= 1:
+        return Role.PAST_LENGTH
+    if rank <= 1 and limit is None and ("len" in name or any(node.op_type in _COMPARES for node, _ in uses)):
+        return Role.LENGTHS
+    return Role.IDS
+
+
+def _is_complement(node: ir.Node, position: int) -> bool:
+    """Is the value the mask in 1 - mask?"""
+    if node.op_type != "Sub" or position != 1:
+        return False
+    one, hops = node.inputs[0], 0
+    while one is not None and one.producer() is not None and one.producer().op_type == "Cast" and hops < 4:
+        one, hops = one.producer().inputs[0], hops + 1
+    constant = one.const_value if one is not None else None
+    if (
+        constant is None
+        and one is not None
+        and (made_by := one.producer()) is not None
+        and made_by.op_type == "Constant"
+    ):
+        constant = next((a.as_tensor() for a in made_by.attributes.values() if a.type == ir.AttributeType.TENSOR), None)
+    return constant is not None and constant.size == 1 and float(constant.numpy().reshape(-1)[0]) == 1.0
+
+
+def _is_cache(node: ir.Node, position: int) -> bool:
+    return position in _CACHES.get(node.op_identifier()[:2], ())
+
+
+def _only_bool(value: ir.Value) -> bool:
+    """Is nothing of its elements used but by comparisons and casts to bool or between integers?"""
+    seen, queue = {value}, [value]
     while queue:
         current = queue.pop()
+        if current.is_graph_output():
+            return False
         for node, position in current.uses():
-            if node.op_type == "Gather" and position == 1:
-                axis = node.attributes.get_int("axis", 0)
-                table = node.inputs[0].shape
-                if table is not None and isinstance(table[axis], int):
-                    limits.append(table[axis])
-            elif node.op_type in _KEEPS_IDS and id(node.outputs[0]) not in seen:
-                seen.add(id(node.outputs[0]))
+            if node.op_type in _TO_BOOL or node.op_type == "Shape":
+                continue
+            if node.op_type == "Cast":
+                target = ir.DataType(node.attributes.get_int("to", 1))
+                if target == ir.DataType.BOOL:
+                    continue
+                if target.numpy().kind not in "iu":
+                    return False
+            elif node.op_type not in _KEEPS_ELEMENTS - {"Concat"} or position != 0:
+                return False
+            if node.outputs[0] not in seen:
+                seen.add(node.outputs[0])
                 queue.append(node.outputs[0])
+    return True
+
+
+def _id_limit(uses: Sequence[tuple[ir.Node, int]]) -> int | None:
+    """The smallest table that the value indexes."""
+    limits = []
+    for node, position in uses:
+        if node.op_type == "Gather" and position == 1 and node.inputs[0] is not None:
+            table, axis = node.inputs[0].shape, node.attributes.get_int("axis", 0)
+            if table is not None and isinstance(table[axis], int):
+                limits.append(table[axis])
     return min(limits, default=None)

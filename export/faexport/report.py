@@ -23,6 +23,7 @@ import rich.table
 
 from .spec import DOMAIN, AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
 
+MOST_SENTENCES = 4  # of a kind in the tables; the JSON has all
 SCHEMA_VERSION = 1  # of to_json; raised when a key changes its meaning or goes away
 
 Dim = int | str | None  # size, name of a symbolic dimension, or unknown
@@ -44,6 +45,7 @@ class OutputDifference:
     max_abs_diff: float
     tolerance: float  # what max_abs_diff may be; verify.py states the rule
     ok: bool
+    num_lost: int = 0  # elements that are NaN in the original and numbers in the rewritten model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class VerificationRun:
     inputs: Mapping[str, tuple[int, ...]]  # name -> shape
     outputs: tuple[OutputDifference, ...] = ()
     skipped: str = ""
+    label: str = ""  # sizes, masks and what else is special, in words
 
     @property
     def ok(self) -> bool:
@@ -60,10 +63,43 @@ class VerificationRun:
 
 
 @dataclasses.dataclass(frozen=True)
+class SiteComparison:
+    """One value that the rewritten model computes otherwise, compared by itself: both computed it from the tensors of
+    the original. Of all sets of inputs the one where it came out worst."""
+
+    site: str  # name of the fused node, "" where the value only depends on sizes
+    value: str
+    dtype: str
+    by_stand_in: bool  # the operator's function in standard operators was run, not the library
+    max_abs_diff: float
+    tolerance: float
+    num_sets: int  # of inputs that it was compared on
+    inputs: str  # label of the worst
+    fault: str = ""  # what is wrong with it, as the end of a sentence
+
+    @property
+    def ok(self) -> bool:
+        return not self.fault
+
+    @property
+    def share(self) -> float:
+        """Of what is allowed."""
+        return self.max_abs_diff / self.tolerance if self.tolerance else self.max_abs_diff
+
+    @property
+    def sentence(self) -> str:
+        where = f"site '{self.site}' (value '{self.value}')" if self.site else f"value '{self.value}'"
+        how = " run by its function in standard operators" if self.by_stand_in else ""
+        return f"{where}{how} {self.fault}, compared by itself on {self.inputs}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Verification:
     status: VerificationStatus
     reason: str = ""  # why it failed or was not run
     runs: tuple[VerificationRun, ...] = ()
+    sites: tuple[SiteComparison, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences about what was compared
 
     @property
     def worst(self) -> OutputDifference | None:
@@ -143,6 +179,9 @@ class Report:
         data = dataclasses.asdict(self)
         for site, site_data in zip(self.sites, data["sites"], strict=True):
             site_data["fused"] = site.fused
+        if self.verification is not None:
+            for row, row_data in zip(self.verification.sites, data["verification"]["sites"], strict=True):
+                row_data["ok"] = row.ok
         return {"schema_version": SCHEMA_VERSION, "num_fused": self.num_fused, "num_refused": self.num_refused, **data}
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -213,20 +252,55 @@ def nodes_table(before: Mapping[str, int], after: Mapping[str, int]) -> rich.tab
 
 
 def verification_view(verification: Verification) -> Iterator[rich.console.RenderableType]:
-    """Per output the largest difference over all runs; then what could not be compared."""
-    if verification.runs:
-        num_runs = sum(bool(run.outputs) for run in verification.runs)
-        yield f"Original against rewritten, in onnxruntime on {num_runs} set{'s' * (num_runs != 1)} of inputs"
+    """The sites by themselves, per output the largest difference over all runs, and what could not be compared."""
+    if verification.sites:
+        yield "Each site by itself, on what the original feeds it"
+        yield comparisons_table(verification.sites)
+    compared = [run for run in verification.runs if run.outputs]
+    if compared:
+        yield f"Original against rewritten, in onnxruntime on {len(compared)} set{'s' * (len(compared) != 1)} of inputs"
         yield differences_table(verification.runs)
-    for skipped in dict.fromkeys(run.skipped for run in verification.runs if run.skipped):
-        yield f"[dim]not compared:[/dim] {rich.markup.escape(skipped)}"
+        yield f"[dim]compared on:[/dim] {rich.markup.escape(_listed([run.label for run in compared if run.label]))}"
+    skipped = list(dict.fromkeys(run.skipped for run in verification.runs if run.skipped))
+    for sentence in skipped[:MOST_SENTENCES]:
+        yield f"[dim]not compared:[/dim] {rich.markup.escape(sentence)}"
+    if len(skipped) > MOST_SENTENCES:
+        yield f"[dim]not compared:[/dim] {len(skipped) - MOST_SENTENCES} more sets of inputs (--json lists them)"
+    for note in verification.notes:
+        yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
     colour = {
         VerificationStatus.PASSED: "green",
         VerificationStatus.FAILED: "red",
-        VerificationStatus.NOT_RUN: "yellow",
+        VerificationStatus.NOT_RUN: "red",
     }
     reason = f": {rich.markup.escape(verification.reason)}" if verification.reason else ""
     yield f"[{colour[verification.status]}]verification {verification.status}[/]{reason}"
+
+
+def comparisons_table(sites: Sequence[SiteComparison]) -> rich.table.Table:
+    """One row a fused node and way of running it: the worst of its values."""
+    worst: dict[tuple[str, bool], SiteComparison] = {}
+    for row in sites:
+        key = (row.site, row.by_stand_in)
+        worst[key] = max(worst.get(key, row), row, key=lambda row: (not row.ok, row.share))
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("fused node", "run by", "dtype"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("sets", "largest difference", "allowed"):
+        table.add_column(heading, justify="right")
+    for row in worst.values():
+        cells = (
+            rich.markup.escape(row.site or "(sizes)"), "stand-in" if row.by_stand_in else "library", row.dtype or "?",
+            str(row.num_sets), f"{row.max_abs_diff:.3g}", f"{row.tolerance:.3g}",
+        )  # fmt: skip
+        table.add_row(*cells, style=None if row.ok else "red")
+    return table
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f"; and {len(labels) - MOST_SENTENCES} more" if len(labels) > MOST_SENTENCES else ""
+    return "; ".join(labels[:MOST_SENTENCES]) + more
 
 
 def differences_table(runs: Sequence[VerificationRun]) -> rich.table.Table:

@@ -139,3 +139,9 @@ class Builder:
             return self._reshaped(value, [outer, self.ints([heads]), tail], allowzero=1)
         target = self.add("Concat", [self.ints([-1, heads]), tail], ir.DataType.INT64, axis=0)
         return self.add("Reshape", [value, target], value.dtype)
+
+    def reshape_to(self, value: ir.Value, *sizes: ir.Value) -> ir.Value:
+        """To these sizes, int64 vectors, from opset 14 on. NOTE: `allowzero` keeps onnxruntime's optimizer from putting
+        -1 in the place of a computed size, too."""
+        target = self.add("Concat", sizes, ir.DataType.INT64, axis=0)
+        return self.add("Reshape", [value, target], value.dtype, allowzero=1)

@@ -24,9 +24,10 @@ from .errors import ModelError
 PROGRAM = "faexport"
 USAGE_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 PIPE_WIDTH = 160  # columns where the output is not a terminal and COLUMNS is not set
-EXIT_VERIFICATION_FAILED = 1
+EXIT_NOT_VERIFIED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERNAL_ERROR = 3
+EXIT_STRICT = 4
 EXIT_INTERRUPTED = 130
 
 

@@ -1,100 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the original and the rewritten model on the same inputs in onnxruntime and compares every output.
+"""Runs the original and the rewritten model on the same inputs in onnxruntime and compares every output, and compares
+each fused site by itself on what the original feeds it.
 
-The rule: the largest difference of a floating-point output may be `RELATIVE_TOLERANCE[dtype]` times the largest
-magnitude of the original's output, dtype being the least precise floating-point type in the model. More is allowed only
-where the original is shown to be noisier: four times what its own outputs differ by with and without onnxruntime's
-optimizations; or, in half precision, an error against the same model in float32 of twice the original's (the rule of
-FlashAttention's tests). Other outputs must be equal, unless the original's own two runs differ. Elements that are NaN
-in the original are not compared: the operator gives 0 where it divides 0 by 0.
+compare.py has the rule for tensors. An output may differ by more only where the original is shown to be noisier: four
+times what its own outputs differ by with and without onnxruntime's optimizations; or, in half precision, twice the
+original's error against the same model in float32 (the rule of FlashAttention's tests). In a quantized model a rounding
+that flips moves the outputs by more than any rule allows; there the sites decide, together with the proof that all
+other nodes are the original's. A model is verified only if it was compared in more than one setting, or on the user's
+own inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-import pathlib
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from . import inputs as model_inputs
-from . import model_io, ort_session, widen
-from .inputs import MaskPattern, Sizes
+from . import compare, model_io, ort_session, side_by_side, site_check
+from .ort_session import CannotRun, ModelFailure
+from .reference import (
+    Amount,
+    Opener,
+    Outputs,
+    Reference,
+    advice,
+    make_reference,
+    needs_library,
+    open_optimized,
+    outputs_or_sentence,
+)
 from .report import OutputDifference, Verification, VerificationRun, VerificationStatus
+from .settings import Assumed, InputSet
 from .spec import DOMAIN
 
-# In half precision four roundings: unit roundoff is 2^-11 and 2^-8.
-RELATIVE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
-CORE_TOLERANCE = {
-    "float16": 2e-2,
-    "bfloat16": 5e-2,
-}  # where only attention is half precision, as asked (--dtype)
 NOISE_FACTOR = 4.0
-ROUNDING_FACTOR = 2.0
-TOO_NOISY = 0.1  # of the output's magnitude: above it nothing can be said
-
-# Each plan is tried with its own sizes; where dims are fixed only the mask differs.
-PLANS = (
-    (Sizes(batch=2, length=16, past=5), MaskPattern.RIGHT_PADDED),
-    (Sizes(batch=2, length=16, past=5), MaskPattern.LEFT_PADDED),
-    (Sizes(batch=3, length=33, past=8), MaskPattern.RANDOM),
-    (Sizes(batch=1, length=7, past=12), MaskPattern.ONES),
-)
-FALLBACK_LENGTHS = (32, 64, 224, 400, 518)  # image sides, audio samples: where the original refuses the plan's length
+ROUNDING_FACTOR = site_check.ROUNDING_FACTOR
+TOO_NOISY = site_check.TOO_NOISY  # of the output's magnitude: above it nothing can be said
+DEFAULT_TIMEOUT = 600.0  # seconds for one run, and for loading a model
 
 Step = Callable[[str], None]
-Runner = Callable[[ort_session.Job], ort_session.Results]
 _BROKEN = "the rewritten model"  # how the sentences begin that make a verification fail
-
-
-@dataclasses.dataclass(frozen=True)
-class InputSet:
-    """One set of inputs, and what it is called in messages."""
-
-    label: str
-    tensors: Mapping[str, np.ndarray]
-
-
-@dataclasses.dataclass
-class Reference:
-    """A model, sets of inputs and its outputs on them: what any number of rewritten models are compared with."""
-
-    path: str
-    model: ir.Model
-    sets: list[InputSet]
-    results: ort_session.Results
-    run: Runner
-    problem: str = ""  # why there is nothing to compare with
-
-    _plain: ort_session.Results | None = None
-    _float32: ort_session.Results | None = None
-
-    def plain_outputs(self, index: int) -> dict[str, np.ndarray]:
-        """The outputs without onnxruntime's optimizations, computed once somebody asks; {} where that fails."""
-        if self._plain is None:
-            tensors = [item.tensors for item in self.sets]
-            self._plain = self.run(
-                ort_session.Job(self.path, tensors, optimize=False, library=_needs_library(self.model))
-            )
-        return _outputs_of(self._plain, index)
-
-    def float32_outputs(self, index: int) -> dict[str, np.ndarray]:
-        """The outputs of the same model in float32, computed once somebody asks; {} where that fails."""
-        if self._float32 is None:
-            tensors = [widen.inputs_in_float32(item.tensors) for item in self.sets]
-            with tempfile.TemporaryDirectory(prefix="faexport-float32-") as folder:
-                path = pathlib.Path(folder) / "model.onnx"
-                model_io.save(widen.in_float32(model_io.load(self.path)), path)
-                self._float32 = self.run(ort_session.Job(str(path), tensors, library=_needs_library(self.model)))
-        return _outputs_of(self._float32, index)
-
-
-def _outputs_of(results: ort_session.Results, index: int) -> dict[str, np.ndarray]:
-    outputs = {} if results.error else results.outputs[index]
-    return outputs if isinstance(outputs, dict) else {}
 
 
 def verify(
@@ -105,7 +54,10 @@ def verify(
     right_padding: bool = False,
     full_rows: bool = False,
     seed: int = 0,
+    timeout: float = DEFAULT_TIMEOUT,
+    open_session: Opener | None = None,
     on_step: Step = lambda text: None,
+    on_amount: Amount = lambda done, total: None,
 ) -> Verification:
     """Compares two model files. Never raises for a model that can't be run: then the status is NOT_RUN.
 
@@ -114,177 +66,218 @@ def verify(
         extra_inputs: to run on besides random inputs of several sizes.
         right_padding: masks keep a prefix only, since the rewritten model assumes it.
         full_rows: masks leave each query a key, likewise.
-        on_step: told what is being done, for a progress display.
+        timeout: seconds that loading a model, and each run, may take.
+        open_session: how models are run; a child process with that timeout, if not given.
+        on_step, on_amount: told what is being done and how much of it is, for a progress display.
     """
     if missing := ort_session.missing_packages():
         return Verification(VerificationStatus.NOT_RUN, missing)
+    open_session = open_session or functools.partial(ort_session.Session, timeout=timeout)
+    assumed = Assumed(right_padding, full_rows)
     on_step("running the original")
-    assumed = {"right_padding": right_padding, "full_rows": full_rows}
-    reference = make_reference(original, extra_inputs=extra_inputs, seed=seed, **assumed)
+    reference = make_reference(
+        original, extra_inputs=extra_inputs, assumed=assumed, seed=seed, open_session=open_session, on_amount=on_amount
+    )
     on_step("running the rewritten model")
-    return verify_against(reference, rewritten)
-
-
-def make_reference(
-    path: os.PathLike[str] | str,
-    *,
-    extra_inputs: Sequence[InputSet] = (),
-    right_padding: bool = False,
-    full_rows: bool = False,
-    seed: int = 0,
-    run: Runner = ort_session.run,
-) -> Reference:
-    """Draws inputs and runs the original on them; `run` is ort_session.run or run_here."""
-    reference = Reference(os.fspath(path), model_io.load(path), list(extra_inputs), ort_session.Results(), run)
-    try:
-        reference.sets += _input_sets(reference.model, right_padding, full_rows, seed)
-    except model_inputs.UnsupportedInput as error:
-        if not extra_inputs:
-            reference.problem = f"{error}; give inputs with --inputs file.npz"
-            return reference
-    reference.results = _run(reference, reference.path, reference.sets, _needs_library(reference.model))
-    if not reference.results.error and not _usable(reference.results):
-        _try_lengths(reference, right_padding, full_rows, seed)
-    if not _usable(reference.results):
-        sentences = [outputs for outputs in reference.results.outputs if isinstance(outputs, str)]
-        why = reference.results.error or sentences[0]
-        reference.problem = f"the original does not run in onnxruntime: {why}; give inputs with --inputs file.npz"
-    return reference
+    ends = verify_against(reference, rewritten, on_amount=on_amount)
+    on_step("comparing each site by itself")
+    return with_sites(reference, rewritten, ends, on_amount)
 
 
 def verify_against(
-    reference: Reference, rewritten: os.PathLike[str] | str, *, use_library: bool = True
+    reference: Reference,
+    rewritten: os.PathLike[str] | str,
+    *,
+    use_library: bool = True,
+    on_amount: Amount = lambda done, total: None,
 ) -> Verification:
-    """Compares a rewritten model file with the reference. Without the operator's library (also where `use_library` is
-    false) its function in standard operators runs."""
+    """Compares the outputs of a rewritten model file with the reference's. Without the operator's library (also where
+    `use_library` is false) its function in standard operators runs."""
     if reference.problem:
-        return Verification(VerificationStatus.NOT_RUN, reference.problem)
+        return Verification(VerificationStatus.NOT_RUN, reference.problem, notes=tuple(reference.notes))
     model = model_io.load(rewritten)
-    library = _needs_library(model)
-    by_fallback = library and not (use_library and ort_session.has_library())
-    if by_fallback and not any(function.domain == DOMAIN for function in model.functions.values()):
+    library = needs_library(model)
+    by_stand_in = library and not (use_library and ort_session.has_library())
+    if by_stand_in and not _carries_stand_in(model):
         return Verification(VerificationStatus.NOT_RUN, "the operator's library is not installed (package faplugin)")
-    actual = _run(reference, os.fspath(rewritten), reference.sets, library and not by_fallback)
-    if actual.error:
-        reason = f"the rewritten model does not run in onnxruntime: {actual.error}"
-        return Verification(VerificationStatus.FAILED, reason)
-    own, dtype = _least_precise(reference.model), _least_precise(reference.model, model)
-    allowed = RELATIVE_TOLERANCE[dtype] if own == dtype else CORE_TOLERANCE[dtype]
-    runs = [_compare_run(reference, actual, index, allowed) for index in range(len(reference.sets))]
-    return _conclude(runs, by_fallback)
+    try:
+        actual = _run_rewritten(reference, os.fspath(rewritten), library and not by_stand_in, on_amount)
+    except ModelFailure as error:
+        return Verification(VerificationStatus.FAILED, f"{_BROKEN} does not run in onnxruntime: {error}")
+    except ort_session.Crashed as error:
+        return Verification(VerificationStatus.FAILED, f"{_BROKEN}: {error}")
+    except CannotRun as error:
+        return Verification(VerificationStatus.NOT_RUN, f"{_BROKEN} can't be run: {error}{advice(str(error))}")
+    relative = _relative_tolerance(reference.model, model)
+    runs = [_compare_run(reference, actual, index, relative) for index in range(len(reference.sets))]
+    notes = list(reference.notes)
+    if by_stand_in:
+        notes.append("the operator's library is not installed: its function in standard operators was run instead")
+    return dataclasses.replace(_conclude(runs), notes=tuple(notes))
 
 
-def _conclude(runs: list[VerificationRun], by_fallback: bool) -> Verification:
-    compared = [run for run in runs if run.outputs]
+def _run_rewritten(reference: Reference, path: str, library: bool, on_amount: Amount) -> list[Outputs | str]:
+    """Its outputs on those sets that the original runs on."""
+    found: list[Outputs | str] = [""] * len(reference.sets)
+    with open_optimized(reference, path, library) as session:
+        for done, index in enumerate(reference.compared):
+            on_amount(done, len(reference.compared))
+            found[index] = outputs_or_sentence(session, reference.sets[index].tensors)
+    return found
+
+
+def _relative_tolerance(original: ir.Model, rewritten: ir.Model) -> float:
+    own, dtype = compare.least_precise(original), compare.least_precise(original, rewritten)
+    return compare.RELATIVE_TOLERANCE[dtype] if own == dtype else compare.CORE_TOLERANCE[dtype]
+
+
+def _conclude(runs: list[VerificationRun]) -> Verification:
+    compared = [run for run in runs if any(0 not in output.shape for output in run.outputs)]
     broken = next((run.skipped for run in runs if run.skipped.startswith(_BROKEN)), "")
-    if broken or not all(run.ok for run in compared):
-        verification = Verification(VerificationStatus.FAILED, broken, tuple(runs))
-        worst = verification.worst
-        if worst is not None and not worst.ok:
-            differs = f"output '{worst.name}' differs by {worst.max_abs_diff:.3g}, allowed is {worst.tolerance:.3g}"
-            return dataclasses.replace(verification, reason=differs)
-        return verification
+    bad = next((run for run in runs if not run.ok), None)
+    if broken or bad is not None:
+        if bad is not None:
+            output = next(output for output in bad.outputs if not output.ok)
+            broken = (
+                f"output '{output.name}' differs by {output.max_abs_diff:.3g}, allowed is {output.tolerance:.3g}, "
+                f"on {bad.label}"
+            )
+        return Verification(VerificationStatus.FAILED, broken, tuple(runs))
     if not compared:
-        return Verification(VerificationStatus.NOT_RUN, runs[0].skipped, tuple(runs))
-    note = (
-        "the operator's library is not installed: its function in standard operators was run instead"
-        if by_fallback
-        else ""
+        sentence = next((run.skipped for run in runs if run.skipped), "all outputs are empty")
+        return Verification(VerificationStatus.NOT_RUN, sentence, tuple(runs))
+    return Verification(VerificationStatus.PASSED, "", tuple(runs))
+
+
+# ---------------------------------------------------------------------------------------------- sites
+
+
+def with_sites(
+    reference: Reference,
+    rewritten: os.PathLike[str] | str,
+    ends: Verification,
+    on_amount: Amount = lambda done, total: None,
+) -> Verification:
+    """The verification of the outputs (verify_against's), completed by that of the sites."""
+    if ends.status is VerificationStatus.NOT_RUN:
+        return ends
+    model = model_io.load(rewritten)
+    indices = reference.compared
+    found = site_check.check(
+        reference.path,
+        model,
+        [reference.sets[index] for index in indices],
+        library=ort_session.has_library(),
+        allowed=_relative_tolerance(reference.model, model),
+        twins=compare.least_precise(reference.model, model) in compare.CORE_TOLERANCE,
+        open_session=reference.open_session,
+        on_amount=on_amount,
     )
-    return Verification(VerificationStatus.PASSED, note, tuple(runs))
+    notes = [*ends.notes, *found.left_out[:8]]
+    result = dataclasses.replace(ends, sites=tuple(found.rows), notes=tuple(notes))
+    if found.failures or found.worst is not None:
+        reason = found.failures[0] if found.failures else found.worst.sentence
+        return dataclasses.replace(result, status=VerificationStatus.FAILED, reason=reason)
+    if found.problem:
+        reason = found.problem + advice(found.problem)
+        return dataclasses.replace(result, status=VerificationStatus.NOT_RUN, reason=reason)
+    if ends.status is VerificationStatus.FAILED:
+        return _despite_flips(reference, model, result, complete=not found.left_out)
+    lost = {indices[index] for index in found.lost}
+    if not found.left_out and (sentence := _lost_numbers(ends.runs, lost)):
+        return dataclasses.replace(result, status=VerificationStatus.FAILED, reason=sentence)
+    return result
 
 
-def _input_sets(
-    model: ir.Model, right_padding: bool, full_rows: bool, seed: int, length: int | None = None
-) -> Sequence[InputSet]:
-    specs = model_inputs.input_specs(model)
-    masks = any("mask" in spec.name.lower() for spec in specs)
-    random = np.random.default_rng(seed)
-    # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
-    # there, but the mean of the values where float16 is added in float16. So no query loses all its keys: of two
-    # neighbours one is kept, and the first.
-    full_rows = full_rows or _least_precise(model) == "float16"
-    sets = []
-    for sizes, pattern in PLANS:
-        if not model_inputs.is_dynamic(specs) and len(sets) >= (2 if masks else 1):
-            break
-        if right_padding and pattern in (MaskPattern.LEFT_PADDED, MaskPattern.RANDOM):
-            pattern = MaskPattern.RIGHT_PADDED
-        if full_rows and pattern is not MaskPattern.ONES:
-            pattern = MaskPattern.LAST if pattern is MaskPattern.RIGHT_PADDED else MaskPattern.SCATTERED
-        sizes = dataclasses.replace(sizes, length=length) if length else sizes
-        bound = model_inputs.bind(specs, sizes)
-        label = ", ".join(
-            [*(f"{name}={size}" for name, size in bound.items()), *([f"mask {pattern}"] if masks else [])]
-        )
-        sets.append(InputSet(label or "fixed sizes", model_inputs.draw(specs, bound, pattern, random)))
-    return sets
+def _despite_flips(reference: Reference, rewritten: ir.Model, result: Verification, *, complete: bool) -> Verification:
+    """Outputs of a quantized model differ, but each site agrees by itself: passed, if nothing else changed."""
+    if not complete or not is_quantized(reference.model) or any(run.skipped.startswith(_BROKEN) for run in result.runs):
+        return result
+    old = reference.model.graph.initializers
+    for name, value in rewritten.graph.initializers.items():
+        before = old.get(name)
+        if before is not None and not side_by_side.same_tensor(value.const_value, before.const_value):
+            return result
+    note = (
+        f"{result.reason}: roundings of the quantization flip. Each site agrees by itself on what the original feeds "
+        "it, and all other nodes are the original's"
+    )
+    return dataclasses.replace(result, status=VerificationStatus.PASSED, reason="", notes=(*result.notes, note))
 
 
-def _try_lengths(reference: Reference, right_padding: bool, full_rows: bool, seed: int) -> None:
-    """Replaces the sets by sets of another length, which the original runs on, if there is one."""
-    for length in FALLBACK_LENGTHS:
-        sets = _input_sets(reference.model, right_padding, full_rows, seed, length)
-        results = _run(reference, reference.path, sets, _needs_library(reference.model))
-        if _usable(results):
-            reference.sets, reference.results = sets, results
-            return
+def _lost_numbers(runs: Sequence[VerificationRun], excused: set[int]) -> str:
+    """A sentence where an output has numbers in place of the original's NaN, though no site gives 0 for such."""
+    for index, run in enumerate(runs):
+        for output in run.outputs:
+            if output.num_lost and index not in excused:
+                return (
+                    f"output '{output.name}' has {output.num_lost} numbers where the original has NaN, on {run.label}"
+                )
+    return ""
 
 
-def _usable(results: ort_session.Results) -> bool:
-    return any(not isinstance(outputs, str) for outputs in results.outputs)
+def is_quantized(model: ir.Model) -> bool:
+    """Does it round activations to few bits, so that a tiny difference may become a large one?"""
+    graphs = (model.graph, *model.functions.values())
+    return any(
+        node.op_type in _ROUNDS or node.op_type.startswith("QLinear") for graph in graphs for node in graph.all_nodes()
+    )
 
 
-def _run(reference: Reference, path: str, sets: Sequence[InputSet], library: bool) -> ort_session.Results:
-    """With onnxruntime's optimizations; without them where these fail: a defect of theirs, not of the model."""
-    tensors = [item.tensors for item in sets]
-    results = reference.run(ort_session.Job(path, tensors, library=library))
-    if not results.error:
-        return results
-    plain = reference.run(ort_session.Job(path, tensors, optimize=False, library=library))
-    return results if plain.error else plain
+_ROUNDS = {  # DequantizeLinear: onnxruntime may quantize the activations beside quantized weights
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
+    "ConvInteger", "QAttention", "MatMulIntegerToFloat", "QGemm", "MatMulNBits", "DynamicQuantizeLSTM", "QEmbedLayerNormalization",
+}  # fmt: skip
 
 
-def _compare_run(reference: Reference, actual: ort_session.Results, index: int, allowed: float) -> VerificationRun:
-    """`allowed` is the relative tolerance."""
+# ---------------------------------------------------------------------------------------------- outputs
+
+
+def _compare_run(reference: Reference, actual: Sequence[Outputs | str], index: int, relative: float) -> VerificationRun:
+    """`relative` is the tolerance."""
     item = reference.sets[index]
     shapes = {name: tuple(tensor.shape) for name, tensor in item.tensors.items()}
-    expected, got = reference.results.outputs[index], actual.outputs[index]
+    expected, got = reference.outputs[index], actual[index]
     if isinstance(expected, str):
-        return VerificationRun(shapes, skipped=f"the original does not run on {item.label}: {expected}")
+        return VerificationRun(
+            shapes, skipped=f"the original does not run on {item.label}: {expected}", label=item.label
+        )
     if isinstance(got, str):
-        return VerificationRun(shapes, skipped=f"{_BROKEN} does not run on {item.label}: {got}")
+        return VerificationRun(shapes, skipped=f"{_BROKEN} does not run on {item.label}: {got}", label=item.label)
     differences = []
     for name, want in expected.items():
-        difference = compare(name, want, got[name], allowed)
+        difference = compare.compare(name, want, got[name], relative)
         if not difference.ok:
             difference = _beside_noise(reference, index, difference, got[name])
         if difference is None:
-            return VerificationRun(shapes, skipped=f"output '{name}' of the original is mostly noise on {item.label}")
-        differences.append(difference)
-    return VerificationRun(shapes, tuple(differences))
+            sentence = f"output '{name}' of the original is mostly noise on {item.label}"
+            return VerificationRun(shapes, skipped=sentence, label=item.label)
+        differences.append(dataclasses.replace(difference, num_lost=compare.num_lost(want, got[name])))
+    return VerificationRun(shapes, tuple(differences), label=item.label)
 
 
 def _beside_noise(
     reference: Reference, index: int, difference: OutputDifference, got: np.ndarray
 ) -> OutputDifference | None:
     """A difference judged by the original's own noise; None where that drowns everything."""
-    name = difference.name
-    want, again = reference.results.outputs[index][name], reference.plain_outputs(index).get(name)
-    if again is not None:
-        own = compare(name, want, again, 0.0).max_abs_diff
-        if own > TOO_NOISY * _magnitude(want):
+    name, quantized = difference.name, is_quantized(reference.model)
+    want = reference.outputs[index][name]
+    others = [reference.plain_outputs(index), *([reference.moved_outputs(index)] if quantized else [])]
+    for again in (outputs[name] for outputs in others if name in outputs):
+        own = compare.compare(name, want, again, 0.0).max_abs_diff
+        if own > TOO_NOISY * compare.magnitude(want) and not quantized:
             return None
         difference = _allowed(difference, NOISE_FACTOR * own)
-    if difference.ok or want.shape != got.shape or _least_precise(reference.model) not in CORE_TOLERANCE:
+    half = compare.least_precise(reference.model) in compare.CORE_TOLERANCE
+    if difference.ok or want.shape != got.shape or not half:
         return difference
     exact = reference.float32_outputs(index).get(name)
-    if exact is None or exact.shape != want.shape or difference.dtype not in RELATIVE_TOLERANCE:
+    if exact is None or exact.shape != want.shape or difference.dtype not in compare.RELATIVE_TOLERANCE:
         return difference
-    own = _distance(exact, want)
-    if own > TOO_NOISY * _magnitude(want):
+    own = compare.distance(exact, want)
+    if own > TOO_NOISY * compare.magnitude(want) and not quantized:
         return None
-    return _allowed(dataclasses.replace(difference, max_abs_diff=_distance(exact, got)), ROUNDING_FACTOR * own)
+    return _allowed(dataclasses.replace(difference, max_abs_diff=compare.distance(exact, got)), ROUNDING_FACTOR * own)
 
 
 def _allowed(difference: OutputDifference, noise: float) -> OutputDifference:
@@ -293,47 +286,5 @@ def _allowed(difference: OutputDifference, noise: float) -> OutputDifference:
     return dataclasses.replace(difference, tolerance=tolerance, ok=difference.max_abs_diff <= tolerance)
 
 
-def compare(name: str, want: np.ndarray, got: np.ndarray, allowed: float) -> OutputDifference:
-    """The largest difference of one output, which may be `allowed` times its magnitude."""
-    want, got = np.asarray(want), np.asarray(got)
-    shape, kind = tuple(want.shape), str(want.dtype)
-    if want.shape != got.shape or want.dtype != got.dtype:
-        return OutputDifference(name, kind, shape, float("inf"), 0.0, False)
-    if kind not in RELATIVE_TOLERANCE:
-        difference = float(np.count_nonzero(want != got))
-        return OutputDifference(name, kind, shape, difference, 0.0, difference == 0)
-    tolerance, difference = allowed * _magnitude(want), _distance(want, got)
-    return OutputDifference(name, kind, shape, difference, tolerance, difference <= tolerance)
-
-
-def _distance(want: np.ndarray, got: np.ndarray) -> float:
-    """The largest absolute difference where `want` is a number."""
-    a, b = want.astype(np.float64), got.astype(np.float64)
-    compared = ~np.isnan(a) & ~(a == b)  # equal infinities are equal
-    with np.errstate(invalid="ignore"):
-        return float(np.abs(a - b)[compared].max(initial=0.0))
-
-
-def _magnitude(array: np.ndarray) -> float:
-    finite = np.abs(np.asarray(array, np.float64))
-    return float(finite[np.isfinite(finite)].max(initial=0.0))
-
-
-def _least_precise(*models: ir.Model) -> str:
-    """The coarsest floating-point type of any value, initializer or Cast."""
-    found = {"float32"}
-    for model in models:
-        for graph in (model.graph, *model.functions.values()):
-            found |= {value.dtype.name.lower() for value in graph.inputs if value.dtype}
-            if isinstance(graph, ir.Graph):
-                found |= {value.dtype.name.lower() for value in graph.initializers.values() if value.dtype}
-            for node in ir.traversal.RecursiveGraphIterator(graph):
-                found |= {value.dtype.name.lower() for value in node.outputs if value.dtype}
-                if node.op_type == "Cast":
-                    found.add(ir.DataType(node.attributes.get_int("to", 1)).name.lower())
-    return max(found & set(RELATIVE_TOLERANCE), key=RELATIVE_TOLERANCE.__getitem__)
-
-
-def _needs_library(model: ir.Model) -> bool:
-    graphs = (model.graph, *model.functions.values())
-    return any(node.domain == DOMAIN for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph))
+def _carries_stand_in(model: ir.Model) -> bool:
+    return any(function.domain == DOMAIN for function in model.functions.values())

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A half-precision model computed in float32: what its own rounding is measured against. Called by verify.py.
+"""A half-precision model computed in float32: what its own rounding is measured against. Called by verify.py and
+side_by_side.py.
 
 The same nodes and the same weights, each float16 or bfloat16 tensor held as float32; constants keep their values, also
 the finite fill of a mask.
@@ -22,11 +23,16 @@ def in_float32(model: ir.Model) -> ir.Model:
     for graph in (model.graph, *model.functions.values()):
         _widen_values(graph)
         for node in ir.traversal.RecursiveGraphIterator(graph):
-            for attribute in list(node.attributes.values()):
-                _widen_attribute(node, attribute)
-            for value in node.outputs:
-                _widen(value)
+            widen_node(node)
     return model
+
+
+def widen_node(node: ir.Node) -> None:
+    """Changes the node's attributes and the types of its outputs in place."""
+    for attribute in list(node.attributes.values()):
+        _widen_attribute(node, attribute)
+    for value in node.outputs:
+        _widen(value)
 
 
 def inputs_in_float32(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -42,18 +48,19 @@ def _widen_values(graph: ir.Graph | ir.Function) -> None:
 
 def _widen(value: ir.Value) -> None:
     if value.const_value is not None and value.const_value.dtype in HALF:
-        value.const_value = _widened(value.const_value)
+        value.const_value = widened(value.const_value)
     if value.dtype in HALF:
         value.dtype = ir.DataType.FLOAT
 
 
-def _widened(tensor: ir.TensorProtocol) -> ir.Tensor:
+def widened(tensor: ir.TensorProtocol) -> ir.Tensor:
+    """The same numbers as float32."""
     return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
 def _widen_attribute(node: ir.Node, attribute: ir.Attr) -> None:
     if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALF:
-        node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _widened(attribute.value))
+        node.attributes[attribute.name] = ir.AttrTensor(attribute.name, widened(attribute.value))
     elif attribute.type == ir.AttributeType.INT and attribute.name in _TYPE_ATTRIBUTES and attribute.value in HALF:
         node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
     elif attribute.type == ir.AttributeType.GRAPH:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -181,6 +182,13 @@ def test_the_report_overwrites_neither_model(model: pathlib.Path) -> None:
     assert model.read_bytes() == before and names(model.parent) == ["model.onnx"]
 
 
+def _children(pid: int) -> list[int]:
+    """Processes that this one has started: onnxruntime's, while it verifies."""
+    with contextlib.suppress(OSError):
+        return [int(word) for word in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_leaves_nothing(model: pathlib.Path, signal_number: int) -> None:
     """Interrupted while the written model is verified, in the temporary folder beside its place."""
@@ -194,12 +202,14 @@ def test_an_interrupted_run_leaves_nothing(model: pathlib.Path, signal_number: i
     )  # where the tests run under nohup, or behind &
     with subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes) as process:
         deadline = time.monotonic() + 60
-        while not list(scratch.glob("faexport-run-*/job")) and time.monotonic() < deadline:
+        while not _children(process.pid) and time.monotonic() < deadline:
             time.sleep(0.01)
+        children = _children(process.pid)
         process.send_signal(signal_number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors == b""
     assert names(model.parent) == ["model.onnx", "tmp"] and names(scratch) == []
+    assert not any(pathlib.Path(f"/proc/{child}").exists() for child in children), "onnxruntime's process is gone"
 
 
 def test_a_misspelt_command_is_told_from_a_missing_model(model: pathlib.Path) -> None:
@@ -233,10 +243,79 @@ def test_a_failed_verification_writes_nothing_and_exits_with_1(model: pathlib.Pa
     path = f"{saboteur}:{commands.environment()['PYTHONPATH']}"
     done = faexport(model, "--report", model.with_name("r.json"), PYTHONPATH=path)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("error: ") and "last_hidden_state" in done.stderr
+    assert done.stderr.startswith("error: ") and "site '/encoder/layer." in done.stderr and "differs by" in done.stderr
     assert "was not written" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert json.loads(model.with_name("r.json").read_text())["verification"]["status"] == "failed"
     assert names(model.parent) == ["model.onnx", "r.json", "saboteur"]
+
+
+def test_what_could_not_be_compared_is_not_written(model: pathlib.Path) -> None:
+    """Too little time; and an operator that onnxruntime doesn't have."""
+    done = faexport(model, "--verify-timeout", "0.001", "--json")
+    assert done.returncode == 1 and "took longer than 0.001 s; --verify-timeout" in done.stderr
+    assert "--no-verify would write it" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    report = json.loads(done.stdout)
+    assert report["verification"]["status"] == "not run" and report["output"] is None
+    assert report["error"] in done.stderr
+    proto = onnx.load(model)
+    proto.graph.node.append(helper.make_node("Unheard", [proto.graph.output[0].name], ["more"], domain="some.where"))
+    proto.graph.output.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, None))
+    proto.opset_import.append(helper.make_opsetid("some.where", 1))
+    onnx.save(proto, model)
+    done = faexport(model)
+    assert done.returncode == 1 and "the original does not run in onnxruntime" in done.stderr
+    assert "Unheard" in done.stderr and names(model.parent) == ["model.onnx"]
+    assert faexport(model, "--no-verify", "--quiet").returncode == 0
+    assert names(model.parent) == ["model.fa.onnx", "model.onnx"]
+
+
+def test_without_onnxruntime_nothing_is_written(model: pathlib.Path) -> None:
+    hidden = model.parent / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(
+        "import importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'onnxruntime' else find(name, *more)\n"
+    )
+    done = faexport(model, PYTHONPATH=f"{hidden}:{commands.environment()['PYTHONPATH']}")
+    assert done.returncode == 1 and "onnxruntime is not installed" in done.stderr
+    assert names(model.parent) == ["hidden", "model.onnx"]
+
+
+def test_a_full_disk_is_named_as_the_cause(model: pathlib.Path) -> None:
+    """The sites are compared by a model in the temporary folder."""
+    full = model.parent / "full"
+    full.mkdir()
+    (full / "sitecustomize.py").write_text(
+        "import errno, os, tempfile\n"
+        "honest = tempfile.TemporaryDirectory\n"
+        "def folder(*arguments, prefix='', **options):\n"
+        "    if prefix == 'faexport-sites-':\n"
+        "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+        "    return honest(*arguments, prefix=prefix, **options)\n"
+        "tempfile.TemporaryDirectory = folder\n"
+    )
+    done = faexport(model, PYTHONPATH=f"{full}:{commands.environment()['PYTHONPATH']}")
+    assert done.returncode == 1 and "No space left on device (TMPDIR" in done.stderr, done.stderr
+    assert names(model.parent) == ["full", "model.onnx"]
+
+
+def test_strict_tells_of_what_was_left(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert faexport("inspect", model, "--strict").returncode == 0
+    proto = onnx.load(model)
+    proto.graph.output.append(
+        helper.make_tensor_value_info(next(n for n in proto.graph.node if n.op_type == "Softmax").output[0], 1, None)
+    )
+    onnx.save(proto, model)
+    done = faexport(model, "--strict", "--no-verify")
+    assert done.returncode == 4 and "1 of 2 attention sites fused" in done.stdout
+    assert names(model.parent) == ["model.fa.onnx", "model.onnx"], "what can be fused is written"
+    assert faexport(model, "--no-verify").returncode == 0
+    assert faexport("inspect", model, "--strict").returncode == 4
+
+
+def test_strict_tells_that_nothing_was_fused(plain: pathlib.Path) -> None:
+    assert faexport(plain, "--strict").returncode == 4
 
 
 def test_help_teaches_by_examples() -> None:

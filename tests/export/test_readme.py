@@ -84,6 +84,6 @@ def test_exit_codes_are_those_of_the_program() -> None:
 
     page = (ROOT / "docs/faexport.md").read_text()
     rows = dict(re.findall(r"^\| (\d) \| ([^|]+?) \|$", page, re.M))
-    codes = (terminal.EXIT_VERIFICATION_FAILED, terminal.EXIT_BAD_INPUT, terminal.EXIT_INTERNAL_ERROR)
-    for code, word in zip(codes, ("verification", "bad input", "defect"), strict=True):
+    codes = (terminal.EXIT_NOT_VERIFIED, terminal.EXIT_BAD_INPUT, terminal.EXIT_INTERNAL_ERROR, terminal.EXIT_STRICT)
+    for code, word in zip(codes, ("could not be compared", "bad input", "defect", "--strict"), strict=True):
         assert word in rows[str(code)]

@@ -16,6 +16,7 @@ from faexport import model_io, pipeline
 from faexport.report import (
     OutputDifference,
     Report,
+    SiteComparison,
     SiteReport,
     Verification,
     VerificationRun,
@@ -27,7 +28,19 @@ from faexport.spec import Candidate, Fact, Refusal
 from tests.export import big_model
 
 DIM = (int, str, types.NoneType)
-OUTPUT = {"name": str, "dtype": str, "shape": [int], "max_abs_diff": (float, str), "tolerance": float, "ok": bool}
+OUTPUT = {
+    "name": str,
+    "dtype": str,
+    "shape": [int],
+    "max_abs_diff": (float, str),
+    "tolerance": float,
+    "ok": bool,
+    "num_lost": int,
+}
+COMPARISON = {
+    "site": str, "value": str, "dtype": str, "by_stand_in": bool, "max_abs_diff": (float, str), "tolerance": float,
+    "num_sets": int, "inputs": str, "fault": str, "ok": bool,
+}  # fmt: skip
 SITE = {
     "name": str, "source": str, "batch_size": DIM, "num_q_heads": DIM, "num_kv_heads": DIM, "seqlen_q": DIM,
     "seqlen_kv": DIM, "head_dim": DIM, "head_dim_v": DIM, "dtype": (str, types.NoneType),
@@ -38,7 +51,8 @@ REPORT = {
     "schema_version": int, "num_fused": int, "num_refused": int, "sites": [SITE], "nodes_before": {...: int},
     "nodes_after": {...: int}, "notes": [str], "model": (str, types.NoneType), "output": (str, types.NoneType),
     "verification": ({"status": str, "reason": str,
-                      "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str}]}, types.NoneType),
+                      "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str}],
+                      "sites": [COMPARISON], "notes": [str]}, types.NoneType),
     "error": (str, types.NoneType),
 }  # fmt: skip
 
@@ -61,6 +75,8 @@ def conforms(data: Any, shape: Any) -> bool:
 def example() -> Report:
     """One site fused, one refused, one comparison that failed beyond all numbers."""
     difference = OutputDifference("y", "float32", (2, 3), math.inf, 1e-4, False)
+    comparison = SiteComparison("a_FlashAttention", "o", "float32", False, 2.5, 1e-4, 7, "batch=1", "differs by 2.5")
+    runs = (VerificationRun({"x": (2, 3)}, (difference,), label="batch=2"),)
     return Report(
         [
             SiteReport(
@@ -71,7 +87,7 @@ def example() -> Report:
         {"Softmax": 2, "MatMul": 4},
         {"Softmax": 1, "MatMul": 2, "faexport::FlashAttention": 1},
         ["a note"],
-        verification=Verification(VerificationStatus.FAILED, "why", (VerificationRun({"x": (2, 3)}, (difference,)),)),
+        verification=Verification(VerificationStatus.FAILED, "why", runs, (comparison,), ("what was not compared",)),
     )
 
 
@@ -92,7 +108,7 @@ def test_json_of_a_real_run_conforms() -> None:
 
 def test_the_page_names_every_key() -> None:
     page = (pathlib.Path(__file__).parents[2] / "docs/faexport.md").read_text()
-    for key in [*REPORT, *SITE, *OUTPUT]:
+    for key in [*REPORT, *SITE, *OUTPUT, *COMPARISON]:
         assert re.search(rf"`{key}`", page), f"docs/faexport.md does not describe {key}"
 
 
@@ -108,6 +124,11 @@ def test_tables_say_what_happened() -> None:
         "left: the scores [QK] are an output too",
         "a note",
         "why",
+        "a_FlashAttention",
+        "library",
+        "2.5",
+        "batch=2",
+        "what was not compared",
         "-1",
         "+1",
     ):

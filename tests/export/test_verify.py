@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from faexport import inputs, model_io, ort_session, pipeline, verify
+from faexport import compare, inputs, model_io, ort_session, pipeline, verify
 from faexport.report import VerificationStatus
 from onnx import TensorProto, helper, numpy_helper
 
@@ -84,11 +84,12 @@ def test_a_mask_that_is_off_by_one_shows_in_float16(
     model_io.save(fused, tmp_path / "b.onnx")
     result = verify.verify(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert result.status is status, result
-    worst = max(run.outputs[0].max_abs_diff / run.outputs[0].tolerance for run in result.runs)
+    outputs = [output for run in result.runs for output in run.outputs if output.tolerance]
+    worst = max(output.max_abs_diff / output.tolerance for output in outputs)
     assert worst < 1 if status is PASSED else 1 < worst < 10, "a tolerance of 2e-2 would not have seen it"
 
 
-@pytest.mark.parametrize(("factor", "status"), [(1.0, PASSED), (1 + 1e-2, PASSED), (1.05, FAILED)])
+@pytest.mark.parametrize(("factor", "status"), [(1.0, PASSED), (1 + 1e-3, PASSED), (1.05, FAILED)])
 def test_float16_is_judged_by_the_original_s_own_rounding(
     factor: float, status: VerificationStatus, tmp_path: pathlib.Path
 ) -> None:
@@ -103,23 +104,23 @@ def test_float16_is_judged_by_the_original_s_own_rounding(
     original = save(tmp_path / "a.onnx", nodes, {"x": vector}, vector, {"hundred": np.array(100, np.float32)})
     result = verify.verify(original, scaled(tmp_path / "b.onnx", factor))
     assert result.status is status, result
-    assert result.worst.tolerance > verify.RELATIVE_TOLERANCE["float16"] * 5, "twice its own rounding, not more"
+    assert result.worst.tolerance > compare.RELATIVE_TOLERANCE["float16"] * 5, "twice its own rounding, not more"
 
 
 def test_bfloat16_values_are_compared() -> None:
     want = np.array([1.0, 2.0, 4.0], ml_dtypes.bfloat16)
-    assert verify.compare("y", want, want, 1.6e-2).ok
-    assert not verify.compare("y", want, want[::-1], 1.6e-2).ok
+    assert compare.compare("y", want, want, 1.6e-2).ok
+    assert not compare.compare("y", want, want[::-1], 1.6e-2).ok
 
 
 def test_what_differs_in_kind_fails() -> None:
     want = np.array([1.0, np.nan, np.inf], np.float32)
-    assert verify.compare("y", want, np.array([1.0, 0.0, np.inf], np.float32), 1e-4).ok, "0 where 0 / 0 was"
-    assert not verify.compare("y", want, np.array([np.nan, 0.0, np.inf], np.float32), 1e-4).ok
-    assert not verify.compare("y", want, np.array([1.0, 0.0, 7.0], np.float32), 1e-4).ok
-    assert not verify.compare("y", want, want[:2], 1e-4).ok
-    assert not verify.compare("y", want, want.astype(np.float64), 1e-4).ok
-    assert not verify.compare("y", np.array([1, 2]), np.array([1, 3]), 1e-4).ok
+    assert compare.compare("y", want, np.array([1.0, 0.0, np.inf], np.float32), 1e-4).ok, "0 where 0 / 0 was"
+    assert not compare.compare("y", want, np.array([np.nan, 0.0, np.inf], np.float32), 1e-4).ok
+    assert not compare.compare("y", want, np.array([1.0, 0.0, 7.0], np.float32), 1e-4).ok
+    assert not compare.compare("y", want, want[:2], 1e-4).ok
+    assert not compare.compare("y", want, want.astype(np.float64), 1e-4).ok
+    assert not compare.compare("y", np.array([1, 2]), np.array([1, 3]), 1e-4).ok
 
 
 def test_an_original_that_does_not_run_is_said(tmp_path: pathlib.Path) -> None:
@@ -155,7 +156,8 @@ def test_lengths_that_the_model_refuses_are_replaced(tmp_path: pathlib.Path) -> 
     node = helper.make_node("Reshape", ["x", "shape"], ["y"])
     path = save(tmp_path / "a.onnx", [node], {"x": (TensorProto.FLOAT, [1, "n"])}, (TensorProto.FLOAT, None), shape)
     result = verify.verify(path, path)
-    assert result.status is PASSED and result.runs[0].inputs["x"] == (1, 32)
+    compared = [run for run in result.runs if run.outputs]
+    assert result.status is PASSED and compared[0].inputs["x"] == (1, 32)
 
 
 def test_ids_stay_inside_their_tables_and_masks_are_masks(tmp_path: pathlib.Path) -> None:
@@ -172,11 +174,13 @@ def test_ids_stay_inside_their_tables_and_masks_are_masks(tmp_path: pathlib.Path
     specs = inputs.input_specs(model_io.load(path))
     bound = inputs.bind(specs, inputs.Sizes(4, 50))
     assert bound == {"batch": 4, "sequence": 50}
-    drawn = inputs.draw(specs, bound, inputs.MaskPattern.RIGHT_PADDED, np.random.default_rng(0))
+    drawn = inputs.draw(specs, bound, inputs.Drawing(inputs.MaskPattern.RIGHT_PADDED), np.random.default_rng(0))
     assert drawn["input_ids"].min() >= 0 and 5 < drawn["input_ids"].max() < 11
     mask = drawn["attention_mask"]
     assert set(np.unique(mask)) == {0, 1} and mask[0].all() and (np.diff(mask, axis=1) <= 0).all()
-    left = inputs.draw(specs, bound, inputs.MaskPattern.LEFT_PADDED, np.random.default_rng(0))["attention_mask"]
+    left = inputs.draw(specs, bound, inputs.Drawing(inputs.MaskPattern.LEFT_PADDED), np.random.default_rng(0))[
+        "attention_mask"
+    ]
     assert (np.diff(left, axis=1) >= 0).all() and not left.all()
 
 

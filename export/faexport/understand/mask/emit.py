@@ -288,12 +288,16 @@ class Emitter:
         return value, line
 
     def _split_heads(self, value: ir.Value, at: int, heads: int) -> ir.Value:
-        """[… B * H …] as [… B, H …]."""
+        """[… B * H …] as [… B, H …]. NOTE: without -1, which can't be told where a tensor has no elements."""
         sizes = self.node("Shape", [value])
         before = [self.node("Slice", [sizes, self.constant([0]), self.constant([at])])] if at else []
+        own = self.node("Slice", [sizes, self.constant([at]), self.constant([at + 1])])
+        batch = self.node("Div", [own, self.constant([heads])])
         after = self.node("Slice", [sizes, self.constant([at + 1]), self.constant([8])])
-        shape = self.node("Concat", [*before, self.constant([-1, heads]), after], {"axis": 0})
-        return self.node("Reshape", [value, shape])
+        shape = self.node("Concat", [*before, batch, self.constant([heads]), after], {"axis": 0})
+        # A size of 0 copies the one at the same place where there is no `allowzero`; so the new axis has to be there.
+        wide = self.node("Unsqueeze", [value, self.constant([at + 1])])
+        return self.node("Reshape", [wide, shape])
 
     # ------------------------------------------------------------------------------------------ sizes
 

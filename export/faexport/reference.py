@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The original model, what it is run on, and what comes out: the measure of any number of rewritten models. Called by
+verify.py and the zoo benchmark."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from . import compare, model_io, ort_session, settings, widen
+from . import inputs as model_inputs
+from .ort_session import CannotRun, Job, ModelFailure
+from .settings import Assumed, InputSet
+from .spec import DOMAIN
+
+PATIENCE = 60.0  # seconds after which no more settings are tried on the original
+PERTURBATION = 1e-7  # by which inputs are moved to see how much the original moves
+
+Amount = Callable[[int, int], None]
+Opener = Callable[[Job], ort_session.Session | ort_session.SessionHere]
+Outputs = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Reference:
+    """A model, sets of inputs and its outputs on them: what any number of rewritten models are compared with."""
+
+    path: str
+    model: ir.Model
+    open_session: Opener
+    sets: list[InputSet] = dataclasses.field(default_factory=list)
+    outputs: list[Outputs | str] = dataclasses.field(default_factory=list)  # of each set, or why there are none
+    num_given: int = 0  # sets of the user, which come first
+    problem: str = ""  # why there is nothing to compare with
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    _plain: list[Outputs | str] | None = None
+    _float32: list[Outputs | str] | None = None
+    _moved: list[Outputs | str] | None = None
+
+    def run(self, job: Job) -> ort_session.Results:
+        """Runs any job in the way that the reference was run."""
+        return ort_session.run_with(lambda: self.open_session(job), job)
+
+    @property
+    def compared(self) -> list[int]:
+        """The sets that it runs on."""
+        return [index for index, outputs in enumerate(self.outputs) if isinstance(outputs, dict)]
+
+    @property
+    def num_telling(self) -> int:
+        """Sets on which it gives something: empty outputs agree with any."""
+        return sum(any(output.size for output in self.outputs[index].values()) for index in self.compared)
+
+    def plain_outputs(self, index: int) -> Outputs:
+        """The outputs without onnxruntime's optimizations, computed once somebody asks; {} where that fails."""
+        if self._plain is None:
+            self._plain = self._again(self.path, [item.tensors for item in self.sets], optimize=False)
+        return _or_nothing(self._plain, index)
+
+    def moved_outputs(self, index: int) -> Outputs:
+        """The outputs with the floating-point inputs moved by PERTURBATION; {} where that fails."""
+        if self._moved is None:
+            self._moved = self._again(self.path, [_moved(item.tensors) for item in self.sets])
+        return _or_nothing(self._moved, index)
+
+    def float32_outputs(self, index: int) -> Outputs:
+        """The outputs of the same model in float32, computed once somebody asks; {} where that fails."""
+        if self._float32 is None:
+            tensors = [widen.inputs_in_float32(item.tensors) for item in self.sets]
+            try:
+                with tempfile.TemporaryDirectory(prefix="faexport-float32-") as folder:
+                    path = pathlib.Path(folder) / "model.onnx"
+                    model_io.save(widen.in_float32(model_io.load(self.path)), path)
+                    self._float32 = self._again(os.fspath(path), tensors)
+            except (model_io.ModelError, OSError) as error:
+                self._float32 = []
+                self.notes.append(f"the model could not be tried in float32: {error}")
+        return _or_nothing(self._float32, index)
+
+    def _again(self, path: str, tensors: Sequence[ort_session.Tensors], optimize: bool = True) -> list[Outputs | str]:
+        """Outputs on those sets that it runs on."""
+        found: list[Outputs | str] = [""] * len(tensors)
+        try:
+            with self.open_session(Job(path, optimize=optimize, library=needs_library(self.model))) as session:
+                for index in self.compared:
+                    found[index] = outputs_or_sentence(session, tensors[index])
+        except (ModelFailure, CannotRun):
+            pass
+        return found
+
+
+def _or_nothing(found: list[Outputs | str], index: int) -> Outputs:
+    outputs = found[index] if index < len(found) else ""
+    return outputs if isinstance(outputs, dict) else {}
+
+
+def _moved(tensors: ort_session.Tensors) -> Outputs:
+    """Each element of a floating-point tensor up or down by PERTURBATION of itself."""
+    random = np.random.default_rng(0)
+    return {
+        name: (array * (1 + PERTURBATION * random.choice((-1, 1), array.shape))).astype(array.dtype)
+        if array.dtype in (np.float32, np.float64)
+        else array
+        for name, array in tensors.items()
+    }
+
+
+def make_reference(
+    path: os.PathLike[str] | str,
+    *,
+    extra_inputs: Sequence[InputSet] = (),
+    assumed: Assumed | None = None,
+    seed: int = 0,
+    open_session: Opener = ort_session.Session,
+    on_amount: Amount = lambda done, total: None,
+) -> Reference:
+    """Draws inputs and runs the original on them, and on `extra_inputs` first.
+
+    Args:
+        assumed: what the drawn inputs keep to.
+        open_session: ort_session.Session, or SessionHere.
+        on_amount: told how many runs are done, of how many.
+    """
+    given, path, assumed = extra_inputs, os.fspath(path), assumed or Assumed()
+    reference = Reference(path, model_io.load(path), open_session, num_given=len(given))
+    # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
+    # there, but the mean of the values where float16 is added in float16. So no query loses all its keys: of two
+    # neighbours one is kept, and the first.
+    if compare.least_precise(reference.model) == "float16":
+        assumed = dataclasses.replace(assumed, full_rows=True)
+    random = np.random.default_rng(seed)
+    try:
+        specs = model_inputs.input_specs(reference.model)
+        sets = settings.plans(specs, assumed, random)
+    except model_inputs.UnsupportedInput as error:
+        if not given:
+            reference.problem = f"{error}; give inputs with --inputs file.npz"
+            return reference
+        specs, sets = [], []
+    try:
+        _run_original(reference, [*given, *sets], on_amount)
+        if specs and not reference.compared[len(given) :]:
+            _try_lengths(reference, specs, assumed, random)
+        if specs:
+            _run_original(reference, list(settings.doubts(specs, assumed, random)), on_amount, doubts=True)
+    except CannotRun as error:
+        reference.problem = f"the original can't be run: {error}{advice(str(error))}"
+        return reference
+    if not reference.compared:
+        sentence = next((why for why in reference.outputs if isinstance(why, str)), "")
+        reference.problem = f"the original does not run in onnxruntime: {sentence}; give inputs with --inputs file.npz"
+    elif not given and reference.num_telling < 2:
+        label = reference.sets[reference.compared[0]].label
+        reference.problem = (
+            f"the original runs in one setting only ({label}), which shows too little; "
+            "give inputs with --inputs file.npz"
+        )
+    return reference
+
+
+def advice(sentence: str) -> str:
+    return "; --verify-timeout SECONDS allows more" if "took longer" in sentence else ""
+
+
+def _run_original(reference: Reference, sets: Sequence[InputSet], on_amount: Amount, *, doubts: bool = False) -> None:
+    """Runs the original on more sets, and keeps what comes out. Raises CannotRun.
+
+    After a crash on one set it goes on with the next. `doubts` end once PATIENCE is over.
+    """
+    start, todo, running = time.monotonic(), list(sets), False
+    while todo:
+        try:
+            with open_optimized(reference, reference.path, needs_library(reference.model)) as session:
+                while todo:
+                    on_amount(len(sets) - len(todo), len(sets))
+                    if doubts and time.monotonic() - start > PATIENCE:
+                        reference.notes.append(f"{len(todo)} more settings were not tried after {PATIENCE:.0f} s")
+                        return
+                    reference.sets.append(todo.pop(0))
+                    reference.outputs.append("")
+                    running = True
+                    reference.outputs[-1] = outputs_or_sentence(session, reference.sets[-1].tensors)
+                    running = False
+        except ModelFailure as error:
+            reference.sets += todo
+            reference.outputs += [str(error)] * len(todo)
+            return
+        except CannotRun as error:
+            if not running or not (doubts or isinstance(error, ort_session.Crashed)):
+                raise
+            reference.outputs[-1], running = str(error), False
+            if not isinstance(error, ort_session.Crashed):
+                reference.notes.append(f"{len(todo)} more settings were not tried: {error}")
+                return
+
+
+def open_optimized(reference: Reference, path: str, library: bool) -> ort_session.Session:
+    """With onnxruntime's optimizations; without them where these fail: a defect of theirs, not of the model."""
+    try:
+        return reference.open_session(Job(path, library=library))
+    except (ModelFailure, ort_session.Crashed) as first:
+        try:
+            return reference.open_session(Job(path, optimize=False, library=library))
+        except (ModelFailure, ort_session.Crashed):
+            raise first from None
+
+
+def outputs_or_sentence(session: ort_session.Session, tensors: ort_session.Tensors) -> Outputs | str:
+    try:
+        return session.run(tensors)
+    except ModelFailure as error:
+        return str(error)
+
+
+def _try_lengths(
+    reference: Reference, specs: Sequence[model_inputs.InputSpec], assumed: Assumed, random: np.random.Generator
+) -> None:
+    """Adds the first plans of another length that the original runs on, if there are any."""
+    for length in settings.FALLBACK_LENGTHS:
+        sets = settings.plans(specs, assumed, random, length)
+        before = len(reference.sets)
+        _run_original(reference, sets, lambda done, total: None)
+        if any(index >= before for index in reference.compared):
+            return
+        del reference.sets[before:], reference.outputs[before:]
+
+
+def needs_library(model: ir.Model) -> bool:
+    graphs = (model.graph, *model.functions.values())
+    return any(node.domain == DOMAIN for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph))

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nodes that compare two tensors inside a model, and the reading of what they put out. Called by side_by_side.py
+and site_check.py.
+
+A comparison is one float32 vector, so that tensors of any size cost no memory outside of the runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+_FLOAT = ir.DataType.FLOAT
+_fresh = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What one comparison says; the fields are the elements of the vector, in this order."""
+
+    max_abs_diff: float  # where both are numbers
+    magnitude: float  # of the original's largest number
+    num_broken: float  # numbers that are none in the other, or infinities that are not the same
+    num_lost: float  # NaN in the original, not in the other
+    num_lost_to_numbers: float  # of these: not 0 in the other
+    num_numbers: float
+    num_bad_inputs: float  # NaN or +inf in what both read
+    num_other_sizes: float  # axes of another size
+    twin_to_old: float  # largest differences from the same in float32, 0 without a twin
+    twin_to_new: float
+
+    @classmethod
+    def read(cls, array: np.ndarray) -> Statistics:
+        """Of the vector, or of those of all iterations of a loop: the largest of each."""
+        rows = array.reshape(-1, NUM_STATISTICS)
+        return cls(*map(float, rows.max(axis=0))) if len(rows) else cls(*[0.0] * NUM_STATISTICS)
+
+
+NUM_STATISTICS = len(dataclasses.fields(Statistics))
+
+
+class Emit:
+    """Appends nodes to a graph; constants become initializers of the main graph."""
+
+    def __init__(self, graph: ir.Graph, main: ir.Graph):
+        self.graph, self.main = graph, main
+
+    def __call__(self, op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes)
+        self.graph.append(node)
+        self.name(node)
+        return node.outputs[0]
+
+    @staticmethod
+    def name(node: ir.Node) -> None:
+        node.name = f"faexport_check_{node.op_type}_{next(_fresh)}"
+        node.outputs[0].name = f"{node.name}_output"
+
+    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return self("Cast", value, to=int(dtype))
+
+    def constant(self, tensor: ir.TensorProtocol | np.ndarray) -> ir.Value:
+        name = f"faexport_check_constant_{next(_fresh)}"
+        tensor = ir.tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor
+        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.main.register_initializer(value)
+        return value
+
+    def count(self, flags: ir.Value) -> ir.Value:
+        """How many elements of a bool tensor are true: a float32 scalar."""
+        return self("ReduceSum", self._padded(self.cast(flags, _FLOAT)), keepdims=0)
+
+    def largest(self, numbers: ir.Value) -> ir.Value:
+        """Of numbers >= 0; 0 where there are none."""
+        return self("ReduceMax", self._padded(numbers), keepdims=0)
+
+    def _padded(self, numbers: ir.Value) -> ir.Value:
+        """As a vector with one more element, 0: never empty."""
+        flat = self("Reshape", numbers, self.constant(np.array([-1], np.int64)))
+        return self("Concat", flat, self.constant(np.zeros(1, np.float32)), axis=0)
+
+    def count_bad(self, value: ir.Value) -> ir.Value:
+        """How many elements are NaN or +inf."""
+        infinity = self.constant(np.array(np.inf, np.float32))
+        return self.count(self("Not", self("Less", self.cast(value, _FLOAT), infinity)))
+
+
+def statistics(
+    emit: Emit,
+    old: ir.Value,
+    new: ir.Value,
+    twin: ir.Value | None,
+    num_bad: Sequence[ir.Value],
+    *,
+    exact: bool,
+) -> ir.Value:
+    """Appends the comparison of `new` with `old`; the vector that Statistics.read takes.
+
+    Args:
+        twin: `old` in float32.
+        num_bad: counts for each tensor that they are made from.
+        exact: integers or bools; they are compared as they are.
+    """
+    infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
+    none = zero
+    other_sizes = emit.count(emit("Not", emit("Equal", emit("Shape", old), emit("Shape", new))))
+    if exact:
+        equal = emit("Equal", *(emit.cast(v, ir.DataType.INT64) for v in (old, new)))
+        broken, numbers = emit.count(emit("Not", equal)), emit.count(emit("Equal", equal, equal))
+        parts = [none, none, broken, none, none, numbers, none, other_sizes, none, none]
+        return _vector(emit, parts)
+    a, b = (emit.cast(v, _FLOAT) for v in (old, new))
+    size_a, size_b = emit("Abs", a), emit("Abs", b)
+    number_a, number_b = emit("Less", size_a, infinity), emit("Less", size_b, infinity)
+    nan_a, nan_b = emit("IsNaN", a), emit("IsNaN", b)
+
+    def difference(x: ir.Value, y: ir.Value, where: ir.Value) -> ir.Value:
+        return emit.largest(emit("Where", where, emit("Abs", emit("Sub", x, y)), zero))
+
+    both = emit("And", number_a, number_b)
+    infinite_a = emit("And", emit("Not", number_a), emit("Not", nan_a))
+    unequal = emit("Or", nan_b, emit("Or", emit("Less", a, b), emit("Greater", a, b)))
+    broken = emit("Or", emit("And", infinite_a, unequal), emit("And", number_a, emit("Not", number_b)))
+    lost = emit("And", nan_a, emit("Not", nan_b))
+    parts = [
+        difference(a, b, both),
+        emit.largest(emit("Where", number_a, size_a, zero)),
+        emit.count(broken),
+        emit.count(lost),
+        emit.count(emit("And", lost, emit("Greater", size_b, zero))),
+        emit.count(number_a),
+        emit("Sum", *num_bad) if num_bad else none,
+        other_sizes,
+    ]
+    if twin is None:
+        return _vector(emit, [*parts, none, none])
+    exact_value = emit.cast(twin, _FLOAT)
+    known = emit("And", both, emit("Less", emit("Abs", exact_value), infinity))
+    return _vector(emit, [*parts, difference(exact_value, a, known), difference(exact_value, b, known)])
+
+
+def _vector(emit: Emit, scalars: Sequence[ir.Value]) -> ir.Value:
+    shape = emit.constant(np.array([1], np.int64))
+    vector = emit("Concat", *(emit("Reshape", scalar, shape) for scalar in scalars), axis=0)
+    vector.type = ir.TensorType(_FLOAT)
+    return vector

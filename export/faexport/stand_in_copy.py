@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stand-in functions of a rewritten model under another name, so that they run although the library is loaded.
+Called by side_by_side.py."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from .spec import DOMAIN
+
+STAND_IN_DOMAIN = f"{DOMAIN}.stand_in"
+
+
+def has_function(model: ir.Model, node: ir.Node) -> bool:
+    """Does the model carry a function for this fused node?"""
+    return node.op_identifier() in model.functions
+
+
+def redirect(node: ir.Node) -> None:
+    """Makes a fused node call the function; other nodes stay."""
+    if node.domain == DOMAIN:
+        node.op_type, node.domain, node.overload = _name(node.op_type, node.overload), STAND_IN_DOMAIN, ""
+
+
+def add_functions(target: ir.Model, source: ir.Model) -> None:
+    """Copies the functions of `source` into `target`; `source` is unchanged."""
+    for (domain, name, overload), function in source.functions.items():
+        if domain != DOMAIN:
+            continue
+        made = ir.from_proto(ir.to_proto(function))
+        made.domain, made.name, made.overload = STAND_IN_DOMAIN, _name(name, overload), ""
+        target.functions[made.identifier()] = made
+        target.opset_imports[STAND_IN_DOMAIN] = 1
+
+
+def _name(op_type: str, overload: str) -> str:
+    return f"{op_type}_{overload}" if overload else op_type

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification catches by itself each kind of wrong proof, and compares each site on what the original feeds it."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from faexport import model_io, ort_session, pipeline, verify
+from faexport.report import Verification, VerificationStatus
+from faexport.side_by_side import Point
+from faexport.side_by_side_math import NUM_STATISTICS, Statistics
+from faexport.site_check import judge
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.export import big_model, wrong_proofs
+from tests.export.wrong_proofs import PLAIN, SCORES, WEIGHTS, parsed
+
+PASSED, FAILED, NOT_RUN = VerificationStatus.PASSED, VerificationStatus.FAILED, VerificationStatus.NOT_RUN
+
+needs_library = pytest.mark.skipif(not ort_session.has_library(), reason="the operator's library is not built")
+
+
+def verdict(folder: pathlib.Path, original: onnx.ModelProto, rewritten: onnx.ModelProto | ir.Model) -> Verification:
+    """Of two models that are written to the folder; run in this process."""
+    paths = folder / "original.onnx", folder / "rewritten.onnx"
+    onnx.save(original, paths[0])
+    model_io.save(rewritten if isinstance(rewritten, ir.Model) else ir.from_proto(rewritten), paths[1])
+    return verify.verify(*paths, open_session=ort_session.SessionHere)
+
+
+def fused(model: onnx.ModelProto) -> ir.Model:
+    made, report = pipeline.run(ir.from_proto(model))
+    assert report.num_fused, report.sites
+    return made
+
+
+def fused_nodes(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph.all_nodes() if node.op_type == "FlashAttention"]
+
+
+def off_by_a_percent(model: ir.Model) -> ir.Model:
+    for node in fused_nodes(model):
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.01 * node.attributes.get_float("scale", 1.0))
+    return model
+
+
+@needs_library
+@pytest.mark.parametrize("kind", wrong_proofs.CASES)
+def test_a_wrong_proof_is_caught(kind: str, tmp_path: pathlib.Path) -> None:
+    case = wrong_proofs.CASES[kind]
+    result = verdict(tmp_path, *case.models())
+    assert result.status is FAILED, result
+    for word in case.words:
+        assert word in result.reason, result.reason
+
+
+def test_what_is_right_passes_and_each_site_has_its_rows(tmp_path: pathlib.Path) -> None:
+    model = parsed(PLAIN, f"{SCORES} s2 = Identity (s)\n {WEIGHTS}")
+    result = verdict(tmp_path, model, fused(model))
+    assert result.status is PASSED, result
+    assert {row.by_stand_in for row in result.sites} == ({False, True} if ort_session.has_library() else {True})
+    assert all(row.num_sets >= 5 and row.site and row.value == "o" for row in result.sites)
+    assert any("B=1" in run.label for run in result.runs) and any("S=0" in run.label for run in result.runs)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_small_error_behind_a_large_residual_shows(right: bool, tmp_path: pathlib.Path) -> None:
+    """The output moves by a thousandth of what is allowed; the site by itself doesn't."""
+    body = f"{SCORES} s2 = Identity (s)\n {WEIGHTS.replace('o =', 'a =')} b = Mul (a, tiny)\n o = Add (q, b)"
+    model = parsed(PLAIN, body, weights="float tiny = {1e-6}")
+    made = fused(model)
+    result = verdict(tmp_path, model, made if right else off_by_a_percent(made))
+    assert result.status is (PASSED if right else FAILED), result
+    assert all(output.ok for run in result.runs for output in run.outputs), "the outputs alone would have passed"
+    assert right or ("site" in result.reason and "'a'" in result.reason)
+
+
+def rounding(constant: float = 0.5) -> onnx.ModelProto:
+    """Attention, then a step function that makes 1 of what float32 rounds; and something that is quantized."""
+    body = (
+        f"{SCORES} s2 = Identity (s)\n {WEIGHTS.replace('o =', 'a =')} b = Mul (a, huge)\n c = Floor (b)\n"
+        "d = Sub (b, c)\n qv, qs, qz = DynamicQuantizeLinear (v)\n e = DequantizeLinear (qv, qs, qz)\n"
+        "f = Mul (e, half)\n o = Add (d, f)"
+    )
+    return parsed(PLAIN, body, weights=f"float huge = {{3e6}}, float half = {{{constant}}}")
+
+
+@pytest.mark.parametrize("change", ["none", "a site", "a weight", "a node"])
+def test_in_a_quantized_model_the_sites_and_all_other_nodes_decide(
+    change: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "NOISE_FACTOR", 0.0)  # else the original's own movement may be enough
+    model = rounding()
+    made = fused(rounding(0.6) if change == "a weight" else model)
+    if change == "a site":
+        off_by_a_percent(made)
+    if change == "a node":
+        node = next(node for node in made.graph if node.op_type == "Floor")
+        node.replace_input_with(0, next(n for n in made.graph if n.op_type == "FlashAttention").outputs[0])
+    result = verdict(tmp_path, model, made)
+    assert any(not output.ok for run in result.runs for output in run.outputs), "the outputs differ by luck"
+    assert result.status is (PASSED if change == "none" else FAILED), result
+    if change == "none":
+        assert any("roundings of the quantization flip" in note for note in result.notes)
+    if change == "a node":
+        assert "value 'c'" in result.reason or "site" in result.reason
+
+
+def in_if(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same attention in a branch; the other one gives the queries."""
+    inner = model.graph
+    then = helper.make_graph(inner.node, "then", [], [helper.make_tensor_value_info("o", 1, None)], inner.initializer)
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["q"], ["other"])], "else", [], [helper.make_tensor_value_info("other", 1, None)]
+    )
+    nodes = [
+        helper.make_node("ReduceSum", ["q"], ["sum"], keepdims=0),
+        helper.make_node("Greater", ["sum", "least"], ["long"]),
+        helper.make_node("If", ["long"], ["y"], then_branch=then, else_branch=other),
+    ]
+    least = numpy_helper.from_array(np.array(-1e9, np.float32), "least")
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", 2, "S", 8])
+    graph = helper.make_graph(nodes, "g", inner.input, [output], [least])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def in_loop(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same attention on its own output, three times."""
+    inner = model.graph
+    nodes = [*inner.node, helper.make_node("Identity", ["going"], ["go"])]
+    for node in nodes:
+        node.input[:] = ["state" if name == "q" else name for name in node.input]
+    values = [helper.make_tensor_value_info("i", 7, []), helper.make_tensor_value_info("going", 9, [])]
+    state = helper.make_tensor_value_info("state", 1, ["B", 2, "S", 8])
+    outputs = [helper.make_tensor_value_info("go", 9, []), helper.make_tensor_value_info("o", 1, None)]
+    body = helper.make_graph(nodes, "body", [*values, state], outputs, inner.initializer)
+    loop = helper.make_node("Loop", ["three", "", "q"], ["y"], body=body)
+    three = numpy_helper.from_array(np.array(3), "three")
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", 2, "S", 8])
+    graph = helper.make_graph([loop], "g", inner.input, [output], [three])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("place", [in_if, in_loop])
+@pytest.mark.parametrize("right", [True, False])
+def test_sites_in_bodies_are_compared(place, right: bool, tmp_path: pathlib.Path) -> None:
+    model = place(parsed(PLAIN, f"{SCORES} s2 = Identity (s)\n {WEIGHTS}"))
+    made = fused(model)
+    result = verdict(tmp_path, model, made if right else off_by_a_percent(made))
+    assert [row for row in result.sites if row.site and row.num_sets], result
+    assert result.status is (PASSED if right else FAILED), result
+    assert right or "site" in result.reason
+
+
+def test_the_stand_in_is_compared_too(tmp_path: pathlib.Path) -> None:
+    model = parsed(PLAIN, f"{SCORES} s2 = Mul (s, factor)\n {WEIGHTS}", weights=f"float factor = {{{8**-0.5}}}")
+    made = fused(model)
+    fused_nodes(made)[0].attributes["scale"] = ir.AttrFloat32("scale", 0.0)  # the usual: 1 / sqrt(head_dim)
+    function = next(function for function in made.functions.values() if function.domain == "faexport")
+    node = next(node for node in function if node.op_type == "Reciprocal")  # of the scale
+    node.op_type = "Sqrt"
+    result = verdict(tmp_path, model, made)
+    assert result.status is FAILED
+    if ort_session.has_library():
+        assert "run by its function in standard operators" in result.reason
+
+
+def test_a_shape_that_is_computed_otherwise_must_be_equal(tmp_path: pathlib.Path) -> None:
+    model = parsed("float[A,B] x", "y = Shape (x)", "int64[2] y")
+    wrong = parsed("float[A,B] x", "t = Transpose (x)\n y = Shape (t)", "int64[2] y")
+    right = parsed("float[A,B] x", "t = Identity (x)\n y = Shape (t)", "int64[2] y")
+    assert verdict(tmp_path, model, right).status is PASSED
+    assert verdict(tmp_path, model, wrong).status is FAILED
+
+
+def test_half_precision_is_judged_by_float32(tmp_path: pathlib.Path) -> None:
+    half = PLAIN.replace("float[", "float16[")
+    model = parsed(half, f"{SCORES} s2 = Identity (s)\n {WEIGHTS}", "float16[B,2,S,8] o")
+    made = fused(model)
+    assert verdict(tmp_path, model, made).status is PASSED
+    for node in fused_nodes(made):
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.2)
+    assert verdict(tmp_path, model, made).status is FAILED
+
+
+def test_weights_in_an_external_file_stay_there(tmp_path: pathlib.Path) -> None:
+    onnx.save(
+        big_model.encoder(big_model.EncoderSize(2, 4, 16)),
+        tmp_path / "original.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=1024,
+    )
+    made, _ = pipeline.run(model_io.load(tmp_path / "original.onnx"))
+    model_io.save(made, tmp_path / "rewritten.onnx", source=tmp_path / "original.onnx")
+    result = verify.verify(tmp_path / "original.onnx", tmp_path / "rewritten.onnx")
+    assert result.status is PASSED and result.sites and not result.notes, result
+
+
+# ---------------------------------------------------------------------------------------------- the judgement
+
+
+def statistics(**given: float) -> Statistics:
+    values = dict.fromkeys(Statistics.__dataclass_fields__, 0.0) | {"magnitude": 1.0, "num_numbers": 5.0} | given
+    return Statistics(**values)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, ""),
+        ({"max_abs_diff": 0.9e-4}, ""),
+        ({"max_abs_diff": 1.1e-4}, "differs by"),
+        ({"max_abs_diff": 1.0, "twin_to_old": 0.01, "twin_to_new": 0.019}, ""),
+        ({"max_abs_diff": 1.0, "twin_to_old": 0.01, "twin_to_new": 0.021}, "differs by 0.021"),
+        ({"max_abs_diff": 1.0, "twin_to_old": 0.2, "twin_to_new": 0.2}, "differs by 1"),
+        ({"num_broken": 2.0}, "NaN or infinite in 2 elements"),
+        ({"num_lost": 3.0}, ""),  # 0 in a row that sees no key
+        ({"num_lost": 3.0, "num_lost_to_numbers": 1.0}, "number in 1 elements where the original is NaN"),
+        ({"num_lost": 3.0, "num_lost_to_numbers": 1.0, "num_bad_inputs": 1.0}, ""),  # a hidden key's NaN
+        ({"num_other_sizes": 1.0}, "another shape"),
+    ],
+)
+def test_what_is_wrong_with_a_comparison_is_said(given: dict, words: str) -> None:
+    row = judge(Point("v", "site", "float32", "out", False), statistics(**given), 1e-4, "B=1")
+    assert words in row.fault and row.ok == (words == ""), row
+
+
+def test_a_loop_s_comparisons_count_as_one() -> None:
+    rows = np.zeros((3, NUM_STATISTICS), np.float32)
+    rows[1, 0] = 7
+    assert Statistics.read(rows).max_abs_diff == 7
+    assert Statistics.read(np.zeros((0, NUM_STATISTICS), np.float32)).num_numbers == 0
