@@ -247,7 +247,7 @@ class _NodeView:
             return 0, 0
         return self.integer("head_dim"), self.integer("head_dim_v") or self.integer("head_dim")
 
-    def pasttable_rows(self) -> Dim:
+    def past_rows(self) -> Dim:
         """Rows of past_key; 0 without a past, None where unknown."""
         names = [name for name in self.text("optional_inputs").split(",") if name]
         if "past_key" not in names:
