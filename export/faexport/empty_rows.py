@@ -16,13 +16,13 @@ import onnx_ir as ir
 
 from faexport.spec import ROW_BLOCK, AttentionSpec, EmptyRows, Layout, Refusal
 from faexport.surgery import Builder, Missing
-from faexport.understand.mask.emit import Emitter
+from faexport.understand.mask.nodes import Nodes
 
 _FLOAT = ir.DataType.FLOAT
 
 
 def with_empty_rows(
-    spec: AttentionSpec, dtype: ir.DataType | None, shared: Emitter, opset: int
+    spec: AttentionSpec, dtype: ir.DataType | None, shared: Nodes, opset: int
 ) -> AttentionSpec | Refusal:
     """The spec with the nodes that spec.mask.empty_rows asks for.
 
@@ -54,7 +54,7 @@ def with_empty_rows(
 class _Rows:
     """The nodes behind one fused node."""
 
-    def __init__(self, spec: AttentionSpec, dtype: ir.DataType, shared: Emitter, build: Builder):
+    def __init__(self, spec: AttentionSpec, dtype: ir.DataType, shared: Nodes, build: Builder):
         self.spec, self.dtype, self.shared, self.build = spec, dtype, shared, build
         self.empty: EmptyRows = spec.mask.empty_rows
         self.entry = ir.Value(type=ir.TensorType(dtype))  # the fused node's output

@@ -20,7 +20,7 @@ from faexport.precision import FLOAT32_PRECISION, float32_note, in_precision
 from faexport.report import Report, count_nodes
 from faexport.rewrite import Names, add_opset, drop_drafts, is_current, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
-from faexport.understand.mask.proof import graph_masks
+from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
 
 
@@ -33,21 +33,21 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     if options.opset is not None:
         model = convert_opset(model, options.opset)
     model = inline_functions(model)
-    analysis = Analysis(model)
-    candidates = pending = examine(model, options, analysis)
+    masks = Masks(Analysis(model))
+    candidates = pending = examine(model, options, masks)
     names, full_rows = Names(model), []
     while pending:
-        stale = [c for c in pending if not _rewritten(c, options, analysis, names, full_rows)]
+        stale = [c for c in pending if not _rewritten(c, options, masks, names, full_rows)]
         if stale:  # their operands were read inside of a site that is one node by now
-            analysis = Analysis(model)
-            again = {c.anchor: c for c in examine(model, options, analysis)}
+            masks = masks.renewed(Analysis(model))
+            again = {c.anchor: c for c in examine(model, options, masks)}
             candidates = [again[c.anchor] if any(c is s for s in stale) else c for c in candidates]
         pending = [again[c.anchor] for c in stale]
     drop_drafts(model)
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
     if fused:
         add_opset(model)
-    missing = add_fallback(model, full_rows, analysis) if fused and options.fallback else ""
+    missing = add_fallback(model, full_rows, masks.analysis) if fused and options.fallback else ""
     notes = [f"the file runs with our library only: {missing}"] if missing else []
     report = Report.from_candidates(candidates, before, count_nodes(model), notes)
     if any(site.fused and site.dtype == "float" for site in report.sites):
@@ -57,21 +57,18 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     return model, report
 
 
-def _rewritten(
-    candidate: Candidate, options: Options, analysis: Analysis, names: Names, full_rows: list[ir.Node]
-) -> bool:
+def _rewritten(candidate: Candidate, options: Options, masks: Masks, names: Names, full_rows: list[ir.Node]) -> bool:
     """Fuses a site, if it is understood; False where what was understood no longer stands in the graph."""
     if not isinstance(candidate.outcome, AttentionSpec):
         return True
     if not is_current(candidate.outcome):
         return False
-    given = analysis.dtype(candidate.outcome.query.value)
-    shared = graph_masks(candidate.graph).emitter
-    candidate.outcome = with_empty_rows(candidate.outcome, given, shared, analysis.opset)
+    given, opset = masks.analysis.dtype(candidate.outcome.query.value), masks.analysis.opset
+    candidate.outcome = with_empty_rows(candidate.outcome, given, masks.nodes(candidate.graph), opset)
     if not isinstance(candidate.outcome, AttentionSpec):
         return True
     if options.dtype is not None:
-        candidate.outcome = in_precision(candidate.outcome, options.dtype, given, analysis.opset)
+        candidate.outcome = in_precision(candidate.outcome, options.dtype, given, opset)
     node = rewrite_site(candidate, names)
     if options.float32 and given == ir.DataType.FLOAT:
         node.attributes[FLOAT32_PRECISION] = ir.AttrString(FLOAT32_PRECISION, options.float32)
@@ -83,13 +80,13 @@ def _rewritten(
 def examine(
     model: ir.Model,
     options: Options = Options(),
-    analysis: Analysis | None = None,
+    masks: Masks | None = None,
 ) -> list[Candidate]:
     """All sites with what was understood of them; nothing is changed."""
-    analysis = analysis or Analysis(model)
+    masks = masks or Masks(Analysis(model))
     found = []
     for graph, root in graphs_of(model):
-        for candidate in find_sites(Context(graph, root, analysis, options)):
+        for candidate in find_sites(Context(graph, root, masks.analysis, masks, options)):
             if not options.sources or candidate.source in options.sources:
                 found.append(candidate)
     return found

@@ -134,7 +134,7 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
         new += spec.output_nodes
         outputs[0] = spec.output_nodes[-1].outputs[0]
     for extra in new:
-        _name(extra, node.name, names)
+        _name(extra, node.name, names, keep=extra is node)
     owner = anchor.graph
     owner.insert_before(anchor, new)
     replaced = [v for v in old if v is not None]
@@ -157,12 +157,13 @@ def _replace_shape(shape: ir.Node, instead: Sequence[ir.Node], base: str, names:
     remove_dead([shape])
 
 
-def _name(node: ir.Node, base: str, names: Names) -> None:
-    if not node.name:
-        node.name = names.fresh(f"{base}_{node.op_type}")
+def _name(node: ir.Node, base: str, names: Names, keep: bool = False) -> None:
+    """Names that nothing else of the model has; `keep`: those that are there are such names already."""
+    if not node.name or not keep:
+        node.name = names.fresh(node.name or f"{base}_{node.op_type}")
     for i, value in enumerate(node.outputs):
-        if not value.name:
-            value.name = names.fresh(f"{node.name}_output" if i == 0 else f"{node.name}_output_{i}")
+        if not value.name or not keep:
+            value.name = names.fresh(value.name or (f"{node.name}_output" if i == 0 else f"{node.name}_output_{i}"))
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from faexport.understand.shapes.dims import Dim
+
 DOMAIN = "faexport"
 OP_TYPE = "FlashAttention"
 VERSION = 1
@@ -62,6 +64,11 @@ class Fact:
     nodes: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Assumption(Fact):
+    """What is not proven, and taken to be so: the report lists it at the site."""
+
+
 @dataclasses.dataclass
 class Operand:
     """A tensor of the operator: which value of the graph, in which layout.
@@ -100,14 +107,14 @@ class MaskTerm:
     `axes` names the axes of the score tensor which `value` is broadcast against (from the right, as ONNX does): B
     batch, H query heads, S query rows, T keys, N = B * H merged (batch outermost), K kv heads and G query heads per kv
     head (H = K * G), M * W = B (a batch made of M groups of W windows). Usual: "BHST"; also "NST", "BKGST", "MWHST",
-    "BHTS", "BST". `dims` are the sizes of these axes, each an int, a symbolic name or None where unknown.
+    "BHTS", "BST". `dims` are the sizes of these axes.
     """
 
     kind: TermKind
     value: ir.Value
     node: ir.Node  # the Add, Where, Attention … that it came from
     axes: str = "BHST"
-    dims: tuple[int | str | None, ...] = (None, None, None, None)
+    dims: tuple[Dim, ...] = ()
     keep_when: bool = True  # WHERE and ZERO only
     fill: ir.Value | None = None  # WHERE only: what replaces the scores; a constant or any value
     factor: float = 1.0  # what the term is multiplied by on its way to the softmax (scale applied after the addition)
@@ -121,12 +128,13 @@ class ScoreShape:
     key: Operand
     anchor: ir.Node  # the Softmax or Attention node; new nodes are inserted before it
     graph: ir.Graph | ir.Function
-    batch: int | str | None = None
-    heads: int | None = None
-    seqlen_q: int | str | None = None
-    seqlen_kv: int | str | None = None
+    batch: Dim | None = None
+    heads: Dim | None = None
+    seqlen_q: Dim | None = None
+    seqlen_kv: Dim | None = None
     dtype: ir.DataType = ir.DataType.FLOAT  # of the scores and of an attn_bias
     sinks: bool = False  # one more logit a row: what is the same for a whole row changes the softmax
+    same_keys: bool = True  # are there as many values as keys, for sure?
     nan_guard: bool = False  # NaN probabilities (a row of -inf only) are replaced by 0: EmptyRow.ZERO
 
 

@@ -24,7 +24,11 @@ CAUSAL = (
     "band buffer", "j <= i + 1", "j <= i - 1",
 )  # fmt: skip
 WINDOWS = ("j > i - w", "i - j < w", "abs(i - j) <= w", "j <= i + w", "i < j + w")
-PADDING = ("unsqueeze", "gather_nd", "flat gather", "not equal 0", "greater half", "rows")
+PADDING = ("unsqueeze", "gather_nd", "flat gather", "not equal 0", "greater half", "int32", "uint8", "rows")
+# Masks of which the model only says by what it runs with that they fit the scores: built over rows alone, or from the
+# size of another input, so that they are as large as the scores or have size 1; or given by whoever runs the model.
+SQUARES = ("causal of rows", "window of rows", "causal of another size", "lengths of rows")
+GIVEN = ("one length", "overridable heads", "overridable rows")
 OTHERS = ("always", "chunk", "prefix", "input mask", "segments", "lengths", "causal padding")
 FILLS = (-np.inf, MINIMUM, -np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
 FIRST_FILLS = (None, None, None, MINIMUM, -np.inf, -65504.0, -1e4)
@@ -56,6 +60,8 @@ class Recipe:
     bias_first: bool = True
     scale_after_mask: bool = False
     cache: bool = False
+    flat_cache: bool = False  # of rank 3: [batch, past, heads * head_dim]
+    own_sizes: bool = False  # the mask's inputs have sizes of their own, which may be 1 when the model runs
     guard: bool = False
     row_guard: str = "none"  # 0 where a row sees no key in the whole mask, or its first part; or off by one
     near_miss: str = "none"
@@ -116,9 +122,9 @@ class _Builder:
         self.query = query
         self.past = g.const(0)
         if r.cache:
-            past = [g.input(n, TensorProto.FLOAT, ["batch", r.kv_heads, "past_sequence", HEAD_DIM]) for n in PAST]
+            past = [self._past(name) for name in PAST]
             key, value = (g("Concat", old, new, axis=2) for old, new in zip(past, (key, value), strict=True))
-            self.past = g.size("past_k", 2)
+            self.past = g.size("past_k", 1 if r.flat_cache else 2)
         self.length = g.size(query, 2)
         self.total = g("Add", self.past, self.length) if r.cache else self.length
         i = g.arange(self.length)
@@ -138,6 +144,13 @@ class _Builder:
         ]
         graph = helper.make_graph(g.nodes, "random", list(g.inputs.values()), infos, g.initializers)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
+
+    def _past(self, name: str) -> str:
+        g, heads = self.g, self.r.kv_heads
+        if not self.r.flat_cache:
+            return g.input(name, TensorProto.FLOAT, ["batch", heads, "past_sequence", HEAD_DIM])
+        flat = g.input(name, TensorProto.FLOAT, ["batch", "past_sequence", heads * HEAD_DIM])
+        return g("Transpose", g("Reshape", flat, g.const([0, 0, heads, HEAD_DIM])), perm=[0, 2, 1, 3])
 
     def _operands(self) -> list[str]:
         """Query [B, H, S, D], key and value [B, H_kv, S, D]."""
@@ -321,6 +334,10 @@ class _Builder:
     def _part(self, name: str) -> str:
         if name in CAUSAL:
             return self._causal(name)
+        if name in SQUARES:
+            return self._square(name)
+        if name in GIVEN:
+            return self._given(name)
         return self._window(name) if name in WINDOWS else self._padding(name) if name in PADDING else self._other(name)
 
     def _causal(self, name: str) -> str:
@@ -366,11 +383,40 @@ class _Builder:
         }[name]()
 
     def _attention_mask(self) -> str:
-        return self.g.input("attention_mask", TensorProto.INT64, ["batch", "total" if self.r.cache else "sequence"])
+        length = "tokens" if self.r.own_sizes else "total" if self.r.cache else "sequence"
+        return self.g.input("attention_mask", TensorProto.INT64, ["batch", length])
+
+    def _square(self, name: str) -> str:
+        """A condition on rows and as many keys."""
+        g = self.g
+        count = self.length
+        if name == "causal of another size":
+            count = g.size(g.input("ids", TensorProto.INT64, ["batch", "tokens"]), 1)
+        line = g.arange(count)
+        i, j = g.unsqueeze(line, 1), g.unsqueeze(line, 0)
+        if name == "window of rows":
+            return g("LessOrEqual", g("Abs", g("Sub", i, j)), g.const(self.r.window))
+        if name == "lengths of rows":
+            lengths = g.input("lengths", TensorProto.INT64, ["batch"])
+            return g("Less", g.unsqueeze(line, 0, 1, 2), g.unsqueeze(lengths, 1, 2, 3))
+        return g("LessOrEqual", j, i)
+
+    def _given(self, name: str) -> str:
+        g = self.g
+        if name == "one length":
+            size = "entries" if self.r.own_sizes else 1
+            return g("Less", self.j, g.unsqueeze(g.input("length", TensorProto.INT64, [size]), 1, 2, 3))
+        shape = (1, HEADS, 1, 1) if name == "overridable heads" else (1, 1, 1, 1)
+        value = "given_mask_" + name.split()[-1]
+        g.initializers.append(numpy_helper.from_array(np.ones(shape, np.bool_), value))
+        return g.input(value, TensorProto.BOOL, list(shape))
 
     def _padding(self, name: str) -> str:
         """From attention_mask [batch, total], int64."""
         g, mask = self.g, self._attention_mask()
+        if name in ("int32", "uint8"):  # 2 ** 32 and 256 become 0
+            narrow = TensorProto.INT32 if name == "int32" else TensorProto.UINT8
+            return g.unsqueeze(g("Cast", g("Cast", mask, to=narrow), to=TensorProto.BOOL), 1, 2)
         flags = g("Cast", mask, to=TensorProto.BOOL)
         batch = g.arange(g.size(self.query, 0))
         if name == "gather_nd":
@@ -443,28 +489,52 @@ def in_half(recipe: Recipe) -> onnx.ModelProto:
     return model
 
 
-def feeds(model: onnx.ModelProto, seed: int) -> dict[str, np.ndarray]:
-    """Random inputs at random sizes: batch 1 … 3, up to 9 queries and 4 keys from a cache."""
+def feeds(model: onnx.ModelProto, seed: int, large: bool = False, odd: bool = False) -> dict[str, np.ndarray]:
+    """Random inputs at random sizes; with `odd` also at those at which sizes are mixed up or forgotten, 1, 3, 6 and 0,
+    where some graphs don't run. `large`: scores of about 1000. An initializer that is an input may be given, or left as
+    it is."""
     random = np.random.default_rng(seed)
     names = {i.name for i in model.graph.input}
+    usual = not odd or bool(random.integers(2))
     sizes = {
-        "batch": int(random.integers(1, 4)),
-        "sequence": int(random.integers(1, 10)),
-        "past_sequence": int(random.integers(0, 5)),
+        "batch": int(random.integers(1, 4) if usual else random.choice([1, 3, 0], p=[0.45, 0.45, 0.1])),
+        "sequence": int(random.integers(1, 10) if usual else random.choice([1, 3, 6, 0], p=[0.4, 0.25, 0.25, 0.1])),
+        "past_sequence": int(random.integers(0, 5) if usual else random.choice([1, 3, 6, 0])),
     }
     sizes["total"] = sizes["sequence"] + (sizes["past_sequence"] if "past_k" in names else 0)
+    sizes["tokens"] = sizes["total"]
+    if odd:
+        sizes["tokens"] = int(random.choice([sizes["total"], sizes["sequence"], 1], p=[0.5, 0.1, 0.4]))
+    sizes["entries"] = int(random.choice([sizes["batch"], 1]))
+    initializers = {i.name for i in model.graph.initializer}
     result = {}
     for info in model.graph.input:
-        shape = [d.dim_value or sizes[d.dim_param] for d in info.type.tensor_type.shape.dim]
+        if info.name in initializers and random.random() < 0.3:
+            continue
+        shape = [sizes[d.dim_param] if d.dim_param else d.dim_value for d in info.type.tensor_type.shape.dim]
         drawn = _draw(info.name, shape, sizes, random)
+        if info.name == "attention_mask" and not _is_number(model, info.name):
+            drawn = np.where(random.random(shape) < 0.1, random.choice([2**32, 256], shape), drawn)
+        if large and info.name in ("q", "k", "qkv", "past_k"):
+            drawn = drawn * np.float32(16)
         half = info.type.tensor_type.elem_type == TensorProto.FLOAT16
         result[info.name] = drawn.astype(np.float16) if half else drawn
     return result
 
 
+def _is_number(model: onnx.ModelProto, name: str) -> bool:
+    """Is a mask of integers counted, or made a float mask of? Then it holds zeros and ones."""
+    users = [node for node in model.graph.node if name in node.input]
+    return any(n.op_type == "CumSum" or (n.op_type == "Cast" and n.attribute[0].i in (1, 10)) for n in users)
+
+
 def _draw(name: str, shape: list[int], sizes: dict[str, int], random: np.random.Generator) -> np.ndarray:
     if name == "attention_mask":
         return (random.random(shape) < 0.7).astype(np.int64)
+    if name.startswith("given_mask"):
+        return random.random(shape) < 0.5
+    if name == "ids":
+        return random.integers(0, 9, shape)
     if name == "padding":
         return random.choice([0.0, 1.0, 0.3, 1.5, 1e-9, -0.5], shape, p=[0.4, 0.4, 0.05, 0.05, 0.05, 0.05]).astype(
             np.float32
@@ -473,7 +543,7 @@ def _draw(name: str, shape: list[int], sizes: dict[str, int], random: np.random.
         return random.random(shape) < 0.7
     if name == "segments":
         return np.sort(random.integers(0, 3, shape), axis=-1)
-    if name == "lengths":
+    if name in ("lengths", "length"):
         return random.integers(0, sizes["total"] + 2, shape)
     if name == "temperature":
         return np.asarray(0.4, np.float32)

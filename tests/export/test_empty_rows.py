@@ -326,6 +326,6 @@ def test_a_wrong_proof_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         found = original(site, cases)
         return found and dataclasses.replace(found, up_to_window=not found.up_to_window)
 
-    monkeypatch.setattr("faexport.understand.mask.builder.two_masks", other_keys)
+    monkeypatch.setattr("faexport.understand.mask.strategies.two_masks", other_keys)
     found = pipeline.examine(ir.from_proto(grammar.build(LOCAL)))[0].outcome
     assert isinstance(found, Refusal) and "please report" in found.reason

@@ -52,6 +52,11 @@ RIGHT = {
         y = MatMul(p, v)""",
         frozenset({"causal"}),
     ),
+    "a batch by another name, padded": Form(
+        "float[B, 3, T, 8] q, float[E, 3, S, 8] k, float[E, 3, S, 8] v, bool[E, 1, 1, S] m",
+        f"""{PRODUCT} low = Constant<value = float {{-inf}}>() x = Where(m, s, low) p = Softmax<axis = -1>(x)
+        y = MatMul(p, v)""",
+    ),
     "heads by two names": heads(q="B, H, T, 8", k="B, K, S, 8", v="B, 3, S, 8"),
     "one head of any number": heads(q="B, H, T, 8", k="B, 1, S, 8", v="B, 1, S, 8"),
     "learnt queries": Form(
@@ -83,18 +88,11 @@ RIGHT = {
     ),
 }
 
-MASKED = "more heads or batch entries than the masked scores"
 WRONG = {
     "learnt keys": Form(
         "float[B, 3, T, 8] q, float[B, 3, 2, 8] v",
         f"{LEARNT} kt = Transpose<perm = [0, 1, 3, 2]>(lat) s = MatMul(q, kt) {END}",
         reason="weights",
-    ),
-    "a batch by another name, padded": Form(
-        "float[B, 3, T, 8] q, float[E, 3, S, 8] k, float[E, 3, S, 8] v, bool[E, 1, 1, S] m",
-        f"""{PRODUCT} low = Constant<value = float {{-inf}}>() x = Where(m, s, low) p = Softmax<axis = -1>(x)
-        y = MatMul(p, v)""",
-        reason=MASKED,
     ),
 }
 

@@ -4,6 +4,7 @@ and imports inside of functions count as well."""
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -97,3 +98,19 @@ def test_parts_of_understand_import_in_one_direction(part):
 
 def test_every_file_of_understand_is_in_a_part():
     assert {part_of(name) for name in modules() if name.startswith("faexport.understand.")} == ALLOWED.keys()
+
+
+# Reads of constants: one place says what is constant. The others read and write files, widen weights, make new nodes.
+CONSTANTS = re.compile(r"\bconst_value\b|\bget_const_tensor\b")
+MAY_READ = {"understand/shapes/constants.py", "model_io.py", "graph_checks.py", "widen.py", "surgery.py"}
+
+
+def test_constants_are_evaluated_in_one_place():
+    """An initializer that a caller may override is no constant: whoever reads tensors past that place forgets it."""
+    paths = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py")}
+    assert {name for name, path in paths.items() if CONSTANTS.search(path.read_text("utf-8"))} <= MAY_READ
+
+
+def test_no_file_is_long():
+    long = {path.name: n for path in ROOT.rglob("*.py") if (n := len(path.read_text("utf-8").splitlines())) > 500}
+    assert not long

@@ -12,6 +12,7 @@ import pytest
 from faexport import pipeline
 from faexport.spec import Alignment, AttentionSpec, EmptyRow, Mask, Refusal
 from faexport.understand.index import logic as il
+from faexport.understand.shapes.constants import tensor_of
 
 from tests.export import mask_grammar as grammar
 from tests.export.mask_grammar import MINIMUM, Recipe
@@ -115,7 +116,7 @@ def test_with_full_rows_only_what_is_visible_counts(cache: bool) -> None:
 
 
 def test_full_rows_may_not_hide_a_wrong_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    from faexport.understand.mask import builder as module
+    from faexport.understand.mask import strategies as module
 
     monkeypatch.setattr(module, "visible", lambda cases: il.TRUE)
     found = outcome(grammar.build(Recipe(("j <= i", "unsqueeze"), apart=True)), assume_full_rows=True)
@@ -153,13 +154,13 @@ def test_two_finite_masks_leave_what_both_leave() -> None:
 @pytest.mark.parametrize("bias_first", (False, True))
 def test_alibi(kind: str, cache: bool, bias_first: bool) -> None:
     mask = proven(Recipe(("j <= i",), bias=kind, cache=cache, bias_first=bias_first))
-    np.testing.assert_allclose(mask.alibi_slopes.const_value.numpy(), [0.5, 0.125])
+    np.testing.assert_allclose(tensor_of(mask.alibi_slopes).numpy(), [0.5, 0.125])
     assert mask.attn_bias is None and window(mask) == (-1, 0)
 
 
 def test_alibi_before_the_scale_is_scaled() -> None:
     mask = proven(Recipe(("j <= i",), bias="alibi j", scale_after_mask=True))
-    np.testing.assert_allclose(mask.alibi_slopes.const_value.numpy(), [0.175, 0.04375], rtol=1e-6)
+    np.testing.assert_allclose(tensor_of(mask.alibi_slopes).numpy(), [0.175, 0.04375], rtol=1e-6)
 
 
 def test_a_bias_that_grows_with_the_key_is_no_alibi_without_a_causal_window() -> None:
@@ -221,14 +222,24 @@ def test_chunks_and_prefixes_stay_a_bool_mask() -> None:
 
 
 def test_sites_of_one_graph_share_nodes() -> None:
-    model = ir.from_proto(grammar.build(Recipe(("j <= i", "unsqueeze"))))
-    first, second = (pipeline.examine(model)[0].outcome.mask for _ in range(2))
+    model = ir.from_proto(grammar.build(Recipe(("j <= i", "unsqueeze"), layers=2)))
+    first, second = (candidate.outcome.mask for candidate in pipeline.examine(model))
     assert first.attn_mask is second.attn_mask and tuple(first.new_nodes) == tuple(second.new_nodes)
+
+
+def test_a_model_that_was_edited_is_proven_anew() -> None:
+    """No proof of the model as it was is used for the model as it is."""
+    model = ir.from_proto(grammar.build(Recipe(("j <= i",))))
+    assert window(pipeline.examine(model)[0].outcome.mask) == (-1, 0)
+    (comparison,) = (node for node in model.graph if node.op_type == "LessOrEqual")
+    comparison.replace_input_with(0, comparison.inputs[1])
+    edited = pipeline.examine(model)[0].outcome.mask
+    assert window(edited) == (-1, -1) and is_only_a_window(edited)
 
 
 def test_a_wrong_proof_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check runs the model's own nodes: a proof that is off by one does not pass."""
-    from faexport.understand.mask import builder as module
+    from faexport.understand.mask import draft as module
 
     def off_by_one(site, cond):
         found, rest = module_split(site, cond)

@@ -21,16 +21,18 @@ from faexport.nodes import name_of, op
 from faexport.options import Options
 from faexport.spec import Candidate, Refusal
 from faexport.surgery import Missing
+from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a matcher may ask: the graph that the anchor is in, the analysis of the model, the user's options."""
+    """What a matcher may ask: the graph that the anchor is in, what is known of the model, the user's options."""
 
     graph: ir.Graph | ir.Function
     root: ir.Graph | ir.Function  # the main graph or function that `graph` is nested in, or is
     analysis: Analysis
+    masks: Masks
     options: Options
 
 
@@ -83,6 +85,7 @@ def find_sites(context: Context) -> list[Candidate]:
 
 def _tried(entry: Registration, node: ir.Node, context: Context) -> list[Candidate]:
     """The matcher's answer. A defect of ours at one site is a refusal, and costs the model no other site."""
+    context.analysis.forget()
     try:
         return entry.match(node, context)
     except Missing as what:

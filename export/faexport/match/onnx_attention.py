@@ -77,6 +77,8 @@ def _spec(node: ir.Node, candidate: Candidate, context: Context) -> AttentionSpe
         key, value = declared[1].as_is(), declared[2].as_is()
         if query.operand.column_start is not None:
             query = declared[0].as_is()
+    if attribute(node, "scale", 1.0) == 0.0:
+        return Refusal("its softmax scale is 0, which stands for the default in the operator", name_of(node))
     mask = _mask(node, declared, sizes, past, candidate, context)
     if isinstance(mask, Refusal):
         return mask
@@ -150,14 +152,16 @@ def _mask(node: ir.Node, declared, sizes, past, candidate: Candidate, context: C
             declared[1].as_is().operand,
             node,
             context.graph,
-            plain(sizes[0][0]),
-            sizes[0][1].const,
-            plain(sizes[0][2]),
-            plain(sizes[1][2]),
+            sizes[0][0],
+            sizes[0][1],
+            sizes[0][2],
+            sizes[1][2],
             a.dtype(node.inputs[0]),
             nan_guard=True,
         )
-        return understand([term], shape, context)
+        found = understand([term], shape, context)
+        if isinstance(found, Mask):
+            return found
     is_bool = a.dtype(given) == ir.DataType.BOOL
     if a.dtype(given) is None:
         return Refusal("the type of attn_mask is not known", name_of(node))
@@ -188,6 +192,6 @@ def _covers_all_keys(mask: ir.Value, sizes, a) -> bool:
 
 
 def _term(node: ir.Node, mask: ir.Value, sizes, a) -> MaskTerm:
-    dims = tuple(plain(d) for d in (sizes[0][0], sizes[0][1], sizes[0][2], sizes[1][2]))
+    dims = (sizes[0][0], sizes[0][1], sizes[0][2], sizes[1][2])
     kind = TermKind.BOOL if a.dtype(mask) == ir.DataType.BOOL else TermKind.ADD
     return MaskTerm(kind, mask, node, "BHST", dims)

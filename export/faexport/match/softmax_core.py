@@ -186,14 +186,20 @@ def _score_shape(
         structure.key.operand,
         softmax.node,
         context.graph,
-        plain(batch.divide(structure.heads) if batch is not None else None),
-        structure.heads.const,
-        plain(rows),
-        plain(columns),
+        batch.divide(structure.heads) if batch is not None else None,
+        structure.heads,
+        rows,
+        columns,
         dtype=a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT,
         sinks=scores.sink is not None,
         nan_guard=values.nan_guard,
+        same_keys=_rows_of_values(values, a) == columns,
     )
+
+
+def _rows_of_values(values: Values, a) -> Dim | None:
+    shape = a.shape(values.product.right.value)
+    return None if shape is None else shape[values.product.right.labels.index("sum")]
 
 
 def _spec(
@@ -222,11 +228,11 @@ def _spec(
     if isinstance(shape_uses, Refusal):
         return shape_uses
     candidate.sizes.update(
-        batch_size=score_shape.batch,
+        batch_size=plain(score_shape.batch),
         num_q_heads=plain(structure.heads),
         num_kv_heads=plain(key.heads),
-        seqlen_q=score_shape.seqlen_q,
-        seqlen_kv=score_shape.seqlen_kv,
+        seqlen_q=plain(score_shape.seqlen_q),
+        seqlen_kv=plain(score_shape.seqlen_kv),
         head_dim=query.operand.head_dim,
         head_dim_v=value.operand.head_dim,
         dtype=_dtype_name(a.dtype(query.operand.value)),
@@ -281,10 +287,7 @@ def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a) -> list[M
                 why = "the values may have more heads or batch entries than the masked scores"
                 return Refusal(why, name_of(term.node))
     return [
-        dataclasses.replace(
-            t, dims=tuple(plain(wider[x]) if x in wider else d for x, d in zip(t.axes, t.dims, strict=True))
-        )
-        for t in terms
+        dataclasses.replace(t, dims=tuple(wider.get(x, d) for x, d in zip(t.axes, t.dims, strict=True))) for t in terms
     ]
 
 
@@ -309,7 +312,7 @@ def _with_four_axes(terms: list[MaskTerm], heads: Dim, a) -> MaskTerm | None:
     batch = product(sizes[i] for i in groups[0])
     a.define(value, (batch, heads if full[1] else Dim.of(1), *sizes[3:]))
     size = product(d for i, d in enumerate(dims) if i in groups[0] and d is not None)
-    return dataclasses.replace(term, value=value, axes="BHST", dims=(plain(size), heads.const, *term.dims[3:]))
+    return dataclasses.replace(term, value=value, axes="BHST", dims=(size, heads, *term.dims[3:]))
 
 
 def _of_mask(mask: Mask) -> tuple[ir.Node, ...]:
@@ -351,7 +354,7 @@ def _shape_uses(
 def _facts(structure: Structure, scores: Scores, values: Values, dtype: ir.DataType | None) -> tuple[Fact, ...]:
     facts = []
     query, key = structure.query, structure.key
-    if key.heads != structure.heads:
+    if key.heads != structure.heads and None not in (key.heads.const, structure.heads.const):
         facts.append(Fact(f"{structure.heads} query heads on {key.heads} kv heads"))
     if query.operand.column_start is not None:
         facts.append(Fact("packed QKV read in place"))

@@ -24,7 +24,7 @@ from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product,
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim, plain
+from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import resolve_axis
 
 MAX_PATH = 40  # nodes between product and softmax
@@ -258,7 +258,7 @@ class _Reader:
                 return self._not_understood(node)
             axes = self._axes()
             if axes is not None:
-                dims = tuple(plain(d) for d in view.shape)
+                dims = tuple(view.shape)
                 self.terms.append(
                     MaskTerm(TermKind.ADD, self.split.value, node, "".join(axes), dims, factor=self.split.factor)
                 )
@@ -297,7 +297,7 @@ class _Reader:
 
     def _weigh_terms(self, weight: Weight) -> bool:
         """(scores + bias) * w is scores * w + bias * w. False where what was done to the scores is no such sum."""
-        axes, dims = "".join(self._axes() or ()), tuple(plain(d) for d in self.view.shape)
+        axes, dims = "".join(self._axes() or ()), tuple(self.view.shape)
         if not all((t.kind, t.axes, t.dims) == (TermKind.ADD, axes, dims) for t in self.terms):
             return False
         self.terms = [dataclasses.replace(t, value=weighed(t.value, weight, self.a)) for t in self.terms]
@@ -317,7 +317,7 @@ class _Reader:
         node = step.node
         if axes is None:
             return self._take_split(step, factor)
-        dims = tuple(plain(d) for d in self.view.shape)
+        dims = tuple(self.view.shape)
         common = {"node": node, "axes": "".join(axes), "dims": dims}
         if step.kind in ("add", "sub"):
             value = node.inputs[1 - step.index]

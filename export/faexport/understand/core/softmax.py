@@ -12,8 +12,9 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, data_users, op, operand, producer
+from faexport.nodes import attribute, data_users, op, operand, producer
 from faexport.understand.layout.products import PRODUCT_OPS
+from faexport.understand.layout.view_ops import is_widening
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import constant_ints, resolve_axis
 
@@ -221,7 +222,7 @@ def reduction_of(value: ir.Value, a: Analysis) -> Reduction | None:
     """`value` as a reduction of another one; axes that it dropped may have been put back by other nodes."""
     node, nodes, is_log = producer(value), [], False
     while op(node) in ("Identity", "Cast", "Unsqueeze", "Reshape", "Log"):
-        if (op(node) == "Log" and is_log) or (op(node) == "Cast" and ir.DataType(attribute(node, "to")) not in FLOATS):
+        if (op(node) == "Log" and is_log) or (op(node) == "Cast" and not is_widening(node, a)):
             return None
         is_log = is_log or op(node) == "Log"
         nodes.append(node)

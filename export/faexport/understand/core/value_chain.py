@@ -24,7 +24,7 @@ from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product,
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
 from faexport.understand.layout.views import View, merged, size_of
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim, plain
+from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import slice_of
 
 MAX_PATH = 24
@@ -191,7 +191,7 @@ class _Walker:
         index = 1 if node.inputs[1] is self.value else 2
         if axes is None or self.a.scalar(node.inputs[3 - index]) != 0 or node.inputs[0] is self.value:
             return Refusal("the attention weights are replaced by other numbers after the softmax", name_of(node))
-        dims = tuple(plain(d) for d in self.view.shape)
+        dims = tuple(self.view.shape)
         self.terms.append(MaskTerm(TermKind.ZERO, node.inputs[0], node, "".join(axes), dims, keep_when=index == 1))
         if not self.has_sink:
             self.a.learn(node.outputs[0], self.view.shape)
@@ -272,7 +272,7 @@ def _guard_of(product: Product, walker: _Walker, a: Analysis) -> MaskTerm | None
     axes = label_axes(walker.view, walker.names, walker.shape)
     if axes is None or axes[-1] != "T":
         return None
-    return row_guard(product.node.outputs[0], "".join(axes), tuple(plain(d) for d in walker.view.shape), a)
+    return row_guard(product.node.outputs[0], "".join(axes), tuple(walker.view.shape), a)
 
 
 def _whole_leads(product: Product, shape) -> tuple:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from faexport.understand.index import algebra as ia
 from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Index, Tensor, kind_of, opaque
+from faexport.understand.shapes import algebra as ia
 
 _MAX_ELEMENTS = 1 << 26
 
@@ -38,7 +38,7 @@ def constant_tensor(value: ir.Value, constant: ir.TensorProtocol) -> Tensor | No
             rule.append(_recognise(constant.numpy(), dtype) if constant.size else None)
         return rule[0](index) if rule[0] is not None else il.load(value, index, kind_of(dtype))
 
-    return Tensor(shape, dtype, element)
+    return Tensor(shape, dtype, element, value=value)
 
 
 def _recognise(array: np.ndarray, dtype: ir.DataType):

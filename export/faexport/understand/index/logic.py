@@ -15,8 +15,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from faexport.understand.index import algebra as ia
-from faexport.understand.index.algebra import Expr, make
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr, make
+from faexport.understand.shapes.constants import tensor_of
 
 TRUE, FALSE = make("true", (), "bool"), make("false", (), "bool")
 _MAX_CHOICES = 64  # a lifted operation with more leaves than this stays as it is
@@ -97,10 +98,25 @@ def any_of(items: Iterable[Expr]) -> Expr:
     parts = [x for k, x in enumerate(parts) if not _redundant(x, k, parts, lambda a, b: implies(b, a))]
     if len(parts) < 2:
         return parts[0] if parts else FALSE
+    parts = _beside_sizes(parts)
+    if len(parts) < 2:
+        return parts[0]
     common = [x for x in _flatten("and", parts[:1]) if all(x in _flatten("and", [p]) for p in parts[1:])]
     if common:  # (a and b) or (a and c) is a and (b or c)
         return all_of([*common, any_of(all_of(x for x in _flatten("and", [p]) if x not in common) for p in parts)])
     return make("or", tuple(sorted(parts, key=lambda e: e.serial)), "bool")
+
+
+def _beside_sizes(parts: list[Expr]) -> list[Expr]:
+    """Alternatives beside a condition on sizes alone, as broadcasting makes them: "a or (not a and b)" is "a or b", and
+    a may go where b holds whenever it does."""
+    for sizes in [x for x in parts if x.op in ("ge0", "eq0", "not") and not ia.variables(x)]:
+        others = [assume(x, negate(sizes)) for x in parts if x is not sizes]
+        if TRUE in others:
+            return [TRUE]
+        others = [x for x in others if x is not FALSE]
+        parts = others if any(assume(x, sizes) is TRUE for x in others) else [sizes, *others]
+    return list(dict.fromkeys(parts))
 
 
 def _redundant(x: Expr, k: int, parts: list[Expr], stronger: Callable[[Expr, Expr], bool]) -> bool:
@@ -165,7 +181,19 @@ def eq0(p: Expr) -> Expr:
         p = ia.of_atom(p.args[0][0][0])
     if ia.is_nonnegative(p):
         return ge0(ia.neg(p))
-    return make("eq0", (p,), "bool")
+    simpler = _without_minimum(p)
+    return make("eq0", (p,), "bool") if simpler is None else eq0(simpler)
+
+
+def _without_minimum(p: Expr) -> Expr | None:
+    """What is 0 where min(x, y) - c is, y being above c: x - c."""
+    for m, c in p.args:
+        if len(m) == 1 and m[0].op == "min" and abs(c) == 1:
+            for x, other in (m[0].args, m[0].args[::-1]):
+                rest = ia.scale(_with(p, m[0], other), c)  # other - c
+                if ia.is_positive(rest):
+                    return _with(p, m[0], x)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- choices
@@ -177,7 +205,12 @@ def choose(cond: Expr, yes: Expr, no: Expr) -> Expr:
         return yes
     if cond is FALSE:
         return no
-    yes, no = assume(yes, cond), assume(no, negate(cond))
+    opposite = negate(cond)
+    if assume(no, cond) is yes:  # then `no` is right on both sides
+        return no
+    if assume(yes, opposite) is no:
+        return yes
+    yes, no = assume(yes, cond), assume(no, opposite)
     if yes is no:
         return yes
     if yes.kind == "bool":
@@ -214,10 +247,11 @@ def _vanishing(fact: Expr) -> dict[Expr, Expr] | None:
         poly = fact.args[0]
     if poly is None:
         return None
-    for m, c in poly.args:
-        if len(m) == 1 and abs(c) == 1 and m[0].op in ("var", "load"):
-            rest = ia.sub(poly, make("poly", ((m, c),), "int"))
-            return {m[0]: ia.scale(rest, -c)}
+    for kinds in (("var", "load"), ("sym", "meet")):
+        for m, c in poly.args:
+            if len(m) == 1 and abs(c) == 1 and m[0].op in kinds:
+                rest = ia.sub(poly, make("poly", ((m, c),), "int"))
+                return {m[0]: ia.scale(rest, -c)}
     return None
 
 
@@ -243,17 +277,11 @@ def _rebuild(e: Expr, go: Callable[[Expr], Expr]) -> Expr:
             factors = [go(a) for a in m]
             total = ia.add(total, ia.product([ia.const(c), *(f if f.op == "poly" else ia.of_atom(f) for f in factors)]))
         return total
-    parts = {
-        "min": ia.minimum,
-        "max": ia.maximum,
-        "floordiv": ia.floordiv,
-        "abs": ia.absolute,
-        "ge0": ge0,
-        "eq0": eq0,
-        "not": negate,
-    }
+    parts = ia.SIZE_ATOMS | {"ge0": ge0, "eq0": eq0, "not": negate}
     if e.op in parts:
         return parts[e.op](*(go(a) for a in e.args))
+    if e.op == "var":  # an axis that turns out to have size 1 has the index 0
+        return ia.ZERO if any(go(size) is ia.ONE for size in e.args[1]) else e
     if e.op in ("and", "or"):
         return (all_of if e.op == "and" else any_of)([go(a) for a in e.args])
     if e.op == "choose":
@@ -274,7 +302,7 @@ def _rebuild(e: Expr, go: Callable[[Expr], Expr]) -> Expr:
 def load(value: ir.Value, index: tuple[Expr, ...], kind: str) -> Expr:
     """The element of a tensor of the graph at `index`; a number where tensor and index are constant."""
     at = [ia.value_of(x) for x in index]
-    constant = ir.convenience.get_const_tensor(value) if all(k is not None for k in at) else None
+    constant = tensor_of(value) if all(k is not None for k in at) else None
     if constant is not None and all(0 <= k < n for k, n in zip(at, constant.shape, strict=True)):
         return scalar(constant.numpy()[tuple(at)], constant.dtype)
     atom = make("load", (value, index), kind)
@@ -382,7 +410,12 @@ def _as_position(e: Expr) -> Expr | None:
         return ia.const(int(e.args[0]))
     if e.op != "cast" or e.args[0].kind != "int" or e.args[1] not in _EXACT:
         return None
-    return None if ia.atoms(e.args[0], "load") or ia.atoms(e.args[0], "opaque_int") else e.args[0]
+    return e.args[0] if is_position(e.args[0]) else None
+
+
+def is_position(e: Expr) -> bool:
+    """Is an integer made of indices and sizes alone? Such a number is small (docs/masks.md)."""
+    return not ia.atoms(e, "load") and not ia.atoms(e, "opaque_int")
 
 
 def lift(whole: Callable[..., Expr], part: Callable[..., Expr], args: tuple[Expr, ...]) -> Expr:

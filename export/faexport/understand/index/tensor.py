@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from faexport.understand.index import algebra as ia
 from faexport.understand.index import logic as il
-from faexport.understand.index.algebra import Expr
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr
 
 Shape = tuple[Expr, ...]
 Index = tuple[Expr, ...]
@@ -25,13 +25,30 @@ def kind_of(dtype: ir.DataType | None) -> str:
     return "float" if dtype is None or il.is_float(dtype) else "int"
 
 
+def broadcast_index(index: Expr, size: Expr) -> Expr:
+    """Where an axis of `size` is read for an index of the axis that it is broadcast to: there, or at 0 if it is 1."""
+    if ia.value_of(size) == 1:
+        return ia.ZERO
+    if ia.value_of(size) is not None or ia.is_nonnegative(ia.sub(ia.sub(size, ia.ONE), index)):
+        return index
+    one = il.eq0(ia.sub(size, ia.ONE))
+    return index if il.assume(index, one) is ia.ZERO else il.choose(one, ia.ZERO, index)
+
+
 class Tensor:
     """Shape, element type and elements of one value. `at` is memoised: expressions are shared, work is done once."""
 
-    def __init__(self, shape: Shape, dtype: ir.DataType | None, element: Callable[[Index], Expr], opaque: bool = False):
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: ir.DataType | None,
+        element: Callable[[Index], Expr],
+        opaque: bool = False,
+        value: ir.Value | None = None,
+    ):
         self.shape, self.dtype, self._element, self.opaque = shape, dtype, element, opaque
         self._memo: dict[Index, Expr] = {}
-        self.value: ir.Value | None = None  # what it is the tensor of; set by the interpreter
+        self.value = value  # what it is the tensor of
 
     @property
     def rank(self) -> int:
@@ -60,27 +77,22 @@ class Tensor:
         return il.load(self.value, index, self.kind)
 
     def at_right(self, index: Index) -> Expr:
-        """The element that broadcasting (from the right) puts at `index` of a tensor of higher rank."""
-        return self.at(index[len(index) - self.rank :])
+        """The element that broadcasting (from the right) puts at `index` of a tensor of this rank or a higher one."""
+        own = index[len(index) - self.rank :]
+        return self.at(tuple(map(broadcast_index, own, self.shape)))
 
-    def vector(self) -> list[Expr]:
-        """All elements of a 1-D integer tensor (or a scalar) of known length."""
-        length = 1 if self.rank == 0 else ia.value_of(self.shape[0])
-        if self.rank > 1 or length is None or length > 64:
-            raise Unknown
-        items = [self.at((ia.const(k),) * self.rank) for k in range(length)]
-        if any(e.kind != "int" for e in items):
-            raise Unknown
-        return items
+    def scalar(self) -> Expr:
+        """The element of a tensor of one element."""
+        return self.at((ia.ZERO,) * self.rank)
 
 
 def opaque(value: ir.Value, shape: Shape, dtype: ir.DataType | None) -> Tensor:
     kind = kind_of(dtype)
-    return Tensor(shape, dtype, lambda index: il.load(value, index, kind), opaque=True)
+    return Tensor(shape, dtype, lambda index: il.load(value, index, kind), opaque=True, value=value)
 
 
-def from_list(items: Sequence[Expr], dtype: ir.DataType = ir.DataType.INT64) -> Tensor:
-    """A 1-D tensor of these elements."""
+def from_list(items: Sequence[Expr]) -> Callable[[Index], Expr]:
+    """What gives the elements of a 1-D tensor that holds these."""
 
     def element(index: Index) -> Expr:
         k = ia.value_of(index[0])
@@ -91,7 +103,7 @@ def from_list(items: Sequence[Expr], dtype: ir.DataType = ir.DataType.INT64) -> 
             result = il.choose(il.ge0(ia.sub(ia.const(n), index[0])), items[n], result)
         return result
 
-    return Tensor((ia.const(len(items)),), dtype, element)
+    return element
 
 
 def attribute(node: ir.Node, name: str, default: object = None) -> object:

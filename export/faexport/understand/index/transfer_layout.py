@@ -6,18 +6,16 @@ Registered by decorator; called by the interpreter in interpreter.py. Raising Un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
-from faexport.understand.index import algebra as ia
+from faexport.nodes import operand
 from faexport.understand.index import logic as il
-from faexport.understand.index.algebra import Expr
-from faexport.understand.index.interpreter import Interpreter, transfer
-from faexport.understand.index.tensor import Index, Shape, Tensor, Unknown, attribute, from_list, opaque
-
-_HUGE = 1 << 30  # slice ends and sizes beyond this mean "to the end"
+from faexport.understand.index.interpreter import Element, Interpreter, transfer
+from faexport.understand.index.tensor import Index, Shape, Unknown, attribute, from_list
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr
+from faexport.understand.shapes.rules import constant_ints, slice_of, split_sizes
 
 
 def axis_of(axis: int, rank: int) -> int:
@@ -26,125 +24,106 @@ def axis_of(axis: int, rank: int) -> int:
     return axis % rank
 
 
-def constants(tensor: Tensor) -> list[int]:
-    """The elements of a small vector that must be known numbers."""
-    values = [ia.value_of(e) for e in tensor.vector()]
-    if any(v is None for v in values):
-        raise Unknown
-    return values
-
-
 def axes_argument(ctx: Interpreter, node: ir.Node, k: int = 1, name: str = "axes") -> list[int] | None:
-    """Axes given as an input (opset 13 on) or as an attribute (before)."""
-    given = ctx.optional(node, k)
-    if given is not None:
-        return constants(given)
-    found = attribute(node, name)
-    return None if found is None else list(found)
+    """Axes given as an input (opset 13 on) or as an attribute (before); None where absent."""
+    found = constant_ints(node, ctx.analysis, k, name)
+    if found is None and operand(node, k) is not None:
+        raise Unknown
+    return found
 
 
 @transfer("Identity", "Dropout")
-def identity(ctx: Interpreter, node: ir.Node) -> Tensor:
-    return ctx.input(node, 0)
+def identity(ctx: Interpreter, node: ir.Node) -> Element:
+    return ctx.input(node, 0).at
 
 
 @transfer("Shape")
-def shape(ctx: Interpreter, node: ir.Node) -> Tensor:
+def shape(ctx: Interpreter, node: ir.Node) -> Element:
     sizes = ctx.input(node, 0).shape
     return from_list(list(sizes[slice(attribute(node, "start", 0), attribute(node, "end"))]))
 
 
 @transfer("Size")
-def size(ctx: Interpreter, node: ir.Node) -> Tensor:
+def size(ctx: Interpreter, node: ir.Node) -> Element:
     count = ia.product(ctx.input(node, 0).shape)
-    return Tensor((), ir.DataType.INT64, lambda _: count)
+    return lambda _: count
 
 
 @transfer("Range")
-def range_(ctx: Interpreter, node: ir.Node) -> Tensor:
-    start, limit, step = (ctx.input(node, k).at((ia.ZERO,) * ctx.input(node, k).rank) for k in range(3))
-    dtype = ctx.dtype(node)
-    by = ia.value_of(step) if all(e.kind == "int" for e in (start, limit, step)) else None
+def range_(ctx: Interpreter, node: ir.Node) -> Element:
+    start, _, step = (ctx.input(node, k).scalar() for k in range(3))
+    by = ia.value_of(step) if start.kind == step.kind == "int" else None
     if by is None or by == 0:
         raise Unknown
-    span = ia.sub(limit, start) if by > 0 else ia.sub(start, limit)
-    length = span if abs(by) == 1 else ia.floordiv(ia.add(span, ia.const(abs(by) - 1)), ia.const(abs(by)))
-    return Tensor((ia.maximum(length, ia.ZERO),), dtype, lambda index: ia.add(start, ia.scale(index[0], by)))
+    return lambda index: ia.add(start, ia.scale(index[0], by))
 
 
 @transfer("ConstantOfShape")
-def constant_of_shape(ctx: Interpreter, node: ir.Node) -> Tensor:
-    sizes = tuple(ctx.input(node, 0).vector())
+def constant_of_shape(ctx: Interpreter, node: ir.Node) -> Element:
     found = node.attributes.get("value")
     dtype = ir.DataType.FLOAT if found is None else found.value.dtype
     item = np.float32(0) if found is None else found.value.numpy().flat[0]
     expr = il.scalar(item, dtype)
-    return Tensor(sizes, dtype, lambda _: expr)
+    return lambda _: expr
 
 
 @transfer("Unsqueeze")
-def unsqueeze(ctx: Interpreter, node: ir.Node) -> Tensor:
+def unsqueeze(ctx: Interpreter, node: ir.Node) -> Element:
     x, axes = ctx.input(node, 0), axes_argument(ctx, node)
-    rank = x.rank + len(axes)
-    new = {axis_of(a, rank) for a in axes}
-    old = iter(x.shape)
-    sizes = tuple(ia.ONE if k in new else next(old) for k in range(rank))
-    return Tensor(sizes, x.dtype, lambda index: x.at(tuple(i for k, i in enumerate(index) if k not in new)))
+    new = {axis_of(a, x.rank + len(axes)) for a in axes}
+    return lambda index: x.at(tuple(i for k, i in enumerate(index) if k not in new))
 
 
 @transfer("Squeeze")
-def squeeze(ctx: Interpreter, node: ir.Node) -> Tensor:
+def squeeze(ctx: Interpreter, node: ir.Node) -> Element:
     x, axes = ctx.input(node, 0), axes_argument(ctx, node)
+    if axes is None and any(ia.value_of(s) is None for s in x.shape):
+        raise Unknown
+    gone = {axis_of(a, x.rank) for a in axes or ()}
     if axes is None:
         gone = {k for k, s in enumerate(x.shape) if ia.value_of(s) == 1}
-        if any(ia.value_of(s) is None for s in x.shape):
-            raise Unknown
-    else:
-        gone = {axis_of(a, x.rank) for a in axes}
-    sizes = tuple(s for k, s in enumerate(x.shape) if k not in gone)
 
     def element(index: Index) -> Expr:
         rest = iter(index)
         return x.at(tuple(ia.ZERO if k in gone else next(rest) for k in range(x.rank)))
 
-    return Tensor(sizes, x.dtype, element)
+    return element
 
 
 @transfer("Transpose")
-def transpose(ctx: Interpreter, node: ir.Node) -> Tensor:
+def transpose(ctx: Interpreter, node: ir.Node) -> Element:
     x = ctx.input(node, 0)
     perm = list(attribute(node, "perm") or range(x.rank - 1, -1, -1))
     back = [perm.index(k) for k in range(x.rank)]
-    return Tensor(tuple(x.shape[p] for p in perm), x.dtype, lambda index: x.at(tuple(index[k] for k in back)))
+    return lambda index: x.at(tuple(index[k] for k in back))
 
 
 @transfer("Expand")
-def expand(ctx: Interpreter, node: ir.Node) -> Tensor:
-    x = ctx.input(node, 0)
-    sizes = ctx.broadcast([x.shape, tuple(ctx.input(node, 1).vector())])
-    return Tensor(sizes, x.dtype, x.at_right)
+def expand(ctx: Interpreter, node: ir.Node) -> Element:
+    x, rank = ctx.input(node, 0), len(ctx.output_shape(node))
+    if rank < x.rank:  # the target may be shorter than the tensor
+        raise Unknown
+    return x.at_right
 
 
 @transfer("Tile")
-def tile(ctx: Interpreter, node: ir.Node) -> Tensor:
-    x, repeats = ctx.input(node, 0), ctx.input(node, 1).vector()
-    sizes = tuple(ia.mul(s, r) for s, r in zip(x.shape, repeats, strict=True))
+def tile(ctx: Interpreter, node: ir.Node) -> Element:
+    x, repeats = ctx.input(node, 0), ctx.contents(operand(node, 1))
 
     def element(index: Index) -> Expr:
         once = (ia.value_of(r) == 1 for r in repeats)
         return x.at(tuple(i if o else ia.modulo(i, s) for i, o, s in zip(index, once, x.shape, strict=True)))
 
-    return Tensor(sizes, x.dtype, element)
+    return element
 
 
 @transfer("Concat")
-def concat(ctx: Interpreter, node: ir.Node) -> Tensor:
-    parts = [ctx.input(node, k) for k in range(len(node.inputs))]
+def concat(ctx: Interpreter, node: ir.Node) -> Element:
+    parts = ctx.inputs(node)
     axis = axis_of(attribute(node, "axis"), parts[0].rank)
     starts = [ia.ZERO]
     for part in parts:
         starts.append(ia.add(starts[-1], part.shape[axis]))
-    others = ctx.broadcast([p.shape[:axis] + (ia.ONE,) + p.shape[axis + 1 :] for p in parts])
 
     def element(index: Index) -> Expr:
         at = index[axis]
@@ -163,20 +142,21 @@ def concat(ctx: Interpreter, node: ir.Node) -> Tensor:
             result = il.choose(cond, piece, result)
         return result
 
-    return Tensor(others[:axis] + (starts[-1],) + others[axis + 1 :], parts[0].dtype, element)
+    return element
 
 
 @transfer("Pad")
-def pad(ctx: Interpreter, node: ir.Node) -> Tensor:
+def pad(ctx: Interpreter, node: ir.Node) -> Element:
     if attribute(node, "mode", "constant") != "constant":
         raise Unknown
     x, dtype = ctx.input(node, 0), ctx.dtype(node)
-    given, axes = ctx.optional(node, 1), axes_argument(ctx, node, 3)
-    pads = given.vector() if given is not None else [ia.const(k) for k in attribute(node, "pads")]
+    axes = axes_argument(ctx, node, 3)
+    given = operand(node, 1)
+    pads = ctx.contents(given) if given is not None else [ia.const(k) for k in attribute(node, "pads")]
     axes = list(range(x.rank)) if axes is None else [axis_of(a, x.rank) for a in axes]
-    before, after = (dict(zip(axes, part, strict=True)) for part in (pads[: len(axes)], pads[len(axes) :]))
+    before = dict(zip(axes, pads[: len(axes)], strict=True))
     value = ctx.optional(node, 2)
-    fill = il.scalar(attribute(node, "value", 0.0), dtype) if value is None else value.at((ia.ZERO,) * value.rank)
+    fill = il.scalar(attribute(node, "value", 0.0), dtype) if value is None else value.scalar()
 
     def element(index: Index) -> Expr:
         own = tuple(ia.sub(i, before[k]) if k in before else i for k, i in enumerate(index))
@@ -184,137 +164,44 @@ def pad(ctx: Interpreter, node: ir.Node) -> Tensor:
         inside = il.all_of(bounds)
         return fill if inside is il.FALSE else il.choose(inside, x.at(own), fill)
 
-    sizes = [ia.add(s, ia.add(before[k], after[k])) if k in before else s for k, s in enumerate(x.shape)]
-    return Tensor(tuple(sizes), dtype, element)
+    return element
 
 
 @transfer("Split")
-def split(ctx: Interpreter, node: ir.Node, which: int = 0) -> Tensor:
-    x = ctx.input(node, 0)
+def split(ctx: Interpreter, node: ir.Node, which: int = 0) -> Element:
+    x, whole = ctx.input(node, 0), ctx.analysis.shape(node.inputs[0])
     axis = axis_of(attribute(node, "axis", 0), x.rank)
-    sizes = axes_argument(ctx, node, 1, "split")
+    sizes = split_sizes(node, ctx.analysis, whole[axis])
     if sizes is None:
-        total, n = ia.value_of(x.shape[axis]), len(node.outputs)
-        if total is None:
-            raise Unknown
-        chunk = -(-total // n)
-        sizes = [min(chunk, total - k * chunk) for k in range(n)]
-    start = ia.const(sum(sizes[:which]))
-    shape_ = x.shape[:axis] + (ia.const(sizes[which]),) + x.shape[axis + 1 :]
-    return Tensor(shape_, x.dtype, lambda index: x.at(index[:axis] + (ia.add(index[axis], start),) + index[axis + 1 :]))
+        raise Unknown
+    start = ia.add(*map(ctx.size, sizes[:which]))
+    return lambda index: x.at(index[:axis] + (ia.add(index[axis], start),) + index[axis + 1 :])
 
 
 @transfer("Slice")
-def slice_(ctx: Interpreter, node: ir.Node) -> Tensor:
+def slice_(ctx: Interpreter, node: ir.Node) -> Element:
     x = ctx.input(node, 0)
-    if "starts" in node.attributes:
-        starts, ends = ([ia.const(k) for k in attribute(node, name)] for name in ("starts", "ends"))
-        axes, steps = list(attribute(node, "axes", range(len(starts)))), [1] * len(starts)
-    else:
-        starts, ends = ctx.input(node, 1).vector(), ctx.input(node, 2).vector()
-        axes = constants(ctx.input(node, 3)) if ctx.optional(node, 3) else list(range(len(starts)))
-        steps = constants(ctx.input(node, 4)) if ctx.optional(node, 4) else [1] * len(starts)
-    first: dict[int, tuple[Expr, int]] = {}
-    sizes = list(x.shape)
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        axis = axis_of(axis, x.rank)
-        try:
-            begin, length = _cut(start, end, step, x.shape[axis])
-        except Unknown:  # the rank at least is known
-            return opaque(node.outputs[0], _partly_cut(ctx, node.outputs[0], x.shape, axes), x.dtype)
-        first[axis], sizes[axis] = (begin, step), length
+    pieces = slice_of(node, ctx.analysis, ctx.analysis.shape(node.inputs[0]))
+    if pieces is None:
+        raise Unknown
+    first = {axis: (ctx.size(start), step) for axis, start, _, step in pieces}
 
     def element(index: Index) -> Expr:
         moved = [ia.add(first[k][0], ia.scale(i, first[k][1])) if k in first else i for k, i in enumerate(index)]
         return x.at(tuple(moved))
 
-    return Tensor(tuple(sizes), x.dtype, element)
+    return element
 
 
-def _partly_cut(ctx: Interpreter, value: ir.Value, sizes: Shape, axes: list[int]) -> Shape:
-    try:
-        return ctx.declared_shape(value)
-    except Unknown:
-        cut = {a % len(sizes) for a in axes}
-        return tuple(ctx.size(None, f"{value.name}.{k}") if k in cut else s for k, s in enumerate(sizes))
-
-
-def _cut(start: Expr, end: Expr, step: int, size_: Expr) -> tuple[Expr, Expr]:
-    """(first index, number of elements) of a slice. A start beyond the end needn't be clamped: no element is there."""
-    if step < 0:
-        if step != -1 or ia.value_of(end) is None or ia.value_of(end) > -_HUGE or _from_end(start, size_) is not None:
-            raise Unknown
-        return ia.sub(size_, ia.ONE), size_
-    begin = _clamped(start, size_)
-    length = ia.maximum(ia.sub(_clamped(end, size_), begin), ia.ZERO)
-    count = length if step == 1 else ia.floordiv(ia.add(length, ia.const(step - 1)), ia.const(step))
-    return start if ia.is_nonnegative(start) else begin, count
-
-
-def _from_end(start: Expr, size_: Expr) -> Expr | None:
-    """None where a backward slice starts at the last element."""
-    last = ia.value_of(start)
-    return None if start is ia.sub(size_, ia.ONE) or (last is not None and (last == -1 or last >= _HUGE)) else start
-
-
-def _clamped(bound: Expr, size_: Expr) -> Expr:
-    """A start or end as ONNX reads it: from the end where negative, never outside [0, size].
-
-    A bound such as max_length - sequence is taken as non-negative: were it not, the slice would have another length
-    than the scores that it meets, and the model wouldn't run."""
-    known = ia.value_of(bound)
-    if known is not None and known >= _HUGE:
-        return size_
-    if ia.is_nonnegative(bound):
-        return ia.minimum(bound, size_)
-    if ia.is_nonnegative(ia.sub(ia.neg(bound), ia.ONE)):
-        return ia.maximum(ia.add(bound, size_), ia.ZERO)
-    if any(c > 0 for _, c in bound.args) and all(a.op == "sym" for m, _ in bound.args for a in m):
-        return bound
-    raise Unknown
-
-
-@transfer("Reshape")
-def reshape(ctx: Interpreter, node: ir.Node) -> Tensor:
-    x = ctx.input(node, 0)
-    sizes = ctx.input(node, 1).vector()
-    if not attribute(node, "allowzero", 0):
-        sizes = [x.shape[k] if ia.value_of(s) == 0 else s for k, s in enumerate(sizes)]
-    unknown = [k for k, s in enumerate(sizes) if ia.value_of(s) == -1]
-    if unknown:
-        total = ia.product(x.shape)
-        rest = ia.product(s for k, s in enumerate(sizes) if k not in unknown)
-        sizes[unknown[0]] = ia.floordiv(total, rest)
-    same = _same_by_count(x.shape, sizes)
-    if same is not None:
-        ctx.unequal[same] = None
-    return reshaped(node.outputs[0], x, tuple(sizes))
-
-
-def _same_by_count(old: Sequence[Expr], new: Sequence[Expr]) -> tuple[Expr, Expr] | None:
-    """Two sizes, one before and one after a reshape, that must be equal since all others are."""
-    left, right = ([s for s in sizes if ia.value_of(s) != 1] for sizes in (old, new))
-    for size in list(left):
-        if size in right:
-            left.remove(size)
-            right.remove(size)
-    return (left[0], right[0]) if len(left) == len(right) == 1 else None
-
-
-@transfer("Flatten")
-def flatten(ctx: Interpreter, node: ir.Node) -> Tensor:
-    x, axis = ctx.input(node, 0), attribute(node, "axis", 1)
-    axis += x.rank if axis < 0 else 0
-    return reshaped(node.outputs[0], x, (ia.product(x.shape[:axis]), ia.product(x.shape[axis:])))
-
-
-def reshaped(value: ir.Value, x: Tensor, sizes: Shape) -> Tensor:
+@transfer("Reshape", "Flatten")
+def reshape(ctx: Interpreter, node: ir.Node) -> Element:
     """Elements in row-major order under a new shape: axes are split and merged in the smallest groups of equal
     products."""
+    x, sizes = ctx.input(node, 0), ctx.output_shape(node)
     same = _same_by_count(x.shape, sizes)
     groups = _groups(x.shape, tuple(same[0] if same and s is same[1] else s for s in sizes))
     if groups is None:
-        return opaque(value, sizes, x.dtype)
+        raise Unknown
 
     def element(index: Index) -> Expr:
         result: list[Expr] = []
@@ -322,7 +209,17 @@ def reshaped(value: ir.Value, x: Tensor, sizes: Shape) -> Tensor:
             result += _regroup([x.shape[k] for k in old], [sizes[k] for k in new], [index[k] for k in new])
         return x.at(tuple(result))
 
-    return Tensor(sizes, x.dtype, element)
+    return element
+
+
+def _same_by_count(old: Shape, new: Shape) -> tuple[Expr, Expr] | None:
+    """Two sizes, one before and one after a reshape, that are equal since the number of elements is (or there are
+    none)."""
+    before, after = ia.product(old), ia.product(new)
+    if before is after:
+        return None
+    pairs = ((x, y) for x in old for y in new if ia.mul(before, y) is ia.mul(after, x))
+    return next(pairs, None)
 
 
 def _groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]] | None:
@@ -358,7 +255,7 @@ def _regroup(old: list[Expr], new: list[Expr], index: list[Expr]) -> list[Expr]:
 
 
 @transfer("Gather")
-def gather(ctx: Interpreter, node: ir.Node) -> Tensor:
+def gather(ctx: Interpreter, node: ir.Node) -> Element:
     x, indices = ctx.input(node, 0), ctx.input(node, 1)
     axis = axis_of(attribute(node, "axis", 0), x.rank)
     last = axis + indices.rank
@@ -367,7 +264,7 @@ def gather(ctx: Interpreter, node: ir.Node) -> Tensor:
         at = _wrapped(indices.at(index[axis:last]), x.shape[axis])
         return x.at(index[:axis] + (at,) + index[last:]) if at else il.load(node.outputs[0], index, x.kind)
 
-    return Tensor(x.shape[:axis] + indices.shape + x.shape[axis + 1 :], x.dtype, element)
+    return element
 
 
 def _wrapped(at: Expr, size_: Expr) -> Expr | None:
@@ -380,7 +277,7 @@ def _wrapped(at: Expr, size_: Expr) -> Expr | None:
 
 
 @transfer("GatherElements")
-def gather_elements(ctx: Interpreter, node: ir.Node) -> Tensor:
+def gather_elements(ctx: Interpreter, node: ir.Node) -> Element:
     x, indices = ctx.input(node, 0), ctx.input(node, 1)
     axis = axis_of(attribute(node, "axis", 0), x.rank)
 
@@ -388,11 +285,11 @@ def gather_elements(ctx: Interpreter, node: ir.Node) -> Tensor:
         at = _wrapped(indices.at(index), x.shape[axis])
         return x.at(index[:axis] + (at,) + index[axis + 1 :]) if at else il.load(node.outputs[0], index, x.kind)
 
-    return Tensor(indices.shape, x.dtype, element)
+    return element
 
 
 @transfer("GatherND")
-def gather_nd(ctx: Interpreter, node: ir.Node) -> Tensor:
+def gather_nd(ctx: Interpreter, node: ir.Node) -> Element:
     x, indices = ctx.input(node, 0), ctx.input(node, 1)
     batch, depth = attribute(node, "batch_dims", 0), ia.value_of(indices.shape[-1])
     if depth is None:
@@ -405,11 +302,11 @@ def gather_nd(ctx: Interpreter, node: ir.Node) -> Tensor:
             return il.load(node.outputs[0], index, x.kind)
         return x.at(index[:batch] + tuple(found) + index[outer:])
 
-    return Tensor(indices.shape[:-1] + x.shape[batch + depth :], x.dtype, element)
+    return element
 
 
 @transfer("ScatterND")
-def scatter_nd(ctx: Interpreter, node: ir.Node) -> Tensor:
+def scatter_nd(ctx: Interpreter, node: ir.Node) -> Element:
     """An update of whole rows at constant places, as the exporters write `x[k] = y`; else opaque."""
     x, indices, updates = (ctx.input(node, k) for k in range(3))
     if attribute(node, "reduction", "none") != "none" or indices.rank != 2 or ia.value_of(indices.shape[1]) != 1:
@@ -427,14 +324,14 @@ def scatter_nd(ctx: Interpreter, node: ir.Node) -> Tensor:
             result = il.choose(il.eq0(ia.sub(index[0], row)), updates.at((ia.const(k), *index[1:])), result)
         return result
 
-    return Tensor(x.shape, x.dtype, element)
+    return element
 
 
 @transfer("Trilu")
-def trilu(ctx: Interpreter, node: ir.Node) -> Tensor:
+def trilu(ctx: Interpreter, node: ir.Node) -> Element:
     x = ctx.input(node, 0)
     k = ctx.optional(node, 1)
-    shift = k.at((ia.ZERO,) * k.rank) if k is not None else ia.ZERO
+    shift = k.scalar() if k is not None else ia.ZERO
     zero = il.scalar(0, x.dtype)
 
     def element(index: Index) -> Expr:
@@ -442,14 +339,11 @@ def trilu(ctx: Interpreter, node: ir.Node) -> Tensor:
         kept = il.ge0(above) if attribute(node, "upper", 1) else il.ge0(ia.neg(above))
         return il.choose(kept, x.at(index), zero)
 
-    return Tensor(x.shape, x.dtype, element)
+    return element
 
 
 @transfer("EyeLike")
-def eye_like(ctx: Interpreter, node: ir.Node) -> Tensor:
-    x, k = ctx.input(node, 0), attribute(node, "k", 0)
-    dtype = ir.DataType(attribute(node, "dtype")) if "dtype" in node.attributes else x.dtype
+def eye_like(ctx: Interpreter, node: ir.Node) -> Element:
+    k, dtype = attribute(node, "k", 0), ctx.analysis.dtype(node.outputs[0])
     one, zero = il.scalar(1, dtype), il.scalar(0, dtype)
-    return Tensor(
-        x.shape, dtype, lambda index: il.choose(il.eq0(ia.sub(ia.sub(index[1], index[0]), ia.const(k))), one, zero)
-    )
+    return lambda index: il.choose(il.eq0(ia.sub(ia.sub(index[1], index[0]), ia.const(k))), one, zero)

@@ -1,62 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfer functions of the ONNX operators that compute element by element or along an axis, and the shapes of the
-large ones.
+"""Transfer functions of the ONNX operators that compute element by element or along an axis.
 
 Registered by decorator; called by the interpreter in interpreter.py. Raising Unknown makes the value opaque.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import onnx_ir as ir
 
-from faexport.understand.index import algebra as ia
 from faexport.understand.index import logic as il
-from faexport.understand.index.algebra import Expr, make
-from faexport.understand.index.interpreter import Interpreter, transfer
-from faexport.understand.index.tensor import Index, Tensor, Unknown, attribute, kind_of, opaque
-from faexport.understand.index.transfer_layout import axes_argument, axis_of
+from faexport.understand.index.interpreter import Element, Interpreter, transfer
+from faexport.understand.index.tensor import Index, Unknown, attribute, kind_of
+from faexport.understand.index.transfer_layout import axis_of
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr, make
 
 
-def elementwise(ctx: Interpreter, node: ir.Node, dtype: ir.DataType, combine: Callable[..., Expr]) -> Tensor:
+def elementwise(ctx: Interpreter, node: ir.Node, combine: Callable[..., Expr]) -> Element:
     """The broadcast result of `combine` on the elements of all inputs."""
-    inputs = [ctx.input(node, k) for k in range(len(node.inputs))]
-    return Tensor(
-        ctx.broadcast([x.shape for x in inputs]), dtype, lambda index: combine(*(x.at_right(index) for x in inputs))
-    )
+    inputs = ctx.inputs(node)
+    return lambda index: combine(*(x.at_right(index) for x in inputs))
 
 
 # ---------------------------------------------------------------------------------------------- logic
 
 
 @transfer("And")
-def and_(ctx: Interpreter, node: ir.Node) -> Tensor:
-    return elementwise(ctx, node, ir.DataType.BOOL, lambda a, b: il.all_of((a, b)))
+def and_(ctx: Interpreter, node: ir.Node) -> Element:
+    return elementwise(ctx, node, lambda a, b: il.all_of((a, b)))
 
 
 @transfer("Or")
-def or_(ctx: Interpreter, node: ir.Node) -> Tensor:
-    return elementwise(ctx, node, ir.DataType.BOOL, lambda a, b: il.any_of((a, b)))
+def or_(ctx: Interpreter, node: ir.Node) -> Element:
+    return elementwise(ctx, node, lambda a, b: il.any_of((a, b)))
 
 
 @transfer("Xor")
-def xor(ctx: Interpreter, node: ir.Node) -> Tensor:
-    return elementwise(ctx, node, ir.DataType.BOOL, lambda a, b: il.choose(a, il.negate(b), b))
+def xor(ctx: Interpreter, node: ir.Node) -> Element:
+    return elementwise(ctx, node, lambda a, b: il.choose(a, il.negate(b), b))
 
 
 @transfer("Not")
-def not_(ctx: Interpreter, node: ir.Node) -> Tensor:
-    return elementwise(ctx, node, ir.DataType.BOOL, il.negate)
+def not_(ctx: Interpreter, node: ir.Node) -> Element:
+    return elementwise(ctx, node, il.negate)
 
 
 @transfer("Where")
-def where(ctx: Interpreter, node: ir.Node) -> Tensor:
-    return elementwise(ctx, node, ctx.dtype(node, 1), il.choose)
+def where(ctx: Interpreter, node: ir.Node) -> Element:
+    return elementwise(ctx, node, il.choose)
 
 
 @transfer("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal")
-def compare(ctx: Interpreter, node: ir.Node) -> Tensor:
+def compare(ctx: Interpreter, node: ir.Node) -> Element:
     op, kind = node.op_type, kind_of(ctx.dtype(node))
     if kind == "bool":
         combine = lambda a, b: il.choose(a, b, il.negate(b))  # noqa: E731
@@ -66,7 +64,7 @@ def compare(ctx: Interpreter, node: ir.Node) -> Tensor:
         names = {"Less": "lt", "LessOrEqual": "le", "Greater": "lt", "GreaterOrEqual": "le", "Equal": "eq"}
         swap = op.startswith("Greater")
         combine = lambda a, b: il.float_compare(names[op], *((b, a) if swap else (a, b)))  # noqa: E731
-    return elementwise(ctx, node, ir.DataType.BOOL, combine)
+    return elementwise(ctx, node, combine)
 
 
 def _compare_int(op: str, a: Expr, b: Expr) -> Expr:
@@ -79,22 +77,23 @@ def _compare_int(op: str, a: Expr, b: Expr) -> Expr:
 
 
 @transfer("IsNaN", "IsInf")
-def is_special(ctx: Interpreter, node: ir.Node) -> Tensor:
+def is_special(ctx: Interpreter, node: ir.Node) -> Element:
     op, zero = node.op_type.lower(), il.floating(0.0, ir.DataType.FLOAT)
-    return elementwise(ctx, node, ir.DataType.BOOL, lambda a: il.float_compare(op, a, zero))
+    return elementwise(ctx, node, lambda a: il.float_compare(op, a, zero))
 
 
 # ---------------------------------------------------------------------------------------------- conversion
 
 
 @transfer("Cast", "CastLike")
-def cast(ctx: Interpreter, node: ir.Node) -> Tensor:
+def cast(ctx: Interpreter, node: ir.Node) -> Element:
     x = ctx.input(node, 0)
     to = ctx.dtype(node, 1) if node.op_type == "CastLike" else ir.DataType(attribute(node, "to"))
-    return Tensor(x.shape, to, lambda index: convert(x.at(index), to))
+    return lambda index: convert(x.at(index), to, x.dtype)
 
 
-def convert(e: Expr, to: ir.DataType) -> Expr:
+def convert(e: Expr, to: ir.DataType, source: ir.DataType | None) -> Expr:
+    """An element cast to another type, exactly as it is at run time, or opaque."""
     if to is ir.DataType.BOOL:
         if e.kind == "int":
             return il.negate(il.eq0(e))
@@ -104,13 +103,13 @@ def convert(e: Expr, to: ir.DataType) -> Expr:
     if e.kind == "bool":
         return il.choose(e, ia.ONE, ia.ZERO)
     if e.kind == "int":
-        return e if to in (ir.DataType.INT64, ir.DataType.INT32) else _narrow(e, to)
+        return e if source is to else _as_integer(e, to, source)
     value = il.float_value(e)
-    if value is not None and abs(value) < 2**62:
+    if value is not None and math.isfinite(value) and _holds(to, int(value)):
         return ia.const(int(value))
     if e.op == "choose":
-        return il.choose(e.args[0], convert(e.args[1], to), convert(e.args[2], to))
-    return ia.of_atom(make("opaque_int", ("truncate", e), "int"))
+        return il.choose(e.args[0], convert(e.args[1], to, source), convert(e.args[2], to, source))
+    return ia.of_atom(make("opaque_int", (f"to {to.name}", e), "int"))
 
 
 def e_dtype(e: Expr) -> ir.DataType:
@@ -118,12 +117,32 @@ def e_dtype(e: Expr) -> ir.DataType:
     return next((a for a in e.args if isinstance(a, ir.DataType)), ir.DataType.FLOAT)
 
 
-def _narrow(e: Expr, to: ir.DataType) -> Expr:
-    if ia.value_of(e) is not None and -128 <= ia.value_of(e) <= 127 and (ia.value_of(e) >= 0 or to.is_signed()):
+_RANGES = {
+    ir.DataType[f"{sign}INT{bits}"]: (0, 2**bits - 1) if sign else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    for sign in ("", "U")
+    for bits in (8, 16, 32, 64)
+}
+
+
+def _holds(dtype: ir.DataType, value: int) -> bool:
+    low, high = _RANGES.get(dtype, (0, -1))
+    return low <= value <= high
+
+
+def _as_integer(e: Expr, to: ir.DataType, source: ir.DataType | None) -> Expr:
+    """An integer in another integer type: the same number where the type holds it, else opaque. Sizes and positions are
+    taken to be below 2 ** 31 (docs/masks.md); numbers that a caller gives may be anything."""
+    wide, narrow = _RANGES.get(source), _RANGES.get(to)
+    if narrow is not None and wide is not None and narrow[0] <= wide[0] and wide[1] <= narrow[1]:
+        return e
+    known = ia.value_of(e)
+    if known is not None and _holds(to, known):
         return e
     atom = ia.only_atom(e)
     if atom is not None and atom.op == "choose":
-        return il.choose(atom.args[0], _narrow(atom.args[1], to), _narrow(atom.args[2], to))
+        return il.choose(atom.args[0], _as_integer(atom.args[1], to, source), _as_integer(atom.args[2], to, source))
+    if known is None and to in (ir.DataType.INT32, ir.DataType.INT64) and il.is_position(e):
+        return e
     return ia.of_atom(make("opaque_int", (f"to {to.name}", e), "int"))
 
 
@@ -157,13 +176,13 @@ _INTEGER = {
 
 
 @transfer("Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs")
-def arithmetic(ctx: Interpreter, node: ir.Node) -> Tensor:
+def arithmetic(ctx: Interpreter, node: ir.Node) -> Element:
     op, dtype = node.op_type, ctx.dtype(node)
     if il.is_float(dtype):
-        return elementwise(ctx, node, dtype, lambda *x: il.float_op(op, dtype, *x))
+        return elementwise(ctx, node, lambda *x: il.float_op(op, dtype, *x))
     if kind_of(dtype) != "int":
         raise Unknown
-    return elementwise(ctx, node, dtype, lambda *x: _integer(_INTEGER[op], x))
+    return elementwise(ctx, node, lambda *x: _integer(_INTEGER[op], x))
 
 
 def _integer(combine: Callable[..., Expr], args: tuple[Expr, ...]) -> Expr:
@@ -199,21 +218,20 @@ def _as_poly(e: Expr) -> Expr:
     "Relu",
     "Softplus",
 )
-def floats(ctx: Interpreter, node: ir.Node) -> Tensor:
+def floats(ctx: Interpreter, node: ir.Node) -> Element:
     op, dtype = node.op_type, ctx.dtype(node)
     if not il.is_float(dtype):
         return _unclear_integer(ctx, node, dtype)
     return elementwise(
         ctx,
         node,
-        dtype,
         lambda *x: il.float_op(op, dtype, *x) if all(a.kind == "float" for a in x) else _mixed(op, dtype, x),
     )
 
 
-def _unclear_integer(ctx: Interpreter, node: ir.Node, dtype: ir.DataType) -> Tensor:
+def _unclear_integer(ctx: Interpreter, node: ir.Node, dtype: ir.DataType) -> Element:
     op = node.op_type
-    return elementwise(ctx, node, dtype, lambda *x: ia.of_atom(make("opaque_int", (op, *x), "int")))
+    return elementwise(ctx, node, lambda *x: ia.of_atom(make("opaque_int", (op, *x), "int")))
 
 
 def _mixed(op: str, dtype: ir.DataType, args: tuple[Expr, ...]) -> Expr:
@@ -222,9 +240,9 @@ def _mixed(op: str, dtype: ir.DataType, args: tuple[Expr, ...]) -> Expr:
 
 
 @transfer("Min", "Max")
-def extreme(ctx: Interpreter, node: ir.Node) -> Tensor:
+def extreme(ctx: Interpreter, node: ir.Node) -> Element:
     op, dtype = node.op_type, ctx.dtype(node)
-    inputs = [ctx.input(node, k) for k in range(len(node.inputs))]
+    inputs = ctx.inputs(node)
 
     def combine(a: Expr, b: Expr) -> Expr:
         if il.is_float(dtype):
@@ -237,14 +255,14 @@ def extreme(ctx: Interpreter, node: ir.Node) -> Tensor:
             result = combine(result, x.at_right(index))
         return result
 
-    return Tensor(ctx.broadcast([x.shape for x in inputs]), dtype, element)
+    return element
 
 
 @transfer("Clip")
-def clip(ctx: Interpreter, node: ir.Node) -> Tensor:
+def clip(ctx: Interpreter, node: ir.Node) -> Element:
     x, dtype = ctx.input(node, 0), ctx.dtype(node)
     bounds = [ctx.optional(node, 1), ctx.optional(node, 2)]
-    limits = [b.at((ia.ZERO,) * b.rank) if b is not None else None for b in bounds]
+    limits = [b.scalar() if b is not None else None for b in bounds]
     for k, name in enumerate(("min", "max")):
         if name in node.attributes:
             limits[k] = il.scalar(attribute(node, name), dtype)
@@ -258,75 +276,24 @@ def clip(ctx: Interpreter, node: ir.Node) -> Tensor:
                 e = (ia.maximum if op == "Max" else ia.minimum)(e, limit)
         return e
 
-    return Tensor(x.shape, dtype, element)
+    return element
 
 
 @transfer("CumSum")
-def cumsum(ctx: Interpreter, node: ir.Node) -> Tensor:
+def cumsum(ctx: Interpreter, node: ir.Node) -> Element:
     """The sum of elements that are the same along the axis; else opaque."""
     x, along = ctx.input(node, 0), ctx.input(node, 1)
-    if x.kind != "int":
-        return opaque(node.outputs[0], x.shape, x.dtype)
-    axis = axis_of(ia.value_of(along.at((ia.ZERO,) * along.rank)), x.rank)
+    place = ia.value_of(along.scalar())
+    if x.kind != "int" or place is None:
+        raise Unknown
+    axis = axis_of(place, x.rank)
     count_from, backward = 0 if attribute(node, "exclusive", 0) else 1, attribute(node, "reverse", 0)
 
     def element(index: Index) -> Expr:
         summed = x.at(index[:axis] + (ia.var("summed", (x.shape[axis],)),) + index[axis + 1 :])
         if "summed" in ia.variables(summed):
             return il.load(node.outputs[0], index, "int")
-        place = ia.sub(ia.sub(x.shape[axis], ia.ONE), index[axis]) if backward else index[axis]
-        return ia.mul(summed, ia.add(place, ia.const(count_from)))
+        past = ia.sub(ia.sub(x.shape[axis], ia.ONE), index[axis]) if backward else index[axis]
+        return ia.mul(summed, ia.add(past, ia.const(count_from)))
 
-    return Tensor(x.shape, x.dtype, element)
-
-
-# ---------------------------------------------------------------------------------------------- shapes only
-
-
-@transfer(
-    "Softmax",
-    "LogSoftmax",
-    "LayerNormalization",
-    "RMSNormalization",
-    "SimplifiedLayerNormalization",
-    "Gelu",
-    "LeakyRelu",
-    "Elu",
-    "HardSwish",
-    "HardSigmoid",
-    "Selu",
-    "Swish",
-)
-def same_shape(ctx: Interpreter, node: ir.Node) -> Tensor:
-    x = ctx.input(node, 0)
-    return opaque(node.outputs[0], x.shape, x.dtype)
-
-
-@transfer("MatMul")
-def matmul(ctx: Interpreter, node: ir.Node) -> Tensor:
-    a, b = ctx.input(node, 0), ctx.input(node, 1)
-    if a.rank < 2 or b.rank < 2:
-        raise Unknown
-    return opaque(
-        node.outputs[0], ctx.broadcast([a.shape[:-2], b.shape[:-2], ()]) + (a.shape[-2], b.shape[-1]), a.dtype
-    )
-
-
-@transfer("Gemm")
-def gemm(ctx: Interpreter, node: ir.Node) -> Tensor:
-    a, b = ctx.input(node, 0), ctx.input(node, 1)
-    rows, columns = a.shape[1 if attribute(node, "transA", 0) else 0], b.shape[0 if attribute(node, "transB", 0) else 1]
-    return opaque(node.outputs[0], (rows, columns), a.dtype)
-
-
-@transfer(
-    *(f"Reduce{name}" for name in ("Mean", "Sum", "Max", "Min", "L1", "L2", "Prod", "LogSum", "LogSumExp", "SumSquare"))
-)
-def reduce(ctx: Interpreter, node: ir.Node) -> Tensor:
-    x, axes = ctx.input(node, 0), axes_argument(ctx, node)
-    gone = set(range(x.rank)) if axes is None else {axis_of(a, x.rank) for a in axes}
-    if attribute(node, "keepdims", 1):
-        shape = tuple(ia.ONE if k in gone else s for k, s in enumerate(x.shape))
-    else:
-        shape = tuple(s for k, s in enumerate(x.shape) if k not in gone)
-    return opaque(node.outputs[0], shape, x.dtype)
+    return element

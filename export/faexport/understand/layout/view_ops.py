@@ -15,7 +15,7 @@ from faexport.nodes import FLOATS, attribute, op, operand
 from faexport.understand.layout.views import View
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim, product
-from faexport.understand.shapes.rules import constant_ints, resolve_axis, slice_of, split_sizes
+from faexport.understand.shapes.rules import constant_ints, resolve_axis, same_count, slice_of, split_sizes
 
 ViewOp = Callable[[ir.Node, ir.Value, View, "Analysis"], View | None]
 VIEW_OPS: dict[str, ViewOp] = {}
@@ -54,11 +54,16 @@ def is_training(node: ir.Node, a: Analysis) -> bool:
 @_view("Cast")
 def _cast(node, value, view, a):
     """Only a Cast that loses nothing is looked through."""
+    return view if is_widening(node, a) else None
+
+
+def is_widening(cast: ir.Node, a: Analysis) -> bool:
+    """Does a Cast turn floats into floats that hold them all?"""
     order = {ir.DataType.FLOAT16: 1, ir.DataType.BFLOAT16: 1, ir.DataType.FLOAT: 2, ir.DataType.DOUBLE: 3}
-    source, target = a.dtype(node.inputs[0]), ir.DataType(attribute(node, "to", 0))
+    source, target = a.dtype(cast.inputs[0]), ir.DataType(attribute(cast, "to", 0))
     if source not in FLOATS or target not in FLOATS:
-        return None
-    return view if source == target or order[source] < order[target] else None
+        return False
+    return source == target or order[source] < order[target]
 
 
 @_view("Transpose")
@@ -78,7 +83,7 @@ def _reshape(node, value, view, a):
     if -1 in dims:
         rest = product(sizes).divide(product(d for d in dims if d != -1))
         dims = [rest if d == -1 else d for d in dims]
-    return None if None in dims else view.reshape(dims)
+    return None if None in dims else view.reshape(same_count(sizes, dims))
 
 
 @_view("Unsqueeze")

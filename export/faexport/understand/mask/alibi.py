@@ -13,11 +13,12 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from faexport.understand.index import algebra as ia
 from faexport.understand.index import logic as il
-from faexport.understand.index.algebra import Expr
 from faexport.understand.mask.terms import Site
 from faexport.understand.mask.window import Window
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr
+from faexport.understand.shapes.constants import tensor_of
 
 _EXACT = {ir.DataType.FLOAT: 1 << 24, ir.DataType.DOUBLE: 1 << 53}  # whole numbers up to here convert without rounding
 _RTOL = 1e-6
@@ -89,7 +90,7 @@ def _slope_of_table(e: Expr, window: Window) -> float | None:
     """A constant table, e.g. [H, 1, max_len], read at a place that moves with j: its values must grow by equal
     steps."""
     value, index = e.args
-    constant = ir.convenience.get_const_tensor(value)
+    constant = tensor_of(value)
     if constant is None or window.right != 0 or constant.dtype not in _EXACT:
         return None
     moving = [k for k, x in enumerate(index) if "j" in ia.variables(x)]

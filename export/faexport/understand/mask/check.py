@@ -7,9 +7,10 @@ off at what the index algebra knows nothing of; random values stand in there. Si
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -17,16 +18,21 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from faexport import spec
-from faexport.understand.index import algebra as ia
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import kind_of
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.softmax import Skip, highest, original, proven
 from faexport.understand.mask.terms import MASKING, Site
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.constants import tensor_of
 
-_PLANS = ((2, 5, 3), (3, 7, 0), (1, 4, 9))  # batch, sequence, past: what symbols are bound to, by their names
+# Numbers for the symbols of sizes, and whether an axis that is the keys', or 1, is 1.
+_PLANS = (((2, 5, 3, 7), False), ((3, 1, 4, 6), False), ((5, 3, 2, 4), True), ((1, 6, 0, 2), False))
 _TOLERANCE = {ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}  # of a probability; else 5e-3
 _MAX_ELEMENTS = 1 << 22
+
+
+Plan = tuple[tuple[int, ...], bool]
 
 
 class Checker:
@@ -95,7 +101,7 @@ class _Trial:
         while stack:
             value = stack.pop()
             node = value.producer()
-            if value in seen or (node is None and value.const_value is not None):
+            if value in seen or (node is None and tensor_of(value) is not None):
                 continue
             seen.add(value)
             if node is None or (value not in made and self.ctx.is_opaque(value)):
@@ -118,9 +124,10 @@ class _Trial:
         inner = {v for n in self.nodes for v in n.outputs}
         used = {v for n in self.nodes for v in n.inputs if v is not None} | set(self.outputs)
         for value in used - inner - set(self.leaves):
-            if value.const_value is None:
+            tensor = tensor_of(value)
+            if tensor is None:
                 raise Skip
-            model.graph.initializer.append(onnx.numpy_helper.from_array(value.const_value.numpy(), value.name))
+            model.graph.initializer.append(onnx.numpy_helper.from_array(tensor.numpy(), value.name))
         for value in self.leaves:
             dtype = self._dtype(value)
             model.graph.input.append(onnx.helper.make_tensor_value_info(value.name, int(dtype), None))
@@ -132,14 +139,12 @@ class _Trial:
 
     # ------------------------------------------------------------------------------------------ one evaluation
 
-    def try_plan(self, plan: tuple[int, int, int], random: np.random.Generator, right_padding: bool) -> float:
-        """As run; 0 where the model runs at none of the sizes tried."""
-        for whole in (False, True):
-            try:
-                return self.run(self._bind(plan, whole), random, right_padding)
-            except Skip:
-                continue
-        return 0.0
+    def try_plan(self, plan: Plan, random: np.random.Generator, right_padding: bool) -> float:
+        """As run; 0 where the model doesn't run at these sizes."""
+        try:
+            return self.run(self._bind(plan), random, right_padding)
+        except Skip:
+            return 0.0
 
     def run(self, sizes: dict[ia.Expr, int], random: np.random.Generator, right_padding: bool) -> float:
         """The largest difference between the model's probabilities and the proven ones, at these sizes."""
@@ -154,7 +159,7 @@ class _Trial:
             raise Skip from error
         arrays = {v: np.asarray(x) for v, x in zip(self.outputs, results, strict=True)}
         shape = tuple(self._number(self.site.sizes[letter][0], sizes) for letter in "BHST")
-        if np.prod(shape) > _MAX_ELEMENTS or not np.prod(shape):
+        if np.prod(shape) > _MAX_ELEMENTS or min(shape) < 1:
             raise Skip
         scores = random.uniform(-3, 3, shape)
         sinks = random.uniform(-3, 3, (1, shape[1], 1, 1)) if self.site.scores.sinks else None
@@ -176,30 +181,30 @@ class _Trial:
         except (KeyError, ZeroDivisionError):
             raise Skip from None
 
-    def _bind(self, plan: tuple[int, int, int], whole: bool) -> dict[ia.Expr, int]:
-        """Numbers for all symbols, such that all ways to write a size of the scores agree. Of the symbols that
-        aren't in the scores' sizes nothing is known: with `whole` they are all S_kv (as the length of a mask over
-        past and new keys)."""
+    def _bind(self, plan: Plan) -> dict[ia.Expr, int]:
+        """Numbers for all symbols. Where two sizes meet and one is a symbol of its own, it is the other one, or 1."""
+        numbers, is_one = plan
         shapes = [self.ctx.tensor(v).shape for v in self.leaves]
-        symbols = {a: None for s in [*shapes, *self.site.sizes.values()] for size in s for a in ia.atoms(size, "sym")}
-        sizes = {a: self._by_name(a.args[0], plan) for a in symbols}
-        for _ in range(3):
-            for written in self.site.sizes.values():
-                numbers = [self._number(w, sizes) for w in written]
-                fixed = [n for w, n in zip(written, numbers, strict=True) if ia.only_atom(w) not in symbols]
-                for w in written:
-                    if ia.only_atom(w) in symbols:
-                        sizes[ia.only_atom(w)] = (fixed or numbers)[0]
-        if any(len({self._number(w, sizes) for w in written}) > 1 for written in self.site.sizes.values()):
-            raise Skip
-        if whole:
-            inside = {a for written in self.site.sizes.values() for w in written for a in ia.atoms(w, "sym")}
-            sizes.update({a: self._number(self.site.sizes["T"][0], sizes) for a in symbols if a not in inside})
+        own = {a: None for (size,) in self.site.sizes.values() for a in self._symbols(size)}
+        others = {a: None for shape in shapes for size in shape for a in self._symbols(size)}
+        sizes = {a: numbers[k % len(numbers)] for k, a in enumerate({**own, **others})}
+        for size, other in self._meetings(shapes):
+            symbol = ia.only_atom(size)
+            if symbol in sizes and symbol not in own:
+                sizes[symbol] = 1 if is_one else self._number(other, sizes)
         return sizes
 
-    def _by_name(self, name: str, plan: tuple[int, int, int]) -> int:
-        batch, sequence, past = plan
-        return batch if "batch" in name.lower() else past if "past" in name.lower() else sequence
+    @staticmethod
+    def _symbols(size: ia.Expr) -> list[ia.Expr]:
+        return sorted(ia.atoms(size, "sym"), key=lambda atom: atom.serial)
+
+    def _meetings(self, shapes: Sequence[tuple[ia.Expr, ...]]) -> Iterator[tuple[ia.Expr, ia.Expr]]:
+        for letter, (whole,) in self.site.sizes.items():
+            yield from ((size, whole) for size in sorted(self.site.meeting[letter], key=lambda e: e.serial))
+        everything = [s for shape in shapes for s in shape] + [s for (s,) in self.site.sizes.values()]
+        everything += [s for sizes in self.site.meeting.values() for s in sizes]
+        for atom in sorted({a for s in everything for a in ia.atoms(s, "meet")}, key=lambda e: e.serial):
+            yield from itertools.permutations(atom.args, 2)
 
     def _draw(
         self,
@@ -210,7 +215,7 @@ class _Trial:
         right_padding: bool,
     ) -> np.ndarray:
         shape = tuple(self._number(s, sizes) for s in self.ctx.tensor(value).shape)
-        if np.prod(shape) > _MAX_ELEMENTS:
+        if np.prod(shape) > _MAX_ELEMENTS or min(shape, default=0) < 0:
             raise Skip
         dtype = self._dtype(value)
         if only_shape:

@@ -14,68 +14,26 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from faexport.understand.index import algebra as ia
 from faexport.understand.index import logic as il
-from faexport.understand.index.algebra import Expr
 from faexport.understand.index.interpreter import Interpreter
-from faexport.understand.index.tensor import Unknown
+from faexport.understand.index.tensor import Unknown, broadcast_index
+from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.terms import Site
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr
 
 _AXES = "bhij"
 _MAX_SEARCH = 600  # values of a mask subgraph that are compared with an expression
 
 
 class Emitter:
-    """Makes nodes for one graph; they are not inserted here. `nodes` maps each value made to the nodes that it
-    needs, in order."""
+    """Makes values for the sites of one graph whose scores have the same sizes."""
 
-    def __init__(self, ctx: Interpreter, graph: ir.Graph | ir.Function):
+    def __init__(self, ctx: Interpreter, graph: ir.Graph | ir.Function, nodes: Nodes):
         self.ctx, self.graph = ctx, graph
-        self.nodes: dict[ir.Value, tuple[ir.Node, ...]] = {}
+        self.made = nodes
+        self.node, self.constant, self.nodes = nodes.node, nodes.constant, nodes.nodes
         self._cache: dict[tuple, ir.Value] = {}
-        self._count = itertools.count()
-
-    def node(
-        self, op_type: str, inputs: Sequence[ir.Value], attributes: dict | None = None, hint: str = ""
-    ) -> ir.Value:
-        """The output of a node with these parts (made once), written as opset 15 has it."""
-        attributes = attributes or {}
-        older = self._in_older_opset(op_type, inputs, attributes)
-        if older is not None:
-            return older
-        key = (op_type, tuple(inputs), repr(sorted((k, repr(v)) for k, v in attributes.items())))
-        if key not in self._cache:
-            name = f"faexport_mask_{hint or op_type.lower()}_{next(self._count)}"
-            made = ir.node(op_type, inputs, attributes, name=name, outputs=[ir.Value(name=name)])
-            before = dict.fromkeys(n for v in inputs for n in self.nodes.get(v, ()))
-            self._cache[key] = made.outputs[0]
-            self.nodes[made.outputs[0]] = (*before, made)
-        return self._cache[key]
-
-    def _in_older_opset(self, op_type: str, inputs: Sequence[ir.Value], attributes: dict) -> ir.Value | None:
-        """The same in a form that the model's opset has, where it doesn't have this one."""
-        opset = self.ctx.opset
-        if op_type == "Shape" and attributes and opset < 15:
-            return self.node(
-                "Slice", [self.node("Shape", inputs), *(self.constant([attributes[n]]) for n in ("start", "end"))]
-            )
-        if op_type in ("Squeeze", "Unsqueeze", "ReduceSum") and len(inputs) == 2 and opset < 13:
-            axes = inputs[1].const_value.numpy().reshape(-1).tolist()
-            return self.node(op_type, inputs[:1], {**attributes, "axes": axes})
-        if op_type == "GreaterOrEqual" and opset < 12:
-            return self.node("Not", [self.node("Less", inputs)])
-        return None
-
-    def constant(self, array: np.ndarray | Sequence[int]) -> ir.Value:
-        array = np.asarray(array)
-        key = ("constant", array.dtype.str, array.shape, array.tobytes())
-        if key not in self._cache:
-            value = self.node(
-                "Constant", (), {"value": ir.tensor(array, name=f"faexport_constant_{next(self._count)}")}, "constant"
-            )
-            value.const_value = value.producer().attributes["value"].value
-            self._cache[key] = value
-        return self._cache[key]
 
     # ------------------------------------------------------------------------------------------ existing values
 
@@ -100,7 +58,7 @@ class Emitter:
         for value in self._below(site.roots):
             tensor = self.ctx.known(value)
             if tensor is not None and value.producer() is not None and tensor.rank <= 4 and tensor.kind == expr.kind:
-                if tensor.at_right(site.index) is expr:
+                if site.simplified(tensor.at_right(site.index)) is expr:
                     found = value.producer()
         return found
 
@@ -110,16 +68,19 @@ class Emitter:
         for axes in itertools.combinations(range(4), tensor.rank):
             if not set(needed) <= set(axes):
                 continue
-            fits = all(
-                ia.value_of(s) == 1 or (k in needed and self._is_size(site, s, k))
-                for s, k in zip(tensor.shape, axes, strict=True)
-            )
-            if fits and tensor.at(tuple(site.index[k] for k in axes)) is expr:
+            index = [self._index_at(site, size, k, k in needed) for size, k in zip(tensor.shape, axes, strict=True)]
+            if None not in index and site.simplified(tensor.at(tuple(index))) is expr:
                 return axes
         return None
 
-    def _is_size(self, site: Site, size: Expr, axis: int) -> bool:
-        return size in site.sizes["BHST"[axis]]
+    @staticmethod
+    def _index_at(site: Site, size: Expr, axis: int, needed: bool) -> Expr | None:
+        """Where an axis of a tensor is read that is to be the site's axis; None where it can't be."""
+        if ia.value_of(size) == 1:
+            return ia.ZERO
+        if not needed or not site.is_broadcast("BHST"[axis], size):
+            return None
+        return broadcast_index(site.index[axis], site.simplified(size))
 
     def _below(self, roots: Sequence[ir.Value]) -> Iterator[ir.Value]:
         """The values that the roots are computed from, roots first, up to the first that nothing is known of."""
@@ -242,14 +203,33 @@ class Emitter:
         )
         for k, x in enumerate(index):
             rank = len(axes) + len(shape) - k
-            result, new = self._place_axis(site, result, len(axes), rank, shape[k], x)
+            try:
+                result, new = self._place_axis(site, result, len(axes), rank, shape[k], x)
+            except Unknown:
+                return self._flat_gather(site, e, cast)
             if set(new) & set(axes):
-                raise Unknown
+                return self._flat_gather(site, e, cast)
             axes += new
         order = sorted(axes, key=_AXES.index)
         if order != axes:
             result = self.node("Transpose", [result], {"perm": [axes.index(name) for name in order]})
         return self._unsqueezed(result, tuple(_AXES.index(name) for name in order))
+
+    def _flat_gather(self, site: Site, e: Expr, cast: ir.DataType | None) -> ir.Value:
+        """value[index] for indices that mix the site's variables, as positions in the flattened tensor."""
+        value, index = e.args
+        place = ia.ZERO
+        for x, size in zip(index, self.ctx.tensor(value).shape, strict=True):
+            place = ia.add(ia.mul(place, size), x)
+        flat, line = self.node("Reshape", [value, self.constant([-1])]), self.emit(site, place)
+        flat.dtype, sizes = self.ctx.analysis.dtype(value), self.ctx.tensor(value).shape
+        if not all(
+            ia.is_nonnegative(x) and ia.is_positive(ia.sub(site.simplified(s), x))
+            for x, s in zip(index, sizes, strict=True)
+        ):
+            flat, line = self._with_outside(flat, 0, 1, line)
+        result = self.node("Gather", [flat, line])
+        return self.node("Cast", [result], {"to": int(cast)}) if cast is not None and value.dtype != cast else result
 
     def _place_axis(
         self, site: Site, value: ir.Value, at: int, rank: int, size: Expr, x: Expr
@@ -260,16 +240,16 @@ class Emitter:
             return self.node("Squeeze", [value, self.constant([at])]), []
         if known is not None:
             return self.node("Gather", [value, self.constant(np.asarray(known, np.int64))], {"axis": at}), []
+        names = ia.variables(x)
         if site.heads is not None and x is ia.add(ia.scale(site.b, site.heads), site.h):
             return self._split_heads(value, at, site.heads), ["b", "h"]
-        names = ia.variables(x)
         if len(names) != 1:
             raise Unknown
         name = next(iter(names))
         axis = _AXES.index(name)
-        if x is not site.index[axis] or not self._is_size(site, size, axis):
+        if x is not broadcast_index(site.index[axis], site.simplified(size)) or not self._is_size(site, size, axis, x):
             line = self.node("Reshape", [self.emit(site, x), self.constant([-1])])
-            if not (ia.is_nonnegative(x) and ia.is_positive(ia.sub(size, x))):
+            if not (ia.is_nonnegative(x) and ia.is_positive(ia.sub(site.simplified(size), x))):
                 value, line = self._with_outside(value, at, rank, line)
             value = self.node("Gather", [value, line], {"axis": at})
         return value, [name]
@@ -277,7 +257,7 @@ class Emitter:
     def _with_outside(self, value: ir.Value, at: int, rank: int, line: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The value with one more element on an axis, and the indices with that in the place of those that lie outside.
         A choice around what is read there takes something else, as where a mask was padded; yet it has to be read."""
-        if self.ctx.opset < (13 if value.dtype is ir.DataType.BOOL else 11):  # of Pad
+        if self.ctx.opset < (13 if (value.dtype or ir.DataType.BOOL) is ir.DataType.BOOL else 11):  # of Pad
             raise Unknown
         size = self.node("Shape", [value], {"start": at, "end": at + 1})
         pads = [0] * (2 * rank)
@@ -286,6 +266,12 @@ class Emitter:
         for outside in (("Less", [line, self.constant([0])]), ("Less", [size, line])):
             line = self.node("Where", [self.node(*outside), size, line])
         return value, line
+
+    @staticmethod
+    def _is_size(site: Site, size: Expr, axis: int, x: Expr) -> bool:
+        """May an axis of this size, read at `x`, stay as it is? It has the site's size, or it is 1 or the site's size,
+        which the index tells."""
+        return site.simplified(size) in site.sizes["BHST"[axis]] or x is not site.index[axis]
 
     def _split_heads(self, value: ir.Value, at: int, heads: int) -> ir.Value:
         """[… B * H …] as [… B, H …]. NOTE: without -1, which can't be told where a tensor has no elements."""
@@ -330,8 +316,7 @@ class Emitter:
 
     def _size_of_input(self, atom: Expr) -> ir.Value:
         for value in self.graph.inputs if atom.op == "sym" else ():
-            tensor = self.ctx.known(value)
-            for k, s in enumerate(tensor.shape if tensor is not None else ()):
+            for k, s in enumerate(self.ctx.shape(value) or ()):
                 if ia.only_atom(s) is atom:
                     return self.node("Shape", [value], {"start": k, "end": k + 1})
         raise Unknown

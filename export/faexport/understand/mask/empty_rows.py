@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two finite masks, one after the other: what a row without a visible key gives, without a tensor of S_q x S_kv.
 
-Called by builder.py where a window (a condition on i and j) hides keys by one number and padding (a condition on b
+Called by strategies.py where a window (a condition on i and j) hides keys by one number and padding (a condition on b
 and j) by another. In a row without a visible key all keys of its window are padding, so which keys share its softmax
 is known from i and the padding alone: sums over them are running sums. empty_rows.py writes what depends on the values.
 """
@@ -16,13 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
-from faexport.understand.index import algebra as ia
 from faexport.understand.index import logic as il
-from faexport.understand.index.algebra import Expr
 from faexport.understand.index.tensor import Unknown
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.terms import ABSORBS, MASKING, Case, Site, rows_see_a_key, visible
 from faexport.understand.mask.window import Window, conjuncts, split
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr
 
 MINIMUM_OPSET = 12
 
@@ -99,17 +99,21 @@ def _up_to_window(others: Expr, window: Window, inside: Expr) -> bool | None:
 
 @dataclasses.dataclass(frozen=True)
 class LowerOfTwo:
-    """min(window's mask, given mask) is added (TimesFM): 0 or `fill`, and the element of a tensor [B, S_kv] of any
-    values. A key of the window hides all others if its given mask is above the fill. In a row without such a key, what
-    is not below the fill is the fill, in the window or not: the mean of those values."""
+    """The smaller of two numbers is added to each score (TimesFM): the window's, which is 0 or `fill`, and the element
+    of a given tensor [B, S_kv] that may hold anything.
+
+    A key in the window whose given number is above the fill outweighs every key outside of the window. A row that has
+    no such key adds the fill itself to all its keys whose given number is not below the fill, whether the window holds
+    them or not. All these keys then weigh the same, and the row gives the mean of their values."""
 
     window: Window
     given: Expr
     fill: float
 
 
-def lower_of_two(site: Site, terms: Sequence[spec.MaskTerm]) -> LowerOfTwo | None:
+def lower_of_two(site: Site) -> LowerOfTwo | None:
     """What the terms are of that kind, if they are."""
+    terms = site.terms
     if len(terms) != 1 or terms[0].kind is not spec.TermKind.ADD or terms[0].factor != 1 or site.scores.sinks:
         return None
     choice = site.element(terms[0], terms[0].value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may assume of masks. Read by builder.py and check.py."""
+"""What a user may assume of masks. Read by strategies.py, draft.py and check.py."""
 
 from __future__ import annotations
 

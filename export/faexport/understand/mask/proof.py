@@ -9,8 +9,7 @@ evaluation (check.py).
 from __future__ import annotations
 
 import dataclasses
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -19,76 +18,101 @@ from faexport.nodes import name_of
 from faexport.understand.index import transfer_layout, transfer_math  # noqa: F401  (registers the transfer functions)
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Unknown
-from faexport.understand.mask.builder import MaskBuilder
 from faexport.understand.mask.check import Checker
 from faexport.understand.mask.emit import Emitter
+from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.options import MaskOptions
-from faexport.understand.mask.terms import (
-    NotAMask,
-    Site,
-)
+from faexport.understand.mask.strategies import mask_of
+from faexport.understand.mask.terms import NotAMask, Site
+from faexport.understand.shapes.algebra import Expr, at_least_one
+from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim
 
 
-class GraphMasks:
-    """What is shared by the sites of one graph: abstract values, new nodes, checks already made."""
+class _Shared:
+    """What the sites of one graph share whose scores have the same sizes: abstract values and checks already made."""
 
-    def __init__(self, graph: ir.Graph | ir.Function, shapes: Shapes | None):
-        self.ctx = Interpreter(graph, shapes)
-        self.emitter = Emitter(self.ctx, graph)
+    def __init__(self, analysis: Analysis, positive: frozenset[Expr], nodes: Nodes, graph: ir.Graph | ir.Function):
+        self.ctx = Interpreter(analysis, positive)
+        self.emitter = Emitter(self.ctx, graph, nodes)
         self.checker = Checker(self.ctx)
         self.known: dict[tuple, tuple[spec.Mask, tuple[str, ...]]] = {}
 
 
-UNKNOWN_SHAPE = "the shape of its mask can't be found out"
-Shapes = Callable[[ir.Value], Sequence[int | str | None] | None]
-_graphs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+class Masks:
+    """The proofs of the masks of one model. They hold as long as the graph in front of the sites doesn't change:
+    whoever edits a model makes a new analysis, and new proofs."""
 
+    def __init__(self, analysis: Analysis):
+        self.analysis = analysis
+        self._nodes: dict[ir.Graph | ir.Function, Nodes] = {}
+        self._shared: dict[tuple, _Shared] = {}
 
-def graph_masks(graph: ir.Graph | ir.Function, shapes: Shapes | None = None) -> GraphMasks:
-    if graph not in _graphs:
-        _graphs[graph] = GraphMasks(graph, shapes)
-    return _graphs[graph]
+    def renewed(self, analysis: Analysis) -> Masks:
+        """New proofs, for the model as it is now. What was already made for a graph is not made twice."""
+        masks = Masks(analysis)
+        masks._nodes = self._nodes
+        return masks
 
+    def nodes(self, graph: ir.Graph | ir.Function) -> Nodes:
+        """Makes the new nodes that sites of a graph share."""
+        return self._nodes.setdefault(graph, Nodes(self.analysis.opset))
 
-def understand_mask(
-    terms: Sequence[spec.MaskTerm],
-    scores: spec.ScoreShape,
-    options: MaskOptions = MaskOptions(),
-    shapes: Shapes | None = None,
-) -> spec.Mask | spec.Refusal:
-    """The mask of one site, or why it can't be expressed. New nodes are in Mask.new_nodes (in order, shared between
-    the sites of a graph: a node that is in the graph already isn't inserted again). `shapes` is a second source of
-    shapes."""
-    if not terms:
-        return spec.Mask(rows_see_a_key=True)
-    shared = graph_masks(scores.graph, shapes)
-    names = tuple(name_of(t.node) for t in terms)
-    try:
+    def understand(
+        self, terms: Sequence[spec.MaskTerm], scores: spec.ScoreShape, options: MaskOptions = MaskOptions()
+    ) -> spec.Mask | spec.Refusal:
+        """The mask of one site, or why it can't be expressed. New nodes are in Mask.new_nodes (in order, shared between
+        the sites of a graph: a node that is in the graph already isn't inserted again)."""
+        if not terms:
+            return spec.Mask(rows_see_a_key=True)
+        names = tuple(name_of(t.node) for t in terms)
+        try:
+            with self.analysis.without_learnt():  # what is made here is shared by sites
+                return self._proven(terms, scores, options, names)
+        except NotAMask as reason:
+            return spec.Refusal(str(reason), names[-1])
+        except (Unknown, RecursionError):
+            return spec.Refusal(UNKNOWN_SHAPE, names[-1])
+
+    def _proven(
+        self, terms: Sequence[spec.MaskTerm], scores: spec.ScoreShape, options: MaskOptions, names: tuple[str, ...]
+    ) -> spec.Mask | spec.Refusal:
+        shared = self._shared_by(scores)
         site = Site(shared.ctx, terms, scores)
         key = _key(site, terms, options)
         if key not in shared.known:
-            shared.known[key] = MaskBuilder(shared.emitter, site, terms, options).build(), names
-    except NotAMask as reason:
-        return spec.Refusal(str(reason), names[-1])
-    except (Unknown, RecursionError):
-        return _as_it_stands(terms) or spec.Refusal(UNKNOWN_SHAPE, names[-1])
-    mask, first = shared.known[key]
-    if options.check:
-        wrong = shared.checker.check(key, site, terms, mask, options)
-        if wrong:
-            text = f"what was proven of its mask isn't what the mask computes ({wrong}); please report this model"
-            return spec.Refusal(text, names[-1])
-    facts = (spec.Fact(f.text, (*(n for n in f.nodes if n not in first), *names)) for f in mask.facts)
-    return dataclasses.replace(mask, facts=tuple(facts))
+            try:
+                shared.known[key] = mask_of(shared.emitter, site, options), names
+            except Unknown:
+                shared.known[key] = _as_it_stands(terms), names
+        mask, first = shared.known[key]
+        if options.check:
+            wrong = shared.checker.check(key, site, terms, mask, options)
+            if wrong:
+                text = f"what was proven of its mask isn't what the mask computes ({wrong}); please report this model"
+                return spec.Refusal(text, names[-1], defect=True)
+        facts = (dataclasses.replace(f, nodes=(*(n for n in f.nodes if n not in first), *names)) for f in mask.facts)
+        return dataclasses.replace(mask, facts=tuple(facts))
+
+    def _shared_by(self, scores: spec.ScoreShape) -> _Shared:
+        sizes = (scores.batch, scores.heads, scores.seqlen_q, scores.seqlen_kv)
+        positive = frozenset(a for d in sizes if isinstance(d, Dim) for a in at_least_one(d.expr))
+        key = scores.graph, positive
+        if key not in self._shared:
+            self._shared[key] = _Shared(self.analysis, positive, self.nodes(scores.graph), scores.graph)
+        return self._shared[key]
 
 
-def _as_it_stands(terms: Sequence[spec.MaskTerm]) -> spec.Mask | None:
+def _as_it_stands(terms: Sequence[spec.MaskTerm]) -> spec.Mask:
     """One tensor added to scores [B, H, S_q, S_kv] is a bias, whatever it is made of."""
     term = terms[0]
     if len(terms) > 1 or (term.kind, term.axes, term.factor) != (spec.TermKind.ADD, "BHST", 1.0):
-        return None
+        raise Unknown
     fact = spec.Fact("bias, broadcast as it is: how it is computed is not understood", (name_of(term.node),))
     return spec.Mask(attn_bias=term.value, facts=(fact,))
+
+
+UNKNOWN_SHAPE = "the shape of its mask can't be found out"
 
 
 def _key(site: Site, terms: Sequence[spec.MaskTerm], options: MaskOptions) -> tuple:

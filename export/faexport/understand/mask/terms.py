@@ -7,24 +7,31 @@ or it is replaced by one. Which of both, and by which number, decides what a row
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
-from faexport.understand.index import algebra as ia
 from faexport.understand.index import logic as il
-from faexport.understand.index.algebra import Expr
 from faexport.understand.index.interpreter import Interpreter
-from faexport.understand.index.tensor import Tensor, Unknown
+from faexport.understand.index.tensor import Tensor, Unknown, broadcast_index
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr
+from faexport.understand.shapes.constants import tensor_of
+from faexport.understand.shapes.dims import Dim
 
-MASKING = (
-    -1e4
-)  # a fill above this is a number like any other; at or below it a softmax weight is 0 beside any usual score
+# A fill above this is a number like any other; at or below it a softmax weight is 0 beside any usual score.
+MASKING = -1e4
 ABSORBS = {ir.DataType.FLOAT16: -6e4, ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.DOUBLE: -1e30}
 _MAX_CASES = 24
+_AXES = {"T": "keys", "B": "batch entries", "M": "batch entries", "W": "batch entries", "S": "rows", "H": "heads"}
+_TOO_LARGE = (
+    "its mask may have more {} than the scores, which would then take its size: both sizes have names of their own"
+)
 
 
 class NotAMask(Exception):
@@ -47,77 +54,132 @@ class Case:
 
 
 class Site:
-    """The index variables of one attention site and the elements of its terms at them."""
+    """The index variables of one attention site and the elements of its terms at them.
 
-    def __init__(self, ctx: Interpreter, terms: list[spec.MaskTerm], scores: spec.ScoreShape):
-        self.ctx, self.scores = ctx, scores
+    The scores have the axes B, H, S and T. An axis of a mask that meets one of these has its size, or size 1; which of
+    both is often open until the model runs, and then both are provided for (`broadcast_index`)."""
+
+    def __init__(self, ctx: Interpreter, terms: Sequence[spec.MaskTerm], scores: spec.ScoreShape):
+        self.ctx, self.scores, self.terms = ctx, scores, terms
         self.tensors: dict[ir.Value, Tensor] = {}
         self.known: dict[Expr, Expr] = {}  # what is assumed of parts of its elements
         self.roots = [v for t in terms for v in (t.value, t.fill) if v is not None]
-        sizes = self._score_sizes()
-        for term in terms:
-            for value in (term.value, term.fill):
-                if value is not None:
-                    self.tensors[value] = ctx.tensor(value)
-            self._term_sizes(term, sizes)
-        self._add_equal_sizes(sizes)
-        heads = next((s for s in sizes["H"] if ia.value_of(s) is not None), None)
-        self.heads = ia.value_of(heads) if heads is not None else None
-        for letter, name in (("B", "batch"), ("H", "heads"), ("S", "seqlen_q"), ("T", "seqlen_kv")):
-            sizes[letter] = sizes[letter] or {ctx.size(None, f"{name} of {scores.anchor.outputs[0].name}"): None}
-        self.sizes = {letter: tuple(sizes[letter]) for letter in "BHST"}
+        for value in self.roots:
+            self.tensors[value] = ctx.tensor(value)
+        given = (scores.batch, scores.heads, scores.seqlen_q, scores.seqlen_kv)
+        names = ("batch", "heads", "rows", "keys")
+        sizes = {
+            letter: ctx.size(Dim.of(dim) if dim is not None else Dim.unknown(name))
+            for letter, dim, name in zip("BHST", given, names, strict=True)
+        }
+        self.heads = ia.value_of(sizes["H"])
+        self.sizes = {letter: (size,) for letter, size in sizes.items()}
+        self.facts, self.bounds = self._facts(sizes["T"])
         self.b, self.h, self.i, self.j = (
             ia.var(name, self.sizes[letter]) for name, letter in zip("bhij", "BHST", strict=True)
         )
         self.index = (self.b, self.h, self.i, self.j)
+        self.meeting: dict[str, set[Expr]] = {letter: set() for letter in "BHST"}  # sizes that meet the scores' axis
+        self._fit()
 
-    def _score_sizes(self) -> dict[str, dict[Expr, None]]:
-        """Sizes known from the operands' shapes and from what the matcher says."""
-        scores, sizes = self.scores, {letter: {} for letter in "BHST"}
-        operands = [(scores.query, "S")] + [(scores.key, "T")]
-        for operand, row_axis in operands:
-            shape = self.ctx.shape(operand.value)
-            layout = operand.layout.value
-            if shape is not None and len(shape) == len(layout):
-                named = dict(zip(layout, shape, strict=True))
-                sizes["B"][named["B"]] = None
-                sizes[row_axis][named["S"]] = None
-        for letter, dim in (("B", scores.batch), ("H", scores.heads), ("S", scores.seqlen_q), ("T", scores.seqlen_kv)):
-            if dim is not None:
-                sizes[letter][self.ctx.size(dim, "")] = None
-        return {letter: {s: None for s in found if not _is_fresh(s)} for letter, found in sizes.items()}
-
-    def _term_sizes(self, term: spec.MaskTerm, sizes: dict[str, dict[Expr, None]]) -> None:
-        """Sizes known from a term: an axis of a mask that isn't 1 is the axis of the scores (else the model wouldn't
-        run)."""
-        for letter, dim in zip(term.axes, term.dims, strict=False):
-            if letter in sizes and dim is not None:
-                sizes[letter][self.ctx.size(dim, "")] = None
-        for value in (term.value, term.fill):
-            if value is None:
+    def _facts(self, keys: Expr) -> tuple[dict[Expr, Expr], list[Expr]]:
+        """(atoms of sizes and what they are at this site, numbers that are not negative). An axis that meets the keys
+        has as many elements, or is 1: were it longer, the product with the values would fail. So a size that is 1 only
+        where the keys are is their number, and where min(keys, n) is it, there are no more than n keys."""
+        found, bounds = {}, []
+        for size in self._meeting_keys():
+            if size is keys or ia.meet(size, keys) not in (size, keys):
                 continue
-            shape = self.tensors[value].shape
-            for letter, s in zip(reversed(term.axes), reversed(shape), strict=False):
-                if letter in sizes and ia.value_of(s) != 1:
-                    sizes[letter][s] = None
+            atom = ia.only_atom(size)
+            found[atom] = keys
+            if atom.op == "min":
+                bounds += [ia.sub(other, keys) for other in atom.args if other is not keys]
+        return found, bounds
 
-    def _add_equal_sizes(self, sizes: dict[str, dict[Expr, None]]) -> None:
-        """Sizes that broadcasting inside the mask took for equal."""
-        for found in sizes.values():
-            for pair in self.ctx.unequal:
-                if pair[0] in found or pair[1] in found:
-                    found.update(dict.fromkeys(pair))
+    def simplified(self, e: Expr) -> Expr:
+        """An expression with what is known of sizes at this site put in."""
+        if not self.facts:
+            return e
+        known = dict(self.facts)
+        for atom in ia.atoms(e, "min") - known.keys():
+            least = next((x for x in atom.args for y in atom.args if x is not y and self._is_below(x, y)), None)
+            if least is not None:
+                known[atom] = least
+        return il.rewrite(e, known)
+
+    def _is_below(self, x: Expr, y: Expr) -> bool:
+        return any(ia.is_nonnegative(ia.sub(ia.sub(y, x), bound)) for bound in self.bounds)
+
+    def is_broadcast(self, letter: str, size: Expr) -> bool:
+        """Is an axis of `size` known to have the size of the scores' axis, or size 1?"""
+        size = self.simplified(size)
+        return size in self.sizes[letter] or size in self.meeting[letter]
+
+    def _fit(self) -> None:
+        """Raises NotAMask where a term may have more rows, heads or batch entries than the scores."""
+        for term in self.terms:
+            dims = dict(zip(term.axes, term.dims, strict=False))
+            for value in (term.value, term.fill):
+                shape = self.tensors[value].shape if value is not None else ()
+                if len(shape) > len(term.axes):
+                    raise NotAMask("its mask has more axes than the scores")
+                for letter, size in zip(term.axes[len(term.axes) - len(shape) :], shape, strict=True):
+                    whole = dims.get(letter)
+                    whole = self.sizes[letter][0] if letter in self.sizes else whole and self.ctx.size(whole)
+                    fixed = letter == "T" and self.scores.same_keys
+                    if not fixed and not self._fits(self.simplified(size), whole):
+                        raise NotAMask(_TOO_LARGE.format(_AXES.get(letter, "entries")))
+                    if letter in self.meeting:
+                        self._note_meeting(letter, size)
+
+    def _note_meeting(self, letter: str, size: Expr) -> None:
+        self.meeting[letter].add(self.simplified(size))
+        atom = ia.only_atom(size)
+        for part in atom.args if atom is not None and atom.op == "meet" else ():
+            self._note_meeting(letter, part)
+
+    def _fits(self, size: Expr, whole: Expr | None) -> bool:
+        """Is it proven that an axis of `size` has the size of the scores' axis, or size 1?"""
+        if size is whole or ia.value_of(size) == 1:
+            return True
+        atom = ia.only_atom(whole) if whole is not None else None
+        if whole is None:
+            return False
+        if ia.meet(size, whole) is whole or (atom is not None and atom.op == "meet" and size in atom.args):
+            return True
+        for other in self._meeting_keys():
+            name = ia.only_atom(other)
+            cases = [ia.replace(size, {name: x}) for x in (self.sizes["T"][0], ia.ONE)]
+            if all(case in (whole, ia.ONE) for case in cases):
+                return True
+        return False
+
+    def _meeting_keys(self) -> list[Expr]:
+        """Sizes made of one atom that the terms' last axes have: each is that of the keys, or 1."""
+        if not self.scores.same_keys:
+            return []
+        found: dict[Expr, None] = {}
+        for term in self.terms:
+            for value in (term.value, term.fill):
+                shape = self.tensors[value].shape if value is not None else ()
+                letters = term.axes[len(term.axes) - len(shape) :]
+                found.update((size, None) for letter, size in zip(letters, shape, strict=False) if letter == "T")
+        return [size for size in found if ia.only_atom(size) is not None]
+
+    def supposing(self, known: dict[Expr, Expr]) -> Site:
+        """The same site with parts of its elements assumed to be something simpler."""
+        site = copy.copy(self)
+        site.known = known
+        return site
 
     def element(self, term: spec.MaskTerm, value: ir.Value) -> Expr:
         """The element of a term's value (or fill) that meets score (b, h, i, j)."""
-        found = self.tensors[value].at(self.place(term, value))
+        found = self.simplified(self.tensors[value].at(self.place(term, value)))
         return il.rewrite(found, self.known) if self.known else found
 
     def place(self, term: spec.MaskTerm, value: ir.Value) -> tuple[Expr, ...]:
         """The index into a term's value (or fill) that score (b, h, i, j) meets."""
         tensor = self.tensors[value]
-        if tensor.rank > len(term.axes):
-            raise NotAMask("its mask has more axes than the scores")
         letters = term.axes[len(term.axes) - tensor.rank :]
         return tuple(self._axis(letter, term, size) for letter, size in zip(letters, tensor.shape, strict=True))
 
@@ -125,6 +187,9 @@ class Site:
         """The index along an axis of the score tensor, from (b, h, i, j)."""
         if ia.value_of(size) == 1:
             return ia.ZERO
+        return broadcast_index(self._whole_axis(letter, term), self.simplified(size))
+
+    def _whole_axis(self, letter: str, term: spec.MaskTerm) -> Expr:
         plain = dict(zip("BHST", self.index, strict=True))
         if letter in plain:
             return plain[letter]
@@ -134,24 +199,11 @@ class Site:
         if inner is None:
             raise NotAMask(f"its scores have an axis of unknown meaning ({letter})")
         whole = self.h if letter in "KG" else self.b
-        per_group = self._group_size(term, inner)
-        return ia.floordiv(whole, per_group) if letter in "KM" else ia.modulo(whole, per_group)
-
-    def _group_size(self, term: spec.MaskTerm, letter: str) -> Expr:
-        k = term.axes.index(letter)
-        if k < len(term.dims) and term.dims[k] is not None:
-            return self.ctx.size(term.dims[k], "")
-        shape = self.tensors[term.value].shape
-        at = k - len(term.axes) + len(shape)
-        if at < 0 or ia.value_of(shape[at]) == 1:
+        dims = dict(zip(term.axes, term.dims, strict=False))
+        if dims.get(inner) is None:
             raise NotAMask("the number of heads in a group isn't known")
-        return shape[at]
-
-
-def _is_fresh(size: Expr) -> bool:
-    """A size made up for a dimension of which nothing is known tells nothing."""
-    atom = ia.only_atom(size)
-    return atom is not None and atom.op == "sym" and "." in atom.args[0]
+        per_group = self.ctx.size(dims[inner])
+        return ia.floordiv(whole, per_group) if letter in "KM" else ia.modulo(whole, per_group)
 
 
 def leaves(e: Expr, cond: Expr = il.TRUE) -> list[tuple[Expr, Expr]]:
@@ -177,10 +229,21 @@ def is_fill(e: Expr, factor: float) -> bool:
     return value is not None and not value * factor > MASKING
 
 
-def zeros_and_ones(site: Site, terms: list[spec.MaskTerm]) -> dict[Expr, Expr]:
+def fills(site: Site) -> list[float]:
+    """The hugely negative numbers that the terms add to scores, or put in their place."""
+    found = []
+    for term in site.terms:
+        value = term.fill if term.fill is not None else term.value
+        if term.kind in (spec.TermKind.ADD, spec.TermKind.WHERE, spec.TermKind.CLAMP):
+            parts = (part for _, leaf in leaves(site.element(term, value)) for part in summands(leaf))
+            found += [il.float_value(x) * term.factor for x in parts if x.op == "float" and is_fill(x, term.factor)]
+    return found
+
+
+def zeros_and_ones(site: Site) -> dict[Expr, Expr]:
     """The integers of graph inputs that float masks are made of, as choices between 0 and 1."""
     found = {}
-    for term in terms:
+    for term in site.terms:
         if term.kind is spec.TermKind.ADD:
             for cast in ia.atoms(site.element(term, term.value), "cast"):
                 number, dtype = cast.args
@@ -190,9 +253,9 @@ def zeros_and_ones(site: Site, terms: list[spec.MaskTerm]) -> dict[Expr, Expr]:
     return found
 
 
-def cases_of(site: Site, terms: list[spec.MaskTerm]) -> list[Case]:
+def cases_of(site: Site) -> list[Case]:
     """All cases of the chain; their conditions exclude each other and cover everything."""
-    cases = [Case(il.TRUE)]
+    cases, terms = [Case(il.TRUE)], site.terms
     for term in terms:
         if term.kind in (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW):
             continue
@@ -344,7 +407,7 @@ def _holds_for_weights(test: Expr) -> bool:
     if gather is None or gather.op_type != "Gather" or gather.domain not in ("", "ai.onnx"):
         return False
     table = gather.inputs[0]
-    constant = None if table.is_graph_input() else ir.convenience.get_const_tensor(table)
+    constant = tensor_of(table)
     return constant is not None and bool((constant.numpy() > il.float_value(bound)).all())
 
 
@@ -356,8 +419,8 @@ def is_moderate(e: Expr) -> bool:
             return False
     for atom in ia.atoms(e, "load"):
         if atom.kind == "float":
-            constant = ir.convenience.get_const_tensor(atom.args[0])
-            if atom.args[0].is_graph_input() and constant is None:
+            constant = tensor_of(atom.args[0])
+            if atom.args[0].is_graph_input():
                 return False
             if constant is not None and not np.abs(constant.numpy().astype(np.float64)).max(initial=0) < -MASKING:
                 return False

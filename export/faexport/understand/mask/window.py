@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from faexport.understand.index import algebra as ia
 from faexport.understand.index import logic as il
-from faexport.understand.index.algebra import Expr
 from faexport.understand.mask.terms import Site
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr
 
 
 @dataclasses.dataclass

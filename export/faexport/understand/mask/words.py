@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of masks in the report. Called by builder.py."""
+"""What is said of masks in the report. Called by strategies.py, draft.py and bias.py."""
 
 from __future__ import annotations
 
-from faexport.understand.index import algebra as ia
-from faexport.understand.index.algebra import Expr
-from faexport.understand.index.printing import to_text
 from faexport.understand.mask.window import Window
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr
+from faexport.understand.shapes.printing import to_text
 
 
 def window_text(window: Window) -> str:

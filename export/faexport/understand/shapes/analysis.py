@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of every value of a model: symbolic shape, contents of small integer tensors, constants.
 
-Made once per model by pipeline.py and read by everything that proves. Own derivation comes first, the file's own shape
-information fills what it leaves open; unknown sizes are symbols that equal only themselves. The graph is not changed.
+Made once per model by pipeline.py and read by everything that proves: the only shape inference, and the only place that
+knows constants. Own derivation comes first, the file's own shape information fills what it leaves open; unknown sizes
+are symbols that equal only themselves. The graph is not changed.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -17,9 +21,10 @@ from faexport.understand.shapes import (  # noqa: F401 (some only register their
     rules_contents,
     rules_layers,
 )
-from faexport.understand.shapes.dims import Dim
+from faexport.understand.shapes.algebra import Expr, atoms, only_atom
+from faexport.understand.shapes.dims import Dim, named
 from faexport.understand.shapes.known import Shape
-from faexport.understand.shapes.rules import CONTENT_RULES, SHAPE_RULES, is_bound
+from faexport.understand.shapes.rules import CONTENT_RULES, SHAPE_RULES
 
 MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
 
@@ -44,8 +49,12 @@ class Analysis:
         self._constants: dict[ir.Value, np.ndarray | None] = {}
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._static: dict[ir.Value, bool] = {}
-        self._equal: dict[str, Dim] = {}
-        for graph in (model.graph, *own_functions(model)):
+        self._learnt: dict[Expr, Expr] = {}  # atoms of sizes, and what they are at the site that is being looked at
+        self._names: dict[Expr, Expr] = {}  # sizes that the file has names of its own for
+        graphs = (model.graph, *own_functions(model))
+        inputs = (self.shape(v) or () for graph in graphs for v in graph.inputs)
+        self._given = {atom for shape in inputs for d in shape for atom in atoms(d.expr, "sym")}
+        for graph in graphs:
             self._visit(graph)
 
     def shape(self, value: ir.Value | None) -> Shape | None:
@@ -54,19 +63,32 @@ class Analysis:
             return None
         if value not in self._shapes:
             self._shapes[value] = self._declared(value)
-        found = self._shapes[value]
-        return found if found is None or not self._equal else tuple(d.substitute(self._equal) for d in found)
+        return self._simplified(self._shapes[value])
+
+    def _simplified(self, sizes: Shape | None) -> Shape | None:
+        return tuple(d.substitute(self._learnt) for d in sizes) if sizes is not None and self._learnt else sizes
 
     def learn(self, value: ir.Value, sizes: Shape) -> None:
-        """From now on, sizes of `value` of which nothing was known are these. (Of a sum of scores and mask, say: where
-        the mask made it larger, the model's own Reshapes behind it would fail, and the operator refuses such a mask
-        when it runs.)"""
+        """Until `forget`: `value` has these sizes. For a caller who has shown it of the site that it looks at; what
+        broadcasting left open, or nothing was known of, then has a name."""
         for own, size in zip(self.shape(value) or (), sizes, strict=False):
-            symbols = own.symbols
-            if len(symbols) == 1 and own == Dim.of(next(iter(symbols))) and own != size:
-                symbol = symbols.pop()
-                if symbol.startswith("?") and symbol not in size.substitute(self._equal).symbols:
-                    self._equal[symbol] = size
+            atom = only_atom(own.expr)
+            is_open = atom is not None and (atom.op == "meet" or (atom.op == "sym" and atom.args[0].startswith("?")))
+            if is_open and own != size and atom not in atoms(size.expr, atom.op):
+                self._learnt[atom] = size.expr
+
+    def forget(self) -> None:
+        """Drops what was learnt: another site is looked at."""
+        self._learnt.clear()
+
+    @contextlib.contextmanager
+    def without_learnt(self) -> Iterator[None]:
+        """Inside, answers hold for every site, not just for the one that is being looked at."""
+        kept, self._learnt = self._learnt, {}
+        try:
+            yield
+        finally:
+            self._learnt = kept
 
     def define(self, value: ir.Value, shape: Shape | None) -> None:
         """The shape of a value that isn't in the graph yet."""
@@ -98,8 +120,7 @@ class Analysis:
             ):
                 return None
             self._contents[value] = tuple(Dim.of(int(x)) for x in array.reshape(-1))
-        found = self._contents[value]
-        return tuple(d.substitute(self._equal) for d in found) if self._equal else found
+        return self._simplified(self._contents[value])
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
         """The tensor where it is constant and small, whatever chain of nodes computes it; else None."""
@@ -108,6 +129,11 @@ class Analysis:
         if value not in self._constants:
             self._constants[value] = self._fold(value)
         return self._constants[value]
+
+    @staticmethod
+    def tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+        """The tensor of an initializer that no caller can replace, or of a Constant node, whatever its size."""
+        return constants.tensor_of(value)
 
     def scalar(self, value: ir.Value | None) -> float | None:
         """The number where the value is a constant of one element (of any rank)."""
@@ -120,7 +146,7 @@ class Analysis:
         """Does the value depend on no input of the model? (A weight, or computed from weights alone.)"""
         if value is None:
             return True
-        return self._static.get(value, value.const_value is not None and not value.is_graph_input())
+        return self._static.get(value, constants.tensor_of(value) is not None)
 
     def _is_static_node(self, node: ir.Node) -> bool:
         if node.op_type.startswith("Random") or any(True for _ in subgraphs(node)):
@@ -128,14 +154,10 @@ class Analysis:
         return all(self.is_static(v) for v in node.inputs)
 
     def _fold(self, value: ir.Value) -> np.ndarray | None:
-        if value.const_value is not None and producer(value) is None:
-            tensor = value.const_value
-            if value.is_graph_input() or tensor.size > constants.MAX_ELEMENTS or tensor.dtype == ir.DataType.STRING:
-                return None
-            return tensor.numpy()
+        tensor = constants.tensor_of(value)
+        if tensor is not None:
+            return tensor.numpy() if tensor.size <= constants.MAX_ELEMENTS else None
         node = producer(value)
-        if op(node) == "Constant":
-            return constants.tensor_of_constant(node)
         contents = self._contents.get(value)
         if contents is not None and all(d.const is not None for d in contents):
             array = np.array([d.const for d in contents], np.int64)
@@ -165,9 +187,12 @@ class Analysis:
     def _derive_dtype(self, value: ir.Value) -> ir.DataType | None:
         node = producer(value)
         if node is None:
-            return value.const_value.dtype if value.const_value is not None else None
+            tensor = constants.tensor_of(value)
+            return tensor.dtype if tensor is not None else None
         if op(node) == "Cast":
             return ir.DataType(attribute(node, "to"))
+        if op(node) == "EyeLike" and attribute(node, "dtype"):
+            return ir.DataType(attribute(node, "dtype"))
         if op(node) in DTYPE_OF:
             return DTYPE_OF[op(node)]
         if op(node) == "If":
@@ -183,14 +208,16 @@ class Analysis:
 
     def _declared(self, value: ir.Value) -> Shape | None:
         if value.shape is None:
-            return None if value.const_value is None else tuple(Dim.of(int(d)) for d in value.const_value.shape)
-        return tuple(self._declared_dim(value, i, d) for i, d in enumerate(value.shape))
+            tensor = constants.tensor_of(value)
+            return None if tensor is None else tuple(Dim.of(int(d)) for d in tensor.shape)
+        declared = (self._declared_dim(value, i, d) for i, d in enumerate(value.shape))
+        return tuple(d.substitute(self._names) if self._names else d for d in declared)
 
     @staticmethod
     def _declared_dim(value: ir.Value, axis: int, dim: int | ir.SymbolicDim) -> Dim:
         if isinstance(dim, int):
             return Dim.of(dim)
-        return Dim.of(str(dim.value)) if dim.value else Dim.unknown(f"{value.name}.{axis}")
+        return named(str(dim.value)) if dim.value else Dim.unknown(f"{value.name}.{axis}")
 
     def _merge(self, inferred: Shape | None, value: ir.Value) -> Shape | None:
         """The derived shape, with sizes that only the file knows; a file that contradicts the derivation is not
@@ -201,22 +228,23 @@ class Analysis:
             return inferred
         declared = self._declared(value)
         for dim, known in zip(inferred, declared, strict=True):
-            if _names_a_bound(known, dim):
-                self._equal.setdefault(str(known), dim)
+            self._note_name(known, dim)
         return tuple(known if _says_more(known, dim) else dim for dim, known in zip(inferred, declared, strict=True))
+
+    def _note_name(self, declared: Dim, inferred: Dim) -> None:
+        """Where the file has a name of its own for a size that is derived, it means that size everywhere."""
+        atom = only_atom(declared.expr)
+        if atom is None or not inferred.is_known or declared == inferred or atom in self._given:
+            return
+        if atom not in atoms(inferred.expr, atom.op):
+            self._names.setdefault(atom, inferred.expr)
 
 
 def _says_more(declared: Dim, inferred: Dim) -> bool:
-    """Is the file's size better than the derived one? Where that is unknown; a bound says more than another name."""
-    if inferred.const is not None or not all(s.startswith("?") for s in inferred.symbols):
+    """Is the file's size better than the derived one? Only where the derivation knows nothing of it, or leaves open
+    which of two sizes that meet it is."""
+    if inferred.const is not None or not (declared.const is not None or declared.is_known):
         return False
-    return declared.const is not None or not is_bound(inferred)
-
-
-def _names_a_bound(declared: Dim, inferred: Dim) -> bool:
-    """Does the file call a derived size by a minimum? PyTorch's exporter does so behind a table of positions,
-    "Min(128, sequence)", and elsewhere calls the same size by its own name; a model that runs has both equal."""
-    symbols = declared.symbols
-    if len(symbols) != 1 or "Min(" not in next(iter(symbols)) or declared != Dim.of(next(iter(symbols))):
-        return False
-    return not any(s.startswith("?") or s in symbols for s in inferred.symbols)
+    atom = only_atom(inferred.expr)
+    is_open = atom is not None and atom.op == "meet" and declared.expr in atom.args
+    return is_open or all(s.startswith("?") for s in inferred.symbols)

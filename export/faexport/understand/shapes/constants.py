@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate small constant subgraphs with NumPy, as onnxruntime's constant folding would. Called by shapes.Analysis.
+"""The one place that says what is constant, and evaluates small constant subgraphs with NumPy, as the constant folding
+of onnxruntime would.
 
-Only tensors of at most MAX_ELEMENTS are evaluated; the graph is not changed.
+An initializer that is also an input of the model is no constant: a caller may give another one. Only tensors of at most
+MAX_ELEMENTS are computed; the graph is not changed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,28 @@ Arrays = list[np.ndarray | None]
 FOLD: dict[str, Callable[[ir.Node, Arrays], np.ndarray]] = {}
 
 
+def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node, whatever its size; else None."""
+    if value is None or value.is_graph_input():
+        return None
+    tensor, node = value.const_value, value.producer()
+    if tensor is None and node is not None:
+        tensor = _of_node(node) if op(node) == "Constant" else None
+    return None if tensor is None or tensor.dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED) else tensor
+
+
+def _of_node(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor of a Constant node, in whichever attribute it stands."""
+    tensor = attribute(node, "value")
+    for name, dtype in _IN_ATTRIBUTES.items():
+        if tensor is None and name in node.attributes:
+            tensor = ir.tensor(np.array(attribute(node, name), dtype))
+    return tensor
+
+
+_IN_ATTRIBUTES = {"value_float": np.float32, "value_int": np.int64, "value_floats": np.float32, "value_ints": np.int64}
+
+
 def _register(*names: str):
     def add(function):
         FOLD.update(dict.fromkeys(names, function))
@@ -32,7 +56,6 @@ _BINARY = {
     "Sub": np.subtract,
     "Mul": np.multiply,
     "Pow": np.power,
-    "Mod": np.mod,
     "Equal": np.equal,
     "Less": np.less,
     "LessOrEqual": np.less_equal,
@@ -70,12 +93,26 @@ def _div(node, x):
 
 @_register("Cast")
 def _cast(node, x):
-    return x[0].astype(ir.DataType(attribute(node, "to")).numpy())
+    return _converted(x[0], ir.DataType(attribute(node, "to")).numpy())
 
 
 @_register("CastLike")
 def _cast_like(node, x):
-    return x[0].astype(x[1].dtype)
+    return _converted(x[0], x[1].dtype)
+
+
+def _converted(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Integers wrap around, as they do in runtimes; a float outside of the integer type has no defined value."""
+    if np.issubdtype(dtype, np.integer) and not np.issubdtype(x.dtype, np.integer) and x.dtype != np.bool_:
+        limits, wide = np.iinfo(dtype), x.astype(np.float64)
+        if not ((wide > float(limits.min) - 1) & (wide < float(limits.max))).all():
+            raise ValueError("a float is outside of the integers that it is cast to")
+    return x.astype(dtype)
+
+
+@_register("Mod")
+def _mod(node, x):
+    return (np.fmod if attribute(node, "fmod", 0) else np.mod)(x[0], x[1])
 
 
 @_register("Where")
@@ -172,22 +209,6 @@ def _slice(node, x):
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         index[axis] = slice(start, None if step < 0 and end < -x[0].shape[axis] else end, step)
     return x[0][tuple(index)]
-
-
-def tensor_of_constant(node: ir.Node) -> np.ndarray | None:
-    """The tensor of a Constant node, in whichever attribute it stands."""
-    for name, dtype in (
-        ("value_float", np.float32),
-        ("value_int", np.int64),
-        ("value_floats", np.float32),
-        ("value_ints", np.int64),
-    ):
-        if name in node.attributes:
-            return np.array(attribute(node, name), dtype)
-    tensor = attribute(node, "value")
-    if tensor is None or tensor.size > MAX_ELEMENTS or tensor.dtype == ir.DataType.STRING:
-        return None
-    return tensor.numpy()
 
 
 def fold(node: ir.Node, inputs: Arrays) -> np.ndarray | None:

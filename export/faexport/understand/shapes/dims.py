@@ -1,144 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Symbolic sizes: integer polynomials over named, non-negative unknowns such as "batch" or "past + sequence".
+"""Symbolic sizes: integer expressions (algebra.py) with the operators of Python, and the names that files give them.
 
-Used wherever the exporter proves something of a shape. Two sizes are equal when their polynomials are.
+Used wherever the exporter proves something of a shape. Two sizes are equal when their expressions are the same.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import itertools
 from collections.abc import Iterable, Mapping
 
-Monomial = tuple[str, ...]  # sorted symbols, with repetition; () is the constant term
+from faexport.understand.shapes import algebra
+from faexport.understand.shapes.algebra import Expr
+from faexport.understand.shapes.printing import to_text
 
 _fresh = itertools.count()
 
 
-def _order(monomial: Monomial) -> tuple[int, Monomial]:
-    return len(monomial), monomial
-
-
 class Dim:
-    """An immutable polynomial with integer coefficients."""
+    """An immutable size, or a number computed from sizes."""
 
-    __slots__ = ("_hash", "const", "terms")
+    __slots__ = ("const", "expr")
 
-    def __init__(self, terms: Mapping[Monomial, int]):
-        self.terms = {m: c for m, c in terms.items() if c != 0}
-        self._hash: int | None = None
+    def __init__(self, expr: Expr):
+        self.expr = expr
         # The number that this is, or None while it depends on a symbol.
-        self.const: int | None = self.terms.get((), None if self.terms else 0) if len(self.terms) <= 1 else None
+        self.const: int | None = algebra.value_of(expr)
 
     @staticmethod
-    def of(value: int | str | Dim) -> Dim:
-        return value if isinstance(value, Dim) else _atom(value)
+    def of(value: int | str | Expr | Dim) -> Dim:
+        """A number, a symbol of this name, or an expression."""
+        if isinstance(value, Dim):
+            return value
+        return Dim(value) if isinstance(value, Expr) else _atom(value)
 
     @staticmethod
     def unknown(hint: str = "") -> Dim:
         """A size of which nothing is known; equal only to itself."""
-        return Dim.of(f"?{hint}#{next(_fresh)}")
+        return Dim(algebra.sym(f"?{hint}#{next(_fresh)}"))
 
     @property
     def symbols(self) -> set[str]:
-        return set(itertools.chain.from_iterable(self.terms))
+        return {atom.args[0] for atom in algebra.atoms(self.expr, "sym")}
+
+    @property
+    def is_known(self) -> bool:
+        """Is it made of sizes that the file names, and of nothing else?"""
+        return not any(s.startswith("?") for s in self.symbols)
 
     def __add__(self, other: int | Dim) -> Dim:
-        terms = dict(self.terms)
-        for m, c in Dim.of(other).terms.items():
-            terms[m] = terms.get(m, 0) + c
-        return Dim(terms)
+        return Dim(algebra.add(self.expr, Dim.of(other).expr))
 
     __radd__ = __add__
 
     def __neg__(self) -> Dim:
-        return Dim({m: -c for m, c in self.terms.items()})
+        return Dim(algebra.neg(self.expr))
 
     def __sub__(self, other: int | Dim) -> Dim:
-        return self + -Dim.of(other)
+        return Dim(algebra.sub(self.expr, Dim.of(other).expr))
 
     def __rsub__(self, other: int) -> Dim:
         return Dim.of(other) - self
 
     def __mul__(self, other: int | Dim) -> Dim:
-        other = Dim.of(other)
-        if other.const == 1 or self.const == 1:
-            return self if other.const == 1 else other
-        if self.const is not None and other.const is not None:
-            return _atom(self.const * other.const)
-        terms: dict[Monomial, int] = {}
-        for (a, x), (b, y) in itertools.product(self.terms.items(), other.terms.items()):
-            m = tuple(sorted(a + b))
-            terms[m] = terms.get(m, 0) + x * y
-        return Dim(terms)
+        return Dim(algebra.mul(self.expr, Dim.of(other).expr))
 
     __rmul__ = __mul__
 
     def divide(self, other: int | Dim) -> Dim | None:
         """The exact quotient, or None where there is none (or the divisor is 0)."""
-        other = Dim.of(other)
-        if not other.terms:
-            return None
-        if other.const == 1 or self.terms == other.terms:
-            return self if other.const == 1 else _atom(1)
-        if self.const is not None and other.const is not None:
-            return None if self.const % other.const else _atom(self.const // other.const)
-        lead = max(other.terms, key=_order)
-        rest, quotient = self, Dim.of(0)
-        while rest.terms:
-            top = max(rest.terms, key=_order)
-            symbols = _remove(top, lead)
-            if symbols is None or rest.terms[top] % other.terms[lead]:
-                return None
-            step = Dim({symbols: rest.terms[top] // other.terms[lead]})
-            quotient, rest = quotient + step, rest - step * other
-        return quotient
+        quotient = algebra.divide(self.expr, Dim.of(other).expr)
+        return None if quotient is None else Dim(quotient)
 
-    def substitute(self, known: Mapping[str, Dim]) -> Dim:
-        """With symbols replaced by what they are known to equal."""
-        if not self.symbols & known.keys():
-            return self
-        total = Dim.of(0)
-        for monomial, coefficient in self.terms.items():
-            term = Dim.of(coefficient)
-            for symbol in monomial:
-                term = term * (known[symbol].substitute(known) if symbol in known else Dim.of(symbol))
-            total = total + term
-        return total
+    def meet(self, other: int | Dim) -> Dim:
+        """The size of an axis where axes of these two sizes are broadcast against each other."""
+        return Dim(algebra.meet(self.expr, Dim.of(other).expr))
+
+    def minimum(self, other: int | Dim) -> Dim:
+        return Dim(algebra.minimum(self.expr, Dim.of(other).expr))
+
+    def maximum(self, other: int | Dim) -> Dim:
+        return Dim(algebra.maximum(self.expr, Dim.of(other).expr))
+
+    def is_at_least(self, other: int | Dim) -> bool:
+        """Is it proven that this is never below `other`?"""
+        return algebra.is_nonnegative(algebra.sub(self.expr, Dim.of(other).expr))
+
+    def substitute(self, known: Mapping[Expr, Expr]) -> Dim:
+        """With atoms replaced by what they are known to equal."""
+        replaced = algebra.replace(self.expr, known)
+        return self if replaced is self.expr else Dim(replaced)
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, int):
-            return self.const == other
-        return self is other or (isinstance(other, Dim) and self.terms == other.terms)
+        if isinstance(other, Dim):
+            return self.expr is other.expr
+        return isinstance(other, int) and self.const == other
 
     def __hash__(self) -> int:
-        if self._hash is None:
-            self._hash = hash(frozenset(self.terms.items()))
-        return self._hash
+        return hash(self.expr)
 
     def __str__(self) -> str:
-        if not self.terms:
-            return "0"
-        parts = []
-        for m, c in sorted(self.terms.items(), key=lambda item: _order(item[0]), reverse=True):
-            parts.append("*".join(([str(c)] if c != 1 or not m else []) + list(m)))
-        return " + ".join(parts)
+        return to_text(self.expr)
 
     __repr__ = __str__
 
 
 @functools.lru_cache(maxsize=4096)
 def _atom(value: int | str) -> Dim:
-    return Dim({(value,): 1}) if isinstance(value, str) else Dim({(): int(value)})
+    return Dim(algebra.sym(value)) if isinstance(value, str) else Dim(algebra.const(int(value)))
 
 
-def _remove(monomial: Monomial, part: Monomial) -> Monomial | None:
-    left = list(monomial)
-    for symbol in part:
-        if symbol not in left:
-            return None
-        left.remove(symbol)
-    return tuple(left)
+@functools.lru_cache(maxsize=4096)
+def named(text: str) -> Dim:
+    """A size as a file names it. PyTorch's exporters write expressions of other names, "past + sequence" or
+    "(4*batch)//batch"; what can't be read so is a symbol."""
+    if text.isidentifier():
+        return Dim.of(text)
+    try:
+        return Dim(_read(ast.parse(text.strip(), mode="eval").body))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return Dim.of(text)
+
+
+def _read(e: ast.expr) -> Expr:
+    operators = {ast.Add: algebra.add, ast.Sub: algebra.sub, ast.Mult: algebra.mul, ast.FloorDiv: algebra.floordiv}
+    extremes = {"Max": algebra.maximum, "Min": algebra.minimum}
+    if isinstance(e, ast.Name):
+        return algebra.sym(e.id)
+    if isinstance(e, ast.Constant) and isinstance(e.value, int) and not isinstance(e.value, bool):
+        return algebra.const(e.value)
+    if isinstance(e, ast.UnaryOp) and isinstance(e.op, ast.USub):
+        return algebra.neg(_read(e.operand))
+    if isinstance(e, ast.BinOp) and type(e.op) in operators:
+        return operators[type(e.op)](_read(e.left), _read(e.right))
+    if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id in extremes and len(e.args) >= 2:
+        return functools.reduce(extremes[e.func.id], map(_read, e.args))
+    raise ValueError(f"{ast.dump(e)} is no size")
 
 
 def product(dims: Iterable[int | Dim]) -> Dim:
@@ -146,9 +144,7 @@ def product(dims: Iterable[int | Dim]) -> Dim:
 
 
 def plain(dim: Dim | None) -> int | str | None:
-    """For reports and spec.py: an int, a readable symbolic name, or None where nothing is known."""
-    if dim is None:
-        return None
-    if dim.const is not None:
-        return dim.const
-    return None if any(s.startswith("?") for s in dim.symbols) else str(dim)
+    """For reports: an int, a readable symbolic name, or None where nothing is known."""
+    if dim is None or dim.const is not None:
+        return None if dim is None else dim.const
+    return str(dim) if dim.is_known else None

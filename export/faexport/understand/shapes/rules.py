@@ -8,11 +8,13 @@ a list, for every output) or None. An op without rule costs no correctness: its 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
 from faexport.nodes import attribute, operand
+from faexport.understand.shapes import algebra
 from faexport.understand.shapes.dims import Dim, product
 from faexport.understand.shapes.einsum import einsum_equation
 from faexport.understand.shapes.known import Known, Shape
@@ -23,11 +25,13 @@ ContentRule = Callable[[ir.Node, Known], Shape | list[Shape] | None]
 SHAPE_RULES: dict[str, ShapeRule] = {}
 CONTENT_RULES: dict[str, ContentRule] = {}
 ONE = Dim.of(1)
+_HUGE = 1 << 30  # slice ends beyond this mean "to the end"
 SHAPE_OF_FIRST_INPUT = (
     "Identity Cast CastLike Softmax LogSoftmax Relu Gelu Erf Tanh Sigmoid Sqrt Neg Exp Log Abs Not IsNaN IsInf "
-    "Reciprocal Floor Ceil Round Sin Cos Clip Trilu CumSum Dropout LeakyRelu Elu Softplus HardSigmoid HardSwish "
-    "Swish Sign LayerNormalization RMSNormalization InstanceNormalization BatchNormalization GroupNormalization "
-    "LpNormalization ScatterND ScatterElements TensorScatter RotaryEmbedding Mish Selu QuantizeLinear DequantizeLinear "
+    "Reciprocal Floor Ceil Round Sin Cos Clip Trilu CumSum EyeLike Dropout LeakyRelu Elu Softplus HardSigmoid "
+    "HardSwish Swish Sign LayerNormalization RMSNormalization InstanceNormalization BatchNormalization "
+    "GroupNormalization TensorScatter "
+    "LpNormalization ScatterND ScatterElements RotaryEmbedding Mish Selu QuantizeLinear DequantizeLinear "
     "com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu com.microsoft::BiasGelu "
     "com.microsoft::RotaryEmbedding SimplifiedLayerNormalization "
 ).split()
@@ -46,39 +50,20 @@ def contents_of(*names: str):
 
 
 def broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
-    """NumPy's broadcast. Where two different symbols meet, neither is trusted: one of them may be 1."""
+    """ONNX's broadcast: two sizes that meet are equal, or one of them is 1."""
     if any(s is None for s in shapes):
         return None
     rank = max(map(len, shapes), default=0)
     padded = [(ONE,) * (rank - len(s)) + s for s in shapes]
-    return tuple(_broadcast_axis([s[i] for s in padded]) for i in range(rank))
+    return tuple(functools.reduce(_meet, (s[i] for s in padded), ONE) for i in range(rank))
 
 
-def _broadcast_axis(dims: Sequence[Dim]) -> Dim:
-    wide = [d for d in dict.fromkeys(dims) if d != 1]
-    wide = [d for d in wide if not any(_is_up_to(d, other) for other in wide)]
-    fixed = [d for d in wide if d.const is not None]
-    if fixed:
-        return fixed[0]
-    return ONE if not wide else wide[0] if len(wide) == 1 else Dim.unknown("broadcast")
-
-
-_UP_TO = "?up_to("
-
-
-def _up_to(length: Dim, start: Dim, size: Dim) -> Dim:
-    """`length` elements from `start` on, but no more than the axis of `size` has: of a table of positions, say. Where
-    it meets an axis of `length`, the sum has that size: it is either as long or 1."""
-    return Dim.of(f"{_UP_TO}{length})[{start}:{size}]")
-
-
-def is_bound(dim: Dim) -> bool:
-    """Is it a size of which an upper bound is known?"""
-    return any(s.startswith(_UP_TO) for s in dim.symbols)
-
-
-def _is_up_to(dim: Dim, length: Dim) -> bool:
-    return len(dim.symbols) == 1 and str(dim).startswith(f"{_UP_TO}{length})[")
+def _meet(x: Dim, y: Dim) -> Dim:
+    met = x.meet(y)
+    if met in (x, y) or met.const is not None:
+        return met
+    # One that never exceeds the other is it, or 1. (Or it is 0 where the other is 1: then there are no elements.)
+    return x if (x - y).is_at_least(0) else y if (y - x).is_at_least(0) else met
 
 
 def resolve_axis(axis: int, rank: int) -> int:
@@ -147,8 +132,7 @@ def _einsum(node, a):
         if len(shape) != len(letters):
             return None
         for letter, dim in zip(letters, shape, strict=True):
-            if letter not in sizes or sizes[letter] == 1:
-                sizes[letter] = dim
+            sizes[letter] = sizes[letter].meet(dim) if letter in sizes else dim
     return [tuple(sizes[letter] if letter in sizes else Dim.unknown("einsum") for letter in out)]
 
 
@@ -179,9 +163,22 @@ def _reshape(node, a):
             dims.append(None if d == -1 else d)
     if None in dims:
         rest = product(d for d in dims if d is not None)
-        size = None if source is None else product(source).divide(rest)
-        dims[dims.index(None)] = Dim.unknown("reshape") if size is None else size
-    return [tuple(dims)]
+        dims[dims.index(None)] = Dim.unknown("reshape") if source is None else quotient(product(source), rest)
+    return [tuple(dims if source is None else same_count(source, dims))]
+
+
+def same_count(old: Sequence[Dim], new: Sequence[Dim]) -> list[Dim]:
+    """The sizes after a reshape. Where just one differs from those before it, it equals the one that it took the place
+    of (or there are no elements)."""
+    left, right = list(old), list(new)
+    for size in new:
+        if size in left:
+            left.remove(size)
+            right.remove(size)
+    if product(d for d in left if d.const is not None) == product(d for d in right if d.const is not None):
+        left, right = ([d for d in sizes if d.const is None] for sizes in (left, right))
+    left, right = ([d for d in sizes if d != 1] for sizes in (left, right))
+    return [left[0] if d == right[0] else d for d in new] if len(left) == len(right) == 1 else list(new)
 
 
 @shape_of("Flatten")
@@ -235,12 +232,20 @@ def _constant_of_shape(node, a):
     return [a.contents(node.inputs[0])]
 
 
+def quotient(total: Dim, part: Dim) -> Dim:
+    """total / part, rounded down; part is above 0, or the model fails."""
+    exact = total.divide(part)
+    return exact if exact is not None else Dim(algebra.floordiv(total.expr, part.expr))
+
+
 @shape_of("Range")
 def _range(node, a):
     start, limit, step = (a.contents(v) for v in node.inputs)
-    if start and limit and step and step[0] == 1:
-        return [(limit[0] - start[0],)]
-    return [(Dim.unknown("range"),)]
+    by = step[0].const if step else None
+    if not start or not limit or not by:
+        return [(Dim.unknown("range"),)]
+    span = limit[0] - start[0] if by > 0 else start[0] - limit[0]
+    return [(quotient(span + (abs(by) - 1), Dim.of(abs(by))).maximum(0),)]
 
 
 @shape_of("Shape")
@@ -318,27 +323,27 @@ def slice_of(node: ir.Node, a: Known, shape: Shape) -> list[tuple[int, Dim, Dim,
 
 
 def _slice_axis(start: Dim, end: Dim, size: Dim, step: int) -> tuple[Dim, Dim] | None:
-    if step < 1:
+    """(first index, number of elements): ONNX counts negative bounds from the end and keeps both inside the axis."""
+    if step < 0:
+        whole = start.const is not None and (start == -1 or start.const >= _HUGE)
+        whole = whole or start == size - 1
+        return (size - 1, size) if step == -1 and whole and end.const is not None and end.const <= -_HUGE else None
+    begin, stop = _clamped(start, size), _clamped(end, size)
+    if begin is None or stop is None:
         return None
-    start, end = (size + x if _is_negative(x) else x for x in (start, end))
-    if end.const is not None and (end.const >= 2**31 - 1 or (size.const is not None and end.const > size.const)):
-        end = size
-    length = end - start
-    if any(c < 0 for c in length.terms.values()) or not (_fits(end, size)):
-        return None
-    if step != 1:
-        return None if length.const is None else (start, Dim.of(-(-length.const // step)))
-    return start, length
+    length = Dim(algebra.pushed((stop - begin).expr)).maximum(0)
+    # A start beyond the end needn't be kept inside: no element is there.
+    begin = start if start.is_at_least(0) else begin
+    return begin, length if step == 1 else quotient(length + (step - 1), Dim.of(step))
 
 
-def _is_negative(bound: Dim) -> bool:
-    """Does it count from the axis's end? (As -n does, be n a constant or a symbol.)"""
-    return bool(bound.terms) and all(c < 0 for c in bound.terms.values())
-
-
-def _fits(end: Dim, size: Dim) -> bool:
-    """Is end <= size for every value of the (non-negative) symbols?"""
-    return all(c >= 0 for c in (size - end).terms.values())
+def _clamped(bound: Dim, size: Dim) -> Dim | None:
+    """A start or end as ONNX reads it; None where its sign isn't known."""
+    if bound.const is not None and bound.const >= _HUGE:
+        return size
+    if bound.is_at_least(0):
+        return bound.minimum(size)
+    return (bound + size).maximum(0) if (-bound - 1).is_at_least(0) else None
 
 
 @shape_of("Slice")
@@ -346,30 +351,16 @@ def _slice(node, a):
     shape = a.shape(node.inputs[0])
     if shape is None:
         return None
+    dims = list(shape)
     pieces = slice_of(node, a, shape)
     if pieces is not None:
-        dims = list(shape)
         for axis, _, size, _ in pieces:
             dims[axis] = size
         return [tuple(dims)]
     axes = constant_ints(node, a, 3, "axes")
-    if axes is None:
-        axes = range(len(shape))
-    cut = {resolve_axis(x, len(shape)): i for i, x in enumerate(axes)}
-    return [tuple(_cut(node, a, cut[i], d) if i in cut else d for i, d in enumerate(shape))]
-
-
-def _cut(node: ir.Node, a: Known, index: int, size: Dim) -> Dim:
-    """What the Slice leaves of an axis of `size`, its `index`-th."""
-    bounds = [a.contents(operand(node, i)) for i in (1, 2)]
-    steps = constant_ints(node, a, 4, "steps") or [1]
-    if any(b is None or index >= len(b) for b in bounds) or steps[min(index, len(steps) - 1)] != 1:
-        return Dim.unknown("slice")
-    start, end = (b[index] for b in bounds)
-    length = end - start
-    if any(c < 0 for d in (start, length) for c in d.terms.values()):
-        return Dim.unknown("slice")
-    return _up_to(length, start, size)
+    for axis in range(len(shape)) if axes is None else axes:
+        dims[resolve_axis(axis, len(shape))] = Dim.unknown("slice")
+    return [tuple(dims)]
 
 
 @shape_of("Gather")

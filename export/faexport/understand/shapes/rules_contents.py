@@ -6,6 +6,7 @@ Registered in rules.CONTENT_RULES; imported by analysis.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import onnx_ir as ir
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from faexport.nodes import attribute, op, operand
 from faexport.understand.shapes.dims import Dim, product
 from faexport.understand.shapes.known import Known, Shape
-from faexport.understand.shapes.rules import constant_ints, contents_of, shape_window, split_sizes
+from faexport.understand.shapes.rules import constant_ints, contents_of, quotient, shape_window, split_sizes
 
 
 @contents_of("Shape")
@@ -101,16 +102,40 @@ def _contents_arithmetic(node, a):
         return None
     count = max(len(x), len(y))
     x, y = (p * count if len(p) == 1 else p for p in (x, y))
-    return tuple(_arithmetic(node.op_type, p, q) for p, q in zip(x, y, strict=True))
+    result = tuple(_arithmetic(node.op_type, p, q) for p, q in zip(x, y, strict=True))
+    return None if None in result else result
 
 
-def _arithmetic(name: str, x: Dim, y: Dim) -> Dim:
-    if name != "Div":
-        return {"Add": x + y, "Sub": x - y, "Mul": x * y}[name]
+def _arithmetic(name: str, x: Dim, y: Dim) -> Dim | None:
+    if name == "Div":
+        return _divided(x, y)
+    return {"Add": x + y, "Sub": x - y, "Mul": x * y}[name]
+
+
+def _divided(x: Dim, y: Dim) -> Dim | None:
+    """ONNX rounds towards 0."""
     if x.const is not None and y.const:
         return Dim.of(int(x.const / y.const))
-    exact = x.divide(y)
-    return Dim.of(f"({x})//({y})") if exact is None else exact
+    if x.divide(y) is not None:
+        return x.divide(y)
+    return quotient(x, y) if x.is_at_least(0) and y.is_at_least(0) else None
+
+
+@contents_of("Min", "Max")
+def _contents_extreme(node, a):
+    parts = [a.contents(v) for v in node.inputs]
+    if any(p is None for p in parts) or len({len(p) for p in parts} - {1}) > 1:
+        return None
+    count = max(map(len, parts))
+    parts = [p * count if len(p) == 1 else p for p in parts]
+    function = Dim.minimum if node.op_type == "Min" else Dim.maximum
+    return tuple(functools.reduce(function, x) for x in zip(*parts, strict=True))
+
+
+@contents_of("Neg")
+def _contents_neg(node, a):
+    contents = a.contents(node.inputs[0])
+    return None if contents is None else tuple(-d for d in contents)
 
 
 @contents_of("Where")
@@ -133,11 +158,7 @@ def _contents_where(node, a):
 
 
 def _never_equal(p: Dim, q: Dim) -> bool:
-    difference = p - q
-    if difference.const is not None:
-        return difference.const != 0
-    signs = {c > 0 for c in difference.terms.values()}
-    return len(signs) == 1 and difference.terms.get((), 0) != 0
+    return (p - q).is_at_least(1) or (q - p).is_at_least(1)
 
 
 @contents_of("ConstantOfShape")

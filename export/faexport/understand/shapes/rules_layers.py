@@ -83,9 +83,13 @@ def _pad(node, a):
         return None
     if operand(node, 1) is None:
         pads = tuple(map(Dim.of, attribute(node, "pads", ())))
-    if pads is None or operand(node, 3) is not None or len(pads) != 2 * len(shape):
+    axes = constant_ints(node, a, 3, "axes") if operand(node, 3) is not None else list(range(len(shape)))
+    if pads is None or axes is None or len(pads) != 2 * len(axes):
         return [tuple(Dim.unknown("pad") for _ in shape)]
-    return [tuple(d + pads[i] + pads[i + len(shape)] for i, d in enumerate(shape))]
+    dims = list(shape)
+    for i, axis in enumerate(resolve_axis(x, len(shape)) for x in axes):
+        dims[axis] = dims[axis] + pads[i] + pads[i + len(axes)]
+    return [tuple(dims)]
 
 
 @shape_of("DepthToSpace", "SpaceToDepth")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from faexport.understand.index.algebra import Expr
+from faexport.understand.shapes.algebra import Expr
 
 _LIMIT = 400  # characters
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _serial = itertools.count()
 _interned: weakref.WeakValueDictionary[tuple, Expr] = weakref.WeakValueDictionary()
@@ -153,6 +153,118 @@ def absolute(a: Expr) -> Expr:
     return of_atom(make("abs", (a,), "int"))
 
 
+def meet(a: Expr, b: Expr) -> Expr:
+    """The size of an axis where axes of these two sizes are broadcast against each other: they are equal, or one of
+    them is 1. This is the one rule of broadcasting, for all runs in which the model doesn't fail."""
+    if a is b or value_of(b) == 1:
+        return a
+    if value_of(a) == 1:
+        return b
+    sure = [x for x, other in ((a, b), (b, a)) if _is_one_with(x, other)]
+    if sure:  # where each is 1 with the other they are equal, and the simpler one stands for both
+        return min(sure, key=lambda x: bool(atoms(x, "min")))
+    known = [n for n in (value_of(a), value_of(b)) if n is not None]
+    if known:  # a number above 1, or 0: then the other size is it, or is 1
+        return const(min(known) if 0 in known else max(known))
+    parts = dict.fromkeys(x for e in (a, b) for x in _met(e))
+    return of_atom(make("meet", tuple(sorted(parts, key=lambda e: e.serial)), "int"))
+
+
+def _met(expr: Expr) -> tuple[Expr, ...]:
+    atom = only_atom(expr)
+    return atom.args if atom is not None and atom.op == "meet" else (expr,)
+
+
+def meet_all(sizes: Iterable[Expr]) -> Expr:
+    result = ONE
+    for size in sizes:
+        result = meet(result, size)
+    return result
+
+
+def _is_one_with(a: Expr, b: Expr) -> bool:
+    """Is it proven that b is 1 wherever a is? (Then a is the size of an axis where both meet.)"""
+    one = {only_atom(a): ONE} if only_atom(a) is not None else {}
+    whole, part = only_atom(a), only_atom(b)
+    if whole is not None and whole.op == "min":  # min(x, 2 or more) is 1 only where x is
+        for x, other in (whole.args, whole.args[::-1]):
+            if is_nonnegative(sub(other, const(2))):
+                if x is b:
+                    return True
+                if only_atom(x) is not None:
+                    one[only_atom(x)] = ONE
+    if part is not None and part.op == "min" and a in part.args:  # min(a, 1 or more) is 1 where a is
+        if all(x is a or is_positive(x) for x in part.args):
+            return True
+    for monomial, coefficient in a.args if len(a.args) == 1 else ():
+        if coefficient == 1:  # a product of sizes is 1 only where each of them is
+            one.update((atom, ONE) for atom in monomial if atom.op in ("sym", "meet"))
+    return bool(one) and replace(b, one) is ONE
+
+
+def pushed(expr: Expr) -> Expr:
+    """The same number with what is added to its one minimum or maximum put into it: 9 - max(0, 9 - n) is min(9, n)."""
+    inner = [(m[0], c) for m, c in expr.args if len(m) == 1 and m[0].op in ("min", "max") and abs(c) == 1]
+    if len(inner) != 1:
+        return expr
+    atom, c = inner[0]
+    rest = sub(expr, scale(of_atom(atom), c))
+    a, b = (pushed(add(rest, scale(pushed(x), c))) for x in atom.args)
+    return minimum(a, b) if (atom.op == "min") == (c > 0) else maximum(a, b)
+
+
+def at_least_one(size: Expr) -> set[Expr]:
+    """The atoms that are 1 or more where an axis of this size has an element."""
+    if len(size.args) != 1:
+        return set()
+    found: set[Expr] = set()
+    for atom in size.args[0][0]:
+        found.add(atom)
+        if atom.op in ("meet", "min"):  # 1 or more only where each part is
+            found.update(a for x in atom.args for a in at_least_one(x))
+    return found
+
+
+def replace(size: Expr, known: Mapping[Expr, Expr]) -> Expr:
+    """A size with atoms replaced as `known` tells, simplified again."""
+    if size.op != "poly" or not known:
+        return size
+    total = ZERO
+    for monomial, coefficient in size.args:
+        factors = (known[a] if a in known else _replace_atom(a, known) for a in monomial)
+        total = add(total, product([const(coefficient), *factors]))
+    return total
+
+
+def _replace_atom(atom: Expr, known: Mapping[Expr, Expr]) -> Expr:
+    made = SIZE_ATOMS.get(atom.op)
+    if made is None:
+        return of_atom(atom)
+    return made(*(replace(x, known) for x in atom.args))
+
+
+def divide(a: Expr, b: Expr) -> Expr | None:
+    """The exact quotient, or None where there is none (or the divisor is 0)."""
+    if not b.args:
+        return None
+    if b is ONE or a is b:
+        return a if b is ONE else ONE
+    lead, lead_c = max(b.args, key=_order)
+    rest, quotient = a, ZERO
+    while rest.args:
+        top, top_c = max(rest.args, key=_order)
+        left = list(top)
+        if top_c % lead_c or not all(atom in left and (left.remove(atom) or True) for atom in lead):
+            return None
+        step = _poly({tuple(left): top_c // lead_c})
+        quotient, rest = add(quotient, step), sub(rest, mul(step, b))
+    return quotient
+
+
+def _order(item: tuple[Monomial, int]) -> tuple[int, list[int]]:
+    return len(item[0]), [atom.serial for atom in item[0]]
+
+
 def _divide_exactly(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     """(q, r) with a = q * b + r, by multivariate division on b's leading monomial."""
     lead, lead_c = max(b.args, key=lambda item: (len(item[0]), [-x.serial for x in item[0]]))
@@ -192,6 +304,9 @@ def modulo(a: Expr, b: Expr) -> Expr:
     return sub(a, mul(b, floordiv(a, b)))
 
 
+# What makes each kind of atom that sizes are made of, from its arguments.
+SIZE_ATOMS = {"min": minimum, "max": maximum, "abs": absolute, "floordiv": floordiv, "meet": lambda *x: meet_all(x)}
+
 # ---------------------------------------------------------------------------------------------- bounds
 
 
@@ -219,8 +334,8 @@ def _lower(atom: Expr) -> Sequence[Expr]:
         return [ZERO]
     if atom.op == "max":
         return atom.args
-    if atom.op == "min":
-        return [ZERO] if all(is_nonnegative(a) for a in atom.args) else []
+    if atom.op in ("min", "meet"):
+        return [ONE] if all(map(is_positive, atom.args)) else [ZERO] if all(map(is_nonnegative, atom.args)) else []
     if atom.op == "floordiv":
         return [ZERO] if is_nonnegative(atom.args[0]) else []
     if atom.op == "choose":
@@ -264,9 +379,17 @@ def is_nonnegative(expr: Expr) -> bool:
     """True where `expr` >= 0 is proven for all indices and sizes; False where it is not proven."""
     known = _nonnegative.get(expr)
     if known is None:
-        known = any(_sizes_nonnegative(bound) for bound in _extremes(expr, -1, 6))
+        known = any(_sizes_nonnegative(bound) for bound in _extremes(expr, -1, 6)) or _in_each_case(expr)
         _nonnegative[expr] = known
     return known
+
+
+def _in_each_case(expr: Expr) -> bool:
+    """Is it >= 0 whichever argument each minimum and maximum is?"""
+    split = [atom for m, _ in expr.args for atom in m if atom.op in ("min", "max")]
+    if not split or len(set(split)) > 3:
+        return False
+    return all(is_nonnegative(replace(expr, {split[0]: x})) for x in split[0].args)
 
 
 def _sizes_nonnegative(expr: Expr) -> bool:
@@ -362,6 +485,13 @@ def evaluate(expr: Expr, sizes: dict[Expr, int]) -> int:
 
 
 def _evaluate_atom(atom: Expr, sizes: dict[Expr, int]) -> int:
+    if atom in sizes:
+        return sizes[atom]
+    if atom.op == "meet":
+        parts = {evaluate(a, sizes) for a in atom.args} - {1} or {1}
+        if len(parts) > 1:
+            raise KeyError(atom)  # such a model doesn't run
+        return parts.pop()
     if atom.op in ("min", "max", "abs", "floordiv"):
         parts = [evaluate(a, sizes) for a in atom.args]
         return parts[0] // parts[1] if atom.op == "floordiv" else {"min": min, "max": max, "abs": abs}[atom.op](*parts)

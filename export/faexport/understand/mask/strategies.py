@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strategies by which the mask of a site is put into the operator's words, in the order in which they are tried.
+
+Each looks at the same problem and gives a mask, or None where the site is not its own; a site that no way of writing is
+right for is refused (NotAMask). A strategy works on a draft of its own, so one that gives up leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport import spec
+from faexport.understand.index import logic as il
+from faexport.understand.index.tensor import Unknown
+from faexport.understand.mask.bias import write_bias
+from faexport.understand.mask.draft import Draft
+from faexport.understand.mask.emit import Emitter
+from faexport.understand.mask.empty_rows import TwoMasks, empty_rows, lower_of_two, two_masks
+from faexport.understand.mask.options import MaskOptions
+from faexport.understand.mask.terms import (
+    ABSORBS,
+    Case,
+    NotAMask,
+    Site,
+    cases_of,
+    fills,
+    is_moderate,
+    leaves,
+    rows_see_a_key,
+    summands,
+    visible,
+    zeros_and_ones,
+)
+from faexport.understand.mask.window import split
+from faexport.understand.mask.words import axes_of, kind_of, window_text
+from faexport.understand.shapes import algebra as ia
+from faexport.understand.shapes.algebra import Expr
+
+_LOWEST = float(np.finfo(np.float32).min)
+_BOTH_MASKS = (
+    "a float mask is added to scores that another mask replaced by a number: rows of padding only would come out "
+    "differently (--assume full-rows or right-padding rules them out)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One site, what happens to each of its scores, and what is asked before a strategy is chosen."""
+
+    emitter: Emitter
+    site: Site
+    options: MaskOptions
+
+    @functools.cached_property
+    def cases(self) -> list[Case]:
+        return cases_of(self.site)
+
+    @functools.cached_property
+    def is_soft(self) -> bool:
+        """Is a score masked by a finite number?"""
+        return any(c.mask is not None and c.mask > -math.inf for c in self.cases)
+
+    @functools.cached_property
+    def rows_are_full(self) -> bool:
+        """Is it known, or assumed, that every row sees a key?"""
+        return self.options.assume_full_rows or self._first_key_is_kept()
+
+    @functools.cached_property
+    def is_moderate(self) -> bool:
+        """Are all biases numbers like scores? Beside one that is itself a mask, a finite fill isn't sure to mask."""
+        added = [t for t in self.site.terms if t.kind is spec.TermKind.ADD]
+        found = (e for t in added for _, leaf in leaves(self.site.element(t, t.value)) for e in summands(leaf))
+        return all(is_moderate(e) for e in found if e.op != "float")
+
+    def draft(self) -> Draft:
+        return Draft(self.emitter, self.site, self.options)
+
+    def _first_key_is_kept(self) -> bool:
+        """With right padding assumed: is key 0 visible in every row, and without a huge bias?"""
+        if not self.options.assume_right_padding or ia.only_atom(self.site.j) is None:
+            return False
+        first = {ia.only_atom(self.site.j): ia.ZERO}
+        moved = [
+            (il.rewrite(c.cond, first), [il.rewrite(e, first) for e, _ in c.bias]) for c in self.cases if c.mask is None
+        ]
+        for _, bias in moved:
+            for e in bias:
+                ones = {a: ia.ONE for a in ia.atoms(e, "load") if a.kind == "int" and a.args[0].is_graph_input()}
+                if not is_moderate(il.rewrite(e, ones)):
+                    return False
+        return il.any_of(cond for cond, _ in moved) is il.TRUE
+
+
+Strategy = Callable[[Problem], spec.Mask | None]
+
+
+def mask_of(emitter: Emitter, site: Site, options: MaskOptions) -> spec.Mask:
+    """The mask by the first strategy that the site is for. Raises NotAMask with the reason where it can't be said, and
+    Unknown where a part of it can't be written."""
+    problem = Problem(emitter, site, options)
+    return next(mask for strategy in STRATEGIES.values() if (mask := strategy(problem)) is not None)
+
+
+# ------------------------------------------------------------------------------------------ float masks of any values
+
+
+def zeros_and_ones_in_two_masks(problem: Problem) -> spec.Mask | None:
+    """A finite mask beside a float mask that the model makes of integers, if it is two masks where they are 0 and 1."""
+    if not problem.is_soft or problem.rows_are_full or problem.is_moderate:
+        return None
+    known = zeros_and_ones(problem.site)
+    names = sorted({ia.only_atom(cast.args[0]).args[0].name or "?" for cast in known})
+    supposed = Problem(problem.emitter, problem.site.supposing(known), problem.options)
+    try:
+        draft = _two_masks(supposed) if names and supposed.is_moderate else None
+    except NotAMask:
+        return None
+    if draft is None:
+        return None
+    draft.assume(f"{', '.join(names)} holds zeros and ones")
+    return draft.finished()
+
+
+def float_masks_as_they_are(problem: Problem) -> spec.Mask | None:
+    """The sum of all terms as a bias. A score replaced by a number that absorbs any score had that number added."""
+    if not problem.is_soft or problem.rows_are_full or problem.is_moderate:
+        return None
+    draft, site = problem.draft(), problem.site
+    parts = []
+    for term in site.terms:
+        if term.kind is spec.TermKind.ADD:
+            parts.append((draft.placed(term), term.factor))
+        elif term.kind is spec.TermKind.WHERE and not parts:  # after an addition it would undo that
+            fill = site.element(term, term.fill)
+            if fill.op != "float" or not il.float_value(fill) <= -1e30:
+                raise NotAMask(_BOTH_MASKS)
+            kept = site.element(term, term.value)
+            kept = kept if term.keep_when else il.negate(kept)
+            zero = il.floating(0.0, site.scores.dtype)
+            parts.append((draft.value(il.choose(kept, zero, fill)), term.factor))
+        else:
+            raise NotAMask(_BOTH_MASKS)
+    draft.sum(parts)
+    draft.fact("a finite mask beside a float mask: both stay a bias")
+    return draft.finished()
+
+
+# ------------------------------------------------------------------------------------------ two masks
+
+
+def window_then_padding(problem: Problem) -> spec.Mask | None:
+    """A window and a padding mask, one after the other, both finite."""
+    if not problem.is_soft or problem.rows_are_full:
+        return None
+    draft = _two_masks(problem)
+    return None if draft is None else draft.finished()
+
+
+def _two_masks(problem: Problem) -> Draft | None:
+    draft, site = problem.draft(), problem.site
+    found = two_masks(site, problem.cases)
+    if found is None:
+        return None
+    mask, zero, fill = draft.mask, *(il.floating(x, ir.DataType.FLOAT) for x in (0.0, _LOWEST))
+    bias = il.choose(found.padding, zero, fill)
+    try:
+        padding, added = draft.of_every_key(found.padding), draft.value(bias)
+        rows = empty_rows(draft.emitter, site, found, padding)
+    except Unknown:
+        return None
+    if not draft.position(found.window):
+        return None
+    mask.empty_rows, mask.window_left, mask.window_right = rows, found.window.left, found.window.right
+    draft.fact(window_text(found.window), *found.window.parts)
+    if not found.else_all:  # the operator then gives the mean over the window, where all of it is padding
+        mask.attn_bias, added.dtype = added, ir.DataType.FLOAT
+        mask.rows_see_a_key = rows_see_a_key(site, il.all_of(found.window.parts))
+        draft.fact(f"{kind_of(found.padding)} mask {axes_of(bias)}, as a bias", found.padding)
+    else:
+        mask.attn_mask, mask.empty_row = padding, spec.EmptyRow.MEAN
+        draft.fact(f"{kind_of(found.padding)} mask {axes_of(found.padding)}", found.padding)
+    text = f"a row that sees no key gives {found.mean_in_words}, written behind the operator"
+    draft.fact(text + draft.in_half())
+    _note_fills(draft, problem.cases)
+    return draft
+
+
+def lower_of_window_and_given(problem: Problem) -> spec.Mask | None:
+    """The lower of a window's mask and a given one."""
+    found = None if problem.is_soft else lower_of_two(problem.site)
+    if found is None:
+        return None
+    draft = problem.draft()
+    node, (zero, fill) = draft.emitter.node, (draft.number(x) for x in (0.0, found.fill))
+    try:
+        given = draft.of_every_key(found.given)
+        above, counted = node("Greater", [given, fill]), node("GreaterOrEqual", [given, fill])
+        rows = None
+        if not problem.options.assume_full_rows:
+            rows = empty_rows(draft.emitter, problem.site, TwoMasks(found.window, il.TRUE, False), above, counted)
+    except Unknown:
+        return None
+    if not draft.position(found.window):
+        return None
+    mask, window = draft.mask, found.window
+    mask.empty_rows, mask.window_left, mask.window_right = rows, window.left, window.right
+    mask.attn_bias = node("Min", [given, zero])
+    draft.fact(window_text(window), *window.parts)
+    draft.fact(f"bias {axes_of(found.given)}", found.given)
+    if rows is not None:
+        draft.fact("a row that sees no key gives the mean of all values above -inf, written behind the operator")
+    return draft.finished()
+
+
+# ------------------------------------------------------------------------------------------ what is visible
+
+
+def window_lengths_and_rest(problem: Problem) -> spec.Mask:
+    """What hides keys as window, lengths and bool mask, what remains as slopes and a bias: right for any site."""
+    draft, cases = problem.draft(), problem.cases
+    seen, bias = _decide(draft, problem, cases)
+    only_window = len(bias) == len(cases) and any(c.mask is not None for c in cases)
+    window = draft.visibility(seen, only_window)
+    write_bias(draft, bias, window)
+    _note_fills(draft, [c for c in cases if c not in bias])
+    return draft.finished()
+
+
+def _note_fills(draft: Draft, hidden: list[Case]) -> None:
+    """A key that a number hides is hidden while scores stay far above that number."""
+    absorbs = ABSORBS.get(draft.site.scores.dtype, -math.inf)
+    weak = [number for number in fills(draft.site) if number > absorbs]
+    if weak and any(c.mask is not None for c in hidden):
+        draft.assume(f"scores stay far above the fill {max(weak):g}")
+
+
+def _decide(draft: Draft, problem: Problem, cases: list[Case]) -> tuple[Expr, list[Case]]:
+    """(the condition of being visible, the cases that make up the bias)."""
+    kept = [c for c in cases if c.mask is None]
+    hard = [c for c in cases if c.mask == -math.inf]
+    soft = [c for c in cases if c.mask is not None and c.mask > -math.inf]
+    seen = visible(cases)
+    sure = rows_see_a_key(draft.site, seen)
+    draft.mask.rows_see_a_key = sure and problem.is_moderate
+    if soft and not sure and problem.options.assume_full_rows:
+        draft.assume("every row sees a key")
+        return seen, kept
+    if not soft or sure or draft.site.scores.sinks:  # with a sink such a row gives 0, whatever the fill
+        if not sure:
+            _note_empty_rows(draft)
+        return seen, kept
+    same = len({(c.mask, c.replaced) for c in soft}) == 1 and all(c.exact for c in soft) and not hard
+    if same:
+        draft.mask.empty_row = spec.EmptyRow.MEAN
+        _note_mean(draft, soft[0])
+        return seen, kept
+    deepest = _deepest(draft.site, soft, cases)
+    if deepest:
+        hidden = [dataclasses.replace(c, mask=-math.inf, bias=()) if c in deepest else c for c in cases]
+        return _decide(draft, problem, hidden)
+    if any(c.replaced and not c.exact for c in soft) or any(c.replaced and c.mask > -1e30 for c in soft):
+        raise NotAMask(
+            "its mask gives rows without a visible key a softmax of other numbers (--assume full-rows rules them out)"
+        )
+    draft.fact(
+        f"rows that may see no key would give another softmax without the {soft[0].mask:g} added: it stays a bias "
+        "(--assume full-rows rules them out)"
+    )
+    written = il.negate(il.any_of(c.cond for c in hard)), il.any_of(c.cond for c in cases if c not in hard)
+    return max(written, key=lambda left: len(split(draft.site, left)[0].parts)), cases
+
+
+def _deepest(site: Site, soft: list[Case], cases: list[Case]) -> list[Case]:
+    """Masks that weigh nothing beside another one, if each row has a key that they don't hide."""
+    deepest = [c for c in soft if c.mask <= ABSORBS[ir.DataType.FLOAT]]
+    others = [c for c in soft if c not in deepest]
+    if not others or min(c.mask for c in others) < -1e8:
+        return []
+    left = il.any_of(c.cond for c in cases if c.mask is None or c in others)
+    return deepest if rows_see_a_key(site, left) else []
+
+
+def _note_empty_rows(draft: Draft) -> None:
+    zeroed = (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW)
+    if not draft.site.scores.nan_guard and not any(t.kind in zeroed for t in draft.terms):
+        draft.fact("a row that sees no key gives 0 (NaN before)")
+
+
+def _note_mean(draft: Draft, case: Case) -> None:
+    text = f"a row that sees no key gives the mean of all values, as the fill {case.mask:g} does"
+    draft.fact(text if case.replaced else text + draft.in_half())
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "zeros and ones in two masks": zeros_and_ones_in_two_masks,
+    "float masks as they are": float_masks_as_they_are,
+    "a window, then padding": window_then_padding,
+    "the lower of a window and a given mask": lower_of_window_and_given,
+    "window, lengths and the rest": window_lengths_and_rest,
+}
