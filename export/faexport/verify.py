@@ -226,7 +226,8 @@ def is_quantized(model: ir.Model) -> bool:
 
 _ROUNDS = {  # DequantizeLinear: onnxruntime may quantize the activations beside quantized weights
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
-    "ConvInteger", "QAttention", "MatMulIntegerToFloat", "QGemm", "MatMulNBits", "DynamicQuantizeLSTM", "QEmbedLayerNormalization",
+    "ConvInteger", "QAttention", "MatMulIntegerToFloat", "QGemm", "MatMulNBits", "DynamicQuantizeLSTM",
+    "QEmbedLayerNormalization",
 }  # fmt: skip
 
 
