@@ -74,12 +74,13 @@ class Builder:
     def constant(self, array: np.ndarray | Sequence[int]) -> ir.Value:
         """A Constant node; Python's integers are int64."""
         array = np.asarray(array)
+        tensor = ir.tensor(array)
         if self.opset < 9 and array.dtype == np.int64:  # Constant then holds floats only
             value = self.add("Cast", [self.constant(array.astype(np.float32))], ir.DataType.INT64, to=7)
         else:
-            value = self.add("Constant", (), value=ir.tensor(array))
-            value.dtype = ir.DataType.from_numpy(array.dtype)
-        value.const_value = ir.tensor(array)
+            value = self.add("Constant", (), value=tensor)
+            value.dtype = tensor.dtype
+        value.const_value = tensor
         return value
 
     def ints(self, values: Sequence[int]) -> ir.Value:
