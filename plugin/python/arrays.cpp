@@ -2,6 +2,9 @@
 // Reads Python arrays (arrays.h).
 #include "arrays.h"
 
+#include <stdexcept>
+
+#include "cuda_device.h"
 #include "dlpack.h"
 
 namespace py = pybind11;
@@ -53,6 +56,8 @@ Array from_dlpack(const char* name, const py::handle& object, uintptr_t stream) 
   result.device_id = device_id;
   if (device_type == dlpack::kCuda || device_type == dlpack::kCudaManaged) {
     result.device = DeviceType::kCuda;
+    CudaDeviceGuard guard;  // PyTorch exports tensors of the current device only
+    if (const Status status = guard.use(device_id); !status.ok()) throw std::runtime_error(status.sentence);
     result.owner = object.attr("__dlpack__")(py::arg("stream") = stream == 0 ? 1 : stream);  // 1 is the legacy default stream
   } else if (device_type == dlpack::kCpu || device_type == dlpack::kCudaHost) {
     result.owner = object.attr("__dlpack__")();

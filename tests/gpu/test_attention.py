@@ -61,7 +61,7 @@ def many_rows() -> list[cases.Case]:
             key_heads = 1 if (i + j) % 3 == 0 else 11
             shape = (12, 11, key_heads, rows, keys, head_dim, 0, layout)
             chosen.append(cases.Case(dtype, *shape, **fields))
-            if (i + j) % 2 == 0:
+            if (i + j) % 2 == 0 and head_dim <= 256:
                 precision = ("tf32", "tf32x3")[(i + j) // 2 % 2]
                 chosen.append(cases.Case("float32", *shape, **fields, float32_precision=precision))
     return chosen
@@ -100,12 +100,13 @@ def test_mask_in_wide_rows(case: cases.Case, expected) -> None:
     check(case.problem(), expected(case))
 
 
-@pytest.mark.parametrize("head_dim", (32, 64, 96, 128, 192, 256, 512))
+TYPES = ((torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "tf32x3"))
+HEADS = ((dim, *kind) for dim in (32, 64, 96, 128, 192, 256, 512) for kind in TYPES[: 3 if dim <= 256 else 1])
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "precision"), HEADS, ids=str)
 @pytest.mark.parametrize("seqlen", (100, 700))
-@pytest.mark.parametrize(
-    ("dtype", "precision"), ((torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "tf32x3")), ids=str
-)
-def test_many_launches_give_the_same_bits(head_dim: int, seqlen: int, dtype: torch.dtype, precision: str) -> None:
+def test_many_launches_give_the_same_bits(head_dim: int, dtype: torch.dtype, precision: str, seqlen: int) -> None:
     """A buffer that is written too early is seen now and then only."""
     import faplugin
 

@@ -38,9 +38,18 @@ def draw(seed: int) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name in ("query", "key", "value")}
 
 
+def is_too_wide(case: cases.Case) -> bool:
+    """Float32 heads above 256 columns: no CUDA kernel takes them."""
+    return case.dtype == "float32" and max(case.head_dim, case.dim_v) > 256
+
+
 @pytest.mark.parametrize("case", cases.quick(), ids=str)
 def test_case(case: cases.Case) -> None:
     problem = case.problem()
+    if is_too_wide(case):
+        with pytest.raises(Exception, match=r"head_dim \d+ is above 256"):
+            nodes.run(problem, [(CUDA, {"use_tf32": "0"})])
+        return
     tolerances.check(nodes.run(problem, [(CUDA, {"use_tf32": "0"})]), problem)
 
 
