@@ -66,9 +66,9 @@ def write_files(folder: pathlib.Path, layers: int = 12) -> dict[str, dict[str, i
     counts: dict[str, dict[str, int]] = {}
     for attention in ("sdpa", "eager"):
         export_float32(folder / f"{attention}.onnx", layers, attention)
-    exported = onnx.load(folder / "sdpa.onnx")
     for dtype in DTYPES:
         half = dtype == "float16"
+        exported = onnx.load(folder / "sdpa.onnx")  # anew, since the conversion changes it
         unfused = float16.convert_float_to_float16(exported, disable_shape_infer=True) if half else exported
         onnx.save(unfused, folder / f"{dtype} unfused.onnx")
         fused, _ = faexport.fuse(unfused)
