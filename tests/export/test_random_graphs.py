@@ -141,6 +141,7 @@ FOUND = {
     "attention that feeds attention": grammar.Recipe((), layers=2),
     "a bias of the row beside a sink": grammar.Recipe(("j <= i",), bias="row", sinks=True),
     "a bias of the query beside a sink": grammar.Recipe((), bias="query", sinks=True, bias_first=False),
+    "integers cast to fewer bits": grammar.Recipe(("i < j + w", "int32"), window=2, negate_first=True),
     "slopes beside a sink": grammar.Recipe(("trilu", "always"), bias="alibi j", sinks=True, row_guard="whole"),
 }
 

@@ -115,7 +115,8 @@ class Emitter:
     def _borrow(self, site: Site, expr: Expr) -> ir.Value:
         found = self.find(site, expr)
         if found is not None:
-            return found
+            is_other = expr.kind == "int" and self.ctx.analysis.dtype(found) is not ir.DataType.INT64
+            return self.node("Cast", [found], {"to": int(ir.DataType.INT64)}) if is_other else found
         opposite = self.find(site, il.negate(expr)) if expr.kind == "bool" else None
         if opposite is None:
             raise Unknown
