@@ -101,7 +101,22 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> tuple[_Side, _Side, _
     ]
     if None in sides:
         return Refusal("the shape of query, key or value is not known", name_of(scores.product.node))
+    if len(leads) == len(value_sizes) and _is_contradicted(sides, a):
+        why = "queries, keys and values may have different numbers of batch entries, and the file states one of them"
+        return Refusal(f"{why} for the result", name_of(values.product.node))
     return tuple(sides)
+
+
+def _is_contradicted(sides: Sequence[_Side], a: Analysis) -> bool:
+    """Do two sizes of unknown numbers meet, where the result is said to have one of them? Either may be 1."""
+    for position, size in enumerate(sides[0].lead_sizes):
+        own = [
+            dict(zip(s.factor.labels, a.shape(s.factor.value), strict=True)).get(s.labels[position], ONE) for s in sides
+        ]
+        open_sizes = {d for d in own if d.const is None}
+        if len(open_sizes) > 1 and size in open_sizes:
+            return True
+    return False
 
 
 def _side(factor: Factor, weights: list[Weight], how, labels: tuple[str, ...], lead_sizes) -> _Side | None:
