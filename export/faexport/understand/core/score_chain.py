@@ -172,6 +172,7 @@ class Scores:
     """What `read_scores` learnt: softmax(softcap(scale * product) with terms) over the columns of `product`."""
 
     product: Product  # left rows are queries, right columns are keys
+    shape: tuple[Dim, ...]  # of the product's result, as it was known when it was read
     view: View  # of the softmax's input over the axes of the product's result; the sink column is left out
     scale: float
     softcap: float
@@ -458,6 +459,7 @@ def read_scores(path: Path, softmax: Softmax, a: Analysis, gates: bool = True) -
         return refusal
     return Scores(
         path.product,
+        reader.shape,
         reader.view,
         reader.scale,
         reader.softcap,

@@ -200,8 +200,7 @@ class _Walker:
 
 def find_values(scores: Scores, softmax: Softmax, names: list[str], a: Analysis) -> list[Values] | Refusal:
     """Walks from the probabilities to their products with values, and checks for each which axis is summed."""
-    shape = a.shape(scores.product.node.outputs[0])
-    ends = _Walker(scores, softmax, names, shape, a).run()
+    ends = _Walker(scores, softmax, names, scores.shape, a).run()
     if isinstance(ends, Refusal):
         return ends
     found = [_values(walker, node) for walker, node in ends]
