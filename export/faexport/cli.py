@@ -276,7 +276,7 @@ def _fuse(source: ir.Model, options: pipeline.Options, path: pathlib.Path, repor
     """The rewritten model; fills in the report."""
     fused, found = diagnosis.fuse(source, options, path)
     report.sites, report.nodes_before, report.nodes_after = found.sites, found.nodes_before, found.nodes_after
-    report.notes = found.notes
+    report.notes, report.defects = found.notes, found.defects
     return fused
 
 

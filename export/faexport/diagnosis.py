@@ -36,7 +36,8 @@ def fuse(model: ir.Model, options: Options, path: pathlib.Path) -> tuple[ir.Mode
             fused, report = pipeline.run(model, options)
         except ConversionError as error:
             raise ModelError(f"{path}: {error}; choose another --opset, or leave it out") from error
-    if any(site.refusal is not None and site.refusal.defect for site in report.sites) and (fault := fault_of(path)):
+    failed = report.defects or any(site.refusal is not None and site.refusal.defect for site in report.sites)
+    if failed and (fault := fault_of(path)):
         raise _malformed(path, fault)
     return fused, report
 

@@ -29,6 +29,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 
+from .signals import uninterrupted
+
 if TYPE_CHECKING:
     import onnxruntime
 
@@ -106,9 +108,11 @@ class Session(contextlib.AbstractContextManager):
         command = [sys.executable, "-c", f"from {__name__} import main; main()", str(theirs.fileno())]
         silent = None if os.environ.get("FAEXPORT_TRACEBACK") else subprocess.DEVNULL
         streams = {"stdin": subprocess.DEVNULL, "stdout": silent, "stderr": silent}
-        self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], **streams)
-        theirs.close()
+        self._process: subprocess.Popen | None = None
         try:
+            with uninterrupted():  # a signal in the middle of it would leave a process that nobody knows
+                self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], **streams)
+                theirs.close()
             self._ask(dataclasses.replace(job, inputs=()), "loading the model")
         except BaseException:
             self.close()
@@ -119,8 +123,9 @@ class Session(contextlib.AbstractContextManager):
         return self._ask(dict(tensors), "one run")
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
         self._pipe.close()
 
     def __exit__(self, *exception: object) -> None:

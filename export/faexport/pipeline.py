@@ -54,6 +54,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         report.notes.append(float32_note(options.float32))
     if note := cpu_only_note(candidates):
         report.notes.append(note)
+    report.defects = masks.analysis.defects
     return model, report
 
 

@@ -149,6 +149,7 @@ class Report:
     nodes_before: dict[str, int] = dataclasses.field(default_factory=dict)
     nodes_after: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)  # sentences about the model as a whole
+    defects: list[str] = dataclasses.field(default_factory=list)  # failures of our analysis, of single nodes
     model: str | None = None  # path read
     output: str | None = None  # path written
     verification: Verification | None = None  # None: not asked for
@@ -199,6 +200,8 @@ class Report:
             yield from verification_view(self.verification)
         for note in self.notes:
             yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
+        for defect in self.defects:
+            yield f"[red]a defect of ours, please report it:[/red] {rich.markup.escape(defect)}"
 
 
 def count_nodes(model: ir.Model) -> dict[str, int]:

@@ -16,12 +16,14 @@ import re
 import onnx
 from onnx.defs import OpSchema
 
-from .spec import DOMAIN, OP_TYPE, VERSION, Layout
+from .spec import DOMAIN, OP_TYPE, VERSION
+from .understand.shapes.dims import Dim
+from .understand.shapes.rules_operator import OPTIONAL_OUTPUTS, output_shapes
 
 FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 OPTIONAL_TYPES = [*FLOAT_TYPES, "tensor(bool)", "tensor(int32)", "tensor(int64)"]
 NUM_REQUIRED = 3  # query, key, value
-OPTIONAL_OUTPUTS = {
+OUTPUTS_MEAN = {
     "present_key": "[B, H_kv, P + S, D]",
     "present_value": "[B, H_kv, P + S, D_v]",
     "lse": "[B, H_q, S_q] float32: natural log-sum-exp of the scores",
@@ -31,7 +33,6 @@ A superset of ONNX Attention. Inputs after value are named by optional_inputs, o
 optional_outputs:
 """
 
-Dim = int | str | None  # size, name, or unknown
 _TEXT = r'("(?:[^"\\]|\\.)*")'
 _INPUT_ROW = re.compile(rf"^FA_INPUT\((\w+), (\w+), (\w+), {_TEXT}, {_TEXT}\)\s*$")
 _ROW = re.compile(r'^FA_ATTRIBUTE\((INT|FLOAT|STRING|INTS), (\w+), (.+?), ("(?:[^"\\]|\\.)*")\)\s*$')
@@ -108,7 +109,7 @@ def make_schema() -> OpSchema:
     option = OpSchema.FormalParameterOption
     required, named = inputs()[:NUM_REQUIRED], inputs()[NUM_REQUIRED:]
     tensors = [OpSchema.FormalParameter(row.name, "T", f"{row.meaning}, {row.shape}") for row in required]
-    meanings = {row.name: f"{row.meaning}, {row.dtypes}, {row.shape}" for row in named} | OPTIONAL_OUTPUTS
+    meanings = {row.name: f"{row.meaning}, {row.dtypes}, {row.shape}" for row in named} | OUTPUTS_MEAN
     optional = _variadic("optional_in", "T_optional", "as optional_inputs names them", option)
     outputs = [
         OpSchema.FormalParameter("output", "T", "[B, H_q, S_q, D_v], [B, S_q, H_q, D_v] or [B, S_q, H_q * D_v]"),
@@ -144,127 +145,49 @@ def _schema_attribute(row: Attribute) -> OpSchema.Attribute:
     return OpSchema.Attribute(row.name, default, row.meaning)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """Sizes of query, key or value, whatever its layout."""
-
-    batch: Dim = None
-    heads: Dim = None
-    rows: Dim = None
-    head_dim: Dim = None
-
-
 def _infer(context: onnx.shape_inference.InferenceContext) -> None:
-    node = _NodeView(context)
-    head_dim, head_dim_v = node.packed_head_dims()
-    query = node.tensor(0, "query_layout", node.integer("q_num_heads"), head_dim)
-    key = node.tensor(1, "key_layout", node.integer("kv_num_heads"), head_dim)
-    value = node.tensor(2, "value_layout", node.integer("kv_num_heads"), head_dim_v)
-    layout = node.layout("output_layout", 0) if node.text("output_layout") else node.layout("query_layout", 0)
-    if layout is not None:
-        node.set_output(0, node.type(0), _output_shape(layout, query, value))
-    places = {name: index for index, name in enumerate(OPTIONAL_OUTPUTS, start=1)}  # a missing one leaves a hole
-    for name in filter(None, node.text("optional_outputs").split(",")):
-        index = places.get(name, 0)
-        if name == "lse":
-            node.set_output(index, onnx.TensorProto.FLOAT, [query.batch, query.heads, query.rows])
-        elif name in OPTIONAL_OUTPUTS:
-            new = key if name == "present_key" else value
-            rows = _add(node.past_rows(), new.rows)
-            node.set_output(index, node.type(0), [new.batch, new.heads, rows, new.head_dim])
-        else:
-            raise onnx.shape_inference.InferenceError(
-                f"optional_outputs names '{name}'; known are {', '.join(OPTIONAL_OUTPUTS)}"
-            )
+    shapes = [_shape(context, index) for index in range(context.get_num_inputs())]
+    try:
+        found = output_shapes(lambda name: _attribute(context, name), shapes)
+    except ValueError as error:
+        raise onnx.shape_inference.InferenceError(str(error)) from error
+    kind = context.get_input_type(0).tensor_type.elem_type
+    for index, name in enumerate(("output", *OPTIONAL_OUTPUTS)):  # a missing one leaves a hole
+        if name in found and index < context.get_num_outputs() and context.has_output(index):
+            elem_type = onnx.TensorProto.FLOAT if name == "lse" else kind
+            written = [None if size is None else _written(size) for size in found[name]]
+            context.set_output_type(index, onnx.helper.make_tensor_type_proto(elem_type, written))
 
 
-def _output_shape(layout: Layout, query: _Tensor, value: _Tensor) -> list[Dim]:
-    if layout is Layout.BHSD:
-        return [query.batch, query.heads, query.rows, value.head_dim]
-    if layout is Layout.BSHD:
-        return [query.batch, query.rows, query.heads, value.head_dim]
-    return [query.batch, query.rows, _multiply(query.heads, value.head_dim)]
+def _attribute(context: onnx.shape_inference.InferenceContext, name: str) -> int | str | list[int] | None:
+    attribute = context.get_attribute(name)
+    if attribute is None or not attribute.name:
+        return None
+    value = onnx.helper.get_attribute_value(attribute)
+    return value.decode() if isinstance(value, bytes) else value
 
 
-class _NodeView:
-    """The node that is inferred, read through onnx's context."""
-
-    def __init__(self, context: onnx.shape_inference.InferenceContext) -> None:
-        self.context = context
-
-    def _attribute(self, name: str) -> onnx.AttributeProto | None:
-        attribute = self.context.get_attribute(name)
-        return attribute if attribute is not None and attribute.name else None
-
-    def integer(self, name: str) -> int:
-        attribute = self._attribute(name)
-        return attribute.i if attribute is not None else 0
-
-    def text(self, name: str) -> str:
-        attribute = self._attribute(name)
-        return attribute.s.decode() if attribute is not None else ""
-
-    def type(self, index: int) -> int:
-        return self.context.get_input_type(index).tensor_type.elem_type
-
-    def shape(self, index: int) -> list[Dim] | None:
-        """None where even the rank is unknown."""
-        if index >= self.context.get_num_inputs() or not self.context.has_input(index):
-            return None
-        tensor = self.context.get_input_type(index).tensor_type
-        if not tensor.HasField("shape"):
-            return None
-        return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in tensor.shape.dim]
-
-    def layout(self, attribute: str, index: int) -> Layout | None:
-        text = self.text(attribute)
-        if text:
-            if text not in set(Layout):
-                raise onnx.shape_inference.InferenceError(f"{attribute} is '{text}'; it must be {', '.join(Layout)}")
-            return Layout(text)
-        shape = self.shape(index)
-        return None if shape is None else Layout.BSH if len(shape) == 3 else Layout.BHSD
-
-    def tensor(self, index: int, attribute: str, heads: int, head_dim: int) -> _Tensor:
-        layout, shape = self.layout(attribute, index), self.shape(index)
-        if layout is None or shape is None:
-            return _Tensor(heads=heads or None, head_dim=head_dim or None)
-        if len(shape) != len(layout):
-            name = ("query", "key", "value")[index]
-            raise onnx.shape_inference.InferenceError(
-                f"{name} has rank {len(shape)}; its layout {layout} has rank {len(layout)}"
-            )
-        if layout is not Layout.BSH:
-            return _Tensor(shape[0], shape[layout.index("H")], shape[layout.index("S")], shape[3])
-        width = shape[2]
-        per_head = head_dim or (width // heads if isinstance(width, int) and heads else None)
-        return _Tensor(shape[0], heads or None, shape[1], per_head)
-
-    def packed_head_dims(self) -> tuple[int, int]:
-        """Of key and value with packed_columns, else zeros: then the shapes tell."""
-        attribute = self._attribute("packed_columns")
-        if attribute is None or not attribute.ints:
-            return 0, 0
-        return self.integer("head_dim"), self.integer("head_dim_v") or self.integer("head_dim")
-
-    def past_rows(self) -> Dim:
-        """Rows of past_key; 0 without a past, None where unknown."""
-        names = [name for name in self.text("optional_inputs").split(",") if name]
-        if "past_key" not in names:
-            return 0
-        shape = self.shape(3 + names.index("past_key"))
-        return shape[2] if shape is not None and len(shape) == 4 else None
-
-    def set_output(self, index: int, elem_type: int, shape: list[Dim]) -> None:
-        if index < self.context.get_num_outputs() and self.context.has_output(index):
-            self.context.set_output_type(index, onnx.helper.make_tensor_type_proto(elem_type, shape))
+def _shape(context: onnx.shape_inference.InferenceContext, index: int) -> tuple[Dim, ...] | None:
+    """None where even the rank is unknown."""
+    if not context.has_input(index):
+        return None
+    tensor = context.get_input_type(index).tensor_type
+    if not tensor.HasField("shape"):
+        return None
+    return tuple(
+        Dim.of(dim.dim_value)
+        if dim.HasField("dim_value")
+        else Dim.of(dim.dim_param)
+        if dim.dim_param
+        else Dim.unknown()
+        for dim in tensor.shape.dim
+    )
 
 
-def _multiply(a: Dim, b: Dim) -> Dim:
-    return a * b if isinstance(a, int) and isinstance(b, int) else None
-
-
-def _add(a: Dim, b: Dim) -> Dim:
-    if isinstance(a, int) and isinstance(b, int):
-        return a + b
-    return b if a == 0 else None
+def _written(size: Dim) -> int | str | None:
+    """A number or a name as onnx has it; None for what is computed from several, and for what is unknown."""
+    if size.const is not None:
+        return size.const
+    symbols = size.symbols
+    alone = len(symbols) == 1 and size == Dim.of(next(iter(symbols))) and size.is_known
+    return str(size) if alone else None

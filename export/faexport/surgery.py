@@ -22,12 +22,22 @@ class Missing(Exception):
     """The model's opset has no operator for what is asked; the text says which."""
 
 
-class Builder:
-    """Collects nodes in order. Operators are given as opset 18 writes them: axes, starts and ends are inputs."""
+class Writer:
+    """Writes operators in the spelling of an opset. They are given as opset 18 has them: axes, starts and ends are
+    inputs. What becomes of the nodes is the subclass's business."""
 
     def __init__(self, opset: int):
         self.opset = opset
-        self.nodes: list[ir.Node] = []
+        self._arrays: dict[ir.Value, np.ndarray] = {}  # of constants
+
+    def _made(
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict, dtype: ir.DataType | None
+    ) -> ir.Value:
+        """The first output of a node with exactly these parts."""
+        raise NotImplementedError
+
+    def _unused(self, constant: ir.Value) -> None:
+        """A constant was made into an attribute: its node is needed no more, if nothing else reads it."""
 
     def add(
         self, op_type: str, inputs: Sequence[ir.Value | None] = (), dtype: ir.DataType | None = None, **attributes
@@ -49,6 +59,36 @@ class Builder:
             attributes["axes"] = self._numbers(inputs.pop())
         return self._made(op_type, inputs, attributes, dtype)
 
+    def _numbers(self, value: ir.Value) -> list[int]:
+        """The integers of a constant of ours, which becomes an attribute: its node goes where nothing else reads it."""
+        if value not in self._arrays:
+            raise Missing(f"needs a computed axis or bound, which opset {self.opset} doesn't have")
+        self._unused(value)
+        return self._arrays[value].reshape(-1).tolist()
+
+    def constant(self, array: np.ndarray | Sequence[int]) -> ir.Value:
+        """A Constant node; Python's integers are int64."""
+        array = np.asarray(array)
+        if self.opset < 9 and array.dtype == np.int64:  # Constant then holds floats only
+            value = self.add("Cast", [self.constant(array.astype(np.float32))], ir.DataType.INT64, to=7)
+        else:
+            tensor = ir.tensor(array)
+            value = self.add("Constant", (), value=tensor)
+            value.dtype = tensor.dtype
+        self._arrays[value] = array
+        return value
+
+    def ints(self, values: Sequence[int]) -> ir.Value:
+        return self.constant(np.asarray(list(values), np.int64))
+
+
+class Builder(Writer):
+    """Collects nodes in order."""
+
+    def __init__(self, opset: int):
+        super().__init__(opset)
+        self.nodes: list[ir.Node] = []
+
     def _made(
         self, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict, dtype: ir.DataType | None
     ) -> ir.Value:
@@ -62,29 +102,9 @@ class Builder:
         """rewrite.py names what has no name."""
         return node
 
-    def _numbers(self, value: ir.Value) -> list[int]:
-        """The integers of a constant of ours, which becomes an attribute: its node goes where nothing else reads it."""
-        if value.const_value is None:
-            raise Missing(f"needs a computed axis or bound, which opset {self.opset} doesn't have")
-        node = value.producer()
-        if node in self.nodes and not value.uses():
-            self.nodes.remove(node)
-        return value.const_value.numpy().reshape(-1).tolist()
-
-    def constant(self, array: np.ndarray | Sequence[int]) -> ir.Value:
-        """A Constant node; Python's integers are int64."""
-        array = np.asarray(array)
-        tensor = ir.tensor(array)
-        if self.opset < 9 and array.dtype == np.int64:  # Constant then holds floats only
-            value = self.add("Cast", [self.constant(array.astype(np.float32))], ir.DataType.INT64, to=7)
-        else:
-            value = self.add("Constant", (), value=tensor)
-            value.dtype = tensor.dtype
-        value.const_value = tensor
-        return value
-
-    def ints(self, values: Sequence[int]) -> ir.Value:
-        return self.constant(np.asarray(list(values), np.int64))
+    def _unused(self, constant: ir.Value) -> None:
+        if not constant.uses() and constant.producer() in self.nodes:
+            self.nodes.remove(constant.producer())
 
     def transpose(self, value: ir.Value, perm: Sequence[int]) -> ir.Value:
         return (

@@ -168,7 +168,7 @@ class DefaultCommandGroup(typer.core.TyperGroup):
     def _check_is_no_misspelt_command(self, word: str, ctx: typer.Context) -> None:
         near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
         if near and not os.path.exists(word):
-            ctx.fail(f"There is no file and no command '{word}'. Did you mean '{near[0]}'?")
+            ctx.fail(f"there is no file and no command '{word}' (Did you mean '{near[0]}'?)")
 
     def get_params(self, ctx: typer.Context) -> list:
         params = super().get_params(ctx)

@@ -49,7 +49,8 @@ SITE = {
 }  # fmt: skip
 REPORT = {
     "schema_version": int, "num_fused": int, "num_refused": int, "sites": [SITE], "nodes_before": {...: int},
-    "nodes_after": {...: int}, "notes": [str], "model": (str, types.NoneType), "output": (str, types.NoneType),
+    "nodes_after": {...: int}, "notes": [str], "defects": [str],
+    "model": (str, types.NoneType), "output": (str, types.NoneType),
     "verification": ({"status": str, "reason": str,
                       "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str}],
                       "sites": [COMPARISON], "notes": [str]}, types.NoneType),

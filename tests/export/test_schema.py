@@ -62,6 +62,7 @@ def test_names_of_optional_tensors_are_those_of_the_documentation() -> None:
     )
     assert {row.name for row in schema.inputs()} == set(named)
     assert all(f"`{name}`" in outputs for name in schema.OPTIONAL_OUTPUTS)
+    assert tuple(schema.OUTPUTS_MEAN) == schema.OPTIONAL_OUTPUTS
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
 def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:
     """Which axis of the score product the softmax normalises over."""
     view = view_of_scores(path, a)
-    if view is None or softmax.axis >= len(view.axes):
+    if view is None or not -len(view.axes) <= softmax.axis < len(view.axes):
         return None
     atoms = merged(view.axes[softmax.axis])
     return atoms[0].axis if len(atoms) == 1 else None

@@ -21,6 +21,9 @@ from faexport.understand.shapes.analysis import Analysis
 
 Element = Callable[[Index], Expr]
 Transfer = Callable[["Interpreter", ir.Node], Element]
+# Transfer functions that an element is asked through at most, each within the one behind it. Masks of real models take
+# a few dozen; a value behind more counts as one that nothing is known of, so that chains of any length are followed.
+MAX_DEPTH = 100
 _TRANSFERS: dict[str, Transfer] = {}
 
 
@@ -114,8 +117,12 @@ class Interpreter:
             try:
                 function = _TRANSFERS[node.op_type]
                 element = function(self, node) if node.op_type != "Split" else function(self, node, value.index())
-                return Tensor(shape, dtype, element, value=value)
-            except (Unknown, RecursionError, ValueError, IndexError):  # also where a node breaks ONNX's rules
+                made = Tensor(shape, dtype, element, value=value)
+                below = (self._memo.get(v) for v in node.inputs if v is not None)
+                made.depth = 1 + max((tensor.depth for tensor in below if tensor is not None), default=0)
+                if made.depth <= MAX_DEPTH:
+                    return made
+            except (Unknown, ValueError, IndexError):  # also where a node breaks ONNX's rules
                 pass
         return opaque(value, shape, dtype)
 

@@ -49,6 +49,7 @@ class Tensor:
         self.shape, self.dtype, self._element, self.opaque = shape, dtype, element, opaque
         self._memo: dict[Index, Expr] = {}
         self.value = value  # what it is the tensor of
+        self.depth = 0  # of the chain of transfer functions that an element is asked through
 
     @property
     def rank(self) -> int:

@@ -71,7 +71,7 @@ class Masks:
                 return self._proven(terms, scores, options, names)
         except NotAMask as reason:
             return spec.Refusal(str(reason), names[-1])
-        except (Unknown, RecursionError):
+        except Unknown:
             return spec.Refusal(UNKNOWN_SHAPE, names[-1])
 
     def _proven(

@@ -9,17 +9,20 @@ are symbols that equal only themselves. The graph is not changed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+import traceback
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand, own_functions, producer, subgraphs
+from faexport.nodes import attribute, name_of, op, operand, own_functions, producer, subgraphs
 from faexport.understand.shapes import (  # noqa: F401 (some only register their rules)
     constants,
     rules_attention,
     rules_contents,
     rules_layers,
+    rules_operator,
 )
 from faexport.understand.shapes.algebra import Expr, atoms, only_atom
 from faexport.understand.shapes.dims import Dim, named
@@ -49,6 +52,7 @@ class Analysis:
         self._constants: dict[ir.Value, np.ndarray | None] = {}
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._static: dict[ir.Value, bool] = {}
+        self.defects: list[str] = []  # nodes whose rules failed, and how
         self._learnt: dict[Expr, Expr] = {}  # atoms of sizes, and what they are at the site that is being looked at
         self._names: dict[Expr, Expr] = {}  # sizes that the file has names of its own for
         graphs = (model.graph, *own_functions(model))
@@ -160,29 +164,51 @@ class Analysis:
         node = producer(value)
         contents = self._contents.get(value)
         if contents is not None and all(d.const is not None for d in contents):
+            if any(abs(d.const) >= 1 << 63 for d in contents):
+                return None  # runtimes compute on, modulo 2^64
             array = np.array([d.const for d in contents], np.int64)
             return array.reshape(()) if self.rank(value) == 0 else array
         if node is None or node.outputs[0] is not value or op(node) not in constants.FOLD:
             return None
-        return constants.fold(node, [self.constant(v) for v in node.inputs])
+        arrays: list[np.ndarray | None] = []
+        for v in node.inputs:
+            arrays.append(self.constant(v))
+            if v is not None and arrays[-1] is None:
+                return None
+        return constants.fold(node, arrays)
 
     def _visit(self, graph: ir.Graph | ir.Function) -> None:
+        """Producers first, so that whatever is asked of a value finds the answers about those in front of it."""
         for node in graph:
             for body in subgraphs(node):
                 self._visit(body)
-            rule = CONTENT_RULES.get(op(node))
-            contents = rule(node, self) if rule else None
-            known = contents if isinstance(contents, list) else [contents]
-            for value, elements in zip(node.outputs, known, strict=False):
-                if elements is not None and len(elements) <= MAX_CONTENTS:
-                    self._contents[value] = elements
-            shape_rule = SHAPE_RULES.get(op(node))
-            shapes = shape_rule(node, self) if shape_rule else None
+            try:
+                shapes = self._rules(node)
+            except Exception as error:  # a node that breaks ONNX's rules, or a defect of ours: it costs this node only
+                if os.environ.get("FAEXPORT_TRACEBACK"):
+                    traceback.print_exc()
+                self.defects.append(f"node '{name_of(node)}' ({op(node)}): {type(error).__name__}: {error}")
+                shapes = None
+                self._dtypes.update((value, self._dtypes.get(value)) for value in node.outputs)
             for i, value in enumerate(node.outputs):
-                self.dtype(value)
                 self._static[value] = self._is_static_node(node)
                 inferred = shapes[i] if shapes is not None and i < len(shapes) else None
                 self._shapes[value] = self._merge(inferred, value)
+            if op(node) in constants.FOLD and node.outputs:
+                self.constant(node.outputs[0])
+
+    def _rules(self, node: ir.Node) -> Sequence[Shape | None] | None:
+        """Notes types and contents of a node's outputs; returns their shapes."""
+        for value in node.outputs:
+            self.dtype(value)
+        rule = CONTENT_RULES.get(op(node))
+        contents = rule(node, self) if rule else None
+        known = contents if isinstance(contents, list) else [contents]
+        for value, elements in zip(node.outputs, known, strict=False):
+            if elements is not None and len(elements) <= MAX_CONTENTS:
+                self._contents[value] = elements
+        shape_rule = SHAPE_RULES.get(op(node))
+        return shape_rule(node, self) if shape_rule else None
 
     def _derive_dtype(self, value: ir.Value) -> ir.DataType | None:
         node = producer(value)

@@ -8,6 +8,7 @@ MAX_ELEMENTS are computed; the graph is not changed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -78,6 +79,7 @@ _UNARY = {
     "Identity": np.asarray,
     "IsNaN": np.isnan,
 }
+BROADCAST = {*_BINARY, "Div", "Mod", "Where", "Min", "Max"}
 for _name, _f in _BINARY.items():
     FOLD[_name] = lambda node, x, f=_f: f(x[0], x[1])
 for _name, _f in _UNARY.items():
@@ -179,8 +181,6 @@ def _tile(node, x):
 def _constant_of_shape(node, x):
     fill = attribute(node, "value")
     fill = np.zeros(1, np.float32) if fill is None else fill.numpy()
-    if np.prod(x[0], dtype=np.float64) > MAX_ELEMENTS:
-        raise ValueError("too large to fold")
     return np.full(tuple(x[0].tolist()), fill.reshape(-1)[0], fill.dtype)
 
 
@@ -211,12 +211,28 @@ def _slice(node, x):
     return x[0][tuple(index)]
 
 
+def _num_elements(node: ir.Node, x: Arrays) -> float:
+    """How many the result has, of operators that make more than they are given; known before anything is computed."""
+    if op(node) == "Range":
+        start, limit, delta = (float(v.reshape(-1)[0]) for v in x)
+        return 0 if delta == 0 else (limit - start) / delta  # NumPy refuses a step of 0
+    if op(node) == "Tile":
+        return math.prod([x[0].size, *map(float, x[1].reshape(-1))])
+    if op(node) in ("Expand", "ConstantOfShape"):
+        return math.prod(map(float, x[-1].reshape(-1)))
+    if op(node) in BROADCAST:
+        return math.prod(map(float, np.broadcast_shapes(*(v.shape for v in x if v is not None))))
+    return 0
+
+
 def fold(node: ir.Node, inputs: Arrays) -> np.ndarray | None:
     """The first output of `node` for constant inputs, or None where the op isn't known, fails or yields too much."""
     function = FOLD.get(op(node))
     if function is None or any(x is None and operand(node, i) is not None for i, x in enumerate(inputs)):
         return None
     try:
+        if _num_elements(node, inputs) > MAX_ELEMENTS:
+            return None
         with np.errstate(all="ignore"):
             result = np.asarray(function(node, inputs))
     except (ValueError, IndexError, TypeError, KeyError, OverflowError, np.exceptions.AxisError):

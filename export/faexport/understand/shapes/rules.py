@@ -25,6 +25,7 @@ ContentRule = Callable[[ir.Node, Known], Shape | list[Shape] | None]
 SHAPE_RULES: dict[str, ShapeRule] = {}
 CONTENT_RULES: dict[str, ContentRule] = {}
 ONE = Dim.of(1)
+MAX_RANK = 64  # as NumPy's; where a file says more, nothing is known
 _HUGE = 1 << 30  # slice ends beyond this mean "to the end"
 SHAPE_OF_FIRST_INPUT = (
     "Identity Cast CastLike Softmax LogSoftmax Relu Gelu Erf Tanh Sigmoid Sqrt Neg Exp Log Abs Not IsNaN IsInf "
@@ -152,7 +153,7 @@ def _reshape(node, a):
     if target is None:
         length = a.shape(operand(node, 1))
         rank = length[0].const if length is not None and len(length) == 1 else None
-        return None if rank is None else [tuple(Dim.unknown("reshape") for _ in range(rank))]
+        return None if rank is None or rank > MAX_RANK else [tuple(Dim.unknown("reshape") for _ in range(rank))]
     source = a.shape(node.inputs[0])
     copies = not attribute(node, "allowzero", 0)
     dims: list[Dim | None] = []
@@ -196,6 +197,8 @@ def _unsqueeze(node, a):
     if shape is None or axes is None:
         return None
     rank = len(shape) + len(axes)
+    if rank > MAX_RANK:
+        return None
     new = {resolve_axis(x, rank) for x in axes}
     rest = iter(shape)
     return [tuple(ONE if i in new else next(rest) for i in range(rank))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shape rules of attention ops: ONNX's, onnxruntime's and our own.
+"""Shape rules of attention ops: ONNX's and onnxruntime's. Our own has rules_operator.py.
 
 Registered in rules.SHAPE_RULES; imported by analysis.py. A block's input is the output of the block in front, so
 without them only the first of a model that another tool fused would have a shape.
@@ -8,7 +8,6 @@ without them only the first of a model that another tool fused would have a shap
 from __future__ import annotations
 
 from faexport.nodes import attribute, operand
-from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import shape_of
 
@@ -57,22 +56,3 @@ def _group_query_attention(node, a):
         return [query]
     head_dim = query[-1].divide(heads + 2 * kv_heads)
     return None if head_dim is None else [(*query[:-1], head_dim * heads)]
-
-
-@shape_of(f"{DOMAIN}::{OP_TYPE}")
-def _fused(node, a):
-    """Our own operator's output; what else it returns is left to the file."""
-    query, value = a.shape(node.inputs[0]), a.shape(node.inputs[2])
-    if query is None or value is None:
-        return None
-    layout = attribute(node, "query_layout") or (Layout.BSH if len(query) == 3 else Layout.BHSD)
-    sizes = dict(zip(layout, query, strict=True))
-    width = value[-1]
-    if layout == Layout.BSH:
-        sizes["H"] = Dim.of(attribute(node, "q_num_heads"))
-    if len(value) == 3:
-        packed = attribute(node, "head_dim_v")
-        width = Dim.of(packed) if packed else width.divide(attribute(node, "kv_num_heads"))
-    sizes["D"] = Dim.unknown("head_dim") if width is None else width
-    axes = attribute(node, "output_layout") or layout
-    return [(sizes["B"], sizes["S"], sizes["H"] * sizes["D"]) if axes == Layout.BSH else tuple(sizes[x] for x in axes)]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes of faexport::FlashAttention's outputs: the one rule, as docs/operator.md gives it.
+
+Used by analysis.py, for models that have the operator already, and by faexport/schema.py, for onnx's own inference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from faexport.nodes import attribute
+from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.understand.shapes.dims import Dim
+from faexport.understand.shapes.known import Shape
+from faexport.understand.shapes.rules import shape_of
+
+OPTIONAL_OUTPUTS = ("present_key", "present_value", "lse")  # in this order, behind the first
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Sizes of query, key or value, whatever its layout; None where unknown."""
+
+    layout: Layout | None = None
+    batch: Dim | None = None
+    heads: Dim | None = None
+    rows: Dim | None = None
+    head_dim: Dim | None = None
+
+
+def output_shapes(word: Callable[[str], Any], shapes: Sequence[Shape | None]) -> dict[str, list[Dim | None]]:
+    """The shapes of the outputs that are there, by name; a size is None where it is unknown, and an output isn't listed
+    where not even its rank is known. Raises ValueError with a sentence where attributes and shapes contradict.
+
+    Args:
+        word: gives the value of an attribute, None where the node doesn't have it.
+        shapes: of the inputs.
+    """
+    packed = (word("head_dim"), word("head_dim_v") or word("head_dim")) if word("packed_columns") else (0, 0)
+    query = _tensor("query", shapes[0], word, "q_num_heads", packed[0])
+    key = _tensor("key", shapes[1], word, "kv_num_heads", packed[0])
+    value = _tensor("value", shapes[2], word, "kv_num_heads", packed[1])
+    found = {}
+    layout = _layout(word, "output_layout") or query.layout
+    if layout is not None:
+        width = query.heads * value.head_dim if query.heads is not None and value.head_dim is not None else None
+        sizes = {"B": query.batch, "S": query.rows, "H": query.heads, "D": value.head_dim}
+        found["output"] = [query.batch, query.rows, width] if layout is Layout.BSH else [sizes[x] for x in layout]
+    for name in filter(None, (word("optional_outputs") or "").split(",")):
+        if name not in OPTIONAL_OUTPUTS:
+            raise ValueError(f"optional_outputs names '{name}'; known are {', '.join(OPTIONAL_OUTPUTS)}")
+        new = key if name == "present_key" else value
+        found[name] = (
+            [query.batch, query.heads, query.rows]
+            if name == "lse"
+            else [new.batch, new.heads, _rows_with_past(word, shapes, new.rows), new.head_dim]
+        )
+    return found
+
+
+def _tensor(name: str, shape: Shape | None, word: Callable[[str], Any], count: str, head_dim: int | None) -> _Tensor:
+    layout = _layout(word, f"{name}_layout")
+    heads = Dim.of(word(count)) if word(count) else None
+    if shape is None:
+        return _Tensor(layout, heads=heads, head_dim=Dim.of(head_dim) if head_dim else None)
+    layout = layout or (Layout.BSH if len(shape) == 3 else Layout.BHSD)
+    if len(shape) != len(layout):
+        raise ValueError(f"{name} has rank {len(shape)}; its layout {layout} has rank {len(layout)}")
+    if layout is not Layout.BSH:
+        return _Tensor(layout, shape[0], shape[layout.index("H")], shape[layout.index("S")], shape[3])
+    per_head = Dim.of(head_dim) if head_dim else shape[2].divide(heads) if heads is not None else None
+    return _Tensor(layout, shape[0], heads, shape[1], per_head)
+
+
+def _layout(word: Callable[[str], Any], name: str) -> Layout | None:
+    text = word(name)
+    if text and text not in set(Layout):
+        raise ValueError(f"{name} is '{text}'; it must be {', '.join(Layout)}")
+    return Layout(text) if text else None
+
+
+def _rows_with_past(word: Callable[[str], Any], shapes: Sequence[Shape | None], rows: Dim | None) -> Dim | None:
+    names = (word("optional_inputs") or "").split(",")
+    if "past_key" not in names or rows is None:
+        return rows
+    place = 3 + names.index("past_key")
+    past = shapes[place] if place < len(shapes) else None
+    return past[2] + rows if past is not None and len(past) == 4 else None
+
+
+@shape_of(f"{DOMAIN}::{OP_TYPE}")
+def _fused(node, a):
+    found = output_shapes(lambda name: attribute(node, name), [a.shape(value) for value in node.inputs])
+    shapes = (found.get(name) for name in ("output", *OPTIONAL_OUTPUTS))
+    return [s and tuple(Dim.unknown("operator") if d is None else d for d in s) for s in shapes]
