@@ -87,12 +87,14 @@ class Site:
         has as many elements, or is 1: were it longer, the product with the values would fail. So a size that is 1 only
         where the keys are is their number, and where min(keys, n) is it, there are no more than n keys."""
         found, bounds = {}, []
-        for size in self._meeting_keys():
-            if size is keys or ia.meet(size, keys) not in (size, keys):
-                continue
-            atom = ia.only_atom(size)
-            found[atom] = keys
-            if atom.op == "min":
+        for size in self._meeting_keys() * 2:  # what is found of one may be a part of another
+            known = ia.replace(size, found)
+            atom = ia.only_atom(known)
+            holds_keys = atom is not None and atom.op == "meet" and keys in atom.args
+            if known is not keys and not holds_keys and not ia.is_one_with(known, keys):
+                continue  # it may be 1 where there are more keys
+            found[ia.only_atom(size)] = keys
+            if atom is not None and atom.op == "min":
                 bounds += [ia.sub(other, keys) for other in atom.args if other is not keys]
         return found, bounds
 
@@ -164,7 +166,8 @@ class Site:
                 shape = self.tensors[value].shape if value is not None else ()
                 letters = term.axes[len(term.axes) - len(shape) :]
                 found.update((size, None) for letter, size in zip(letters, shape, strict=False) if letter == "T")
-        return [size for size in found if ia.only_atom(size) is not None]
+        parts = [x for size in found for atom in (ia.only_atom(size),) if atom and atom.op == "meet" for x in atom.args]
+        return [size for size in dict.fromkeys([*found, *parts]) if ia.only_atom(size) is not None]
 
     def supposing(self, known: dict[Expr, Expr]) -> Site:
         """The same site with parts of its elements assumed to be something simpler."""

@@ -160,7 +160,7 @@ def meet(a: Expr, b: Expr) -> Expr:
         return a
     if value_of(a) == 1:
         return b
-    sure = [x for x, other in ((a, b), (b, a)) if _is_one_with(x, other)]
+    sure = [x for x, other in ((a, b), (b, a)) if is_one_with(x, other)]
     if sure:  # where each is 1 with the other they are equal, and the simpler one stands for both
         return min(sure, key=lambda x: bool(atoms(x, "min")))
     known = [n for n in (value_of(a), value_of(b)) if n is not None]
@@ -182,7 +182,7 @@ def meet_all(sizes: Iterable[Expr]) -> Expr:
     return result
 
 
-def _is_one_with(a: Expr, b: Expr) -> bool:
+def is_one_with(a: Expr, b: Expr) -> bool:
     """Is it proven that b is 1 wherever a is? (Then a is the size of an axis where both meet.)"""
     one = {only_atom(a): ONE} if only_atom(a) is not None else {}
     whole, part = only_atom(a), only_atom(b)
