@@ -134,6 +134,7 @@ def make_reference(
     # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
     # there, but the mean of the values where float16 is added in float16. So no query loses all its keys: of two
     # neighbours one is kept, and the first.
+    asked = assumed
     if compare.least_precise(reference.model) == "float16":
         assumed = dataclasses.replace(assumed, full_rows=True)
     random = np.random.default_rng(seed)
@@ -150,7 +151,12 @@ def make_reference(
         if specs and not reference.compared[len(given) :]:
             _try_lengths(reference, specs, assumed, random)
         if specs:
-            _run_original(reference, list(settings.doubts(specs, assumed, random)), on_amount, doubts=True)
+            _run_original(
+                reference,
+                list(settings.doubts(specs, assumed, random, any_numbers=asked == Assumed())),
+                on_amount,
+                doubts=True,
+            )
     except CannotRun as error:
         reference.problem = f"the original can't be run: {error}{advice(str(error))}"
         return reference

@@ -66,13 +66,16 @@ def plans(
     return made
 
 
-def doubts(specs: Sequence[InputSpec], assumed: Assumed, random: np.random.Generator) -> Iterator[InputSet]:
+def doubts(
+    specs: Sequence[InputSpec], assumed: Assumed, random: np.random.Generator, *, any_numbers: bool = True
+) -> Iterator[InputSet]:
     """The sets after those: few of them suit a model with sizes of its own, and none is large. An input set that can't
-    be drawn (a size below 0) is left out."""
+    be drawn (a size below 0) is left out. `any_numbers`: masks hold other numbers than 0 and 1, too, of which what the
+    user assumes of masks says nothing."""
     masked = _is_masked(specs)
     for setting in itertools.islice(_doubts(specs, random), MOST_DOUBTS):
-        if setting.drawing.wild and assumed != Assumed():
-            continue  # what is assumed of masks of 0 and 1 says nothing of other numbers
+        if setting.drawing.wild and not any_numbers:
+            continue
         pattern = _allowed(setting.drawing.pattern, assumed)
         setting = dataclasses.replace(setting, drawing=dataclasses.replace(setting.drawing, pattern=pattern))
         try:
@@ -94,7 +97,9 @@ def _doubts(specs: Sequence[InputSpec], random: np.random.Generator) -> Iterator
         if any(spec.default is not None and spec.dtype.kind in kinds for spec in specs):
             yield _Setting(sizes(), dataclasses.replace(padded, overrides=kinds))
     if any(spec.only_bool or spec.role is Role.WEIGHT for spec in specs):
-        yield _Setting(sizes(), Drawing(MaskPattern.RANDOM, wild=True))
+        # Also where one key is all there is, so that what hides it leaves nothing.
+        for chosen in (sizes(), sizes(), *(sizes(**{name: 1}) for name in names[:4])):
+            yield _Setting(chosen, Drawing(MaskPattern.RANDOM, wild=True))
     if not names:
         return
     patterns = (MaskPattern.RIGHT_PADDED, MaskPattern.LEFT_PADDED, MaskPattern.RANDOM)
