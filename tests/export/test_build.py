@@ -205,7 +205,7 @@ REFUSALS = {
     "timing cache": (["{model}", "--timing-cache", "cache"], "TensorRT-RTX has none"),
     "hardware": (["{model}", "--hardware-compatible"], "--compute-capability"),
     "profile": (["{model}", "--profile", "{model}"], "is not a profile"),
-    "no profile": (["{model}", "--profile", "nowhere.json"], "can't be read"),
+    "no profile": (["{model}", "--profile", "nowhere.json"], "no such file; check the path"),
     "no folder": (["{model}", "--compute-capability", "8.9", "-o", "nowhere/x.plan"], "does not exist"),
 }
 
@@ -249,7 +249,7 @@ def test_attention_alone_is_built_unfused_with_a_note(tmp_path):
 def test_run_refuses_what_is_no_engine(call, tmp_path):
     inputs, plan = tmp_path / "in.npz", tmp_path / "model.plan"
     np.savez(inputs, x=np.zeros((1, 16), np.float32))
-    assert_refused(call("run", plan, "--inputs", inputs), "can't be read")
+    assert_refused(call("run", plan, "--inputs", inputs), "no such file; check the path")
     plan.write_bytes(b"something else")
     assert_refused(call("run", plan, "--inputs", inputs), "is not a TensorRT engine")
     plan.write_bytes(engine_run.MAGIC[Runtime.TENSORRT] + b"...")
@@ -303,7 +303,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     target = tmp_path / "x.plan"
     engine.write_file(target, b"abc")
     assert target.read_bytes() == b"abc" and list(tmp_path.iterdir()) == [target]
-    with pytest.raises(ModelError, match="can't be written"):
+    with pytest.raises(ModelError, match="cannot be written: No such file or directory"):
         engine.write_file(tmp_path / "none" / "x.plan", b"abc")
 
 
