@@ -67,12 +67,12 @@ def test_the_tolerance_follows_the_dtype(
 def test_a_mask_that_is_off_by_one_shows_in_float16(
     right_window: int, status: VerificationStatus, tmp_path: pathlib.Path
 ) -> None:
-    """Behind a residual sixty times as large, where a wrong key changes the output by a hundredth."""
+    """Behind a residual eighty times as large, where a wrong key changes the output by a hundredth."""
     recipe = grammar.Recipe(("j <= i",), fill=-np.inf, dtype="float16")
     model = grammar.build(recipe)
     attention = model.graph.output[0].name
-    model.graph.initializer.append(numpy_helper.from_array(np.array(60, np.float16), "sixty"))
-    model.graph.node.append(helper.make_node("Mul", ["q", "sixty"], ["residual"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(80, np.float16), "eighty"))
+    model.graph.node.append(helper.make_node("Mul", ["q", "eighty"], ["residual"]))
     model.graph.node.append(helper.make_node("Add", ["residual", attention], ["y"]))
     model.graph.output[0].name = "y"
     onnx.save(model, tmp_path / "a.onnx")
