@@ -10,10 +10,11 @@ import onnxruntime as ort
 import pytest
 
 from tests import cases, tolerances
-from tests.gpu import arrays
 from tests.plugin import nodes
 
 torch = pytest.importorskip("torch")
+from tests.gpu import arrays  # noqa: E402
+
 CUDA = "CUDAExecutionProvider"
 pytestmark = [
     pytest.mark.two_gpus,
