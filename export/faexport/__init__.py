@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import pathlib
 from typing import TYPE_CHECKING, overload
@@ -15,10 +14,17 @@ if TYPE_CHECKING:
     from faexport.pipeline import Options
     from faexport.report import Report
 
-try:
-    __version__ = importlib.metadata.version("faexport")
-except importlib.metadata.PackageNotFoundError:  # run from a source tree
-    __version__ = "0.0.0+source"
+
+def __getattr__(name: str) -> str:
+    """`faexport.__version__`, looked up when it is asked for: it is slow to find."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("faexport")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "0.0.0+source"
 
 
 @overload

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands `faexport build` (an ONNX model into a TensorRT engine) and `faexport run` (an engine on given inputs).
 
-cli.py adds them by add_commands(). engine.py builds, engine_run.py runs.
+cli.py adds them by add_commands(). engine.py builds, engine_run.py runs. What is slow to import is imported when a
+command runs.
 """
 
 from __future__ import annotations
@@ -10,132 +11,99 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-import rich.progress
-import rich.table
-import typer
+import click
 
-from . import engine, engine_run, model_io, pipeline, scratch, terminal
+from . import engine, scratch, terminal
 from .engine import EngineReport, Range, Runtime, shape_text
 from .errors import ModelError
+from .options import Options
+from .options_of_commands import FILE, json_option, model_argument, quiet_option
 from .output import check_input, check_output, write_file
-from .spec import DOMAIN, OP_TYPE
 
-BUILD_EXAMPLES = """[bold]Examples[/bold]
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
-faexport build model.onnx                          fused, to model.plan
-
-faexport build model.onnx --min ids:1x1 --opt ids:1x128 --max ids:8x512
-
-faexport build model.onnx --runtime tensorrt-rtx   not fused: no plugins
+BUILD_EXAMPLES = """\b
+Examples:
+  faexport build model.onnx                          fused, to model.plan
+  faexport build model.onnx --min ids:1x1 --opt ids:1x128 --max ids:8x512
+  faexport build model.onnx --runtime tensorrt-rtx   not fused: no plugins
 """
-RUN_EXAMPLES = """[bold]Examples[/bold]
-
-faexport run model.plan --inputs in.npz                      print the outputs
-
-faexport run model.plan --inputs in.npz --model model.onnx   compare
+RUN_EXAMPLES = """\b
+Examples:
+  faexport run model.plan --inputs in.npz                      print outputs
+  faexport run model.plan --inputs in.npz --model model.onnx   compare
 """
-
-ModelArgument = Annotated[pathlib.Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
-PlanOption = Annotated[
-    pathlib.Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Where to write; default: MODEL with the ending .plan."),
-]
-RuntimeOption = Annotated[
-    Runtime | None,
-    typer.Option(
-        "--runtime",
-        metavar="NAME",
-        help="Which TensorRT, tensorrt or tensorrt-rtx; default: the first of them that is installed.",
-    ),
-]
-MinOption = Annotated[
-    list[str] | None,
-    typer.Option("--min", metavar="NAME:SHAPE", help="Smallest shape of an input, e.g. ids:1x1. Repeatable."),
-]
-OptOption = Annotated[
-    list[str] | None, typer.Option("--opt", metavar="NAME:SHAPE", help="The shape to tune for. Repeatable.")
-]
-MaxOption = Annotated[list[str] | None, typer.Option("--max", metavar="NAME:SHAPE", help="Largest shape. Repeatable.")]
-ProfileOption = Annotated[
-    list[pathlib.Path] | None,
-    typer.Option(
-        "--profile",
-        metavar="FILE",
-        help='More shapes, as JSON: {"ids": {"min": [1, 1], "opt": [1, 128], "max": [8, 512]}}. Repeatable.',
-    ),
-]
-WorkspaceOption = Annotated[
-    int | None, typer.Option("--workspace", metavar="MIB", help="Scratch memory at most, in MiB.", min=0)
-]
-TimingCacheOption = Annotated[
-    pathlib.Path | None,
-    typer.Option("--timing-cache", metavar="FILE", help="Kernel timings, read if there and written after."),
-]
-VersionCompatibleOption = Annotated[
-    bool,
-    typer.Option("--version-compatible", metavar="", help="The engine runs in later minor versions of TensorRT too."),
-]
-HardwareCompatibleOption = Annotated[
-    bool,
-    typer.Option(
-        "--hardware-compatible", metavar="", help="The engine runs on every GPU from Ampere on, not only this kind."
-    ),
-]
-ComputeCapabilityOption = Annotated[
-    list[str] | None,
-    typer.Option("--compute-capability", metavar="X.Y", help="TensorRT-RTX: a GPU to build for. Repeatable."),
-]
-FuseOption = Annotated[
-    bool, typer.Option("--fuse/--no-fuse", metavar="", help="Put flash attention into the model first.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print the report as JSON instead of a table.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", metavar="", help="Show TensorRT's log on stderr.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print nothing but errors.")]
-EngineArgument = Annotated[
-    pathlib.Path, typer.Argument(metavar="ENGINE", help="An engine that build wrote.", show_default=False)
-]
-InputsOption = Annotated[
-    pathlib.Path, typer.Option("--inputs", metavar="FILE", help="An .npz with an array for each input.")
-]
-OutputsOption = Annotated[
-    pathlib.Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the outputs to this .npz.")
-]
-ReferenceOption = Annotated[
-    pathlib.Path | None,
-    typer.Option("--model", metavar="MODEL", help="The ONNX model, to compare with onnxruntime."),
-]
+runtime_option = click.option(
+    "--runtime",
+    type=click.Choice([kind.value for kind in Runtime]),
+    metavar="NAME",
+    help="Which TensorRT, tensorrt or tensorrt-rtx; default: the first of them that is installed.",
+)
 
 
-def add_commands(app: typer.Typer) -> None:
+def add_commands(app: click.Group) -> None:
     """Adds `build` and `run` to the command line."""
-    app.command("build", epilog=BUILD_EXAMPLES)(build)
-    app.command("run", epilog=RUN_EXAMPLES)(run)
+    app.add_command(build)
+    app.add_command(run)
 
 
+@click.command(
+    epilog=BUILD_EXAMPLES,
+    context_settings=terminal.CONTEXT_SETTINGS,
+    short_help="Build a TensorRT engine from MODEL.",
+)
+@model_argument
+@click.option("--output", "-o", metavar="FILE", type=FILE, help="Where to write; default: MODEL with the ending .plan.")
+@runtime_option
+@click.option(
+    "--min", "least", metavar="NAME:SHAPE", multiple=True, help="Smallest shape of an input, e.g. ids:1x1. Repeatable."
+)
+@click.option("--opt", "best", metavar="NAME:SHAPE", multiple=True, help="The shape to tune for. Repeatable.")
+@click.option("--max", "most", metavar="NAME:SHAPE", multiple=True, help="Largest shape. Repeatable.")
+@click.option(
+    "--profile",
+    metavar="FILE",
+    type=FILE,
+    multiple=True,
+    help='More shapes, as JSON: {"ids": {"min": [1, 1], "opt": [1, 128], "max": [8, 512]}}. Repeatable.',
+)
+@click.option("--workspace", metavar="MIB", type=click.IntRange(min=0), help="Scratch memory at most, in MiB.")
+@click.option("--timing-cache", metavar="FILE", type=FILE, help="Kernel timings, read if there and written after.")
+@click.option("--version-compatible", is_flag=True, help="The engine runs in later minor versions of TensorRT too.")
+@click.option(
+    "--hardware-compatible", is_flag=True, help="The engine runs on every GPU from Ampere on, not only this kind."
+)
+@click.option(
+    "--compute-capability", metavar="X.Y", multiple=True, help="TensorRT-RTX: a GPU to build for. Repeatable."
+)
+@click.option("--fuse/--no-fuse", default=True, show_default=True, help="Put flash attention into the model first.")
+@json_option
+@click.option("--verbose", "-v", is_flag=True, help="Show TensorRT's log on stderr.")
+@quiet_option
 def build(
-    model: ModelArgument,
-    output: PlanOption = None,
-    runtime: RuntimeOption = None,
-    least: MinOption = None,
-    best: OptOption = None,
-    most: MaxOption = None,
-    profile: ProfileOption = None,
-    workspace: WorkspaceOption = None,
-    timing_cache: TimingCacheOption = None,
-    version_compatible: VersionCompatibleOption = False,
-    hardware_compatible: HardwareCompatibleOption = False,
-    compute_capability: ComputeCapabilityOption = None,
-    fuse: FuseOption = True,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
+    model: pathlib.Path,
+    output: pathlib.Path | None,
+    runtime: str | None,
+    least: tuple[str, ...],
+    best: tuple[str, ...],
+    most: tuple[str, ...],
+    profile: tuple[pathlib.Path, ...],
+    workspace: int | None,
+    timing_cache: pathlib.Path | None,
+    version_compatible: bool,
+    hardware_compatible: bool,
+    compute_capability: tuple[str, ...],
+    fuse: bool,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
 ) -> None:
     """Build a TensorRT engine from MODEL, its attention fused first. Tensors keep the model's types."""
-    kind, module = engine.find_runtime(runtime)
+    kind, module = engine.find_runtime(Runtime(runtime) if runtime else None)
     check_input(model)
     target = output or model.with_suffix(".plan")
     check_output(target, [model])
@@ -143,12 +111,12 @@ def build(
         check_output(timing_cache, [model, target], "--timing-cache")
     log = terminal.console(stderr=True)
     options = engine.Options(
-        profiles=_profiles(least or [], best or [], most or [], profile or []),
+        profiles=_profiles(least, best, most, profile),
         workspace_bytes=None if workspace is None else workspace << 20,
         timing_cache=timing_cache,
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
-        compute_capabilities=[_compute_capability(text) for text in compute_capability or []],
+        compute_capabilities=[_compute_capability(text) for text in compute_capability],
         on_log=(lambda line: log.print(line, markup=False, soft_wrap=True)) if verbose else lambda line: None,
     )
     with Bars(quiet) as bars:
@@ -163,7 +131,7 @@ def build(
     report.notes[:0] = notes
     if as_json and not quiet:
         data = {"model": str(model), "output": str(target), "num_plugin_nodes": num_nodes, **dataclasses.asdict(report)}
-        typer.echo(json.dumps(data, indent=2))
+        click.echo(json.dumps(data, indent=2))
     elif not quiet:
         _show(report, target, num_nodes)
 
@@ -173,6 +141,9 @@ def prepared(
     model: pathlib.Path, kind: Runtime, fuse: bool, bars: Bars
 ) -> Iterator[tuple[pathlib.Path, int, list[str]]]:
     """The file to parse, how many of our nodes it has, what there is to say; the plugin is registered."""
+    from . import model_io, pipeline
+    from .spec import OP_TYPE
+
     bars.say(f"reading {model.name}")
     loaded = model_io.load(model)
     num_nodes = _count_nodes(loaded)
@@ -188,7 +159,7 @@ def prepared(
         notes = []
         if fuse and not num_nodes:
             bars.say("fusing")
-            fused, fused_report = pipeline.run(loaded, pipeline.Options(fallback=False))
+            fused, fused_report = pipeline.run(loaded, Options(fallback=False))
             num_nodes = fused_report.num_fused
             notes.append(f"{num_nodes} of {len(fused_report.sites)} attention sites fused; faexport inspect tells more")
             if num_nodes:
@@ -210,6 +181,10 @@ def _register_plugin() -> None:
 
 
 def _count_nodes(model: ir.Model) -> int:
+    import onnx_ir as ir
+
+    from .spec import DOMAIN, OP_TYPE
+
     graphs = (model.graph, *model.functions.values())
     nodes = (node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph))
     return sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in nodes)
@@ -222,7 +197,9 @@ def _compute_capability(text: str) -> int:
     return int(major) * 10 + int(minor)
 
 
-def _profiles(least: list[str], best: list[str], most: list[str], files: list[pathlib.Path]) -> list[engine.Profile]:
+def _profiles(
+    least: Sequence[str], best: Sequence[str], most: Sequence[str], files: Sequence[pathlib.Path]
+) -> list[engine.Profile]:
     profiles = [engine.make_profile(least, best, most)] if least or best or most else []
     return profiles + [_read_profile(path) for path in files]
 
@@ -248,6 +225,8 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
     """TensorRT's phases as progress bars, one below the other. Invisible where stderr is no terminal."""
 
     def __init__(self, quiet: bool) -> None:
+        import rich.progress
+
         screen = terminal.console(stderr=True)
         columns = (
             rich.progress.SpinnerColumn(),
@@ -286,6 +265,10 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
 
 
 def _show(report: EngineReport, target: pathlib.Path, num_nodes: int) -> None:
+    import rich.table
+
+    from .spec import OP_TYPE
+
     table = rich.table.Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("engine", f"{target} ({_size_text(report.engine_bytes)})")
     table.add_row("built", f"in {report.seconds:.1f} s by {report.runtime} {report.version}")
@@ -304,20 +287,34 @@ def _size_text(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
 
 
+@click.command(
+    epilog=RUN_EXAMPLES,
+    context_settings=terminal.CONTEXT_SETTINGS,
+    short_help="Run an engine on inputs from a file.",
+)
+@click.argument("engine_file", metavar="ENGINE", type=FILE)
+@click.option("--inputs", metavar="FILE", type=FILE, required=True, help="An .npz with an array for each input.")
+@click.option("--output", "-o", metavar="FILE", type=FILE, help="Write the outputs to this .npz.")
+@click.option("--model", metavar="MODEL", type=FILE, help="The ONNX model, to compare with onnxruntime.")
+@runtime_option
+@json_option
+@quiet_option
 def run(
-    engine_file: EngineArgument,
-    inputs: InputsOption,
-    output: OutputsOption = None,
-    model: ReferenceOption = None,
-    runtime: RuntimeOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    engine_file: pathlib.Path,
+    inputs: pathlib.Path,
+    output: pathlib.Path | None,
+    model: pathlib.Path | None,
+    runtime: str | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Run ENGINE on inputs from a file; with --model, compare with onnxruntime (exit code 1 where they differ)."""
+    from . import engine_run, model_io
+
     tensors = model_io.read_arrays(inputs)
     if output is not None:
         check_output(output, [engine_file, inputs, *([model] if model else [])])
-    kind, module = engine.find_runtime(runtime)
+    kind, module = engine.find_runtime(Runtime(runtime) if runtime else None)
     result = engine_run.run(kind, module, engine_file, tensors)
     if output is not None:
         engine_run.write_outputs(output, result.outputs)
@@ -325,7 +322,7 @@ def run(
     if as_json and not quiet:
         outputs = {name: {"dtype": str(array.dtype), "shape": array.shape} for name, array in result.outputs.items()}
         report = {"milliseconds": result.milliseconds, "outputs": outputs}
-        typer.echo(json.dumps({**report, "differences": [dataclasses.asdict(item) for item in differences]}, indent=2))
+        click.echo(json.dumps({**report, "differences": [dataclasses.asdict(item) for item in differences]}, indent=2))
     elif not quiet:
         terminal.console().print(engine_run.table(result, differences))
     if any(not item.ok for item in differences):
@@ -333,4 +330,4 @@ def run(
         terminal.print_error(
             f"{engine_file}: output '{worst.name}' differs by {worst.max_abs_diff:.3g}; allowed: {worst.tolerance:.3g}"
         )
-        raise typer.Exit(terminal.EXIT_NOT_VERIFIED)
+        raise click.exceptions.Exit(terminal.EXIT_NOT_VERIFIED)

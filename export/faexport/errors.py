@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception for what a user can have done wrong. Raised by everything that reads or writes a file."""
+"""The exceptions that callers are meant to catch. ModelError is raised by everything that reads or writes a file."""
 
 from __future__ import annotations
 
 
 class ModelError(ValueError):
     """Bad input or a failed write. The text is one line: where, what, and what to do about it."""
+
+
+class NotVerifiedError(Exception):
+    """The rewritten model differs from the original, or could not be compared with it, and was not written. The text is
+    one line."""

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
+if TYPE_CHECKING:  # slow to import, and the command line reads this file
+    import onnx_ir as ir
+
+VERIFY_TIMEOUT = 600.0  # seconds for one run of a model, and for loading it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,15 +14,21 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
+import click
+import click.shell_completion
 import rich.console
-import rich.progress
-import typer
 
 from .errors import ModelError
 
+if TYPE_CHECKING:
+    import rich.progress
+
 PROGRAM = "faexport"
-USAGE_ERROR = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+SHELLS = ("bash", "zsh", "fish")  # that completion is offered for
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+COMPLETE_VARIABLE = "_FAEXPORT_COMPLETE"  # set by the shell's script where names are to be completed
 PIPE_WIDTH = 160  # columns where the output is not a terminal and COLUMNS is not set
 EXIT_NOT_VERIFIED = 1
 EXIT_BAD_INPUT = 2
@@ -68,6 +74,8 @@ class Progress:
 @contextlib.contextmanager
 def progress(quiet: bool = False) -> Iterator[Progress]:
     """Shows a Progress while the body runs, and removes it afterwards."""
+    import rich.progress
+
     columns = (
         rich.progress.SpinnerColumn(),
         rich.progress.TextColumn("{task.description}"),
@@ -82,7 +90,7 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
 
 
 def run_app(app: Callable[..., object]) -> None:
-    """Runs a typer app: bad input ends with one line and exit code 2, never with a traceback.
+    """Runs the command line: bad input ends with one line and exit code 2, never with a traceback.
 
     Ctrl-C, SIGTERM and SIGHUP unwind what runs, so that temporary files go and child processes end.
     """
@@ -93,15 +101,14 @@ def run_app(app: Callable[..., object]) -> None:
         if isinstance(stream, io.TextIOWrapper):  # names that the terminal's encoding lacks are shown escaped
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False, prog_name=PROGRAM)
+        code = app(standalone_mode=False, prog_name=PROGRAM, complete_var=COMPLETE_VARIABLE)
     except ModelError as error:
         print_error(str(error))
         code = EXIT_BAD_INPUT
-    except USAGE_ERROR as error:
-        if str(error):  # empty where no argument was given: then the help was shown
-            print_error(_usage_error(error))
+    except click.ClickException as error:
+        print_error(_usage_error(error))
         code = EXIT_BAD_INPUT
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, Interrupted, click.Abort):
         code = EXIT_INTERRUPTED
     except MemoryError:
         print_error("there is not enough memory for this model; free some, or run where there is more")
@@ -122,10 +129,9 @@ def internal_error(error: Exception) -> str:
     )
 
 
-def _usage_error(error: Exception) -> str:
-    """typer's message in a line of ours, without the words of the library that checks the types."""
-    text = " ".join(error.format_message().split()).removesuffix(".")  # type: ignore[attr-defined]
-    text = text.replace("Value error, ", "").replace("Input should be", "it must be")
+def _usage_error(error: click.ClickException) -> str:
+    """click's message in a line of ours."""
+    text = " ".join(error.format_message().split()).removesuffix(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else PROGRAM
     return f"{text[:1].lower()}{text[1:]}; {command} --help shows the usage"
@@ -150,43 +156,69 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-class DefaultCommandGroup(typer.core.TyperGroup):
+class Interrupted(BaseException):
+    """KeyboardInterrupt on its way through click, which would print an empty line for it."""
+
+
+class DefaultCommandGroup(click.Group):
     """A group whose first command may be left out: `faexport model.onnx` is `faexport fuse model.onnx`.
 
-    Its help shows that command's options too.
+    Its help and its completion show that command's options too.
     """
 
-    _show_default_options = False
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        own = {option for param in super().get_params(ctx) for option in param.opts}
-        if args and args[0] not in self.commands and args[0] not in own:
-            self._check_is_no_misspelt_command(args[0], ctx)
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help())
+            ctx.exit(EXIT_BAD_INPUT)
+        own = {option for param in self.get_params(ctx) for option in param.opts}
+        if args and args[0] not in self.commands and args[0].partition("=")[0] not in own:
+            if not ctx.resilient_parsing:
+                self._check_is_no_misspelt_command(args[0], ctx)
             args = [self._default.name or "", *args]
         return super().parse_args(ctx, args)
 
-    def _check_is_no_misspelt_command(self, word: str, ctx: typer.Context) -> None:
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+    def _check_is_no_misspelt_command(self, word: str, ctx: click.Context) -> None:
         near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
         if near and not os.path.exists(word):
             ctx.fail(f"there is no file and no command '{word}' (Did you mean '{near[0]}'?)")
 
-    def get_params(self, ctx: typer.Context) -> list:
-        params = super().get_params(ctx)
-        if not self._show_default_options:
-            return params
-        names = {param.name for param in params}
-        return [*(param for param in self._default.get_params(ctx) if param.name not in names), *params]
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = {param.name for param in self._default.params}
+        params = [*self._default.params, *(param for param in self.get_params(ctx) if param.name not in names)]
+        options = [param for param in params if isinstance(param, click.Option)]
+        records = [record for option in options if (record := option.get_help_record(ctx)) is not None]
+        with formatter.section("Options"):
+            formatter.write_dl(records)
+        self.format_commands(ctx, formatter)
 
-    def format_help(self, ctx: typer.Context, formatter: object) -> None:
-        self._show_default_options = True
-        try:
-            super().format_help(ctx, formatter)  # type: ignore[arg-type]
-        finally:
-            self._show_default_options = False
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[click.shell_completion.CompletionItem]:
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            given = {item.value for item in found}
+            return [*found, *(i for i in self._default.shell_complete(ctx, incomplete) if i.value not in given)]
+        return [*found, click.shell_completion.CompletionItem(incomplete, type="file")]
 
-    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return ["[OPTIONS] MODEL  or  COMMAND [ARGS]..."]
 
     @property
-    def _default(self):  # of typer's private command type
+    def _default(self) -> click.Command:
         return next(iter(self.commands.values()))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # as they were added, not by the alphabet
+
+
+def show_completion(context: click.Context, option: click.Parameter, shell: str | None) -> None:
+    """Callback of --completion: prints the shell's script and ends the program."""
+    if shell is None or context.resilient_parsing:
+        return
+    kind: Any = click.shell_completion.get_completion_class(shell)
+    click.echo(kind(context.command, {}, PROGRAM, COMPLETE_VARIABLE).source())
+    context.exit()

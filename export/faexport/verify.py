@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from . import compare, model_io, ort_session, side_by_side, site_check
+from .options import VERIFY_TIMEOUT
 from .ort_session import CannotRun, ModelFailure
 from .reference import (
     Amount,
@@ -40,7 +41,6 @@ from .spec import DOMAIN
 NOISE_FACTOR = 4.0
 ROUNDING_FACTOR = site_check.ROUNDING_FACTOR
 TOO_NOISY = site_check.TOO_NOISY  # of the output's magnitude: above it nothing can be said
-DEFAULT_TIMEOUT = 600.0  # seconds for one run, and for loading a model
 
 Step = Callable[[str], None]
 _BROKEN = "the rewritten model"  # how the sentences begin that make a verification fail
@@ -54,7 +54,7 @@ def verify(
     right_padding: bool = False,
     full_rows: bool = False,
     seed: int = 0,
-    timeout: float = DEFAULT_TIMEOUT,
+    timeout: float = VERIFY_TIMEOUT,
     open_session: Opener | None = None,
     on_step: Step = lambda text: None,
     on_amount: Amount = lambda done, total: None,

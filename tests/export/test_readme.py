@@ -12,7 +12,6 @@ import sys
 
 import onnx
 import pytest
-import typer
 from faexport.cli import app
 
 from tests.export import big_model
@@ -70,10 +69,9 @@ def test_make_targets_exist() -> None:
 
 def test_every_option_is_described() -> None:
     page = (ROOT / "docs/faexport.md").read_text()
-    group = typer.main.get_command(app)
-    for command in group.commands:
+    for command in app.commands:
         assert f"`faexport {command}" in page or command == "fuse", command
-    for parameter in group.commands["fuse"].params:
+    for parameter in app.commands["fuse"].params:
         if parameter.name not in ("model", "help"):
             names = [*parameter.opts, *parameter.secondary_opts]
             assert any(f"`{name}" in page for name in names), f"docs/faexport.md does not describe {names}"

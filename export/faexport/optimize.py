@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a file to a file in one call: read, fuse, write beside the target, verify, move there. Called by cli.py, and by
+whoever uses faexport as a library."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from . import diagnosis, model_io, scratch, verify
+from .errors import ModelError, NotVerifiedError
+from .graph_checks import external_tensors
+from .options import VERIFY_TIMEOUT, Options
+from .output import check_output
+from .report import Report, Verification, VerificationStatus
+from .settings import InputSet
+from .signals import uninterrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class Watcher:
+    """Is told what is being done, and how much of it; by default nobody is."""
+
+    step: Callable[[str], None] = lambda text: None
+    amount: Callable[[float, float], None] = lambda done, total: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One model to optimize, and how."""
+
+    model: pathlib.Path
+    target: pathlib.Path
+    options: Options = Options()
+    check: bool = True  # compare the models; where that fails, nothing is written
+    timeout: float = VERIFY_TIMEOUT  # seconds that loading a model, and each run, may take
+    inputs: pathlib.Path | None = None  # an .npz with an array for each input, to compare on as well
+    dry_run: bool = False  # do everything but write the model
+    report_file: pathlib.Path | None = None  # written by the caller afterwards: it may not be a file of weights
+
+
+def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> None:
+    """Does the job and fills in the report as it goes, so that it tells how far it came where an exception ends it.
+
+    Raises:
+        ModelError: bad input, or a file that can't be written. One sentence.
+        NotVerifiedError: the rewritten model differs, or could not be compared; nothing was written.
+    """
+    source = read(job.model, job.report_file, watcher)
+    model_io.check_target(source, job.target, job.model)
+    given = read_inputs(job.inputs, source) if job.inputs else []
+    watcher.step("fusing")
+    fused = fuse(source, job.options, job.model, report)
+    if not report.num_fused:
+        return
+    with _staged(fused, job, watcher) as stage:
+        if job.check:
+            report.verification = _verify(job, stage, given, watcher)
+            if why := _failure(report.verification, job):
+                raise NotVerifiedError(why)
+        if not job.dry_run:
+            with uninterrupted():
+                stage.commit()
+                report.output = str(job.target)
+
+
+def read(path: pathlib.Path, report_file: pathlib.Path | None, watcher: Watcher) -> ir.Model:
+    """The model. Raises ModelError where it can't be used, or where the report would overwrite its weights."""
+    watcher.step(f"reading {path.name}")
+    source = model_io.load(path)
+    if report_file is not None:
+        check_output(report_file, [tensor.path for tensor in external_tensors(source)], "--report", streams=True)
+    return source
+
+
+def fuse(source: ir.Model, options: Options, path: pathlib.Path, report: Report) -> ir.Model:
+    """The rewritten model; fills in what the report says of its sites and nodes."""
+    fused, found = diagnosis.fuse(source, options, path)
+    report.sites, report.nodes_before, report.nodes_after = found.sites, found.nodes_before, found.nodes_after
+    report.notes, report.defects = found.notes, found.defects
+    return fused
+
+
+@contextlib.contextmanager
+def _staged(model: ir.Model, job: Job, watcher: Watcher) -> Iterator[model_io.Stage]:
+    """The rewritten model in a file: beside the target, or on a dry run in the system's temporary folder."""
+    watcher.step(f"writing {job.target.name}")
+    with contextlib.ExitStack() as stack:
+        target = job.target
+        if job.dry_run:
+            target = stack.enter_context(scratch.folder(what="dry-")) / target.name
+        with diagnosis.blaming(job.model):
+            stage = stack.enter_context(model_io.staged(model, target, source=job.model, progress=watcher.amount))
+        yield stage
+
+
+def _verify(job: Job, stage: model_io.Stage, given: list[InputSet], watcher: Watcher) -> Verification:
+    return verify.verify(
+        job.model,
+        stage.model_path,
+        extra_inputs=given,
+        right_padding=job.options.assume_right_padding,
+        full_rows=job.options.assume_full_rows,
+        timeout=job.timeout,
+        on_step=watcher.step,
+        on_amount=watcher.amount,
+    )
+
+
+def _failure(verification: Verification, job: Job) -> str | None:
+    """Why the model can't be written: it was found wrong, or could not be compared."""
+    if verification.status is VerificationStatus.FAILED:
+        return f"{job.model}: verification failed: {verification.reason}; {job.target} was not written"
+    if verification.status is VerificationStatus.NOT_RUN:
+        return (
+            f"{job.model}: could not be verified: {verification.reason}; {job.target} was not written (--no-verify "
+            "would write it without a comparison)"
+        )
+    return None
+
+
+def read_inputs(path: pathlib.Path, model: ir.Model) -> list[InputSet]:
+    """A user's own inputs. Raises ModelError where an array is missing or does not fit the model."""
+    tensors = model_io.read_arrays(path)
+    wanted = {value.name: value for value in model.graph.inputs if not value.is_initializer()}
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise ModelError(f"{path}: has no array '{missing[0]}'; the model's inputs are {', '.join(sorted(wanted))}")
+    for name, value in wanted.items():
+        if wrong := _misfit(tensors[name], value):
+            raise ModelError(f"{path}: array '{name}' {wrong}; write it as the model expects it")
+    return [InputSet(path.name, {name: tensors[name] for name in wanted})]
+
+
+def _misfit(array: np.ndarray, value: ir.Value) -> str:
+    """Why the model can't take this array for an input, or ""."""
+    if value.dtype is not None and array.dtype != value.dtype.numpy():
+        return f"is {array.dtype}, the model takes {value.dtype.numpy()}"
+    sizes = [None] * array.ndim if value.shape is None else list(value.shape)
+    fits = len(sizes) == array.ndim and all(
+        not isinstance(size, int) or size == given for size, given in zip(sizes, array.shape, strict=True)
+    )
+    return "" if fits else f"has the shape {list(array.shape)}, the model takes {value.shape}"

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments and options that several commands share. Imports nothing heavy: `faexport --help` reads this file."""
+
+from __future__ import annotations
+
+import pathlib
+
+import click
+
+FILE = click.Path(path_type=pathlib.Path)  # what a file must be is checked by output.py, whose errors say what to do
+
+model_argument = click.argument("model", type=FILE)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
+report_option = click.option(
+    "--report", "report_file", metavar="FILE", type=FILE, help="Also write the report as JSON to this file."
+)
+strict_option = click.option(
+    "--strict", is_flag=True, help="Exit with 4 where a site is left as it is or nothing can be fused."
+)
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+opset_option = click.option(
+    "--opset", metavar="N", type=click.IntRange(min=7), help="Convert the model to this ONNX opset first."
+)
+assume_option = click.option(
+    "--assume",
+    type=click.Choice(["right-padding", "full-rows"]),
+    metavar="WHAT",
+    multiple=True,
+    help="What a model can't tell; may be given twice. right-padding: every mask input keeps the first tokens of a "
+    "row. full-rows: each query sees a key, or its output is never used.",
+)
