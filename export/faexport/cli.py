@@ -275,9 +275,12 @@ def _check_report_file(path: pathlib.Path | None, model: pathlib.Path, target: p
 def _show(report: Report, as_json: bool, report_file: pathlib.Path | None, quiet: bool) -> None:
     _write_json(report, as_json, report_file)
     if not as_json and not quiet:
+        from .report_view import view
+
         with terminal.printing():
             screen = terminal.console()
-            screen.print(report)
+            for part in view(report):
+                screen.print(part)
             screen.print(_conclusion(report), markup=False, soft_wrap=True)
 
 

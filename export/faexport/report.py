@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run found, did and checked: data that pipeline.py and verify.py fill in, and cli.py shows.
-
-`Report.from_candidates` makes it from the candidates of the pipeline. `to_json` is for programs, `rich.print(report)`
-for people.
+"""What a run found, did and checked: data that pipeline.py and verify.py fill in. `Report.from_candidates` makes it of
+the candidates of the pipeline; `to_json` is for programs, report_view.py and html.py show it to people.
 """
 
 from __future__ import annotations
@@ -12,18 +10,13 @@ import dataclasses
 import enum
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
-import rich.box
-import rich.console
-import rich.markup
-import rich.table
 
 from .spec import DOMAIN, AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
 
-MOST_SENTENCES = 4  # of a kind in the tables; the JSON has all
 SCHEMA_VERSION = 1  # of to_json; raised when a key changes its meaning or goes away
 
 Dim = int | str | None  # size, name of a symbolic dimension, or unknown
@@ -46,6 +39,11 @@ class OutputDifference:
     tolerance: float  # what max_abs_diff may be; verify.py states the rule
     ok: bool
     num_lost: int = 0  # elements that are NaN in the original and numbers in the rewritten model
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """Orders outputs by how near they come to their tolerance, those that exceed it last."""
+        return not self.ok, self.max_abs_diff / self.tolerance if self.tolerance else self.max_abs_diff
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +103,7 @@ class Verification:
     def worst(self) -> OutputDifference | None:
         """The output that comes nearest to its tolerance, or exceeds it most."""
         outputs = [output for run in self.runs for output in run.outputs]
-        return max(outputs, key=_badness, default=None)
+        return max(outputs, key=lambda output: output.badness, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,20 +187,6 @@ class Report:
         """The report as JSON. Infinite or undefined differences become strings, since JSON has no such numbers."""
         return json.dumps(_json_numbers(self.to_dict()), indent=indent, allow_nan=False)
 
-    def __rich_console__(
-        self, console: rich.console.Console, options: rich.console.ConsoleOptions
-    ) -> rich.console.RenderResult:
-        if self.sites:
-            yield sites_table(self.sites)
-        if self.nodes_after and self.nodes_after != self.nodes_before:
-            yield nodes_table(self.nodes_before, self.nodes_after)
-        if self.verification is not None:
-            yield from verification_view(self.verification)
-        for note in self.notes:
-            yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
-        for defect in self.defects:
-            yield f"[red]a defect of ours, please report it:[/red] {rich.markup.escape(defect)}"
-
 
 def count_nodes(model: ir.Model) -> dict[str, int]:
     """Nodes by op type ("domain::type" outside ONNX's own domain), subgraphs and functions included, but not those
@@ -212,120 +196,6 @@ def count_nodes(model: ir.Model) -> dict[str, int]:
         for node in ir.traversal.RecursiveGraphIterator(graph):
             counter[f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type] += 1
     return dict(sorted(counter.items()))
-
-
-def sites_table(sites: Sequence[SiteReport]) -> rich.table.Table:
-    """One row a site: sizes, what was proven, fused or the reason why not."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("site", overflow="fold")
-    table.add_column("found as")
-    for heading in ("B", "H", "S", "D"):
-        table.add_column(heading, justify="right")
-    table.add_column("proven", overflow="fold")
-    table.add_column("result", overflow="fold")
-    for site in sites:
-        sizes = (
-            _show(site.batch_size),
-            _pair(site.num_q_heads, site.num_kv_heads),
-            _pair(site.seqlen_q, site.seqlen_kv),
-        )
-        proven = ", ".join(dict.fromkeys(fact.text for fact in site.facts))
-        defect = site.refusal is not None and site.refusal.defect
-        left = "[red]left, a defect of ours:[/red]" if defect else "[yellow]left:[/yellow]"
-        result = "[green]fused[/green]" if site.fused else f"{left} {_why(site)}"
-        cells = (site.name, site.source, *sizes, _pair(site.head_dim, site.head_dim_v), proven or "-")
-        table.add_row(*map(rich.markup.escape, cells), result)
-    return table
-
-
-def nodes_table(before: Mapping[str, int], after: Mapping[str, int]) -> rich.table.Table:
-    """Op types whose number changed, and the totals."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("op type")
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right")
-    for op_type in sorted({*before, *after}):
-        old, new = before.get(op_type, 0), after.get(op_type, 0)
-        if old != new:
-            table.add_row(rich.markup.escape(op_type), str(old), str(new), f"{new - old:+d}")
-    old, new = sum(before.values()), sum(after.values())
-    table.add_section()
-    table.add_row("all", str(old), str(new), f"{new - old:+d}")
-    return table
-
-
-def verification_view(verification: Verification) -> Iterator[rich.console.RenderableType]:
-    """The sites by themselves, per output the largest difference over all runs, and what could not be compared."""
-    if verification.sites:
-        yield "Each site by itself, on what the original feeds it"
-        yield comparisons_table(verification.sites)
-    compared = [run for run in verification.runs if run.outputs]
-    if compared:
-        yield f"Original against rewritten, in onnxruntime on {len(compared)} set{'s' * (len(compared) != 1)} of inputs"
-        yield differences_table(verification.runs)
-        yield f"[dim]compared on:[/dim] {rich.markup.escape(_listed([run.label for run in compared if run.label]))}"
-    skipped = list(dict.fromkeys(run.skipped for run in verification.runs if run.skipped))
-    for sentence in skipped[:MOST_SENTENCES]:
-        yield f"[dim]not compared:[/dim] {rich.markup.escape(sentence)}"
-    if len(skipped) > MOST_SENTENCES:
-        yield f"[dim]not compared:[/dim] {len(skipped) - MOST_SENTENCES} more sets of inputs (--json lists them)"
-    for note in verification.notes:
-        yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
-    colour = {
-        VerificationStatus.PASSED: "green",
-        VerificationStatus.FAILED: "red",
-        VerificationStatus.NOT_RUN: "red",
-    }
-    reason = f": {rich.markup.escape(verification.reason)}" if verification.reason else ""
-    yield f"[{colour[verification.status]}]verification {verification.status}[/]{reason}"
-
-
-def comparisons_table(sites: Sequence[SiteComparison]) -> rich.table.Table:
-    """One row a fused node and way of running it: the worst of its values."""
-    worst: dict[tuple[str, bool], SiteComparison] = {}
-    for row in sites:
-        key = (row.site, row.by_stand_in)
-        worst[key] = max(worst.get(key, row), row, key=lambda row: (not row.ok, row.share))
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("fused node", "run by", "dtype"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("sets", "largest difference", "allowed"):
-        table.add_column(heading, justify="right")
-    for row in worst.values():
-        cells = (
-            rich.markup.escape(row.site or "(sizes)"), "stand-in" if row.by_stand_in else "library", row.dtype or "?",
-            str(row.num_sets), f"{row.max_abs_diff:.3g}", f"{row.tolerance:.3g}",
-        )  # fmt: skip
-        table.add_row(*cells, style=None if row.ok else "red")
-    return table
-
-
-def _listed(labels: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    more = f"; and {len(labels) - MOST_SENTENCES} more" if len(labels) > MOST_SENTENCES else ""
-    return "; ".join(labels[:MOST_SENTENCES]) + more
-
-
-def differences_table(runs: Sequence[VerificationRun]) -> rich.table.Table:
-    """One row an output: the largest difference between the models over all runs, and what was allowed there."""
-    worst: dict[str, OutputDifference] = {}
-    for output in (output for run in runs for output in run.outputs):
-        worst[output.name] = max(worst.get(output.name, output), output, key=_badness)
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("output", "dtype"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("largest difference", "allowed"):
-        table.add_column(heading, justify="right")
-    for output in worst.values():
-        style = None if output.ok else "red"
-        cells = (rich.markup.escape(output.name), output.dtype, f"{output.max_abs_diff:.3g}", f"{output.tolerance:.3g}")
-        table.add_row(*cells, style=style)
-    return table
-
-
-def _badness(output: OutputDifference) -> tuple[bool, float]:
-    """Orders outputs by how near they come to their tolerance, those that exceed it last."""
-    return not output.ok, output.max_abs_diff / output.tolerance if output.tolerance else output.max_abs_diff
 
 
 def _dim(value: ir.Value | None, axis: int) -> Dim:
@@ -378,21 +248,6 @@ def _score_sizes(anchor: ir.Node) -> dict[str, Any]:
         "seqlen_kv": seqlen_kv,
         "dtype": dtype,
     }
-
-
-def _show(dim: Dim) -> str:
-    return "?" if dim is None else str(dim)
-
-
-def _why(site: SiteReport) -> str:
-    """The reason; with the node only where that is not the site's own."""
-    assert site.refusal is not None
-    return rich.markup.escape(site.refusal.reason if site.refusal.node == site.name else str(site.refusal))
-
-
-def _pair(first: Dim, second: Dim) -> str:
-    """Both where they differ, e.g. query and key/value heads as "8/2"."""
-    return _show(first) if second is None or first == second else f"{_show(first)}/{_show(second)}"
 
 
 def _json_numbers(data: Any) -> Any:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 import pathlib
@@ -12,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 import rich.console
-from faexport import model_io, pipeline
+from faexport import grouping, model_io, pipeline
 from faexport.report import (
     OutputDifference,
     Report,
@@ -23,6 +25,7 @@ from faexport.report import (
     VerificationStatus,
     count_nodes,
 )
+from faexport.report_view import view
 from faexport.spec import Candidate, Fact, Refusal
 
 from tests.export import big_model
@@ -113,16 +116,22 @@ def test_the_page_names_every_key() -> None:
         assert re.search(rf"`{key}`", page), f"docs/faexport.md does not describe {key}"
 
 
+def printed(report: Report, width: int = 80) -> str:
+    console = rich.console.Console(width=width, record=True, file=io.StringIO())
+    for part in view(report):
+        console.print(part)
+    return console.export_text()
+
+
 def test_tables_say_what_happened() -> None:
-    console = rich.console.Console(width=160, record=True, file=open("/dev/null", "w"))
-    console.print(example())
-    text = console.export_text()
+    text = printed(example())
     for words in (
         "batch",
         "8/2",
         "causal",
         "fused",
-        "left: the scores [QK] are an output too",
+        "left [2]",
+        "[2] the scores [QK] are an output too",
         "a note",
         "why",
         "a_FlashAttention",
@@ -135,6 +144,65 @@ def test_tables_say_what_happened() -> None:
     ):
         assert words in text, words
     assert "(b)" not in text, "the node is not repeated where it is the site itself"
+
+
+def layers() -> Report:
+    """A decoder of 24 layers: 22 are fused, of two that are left each has its own reason; one has a longer window."""
+    sizes = ("batch", 32, 8, "sequence", "total", 128, 128, "float16")
+    sites = []
+    for index in range(24):
+        facts = (Fact("causal", (f"/layers.{index}/Trilu",)), Fact(f"sliding window of {512 if index == 7 else 256}"))
+        why = {3: "the attention weights are also an output of the model", 20: "Dropout is in training mode"}.get(index)
+        refusal = Refusal(why, f"/layers.{index}/Softmax") if why else None
+        sites.append(
+            SiteReport(f"/layers.{index}/Softmax", "softmax_core", *sizes, () if why else facts, refusal=refusal)
+        )
+    comparisons = [
+        SiteComparison(f"/layers.{i}/MatMul_FlashAttention", "o", "float16", False, i * 1e-5, 1e-3, 20, "batch=2")
+        for i in range(24)
+        if i not in (3, 20)
+    ]
+    outputs = tuple(OutputDifference(f"present.{i}.key", "float16", (1, 2), 1e-6 * i, 1e-3, True) for i in range(24))
+    runs = (VerificationRun({"ids": (2, 3)}, outputs, label="batch=2"),)
+    verification = Verification(VerificationStatus.PASSED, "", runs, tuple(comparisons))
+    return Report(sites, {"MatMul": 96}, {"MatMul": 52, "faexport::FlashAttention": 22}, verification=verification)
+
+
+def test_equal_layers_are_one_row_of_80_columns() -> None:
+    text = printed(layers())
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [line.split() for line in text.splitlines() if "/Softmax" in line]
+    assert [(row[0], row[1], row[-2:]) for row in rows] == [
+        ("21", "/layers.0…23/Softmax", ["fused", "[1]"]),
+        ("1", "/layers.3/Softmax", ["left", "[2]"]),
+        ("1", "/layers.7/Softmax", ["fused", "[3]"]),
+        ("1", "/layers.20/Softmax", ["left", "[4]"]),
+    ]
+    assert "[1] found as softmax_core; proven: causal, sliding window of 256" in text
+    assert "[2] the attention weights are also an output of the model" in text
+    assert text.count("present.") == 1 and "present.0…23.key" in text and "2.3e-05" in text
+    assert text.count("library") == 1 and "0.00023" in text, "of equal sites the worst"
+
+
+def test_what_does_not_agree_is_a_row_of_its_own() -> None:
+    report = layers()
+    rows = list(report.verification.sites)
+    rows[5] = dataclasses.replace(rows[5], max_abs_diff=0.5, fault="differs by 0.5")
+    verification = dataclasses.replace(report.verification, status=VerificationStatus.FAILED, sites=tuple(rows))
+    text = printed(dataclasses.replace(report, verification=verification))
+    assert text.count("library") == 2 and "0.5" in text
+
+
+def test_groups_keep_every_site() -> None:
+    groups = grouping.group_sites(layers().sites)
+    assert sorted(site.name for group in groups for site in group.sites) == sorted(s.name for s in layers().sites)
+    assert len(json.loads(layers().to_json())["sites"]) == 24
+
+
+def test_names_that_differ_in_more_than_numbers_are_counted() -> None:
+    assert grouping.common_name(["a1b", "a2b", "a7b"]) == "a1…7b"
+    assert grouping.common_name(["enc_1", "dec_1", "dec_2"]) == "enc_1 and 2 more"
+    assert grouping.common_name(["x1"]) == "x1" and grouping.common_name(["1/9", "2/9"]) == "1…2/9"
 
 
 def test_nodes_of_bodies_and_functions_count() -> None:

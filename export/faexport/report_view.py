@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A report on a terminal: equal layers are one row, long sentences are footnotes, and 80 columns suffice. Called by
+cli.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.padding
+import rich.table
+
+from .grouping import group_comparisons, group_outputs, group_sites, sizes_text
+from .report import Report, SiteComparison, SiteReport, Verification, VerificationRun, VerificationStatus
+
+MOST_SENTENCES = 4  # of a kind; the JSON has all
+
+
+def view(report: Report) -> Iterator[rich.console.RenderableType]:
+    """What is printed, part by part: the sites, the nodes, the verification, and what else there is to say."""
+    if report.sites:
+        yield from sites_view(report.sites)
+    if report.nodes_after and report.nodes_after != report.nodes_before:
+        yield nodes_table(report.nodes_before, report.nodes_after)
+    if report.verification is not None:
+        yield from verification_view(report.verification)
+    for note in report.notes:
+        yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
+    for defect in report.defects:
+        yield f"[red]a defect of ours, please report it:[/red] {rich.markup.escape(defect)}"
+
+
+def sites_view(sites: Sequence[SiteReport]) -> Iterator[rich.console.RenderableType]:
+    """One row for all sites of which the same is known, and below the table what was proven, or why they are left."""
+    table = _table()
+    table.add_column("sites", justify="right")
+    table.add_column("name", overflow="fold")
+    for heading in ("B", "H", "S", "D"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("result", no_wrap=True)
+    footnotes: dict[str, int] = {}
+    for group in group_sites(sites):
+        site = group.first
+        sentence = group.reason or f"found as {site.source}; proven: {', '.join(group.proven) or 'nothing more'}"
+        number = footnotes.setdefault(sentence, len(footnotes) + 1)
+        sizes = (
+            sizes_text(site.batch_size, None),
+            sizes_text(site.num_q_heads, site.num_kv_heads),
+            sizes_text(site.seqlen_q, site.seqlen_kv),
+            sizes_text(site.head_dim, site.head_dim_v),
+        )
+        result = "[green]fused[/green]" if site.fused else "[yellow]left[/yellow]"
+        if site.refusal is not None and site.refusal.defect:
+            result = "[red]left, a defect of ours[/red]"
+        cells = (str(len(group.sites)), group.name, *sizes)
+        table.add_row(*map(rich.markup.escape, cells), rf"{result} \[{number}]")
+    yield table
+    notes = rich.table.Table.grid(padding=(0, 1, 0, 0))
+    for sentence, number in footnotes.items():
+        notes.add_row(rf" \[{number}]", rich.markup.escape(sentence))
+    yield rich.padding.Padding(notes, (0, 0, 1, 0))
+
+
+def nodes_table(before: Mapping[str, int], after: Mapping[str, int]) -> rich.table.Table:
+    """Op types whose number changed, and the totals."""
+    table = _table("op type", numbers=("before", "after", "change"))
+    for op_type in sorted({*before, *after}):
+        old, new = before.get(op_type, 0), after.get(op_type, 0)
+        if old != new:
+            table.add_row(rich.markup.escape(op_type), str(old), str(new), f"{new - old:+d}")
+    old, new = sum(before.values()), sum(after.values())
+    table.add_section()
+    table.add_row("all", str(old), str(new), f"{new - old:+d}")
+    return table
+
+
+def verification_view(verification: Verification) -> Iterator[rich.console.RenderableType]:
+    """The sites by themselves, per output the largest difference over all runs, and what could not be compared."""
+    if verification.sites:
+        yield "Each site by itself, on what the original feeds it: the largest difference"
+        yield comparisons_table(verification.sites)
+    compared = [run for run in verification.runs if run.outputs]
+    if compared:
+        sets = f"{len(compared)} set{'s' * (len(compared) != 1)} of inputs"
+        yield f"Original against rewritten, in onnxruntime on {sets}: the largest difference"
+        yield differences_table(verification.runs)
+        yield f"[dim]compared on:[/dim] {rich.markup.escape(_listed([run.label for run in compared if run.label]))}"
+    skipped = list(dict.fromkeys(run.skipped for run in verification.runs if run.skipped))
+    for sentence in skipped[:MOST_SENTENCES]:
+        yield f"[dim]not compared:[/dim] {rich.markup.escape(sentence)}"
+    if len(skipped) > MOST_SENTENCES:
+        yield f"[dim]not compared:[/dim] {len(skipped) - MOST_SENTENCES} more sets of inputs (--json lists them)"
+    for note in verification.notes:
+        yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
+    colour = "green" if verification.status is VerificationStatus.PASSED else "red"
+    reason = f": {rich.markup.escape(verification.reason)}" if verification.reason else ""
+    yield f"[{colour}]verification {verification.status}[/]{reason}"
+
+
+def comparisons_table(sites: Sequence[SiteComparison]) -> rich.table.Table:
+    """One row for equal fused nodes and way of running them: the worst of their values."""
+    table = _table("fused node", "run by", "dtype", numbers=("sets", "difference", "allowed"))
+    for name, row in group_comparisons(sites):
+        cells = (
+            rich.markup.escape(name or "(sizes)"), "stand-in" if row.by_stand_in else "library", row.dtype or "?",
+            str(row.num_sets), f"{row.max_abs_diff:.3g}", f"{row.tolerance:.3g}",
+        )  # fmt: skip
+        table.add_row(*cells, style=None if row.ok else "red")
+    return table
+
+
+def differences_table(runs: Sequence[VerificationRun]) -> rich.table.Table:
+    """One row for each output, those of equal layers are one: the largest difference between the models over all runs,
+    and what was allowed there."""
+    table = _table("output", "dtype", numbers=("difference", "allowed"))
+    for name, output in group_outputs(runs):
+        cells = (rich.markup.escape(name), output.dtype, f"{output.max_abs_diff:.3g}", f"{output.tolerance:.3g}")
+        table.add_row(*cells, style=None if output.ok else "red")
+    return table
+
+
+def _listed(labels: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f"; and {len(labels) - MOST_SENTENCES} more" if len(labels) > MOST_SENTENCES else ""
+    return "; ".join(labels[:MOST_SENTENCES]) + more
+
+
+def _table(*words: str, numbers: Sequence[str] = ()) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for heading in words:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
