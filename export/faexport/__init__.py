@@ -5,26 +5,39 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from faexport.pipeline import Options
+    from faexport.errors import ModelError, NotVerifiedError
+    from faexport.jobs import optimize
+    from faexport.options import Options
     from faexport.report import Report
 
+# What is slow to import is looked up when it is asked for.
+_LATER = {
+    "ModelError": "errors",
+    "NotVerifiedError": "errors",
+    "Options": "options",
+    "Report": "report",
+    "optimize": "jobs",
+}
+__version__: str
+__all__ = ["ModelError", "NotVerifiedError", "Options", "Report", "__version__", "fuse", "optimize"]
 
-def __getattr__(name: str) -> str:
-    """`faexport.__version__`, looked up when it is asked for: it is slow to find."""
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _LATER:
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib.metadata
+    from faexport.version import version
 
-    try:
-        return importlib.metadata.version("faexport")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "0.0.0+source"
+    return version()
 
 
 @overload

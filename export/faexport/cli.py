@@ -28,7 +28,7 @@ from .options_of_commands import (
     report_option,
     strict_option,
 )
-from .output import check_input, check_output, final_path, write_file
+from .output import check_input, check_output, default_target, final_path, write_file
 
 if TYPE_CHECKING:
     from .report import Report
@@ -58,9 +58,9 @@ Completion of names and options, for bash (or zsh):
 
 def _show_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from . import __version__
+        from .version import version
 
-        click.echo(f"faexport {__version__}")
+        click.echo(f"faexport {version()}")
         context.exit()
 
 
@@ -163,7 +163,7 @@ def fuse(
     _check_report_file(report_file, model, target)
     import onnx_ir as ir
 
-    from . import optimize
+    from . import jobs
     from .report import Report
 
     types = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -174,12 +174,12 @@ def fuse(
         opset=opset,
         **_assumed(assume),
     )
-    job = optimize.Job(model, target, options, check, timeout, inputs, dry_run, report_file)
+    job = jobs.Job(model, target, options, check, timeout, inputs, dry_run, report_file)
     report = Report(model=str(model))
     with _failures(report, as_json, report_file):
         with terminal.progress(quiet) as progress:
             try:
-                optimize.run(job, report, optimize.Watcher(progress.step, progress.amount))
+                jobs.run(job, report, jobs.Watcher(progress.step, progress.amount))
             except NotVerifiedError as error:
                 report.error = str(error)
         _show(report, as_json, report_file, quiet)
@@ -209,24 +209,19 @@ def inspect(
     """Show the attention sites of MODEL, what can be proven of each, and what would be fused. Writes no model."""
     check_input(model)
     _check_report_file(report_file, model)
-    from . import optimize
+    from . import jobs
     from .report import Report
 
     report = Report(model=str(model))
     with _failures(report, as_json, report_file), terminal.progress(quiet) as progress:
-        source = optimize.read(model, report_file, optimize.Watcher(progress.step, progress.amount))
+        source = jobs.read(model, report_file, jobs.Watcher(progress.step, progress.amount))
         progress.step("looking for attention")
-        optimize.fuse(source, Options(opset=opset, **_assumed(assume)), model, report)
+        jobs.fuse(source, Options(opset=opset, **_assumed(assume)), model, report)
         _show(report, as_json, report_file, quiet)
     _exit_if_strict(report, strict)
 
 
 build.add_commands(app)
-
-
-def default_target(model: pathlib.Path) -> pathlib.Path:
-    """model.onnx -> model.fa.onnx, beside it."""
-    return model.with_name(f"{model.name.removesuffix('.onnx')}.fa.onnx")
 
 
 @contextlib.contextmanager

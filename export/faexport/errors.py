@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class ModelError(ValueError):
     """Bad input or a failed write. The text is one line: where, what, and what to do about it."""
@@ -10,4 +12,6 @@ class ModelError(ValueError):
 
 class NotVerifiedError(Exception):
     """The rewritten model differs from the original, or could not be compared with it, and was not written. The text is
-    one line."""
+    one line; `report` is what faexport.optimize() found, a faexport.report.Report."""
+
+    report: Any = None

@@ -67,6 +67,11 @@ def check_input(path: pathlib.Path, advice: str = "check the path") -> None:
     raise ModelError(f"{path}: is {_kind_name(kind)}; give the name of a file")
 
 
+def default_target(model: pathlib.Path) -> pathlib.Path:
+    """model.onnx -> model.fa.onnx, beside it."""
+    return model.with_name(f"{model.name.removesuffix('.onnx')}.fa.onnx")
+
+
 def final_path(path: pathlib.Path) -> pathlib.Path:
     """Where a file written to `path` comes to lie: the end of its symbolic links. Raises ModelError."""
     try:

@@ -6,11 +6,13 @@ the candidates of the pipeline; `to_json` is for programs, report_view.py and ht
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import enum
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -139,6 +141,33 @@ class SiteReport:
         return cls(candidate.name, candidate.source, **(_score_sizes(candidate.anchor) | known), refusal=refusal)
 
 
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass
+class Provenance:
+    """Where a rewritten model comes from. Files: the model first, then its weights."""
+
+    versions: dict[str, str]  # of packages
+    options: dict[str, Any]
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by step: read, fuse, write, verify
+    files_read: list[FileRecord] = dataclasses.field(default_factory=list)
+    files_written: list[FileRecord] = dataclasses.field(default_factory=list)
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Notes how long the body took."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] = round(time.perf_counter() - start, 3)
+
+
 @dataclasses.dataclass
 class Report:
     """Everything that is known after a run. `nodes_*` count nodes by op type, subgraphs and functions included."""
@@ -152,6 +181,7 @@ class Report:
     output: str | None = None  # path written
     verification: Verification | None = None  # None: not asked for
     error: str | None = None  # the sentence that the command ended with, where it failed
+    provenance: Provenance | None = None  # of a model that was, or would be, written
 
     @classmethod
     def from_candidates(

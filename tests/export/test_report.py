@@ -50,6 +50,7 @@ SITE = {
     "facts": [{"text": str, "nodes": [str]}],
     "refusal": ({"reason": str, "node": str, "defect": bool}, types.NoneType), "fused": bool,
 }  # fmt: skip
+FILE = {"path": str, "bytes": int, "sha256": str}
 REPORT = {
     "schema_version": int, "num_fused": int, "num_refused": int, "sites": [SITE], "nodes_before": {...: int},
     "nodes_after": {...: int}, "notes": [str], "defects": [str],
@@ -58,6 +59,8 @@ REPORT = {
                       "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str}],
                       "sites": [COMPARISON], "notes": [str]}, types.NoneType),
     "error": (str, types.NoneType),
+    "provenance": ({"versions": {...: str}, "options": {...: (bool, str, int, types.NoneType, [str])},
+                    "seconds": {...: float}, "files_read": [FILE], "files_written": [FILE]}, types.NoneType),
 }  # fmt: skip
 
 
@@ -112,7 +115,7 @@ def test_json_of_a_real_run_conforms() -> None:
 
 def test_the_page_names_every_key() -> None:
     page = (pathlib.Path(__file__).parents[2] / "docs/faexport.md").read_text()
-    for key in [*REPORT, *SITE, *OUTPUT, *COMPARISON]:
+    for key in [*REPORT, *SITE, *OUTPUT, *COMPARISON, *FILE, "versions", "options", "seconds", "files_read"]:
         assert re.search(rf"`{key}`", page), f"docs/faexport.md does not describe {key}"
 
 

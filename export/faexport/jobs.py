@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
 
-from . import diagnosis, model_io, scratch, verify
+from . import diagnosis, model_io, provenance, scratch
+from . import verify as verification
 from .errors import ModelError, NotVerifiedError
 from .graph_checks import external_tensors
 from .options import VERIFY_TIMEOUT, Options
-from .output import check_output
+from .output import check_input, check_output, default_target
 from .report import Report, Verification, VerificationStatus
 from .settings import InputSet
 from .signals import uninterrupted
@@ -51,22 +53,73 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> None:
         ModelError: bad input, or a file that can't be written. One sentence.
         NotVerifiedError: the rewritten model differs, or could not be compared; nothing was written.
     """
-    source = read(job.model, job.report_file, watcher)
-    model_io.check_target(source, job.target, job.model)
-    given = read_inputs(job.inputs, source) if job.inputs else []
-    watcher.step("fusing")
-    fused = fuse(source, job.options, job.model, report)
+    report.provenance = origin = provenance.begin(job.options)
+    with origin.timed("read"):
+        source = read(job.model, job.report_file, watcher)
+        model_io.check_target(source, job.target, job.model)
+        given = read_inputs(job.inputs, source) if job.inputs else []
+        origin.files_read = provenance.records([job.model, *(tensor.path for tensor in external_tensors(source))])
+    with origin.timed("fuse"):
+        watcher.step("fusing")
+        fused = fuse(source, job.options, job.model, report)
     if not report.num_fused:
         return
-    with _staged(fused, job, watcher) as stage:
+    provenance.stamp(fused, report, job.options)
+    with contextlib.ExitStack() as stack:
+        with origin.timed("write"):
+            stage = stack.enter_context(_staged(fused, job, watcher))
         if job.check:
-            report.verification = _verify(job, stage, given, watcher)
+            with origin.timed("verify"):
+                report.verification = _verify(job, stage, given, watcher)
             if why := _failure(report.verification, job):
                 raise NotVerifiedError(why)
         if not job.dry_run:
             with uninterrupted():
-                stage.commit()
+                written = stage.commit()
                 report.output = str(job.target)
+            origin.files_written = provenance.records(written)
+
+
+def optimize(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
+    *,
+    verify: bool = True,
+    inputs: str | os.PathLike[str] | None = None,
+    timeout: float = VERIFY_TIMEOUT,
+    dry_run: bool = False,
+) -> Report:
+    """Fuses the attention of an .onnx file, compares both models in onnxruntime, and writes the result.
+
+    Args:
+        model: the file to read; it is never changed.
+        out: where to write; by default beside the model, with the ending .fa.onnx.
+        options: what to fuse, and how.
+        verify: compare the models, and write nothing where they differ.
+        inputs: an .npz with an array for each input, to compare on besides random ones.
+        timeout: seconds that loading a model in onnxruntime, and each run, may take.
+        dry_run: do everything but write the model.
+
+    Returns:
+        The report. Its `output` is the path written, or None where there was nothing to fuse.
+
+    Raises:
+        ModelError: the model can't be used, or the result can't be written. One sentence, and nothing was written.
+        NotVerifiedError: the models differ, or could not be compared; nothing was written. Its `report` tells more.
+    """
+    source = pathlib.Path(model)
+    check_input(source)
+    target = pathlib.Path(out) if out is not None else default_target(source)
+    own = pathlib.Path(inputs) if inputs is not None else None
+    report = Report(model=str(source))
+    try:
+        run(Job(source, target, options or Options(), verify, timeout, own, dry_run), report)
+    except NotVerifiedError as error:
+        report.error = str(error)
+        error.report = report
+        raise
+    return report
 
 
 def read(path: pathlib.Path, report_file: pathlib.Path | None, watcher: Watcher) -> ir.Model:
@@ -100,7 +153,7 @@ def _staged(model: ir.Model, job: Job, watcher: Watcher) -> Iterator[model_io.St
 
 
 def _verify(job: Job, stage: model_io.Stage, given: list[InputSet], watcher: Watcher) -> Verification:
-    return verify.verify(
+    return verification.verify(
         job.model,
         stage.model_path,
         extra_inputs=given,
@@ -112,13 +165,13 @@ def _verify(job: Job, stage: model_io.Stage, given: list[InputSet], watcher: Wat
     )
 
 
-def _failure(verification: Verification, job: Job) -> str | None:
+def _failure(found: Verification, job: Job) -> str | None:
     """Why the model can't be written: it was found wrong, or could not be compared."""
-    if verification.status is VerificationStatus.FAILED:
-        return f"{job.model}: verification failed: {verification.reason}; {job.target} was not written"
-    if verification.status is VerificationStatus.NOT_RUN:
+    if found.status is VerificationStatus.FAILED:
+        return f"{job.model}: verification failed: {found.reason}; {job.target} was not written"
+    if found.status is VerificationStatus.NOT_RUN:
         return (
-            f"{job.model}: could not be verified: {verification.reason}; {job.target} was not written (--no-verify "
+            f"{job.model}: could not be verified: {found.reason}; {job.target} was not written (--no-verify "
             "would write it without a comparison)"
         )
     return None
