@@ -21,6 +21,7 @@ from .options import VERIFY_TIMEOUT, Options
 from .options_of_commands import (
     FILE,
     assume_option,
+    html_option,
     json_option,
     model_argument,
     opset_option,
@@ -31,6 +32,8 @@ from .options_of_commands import (
 from .output import check_input, check_output, default_target, final_path, write_file
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from .report import Report
 
 SUMMARY = """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the
@@ -117,6 +120,7 @@ def app() -> None:
 @click.option("--dry-run", is_flag=True, help="Do everything but write the model.")
 @json_option
 @report_option
+@html_option
 @opset_option
 @assume_option
 @click.option(
@@ -149,6 +153,7 @@ def fuse(
     dry_run: bool,
     as_json: bool,
     report_file: pathlib.Path | None,
+    html_file: pathlib.Path | None,
     opset: int | None,
     assume: tuple[str, ...],
     dtype: str | None,
@@ -161,6 +166,7 @@ def fuse(
     check_input(model)
     target = output or default_target(model)
     _check_report_file(report_file, model, target)
+    _check_report_file(html_file, model, target, "--html", b"<")
     import onnx_ir as ir
 
     from . import jobs
@@ -178,10 +184,12 @@ def fuse(
     report = Report(model=str(model))
     with _failures(report, as_json, report_file):
         with terminal.progress(quiet) as progress:
+            fused = None
             try:
-                jobs.run(job, report, jobs.Watcher(progress.step, progress.amount))
+                fused = jobs.run(job, report, jobs.Watcher(progress.step, progress.amount))
             except NotVerifiedError as error:
                 report.error = str(error)
+        _write_html(report, html_file, fused)
         _show(report, as_json, report_file, quiet)
     if report.error:
         terminal.print_error(report.error)
@@ -193,6 +201,7 @@ def fuse(
 @model_argument
 @json_option
 @report_option
+@html_option
 @opset_option
 @assume_option
 @strict_option
@@ -201,6 +210,7 @@ def inspect(
     model: pathlib.Path,
     as_json: bool,
     report_file: pathlib.Path | None,
+    html_file: pathlib.Path | None,
     opset: int | None,
     assume: tuple[str, ...],
     strict: bool,
@@ -209,6 +219,7 @@ def inspect(
     """Show the attention sites of MODEL, what can be proven of each, and what would be fused. Writes no model."""
     check_input(model)
     _check_report_file(report_file, model)
+    _check_report_file(html_file, model, None, "--html", b"<")
     from . import jobs
     from .report import Report
 
@@ -216,7 +227,8 @@ def inspect(
     with _failures(report, as_json, report_file), terminal.progress(quiet) as progress:
         source = jobs.read(model, report_file, jobs.Watcher(progress.step, progress.amount))
         progress.step("looking for attention")
-        jobs.fuse(source, Options(opset=opset, **_assumed(assume)), model, report)
+        fused = jobs.fuse(source, Options(opset=opset, **_assumed(assume)), model, report)
+        _write_html(report, html_file, fused)
         _show(report, as_json, report_file, quiet)
     _exit_if_strict(report, strict)
 
@@ -253,18 +265,34 @@ def _assumed(assume: tuple[str, ...]) -> dict[str, bool]:
     return {f"assume_{assumption.replace('-', '_')}": True for assumption in assume}
 
 
-def _check_report_file(path: pathlib.Path | None, model: pathlib.Path, target: pathlib.Path | None = None) -> None:
+def _check_report_file(
+    path: pathlib.Path | None,
+    model: pathlib.Path,
+    target: pathlib.Path | None = None,
+    option: str = "--report",
+    first: bytes = b"{",
+) -> None:
     """Before anything is done: the report can be written, and over nothing but an older report."""
     if path is None:
         return
-    check_output(path, [model], "--report", streams=True)
+    check_output(path, [model], option, streams=True)
     if target is not None and final_path(path) == final_path(target):
-        raise ModelError(f"{path}: is where the model will be written; choose another name with --report")
+        raise ModelError(f"{path}: is where the model will be written; choose another name with {option}")
     if path.is_file():
         with path.open("rb") as file:
             start = file.read(1)
-        if start not in (b"", b"{"):
-            raise ModelError(f"{path}: is there already and no report; choose another name with --report")
+        if start not in (b"", first):
+            raise ModelError(f"{path}: is there already and no report; choose another name with {option}")
+
+
+def _write_html(report: Report, path: pathlib.Path | None, fused: ir.Model | None) -> None:
+    """The report as a page, with drawings where something was fused."""
+    if path is None:
+        return
+    from . import blocks, html_report, model_io
+
+    drawn = blocks.find_blocks(model_io.load(str(report.model)), fused) if fused is not None else {}
+    write_file(path, html_report.page(report, drawn).encode())
 
 
 def _show(report: Report, as_json: bool, report_file: pathlib.Path | None, quiet: bool) -> None:

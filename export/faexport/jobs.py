@@ -46,8 +46,9 @@ class Job:
     report_file: pathlib.Path | None = None  # written by the caller afterwards: it may not be a file of weights
 
 
-def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> None:
-    """Does the job and fills in the report as it goes, so that it tells how far it came where an exception ends it.
+def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
+    """Does the job and returns the rewritten model. Fills in the report as it goes, so that it tells how far it came
+    where an exception ends it.
 
     Raises:
         ModelError: bad input, or a file that can't be written. One sentence.
@@ -63,7 +64,7 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> None:
         watcher.step("fusing")
         fused = fuse(source, job.options, job.model, report)
     if not report.num_fused:
-        return
+        return fused
     provenance.stamp(fused, report, job.options)
     with contextlib.ExitStack() as stack:
         with origin.timed("write"):
@@ -78,6 +79,7 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> None:
                 written = stage.commit()
                 report.output = str(job.target)
             origin.files_written = provenance.records(written)
+    return fused
 
 
 def optimize(

@@ -14,6 +14,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 report_option = click.option(
     "--report", "report_file", metavar="FILE", type=FILE, help="Also write the report as JSON to this file."
 )
+html_option = click.option(
+    "--html", "html_file", metavar="FILE", type=FILE, help="Also write the report as one HTML page to this file."
+)
 strict_option = click.option(
     "--strict", is_flag=True, help="Exit with 4 where a site is left as it is or nothing can be fused."
 )

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to do about a site that is left: the kinds of reasons, what each means, and the advice. The HTML report shows it
+beside the reason; docs/not-fused.md lists it, and a test compares the two."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    pattern: str  # is searched in the reason
+    example: str  # a reason of this kind
+    meaning: str
+    action: str
+
+
+KINDS = (
+    Advice(
+        r"(attention weights|attention scores) (are also an output|are used twice)|asks for the attention scores",
+        "the attention weights are also an output of the model",
+        "The model hands out the S × S matrix that a fused operator never makes.",
+        "Export without it: output_attentions=False in transformers, need_weights=False in nn.MultiheadAttention.",
+    ),
+    Advice(
+        r"quantized|cast to integers",
+        "the attention weights are quantized (QuantizeLinear) inside the block",
+        "The model was quantized before it was fused, between the two matrix products.",
+        "Fuse first, then quantize; or leave the block's two products out of the quantization.",
+    ),
+    Advice(
+        r"training mode",
+        "Dropout is in training mode",
+        "The model draws random numbers when it runs, so that no two runs agree.",
+        "Call model.eval() before exporting.",
+    ),
+    Advice(
+        r"operator of onnxruntime|which onnxruntime's optimizer writes|is not read",
+        "an operator of onnxruntime is not read",
+        "The file went through onnxruntime's optimizer, which wrote an operator of its own.",
+        "Fuse the model as it was exported, before onnxruntime's optimizer.",
+    ),
+    Advice(
+        r"softcap",
+        "a mask or bias is added before the softcap (Tanh)",
+        "The operator adds masks and biases behind the softcap, as the models do that have one.",
+        "Check whether the model means this order; if so, the block has to stay as it is.",
+    ),
+    Advice(
+        r"(multiplied|divided) by a tensor",
+        "the scores are multiplied by a tensor of rows and keys",
+        "A factor that differs for each pair of query and key is no part of attention as the operator computes it.",
+        "Nothing, where the model means it. A mask written as a factor can be exported as one that is added.",
+    ),
+    Advice(
+        r"float32, float16 or bfloat16",
+        "query, key and value are not float32, float16 or bfloat16",
+        "The operator has no other types.",
+        "Export the model in one of them.",
+    ),
+    Advice(
+        r"is not known|isn't known|unknown shape|cannot be told apart|not known to be",
+        "the shape of query, key or value is not known",
+        "The file does not tell enough of the sizes to prove what the block computes.",
+        "Export with fixed head sizes and named dynamic axes; onnx.shape_inference or a newer exporter may tell more.",
+    ),
+    Advice(
+        r"not divided by their sum|exponentials|does not run over the keys|does not sum over|normalises over axes",
+        "the product after the softmax does not sum over the softmax's axis",
+        "A softmax between two matrix products that is not attention: pooling, routing, a distribution over classes.",
+        "Nothing: it has to stay. Where it was meant to be attention, look at the axis of the softmax.",
+    ),
+    Advice(
+        r"result|states one of them|numbers? of (batch entries|heads)",
+        "queries, keys and values may have different numbers of batch entries, and the file states one of them",
+        "The file allows sizes that don't fit one another.",
+        "Give the sizes that are equal the same name when exporting (dynamic_axes, dynamic_shapes).",
+    ),
+    Advice(
+        r"failed|report this",
+        "our analysis of it failed",
+        "A defect of ours that costs only this site.",
+        "Please report it with the model; FAEXPORT_TRACEBACK=1 shows where it happened.",
+    ),
+)
+OTHER = Advice(
+    "",
+    "any other reason",
+    "The block computes something that the operator does not, or writes it in a way that can't be proven.",
+    "Look at the node that the reason names. Where it is plain attention all the same, please report it.",
+)
+
+
+def advice(reason: str) -> Advice:
+    """The first kind that the reason is of."""
+    return next((kind for kind in KINDS if re.search(kind.pattern, reason)), OTHER)
