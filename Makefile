@@ -13,6 +13,7 @@ ZOO ?= zoo-models
 # RECORD=1: the run's results become those of benchmarks/results, from which the documentation's tables are made.
 RECORDING := $(if $(RECORD),--record)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc plugin -type f -not -name '*.py' -not -name '*.pyc')
+CXX_FILES = $(shell find csrc plugin tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # What is compiled: FULL (CUDA kernels where nvcc is found) or CPU (a minute instead of several). A FULL installation serves both.
 # Tests want FULL; the demos want the GPU's kernels only where there is a GPU. FA_CUDA=ON or OFF decides otherwise.
@@ -55,22 +56,25 @@ onnx-suite: $(KIND_OF_DEMOS) ## ONNX's own attention node tests, fused
 bench: $(KIND_OF_DEMOS) ## time the CPU kernel against onnxruntime's
 	$(BIN)/python benchmarks/cpu.py $(RECORDING)
 
-lint: $(VENV)/.ready ## check style: ruff and clang-format
+lint: $(VENV)/.typed ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
 
 format: $(VENV)/.ready ## apply style
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
-	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean: ## remove what was built and downloaded, the virtual environments too
 	rm -rf build demo .cache .venv .venv-*
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# The requirements of one of pyproject.toml's extras.
-extra = $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"], sep="\n")')
+# The requirements of one of pyproject.toml's extras, and those of the package itself.
+project = $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]$(1), sep="\n")')
+extra = $(call project,["optional-dependencies"]["$(1)"])
+dependencies = $(call project,["dependencies"])
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or later is needed (PYTHON=…)"; exit 1; }
@@ -80,6 +84,11 @@ $(VENV)/.ready: pyproject.toml
 	@command -v c++ >/dev/null || { echo "error: a C++ compiler is needed; on Debian: apt-get install g++"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(call extra,dev)
+	touch $@
+
+# mypy reads the types of what the packages import.
+$(VENV)/.typed: pyproject.toml | $(VENV)/.ready
+	$(PIP) $(call dependencies)
 	touch $@
 
 # An editable installation: Python files are read from here, compiled ones from the environment.

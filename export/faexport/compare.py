@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from .nodes import outermost_graphs
 from .report import OutputDifference
 
 # In half precision four roundings: unit roundoff is 2^-11 and 2^-8.
@@ -57,11 +58,11 @@ def least_precise(*models: ir.Model) -> str:
     """The coarsest floating-point type of any value, initializer or Cast."""
     found = {"float32"}
     for model in models:
-        for graph in (model.graph, *model.functions.values()):
+        for graph in outermost_graphs(model):
             found |= {value.dtype.name.lower() for value in graph.inputs if value.dtype}
             if isinstance(graph, ir.Graph):
                 found |= {value.dtype.name.lower() for value in graph.initializers.values() if value.dtype}
-            for node in ir.traversal.RecursiveGraphIterator(graph):
+            for node in graph.all_nodes():
                 found |= {value.dtype.name.lower() for value in node.outputs if value.dtype}
                 if node.op_type == "Cast":
                     found.add(ir.DataType(node.attributes.get_int("to", 1)).name.lower())

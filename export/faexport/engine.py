@@ -278,8 +278,8 @@ def make_profile(least: Sequence[str], best: Sequence[str], most: Sequence[str])
     profile = {}
     for name in dict.fromkeys(name for shapes in given for name in shapes):
         low, middle, high = (shapes.get(name) for shapes in given)
-        middle = middle or high or low
-        profile[name] = check_range(name, Range(low or middle, middle, high or middle))
+        near = next(shape for shape in (middle, high, low) if shape is not None)
+        profile[name] = check_range(name, Range(low or near, near, high or near))
     return profile
 
 
@@ -335,7 +335,9 @@ def _describe(error: Any) -> str:
 def _make_logger(trt: types.ModuleType, on_log: Callable[[str], None]) -> Any:
     """A logger of this TensorRT that keeps the errors and passes everything on."""
 
-    class Logger(trt.ILogger):
+    base: Any = trt.ILogger
+
+    class Logger(base):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -352,7 +354,9 @@ def _make_logger(trt: types.ModuleType, on_log: Callable[[str], None]) -> Any:
 def _make_watcher(trt: types.ModuleType, monitor: Monitor) -> Any:
     """A progress monitor of this TensorRT. Ctrl-C in a callback stops the build at its next step."""
 
-    class Watcher(trt.IProgressMonitor):
+    base: Any = trt.IProgressMonitor
+
+    class Watcher(base):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.stopped = False

@@ -13,6 +13,7 @@ import io
 import os
 import pathlib
 import types
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,8 +38,12 @@ class Result:
 
 
 def write_outputs(path: pathlib.Path, outputs: Mapping[str, np.ndarray]) -> None:
+    """As an .npz file. numpy.savez would take some names of outputs ("file") for its own arguments."""
     buffer = io.BytesIO()
-    np.savez(buffer, **outputs)
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in outputs.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array)
     write_file(path, buffer.getvalue())
 
 
@@ -171,10 +176,9 @@ def compare(
     if missing := ort_session.missing_packages():
         raise ModelError(f"--model: {missing}")
     loaded = model_io.load(model)
-    wanted = {value.name for value in loaded.graph.inputs} & inputs.keys()
-    job = ort_session.Job(
-        os.fspath(model), [{name: inputs[name] for name in wanted}], library=ort_session.has_library()
-    )
+    names = {value.name for value in loaded.graph.inputs}
+    wanted = {name: array for name, array in inputs.items() if name in names}
+    job = ort_session.Job(os.fspath(model), [wanted], library=ort_session.has_library())
     results = ort_session.run(job)
     reference = results.outputs[0] if results.outputs else results.error
     if not isinstance(reference, dict):

@@ -11,12 +11,13 @@ refuses the file (LAST_OVERLOAD).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from faexport.fallback_body import READS_ATTRIBUTES, Form, function, numbers_of
+from faexport.nodes import all_nodes
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.surgery import FIRST_OPSET, Missing
 from faexport.understand.shapes.analysis import Analysis
@@ -56,7 +57,7 @@ def add_fallback(model: ir.Model, full_rows: Collection[ir.Node] = (), analysis:
         analysis: what is known of the model's values; made here if not given.
     """
     remove_fallback(model)
-    nodes = [n for n in _all_nodes(model) if n.domain == DOMAIN and n.op_type == OP_TYPE]
+    nodes = [n for n in all_nodes(model) if n.domain == DOMAIN and n.op_type == OP_TYPE]
     opset = model.opset_imports.get("", 0)
     if not nodes:
         return ""
@@ -92,18 +93,13 @@ def remove_fallback(model: ir.Model) -> None:
     """Undoes add_fallback."""
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
-    for node in _all_nodes(model):
+    for node in all_nodes(model):
         if node.domain == DOMAIN and node.op_type == OP_TYPE:
             node.overload = ""
             names = _words(node, "optional_inputs")
             if UNUSED in names:
                 kept = [(name, v) for name, v in zip(names, node.inputs[3:], strict=True) if name != UNUSED]
                 _set_inputs(node, kept)
-
-
-def _all_nodes(model: ir.Model) -> Iterable[ir.Node]:
-    for graph in (model.graph, *model.functions.values()):
-        yield from graph.all_nodes()
 
 
 # ---------------------------------------------------------------------------------------------- reading a node
@@ -152,20 +148,24 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
 
 def _heads(node: ir.Node, analysis: Analysis) -> tuple[int, int] | None:
     """The numbers of query and key heads, where they are known."""
-    found = []
-    for value, layout, name in zip(node.inputs, _layouts(node), ("q_num_heads", "kv_num_heads"), strict=False):
-        shape = analysis.shape(value)
+    layouts = _layouts(node)
+
+    def count(position: int, name: str) -> int | None:
+        shape, layout = analysis.shape(node.inputs[position]), layouts[position]
         axis = None if shape is None or layout is Layout.BSH else shape[layout.index("H")].const
-        found.append(node.attributes.get_int(name, 0) or axis)
-    return None if None in found else tuple(found)
+        return node.attributes.get_int(name, 0) or axis
+
+    query, key = count(0, "q_num_heads"), count(1, "kv_num_heads")
+    return None if query is None or key is None else (query, key)
 
 
-def _layouts(node: ir.Node) -> tuple[Layout, Layout, Layout, Layout]:
+def _layouts(node: ir.Node) -> tuple[Layout, ...]:
+    """Of query, key, value and output."""
     heads = [node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
     found = []
     for value, name, count in zip(node.inputs, ("query_layout", "key_layout", "value_layout"), heads, strict=False):
         word = node.attributes.get_string(name, "")
-        rank = len(value.shape) if value.shape is not None else 3 if count else 4
+        rank = len(value.shape) if value is not None and value.shape is not None else 3 if count else 4
         found.append(Layout(word) if word else Layout.BSH if rank == 3 else Layout.BHSD)
     word = node.attributes.get_string("output_layout", "")
     return (*found, Layout(word) if word else found[0])
@@ -230,7 +230,7 @@ def _align(call: _Call, form: Form) -> None:
     node, given = call.node, dict(zip(call.form.inputs, call.node.inputs[3:], strict=True))
     if tuple(given) == form.inputs:
         return
-    placed = []
+    placed: list[tuple[str, ir.Value | None]] = []
     for role in form.inputs:
         if role in given:
             placed.append(("attn_mask" if role == "float_mask" else role, given[role]))
@@ -239,7 +239,7 @@ def _align(call: _Call, form: Form) -> None:
     _set_inputs(node, placed)
 
 
-def _set_inputs(node: ir.Node, named: list[tuple[str, ir.Value]]) -> None:
+def _set_inputs(node: ir.Node, named: Sequence[tuple[str, ir.Value | None]]) -> None:
     """The inputs after value, and the attribute that names them."""
     old = list(node.inputs[3:])
     node.resize_inputs(3 + len(named))
@@ -249,7 +249,7 @@ def _set_inputs(node: ir.Node, named: list[tuple[str, ir.Value]]) -> None:
         node.attributes["optional_inputs"] = ir.AttrString("optional_inputs", ",".join(name for name, _ in named))
     else:
         node.attributes.pop("optional_inputs", None)
-    for value in old:
+    for value in (v for v in old if v is not None):
         producer = value.producer()
         if producer is not None and producer.op_type == "Constant" and not value.uses() and producer.graph is not None:
             producer.graph.remove(producer, safe=True)
@@ -260,6 +260,7 @@ def _neutral(node: ir.Node, role: str) -> ir.Value:
     name = f"{node.name}_no_{role}"
     tensor = ir.tensor(NEUTRAL[role], name=name)
     constant = ir.node("Constant", [], {"value": tensor}, name=name, outputs=[ir.Value(name=name)])
+    assert node.graph is not None
     node.graph.insert_before(node, constant)
     return constant.outputs[0]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -42,7 +43,7 @@ WORD_DEFAULTS = {"alignment": "onnx", "empty_row": "zero"}
 class Form:
     """What the nodes that one function stands in for have in common."""
 
-    layouts: tuple[Layout, Layout, Layout, Layout]  # query, key, value, output
+    layouts: tuple[Layout, ...]  # query, key, value, output
     inputs: tuple[
         str, ...
     ]  # roles after value: names of the operator's inputs; "float_mask" for an attn_mask of floats
@@ -52,19 +53,19 @@ class Form:
     packed: bool = False
     windows: bool = False  # some node has one
     softcap: bool = False
-    numbers: tuple[tuple[str, object], ...] = ()  # attributes that are fixed, before opset READS_ATTRIBUTES
+    numbers: tuple[tuple[str, Any], ...] = ()  # attributes that are fixed, before opset READS_ATTRIBUTES
     heads: tuple[int, int] | None = None  # of query and key, where Range can't count them (before opset 11)
 
 
 class _Ops(Builder):
     """Makes the nodes of a function. `numbers`: the attributes that are fixed."""
 
-    def __init__(self, opset: int, numbers: dict[str, object] | None = None):
+    def __init__(self, opset: int, numbers: dict[str, Any] | None = None):
         super().__init__(opset)
         self.numbers = numbers or {}
         self._count = itertools.count()
 
-    def __call__(self, op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+    def __call__(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         return self.add(op_type, inputs, **attributes)
 
     def _named(self, node: ir.Node) -> ir.Node:
@@ -133,7 +134,7 @@ def function(form: Form, opset: int, dtype: ir.DataType, overload: str = "") -> 
     return ir.Function(DOMAIN, OP_TYPE, overload, graph=graph, attributes=_attributes())
 
 
-def numbers_of(node: ir.Node) -> tuple[tuple[str, object], ...]:
+def numbers_of(node: ir.Node) -> tuple[tuple[str, Any], ...]:
     """A node's attributes that are numbers, or the operator's defaults."""
     given = {
         attr.name: node.attributes[attr.name].value if attr.name in node.attributes else attr.value
@@ -176,7 +177,9 @@ class _Attention:
         scores = self._masked(self._biased(scores))
         probabilities, lse = self._softmax(scores)
         out = self._placed(ops("Cast", ops("MatMul", probabilities, v), to=int(self.dtype)))
-        named = {"present_key": present_key, "present_value": present_value, "lse": lse}
+        named = {"present_key": present_key, "present_value": present_value}
+        if lse is not None:
+            named["lse"] = lse
         return [ops("Identity", x) for x in (out, *(named[name] for name in self.form.outputs))]
 
     # ------------------------------------------------------------------------------------------ operands

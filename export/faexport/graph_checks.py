@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from .errors import ModelError
-from .nodes import name_of, subgraphs
+from .nodes import name_of, outermost_graphs, subgraphs
 from .validate import contradiction
 
 AGAIN = "export or copy the model again"
@@ -22,7 +22,7 @@ def check_model(model: ir.Model, name: str, path: pathlib.Path) -> None:
     """Raises ModelError, which begins with `name`, where the model of the file `path` can't be used. Nodes that are out
     of order are put in order, as runtimes do it, and negative sizes become unknown ones."""
     _check_external_data(model, name, path)
-    for graph in (model.graph, *model.functions.values()):
+    for graph in outermost_graphs(model):
         _check_values(graph, name)
         if not _in_order(graph, set()):
             try:
@@ -86,11 +86,9 @@ def _check_values(graph: ir.Graph | ir.Function, name: str) -> None:
             _forget_negative_sizes(value)
         if wrong := contradiction(node):
             raise ModelError(f"{name}: {where}: {wrong}; export the model again")
-        for value in node.inputs:
-            if value is not None and not _is_made(value):
-                raise ModelError(
-                    f"{name}: {where} reads '{value.name}', which nothing produces; export the model again"
-                )
+        for read in node.inputs:
+            if read is not None and not _is_made(read):
+                raise ModelError(f"{name}: {where} reads '{read.name}', which nothing produces; export the model again")
     for value in graph.outputs:
         if not _is_made(value):
             raise ModelError(f"{name}: its output '{value.name}' is produced by nothing; export the model again")

@@ -112,6 +112,7 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
     """All inputs; those that needn't be given have a `default`. Raises UnsupportedInput."""
     specs = []
     for value in model.graph.inputs:
+        name, default = value.name or "", value.const_value
         optional = value.is_initializer()
         unknown = (None, ir.DataType.STRING, ir.DataType.UNDEFINED)
         if not isinstance(value.type, ir.TensorType) or value.dtype in unknown or value.shape is None:
@@ -130,14 +131,14 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
         kind, limit = value.dtype.numpy().kind, _id_limit(uses)
         specs.append(
             InputSpec(
-                value.name,
+                name,
                 value.dtype.numpy(),
                 dims,
-                _role(value.name.lower(), kind, len(dims), uses, limit),
+                _role(name.lower(), kind, len(dims), uses, limit),
                 limit,
-                _is_past(value.name) or any(_is_cache(node, position) for node, position in uses),
+                _is_past(name) or any(_is_cache(node, position) for node, position in uses),
                 kind in "iu" and bool(uses) and _only_bool(value),
-                value.const_value.numpy() if optional else None,
+                default.numpy() if optional and default is not None else None,
             )
         )
     return specs
@@ -386,15 +387,12 @@ def _is_complement(node: ir.Node, position: int) -> bool:
     if node.op_type != "Sub" or position != 1:
         return False
     one, hops = node.inputs[0], 0
-    while one is not None and one.producer() is not None and one.producer().op_type == "Cast" and hops < 4:
-        one, hops = one.producer().inputs[0], hops + 1
+    made_by = one.producer() if one is not None else None
+    while made_by is not None and made_by.op_type == "Cast" and hops < 4:
+        one, hops = made_by.inputs[0], hops + 1
+        made_by = one.producer() if one is not None else None
     constant = one.const_value if one is not None else None
-    if (
-        constant is None
-        and one is not None
-        and (made_by := one.producer()) is not None
-        and made_by.op_type == "Constant"
-    ):
+    if constant is None and made_by is not None and made_by.op_type == "Constant":
         constant = next((a.as_tensor() for a in made_by.attributes.values() if a.type == ir.AttributeType.TENSOR), None)
     return constant is not None and constant.size == 1 and float(constant.numpy().reshape(-1)[0]) == 1.0
 
@@ -433,6 +431,6 @@ def _id_limit(uses: Sequence[tuple[ir.Node, int]]) -> int | None:
     for node, position in uses:
         if node.op_type == "Gather" and position == 1 and node.inputs[0] is not None:
             table, axis = node.inputs[0].shape, node.attributes.get_int("axis", 0)
-            if table is not None and isinstance(table[axis], int):
-                limits.append(table[axis])
+            if table is not None and isinstance(size := table[axis], int):
+                limits.append(size)
     return min(limits, default=None)

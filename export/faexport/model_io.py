@@ -14,7 +14,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
 import google.protobuf.message
@@ -247,16 +247,16 @@ def _write_inline(model: ir.Model, path: pathlib.Path, progress: Progress | None
     Serializing it whole takes four times the file in memory. Fields of a message may come in any order (protobuf's
     encoding rules), so readers see nothing unusual.
     """
-    values = [v for v in model.graph.initializers.values() if v.const_value is not None]
-    large = [v for v in values if v.const_value.nbytes > STREAM_THRESHOLD_BYTES]
+    large = {
+        name: value
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > STREAM_THRESHOLD_BYTES
+    }
     with _without_tensors(large) as tensors:
         proto = ir.to_proto(model)
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
-    records = [
-        (value.name, tensor, _tensor_proto(value.name, tensor).ByteSize())
-        for value, tensor in zip(large, tensors, strict=True)
-    ]
+    records = [(name, tensor, _tensor_proto(name, tensor).ByteSize()) for name, tensor in tensors.items()]
     tag = _field_tag(onnx.GraphProto, "initializer")
     total = len(graph) + sum(len(tag) + len(_varint(size)) + size for *_, size in records)
     with path.open("wb") as file:
@@ -270,17 +270,17 @@ def _write_inline(model: ir.Model, path: pathlib.Path, progress: Progress | None
 
 
 @contextlib.contextmanager
-def _without_tensors(values: list[ir.Value]) -> Iterator[list[ir.TensorProtocol]]:
+def _without_tensors(values: Mapping[str, ir.Value]) -> Iterator[dict[str, ir.TensorProtocol]]:
     """Takes the tensors off the initializers, which onnx-ir then leaves out, and puts them back."""
-    tensors = [value.const_value for value in values]
+    tensors = {name: value.const_value for name, value in values.items() if value.const_value is not None}
     try:
-        for value in values:
-            value.const_value = None
+        for name in tensors:
+            values[name].const_value = None
         with _silent_serde():  # it warns of each initializer without a tensor
             yield tensors
     finally:
-        for value, tensor in zip(values, tensors, strict=True):
-            value.const_value = tensor
+        for name, tensor in tensors.items():
+            values[name].const_value = tensor
 
 
 @contextlib.contextmanager

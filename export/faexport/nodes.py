@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 
@@ -27,7 +28,14 @@ def producer(value: ir.Value | None) -> ir.Node | None:
     return value.producer() if value is not None else None
 
 
-def attribute(node: ir.Node, name: str, default=None):
+def maker(value: ir.Value) -> ir.Node:
+    """The node of a value that is known to be the output of one."""
+    node = value.producer()
+    assert node is not None
+    return node
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """The attribute's Python value; `default` where it is absent or refers to an attribute of a function."""
     attr = node.attributes.get(name)
     return default if attr is None or attr.is_ref() else attr.value
@@ -53,14 +61,30 @@ def live_users(value: ir.Value) -> list[ir.Node]:
     return list(dict.fromkeys(use.node for use in value.uses() if is_live(use.node)))
 
 
+def outermost_graphs(model: ir.Model) -> tuple[ir.Graph | ir.Function, ...]:
+    """The main graph and the functions, which hold all the others."""
+    return (model.graph, *model.functions.values())
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Those of all graphs and functions, however deep they are nested."""
+    for graph in outermost_graphs(model):
+        yield from graph.all_nodes()
+
+
 def own_functions(model: ir.Model) -> list[ir.Function]:
     """The model's functions without the one that stands in for our operator."""
     return [f for f in model.functions.values() if f.domain != DOMAIN]
 
 
+def own_graphs(model: ir.Model) -> tuple[ir.Graph | ir.Function, ...]:
+    """The main graph and those functions."""
+    return (model.graph, *own_functions(model))
+
+
 def graphs_of(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, ir.Graph | ir.Function]]:
     """(graph, the main graph or function that it is nested in) for all graphs, outer before inner."""
-    pending = [(graph, graph) for graph in (model.graph, *own_functions(model))]
+    pending = [(graph, graph) for graph in own_graphs(model)]
     while pending:
         graph, root = pending.pop(0)
         yield graph, root

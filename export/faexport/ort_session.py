@@ -107,11 +107,17 @@ class Session(contextlib.AbstractContextManager):
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         command = [sys.executable, "-c", f"from {__name__} import main; main()", str(theirs.fileno())]
         silent = None if os.environ.get("FAEXPORT_TRACEBACK") else subprocess.DEVNULL
-        streams = {"stdin": subprocess.DEVNULL, "stdout": silent, "stderr": silent}
         self._process: subprocess.Popen | None = None
         try:
             with uninterrupted():  # a signal in the middle of it would leave a process that nobody knows
-                self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], **streams)
+                self._process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=silent,
+                    stderr=silent,
+                )
                 theirs.close()
             self._ask(dataclasses.replace(job, inputs=()), "loading the model")
         except BaseException:
@@ -147,6 +153,7 @@ class Session(contextlib.AbstractContextManager):
         return answer
 
     def _last_words(self) -> CannotRun:
+        assert self._process is not None  # it was asked
         code = self._process.wait()
         if code == -signal.SIGKILL:
             return CannotRun("onnxruntime's process was killed, as the system does when memory runs out")
@@ -270,7 +277,8 @@ def main() -> None:
     pipe = multiprocessing.connection.Connection(int(sys.argv[1]))
     with contextlib.suppress(OSError):  # where memory runs out, this process is the one to end
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
-    session = None
+    session: onnxruntime.InferenceSession | None = None
+    answer: dict[str, np.ndarray] | Exception | None
     with contextlib.suppress(EOFError, KeyboardInterrupt, ConnectionError):
         while True:
             question = pipe.recv()

@@ -138,6 +138,8 @@ def _same_file(a: PathLike, b: PathLike) -> bool:
 def _is_own_stream(path: pathlib.Path) -> bool:
     """Is the file this process's stdout or stderr (say /dev/stdout of a command whose output goes to a file)?"""
     for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is None:
+            continue
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
                 return True

@@ -35,7 +35,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     model = inline_functions(model)
     masks = Masks(Analysis(model))
     candidates = pending = examine(model, options, masks)
-    names, full_rows = Names(model), []
+    names = Names(model)
+    full_rows: list[ir.Node] = []
     while pending:
         stale = [c for c in pending if not _rewritten(c, options, masks, names, full_rows)]
         if stale:  # their operands were read inside of a site that is one node by now

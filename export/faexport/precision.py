@@ -17,15 +17,16 @@ def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | N
     had."""
     if given != ir.DataType.FLOAT or given == dtype:
         return spec
-    build, cast = Builder(opset), {}
+    build = Builder(opset)
+    cast: dict[ir.Value, ir.Value] = {}
 
-    def narrow(value: ir.Value | None) -> ir.Value | None:
-        if value is not None and value not in cast:
+    def narrow(value: ir.Value) -> ir.Value:
+        if value not in cast:
             cast[value] = build.add("Cast", [value], dtype, to=int(dtype))
-        return None if value is None else cast[value]
+        return cast[value]
 
     query, key, value = (dataclasses.replace(o, value=narrow(o.value)) for o in (spec.query, spec.key, spec.value))
-    past = {"past_key": narrow(spec.past_key), "past_value": narrow(spec.past_value)}
+    past_key, past_value = (None if past is None else narrow(past) for past in (spec.past_key, spec.past_value))
     if spec.present_key is not None or spec.present_value is not None:
         return spec  # a cache that is an output of the model keeps its type
     entry = ir.Value(type=ir.TensorType(dtype))
@@ -38,7 +39,8 @@ def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | N
         query=query,
         key=key,
         value=value,
-        **past,
+        past_key=past_key,
+        past_value=past_value,
         new_nodes=(*spec.new_nodes, *build.nodes),
         output_nodes=(*back.nodes, *spec.output_nodes),
         output_entry=entry,

@@ -26,7 +26,7 @@ _FunctionKey = tuple[str, str, str]  # domain, name, overload
 _ONNX_DOMAINS = ("", "ai.onnx")
 # The field of a TensorProto that holds the numbers of a type where raw_data does not, and how many of the field's
 # numbers make an element. Types that are not listed lie in int32_data.
-_TYPED_FIELDS = {
+_TYPED_FIELDS: dict[int, tuple[str, int]] = {
     TensorProto.FLOAT: ("float_data", 1),
     TensorProto.COMPLEX64: ("float_data", 2),
     TensorProto.DOUBLE: ("double_data", 1),
@@ -231,10 +231,12 @@ def _schema(op_type: str, opset: int) -> OpSchema | None:
 @functools.cache
 def _required(op_type: str, opset: int) -> tuple[tuple[int, ...], Mapping[str, tuple[int, bool]]]:
     """(places of inputs that must be there, attribute -> (type, must be there))."""
-    schema = _schema(op_type, opset)
+    schema = onnx.defs.get_schema(op_type, opset, "")
     single = OpSchema.FormalParameterOption.Single
     places = tuple(k for k, formal in enumerate(schema.inputs) if formal.option == single)
-    return places, {n: (a.type.value, a.required) for n, a in schema.attributes.items()}
+    # NOTE: onnx's stubs leave out what pybind11 gives each enumeration.
+    types = {name: a.type.value for name, a in schema.attributes.items()}  # type: ignore[attr-defined]
+    return places, {name: (types[name], a.required) for name, a in schema.attributes.items()}
 
 
 def _misuse(node: onnx.NodeProto, schema: OpSchema) -> str:

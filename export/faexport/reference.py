@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from . import compare, model_io, ort_session, settings, widen
 from . import inputs as model_inputs
+from .nodes import all_nodes
 from .ort_session import CannotRun, Job, ModelFailure
 from .settings import Assumed, InputSet
 from .spec import DOMAIN
@@ -57,7 +58,7 @@ class Reference:
     @property
     def num_telling(self) -> int:
         """Sets on which it gives something: empty outputs agree with any."""
-        return sum(any(output.size for output in self.outputs[index].values()) for index in self.compared)
+        return sum(any(x.size for x in outputs.values()) for outputs in self.outputs if isinstance(outputs, dict))
 
     def plain_outputs(self, index: int) -> Outputs:
         """The outputs without onnxruntime's optimizations, computed once somebody asks; {} where that fails."""
@@ -208,7 +209,7 @@ def _run_original(reference: Reference, sets: Sequence[InputSet], on_amount: Amo
                 return
 
 
-def open_optimized(reference: Reference, path: str, library: bool) -> ort_session.Session:
+def open_optimized(reference: Reference, path: str, library: bool) -> ort_session.Session | ort_session.SessionHere:
     """With onnxruntime's optimizations; without them where these fail: a defect of theirs, not of the model."""
     try:
         return reference.open_session(Job(path, library=library))
@@ -240,5 +241,4 @@ def _try_lengths(
 
 
 def needs_library(model: ir.Model) -> bool:
-    graphs = (model.graph, *model.functions.values())
-    return any(node.domain == DOMAIN for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph))
+    return any(node.domain == DOMAIN for node in all_nodes(model))

@@ -17,7 +17,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .spec import DOMAIN, AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
+from .nodes import own_graphs
+from .spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
 
 SCHEMA_VERSION = 1  # of to_json; raised when a key changes its meaning or goes away
 
@@ -222,8 +223,8 @@ def count_nodes(model: ir.Model) -> dict[str, int]:
     """Nodes by op type ("domain::type" outside ONNX's own domain), subgraphs and functions included, but not those
     of the functions that stand in for the operator."""
     counter: collections.Counter[str] = collections.Counter()
-    for graph in (model.graph, *(f for f in model.functions.values() if f.domain != DOMAIN)):
-        for node in ir.traversal.RecursiveGraphIterator(graph):
+    for graph in own_graphs(model):
+        for node in graph.all_nodes():
             counter[f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type] += 1
     return dict(sorted(counter.items()))
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.nodes import graphs_of, name_of, subgraphs
+from faexport.nodes import graphs_of, name_of, outermost_graphs, subgraphs
 from faexport.spec import DOMAIN, OP_TYPE, VERSION, Alignment, AttentionSpec, Candidate, EmptyRow, Layout, Operand
 
 
@@ -20,7 +20,7 @@ class Names:
 
     def __init__(self, model: ir.Model):
         self.taken: set[str] = set()
-        for graph in (model.graph, *model.functions.values()):
+        for graph in outermost_graphs(model):
             self._collect(graph)
 
     def _collect(self, graph: ir.Graph | ir.Function) -> None:
@@ -120,7 +120,8 @@ def is_current(spec: AttentionSpec) -> bool:
 def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     """Inserts the fused node of a candidate whose outcome is a spec, and removes the nodes that nothing needs any
     more."""
-    spec: AttentionSpec = candidate.outcome
+    spec = candidate.outcome
+    assert isinstance(spec, AttentionSpec)
     node = fused_node(spec)
     anchor = spec.replaces or candidate.anchor
     node.name = names.fresh(f"{name_of(anchor)}_{OP_TYPE}")
@@ -130,12 +131,14 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     outputs = list(node.outputs)
     if spec.output_nodes:
         result.name = names.fresh(f"{node.name}_output")
+        assert spec.output_entry is not None  # they begin with it
         spec.output_entry.replace_all_uses_with(result)
         new += spec.output_nodes
         outputs[0] = spec.output_nodes[-1].outputs[0]
     for extra in new:
         _name(extra, node.name, names, keep=extra is node)
     owner = anchor.graph
+    assert owner is not None
     owner.insert_before(anchor, new)
     replaced = [v for v in old if v is not None]
     for value, fresh in (*zip(replaced, outputs, strict=True), *spec.other_outputs):
@@ -191,10 +194,12 @@ def remove_dead(roots: list[ir.Node | None]) -> None:
         captured = [v for body in subgraphs(node) for inner in body for v in inner.inputs if v is not None]
         node.graph.remove(node, safe=True)
         for value in dict.fromkeys([*inputs, *captured]):
-            if value.producer() is not None:
-                pending.append(value.producer())
+            maker, owner = value.producer(), value.graph
+            if maker is not None:
+                pending.append(maker)
             elif value.is_initializer() and not (value.uses() or value.is_graph_input() or value.is_graph_output()):
-                value.graph.initializers.pop(value.name)
+                assert isinstance(owner, ir.Graph) and value.name is not None
+                owner.initializers.pop(value.name)
 
 
 def drop_drafts(model: ir.Model) -> None:

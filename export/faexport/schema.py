@@ -14,6 +14,7 @@ import importlib.resources
 import re
 
 import onnx
+import onnx_ir as ir
 from onnx.defs import OpSchema
 
 from .spec import DOMAIN, OP_TYPE, VERSION
@@ -43,7 +44,7 @@ class Attribute:
     """A row of attributes.def."""
 
     name: str
-    type: OpSchema.AttrType
+    type: ir.AttributeType
     default: int | float | str | list[int]
     meaning: str
 
@@ -88,7 +89,7 @@ def inputs() -> tuple[Input, ...]:
 def attributes() -> tuple[Attribute, ...]:
     """The rows of attributes.def, in its order."""
     return tuple(
-        Attribute(name, OpSchema.AttrType.__members__[kind], _default(kind, default), ast.literal_eval(meaning))
+        Attribute(name, ir.AttributeType[kind], _default(kind, default), ast.literal_eval(meaning))
         for kind, name, default, meaning in table_rows("attributes.def", "FA_ATTRIBUTE", _ROW)
     )
 
@@ -141,7 +142,7 @@ def _variadic(
 
 
 def _schema_attribute(row: Attribute) -> OpSchema.Attribute:
-    default = onnx.helper.make_attribute(row.name, row.default, attr_type=row.type.value)
+    default = onnx.helper.make_attribute(row.name, row.default, attr_type=int(row.type))
     return OpSchema.Attribute(row.name, default, row.meaning)
 
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from . import stand_in_copy
+from .nodes import maker
 from .side_by_side_math import NUM_STATISTICS, Emit, statistics
 from .spec import DOMAIN, OP_TYPE
 from .understand.shapes.analysis import Analysis
@@ -113,19 +114,19 @@ class _Builder:
         scope = _Scope(old, {**outer, **own})
         found: list[tuple[Point, ir.Value]] = []
         for node in list(new):
-            named = [v for v in node.outputs if v.name in own]
+            named = [(v, own[v.name]) for v in node.outputs if v.name and v.name in own]
             if not named:
                 continue
-            before = own[named[0].name].producer()
+            before = named[0][1].producer()
             if before is not None and _same(node, before):
                 found += self._bodies(before, node, scope)
                 continue
-            for value in named:
-                found += self._beside(value, own[value.name], scope)
+            for value, its in named:
+                found += self._beside(value, its, scope)
         return found
 
     def _bodies(self, old: ir.Node, new: ir.Node, scope: _Scope) -> list[tuple[Point, ir.Value]]:
-        found = []
+        found: list[tuple[Point, ir.Value]] = []
         for attribute in list(old.attributes.values()):
             if attribute.type != ir.AttributeType.GRAPH:
                 continue
@@ -138,7 +139,7 @@ class _Builder:
         return found
 
     def _beside(self, new: ir.Value, old: ir.Value, scope: _Scope) -> list[tuple[Point, ir.Value]]:
-        found = []
+        found: list[tuple[Point, ir.Value]] = []
         dtype = self._dtype(old)
         try:
             twin = self._twin(old, new, scope) if self.twins and dtype not in _DISCRETE else None
@@ -152,7 +153,7 @@ class _Builder:
                 stats = statistics(emit, old, copied, twin, bad, exact=dtype in _DISCRETE)
                 word = str(dtype.numpy()) if dtype is not None else ""
                 output = f"faexport_check_{len(self.points)}_{len(found)}_{new.name}_{int(by_stand_in)}"
-                found.append((Point(new.name, _named(site), word, output, by_stand_in), stats))
+                found.append((Point(new.name or "", _named(site), word, output, by_stand_in), stats))
                 if site is None:
                     break  # the same nodes with and without the library
         except _Cannot as error:
@@ -177,7 +178,9 @@ class _Builder:
 
     def _site(self, root: ir.Value, scope: _Scope) -> tuple[ir.Node | None, list[ir.Value]]:
         """The fused node nearest to a new value, and the original's values that it is made from."""
-        site, leaves, seen, queue = None, {}, set(), [root.producer()]
+        site: ir.Node | None = None
+        leaves: dict[ir.Value, None] = {}
+        seen, queue = set(), [maker(root)]
         while queue:
             node = queue.pop(0)
             if node in seen:
@@ -188,25 +191,23 @@ class _Builder:
             for value in node.inputs:
                 if value is None:
                     continue
-                if value.name in scope.visible:
+                made_by = value.producer()
+                if value.name and value.name in scope.visible:
                     leaves[scope.visible[value.name]] = None
-                elif value.producer() is not None:
-                    queue.append(value.producer())
+                elif made_by is not None:
+                    queue.append(made_by)
         return site, list(leaves)
 
     def _copy(self, root: ir.Value, scope: _Scope, by_stand_in: bool) -> ir.Value:
         """Copies the nodes behind a new value to the end of the scope's graph."""
-        stack = [root.producer()]
+        stack = [maker(root)]
         while stack:
             node = stack[-1]
             if (node.outputs[0], by_stand_in) in scope.copies:
                 stack.pop()
                 continue
-            made_by = [
-                v.producer()
-                for v in node.inputs
-                if v is not None and v.name not in scope.visible and v.producer() is not None
-            ]
+            new = [v for v in node.inputs if v is not None and v.name not in scope.visible]
+            made_by = [n for v in new if (n := v.producer()) is not None]
             waiting = [n for n in made_by if (n.outputs[0], by_stand_in) not in scope.copies]
             if waiting:
                 stack += waiting
@@ -224,7 +225,7 @@ class _Builder:
     def _input(self, value: ir.Value | None, scope: _Scope, by_stand_in: bool) -> ir.Value | None:
         if value is None:
             return None
-        if value.name in scope.visible:
+        if value.name and value.name in scope.visible:
             return scope.visible[value.name]
         if value.producer() is not None:
             return scope.copies[value, by_stand_in]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -49,7 +50,7 @@ class Emit:
     def __init__(self, graph: ir.Graph, main: ir.Graph):
         self.graph, self.main = graph, main
 
-    def __call__(self, op_type: str, *inputs: ir.Value, **attributes: object) -> ir.Value:
+    def __call__(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
         self.graph.append(node)
         self.name(node)
@@ -66,7 +67,9 @@ class Emit:
     def constant(self, tensor: ir.TensorProtocol | np.ndarray) -> ir.Value:
         name = f"faexport_check_constant_{next(_fresh)}"
         tensor = ir.tensor(tensor, name=name) if isinstance(tensor, np.ndarray) else tensor
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         self.main.register_initializer(value)
         return value
 

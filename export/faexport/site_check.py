@@ -112,7 +112,8 @@ class _Checker:
     def attempt(self, library: bool, stand_in: bool) -> tuple[SiteCheck, dict[int, str]]:
         """The comparisons, and for each set that the model of both fails on a sentence."""
         beside = self._build(library, stand_in, twins=self.twins)
-        result, failed = SiteCheck(left_out=beside.left_out), {}
+        result = SiteCheck(left_out=beside.left_out)
+        failed: dict[int, str] = {}
         if not beside.points:
             return result, failed
         try:

@@ -27,7 +27,7 @@ def add_functions(target: ir.Model, source: ir.Model) -> None:
     for (domain, name, overload), function in source.functions.items():
         if domain != DOMAIN:
             continue
-        made = ir.from_proto(ir.to_proto(function))
+        made = ir.serde.deserialize_function(ir.serde.serialize_function(function))
         made.domain, made.name, made.overload = STAND_IN_DOMAIN, _name(name, overload), ""
         target.functions[made.identifier()] = made
         target.opset_imports[STAND_IN_DOMAIN] = 1

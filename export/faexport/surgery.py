@@ -59,9 +59,9 @@ class Writer:
             attributes["axes"] = self._numbers(inputs.pop())
         return self._made(op_type, inputs, attributes, dtype)
 
-    def _numbers(self, value: ir.Value) -> list[int]:
+    def _numbers(self, value: ir.Value | None) -> list[int]:
         """The integers of a constant of ours, which becomes an attribute: its node goes where nothing else reads it."""
-        if value not in self._arrays:
+        if value is None or value not in self._arrays:
             raise Missing(f"needs a computed axis or bound, which opset {self.opset} doesn't have")
         self._unused(value)
         return self._arrays[value].reshape(-1).tolist()
@@ -103,8 +103,9 @@ class Builder(Writer):
         return node
 
     def _unused(self, constant: ir.Value) -> None:
-        if not constant.uses() and constant.producer() in self.nodes:
-            self.nodes.remove(constant.producer())
+        node = constant.producer()
+        if node is not None and node in self.nodes and not constant.uses():
+            self.nodes.remove(node)
 
     def transpose(self, value: ir.Value, perm: Sequence[int]) -> ir.Value:
         return (

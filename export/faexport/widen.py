@@ -14,15 +14,17 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from .nodes import outermost_graphs
+
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
 def in_float32(model: ir.Model) -> ir.Model:
     """Changes the model in place."""
-    for graph in (model.graph, *model.functions.values()):
+    for graph in outermost_graphs(model):
         _widen_values(graph)
-        for node in ir.traversal.RecursiveGraphIterator(graph):
+        for node in graph.all_nodes():
             widen_node(node)
     return model
 
@@ -53,7 +55,7 @@ def _widen(value: ir.Value) -> None:
         value.dtype = ir.DataType.FLOAT
 
 
-def widened(tensor: ir.TensorProtocol) -> ir.Tensor:
+def widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """The same numbers as float32."""
     return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 

@@ -27,17 +27,17 @@ def native() -> types.ModuleType:
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         try:
-            from . import _native
+            return importlib.import_module("._native", __package__)
         except ImportError as error:
             raise ImportError(
                 f"faplugin's compiled module can't be loaded ({error}); install the package (pip install .), "
                 f"or set {FOLDER_VARIABLE} to a CMake build tree"
             ) from error
-        return _native
     files = sorted(pathlib.Path(folder).rglob("_native.*.so"))
     if not files:
         raise ImportError(f"{FOLDER_VARIABLE} is {folder}, but no _native.*.so lies there")
     spec = importlib.util.spec_from_file_location("faplugin._native", files[0])
+    assert spec is not None and spec.loader is not None  # Python knows how to load what ends in .so
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -50,7 +50,7 @@ def find_library(name: str) -> pathlib.Path:
     Raises:
         FileNotFoundError: it was not built, with a sentence that says where it was looked for.
     """
-    folder = pathlib.Path(os.environ.get(FOLDER_VARIABLE) or pathlib.Path(native().__file__).parent)
+    folder = pathlib.Path(os.environ.get(FOLDER_VARIABLE) or pathlib.Path(str(native().__file__)).parent)
     for path in [folder / name, *sorted(folder.rglob(name))]:
         if path.exists():
             return path.resolve()

@@ -283,6 +283,14 @@ def test_outputs_are_compared_with_onnxruntime(tmp_path):
         engine_run.compare(model, inputs, {"z": right})
 
 
+def test_outputs_of_any_name_are_written(tmp_path):
+    outputs = {name: np.full((2, 3), k, np.float32) for k, name in enumerate(("file", "allow_pickle", "/block/y"))}
+    engine_run.write_outputs(tmp_path / "out.npz", outputs)
+    with np.load(tmp_path / "out.npz") as written:
+        assert sorted(written.files) == sorted(outputs)
+        assert all(np.array_equal(written[name], array) for name, array in outputs.items())
+
+
 def test_parse_shape():
     assert engine.parse_shape("ids:1x128") == ("ids", (1, 128))
     assert engine.parse_shape("a:0:2,3") == ("a:0", (2, 3))

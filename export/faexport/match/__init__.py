@@ -93,5 +93,5 @@ def _tried(entry: Registration, node: ir.Node, context: Context) -> list[Candida
     except Exception as error:
         if os.environ.get("FAEXPORT_TRACEBACK"):
             traceback.print_exc()
-        what = f"our analysis of it failed ({type(error).__name__}: {error}); please report this model"
-        return [Candidate(node, context.graph, entry.source, outcome=Refusal(what, name_of(node), defect=True))]
+        why = f"our analysis of it failed ({type(error).__name__}: {error}); please report this model"
+        return [Candidate(node, context.graph, entry.source, outcome=Refusal(why, name_of(node), defect=True))]

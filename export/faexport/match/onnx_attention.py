@@ -72,7 +72,7 @@ def _spec(node: ir.Node, candidate: Candidate, context: Context) -> AttentionSpe
     sizes = [sizes_of(d, a) for d in declared]
     past = [operand(node, i) for i in (4, 5)]
     present = [used_output(node, i) for i in (1, 2)]
-    query, key, value = read_all(*declared, a)
+    query, key, value = read_all(declared, a)
     if any(past) or any(present):
         key, value = declared[1].as_is(), declared[2].as_is()
         if query.operand.column_start is not None:

@@ -170,7 +170,7 @@ class _MultiHead(Contrib):
         batch = a.shape(node.inputs[0])[0]
         if sizes is None or None in sizes or cached:
             return [d.as_is().operand for d in declared], batch, keys
-        readings = read_all(*declared, a)
+        readings = read_all(declared, a)
         return [r.operand for r in readings], batch, keys
 
     def _packed_kv(self, query: ir.Value, packed: ir.Value, bias: ir.Value | None) -> tuple[list[Operand], Dim, Dim]:

@@ -50,11 +50,10 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
         path.product = path.product.swapped()
     if isinstance(path, Path) and a.is_static(path.product.right.value):
         path = Blocked(path.product.node, BY_WEIGHTS)
-    if softmax.flaw or isinstance(path, Blocked):
-        refusal = (
-            Refusal(softmax.flaw, name_of(node)) if softmax.flaw else Refusal(path.why, name_of(path.node or node))
-        )
-        found = [Candidate(node, context.graph, SOURCE, outcome=refusal)]
+    if softmax.flaw:
+        found = [Candidate(node, context.graph, SOURCE, outcome=Refusal(softmax.flaw, name_of(node)))]
+    elif isinstance(path, Blocked):
+        found = [Candidate(node, context.graph, SOURCE, outcome=Refusal(path.why, name_of(path.node or node)))]
     else:
         found = _understand(path, softmax, context)
     refused = any(isinstance(c.outcome, Refusal) for c in found)
@@ -84,12 +83,11 @@ def _read(path: Path, softmax: Softmax, context: Context, gates: bool) -> list[C
     a = context.analysis
     candidate = Candidate(softmax.node, context.graph, SOURCE)
     scores = read_scores(path, softmax, a, gates)
-    values: list[Values] | Refusal
     if isinstance(scores, Refusal):
-        values = scores
-    else:
-        _note_sizes(candidate, scores, a)
-        values = _values(scores, softmax, a)
+        candidate.outcome = scores
+        return [candidate]
+    _note_sizes(candidate, scores, a)
+    values = _values(scores, softmax, a)
     if isinstance(values, Refusal):
         candidate.outcome = values
         return [candidate]
@@ -237,7 +235,8 @@ def _spec(
         head_dim_v=value.operand.head_dim,
         dtype=_dtype_name(a.dtype(query.operand.value)),
     )
-    sinks, sink_nodes = None, ()
+    sinks: ir.Value | None = None
+    sink_nodes: tuple[ir.Node, ...] = ()
     if scores.sink is not None:
         found = sinks_of(scores, structure.heads, a)
         if isinstance(found, Refusal):

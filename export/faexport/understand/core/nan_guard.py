@@ -36,7 +36,8 @@ class Guard:
 def nan_guard(weights: ir.Value, a: Analysis) -> Guard | None:
     """The guards that all uses of `weights` belong to, one behind the other. NaN may become 0; what is put in the place
     of anything else never gets there."""
-    copies, nodes, current, nan = [weights], {}, weights, False
+    copies, current, nan = [weights], weights, False
+    nodes: dict[ir.Node, None] = {}
     while (found := _next_where(current, copies, a)) is not None:
         where, tests, replaced = found
         nodes |= dict.fromkeys((*tests, where))

@@ -11,9 +11,10 @@ import onnx_ir as ir
 from faexport.nodes import FLOATS, attribute, live_users, op, operand, producer
 from faexport.spec import MaskTerm, TermKind
 from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim
 
 
-def row_guard(y: ir.Value, axes: str, dims: tuple[int | str | None, ...], a: Analysis) -> MaskTerm | None:
+def row_guard(y: ir.Value, axes: str, dims: tuple[Dim, ...], a: Analysis) -> MaskTerm | None:
     """The term of Where(ReduceSum(Cast(mask), -1) < 1, 0, y), where nothing else reads `y` [..., S, D]. `axes` and
     `dims` are those of the probabilities [..., S, T] that the mask is aligned with."""
     users = live_users(y)

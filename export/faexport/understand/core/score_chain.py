@@ -319,24 +319,23 @@ class _Reader:
         if axes is None:
             return self._take_split(step, factor)
         dims = tuple(self.view.shape)
-        common = {"node": node, "axes": "".join(axes), "dims": dims}
+        letters = "".join(axes)
         if step.kind in ("add", "sub"):
             value = node.inputs[1 - step.index]
             if self._is_zero(value):
                 return None
             sign = -1.0 if step.kind == "sub" else 1.0
-            term = MaskTerm(TermKind.ADD, value, factor=sign * factor, **common)
+            term = MaskTerm(TermKind.ADD, value, node, letters, dims, factor=sign * factor)
         elif step.kind == "where":
             fill = node.inputs[3 - step.index]
-            term = MaskTerm(
-                TermKind.WHERE, node.inputs[0], keep_when=step.index == 1, fill=fill, factor=factor, **common
-            )
+            kept = step.index == 1
+            term = MaskTerm(TermKind.WHERE, node.inputs[0], node, letters, dims, kept, fill, factor)
         elif step.kind == "clamp":
             if factor <= 0:
                 return Refusal("the scores are negated after they were clamped", name_of(node))
-            term = MaskTerm(TermKind.CLAMP, node.inputs[1 - step.index], factor=factor, **common)
+            term = MaskTerm(TermKind.CLAMP, node.inputs[1 - step.index], node, letters, dims, factor=factor)
         else:
-            term = MaskTerm(TermKind.GATE, node.inputs[1 - step.index], factor=factor, **common)
+            term = MaskTerm(TermKind.GATE, node.inputs[1 - step.index], node, letters, dims, factor=factor)
         if not self._fits(term):
             return Refusal("a mask or bias gives the scores more rows, heads or batch entries", name_of(node))
         self.terms.append(term)

@@ -117,7 +117,8 @@ def _changed(node: ir.Node, exp_value: ir.Value, total_value: ir.Value, a: Analy
 
 def _behind(value: ir.Value, wanted: tuple[str, ...]) -> tuple[ir.Node | None, list[ir.Node]]:
     """The nearest node of one of these kinds that the value is made of, element by element, and the nodes between."""
-    node, nodes = producer(value), []
+    node = producer(value)
+    nodes: list[ir.Node] = []
     while node is not None and op(node) not in wanted and len(nodes) < MAX_CHANGES:
         if op(node) not in CHANGING:
             return None, []

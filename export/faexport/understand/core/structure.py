@@ -85,7 +85,7 @@ def _hides_heads(lead_sizes: tuple[Dim, ...], heads: Dim) -> bool:
     return len(lead_sizes) == 1 and heads == 1
 
 
-def _sides(scores: Scores, values: Values, a: Analysis) -> tuple[_Side, _Side, _Side] | Refusal:
+def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal:
     shape = a.shape(scores.product.node.outputs[0])
     leads = scores.product.leads
     sizes = tuple(shape[scores.product.labels.index(x)] for x in leads)
@@ -99,12 +99,13 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> tuple[_Side, _Side, _
         _side(scores.product.right, scores.key_weights, before[1], (*leads, "column", "sum"), sizes),
         _side(right, values.weights, after, (*values.product.leads, "sum", "column"), value_sizes),
     ]
-    if None in sides:
+    known = [side for side in sides if side is not None]
+    if len(known) != len(sides):
         return Refusal("the shape of query, key or value is not known", name_of(scores.product.node))
-    if len(leads) == len(value_sizes) and _is_contradicted(sides, a):
+    if len(leads) == len(value_sizes) and _is_contradicted(known, a):
         why = "queries, keys and values may have different numbers of batch entries, and the file states one of them"
         return Refusal(f"{why} for the result", name_of(values.product.node))
-    return tuple(sides)
+    return known
 
 
 def _is_contradicted(sides: Sequence[_Side], a: Analysis) -> bool:

@@ -203,8 +203,13 @@ def find_values(scores: Scores, softmax: Softmax, names: list[str], a: Analysis)
     ends = _Walker(scores, softmax, names, scores.shape, a).run()
     if isinstance(ends, Refusal):
         return ends
-    found = [_values(walker, node) for walker, node in ends]
-    return next((x for x in found if isinstance(x, Refusal)), found)
+    found: list[Values] = []
+    for walker, node in ends:
+        values = _values(walker, node)
+        if isinstance(values, Refusal):
+            return values
+        found.append(values)
+    return found
 
 
 def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
@@ -288,7 +293,8 @@ def _atom_axis(product: Product, label: str, shape) -> tuple:
 def feeds_product(softmax: Softmax, a: Analysis, constants: bool = False) -> bool:
     """Do the probabilities run into a product with a computed tensor (with `constants`, with any)? Then attention was
     probably meant."""
-    pending, seen = [softmax.probabilities], set()
+    pending = [softmax.probabilities]
+    seen: set[ir.Node] = set()
     while pending and len(seen) < 4 * MAX_PATH:
         value = pending.pop(0)
         for node in data_users(value):

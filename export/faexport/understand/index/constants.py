@@ -21,7 +21,7 @@ def constant_tensor(value: ir.Value, constant: ir.TensorProtocol) -> Tensor | No
     """The abstract tensor of a constant; elements at constant indices are numbers, others follow a recognised rule
     or are loads."""
     dtype = constant.dtype
-    shape = tuple(ia.const(int(d)) for d in constant.shape)
+    shape = tuple(ia.const(d) for d in constant.shape.numpy())
     if dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
         return None
     if kind_of(dtype) == "float" and not il.is_float(dtype) or constant.size > _MAX_ELEMENTS:

@@ -20,7 +20,7 @@ from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.analysis import Analysis
 
 Element = Callable[[Index], Expr]
-Transfer = Callable[["Interpreter", ir.Node], Element]
+Transfer = Callable[..., Element]  # of an Interpreter and a node; that of Split also takes which output is asked for
 # Transfer functions that an element is asked through at most, each within the one behind it. Masks of real models take
 # a few dozen; a value behind more counts as one that nothing is known of, so that chains of any length are followed.
 MAX_DEPTH = 100

@@ -152,7 +152,7 @@ def ge0(p: Expr) -> Expr:
     for m, c in p.args:
         if len(m) == 1 and m[0].op == "abs" and abs(c) == 1:
             inner = m[0].args[0]
-            both = ge0(_with(p, m[0], inner)), ge0(_with(p, m[0], ia.neg(inner)))
+            both = tuple(ge0(_with(p, m[0], a)) for a in (inner, ia.neg(inner)))
             return all_of(both) if c < 0 else any_of(both)
         if len(m) == 1 and m[0].op in ("min", "max") and abs(c) == 1:
             both = tuple(ge0(_with(p, m[0], a)) for a in m[0].args)
@@ -277,7 +277,7 @@ def _rebuild(e: Expr, go: Callable[[Expr], Expr]) -> Expr:
             factors = [go(a) for a in m]
             total = ia.add(total, ia.product([ia.const(c), *(f if f.op == "poly" else ia.of_atom(f) for f in factors)]))
         return total
-    parts = ia.SIZE_ATOMS | {"ge0": ge0, "eq0": eq0, "not": negate}
+    parts: dict[str, Callable[..., Expr]] = ia.SIZE_ATOMS | {"ge0": ge0, "eq0": eq0, "not": negate}
     if e.op in parts:
         return parts[e.op](*(go(a) for a in e.args))
     if e.op == "var":  # an axis that turns out to have size 1 has the index 0
@@ -301,9 +301,9 @@ def _rebuild(e: Expr, go: Callable[[Expr], Expr]) -> Expr:
 
 def load(value: ir.Value, index: tuple[Expr, ...], kind: str) -> Expr:
     """The element of a tensor of the graph at `index`; a number where tensor and index are constant."""
-    at = [ia.value_of(x) for x in index]
-    constant = tensor_of(value) if all(k is not None for k in at) else None
-    if constant is not None and all(0 <= k < n for k, n in zip(at, constant.shape, strict=True)):
+    at = [k for x in index if (k := ia.value_of(x)) is not None]
+    constant = tensor_of(value) if len(at) == len(index) else None
+    if constant is not None and all(0 <= k < n for k, n in zip(at, constant.shape.numpy(), strict=True)):
         return scalar(constant.numpy()[tuple(at)], constant.dtype)
     atom = make("load", (value, index), kind)
     return ia.of_atom(atom) if kind == "int" else atom
@@ -386,7 +386,7 @@ def float_op(name: str, dtype: ir.DataType, *args: Expr) -> Expr:
     )
 
 
-_WHOLE = {
+_WHOLE: dict[str, Callable[..., Expr]] = {
     "Add": ia.add, "Sub": ia.sub, "Neg": ia.neg, "Abs": ia.absolute, "Min": ia.minimum, "Max": ia.maximum,
     "Floor": lambda a: a, "Ceil": lambda a: a, "Round": lambda a: a,
 }  # fmt: skip
@@ -397,8 +397,8 @@ def _whole_numbers(name: str, dtype: ir.DataType, args: tuple[Expr, ...]) -> Exp
     """The operator on positions that were converted to floats before, as the same one on integers."""
     if name not in _WHOLE or dtype not in _EXACT:
         return None
-    whole = [_as_position(a) for a in args]
-    if None in whole or all(a.op == "float" for a in args):
+    whole = [position for a in args if (position := _as_position(a)) is not None]
+    if len(whole) != len(args) or all(a.op == "float" for a in args):
         return None
     return cast_float(_WHOLE[name](*whole), dtype)
 

@@ -224,9 +224,11 @@ def _same_by_count(old: Shape, new: Shape) -> tuple[Expr, Expr] | None:
 
 def _groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]] | None:
     """Runs of old axes and of new axes with the same number of elements, in order."""
-    groups, a, b = [], 0, 0
+    groups: list[tuple[list[int], list[int]]] = []
+    a, b = 0, 0
     while a < len(old) or b < len(new):
-        left, right = [], []
+        left: list[int] = []
+        right: list[int] = []
         p, q = ia.ONE, ia.ONE
         while not (left or right) or p is not q:
             if a < len(old) and (p is q or b >= len(new) or not ia.is_nonnegative(ia.sub(p, q))):
@@ -245,7 +247,8 @@ def _regroup(old: list[Expr], new: list[Expr], index: list[Expr]) -> list[Expr]:
     linear = ia.ZERO
     for s, i in zip(new, index, strict=True):
         linear = ia.add(ia.mul(linear, s), i if ia.value_of(s) != 1 else ia.ZERO)
-    result, stride = [], ia.ONE
+    result: list[Expr] = []
+    stride = ia.ONE
     for k in range(len(old) - 1, -1, -1):
         part = ia.floordiv(linear, stride)
         outermost = all(ia.value_of(s) == 1 for s in old[:k])

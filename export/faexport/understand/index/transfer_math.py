@@ -164,7 +164,7 @@ def _remainder(a: Expr, b: Expr) -> Expr:
     return ia.of_atom(make("opaque_int", ("Mod", a, b), "int"))
 
 
-_INTEGER = {
+_INTEGER: dict[str, Callable[..., Expr]] = {
     "Add": ia.add,
     "Sub": ia.sub,
     "Mul": ia.mul,

@@ -9,6 +9,7 @@ absorbed as in heads.py.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -46,20 +47,19 @@ def sizes_of(declared: Declared, a: Analysis) -> tuple[Dim, Dim, Dim, Dim] | Non
     return None if head_dim is None else (shape[0], declared.heads, shape[1], head_dim)
 
 
-def read_all(query: Declared, key: Declared, value: Declared, a: Analysis) -> tuple[Reading, Reading, Reading]:
-    """The three operands from the earliest tensors that can be read in place; as they are where nothing is proven."""
-    as_is = (query.as_is(), key.as_is(), value.as_is())
-    sides = (query, key, value)
-    sizes = [sizes_of(side, a) for side in sides]
-    dtype = a.dtype(query.value)
-    if None in sizes or any(a.dtype(side.value) != dtype for side in sides):
+def read_all(sides: Sequence[Declared], a: Analysis) -> list[Reading]:
+    """Query, key and value from the earliest tensors that can be read in place; as they are where nothing is proven."""
+    as_is = [side.as_is() for side in sides]
+    sizes = [size for side in sides if (size := sizes_of(side, a)) is not None]
+    if len(sizes) != len(sides) or len({a.dtype(side.value) for side in sides}) > 1:
         return as_is
     for grouped, packed in ((True, True), (True, False), (False, False)):
-        found = tuple(
-            _read(side, size, sizes[0][1], grouped and side is not query, packed, a)
+        tried = (
+            _read(side, size, sizes[0][1], grouped and side is not sides[0], packed, a)
             for side, size in zip(sides, sizes, strict=True)
         )
-        if None not in found and _agree(found):
+        found = [reading for reading in tried if reading is not None]
+        if len(found) == len(sides) and _agree(found):
             return found
     return as_is
 

@@ -10,7 +10,7 @@ and GQA are read off the atoms.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from faexport.understand.shapes.dims import Dim, product
 
@@ -31,7 +31,7 @@ def size_of(axis: Axis) -> Dim:
     return product(a.size for a in axis)
 
 
-def merged(axis: Axis) -> Axis:
+def merged(axis: Iterable[Atom]) -> Axis:
     """The same atoms with neighbours joined that run over one contiguous piece of the source."""
     result: list[Atom] = []
     for atom in axis:

@@ -25,6 +25,7 @@ from faexport.understand.mask.softmax import Skip, highest, original, proven
 from faexport.understand.mask.terms import MASKING, Site
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.constants import tensor_of
+from faexport.understand.shapes.evaluate import evaluate
 
 # Numbers for the symbols of sizes, and whether an axis that is the keys', or 1, is 1.
 _PLANS = (((2, 5, 3, 7), False), ((3, 1, 4, 6), False), ((5, 3, 2, 4), True), ((1, 6, 0, 2), False))
@@ -177,7 +178,7 @@ class _Trial:
 
     def _number(self, size: ia.Expr, sizes: dict[ia.Expr, int]) -> int:
         try:
-            return ia.evaluate(size, sizes)
+            return evaluate(size, sizes)
         except (KeyError, ZeroDivisionError):
             raise Skip from None
 

@@ -198,10 +198,8 @@ class Emitter:
         shape = self.ctx.tensor(value).shape
         if e.kind == "int" and cast is None:
             cast = ir.DataType.INT64
-        result, axes = (
-            (self.node("Cast", [value], {"to": int(cast)}) if cast is not None and value.dtype != cast else value),
-            [],
-        )
+        result = self.node("Cast", [value], {"to": int(cast)}) if cast is not None and value.dtype != cast else value
+        axes: list[str] = []
         for k, x in enumerate(index):
             rank = len(axes) + len(shape) - k
             try:

@@ -179,9 +179,9 @@ class _Nodes:
         keys = None  # in front of the first row's last key
         if before is not il.FALSE:
             keys = self._as_float(node("And", [padding, self.emitter.emit(self.site, before)]))
-        size, blocks = self._blocks(last)
+        rows_of_blocks, blocks = self._blocks(last)
         kept = node("Transpose", [node("Gather", [padding, blocks], {"axis": 3})], {"perm": [0, 1, 3, 4, 2]})
-        return spec.EmptyRows(rows, output_weight, value_weight, keys, blocks, kept, size)
+        return spec.EmptyRows(rows, output_weight, value_weight, keys, blocks, kept, rows_of_blocks)
 
     def _blocks(self, last: Expr) -> tuple[ir.Value, ir.Value]:
         """(S_q, the last key of each row's window in blocks of rows), where that key is some key + i."""

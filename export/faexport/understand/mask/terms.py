@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -86,7 +86,8 @@ class Site:
         """(atoms of sizes and what they are at this site, numbers that are not negative). An axis that meets the keys
         has as many elements, or is 1: were it longer, the product with the values would fail. So a size that is 1 only
         where the keys are is their number, and where min(keys, n) is it, there are no more than n keys."""
-        found, bounds = {}, []
+        found: dict[Expr, Expr] = {}
+        bounds: list[Expr] = []
         for size in self._meeting_keys() * 2:  # what is found of one may be a part of another
             known = ia.replace(size, found)
             atom = ia.only_atom(known)
@@ -126,8 +127,9 @@ class Site:
                 if len(shape) > len(term.axes):
                     raise NotAMask("its mask has more axes than the scores")
                 for letter, size in zip(term.axes[len(term.axes) - len(shape) :], shape, strict=True):
-                    whole = dims.get(letter)
-                    whole = self.sizes[letter][0] if letter in self.sizes else whole and self.ctx.size(whole)
+                    dim = dims.get(letter)
+                    own = self.ctx.size(dim) if dim is not None else None
+                    whole = self.sizes[letter][0] if letter in self.sizes else own
                     fixed = letter == "T" and self.scores.same_keys
                     if not fixed and not self._fits(self.simplified(size), whole):
                         raise NotAMask(_TOO_LARGE.format(_AXES.get(letter, "entries")))
@@ -151,6 +153,8 @@ class Site:
             return True
         for other in self._meeting_keys():
             name = ia.only_atom(other)
+            if name is None:
+                continue
             cases = [ia.replace(size, {name: x}) for x in (self.sizes["T"][0], ia.ONE)]
             if all(case in (whole, ia.ONE) for case in cases):
                 return True
@@ -368,7 +372,7 @@ def _as_float(e: Expr) -> Expr:
     return e if e.kind == "float" else il.cast_float(e, ir.DataType.FLOAT)
 
 
-def _zeroed(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[Case]:
+def _zeroed(site: Site, terms: Sequence[spec.MaskTerm], cases: list[Case]) -> list[Case]:
     """Probabilities set to 0 after the softmax: harmless where they are masked anyway, and then such a row gives 0."""
     for term in terms:
         if term.kind is not spec.TermKind.ZERO:
@@ -385,7 +389,7 @@ def _zeroed(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[C
     return cases
 
 
-def _emptied(site: Site, terms: list[spec.MaskTerm], cases: list[Case]) -> list[Case]:
+def _emptied(site: Site, terms: Sequence[spec.MaskTerm], cases: list[Case]) -> list[Case]:
     """Rows that see no key in another mask, set to 0 behind the product: harmless where that mask has no such rows, or
     where it is the very mask of the scores."""
     for term in terms:
@@ -430,7 +434,7 @@ def is_moderate(e: Expr) -> bool:
     return True
 
 
-def visible(cases: list[Case]) -> Expr:
+def visible(cases: Iterable[Case]) -> Expr:
     return il.any_of(c.cond for c in cases if c.mask is None)
 
 

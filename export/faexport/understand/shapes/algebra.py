@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 _serial = itertools.count()
 _interned: weakref.WeakValueDictionary[tuple, Expr] = weakref.WeakValueDictionary()
@@ -21,6 +22,10 @@ class Expr:
     """A node of an interned expression: `is` is equality. `kind` is "int", "bool" or "float"."""
 
     __slots__ = ("__weakref__", "args", "kind", "op", "serial")
+    op: str
+    args: tuple[Any, ...]  # expressions, and what the operation needs beside them: numbers, names, values of the graph
+    kind: str
+    serial: int  # the order of creation, by which normal forms are sorted
 
 
 def make(op: str, args: tuple, kind: str) -> Expr:
@@ -253,12 +258,22 @@ def divide(a: Expr, b: Expr) -> Expr | None:
     rest, quotient = a, ZERO
     while rest.args:
         top, top_c = max(rest.args, key=_order)
-        left = list(top)
-        if top_c % lead_c or not all(atom in left and (left.remove(atom) or True) for atom in lead):
+        left = _without(top, lead)
+        if top_c % lead_c or left is None:
             return None
-        step = _poly({tuple(left): top_c // lead_c})
+        step = _poly({left: top_c // lead_c})
         quotient, rest = add(quotient, step), sub(rest, mul(step, b))
     return quotient
+
+
+def _without(product: Monomial, factors: Monomial) -> Monomial | None:
+    """The product divided by the factors; None where one of them is not in it."""
+    left = list(product)
+    for factor in factors:
+        if factor not in left:
+            return None
+        left.remove(factor)
+    return tuple(left)
 
 
 def _order(item: tuple[Monomial, int]) -> tuple[int, list[int]]:
@@ -271,9 +286,9 @@ def _divide_exactly(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     quotient, rest = ZERO, a
     for _ in range(16):
         for m, c in rest.args:
-            remaining = list(m)
-            if c % lead_c == 0 and all(atom in remaining and (remaining.remove(atom) or True) for atom in lead):
-                step = _poly({tuple(remaining): c // lead_c})
+            left = _without(m, lead)
+            if c % lead_c == 0 and left is not None:
+                step = _poly({left: c // lead_c})
                 trial = sub(rest, mul(step, b))
                 if len(trial.args) <= len(rest.args) - 1 or len(b.args) == 1:
                     quotient, rest = add(quotient, step), trial
@@ -305,7 +320,13 @@ def modulo(a: Expr, b: Expr) -> Expr:
 
 
 # What makes each kind of atom that sizes are made of, from its arguments.
-SIZE_ATOMS = {"min": minimum, "max": maximum, "abs": absolute, "floordiv": floordiv, "meet": lambda *x: meet_all(x)}
+SIZE_ATOMS: dict[str, Callable[..., Expr]] = {
+    "min": minimum,
+    "max": maximum,
+    "abs": absolute,
+    "floordiv": floordiv,
+    "meet": lambda *x: meet_all(x),
+}
 
 # ---------------------------------------------------------------------------------------------- bounds
 
@@ -472,27 +493,3 @@ def linear_in(expr: Expr, name: str) -> tuple[int, Expr] | None:
             rest[m] = c
     rest_expr = _poly(rest)
     return None if name in variables(rest_expr) else (coefficient, rest_expr)
-
-
-def evaluate(expr: Expr, sizes: dict[Expr, int]) -> int:
-    """The number that a size is, given the numbers of its symbols. KeyError where something else is in it."""
-    total = 0
-    for m, c in expr.args:
-        for atom in m:
-            c *= _evaluate_atom(atom, sizes)
-        total += c
-    return total
-
-
-def _evaluate_atom(atom: Expr, sizes: dict[Expr, int]) -> int:
-    if atom in sizes:
-        return sizes[atom]
-    if atom.op == "meet":
-        parts = {evaluate(a, sizes) for a in atom.args} - {1} or {1}
-        if len(parts) > 1:
-            raise KeyError(atom)  # such a model doesn't run
-        return parts.pop()
-    if atom.op in ("min", "max", "abs", "floordiv"):
-        parts = [evaluate(a, sizes) for a in atom.args]
-        return parts[0] // parts[1] if atom.op == "floordiv" else {"min": min, "max": max, "abs": abs}[atom.op](*parts)
-    return sizes[atom]

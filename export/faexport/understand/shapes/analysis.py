@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, name_of, op, operand, own_functions, producer, subgraphs
+from faexport.nodes import attribute, name_of, op, operand, own_graphs, producer, subgraphs
 from faexport.understand.shapes import (  # noqa: F401 (some only register their rules)
     constants,
     rules_attention,
@@ -55,7 +55,7 @@ class Analysis:
         self.defects: list[str] = []  # nodes whose rules failed, and how
         self._learnt: dict[Expr, Expr] = {}  # atoms of sizes, and what they are at the site that is being looked at
         self._names: dict[Expr, Expr] = {}  # sizes that the file has names of its own for
-        graphs = (model.graph, *own_functions(model))
+        graphs = own_graphs(model)
         inputs = (self.shape(v) or () for graph in graphs for v in graph.inputs)
         self._given = {atom for shape in inputs for d in shape for atom in atoms(d.expr, "sym")}
         for graph in graphs:
@@ -235,7 +235,7 @@ class Analysis:
     def _declared(self, value: ir.Value) -> Shape | None:
         if value.shape is None:
             tensor = constants.tensor_of(value)
-            return None if tensor is None else tuple(Dim.of(int(d)) for d in tensor.shape)
+            return None if tensor is None else tuple(Dim.of(d) for d in tensor.shape.numpy())
         declared = (self._declared_dim(value, i, d) for i, d in enumerate(value.shape))
         return tuple(d.substitute(self._names) if self._names else d for d in declared)
 

@@ -52,7 +52,7 @@ def _register(*names: str):
     return add
 
 
-_BINARY = {
+_BINARY: dict[str, Callable[..., np.ndarray]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
@@ -66,7 +66,7 @@ _BINARY = {
     "Or": np.logical_or,
     "Xor": np.logical_xor,
 }
-_UNARY = {
+_UNARY: dict[str, Callable[..., np.ndarray]] = {
     "Sqrt": np.sqrt,
     "Neg": np.negative,
     "Exp": np.exp,
@@ -80,10 +80,14 @@ _UNARY = {
     "IsNaN": np.isnan,
 }
 BROADCAST = {*_BINARY, "Div", "Mod", "Where", "Min", "Max"}
-for _name, _f in _BINARY.items():
-    FOLD[_name] = lambda node, x, f=_f: f(x[0], x[1])
-for _name, _f in _UNARY.items():
-    FOLD[_name] = lambda node, x, f=_f: f(x[0])
+
+
+def _on_operands(function: Callable[..., np.ndarray], count: int) -> Callable[[ir.Node, Arrays], np.ndarray]:
+    return lambda node, x: function(*x[:count])
+
+
+for _table, _count in ((_BINARY, 2), (_UNARY, 1)):
+    FOLD.update({name: _on_operands(function, _count) for name, function in _table.items()})
 
 
 @_register("Div")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from faexport.understand.shapes import algebra
 from faexport.understand.shapes.algebra import Expr
@@ -124,7 +124,12 @@ def named(text: str) -> Dim:
 
 
 def _read(e: ast.expr) -> Expr:
-    operators = {ast.Add: algebra.add, ast.Sub: algebra.sub, ast.Mult: algebra.mul, ast.FloorDiv: algebra.floordiv}
+    operators: dict[type[ast.operator], Callable[[Expr, Expr], Expr]] = {
+        ast.Add: algebra.add,
+        ast.Sub: algebra.sub,
+        ast.Mult: algebra.mul,
+        ast.FloorDiv: algebra.floordiv,
+    }
     extremes = {"Max": algebra.maximum, "Min": algebra.minimum}
     if isinstance(e, ast.Name):
         return algebra.sym(e.id)

@@ -298,8 +298,8 @@ def split_sizes(node: ir.Node, a: Known, size: Dim) -> list[Dim] | None:
         return None
     count = len(node.outputs)
     if size.const is not None and size.const % count:
-        part = -(-size.const // count)
-        return [Dim.of(min(part, size.const - i * part)) for i in range(count)]
+        most = -(-size.const // count)
+        return [Dim.of(min(most, size.const - i * most)) for i in range(count)]
     part = size.divide(count)
     return None if part is None else [part] * count
 
