@@ -29,8 +29,8 @@ def constant_tensor(value: ir.Value, constant: ir.TensorProtocol) -> Tensor | No
     rule: list = []
 
     def element(index: Index) -> ia.Expr:
-        at = [ia.value_of(x) for x in index]
-        if all(k is not None for k in at):
+        at = [k for x in index if (k := ia.value_of(x)) is not None]
+        if len(at) == len(index):
             array = constant.numpy()
             if all(-n <= k < n for k, n in zip(at, array.shape, strict=True)):
                 return il.scalar(array[tuple(at)], dtype)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from faexport.nodes import ONNX_DOMAINS
+from faexport.nodes import ONNX_DOMAINS, operand
 from faexport.understand.index.constants import constant_tensor
 from faexport.understand.index.tensor import Index, Tensor, Unknown, opaque
 from faexport.understand.shapes import algebra as ia
@@ -129,13 +129,14 @@ class Interpreter:
     # -------------------------------------------------------------------------------------- help for transfer functions
 
     def input(self, node: ir.Node, k: int) -> Tensor:
-        found = self._memo.get(node.inputs[k]) if k < len(node.inputs) and node.inputs[k] is not None else None
+        value = operand(node, k)
+        found = self._memo.get(value) if value is not None else None
         if found is None:
             raise Unknown
         return found
 
     def optional(self, node: ir.Node, k: int) -> Tensor | None:
-        return self.input(node, k) if k < len(node.inputs) and node.inputs[k] is not None else None
+        return self.input(node, k) if operand(node, k) is not None else None
 
     def inputs(self, node: ir.Node) -> list[Tensor]:
         return [self.input(node, k) for k in range(len(node.inputs))]

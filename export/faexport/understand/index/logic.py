@@ -346,8 +346,9 @@ def cast_float(e: Expr, dtype: ir.DataType) -> Expr:
     if e.kind == "bool":
         return choose(e, floating(1.0, dtype), floating(0.0, dtype))
     if e.kind == "int":
-        if ia.value_of(e) is not None:
-            return floating(ia.value_of(e), dtype)
+        known = ia.value_of(e)
+        if known is not None:
+            return floating(known, dtype)
         atom = ia.only_atom(e)
         if atom is not None and atom.op == "choose":
             return choose(atom.args[0], cast_float(atom.args[1], dtype), cast_float(atom.args[2], dtype))
@@ -458,9 +459,9 @@ def float_compare(op: str, a: Expr, b: Expr) -> Expr:
 def _compare_integers(op: str, a: Expr, b: Expr) -> Expr | None:
     """`integer as float` (or `c - integer as float`) compared with a small whole number, or positions with each other:
     as exact as the integers themselves."""
-    positions = _as_position(a), _as_position(b)
-    if op in ("lt", "le") and None not in positions:
-        return ge0(ia.sub(positions[1], ia.add(positions[0], ia.ONE) if op == "lt" else positions[0]))
+    left, right = _as_position(a), _as_position(b)
+    if op in ("lt", "le") and left is not None and right is not None:
+        return ge0(ia.sub(right, ia.add(left, ia.ONE) if op == "lt" else left))
     if op not in ("eq", "ne") or b.op != "float" or not float(b.args[0]).is_integer() or abs(b.args[0]) > 64:
         return None
     target = int(b.args[0])

@@ -70,6 +70,8 @@ def constant_of_shape(ctx: Interpreter, node: ir.Node) -> Element:
 @transfer("Unsqueeze")
 def unsqueeze(ctx: Interpreter, node: ir.Node) -> Element:
     x, axes = ctx.input(node, 0), axes_argument(ctx, node)
+    if axes is None:
+        raise Unknown
     new = {axis_of(a, x.rank + len(axes)) for a in axes}
     return lambda index: x.at(tuple(i for k, i in enumerate(index) if k not in new))
 
@@ -171,7 +173,7 @@ def pad(ctx: Interpreter, node: ir.Node) -> Element:
 def split(ctx: Interpreter, node: ir.Node, which: int = 0) -> Element:
     x, whole = ctx.input(node, 0), ctx.analysis.shape(node.inputs[0])
     axis = axis_of(attribute(node, "axis", 0), x.rank)
-    sizes = split_sizes(node, ctx.analysis, whole[axis])
+    sizes = split_sizes(node, ctx.analysis, whole[axis]) if whole is not None else None
     if sizes is None:
         raise Unknown
     start = ia.add(*map(ctx.size, sizes[:which]))
@@ -180,8 +182,8 @@ def split(ctx: Interpreter, node: ir.Node, which: int = 0) -> Element:
 
 @transfer("Slice")
 def slice_(ctx: Interpreter, node: ir.Node) -> Element:
-    x = ctx.input(node, 0)
-    pieces = slice_of(node, ctx.analysis, ctx.analysis.shape(node.inputs[0]))
+    x, whole = ctx.input(node, 0), ctx.analysis.shape(node.inputs[0])
+    pieces = slice_of(node, ctx.analysis, whole) if whole is not None else None
     if pieces is None:
         raise Unknown
     first = {axis: (ctx.size(start), step) for axis, start, _, step in pieces}
@@ -300,8 +302,9 @@ def gather_nd(ctx: Interpreter, node: ir.Node) -> Element:
     outer = indices.rank - 1
 
     def element(index: Index) -> Expr:
-        found = [_wrapped(indices.at(index[:outer] + (ia.const(k),)), x.shape[batch + k]) for k in range(depth)]
-        if any(at is None for at in found):
+        read = (_wrapped(indices.at(index[:outer] + (ia.const(k),)), x.shape[batch + k]) for k in range(depth))
+        found = [at for at in read if at is not None]
+        if len(found) < depth:
             return il.load(node.outputs[0], index, x.kind)
         return x.at(index[:batch] + tuple(found) + index[outer:])
 
@@ -335,7 +338,7 @@ def trilu(ctx: Interpreter, node: ir.Node) -> Element:
     x = ctx.input(node, 0)
     k = ctx.optional(node, 1)
     shift = k.scalar() if k is not None else ia.ZERO
-    zero = il.scalar(0, x.dtype)
+    zero = il.scalar(0, ctx.dtype(node))
 
     def element(index: Index) -> Expr:
         above = ia.sub(ia.sub(index[-1], index[-2]), shift)  # >= 0: on or above the diagonal
@@ -348,5 +351,7 @@ def trilu(ctx: Interpreter, node: ir.Node) -> Element:
 @transfer("EyeLike")
 def eye_like(ctx: Interpreter, node: ir.Node) -> Element:
     k, dtype = attribute(node, "k", 0), ctx.analysis.dtype(node.outputs[0])
+    if dtype is None:
+        raise Unknown
     one, zero = il.scalar(1, dtype), il.scalar(0, dtype)
     return lambda index: il.choose(il.eq0(ia.sub(ia.sub(index[1], index[0]), ia.const(k))), one, zero)

@@ -132,7 +132,7 @@ def _holds(dtype: ir.DataType, value: int) -> bool:
 def _as_integer(e: Expr, to: ir.DataType, source: ir.DataType | None) -> Expr:
     """An integer in another integer type: the same number where the type holds it, else opaque. Sizes and positions are
     taken to be below 2 ** 31 (docs/masks.md); numbers that a caller gives may be anything."""
-    wide, narrow = _RANGES.get(source), _RANGES.get(to)
+    wide, narrow = _RANGES.get(source) if source is not None else None, _RANGES.get(to)
     if narrow is not None and wide is not None and narrow[0] <= wide[0] and wide[1] <= narrow[1]:
         return e
     known = ia.value_of(e)

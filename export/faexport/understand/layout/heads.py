@@ -42,13 +42,11 @@ def chain_of(value: ir.Value, a: Analysis) -> list[Link]:
         node = producer(current)
         if node is None:
             break
-        factor = _scalar_factor(node, a)
-        if factor is not None:
-            path.append((node.inputs[factor[0]], scale * factor[1]))
-        elif op(node) in VIEW_OPS:
-            path.append((node.inputs[0], scale))
-        else:
+        factor = _scalar_factor(node, a) or ((0, 1.0) if op(node) in VIEW_OPS else None)
+        source = node.inputs[factor[0]] if factor is not None else None
+        if factor is None or source is None:
             break
+        path.append((source, scale * factor[1]))
     links = []
     for i, (start, scale) in enumerate(path):
         view = _replay(path, i, a)
@@ -65,9 +63,10 @@ def _replay(path: list[tuple[ir.Value, float]], start: int, a: Analysis) -> View
     for value, _ in reversed(path[:start]):
         if op(producer(value)) in ("Mul", "Div"):
             continue
-        view = view_ops.apply(value, view, a)
-        if view is None:
+        moved = view_ops.apply(value, view, a)
+        if moved is None:
             return None
+        view = moved
     return view
 
 
@@ -175,6 +174,8 @@ def _is_whole(axis: Axis, source_axis: int, shape) -> bool:
 
 def _in_place(link: Link, parts: Parts, wanted: Wanted, a: Analysis) -> Operand | None:
     shape = a.shape(link.value)
+    if shape is None:
+        return None
     heads, head_dim = size_of(parts.heads), size_of(parts.columns)
     known = {"heads": heads.const, "head_dim": head_dim.const}
     orders = {

@@ -85,8 +85,8 @@ def product_of(node: ir.Node, a: Analysis) -> Product | None:
 
 def _matmul(node: ir.Node, a: Analysis, scale: float) -> Product | None:
     left, right = node.inputs[0], node.inputs[1]
-    ranks = a.rank(left), a.rank(right)
-    if None in ranks or min(ranks) < 2:
+    ranks = [rank for value in (left, right) if (rank := a.rank(value)) is not None]
+    if left is None or right is None or len(ranks) != 2 or min(ranks) < 2:
         return None
     leads = tuple(f"lead{i}" for i in range(max(ranks) - 2))
     x, y = (
@@ -108,6 +108,9 @@ def _einsum(node: ir.Node, a: Analysis) -> Product | None:
     equation = einsum_equation(node, a)
     if len(node.inputs) != 2 or equation is None:
         return None
+    first, second = node.inputs
+    if first is None or second is None:
+        return None
     inputs, out = equation.split("->")
     left, right = inputs.split(",")
     if any(len(set(part)) != len(part) for part in (left, right, out)):
@@ -127,4 +130,4 @@ def _einsum(node: ir.Node, a: Analysis) -> Product | None:
     leads = {x for x in names.values() if x.startswith("lead")}
     orders = [tuple(x for x in part if x in leads) for part in (labels[1], labels[0], labels[2])]
     order = next(x for x in orders if len(x) == len(leads))
-    return Product(node, Factor(node.inputs[0], labels[0]), Factor(node.inputs[1], labels[1]), labels[2], order=order)
+    return Product(node, Factor(first, labels[0]), Factor(second, labels[1]), labels[2], order=order)

@@ -36,8 +36,9 @@ def rebuild(use: ShapeUse, sources: Sequence[ir.Value], a: Analysis) -> list[ir.
     """Nodes that compute what the Shape node gave from shapes of `sources`; the last one's output replaces it."""
     sizes = use.sizes[slice(attribute(use.node, "start", 0), attribute(use.node, "end"))]
     build = Builder(a.opset)
-    if all(d.const is not None for d in sizes):
-        build.ints([d.const for d in sizes])
+    numbers = [d.const for d in sizes if d.const is not None]
+    if len(numbers) == len(sizes):
+        build.ints(numbers)
         return build.nodes
     shapes: dict[ir.Value, ir.Value] = {}
     parts = []

@@ -21,15 +21,19 @@ ViewOp = Callable[[ir.Node, ir.Value, View, "Analysis"], View | None]
 VIEW_OPS: dict[str, ViewOp] = {}
 
 
-def _view(*names: str):
-    return lambda function: VIEW_OPS.update(dict.fromkeys(names, function)) or function
+def _view(*names: str) -> Callable[[ViewOp], ViewOp]:
+    def register(function: ViewOp) -> ViewOp:
+        VIEW_OPS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
 
 
 def apply(value: ir.Value, view: View, a: Analysis) -> View | None:
     """The view of `value`, an output of a node, given the view of that node's first input."""
     node = value.producer()
     function = VIEW_OPS.get(op(node))
-    return None if function is None else function(node, value, view, a)
+    return None if node is None or function is None else function(node, value, view, a)
 
 
 @_view("Identity")

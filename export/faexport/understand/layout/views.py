@@ -36,8 +36,11 @@ def merged(axis: Iterable[Atom]) -> Axis:
     result: list[Atom] = []
     for atom in axis:
         last = result[-1] if result else None
-        joined = last and last.axis == atom.axis and (atom.axis is None or last.stride == atom.stride * atom.size)
-        if joined:
+        if (
+            last is not None
+            and last.axis == atom.axis
+            and (atom.axis is None or last.stride == atom.stride * atom.size)
+        ):
             result[-1] = Atom(atom.axis, atom.stride, last.size * atom.size)
         else:
             result.append(atom)

@@ -51,7 +51,7 @@ class Nodes(Writer):
             made = ir.node(op_type, inputs, attributes, name=name, outputs=[ir.Value(name=name)])
             if dtype is not None:
                 made.outputs[0].dtype = dtype
-            before = dict.fromkeys(n for v in inputs for n in self.nodes.get(v, ()))
+            before = dict.fromkeys(n for v in inputs if v is not None for n in self.nodes.get(v, ()))
             self._cache[key] = made.outputs[0]
             self.nodes[made.outputs[0]] = (*before, made)
         return self._cache[key]

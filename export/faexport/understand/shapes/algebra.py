@@ -189,15 +189,16 @@ def meet_all(sizes: Iterable[Expr]) -> Expr:
 
 def is_one_with(a: Expr, b: Expr) -> bool:
     """Is it proven that b is 1 wherever a is? (Then a is the size of an axis where both meet.)"""
-    one = {only_atom(a): ONE} if only_atom(a) is not None else {}
     whole, part = only_atom(a), only_atom(b)
+    one = {whole: ONE} if whole is not None else {}
     if whole is not None and whole.op == "min":  # min(x, 2 or more) is 1 only where x is
         for x, other in (whole.args, whole.args[::-1]):
             if is_nonnegative(sub(other, const(2))):
                 if x is b:
                     return True
-                if only_atom(x) is not None:
-                    one[only_atom(x)] = ONE
+                name = only_atom(x)
+                if name is not None:
+                    one[name] = ONE
     if part is not None and part.op == "min" and a in part.args:  # min(a, 1 or more) is 1 where a is
         if all(x is a or is_positive(x) for x in part.args):
             return True
@@ -339,8 +340,9 @@ def _upper(atom: Expr) -> Sequence[Expr]:
         return atom.args
     if atom.op == "floordiv" and is_nonnegative(atom.args[0]):
         known = value_of(atom.args[1])
-        bounds = upper_bounds(atom.args[0]) if known else []
-        return [const(b // known) for b in map(value_of, bounds) if b is not None]
+        if not known:
+            return []
+        return [const(b // known) for b in map(value_of, upper_bounds(atom.args[0])) if b is not None]
     if atom.op == "choose":
         yes, no = atom.args[1:]
         return [yes if is_nonnegative(sub(yes, no)) else no] if value_of(sub(yes, no)) is not None else []

@@ -77,7 +77,9 @@ class Analysis:
         broadcasting left open, or nothing was known of, then has a name."""
         for own, size in zip(self.shape(value) or (), sizes, strict=False):
             atom = only_atom(own.expr)
-            is_open = atom is not None and (atom.op == "meet" or (atom.op == "sym" and atom.args[0].startswith("?")))
+            if atom is None:
+                continue
+            is_open = atom.op == "meet" or (atom.op == "sym" and atom.args[0].startswith("?"))
             if is_open and own != size and atom not in atoms(size.expr, atom.op):
                 self._learnt[atom] = size.expr
 
@@ -163,10 +165,11 @@ class Analysis:
             return tensor.numpy() if tensor.size <= constants.MAX_ELEMENTS else None
         node = producer(value)
         contents = self._contents.get(value)
-        if contents is not None and all(d.const is not None for d in contents):
-            if any(abs(d.const) >= 1 << 63 for d in contents):
+        numbers = [d.const for d in contents or () if d.const is not None]
+        if contents is not None and len(numbers) == len(contents):
+            if any(abs(number) >= 1 << 63 for number in numbers):
                 return None  # runtimes compute on, modulo 2^64
-            array = np.array([d.const for d in contents], np.int64)
+            array = np.array(numbers, np.int64)
             return array.reshape(()) if self.rank(value) == 0 else array
         if node is None or node.outputs[0] is not value or op(node) not in constants.FOLD:
             return None
@@ -250,9 +253,9 @@ class Analysis:
         believed."""
         if inferred is None:
             return self._declared(value)
-        if value.shape is None or len(value.shape) != len(inferred):
-            return inferred
         declared = self._declared(value)
+        if value.shape is None or declared is None or len(declared) != len(inferred):
+            return inferred
         for dim, known in zip(inferred, declared, strict=True):
             self._note_name(known, dim)
         return tuple(known if _says_more(known, dim) else dim for dim, known in zip(inferred, declared, strict=True))

@@ -202,8 +202,9 @@ def _trilu(node, x):
 @_register("Slice")
 def _slice(node, x):
     def ints(index: int, name: str, default):
-        if len(x) > index and x[index] is not None:
-            return x[index].reshape(-1).tolist()
+        found = x[index] if len(x) > index else None
+        if found is not None:
+            return found.reshape(-1).tolist()
         return attribute(node, name, default)
 
     starts, ends = ints(1, "starts", []), ints(2, "ends", [])
@@ -217,15 +218,16 @@ def _slice(node, x):
 
 def _num_elements(node: ir.Node, x: Arrays) -> float:
     """How many the result has, of operators that make more than they are given; known before anything is computed."""
+    given = [v for v in x if v is not None]
     if op(node) == "Range":
-        start, limit, delta = (float(v.reshape(-1)[0]) for v in x)
+        start, limit, delta = (float(v.reshape(-1)[0]) for v in given)
         return 0 if delta == 0 else (limit - start) / delta  # NumPy refuses a step of 0
     if op(node) == "Tile":
-        return math.prod([x[0].size, *map(float, x[1].reshape(-1))])
+        return math.prod(map(float, [given[0].size, *given[1].reshape(-1)]))
     if op(node) in ("Expand", "ConstantOfShape"):
-        return math.prod(map(float, x[-1].reshape(-1)))
+        return math.prod(map(float, given[-1].reshape(-1)))
     if op(node) in BROADCAST:
-        return math.prod(map(float, np.broadcast_shapes(*(v.shape for v in x if v is not None))))
+        return math.prod(map(float, np.broadcast_shapes(*(v.shape for v in given))))
     return 0
 
 

@@ -18,8 +18,8 @@ def einsum_equation(node: ir.Node, a: Known) -> str | None:
     if "->" not in equation or "..." not in equation:
         return equation if "->" in equation else None
     inputs, out = equation.split("->")
-    ranks = [a.rank(v) for v in node.inputs]
-    if None in ranks:
+    ranks = [rank for v in node.inputs if (rank := a.rank(v)) is not None]
+    if len(ranks) != len(node.inputs):
         return None
     terms = inputs.split(",")
     counts = [rank - len(term) + 3 for rank, term in zip(ranks, terms, strict=True) if "..." in term]

@@ -42,18 +42,30 @@ BROADCASTING = (
 ).split()
 
 
-def shape_of(*names: str):
-    return lambda function: SHAPE_RULES.update(dict.fromkeys(names, function)) or function
+def shape_of(*names: str) -> Callable[[ShapeRule], ShapeRule]:
+    def register(function: ShapeRule) -> ShapeRule:
+        SHAPE_RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
 
 
-def contents_of(*names: str):
-    return lambda function: CONTENT_RULES.update(dict.fromkeys(names, function)) or function
+def contents_of(*names: str) -> Callable[[ContentRule], ContentRule]:
+    def register(function: ContentRule) -> ContentRule:
+        CONTENT_RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
 
 
 def broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
+    """The shape that ONNX's broadcast gives, None where one of these isn't known."""
+    known = [s for s in shapes if s is not None]
+    return broadcast_known(known) if len(known) == len(shapes) else None
+
+
+def broadcast_known(shapes: Sequence[Shape]) -> Shape:
     """ONNX's broadcast: two sizes that meet are equal, or one of them is 1."""
-    if any(s is None for s in shapes):
-        return None
     rank = max(map(len, shapes), default=0)
     padded = [(ONE,) * (rank - len(s)) + s for s in shapes]
     return tuple(functools.reduce(_meet, (s[i] for s in padded), ONE) for i in range(rank))
@@ -162,10 +174,13 @@ def _reshape(node, a):
             dims.append(source[i] if source is not None and i < len(source) else Dim.unknown("reshape"))
         else:
             dims.append(None if d == -1 else d)
-    if None in dims:
-        rest = product(d for d in dims if d is not None)
-        dims[dims.index(None)] = Dim.unknown("reshape") if source is None else quotient(product(source), rest)
-    return [tuple(dims if source is None else same_count(source, dims))]
+    known = [d for d in dims if d is not None]
+    if len(dims) - len(known) > 1:
+        return None  # no runtime takes two sizes of -1
+    if len(known) < len(dims):
+        rest = Dim.unknown("reshape") if source is None else quotient(product(source), product(known))
+        known.insert(dims.index(None), rest)
+    return [tuple(known if source is None else same_count(source, known))]
 
 
 def same_count(old: Sequence[Dim], new: Sequence[Dim]) -> list[Dim]:

@@ -33,7 +33,8 @@ def _contents_size(node, a):
 def _contents_same(node, a):
     contents, rank = a.contents(node.inputs[0]), a.rank(node.outputs[0])
     if node.op_type == "Reshape":
-        rank = 1 if a.contents(operand(node, 1)) is None else len(a.contents(operand(node, 1)))
+        sizes = a.contents(operand(node, 1))
+        rank = 1 if sizes is None else len(sizes)
         if rank == 1 and op(node.inputs[0].producer()) == "OneHot":
             return _one_hot(node.inputs[0].producer(), a)
     return contents if rank is None or rank <= 1 else None
@@ -42,10 +43,11 @@ def _contents_same(node, a):
 def _one_hot(node: ir.Node, a: Known) -> Shape | None:
     """One number at one place and another elsewhere: the repeats of a Tile, as torch.repeat_interleave writes them."""
     place, depth, values = (a.contents(v) for v in node.inputs)
-    if None in (place, depth, values) or len(place) != 1 or place[0].const is None or depth[0].const is None:
+    if place is None or depth is None or values is None or len(place) != 1:
         return None
-    count = depth[0].const
-    where = place[0].const
+    where, count = place[0].const, depth[0].const
+    if where is None or count is None:
+        return None
     if not -count <= where < count or count > 32:
         return None
     return tuple(values[1] if i == where % count else values[0] for i in range(count))
@@ -89,10 +91,10 @@ def _contents_split(node, a):
     """Sizes apart, as onnxruntime's optimizer writes several Gathers from one Shape."""
     data = a.contents(node.inputs[0])
     sizes = None if data is None else split_sizes(node, a, Dim.of(len(data)))
-    if sizes is None or any(d.const is None for d in sizes):
+    counts = [d.const for d in sizes or () if d.const is not None]
+    if sizes is None or len(counts) != len(sizes):
         return None
-    ends = list(itertools.accumulate(d.const for d in sizes))
-    return [data[end - d.const : end] for end, d in zip(ends, sizes, strict=True)]
+    return [data[end - count : end] for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
 
 
 @contents_of("Add", "Sub", "Mul", "Div")
