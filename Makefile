@@ -13,7 +13,7 @@ ZOO ?= zoo-models
 # RECORD=1: the run's results become those of benchmarks/results, from which the documentation's tables are made.
 RECORDING := $(if $(RECORD),--record)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc plugin -type f -not -name '*.py' -not -name '*.pyc')
-CXX_FILES = $(shell find csrc plugin tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := find csrc plugin tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 # What is compiled: FULL (CUDA kernels where nvcc is found) or CPU (a minute instead of several). A FULL installation serves both.
 # Tests want FULL; the demos want the GPU's kernels only where there is a GPU. FA_CUDA=ON or OFF decides otherwise.
@@ -59,13 +59,13 @@ bench: $(KIND_OF_DEMOS) ## time the CPU kernel against onnxruntime's
 lint: $(VENV)/.typed ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(CXX_FILES) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: $(VENV)/.ready ## apply style
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format --quiet .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(CXX_FILES) | xargs $(BIN)/clang-format -i
 
 clean: ## remove what was built and downloaded, the virtual environments too
 	rm -rf build demo .cache .venv .venv-*

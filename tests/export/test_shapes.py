@@ -27,3 +27,19 @@ def test_a_size_that_the_file_calls_a_minimum_is_the_derived_one() -> None:
     analysis = Analysis(model)
     for name in ("sum", "own"):
         assert [str(size) for size in analysis.shape(values[name])] == ["b", "s", "8"], name
+
+
+TWO_UNKNOWN_SIZES = """<ir_version: 8, opset_import: ["" : 17]>
+main (float[b, s, 8] x) => (float[m, n] y) {
+    target = Constant <value_ints = [-1, -1]> ()
+    z = Reshape (x, target)
+    y = Relu (z)
+}"""
+
+
+def test_a_reshape_to_two_unknown_sizes_has_no_shape() -> None:
+    """No runtime takes it, so nothing is derived; that is no defect of the analysis."""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(TWO_UNKNOWN_SIZES))
+    analysis = Analysis(model)
+    assert analysis.shape(model.graph.node(1).outputs[0]) is None
+    assert not analysis.defects

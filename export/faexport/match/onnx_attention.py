@@ -145,7 +145,8 @@ def _mask(node: ir.Node, declared, sizes, past, candidate: Candidate, context: C
     if given is None:
         return Mask(left, right, kv_lengths=lengths, facts=facts)
     plain_window = left < 0 and right < 0 and lengths is None and past[0] is None
-    if plain_window and _covers_all_keys(given, sizes, a):
+    dtype = a.dtype(node.inputs[0])
+    if plain_window and dtype is not None and _covers_all_keys(given, sizes, a):
         term = _term(node, given, sizes, a)
         shape = ScoreShape(
             declared[0].as_is().operand,
@@ -156,7 +157,7 @@ def _mask(node: ir.Node, declared, sizes, past, candidate: Candidate, context: C
             sizes[0][1],
             sizes[0][2],
             sizes[1][2],
-            a.dtype(node.inputs[0]),
+            dtype,
             nan_guard=True,
         )
         found = understand([term], shape, context)

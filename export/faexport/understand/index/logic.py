@@ -341,6 +341,11 @@ def float_value(e: Expr) -> float | None:
     return float(e.args[0]) if e.op == "float" else None
 
 
+def number_of(e: Expr) -> float:
+    """The number that a float expression is which is known to be one."""
+    return float(e.args[0])
+
+
 def cast_float(e: Expr, dtype: ir.DataType) -> Expr:
     """An int, bool or float expression converted to a float type."""
     if e.kind == "bool":

@@ -32,9 +32,8 @@ def slopes_of(site: Site, bias: tuple[tuple[Expr, float], ...], window: Window) 
     expr, factor = bias[0]
     slopes = []
     for head in range(site.heads):
-        e = expr
-        if ia.only_atom(site.h) is not None:
-            e = il.rewrite(expr, {ia.only_atom(site.h): ia.const(head)})
+        name = ia.only_atom(site.h)
+        e = il.rewrite(expr, {name: ia.const(head)}) if name is not None else expr
         slope = _slope(e, site, window)
         if slope is None:
             return None

@@ -98,7 +98,8 @@ class _Trial:
     def _collect(self) -> None:
         """The nodes behind the outputs, producers first."""
         made = {v for n in self.mask.new_nodes for v in n.outputs}
-        stack, seen, found, shapes_of = list(self.outputs), set(), set(), set()
+        stack, seen, found = list(self.outputs), set(), set()
+        shapes_of: set[ir.Value] = set()
         while stack:
             value = stack.pop()
             node = value.producer()
@@ -110,7 +111,7 @@ class _Trial:
                 continue
             found.add(node)
             if node.op_type == "Shape":
-                shapes_of.add(node.inputs[0])
+                shapes_of.update(v for v in node.inputs if v is not None)
             else:
                 stack += [v for v in node.inputs if v is not None]
         self.leaves.update({v: True for v in shapes_of if v not in seen})
@@ -131,7 +132,7 @@ class _Trial:
             model.graph.initializer.append(onnx.numpy_helper.from_array(tensor.numpy(), value.name))
         for value in self.leaves:
             dtype = self._dtype(value)
-            model.graph.input.append(onnx.helper.make_tensor_value_info(value.name, int(dtype), None))
+            model.graph.input.append(onnx.helper.make_tensor_value_info(value.name or "", int(dtype), None))
         model.graph.output.extend(onnx.ValueInfoProto(name=v.name) for v in self.outputs)
         return ReferenceEvaluator(model)
 
@@ -150,7 +151,8 @@ class _Trial:
     def run(self, sizes: dict[ia.Expr, int], random: np.random.Generator, right_padding: bool) -> float:
         """The largest difference between the model's probabilities and the proven ones, at these sizes."""
         feeds = {
-            v.name: self._draw(v, only_shape, sizes, random, right_padding) for v, only_shape in self.leaves.items()
+            v.name or "": self._draw(v, only_shape, sizes, random, right_padding)
+            for v, only_shape in self.leaves.items()
         }
         try:
             with warnings.catch_warnings(), np.errstate(all="ignore"):

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
-from faexport.nodes import name_of
+from faexport.nodes import name_of, producer
 from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.emit import Emitter
@@ -41,8 +41,8 @@ class Draft:
         needed = dict.fromkeys(n for v in mask.values for n in self.emitter.nodes.get(v, ()))
         mask.new_nodes, mask.facts = tuple(needed), tuple(self.facts)
         for value, dtype in ((mask.attn_mask, ir.DataType.BOOL), (mask.attn_bias, self.site.scores.dtype)):
-            made_here = value is not None and value.producer() is not None and value.producer().graph is None
-            if made_here and value.dtype is None:
+            node = producer(value)
+            if value is not None and node is not None and node.graph is None and value.dtype is None:
                 value.dtype = dtype
         return mask
 

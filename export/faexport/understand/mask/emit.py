@@ -88,9 +88,10 @@ class Emitter:
         queue = list(seen)
         for value in queue:
             yield value
-            if self.ctx.is_opaque(value) or value.producer() is None or len(seen) > _MAX_SEARCH:
+            node = value.producer()
+            if node is None or self.ctx.is_opaque(value) or len(seen) > _MAX_SEARCH:
                 continue
-            for v in value.producer().inputs:
+            for v in node.inputs:
                 if v is not None and v not in seen:
                     seen[v] = None
                     queue.append(v)
@@ -221,7 +222,9 @@ class Emitter:
         for x, size in zip(index, self.ctx.tensor(value).shape, strict=True):
             place = ia.add(ia.mul(place, size), x)
         flat, line = self.node("Reshape", [value, self.constant([-1])]), self.emit(site, place)
-        flat.dtype, sizes = self.ctx.analysis.dtype(value), self.ctx.tensor(value).shape
+        dtype, sizes = self.ctx.analysis.dtype(value), self.ctx.tensor(value).shape
+        if dtype is not None:
+            flat.dtype = dtype
         if not all(
             ia.is_nonnegative(x) and ia.is_positive(ia.sub(site.simplified(s), x))
             for x, s in zip(index, sizes, strict=True)

@@ -63,10 +63,10 @@ def two_masks(site: Site, cases: Sequence[Case]) -> TwoMasks | None:
     if "b" in ia.variables(window.offset) or ia.atoms(window.offset, "load"):
         return None
     inside, padding = il.all_of(window.parts), rest[0]
-    highest = max(c.mask for c in soft)
+    highest = max(c.number for c in soft)
     top = il.any_of(c.cond for c in soft if c.mask == highest)
     lower = [c for c in soft if c.mask != highest]
-    if any(c.mask > highest + MASKING for c in lower):
+    if any(c.number > highest + MASKING for c in lower):
         return None
     if_kept, if_padding = (_where(top, padding, holds) for holds in (True, False))
     if if_padding is inside:
@@ -123,12 +123,15 @@ def lower_of_two(site: Site) -> LowerOfTwo | None:
     if len(parts) != 2 or len({*parts[0][2:]} & {*parts[1][2:]}) != 1:
         return None
     given = next(iter({*parts[0][2:]} & {*parts[1][2:]}))
-    numbers = [il.float_value(next(e for e in args[2:] if e is not given)) for args in parts]
+    others = (il.float_value(next(e for e in args[2:] if e is not given)) for args in parts)
+    numbers = [number for number in others if number is not None]
+    if len(numbers) != len(parts):
+        return None
     inside = choice.args[0] if numbers[0] == 0 else il.negate(choice.args[0])
     window, rest = split(site, inside)
-    fill, fixed = min(numbers, key=lambda x: x or 0), not ia.atoms(window.offset, "load")
+    fill, fixed = min(numbers), not ia.atoms(window.offset, "load")
     absorbs = ABSORBS.get(site.scores.dtype, -math.inf)
-    if None in numbers or 0 not in numbers or not -math.inf < fill <= absorbs or rest or not window.parts:
+    if 0 not in numbers or not -math.inf < fill <= absorbs or rest or not window.parts:
         return None
     small = ia.variables(given) in ({"b", "j"}, {"j"}) and "b" not in ia.variables(window.offset)
     return LowerOfTwo(window, given, fill) if small and fixed else None
@@ -175,6 +178,7 @@ class _Nodes:
         rows, value_weight = node("Equal", [seen, zero], hint="empty_rows"), node("Reciprocal", [total])
         if not self.found.up_to_window:
             return spec.EmptyRows(rows, output_weight, value_weight, self._as_float(counted))
+        assert last is not None  # that window has an end
         before = il.ge0(ia.sub(ia.sub(self._of_first_row(last), self.site.j), ia.ONE))
         keys = None  # in front of the first row's last key
         if before is not il.FALSE:
@@ -204,7 +208,7 @@ class _Nodes:
         for end in ends:
             starts = low is None or ia.is_nonnegative(ia.sub(end, low))
             stops = high is None or ia.is_nonnegative(high)
-            if self.found.up_to_window:  # then each row has one key more than the row before it
+            if self.found.up_to_window and high is not None:  # then each row has one key more than the row before it
                 stops = stops and ia.is_nonnegative(ia.sub(end, high))
             if starts and stops:
                 first = None if low is None else ia.maximum(low, ia.ZERO)

@@ -149,7 +149,7 @@ def _mended(p: np.ndarray, empty: spec.EmptyRows, arrays: Arrays) -> np.ndarray:
     sums = np.zeros_like(p)
     if empty.keys is not None:
         sums = sums + arrays[empty.keys]
-    if empty.row_keys is not None:
+    if empty.row_keys is not None and empty.row_kept is not None:
         rows, (batch, heads) = p.shape[-2], arrays[empty.row_kept].shape[:2]
         picked = np.arange(p.shape[-1]) == arrays[empty.row_keys].reshape(-1, 1)[:rows]
         kept = arrays[empty.row_kept].reshape(batch, heads, -1, 1)[:, :, :rows]

@@ -83,9 +83,10 @@ class Problem:
 
     def _first_key_is_kept(self) -> bool:
         """With right padding assumed: is key 0 visible in every row, and without a huge bias?"""
-        if not self.options.assume_right_padding or ia.only_atom(self.site.j) is None:
+        key = ia.only_atom(self.site.j)
+        if not self.options.assume_right_padding or key is None:
             return False
-        first = {ia.only_atom(self.site.j): ia.ZERO}
+        first = {key: ia.ZERO}
         moved = [
             (il.rewrite(c.cond, first), [il.rewrite(e, first) for e, _ in c.bias]) for c in self.cases if c.mask is None
         ]
@@ -115,7 +116,8 @@ def zeros_and_ones_in_two_masks(problem: Problem) -> spec.Mask | None:
     if not problem.is_soft or problem.rows_are_full or problem.is_moderate:
         return None
     known = zeros_and_ones(problem.site)
-    names = sorted({ia.only_atom(cast.args[0]).args[0].name or "?" for cast in known})
+    atoms = (ia.only_atom(cast.args[0]) for cast in known)
+    names = sorted({atom.args[0].name or "?" for atom in atoms if atom is not None})
     supposed = Problem(problem.emitter, problem.site.supposing(known), problem.options)
     try:
         draft = _two_masks(supposed) if names and supposed.is_moderate else None
@@ -136,9 +138,11 @@ def float_masks_as_they_are(problem: Problem) -> spec.Mask | None:
     for term in site.terms:
         if term.kind is spec.TermKind.ADD:
             parts.append((draft.placed(term), term.factor))
-        elif term.kind is spec.TermKind.WHERE and not parts:  # after an addition it would undo that
+        elif (
+            term.kind is spec.TermKind.WHERE and term.fill is not None and not parts
+        ):  # after an addition it would undo that
             fill = site.element(term, term.fill)
-            if fill.op != "float" or not il.float_value(fill) <= -1e30:
+            if fill.op != "float" or not il.number_of(fill) <= -1e30:
                 raise NotAMask(_BOTH_MASKS)
             kept = site.element(term, term.value)
             kept = kept if term.keep_when else il.negate(kept)
@@ -264,7 +268,7 @@ def _decide(draft: Draft, problem: Problem, cases: list[Case]) -> tuple[Expr, li
     if deepest:
         hidden = [dataclasses.replace(c, mask=-math.inf, bias=()) if c in deepest else c for c in cases]
         return _decide(draft, problem, hidden)
-    if any(c.replaced and not c.exact for c in soft) or any(c.replaced and c.mask > -1e30 for c in soft):
+    if any(c.replaced and not c.exact for c in soft) or any(c.replaced and c.number > -1e30 for c in soft):
         raise NotAMask(
             "its mask gives rows without a visible key a softmax of other numbers (--assume full-rows rules them out)"
         )
@@ -278,9 +282,9 @@ def _decide(draft: Draft, problem: Problem, cases: list[Case]) -> tuple[Expr, li
 
 def _deepest(site: Site, soft: list[Case], cases: list[Case]) -> list[Case]:
     """Masks that weigh nothing beside another one, if each row has a key that they don't hide."""
-    deepest = [c for c in soft if c.mask <= ABSORBS[ir.DataType.FLOAT]]
+    deepest = [c for c in soft if c.number <= ABSORBS[ir.DataType.FLOAT]]
     others = [c for c in soft if c not in deepest]
-    if not others or min(c.mask for c in others) < -1e8:
+    if not others or min(c.number for c in others) < -1e8:
         return []
     left = il.any_of(c.cond for c in cases if c.mask is None or c in others)
     return deepest if rows_see_a_key(site, left) else []

@@ -52,6 +52,12 @@ class Case:
     exact: bool = True
     bias: tuple[tuple[Expr, float], ...] = ()
 
+    @property
+    def number(self) -> float:
+        """The mask, of a case that has one."""
+        assert self.mask is not None
+        return self.mask
+
 
 class Site:
     """The index variables of one attention site and the elements of its terms at them.
@@ -94,7 +100,9 @@ class Site:
             holds_keys = atom is not None and atom.op == "meet" and keys in atom.args
             if known is not keys and not holds_keys and not ia.is_one_with(known, keys):
                 continue  # it may be 1 where there are more keys
-            found[ia.only_atom(size)] = keys
+            name = ia.only_atom(size)
+            if name is not None:
+                found[name] = keys
             if atom is not None and atom.op == "min":
                 bounds += [ia.sub(other, keys) for other in atom.args if other is not keys]
         return found, bounds
@@ -227,7 +235,7 @@ def summands(e: Expr) -> list[Expr]:
     if e.op == "fop" and e.args[0] == "Add":
         return [part for x in e.args[2:] for part in summands(x)]
     if e.op == "fop" and e.args[0] == "Sub" and e.args[3].op == "float":
-        return [*summands(e.args[2]), il.floating(-il.float_value(e.args[3]), e.args[1])]
+        return [*summands(e.args[2]), il.floating(-il.number_of(e.args[3]), e.args[1])]
     return [e]
 
 
@@ -243,7 +251,7 @@ def fills(site: Site) -> list[float]:
         value = term.fill if term.fill is not None else term.value
         if term.kind in (spec.TermKind.ADD, spec.TermKind.WHERE, spec.TermKind.CLAMP):
             parts = (part for _, leaf in leaves(site.element(term, value)) for part in summands(leaf))
-            found += [il.float_value(x) * term.factor for x in parts if x.op == "float" and is_fill(x, term.factor)]
+            found += [il.number_of(x) * term.factor for x in parts if x.op == "float" and is_fill(x, term.factor)]
     return found
 
 
@@ -286,11 +294,11 @@ def _merged(cases: list[Case]) -> list[Case]:
 
 def _sum(mask: float, value: float, term: spec.MaskTerm, dtype: ir.DataType) -> float:
     """A mask after one more addition; it overflows (or not) before the scale that follows."""
-    return il.float_value(il.floating(mask / term.factor + value, dtype)) * term.factor
+    return il.number_of(il.floating(mask / term.factor + value, dtype)) * term.factor
 
 
 def _add(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
-    dtype = site.tensors[term.value].dtype
+    dtype = site.tensors[term.value].dtype or site.scores.dtype  # an Add's operands are of one type
     absorbs = ABSORBS.get(dtype, -1e30)
     result = []
     added = site.element(term, term.value)
@@ -335,6 +343,7 @@ def _where(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
         return [*result, Case(gone, -math.inf, True)]
     if gone is il.FALSE:
         return result
+    assert term.fill is not None  # of TermKind.WHERE
     for cond, leaf in leaves(site.element(term, term.fill)):
         value = il.float_value(leaf)
         if value is None or not value * term.factor <= MASKING:
@@ -415,14 +424,14 @@ def _holds_for_weights(test: Expr) -> bool:
         return False
     table = gather.inputs[0]
     constant = tensor_of(table)
-    return constant is not None and bool((constant.numpy() > il.float_value(bound)).all())
+    return constant is not None and bool((constant.numpy() > il.number_of(bound)).all())
 
 
 def is_moderate(e: Expr) -> bool:
     """Is a bias a number like a score, far from any fill? Not if it has a huge constant in it, or comes from the
     user."""
     for number in ia.atoms(e, "float"):
-        if not abs(il.float_value(number)) < -MASKING:
+        if not abs(il.number_of(number)) < -MASKING:
             return False
     for atom in ia.atoms(e, "load"):
         if atom.kind == "float":

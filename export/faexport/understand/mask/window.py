@@ -53,7 +53,7 @@ def _diagonal(part: Expr) -> tuple[int, Expr] | None:
         return None
     in_j = ia.linear_in(part.args[0], "j")
     in_i = ia.linear_in(in_j[1], "i") if in_j is not None else None
-    if in_i is None or abs(in_j[0]) != 1 or in_i[0] != -in_j[0] or ia.variables(in_i[1]) - {"b"}:
+    if in_j is None or in_i is None or abs(in_j[0]) != 1 or in_i[0] != -in_j[0] or ia.variables(in_i[1]) - {"b"}:
         return None
     return in_i[0], in_i[1]
 
