@@ -181,13 +181,10 @@ def _register_plugin() -> None:
 
 
 def _count_nodes(model: ir.Model) -> int:
-    import onnx_ir as ir
-
+    from .nodes import all_nodes
     from .spec import DOMAIN, OP_TYPE
 
-    graphs = (model.graph, *model.functions.values())
-    nodes = (node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph))
-    return sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in nodes)
+    return sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in all_nodes(model))
 
 
 def _compute_capability(text: str) -> int:

@@ -9,6 +9,7 @@ that help, completion and wrong usage don't wait for it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -173,12 +174,12 @@ def fuse(
     from .report import Report
 
     types = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-    options = Options(
+    options = dataclasses.replace(
+        _assuming(assume),
         fallback=fallback,
         dtype=types[dtype] if dtype else None,
         float32=float32 or "",
         opset=opset,
-        **_assumed(assume),
     )
     job = jobs.Job(model, target, options, check, timeout, inputs, dry_run, report_file)
     report = Report(model=str(model))
@@ -227,7 +228,7 @@ def inspect(
     with _failures(report, as_json, report_file), terminal.progress(quiet) as progress:
         source = jobs.read(model, report_file, jobs.Watcher(progress.step, progress.amount))
         progress.step("looking for attention")
-        fused = jobs.fuse(source, Options(opset=opset, **_assumed(assume)), model, report)
+        fused = jobs.fuse(source, dataclasses.replace(_assuming(assume), opset=opset), model, report)
         _write_html(report, html_file, fused)
         _show(report, as_json, report_file, quiet)
     _exit_if_strict(report, strict)
@@ -260,9 +261,9 @@ def _exit_if_strict(report: Report, strict: bool) -> None:
         raise click.exceptions.Exit(terminal.EXIT_STRICT)
 
 
-def _assumed(assume: tuple[str, ...]) -> dict[str, bool]:
-    """--assume as arguments of Options."""
-    return {f"assume_{assumption.replace('-', '_')}": True for assumption in assume}
+def _assuming(assume: tuple[str, ...]) -> Options:
+    """The defaults, with what --assume names."""
+    return Options(assume_right_padding="right-padding" in assume, assume_full_rows="full-rows" in assume)
 
 
 def _check_report_file(

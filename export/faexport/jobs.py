@@ -182,7 +182,7 @@ def _failure(found: Verification, job: Job) -> str | None:
 def read_inputs(path: pathlib.Path, model: ir.Model) -> list[InputSet]:
     """A user's own inputs. Raises ModelError where an array is missing or does not fit the model."""
     tensors = model_io.read_arrays(path)
-    wanted = {value.name: value for value in model.graph.inputs if not value.is_initializer()}
+    wanted = {value.name: value for value in model.graph.inputs if value.name and not value.is_initializer()}
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise ModelError(f"{path}: has no array '{missing[0]}'; the model's inputs are {', '.join(sorted(wanted))}")
     for name, value in wanted.items():

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from . import compare, model_io, ort_session, side_by_side, site_check
+from .nodes import all_nodes
 from .options import VERIFY_TIMEOUT
 from .ort_session import CannotRun, ModelFailure
 from .reference import (
@@ -175,9 +176,9 @@ def with_sites(
     )
     notes = [*ends.notes, *found.left_out[:8]]
     result = dataclasses.replace(ends, sites=tuple(found.rows), notes=tuple(notes))
-    if found.failures or found.worst is not None:
-        reason = found.failures[0] if found.failures else found.worst.sentence
-        return dataclasses.replace(result, status=VerificationStatus.FAILED, reason=reason)
+    faults = [*found.failures, *([found.worst.sentence] if found.worst is not None else [])]
+    if faults:
+        return dataclasses.replace(result, status=VerificationStatus.FAILED, reason=faults[0])
     if found.problem:
         reason = found.problem + advice(found.problem)
         return dataclasses.replace(result, status=VerificationStatus.NOT_RUN, reason=reason)
@@ -195,8 +196,10 @@ def _despite_flips(reference: Reference, rewritten: ir.Model, result: Verificati
         return result
     old = reference.model.graph.initializers
     for name, value in rewritten.graph.initializers.items():
-        before = old.get(name)
-        if before is not None and not side_by_side.same_tensor(value.const_value, before.const_value):
+        if name not in old:
+            continue
+        before, after = old[name].const_value, value.const_value
+        if before is None or after is None or not side_by_side.same_tensor(after, before):
             return result
     note = (
         f"{result.reason}: roundings of the quantization flip. Each site agrees by itself on what the original feeds "
@@ -218,10 +221,7 @@ def _lost_numbers(runs: Sequence[VerificationRun], excused: set[int]) -> str:
 
 def is_quantized(model: ir.Model) -> bool:
     """Does it round activations to few bits, so that a tiny difference may become a large one?"""
-    graphs = (model.graph, *model.functions.values())
-    return any(
-        node.op_type in _ROUNDS or node.op_type.startswith("QLinear") for graph in graphs for node in graph.all_nodes()
-    )
+    return any(node.op_type in _ROUNDS or node.op_type.startswith("QLinear") for node in all_nodes(model))
 
 
 _ROUNDS = {  # DequantizeLinear: onnxruntime may quantize the activations beside quantized weights
@@ -247,9 +247,9 @@ def _compare_run(reference: Reference, actual: Sequence[Outputs | str], index: i
         return VerificationRun(shapes, skipped=f"{_BROKEN} does not run on {item.label}: {got}", label=item.label)
     differences = []
     for name, want in expected.items():
-        difference = compare.compare(name, want, got[name], relative)
-        if not difference.ok:
-            difference = _beside_noise(reference, index, difference, got[name])
+        difference: OutputDifference | None = compare.compare(name, want, got[name], relative)
+        if difference is not None and not difference.ok:
+            difference = _beside_noise(reference, index, difference, want, got[name])
         if difference is None:
             sentence = f"output '{name}' of the original is mostly noise on {item.label}"
             return VerificationRun(shapes, skipped=sentence, label=item.label)
@@ -258,11 +258,10 @@ def _compare_run(reference: Reference, actual: Sequence[Outputs | str], index: i
 
 
 def _beside_noise(
-    reference: Reference, index: int, difference: OutputDifference, got: np.ndarray
+    reference: Reference, index: int, difference: OutputDifference, want: np.ndarray, got: np.ndarray
 ) -> OutputDifference | None:
     """A difference judged by the original's own noise; None where that drowns everything."""
     name, quantized = difference.name, is_quantized(reference.model)
-    want = reference.outputs[index][name]
     others = [reference.plain_outputs(index), *([reference.moved_outputs(index)] if quantized else [])]
     for again in (outputs[name] for outputs in others if name in outputs):
         own = compare.compare(name, want, again, 0.0).max_abs_diff
