@@ -45,6 +45,13 @@ def operand(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
+def given(node: ir.Node, index: int) -> ir.Value:
+    """An input that an ONNX operator requires: proto_checks.py refuses models that lack one."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
 def name_of(node: ir.Node) -> str:
     return node.name or (node.outputs[0].name if node.outputs else "") or node.op_type
 

@@ -187,6 +187,20 @@ def test_a_grouped_cache_is_refused() -> None:
     assert "cache" in refusal(model)
 
 
+def test_grouped_keys_without_values_are_refused() -> None:
+    tensors = [
+        floats(B, S, H * 16),
+        floats(B, S, 2 * 16),
+        None,
+        None,
+        None,
+        np.array([S, 2], np.int32),
+        np.array(S, np.int32),
+    ]
+    model = model_of("GroupQueryAttention", "com.microsoft", tensors, {"num_heads": H, "kv_num_heads": 2}, opset=17)
+    assert "no values" in refusal(model)
+
+
 BHSD = [floats(B, H, S, D), floats(B, H, L, D), floats(B, H, L, D)]
 ONNX = {
     "4-D": (BHSD, {}),

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
-from faexport.nodes import attribute, live_users, name_of, operand
+from faexport.nodes import attribute, given, live_users, name_of, operand
 from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.understand.core.outputs import Output, declared_output
 from faexport.understand.core.structure import TYPES
@@ -58,7 +58,7 @@ def _refusal(node: ir.Node, context: Context) -> Refusal | None:
 
 
 def _declared(node: ir.Node, index: int, a) -> Declared:
-    value = node.inputs[index]
+    value = given(node, index)
     heads = attribute(node, "q_num_heads" if index == 0 else "kv_num_heads", 0)
     shape = a.shape(value)
     if heads and (shape is None or len(shape) == 3):

@@ -44,9 +44,10 @@ class Contrib:
         self.node, self.a = node, context.analysis
         self.build = Builder(self.a.opset)
         self.heads = attribute(node, "num_heads", 0)
-        self.dtype = self.a.dtype(node.inputs[0])
-        if self.dtype not in TYPES:
+        dtype = self.a.dtype(node.inputs[0])
+        if dtype is None or dtype not in TYPES:
             raise Unfit("query, key and value are not float32, float16 or bfloat16")
+        self.dtype = dtype
         if not self.heads:
             raise Unfit("the number of heads is missing")
 
@@ -117,11 +118,12 @@ class _MultiHead(Contrib):
             raise Unfit("the model asks for the attention scores too (qk)")
         past = [operand(node, i) for i in (6, 7)]
         present = [used_output(node, i) for i in (1, 2)]
-        rank = a.rank(node.inputs[0])
-        if rank == 5:
-            operands, batch, keys = self._packed_qkv()
-        elif rank == 3:
-            operands, batch, keys = self._separate(any(past) or any(present))
+        query = node.inputs[0]
+        rank = a.rank(query)
+        if query is not None and rank == 5:
+            operands, batch, keys = self._packed_qkv(query)
+        elif query is not None and rank == 3:
+            operands, batch, keys = self._separate(query, any(past) or any(present))
         else:
             raise Unfit("the rank of its query is not known")
         if past[0] is not None:
@@ -132,9 +134,8 @@ class _MultiHead(Contrib):
         candidate.sizes.update(batch_size=plain(batch), seqlen_kv=plain(keys))
         return self.finish(candidate, operands, mask, **caches)
 
-    def _packed_qkv(self) -> tuple[list[Operand], Dim, Dim]:
-        query = self.node.inputs[0]
-        shape = self.a.shape(query)
+    def _packed_qkv(self, query: ir.Value) -> tuple[list[Operand], Dim, Dim]:
+        shape = self.a.known_shape(query)
         if operand(self.node, 3) is not None or shape[4].const is None or shape[3] != 3:
             raise Unfit("its packed query, key and value have a bias or an unknown head size")
         size = shape[4].const
@@ -147,15 +148,16 @@ class _MultiHead(Contrib):
             for (value, start, stride), size in zip(places, sizes, strict=True)
         ]
 
-    def _separate(self, cached: bool) -> tuple[list[Operand], Dim, Dim]:
+    def _separate(self, query: ir.Value, cached: bool) -> tuple[list[Operand], Dim, Dim]:
         node, a = self.node, self.a
-        query, key, value = (operand(node, i) for i in range(3))
+        key, value = (operand(node, i) for i in (1, 2))
         ranks = a.rank(key), a.rank(value)
         bias = operand(node, 3)
-        if ranks == (5, None):
+        if key is not None and ranks == (5, None):
             return self._packed_kv(query, key, bias)
-        if None in ranks or ranks[0] != ranks[1] or ranks[0] not in (3, 4):
+        if key is None or value is None or ranks[0] != ranks[1] or ranks[0] not in (3, 4):
             raise Unfit("the ranks of its key and value are not known")
+        keys, batch = a.known_shape(key)[2 if ranks[0] == 4 else 1], a.known_shape(query)[0]
         if bias is not None:
             if ranks[0] == 4:
                 raise Unfit("it adds a projection bias to a cached key and value")
@@ -165,16 +167,13 @@ class _MultiHead(Contrib):
             Declared(v, layout, Dim.of(self.heads)) for v, layout in zip((query, key, value), layouts, strict=True)
         ]
         sizes = [sizes_of(d, a) for d in declared] if bias is None else None
-        shape = a.shape(node.inputs[1])
-        keys = shape[2 if ranks[0] == 4 else 1]
-        batch = a.shape(node.inputs[0])[0]
         if sizes is None or None in sizes or cached:
             return [d.as_is().operand for d in declared], batch, keys
         readings = read_all(declared, a)
         return [r.operand for r in readings], batch, keys
 
     def _packed_kv(self, query: ir.Value, packed: ir.Value, bias: ir.Value | None) -> tuple[list[Operand], Dim, Dim]:
-        shape = self.a.shape(packed)
+        shape = self.a.known_shape(packed)
         if bias is not None or shape[4].const is None or shape[3] != 2:
             raise Unfit("its packed key and value have a bias or an unknown head size")
         size = shape[4].const

@@ -46,23 +46,25 @@ class _Grouped(Contrib):
         node, a = self.node, self.a
         self._refuse()
         kv_heads = attribute(node, "kv_num_heads", 0)
-        shape = a.shape(node.inputs[0])
+        query, key, value = (operand(node, i) for i in range(3))
+        shape = a.shape(query)
         width = shape[2].const if shape is not None and len(shape) == 3 else None
-        if width is None or not kv_heads:
+        if query is None or shape is None or width is None or not kv_heads:
             raise Unfit("the shape of its query or the number of its key heads is not known")
-        packed = operand(node, 1) is None
-        size = width // (self.heads + 2 * kv_heads if packed else self.heads)
-        if packed:
+        size = width // (self.heads + 2 * kv_heads if key is None else self.heads)
+        if key is None:
             starts = (0, self.heads * size, (self.heads + kv_heads) * size)
             operands = [
-                Operand(node.inputs[0], Layout.BSH, n, size, start, size)
+                Operand(query, Layout.BSH, n, size, start, size)
                 for n, start in zip((self.heads, kv_heads, kv_heads), starts, strict=True)
             ]
-        else:
+        elif value is not None:
             operands = [
                 Operand(v, Layout.BSH, n, size)
-                for v, n in zip(node.inputs[:3], (self.heads, kv_heads, kv_heads), strict=True)
+                for v, n in zip((query, key, value), (self.heads, kv_heads, kv_heads), strict=True)
             ]
+        else:
+            raise Unfit("it has keys and no values")
         candidate.sizes.update(batch_size=plain(shape[0]), seqlen_q=plain(shape[1]), seqlen_kv=plain(shape[1]))
         spec = self.finish(candidate, operands, self._mask(), sinks=self._sinks())
         candidate.sizes["num_kv_heads"] = kv_heads

@@ -177,7 +177,7 @@ def _score_shape(
     batch = None
     for size in values.lead_sizes:
         batch = size if batch is None else batch * size
-    shape = a.shape(scores.product.node.outputs[0])
+    shape = a.known_shape(scores.product.node.outputs[0])
     rows, columns = (shape[scores.product.labels.index(x)] for x in ("row", "column"))
     return ScoreShape(
         structure.query.operand,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport.match import Context, matcher
-from faexport.nodes import name_of
+from faexport.nodes import name_of, operand
 from faexport.spec import Candidate, Refusal
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.core.value_chain import feeds_product
@@ -40,7 +40,10 @@ def match_operator(node: ir.Node, context: Context) -> list[Candidate]:
 
 @matcher(SOURCE, tuple(f"com.microsoft::{name}" for name in SOFTMAXES))
 def match_softmax(node: ir.Node, context: Context) -> list[Candidate]:
-    softmax = Softmax(node, node.inputs[0], 0, node.outputs[0], (node,))
+    scores = operand(node, 0)
+    if scores is None:
+        return []
+    softmax = Softmax(node, scores, 0, node.outputs[0], (node,))
     if not feeds_product(softmax, context.analysis):
         return []
     refusal = Refusal(SOFTMAXES[node.op_type], name_of(node))

@@ -38,7 +38,7 @@ class Weight:
 
     def is_single(self, a: Analysis) -> bool:
         """Is it one number?"""
-        return all(d == 1 for d in a.shape(self.value))
+        return all(d == 1 for d in a.known_shape(self.value))
 
 
 def fits(value: ir.Value, shape: Sequence[Dim], a: Analysis) -> bool:
@@ -49,7 +49,7 @@ def fits(value: ir.Value, shape: Sequence[Dim], a: Analysis) -> bool:
     return all(x in (1, size) for x, size in zip(reversed(own), reversed(shape), strict=False))
 
 
-def is_gate(value: ir.Value, a: Analysis, depth: int = 0) -> bool:
+def is_gate(value: ir.Value | None, a: Analysis, depth: int = 0) -> bool:
     """Does the tensor hold nothing but 0 and 1, as far as its nodes tell? (Of a constant the mask's proof looks at each
     element.)"""
     if a.is_static(value) or a.dtype(value) == ir.DataType.BOOL:
@@ -75,14 +75,14 @@ def folded(
     """
     for weight in weights:
         build = Builder(a.opset)
-        sizes = a.shape(weight.value)
+        sizes = a.known_shape(weight.value)
         own = [other.get(label, label) for label in labels[len(labels) - len(sizes) :]]
         missing = [x for x, size in zip(own, sizes, strict=True) if x not in factor.labels and size != 1]
         target = (*missing, *factor.labels)
         value = _placed(build, weight.value, own, target)
         dtype = a.dtype(factor.value)
         product = _product(build, weight.op_type, factor.value, value, dtype, a)
-        known = dict(zip(factor.labels, a.shape(factor.value), strict=True))
+        known = dict(zip(factor.labels, a.known_shape(factor.value), strict=True))
         known |= {x: size for x, size in zip(own, sizes, strict=True) if size != 1}
         a.define(product, tuple(known[x] for x in target))
         factor = Factor(product, target)
@@ -120,7 +120,7 @@ def times(value: ir.Value, weights: Sequence[Weight], a: Analysis) -> tuple[ir.V
     dtype = a.dtype(value)
     for weight in weights:
         number = weight.value
-        if a.rank(number) > 1:
+        if len(a.known_shape(number)) > 1:
             number = build.reshape(number, [1])
         value = _product(build, weight.op_type, value, number, dtype, a)
     return value, tuple(build.nodes)
@@ -152,9 +152,11 @@ def division_by(total: ir.Value, axis: int, view: View, product: Product, a: Ana
         return refusal
     node = users[0]
     index = 0 if node.inputs[0] is result else 1
-    divisor, inverse = node.inputs[1 - index], []
+    divisor = node.inputs[1 - index]
+    inverse: list[ir.Node] = []
     if op(node) == "Mul":
-        inverse = [producer(divisor)]
+        maker = producer(divisor)
+        inverse = [maker] if maker is not None else []
         divisor = divisor_of(divisor, a)
     elif index == 1:
         return refusal
@@ -163,6 +165,8 @@ def division_by(total: ir.Value, axis: int, view: View, product: Product, a: Ana
     nodes: list[ir.Node] = []
     while divisor is not total and len(nodes) < MAX_PATH:
         step = producer(divisor)
+        if step is None:
+            return refusal
         is_cast = op(step) == "Cast" and ir.DataType(attribute(step, "to")) in FLOATS
         if not is_cast and op(step) not in view_ops.VIEW_OPS:
             return refusal
@@ -186,10 +190,12 @@ def _axes_of_sums(total: ir.Value, axis: int, view: View, nodes: Sequence[ir.Nod
         del axes[axis]
     else:
         return None
-    current: View | None = View(tuple(axes), view.offsets)
+    current = View(tuple(axes), view.offsets)
     for node in nodes:
-        if op(node) != "Cast":
-            current = view_ops.apply(node.outputs[0], current, a)
-        if current is None:
+        if op(node) == "Cast":
+            continue
+        moved = view_ops.apply(node.outputs[0], current, a)
+        if moved is None:
             return None
+        current = moved
     return [merged(x) for x in current.axes]

@@ -11,7 +11,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import live_users, op, producer
+from faexport.nodes import live_users, maker, op, producer
 from faexport.understand.shapes.analysis import Analysis
 
 COMPARISONS = {"Less": (False, False), "Greater": (True, False), "LessOrEqual": (False, True)}
@@ -50,7 +50,7 @@ def nan_guard(weights: ir.Value, a: Analysis) -> Guard | None:
         return None
     if any(user not in nodes for value in inner for user in live_users(value)):
         return None
-    last = current.producer()
+    last = maker(current)
     return Guard(last, tuple(node for node in nodes if node is not last), nan)
 
 
@@ -66,7 +66,7 @@ def _next_where(current: ir.Value, copies: list[ir.Value], a: Analysis):
     return None
 
 
-def _truth(value: ir.Value, weights: list[ir.Value], tests: dict[ir.Node, None], a: Analysis) -> Truth | None:
+def _truth(value: ir.Value | None, weights: list[ir.Value], tests: dict[ir.Node, None], a: Analysis) -> Truth | None:
     """What `value` says of the weights; None where it depends on anything else. Notes the nodes on the way."""
     node = producer(value)
     if node is None or len(tests) > 16:
@@ -79,12 +79,13 @@ def _truth(value: ir.Value, weights: list[ir.Value], tests: dict[ir.Node, None],
         return Truth(True, False)
     if name in COMPARISONS:
         bound = a.scalar(node.inputs[1])
-        known = bound is not None and _is_copy(node.inputs[0], weights, tests)
-        return Truth(_compared(name, bound), False) if known else None
+        if bound is None or not _is_copy(node.inputs[0], weights, tests):
+            return None
+        return Truth(_compared(name, bound), False)
     if name not in ("Cast", "Identity", "Not", "And", "Or"):
         return None
-    parts = [_truth(x, weights, tests, a) for x in node.inputs]
-    return None if None in parts else _combined(name, parts)
+    parts = [truth for x in node.inputs if (truth := _truth(x, weights, tests, a)) is not None]
+    return _combined(name, parts) if len(parts) == len(node.inputs) else None
 
 
 def _combined(name: str, parts: list[Truth]) -> Truth:
@@ -105,10 +106,12 @@ def _compared(name: str, bound: float) -> bool | None:
     return None
 
 
-def _is_copy(value: ir.Value, weights: list[ir.Value], tests: dict[ir.Node, None]) -> bool:
+def _is_copy(value: ir.Value | None, weights: list[ir.Value], tests: dict[ir.Node, None]) -> bool:
     """Is it the weights, perhaps in another float type?"""
-    while value not in weights and op(producer(value)) in ("Cast", "Identity"):
+    while value not in weights:
         node = producer(value)
+        if node is None or op(node) not in ("Cast", "Identity"):
+            return False
         tests[node] = None
         value = node.inputs[0]
-    return value in weights
+    return True

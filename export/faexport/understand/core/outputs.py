@@ -86,6 +86,7 @@ def _furthest(value: ir.Value, view: View, sizes, dtype, sources, a: Analysis) -
         if value.is_graph_output() or len(users) != 1 or users[0].inputs[0] is not value:
             break
         node = users[0]
+        next_view: View | None
         if op(node) == "Cast" and dtype is not None:
             next_view = view
         elif op(node) in (*RESHAPES, "Identity"):
@@ -114,7 +115,7 @@ def _rebuilt(values: Values, sizes, dtype: ir.DataType | None, query: Factor, a:
     leads = len(labels) - 2
     entry = ir.Value(name=None, type=value.type)
     build = Builder(a.opset)
-    current: ir.Value | None = entry
+    current = entry
     layout = Layout.BHSD
     order = [*values.product.leads, "row", "column"]
     if leads <= 1 and sizes[1] == 1:
@@ -123,9 +124,10 @@ def _rebuilt(values: Values, sizes, dtype: ir.DataType | None, query: Factor, a:
     elif leads == 1:
         current = build.merge_first_axes(current)
     elif leads > 2:
-        current = _split_leads(build, current, values, query, a)
-    if current is None:
-        return None
+        split = _split_leads(build, current, values, query, a)
+        if split is None:
+            return None
+        current = split
     current = build.transpose(current, [order.index(x) for x in labels])
     own = a.dtype(value)
     if dtype is not None and own is not None and own != dtype:
@@ -136,11 +138,11 @@ def _rebuilt(values: Values, sizes, dtype: ir.DataType | None, query: Factor, a:
 def _split_leads(build: Builder, fused: ir.Value, values: Values, query: Factor, a: Analysis) -> ir.Value | None:
     """[B, H, S, D_v] to as many leading axes as the product has; their sizes are constants but one, or the query's."""
     product = values.product
-    shape = a.shape(product.node.outputs[0])
+    shape = a.known_shape(product.node.outputs[0])
     dims = [shape[product.labels.index(x)].const for x in (*product.leads, "row", "column")]
     if dims.count(None) <= 1:
         return build.reshape(fused, [-1 if d is None else d for d in dims])
-    own = a.shape(query.value)
+    own = a.known_shape(query.value)
     names = [f"lead{i}" for i in range(len(product.leads))]  # of the score product, in the same order
     if set(names) - set(query.labels) or len(query.labels) != len(product.labels):
         return None
@@ -149,6 +151,6 @@ def _split_leads(build: Builder, fused: ir.Value, values: Values, query: Factor,
         return None
     sizes = build.add("Shape", [query.value], ir.DataType.INT64)
     first = build.add("Gather", [sizes, build.ints(axes)], ir.DataType.INT64, axis=0)
-    exact = dims[-1] is not None and build.opset >= 14  # then nothing is left to -1, which fails without elements
-    target = build.add("Concat", [first, build.ints([dims[-1] if exact else -1])], ir.DataType.INT64, axis=0)
-    return build.add("Reshape", [fused, target], fused.dtype, **({"allowzero": 1} if exact else {}))
+    last = dims[-1] if build.opset >= 14 else None  # then nothing is left to -1, which fails without elements
+    target = build.add("Concat", [first, build.ints([-1 if last is None else last])], ir.DataType.INT64, axis=0)
+    return build.add("Reshape", [fused, target], fused.dtype, **({} if last is None else {"allowzero": 1}))

@@ -27,12 +27,12 @@ def row_guard(y: ir.Value, axes: str, dims: tuple[Dim, ...], a: Analysis) -> Mas
     if a.shape(y) is None or a.shape(node.outputs[0]) != a.shape(y):
         return None
     mask = _counted(empty, a)
-    if mask is None or len(a.shape(mask)) > len(axes):
+    if mask is None or len(a.known_shape(mask)) > len(axes):
         return None
     return MaskTerm(TermKind.EMPTY_ROW, mask, node, axes, dims)
 
 
-def _counted(empty: ir.Value, a: Analysis) -> ir.Value | None:
+def _counted(empty: ir.Value | None, a: Analysis) -> ir.Value | None:
     """The bool mask of which `empty` says that the last axis holds no true."""
     less = producer(empty)
     if less is None or op(less) != "Less" or not 0 < (a.scalar(less.inputs[1]) or 0) <= 1:

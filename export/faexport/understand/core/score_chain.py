@@ -14,7 +14,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, name_of, op, operand, producer
+from faexport.nodes import FLOATS, attribute, given, name_of, op, operand, producer
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.factors import Weight, fits, is_gate, weighed
 from faexport.understand.core.softmax import Softmax, subtracts_own_maximum
@@ -87,7 +87,7 @@ def _search(value: ir.Value, axis: int, a: Analysis, weights: bool, depth: int, 
         blocked = Blocked(node, f"the scores are quantized inside the block ({op(node)})")
     likely: Blocked | None = None
     for step in _steps(node, axis, a):
-        found = _search(node.inputs[step.index], axis, a, weights, depth + 1, dead)
+        found = _search(given(node, step.index), axis, a, weights, depth + 1, dead)
         if isinstance(found, Path):
             found.steps.append(step)
             return found
@@ -193,7 +193,7 @@ class _Reader:
     def __init__(self, path: Path, softmax: Softmax, gates: bool, a: Analysis):
         self.a, self.path, self.softmax, self.gates = a, path, softmax, gates
         self.factors = _later_factors(path.steps)
-        shape = a.shape(path.product.node.outputs[0])
+        shape = a.known_shape(path.product.node.outputs[0])
         self.shape = shape
         self.view = View.whole(shape)
         self.names = letters(path.product)
@@ -254,14 +254,14 @@ class _Reader:
         before, self.view = self.view, view
         if len(view.axes) == 4:
             self.splits.append(view.shape[1])
-        if self.split:
+        if self.split is not None:
             if not self.split.follow(node, before.shape, view.shape):
                 return self._not_understood(node)
             axes = self._axes()
             if axes is not None:
                 dims = tuple(view.shape)
                 self.terms.append(
-                    MaskTerm(TermKind.ADD, self.split.value, node, "".join(axes), dims, factor=self.split.factor)
+                    MaskTerm(TermKind.ADD, self.split.sum, node, "".join(axes), dims, factor=self.split.factor)
                 )
                 self.split = None
         return None
@@ -271,7 +271,7 @@ class _Reader:
 
     def _take_factor(self, step: Step) -> Refusal | None:
         """A factor without constants: multiplied to the queries or the keys, or a gate that a mask is made of."""
-        weight = Weight(step.node.inputs[1 - step.index], op(step.node), step.node)
+        weight = Weight(given(step.node, 1 - step.index), op(step.node), step.node)
         name, sizes = name_of(step.node), self.a.shape(weight.value)
         if sizes is None:
             return Refusal("the scores are multiplied by a tensor of unknown shape", name)
@@ -321,7 +321,7 @@ class _Reader:
         dims = tuple(self.view.shape)
         letters = "".join(axes)
         if step.kind in ("add", "sub"):
-            value = node.inputs[1 - step.index]
+            value = given(node, 1 - step.index)
             if self._is_zero(value):
                 return None
             sign = -1.0 if step.kind == "sub" else 1.0
@@ -329,13 +329,13 @@ class _Reader:
         elif step.kind == "where":
             fill = node.inputs[3 - step.index]
             kept = step.index == 1
-            term = MaskTerm(TermKind.WHERE, node.inputs[0], node, letters, dims, kept, fill, factor)
+            term = MaskTerm(TermKind.WHERE, given(node, 0), node, letters, dims, kept, fill, factor)
         elif step.kind == "clamp":
             if factor <= 0:
                 return Refusal("the scores are negated after they were clamped", name_of(node))
-            term = MaskTerm(TermKind.CLAMP, node.inputs[1 - step.index], node, letters, dims, factor=factor)
+            term = MaskTerm(TermKind.CLAMP, given(node, 1 - step.index), node, letters, dims, factor=factor)
         else:
-            term = MaskTerm(TermKind.GATE, node.inputs[1 - step.index], node, letters, dims, factor=factor)
+            term = MaskTerm(TermKind.GATE, given(node, 1 - step.index), node, letters, dims, factor=factor)
         if not self._fits(term):
             return Refusal("a mask or bias gives the scores more rows, heads or batch entries", name_of(node))
         self.terms.append(term)
@@ -344,7 +344,7 @@ class _Reader:
 
     def _take_split(self, step: Step, factor: float) -> Refusal | None:
         """A bias that is added in a shape without names."""
-        value = step.node.inputs[1 - step.index]
+        value = given(step.node, 1 - step.index)
         self.split = self.split or SplitBias(self.a)
         if step.kind != "add" or not self.split.add(step.node, value, factor, self.view.shape):
             return self._not_understood(step.node)
@@ -377,8 +377,10 @@ class _Reader:
 def is_times_zero(value: ir.Value, a: Analysis) -> bool:
     """Is the value 0 times something, as torch.baddbmm(beta=0) leaves it?"""
     node = producer(value)
-    while op(node) in ("Cast", "Identity", "Expand", "Reshape", "Unsqueeze", "Transpose"):
+    while node is not None and op(node) in ("Cast", "Identity", "Expand", "Reshape", "Unsqueeze", "Transpose"):
         node = producer(node.inputs[0])
+    if node is None:
+        return False
     if op(node) == "ConstantOfShape":
         fill = attribute(node, "value")
         return fill is None or not np.any(fill.numpy())

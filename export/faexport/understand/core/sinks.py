@@ -17,6 +17,7 @@ from faexport.understand.shapes.dims import Dim
 
 def sinks_of(scores: Scores, heads: Dim, a: Analysis) -> tuple[ir.Value, tuple[ir.Node, ...]] | Refusal:
     """The logits as float32 [H] and the new nodes that make them so."""
+    assert scores.sink is not None
     node = producer(scores.sink)
     refusal = Refusal("a column beside the scores is not one logit for each head", name_of(node) if node else "")
     shape = a.shape(scores.sink)
@@ -36,7 +37,7 @@ def sinks_of(scores: Scores, heads: Dim, a: Analysis) -> tuple[ir.Value, tuple[i
 
 def _is_one_for_each_head(link: Link, heads: Dim, a: Analysis) -> bool:
     """Does the tensor hold H numbers, and is the column their repetition over batch and rows?"""
-    shape = a.shape(link.value)
+    shape = a.known_shape(link.value)
     wide = [i for i, d in enumerate(shape) if d != 1]
     own = merged(link.view.axes[1])
     if heads == 1:

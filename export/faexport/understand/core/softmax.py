@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, data_users, op, operand, producer
+from faexport.nodes import attribute, data_users, given, op, operand, producer
 from faexport.understand.layout.products import PRODUCT_OPS
 from faexport.understand.layout.view_ops import is_widening
 from faexport.understand.shapes.analysis import Analysis
@@ -49,39 +49,43 @@ def softmax_of(node: ir.Node, a: Analysis) -> Softmax | None:
         return _written_out(node, node.inputs[0], node.inputs[1], (), a)
     if name == "Mul":
         for exp, inverse in (node.inputs, node.inputs[::-1]):
-            divisor = divisor_of(inverse, a)
-            found = _written_out(node, exp, divisor, (producer(inverse),), a) if divisor is not None else None
+            divisor, maker = divisor_of(inverse, a), producer(inverse)
+            found = _written_out(node, exp, divisor, (maker,), a) if divisor is not None and maker is not None else None
             if found is not None:
                 return found
     return None
 
 
-def divisor_of(value: ir.Value, a: Analysis) -> ir.Value | None:
+def divisor_of(value: ir.Value | None, a: Analysis) -> ir.Value | None:
     """x, where the value is 1 / x."""
     node = producer(value)
+    if node is None:
+        return None
     if op(node) == "Reciprocal":
         return node.inputs[0]
     return node.inputs[1] if op(node) == "Div" and a.scalar(node.inputs[0]) == 1 else None
 
 
 def _softmax_node(node: ir.Node, a: Analysis) -> Softmax:
-    rank = a.rank(node.inputs[0])
+    scores = given(node, 0)
+    shape = a.shape(scores)
     axis = attribute(node, "axis", -1 if a.opset >= 13 else 1)
     flaw = ""
-    if rank is None:
+    if shape is None:
         axis, flaw = 0, "the shape of the scores is not known"
     else:
-        axis = resolve_axis(axis, rank)
-        if a.opset < 13 and any(d != 1 for d in a.shape(node.inputs[0])[axis : rank - 1]):
-            flaw = FLATTENED.format(first=axis, last=rank - 1, opset=a.opset)
+        last = len(shape) - 1
+        axis = resolve_axis(axis, len(shape))
+        if a.opset < 13 and any(d != 1 for d in shape[axis:last]):
+            flaw = FLATTENED.format(first=axis, last=last, opset=a.opset)
         if a.opset < 13:
-            axis = rank - 1
-    return Softmax(node, node.inputs[0], axis, node.outputs[0], (node,), flaw=flaw)
+            axis = last
+    return Softmax(node, scores, axis, node.outputs[0], (node,), flaw=flaw)
 
 
 def _exponential(node: ir.Node, a: Analysis) -> Softmax | None:
     before = producer(node.inputs[0])
-    if op(before) == "LogSoftmax":
+    if before is not None and op(before) == "LogSoftmax":
         inner = _softmax_node(before, a)
         return dataclasses.replace(inner, node=node, probabilities=node.outputs[0], inner=(before, node))
     return _by_log_sum(node, before, a) or _divided_late(node, a)
@@ -90,32 +94,31 @@ def _exponential(node: ir.Node, a: Analysis) -> Softmax | None:
 def _written_out(node, exp_value, total_value, more, a: Analysis) -> Softmax | None:
     """exp(x) / sum(exp(x))."""
     exp = producer(exp_value)
-    if op(exp) != "Exp":
+    if exp is None or op(exp) != "Exp":
         return _changed(node, exp_value, total_value, a)
     total, changes = _sum_of(total_value, exp, a)
     if total is None or total.source is not exp_value or len(total.axes) != 1:
         return _changed(node, exp_value, total_value, a)
     inner = (exp, *total.nodes, *changes, *more, node)
     flaw = ALTERED.format(op=op(changes[-1])) if changes and not _is_harmless(changes, exp, total, a) else ""
-    return Softmax(node, exp.inputs[0], total.axes[0], node.outputs[0], inner, flaw=flaw)
+    return Softmax(node, given(exp, 0), total.axes[0], node.outputs[0], inner, flaw=flaw)
 
 
 def _changed(node: ir.Node, exp_value: ir.Value, total_value: ir.Value, a: Analysis) -> Softmax | None:
     """Exponentials that are divided by a sum of theirs, where one or the other is changed before."""
     exp, above = _behind(exp_value, ("Exp",))
     total, below = _behind(total_value, SUMS)
-    source = None if total is None else _behind(total.inputs[0], ("Exp",))[0]
-    if exp is None or source is not exp:
+    if exp is None or total is None or _behind(total.inputs[0], ("Exp",))[0] is not exp:
         return None
     other = next((n for n in (*above, *below) if op(n) not in ("Cast", "Identity")), None)
     flaw = (
         NOT_DIVIDED if other is None else f"the exponentials or their sum are changed ({op(other)}) before the division"
     )
     axis = (a.rank(exp.outputs[0]) or 1) - 1
-    return Softmax(node, exp.inputs[0], axis, node.outputs[0], (exp, *above, total, *below, node), flaw=flaw)
+    return Softmax(node, given(exp, 0), axis, node.outputs[0], (exp, *above, total, *below, node), flaw=flaw)
 
 
-def _behind(value: ir.Value, wanted: tuple[str, ...]) -> tuple[ir.Node | None, list[ir.Node]]:
+def _behind(value: ir.Value | None, wanted: tuple[str, ...]) -> tuple[ir.Node | None, list[ir.Node]]:
     """The nearest node of one of these kinds that the value is made of, element by element, and the nodes between."""
     node = producer(value)
     nodes: list[ir.Node] = []
@@ -123,7 +126,7 @@ def _behind(value: ir.Value, wanted: tuple[str, ...]) -> tuple[ir.Node | None, l
         if op(node) not in CHANGING:
             return None, []
         nodes.append(node)
-        makers = [producer(v) for v in node.inputs if v is not None]
+        makers = [maker for v in node.inputs if (maker := producer(v)) is not None]
         node = next((n for n in makers if op(n) in wanted), None) or next(
             (n for n in makers if op(n) in CHANGING), None
         )
@@ -137,14 +140,14 @@ def _divided_late(exp: ir.Node, a: Analysis) -> Softmax | None:
         later = data_users(users[0].outputs[0])
         if any(op(u) in SUMS for u in later) and any(op(u) in PRODUCT_OPS for u in later):
             flaw, axis = ALTERED_EACH.format(op=op(users[0])), (a.rank(exp.outputs[0]) or 1) - 1
-            return Softmax(exp, exp.inputs[0], axis, users[0].outputs[0], (exp, users[0]), flaw=flaw)
+            return Softmax(exp, given(exp, 0), axis, users[0].outputs[0], (exp, users[0]), flaw=flaw)
     sums = [u for u in users if op(u) in SUMS]
     if not sums or all(op(u) in (*SUMS, "Div", "Mul") for u in users):  # divided in front of the product
         return None
     axes, rank = reduced_axes(sums[0], a), a.rank(exp.outputs[0])
     if len(sums) > 1 or axes is None or len(axes) != 1:
-        return Softmax(exp, exp.inputs[0], (rank or 1) - 1, exp.outputs[0], (exp, *sums), flaw=NOT_DIVIDED)
-    return Softmax(exp, exp.inputs[0], axes[0], exp.outputs[0], (exp, *sums), sums[0].outputs[0])
+        return Softmax(exp, given(exp, 0), (rank or 1) - 1, exp.outputs[0], (exp, *sums), flaw=NOT_DIVIDED)
+    return Softmax(exp, given(exp, 0), axes[0], exp.outputs[0], (exp, *sums), sums[0].outputs[0])
 
 
 def _sum_of(value: ir.Value, exp: ir.Node, a: Analysis) -> tuple[Reduction | None, tuple[ir.Node, ...]]:
@@ -155,7 +158,7 @@ def _sum_of(value: ir.Value, exp: ir.Node, a: Analysis) -> tuple[Reduction | Non
         if found is not None and found.name in SUMS:
             return found, tuple(changes[::-1])
         node = producer(value)
-        if op(node) not in ("Add", "Max", "Clip"):
+        if node is None or op(node) not in ("Add", "Max", "Clip"):
             return None, ()
         changes.append(node)
         others = [v for v in node.inputs if v is not None and a.constant(v) is None]
@@ -169,14 +172,20 @@ def _is_harmless(changes: tuple[ir.Node, ...], exp: ir.Node, total: Reduction, a
     """Do the changes leave a sum of at least 1 as it is? It is that where the maximum was subtracted before."""
     before = producer(exp.inputs[0])
     dtype = a.dtype(exp.outputs[0])
-    if dtype is None or op(before) != "Sub" or subtracts_own_maximum(before, total.axes[0], a) is None:
+    if (
+        dtype is None
+        or before is None
+        or op(before) != "Sub"
+        or subtracts_own_maximum(before, total.axes[0], a) is None
+    ):
         return False
     return all(_keeps(node, dtype, a) for node in changes)
 
 
 def _keeps(node: ir.Node, dtype: ir.DataType, a: Analysis) -> bool:
-    numbers = [a.scalar(v) for v in node.inputs if v is not None and a.constant(v) is not None]
-    if None in numbers or not numbers:
+    constants = [v for v in node.inputs if v is not None and a.constant(v) is not None]
+    numbers = [number for v in constants if (number := a.scalar(v)) is not None]
+    if len(numbers) != len(constants) or not numbers:
         return False
     if op(node) == "Add":  # less than half of the distance between 1 and the next number is rounded away
         return 0 <= numbers[0] < _epsilon(dtype) / 2
@@ -190,16 +199,16 @@ def _epsilon(dtype: ir.DataType) -> float:
 
 def _by_log_sum(exp: ir.Node, difference: ir.Node | None, a: Analysis) -> Softmax | None:
     """exp(x - log(sum(exp(x))))."""
-    if op(difference) != "Sub":
+    if difference is None or op(difference) != "Sub":
         return None
-    source = difference.inputs[0]
+    source = given(difference, 0)
     total = reduction_of(difference.inputs[1], a)
     if total is None or len(total.axes) != 1:
         return None
     nodes = total.nodes
     if total.name != "ReduceLogSumExp":
         inner = producer(total.source)
-        if total.name not in ("ReduceLogSum", "log of ReduceSum") or op(inner) != "Exp":
+        if inner is None or total.name not in ("ReduceLogSum", "log of ReduceSum") or op(inner) != "Exp":
             return None
         nodes = (inner, *nodes)
         if inner.inputs[0] is not source:
@@ -219,18 +228,19 @@ class Reduction:
     nodes: tuple[ir.Node, ...]  # from the reduction to the value
 
 
-def reduction_of(value: ir.Value, a: Analysis) -> Reduction | None:
+def reduction_of(value: ir.Value | None, a: Analysis) -> Reduction | None:
     """`value` as a reduction of another one; axes that it dropped may have been put back by other nodes."""
-    node, nodes, is_log = producer(value), [], False
-    while op(node) in ("Identity", "Cast", "Unsqueeze", "Reshape", "Log"):
+    node, is_log = producer(value), False
+    nodes: list[ir.Node] = []
+    while node is not None and op(node) in ("Identity", "Cast", "Unsqueeze", "Reshape", "Log"):
         if (op(node) == "Log" and is_log) or (op(node) == "Cast" and not is_widening(node, a)):
             return None
         is_log = is_log or op(node) == "Log"
         nodes.append(node)
         node = producer(node.inputs[0])
-    if not op(node).startswith("Reduce") or (is_log and op(node) != "ReduceSum"):
+    if value is None or node is None or not op(node).startswith("Reduce") or (is_log and op(node) != "ReduceSum"):
         return None
-    source, gone = node.inputs[0], reduced_axes(node, a)
+    source, gone = given(node, 0), reduced_axes(node, a)
     if gone is None:
         return None
     kept = bool(attribute(node, "keepdims", 1)) and all(op(n) in ("Identity", "Cast", "Log") for n in nodes)

@@ -27,6 +27,12 @@ class SplitBias:
         self._count = 0  # of new nodes
         self._followed = False  # has it gone through a node already?
 
+    @property
+    def sum(self) -> ir.Value:
+        """What add() made."""
+        assert self.value is not None
+        return self.value
+
     def add(self, node: ir.Node, value: ir.Value, factor: float, shape: Sequence[Dim]) -> bool:
         """Adds factor * value, which `node` adds to scores of this shape; False where that can't be done here."""
         sizes = self.a.shape(value)
@@ -50,8 +56,8 @@ class SplitBias:
             kept += 1
         if not self._expand(node, before, kept):
             return False
-        own = self.a.shape(self.value)
-        build, dtype = Builder(self.a.opset), self.a.dtype(self.value)
+        own = self.a.known_shape(self.sum)
+        build, dtype = Builder(self.a.opset), self.a.dtype(self.sum)
         if own == tuple(before):
             attributes = {name: attribute.value for name, attribute in node.attributes.items()}
             build.add(node.op_type, [self.value, *node.inputs[1:]], dtype, **attributes)
@@ -66,13 +72,14 @@ class SplitBias:
     def _expand(self, node: ir.Node, shape: Sequence[Dim], kept: int) -> bool:
         """Gives the sum the rank of the scores, and their sizes but for the first `kept` axes, where sizes that it
         lacks are constants."""
-        given = self.a.shape(self.value)
+        given = self.a.known_shape(self.sum)
         own = (Dim.of(1),) * (len(shape) - len(given)) + tuple(given)
         if any(x not in (1, size) for x, size in zip(own, shape, strict=True)):
             return False
         sizes = (*own[:kept], *shape[kept:])
-        missing = [1 if x == size else size.const for x, size in zip(own, sizes, strict=True)]
-        if None in missing:
+        counts = (1 if x == size else size.const for x, size in zip(own, sizes, strict=True))
+        missing = [count for count in counts if count is not None]
+        if len(missing) != len(sizes):
             return False
         if sizes != given:
             build = Builder(self.a.opset)

@@ -86,7 +86,7 @@ def _hides_heads(lead_sizes: tuple[Dim, ...], heads: Dim) -> bool:
 
 
 def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal:
-    shape = a.shape(scores.product.node.outputs[0])
+    shape = a.known_shape(scores.product.node.outputs[0])
     leads = scores.product.leads
     sizes = tuple(shape[scores.product.labels.index(x)] for x in leads)
     if len(sizes) == len(values.lead_sizes):
@@ -112,7 +112,8 @@ def _is_contradicted(sides: Sequence[_Side], a: Analysis) -> bool:
     """Do two sizes of unknown numbers meet, where the result is said to have one of them? Either may be 1."""
     for position, size in enumerate(sides[0].lead_sizes):
         own = [
-            dict(zip(s.factor.labels, a.shape(s.factor.value), strict=True)).get(s.labels[position], ONE) for s in sides
+            dict(zip(s.factor.labels, a.known_shape(s.factor.value), strict=True)).get(s.labels[position], ONE)
+            for s in sides
         ]
         open_sizes = {d for d in own if d.const is None}
         if len(open_sizes) > 1 and size in open_sizes:
@@ -180,7 +181,7 @@ def _dtypes(sides, a: Analysis) -> list[ir.DataType | None]:
     """Types to compute in: those in which all three operands can be read, the narrowest first (a Cast up is then
     absorbed)."""
     kinds = [{a.dtype(link.value) for link in side.links} for side in sides]
-    found = [t for t in TYPES if t in set.intersection(*kinds)]
+    found: list[ir.DataType | None] = [t for t in TYPES if t in set.intersection(*kinds)]
     if found or any(k == {None} for k in kinds):
         return found or [None]
     return [ir.DataType.FLOAT] if all(k & set(TYPES) for k in kinds) else []
@@ -235,7 +236,7 @@ def _rebuilt(side: _Side, wanted: Wanted, sides: Sequence[_Side], a: Analysis) -
     own = tuple(x for x in side.labels if x in side.factor.labels)
     perm = [side.factor.labels.index(x) for x in own]
     value = build.transpose(value, perm)
-    shape = tuple(a.shape(side.factor.value)[i] for i in perm)
+    shape = tuple(a.known_shape(side.factor.value)[i] for i in perm)
     parts = parts_of(canonical(Factor(value, own), View.whole(shape), wanted), wanted)
     if parts is None:
         expanded = _expanded(build, value, dict(zip(own, shape, strict=True)), side, wanted, sides, a)
@@ -247,10 +248,10 @@ def _rebuilt(side: _Side, wanted: Wanted, sides: Sequence[_Side], a: Analysis) -
         if parts is None:
             return None
     heads = size_of(parts.heads)
-    value, layout = _to_layout(build, value, len(own), heads, parts.group)
-    if value is None:
+    placed, layout = _to_layout(build, value, len(own), heads, parts.group)
+    if placed is None:
         return None
-    operand = Operand(value, layout, heads=heads.const, head_dim=size_of(parts.columns).const)
+    operand = Operand(placed, layout, heads=heads.const, head_dim=size_of(parts.columns).const)
     return Reading(operand, heads, side.source, 1.0, tuple(build.nodes))
 
 
@@ -301,7 +302,7 @@ def _sizes(
         return [build.ints([size.const])]
     found: dict[Dim, ir.Value] = {}
     for other in sides:
-        given = dict(zip(other.factor.labels, a.shape(other.factor.value), strict=True)).get(label, ONE)
+        given = dict(zip(other.factor.labels, a.known_shape(other.factor.value), strict=True)).get(label, ONE)
         if given in (1, own) or given in found:
             continue
         sources = [x.value for x in reversed(other.links) if x.value is not other.factor.value]

@@ -12,7 +12,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, data_users, name_of, op
+from faexport.nodes import FLOATS, attribute, data_users, given, maker, name_of, op
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.factors import Weight, division_by, fits
 from faexport.understand.core.nan_guard import nan_guard
@@ -55,6 +55,7 @@ class Values:
 
     def past_guard(self) -> Values:
         """The same with the guard taken for a part of attention."""
+        assert self.guard is not None
         return dataclasses.replace(self, terms=[*self.terms, self.guard], result=self.guard.node.outputs[0], guard=None)
 
 
@@ -93,7 +94,7 @@ class _Walker:
                 self._advance(guard.where)
                 continue
             if not users:
-                return Refusal("nothing uses the attention weights", name_of(self.value.producer()))
+                return Refusal("nothing uses the attention weights", name_of(maker(self.value)))
             if len(users) > 1:
                 return self._several(users)
             if op(users[0]) in PRODUCT_OPS:
@@ -158,7 +159,7 @@ class _Walker:
     def _weigh(self, node: ir.Node) -> Refusal | None:
         """A factor that is the same for all rows may as well be multiplied to the values."""
         index = 0 if node.inputs[0] is self.value else 1
-        weight = node.inputs[1 - index]
+        weight = given(node, 1 - index)
         one_way = weight is not self.value and (op(node) == "Mul" or (index == 0 and self.a.scalar(weight)))
         whole = self.view == View.whole(self.shape) and not self.has_sink
         if not one_way or not whole or not fits(weight, self.shape, self.a) or not self._skips_rows(weight):
@@ -173,13 +174,13 @@ class _Walker:
     def _skips_rows(self, weight: ir.Value) -> bool:
         """Has the factor size 1 along the rows?"""
         labels = self.scores.product.labels
-        sizes = dict(zip(reversed(labels), reversed(self.a.shape(weight)), strict=False))
+        sizes = dict(zip(reversed(labels), reversed(self.a.known_shape(weight)), strict=False))
         return sizes.get("row", 1) == 1
 
     def _drops_sink(self, node: ir.Node) -> bool:
         shape = self.a.shape(node.inputs[0])
         pieces = None if shape is None else slice_of(node, self.a, shape)
-        if pieces is None or len(pieces) != 1:
+        if shape is None or pieces is None or len(pieces) != 1:
             return False
         axis, start, size, step = pieces[0]
         kept = (1 if self.scores.sink_first else 0, 1, shape[-1] - 1)
@@ -192,7 +193,7 @@ class _Walker:
         if axes is None or self.a.scalar(node.inputs[3 - index]) != 0 or node.inputs[0] is self.value:
             return Refusal("the attention weights are replaced by other numbers after the softmax", name_of(node))
         dims = tuple(self.view.shape)
-        self.terms.append(MaskTerm(TermKind.ZERO, node.inputs[0], node, "".join(axes), dims, keep_when=index == 1))
+        self.terms.append(MaskTerm(TermKind.ZERO, given(node, 0), node, "".join(axes), dims, keep_when=index == 1))
         if not self.has_sink:
             self.a.learn(node.outputs[0], self.view.shape)
         return None

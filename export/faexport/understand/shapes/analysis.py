@@ -69,6 +69,12 @@ class Analysis:
             self._shapes[value] = self._declared(value)
         return self._simplified(self._shapes[value])
 
+    def known_shape(self, value: ir.Value) -> Shape:
+        """The sizes of a value whose rank is known."""
+        shape = self.shape(value)
+        assert shape is not None
+        return shape
+
     def _simplified(self, sizes: Shape | None) -> Shape | None:
         return tuple(d.substitute(self._learnt) for d in sizes) if sizes is not None and self._learnt else sizes
 
