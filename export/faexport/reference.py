@@ -38,7 +38,6 @@ class Reference:
     open_session: Opener
     sets: list[InputSet] = dataclasses.field(default_factory=list)
     outputs: list[Outputs | str] = dataclasses.field(default_factory=list)  # of each set, or why there are none
-    num_given: int = 0  # sets of the user, which come first
     problem: str = ""  # why there is nothing to compare with
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -131,7 +130,7 @@ def make_reference(
         on_amount: told how many runs are done, of how many.
     """
     given, path, assumed = extra_inputs, os.fspath(path), assumed or Assumed()
-    reference = Reference(path, model_io.load(path), open_session, num_given=len(given))
+    reference = Reference(path, model_io.load(path), open_session)
     # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
     # there, but the mean of the values where float16 is added in float16. So no query loses all its keys: of two
     # neighbours one is kept, and the first.

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Mapping
 
 import faexport
 import numpy as np
 import onnx
 import onnx.parser
+import pytest
 from faexport.report import Report
 
 from tests.export.test_sites import run
@@ -88,6 +90,16 @@ def check(form: Form, library: str) -> Report:
     assert not form.gone & {node.op_type for node in fused.graph.node}
     assert compare(model, fused, library, form) > 0
     return report
+
+
+def checks_of(forms: Mapping[str, Form]) -> Callable[[str, str], None]:
+    """A test of each of the forms."""
+
+    @pytest.mark.parametrize("name", forms)
+    def test(name: str, library: str) -> None:
+        check(forms[name], library)
+
+    return test
 
 
 def compare(model: onnx.ModelProto, fused: onnx.ModelProto, library: str, form: Form) -> int:

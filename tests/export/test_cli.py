@@ -50,6 +50,13 @@ def names(folder: pathlib.Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def sabotage(folder: pathlib.Path, code: str) -> str:
+    """The PYTHONPATH with which Python runs this code, written to a new folder, before anything else."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return f"{folder}:{commands.environment()['PYTHONPATH']}"
+
+
 def operators(path: pathlib.Path) -> int:
     return sum(node.op_type == "FlashAttention" for node in onnx.load(path).graph.node)
 
@@ -228,9 +235,8 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
 
 def test_a_failed_verification_writes_nothing_and_exits_with_1(model: pathlib.Path) -> None:
     """A rewrite that is wrong on purpose: the scale of every operator is doubled before it is verified."""
-    saboteur = model.parent / "saboteur"
-    saboteur.mkdir()
-    (saboteur / "sitecustomize.py").write_text(
+    path = sabotage(
+        model.parent / "saboteur",
         "from faexport import pipeline\n"
         "honest = pipeline.run\n"
         "def run(model, options):\n"
@@ -240,9 +246,8 @@ def test_a_failed_verification_writes_nothing_and_exits_with_1(model: pathlib.Pa
         "        if node.op_type == 'FlashAttention':\n"
         "            node.attributes['scale'] = ir.AttrFloat32('scale', 2 * node.attributes.get_float('scale', 0.25))\n"
         "    return model, report\n"
-        "pipeline.run = run\n"
+        "pipeline.run = run\n",
     )
-    path = f"{saboteur}:{commands.environment()['PYTHONPATH']}"
     done = faexport(model, "--report", model.with_name("r.json"), PYTHONPATH=path)
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("error: ") and "site '/encoder/layer." in done.stderr and "differs by" in done.stderr
@@ -272,32 +277,30 @@ def test_what_could_not_be_compared_is_not_written(model: pathlib.Path) -> None:
 
 
 def test_without_onnxruntime_nothing_is_written(model: pathlib.Path) -> None:
-    hidden = model.parent / "hidden"
-    hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text(
+    path = sabotage(
+        model.parent / "hidden",
         "import importlib.util\n"
         "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *more: None if name == 'onnxruntime' else find(name, *more)\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'onnxruntime' else find(name, *more)\n",
     )
-    done = faexport(model, PYTHONPATH=f"{hidden}:{commands.environment()['PYTHONPATH']}")
+    done = faexport(model, PYTHONPATH=path)
     assert done.returncode == 1 and "onnxruntime is not installed" in done.stderr
     assert names(model.parent) == ["hidden", "model.onnx"]
 
 
 def test_a_full_disk_is_named_as_the_cause(model: pathlib.Path) -> None:
     """The sites are compared by a model in the temporary folder."""
-    full = model.parent / "full"
-    full.mkdir()
-    (full / "sitecustomize.py").write_text(
+    path = sabotage(
+        model.parent / "full",
         "import errno, os, tempfile\n"
         "honest = tempfile.TemporaryDirectory\n"
         "def folder(*arguments, prefix='', **options):\n"
         "    if prefix == 'faexport-sites-':\n"
         "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
         "    return honest(*arguments, prefix=prefix, **options)\n"
-        "tempfile.TemporaryDirectory = folder\n"
+        "tempfile.TemporaryDirectory = folder\n",
     )
-    done = faexport(model, PYTHONPATH=f"{full}:{commands.environment()['PYTHONPATH']}")
+    done = faexport(model, PYTHONPATH=path)
     assert done.returncode == 1 and "No space left on device (TMPDIR" in done.stderr, done.stderr
     assert names(model.parent) == ["full", "model.onnx"]
 

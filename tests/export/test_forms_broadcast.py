@@ -4,9 +4,7 @@ and sizes by two names, which are equal or one of them is 1 when the model runs.
 
 from __future__ import annotations
 
-import pytest
-
-from tests.export.form_text import PRODUCT, Form, check
+from tests.export.form_text import PRODUCT, Form, checks_of
 
 END = "p = Softmax<axis = -1>(s) y = MatMul(p, v)"
 LEARNT = "lat = Constant<value = float[1, 3, 2, 8] {" + ", ".join(str(i % 7 - 3) for i in range(48)) + "}>()"
@@ -96,12 +94,5 @@ WRONG = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_fused_and_right(name: str, library: str) -> None:
-    check(RIGHT[name], library)
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_near_misses(name: str, library: str) -> None:
-    check(WRONG[name], library)
+test_fused_and_right = checks_of(RIGHT)
+test_near_misses = checks_of(WRONG)

@@ -8,7 +8,7 @@ import faexport
 import numpy as np
 import pytest
 
-from tests.export.form_text import PRODUCT, QKV, Form, check, draw
+from tests.export.form_text import PRODUCT, QKV, Form, checks_of, draw
 from tests.export.test_sites import run
 
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
@@ -157,15 +157,8 @@ WRONG = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_fused_and_right(name: str, library: str) -> None:
-    check(RIGHT[name], library)
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_near_misses(name: str, library: str) -> None:
-    check(WRONG[name], library)
+test_fused_and_right = checks_of(RIGHT)
+test_near_misses = checks_of(WRONG)
 
 
 @pytest.mark.parametrize("value", [0.0, -2.0])

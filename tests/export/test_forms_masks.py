@@ -4,9 +4,7 @@ read for them beyond the user's mask."""
 
 from __future__ import annotations
 
-import pytest
-
-from tests.export.form_text import PRODUCT, Form, check
+from tests.export.form_text import PRODUCT, Form, checks_of
 
 SELF = "float[B, 3, 9, 8] q, float[B, 3, 9, 8] k, float[B, 3, 9, 8] v"
 LOW = "low = Constant<value = float {-10000.0}>()"
@@ -53,7 +51,4 @@ RIGHT = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_fused_and_right(name: str, library: str) -> None:
-    check(RIGHT[name], library)
+test_fused_and_right = checks_of(RIGHT)

@@ -5,9 +5,8 @@ for attention operators that are not read."""
 from __future__ import annotations
 
 import faexport
-import pytest
 
-from tests.export.form_text import PRODUCT, QKV, Form, check
+from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 
 SCALES = """one = Constant<value = float {0.02}>() small = Constant<value = float {0.008}>()
     zero = Constant<value = int8 {0}>() half = Constant<value = uint8 {128}>() none = Constant<value = uint8 {0}>()"""
@@ -79,15 +78,8 @@ WRONG = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_fused_and_right(name: str, library: str) -> None:
-    check(RIGHT[name], library)
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_a_row_with_the_reason(name: str, library: str) -> None:
-    check(WRONG[name], library)
+test_fused_and_right = checks_of(RIGHT)
+test_a_row_with_the_reason = checks_of(WRONG)
 
 
 def test_a_softmax_that_classifies_has_no_row() -> None:

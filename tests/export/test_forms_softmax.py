@@ -7,7 +7,7 @@ from __future__ import annotations
 import faexport
 import pytest
 
-from tests.export.form_text import PRODUCT, QKV, Form, check
+from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 
 LAST = "last = Constant<value = int64[1] {-1}>()"
 TWO = f"{QKV}, float[B, 3, S, 5] u"
@@ -195,15 +195,8 @@ WRONG = {
     ),
 }
 
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_fused_and_right(name: str, library: str) -> None:
-    check(RIGHT[name], library)
-
-
-@pytest.mark.parametrize("name", [name for name, form in WRONG.items() if form.reason])
-def test_near_misses(name: str, library: str) -> None:
-    check(WRONG[name], library)
+test_fused_and_right = checks_of(RIGHT)
+test_near_misses = checks_of({name: form for name, form in WRONG.items() if form.reason})
 
 
 @pytest.mark.parametrize("name", [name for name, form in WRONG.items() if not form.reason])

@@ -45,18 +45,17 @@ class Registration:
     anchors: frozenset[str]
     match: Matcher
     min_opset: int
-    max_opset: int
 
 
 MATCHERS: list[Registration] = []
 
 
-def matcher(source: str, anchors: tuple[str, ...], min_opset: int = 1, max_opset: int = 10_000):
-    """Registers a matcher for nodes of these ops ("domain::name" outside ONNX's own) in models of this range of
-    opsets."""
+def matcher(source: str, anchors: tuple[str, ...], min_opset: int = 1) -> Callable[[Matcher], Matcher]:
+    """Registers a matcher for nodes of these ops ("domain::name" outside ONNX's own) in models of this opset or a later
+    one."""
 
     def register(function: Matcher) -> Matcher:
-        MATCHERS.append(Registration(source, frozenset(anchors), function, min_opset, max_opset))
+        MATCHERS.append(Registration(source, frozenset(anchors), function, min_opset))
         return function
 
     return register
@@ -75,7 +74,7 @@ def find_sites(context: Context) -> list[Candidate]:
     found = []
     for node in context.graph:
         for entry in MATCHERS:
-            if op(node) in entry.anchors and entry.min_opset <= context.analysis.opset <= entry.max_opset:
+            if op(node) in entry.anchors and entry.min_opset <= context.analysis.opset:
                 candidates = _tried(entry, node, context)
                 if candidates:
                     found += candidates
