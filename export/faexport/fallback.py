@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.fallback_body import READS_ATTRIBUTES, Form, function, numbers_of
-from faexport.nodes import all_nodes
+from faexport.nodes import all_nodes, operand
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.surgery import FIRST_OPSET, Missing
 from faexport.understand.shapes.analysis import Analysis
@@ -151,7 +151,7 @@ def _heads(node: ir.Node, analysis: Analysis) -> tuple[int, int] | None:
     layouts = _layouts(node)
 
     def count(position: int, name: str) -> int | None:
-        shape, layout = analysis.shape(node.inputs[position]), layouts[position]
+        shape, layout = analysis.shape(operand(node, position)), layouts[position]
         axis = None if shape is None or layout is Layout.BSH else shape[layout.index("H")].const
         return node.attributes.get_int(name, 0) or axis
 
