@@ -32,7 +32,7 @@ def begin(options: Options) -> Provenance:
 def records(paths: Iterable[str | os.PathLike[str]]) -> list[FileRecord]:
     """Sizes and checksums of files; each is read once from its beginning to its end."""
     found = []
-    for path in dict.fromkeys(map(os.fspath, paths)):
+    for path in dict.fromkeys(os.fspath(path) for path in paths):
         with pathlib.Path(path).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             found.append(FileRecord(path, file.tell(), digest))
