@@ -40,7 +40,7 @@ class Block:
 def find_blocks(original: ir.Model, fused: ir.Model) -> dict[str, tuple[Block, Block]]:
     """By the name of each node of the original that went: its block before and after."""
     before, after = _by_output(original), _by_output(fused)
-    found = {}
+    found: dict[str, tuple[Block, Block]] = {}
     for name, node in after.items():
         if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
             continue

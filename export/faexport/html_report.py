@@ -178,12 +178,12 @@ def _verification(verification: Verification) -> str:
         )
     compared = [run for run in verification.runs if run.outputs]
     if compared:
-        rows = [
+        outputs = [
             (name, output.dtype, f"{output.max_abs_diff:.3g}", f"{output.tolerance:.3g}")
             for name, output in group_outputs(verification.runs)
         ]
         caption = f"Original against rewritten model in onnxruntime, on {len(compared)} sets of inputs"
-        parts.append(_table(caption, ("output", "type", "largest difference", "allowed"), rows, 2))
+        parts.append(_table(caption, ("output", "type", "largest difference", "allowed"), outputs, 2))
         labels = "".join(f"<li>{_text(run.label)}</li>" for run in compared)
         parts.append(f"<details><summary>The {len(compared)} sets of inputs</summary><ul>{labels}</ul></details>\n")
     skipped = list(dict.fromkeys(run.skipped for run in verification.runs if run.skipped))
