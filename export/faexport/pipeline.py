@@ -2,7 +2,8 @@
 """The ordered list of passes from a model to the rewritten model and its report. The only file that knows the order.
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
-empty rows -> precision -> rewrite, which also removes what nothing needs any more.
+empty rows -> precision -> rewrite, which also removes what nothing needs any more -> projections -> the stand-in
+function -> shapes that are proven.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport.cuda_heads import cpu_only_note
+from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
 from faexport.match import Context, find_sites
@@ -17,6 +19,7 @@ from faexport.nodes import graphs_of
 from faexport.normalize import convert_opset, inline_functions
 from faexport.options import Options
 from faexport.precision import FLOAT32_PRECISION, float32_note, in_precision
+from faexport.projections import pack_projections
 from faexport.report import Report, count_nodes
 from faexport.rewrite import Names, add_opset, drop_drafts, is_current, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
@@ -46,11 +49,14 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         pending = [again[c.anchor] for c in stale]
     drop_drafts(model)
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
+    apart = pack_projections(model, fused, masks.analysis, names)
     if fused:
         add_opset(model)
     missing = add_fallback(model, full_rows, masks.analysis) if fused and options.fallback else ""
+    if fused:
+        declare_shapes(model, Analysis(model))
     notes = [f"the file runs with our library only: {missing}"] if missing else []
-    report = Report.from_candidates(candidates, before, count_nodes(model), notes)
+    report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
     if any(site.fused and site.dtype == "float" for site in report.sites):
         report.notes.append(float32_note(options.float32))
     if note := cpu_only_note(candidates):

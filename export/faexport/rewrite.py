@@ -136,7 +136,7 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
         new += spec.output_nodes
         outputs[0] = spec.output_nodes[-1].outputs[0]
     for extra in new:
-        _name(extra, node.name, names, keep=extra is node)
+        name_node(extra, node.name, names, keep=extra is node)
     owner = anchor.graph
     assert owner is not None
     owner.insert_before(anchor, new)
@@ -146,6 +146,7 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     for shape, instead in spec.shape_uses:
         _replace_shape(shape, instead, node.name, names)
     remove_dead([v.producer() for v in replaced])
+    candidate.fused_node = node
     return node
 
 
@@ -154,13 +155,13 @@ def _replace_shape(shape: ir.Node, instead: Sequence[ir.Node], base: str, names:
     if shape.graph is None:
         return
     for extra in instead:
-        _name(extra, f"{base}_shape", names)
+        name_node(extra, f"{base}_shape", names)
     shape.graph.insert_before(shape, list(instead))
     take_over(shape.outputs[0], instead[-1].outputs[0])
     remove_dead([shape])
 
 
-def _name(node: ir.Node, base: str, names: Names, keep: bool = False) -> None:
+def name_node(node: ir.Node, base: str, names: Names, keep: bool = False) -> None:
     """Names that nothing else of the model has; `keep`: those that are there are such names already."""
     if not node.name or not keep:
         node.name = names.fresh(node.name or f"{base}_{node.op_type}")

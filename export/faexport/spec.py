@@ -234,6 +234,7 @@ class Candidate:
     graph: ir.Graph | ir.Function
     source: str  # name of the matcher: softmax_core, onnx_attention, ort_contrib
     outcome: AttentionSpec | Refusal | None = None
+    fused_node: ir.Node | None = None  # once it stands in the graph
     # batch_size, num_q_heads, … as far as known
     sizes: dict[str, int | str | None] = dataclasses.field(default_factory=dict)
 
