@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+
+from .understand.shapes.dims import Dim, named
 
 _KEEPS_ELEMENTS = {
     "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose",
@@ -21,6 +24,7 @@ _KEEPS_ELEMENTS = {
 }  # fmt: skip
 _TO_BOOL = {"And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "Or", "Xor"}
 _COMPARES = {"Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+_LARGEST = 1 << 31  # elements of an input that is drawn
 _DEFAULT_ID_LIMIT = 2  # where no embedding table is found: 0 and 1 are valid for nearly anything
 _WILD = (0, 1, 2, 3, -1, 255, 256, 2**31, 2**32, -(2**32))  # where an integer is only asked whether it is 0
 
@@ -149,11 +153,10 @@ def required(specs: Sequence[InputSpec]) -> list[InputSpec]:
 
 
 def _is_expression(dim: ir.SymbolicDim) -> bool:
-    """Is it a name or sum of names? Some exporters call every unknown size "?"."""
-    try:
-        return dim.value is not None and dim.free_symbols() is not None
-    except ValueError:
-        return False
+    """Is it a name, or made of names as shapes/dims.py reads them? Some exporters call every unknown size "?", and
+    what a broken file holds may be too large to compute with."""
+    text = dim.value
+    return text is not None and (text.isidentifier() or named(text) != Dim.of(text))
 
 
 def symbols(specs: Sequence[InputSpec]) -> list[str]:
@@ -214,6 +217,8 @@ class _Draw:
     ):
         self.specs, self.drawing, self.random = specs, drawing, random
         self.shapes = {spec.name: tuple(_size(dim, bound) for dim in spec.dims) for spec in specs}
+        if too_large := [n for n, s in self.shapes.items() if math.prod(s) > _LARGEST]:
+            raise UnsupportedInput(f"input '{too_large[0]}' is too large to be tried")
         self.mask: np.ndarray | None = None  # the first mask [B, keys]
         caches = [self.shapes[spec.name] for spec in specs if spec.is_cache and len(self.shapes[spec.name]) >= 3]
         self.capacity = _rows_of(caches[0]) if caches else 0
@@ -337,8 +342,8 @@ def _mask(shape: tuple[int, ...], pattern: MaskPattern, random: np.random.Genera
 
 def _size(dim: int | ir.SymbolicDim, bound: Mapping[str, int]) -> int:
     size = dim if isinstance(dim, int) else dim.evaluate(bound)
-    if not isinstance(size, int) or size < 0:
-        raise UnsupportedInput(f"the dimension '{dim}' can't be evaluated")
+    if not isinstance(size, int) or not 0 <= size <= _LARGEST:
+        raise UnsupportedInput(f"the dimension '{dim}' can't be evaluated to a size that can be tried")
     return size
 
 

@@ -161,6 +161,7 @@ def _verify(job: Job, stage: model_io.Stage, given: list[InputSet], watcher: Wat
         extra_inputs=given,
         right_padding=job.options.assume_right_padding,
         full_rows=job.options.assume_full_rows,
+        zeros_and_ones=job.options.assume_zeros_and_ones,
         timeout=job.timeout,
         on_step=watcher.step,
         on_amount=watcher.amount,

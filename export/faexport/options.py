@@ -23,3 +23,4 @@ class Options:
     opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
     sources: tuple[str, ...] = ()  # matchers to use; empty: all
     assume_full_rows: bool = False  # each query attends a key, or what it yields is never used
+    assume_zeros_and_ones: bool = False  # masks made of numbers hold 0 and 1: the comparison draws nothing else

@@ -3,11 +3,22 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 import click
 
-FILE = click.Path(path_type=pathlib.Path)  # what a file must be is checked by output.py, whose errors say what to do
+
+class _File(click.Path):
+    """The name of a file. A path loses the slash at its end, which says that a folder is meant."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        if str(value).endswith(("/", os.sep)):
+            self.fail(f"{value} is a folder; give the name of a file", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = _File(path_type=pathlib.Path)  # what a file must be is checked by output.py, whose errors say what to do
 
 model_argument = click.argument("model", type=FILE)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
@@ -26,9 +37,10 @@ opset_option = click.option(
 )
 assume_option = click.option(
     "--assume",
-    type=click.Choice(["right-padding", "full-rows"]),
+    type=click.Choice(["right-padding", "full-rows", "zeros-and-ones"]),
     metavar="WHAT",
     multiple=True,
-    help="What a model can't tell; may be given twice. right-padding: every mask input keeps the first tokens of a "
-    "row. full-rows: each query sees a key, or its output is never used.",
+    help="What a model can't tell; may be repeated. right-padding: every mask input keeps the first tokens of a row. "
+    "full-rows: each query sees a key, or its output is never used. zeros-and-ones: mask inputs of numbers hold "
+    "nothing else, so that nothing else is compared.",
 )

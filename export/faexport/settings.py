@@ -27,6 +27,7 @@ PLANS = (
 FALLBACK_LENGTHS = (32, 64, 224, 400, 518)  # image sides, audio samples: where the original refuses the plan's length
 LARGE = 12.0  # times the usual inputs: scores around 1e3
 MOST_DOUBTS = 40
+ANY_NUMBERS = "not only 0 and 1"  # what the label of a set with such masks says of them
 _BASE = Sizes(batch=2, length=6, past=3)
 
 
@@ -44,6 +45,7 @@ class Assumed:
 
     right_padding: bool = False
     full_rows: bool = False
+    zeros_and_ones: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +114,21 @@ def _doubts(specs: Sequence[InputSpec], random: np.random.Generator) -> Iterator
         yield _Setting(sizes(**{name: 1}), Drawing(patterns[k % 3]))
     for k, name in enumerate(names[:8]):
         yield _Setting(sizes(**{name: 0}), Drawing(patterns[k % 3]))
+    for own in _own_names(specs):
+        yield _Setting(sizes(**dict.fromkeys(own, 1)), padded)
     if len(names) > 1:
         yield _Setting({name: 2 + k for k, name in enumerate(names)}, padded)
     for _ in range(8 if 1 < len(names) <= 8 else 0):
         yield _Setting({name: int(random.choice((1, 3, 6, 0))) for name in names}, Drawing(MaskPattern.RANDOM))
+
+
+def _own_names(specs: Sequence[InputSpec]) -> Iterator[list[str]]:
+    """The sizes that one input has and no other, where it has several: a mask's, each of which may be 1 alone."""
+    for spec in specs:
+        others = inputs.symbols([other for other in specs if other is not spec])
+        own = [name for name in inputs.symbols([spec]) if name not in others]
+        if len(own) > 1:
+            yield own
 
 
 def _draw(specs: Sequence[InputSpec], setting: _Setting, masked: bool, random: np.random.Generator) -> InputSet:
@@ -126,7 +139,7 @@ def _draw(specs: Sequence[InputSpec], setting: _Setting, masked: bool, random: n
     words += ["initializers overridden"] if drawing.overrides else []
     if drawing.wild:
         names = [f"'{spec.name}'" for spec in specs if spec.only_bool or spec.role is Role.WEIGHT]
-        words.append(f"{', '.join(names)} not only 0 and 1")
+        words.append(f"{', '.join(names)} {ANY_NUMBERS}")
     return InputSet(", ".join(words) or "fixed sizes", inputs.draw(specs, setting.sizes, drawing, random))
 
 

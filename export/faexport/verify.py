@@ -36,7 +36,7 @@ from .reference import (
     outputs_or_sentence,
 )
 from .report import OutputDifference, Verification, VerificationRun, VerificationStatus
-from .settings import Assumed, InputSet
+from .settings import ANY_NUMBERS, Assumed, InputSet
 from .spec import DOMAIN
 
 NOISE_FACTOR = 4.0
@@ -54,6 +54,7 @@ def verify(
     extra_inputs: Sequence[InputSet] = (),
     right_padding: bool = False,
     full_rows: bool = False,
+    zeros_and_ones: bool = False,
     seed: int = 0,
     timeout: float = VERIFY_TIMEOUT,
     open_session: Opener | None = None,
@@ -67,6 +68,7 @@ def verify(
         extra_inputs: to run on besides random inputs of several sizes.
         right_padding: masks keep a prefix only, since the rewritten model assumes it.
         full_rows: masks leave each query a key, likewise.
+        zeros_and_ones: masks made of numbers hold nothing else.
         timeout: seconds that loading a model, and each run, may take.
         open_session: how models are run; a child process with that timeout, if not given.
         on_step, on_amount: told what is being done and how much of it is, for a progress display.
@@ -74,7 +76,7 @@ def verify(
     if missing := ort_session.missing_packages():
         return Verification(VerificationStatus.NOT_RUN, missing)
     open_session = open_session or functools.partial(ort_session.Session, timeout=timeout)
-    assumed = Assumed(right_padding, full_rows)
+    assumed = Assumed(right_padding, full_rows, zeros_and_ones)
     on_step("running the original")
     reference = make_reference(
         original, extra_inputs=extra_inputs, assumed=assumed, seed=seed, open_session=open_session, on_amount=on_amount
@@ -82,7 +84,14 @@ def verify(
     on_step("running the rewritten model")
     ends = verify_against(reference, rewritten, on_amount=on_amount)
     on_step("comparing each site by itself")
-    return with_sites(reference, rewritten, ends, on_amount)
+    return _with_advice(with_sites(reference, rewritten, ends, on_amount))
+
+
+def _with_advice(found: Verification) -> Verification:
+    """A failure on masks that hold any numbers tells how to say that they don't."""
+    if found.status is not VerificationStatus.FAILED or ANY_NUMBERS not in found.reason:
+        return found
+    return dataclasses.replace(found, reason=f"{found.reason} (--assume zeros-and-ones: masks hold nothing else)")
 
 
 def verify_against(

@@ -233,6 +233,14 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr
 
 
+@pytest.mark.parametrize("option", ["-o", "--report"])
+def test_a_slash_at_the_end_names_a_folder(model: pathlib.Path, option: str) -> None:
+    """Whether there is such a folder or not."""
+    done = faexport(model, option, f"{model.parent}/new/")
+    assert done.returncode == 2 and "new/ is a folder" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert names(model.parent) == ["model.onnx"]
+
+
 def test_a_failed_verification_writes_nothing_and_exits_with_1(model: pathlib.Path) -> None:
     """A rewrite that is wrong on purpose: the scale of every operator is doubled before it is verified."""
     path = sabotage(

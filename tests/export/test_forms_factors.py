@@ -123,8 +123,15 @@ WRONG = {
     "divided by a number for each key": factor("S", "x = Div(s, g)", reason="divided by a tensor of keys"),
     "a factor that is 0 in float32": Form(
         QKV,
-        f"{PRODUCT} c = Constant<value = float {{1.0e-30}}>() a = Mul(s, c) x = Mul(a, c) {END}",
+        f"""c = Constant<value = float {{1.0e-18}}>() qs = Mul(q, c) kt = Transpose<perm = [0, 1, 3, 2]>(k)
+        ks = Mul(kt, c) s = MatMul(qs, ks) x = Mul(s, c) {END}""",
         reason="is no number of float32 other than 0",
+    ),
+    "a factor that is made up for, after the scores are gone": Form(
+        QKV,
+        f"""{PRODUCT} c = Constant<value = float {{1.0e-30}}>() d = Constant<value = float {{1.0e+30}}>()
+        a = Mul(s, c) b = Mul(a, c) e = Mul(b, d) x = Mul(e, d) {END}""",
+        reason="may leave their type",
     ),
     "a factor of another rank": Form(
         f"{QKV}, float[2, 1, 1, 1, 1] g",

@@ -161,6 +161,11 @@ def test_a_float_mask_holds_other_numbers_where_one_key_is_all_there_is() -> Non
     assert all(not set(np.unique(item.tensors["am"])) <= {0, 1} for item in found)
 
 
+def test_the_sizes_that_one_input_alone_has_are_1_together() -> None:
+    specs = specs_of("float[B,2,T,8] q, float[M,1,1,N] bias", "y = Identity (q)")
+    assert any({"M=1", "N=1"} <= {*label.split(", ")} and "B=2" in label for label in labels(specs)), labels(specs)
+
+
 def test_a_model_of_fixed_sizes_has_more_than_one_setting() -> None:
     specs = specs_of("float[2,3] x", "y = Identity (x)")
     random = np.random.default_rng(0)

@@ -219,7 +219,9 @@ def _spec(
     if isinstance(mask, Refusal):
         return mask
     scale = scores.scale * query.scale * key.scale
-    if not 0 < abs(float(np.float32(scale))) < math.inf:  # 0 is the operator's word for 1 / sqrt(head_dim)
+    with np.errstate(over="ignore"):
+        stored = abs(float(np.float32(scale)))
+    if not 0 < stored < math.inf:  # 0 is the operator's word for 1 / sqrt(head_dim)
         return Refusal(f"its scale, {scale:g}, is no number of float32 other than 0", name_of(softmax.node))
     output = structure.output
     shape_uses = _shape_uses(scores, values, structure, a)

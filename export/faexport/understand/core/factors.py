@@ -46,7 +46,7 @@ def fits(value: ir.Value, shape: Sequence[Dim], a: Analysis) -> bool:
     own = a.shape(value)
     if own is None or len(own) > len(shape):
         return False
-    return all(x in (1, size) for x, size in zip(reversed(own), reversed(shape), strict=False))
+    return all(a.leaves(x, size) for x, size in zip(reversed(own), reversed(shape), strict=False))
 
 
 def is_gate(value: ir.Value | None, a: Analysis, depth: int = 0) -> bool:
@@ -82,8 +82,10 @@ def folded(
         value = _placed(build, weight.value, own, target)
         dtype = a.dtype(factor.value)
         product = _product(build, weight.op_type, factor.value, value, dtype, a)
-        known = dict(zip(factor.labels, a.known_shape(factor.value), strict=True))
-        known |= {x: size for x, size in zip(own, sizes, strict=True) if size != 1}
+        known = {x: size for x, size in zip(own, sizes, strict=True) if size != 1}
+        known |= {
+            x: d for x, d in zip(factor.labels, a.known_shape(factor.value), strict=True) if d != 1 or x not in known
+        }
         a.define(product, tuple(known[x] for x in target))
         factor = Factor(product, target)
     return factor

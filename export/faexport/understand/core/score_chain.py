@@ -20,6 +20,7 @@ from faexport.understand.core.factors import Weight, fits, is_gate, weighed
 from faexport.understand.core.softmax import Softmax, subtracts_own_maximum
 from faexport.understand.core.split_bias import SplitBias
 from faexport.understand.layout import view_ops
+from faexport.understand.layout.heads import is_lossless
 from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product, product_of
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
 from faexport.understand.layout.views import View, merged
@@ -37,9 +38,9 @@ class Step:
     """One node on the way, what it does to the scores, and which input the scores come in by."""
 
     node: ir.Node
-    kind: str  # pass, scale, factor, tanh, add, sub, where, clamp, max, sink, view
+    kind: str  # pass, scale, factor, tanh, add, sub, from (what is subtracted from), where, clamp, max, sink, view
     index: int = 0
-    factor: float = 1.0  # scale: what it multiplies by
+    factor: float = 1.0  # scale, from: what it multiplies by
     also: tuple[ir.Node, ...] = ()  # nodes beside the path that belong to it
 
 
@@ -70,7 +71,9 @@ def find_scores(softmax: Softmax, a: Analysis) -> Path | Blocked:
 
 def _search(value: ir.Value, axis: int, a: Analysis, weights: bool, depth: int, dead: set[ir.Value]) -> Path | Blocked:
     node = producer(value)
-    if node is None or depth > MAX_PATH or value in dead:
+    if depth > MAX_PATH:
+        return Blocked(node, f"no product of queries and keys stands within {MAX_PATH} nodes in front of it")
+    if node is None or value in dead:
         return Blocked(node, "its input is no product of queries and keys")
     if op(node) in PRODUCT_OPS:
         product = product_of(node, a)
@@ -113,7 +116,9 @@ def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
         return [Step(node, "add", i) for i in _by_promise(node, a)]
     if name == "Sub":
         maximum = subtracts_own_maximum(node, axis, a)
-        return [Step(node, "max", 0, also=maximum.nodes)] if maximum else [Step(node, "sub", 0)]
+        if maximum:
+            return [Step(node, "max", 0, also=maximum.nodes)]
+        return [Step(node, "sub" if i == 0 else "from", i, -1.0 if i else 1.0) for i in _by_promise(node, a)]
     if name in ("Mul", "Div"):
         return _scale_steps(node, a)
     if name == "Where":
@@ -130,7 +135,7 @@ def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
 
 
 def _by_promise(node: ir.Node, a: Analysis) -> list[int]:
-    """The inputs of an Add, those first that look less like a bias."""
+    """The inputs of an Add or Sub, those first that look less like a bias."""
     order = [i for i in (0, 1) if not a.is_static(node.inputs[i])]
     return sorted(order, key=lambda i: op(producer(node.inputs[i])) not in (*PRODUCT_OPS, "Mul", "Div"))
 
@@ -204,6 +209,7 @@ class _Reader:
         self.sink_axes: tuple[str, ...] = ()
         self.sink_first = False
         self.scale, self.softcap = path.product.scale, 0.0
+        self.partial = path.product.scale  # of all numbers that the scores were multiplied by
         self.query_weights: list[Weight] = []
         self.key_weights: list[Weight] = []
         self.split: SplitBias | None = None  # biases added while rows or columns are split
@@ -229,10 +235,9 @@ class _Reader:
             return self._not_understood(node)
         if step.kind == "view":
             return self._take_view(node)
-        if step.kind == "scale":
-            if not self.softcap:
-                self.scale *= step.factor
-        elif step.kind == "factor":
+        if step.kind in ("scale", "from"):
+            return self._take_scale(step, factor)
+        if step.kind == "factor":
             return self._take_factor(step)
         elif step.kind == "tanh":
             return self._take_tanh(step, factor)
@@ -265,6 +270,16 @@ class _Reader:
                 )
                 self.split = None
         return None
+
+    def _take_scale(self, step: Step, factor: float) -> Refusal | None:
+        """A number that the scores are multiplied by; with `from`, -1, since something is added to what is left."""
+        if not self.softcap:
+            self.scale *= step.factor
+        self.partial *= step.factor
+        if not is_lossless(self.partial, self.a.dtype(step.node.outputs[0])):
+            why = f"on the way to the softmax the scores are multiplied by {self.partial:g}, and may leave their type"
+            return Refusal(why, name_of(step.node))
+        return self._take_term(step, factor) if step.kind == "from" else None
 
     def _after(self, step: Step) -> list[Step]:
         return self.path.steps[self.path.steps.index(step) + 1 :]
@@ -320,7 +335,7 @@ class _Reader:
             return self._take_split(step, factor)
         dims = tuple(self.view.shape)
         letters = "".join(axes)
-        if step.kind in ("add", "sub"):
+        if step.kind in ("add", "sub", "from"):
             value = given(node, 1 - step.index)
             if self._is_zero(value):
                 return None
@@ -392,7 +407,7 @@ def _later_factors(steps: list[Step]) -> list[float]:
     factors, factor = [], 1.0
     for step in reversed(steps):
         factors.append(factor)
-        if step.kind == "scale":
+        if step.kind in ("scale", "from"):
             factor *= step.factor
     return factors[::-1]
 

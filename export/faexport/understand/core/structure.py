@@ -103,7 +103,7 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal
     if len(known) != len(sides):
         return Refusal("the shape of query, key or value is not known", name_of(scores.product.node))
     if len(leads) == len(value_sizes) and _is_contradicted(known, a):
-        why = "queries, keys and values may have different numbers of batch entries, and the file states one of them"
+        why = "queries, keys and values may have different numbers of batch entries or heads, and the file states one"
         return Refusal(f"{why} for the result", name_of(values.product.node))
     return known
 

@@ -7,6 +7,7 @@ shape.
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 
@@ -36,7 +37,9 @@ PASSING = frozenset(
     + tuple(f"{domain}::{kind}Linear" for domain in ("com.microsoft", "trt") for kind in ("Quantize", "Dequantize"))
     + ("trt::TRT_FP8QuantizeLinear", "trt::TRT_FP8DequantizeLinear")
     + tuple(f"com.microsoft::QLinear{name}" for name in ("Add", "Mul", "Concat", "Where"))
+    + ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Erf", "Gelu", "Exp", "Log", "Neg", "Abs", "Sign", "Reciprocal", "Ceil")
 )
+_MOST_NODES = 4096  # that are looked at for a product
 
 
 @dataclasses.dataclass
@@ -102,7 +105,8 @@ class _Walker:
             refusal = self._step(users[0])
             if refusal is not None:
                 return refusal
-        return Refusal("no product with values follows the softmax", name_of(self.nodes[-1]))
+        why = f"more than {MAX_PATH} nodes stand between the softmax and a product with values"
+        return Refusal(why, name_of(self.nodes[-1]))
 
     def _several(self, users: list[ir.Node]) -> list[tuple[_Walker, ir.Node]] | Refusal:
         """The products behind all users, if each of them leads to some."""
@@ -294,10 +298,10 @@ def _atom_axis(product: Product, label: str, shape) -> tuple:
 def feeds_product(softmax: Softmax, a: Analysis, constants: bool = False) -> bool:
     """Do the probabilities run into a product with a computed tensor (with `constants`, with any)? Then attention was
     probably meant."""
-    pending = [softmax.probabilities]
+    pending = collections.deque([softmax.probabilities])
     seen: set[ir.Node] = set()
-    while pending and len(seen) < 4 * MAX_PATH:
-        value = pending.pop(0)
+    while pending and len(seen) < _MOST_NODES:
+        value = pending.popleft()
         for node in data_users(value):
             if node in seen or node in softmax.inner:
                 continue

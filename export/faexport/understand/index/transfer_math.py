@@ -182,7 +182,32 @@ def arithmetic(ctx: Interpreter, node: ir.Node) -> Element:
         return elementwise(ctx, node, lambda *x: il.float_op(op, dtype, *x))
     if kind_of(dtype) != "int":
         raise Unknown
-    return elementwise(ctx, node, lambda *x: _integer(_INTEGER[op], x))
+    whole = elementwise(ctx, node, lambda *x: _integer(_INTEGER[op], x))
+    return whole if dtype is ir.DataType.INT64 else lambda index: _unwrapped(whole(index), dtype)
+
+
+def _unwrapped(e: Expr, dtype: ir.DataType) -> Expr:
+    """A result of integers of a narrow type, if it can't wrap around: sizes and positions are below 2 ** 31, an element
+    that a caller gives is at most added to or subtracted from a few of them. Raises Unknown."""
+    atom, known = ia.only_atom(e), ia.value_of(e)
+    if atom is not None and atom.op == "choose":
+        for leaf in atom.args[1:]:
+            _unwrapped(_as_poly(leaf), dtype)
+        return e
+    if known is not None and _holds(dtype, known):
+        return e
+    if dtype is not ir.DataType.INT32:
+        raise Unknown
+    for monomial, coefficient in e.args if e.op == "poly" else ():
+        given = [x for x in monomial if ia.atoms(x, "load")]
+        if given and (abs(coefficient) > 1 or len(monomial) > 1):
+            raise Unknown
+        if not monomial and not _holds(dtype, _MARGIN * coefficient):
+            raise Unknown
+    return e
+
+
+_MARGIN = 128  # times a constant: far from the end of a type
 
 
 def _integer(combine: Callable[..., Expr], args: tuple[Expr, ...]) -> Expr:

@@ -23,6 +23,15 @@ from faexport.understand.shapes.dims import Dim, product
 
 MAX_CHAIN = 24
 ONE = Dim.of(1)
+# Numbers that tensors may be multiplied by, one after the other, before what is multiplied may leave its type.
+_LARGEST_SCALE = {ir.DataType.FLOAT16: 2.0**12}
+_LARGEST_SCALE_ELSE = 2.0**64
+
+
+def is_lossless(scale: float, dtype: ir.DataType | None) -> bool:
+    """May usual numbers be multiplied by this, and then by what makes up for it, without overflow or underflow?"""
+    largest = _LARGEST_SCALE.get(dtype, _LARGEST_SCALE_ELSE)
+    return 1 / largest <= abs(scale) <= largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +53,7 @@ def chain_of(value: ir.Value, a: Analysis) -> list[Link]:
             break
         factor = _scalar_factor(node, a) or ((0, 1.0) if op(node) in VIEW_OPS else None)
         source = node.inputs[factor[0]] if factor is not None else None
-        if factor is None or source is None:
+        if factor is None or source is None or not is_lossless(scale * factor[1], a.dtype(current)):
             break
         path.append((source, scale * factor[1]))
     links = []

@@ -24,7 +24,7 @@ from faexport.understand.shapes import (  # noqa: F401 (some only register their
     rules_layers,
     rules_operator,
 )
-from faexport.understand.shapes.algebra import Expr, atoms, only_atom
+from faexport.understand.shapes.algebra import Expr, atoms, meet, only_atom
 from faexport.understand.shapes.dims import Dim, named
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import CONTENT_RULES, SHAPE_RULES
@@ -53,13 +53,17 @@ class Analysis:
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._static: dict[ir.Value, bool] = {}
         self.defects: list[str] = []  # nodes whose rules failed, and how
-        self._learnt: dict[Expr, Expr] = {}  # atoms of sizes, and what they are at the site that is being looked at
+        # Sizes of broadcasts, and which of the sizes that meet there the file gives to the model's outputs.
+        self.words: dict[Expr, Expr] = {}
+        self._learnt: dict[Expr, Expr] = {}  # these, and what other sizes are at the site that is being looked at
         self._names: dict[Expr, Expr] = {}  # sizes that the file has names of its own for
         graphs = own_graphs(model)
         inputs = (self.shape(v) or () for graph in graphs for v in graph.inputs)
+        self._results = set(model.graph.outputs)
         self._given = {atom for shape in inputs for d in shape for atom in atoms(d.expr, "sym")}
         for graph in graphs:
             self._visit(graph)
+        self.forget()
 
     def shape(self, value: ir.Value | None) -> Shape | None:
         """Symbolic sizes of the axes, or None where the rank is unknown."""
@@ -91,16 +95,20 @@ class Analysis:
 
     def forget(self) -> None:
         """Drops what was learnt: another site is looked at."""
-        self._learnt.clear()
+        self._learnt = dict(self.words)
 
     @contextlib.contextmanager
     def without_learnt(self) -> Iterator[None]:
         """Inside, answers hold for every site, not just for the one that is being looked at."""
-        kept, self._learnt = self._learnt, {}
+        kept, self._learnt = self._learnt, dict(self.words)
         try:
             yield
         finally:
             self._learnt = kept
+
+    def leaves(self, size: Dim, whole: Dim) -> bool:
+        """Is it known that an axis of `whole` keeps its size where one of `size` is broadcast against it?"""
+        return size == 1 or size.meet(whole).substitute(self._learnt) == whole
 
     def define(self, value: ir.Value, shape: Shape | None) -> None:
         """The shape of a value that isn't in the graph yet."""
@@ -234,11 +242,12 @@ class Analysis:
             return self.dtype(attribute(node, "then_branch").outputs[node.outputs.index(value)])
         if op(node) in ("Loop", "Scan"):
             return None
-        if op(node) in ("Constant", "ConstantOfShape"):
+        if op(node) == "Constant":
+            tensor = constants.tensor_of(value)
+            return None if tensor is None else tensor.dtype
+        if op(node) == "ConstantOfShape":
             tensor = attribute(node, "value")
-            return (
-                tensor.dtype if tensor is not None else ir.DataType.FLOAT if "ConstantOfShape" in node.op_type else None
-            )
+            return ir.DataType.FLOAT if tensor is None else tensor.dtype
         return self.dtype(operand(node, TYPED_BY.get(op(node), 0)))
 
     def _declared(self, value: ir.Value) -> Shape | None:
@@ -264,6 +273,8 @@ class Analysis:
             return inferred
         for dim, known in zip(inferred, declared, strict=True):
             self._note_name(known, dim)
+            if value in self._results:
+                self._note_word(known, dim)
         return tuple(known if _says_more(known, dim) else dim for dim, known in zip(inferred, declared, strict=True))
 
     def _note_name(self, declared: Dim, inferred: Dim) -> None:
@@ -273,6 +284,14 @@ class Analysis:
             return
         if atom not in atoms(inferred.expr, atom.op):
             self._names.setdefault(atom, inferred.expr)
+
+    def _note_word(self, declared: Dim, inferred: Dim) -> None:
+        """Where a result of the model is as large as one of the sizes that meet, the others are that or 1."""
+        atom, word = only_atom(inferred.expr), declared.expr
+        if atom is not None and atom.op == "meet" and word in atom.args and only_atom(word) in self._given:
+            self.words[atom] = word
+            pairs = (only_atom(meet(word, other)) for other in atom.args if other is not word)
+            self.words.update((pair, word) for pair in pairs if pair is not None and pair.op == "meet")
 
 
 def _says_more(declared: Dim, inferred: Dim) -> bool:

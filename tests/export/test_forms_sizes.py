@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks and factors with sizes of their own names, where the file says how large the result is: each such size is then
+that of the scores, or 1. And what may be in front of scores beside masks: constants in any attribute, integers of
+narrow types, scores that are subtracted."""
+
+from __future__ import annotations
+
+import faexport
+import numpy as np
+import onnx_ir as ir
+import pytest
+from faexport import inputs, settings
+
+from tests.export.form_text import PRODUCT, QKV, Form, check
+
+END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
+LOW = "low = Constant<value_float = -1.0e9>()"
+RESULT = ("B", 3, "T", 8)
+
+
+def masked(kind: str, **more: object) -> Form:
+    """The plain block with a mask or bias of this type and shape."""
+    body = f"{LOW} x = Where(m, s, low)" if kind.startswith("bool") else "x = Add(s, m)"
+    return Form(f"{QKV}, {kind} m", f"{PRODUCT} {body} {END}", **more)
+
+
+def scaled(kind: str, **more: object) -> Form:
+    return Form(f"{QKV}, {kind} g", f"{PRODUCT} x = Mul(s, g) {END}", **more)
+
+
+def cast(kind: str, body: str) -> Form:
+    """The plain block with a padding mask that is made of integers `m` as `keep`."""
+    return Form(f"{QKV}, {kind}[B, 1, 1, S] m", f"{PRODUCT} {LOW} {body} x = Where(keep, s, low) {END}")
+
+
+MADE_OF_A_MASK = """one = Constant<value_float = 1.0>() f = Cast<to = 1>(m) away = Sub(one, f) lows = Mul(away, low)
+kept = Mul(s, f) x = Add(kept, lows)"""
+
+RIGHT = {
+    "a mask's own batch": masked("bool[M, 1, 1, S]", output=RESULT),
+    "a mask's own batch and keys": masked("bool[M, 1, 1, N]", output=RESULT),
+    "a mask's own rows": masked("bool[1, 1, M, S]", output=RESULT),
+    "a mask's own rows and keys": masked("bool[M, N]", output=RESULT),
+    "a mask's own heads": masked("bool[B, M, 1, S]", output=RESULT),
+    "a bias's own batch": masked("float[M, 1, T, S]", output=RESULT),
+    "a bias's own rows": masked("float[1, 3, M, S]", output=RESULT),
+    "a factor's own batch": scaled("float[M, 1, 1, 1]", output=RESULT),
+    "a factor's own rows": scaled("float[1, 1, M, 1]", output=RESULT),
+    "a factor's own heads": scaled("float[1, M, 1, 1]", output=RESULT),
+    "lengths of their own number": Form(
+        f"{QKV}, int64[M] lengths",
+        f"""{PRODUCT} {LOW} n = Shape<start = 2, end = 3>(k) count = Squeeze(n) zero = Constant<value_int = 0>()
+        step = Constant<value_int = 1>() at = Range(zero, count, step) to = Constant<value_ints = [-1, 1, 1, 1]>()
+        own = Reshape(lengths, to) keep = Less(at, own) x = Where(keep, s, low) {END}""",
+        facts=frozenset({"key lengths"}),
+        output=RESULT,
+    ),
+    "a mask by multiplication and addition": Form(
+        f"{QKV}, bool[B, 1, 1, S] m",
+        f"{PRODUCT} {LOW} {MADE_OF_A_MASK} {END}",
+        facts=frozenset({"padding mask [B, 1, 1, S_kv]"}),
+    ),
+    "scores subtracted from a bias": Form(f"{QKV}, float[B, 3, T, S] b", f"{PRODUCT} x = Sub(b, s) {END}"),
+    "scores subtracted from 0": Form(QKV, f"{PRODUCT} zero = Constant<value_float = 0.0>() x = Sub(zero, s) {END}"),
+    "int32 that wraps around": cast(
+        "int32", "c = Constant<value = int32 {65536}>() a = Mul(m, c) b = Mul(a, c) keep = Cast<to = 9>(b)"
+    ),
+    "int32 at the end of its type": cast(
+        "int32",
+        "c = Constant<value = int32 {2147483647}>() a = Add(m, c) zero = Constant<value = int32 {0}>() "
+        "keep = Greater(a, zero)",
+    ),
+    "uint8 below 0": cast(
+        "uint8",
+        "c = Constant<value = uint8 {1}>() a = Sub(m, c) d = Constant<value = uint8 {200}>() keep = Greater(a, d)",
+    ),
+}
+
+WRONG = {
+    "a mask's own batch, and any result": masked("bool[M, 1, 1, S]", reason="may have more batch entries"),
+    "a mask's own batch, and a result of another name": masked(
+        "bool[M, 1, 1, S]", output=("R", 3, "T", 8), reason="may have more batch entries"
+    ),
+    "a factor's own batch, and any result": scaled("float[M, 1, 1, 1]", reason="may give them another shape"),
+    "scores subtracted behind a softcap": Form(
+        f"{QKV}, float[B, 3, T, S] b",
+        f"""{PRODUCT} c = Constant<value_float = 3.0>() a = Div(s, c) t = Tanh(a) capped = Mul(t, c)
+        x = Sub(b, capped) {END}""",
+        reason="softcap",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_fused_and_right(name: str, library: str) -> None:
+    check(RIGHT[name], library)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_near_misses(name: str, library: str) -> None:
+    check(WRONG[name], library)
+
+
+@pytest.mark.parametrize("op", ["Identity", "Relu"])
+def test_any_number_of_nodes_behind_a_softmax_gives_a_row(op: str) -> None:
+    chain = " ".join(f"p{i + 1} = {op}(p{i})" for i in range(500))
+    body = f"{PRODUCT} p0 = Softmax<axis = -1>(s) {chain} y = MatMul(p500, v)"
+    _, report = faexport.fuse(Form(QKV, body).model())
+    assert [site.fused for site in report.sites] == [False]
+    assert ("more than 24 nodes" if op == "Identity" else "pass through Relu") in str(report.sites[0].refusal)
+
+
+@pytest.mark.parametrize("name", ["2**99999999", "9999999999*T*T", "(" * 300 + "T" + ")" * 300, "T//0", "-5"])
+def test_sizes_that_nobody_can_compute(name: str) -> None:
+    """They are refused by verification, or count as a name like others; nothing is computed with them."""
+    model = Form(QKV, f"{PRODUCT} x = Identity(s) {END}").model()
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = name
+    specs = inputs.input_specs(ir.from_proto(model))
+    try:
+        sets = settings.plans(specs, settings.Assumed(), np.random.default_rng(0))
+    except inputs.UnsupportedInput as error:
+        assert name in str(error)
+    else:
+        assert all(item.tensors["q"].size < 1 << 20 for item in sets)
+    assert faexport.fuse(model)[1].num_fused == 1
