@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.cases import Problem
+from tests.problems import Problem
 
 DEFAULTS = {"q_num_heads": 0, "kv_num_heads": 0, "scale": 0.0, "is_causal": 0, "left_window_size": -1,
             "right_window_size": -1, "softcap": 0.0, "alignment": "onnx", "empty_row": "zero",

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from tests import reference
-from tests.cases import Problem
+from tests.problems import Problem
 
 FACTOR = 2.0
 ABSOLUTE = 1e-5

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests import cases, tolerances
-from tests.cases import Case
 from tests.csrc import views
+from tests.problems import Case
 
 CASES = cases.quick()
 

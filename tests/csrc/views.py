@@ -10,7 +10,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16)
 import numpy as np
 
 from tests import reference
-from tests.cases import Problem
+from tests.problems import Problem
 
 INDEX_NAMES = {"nonpad_kv_seqlen": "kv_lengths", "query_lengths": "query_lengths", "cu_seqlens_q": "cu_seqlens_q",
                "cu_seqlens_kv": "cu_seqlens_kv", "sinks": "sinks"}  # fmt: skip

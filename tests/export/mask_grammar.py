@@ -2,7 +2,7 @@
 """A grammar of attention graphs: masks in the spellings of exporters, and near misses. Used by test_random_graphs.py.
 
 A Recipe says what is drawn; `build` writes it as an ONNX model with inputs q, k, v [B, H, S, D] of dynamic sizes (or
-one packed input) and whatever its masks read; `feeds` draws inputs.
+one packed input) and whatever its masks read; mask_feeds.py draws inputs.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-HEADS, HEAD_DIM, MAX_LENGTH, OPSET = 2, 8, 32, 20
+from tests.export.mask_conditions import (  # noqa: F401 (parts of the grammar)
+    CAUSAL,
+    GIVEN,
+    HEAD_DIM,
+    HEADS,
+    MAX_LENGTH,
+    OTHERS,
+    PADDING,
+    SQUARES,
+    WINDOWS,
+    Conditions,
+    Graph,
+)  # fmt: skip
+
+OPSET = 20
 PAST = ("past_k", "past_v")
 WIDE = " (wide)"  # ends the name of a Cast that stays one in float16
 MINIMUM = float(np.finfo(np.float32).min)
 
-CAUSAL = (
-    "j <= i", "i >= j", "not j > i", "j < i + 1", "i - j >= 0", "trilu", "buffer", "not upper", "float buffer",
-    "band buffer", "j <= i + 1", "j <= i - 1",
-)  # fmt: skip
-WINDOWS = ("j > i - w", "i - j < w", "abs(i - j) <= w", "j <= i + w", "i < j + w")
-PADDING = ("unsqueeze", "gather_nd", "flat gather", "not equal 0", "greater half", "int32", "uint8", "rows")
-# Masks of which the model only says by what it runs with that they fit the scores: built over rows alone, or from the
-# size of another input, so that they are as large as the scores or have size 1; or given by whoever runs the model.
-SQUARES = ("causal of rows", "window of rows", "causal of another size", "lengths of rows")
-GIVEN = ("one length", "overridable heads", "overridable rows")
-OTHERS = ("always", "chunk", "prefix", "input mask", "segments", "lengths", "causal padding")
 FILLS = (-np.inf, MINIMUM, -np.inf, MINIMUM, -1e9, -1e4, -5.0, -1.0)
 FIRST_FILLS = (None, None, None, MINIMUM, -np.inf, -65504.0, -1e4)
 FORMS = ("where add", "where scores", "where not scores", "float add", "max clamp")
@@ -74,47 +77,9 @@ class Recipe:
     layers: int = 1  # that share masks and bias
 
 
-class _Graph:
-    """Collects nodes; every method returns the name of a value."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
-        self.inputs: dict[str, onnx.ValueInfoProto] = {}
-
-    def __call__(self, op_type: str, *inputs: str, **attributes: object) -> str:
-        name = f"{op_type.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op_type, inputs, [name], name=f"node_{name}", **attributes))
-        return name
-
-    def many(self, op_type: str, count: int, *inputs: str, **attributes: object) -> list[str]:
-        """The outputs of a node that has several."""
-        name = self(op_type, *inputs, **attributes)
-        self.nodes[-1].output[:] = [f"{name}_{k}" for k in range(count)]
-        return list(self.nodes[-1].output)
-
-    def const(self, value: object, dtype: type = np.int64) -> str:
-        name = f"const_{len(self.initializers)}"
-        self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
-        return name
-
-    def input(self, name: str, dtype: int, shape: list[int | str]) -> str:
-        self.inputs[name] = helper.make_tensor_value_info(name, dtype, shape)
-        return name
-
-    def size(self, value: str, axis: int) -> str:
-        return self("Squeeze", self("Shape", value, start=axis, end=axis + 1))
-
-    def arange(self, size: str) -> str:
-        return self("Range", self.const(0), size, self.const(1))
-
-    def unsqueeze(self, value: str, *axes: int) -> str:
-        return self("Unsqueeze", value, self.const(list(axes)))
-
-
-class _Builder:
+class _Builder(Conditions):
     def __init__(self, recipe: Recipe):
-        self.r, self.g = recipe, _Graph()
+        self.r, self.g = recipe, Graph()
 
     def build(self) -> onnx.ModelProto:
         g, r = self.g, self.r
@@ -236,7 +201,7 @@ class _Builder:
 
     def _masks(self) -> list[str]:
         g, r = self.g, self.r
-        parts = [self._part(name) for name in r.parts]
+        parts = [self.part(name) for name in r.parts]
         if parts and r.negate_first:
             parts[0] = g("Not", parts[0])
         self.first = parts[:1]
@@ -303,7 +268,7 @@ class _Builder:
         if kind == "alibi j":
             return g("Mul", slopes, g("Cast", self.j, to=TensorProto.FLOAT))
         if kind == "padding":  # (1 - mask) * minimum, as BERT and GPT-2 had it
-            padded = g("Sub", g.const(1.0, np.float32), g("Cast", self._attention_mask(), to=TensorProto.FLOAT))
+            padded = g("Sub", g.const(1.0, np.float32), g("Cast", self.attention_mask(), to=TensorProto.FLOAT))
             return g("Mul", g.unsqueeze(padded, 1, 2), g.const(MINIMUM, np.float32))
         if kind == "lower of two":  # as TimesFM has it, 1 for padding
             lowest = g.const(MINIMUM, np.float32)
@@ -311,7 +276,7 @@ class _Builder:
             later = g("Where", g("Greater", self.j, self.i), lowest, g.const(0.0, np.float32))
             return g("Min", g("Mul", g.unsqueeze(padded, 1, 2), lowest), later)
         if kind == "alibi counted":
-            mask = self._attention_mask()
+            mask = self.attention_mask()
             places = g("Mul", g("Sub", g("CumSum", mask, g.const(-1)), g.const(1)), mask)
             return g("Mul", slopes, g("Cast", g.unsqueeze(places, 1, 2), to=TensorProto.FLOAT))
         if kind == "alibi distance":
@@ -328,132 +293,6 @@ class _Builder:
         if kind == "query":
             return g("MatMul", self.query, g.const(np.linspace(-1, 1, HEAD_DIM)[:, None], np.float32))
         raise ValueError(kind)
-
-    # ------------------------------------------------------------------------------------------ conditions
-
-    def _part(self, name: str) -> str:
-        if name in CAUSAL:
-            return self._causal(name)
-        if name in SQUARES:
-            return self._square(name)
-        if name in GIVEN:
-            return self._given(name)
-        return self._window(name) if name in WINDOWS else self._padding(name) if name in PADDING else self._other(name)
-
-    def _causal(self, name: str) -> str:
-        g, i, j = self.g, self.i, self.j
-        if name in ("trilu", "buffer", "not upper", "float buffer", "band buffer"):
-            return self._triangle(name)
-        return {
-            "j <= i": lambda: g("LessOrEqual", j, i),
-            "i >= j": lambda: g("GreaterOrEqual", i, j),
-            "not j > i": lambda: g("Not", g("Greater", j, i)),
-            "j < i + 1": lambda: g("Less", j, g("Add", i, g.const(1))),
-            "i - j >= 0": lambda: g("GreaterOrEqual", g("Sub", i, j), g.const(0)),
-            "j <= i + 1": lambda: g("LessOrEqual", j, g("Add", i, g.const(1))),
-            "j <= i - 1": lambda: g("LessOrEqual", j, g("Sub", i, g.const(1))),
-        }[name]()
-
-    def _triangle(self, name: str) -> str:
-        g = self.g
-        past, total = (g.unsqueeze(x, 0) for x in (self.past, self.total))
-        if name.endswith("buffer"):
-            dtype = np.float32 if name == "float buffer" else np.bool_
-            triangle = np.tril(np.ones((1, 1, MAX_LENGTH, MAX_LENGTH)))
-            band = np.tril(triangle, -self.r.window - 1) if name == "band buffer" else 0  # as GPT-Neo's local layers
-            whole = g.const(triangle - band, dtype)
-            rows = g("Slice", whole, past, total, g.const([2]))
-            square = g("Slice", rows, g.const([0]), total, g.const([3]))
-            return square if dtype is np.bool_ else g("Equal", square, g.const(1.0, np.float32))
-        shape = g("Concat", g.unsqueeze(self.length, 0), total, axis=0)
-        ones = g("Expand", g.const(1.0, np.float32), shape)
-        if name == "trilu":
-            return g("Equal", g("Trilu", ones, self.past, upper=0), g.const(1.0, np.float32))
-        above = g("Trilu", ones, g("Add", self.past, g.const(1)), upper=1)
-        return g("Not", g("Cast", above, to=TensorProto.BOOL))
-
-    def _window(self, name: str) -> str:
-        g, i, j, w = self.g, self.i, self.j, self.g.const(self.r.window)
-        return {
-            "j > i - w": lambda: g("Greater", j, g("Sub", i, w)),
-            "i - j < w": lambda: g("Less", g("Sub", i, j), w),
-            "abs(i - j) <= w": lambda: g("LessOrEqual", g("Abs", g("Sub", i, j)), w),
-            "j <= i + w": lambda: g("LessOrEqual", j, g("Add", i, w)),
-            "i < j + w": lambda: g("Less", i, g("Add", j, w)),
-        }[name]()
-
-    def _attention_mask(self) -> str:
-        length = "tokens" if self.r.own_sizes else "total" if self.r.cache else "sequence"
-        return self.g.input("attention_mask", TensorProto.INT64, ["batch", length])
-
-    def _square(self, name: str) -> str:
-        """A condition on rows and as many keys."""
-        g = self.g
-        count = self.length
-        if name == "causal of another size":
-            count = g.size(g.input("ids", TensorProto.INT64, ["batch", "tokens"]), 1)
-        line = g.arange(count)
-        i, j = g.unsqueeze(line, 1), g.unsqueeze(line, 0)
-        if name == "window of rows":
-            return g("LessOrEqual", g("Abs", g("Sub", i, j)), g.const(self.r.window))
-        if name == "lengths of rows":
-            lengths = g.input("lengths", TensorProto.INT64, ["batch"])
-            return g("Less", g.unsqueeze(line, 0, 1, 2), g.unsqueeze(lengths, 1, 2, 3))
-        return g("LessOrEqual", j, i)
-
-    def _given(self, name: str) -> str:
-        g = self.g
-        if name == "one length":
-            size = "entries" if self.r.own_sizes else 1
-            return g("Less", self.j, g.unsqueeze(g.input("length", TensorProto.INT64, [size]), 1, 2, 3))
-        shape = (1, HEADS, 1, 1) if name == "overridable heads" else (1, 1, 1, 1)
-        value = "given_mask_" + name.split()[-1]
-        g.initializers.append(numpy_helper.from_array(np.ones(shape, np.bool_), value))
-        return g.input(value, TensorProto.BOOL, list(shape))
-
-    def _padding(self, name: str) -> str:
-        """From attention_mask [batch, total], int64."""
-        g, mask = self.g, self._attention_mask()
-        if name in ("int32", "uint8"):  # 2 ** 32 and 256 become 0
-            narrow = TensorProto.INT32 if name == "int32" else TensorProto.UINT8
-            return g.unsqueeze(g("Cast", g("Cast", mask, to=narrow), to=TensorProto.BOOL), 1, 2)
-        flags = g("Cast", mask, to=TensorProto.BOOL)
-        batch = g.arange(g.size(self.query, 0))
-        if name == "gather_nd":
-            rows, columns = g.unsqueeze(batch, 1, 2, 3), self.j
-            shape = g("Shape", g("Max", rows, columns))
-            pairs = [g.unsqueeze(g("Expand", x, shape), -1) for x in (rows, columns)]
-            return g("GatherND", flags, g("Concat", *pairs, axis=-1))
-        if name == "flat gather":
-            places = g("Add", self.j, g("Mul", g.unsqueeze(batch, 1, 2, 3), g.size(mask, 1)))
-            found = g("Gather", g("Reshape", flags, g.const([-1])), places)
-            return g("Reshape", g("Reshape", found, g.const([-1])), g("Shape", places))
-        if name == "not equal 0":
-            return g("Not", g("Equal", g.unsqueeze(mask, 1, 2), g.const(0)))
-        if name == "greater half":
-            return g("Greater", g.unsqueeze(g("Cast", mask, to=TensorProto.FLOAT), 1, 2), g.const(0.5, np.float32))
-        if name == "rows" and not self.r.cache:
-            return g.unsqueeze(flags, 1, 3)
-        return g.unsqueeze(flags, 1, 2)
-
-    def _other(self, name: str) -> str:
-        g, i, j = self.g, self.i, self.j
-        if name == "always":
-            return g("GreaterOrEqual", i, g.const(0))
-        if name == "chunk":
-            four = g.const(4)
-            return g("Equal", g("Div", i, four), g("Div", j, four))
-        if name == "causal padding":
-            return g("And", g("LessOrEqual", j, i), self._padding("unsqueeze"))
-        if name == "prefix":
-            return g("Or", g("LessOrEqual", j, i), g("Less", j, g.const(3)))
-        if name == "segments":
-            ids = g.input("segments", TensorProto.INT64, ["batch", "total"])
-            tail = g("Gather", ids, g("Squeeze", i, g.const([0, 1, 3])), axis=1)
-            return g("Equal", g.unsqueeze(tail, 1, 3), g.unsqueeze(ids, 1, 2))
-        if name == "lengths":
-            return g("Less", j, g.unsqueeze(g.input("lengths", TensorProto.INT64, ["batch"]), 1, 2, 3))
-        return g.input("mask", TensorProto.BOOL, ["batch", 1, "sequence", "total"])
 
 
 def build(recipe: Recipe) -> onnx.ModelProto:
@@ -487,64 +326,3 @@ def in_half(recipe: Recipe) -> onnx.ModelProto:
         if info.type.tensor_type.elem_type == TensorProto.FLOAT:
             info.type.tensor_type.elem_type = TensorProto.FLOAT16
     return model
-
-
-def feeds(model: onnx.ModelProto, seed: int, large: bool = False, odd: bool = False) -> dict[str, np.ndarray]:
-    """Random inputs at random sizes; with `odd` also at those at which sizes are mixed up or forgotten, 1, 3, 6 and 0,
-    where some graphs don't run. `large`: scores of about 1000. An initializer that is an input may be given, or left as
-    it is."""
-    random = np.random.default_rng(seed)
-    names = {i.name for i in model.graph.input}
-    usual = not odd or bool(random.integers(2))
-    sizes = {
-        "batch": int(random.integers(1, 4) if usual else random.choice([1, 3, 0], p=[0.45, 0.45, 0.1])),
-        "sequence": int(random.integers(1, 10) if usual else random.choice([1, 3, 6, 0], p=[0.4, 0.25, 0.25, 0.1])),
-        "past_sequence": int(random.integers(0, 5) if usual else random.choice([1, 3, 6, 0])),
-    }
-    sizes["total"] = sizes["sequence"] + (sizes["past_sequence"] if "past_k" in names else 0)
-    sizes["tokens"] = sizes["total"]
-    if odd:
-        sizes["tokens"] = int(random.choice([sizes["total"], sizes["sequence"], 1], p=[0.5, 0.1, 0.4]))
-    sizes["entries"] = int(random.choice([sizes["batch"], 1]))
-    initializers = {i.name for i in model.graph.initializer}
-    result = {}
-    for info in model.graph.input:
-        if info.name in initializers and random.random() < 0.3:
-            continue
-        shape = [sizes[d.dim_param] if d.dim_param else d.dim_value for d in info.type.tensor_type.shape.dim]
-        drawn = _draw(info.name, shape, sizes, random)
-        if info.name == "attention_mask" and not _is_number(model, info.name):
-            drawn = np.where(random.random(shape) < 0.1, random.choice([2**32, 256], shape), drawn)
-        if large and info.name in ("q", "k", "qkv", "past_k"):
-            drawn = drawn * np.float32(16)
-        half = info.type.tensor_type.elem_type == TensorProto.FLOAT16
-        result[info.name] = drawn.astype(np.float16) if half else drawn
-    return result
-
-
-def _is_number(model: onnx.ModelProto, name: str) -> bool:
-    """Is a mask of integers counted, or made a float mask of? Then it holds zeros and ones."""
-    users = [node for node in model.graph.node if name in node.input]
-    return any(n.op_type == "CumSum" or (n.op_type == "Cast" and n.attribute[0].i in (1, 10)) for n in users)
-
-
-def _draw(name: str, shape: list[int], sizes: dict[str, int], random: np.random.Generator) -> np.ndarray:
-    if name == "attention_mask":
-        return (random.random(shape) < 0.7).astype(np.int64)
-    if name.startswith("given_mask"):
-        return random.random(shape) < 0.5
-    if name == "ids":
-        return random.integers(0, 9, shape)
-    if name == "padding":
-        return random.choice([0.0, 1.0, 0.3, 1.5, 1e-9, -0.5], shape, p=[0.4, 0.4, 0.05, 0.05, 0.05, 0.05]).astype(
-            np.float32
-        )
-    if name == "mask":
-        return random.random(shape) < 0.7
-    if name == "segments":
-        return np.sort(random.integers(0, 3, shape), axis=-1)
-    if name in ("lengths", "length"):
-        return random.integers(0, sizes["total"] + 2, shape)
-    if name == "temperature":
-        return np.asarray(0.4, np.float32)
-    return random.standard_normal(shape).astype(np.float32)

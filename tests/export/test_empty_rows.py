@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from tests.export import mask_feeds, site_graphs
 from tests.export import mask_grammar as grammar
-from tests.export import site_graphs
 from tests.export.mask_grammar import HEAD_DIM, HEADS, MINIMUM, Recipe
 from tests.export.test_random_graphs import run, worst
 
@@ -105,7 +105,7 @@ def test_the_lower_of_two_masks(cache: bool) -> None:
     assert (mask.window_left, mask.window_right) == (-1, 0) and mask.empty_rows is not None
     assert "bias [B, 1, 1, S_kv]" in {fact.text for fact in mask.facts}
     for seed in range(20):
-        feeds = grammar.feeds(model, seed)
+        feeds = mask_feeds.feeds(model, seed)
         feeds["padding"][0] = 1
         assert worst(run(model, feeds, False), run(changed, feeds, ort_session.has_library())) <= TOLERANCE
     assumed = pipeline.examine(ir.from_proto(model), pipeline.Options(assume_full_rows=True))[0].outcome.mask

@@ -16,6 +16,7 @@ from faexport import fallback, ort_session, pipeline
 from faexport.spec import DOMAIN
 from onnx import TensorProto, helper
 
+from tests.export import mask_feeds
 from tests.export import mask_grammar as grammar
 from tests.export.mask_grammar import Recipe
 
@@ -69,7 +70,7 @@ def test_runs_without_the_library(name: str) -> None:
     changed = ir.to_proto(fused(model))
     onnx.checker.check_model(changed)
     for seed in range(3):
-        feeds = grammar.feeds(model, seed)
+        feeds = mask_feeds.feeds(model, seed)
         want, got = run(model, feeds)[0], run(changed, feeds)[0]
         known = np.isfinite(want)
         np.testing.assert_allclose(got[known], want[known], rtol=1e-4, atol=1e-5)
@@ -93,7 +94,7 @@ def test_the_library_wins() -> None:
     zeros = ir.node("Sub", [result.inputs[0], result.inputs[0]])
     nodes.insert_before(result, zeros)
     result.replace_input_with(0, zeros.outputs[0])
-    feeds = grammar.feeds(model, 0)
+    feeds = mask_feeds.feeds(model, 0)
     wrong, right = (run(ir.to_proto(changed), feeds, library)[0] for library in (False, True))
     assert not wrong.any()
     np.testing.assert_allclose(right, run(model, feeds)[0], rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ from faexport import ort_session, pipeline, widen
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from tests.export import mask_feeds
 from tests.export import mask_grammar as grammar
 
 COUNT = int(os.environ.get("RANDOM_GRAPHS", "500"))
@@ -116,7 +117,7 @@ def check_random_graph(recipe: grammar.Recipe, number: int) -> None:
     original, fused_one, wide_one = session_of(model, False), session_of(changed, library), None
     large = recipe.dtype == "float32" and number % 4 == 0
     for k in range(3):
-        feeds = grammar.feeds(model, number + k, large and k == 0, odd=True)
+        feeds = mask_feeds.feeds(model, number + k, large and k == 0, odd=True)
         shapes = {n: a.shape for n, a in feeds.items()}
         try:
             want = original.run(None, feeds)
@@ -152,7 +153,7 @@ def test_what_was_found(name: str) -> None:
     model = grammar.build(recipe)
     changed, fused = rewritten(model)
     assert fused == recipe.layers
-    feeds = grammar.feeds(model, 3)
+    feeds = mask_feeds.feeds(model, 3)
     want, got = run(model, feeds, False), run(changed, feeds, ort_session.has_library())
     assert not misfit(recipe, want, got, want)
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from tests.cases import Problem
+from tests.problems import Problem
 
 _ATTRIBUTES = {"optional_inputs", "optional_outputs"}  # faplugin.attention makes them itself
 

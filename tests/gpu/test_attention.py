@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from tests import cases, tolerances
+from tests.problems import Problem
 
 torch = pytest.importorskip("torch")
 from tests.gpu import arrays  # noqa: E402
@@ -15,7 +16,7 @@ from tests.gpu import arrays  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 
-def check(problem: cases.Problem, expected: tolerances.Expectation) -> None:
+def check(problem: Problem, expected: tolerances.Expectation) -> None:
     """All kernels that take the problem, each twice."""
     inputs = {name: arrays.to_cuda(array) for name, array in problem.inputs.items()}
     kernels = arrays.kernels_for(inputs, problem.attributes)

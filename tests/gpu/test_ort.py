@@ -11,6 +11,7 @@ import pytest
 
 from tests import cases, tolerances
 from tests.plugin import nodes
+from tests.problems import Problem
 
 torch = pytest.importorskip("torch")
 CUDA = "CUDAExecutionProvider"
@@ -125,6 +126,6 @@ def test_decoding_with_a_cache_uses_split_keys() -> None:
     inputs = {"query": (1, 8, 1, 64), "key": (1, 2, 4096, 64), "value": (1, 2, 4096, 64)}
     rng = np.random.default_rng(1)
     feeds = {name: rng.standard_normal(shape, np.float32).astype(np.float16) for name, shape in inputs.items()}
-    problem = cases.Problem({}, feeds, ["output"])
+    problem = Problem({}, feeds, ["output"])
     (output,) = session(nodes.make_model(feeds, {})).run(None, feeds)
     tolerances.check({"output": output}, problem)

@@ -11,6 +11,7 @@ import pytest
 
 from tests import cases, tolerances
 from tests.plugin import nodes
+from tests.problems import Problem
 
 torch = pytest.importorskip("torch")
 from tests.gpu import arrays  # noqa: E402
@@ -58,7 +59,7 @@ def test_sessions_on_both() -> None:
             assert made.get_providers()[0] == CUDA
             work.append((problem, made))
 
-    def run(item: tuple[cases.Problem, ort.InferenceSession]) -> dict[str, np.ndarray]:
+    def run(item: tuple[Problem, ort.InferenceSession]) -> dict[str, np.ndarray]:
         problem, made = item
         names = [output.name for output in made.get_outputs()]
         return dict(zip(names, made.run(None, nodes.feeds(problem.inputs)), strict=True))

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from tests.cases import Problem
+from tests.problems import Problem
 
 OUTPUTS = ("output", "present_key", "present_value", "lse")  # in the operator's places
 IR_VERSION = 9  # of onnxruntime 1.18

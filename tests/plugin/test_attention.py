@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tests import cases, tolerances
+from tests.problems import Problem
 
 
-def run(problem: cases.Problem, **options) -> dict[str, np.ndarray]:
+def run(problem: Problem, **options) -> dict[str, np.ndarray]:
     """A problem of tests/cases.py through faplugin.attention."""
     attributes = {name: x for name, x in problem.attributes.items() if not name.startswith("optional_")}
     wanted = {"return_present": "present_key" in problem.outputs, "return_lse": "lse" in problem.outputs}

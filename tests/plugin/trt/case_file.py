@@ -13,7 +13,7 @@ from typing import TextIO
 
 import numpy as np
 
-from tests.cases import Case, Problem, packed_rows
+from tests.problems import Case, Problem, packed_rows
 
 KINDS = {int: "INT", float: "FLOAT", str: "STRING", list: "INTS"}
 
