@@ -12,7 +12,9 @@ import click
 class _File(click.Path):
     """The name of a file. A path loses the slash at its end, which says that a folder is meant."""
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
         if str(value).endswith(("/", os.sep)):
             self.fail(f"{value} is a folder; give the name of a file", param, ctx)
         return super().convert(value, param, ctx)

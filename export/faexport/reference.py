@@ -216,12 +216,13 @@ def _contradiction(model: ir.Model, tensors: ort_session.Tensors, outputs: Outpu
     The file's word stands (docs/masks.md), and such inputs are not among those that it is for."""
     sizes: dict[str, int] = {}
     for value in model.graph.inputs:
-        if value.name in tensors and value.shape is not None:
-            named = zip(value.shape, tensors[value.name].shape, strict=False)
+        tensor = tensors.get(value.name or "")
+        if tensor is not None and value.shape is not None:
+            named = zip(value.shape, tensor.shape, strict=False)
             sizes.update((str(dim), size) for dim, size in named if not isinstance(dim, int) and dim.value)
     for value in model.graph.outputs:
-        shape = outputs[value.name].shape if value.name in outputs else ()
-        for dim, size in zip(value.shape or (), shape, strict=False):
+        output = outputs.get(value.name or "")
+        for dim, size in zip(value.shape or (), () if output is None else output.shape, strict=False):
             if not isinstance(dim, int) and sizes.get(str(dim)) == 1 < size:
                 return f"output '{value.name}' has size {size} where the file says {dim}, which is 1"
     return ""

@@ -24,13 +24,12 @@ from faexport.understand.shapes.dims import Dim, product
 MAX_CHAIN = 24
 ONE = Dim.of(1)
 # Numbers that tensors may be multiplied by, one after the other, before what is multiplied may leave its type.
-_LARGEST_SCALE = {ir.DataType.FLOAT16: 2.0**12}
-_LARGEST_SCALE_ELSE = 2.0**64
+_LARGEST_SCALE, _LARGEST_SCALE_OF_HALF = 2.0**64, 2.0**12
 
 
 def is_lossless(scale: float, dtype: ir.DataType | None) -> bool:
     """May usual numbers be multiplied by this, and then by what makes up for it, without overflow or underflow?"""
-    largest = _LARGEST_SCALE.get(dtype, _LARGEST_SCALE_ELSE)
+    largest = _LARGEST_SCALE_OF_HALF if dtype is ir.DataType.FLOAT16 else _LARGEST_SCALE
     return 1 / largest <= abs(scale) <= largest
 
 
