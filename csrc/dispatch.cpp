@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cpu/attention_cpu.h"
+#include "semantics/cache.h"
 #ifdef FA_WITH_CUDA
 #include "kernels/empty_rows/empty_rows.h"
 #include "kernels/kernels.h"
@@ -28,7 +29,7 @@ const Kernel kTable[] = {
 constexpr const char* kNoCuda = "this build has no CUDA kernels (it was made without nvcc)";
 
 /// Can a row attend no key, though there are keys?
-bool may_have_empty_rows(const AttentionParams& p) {
+bool may_have_empty_rows(const StepParams& p) {
   return p.mask.present || p.bias.present || p.kv_lengths.present || p.cu_seqlens_q.present || p.window_left >= 0 ||
          p.window_right >= 0;
 }
@@ -36,19 +37,32 @@ bool may_have_empty_rows(const AttentionParams& p) {
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /// Memory for log-sum-exp where it is needed but not wanted.
-size_t lse_bytes(const AttentionParams& p, bool fills_means) {
+size_t lse_bytes(const StepParams& p, bool fills_means) {
   if (!fills_means || p.lse.present) return 0;
   return align(static_cast<size_t>(p.query.shape[0] * p.query.shape[1] * p.query.shape[2]) * sizeof(float));
 }
 
-bool fills_means(const AttentionParams& p, const Device& device) {
+bool fills_means(const StepParams& p, const Device& device) {
   return device.type == DeviceType::kCuda && p.empty_row == EmptyRow::kMean && may_have_empty_rows(p);
 }
 
+/// What no CUDA kernel has yet; null: the problem asks for nothing of the kind.
+const char* missing_on_cuda(const StepParams& p) {
+  if (p.cache.mode == CacheMode::kWrite) return "a cache that rows are written into (cache = write)";
+  if (p.cache.mode == CacheMode::kWindow) return "a windowed cache (cache = window)";
+  if (p.cache.mode == CacheMode::kPaged) return "a paged cache (cache = paged)";
+  if (p.cache.key_scale.present || p.cache.value_scale.present) return "a quantized cache (k_scale, v_scale)";
+  if (p.rotary.cos.present) return "rotary embedding (cos_cache, sin_cache)";
+  if (p.norm.query_weight.present || p.norm.key_weight.present) return "RMS norm of heads (q_norm_weight, k_norm_weight)";
+  return nullptr;
+}
+
 /// Does the kernel take the problem? On success the plan is complete; else *why_not, where given, says why not.
-bool plan_with(const Kernel& kernel, const AttentionParams& params, const Device& device, Plan* plan, std::string* why_not) {
+bool plan_with(const Kernel& kernel, const StepParams& params, const Device& device, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(kernel.device != device.type,
                kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only");
+  const char* missing = device.type == DeviceType::kCuda ? missing_on_cuda(params) : nullptr;
+  FA_REFUSE_IF(missing != nullptr, "does not take " + std::string(missing) + " yet; the CPU kernel does")
   *plan = {};
   plan->device = device;
   if (!kernel.plan(params, plan, why_not)) return false;
@@ -60,7 +74,7 @@ bool plan_with(const Kernel& kernel, const AttentionParams& params, const Device
 }
 
 /// Why no kernel, or not the one of this name, takes the problem.
-std::string refusals(const AttentionParams& params, const Device& device, const char* name) {
+std::string refusals(const StepParams& params, const Device& device, const char* name) {
   std::string text;
   bool known = false;
   for (const Kernel& kernel : kTable) {
@@ -79,7 +93,7 @@ std::string refusals(const AttentionParams& params, const Device& device, const 
 }
 
 /// The first tensor that has elements but no memory; null: there is none.
-const char* missing_memory(const AttentionParams& p) {
+const char* missing_memory(const StepParams& p) {
   const std::pair<const char*, const TensorView*> tensors[] = {{"query", &p.query},
                                                                {"key", &p.key},
                                                                {"value", &p.value},
@@ -93,16 +107,67 @@ const char* missing_memory(const AttentionParams& p) {
                                                                {"cu_seqlens_q", &p.cu_seqlens_q},
                                                                {"cu_seqlens_kv", &p.cu_seqlens_kv},
                                                                {"alibi_slopes", &p.alibi_slopes},
-                                                               {"sinks", &p.sinks}};
+                                                               {"sinks", &p.sinks},
+                                                               {"cos_cache", &p.rotary.cos},
+                                                               {"sin_cache", &p.rotary.sin},
+                                                               {"position_ids", &p.rotary.position_ids},
+                                                               {"q_norm_weight", &p.norm.query_weight},
+                                                               {"k_norm_weight", &p.norm.key_weight},
+                                                               {"new_key", &p.cache.new_key},
+                                                               {"new_value", &p.cache.new_value},
+                                                               {"past_key", &p.cache.past_key},
+                                                               {"past_value", &p.cache.past_value},
+                                                               {"present_key", &p.cache.present_key},
+                                                               {"present_value", &p.cache.present_value},
+                                                               {"write_indices", &p.cache.write_indices},
+                                                               {"block_table", &p.cache.block_table},
+                                                               {"slot_mapping", &p.cache.slot_mapping},
+                                                               {"k_scale", &p.cache.key_scale},
+                                                               {"v_scale", &p.cache.value_scale}};
   for (const auto& [name, t] : tensors) {
     if (t->present && t->data == nullptr && !t->empty()) return name;
   }
   return nullptr;
 }
 
+/// One of keys and values of a step that only appends: past and new rows into `joined`.
+Status append(const TensorView& past, const TensorView& fresh, const TensorView& joined, const Device& device,
+              const ExecutionContext& context) {
+  if (past.present) return append_kv(past, fresh, joined, device, context);
+  TensorView none = fresh;
+  none.shape[2] = 0;
+  return append_kv(none, fresh, joined, device, context);
+}
+
+/// The cache step: past and new rows into params.key and params.value.
+Status store(const StepParams& p, const Device& device, const ExecutionContext& context) {
+  const CacheParams& c = p.cache;
+  if (!c.new_key.present) return {};
+  if (device.type == DeviceType::kCpu) return cpu::store(p, context);
+  if (Status status = append(c.past_key, c.new_key, p.key, device, context); !status.ok()) return status;
+  return c.new_value.present ? append(c.past_value, c.new_value, p.value, device, context) : Status{};
+}
+
+/// In place or not: keys and values alike. Pages are always in place.
+Status check_places(const StepParams& p) {
+  const CacheParams& c = p.cache;
+  if (c.mode == CacheMode::kAppend || !c.new_key.present || is_staged(c)) return {};
+  const bool key = c.past_key.data == p.key.data, value = c.past_value.data == p.value.data;
+  if (key != value && !p.key.empty() && !p.value.empty()) {
+    return {StatusCode::kInvalidArgument, std::string("present_") + (key ? "key" : "value") +
+                                              " is the memory of its past and present_" + (key ? "value" : "key") +
+                                              " is not; expected both in place or none"};
+  }
+  if (c.mode == CacheMode::kPaged && !key && !p.key.empty()) {
+    return {StatusCode::kInvalidArgument,
+            "present_key is other memory than past_key; a paged cache is changed in place: bind both to one buffer"};
+  }
+  return {};
+}
+
 #ifdef FA_WITH_CUDA
 /// EmptyRow::kMean on CUDA: the kernel writes 0 into rows that attend no key, and a second one their mean.
-Status launch_with_means(const Plan& plan, AttentionParams params, const ExecutionContext& context) {
+Status launch_with_means(const Plan& plan, StepParams params, const ExecutionContext& context) {
   params.empty_row = EmptyRow::kZero;
   if (plan.lse_bytes > 0) {
     const int64_t (&q)[4] = params.query.shape;
@@ -119,7 +184,7 @@ Status launch_with_means(const Plan& plan, AttentionParams params, const Executi
 
 }  // namespace
 
-Status plan(const AttentionParams& params, const Device& device, Plan* plan, const char* kernel) {
+Status plan(const StepParams& params, const Device& device, Plan* plan, const char* kernel) {
   *plan = {};
   if (Status status = validate(params); !status.ok()) return status;
   for (const Kernel& row : kTable) {
@@ -130,7 +195,7 @@ Status plan(const AttentionParams& params, const Device& device, Plan* plan, con
   return {StatusCode::kUnsupported, refusals(params, device, kernel)};
 }
 
-Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
+Status launch(const Plan& plan, const StepParams& params, const ExecutionContext& context) {
   if (plan.kernel == nullptr) return {StatusCode::kInvalidArgument, "there is no plan: plan() was not called or has failed"};
   if (plan.workspace_bytes > context.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr)) {
     return {StatusCode::kInvalidArgument, std::string(plan.kernel->name) + " needs a workspace of " +
@@ -139,6 +204,8 @@ Status launch(const Plan& plan, const AttentionParams& params, const ExecutionCo
   }
   if (const char* name = missing_memory(params))
     return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
+  if (Status status = check_places(params); !status.ok()) return status;
+  if (Status status = store(params, plan.device, context); !status.ok()) return status;
   if (params.out.empty()) return {};  // also where a kernel could not describe a tensor without elements
 #ifdef FA_WITH_CUDA
   if (plan.fills_means) return launch_with_means(plan, params, context);
@@ -146,7 +213,7 @@ Status launch(const Plan& plan, const AttentionParams& params, const ExecutionCo
   return plan.kernel->launch(plan, params, context);
 }
 
-size_t max_workspace_bytes(const AttentionParams& largest, const Device& device) {
+size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
   if (!validate(largest).ok()) return 0;
   size_t bytes = 0;
   for (const Kernel& kernel : kTable) {
@@ -169,7 +236,7 @@ const char* kernel_name(DeviceType type, int idx) {
   return nullptr;
 }
 
-std::string explain(const AttentionParams& params, const Device& device) {
+std::string explain(const StepParams& params, const Device& device) {
   if (Status status = validate(params); !status.ok()) return "no kernel: " + status.sentence;
   std::string text;
   const Kernel* chosen = nullptr;

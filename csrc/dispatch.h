@@ -23,11 +23,11 @@ struct Kernel {
 
   /// Does the kernel take this problem (params are valid, plan->device is of its type)? True: sets the plan's instance, splits
   /// and workspace_bytes. False: says why in *why_not, unless that is null.
-  bool (*plan)(const AttentionParams& params, Plan* plan, std::string* why_not);
+  bool (*plan)(const StepParams& params, Plan* plan, std::string* why_not);
   /// Called with a plan of its own, tensors that have memory, at least one element of output, and workspace enough.
-  Status (*launch)(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
+  Status (*launch)(const Plan& plan, const StepParams& params, const ExecutionContext& context);
   /// As fa::max_workspace_bytes, of this kernel; null where the largest problem needs most.
-  size_t (*max_workspace_bytes)(const AttentionParams& largest, const Device& device) = nullptr;
+  size_t (*max_workspace_bytes)(const StepParams& largest, const Device& device) = nullptr;
 };
 
 }  // namespace fa

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tensors of a call to AttentionParams: strides for layouts and broadcasts, the diagonal, the cache (bind.h). What can only be
+// Tensors of a call to StepParams: strides for layouts and broadcasts, the diagonal, the cache (bind.h). What can only be
 // wrong because of a convention is refused here; the rest is fa::validate's.
 #include "bind.h"
 
@@ -30,6 +30,7 @@ bool exceeds_memory(const Tensor& tensor) {
 struct Numbers {
   static int64_t constant(int64_t value) { return value; }
   static int64_t sum(int64_t a, int64_t b) { return a + b; }
+  static int64_t larger(int64_t a, int64_t b) { return std::max(a, b); }
   static int64_t product(int64_t a, int64_t b) { return a * b; }
   static int64_t quotient(int64_t a, int64_t b) { return b == 0 ? 0 : a / b; }
 };
@@ -77,6 +78,7 @@ class Binder {
     if (Status s = check_inputs(); !s.ok()) return s;
     if (Status s = bind_operands(); !s.ok()) return s;
     make_outputs();
+    if (Status s = bind_transform(); !s.ok()) return s;
     if (Status s = bind_cache(); !s.ok()) return s;
     if (Status s = bind_lengths(); !s.ok()) return s;
     if (Status s = bind_masks(); !s.ok()) return s;
@@ -144,50 +146,165 @@ class Binder {
     return bind_operand(2, layouts_.value, a.kv_num_heads, dv, "kv_num_heads", &params_.value);
   }
 
-  void make_outputs() {
+  DType cache_dtype() const {
+    const Tensor* past = find(Input::kPastKey);
+    return past ? past->dtype : params_.query.dtype;
+  }
+
+  /// A row-major tensor of the shape that the output has, or would have.
+  Tensor tensor_of(Output output) const {
     std::vector<Shape<int64_t>> shapes(inputs_.size());
     for (size_t i = 0; i < inputs_.size(); ++i) {
       shapes[i].rank = inputs_[i].rank;
       std::copy(inputs_[i].shape, inputs_[i].shape + 4, shapes[i].dims);
     }
     Numbers numbers;
-    for (const Output output : node_.outputs) {
-      const Shape<int64_t> shape = output_shape(node_, output, shapes, layouts_, numbers);
-      problem_.outputs[static_cast<int>(output)] =
-          contiguous(nullptr, dtype_of(output, params_.query.dtype), shape.dims, shape.rank);
-    }
+    const Shape<int64_t> shape = output_shape(node_, output, shapes, layouts_, numbers);
+    return contiguous(nullptr, dtype_of(output, params_.query.dtype, cache_dtype()), shape.dims, shape.rank);
+  }
+
+  void make_outputs() {
+    for (const Output output : node_.outputs) problem_.outputs[static_cast<int>(output)] = tensor_of(output);
     const Tensor& out = problem_.outputs[0];
     params_.out = view_BHSD(out, layouts_.output, params_.query.shape[1], params_.value.shape[3], 0, params_.value.shape[3]);
     const Tensor& lse = problem_.outputs[static_cast<int>(Output::kLse)];
     if (lse.rank > 0) params_.lse = view_of(lse);
   }
 
-  /// One of keys (0) and values (1): past in front of fresh, in present.
-  Status join(int which, Input input, Output output, TensorView* view) {
+  bool is_paged() const { return attributes_.cache == "paged"; }
+
+  /// A past or present as [B, H, S, columns], of pages [blocks, H, rows, columns]. `fresh`: the new rows that go there.
+  TensorView view_of_cache(const Tensor& t, const TensorView& fresh) const {
+    const int64_t columns = attributes_.kv_cache_bit_width == 4 ? (fresh.shape[3] + 1) / 2 : fresh.shape[3];
+    return view_BHSD(t, is_paged() ? Layout::kBSHD : layouts_.cache, fresh.shape[1], columns, 0, columns);
+  }
+
+  Status check_past(Input input, const Tensor& past, const TensorView& fresh) const {
+    const bool is_flat = layouts_.cache == Layout::kBSH && !is_paged(), packs = attributes_.kv_cache_bit_width == 4;
+    const int64_t columns = packs ? (fresh.shape[3] + 1) / 2 : fresh.shape[3];
+    const std::string head_dim = (packs ? "bytes " : "head_dim ") + std::to_string(columns);
+    const std::string heads = "heads " + std::to_string(fresh.shape[1]), batch = "batch " + std::to_string(fresh.shape[0]);
+    if ((past.dtype == DType::kUInt8) != packs)
+      return invalid(std::string(name_of(input)) + " is " + name_of(past.dtype) + " and kv_cache_bit_width " +
+                     std::to_string(attributes_.kv_cache_bit_width) + "; expected uint8 with 4, and another dtype with 8");
+    const bool has_rank = past.rank == (is_flat ? 3 : 4) && (!is_flat || past.shape[2] == fresh.shape[1] * columns);
+    const TensorView view = has_rank ? view_of_cache(past, fresh) : TensorView{};
+    if (has_rank && (is_paged() || view.shape[0] == fresh.shape[0]) && view.shape[1] == fresh.shape[1] &&
+        view.shape[3] == columns)
+      return {};
+    const std::string as = std::string(", as ") + name_of(input == Input::kPastKey ? Input::kKey : Input::kValue) + " has them";
+    if (is_paged())
+      return wrong_shape(input, past, "[any number of blocks, rows of a block, " + heads + ", " + head_dim + "]" + as);
+    if (is_flat) return wrong_shape(input, past, "[" + batch + ", any number of rows, heads * " + head_dim + "]" + as);
+    if (layouts_.cache == Layout::kBSHD)
+      return wrong_shape(input, past, "[" + batch + ", any number of rows, " + heads + ", " + head_dim + "]" + as);
+    return wrong_shape(input, past, "[" + batch + ", " + heads + ", any number of rows, " + head_dim + "]" + as);
+  }
+
+  /// One of keys (0) and values (1): what is stored where, and what attention then reads.
+  Status store(int which, Input input, Output output, TensorView* view) {
     const Tensor* past = find(input);
-    if (!past && node_.slot(output) < 0) return {};
-    int64_t shape[4] = {view->shape[0], view->shape[1], past ? past->shape[2] : 0, view->shape[3]};
-    if (past && (past->rank != 4 || past->shape[0] != shape[0] || past->shape[1] != shape[1] || past->shape[3] != shape[3]))
-      return wrong_shape(input, *past,
-                         "[batch " + std::to_string(shape[0]) + ", heads " + std::to_string(shape[1]) +
-                             ", any number of rows, head_dim " + std::to_string(shape[3]) + "], as " +
-                             name_of(which == 0 ? Input::kKey : Input::kValue) + " has them");
-    problem_.past[which] = view_of(past ? *past : contiguous(nullptr, view->dtype, shape, 4));
-    problem_.fresh[which] = *view;
-    shape[2] += view->shape[2];
-    problem_.present[which] = view_of(contiguous(nullptr, view->dtype, shape, 4));
-    if (past) *view = problem_.present[which];
+    const bool is_wanted = node_.slot(output) >= 0;
+    const TensorView fresh = *view;
+    if (past)
+      if (Status s = check_past(input, *past, fresh); !s.ok()) return s;
+    if (!past && (which == 1 || !transforms_keys())) {
+      if (is_wanted) problem_.fresh[which] = fresh, problem_.present[which] = view_of_cache(tensor_of(output), fresh);
+      return {};
+    }
+    CacheParams& cache = params_.cache;
+    (which == 0 ? cache.new_key : cache.new_value) = fresh;
+    if (past) (which == 0 ? cache.past_key : cache.past_value) = view_of_cache(*past, fresh);
+    *view = view_of_cache(tensor_of(output), fresh);
+    problem_.in_workspace[which] = !is_wanted && !is_paged();
+    if (is_paged()) view->data = past->data;
+    if (cache.mode != CacheMode::kWindow || fresh.shape[2] <= 1) return {};
+    if (is_wanted) (which == 0 ? cache.present_key : cache.present_value) = *view;
+    const int64_t stage[4] = {view->shape[0], view->shape[1], view->shape[2] + fresh.shape[2], view->shape[3]};
+    *view = view_of(contiguous(nullptr, view->dtype, stage, 4));
+    problem_.in_workspace[which] = true;
     return {};
   }
 
+  bool transforms_keys() const { return params_.norm.key_weight.present || params_.rotary.cos.present; }
+
   Status bind_cache() {
-    if (Status s = join(0, Input::kPastKey, Output::kPresentKey, &params_.key); !s.ok()) return s;
-    if (Status s = join(1, Input::kPastValue, Output::kPresentValue, &params_.value); !s.ok()) return s;
-    problem_.has_past = node_.slot(Input::kPastKey) >= 0;
-    if (problem_.has_past && problem_.past[0].shape[2] != problem_.past[1].shape[2])
+    const std::string& mode = attributes_.cache;
+    params_.cache.mode = mode == "write"    ? CacheMode::kWrite
+                         : mode == "window" ? CacheMode::kWindow
+                         : mode == "paged"  ? CacheMode::kPaged
+                                            : CacheMode::kAppend;
+    if (Status s = store(0, Input::kPastKey, Output::kPresentKey, &params_.key); !s.ok()) return s;
+    if (Status s = store(1, Input::kPastValue, Output::kPresentValue, &params_.value); !s.ok()) return s;
+    const CacheParams& cache = params_.cache;
+    if (cache.past_key.present && cache.past_key.shape[2] != cache.past_value.shape[2])
       return wrong_shape(Input::kPastValue, *find(Input::kPastValue),
-                         std::to_string(problem_.past[0].shape[2]) + " rows, as past_key has them");
+                         std::to_string(cache.past_key.shape[2]) + " rows, as past_key has them");
+    if (Status s = bind_scale(Input::kKScale, params_.key, params_.query.shape[3], &params_.cache.key_scale); !s.ok()) return s;
+    return bind_scale(Input::kVScale, params_.value, params_.out.shape[3], &params_.cache.value_scale);
+  }
+
+  /// A scale for all, or one for each head and column: [H_kv, columns], with axes of size 1 anywhere before the last.
+  Status bind_scale(Input input, const TensorView& cache, int64_t columns, TensorView* view) const {
+    const Tensor* t = find(input);
+    if (!t) return {};
+    const int64_t heads = cache.shape[1], last = t->rank > 0 ? t->shape[t->rank - 1] : 1;
+    int64_t count = 1, head_stride = 0;
+    for (int i = 0; i < t->rank; ++i) count *= t->shape[i];
+    for (int i = 0; i + 1 < t->rank; ++i)
+      if (t->shape[i] == heads && heads > 1) head_stride = t->stride[i];
+    if (count != 1 && (count != heads * columns || last != columns || (heads > 1 && head_stride == 0)))
+      return wrong_shape(input, *t,
+                         "[1] or [kv heads " + std::to_string(heads) + ", head_dim " + std::to_string(columns) +
+                             "], with axes of size 1 before the last");
+    const int64_t shape[2] = {heads, columns}, stride[2] = {head_stride, count == 1 ? 0 : t->stride[t->rank - 1]};
+    view->data = t->data, view->dtype = t->dtype, view->present = true;
+    std::copy(shape, shape + 2, view->shape);
+    std::copy(stride, stride + 2, view->stride);
     return {};
+  }
+
+  /// cos_cache or sin_cache: [positions, columns], or [batch or 1, rows of query, columns].
+  Status bind_angles(Input input, TensorView* view) const {
+    const Tensor* t = find(input);
+    if (!t) return {};
+    const int64_t columns = attributes_.rotary_dim / 2, batch = params_.query.shape[0], rows = params_.query.shape[2];
+    if ((t->rank != 2 && t->rank != 3) || t->shape[t->rank - 1] < columns)
+      return wrong_shape(input, *t, "[positions, rotary_dim / 2] or [batch, rows of query, rotary_dim / 2]");
+    if (t->rank == 3 && ((t->shape[0] != batch && t->shape[0] != 1) || t->shape[1] != rows))
+      return wrong_shape(input, *t,
+                         "[positions, rotary_dim / 2] or [batch " + std::to_string(batch) + ", rows of query " +
+                             std::to_string(rows) + ", rotary_dim / 2]");
+    *view = view_of(*t);
+    if (t->rank == 3 && t->shape[0] == 1) view->stride[0] = 0, view->shape[0] = batch;
+    if (columns > 0) view->shape[t->rank - 1] = columns;
+    return {};
+  }
+
+  /// The rotary embedding and the norms of queries and new keys.
+  Status bind_transform() {
+    RotaryParams& rotary = params_.rotary;
+    if (Status s = bind_angles(Input::kCosCache, &rotary.cos); !s.ok()) return s;
+    if (Status s = bind_angles(Input::kSinCache, &rotary.sin); !s.ok()) return s;
+    const Tensor *cos = find(Input::kCosCache), *sin = find(Input::kSinCache), *ids = find(Input::kPositionIds);
+    if (cos && cos->rank != sin->rank)
+      return wrong_shape(Input::kSinCache, *sin, "rank " + std::to_string(cos->rank) + ", as cos_cache has");
+    rotary.by_row = cos && cos->rank == 3;
+    rotary.interleaved = attributes_.rotary_interleaved != 0;
+    if (ids) {
+      const int64_t batch = params_.query.shape[0], rows = params_.query.shape[2];
+      if (ids->rank != 2 || (ids->shape[0] != batch && ids->shape[0] != 1) || ids->shape[1] != rows)
+        return wrong_shape(Input::kPositionIds, *ids,
+                           "[1 or batch " + std::to_string(batch) + ", rows of query " + std::to_string(rows) + "]");
+      rotary.position_ids = view_of(*ids);
+      if (ids->shape[0] == 1) rotary.position_ids.stride[0] = 0, rotary.position_ids.shape[0] = batch;
+    }
+    NormParams& norm = params_.norm;
+    norm.query_epsilon = attributes_.q_norm_epsilon;
+    norm.key_epsilon = attributes_.k_norm_epsilon;
+    const int64_t columns = params_.query.shape[3];
+    if (Status s = bind_vector(Input::kQNormWeight, columns, "head_dim", false, &norm.query_weight); !s.ok()) return s;
+    return bind_vector(Input::kKNormWeight, columns, "head_dim", false, &norm.key_weight);
   }
 
   /// A vector of `size` elements, or, where may_repeat, of one element for all.
@@ -215,14 +332,26 @@ class Binder {
     }
     if (Status s = bind_vector(Input::kNonpadKvSeqlen, num_sequences_, "batch", false, &params_.kv_lengths); !s.ok()) return s;
     if (Status s = bind_vector(Input::kQueryLengths, num_sequences_, "batch", false, &params_.query_lengths); !s.ok()) return s;
-    return bind_vector(Input::kQueryOffset, num_sequences_, "batch", true, &params_.query_offsets);
+    if (Status s = bind_vector(Input::kQueryOffset, num_sequences_, "batch", true, &params_.query_offsets); !s.ok()) return s;
+    CacheParams& cache = params_.cache;
+    if (Status s = bind_vector(Input::kWriteIndices, num_sequences_, "batch", false, &cache.write_indices); !s.ok()) return s;
+    const int64_t new_rows = cache.new_key.shape[2];
+    if (Status s = bind_vector(Input::kSlotMapping, new_rows, "rows of key", false, &cache.slot_mapping); !s.ok()) return s;
+    const Tensor* table = find(Input::kBlockTable);
+    if (!table) return {};
+    if (table->rank != 2 || table->shape[0] != num_sequences_)
+      return wrong_shape(Input::kBlockTable, *table, "[sequences " + std::to_string(num_sequences_) + ", blocks of a sequence]");
+    cache.block_table = view_of(*table);
+    return {};
   }
 
   /// Broadcasts a mask or bias from the right to [B, H_q, S_q, S_kv].
   Status bind_mask(Input input, TensorView* view) const {
     const Tensor* t = find(input);
     if (!t) return {};
-    const int64_t target[4] = {params_.query.shape[0], params_.query.shape[1], params_.query.shape[2], params_.key.shape[2]};
+    // The rows of a windowed cache are not all positions that there have been, which the columns of a mask count.
+    const int64_t keys = attributes_.cache == "window" && t->rank > 0 ? t->shape[t->rank - 1] : params_.key.shape[2];
+    const int64_t target[4] = {params_.query.shape[0], params_.query.shape[1], params_.query.shape[2], keys};
     const std::string expected = "something that broadcasts to [batch " + std::to_string(target[0]) + ", heads " +
                                  std::to_string(target[1]) + ", query rows " + std::to_string(target[2]) + ", keys " +
                                  std::to_string(target[3]) + "], rank 1 to 4";
@@ -280,141 +409,27 @@ class Binder {
     params_.window_right = a.is_causal ? 0 : a.right_window_size < kMostElements ? a.right_window_size : -1;
     params_.empty_row = a.empty_row == "mean" ? EmptyRow::kMean : EmptyRow::kZero;
     if (a.float32_precision == "tf32") params_.float32_precision = Float32Precision::kTf32;
-    params_.align_bottom_right = a.alignment == "bottom_right" || (a.alignment == "onnx" && params_.kv_lengths.present);
-    if (!params_.align_bottom_right && problem_.has_past) params_.query_offset = problem_.past[0].shape[2];
+    const CacheParams& cache = params_.cache;
+    const bool counts_back = a.alignment == "onnx" && params_.kv_lengths.present && !cache.past_key.present;
+    params_.align_bottom_right = a.alignment == "bottom_right" || counts_back;
+    if (!params_.align_bottom_right && cache.mode == CacheMode::kAppend && cache.past_key.present)
+      params_.query_offset = cache.past_key.shape[2];
   }
 
   const Node& node_;
   const Attributes& attributes_;
   const std::vector<Tensor>& inputs_;
   Problem& problem_;
-  AttentionParams& params_;
+  StepParams& params_;
   Layouts layouts_{};
   int64_t num_sequences_ = 0;
 };
 
-/// The words of the column `dtypes` of inputs.def.
-enum class InputDTypes : uint8_t { FLOAT, SAME, MASK, INDEX, INT32, FLOAT32, ANY };
-constexpr InputDTypes kInputDTypes[kNumInputs] = {
-#define FA_INPUT(identifier, name, dtypes, shape, meaning) InputDTypes::dtypes,
-#include "fa/inputs.def"
-#undef FA_INPUT
-};
-
-bool is_floating(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
-
-constexpr size_t kAlignment = 256;
-size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-size_t bytes_of(const TensorView& view) {
-  return align(static_cast<size_t>(view.shape[0] * view.shape[1] * view.shape[2] * view.shape[3]) * size_of(view.dtype));
-}
-
-/// Does the joined cache of keys (0) or values (1) live in the workspace?
-bool joins_in_workspace(const Problem& problem, int which) { return problem.has_past && problem.outputs[1 + which].rank == 0; }
-
-size_t joined_bytes(const Problem& problem) {
-  size_t bytes = 0;
-  for (int which = 0; which < 2; ++which)
-    if (joins_in_workspace(problem, which)) bytes += bytes_of(problem.present[which]);
-  return bytes;
-}
-
-/// Where the joined keys (0) or values (1) go; with a past, attention reads them there.
-void set_present(Problem* problem, int which, void* data) {
-  problem->present[which].data = data;
-  if (problem->has_past) (which == 0 ? problem->params.key : problem->params.value).data = data;
-}
-
 }  // namespace
-
-bool accepts(Input input, DType dtype, DType query) {
-  switch (kInputDTypes[static_cast<int>(input)]) {
-    case InputDTypes::FLOAT:
-      return is_floating(dtype);
-    case InputDTypes::SAME:
-      return is_floating(dtype) && dtype == query;
-    case InputDTypes::MASK:
-      return is_floating(dtype) || dtype == DType::kBool;
-    case InputDTypes::INDEX:
-      return dtype == DType::kInt64 || dtype == DType::kInt32;
-    case InputDTypes::INT32:
-      return dtype == DType::kInt32;
-    case InputDTypes::FLOAT32:
-      return dtype == DType::kFloat32;
-    case InputDTypes::ANY:
-      return true;
-  }
-  return false;
-}
-
-std::string accepted_dtypes(Input input, DType query) {
-  std::string text;
-  for (const DType dtype : {DType::kBool, DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64})
-    if (accepts(input, dtype, query)) text += (text.empty() ? "" : " or ") + std::string(name_of(dtype));
-  return text + (input == Input::kKey || input == Input::kValue ? ", as query" : "");
-}
-
-DType dtype_of(Output output, DType query) { return output == Output::kLse ? DType::kFloat32 : query; }
-
-Tensor contiguous(void* data, DType dtype, const int64_t* shape, size_t rank) {
-  Tensor tensor;
-  tensor.data = data;
-  tensor.dtype = dtype;
-  tensor.rank = static_cast<int>(rank);
-  int64_t stride = 1;
-  for (int i = static_cast<int>(rank < 4 ? rank : 4) - 1; i >= 0; --i) {
-    tensor.shape[i] = shape[i];
-    tensor.stride[i] = stride;
-    stride *= shape[i] > 0 ? shape[i] : 1;
-  }
-  return tensor;
-}
 
 Status bind(const Node& node, const std::vector<Tensor>& inputs, Problem* problem) {
   *problem = Problem{};
   return Binder(node, inputs, problem).bind();
-}
-
-void set_output(Problem* problem, Output output, void* data) {
-  problem->outputs[static_cast<int>(output)].data = data;
-  if (output == Output::kOutput) problem->params.out.data = data;
-  if (output == Output::kLse) problem->params.lse.data = data;
-  if (output == Output::kPresentKey) set_present(problem, 0, data);
-  if (output == Output::kPresentValue) set_present(problem, 1, data);
-}
-
-Status plan(const Problem& problem, const Device& device, Plan* plan, const char* kernel) {
-  *plan = {};
-  if (Status s = fa::plan(problem.params, device, &plan->attention, kernel); !s.ok()) return s;
-  plan->joined_bytes = joined_bytes(problem);
-  plan->workspace_bytes = plan->joined_bytes + plan->attention.workspace_bytes;
-  return {};
-}
-
-size_t max_workspace_bytes(const Problem& largest, const Device& device) {
-  return joined_bytes(largest) + fa::max_workspace_bytes(largest.params, device);
-}
-
-Status launch(const Plan& plan, Problem problem, const ExecutionContext& context) {
-  if (context.workspace_bytes < plan.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr))
-    return invalid("the workspace has " + std::to_string(context.workspace_bytes) + " bytes; expected " +
-                   std::to_string(plan.workspace_bytes));
-  char* joined = static_cast<char*>(context.workspace);
-  for (int which = 0; which < 2; ++which) {
-    if (!problem.fresh[which].present) continue;
-    if (joins_in_workspace(problem, which)) {
-      set_present(&problem, which, joined);
-      joined += bytes_of(problem.present[which]);
-    }
-    if (Status s = append_kv(problem.past[which], problem.fresh[which], problem.present[which], plan.attention.device, context);
-        !s.ok())
-      return s;
-  }
-  ExecutionContext inner = context;
-  inner.workspace = joined;
-  inner.workspace_bytes -= plan.joined_bytes;
-  return fa::launch(plan.attention, problem.params, inner);
 }
 
 }  // namespace fa::plugin

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a node (attributes, tensors) to fa::AttentionParams: the only place where layouts, packed columns, mask broadcasting,
+// From a node (attributes, tensors) to fa::StepParams: the only place where layouts, packed columns, mask broadcasting,
 // ONNX's diagonal, the cache and defaults are converted (docs/operator.md). Called by the ONNX Runtime, TensorRT and Python
 // adapters; knows none of them. Nothing here throws but std::bad_alloc; all functions are thread-safe.
 #pragma once
@@ -62,12 +62,15 @@ struct Node {
 /// Checks each attribute's value and the names in optional_inputs and optional_outputs. Once for a node, before any tensor.
 Status make_node(const Attributes& attributes, Node* node);
 
+/// What the node asks for that no CUDA kernel has yet, in its own words; "": nothing.
+std::string cpu_only_feature(const Node& node);
+
 /// May `input` have this dtype beside a query of dtype `query`?
 bool accepts(Input input, DType dtype, DType query);
 /// The same in words: "bool or float32 or …".
 std::string accepted_dtypes(Input input, DType query);
-/// The dtype of an output beside a query of dtype `query`.
-DType dtype_of(Output output, DType query);
+/// The dtype of an output beside a query of dtype `query` and a past of dtype `cache` (the query's where there is no past).
+DType dtype_of(Output output, DType query, DType cache);
 
 /// A tensor as a runtime hands it over. `data` may be null where only a plan is made.
 struct Tensor {
@@ -83,11 +86,10 @@ Tensor contiguous(void* data, DType dtype, const int64_t* shape, size_t rank);
 
 /// A call, complete but for the memory of its outputs and its workspace.
 struct Problem {
-  AttentionParams params;
-  bool has_past = false;
-  Tensor outputs[kNumOutputs];   // shape, dtype; row-major. rank 0: not wanted
-  TensorView past[2], fresh[2];  // key, value: what append_kv joins. fresh is set whenever a join is needed
-  TensorView present[2];         // where it goes: the output, or the workspace where the past's present isn't an output
+  StepParams params;
+  Tensor outputs[kNumOutputs];      // shape, dtype; row-major. rank 0: not wanted
+  bool in_workspace[2] = {};        // key, value: what attention reads is stored there, by params.cache, and no output
+  TensorView fresh[2], present[2];  // key, value: an output that is a mere copy of the input, from there to there; else absent
 };
 
 /// Binds tensors (in the order of node.inputs) to a problem. The sentence names the input, what it has and what is expected.
@@ -99,7 +101,7 @@ void set_output(Problem* problem, Output output, void* data);
 /// How a call is carried out on one device.
 struct Plan {
   fa::Plan attention;
-  size_t joined_bytes = 0;     // of workspace, in front of the kernel's own: the joined cache where present is not an output
+  size_t stored_bytes = 0;     // of workspace, in front of the kernel's own: Problem::in_workspace
   size_t workspace_bytes = 0;  // all of it; on the CPU too
 };
 
@@ -110,7 +112,7 @@ Status plan(const Problem& problem, const Device& device, Plan* plan, const char
 /// Memory that suffices for every problem of at most these sizes (batch, rows, keys), all else being equal.
 size_t max_workspace_bytes(const Problem& largest, const Device& device);
 
-/// Joins past and fresh keys and values where asked, then computes attention.
+/// Copies keys and values where asked, then stores new rows and computes attention.
 Status launch(const Plan& plan, Problem problem, const ExecutionContext& context);
 
 }  // namespace fa::plugin

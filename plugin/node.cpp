@@ -67,6 +67,8 @@ Status check_words(const Attributes& a) {
   if (Status s = check_word("alignment", a.alignment, {"onnx", "top_left", "bottom_right"}); !s.ok()) return s;
   if (Status s = check_word("empty_row", a.empty_row, {"zero", "mean"}); !s.ok()) return s;
   if (Status s = check_word("float32_precision", a.float32_precision, {"", "tf32", "tf32x3"}); !s.ok()) return s;
+  if (Status s = check_word("cache", a.cache, {"append", "write", "window", "paged"}); !s.ok()) return s;
+  if (Status s = check_word("cache_layout", a.cache_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
   if (Status s = check_word("query_layout", a.query_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
   if (Status s = check_word("key_layout", a.key_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
   if (Status s = check_word("value_layout", a.value_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
@@ -93,6 +95,12 @@ Status check_numbers(const Attributes& a) {
   if (Status s = check_count("head_dim", a.head_dim); !s.ok()) return s;
   if (Status s = check_count("head_dim_v", a.head_dim_v); !s.ok()) return s;
   if (a.is_causal != 0 && a.is_causal != 1) return invalid("is_causal is " + std::to_string(a.is_causal) + "; expected 0 or 1");
+  if (Status s = check_count("rotary_dim", a.rotary_dim); !s.ok()) return s;
+  if (a.rotary_dim % 2 != 0) return invalid("rotary_dim is " + std::to_string(a.rotary_dim) + "; expected an even number");
+  if (a.rotary_interleaved != 0 && a.rotary_interleaved != 1)
+    return invalid("rotary_interleaved is " + std::to_string(a.rotary_interleaved) + "; expected 0 or 1");
+  if (a.kv_cache_bit_width != 4 && a.kv_cache_bit_width != 8)
+    return invalid("kv_cache_bit_width is " + std::to_string(a.kv_cache_bit_width) + "; expected 4 or 8");
   if (!std::isfinite(a.scale)) return invalid("scale is not a finite number");
   if (!std::isfinite(a.softcap) || a.softcap < 0)
     return invalid("softcap is " + std::to_string(a.softcap) + "; expected 0 or more");
@@ -110,25 +118,61 @@ Status check_packed_columns(const Attributes& a) {
   return {};
 }
 
+/// What the modes of a cache need, and what has a meaning in some of them only.
+Status check_cache(const Node& node) {
+  const auto has = [&](Input input) { return node.slot(input) >= 0; };
+  const std::string& mode = node.attributes.cache;
+  const auto needs = [&](const char* what) { return invalid("cache = " + mode + " needs " + what); };
+  const auto belongs = [](Input input, const char* what) { return invalid(std::string(name_of(input)) + " goes with " + what); };
+  const bool paged = mode == "paged";
+  if (mode == "append") {
+    if (has(Input::kWriteIndices)) return belongs(Input::kWriteIndices, "cache = write, window or paged");
+  } else {
+    if (!has(Input::kPastKey)) return needs("past_key and past_value");
+    if (!has(Input::kNonpadKvSeqlen) && !has(Input::kWriteIndices)) return needs("nonpad_kv_seqlen or write_indices");
+  }
+  if (paged && !has(Input::kBlockTable)) return needs("block_table");
+  if (paged && !has(Input::kCuSeqlensQ)) return needs("cu_seqlens_q");
+  if (!paged && has(Input::kBlockTable)) return belongs(Input::kBlockTable, "cache = paged");
+  if (!paged && has(Input::kSlotMapping)) return belongs(Input::kSlotMapping, "cache = paged");
+  if (mode != "write" && has(Input::kKvExtent)) return belongs(Input::kKvExtent, "cache = write");
+  const bool windowed =
+      node.attributes.left_window_size >= 0 && (node.attributes.is_causal || node.attributes.right_window_size == 0);
+  if (mode == "window" && !windowed) return needs("left_window_size and is_causal");
+  return {};
+}
+
 Status check_together(const Node& node) {
   const auto has = [&](Input input) { return node.slot(input) >= 0; };
   const auto refuse = [](Input a, Input b) {
     return invalid(std::string(name_of(a)) + " can't be given together with " + name_of(b));
   };
-  const auto needs = [](Input a, Input b) { return invalid(std::string(name_of(a)) + " needs " + name_of(b) + " beside it"); };
-  constexpr Input kPairs[][2] = {{Input::kPastKey, Input::kPastValue}, {Input::kCuSeqlensQ, Input::kCuSeqlensKv}};
-  for (const auto& [a, b] : kPairs)
-    if (has(a) != has(b)) return has(a) ? needs(a, b) : needs(b, a);
-  constexpr Input kExclusive[][2] = {{Input::kNonpadKvSeqlen, Input::kPastKey},
-                                     {Input::kCuSeqlensQ, Input::kPastKey},
-                                     {Input::kCuSeqlensQ, Input::kNonpadKvSeqlen},
-                                     {Input::kCuSeqlensQ, Input::kQueryLengths}};
-  for (const auto& [a, b] : kExclusive)
-    if (has(a) && has(b)) return refuse(a, b);
+  const bool paged = node.attributes.cache == "paged";
+  struct Need {
+    Input input, other;
+    bool applies = true;
+  };
+  const Need needs[] = {{Input::kPastKey, Input::kPastValue},
+                        {Input::kPastValue, Input::kPastKey},
+                        {Input::kCuSeqlensQ, Input::kCuSeqlensKv, !paged},
+                        {Input::kCuSeqlensKv, Input::kCuSeqlensQ},
+                        {Input::kCosCache, Input::kSinCache},
+                        {Input::kSinCache, Input::kCosCache},
+                        {Input::kPositionIds, Input::kCosCache},
+                        {Input::kKScale, Input::kPastKey},
+                        {Input::kVScale, Input::kPastValue}};
+  for (const auto& [a, b, applies] : needs)
+    if (applies && has(a) && !has(b)) return invalid(std::string(name_of(a)) + " needs " + name_of(b) + " beside it");
+  const Need exclusive[] = {{Input::kCuSeqlensQ, Input::kPastKey, !paged},
+                            {Input::kCuSeqlensQ, Input::kNonpadKvSeqlen, !paged},
+                            {Input::kCuSeqlensKv, Input::kBlockTable},
+                            {Input::kCuSeqlensQ, Input::kQueryLengths}};
+  for (const auto& [a, b, applies] : exclusive)
+    if (applies && has(a) && has(b)) return refuse(a, b);
   if (!std::is_sorted(node.outputs.begin(), node.outputs.end()))
     return invalid("optional_outputs is '" + node.attributes.optional_outputs +
                    "'; expected the order present_key, present_value, lse");
-  return {};
+  return check_cache(node);
 }
 
 template <class Slot>
@@ -151,6 +195,13 @@ Status resolve(Input input, const std::string& word, int rank, int64_t heads, bo
 }
 
 }  // namespace
+
+std::string cpu_only_feature(const Node& node) {
+  if (node.attributes.cache != "append") return "cache = " + node.attributes.cache;
+  for (const Input input : {Input::kCosCache, Input::kQNormWeight, Input::kKNormWeight, Input::kKScale, Input::kVScale})
+    if (node.slot(input) >= 0) return name_of(input);
+  return "";
+}
 
 const char* name_of(Input input) { return kInputNames[static_cast<int>(input)]; }
 const char* name_of(Output output) { return kOutputNames[static_cast<int>(output)]; }
@@ -178,7 +229,8 @@ Status resolve_layouts(const Node& node, int query_rank, int key_rank, int value
   if (Status s = resolve(Input::kQuery, a.query_layout, query_rank, a.q_num_heads, packed, &layouts->query); !s.ok()) return s;
   if (Status s = resolve(Input::kKey, a.key_layout, key_rank, a.kv_num_heads, packed, &layouts->key); !s.ok()) return s;
   if (Status s = resolve(Input::kValue, a.value_layout, value_rank, a.kv_num_heads, packed, &layouts->value); !s.ok()) return s;
-  const std::string& out = a.output_layout;
+  const std::string &out = a.output_layout, &cache = a.cache_layout;
+  layouts->cache = cache == "BSH" ? Layout::kBSH : cache == "BSHD" ? Layout::kBSHD : Layout::kBHSD;
   layouts->output = out.empty() ? layouts->query : out == "BSH" ? Layout::kBSH : out == "BSHD" ? Layout::kBSHD : Layout::kBHSD;
   return {};
 }

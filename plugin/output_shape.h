@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Shapes of the outputs, once for numbers (bind.cpp), for ONNX Runtime's symbols and for TensorRT's expressions: a template over
-// the kind of dimension. An Algebra has constant(int64_t), sum(a, b), product(a, b) and quotient(a, b) (exact division).
+// the kind of dimension. An Algebra has constant(int64_t), sum(a, b), larger(a, b), product(a, b) and quotient(a, b) (exact
+// division).
 #pragma once
 
 #include <vector>
@@ -11,9 +12,10 @@ namespace fa::plugin {
 
 enum class Layout : uint8_t { kBHSD, kBSHD, kBSH };
 
-/// The layouts of query, key, value and output, from attributes and ranks; a Status where they contradict each other.
+/// The layouts of query, key, value and output, from attributes and ranks; a Status where they contradict each other. Past and
+/// present have the cache's, which pages have not: they are [blocks, rows of a block, H_kv, D].
 struct Layouts {
-  Layout query, key, value, output;
+  Layout query, key, value, output, cache;
 };
 Status resolve_layouts(const Node& node, int query_rank, int key_rank, int value_rank, Layouts* layouts);
 
@@ -33,6 +35,18 @@ Shape<Dim> sizes_BHSD(const Shape<Dim>& shape, Layout layout, int64_t heads, int
   return {4, {d[0], h, d[1], head_dim > 0 ? algebra.constant(head_dim) : algebra.quotient(d[2], h)}};
 }
 
+/// Rows of a present: those of past and new ones, or the capacity of a cache that they are written to.
+template <class Dim, class Algebra>
+Dim present_rows(const Node& node, const Shape<Dim>* past, const Dim& fresh, const std::vector<Shape<Dim>>& inputs, Layout layout,
+                 Algebra& algebra) {
+  if (past == nullptr) return fresh;
+  const Dim& rows = past->dims[layout == Layout::kBHSD ? 2 : 1];
+  if (node.attributes.cache == "append") return algebra.sum(rows, fresh);
+  const int extent = node.slot(Input::kKvExtent);
+  if (extent < 0) return rows;
+  return inputs[extent].rank > 0 ? algebra.larger(rows, inputs[extent].dims[inputs[extent].rank - 1]) : Dim{};
+}
+
 /// The shape of one output; inputs in the order of node.inputs. Ranks must have passed resolve_layouts.
 template <class Dim, class Algebra>
 Shape<Dim> output_shape(const Node& node, Output output, const std::vector<Shape<Dim>>& inputs, const Layouts& layouts,
@@ -50,9 +64,17 @@ Shape<Dim> output_shape(const Node& node, Output output, const std::vector<Shape
     return {3, {q.dims[0], q.dims[2], algebra.product(q.dims[1], v.dims[3])}};
   }
   const Shape<Dim>& fresh = output == Output::kPresentKey ? k : v;
-  const int past = node.slot(output == Output::kPresentKey ? Input::kPastKey : Input::kPastValue);
-  const Dim rows = past < 0 ? fresh.dims[2] : algebra.sum(inputs[past].dims[2], fresh.dims[2]);
-  return {4, {fresh.dims[0], fresh.dims[1], rows, fresh.dims[3]}};
+  const int slot = node.slot(output == Output::kPresentKey ? Input::kPastKey : Input::kPastValue);
+  const Shape<Dim>* past = slot < 0 ? nullptr : &inputs[slot];
+  if (a.cache == "paged" && past != nullptr) return {4, {past->dims[0], past->dims[1], past->dims[2], past->dims[3]}};
+  const Dim rows = present_rows(node, past, fresh.dims[2], inputs, layouts.cache, algebra);
+  const bool packs = a.kv_cache_bit_width == 4 && past != nullptr;  // two numbers in an element: only the past knows
+  if (layouts.cache == Layout::kBSH) {
+    return {3, {fresh.dims[0], rows, packs ? past->dims[2] : algebra.product(fresh.dims[1], fresh.dims[3])}};
+  }
+  const Dim columns = packs ? past->dims[3] : fresh.dims[3];
+  if (layouts.cache == Layout::kBSHD) return {4, {fresh.dims[0], rows, fresh.dims[1], columns}};
+  return {4, {fresh.dims[0], fresh.dims[1], rows, columns}};
 }
 
 }  // namespace fa::plugin

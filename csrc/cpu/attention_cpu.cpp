@@ -70,13 +70,13 @@ struct Cut {
 
 /// Keys that the task's rows can see: what it costs, per row.
 int64_t num_keys(const Tiling& tiling, const Task& t) {
-  const KeyRange range = tiling.sequences.at(t.sequence_idx).mask.key_range(t.first_row, t.first_row + t.num_rows - 1);
+  const KeyRange range = tiling.steps.at(t.sequence_idx).sequence.mask.key_range(t.first_row, t.first_row + t.num_rows - 1);
   return std::max<int64_t>(0, std::min(range.end, t.key_end) - std::max(range.begin, t.key_begin));
 }
 
 /// Adds the blocks of rows of one sequence.
 void cut_sequence(const Tiling& tiling, int64_t sequence_idx, std::vector<Task>* tasks) {
-  const Sequence s = tiling.sequences.at(sequence_idx);
+  const Sequence s = tiling.steps.at(sequence_idx).sequence;
   const int64_t heads = tiling.params.query.shape[1], group = heads / tiling.params.key.shape[1];
   const int64_t heads_per_task = s.query_length * group <= kFewRows ? group : 1;
   // Blocks of nearly equal length: a short last one would pack all keys for a few rows.
@@ -95,7 +95,7 @@ void cut_sequence(const Tiling& tiling, int64_t sequence_idx, std::vector<Task>*
 /// Replaces each task of few rows and many keys by one for each span of keys; those of the same keys follow one another, since
 /// the heads of a row often lie side by side in memory.
 void split_keys(const Tiling& tiling, Cut* cut) {
-  const int64_t partial_floats = 2 + tiling.params.value.shape[3];
+  const int64_t partial_floats = 2 + tiling.params.out.shape[3];
   std::vector<Task> tasks;
   int64_t most_splits = 0, total = 0;
   for (Task& task : cut->tasks) {
@@ -190,7 +190,7 @@ struct Workers {
 };
 
 /// Rows of the output that belong to no sequence in use: 0, and lse -inf.
-void clear_rows(const AttentionParams& p, int64_t b, int64_t begin, int64_t end) {
+void clear_rows(const StepParams& p, int64_t b, int64_t begin, int64_t end) {
   const size_t bytes = p.out.shape[3] * (p.out.dtype == DType::kFloat32 ? 4 : 2);
   for (int64_t h = 0; h < p.out.shape[1]; ++h) {
     for (int64_t i = begin; i < end; ++i) {
@@ -206,7 +206,7 @@ void clear_unused_rows(const Tiling& tiling) {
   const bool packed = tiling.params.cu_seqlens_q.present;
   int64_t reached = 0;  // first row after the packed sequences so far
   for (int64_t i = 0; i < num_sequences(tiling.params); ++i) {
-    const Sequence s = tiling.sequences.at(i);
+    const Sequence s = tiling.steps.at(i).sequence;
     if (packed) clear_rows(tiling.params, 0, reached, s.first_row);
     clear_rows(tiling.params, s.batch_idx, s.first_row + s.query_length, s.first_row + s.num_rows);
     reached = s.first_row + s.num_rows;
@@ -214,22 +214,95 @@ void clear_unused_rows(const Tiling& tiling) {
   if (packed) clear_rows(tiling.params, 0, reached, tiling.params.query.shape[2]);
 }
 
+/// The cache step of all sequences and heads, keys and values.
+struct Store {
+  const StepParams& params;
+  const CacheRule steps;
+  const Isa& isa;
+  std::atomic<bool> out_of_memory{false};
+
+  int64_t heads() const { return params.cache.new_key.shape[1]; }
+  size_t num_tasks() const { return 2 * num_sequences(params) * heads(); }
+
+  static void run(void* self_, size_t i) {
+    Store& self = *static_cast<Store*>(self_);
+    const int64_t head = static_cast<int64_t>(i / 2) % self.heads(), sequence = static_cast<int64_t>(i / 2) / self.heads();
+    std::unique_ptr<void, FreeDeleter> scratch(std::malloc(self.isa.store_bytes(self.params)));
+    if (scratch == nullptr) {
+      self.out_of_memory = true;
+      return;
+    }
+    if (i % 2 == 1 && !self.params.cache.new_value.present) return;
+    self.isa.store(self.params, self.steps, static_cast<int>(i % 2), sequence, head, scratch.get());
+  }
+};
+
+/// Elements of the past that the step copies, and of the new rows.
+int64_t moved_elements(const StepParams& p) {
+  const CacheParams& c = p.cache;
+  const auto count = [](const TensorView& t) { return t.present ? t.shape[0] * t.shape[1] * t.shape[2] * t.shape[3] : 0; };
+  const bool copies = c.mode != CacheMode::kPaged && c.past_key.data != p.key.data;
+  return count(c.new_key) + (copies ? count(c.past_key) : 0);
+}
+
+/// What a staged windowed cache keeps after the step: the last rows of the stage.
+void keep_window(const StepParams& p, const CacheRule& steps) {
+  for (int64_t b = 0; b < num_sequences(p); ++b) {
+    const CacheStep step = steps.at(b);
+    const int64_t length = step.first_position + step.sequence.mask.kv_length, kept = steps.resident(length);
+    for (int which = 0; which < 2; ++which) {
+      const TensorView& stage = which == 0 ? p.key : p.value;
+      const TensorView& present = which == 0 ? p.cache.present_key : p.cache.present_value;
+      const int64_t size = size_of(stage.dtype), bytes = stage.shape[3] * size, first = step.sequence.mask.kv_length - kept;
+      for (int64_t h = 0; h < present.shape[1]; ++h) {
+        for (int64_t i = 0; i < present.shape[2]; ++i) {
+          char* target =
+              static_cast<char*>(present.data) + (b * present.stride[0] + h * present.stride[1] + i * present.stride[2]) * size;
+          const char* source = static_cast<const char*>(stage.data) +
+                               (b * stage.stride[0] + h * stage.stride[1] + (first + i) * stage.stride[2]) * size;
+          if (i < kept) {
+            std::memcpy(target, source, bytes);
+          } else {
+            std::memset(target, 0, bytes);
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
-bool plan(const AttentionParams&, Plan*, std::string*) { return true; }
+Status store(const StepParams& params, const ExecutionContext& context) {
+  constexpr int64_t kWorthThreads = 1 << 16;  // fewer elements are moved before another thread has started
+  Store step{params, cache_rule(params), best_isa()};
+  if (context.parallel_for != nullptr && moved_elements(params) > kWorthThreads) {
+    context.parallel_for(context.pool, step.num_tasks(), Store::run, &step);
+  } else {
+    for (size_t i = 0; i < step.num_tasks(); ++i) Store::run(&step, i);
+  }
+  if (step.out_of_memory) return {StatusCode::kUnsupported, "out of memory: the CPU kernel could not store the new rows"};
+  return {};
+}
 
-Status launch(const Plan&, const AttentionParams& params, const ExecutionContext& context) {
+bool plan(const StepParams&, Plan*, std::string*) { return true; }
+
+Status launch(const Plan&, const StepParams& params, const ExecutionContext& context) {
   try {
-    const int64_t dims = params.query.shape[3] + params.value.shape[3];
+    const int64_t dims = params.query.shape[3] + params.out.shape[3];
     const int64_t tile = kTileBytes / (4 * dims) / 64 * 64;
-    Tiling tiling{params, sequence_rule(params), 0, std::min(kMaxKeysPerTile, std::max<int64_t>(64, tile))};
+    Tiling tiling{params, cache_rule(params), 0, std::min(kMaxKeysPerTile, std::max<int64_t>(64, tile))};
     const Cut cut = cut_problem(&tiling, num_threads(context));
     clear_unused_rows(tiling);
     const Isa& isa = best_isa();
     Workers attend{tiling, cut.tasks, isa.attend, isa.scratch_bytes(tiling)};
-    if (Status status = attend.run_all(context); !status.ok() || cut.merges.empty()) return status;
-    Workers merge{tiling, cut.merges, isa.merge, isa.scratch_bytes(tiling)};
-    return merge.run_all(context);
+    if (Status status = attend.run_all(context); !status.ok()) return status;
+    if (!cut.merges.empty()) {
+      Workers merge{tiling, cut.merges, isa.merge, isa.scratch_bytes(tiling)};
+      if (Status status = merge.run_all(context); !status.ok()) return status;
+    }
+    if (tiling.steps.is_staged && params.cache.present_key.present) keep_window(params, tiling.steps);
+    return {};
   } catch (const std::bad_alloc&) {
     return {StatusCode::kUnsupported, "out of memory: the CPU kernel could not list its tasks"};
   }

@@ -6,7 +6,9 @@
 
 namespace fa::cpu {
 
-bool plan(const AttentionParams& params, Plan* plan, std::string* why_not);
-Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
+bool plan(const StepParams& params, Plan* plan, std::string* why_not);
+/// The cache step of params.cache: past and new rows into key and value. launch() only attends.
+Status store(const StepParams& params, const ExecutionContext& context);
+Status launch(const Plan& plan, const StepParams& params, const ExecutionContext& context);
 
 }  // namespace fa::cpu

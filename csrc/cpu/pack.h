@@ -4,7 +4,7 @@
 // to guess. Used by tile_kernel.cpp; compiled once for each instruction set.
 #pragma once
 
-#include "cpu/convert.h"
+#include "cpu/cache_rows.h"
 
 namespace fa::cpu::FA_ISA {
 
@@ -13,21 +13,10 @@ FA_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / un
 /// Columns of the panel which begins at column c of `padded` (a multiple of kLanes).
 FA_INLINE int64_t panel_width(int64_t c, int64_t padded) { return padded - c >= kPanel ? kPanel : padded - c; }
 
-/// A matrix in memory: rows of `columns` contiguous elements.
-struct Rows {
-  const char* data;
-  DType dtype;
-  int64_t stride_bytes;
-  int64_t columns;
-
-  const void* row(int64_t i) const { return data + i * stride_bytes; }
-  /// Can whole vectors of floats be loaded right from the rows?
-  bool vectors() const { return dtype == DType::kFloat32 && columns % kLanes == 0; }
-};
-
 FA_INLINE void prefetch_row(const Rows& source, int64_t i) {
   const char* row = static_cast<const char*>(source.row(i));
-  for (int64_t x = 0; x < source.columns * element_bytes(source.dtype); x += 64) __builtin_prefetch(row + x);
+  if (row == nullptr) return;
+  for (int64_t x = 0; x < source.row_bytes(); x += 64) __builtin_prefetch(row + x);
 }
 
 /// kLanes rows of floats, `stride` apart.
@@ -39,11 +28,13 @@ struct RowBlock {
 /// Rows first … first + kLanes - 1 as floats, in place or in staging (kLanes * round_up(columns, kLanes) floats); of those only n
 /// are read, the others and the columns up to a whole vector are 0.
 FA_INLINE RowBlock row_block(const Rows& source, int64_t first, int64_t n, float* staging) {
-  if (source.vectors() && n >= kLanes) return {static_cast<const float*>(source.row(first)), source.stride_bytes / 4};
+  if (source.vectors() && n >= kLanes && source.row(first) != nullptr) {
+    return {static_cast<const float*>(source.row(first)), source.stride_bytes / 4};
+  }
   const int64_t d_padded = round_up(source.columns, kLanes);
   for (int64_t r = 0; r < kLanes; ++r) {
     const int64_t filled = r < n ? source.columns : 0;
-    if (filled > 0) to_float(source.row(first + r), source.dtype, staging + r * d_padded, filled);
+    if (filled > 0) read_row(source, first + r, staging + r * d_padded);
     for (int64_t x = filled; x < d_padded; ++x) staging[r * d_padded + x] = 0;
   }
   return {staging, d_padded};
@@ -77,11 +68,11 @@ static void pack_rows(const Rows& source, int64_t first, int64_t n, int64_t n_pa
   for (int64_t j = 0; j < n_padded; ++j) {
     if (j + kAhead < n) prefetch_row(source, first + j + kAhead);
     const float* row = staging;
-    if (j < n && source.vectors()) {
+    if (j < n && source.vectors() && source.row(first + j) != nullptr) {
       row = static_cast<const float*>(source.row(first + j));
     } else {
       const int64_t filled = j < n ? d : 0;
-      if (filled > 0) to_float(source.row(first + j), source.dtype, staging, filled);
+      if (filled > 0) read_row(source, first + j, staging);
       for (int64_t x = filled; x < d_padded; ++x) staging[x] = 0;
     }
     for (int64_t c = 0; c < d_padded; c += kPanel) {

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "fa/attention.h"
-#include "semantics/sequence.h"
+#include "semantics/cache.h"
 
 namespace fa::cpu {
 
@@ -23,8 +23,8 @@ struct Task {
 
 /// What all tasks of a call share.
 struct Tiling {
-  const AttentionParams& params;
-  SequenceRule sequences;
+  const StepParams& params;
+  CacheRule steps;
   int64_t rows_per_task;  // num_heads * num_rows of the largest task
   int64_t keys_per_tile;
 };
@@ -35,6 +35,9 @@ struct Isa {
   size_t (*scratch_bytes)(const Tiling& tiling);
   void (*attend)(const Tiling& tiling, const Task& task, void* scratch);  // scratch: 64-byte aligned
   void (*merge)(const Tiling& tiling, const Task& task, void* scratch);   // partials of all splits -> out and lse
+  /// The cache step of one sequence and head: past and new rows into params.key (which = 0) or params.value (1).
+  void (*store)(const StepParams& params, const CacheRule& steps, int which, int64_t sequence_idx, int64_t head, void* scratch);
+  size_t (*store_bytes)(const StepParams& params);  // its scratch
 };
 
 inline constexpr int64_t kMaxKeysPerTile = 256;

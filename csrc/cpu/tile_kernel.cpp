@@ -6,7 +6,9 @@
 
 #include "cpu/block.h"
 #include "cpu/pack.h"
+#include "cpu/row_transform.h"
 #include "cpu/score_row.h"
+#include "cpu/store_rows.h"
 #include "cpu/tile.h"
 
 namespace fa::cpu {
@@ -34,10 +36,11 @@ struct Scratch {
   float* max;      // [rows + kStatePadding], the state of each row (semantics/softmax.h)
   float* sum;      // likewise
   float* mean;     // [round_up(D_v)]
+  float* angles;   // of RowTransform
   float* end;
 
   Scratch(const Tiling& tiling, float* memory) {
-    const int64_t d = round_up(tiling.params.query.shape[3], kLanes), d_v = round_up(tiling.params.value.shape[3], kLanes);
+    const int64_t d = round_up(tiling.params.query.shape[3], kLanes), d_v = round_up(tiling.params.out.shape[3], kLanes);
     const int64_t rows = tiling.rows_per_task, tile = tiling.keys_per_tile;
     const int64_t staged = kLanes * (d > d_v ? d : d_v);
     query = memory;
@@ -49,7 +52,8 @@ struct Scratch {
     max = staging + round_up(staged > tile ? staged : tile, 16);
     sum = max + round_up(rows, 16) + kStatePadding;
     mean = sum + round_up(rows, 16) + kStatePadding;
-    end = mean + round_up(d_v, 16);
+    angles = mean + round_up(d_v, 16);
+    end = angles + round_up(RowTransform::transform_floats(d), 16);
   }
 };
 
@@ -60,14 +64,16 @@ class TileKernel {
       : p_(tiling.params),
         task_(task),
         s_(tiling, static_cast<float*>(memory)),
-        sequence_(tiling.sequences.at(task.sequence_idx)),
+        step_(tiling.steps.at(task.sequence_idx)),
+        sequence_(step_.sequence),
         rows_(task.num_heads * task.num_rows),
         tile_(tiling.keys_per_tile),
         d_(p_.query.shape[3]),
-        d_v_(p_.value.shape[3]),
+        d_v_(p_.out.shape[3]),
         d_v_padded_(round_up(d_v_, kLanes)),
-        key_(rows_of(p_.key, sequence_.first_key)),
-        value_(rows_of(p_.value, sequence_.first_key)),
+        key_(cache_rows(p_, 0, task.sequence_idx, sequence_.batch_idx, task.kv_head, sequence_.first_key)),
+        value_(cache_rows(p_, 1, task.sequence_idx, sequence_.batch_idx, task.kv_head, sequence_.first_key)),
+        transform_(p_, step_, p_.norm.query_weight, p_.norm.query_epsilon, s_.angles),
         few_rows_(sequence_.query_length * task.num_heads <= kFewRows),
         plain_(p_.softcap == 0 && !p_.bias.present && !p_.alibi_slopes.present && !p_.mask.present) {}
 
@@ -121,9 +127,13 @@ class TileKernel {
   int64_t head_of(int64_t r) const { return task_.first_head + r / task_.num_rows; }
   int64_t row_of(int64_t r) const { return task_.first_row + r % task_.num_rows; }  // within the sequence
 
-  Rows rows_of(const TensorView& t, int64_t first) const {
-    const int64_t size = element_bytes(t.dtype), offset = sequence_.batch_idx * t.stride[0] + task_.kv_head * t.stride[1];
-    return {static_cast<const char*>(t.data) + (offset + first * t.stride[2]) * size, t.dtype, t.stride[2] * size, t.shape[3]};
+  /// Query row r as floats, normalised and rotated.
+  void read_query(int64_t r, float* target) const {
+    const TensorView& q = p_.query;
+    const int64_t row = sequence_.first_row + row_of(r);
+    const int64_t offset = sequence_.batch_idx * q.stride[0] + head_of(r) * q.stride[1] + row * q.stride[2];
+    to_float(static_cast<const char*>(q.data) + offset * element_bytes(q.dtype), q.dtype, target, d_);
+    transform_.apply(target, row, step_.first_position + sequence_.mask.query_offset + row_of(r));
   }
 
   /// Calls f(Count<rows of the group>, first row) over all rows.
@@ -136,13 +146,10 @@ class TileKernel {
   }
 
   void pack_query() {
-    const TensorView& q = p_.query;
-    const int64_t size = element_bytes(q.dtype), d_padded = round_up(d_, kLanes);
+    const int64_t d_padded = round_up(d_, kLanes);
     for_groups([&](auto count, int64_t first) {
       for (int64_t m = 0; m < count.value; ++m) {
-        const int64_t row = sequence_.first_row + row_of(first + m), h = head_of(first + m);
-        const int64_t offset = sequence_.batch_idx * q.stride[0] + h * q.stride[1] + row * q.stride[2];
-        to_float(static_cast<const char*>(q.data) + offset * size, q.dtype, s_.staging, d_);
+        read_query(first + m, s_.staging);
         float* packed = s_.query + (few_rows_ ? first * d_padded : first * d_ + m);
         for (int64_t x = 0; x < d_; ++x) packed[x * count.value] = s_.staging[x] * p_.softmax_scale;
         for (int64_t x = d_; x < d_padded && few_rows_; ++x) packed[x] = 0;
@@ -199,8 +206,20 @@ class TileKernel {
     if (packed_values) {
       add_values<kGroup>(r, group_scores + begin, begin, end, s_.values, 0, padded, factors);
     } else {
-      const float* values = static_cast<const float*>(value_.row(first));
-      add_values<kGroup>(r, group_scores + begin, begin, end < n ? end : n, values, value_.stride_bytes / 4, 0, factors);
+      add_values_in_place<kGroup>(r, group_scores, begin, end < n ? end : n, first, factors);
+    }
+  }
+
+  /// add_values on the values where they are: a run of rows that lie one stride apart after the other.
+  template <int kGroup>
+  void add_values_in_place(int64_t r, const float* scores, int64_t begin, int64_t end, int64_t first, const float* factors) {
+    float ones[kGroup];
+    for (float& one : ones) one = 1;
+    for (int64_t c = begin; c < end; factors = ones) {
+      const int64_t run = value_.run(first + c, end - c);
+      const float* values = static_cast<const float*>(value_.row(first + c));
+      add_values<kGroup>(r, scores + c, 0, values != nullptr ? run : 0, values, value_.stride_bytes / 4, 0, factors);
+      c += run;
     }
   }
 
@@ -220,13 +239,16 @@ class TileKernel {
   void apply_rules(float* scores, int64_t begin, int64_t end, int64_t r, int64_t first) {
     const int64_t h = head_of(r), i = row_of(r), b = sequence_.batch_idx;
     if (p_.softcap != 0) cap_row(scores, begin, end, p_.softcap);
-    if (p_.bias.present) add_bias(scores, begin, end, tensor_row(p_.bias, b, h, i), first, s_.staging);
+    if (p_.bias.present) add_bias(scores, begin, end, tensor_row(p_.bias, b, h, i), position_of(first), s_.staging);
     if (p_.alibi_slopes.present) {
       const int64_t at = task_.sequence_idx * p_.alibi_slopes.stride[0] + h * p_.alibi_slopes.stride[1];
       add_alibi(scores, begin, end, static_cast<const float*>(p_.alibi_slopes.data)[at], i + sequence_.mask.query_offset, first);
     }
-    if (p_.mask.present) apply_mask(scores, begin, end, tensor_row(p_.mask, b, h, i), first);
+    if (p_.mask.present) apply_mask(scores, begin, end, tensor_row(p_.mask, b, h, i), position_of(first));
   }
+
+  /// Of a key in its sequence: the columns of mask and bias count from there.
+  int64_t position_of(int64_t key) const { return step_.first_position + key; }
 
   /// -inf outside the keys that the row sees, and outside the n of the tile.
   void hide(float* scores, int64_t begin, int64_t end, KeyRange seen, int64_t first, int64_t n) {
@@ -268,22 +290,20 @@ class TileKernel {
   /// Computes a row anew that came out NaN although its sum is a number: a value that is NaN or infinite stands at a key that the
   /// row doesn't see, and 0 times that is NaN. Here such keys are passed over.
   void attend_row(int64_t r) {
-    const int64_t i = row_of(r), size = element_bytes(p_.query.dtype);
+    const int64_t i = row_of(r);
     float* out = s_.out + r * d_v_padded_;
     float *query = s_.scores, *key = s_.staging, *value = s_.staging + round_up(d_, kLanes);
-    const TensorView& q = p_.query;
-    const int64_t offset = sequence_.batch_idx * q.stride[0] + head_of(r) * q.stride[1] + (sequence_.first_row + i) * q.stride[2];
-    to_float(static_cast<const char*>(q.data) + offset * size, q.dtype, query, d_);
+    read_query(r, query);
     for (int64_t x = 0; x < d_v_; ++x) out[x] = 0;
     SoftmaxState state = {-INFINITY, 0.0f};
     const KeyRange range = sequence_.mask.key_range(i, i);
     for (int64_t j = range.begin; j < range.end; ++j) {
-      to_float(key_.row(j), key_.dtype, key, d_);
+      read_row(key_, j, key);
       float score = 0;
       for (int64_t x = 0; x < d_; ++x) score += query[x] * p_.softmax_scale * key[x];
       score = one_score(score, r, j);
       if (score == -INFINITY) continue;
-      to_float(value_.row(j), value_.dtype, value, d_v_);
+      read_row(value_, j, value);
       const SoftmaxState merged = merge(state, {score, 1.0f});
       const float old_factor = rescale_factor(state.max, merged.max), factor = rescale_factor(score, merged.max);
       for (int64_t x = 0; x < d_v_; ++x) out[x] = out[x] * old_factor + factor * value[x];
@@ -299,7 +319,8 @@ class TileKernel {
     if (p_.softcap != 0) score = p_.softcap * tanhf(score * (1.0f / p_.softcap));
     if (p_.bias.present) {
       const TensorRow bias = tensor_row(p_.bias, b, h, i);
-      score = j < bias.keys ? score + element(bias.data, bias.dtype, j * bias.stride) : -INFINITY;
+      const int64_t column = position_of(j);
+      score = column < bias.keys ? score + element(bias.data, bias.dtype, column * bias.stride) : -INFINITY;
     }
     if (p_.alibi_slopes.present) {
       const int64_t at = task_.sequence_idx * p_.alibi_slopes.stride[0] + h * p_.alibi_slopes.stride[1];
@@ -307,7 +328,8 @@ class TileKernel {
     }
     if (p_.mask.present) {
       const TensorRow mask = tensor_row(p_.mask, b, h, i);
-      if (j >= mask.keys || !mask.data[j * mask.stride]) score = -INFINITY;
+      const int64_t column = position_of(j);
+      if (column >= mask.keys || !mask.data[column * mask.stride]) score = -INFINITY;
     }
     return score;
   }
@@ -319,7 +341,7 @@ class TileKernel {
     double* sums = reinterpret_cast<double*>(s_.values);  // the last tile is done with; it had room for 64 rows
     for (int64_t x = 0; x < d_v_; ++x) sums[x] = 0;
     for (int64_t j = 0; j < sequence_.num_keys; ++j) {
-      to_float(value_.row(j), value_.dtype, s_.staging, d_v_);
+      read_row(value_, j, s_.staging);
       for (int64_t x = 0; x < d_v_; ++x) sums[x] += s_.staging[x];
     }
     for (int64_t x = 0; x < d_v_; ++x)
@@ -327,14 +349,16 @@ class TileKernel {
     return s_.mean;
   }
 
-  const AttentionParams& p_;
+  const StepParams& p_;
   const Task& task_;
   const Scratch s_;
-  const Sequence sequence_;
+  const CacheStep step_;
+  const Sequence& sequence_;
   const int64_t rows_, tile_, d_, d_v_, d_v_padded_;
   const Rows key_, value_;  // of this sequence and head
-  const bool few_rows_;     // too few to pack the keys for: each group is one row, query rows and scores lie one behind the other
-  const bool plain_;        // scores need no rule but the scale and MaskRule
+  const RowTransform transform_;
+  const bool few_rows_;  // too few to pack the keys for: each group is one row, query rows and scores lie one behind the other
+  const bool plain_;     // scores need no rule but the scale and MaskRule
   bool has_mean_ = false;
 };
 
@@ -353,6 +377,13 @@ void attend(const Tiling& tiling, const Task& task, void* memory) {
   }
 }
 
+void store(const StepParams& params, const CacheRule& steps, int which, int64_t sequence_idx, int64_t head, void* memory) {
+  const CacheStep step = steps.at(sequence_idx);
+  HeadStore(params, step, which, sequence_idx, head, static_cast<float*>(memory)).run();
+}
+
+size_t store_bytes(const StepParams& params) { return HeadStore::store_floats(params) * sizeof(float); }
+
 void merge_splits(const Tiling& tiling, const Task& task, void* memory) {
   TileKernel kernel(tiling, task, memory);
   kernel.merge_partials();
@@ -364,7 +395,7 @@ void merge_splits(const Tiling& tiling, const Task& task, void* memory) {
 #define FA_TEXT_(x) #x
 #define FA_TEXT(x) FA_TEXT_(x)
 extern const Isa kIsa;
-const Isa kIsa = {FA_TEXT(FA_ISA), scratch_bytes, attend, merge_splits};
+const Isa kIsa = {FA_TEXT(FA_ISA), scratch_bytes, attend, merge_splits, store, store_bytes};
 
 }  // namespace FA_ISA
 }  // namespace fa::cpu

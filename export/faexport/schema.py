@@ -22,7 +22,8 @@ from .understand.shapes.dims import Dim
 from .understand.shapes.rules_operator import OPTIONAL_OUTPUTS, output_shapes
 
 FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-OPTIONAL_TYPES = [*FLOAT_TYPES, "tensor(bool)", "tensor(int32)", "tensor(int64)"]
+CACHE_TYPES = ["tensor(int8)", "tensor(uint8)", "tensor(float8e4m3fn)"]  # quantized
+OPTIONAL_TYPES = [*FLOAT_TYPES, "tensor(bool)", "tensor(int32)", "tensor(int64)", *CACHE_TYPES]
 NUM_REQUIRED = 3  # query, key, value
 OUTPUTS_MEAN = {
     "present_key": "[B, H_kv, P + S, D]",
@@ -153,9 +154,12 @@ def _infer(context: onnx.shape_inference.InferenceContext) -> None:
     except ValueError as error:
         raise onnx.shape_inference.InferenceError(str(error)) from error
     kind = context.get_input_type(0).tensor_type.elem_type
+    names = (_attribute(context, "optional_inputs") or "").split(",")
+    past = NUM_REQUIRED + names.index("past_key") if "past_key" in names else 0
+    cache = context.get_input_type(past).tensor_type.elem_type if past < context.get_num_inputs() else kind
     for index, name in enumerate(("output", *OPTIONAL_OUTPUTS)):  # a missing one leaves a hole
         if name in found and index < context.get_num_outputs() and context.has_output(index):
-            elem_type = onnx.TensorProto.FLOAT if name == "lse" else kind
+            elem_type = {"lse": onnx.TensorProto.FLOAT, "output": kind}.get(name, cache)
             written = [None if size is None else _written(size) for size in found[name]]
             context.set_output_type(index, onnx.helper.make_tensor_type_proto(elem_type, written))
 

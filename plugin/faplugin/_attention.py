@@ -26,6 +26,17 @@ def attention(
     query_offset: Any = None,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    write_indices: Any = None,
+    kv_extent: Any = None,
+    cos_cache: Any = None,
+    sin_cache: Any = None,
+    position_ids: Any = None,
+    q_norm_weight: Any = None,
+    k_norm_weight: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    block_table: Any = None,
+    slot_mapping: Any = None,
     q_num_heads: int = 0,
     kv_num_heads: int = 0,
     scale: float = 0.0,
@@ -43,6 +54,13 @@ def attention(
     packed_columns: Sequence[int] = (),
     head_dim: int = 0,
     head_dim_v: int = 0,
+    cache: str = "append",
+    cache_layout: str = "",
+    kv_cache_bit_width: int = 8,
+    rotary_interleaved: bool = False,
+    rotary_dim: int = 0,
+    q_norm_epsilon: float = 1e-6,
+    k_norm_epsilon: float = 1e-6,
     return_present: bool = False,
     return_lse: bool = False,
     out: Mapping[str, Any] | None = None,
@@ -62,8 +80,10 @@ def attention(
         value: likewise, head size D_v.
         attn_mask: bool (True = attend) or float (added), broadcastable to [B, H_q, S_q, S_kv].
         attn_bias: float, added after softcap, broadcastable likewise.
-        past_key: [B, H_kv, P, D], rows in front of key.
-        past_value: [B, H_kv, P, D_v], rows in front of value.
+        past_key: [B, H_kv, P, D], rows in front of key, or the cache that key's rows are written to (`cache`). Pages
+            are [blocks, rows of a block, H_kv, D]. A quantized cache is int8, float8_e4m3fn, or uint8 with
+            kv_cache_bit_width 4, where two columns share a byte.
+        past_value: likewise for value, head size D_v.
         nonpad_kv_seqlen: int64 or int32 [B], keys in use.
         query_lengths: int64 or int32 [B], query rows in use.
         cu_seqlens_q: int32 [sequences + 1], packed sequences of query rows.
@@ -71,6 +91,18 @@ def attention(
         query_offset: int64 or int32 [1] or [B], position of the first query among the keys.
         alibi_slopes: float32 [H_q] or [B, H_q].
         sinks: float32 [H_q], a logit without a value in each row's softmax.
+        write_indices: int64 or int32 [B], position of the first new row in each entry's cache.
+        kv_extent: any array: present has at least as many rows as its last axis; its values are not read.
+        cos_cache: float [positions, rotary_dim / 2] or [B, S_q, rotary_dim / 2], cosines of the rotary embedding of
+            query and of key's new rows.
+        sin_cache: as cos_cache.
+        position_ids: int64 or int32 [B, S_q] or [1, S_q], rows of cos_cache; None: each row's own position.
+        q_norm_weight: float [D], factors of the RMS norm of each query head, before the rotary embedding.
+        k_norm_weight: float [D], likewise of the new keys.
+        k_scale: float32 [1] or [H_kv, D], what an element of a quantized past_key is multiplied by.
+        v_scale: likewise of past_value.
+        block_table: int64 or int32 [sequences, blocks of a sequence], for a paged cache.
+        slot_mapping: int64 or int32 [S_q], rows of a paged cache that new rows go to, -1: nowhere; None: by position.
         q_num_heads: needed for layout BSH.
         kv_num_heads: needed for layout BSH.
         scale: multiplies Q Kᵀ; 0 stands for 1/√D.
@@ -89,10 +121,21 @@ def attention(
         packed_columns: q_start, q_stride, k_start, k_stride, v_start, v_stride in 3-D inputs.
         head_dim: needed with packed_columns.
         head_dim_v: with packed_columns, where it differs from head_dim.
-        return_present: also return present_key and present_value, [B, H_kv, P + S, D] and [B, H_kv, P + S, D_v].
+        cache: how new rows join the past: "append" (behind it), "write" (each entry at its own position of a cache of
+            fixed capacity), "window" (likewise, but the cache keeps the last rows only) or "paged" (in blocks, always
+            in place: the past's memory is changed).
+        cache_layout: of past and present: "BHSD", "BSHD" or "BSH"; empty: BHSD.
+        kv_cache_bit_width: bits of an element of a quantized cache, 8 or 4.
+        rotary_interleaved: column 2 i is rotated with 2 i + 1, else i with i + rotary_dim / 2.
+        rotary_dim: columns of a head that are rotated; 0: twice those of cos_cache.
+        q_norm_epsilon: added to the mean of squares of a query head.
+        k_norm_epsilon: likewise of a key head.
+        return_present: also return present_key and present_value, [B, H_kv, P + S, D] and [B, H_kv, P + S, D_v]; with
+            another `cache` than "append" they have the rows of the past.
         return_lse: also return the natural log-sum-exp of the masked scores, float32 [B, H_q, S_q].
         out: memory for results by name ("output", "present_key", "present_value", "lse"), row-major, shared with no
-            input.
+            input; but present_key and present_value may be the very arrays past_key and past_value where `cache` isn't
+            "append": then only the new rows are written.
         stream: CUDA stream as an integer; None: the framework's current one.
         kernel: forces a kernel by its name in explain().
         num_threads: threads on the CPU; 0: all.
@@ -113,7 +156,7 @@ def attention(
     if unknown := out.keys() - {name for name, _, _ in call.outputs}:
         raise ValueError(f"out has {sorted(unknown)}; this call returns {[name for name, _, _ in call.outputs]}")
     outputs = [
-        out[name] if name in out else empty(query, tuple(shape), dtype, call.device, stream)
+        out[name] if name in out else empty(_like(name, arguments), tuple(shape), dtype, call.device, stream)
         for name, shape, dtype in call.outputs
     ]
     num_bytes = call.prepare([readable(array) for array in outputs], kernel)
@@ -123,6 +166,15 @@ def attention(
         workspace = empty(query, ((num_bytes + 3) // 4,), "int32", call.device, stream)
     call.run(workspace, num_threads)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _like(name: str, arguments: dict[str, Any]) -> Any:
+    """The array that an output takes its framework and its kind of dtype from."""
+    return (
+        arguments["past_key"]
+        if name.startswith("present") and arguments["past_key"] is not None
+        else arguments["query"]
+    )
 
 
 def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: Any) -> str:

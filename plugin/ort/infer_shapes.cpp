@@ -2,6 +2,7 @@
 // Output shapes for ONNX Runtime while a model is loaded, numbers and symbols. Called by the runtime for every FlashAttention
 // node before its kernel exists. A node that is wrong gets no shape here and its sentence from create_kernel. NOTE: ONNX Runtime
 // drops the returned status without releasing it (to 1.31): null is returned always.
+#include <algorithm>
 #include <atomic>
 
 #include "op.h"
@@ -22,6 +23,10 @@ struct Symbols {
     if (a.value >= 0 && b.value >= 0) return {a.value + b.value, ""};
     const std::string left = text_of(a), right = text_of(b);
     return {-1, left.empty() || right.empty() ? "" : left + " + " + right};
+  }
+  static Dim larger(const Dim& a, const Dim& b) {
+    if (a.value >= 0 && b.value >= 0) return {std::max(a.value, b.value), ""};
+    return a.symbol == b.symbol ? a : Dim{};
   }
   static Dim product(const Dim& a, const Dim& b) { return {a.value >= 0 && b.value >= 0 ? a.value * b.value : -1, ""}; }
   static Dim quotient(const Dim& a, const Dim& b) { return {a.value >= 0 && b.value > 0 ? a.value / b.value : -1, ""}; }
@@ -78,6 +83,14 @@ std::vector<Shape<Dim>> read_shapes(const OrtShapeInferContext* context, size_t 
   return shapes;
 }
 
+ONNXTensorElementDataType type_of(const OrtShapeInferContext* context, size_t input) {
+  OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
+  Ort::ThrowOnError(Ort::GetApi().ShapeInferContext_GetInputTypeShape(context, input, &info));
+  ONNXTensorElementDataType type;
+  Ort::ThrowOnError(Ort::GetApi().GetTensorElementType(info, &type));
+  return type;
+}
+
 void set_shape(OrtShapeInferContext* context, Output output, ONNXTensorElementDataType type, const Shape<Dim>& shape) {
   const OrtApi& api = Ort::GetApi();
   OrtTensorTypeAndShapeInfo* raw = nullptr;
@@ -110,14 +123,16 @@ void infer(OrtShapeInferContext* context, bool optional_outputs) {
   const std::vector<Shape<Dim>> shapes = read_shapes(context, num_inputs);
   Layouts layouts;
   if (!resolve_layouts(node, shapes[0].rank, shapes[1].rank, shapes[2].rank, &layouts).ok()) return;
-  OrtTensorTypeAndShapeInfo* query = nullptr;
-  Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context, 0, &query));
-  ONNXTensorElementDataType type;
-  Ort::ThrowOnError(api.GetTensorElementType(query, &type));
+  const ONNXTensorElementDataType query = type_of(context, 0);
+  const int past = node.slot(Input::kPastKey);
+  const ONNXTensorElementDataType cache = past < 0 ? query : type_of(context, static_cast<size_t>(past));
   Symbols symbols;
   for (const Output output : node.outputs)
     if (output == Output::kOutput || optional_outputs)
-      set_shape(context, output, output == Output::kLse ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : type,
+      set_shape(context, output,
+                output == Output::kLse      ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
+                : output == Output::kOutput ? query
+                                            : cache,
                 output_shape(node, output, shapes, layouts, symbols));
 }
 

@@ -19,7 +19,9 @@ ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
 }
 
 ONNXTensorElementDataType output_type(const OrtCustomOp* op, size_t index) {
-  return static_cast<Output>(index) == Output::kLse ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : self(op).element_type;
+  const Output output = static_cast<Output>(index);
+  if (output == Output::kLse) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  return output == Output::kOutput ? self(op).element_type : self(op).cache_type;
 }
 
 OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustomOp*, size_t index) {
@@ -32,8 +34,9 @@ OrtCustomOpInputOutputCharacteristic output_characteristic(const OrtCustomOp*, s
 
 }  // namespace
 
-FlashAttentionOp::FlashAttentionOp(ONNXTensorElementDataType element_type, const char* provider, DeviceType device)
-    : OrtCustomOp{}, element_type(element_type), provider(provider), device(device) {
+FlashAttentionOp::FlashAttentionOp(ONNXTensorElementDataType element_type, ONNXTensorElementDataType cache_type,
+                                   const char* provider, DeviceType device)
+    : OrtCustomOp{}, element_type(element_type), cache_type(cache_type), provider(provider), device(device) {
   version = kOrtApiVersion;
   GetName = [](const OrtCustomOp*) { return "FlashAttention"; };
   GetExecutionProviderType = [](const OrtCustomOp* op) { return self(op).provider; };
@@ -76,6 +79,12 @@ std::optional<DType> dtype_of(ONNXTensorElementDataType type) {
       return DType::kInt32;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
       return DType::kInt64;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+      return DType::kInt8;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
+      return DType::kUInt8;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN:
+      return DType::kFloat8E4M3;
     default:
       return std::nullopt;
   }

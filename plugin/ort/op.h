@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// FlashAttention as ONNX Runtime sees it: one OrtCustomOp for each element type and execution provider (op.cpp), whose kernel is
-// made once for a node and computes concurrently (kernel.cpp). Registered by register.cpp. Nothing throws into the runtime.
+// FlashAttention as ONNX Runtime sees it: one OrtCustomOp for each element type, type of cache and execution provider (op.cpp),
+// whose kernel is made once for a node and computes concurrently (kernel.cpp). Registered by register.cpp. Nothing throws into
+// the runtime.
 #pragma once
 
 #define ORT_API_MANUAL_INIT
@@ -18,9 +19,11 @@ inline constexpr uint32_t kOrtApiVersion = 18;
 inline constexpr const char* kDomain = "faexport";
 
 struct FlashAttentionOp : OrtCustomOp {
-  FlashAttentionOp(ONNXTensorElementDataType element_type, const char* provider, DeviceType device);
+  FlashAttentionOp(ONNXTensorElementDataType element_type, ONNXTensorElementDataType cache_type, const char* provider,
+                   DeviceType device);
 
   ONNXTensorElementDataType element_type;
+  ONNXTensorElementDataType cache_type;  // of present_key and present_value: element_type, or that of a quantized cache
   const char* provider;
   DeviceType device;
 };

@@ -15,25 +15,31 @@ int runtime_version(const OrtApiBase* base) {
   return 100 * major + minor;
 }
 
-Ort::CustomOpDomain make_domain() {
+Ort::CustomOpDomain make_domain(bool with_quantized_caches) {
   constexpr ONNXTensorElementDataType kTypes[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16,
                                                   ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16};
+  constexpr ONNXTensorElementDataType kCacheTypes[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
+                                                       ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN};
   auto& ops = *new std::vector<FlashAttentionOp>;
   for (const ONNXTensorElementDataType type : kTypes) {
-    ops.emplace_back(type, "CPUExecutionProvider", DeviceType::kCpu);
+    ops.emplace_back(type, type, "CPUExecutionProvider", DeviceType::kCpu);
 #ifdef FA_WITH_CUDA
-    ops.emplace_back(type, "CUDAExecutionProvider", DeviceType::kCuda);
-    ops.emplace_back(type, "CudaPluginExecutionProvider", DeviceType::kCuda);  // the provider's name as a plugin library
+    ops.emplace_back(type, type, "CUDAExecutionProvider", DeviceType::kCuda);
+    ops.emplace_back(type, type, "CudaPluginExecutionProvider", DeviceType::kCuda);  // the provider's name as a plugin library
 #endif
   }
+  // Quantized caches: where several kernels fit a node's inputs, the runtime takes the outputs' types of the first.
+  for (const ONNXTensorElementDataType type : kTypes)
+    for (const ONNXTensorElementDataType cache : kCacheTypes)
+      if (with_quantized_caches) ops.emplace_back(type, cache, "CPUExecutionProvider", DeviceType::kCpu);
   Ort::CustomOpDomain domain(kDomain);
   for (const FlashAttentionOp& op : ops) domain.Add(&op);
   return domain;
 }
 
 /// Never freed: the runtime's sessions may outlive this library's static objects, and the runtime itself may be gone before them.
-const Ort::CustomOpDomain& domain() {
-  static const Ort::CustomOpDomain& made = *new Ort::CustomOpDomain(make_domain());
+const Ort::CustomOpDomain& domain(bool with_quantized_caches) {
+  static const Ort::CustomOpDomain& made = *new Ort::CustomOpDomain(make_domain(with_quantized_caches));
   return made;
 }
 
@@ -49,9 +55,10 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL Regist
     return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, sentence.c_str());
   }
   Ort::InitApi(api);
-  allow_shapes_of_optional_outputs(runtime_version(base) >= 128);
+  const bool tells_optional_outputs = runtime_version(base) >= 128;
+  allow_shapes_of_optional_outputs(tells_optional_outputs);
   return guarded([&]() -> fa::Status {
-    Ort::UnownedSessionOptions(options).Add(domain());
+    Ort::UnownedSessionOptions(options).Add(domain(tells_optional_outputs));
     return {};
   });
 }

@@ -14,6 +14,13 @@ namespace {
 
 [[noreturn]] void refuse(const char* name, const std::string& what) { throw py::type_error(std::string(name) + " " + what); }
 
+/// "float32, float16, … or …"
+std::string known_dtypes() {
+  std::string text = name_of(DType{});
+  for (int i = 1; i < kNumDTypes; ++i) text += (i + 1 < kNumDTypes ? ", " : " or ") + std::string(name_of(static_cast<DType>(i)));
+  return text;
+}
+
 Tensor empty_tensor(const char* name, DType dtype, size_t rank) {
   if (rank > 4) throw py::value_error(std::string(name) + " has rank " + std::to_string(rank) + "; expected 4 at most");
   Tensor tensor;
@@ -46,8 +53,11 @@ DType dtype_from_dlpack(const char* name, const dlpack::DataType& type) {
     if (type.code == dlpack::kBool && type.bits == 8) return DType::kBool;
     if (type.code == dlpack::kInt && type.bits == 32) return DType::kInt32;
     if (type.code == dlpack::kInt && type.bits == 64) return DType::kInt64;
+    if (type.code == dlpack::kInt && type.bits == 8) return DType::kInt8;
+    if (type.code == dlpack::kUInt && type.bits == 8) return DType::kUInt8;
+    if (type.code == dlpack::kFloat8E4M3 && type.bits == 8) return DType::kFloat8E4M3;
   }
-  refuse(name, "has a dtype that the operator does not know; expected float32, float16, bfloat16, bool, int32 or int64");
+  refuse(name, "has a dtype that the operator does not know; expected " + known_dtypes());
 }
 
 Array from_dlpack(const char* name, const py::handle& object, uintptr_t stream) {
@@ -92,9 +102,9 @@ Array from_spec(const char* name, const py::tuple& spec) {
 }  // namespace
 
 DType dtype_from(const char* tensor_name, const std::string& dtype_name) {
-  for (int i = 0; i <= static_cast<int>(DType::kInt64); ++i)
+  for (int i = 0; i < kNumDTypes; ++i)
     if (dtype_name == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
-  refuse(tensor_name, "is " + dtype_name + "; expected float32, float16, bfloat16, bool, int32 or int64");
+  refuse(tensor_name, "is " + dtype_name + "; expected " + known_dtypes());
 }
 
 Array array_from(const char* name, const py::handle& object, uintptr_t stream) {

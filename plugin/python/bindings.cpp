@@ -205,7 +205,7 @@ class Call {
         throw py::value_error(std::string(name_of(output)) + " has another shape, dtype or layout than the row-major result");
       if (kept_.back().read_only) throw py::value_error(std::string(name_of(output)) + " is read-only");
       for (size_t j = 0; j < arrays_.size(); ++j)
-        if (overlap(got, arrays_[j].tensor))
+        if (overlap(got, arrays_[j].tensor) && !is_in_place(output, got, node_.inputs[j], arrays_[j].tensor))
           throw py::value_error(std::string(name_of(output)) + " shares memory with " + name_of(node_.inputs[j]) +
                                 "; give it memory of its own");
       set_output(&problem_, output, got.data);
@@ -213,6 +213,16 @@ class Call {
   }
 
   static bool is_empty(const Tensor& t) { return std::find(t.shape, t.shape + t.rank, 0) != t.shape + t.rank; }
+
+  /// A present may be the very memory of its past, unless rows are appended: then it is larger.
+  bool is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const {
+    const bool is_pair = (output == Output::kPresentKey && input == Input::kPastKey) ||
+                         (output == Output::kPresentValue && input == Input::kPastValue);
+    bool is_same = is_pair && node_.attributes.cache != "append" && present.data == past.data;
+    for (int i = 0; is_same && i < present.rank; ++i)
+      is_same = present.shape[i] == past.shape[i] && (present.shape[i] <= 1 || present.stride[i] == past.stride[i]);
+    return is_same;
+  }
 
   /// Do the spans of memory from the first to the last element of each meet?
   static bool overlap(const Tensor& a, const Tensor& b) {

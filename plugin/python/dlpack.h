@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The part of the DLPack ABI (unversioned capsules, which every producer offers) that arrays.cpp reads.
-// Layout and numbers are those of the DLPack specification 0.8.
+// Layout and numbers are those of the DLPack specification 0.8, those of float8 types of 1.1.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace fa::plugin::dlpack {
 
 enum DeviceCode : int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3, kCudaManaged = 13 };
-enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6, kFloat8E4M3 = 10 };
 
 struct Device {
   int32_t device_type;

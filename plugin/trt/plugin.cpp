@@ -34,6 +34,7 @@ struct ExpressionAlgebra {
 
   Dim constant(int64_t value) { return builder.constant(value); }
   Dim sum(Dim a, Dim b) { return operation(nvinfer1::DimensionOperation::kSUM, a, b); }
+  Dim larger(Dim a, Dim b) { return operation(nvinfer1::DimensionOperation::kMAX, a, b); }
   Dim product(Dim a, Dim b) { return operation(nvinfer1::DimensionOperation::kPROD, a, b); }
   Dim quotient(Dim a, Dim b) { return operation(nvinfer1::DimensionOperation::kFLOOR_DIV, a, b); }
   Dim operation(nvinfer1::DimensionOperation op, Dim a, Dim b) { return a && b ? builder.operation(op, *a, *b) : nullptr; }
@@ -127,7 +128,7 @@ int32_t FlashAttentionPlugin::getOutputDataTypes(nvinfer1::DataType* output_type
                        std::to_string(static_cast<int>(input_types[i])) + ", which it can't have beside this query");
       }
     }
-    for (int32_t i = 0; i < num_outputs; ++i) output_types[i] = to_data_type(plugin::dtype_of(node_.outputs[i], query));
+    for (int32_t i = 0; i < num_outputs; ++i) output_types[i] = to_data_type(plugin::dtype_of(node_.outputs[i], query, query));
     return {};
   });
 }
@@ -174,7 +175,7 @@ bool FlashAttentionPlugin::supportsFormatCombination(int32_t pos, const DynamicP
       return {};
     }
     supported = pos < num_inputs ? plugin::accepts(node_.inputs[pos], dtype, query)
-                                 : dtype == plugin::dtype_of(node_.outputs[pos - num_inputs], query);
+                                 : dtype == plugin::dtype_of(node_.outputs[pos - num_inputs], query, query);
     return {};
   });
   return result == kSuccess && supported;

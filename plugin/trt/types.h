@@ -31,6 +31,15 @@ inline bool to_dtype(nvinfer1::DataType type, DType* dtype) {
     case nvinfer1::DataType::kINT64:
       *dtype = DType::kInt64;
       return true;
+    case nvinfer1::DataType::kINT8:
+      *dtype = DType::kInt8;
+      return true;
+    case nvinfer1::DataType::kUINT8:
+      *dtype = DType::kUInt8;
+      return true;
+    case nvinfer1::DataType::kFP8:
+      *dtype = DType::kFloat8E4M3;
+      return true;
     default:
       return false;
   }
@@ -50,6 +59,12 @@ inline nvinfer1::DataType to_data_type(DType dtype) {
       return nvinfer1::DataType::kINT32;
     case DType::kInt64:
       return nvinfer1::DataType::kINT64;
+    case DType::kInt8:
+      return nvinfer1::DataType::kINT8;
+    case DType::kUInt8:
+      return nvinfer1::DataType::kUINT8;
+    case DType::kFloat8E4M3:
+      return nvinfer1::DataType::kFP8;
   }
   return nvinfer1::DataType::kFLOAT;
 }

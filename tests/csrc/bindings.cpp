@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // fa/attention.h for the tests in this folder, as thin as can be: a NumPy array becomes a TensorView with its own strides, a
-// field of AttentionParams a key of a dictionary. Unlike faplugin it knows nothing of the operator's layouts and broadcasting.
+// field of StepParams a key of a dictionary. Unlike faplugin it knows nothing of the operator's layouts and broadcasting.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,7 +16,7 @@ void bind_semantics(py::module_& m);
 
 namespace {
 
-using fa::AttentionParams;
+using fa::StepParams;
 using fa::TensorView;
 
 fa::DType dtype_of(const std::string& name) {
@@ -43,8 +43,8 @@ TensorView view(const py::array& array, bool corrupt) {
   return t;
 }
 
-AttentionParams params_of(const py::dict& fields, bool corrupt) {
-  AttentionParams p;
+StepParams params_of(const py::dict& fields, bool corrupt) {
+  StepParams p;
   for (const auto& item : fields) {
     const std::string name = item.first.cast<std::string>();
     bool known = false;
@@ -68,7 +68,7 @@ AttentionParams params_of(const py::dict& fields, bool corrupt) {
 py::tuple result(const fa::Status& status) { return py::make_tuple(static_cast<int>(status.code), status.sentence); }
 
 py::tuple attention(const py::dict& fields, size_t num_threads, bool corrupt, const std::string& kernel) {
-  const AttentionParams params = params_of(fields, corrupt);
+  const StepParams params = params_of(fields, corrupt);
   fa::Threads threads{num_threads};
   fa::ExecutionContext context;
   if (num_threads > 0) context.parallel_for = fa::Threads::run, context.pool = &threads;
@@ -83,7 +83,7 @@ py::tuple attention(const py::dict& fields, size_t num_threads, bool corrupt, co
 
 /// As attention, but that the plan needs `needed` bytes of workspace and the context has `reserved`.
 py::tuple attention_in(const py::dict& fields, size_t needed, size_t reserved) {
-  const AttentionParams params = params_of(fields, false);
+  const StepParams params = params_of(fields, false);
   fa::Plan plan;
   if (fa::Status status = fa::plan(params, fa::Device{}, &plan); !status.ok()) return result(status);
   plan.workspace_bytes = needed;
@@ -109,7 +109,7 @@ PYBIND11_MODULE(fa_csrc, m) {
   m.def(
       "attention_without_data",
       [](const py::dict& fields, const std::string& name) {
-        AttentionParams params = params_of(fields, false);
+        StepParams params = params_of(fields, false);
         (name == "query" ? params.query : name == "out" ? params.out : params.kv_lengths).data = nullptr;
         fa::Plan plan;
         if (fa::Status status = fa::plan(params, fa::Device{}, &plan); !status.ok()) return result(status);

@@ -33,6 +33,13 @@ ATTRIBUTES = {
     "packed_columns": ("INTS", []),
     "head_dim": ("INT", 0),
     "head_dim_v": ("INT", 0),
+    "cache": ("STRING", "append"),
+    "cache_layout": ("STRING", ""),
+    "kv_cache_bit_width": ("INT", 8),
+    "rotary_interleaved": ("INT", 0),
+    "rotary_dim": ("INT", 0),
+    "q_norm_epsilon": ("FLOAT", 1e-6),
+    "k_norm_epsilon": ("FLOAT", 1e-6),
     "optional_inputs": ("STRING", ""),
     "optional_outputs": ("STRING", ""),
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one API of the operator: plan() checks a problem (AttentionParams) once and chooses its kernel for a device; launch() runs
+// The one API of the operator: plan() checks a problem (StepParams) once and chooses its kernel for a device; launch() runs
 // that Plan with an ExecutionContext's stream and memory. The answer is a Status. Called by the adapters in plugin/. Free of any
 // framework: nothing here but the C++ standard library.
 // Every function is thread-safe, throws nothing but std::bad_alloc, never exits or asserts.
@@ -11,17 +11,19 @@
 
 namespace fa {
 
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kBool, kInt32, kInt64 };
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kBool, kInt32, kInt64, kInt8, kUInt8, kFloat8E4M3 };
+inline constexpr int kNumDTypes = 9;
 
-/// As NumPy and PyTorch write it.
+/// As NumPy (with ml_dtypes) and PyTorch write it.
 constexpr const char* name_of(DType dtype) {
-  constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64"};
+  constexpr const char* kNames[kNumDTypes] = {"float32", "float16", "bfloat16", "bool",         "int32",
+                                              "int64",   "int8",    "uint8",    "float8_e4m3fn"};
   return kNames[static_cast<int>(dtype)];
 }
 
 /// Bytes of an element.
 constexpr int64_t size_of(DType dtype) {
-  constexpr int64_t kBytes[] = {4, 2, 2, 1, 4, 8};
+  constexpr int64_t kBytes[kNumDTypes] = {4, 2, 2, 1, 4, 8, 1, 1, 1};
   return kBytes[static_cast<int>(dtype)];
 }
 
@@ -64,8 +66,8 @@ enum class Float32Precision : uint8_t { kTf32x3, kTf32 };
 /// Causal attention is window_right = 0.
 struct AttentionParams {
   TensorView query;  // [B, H_q, S_q, D] float32, float16 or bfloat16; the last axis contiguous, as in all of the five
-  TensorView key;    // [B, H_kv, S_kv, D], dtype of query; H_q is a multiple of H_kv
-  TensorView value;  // [B, H_kv, S_kv, D_v], dtype of query
+  TensorView key;    // [B, H_kv, S_kv, D], dtype of query (but see CacheParams::key_scale); H_q is a multiple of H_kv
+  TensorView value;  // [B, H_kv, S_kv, D_v], likewise
   TensorView out;    // [B, H_q, S_q, D_v], dtype of query
   TensorView lse;    // [B, H_q, S_q] float32, natural log-sum-exp of the masked scores and the sink; absent: not wanted
 
@@ -89,6 +91,53 @@ struct AttentionParams {
   float softcap = 0;        // 0 = none; else s -> softcap * tanh(s / softcap), before bias and ALiBi
   EmptyRow empty_row = EmptyRow::kZero;
   Float32Precision float32_precision = Float32Precision::kTf32x3;
+};
+
+/// Rotary position embedding of the queries and of the new keys, before those are stored. Row i of a sequence is rotated by
+/// position_ids, or else by its own position: query_offset(b) + i of a query, the place in the sequence of a key.
+struct RotaryParams {
+  TensorView cos;            // [positions, columns / 2], or by_row: [B, S_q, columns / 2]; float32, float16 or bfloat16
+  TensorView sin;            // as cos; both or none
+  TensorView position_ids;   // [B, S_q] int32 or int64; values outside of cos are clamped; absent: the own position
+  bool by_row = false;       // cos and sin have one row for each row of the query, whatever its position
+  bool interleaved = false;  // column 2 i is paired with 2 i + 1; else i with i + columns / 2
+};
+
+/// RMS normalisation of each head of the queries and of the new keys, before the rotary embedding. Absent: none.
+struct NormParams {
+  TensorView query_weight;  // [D] float32, float16 or bfloat16
+  TensorView key_weight;    // [D] likewise
+  float query_epsilon = 1e-6f;
+  float key_epsilon = 1e-6f;
+};
+
+/// How new rows of keys and values join the cache, which is params.key and params.value.
+/// kAppend: behind the past's. kWrite: each batch entry at its own position of a cache of fixed capacity. kWindow: likewise, but
+/// the cache holds only the last rows (semantics/cache.h). kPaged: in blocks, which block_table lists for each sequence.
+enum class CacheMode : uint8_t { kAppend, kWrite, kWindow, kPaged };
+
+/// A cache step: what launch() does before it attends. Without new_key, key and value are complete as they are.
+struct CacheParams {
+  CacheMode mode = CacheMode::kAppend;
+  TensorView new_key;        // [B, H_kv, S_new, D], dtype of query; in modes other than kAppend S_new is S_q, or 0: none
+  TensorView new_value;      // [B, H_kv, S_new, D_v]; absent beside new_key: value is complete
+  TensorView past_key;       // as key with P rows: where it is the memory of key, only new rows are written, else it is copied …
+  TensorView past_value;     // … K and V alike
+  TensorView present_key;    // kWindow with S_new > 1: key is memory for the step alone (P + S_new rows), and the rows that …
+  TensorView present_value;  // … remain go here afterwards; absent: nowhere
+  TensorView write_indices;  // [B] int32 or int64: position of the first new row; absent: kv_length(b) - rows in use, at least 0
+  TensorView block_table;    // [B, blocks of a sequence] int32 or int64: key is [blocks, H_kv, rows of a block, D]
+  TensorView slot_mapping;   // [S_new] int32 or int64: row of all blocks that a new row goes to, -1: nowhere; absent: by position
+  TensorView key_scale;      // float32 [H_kv, D], stride 0 where shared: key is int8, float8 or uint8 (two int4), times this
+  TensorView value_scale;    // float32 [H_kv, D_v]
+};
+
+/// A step of a model: an attention problem, and what is done to queries, keys and values before. Kernels that only attend take
+/// the problem alone.
+struct StepParams : AttentionParams {
+  NormParams norm;
+  RotaryParams rotary;
+  CacheParams cache;
 };
 
 enum class DeviceType : uint8_t { kCpu, kCuda };
@@ -128,26 +177,26 @@ struct ExecutionContext {
 };
 
 /// Checks shapes, dtypes and strides. Says which tensor is wrong, what it has and what is expected.
-Status validate(const AttentionParams& params);
+Status validate(const StepParams& params);
 
 /// Checks the problem and chooses the first kernel of the dispatch table that supports it, or the one called `kernel` if that is
 /// not null. Looks at shapes, dtypes, strides and the alignment of addresses, never at data; a null address counts as aligned.
-Status plan(const AttentionParams& params, const Device& device, Plan* plan, const char* kernel = nullptr);
+Status plan(const StepParams& params, const Device& device, Plan* plan, const char* kernel = nullptr);
 
-/// Computes params.out (and lse) as planned. `params` are those of plan(); addresses may have been filled in or exchanged for
-/// others of the same alignment. On CUDA it only enqueues; an error of the launch is returned, and not left behind in the CUDA
-/// runtime.
-Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
+/// Stores the new rows of keys and values, where there are any, and computes params.out (and lse) as planned. `params` are those
+/// of plan(); addresses may have been filled in or exchanged for others of the same alignment. On CUDA it only enqueues; an error
+/// of the launch is returned, and not left behind in the CUDA runtime.
+Status launch(const Plan& plan, const StepParams& params, const ExecutionContext& context);
 
 /// Device memory that suffices for every problem of at most these sizes (batch, rows, keys), all else being equal. The largest
 /// problem is not always the hungriest: few query rows are split over many keys, and each split keeps a partial result.
-size_t max_workspace_bytes(const AttentionParams& largest, const Device& device);
+size_t max_workspace_bytes(const StepParams& largest, const Device& device);
 
 /// The kernels for a type of device, in order of preference: names for plan(). Null beyond the last.
 const char* kernel_name(DeviceType type, int idx);
 
 /// Which kernel would run and why: "prefill_sm80: …"; or for each kernel the sentence that says why not.
-std::string explain(const AttentionParams& params, const Device& device);
+std::string explain(const StepParams& params, const Device& device);
 
 /// Copies past [B, H, P, D] and then fresh [B, H, S, D] rows into present [B, H, P + S, D] (any strides, equal dtypes).
 /// What a cache step does before attention; on CUDA enqueued on the context's stream.

@@ -51,12 +51,12 @@ def output_shapes(word: Callable[[str], Any], shapes: Sequence[Shape | None]) ->
     for name in filter(None, (word("optional_outputs") or "").split(",")):
         if name not in OPTIONAL_OUTPUTS:
             raise ValueError(f"optional_outputs names '{name}'; known are {', '.join(OPTIONAL_OUTPUTS)}")
-        new = key if name == "present_key" else value
-        found[name] = (
-            [query.batch, query.heads, query.rows]
-            if name == "lse"
-            else [new.batch, new.heads, _rows_with_past(word, shapes, new.rows), new.head_dim]
-        )
+        if name == "lse":
+            found[name] = [query.batch, query.heads, query.rows]
+        else:
+            found[name] = _present(
+                word, shapes, name.replace("present", "past"), key if name == "present_key" else value
+            )
     return found
 
 
@@ -81,13 +81,39 @@ def _layout(word: Callable[[str], Any], name: str) -> Layout | None:
     return Layout(text) if text else None
 
 
-def _rows_with_past(word: Callable[[str], Any], shapes: Sequence[Shape | None], rows: Dim | None) -> Dim | None:
+def _present(word: Callable[[str], Any], shapes: Sequence[Shape | None], name: str, new: _Tensor) -> list[Dim | None]:
+    """The shape of the present of the past called `name`, whose new rows are `new`."""
     names = (word("optional_inputs") or "").split(",")
-    if "past_key" not in names or rows is None:
-        return rows
-    place = 3 + names.index("past_key")
-    past = shapes[place] if place < len(shapes) else None
-    return past[2] + rows if past is not None and len(past) == 4 else None
+    past, extent = (
+        shapes[3 + names.index(word)] if word in names and 3 + names.index(word) < len(shapes) else None
+        for word in (name, "kv_extent")
+    )
+    cache, layout = word("cache") or "append", _layout(word, "cache_layout") or Layout.BHSD
+    is_known = past is not None and len(past) == len(layout)
+    if name in names and cache == "paged":
+        return list(past) if past is not None and len(past) == 4 else [None] * 4
+    rows = new.rows
+    if name in names:
+        rows = past[layout.index("S")] if is_known else None
+        if cache == "append":
+            rows = rows + new.rows if rows is not None and new.rows is not None else None
+        elif "kv_extent" in names:
+            rows = _larger(rows, extent[-1] if extent else None)
+    packs = word("kv_cache_bit_width") == 4 and name in names  # two numbers in an element: only the past knows
+    if layout is Layout.BSH:
+        width = new.heads * new.head_dim if new.heads is not None and new.head_dim is not None else None
+        return [new.batch, rows, (past[2] if is_known else None) if packs else width]
+    columns = (past[3] if is_known else None) if packs else new.head_dim
+    sizes = {"B": new.batch, "H": new.heads, "S": rows, "D": columns}
+    return [sizes[letter] for letter in layout]
+
+
+def _larger(a: Dim | None, b: Dim | None) -> Dim | None:
+    if a is None or b is None:
+        return None
+    if a.const is not None and b.const is not None:
+        return Dim.of(max(a.const, b.const))
+    return a if a == b and a.is_known else None
 
 
 @shape_of(f"{DOMAIN}::{OP_TYPE}")

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which dtypes inputs may have, as inputs.def says, and row-major tensors (bind.h).
+#include <algorithm>
+
+#include "bind.h"
+
+namespace fa::plugin {
+namespace {
+
+/// The words of the column `dtypes` of inputs.def.
+enum class InputDTypes : uint8_t { FLOAT, SAME, CACHE, MASK, INDEX, INT32, FLOAT32, ANY };
+constexpr InputDTypes kInputDTypes[kNumInputs] = {
+#define FA_INPUT(identifier, name, dtypes, shape, meaning) InputDTypes::dtypes,
+#include "fa/inputs.def"
+#undef FA_INPUT
+};
+
+bool is_floating(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+
+}  // namespace
+
+bool accepts(Input input, DType dtype, DType query) {
+  switch (kInputDTypes[static_cast<int>(input)]) {
+    case InputDTypes::FLOAT:
+      return is_floating(dtype);
+    case InputDTypes::SAME:
+      return is_floating(dtype) && dtype == query;
+    case InputDTypes::CACHE:
+      return (is_floating(dtype) && dtype == query) || dtype == DType::kInt8 || dtype == DType::kUInt8 ||
+             dtype == DType::kFloat8E4M3;
+    case InputDTypes::MASK:
+      return is_floating(dtype) || dtype == DType::kBool;
+    case InputDTypes::INDEX:
+      return dtype == DType::kInt64 || dtype == DType::kInt32;
+    case InputDTypes::INT32:
+      return dtype == DType::kInt32;
+    case InputDTypes::FLOAT32:
+      return dtype == DType::kFloat32;
+    case InputDTypes::ANY:
+      return true;
+  }
+  return false;
+}
+
+std::string accepted_dtypes(Input input, DType query) {
+  std::string text;
+  for (const DType dtype : {DType::kBool, DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64,
+                            DType::kInt8, DType::kUInt8, DType::kFloat8E4M3})
+    if (accepts(input, dtype, query)) text += (text.empty() ? "" : " or ") + std::string(name_of(dtype));
+  return text + (input == Input::kKey || input == Input::kValue ? ", as query" : "");
+}
+
+DType dtype_of(Output output, DType query, DType cache) {
+  return output == Output::kLse ? DType::kFloat32 : output == Output::kOutput ? query : cache;
+}
+
+Tensor contiguous(void* data, DType dtype, const int64_t* shape, size_t rank) {
+  Tensor tensor;
+  tensor.data = data;
+  tensor.dtype = dtype;
+  tensor.rank = static_cast<int>(rank);
+  int64_t stride = 1;
+  for (int i = static_cast<int>(rank < 4 ? rank : 4) - 1; i >= 0; --i) {
+    tensor.shape[i] = shape[i];
+    tensor.stride[i] = stride;
+    stride *= shape[i] > 0 ? shape[i] : 1;
+  }
+  return tensor;
+}
+
+}  // namespace fa::plugin

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches in every mode, rotary embedding, norms, quantized caches: random decoders, step by step, against float64.
+
+FA_DECODERS=10000 plays as many (the nightly run does); 200 are the default.
+"""
+
+from __future__ import annotations
+
+import os
+
+import faplugin
+import numpy as np
+import pytest
+
+from tests import decoding
+
+COUNT = int(os.environ.get("FA_DECODERS", "200"))
+CHUNK = 20
+
+
+@pytest.mark.parametrize("chunk", range(-(-COUNT // CHUNK)))
+def test_random_decoders(chunk: int) -> None:
+    for decoder in decoding.randomized(CHUNK, seed=chunk):
+        try:
+            decoding.run(decoder, faplugin.attention, steps=12)
+        except Exception as error:
+            raise AssertionError(f"{decoder}: {error}") from error
+
+
+def test_a_paged_cache_is_written_by_slots_alone_where_they_are_given() -> None:
+    """Pages are changed in place; slot -1 stores nothing."""
+    cache = np.zeros((3, 4, 1, 8), np.float32)
+    key = np.ones((1, 2, 8), np.float32)
+    given = {"cu_seqlens_q": np.array([0, 2], np.int32), "write_indices": np.array([0]), "block_table": np.array([[2]])}
+    given |= {"slot_mapping": np.array([9, -1]), "past_key": cache, "past_value": cache.copy(), "cache": "paged"}
+    faplugin.attention(key, key, key, q_num_heads=1, kv_num_heads=1, is_causal=True, **given)
+    assert cache[2, 1].all() and cache.sum() == 8
+
+
+def test_present_has_as_many_rows_as_the_longest_entry() -> None:
+    cache, new = np.full((2, 1, 3, 8), 2, np.float32), np.ones((2, 1, 2, 8), np.float32)
+    given = {
+        "past_key": cache,
+        "past_value": cache,
+        "write_indices": np.array([3, 1]),
+        "cache": "write",
+        "is_causal": True,
+    }
+    given |= {"return_present": True, "kv_extent": np.zeros((2, 5), bool)}
+    _, key, _ = faplugin.attention(new, new, new, **given)
+    assert key[..., 0].tolist() == [[[2, 2, 2, 1, 1]], [[2, 1, 1, 0, 0]]]
+
+
+def test_one_buffer_for_keys_and_another_for_values_is_a_mix() -> None:
+    cache, new = np.zeros((1, 1, 4, 8), np.float32), np.ones((1, 1, 1, 8), np.float32)
+    given = {"past_key": cache, "past_value": cache.copy(), "write_indices": np.array([0]), "cache": "write"}
+    with pytest.raises(
+        ValueError, match="present_key is the memory of its past and present_value is not; expected both"
+    ):
+        faplugin.attention(new, new, new, **given, return_present=True, out={"present_key": cache})
+    assert not cache.any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"cache": "ring"}, "cache is 'ring'; expected one of 'append', 'write', 'window', 'paged'"),
+        ({"cache": "write"}, "cache = write needs past_key and past_value"),
+        ({"cache": "write", "past": 4}, "cache = write needs nonpad_kv_seqlen or write_indices"),
+        ({"cache": "window", "past": 4, "write_indices": np.zeros(1, int)}, "needs left_window_size and is_causal"),
+        ({"cache": "paged", "past": 4, "write_indices": np.zeros(1, int)}, "cache = paged needs block_table"),
+        ({"past": 4, "write_indices": np.zeros(1, int)}, "write_indices goes with cache = write, window or paged"),
+        ({"past": 4, "block_table": np.zeros((1, 1), int)}, "block_table goes with cache = paged"),
+        ({"kv_extent": np.zeros(3)}, "kv_extent goes with cache = write"),
+        ({"cos_cache": np.ones((9, 4), np.float32)}, "cos_cache needs sin_cache beside it"),
+        ({"rotary": 5}, r"cos_cache covers 10 columns of a head, expected 2 to the 8 of query"),
+        ({"rotary": 3, "rotary_dim": 8}, r"cos_cache has shape \[9, 3\]; expected \[positions, rotary_dim / 2\]"),
+        ({"rotary": 2, "rotary_dim": 3}, "rotary_dim is 3; expected an even number"),
+        ({"q_norm_weight": np.ones(7, np.float32)}, r"q_norm_weight has shape \[7\]; expected \[head_dim 8\]"),
+        ({"past": 4, "kv_cache_bit_width": 4}, "past_key is float32 and kv_cache_bit_width 4; expected uint8 with 4"),
+        (
+            {"past": 4, "k_scale": np.ones(3, np.float32)},
+            r"k_scale has shape \[3\]; expected \[1\] or \[kv heads 1, head_dim 8",
+        ),
+        ({"past": 4, "k_scale": np.ones(1, np.float32)}, "key has dtype float32, expected int8, uint8"),
+        (
+            {"cache": "window", "past": 4, "write_indices": np.zeros(1, int), "left_window_size": 4, "is_causal": True},
+            "past_key has 4 rows, expected at least the 5 of the window",
+        ),
+    ],
+)
+def test_errors(arguments: dict, sentence: str) -> None:
+    new, arguments = np.ones((1, 1, 1, 8), np.float32), dict(arguments)
+    if "past" in arguments:
+        past = np.zeros((1, 1, arguments.pop("past"), 8), np.float32)
+        arguments |= {"past_key": past, "past_value": past.copy()}
+    if "rotary" in arguments:
+        angles = np.ones((9, arguments.pop("rotary")), np.float32)
+        arguments |= {"cos_cache": angles, "sin_cache": angles}
+    with pytest.raises(ValueError, match=sentence):
+        faplugin.attention(new, new, new, **arguments)
+
+
+CHANGES = {
+    "softcap": lambda x: x * 1.1,
+    "left_window_size": lambda x: x + 1,
+    "rotary_interleaved": lambda x: not x,
+    "q_norm_weight": lambda x: x * np.float32(1.01),
+    "k_norm_epsilon": lambda x: 0.1,
+    "sinks": lambda x: x + np.float32(0.1),
+    "alibi_slopes": lambda x: x * np.float32(1.1),
+    "attn_mask": lambda x: ~x,
+    "nonpad_kv_seqlen": lambda x: x - 1,
+    "v_scale": lambda x: x * np.float32(1.05),
+    "query_lengths": lambda x: x - 1,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_check_notices(name: str) -> None:
+    """A step with one argument changed is found wrong."""
+    decoder = decoding.Decoder(
+        window_left=4, rotary="half", norm=True, quantized="int8", softcap=5.0, sinks=True, alibi=True, mask=True
+    )
+    decoding.run(decoder, faplugin.attention, steps=12)
+
+    def changed(*operands: np.ndarray, **arguments):
+        return faplugin.attention(*operands, **arguments | {name: CHANGES[name](arguments[name])})
+
+    with pytest.raises(AssertionError):
+        decoding.run(decoder, changed, steps=12)
