@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import build, terminal
+from . import bench, build, terminal
 from .errors import ModelError, NotVerifiedError
 from .options import VERIFY_TIMEOUT, Options
 from .options_of_commands import (
@@ -234,6 +234,7 @@ def inspect(
     _exit_if_strict(report, strict)
 
 
+app.add_command(bench.bench)
 build.add_commands(app)
 
 

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `faexport bench`: original against fused model in onnxruntime on the CPU, at the sizes that count.
+
+cli.py adds it. Each measurement runs in a process of its own (bench_child.py), the two models in turn; what is slow to
+import is imported when the command runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import scratch, terminal
+from .bench_data import CLEARLY, Measured, Row, Timing, bench_label
+from .engine import parse_shape
+from .errors import ModelError
+from .options import Options
+from .options_of_commands import FILE, json_option, model_argument, quiet_option
+from .output import check_input, check_output, write_file
+
+if TYPE_CHECKING:
+    from .inputs import InputSpec
+
+LENGTHS = (64, 128, 256, 512, 1024, 2048)
+SLOW = 5.0  # seconds of one run of the original, above which the ladder ends
+EXAMPLES = """\b
+Examples:
+  faexport bench model.onnx                             a ladder of lengths
+  faexport bench model.onnx --shape input_ids:8x512     one size
+  faexport bench model.onnx --json --svg bench.svg  for programs, a picture
+"""
+
+
+@click.command(
+    epilog=EXAMPLES, context_settings=terminal.CONTEXT_SETTINGS, short_help="Time MODEL against its fused form."
+)
+@model_argument
+@click.option(
+    "--shape",
+    "shapes",
+    metavar="NAME:SHAPE",
+    multiple=True,
+    help="A shape to measure at, e.g. input_ids:8x512; the other inputs follow. Repeatable, for more sizes.",
+)
+@click.option(
+    "--runs", type=click.IntRange(min=5), default=20, show_default=True, help="Runs of each model at each size."
+)
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Of onnxruntime; default: as it chooses.")
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=1),
+    default=300.0,
+    show_default=True,
+    help="How long the measurements of one size may take, each.",
+)
+@click.option("--svg", metavar="FILE", type=FILE, help="Also draw time and memory against length to this file.")
+@json_option
+@quiet_option
+def bench(
+    model: pathlib.Path,
+    shapes: tuple[str, ...],
+    runs: int,
+    threads: int,
+    timeout: float,
+    svg: pathlib.Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Time MODEL against its fused form in onnxruntime on this machine's CPU: median of runs in turn, memory, and the
+    share of attention in the time. The inputs are random; verify with `faexport MODEL`."""
+    from . import bench_view
+
+    check_input(model)
+    if svg is not None:
+        check_output(svg, [model], "--svg")
+    with terminal.progress(quiet) as progress:
+        rows, notes = measure(model, shapes, runs=runs, threads=threads, timeout=timeout, on_step=progress.step)
+    if svg is not None:
+        write_file(svg, bench_view.picture(rows, model.name).encode())
+    sentence = conclusion(rows)
+    if as_json:
+        data = {"model": str(model), "rows": [_as_data(row) for row in rows], "notes": notes, "conclusion": sentence}
+        with terminal.printing():
+            click.echo(json.dumps(data, indent=2))
+    elif not quiet:
+        with terminal.printing():
+            screen = terminal.console()
+            screen.print(bench_view.table(rows))
+            for line in [*notes, sentence]:
+                screen.print(line, markup=False)
+
+
+def measure(
+    model: pathlib.Path,
+    shapes: Sequence[str] = (),
+    *,
+    runs: int = 20,
+    threads: int = 0,
+    timeout: float = 300.0,
+    on_step: Any = lambda text: None,
+) -> tuple[list[Row], list[str]]:
+    """The rows, and what there is to say of them. Raises ModelError."""
+    from . import blocks, inputs, model_io, ort_session, pipeline
+    from .bench_child import Question, measure
+
+    if missing := ort_session.missing_packages():
+        raise ModelError(missing)
+    if not ort_session.has_library():
+        raise ModelError("the operator's library is not installed: without faplugin there is nothing to compare")
+    on_step("fusing")
+    fused, report = pipeline.run(model_io.load(model), Options())
+    if not report.num_fused:
+        raise ModelError(f"{model}: nothing is fused, so there is nothing to compare; faexport inspect says why")
+    original = model_io.load(model)
+    specs = inputs.input_specs(original)
+    pairs = blocks.find_blocks(original, fused).values()
+    attention = {box.name for pair in pairs for block in pair for box in block.boxes if box.op_type}
+    rows: list[Row] = []
+    notes: list[str] = []
+    with scratch.folder(what="bench-") as folder:
+        path = folder / "fused.onnx"
+        model_io.save(fused, path, source=model)
+        both = (str(model.resolve()), str(path))
+        for tensors in _settings(specs, shapes):
+            sizes = {name: list(array.shape) for name, array in tensors.items()}
+            on_step(f"measuring {bench_label(sizes)}")
+            try:
+                times = measure(Question("times", both, tensors, runs, threads=threads), timeout)
+                rest = [_rest(Question, measure, one, tensors, threads, timeout, attention) for one in both]
+            except ModelError as error:
+                if not rows:
+                    raise ModelError(f"{model}: can't be measured at {bench_label(sizes)}: {error}") from error
+                notes.append(f"not measured at {bench_label(sizes)}: {error}")
+                break
+            measured = [Measured(_timing(t), *other) for t, other in zip(times, rest, strict=True)]
+            rows.append(Row(sizes, *measured))
+            if not shapes and rows[-1].original.seconds.median > SLOW:
+                notes.append(f"the ladder ends where a run takes more than {SLOW:g} s; --shape goes on")
+                break
+    return rows, notes
+
+
+def _rest(
+    question: Any, measure: Any, model: str, tensors: dict, threads: int, timeout: float, attention: set[str]
+) -> tuple[int | None, float | None]:
+    """Memory of one run of one model, and the share of its nodes' time that those of attention take."""
+    used = measure(question("memory", (model,), tensors, threads=threads), timeout)
+    nodes = measure(question("nodes", (model,), tensors, threads=threads), timeout)
+    total = sum(taken for _, taken in nodes.values())
+    inside = sum(taken for name, (op_type, taken) in nodes.items() if name in attention or op_type == "FlashAttention")
+    return used, inside / total if total else None
+
+
+def _settings(specs: Sequence[InputSpec], shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Inputs for each size: those asked for, else a ladder of lengths, or the one that the model has."""
+    import numpy as np
+
+    from . import inputs
+
+    def drawn(given: dict[str, int], length: int) -> dict[str, Any]:
+        bound = inputs.bind(specs, inputs.Sizes(batch=given.pop("", 1), length=length, past=length), given)
+        try:
+            return inputs.draw(specs, bound, inputs.Drawing(), np.random.default_rng(0))
+        except inputs.UnsupportedInput as error:
+            raise ModelError(str(error)) from error
+
+    if shapes:
+        for text in shapes:
+            name, shape = parse_shape(text)
+            yield drawn(_bound(specs, name, shape), shape[1] if len(shape) > 1 else 128)
+    elif inputs.symbols(specs):
+        for length in LENGTHS:
+            yield drawn({}, length)
+    else:
+        yield drawn({}, 1)
+
+
+def _bound(specs: Sequence[InputSpec], name: str, shape: Sequence[int]) -> dict[str, int]:
+    """What a shape says of the model's open sizes. Raises ModelError where it does not fit the input."""
+    spec = next((spec for spec in specs if spec.name == name), None)
+    if spec is None:
+        raise ModelError(f"--shape: the model has no input '{name}'; its inputs are {', '.join(s.name for s in specs)}")
+    fits = len(shape) == len(spec.dims)
+    if not fits or any(isinstance(dim, int) and dim != size for dim, size in zip(spec.dims, shape, strict=True)):
+        dims = "x".join("?" if not isinstance(dim, int) else str(dim) for dim in spec.dims)
+        raise ModelError(f"--shape {name}: {'x'.join(map(str, shape))} does not fit the model's {dims}")
+    bound = {"": shape[0]}
+    for dim, size in zip(spec.dims, shape, strict=True):
+        if not isinstance(dim, int) and [str(s) for s in dim.free_symbols()] == [str(dim.value)]:
+            bound[str(dim.value)] = size
+    return bound
+
+
+def _timing(seconds: Sequence[float]) -> Timing:
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return Timing(median, low, high, len(seconds))
+
+
+def conclusion(rows: Sequence[Row]) -> str:
+    """Where it starts to pay, or that it does not, and why."""
+    last, best = rows[-1], max(rows, key=lambda row: row.times_as_fast)
+    gain = f"{best.times_as_fast:.2f} times as fast at {bench_label(best.sizes)}"
+    share = f"{max(row.original.attention or 0 for row in rows):.0%}"
+    if not any(row.gained for row in rows):
+        where = "this size" if len(rows) == 1 else "these sizes"
+        return (
+            f"no time is gained at {where}, where attention is up to {share} of the original's; what differs by less "
+            f"than the spread of the runs, or by less than {CLEARLY - 1:.0%}, counts as even"
+        )
+    paying = len(rows)
+    while paying and rows[paying - 1].gained:
+        paying -= 1
+    if paying == len(rows):
+        return f"{gain}, and nothing is gained at {bench_label(last.sizes)}"
+    return f"it pays from {bench_label(rows[paying].sizes)} on: {gain}" if paying else gain
+
+
+def _as_data(row: Row) -> dict[str, Any]:
+    return {**dataclasses.asdict(row), "times_as_fast": row.times_as_fast, "gained": row.gained}

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`faexport bench`: its figures are those that one measures by hand, and what it says of them is so."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+import time
+import xml.etree.ElementTree
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from faexport import bench, ort_session
+from faexport.bench_data import Measured, Row, Timing
+from onnx import TensorProto, helper
+
+from tests.export import big_model
+from tests.export.commands import assert_bad_input, here
+
+pytestmark = pytest.mark.skipif(not ort_session.has_library(), reason="the operator's library was not built")
+SIZE = big_model.EncoderSize(1, 4, 16)
+LENGTH = 384
+SHAPE = f"hidden_states:2x{LENGTH}x{SIZE.hidden}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("bench") / "model.onnx"
+    onnx.save(big_model.encoder(SIZE), path)
+    return path
+
+
+def by_hand(model: pathlib.Path) -> float:
+    """Median seconds of a run of the original."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    feeds = {"hidden_states": np.random.default_rng(1).standard_normal((2, LENGTH, SIZE.hidden), np.float32)}
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        session.run(None, feeds)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def test_figures_are_those_of_an_independent_timing(model: pathlib.Path) -> None:
+    """Within a factor of the range that the timing by hand gives before and after: other tests run beside this one."""
+    before = by_hand(model)
+    (row,), notes = bench.measure(model, [SHAPE], runs=10)
+    after = by_hand(model)
+    assert notes == [] and row.sizes == {"hidden_states": [2, LENGTH, SIZE.hidden]}
+    assert min(before, after) / 2.5 <= row.original.seconds.median <= 2.5 * max(before, after)
+    for measured in (row.original, row.fused):
+        assert 0 < measured.seconds.low <= measured.seconds.median <= measured.seconds.high
+        assert measured.seconds.num_runs >= 5 and 0.1 < measured.attention < 1
+    scores = 2 * SIZE.heads * LENGTH * LENGTH * 4
+    assert scores <= row.original.bytes < 20 * scores, "the original makes the scores"
+    assert row.original.bytes - row.fused.bytes > scores / 2, "the fused one does not"
+
+
+def test_the_command_prints_json_and_draws(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    done = here("bench", model, "--shape", SHAPE, "--shape", SHAPE.replace("2x", "1x"), "--runs", "5", "--json",
+                "--svg", tmp_path / "b.svg")  # fmt: skip
+    data = json.loads(done.stdout)
+    assert done.returncode == 0 and [row["sizes"]["hidden_states"][0] for row in data["rows"]] == [2, 1]
+    assert {"sizes", "original", "fused", "times_as_fast", "gained"} == set(data["rows"][0])
+    root = xml.etree.ElementTree.parse(tmp_path / "b.svg").getroot()
+    circles = [element for element in root.iter() if element.tag.endswith("circle")]
+    assert len(circles) == 8 and "hidden_states 2x384" in root.attrib["aria-label"]
+
+
+def timing(median: float, spread: float = 0.001) -> Timing:
+    return Timing(median, median - spread, median + spread, 20)
+
+
+def row(length: int, original: float, fused: float, spread: float = 0.001) -> Row:
+    measured = [Measured(timing(seconds, spread), 10**6, 0.3) for seconds in (original, fused)]
+    return Row({"ids": [1, length]}, *measured)
+
+
+def test_the_conclusion_says_where_it_pays_or_that_it_does_not() -> None:
+    even, slower, faster, much = row(64, 0.1, 0.099), row(128, 0.1, 0.2), row(256, 0.1, 0.05), row(512, 0.4, 0.1)
+    assert bench.conclusion([even, faster, much]) == "it pays from ids 1x256 on: 4.00 times as fast at ids 1x512"
+    assert bench.conclusion([faster, much]) == "4.00 times as fast at ids 1x512"
+    assert "nothing is gained at ids 1x64" in bench.conclusion([faster, even])
+    assert "no time is gained at these sizes, where attention is up to 30%" in bench.conclusion([even, slower])
+    assert not row(64, 0.1, 0.05, spread=0.03).gained, "the runs' spread is as wide as the gain"
+
+
+def test_what_can_t_be_measured_is_one_line(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert_bad_input(here("bench", model, "--shape", "ids:1x2"), "no input 'ids'", "hidden_states")
+    assert_bad_input(here("bench", model, "--shape", "hidden_states:1x2x3"), "does not fit the model's ?x?x64")
+    assert_bad_input(here("bench", model, "--shape", "hidden_states"), "is not a shape")
+    assert_bad_input(here("bench", tmp_path / "nowhere.onnx"), "no such file")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, ir_version=9), tmp_path / "plain.onnx")
+    assert_bad_input(here("bench", tmp_path / "plain.onnx"), "nothing is fused")
