@@ -60,7 +60,11 @@ def add_commands(app: click.Group) -> None:
 @click.option("--output", "-o", metavar="FILE", type=FILE, help="Where to write; default: MODEL with the ending .plan.")
 @runtime_option
 @click.option(
-    "--min", "least", metavar="NAME:SHAPE", multiple=True, help="Smallest shape of an input, e.g. ids:1x1. Repeatable."
+    "--min",
+    "least",
+    metavar="NAME:SHAPE",
+    multiple=True,
+    help="Smallest shape of an input, e.g. ids:1x1, or of several: ids:1x1,mask:1x1. Repeatable.",
 )
 @click.option("--opt", "best", metavar="NAME:SHAPE", multiple=True, help="The shape to tune for. Repeatable.")
 @click.option("--max", "most", metavar="NAME:SHAPE", multiple=True, help="Largest shape. Repeatable.")

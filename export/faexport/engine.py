@@ -51,7 +51,7 @@ Profile = Mapping[str, Range]  # by input name
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to build. `profiles` may leave inputs out: what the model leaves open there is taken as 1."""
+    """How to build. Each of the `profiles` names all inputs with sizes that the model leaves open."""
 
     profiles: Sequence[Profile] = ()
     workspace_bytes: int | None = None  # None: what the GPU has
@@ -222,24 +222,19 @@ class EngineBuilder:
         for profile in self._options.profiles:
             if unknown := sorted(profile.keys() - set(names)):
                 raise ModelError(f"the model has no input '{unknown[0]}'; its inputs are {', '.join(names)}")
-        taken_as_one: set[str] = set()
         for profile in self._options.profiles or [{}]:
+            _check_all_are_named(profile, {tensor.name: tuple(tensor.shape) for tensor in inputs})
             added = self._builder.create_optimization_profile()
             ranges = {}
             for tensor in inputs:
                 shape = tuple(tensor.shape)
                 ranges[tensor.name] = _range(tensor.name, shape, profile.get(tensor.name))
                 if -1 in shape:
-                    if tensor.name not in profile:
-                        taken_as_one.add(tensor.name)
                     set_shape = added.set_shape_input if tensor.is_shape_tensor else added.set_shape
                     set_shape(tensor.name, *dataclasses.astuple(ranges[tensor.name]))
             if config.add_optimization_profile(added) < 0:
                 raise ModelError(f"TensorRT refuses the shapes: {self._reason()}")
             report.profiles.append(ranges)
-        if taken_as_one:
-            listed = ", ".join(sorted(taken_as_one))
-            report.notes.append(f"open dimensions of {listed} were taken as 1: --min, --opt and --max set them")
 
     def _read_timing_cache(self, config: Any) -> None:
         path = self._options.timing_cache
@@ -272,9 +267,14 @@ def parse_shape(text: str) -> tuple[str, Shape]:
     return name, shape
 
 
+def parse_shapes(text: str) -> list[tuple[str, Shape]]:
+    """One shape, or several as trtexec takes them: "ids:1x128,mask:1x128". Raises ModelError."""
+    return [parse_shape(part) for part in re.split(r",(?=[^,]*:)", text)]
+
+
 def make_profile(least: Sequence[str], best: Sequence[str], most: Sequence[str]) -> Profile:
     """Ranges from --min, --opt and --max: one that is not given is the nearest that is. Raises ModelError."""
-    given = [dict(parse_shape(text) for text in texts) for texts in (least, best, most)]
+    given = [dict(pair for text in texts for pair in parse_shapes(text)) for texts in (least, best, most)]
     profile = {}
     for name in dict.fromkeys(name for shapes in given for name in shapes):
         low, middle, high = (shapes.get(name) for shapes in given)
@@ -301,17 +301,34 @@ def _dotted(compute_capability: int) -> str:
     return f"{compute_capability // 10}.{compute_capability % 10}"
 
 
+def _check_all_are_named(profile: Profile, shapes: Mapping[str, Shape]) -> None:
+    """Raises ModelError where an input with open sizes (-1) is not in the profile: only the user knows which ones the
+    engine is to serve."""
+    missing = {name: shape for name, shape in shapes.items() if -1 in shape and name not in profile}
+    if not missing:
+        return
+    asked = ", ".join(f"'{name}' ({_model_shape(shape)})" for name, shape in missing.items())
+    name, shape = next(iter(missing.items()))
+    small, large = (f"{name}:{shape_text(tuple(n if size < 0 else size for size in shape))}" for n in (1, 8))
+    raise ModelError(
+        f"which sizes shall the engine serve? The model leaves them open for {asked}; say so for each, e.g. "
+        f"--min {small} --opt {large} --max {large}"
+    )
+
+
+def _model_shape(shape: Shape) -> str:
+    return "x".join("?" if size < 0 else str(size) for size in shape)
+
+
 def _range(name: str, shape: Shape, given: Range | None) -> Range:
     """The range of an input whose shape in the model is `shape`, with -1 where it is open."""
     if given is None:
-        fixed = tuple(1 if size < 0 else size for size in shape)
-        return Range(fixed, fixed, fixed)
+        return Range(shape, shape, shape)
     for corner in dataclasses.astuple(given):
         if len(corner) != len(shape) or any(
             size not in (-1, wanted) for size, wanted in zip(shape, corner, strict=True)
         ):
-            model_shape = "x".join("?" if size < 0 else str(size) for size in shape)
-            raise ModelError(f"input '{name}': {shape_text(corner)} does not fit the model's {model_shape}")
+            raise ModelError(f"input '{name}': {shape_text(corner)} does not fit the model's {_model_shape(shape)}")
     return given
 
 

@@ -127,6 +127,8 @@ def test_progress_is_shown_on_a_terminal(tmp_path):
         os.fspath(write(tmp_path, MLP)),
         "--compute-capability",
         "8.9",
+        "--opt",
+        "x:2x16",
     ]
     leader, follower = pty.openpty()
     environment = {**packages.python_with(RTX), "TERM": "xterm", "COLUMNS": "120"}
@@ -198,6 +200,8 @@ REFUSALS = {
     "unknown input": (["{model}", "--opt", "z:1x16"], "no input 'z'; its inputs are x, w"),
     "wrong rank": (["{model}", "--opt", "x:16"], "input 'x': 16 does not fit the model's ?x16"),
     "wrong size": (["{model}", "--opt", "x:1x17"], "does not fit"),
+    "open sizes": (["{model}"], "which sizes shall the engine serve? The model leaves them open for 'x' (?x16)"),
+    "others open": (["{model}", "--opt", "w:16x16"], "--min x:1x16 --opt x:8x16 --max x:8x16"),
     "out of order": (["{model}", "--min", "x:4x16", "--opt", "x:2x16"], "not in order"),
     "no shape": (["{model}", "--opt", "x=1x16"], "is not a shape"),
     "unknown GPU": (["{model}", "--compute-capability", "9.0"], "builds for"),
@@ -293,6 +297,8 @@ def test_outputs_of_any_name_are_written(tmp_path):
 
 def test_parse_shape():
     assert engine.parse_shape("ids:1x128") == ("ids", (1, 128))
+    assert engine.parse_shapes("ids:1x128,mask:0:2x2") == [("ids", (1, 128)), ("mask:0", (2, 2))]
+    assert engine.parse_shapes("ids:1,128,mask:4") == [("ids", (1, 128)), ("mask", (4,))]
     assert engine.parse_shape("a:0:2,3") == ("a:0", (2, 3))
     for text in ("ids", "ids:", ":1x2", "ids:1x-2", "ids:axb"):
         with pytest.raises(ModelError, match="is not a shape"):
