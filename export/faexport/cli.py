@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import bench, build, terminal
+from . import bench, build, deploy, terminal
 from .errors import ModelError, NotVerifiedError
 from .options import VERIFY_TIMEOUT, Options
 from .options_of_commands import (
@@ -235,6 +235,7 @@ def inspect(
 
 
 app.add_command(bench.bench)
+app.add_command(deploy.deploy)
 build.add_commands(app)
 
 
