@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import op, producer
+from faexport.nodes import given, op, producer
 from faexport.rewrite import Names, name_node, remove_dead
 from faexport.spec import AttentionSpec, Candidate, Fact
 from faexport.surgery import Builder
@@ -52,8 +52,8 @@ def pack_projections(model: ir.Model, candidates: Sequence[Candidate], a: Analys
             continue
         try:
             roles, reasons = _pack(model, node, a, names)
-        except _Apart as why:
-            roles, reasons = [], [str(why)]
+        except _Apart as error:
+            roles, reasons = [], [str(error)]
         for why in reasons:
             apart[why].append(candidate.name)
         if roles:
@@ -93,7 +93,7 @@ def _pack(model: ir.Model, node: ir.Node, a: Analysis, names: Names) -> tuple[li
     return [ROLES[n] for n in group], [why for why in found if isinstance(why, str)]
 
 
-def _head_size(part: _Projection | None, value: ir.Value, heads: int, a: Analysis) -> int:
+def _head_size(part: _Projection | None, value: ir.Value | None, heads: int, a: Analysis) -> int:
     """Columns of a head. Raises _Apart."""
     shape = a.shape(value)
     width = part.width if part is not None else shape[-1].const if shape else None
@@ -111,25 +111,25 @@ def _projection_or_reason(node: ir.Node, n: int, a: Analysis) -> _Projection | s
 
 def _layout(node: ir.Node, n: int) -> str:
     word = node.attributes.get_string(LAYOUTS[n], "")
-    shape = node.inputs[n].shape
+    shape = given(node, n).shape
     return word or ("BSH" if shape is not None and len(shape) == 3 else "")
 
 
 def _projection(node: ir.Node, n: int, role: str, a: Analysis) -> _Projection:
     """Reads the product behind an input of the operator. Raises _Apart."""
-    result = node.inputs[n]
+    result = given(node, n)
     last = producer(result)
     product, bias = last, None
-    if op(last) == "Add":
+    if last is not None and op(last) == "Add":
         sides = [(x, y) for x, y in (last.inputs, reversed(last.inputs)) if op(producer(x)) == "MatMul"]
         if not sides:
             raise _Apart(f"the {role} are not the result of a product")
         product, bias = producer(sides[0][0]), sides[0][1]
-    if op(product) != "MatMul":
+    if product is None or op(product) != "MatMul":
         raise _Apart(f"the {role} are not the result of a product")
-    weight = product.inputs[1]
-    shape = a.shape(weight)
-    if not _is_weight(weight, a) or shape is None or len(shape) != 2 or shape[1].const is None:
+    weight = given(product, 1)
+    shape, dtype = a.shape(weight), a.dtype(weight)
+    if not _is_weight(weight, a) or dtype is None or shape is None or len(shape) != 2 or shape[1].const is None:
         raise _Apart(f"the weight of the {role} is quantized, given by the caller or computed")
     if len(list(weight.uses())) > 1:
         raise _Apart(f"the weight of the {role} is used elsewhere too")
@@ -141,17 +141,17 @@ def _projection(node: ir.Node, n: int, role: str, a: Analysis) -> _Projection:
     for value in dict.fromkeys((result, product.outputs[0])):
         if len(list(value.uses())) > 1 or value.is_graph_output():
             raise _Apart(f"the projected {role} are used elsewhere too")
-    return _Projection(result, product.inputs[0], weight, bias, width, a.dtype(weight))
+    return _Projection(result, given(product, 0), weight, bias, width, dtype)
 
 
 def _is_weight(value: ir.Value, a: Analysis) -> bool:
     """Stored in the file, and no caller can give another."""
-    while a.tensor(value) is None:
+    while (tensor := a.tensor(value)) is None:
         node = producer(value)
         if node is None or op(node) not in _KEEPS_WEIGHT:
             return False
-        value = node.inputs[0]
-    return a.tensor(value).dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+        value = given(node, 0)
+    return tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _insert(
@@ -170,8 +170,10 @@ def _insert(
     packed.shape = _widened(first.result.shape, width)
     for extra in build.nodes:
         name_node(extra, f"{node.name}_projection", names)
+    assert node.graph is not None
     node.graph.insert_before(node, build.nodes)
-    columns, start = [], 0
+    columns: list[int] = []
+    start = 0
     for n, size in enumerate(sizes):
         columns += [start if n in parts else 0, size]
         if n in parts:

@@ -154,7 +154,7 @@ def _infer(context: onnx.shape_inference.InferenceContext) -> None:
     except ValueError as error:
         raise onnx.shape_inference.InferenceError(str(error)) from error
     kind = context.get_input_type(0).tensor_type.elem_type
-    names = (_attribute(context, "optional_inputs") or "").split(",")
+    names = str(_attribute(context, "optional_inputs") or "").split(",")
     past = NUM_REQUIRED + names.index("past_key") if "past_key" in names else 0
     cache = context.get_input_type(past).tensor_type.elem_type if past < context.get_num_inputs() else kind
     for index, name in enumerate(("output", *OPTIONAL_OUTPUTS)):  # a missing one leaves a hole

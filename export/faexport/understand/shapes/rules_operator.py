@@ -89,12 +89,12 @@ def _present(word: Callable[[str], Any], shapes: Sequence[Shape | None], name: s
         for word in (name, "kv_extent")
     )
     cache, layout = word("cache") or "append", _layout(word, "cache_layout") or Layout.BHSD
-    is_known = past is not None and len(past) == len(layout)
+    known = past if past is not None and len(past) == len(layout) else None
     if name in names and cache == "paged":
         return list(past) if past is not None and len(past) == 4 else [None] * 4
     rows = new.rows
     if name in names:
-        rows = past[layout.index("S")] if is_known else None
+        rows = known[layout.index("S")] if known is not None else None
         if cache == "append":
             rows = rows + new.rows if rows is not None and new.rows is not None else None
         elif "kv_extent" in names:
@@ -102,8 +102,8 @@ def _present(word: Callable[[str], Any], shapes: Sequence[Shape | None], name: s
     packs = word("kv_cache_bit_width") == 4 and name in names  # two numbers in an element: only the past knows
     if layout is Layout.BSH:
         width = new.heads * new.head_dim if new.heads is not None and new.head_dim is not None else None
-        return [new.batch, rows, (past[2] if is_known else None) if packs else width]
-    columns = (past[3] if is_known else None) if packs else new.head_dim
+        return [new.batch, rows, (known[2] if known is not None else None) if packs else width]
+    columns = (known[3] if known is not None else None) if packs else new.head_dim
     sizes = {"B": new.batch, "H": new.heads, "S": rows, "D": columns}
     return [sizes[letter] for letter in layout]
 
