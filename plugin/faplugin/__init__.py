@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashAttention for ONNX Runtime, TensorRT and Python arrays.
 
-    options = onnxruntime.SessionOptions()
-    faplugin.register(options)                       # sessions then run models that faexport has rewritten
+    session = faplugin.session("model.fa.onnx")      # onnxruntime's, for models that faexport has rewritten
     output = faplugin.attention(query, key, value, is_causal=True)
     print(faplugin.explain(query, key, value, device="sm_90"))
 
@@ -13,10 +12,11 @@ from importlib import metadata
 
 from ._attention import attention, explain
 from ._library import library_path, register
+from ._session import session
 
 try:
     __version__ = metadata.version("faexport")
 except metadata.PackageNotFoundError:  # run from a source tree
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "attention", "explain", "library_path", "register"]
+__all__ = ["__version__", "attention", "explain", "library_path", "register", "session"]

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session of onnxruntime with the operator's library and the options that matter, in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ._library import register
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+
+def session(
+    path: str | os.PathLike[str],
+    *,
+    providers: Sequence[str | tuple[str, dict]] | None = None,
+    num_threads: int | None = None,
+    cuda_graph: bool = False,
+    options: onnxruntime.SessionOptions | None = None,
+) -> onnxruntime.InferenceSession:
+    """An `onnxruntime.InferenceSession` that runs models which faexport has rewritten (and others).
+
+    Args:
+        path: the .onnx file.
+        providers: as onnxruntime takes them; default: CUDA where this onnxruntime has it, then the CPU.
+        num_threads: of the CPU that one run uses; default: one for each physical core.
+        cuda_graph: capture each run on CUDA into a graph and replay it, which saves the time of the launches. Shapes
+            and the addresses of inputs and outputs must stay then, so runs go through `io_binding()`
+            (docs/onnxruntime.md).
+        options: your own, without the library, which is registered here; it is changed.
+
+    Raises:
+        ImportError: onnxruntime isn't installed.
+        ValueError: `cuda_graph` without the CUDA provider, or fewer threads than one.
+        FileNotFoundError: the operator's library was not built.
+    """
+    import onnxruntime
+
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}; give 1 or more, or leave it out")
+    if providers is None:
+        available = onnxruntime.get_available_providers()
+        providers = [name for name in (CUDA, CPU) if name in available]
+    chosen = [(p, {}) if isinstance(p, str) else (p[0], dict(p[1])) for p in providers]
+    if cuda_graph:
+        on_cuda = [given for name, given in chosen if name == CUDA]
+        if not on_cuda:
+            raise ValueError(f"cuda_graph needs {CUDA}; the providers are {', '.join(name for name, _ in chosen)}")
+        on_cuda[0]["enable_cuda_graph"] = "1"
+    options = onnxruntime.SessionOptions() if options is None else options
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    register(options)
+    return onnxruntime.InferenceSession(os.fspath(path), options, providers=chosen)
