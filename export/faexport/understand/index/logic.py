@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from faexport.understand.index.answers import kept, remembered
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr, make
 from faexport.understand.shapes.constants import tensor_of
@@ -199,6 +200,7 @@ def _without_minimum(p: Expr) -> Expr | None:
 # ---------------------------------------------------------------------------------------------- choices
 
 
+@remembered
 def choose(cond: Expr, yes: Expr, no: Expr) -> Expr:
     """`yes` where `cond` holds, else `no`."""
     if cond is TRUE or yes is no:
@@ -221,6 +223,7 @@ def choose(cond: Expr, yes: Expr, no: Expr) -> Expr:
     return ia.of_atom(atom) if yes.kind == "int" else atom
 
 
+@remembered
 def assume(expr: Expr, cond: Expr) -> Expr:
     """`expr` simplified where `cond` is known to hold."""
     if expr.op in ("true", "false", "float") or (expr.op == "poly" and ia.value_of(expr) is not None):
@@ -266,7 +269,8 @@ def rewrite(expr: Expr, known: dict[Expr, Expr]) -> Expr:
             memo[e] = _rebuild(e, go)
         return memo[e]
 
-    return go(expr)
+    with kept():
+        return go(expr)
 
 
 def _rebuild(e: Expr, go: Callable[[Expr], Expr]) -> Expr:

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from faexport.understand.index import logic as il
+from faexport.understand.index.answers import kept
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
 
@@ -64,7 +65,8 @@ class Tensor:
         """The element at `index`; axes of size 1 ignore theirs."""
         index = tuple(ia.ZERO if ia.value_of(s) == 1 else x for s, x in zip(self.shape, index, strict=True))
         if index not in self._memo:
-            self._memo[index] = self._understood(index)
+            with kept():
+                self._memo[index] = self._understood(index)
         return self._memo[index]
 
     def _understood(self, index: Index) -> Expr:

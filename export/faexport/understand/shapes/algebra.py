@@ -45,7 +45,8 @@ Monomial = tuple[Expr, ...]  # atoms in order of serial; () is the constant
 
 
 def _poly(terms: dict[Monomial, int]) -> Expr:
-    items = sorted(((m, c) for m, c in terms.items() if c), key=lambda item: [a.serial for a in item[0]])
+    items = [item for item in terms.items() if item[1]]
+    items.sort(key=lambda item: [a.serial for a in item[0]])
     return make("poly", tuple(items), "int")
 
 
@@ -96,6 +97,8 @@ def _join(a: Monomial, b: Monomial) -> Monomial:
 
 
 def mul(a: Expr, b: Expr) -> Expr:
+    if a is ONE:
+        return b
     terms: dict[Monomial, int] = {}
     for (m1, c1), (m2, c2) in itertools.product(a.args, b.args):
         m = _join(m1, m2)

@@ -271,6 +271,8 @@ class Analysis:
         declared = self._declared(value)
         if value.shape is None or declared is None or len(declared) != len(inferred):
             return inferred
+        if declared == inferred:
+            return inferred
         for dim, known in zip(inferred, declared, strict=True):
             self._note_name(known, dim)
             if value in self._results:
