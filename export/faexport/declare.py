@@ -19,7 +19,7 @@ def declare_shapes(model: ir.Model, a: Analysis) -> None:
     """Fills in the shapes and types of what nodes compute; the model's outputs stay as they are declared.
 
     Args:
-        a: made of the model as it is now.
+        a: knows the model as it is now.
     """
     for graph, _ in graphs_of(model):
         if isinstance(graph, ir.Function):

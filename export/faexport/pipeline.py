@@ -54,7 +54,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         add_opset(model)
     missing = add_fallback(model, full_rows, masks.analysis) if fused and options.fallback else ""
     if fused:
-        declare_shapes(model, Analysis(model))
+        masks.analysis.extend(model)
+        declare_shapes(model, masks.analysis)
     notes = [f"the file runs with our library only: {missing}"] if missing else []
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
     if any(site.fused and site.dtype == "float" for site in report.sites):

@@ -65,6 +65,12 @@ class Analysis:
             self._visit(graph)
         self.forget()
 
+    def extend(self, model: ir.Model) -> None:
+        """Looks at the nodes that were put into the model since this was made; what is known of the others stays."""
+        self.forget()
+        for graph in own_graphs(model):
+            self._visit(graph, new_only=True)
+
     def shape(self, value: ir.Value | None) -> Shape | None:
         """Symbolic sizes of the axes, or None where the rank is unknown."""
         if value is None:
@@ -194,11 +200,13 @@ class Analysis:
                 return None
         return constants.fold(node, arrays)
 
-    def _visit(self, graph: ir.Graph | ir.Function) -> None:
+    def _visit(self, graph: ir.Graph | ir.Function, new_only: bool = False) -> None:
         """Producers first, so that whatever is asked of a value finds the answers about those in front of it."""
         for node in graph:
             for body in subgraphs(node):
-                self._visit(body)
+                self._visit(body, new_only)
+            if new_only and all(value in self._shapes for value in node.outputs):
+                continue
             try:
                 shapes = self._rules(node)
             except Exception as error:  # a node that breaks ONNX's rules, or a defect of ours: it costs this node only
