@@ -41,8 +41,9 @@ demo-text: $(KIND_OF_DEMOS) $(VENV)/.demo-text ## export a sentence model from P
 test: $(KIND_OF_TESTS) ## all tests; those that need a GPU are skipped where there is none
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-nightly: $(KIND_OF_TESTS) ## 10,000 random attention graphs, rewritten and compared; 5,000 models with wrong bytes (an hour)
-	RANDOM_GRAPHS=10000 MUTATIONS=5000 $(BIN)/python -m pytest -n 2 -v --no-header tests/export/test_random_graphs.py tests/export/test_mutations.py
+nightly: $(KIND_OF_TESTS) ## 10,000 random attention graphs and decoders, compared; 5,000 models with wrong bytes (an hour)
+	RANDOM_GRAPHS=10000 MUTATIONS=5000 RANDOM_DECODERS=10000 $(BIN)/python -m pytest -n 2 -v --no-header \
+		tests/export/test_random_graphs.py tests/export/test_mutations.py tests/plugin/test_decoding.py
 
 test-matrix: $(KIND_OF_DEMOS) ## the operator's tests and the demo's model on onnxruntime $(ORT_VERSIONS)
 	$(BIN)/python -m tests.matrix $(ORT_VERSIONS)
@@ -55,6 +56,7 @@ onnx-suite: $(KIND_OF_DEMOS) ## ONNX's own attention node tests, fused
 
 bench: $(KIND_OF_DEMOS) ## time the CPU kernel against onnxruntime's
 	$(BIN)/python benchmarks/cpu.py $(RECORDING)
+	$(BIN)/python benchmarks/decode_cpu.py $(RECORDING)
 
 lint: $(VENV)/.typed ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .

@@ -121,9 +121,15 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
         roles.append("float_mask" if name == "attn_mask" and dtype is not ir.DataType.BOOL else name)
     if not set(roles) <= SUPPORTED:
         return f"nothing stands in for the input {sorted(set(roles) - SUPPORTED)[0]}"
+    if (cache := node.attributes.get_string("cache", "append")) != "append":
+        return f"nothing stands in for cache = {cache}"
+    if {"past_key", "nonpad_kv_seqlen"} <= set(roles):
+        return "nothing stands in for nonpad_kv_seqlen beside a past"
     dtype = analysis.dtype(node.inputs[0])
     if dtype is None:
         return "the type of its query isn't known"
+    if "past_key" in roles and analysis.dtype(node.inputs[3 + names.index("past_key")]) not in (dtype, None):
+        return "nothing stands in for a quantized cache"
     left, right = (node.attributes.get_int(f"{side}_window_size", -1) for side in ("left", "right"))
     windows = left >= 0 or right >= 0 or node.attributes.get_int("is_causal", 0) == 1
     alignment = node.attributes.get_string("alignment", "onnx")

@@ -280,3 +280,22 @@ def grouped_reference(feeds: dict[str, np.ndarray], layout: str) -> tuple[np.nda
     e = np.where(np.tril(np.ones((5, 5), bool)), np.exp(s), 0)
     total = e.sum(-1, keepdims=True) + np.exp(feeds["sinks"]).reshape(1, 4, 1, 1)
     return e / total @ v, np.log(total)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("optional", "attributes", "reason"),
+    [
+        ("past_key,past_value,nonpad_kv_seqlen", {"cache": "write"}, "cache = write"),
+        ("past_key,past_value,nonpad_kv_seqlen", {}, "nonpad_kv_seqlen beside a past"),
+        ("past_key,past_value,k_scale,v_scale", {}, "the input k_scale"),
+        ("cos_cache,sin_cache", {}, "the input cos_cache"),
+    ],
+)
+def test_nothing_stands_in_for_caches_that_are_written(optional: str, attributes: dict, reason: str) -> None:
+    names = ["query", "key", "value", *optional.split(",")]
+    node = helper.make_node("FlashAttention", names, ["output"], domain=DOMAIN, optional_inputs=optional, **attributes)
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2, 3, 8]) for name in names]
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, 2, 3, 8])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    model = ir.from_proto(helper.make_model(helper.make_graph([node], "g", inputs, [output]), opset_imports=opsets))
+    assert f"nothing stands in for {reason}" in fallback.add_fallback(model) and not model.functions

@@ -91,6 +91,29 @@ def test_shapes_of_the_optional_outputs() -> None:
     assert shapes == [["B", 8, 3, 16], ["B", 2, 8, 16], ["B", 2, 8, 16], ["B", 8, 3]]
 
 
+@pytest.mark.parametrize(
+    ("past", "more", "attributes", "expected"),
+    [
+        (["B", 2, "C", 16], [], {"cache": "write"}, ["B", 2, "C", 16]),
+        (["B", 2, 7, 16], [["B", 9]], {"cache": "write"}, ["B", 2, 9, 16]),
+        (["B", 2, "C", 16], [["B", "T"]], {"cache": "write"}, ["B", 2, "", 16]),
+        (["B", 7, 2, 16], [], {"cache": "window", "cache_layout": "BSHD"}, ["B", 7, 2, 16]),
+        (["B", 7, 32], [], {"cache": "write", "cache_layout": "BSH"}, ["B", 7, 32]),
+        (["N", 64, 2, 8], [], {"cache": "paged", "kv_cache_bit_width": 4}, ["N", 64, 2, 8]),
+        (["B", 2, 5, 8], [], {"kv_cache_bit_width": 4}, ["B", 2, 8, 8]),
+    ],
+)
+def test_shapes_of_caches(past: list, more: list, attributes: dict, expected: list) -> None:
+    fresh = ["B", 2, 3, 16]
+    names = ["past_key", "past_value", *["kv_extent"] * len(more)]
+    shapes = infer(
+        ["B", 8, 3, 16], fresh, fresh, past, past, *more, outputs=3, optional_inputs=",".join(names),
+        optional_outputs="present_key,present_value", **attributes,
+    )  # fmt: skip
+    named = [["" if str(size).startswith("unk__") else size for size in shape] for shape in shapes]  # onnx's own names
+    assert named[1:] == [expected, expected]
+
+
 def test_contradictions_are_errors() -> None:
     four = ["B", 8, "S", 64]
     with pytest.raises(onnx.shape_inference.InferenceError, match="rank"):

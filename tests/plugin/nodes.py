@@ -59,7 +59,8 @@ def make_model(
             continue
         if inner != name:
             after.append(helper.make_node("Cast", [inner], [name], to=TensorProto.FLOAT))
-        kind = TensorProto.FLOAT if name == "lse" or cast else element_type(inputs["query"].dtype)
+        like = inputs["past_key" if name.startswith("present") and "past_key" in inputs else "query"]
+        kind = TensorProto.FLOAT if name == "lse" or like.dtype == _BFLOAT16 else element_type(like.dtype)
         graph_outputs.append(helper.make_tensor_value_info(name, kind, None))
     slots = [names.get(slot, slot) for slot in (slots if slots is not None else inputs)]
     node = helper.make_node("FlashAttention", slots, places, name="attention", domain="faexport", **attributes)

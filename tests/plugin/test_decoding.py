@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Caches in every mode, rotary embedding, norms, quantized caches: random decoders, step by step, against float64.
 
-FA_DECODERS=10000 plays as many (the nightly run does); 200 are the default.
+RANDOM_DECODERS=10000 plays as many (`make nightly` does); 200 are the default.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from tests import decoding
 
-COUNT = int(os.environ.get("FA_DECODERS", "200"))
+COUNT = int(os.environ.get("RANDOM_DECODERS", "200"))
 CHUNK = 20
 
 
@@ -99,6 +99,32 @@ def test_errors(arguments: dict, sentence: str) -> None:
         arguments |= {"cos_cache": angles, "sin_cache": angles}
     with pytest.raises(ValueError, match=sentence):
         faplugin.attention(new, new, new, **arguments)
+
+
+@pytest.mark.parametrize("limit", [2**62, 2**40, 60])
+@pytest.mark.parametrize("mode", ["write", "window", "paged"])
+def test_wild_lengths_positions_and_blocks_stay_in_their_arrays(mode: str, limit: int) -> None:
+    """The sanitizer sees any step outside; here the results must be finite."""
+    rng = np.random.default_rng(0)
+
+    def wild(*shape: int) -> np.ndarray:
+        return rng.integers(-limit, limit, shape)
+
+    for _ in range(40):
+        rows = int(rng.integers(1, 5))
+        new = [rng.standard_normal((2, 1, rows, 8), dtype=np.float32) for _ in range(3)]
+        past = [np.zeros((2, 1, 7, 8), np.float32) for _ in range(2)]
+        given = {"write_indices": wild(2), "position_ids": wild(2, rows), "left_window_size": 4, "is_causal": True}
+        given |= {"cos_cache": np.ones((9, 4), np.float32), "sin_cache": np.ones((9, 4), np.float32)}
+        if mode == "paged":
+            new, past = [x.reshape(1, 1, 2 * rows, 8) for x in new], [x.reshape(2, 7, 1, 8) for x in past]
+            given |= {"cu_seqlens_q": np.array([0, rows, 2 * rows], np.int32), "block_table": wild(2, 3)}
+            given |= {"slot_mapping": wild(2 * rows)} if rng.random() < 0.5 else {}
+            given["position_ids"] = wild(1, 2 * rows)
+        else:
+            given |= {"nonpad_kv_seqlen": wild(2), "return_present": True}
+        result = faplugin.attention(*new, past_key=past[0], past_value=past[1], cache=mode, **given)
+        assert all(np.isfinite(x).all() for x in (result if isinstance(result, tuple) else [result]))
 
 
 CHANGES = {
