@@ -74,7 +74,7 @@ def bench(
     quiet: bool,
 ) -> None:
     """Time MODEL against its fused form in onnxruntime on this machine's CPU: median of runs in turn, memory, and the
-    share of attention in the time. The inputs are random; verify with `faexport MODEL`."""
+    share of what is rewritten in the time. The inputs are random; verify with `faexport MODEL`."""
     from . import bench_view
 
     check_input(model)
@@ -150,7 +150,7 @@ def measure(
 def _rest(
     question: Any, measure: Any, model: str, tensors: dict, threads: int, timeout: float, attention: set[str]
 ) -> tuple[int | None, float | None]:
-    """Memory of one run of one model, and the share of its nodes' time that those of attention take."""
+    """Memory of one run of one model, and the share of its nodes' time that those of what is rewritten take."""
     used = measure(question("memory", (model,), tensors, threads=threads), timeout)
     nodes = measure(question("nodes", (model,), tensors, threads=threads), timeout)
     total = sum(taken for _, taken in nodes.values())
@@ -207,12 +207,12 @@ def conclusion(rows: Sequence[Row]) -> str:
     """Where it starts to pay, or that it does not, and why."""
     last, best = rows[-1], max(rows, key=lambda row: row.times_as_fast)
     gain = f"{best.times_as_fast:.2f} times as fast at {bench_label(best.sizes)}"
-    share = f"{max(row.original.attention or 0 for row in rows):.0%}"
+    share = f"{max(row.original.rewritten or 0 for row in rows):.0%}"
     if not any(row.gained for row in rows):
         where = "this size" if len(rows) == 1 else "these sizes"
         return (
-            f"no time is gained at {where}, where attention is up to {share} of the original's; what differs by less "
-            f"than the spread of the runs, or by less than {CLEARLY - 1:.0%}, counts as even"
+            f"no time is gained at {where}, where what is rewritten is up to {share} of the original's; less than the "
+            f"spread of the runs, or than {CLEARLY - 1:.0%}, counts as even"
         )
     paying = len(rows)
     while paying and rows[paying - 1].gained:

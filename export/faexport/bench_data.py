@@ -20,11 +20,12 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One model at one size. `bytes`: of one run, above the loaded model. `attention`: share of the nodes' time."""
+    """One model at one size. `bytes`: of one run, above the loaded model. `rewritten`: share of the
+    nodes' time that attention takes, with its projections where they became one."""
 
     seconds: Timing
     bytes: int | None
-    attention: float | None
+    rewritten: float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,12 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
     """One row a size: times in milliseconds with half the width of the middle half of the runs."""
     shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("inputs", overflow="fold")
-    for heading in ("original ms", "fused ms", "speed", "memory MB", "attention"):
+    for heading in ("original ms", "fused ms", "speed", "memory MB", "rewritten"):
         shown.add_column(heading, justify="right")
     for row in rows:
         both = (row.original, row.fused)
         memory = " → ".join("?" if one.bytes is None else f"{one.bytes / 1e6:.0f}" for one in both)
-        share = " → ".join("?" if one.attention is None else f"{one.attention:.0%}" for one in both)
+        share = " → ".join("?" if one.rewritten is None else f"{one.rewritten:.0%}" for one in both)
         speed = f"{row.times_as_fast:.2f} ×" if row.gained else f"{row.times_as_fast:.2f} × (even)"
         cells = (bench_label(row.sizes), *(_milliseconds(one.seconds) for one in both), speed, memory, share)
         shown.add_row(*cells)

@@ -54,7 +54,7 @@ def test_figures_are_those_of_an_independent_timing(model: pathlib.Path) -> None
     assert min(before, after) / 2.5 <= row.original.seconds.median <= 2.5 * max(before, after)
     for measured in (row.original, row.fused):
         assert 0 < measured.seconds.low <= measured.seconds.median <= measured.seconds.high
-        assert measured.seconds.num_runs >= 5 and 0.1 < measured.attention < 1
+        assert measured.seconds.num_runs >= 5 and 0.1 < measured.rewritten < 1
     scores = 2 * SIZE.heads * LENGTH * LENGTH * 4
     assert scores <= row.original.bytes < 20 * scores, "the original makes the scores"
     assert row.original.bytes - row.fused.bytes > scores / 2, "the fused one does not"
@@ -85,7 +85,7 @@ def test_the_conclusion_says_where_it_pays_or_that_it_does_not() -> None:
     assert bench.conclusion([even, faster, much]) == "it pays from ids 1x256 on: 4.00 times as fast at ids 1x512"
     assert bench.conclusion([faster, much]) == "4.00 times as fast at ids 1x512"
     assert "nothing is gained at ids 1x64" in bench.conclusion([faster, even])
-    assert "no time is gained at these sizes, where attention is up to 30%" in bench.conclusion([even, slower])
+    assert "no time is gained at these sizes, where what is rewritten is up to 30%" in bench.conclusion([even, slower])
     assert not row(64, 0.1, 0.05, spread=0.03).gained, "the runs' spread is as wide as the gain"
 
 
