@@ -5,6 +5,9 @@ for attention operators that are not read."""
 from __future__ import annotations
 
 import faexport
+import onnx
+import onnx.parser
+import onnxruntime
 
 from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 
@@ -87,3 +90,27 @@ def test_a_softmax_that_classifies_has_no_row() -> None:
     model = Form("float[B, 8] x, float[8, 4] w", "z = MatMul(x, w) y = Softmax<axis = -1>(z)").model()
     _, report = faexport.fuse(model)
     assert not report.sites
+
+
+QUANTIZED = """<ir_version: 9, opset_import: ["": 17]>
+g (float[B,2,T,8] q, float[B,2,S,8] k, float[B,2,S,8] v, int8[8,8] w, float ws) => (float[B,2,T,8] y) {
+    a, a_scale, a_zero = DynamicQuantizeLinear (q) zero = Constant <value = int8 {0}> ()
+    i = MatMulInteger (a, w, a_zero, zero) f = Cast <to = 1> (i) scale = Mul (a_scale, ws) qs = Mul (f, scale)
+    b = QuantizeLinear (k, ws, zero) ks = DequantizeLinear (b, ws, zero)
+    c = QuantizeLinear (v, ws) vs = DequantizeLinear (c, ws)
+    kt = Transpose <perm = [0, 1, 3, 2]> (ks) s = MatMul (qs, kt) p = Softmax <axis = -1> (s) y = MatMul (p, vs)
+}"""
+
+
+def test_types_of_quantized_numbers_are_declared_as_they_are(library: str) -> None:
+    """A file that declares another one does not load."""
+    model = onnx.parser.parse_model(QUANTIZED)
+    fused, report = faexport.fuse(model)
+    assert report.num_fused == 1
+    types = {value.name: value.type.tensor_type.elem_type for value in fused.graph.value_info}
+    known = {"a": onnx.TensorProto.UINT8, "a_scale": onnx.TensorProto.FLOAT, "a_zero": onnx.TensorProto.UINT8}
+    known |= {"b": onnx.TensorProto.INT8, "c": onnx.TensorProto.UINT8, "i": onnx.TensorProto.INT32}
+    assert all(types.get(name, dtype) == dtype for name, dtype in known.items()), types
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(library)
+    onnxruntime.InferenceSession(fused.SerializeToString(), options, providers=["CPUExecutionProvider"])

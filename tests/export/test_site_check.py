@@ -110,6 +110,15 @@ def test_in_a_quantized_model_the_sites_and_all_other_nodes_decide(
         assert "value 'c'" in result.reason or "site" in result.reason
 
 
+def test_a_quantized_model_that_does_not_load_has_not_passed(tmp_path: pathlib.Path) -> None:
+    """Its sites agree by themselves, and yet nothing of it was run."""
+    made = fused(rounding())
+    number = next(value for node in made.graph for value in node.outputs if value.name == "qv")
+    number.dtype, number.shape = ir.DataType.FLOAT, ir.Shape(["B", 2, "S", 8])
+    result = verdict(tmp_path, rounding(), made)
+    assert result.status is FAILED and "does not run" in result.reason
+
+
 def in_if(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same attention in a branch; the other one gives the queries."""
     inner = model.graph

@@ -39,6 +39,10 @@ DTYPE_OF = (
 )
 # The input whose element type the output has, where it is not the first.
 TYPED_BY = {"Where": 1, "CastLike": 1, "DequantizeLinear": 1, "OneHot": 2, "com.microsoft::DequantizeLinear": 1}
+TYPED_BY |= {"QLinearMatMul": 7, "com.microsoft::QAttention": 3}
+# Operators all of whose outputs have that type; of others it is known of the first output only.
+ALL_TYPED = {"Split", "Attention", "If", "com.microsoft::Attention", "com.microsoft::GroupQueryAttention"}
+ALL_TYPED |= {"com.microsoft::MultiHeadAttention", "faexport::FlashAttention"}
 TYPED_BY |= {"com.microsoft::EmbedLayerNormalization": 2, "com.microsoft::MatMulIntegerToFloat": 2}
 
 
@@ -256,6 +260,13 @@ class Analysis:
         if op(node) == "ConstantOfShape":
             tensor = attribute(node, "value")
             return ir.DataType.FLOAT if tensor is None else tensor.dtype
+        if op(node) == "DynamicQuantizeLinear":
+            return ir.DataType.FLOAT if value is node.outputs[1] else ir.DataType.UINT8
+        if op(node) in ("QuantizeLinear", "com.microsoft::QuantizeLinear"):
+            stated = attribute(node, "output_dtype") or ir.DataType.UINT8
+            return self.dtype(operand(node, 2)) or ir.DataType(stated)
+        if value is not node.outputs[0] and op(node) not in ALL_TYPED:
+            return None
         return self.dtype(operand(node, TYPED_BY.get(op(node), 0)))
 
     def _declared(self, value: ir.Value) -> Shape | None:
