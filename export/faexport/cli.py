@@ -143,6 +143,13 @@ def app() -> None:
     show_default=True,
     help="Carry the operator's definition in standard ops, for runtimes without our library.",
 )
+@click.option(
+    "--rest/--no-rest",
+    default=False,
+    show_default=True,
+    help="Also join what stands around attention (residuals with their normalizations) into operators of onnxruntime; "
+    "other runtimes don't run the file then.",
+)
 @strict_option
 @quiet_option
 def fuse(
@@ -160,6 +167,7 @@ def fuse(
     dtype: str | None,
     float32: str | None,
     fallback: bool,
+    rest: bool,
     strict: bool,
     quiet: bool,
 ) -> None:
@@ -177,6 +185,7 @@ def fuse(
     options = dataclasses.replace(
         _assuming(assume),
         fallback=fallback,
+        rest=rest,
         dtype=types[dtype] if dtype else None,
         float32=float32 or "",
         opset=opset,

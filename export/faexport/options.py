@@ -22,5 +22,6 @@ class Options:
     float32: str = ""  # how GPUs multiply float32 attention: "tf32", "tf32x3"; empty: as the runtime is set
     opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
     sources: tuple[str, ...] = ()  # matchers to use; empty: all
+    rest: bool = False  # join what stands around attention into onnxruntime's operators; no other runtime runs the file
     assume_full_rows: bool = False  # each query attends a key, or what it yields is never used
     assume_zeros_and_ones: bool = False  # masks made of numbers hold 0 and 1: the comparison draws nothing else

@@ -3,13 +3,14 @@
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> projections -> the stand-in
-function -> shapes that are proven.
+function -> shapes that are proven -> what stands around, where asked.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from faexport import around
 from faexport.cuda_heads import cpu_only_note
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
@@ -57,6 +58,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         masks.analysis.extend(model)
         declare_shapes(model, masks.analysis)
     notes = [f"the file runs with our library only: {missing}"] if missing else []
+    if fused and options.rest and (joined := around.join(model)):
+        notes.append(joined)
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
     if any(site.fused and site.dtype == "float" for site in report.sites):
         report.notes.append(float32_note(options.float32))

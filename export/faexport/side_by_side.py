@@ -97,7 +97,8 @@ class _Builder:
             self.points.append(point)
         self.old.graph.outputs.clear()
         self.old.graph.outputs.extend(outputs)
-        self.old.opset_imports.setdefault(DOMAIN, 1)
+        for domain, version in self.new.opset_imports.items():
+            self.old.opset_imports.setdefault(domain, version)
         if True in self.kinds:
             stand_in_copy.add_functions(self.old, self.new)
         self.old.ir_version = max(self.old.ir_version, self.new.ir_version, 8)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from faexport import model_io, pipeline, report
+from faexport import model_io, pipeline, report, verify
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.test_sites import run
@@ -239,3 +239,71 @@ def test_sizes_that_may_differ_are_not_declared_equal() -> None:
     shapes = {info.name: info.type.tensor_type.shape for info in fused.graph.value_info}
     size = shapes["sum"].dim[0]
     assert size.dim_param not in ("batch", "groups") and not size.dim_value
+
+
+def normalized_first(norm: str) -> onnx.ModelProto:
+    """x + attention(x), whose sum is normalized and read again: y = sum + tanh(norm(sum))."""
+    model = attention()
+    graph = model.graph
+    graph.node[-1].output[0] = "context"
+    random = np.random.default_rng(0)
+    weights = {"output_weight": (HEADS * D, E), "gamma": (E,), "beta": (E,)}
+    graph.initializer.extend(
+        numpy_helper.from_array(random.standard_normal(shape, np.float32), name) for name, shape in weights.items()
+    )
+    for name, number in (("two", 2.0), ("epsilon", 1e-6)):
+        graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), name))
+    graph.initializer.append(numpy_helper.from_array(np.array([-1]), "last"))
+    layer = [helper.make_node("LayerNormalization", ["sum", "gamma", "beta"], ["normalized"], axis=-1)]
+    root_mean_square = [
+        helper.make_node("Pow", ["sum", "two"], ["squares"]),
+        helper.make_node("ReduceMean", ["squares", "last"], ["mean"], keepdims=1, noop_with_empty_axes=0),
+        helper.make_node("Add", ["mean", "epsilon"], ["above_zero"]),
+        helper.make_node("Sqrt", ["above_zero"], ["size"]),
+        helper.make_node("Reciprocal", ["size"], ["inverse"]),
+        helper.make_node("Mul", ["sum", "inverse"], ["of_size_one"]),
+        helper.make_node("Mul", ["gamma", "of_size_one"], ["normalized"]),
+    ]
+    graph.node.extend(
+        [
+            helper.make_node("MatMul", ["context", "output_weight"], ["projected"]),
+            helper.make_node("Add", ["x", "projected"], ["sum"]),
+            *(layer if norm == "layer" else root_mean_square),
+            helper.make_node("Tanh", ["normalized"], ["changed"]),
+            helper.make_node("Add", ["sum", "changed"], ["y"]),
+        ]
+    )
+    return model
+
+
+JOINED = {"layer": "SkipLayerNormalization", "root mean square": "SkipSimplifiedLayerNormalization"}
+
+
+@pytest.mark.parametrize("norm", JOINED)
+def test_the_rest_is_joined_where_asked(norm: str, tmp_path: pathlib.Path) -> None:
+    source = tmp_path / "model.onnx"
+    onnx.save(normalized_first(norm), source)
+    for rest in (False, True):
+        target = tmp_path / f"fused {rest}.onnx"
+        result, found = faexport.fuse(source, options=pipeline.Options(rest=rest))
+        model_io.save(result, target, source=source)
+        written = onnx.load(target)
+        assert counts(written)[JOINED[norm]] == rest
+        assert any(f"joined around attention: 1 {JOINED[norm]}" in note for note in found.notes) == rest
+    joined = next(node for node in written.graph.node if node.op_type == JOINED[norm])
+    assert list(joined.output) == ["normalized", "", "", "sum"]
+    checked = verify.verify(source, target)
+    assert checked.status == "passed", checked.reason
+    assert {"normalized", "sum"} <= {row.value for row in checked.sites}
+
+
+def test_a_wrong_normalization_would_be_found(tmp_path: pathlib.Path) -> None:
+    source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(normalized_first("layer"), source)
+    result, _ = faexport.fuse(source, options=pipeline.Options(rest=True))
+    model_io.save(result, target, source=source)
+    wrong = onnx.load(target)
+    joined = next(node for node in wrong.graph.node if node.op_type == "SkipLayerNormalization")
+    joined.input[1] = joined.input[0]
+    onnx.save(wrong, target)
+    assert verify.verify(source, target).status == "failed"
