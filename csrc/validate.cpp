@@ -91,10 +91,11 @@ Status check_operands(const StepParams& p) {
   FA_CHECK(check_cache_dtype("key", p.key, p.cache.key_scale, p));
   FA_CHECK(check_cache_dtype("value", p.value, p.cache.value_scale, p));
   FA_RULE(p.out.dtype == p.query.dtype, has_dtype("out", p.out, name_of(p.query.dtype)) + " as query");
-  FA_RULE(q[1] >= 1, "query has " + std::to_string(q[1]) + " heads, expected at least 1");
-  FA_RULE(q[3] >= 1, "query has head_dim " + std::to_string(q[3]) + ", expected at least 1");
-  FA_RULE(p.value.shape[3] >= 1, "value has head_dim " + std::to_string(p.value.shape[3]) + ", expected at least 1");
-  FA_RULE(heads_kv >= 1 && q[1] % heads_kv == 0,
+  // Sizes of 0 are fine where nothing has to be computed.
+  FA_RULE(q[3] >= 1 || p.out.empty(), "query has head_dim " + std::to_string(q[3]) + ", expected at least 1");
+  FA_RULE(p.value.shape[3] >= 1 || !p.lse.present,
+          "value has head_dim " + std::to_string(p.value.shape[3]) + ", expected at least 1 beside an lse");
+  FA_RULE(heads_kv >= 1 ? q[1] % heads_kv == 0 : q[1] == 0,
           "query has " + std::to_string(q[1]) + " heads and key " + std::to_string(heads_kv) + ", expected a multiple of key's");
   const int64_t batch = p.cache.mode == CacheMode::kPaged ? k[0] : q[0];
   const int64_t key_columns = stored_columns(p.key.dtype, q[3]);

@@ -216,7 +216,10 @@ class _Attention:
         if self.form.heads is not None:
             heads, own = self.form.heads
             return x if heads == own else ops("Gather", x, ops.const([h * own // heads for h in range(heads)]), axis=1)
-        group = ops("Div", num_q_heads, ops.size(x, 1))
+        count = ops("Max", ops.size(x, 1), ops.const([1])) if ops.opset >= 12 else ops.size(x, 1)  # Max of integers
+        group = ops("Div", num_q_heads, count)
+        # NOTE: without heads there is no tensor element; the quotients are only kept from failing.
+        group = ops("Max", group, ops.const([1])) if ops.opset >= 12 else group
         return ops("Gather", x, ops("Div", ops.arange(ops.squeeze(num_q_heads, 0)), group), axis=1)
 
     def _placed(self, x: ir.Value) -> ir.Value:

@@ -106,6 +106,18 @@ def test_explain(fa_csrc):
     assert fa_csrc.explain(fields(), 90).startswith("no kernel\ncpu: runs on the CPU only")
 
 
+@pytest.mark.parametrize("sizes", [(0, 0, 8, 6), (0, 2, 8, 6), (4, 2, 8, 0), (4, 2, 0, 0)])
+def test_nothing_to_compute(fa_csrc, sizes):
+    heads, heads_kv, head_dim, head_dim_v = sizes
+    problem = fields(
+        query=normal(2, heads, 5, head_dim),
+        key=normal(2, heads_kv, 7, head_dim),
+        value=normal(2, heads_kv, 7, head_dim_v),
+        out=normal(2, heads, 5, head_dim_v),
+    )
+    assert fa_csrc.attention(problem) == (0, "")
+
+
 def test_unknown_kernel(fa_csrc):
     assert fa_csrc.attention(fields(), kernel="prefill_sm20") == (2, "there is no kernel 'prefill_sm20'; there are cpu")
 

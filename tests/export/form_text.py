@@ -61,8 +61,8 @@ class Form:
 
 
 def combinations(symbols: list[str], empty: bool = True) -> list[dict[str, int]]:
-    """Sizes for the symbols: all combinations, or a fixed choice of them. No model has 0 heads (H)."""
-    whole = list(itertools.product(*(SIZES if empty and x != "H" else SIZES[:3] for x in symbols)))
+    """Sizes for the symbols: all combinations, or a fixed choice of them."""
+    whole = list(itertools.product(SIZES if empty else SIZES[:3], repeat=len(symbols)))
     if len(whole) > MAX_COMBINATIONS:
         chosen = np.random.default_rng(5).permutation(len(whole))[:MAX_COMBINATIONS]
         whole = [(3,) * len(symbols), *(whole[i] for i in sorted(chosen))]

@@ -66,6 +66,7 @@ MULTI_HEAD = {
     "unidirectional": ([Q, SELF_K, SELF_V], {"unidirectional": 1}),
     "lengths": ([Q, K, V, None, np.array([3, 7], np.int32)], {}),
     "key mask": ([Q, K, V, None, PADDING], {}),
+    "a mask of other numbers": ([Q, K, V, None, PADDING * 5 - 2], {}),
     "everything masked": ([Q, K, V, None, np.zeros_like(PADDING)], {}),
     "mask of each row": ([Q, K, V, None, (RANDOM.random((B, S, L)) < 0.6).astype(np.int32)], {}),
     "attention bias": ([Q, K, V, None, None, floats(1, H, S, L)], {}),
@@ -87,6 +88,14 @@ def test_multi_head_attention(tensors: list, attributes: dict, library: str) -> 
         tensors,
         library,
     )
+
+
+def test_causal_multi_head_attention_across(library: str) -> None:
+    """What `unidirectional` means for other numbers of keys than queries no text says, and kernels differ."""
+    model = model_of("MultiHeadAttention", "com.microsoft", [Q, K, V], {"num_heads": H, "unidirectional": 1}, opset=17)
+    _, report = faexport.fuse(model, options=OPTIONS)
+    refusal = report.sites[0].refusal
+    assert refusal is not None and "unidirectional" in refusal.reason
 
 
 def test_packed_multi_head_attention(library: str) -> None:
@@ -123,6 +132,8 @@ WITH_PROJECTION = {
     "unidirectional": ([X, WEIGHTS, BIAS], {"unidirectional": 1}),
     "key mask": ([X, WEIGHTS, BIAS, PADDING[:, :S].copy()], {}),
     "lengths": ([X, WEIGHTS, BIAS, np.array([2, 5], np.int32)], {}),
+    # Equal scores: behind -10000, which hides all keys alike, other ones would be rounded by the original.
+    "a length of 0": ([X * np.float32([[[1]], [[0]]]), WEIGHTS, BIAS, np.array([2, 0], np.int32)], {}),
     "own size of values": (
         [X, floats(H * D, 2 * H * D + 24) * 0.2, floats(2 * H * D + 24)],
         {"qkv_hidden_sizes": [H * D, H * D, 24]},

@@ -66,7 +66,7 @@ class Contrib:
         if len(shape) == 1:
             if shape[0] != batch or has_past or bias is not None:
                 raise Unfit("its padding mask is neither one length for each batch entry nor a mask of the keys")
-            mask.kv_lengths, mask.alignment = padding, Alignment.TOP_LEFT
+            mask.kv_lengths, mask.alignment = self._lengths(padding), Alignment.TOP_LEFT
             mask.facts += (Fact("padding as lengths", (name_of(self.node),)),)
             return mask
         if len(shape) not in (2, 3) or shape[-1] != keys:
@@ -76,11 +76,25 @@ class Contrib:
         mask.facts += (Fact("padding mask", (name_of(self.node),)),)
         return mask
 
+    def _lengths(self, padding: ir.Value) -> ir.Value:
+        """The number of visible keys: that in the mask, and all where it hides all of them, since what is added to all
+        scores of a row changes nothing."""
+        build, (keys, axis) = self.build, self.holds_keys()
+        sizes = build.add("Shape", [keys], ir.DataType.INT64)
+        lengths = build.cast(padding, ir.DataType.INT64)
+        some = build.add("Greater", [lengths, build.ints([0])], ir.DataType.BOOL)
+        return build.add("Where", [some, lengths, build.slice(sizes, axis, axis + 1)], ir.DataType.INT64)
+
+    def holds_keys(self) -> tuple[ir.Value, int]:
+        """A tensor and its axis of as many elements as there are keys, without those of a cache."""
+        raise NotImplementedError
+
     def _padding_as_bias(self, padding: ir.Value, rank: int) -> ir.Value:
         build, dtype = self.build, self.dtype
         low = attribute(self.node, "mask_filter_value", -10000.0)
         numbers = [build.add("Constant", (), dtype, value=ir.tensor(np.array(x, dtype.numpy()))) for x in (0.0, low)]
-        keep = build.add("Cast", [padding], ir.DataType.BOOL, to=int(ir.DataType.BOOL))
+        zero = build.add("Constant", (), ir.DataType.INT32, value=ir.tensor(np.array(0, np.int32)))
+        keep = build.add("Greater", [padding, zero], ir.DataType.BOOL)  # numbers below 0 hide, too
         value = build.add("Where", [keep, *numbers], dtype)
         for _ in range(4 - rank):
             value = build.unsqueeze(value, 1)
@@ -126,6 +140,8 @@ class _MultiHead(Contrib):
             operands, batch, keys = self._separate(query, any(past) or any(present))
         else:
             raise Unfit("the rank of its query is not known")
+        if attribute(node, "unidirectional", 0) and keys != a.known_shape(query)[1]:
+            raise Unfit("it is causal (unidirectional) and may have another number of new keys than of queries")
         if past[0] is not None:
             before = a.shape(past[0])
             keys = keys + before[2] if before is not None else Dim.unknown("keys")
@@ -133,6 +149,11 @@ class _MultiHead(Contrib):
         caches = {"past_key": past[0], "past_value": past[1], "present_key": present[0], "present_value": present[1]}
         candidate.sizes.update(batch_size=plain(batch), seqlen_kv=plain(keys))
         return self.finish(candidate, operands, mask, **caches)
+
+    def holds_keys(self) -> tuple[ir.Value, int]:
+        key = operand(self.node, 1) or self.node.inputs[0]
+        assert key is not None
+        return key, 2 if self.a.rank(key) == 4 else 1
 
     def _packed_qkv(self, query: ir.Value) -> tuple[list[Operand], Dim, Dim]:
         shape = self.a.known_shape(query)
@@ -224,6 +245,11 @@ class _Attention(Contrib):
         mask = self.mask(operand(node, 3), operand(node, 5), shape[0], shape[1], has_past=False)
         candidate.sizes.update(batch_size=plain(shape[0]), seqlen_q=plain(shape[1]), seqlen_kv=plain(shape[1]))
         return self.finish(candidate, operands, mask)
+
+    def holds_keys(self) -> tuple[ir.Value, int]:
+        states = self.node.inputs[0]
+        assert states is not None
+        return states, 1
 
     def _cached(self, candidate: Candidate, packed: ir.Value, widths: list[int], shape) -> AttentionSpec:
         """One cache tensor of keys and values, [2, B, H, P, D]: the new ones are put behind it, and it is read from

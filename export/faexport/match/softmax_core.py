@@ -188,11 +188,20 @@ def _score_shape(
         structure.heads,
         rows,
         columns,
-        dtype=a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT,
+        dtype=_dtype_of_masks(scores, a),
         sinks=scores.sink is not None,
         nan_guard=values.nan_guard,
         same_keys=_rows_of_values(values, a) == columns,
     )
+
+
+def _dtype_of_masks(scores: Scores, a) -> ir.DataType:
+    """The type in which masks meet the scores. It isn't that of the product where scores in half precision are cast
+    in front of them: the masks are numbers of the wider type then."""
+    behind = (TermKind.ZERO, TermKind.EMPTY_ROW)  # these meet the probabilities
+    found = {a.dtype(term.node.outputs[0]) for term in scores.terms if term.kind not in behind}
+    dtype = found.pop() if len(found) == 1 else None
+    return dtype or a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT
 
 
 def _rows_of_values(values: Values, a) -> Dim | None:
