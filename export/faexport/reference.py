@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import compare, model_io, ort_session, settings, widen
+from . import compare, excluded_inputs, model_io, ort_session, settings, widen
 from . import inputs as model_inputs
 from .nodes import all_nodes
 from .ort_session import CannotRun, Job, ModelFailure
@@ -195,7 +195,9 @@ def _run_original(reference: Reference, sets: Sequence[InputSet], on_amount: Amo
                     running = True
                     found = outputs_or_sentence(session, reference.sets[-1].tensors)
                     if doubts and not isinstance(found, str):
-                        found = _contradiction(reference.model, reference.sets[-1].tensors, found) or found
+                        found = (
+                            excluded_inputs.contradiction(reference.model, reference.sets[-1].tensors, found) or found
+                        )
                     reference.outputs[-1] = found
                     running = False
         except ModelFailure as error:
@@ -209,23 +211,6 @@ def _run_original(reference: Reference, sets: Sequence[InputSet], on_amount: Amo
             if not isinstance(error, ort_session.Crashed):
                 reference.notes.append(f"{len(todo)} more settings were not tried: {error}")
                 return
-
-
-def _contradiction(model: ir.Model, tensors: ort_session.Tensors, outputs: Outputs) -> str:
-    """Where an input has size 1 and a broadcast makes an output larger that the file gives the same size: what is so.
-    The file's word stands (docs/masks.md), and such inputs are not among those that it is for."""
-    sizes: dict[str, int] = {}
-    for value in model.graph.inputs:
-        tensor = tensors.get(value.name or "")
-        if tensor is not None and value.shape is not None:
-            named = zip(value.shape, tensor.shape, strict=False)
-            sizes.update((str(dim), size) for dim, size in named if not isinstance(dim, int) and dim.value)
-    for value in model.graph.outputs:
-        output = outputs.get(value.name or "")
-        for dim, size in zip(value.shape or (), () if output is None else output.shape, strict=False):
-            if not isinstance(dim, int) and sizes.get(str(dim)) == 1 < size:
-                return f"output '{value.name}' has size {size} where the file says {dim}, which is 1"
-    return ""
 
 
 def open_optimized(reference: Reference, path: str, library: bool) -> ort_session.Session | ort_session.SessionHere:

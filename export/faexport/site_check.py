@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from . import model_io, ort_session, side_by_side
+from . import excluded_inputs, model_io, ort_session, side_by_side
 from .normalize import convert_opset, inline_functions
 from .ort_session import CannotRun, Job, ModelFailure
 from .reference import Opener
@@ -77,7 +77,9 @@ def check(
             _add(result, part)
             failed |= part_failed
     for index, sentence in failed.items():
-        if checker.original_runs(index):
+        if why := excluded_inputs.open_size(model_io.load(original), sets[index].tensors):
+            result.left_out.append(f"{why}, on {sets[index].label}")
+        elif checker.original_runs(index):
             result.failures.append(sentence)
         else:
             result.left_out.append(

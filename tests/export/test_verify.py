@@ -263,3 +263,33 @@ def test_inputs_that_contradict_the_file_are_not_compared(tmp_path: pathlib.Path
     assert result.status is PASSED
     left_out = [run.skipped for run in result.runs if "where the file says B" in run.skipped]
     assert left_out and all("B=1" in sentence for sentence in left_out)
+
+
+OPEN_SIZE = """<ir_version: 9, opset_import: ["" : 18]>
+a (float[B,S,8] x) => (float[B,S,8] y) {
+  any = Constant<value_ints = [-1]>()
+  width = Constant<value_ints = [8]>()
+  rows = Shape<start = 1, end = 2>(x)
+  sizes = Concat<axis = 0>(any, rows, width)
+  r = Reshape<allowzero = 1>(x, sizes)
+  all = Shape(x)
+  y = Reshape<allowzero = 1>(r, all)
+}"""
+
+
+def test_where_onnx_leaves_a_size_open_the_rewritten_model_need_not_run(tmp_path: pathlib.Path) -> None:
+    """Without rows, onnxruntime takes -1 for 1 where zeros are allowed, and refuses it where 0 stands for the same."""
+    original, rewritten = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    onnx.save(onnx.parser.parse_model(OPEN_SIZE), original)
+    copied = OPEN_SIZE.replace("Shape<start = 1, end = 2>(x)", "Constant<value_ints = [0]>()")
+    for name in ("rows", "sizes"):  # other values, so other names
+        copied = copied.replace(name, f"new_{name}")
+    copied = copied.replace("r = Reshape<allowzero = 1>(x", "t = Reshape(x").replace("(r, all)", "(t, all)")
+    onnx.save(onnx.parser.parse_model(copied), rewritten)
+    result = verify.verify(original, rewritten)
+    assert result.status is PASSED
+    open_runs = [run for run in result.runs if "leaves open" in run.skipped]
+    assert open_runs and all(0 in run.inputs["x"][:2] for run in open_runs)
+    assert verify.verify(rewritten, rewritten).status is PASSED
+    onnx.save(onnx.parser.parse_model(copied.replace("[0]", "[5]")), rewritten)
+    assert verify.verify(original, rewritten).status is FAILED
