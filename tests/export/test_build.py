@@ -61,7 +61,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 @pytest.mark.slow
 def test_the_original_demo_model_becomes_an_engine(tmp_path):
     target = tmp_path / "demo.plan"
-    done = run_cli("build", packages.demo_model(), "-o", target)
+    sizes = [part for option in ("--min", "--opt", "--max") for part in (option, "input_image:1x3x224x224")]
+    done = run_cli("build", packages.demo_model(), "-o", target, *sizes)
     assert done.returncode == 0, done.stderr
     assert target.read_bytes()[:4] == engine_run.MAGIC[Runtime.TENSORRT_RTX]
     for line in ("engine", "built", "layers", "input_image: 1x3x224x224", "the attention was left as it is"):
