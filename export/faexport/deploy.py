@@ -59,7 +59,7 @@ def deploy(
 ) -> None:
     """Write MODEL (an output of faexport, or any ONNX model) as a model of a Triton repository: its files, the
     operator's library if the model needs it, and config.pbtxt with the model's own inputs and outputs."""
-    from . import model_io, operator_library, triton
+    from . import model_io, triton
     from .build import count_operators
 
     check_input(model)
@@ -70,7 +70,7 @@ def deploy(
     if place.exists():
         raise ModelError(f"{place}: is there already; remove it, or choose another --name")
     loaded = model_io.load(model)
-    library = operator_library.path() if count_operators(loaded) else None
+    library = _library() if count_operators(loaded) else None
     seen = f"{(mounted_at or str(folder.resolve())).rstrip('/')}/{name}/{LIBRARY}" if library else ""
     text = triton.config(loaded, triton.Serving(name, seen, max_batch, instances, gpu))
     with writing(place):
@@ -81,3 +81,12 @@ def deploy(
     write_file(place / "config.pbtxt", text.encode())
     if not quiet:
         click.echo(f"wrote {place}; start it with: tritonserver --model-repository={mounted_at or folder}")
+
+
+def _library() -> pathlib.Path:
+    try:
+        import faplugin
+
+        return pathlib.Path(faplugin.library_path())
+    except (ImportError, FileNotFoundError) as error:
+        raise ModelError(f"the model needs the operator's library, which is not here: {error}") from error
