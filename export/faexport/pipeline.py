@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport import around
-from faexport.cuda_heads import cpu_only_note
+from faexport.cuda_heads import cpu_only_note, has_kernel
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
@@ -61,7 +61,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     if fused and options.rest and (joined := around.join(model)):
         notes.append(joined)
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
-    if any(site.fused and site.dtype == "float" for site in report.sites):
+    if any(site.dtype == "float" and has_kernel(c) for c, site in zip(candidates, report.sites, strict=True)):
         report.notes.append(float32_note(options.float32))
     if note := cpu_only_note(candidates):
         report.notes.append(note)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import compare, excluded_inputs, model_io, ort_session, settings, widen
+from . import compare, decoders, excluded_inputs, model_io, ort_session, settings, widen
 from . import inputs as model_inputs
 from .nodes import all_nodes
 from .ort_session import CannotRun, Job, ModelFailure
@@ -41,6 +41,8 @@ class Reference:
     problem: str = ""  # why there is nothing to compare with
     notes: list[str] = dataclasses.field(default_factory=list)
 
+    decoder: decoders.Decoder | None = None  # what belongs together of the inputs and outputs of one
+
     _plain: list[Outputs | str] | None = None
     _float32: list[Outputs | str] | None = None
     _moved: list[Outputs | str] | None = None
@@ -48,6 +50,13 @@ class Reference:
     def run(self, job: Job) -> ort_session.Results:
         """Runs any job in the way that the reference was run."""
         return ort_session.run_with(lambda: self.open_session(job), job)
+
+    def outputs_or_sentence(
+        self, session: ort_session.Session | ort_session.SessionHere, tensors: ort_session.Tensors
+    ) -> Outputs | str:
+        """What a model of this kind gives, with 0 where nothing is said of an element, or why it gives nothing."""
+        found = outputs_or_sentence(session, tensors)
+        return found if isinstance(found, str) or self.decoder is None else self.decoder.settled(found, tensors)
 
     @property
     def compared(self) -> list[int]:
@@ -91,7 +100,7 @@ class Reference:
         try:
             with self.open_session(Job(path, optimize=optimize, library=needs_library(self.model))) as session:
                 for index in self.compared:
-                    found[index] = outputs_or_sentence(session, tensors[index])
+                    found[index] = self.outputs_or_sentence(session, tensors[index])
         except (ModelFailure, CannotRun):
             pass
         return found
@@ -130,7 +139,9 @@ def make_reference(
         on_amount: told how many runs are done, of how many.
     """
     given, path, assumed = extra_inputs, os.fspath(path), assumed or Assumed()
-    reference = Reference(path, model_io.load(path), open_session)
+    model = model_io.load(path)
+    decoder = decoders.read(model)
+    reference = Reference(path, model, open_session, decoder=decoder)
     # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
     # there, but the mean of the values where float16 is added in float16. So no query loses all its keys: of two
     # neighbours one is kept, and the first.
@@ -140,7 +151,7 @@ def make_reference(
     random = np.random.default_rng(seed)
     try:
         specs = model_inputs.input_specs(reference.model)
-        sets = settings.plans(specs, assumed, random)
+        sets = list(decoders.steps(decoder, specs, random)) if decoder else settings.plans(specs, assumed, random)
     except model_inputs.UnsupportedInput as error:
         if not given:
             reference.problem = f"{error}; give inputs with --inputs file.npz"
@@ -148,9 +159,9 @@ def make_reference(
         specs, sets = [], []
     try:
         _run_original(reference, [*given, *sets], on_amount)
-        if specs and not reference.compared[len(given) :]:
+        if specs and not decoder and not reference.compared[len(given) :]:
             _try_lengths(reference, specs, assumed, random)
-        if specs:
+        if specs and not decoder:
             _run_original(
                 reference,
                 list(settings.doubts(specs, assumed, random, any_numbers=asked == Assumed())),
@@ -193,7 +204,7 @@ def _run_original(reference: Reference, sets: Sequence[InputSet], on_amount: Amo
                     reference.sets.append(todo.pop(0))
                     reference.outputs.append("")
                     running = True
-                    found = outputs_or_sentence(session, reference.sets[-1].tensors)
+                    found = reference.outputs_or_sentence(session, reference.sets[-1].tensors)
                     if doubts and not isinstance(found, str):
                         found = (
                             excluded_inputs.contradiction(reference.model, reference.sets[-1].tensors, found) or found
@@ -224,7 +235,9 @@ def open_optimized(reference: Reference, path: str, library: bool) -> ort_sessio
             raise first from None
 
 
-def outputs_or_sentence(session: ort_session.Session, tensors: ort_session.Tensors) -> Outputs | str:
+def outputs_or_sentence(
+    session: ort_session.Session | ort_session.SessionHere, tensors: ort_session.Tensors
+) -> Outputs | str:
     try:
         return session.run(tensors)
     except ModelFailure as error:

@@ -53,6 +53,7 @@ def fused_node(spec: AttentionSpec) -> ir.Node:
         "query_offset": spec.mask.query_offset,
         "alibi_slopes": spec.mask.alibi_slopes,
         "sinks": spec.sinks,
+        **spec.further_inputs,
     }
     given = {name: value for name, value in optional.items() if value is not None}
     wanted = {"present_key": spec.present_key, "present_value": spec.present_value, "lse": spec.lse}
@@ -85,7 +86,7 @@ def _attributes(spec: AttentionSpec) -> dict:
         attributes["alignment"] = str(mask.alignment)
     if mask.empty_row != EmptyRow.ZERO:
         attributes["empty_row"] = str(mask.empty_row)
-    attributes |= _layouts(spec)
+    attributes |= _layouts(spec) | dict(spec.further_attributes)
     if spec.query.column_start is not None:
         operands = (spec.query, spec.key, spec.value)
         attributes["packed_columns"] = [n for o in operands for n in (o.column_start, o.column_stride)]
@@ -111,7 +112,7 @@ def is_current(spec: AttentionSpec) -> bool:
     """Are the operands still computed? Not where the site that computed them was rewritten since."""
     new = {*spec.new_nodes, *spec.mask.new_nodes}
     operands = [spec.query.value, spec.key.value, spec.value.value, spec.past_key, spec.past_value, spec.sinks]
-    operands += spec.mask.values
+    operands += [*spec.mask.values, *spec.further_inputs.values()]
     operands += [v for node in new for v in node.inputs]
     producers = [v.producer() for v in operands if v is not None]
     return all(node is None or node.graph is not None or node in new for node in producers)

@@ -20,7 +20,7 @@ import onnx_ir.passes.common
 
 from . import stand_in_copy
 from .nodes import maker
-from .side_by_side_math import NUM_STATISTICS, Emit, statistics
+from .side_by_side_math import NUM_STATISTICS, Emit, settled, statistics
 from .spec import DOMAIN, OP_TYPE
 from .understand.shapes.analysis import Analysis
 from .widen import HALF, widen_node, widened
@@ -150,8 +150,9 @@ class _Builder:
                     continue
                 copied = self._copy(new, scope, by_stand_in)
                 emit = Emit(scope.graph, self.old.graph)
+                sides = settled(emit, old, copied, twin)
                 bad = [self._bad(leaf, scope, emit) for leaf in leaves if self._dtype(leaf) not in _DISCRETE]
-                stats = statistics(emit, old, copied, twin, bad, exact=dtype in _DISCRETE)
+                stats = statistics(emit, *sides, bad, exact=dtype in _DISCRETE)
                 word = str(dtype.numpy()) if dtype is not None else ""
                 output = f"faexport_check_{len(self.points)}_{len(found)}_{new.name}_{int(by_stand_in)}"
                 found.append((Point(new.name or "", _named(site), word, output, by_stand_in), stats))

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from .nodes import attribute, operand
+
 _FLOAT = ir.DataType.FLOAT
 _fresh = itertools.count()
 
@@ -90,6 +92,46 @@ class Emit:
         """How many elements are NaN or +inf."""
         infinity = self.constant(np.array(np.inf, np.float32))
         return self.count(self("Not", self("Less", self.cast(value, _FLOAT), infinity)))
+
+
+def settled(
+    emit: Emit, old: ir.Value, new: ir.Value, twin: ir.Value | None
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """The three with 0 wherever GroupQueryAttention, which made `old`, says nothing of an element (decoders.py): rows
+    of a cache that hold no key yet, and rows of a query beyond its length. Others stay as they are."""
+    node = old.producer()
+    if node is None or node.op_type != "GroupQueryAttention":
+        return old, new, twin
+    column = emit.constant(np.array([-1, 1]))
+    last, chunks = operand(node, 5), operand(node, 16)
+    if last is None:
+        return old, new, twin
+    zero, one = (emit.constant(np.array(n)) for n in (0, 1))
+    used = emit("Add", emit("Reshape", emit.cast(last, ir.DataType.INT64), column), one)
+    axis = 1 if old.index() == 0 else 2
+    rows = emit("Gather", emit("Shape", old), emit.constant(np.array(axis)), axis=0)
+    if axis == 1 and chunks is not None:
+        used = emit("Min", used, emit("Reshape", emit.cast(chunks, ir.DataType.INT64), column))
+    if axis == 2 and attribute(node, "sliding_window_cache", 0):
+        used = _rows_of_ring(emit, used, rows, attribute(node, "local_window_size", -1))
+    there = emit("Less", emit("Range", zero, rows, one), used)
+    shape = {1: [0, -1, 1], 2: [0, 1, -1, 1]}[axis]
+    there = emit("Reshape", there, emit.constant(np.array(shape)))
+    nothing = emit.constant(np.array(0, np.float32))
+
+    def kept(value: ir.Value) -> ir.Value:
+        return emit("Where", there, emit.cast(value, _FLOAT), nothing)
+
+    return kept(old), kept(new), None if twin is None else kept(twin)
+
+
+def _rows_of_ring(emit: Emit, keys: ir.Value, capacity: ir.Value, window: int) -> ir.Value:
+    """How many of so many keys a cache keeps (docs/operator.md, "Windows")."""
+    zero, one = (emit.constant(np.array(n)) for n in (0, 1))
+    group = emit("Sub", capacity, emit.constant(np.array(window - 1)))
+    over = emit("Max", emit("Sub", keys, capacity), zero)
+    times = emit("Div", emit("Sub", emit("Add", over, group), one), group)
+    return emit("Sub", keys, emit("Mul", group, times))
 
 
 def statistics(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -221,6 +221,9 @@ class AttentionSpec:
     present_key: ir.Value | None = None
     present_value: ir.Value | None = None
     lse: ir.Value | None = None
+    # of the operator's own names (inputs.def, attributes.def): what else a decoder has, as its cache and rotary tables
+    further_inputs: Mapping[str, ir.Value] = dataclasses.field(default_factory=dict)
+    further_attributes: Mapping[str, int | float | str] = dataclasses.field(default_factory=dict)
     # pairs of another output of the replaced node and a value that takes its place
     other_outputs: Sequence[tuple[ir.Value, ir.Value]] = ()
     facts: tuple[Fact, ...] = ()

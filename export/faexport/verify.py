@@ -33,7 +33,6 @@ from .reference import (
     make_reference,
     needs_library,
     open_optimized,
-    outputs_or_sentence,
 )
 from .report import OutputDifference, Verification, VerificationRun, VerificationStatus
 from .settings import ANY_NUMBERS, Assumed, InputSet
@@ -132,7 +131,7 @@ def _run_rewritten(reference: Reference, path: str, library: bool, on_amount: Am
     with open_optimized(reference, path, library) as session:
         for done, index in enumerate(reference.compared):
             on_amount(done, len(reference.compared))
-            found[index] = outputs_or_sentence(session, reference.sets[index].tensors)
+            found[index] = reference.outputs_or_sentence(session, reference.sets[index].tensors)
     _try_plainly(reference, path, library, found)
     return found
 
@@ -146,7 +145,7 @@ def _try_plainly(reference: Reference, path: str, library: bool, found: list[Out
     try:
         with reference.open_session(ort_session.Job(path, optimize=False, library=library)) as session:
             for index in failed:
-                outputs, sentence = outputs_or_sentence(session, reference.sets[index].tensors), found[index]
+                outputs, sentence = reference.outputs_or_sentence(session, reference.sets[index].tensors), found[index]
                 if isinstance(outputs, dict):
                     found[index] = outputs
                     reference.notes.append(

@@ -169,33 +169,10 @@ def grouped(*more, **attributes) -> tuple[onnx.ModelProto, list]:
     return model_of("GroupQueryAttention", "com.microsoft", tensors, attributes, opset=17), tensors
 
 
-@pytest.mark.parametrize("attributes", [{}, {"softcap": 3.0}, {"scale": 0.2}])
+@pytest.mark.parametrize("attributes", [{}, {"softcap": 3.0}, {"scale": 0.2}, {"smooth_softmax": 1}])
 def test_grouped_prompts(attributes: dict, library: str) -> None:
     model, tensors = grouped(**attributes)
     assert {"causal", "padding as lengths"} <= set(check(model, tensors, library))
-
-
-@pytest.mark.parametrize(
-    ("attributes", "reason"),
-    [({"local_window_size": 2}, "local window"), ({"do_rotary": 1}, "rotates"), ({"smooth_softmax": 1}, "smooths")],
-)
-def test_grouped_near_misses(attributes: dict, reason: str) -> None:
-    assert reason in refusal(grouped(**attributes)[0])
-
-
-def test_a_grouped_cache_is_refused() -> None:
-    past = floats(B, 2, 4, 16)
-    tensors = [
-        floats(B, 1, H * 16),
-        floats(B, 1, 32),
-        floats(B, 1, 32),
-        past,
-        past,
-        np.array([4, 4], np.int32),
-        np.array(5, np.int32),
-    ]
-    model = model_of("GroupQueryAttention", "com.microsoft", tensors, {"num_heads": H, "kv_num_heads": 2}, 3, 17)
-    assert "cache" in refusal(model)
 
 
 def test_grouped_keys_without_values_are_refused() -> None:

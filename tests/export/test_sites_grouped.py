@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""onnxruntime's GroupQueryAttention: everything of it that the operator has is fused and right, in prompts and steps on
+a cache; the rest is refused with all its reasons."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import faexport
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from faexport import decoders, inputs, ort_session, verify
+from faexport.report import VerificationStatus
+from onnx import helper, numpy_helper
+
+from tests.export.grouped import DIM, HEADS, KV_HEADS, Form, model_of, quantized, with_attributes
+from tests.export.test_sites import OPTIONS, run
+
+VERSION = tuple(int(part) for part in ort.__version__.split(".")[:2])
+
+FORMS = {
+    "plain": Form(),
+    "separate": Form(packed=False),
+    "as the builder writes it": Form(rotary=True, mask=True),
+    "scale and softcap": Form(attributes=with_attributes(scale=0.3, softcap=4.0)),
+    "interleaved rotary": Form(packed=False, rotary=True, attributes=with_attributes(rotary_interleaved=1)),
+    "position ids": Form(rotary=True, position_ids=True, mask=True),
+    "bias": Form(bias=True),
+    "sinks": Form(sinks=True, mask=True),
+    "smooth softmax": Form(attributes=with_attributes(smooth_softmax=1)),
+    "window": Form(rotary=True, attributes=with_attributes(local_window_size=4)),
+    "window of 1": Form(mask=True, attributes=with_attributes(local_window_size=1)),
+    "window of the cache": Form(
+        rotary=True, mask=True, attributes=with_attributes(local_window_size=4, sliding_window_cache=1)
+    ),
+    "window of the cache, sinks": Form(
+        sinks=True, attributes=with_attributes(local_window_size=6, sliding_window_cache=1)
+    ),
+}
+NEWER = {
+    "int8": Form("int8", rotary=True, attributes=quantized("PER_TENSOR", 8)),
+    "int8 by channel": Form("int8", mask=True, attributes=quantized("PER_CHANNEL", 8)),
+    "int8 by channel, flat": Form("int8", flat=True, rotary=True, attributes=quantized("PER_CHANNEL", 8)),
+    "int4": Form("int4", attributes=quantized("PER_TENSOR", 4)),
+    "int4, window, sinks": Form(
+        "int4",
+        mask=True,
+        rotary=True,
+        sinks=True,
+        packed=False,
+        attributes=quantized("PER_CHANNEL", 4) + with_attributes(local_window_size=4, softcap=3.0),
+    ),
+    "bias, window of the cache": Form(
+        bias=True, attributes=with_attributes(local_window_size=4, sliding_window_cache=1)
+    ),
+    "query lengths, window of the cache": Form(
+        mask=True,
+        chunks=True,
+        rotary=True,
+        packed=False,
+        attributes=with_attributes(local_window_size=4, sliding_window_cache=1),
+    ),
+    "int4 by channel": Form("int4", rotary=True, mask=True, attributes=quantized("PER_CHANNEL", 4)),
+    "query lengths": Form(chunks=True, rotary=True, packed=False),
+}
+
+
+def sets_of(model: onnx.ModelProto) -> tuple[decoders.Decoder, list]:
+    loaded = ir.from_proto(model)
+    decoder = decoders.read(loaded)
+    assert decoder is not None
+    return decoder, list(decoders.steps(decoder, inputs.input_specs(loaded), np.random.default_rng(0)))
+
+
+def fuse(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """The fused model, and what was proven."""
+    fused, report = faexport.fuse(model, options=OPTIONS)
+    assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
+    return fused, [fact.text for fact in report.sites[0].facts]
+
+
+def compare(form: Form, library: str) -> list[str]:
+    """Fuses and compares what counts of all outputs, in prompts and steps; returns what was proven."""
+    model = model_of(form)
+    fused, facts = fuse(model)
+    decoder, sets = sets_of(model)
+    names = [output.name for output in model.graph.output]
+    compared = 0
+    for item in sets:
+        try:
+            expected = dict(zip(names, run(model, item.tensors), strict=True))
+        except Exception as error:  # a setting that onnxruntime doesn't take
+            assert "GroupQueryAttention" in str(error), item.label
+            continue
+        found = dict(zip(names, run(fused, item.tensors, library), strict=True))
+        wanted, found = (decoder.settled(outputs, item.tensors) for outputs in (expected, found))
+        for name in names:
+            tolerance = 1e-4 * max(1.0, float(np.abs(wanted[name].astype(float)).max()))
+            assert found[name].shape == wanted[name].shape, (item.label, name)
+            np.testing.assert_allclose(
+                found[name].astype(float), wanted[name].astype(float), atol=tolerance, err_msg=f"{name} {item.label}"
+            )
+        compared += 1
+    assert compared >= 4
+    return facts
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_forms(form: Form, library: str) -> None:
+    facts = compare(form, library)
+    assert {"causal", "padding as lengths"} <= set(facts)
+    assert any("in place" in fact for fact in facts)
+
+
+@pytest.mark.skipif(VERSION < (1, 32), reason="onnxruntime's CPU kernel has these from 1.32 on")
+@pytest.mark.parametrize("form", NEWER.values(), ids=NEWER.keys())
+def test_newer_forms(form: Form, library: str) -> None:
+    compare(form, library)
+
+
+def test_norm(library: str) -> None:
+    """onnxruntime has it on GPUs only: here it gets rows that are normal already."""
+    form = Form(norm=True, rotary=True, packed=False, attributes=with_attributes(qk_norm_epsilon=1e-3))
+    with_norm, plain = model_of(form), model_of(dataclasses.replace(form, norm=False, attributes=()))
+    fused, facts = fuse(with_norm)
+    assert "RMS norm of the heads of query and key" in facts
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in with_norm.graph.initializer}
+    decoder, sets = sets_of(plain)
+    for item in sets[:5]:
+        tensors = dict(item.tensors)
+        for name, weight in (("query", "q_norm"), ("key", "k_norm")):
+            rows = tensors[name].reshape(*tensors[name].shape[:2], -1, DIM)
+            rows = rows / np.sqrt((rows * rows).mean(-1, keepdims=True) + 1e-3) * weights[weight]
+            tensors[name] = rows.reshape(tensors[name].shape)
+        names = [output.name for output in plain.graph.output]
+        expected = decoder.settled(dict(zip(names, run(plain, tensors), strict=True)), tensors)
+        found = decoder.settled(dict(zip(names, run(fused, item.tensors, library), strict=True)), tensors)
+        for name in names:
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=f"{name} {item.label}")
+
+
+# ------------------------------------------------------------------------------------------ verification
+
+
+def verified(tmp_path: pathlib.Path, model: onnx.ModelProto, fused: onnx.ModelProto) -> VerificationStatus:
+    onnx.save(model, tmp_path / "a.onnx")
+    onnx.save(fused, tmp_path / "b.onnx")
+    found = verify.verify(tmp_path / "a.onnx", tmp_path / "b.onnx", open_session=ort_session.SessionHere)
+    print(found.reason, found.notes)
+    return found.status
+
+
+RICH = Form(
+    rotary=True, position_ids=True, mask=True, sinks=True, attributes=with_attributes(local_window_size=4, softcap=5.0)
+)
+
+CHECKED = {
+    "float16": Form(rotary=True, mask=True, half=True),
+    "window": Form(rotary=True, mask=True, attributes=with_attributes(local_window_size=4)),
+    "window of the cache": Form(
+        rotary=True, mask=True, attributes=with_attributes(local_window_size=4, sliding_window_cache=1)
+    ),
+    "position ids": Form(rotary=True, position_ids=True, mask=True),
+    "no cache": Form("", rotary=True),
+    "sinks, softcap, window": RICH,
+}
+
+
+@pytest.mark.parametrize("form", CHECKED.values(), ids=CHECKED.keys())
+def test_what_is_right_passes(form: Form, tmp_path: pathlib.Path) -> None:
+    model = model_of(form)
+    assert verified(tmp_path, model, fuse(model)[0]) is VerificationStatus.PASSED
+
+
+RING = Form(rotary=True, mask=True, attributes=with_attributes(local_window_size=4, sliding_window_cache=1))
+WRONG = {
+    "a wider window": (RICH, {"left_window_size": 4}),
+    "a narrower window": (RICH, {"left_window_size": 2}),
+    "no window": (RICH, {"left_window_size": -1}),
+    "not causal": (RICH, {"is_causal": 0}),
+    "no softcap": (RICH, {"softcap": 0.0}),
+    "another scale": (RICH, {"scale": 0.26}),
+    "interleaved": (RICH, {"rotary_interleaved": 1}),
+    "tables changed": (RICH, {"cos_cache": "sin"}),
+    "other lengths": (RICH, {"nonpad_kv_seqlen": "seqlens_k"}),
+    "another window of the cache": (RING, {"left_window_size": 2}),
+    "the whole cache": (RING, {"cache": "write"}),
+}
+
+
+@pytest.mark.parametrize(("form", "change"), WRONG.values(), ids=WRONG.keys())
+def test_what_is_wrong_fails(form: Form, change: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    model = model_of(form)
+    fused = fuse(model)[0]
+    (node,) = (n for n in fused.graph.node if n.domain == "faexport")
+    values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    names = values["optional_inputs"].decode().split(",")
+    for name, value in change.items():
+        if name in names:
+            node.input[3 + names.index(name)] = value
+            continue
+        kept = [a for a in node.attribute if a.name != name]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute(name, value)])
+    assert verified(tmp_path, model, fused) is VerificationStatus.FAILED
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+def refusal(form: Form) -> str:
+    fused, report = faexport.fuse(model_of(form), options=OPTIONS)
+    (site,) = report.sites
+    assert not report.num_fused and site.refusal is not None and site.refusal.node == "node"
+    assert not site.refusal.defect
+    return site.refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("form", "reasons"),
+    [
+        (Form(attributes=with_attributes(causal=0)), ["not causal"]),
+        (Form(attributes=with_attributes(local_window_size=0)), ["window of 0 keys"]),
+        (Form("", attributes=with_attributes(sliding_window_cache=1)), ["window of a cache"]),
+        (Form(attributes=with_attributes(causal=0, local_window_size=0)), ["not causal", "window of 0 keys"]),
+        (Form("", attributes=with_attributes(local_window_size=2)), ["without a cache", "local window"]),
+        (Form("int8", attributes=with_attributes(k_quant_type="PER_ROW")), ["scales", "PER_ROW"]),
+        (Form("int8", attributes=quantized("PER_TENSOR", 4)), ["8 bits", "kv_cache_bit_width"]),
+    ],
+)  # fmt: skip
+def test_refusals_say_every_reason(form: Form, reasons: list[str]) -> None:
+    found = refusal(form)
+    assert all(reason in found for reason in reasons), found
+
+
+def test_a_cache_that_is_not_given_on_is_refused() -> None:
+    model = model_of(Form())
+    del model.graph.output[1:], model.graph.node[-1].output[1:]
+    _, report = faexport.fuse(model, options=OPTIONS)
+    assert "give on" in str(report.sites[0].refusal)
+
+
+def test_a_present_that_nobody_reads(library: str) -> None:
+    model = model_of(Form(mask=True))
+    decoder, sets = sets_of(model)
+    del model.graph.output[1:]
+    fused, _ = fuse(model)
+    for item in sets[:6]:
+        old, new = (run(m, item.tensors, lib)[0] for m, lib in ((model, None), (fused, library)))
+        old, new = (decoder.settled({"output": x}, item.tensors)["output"] for x in (old, new))
+        np.testing.assert_allclose(new, old, atol=1e-4, err_msg=item.label)
+
+
+def test_total_that_is_no_size_goes_along_as_a_shape() -> None:
+    """Rows of the present are max(capacity, total), so some tensor must have as many."""
+    fused, _ = fuse(model_of(Form()))
+    made = {output: node for node in fused.graph.node for output in node.output}
+    (node,) = (n for n in fused.graph.node if n.domain == "faexport")
+    names = helper.get_attribute_value(next(a for a in node.attribute if a.name == "optional_inputs")).decode()
+    extent = node.input[3 + names.split(",").index("kv_extent")]
+    assert made[extent].op_type == "ConstantOfShape"
+    fused, _ = fuse(model_of(Form(mask=True)))
+    (node,) = (n for n in fused.graph.node if n.domain == "faexport")
+    assert "mask" in node.input and not any(n.op_type == "ConstantOfShape" for n in fused.graph.node)
+
+
+# ------------------------------------------------------------------------------------------ generation
+
+
+class Generator:
+    """A session with one buffer for each cache, bound as past and present, as onnxruntime-genai does it."""
+
+    def __init__(self, model: onnx.ModelProto, capacity: int, library: str | None = None):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        if library:
+            options.register_custom_ops_library(library)
+        providers = ["CPUExecutionProvider"]
+        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+        shape = (3, KV_HEADS, capacity, DIM)
+        self.caches = {n: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for n in ("key", "value")}
+
+    def step(self, query: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        binding = self.session.io_binding()
+        binding.bind_output("output")
+        for name, array in (("query", query), ("mask", mask)):
+            binding.bind_cpu_input(name, array)
+        for name, cache in self.caches.items():
+            binding.bind_ortvalue_input(f"past_{name}", cache)
+            binding.bind_ortvalue_output(f"present_{name}", cache)
+        self.session.run_with_iobinding(binding)
+        return binding.get_outputs()[0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("form", "capacity", "lengths"), [(FORMS["as the builder writes it"], 30, (7, 3, 5)), (RING, 7, (7, 7, 7))]
+)
+def test_generation_in_place(form: Form, capacity: int, lengths: tuple[int, ...], library: str) -> None:
+    """A prompt, padded on the right, and twenty steps."""
+    model = model_of(form)
+    original, fused = Generator(model, capacity), Generator(fuse(model)[0], capacity, library)
+    random = np.random.default_rng(0)
+    keys, width = np.array(lengths), (HEADS + 2 * KV_HEADS) * DIM
+    for rows in (max(lengths), *[1] * 20):
+        query = random.standard_normal((3, rows, width)).astype(np.float32)
+        mask = (np.arange(keys.max()) < keys[:, None]).astype(np.int64)
+        expected, found = (generator.step(query, mask) for generator in (original, fused))
+        for b in range(3):
+            used = slice(0, min(rows, keys[b]))
+            np.testing.assert_allclose(found[b, used], expected[b, used], atol=1e-5, err_msg=f"{keys[b]} keys")
+        keys = keys + 1
+    window = 4 if form is RING else 0
+    kept = decoders.rows_kept(keys - 1, capacity, window)
+    for name, cache in original.caches.items():
+        for b, rows in enumerate(kept):
+            ours, theirs = (c.numpy()[b, :, :rows] for c in (fused.caches[name], cache))
+            assert rows and np.abs(theirs).min(-1).max() > 0
+            np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=f"{name} {b}")
