@@ -21,7 +21,7 @@ import torch
 from attention_rows import SUITES, Row, Tensors, draw, expected
 
 LIMIT = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 2e-3}  # ||out - ref|| / ||ref||
-KERNELS = ("prefill_sm80", "prefill_sm90", "decode_splitkv")  # ours, forced
+KERNELS = ("prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")  # ours, forced
 
 
 def precision_of(row: Row, name: str) -> str:
@@ -90,7 +90,7 @@ def measure(row: Row, options: argparse.Namespace) -> dict:
         one = {key: round(x, 5) for key, x in gpu_timer.summary(milliseconds).items()}
         one["error"] = float(f"{errors[name]:.3g}")
         one["tflops"] = round(row.flops / one["median_ms"] / 1e9, 1)
-        if row.seqlen == 1:
+        if row.seqlen <= 8:
             one["tb_per_s"] = round(row.kv_bytes / one["median_ms"] / 1e9, 3)
         result["contestants"][name] = one
     add_ratios(row, result)

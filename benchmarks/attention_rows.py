@@ -182,8 +182,13 @@ def _wide() -> list[Row]:
 
 
 def _decode() -> list[Row]:
-    sizes = ((1, 32768), (16, 4096), (64, 2048), (8, 32768))
-    return [Row(b, 32, 1, 128, num_kv_heads=8, seqlen_kv=s) for b, s in sizes]
+    sizes = ((1, 1024), (1, 4096), (1, 8192), (1, 32768), (1, 131072), (4, 8192), (16, 4096), (64, 2048), (8, 32768))
+    plain = [Row(b, 32, 1, 128, num_kv_heads=8, seqlen_kv=s) for b, s in sizes]
+    heads = ((1, 64, 8, 64, 16384), (32, 32, 32, 128, 1024), (2, 16, 1, 256, 8192))
+    others = [Row(b, h, 1, d, num_kv_heads=k, seqlen_kv=s) for b, h, k, d, s in heads]
+    several = Row(8, 32, 4, 128, num_kv_heads=8, seqlen_kv=8192, is_causal=True)
+    ragged = Row(64, 32, 1, 128, num_kv_heads=8, seqlen_kv=4096, mask="lengths")
+    return [*plain, *others, several, ragged]
 
 
 # Batch, heads, length and head_dim of the float32 rows: what exports of encoders and of longer models have.

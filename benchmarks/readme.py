@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
 EXPORTS_BEGIN, EXPORTS_END = "<!-- exports: written by benchmarks/readme.py -->\n", "<!-- end of exports -->\n"
 ZOO_BEGIN, ZOO_END = "<!-- zoo: written by benchmarks/readme.py -->\n", "<!-- end of zoo -->\n"
-OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv")
+OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")
 GROUPS = {
     "no mask": lambda row: not any(word in row for word in ("s1x", "d512", "causal", "bias", "lengths", "mask")),
     "causal": lambda row: row.endswith("causal"),

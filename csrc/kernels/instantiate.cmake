@@ -74,7 +74,7 @@ fa_instantiate_sm80("f16;bf16" "192;96;32" "kPlain;kModified")
 fa_instantiate_sm80("f16;bf16" "512" "kModified")
 
 if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
-  fa_cuda_library(fa_prefill_sm90 kernels/prefill_sm90/tile_counter.cu)
+  fa_cuda_library(fa_prefill_sm90 kernels/decode_sm90/merge_counters.cu kernels/prefill_sm90/tile_counter.cu)
   set_target_properties(fa_prefill_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
   set(launch_sm90 "Status prefill_sm90::launch_instance<@T@, @HEAD_DIM@, prefill_sm90::Variant::@VARIANT@>(const Plan&, const AttentionParams&, const ExecutionContext&)")
   function(fa_instantiate_sm90 head_dims variants)
@@ -89,8 +89,11 @@ if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   fa_instantiate(fa_prefill_sm90 prefill_sm90_wide kernels/prefill_sm90_wide/launch.cuh "${launch_sm90_wide}" "f16;bf16" "512" "kPlain;kModified")
   set(launch_sm90_f32 "Status prefill_sm90_f32::launch_instance<@HEAD_DIM@, Float32Precision::@VARIANT@>(const Plan&, const AttentionParams&, const ExecutionContext&)")
   fa_instantiate(fa_prefill_sm90 prefill_sm90_f32 kernels/prefill_sm90_f32/launch.cuh "${launch_sm90_f32}" "f32" "256;128;64" "kTf32;kTf32x3")
+  string(REPLACE "prefill_sm90::" "decode_sm90::" launch_decode_sm90 "${launch_sm90}")
+  fa_instantiate(fa_prefill_sm90 decode_sm90 kernels/decode_sm90/launch.cuh "${launch_decode_sm90}" "f16;bf16" "256;192;128;64" "kAny")
   target_sources(fa_core PRIVATE
     kernels/common/tensor_map.cpp
+    kernels/decode_sm90/decode_sm90.cpp
     kernels/prefill_sm90/prefill_sm90.cpp
     kernels/prefill_sm90_f32/prefill_sm90_f32.cpp
     kernels/prefill_sm90_wide/prefill_sm90_wide.cpp)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fa/attention.h"
+#include "kernels/decode_sm90/decode_sm90.h"
 #include "kernels/decode_splitkv/decode_splitkv.h"
 #include "kernels/prefill_sm80/prefill_sm80.h"
 #include "kernels/prefill_sm90/prefill_sm90.h"
@@ -32,9 +33,12 @@ size_t max_attention_bytes(const StepParams& largest, const Device& device) {
   {#name, DeviceType::kCuda, plan_attention<name::plan>, launch_attention<name::launch>, \
    max_attention_bytes<name::max_workspace_bytes>}
 #ifdef FA_WITH_SM90
+#define FA_HOPPER_DECODE_KERNEL FA_CUDA_KERNEL_WITH_BOUND(decode_sm90),
 #define FA_HOPPER_KERNELS \
   FA_CUDA_KERNEL(prefill_sm90), FA_CUDA_KERNEL(prefill_sm90_f32), FA_CUDA_KERNEL_WITH_BOUND(prefill_sm90_wide),
 #else
+#define FA_HOPPER_DECODE_KERNEL
 #define FA_HOPPER_KERNELS
 #endif
-#define FA_CUDA_KERNELS FA_CUDA_KERNEL_WITH_BOUND(decode_splitkv), FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm80)
+#define FA_CUDA_KERNELS \
+  FA_HOPPER_DECODE_KERNEL FA_CUDA_KERNEL_WITH_BOUND(decode_splitkv), FA_HOPPER_KERNELS FA_CUDA_KERNEL(prefill_sm80)

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.gpu
 
 HOPPER = {"float16": "prefill_sm90", "bfloat16": "prefill_sm90", "float32": "prefill_sm90_f32"}
 ANY = "prefill_sm80"  # every GPU from compute capability 8.0 on has it
+DECODE = {"float16": "decode_sm90", "bfloat16": "decode_sm90", "float32": "decode_splitkv"}
+ANY_DECODE = "decode_splitkv"
 # What each kind of problem runs on: on Hopper, and on other GPUs.
 SIXTEEN_BITS = ("float16", "bfloat16")
 EXPECTED = [
@@ -24,7 +26,14 @@ EXPECTED = [
     ),
     *((cases.Case(dtype, 2, 4, 4, 300, 300, 33), ANY, ANY) for dtype in cases.DTYPES),
     *((cases.Case(dtype, 1, 1, 1, 300, 300, 512), "prefill_sm90_wide", ANY) for dtype in SIXTEEN_BITS),
-    *((cases.Case(dtype, 2, 8, 2, 1, 4096, 128), "decode_splitkv", "decode_splitkv") for dtype in cases.DTYPES),
+    *((cases.Case(dtype, 2, 8, 2, 1, 4096, 128), DECODE[dtype], ANY_DECODE) for dtype in cases.DTYPES),
+    *((cases.Case(dtype, 2, 8, 2, 1, 4096, 33), ANY_DECODE, ANY_DECODE) for dtype in cases.DTYPES),
+    *(
+        (cases.Case(dtype, 9, 8, 2, 4, 999, d), "decode_sm90", ANY_DECODE)
+        for dtype in SIXTEEN_BITS
+        for d in (80, 96, 192, 256)
+    ),
+    *((cases.Case(dtype, 3, 8, 2, 2, 999, 64, packed=True), "decode_sm90", ANY) for dtype in SIXTEEN_BITS),
 ]
 # Too many rows for decoding, and addresses in whole steps of 16 bytes.
 LARGE = {"seqlen_q": 300, "seqlen_kv": 300, "head_dim": 64}
@@ -50,3 +59,13 @@ def test_the_kernel_that_is_meant_runs(problem: cases.Case, on_hopper: str, else
 def test_every_kind_of_mask_runs_on_the_fast_kernel(kind: str, dtype: str) -> None:
     kernels = kernels_of(cases.Case(dtype, **LARGE, layout="BSHD", **cases.MASKS[kind]))
     assert kernels == ([HOPPER[dtype]] if is_hopper() else []) + [ANY]
+
+
+FEW_ROWS = {"seqlen_q": 4, "seqlen_kv": 3000, "head_dim": 128, "num_q_heads": 8, "num_kv_heads": 2}
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("kind", [kind for kind in cases.MASKS if not kind.startswith("packed")])
+def test_every_kind_of_mask_decodes_on_the_fast_kernel(kind: str, dtype: str) -> None:
+    kernels = kernels_of(cases.Case(dtype, **FEW_ROWS, layout="BSHD", **cases.MASKS[kind]))
+    assert kernels[0] == (DECODE[dtype] if is_hopper() else ANY_DECODE)

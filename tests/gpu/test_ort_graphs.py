@@ -23,7 +23,7 @@ NUM_NODES, NUM_REPLAYS = 24, 100
 HALF = TensorProto.FLOAT16
 # The inputs of each kind of node; the output has the query's shape, so that nodes of a kind can be chained.
 KINDS = {
-    # few rows against many keys, which are split: partial results in 1,364,480 bytes of workspace
+    # few rows against many keys, which are split: partial results in the workspace
     "decode": {"query": (2, 32, 1, 128), "key": (2, 8, "keys", 128), "value": (2, 8, "keys", 128)},
     # more tiles than blocks, of unequal length: a tile counter
     "prefill": {"query": (2, 16, 1200, 64), "key": (2, 16, 1200, 64), "value": (2, 16, 1200, 64)},

@@ -33,10 +33,12 @@ CONFIGURATIONS = [
     ((2, 8, 4, 512, 300, 256, "float32"), {"attn_mask": ((2, 1, 512, 300), "bool")}, PREFILL, True),
     ((2, 4, 4, 300, 300, 33, "float32"), {}, PREFILL, False),
     ((2, 4, 4, 300, 300, 111, "bfloat16"), {}, PREFILL, False),
-    ((1, 32, 8, 1, 32768, 128, "float16"), {}, DECODE, False),
-    ((16, 32, 8, 1, 4096, 128, "bfloat16"), {"nonpad_kv_seqlen": ((16,), "int32")}, DECODE, False),
+    ((1, 32, 8, 1, 32768, 128, "float16"), {}, DECODE, True),
+    ((16, 32, 8, 1, 4096, 128, "bfloat16"), {"nonpad_kv_seqlen": ((16,), "int32")}, DECODE, True),
+    ((3, 16, 1, 2, 700, 80, "float16"), {"attn_mask": ((3, 1, 2, 700), "bool")}, DECODE, True),
+    ((3, 16, 1, 2, 700, 33, "float16"), {}, DECODE, False),
     ((1, 8, 1, 4, 1024, 64, "float32"), {"is_causal": True}, DECODE, False),
-    ((1, 8, 8, 40, 8192, 128, "float16"), {}, DECODE, False),
+    ((1, 8, 8, 40, 8192, 128, "float16"), {}, DECODE, True),
 ]
 
 
@@ -56,9 +58,9 @@ def _has_cuda_kernels() -> None:
 @pytest.mark.parametrize(("shape", "arguments", "phase", "on_hopper"), CONFIGURATIONS)
 def test_kernel_is_named(shape: tuple, arguments: dict, phase: str, on_hopper: bool, device: str) -> None:
     text = explain(shape, arguments, device)
-    hoppers = "prefill_sm90_f32" if shape[-1] == "float32" else "prefill_sm90"
-    prefill = hoppers if device == "sm_90" and on_hopper and hoppers in text else "prefill_sm80"
-    expected = prefill if phase == PREFILL else DECODE
+    hoppers = "decode_sm90" if phase == DECODE else "prefill_sm90_f32" if shape[-1] == "float32" else "prefill_sm90"
+    elsewhere = DECODE if phase == DECODE else "prefill_sm80"
+    expected = hoppers if device == "sm_90" and on_hopper and hoppers in text else elsewhere
     assert text.splitlines()[0] == f"{expected}: chosen", text
 
 

@@ -41,6 +41,10 @@ cudaError_t launch_early(void (*kernel)(Args), int blocks, int threads, size_t s
 #if defined(__CUDACC__)
 /// Until all kernels before this one have ended and what they wrote is visible.
 __device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+/// Blocks of the next kernel, if it is launched early too, may come once all blocks of this one have said so or ended; they wait
+/// for this kernel's end all the same.
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 #endif
 
 }  // namespace fa

@@ -10,11 +10,9 @@ namespace fa::prefill_sm90 {
 
 inline constexpr size_t kCounterBytes = 256;  // of workspace, an allocation's smallest unit
 
-/// Finds the counter for the next launch in the context's stream. It is 0 when that launch starts, provided that every launch
-/// leaves its counter at 0. Each workspace address has a counter of its own: launches that share a workspace never overlap, so
-/// launches that share a counter don't either, and a captured launch may be replayed beside any other. No launch has to zero its
-/// counter first, which would take 2 µs in the stream. When all counters are taken, the counter is the first word of the
-/// workspace, and a memset before the launch zeroes it.
+/// Finds the counter for the next launch in the context's stream, which is 0 when that launch starts, provided that every launch
+/// leaves it at 0 (workspace_numbers.h). No launch has to zero its counter first, which would take 2 µs in the stream. When all
+/// counters are taken, the counter is the first word of the workspace, and a memset before the launch zeroes it.
 cudaError_t find_tile_counter(const ExecutionContext& context, unsigned** counter);
 
 }  // namespace fa::prefill_sm90

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tile table of decode_sm90 and what else was chosen by reckoning or measurement: one place for all of it. Read by the kernel
+// and by the host, which lays out grid and shared memory.
+#pragma once
+
+#include <cstdint>
+
+namespace fa::decode_sm90 {
+
+inline constexpr int kRowsPerWarp = 16;          // of a matrix instruction: (query row, query head) pairs
+inline constexpr int kMostTileRows = 64;         // of the pairs that share a read of keys and values
+inline constexpr int kPanelColumns = 64;         // 128 bytes, the width of the copy engine's swizzle
+inline constexpr int kMaxStages = 16;            // of the ring of key and value tiles
+inline constexpr int kTilesBeforeItem = 4;       // whose copies start before the consumers are told what for; at most a ring
+inline constexpr int kItemSlots = 4;             // pieces of work that the producer may be ahead
+inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory of a block
+inline constexpr int kMaxScannedMasks = 256;     // batch entries whose masks every block may look through
+
+// Where the keys are cut. Units are key tiles.
+inline constexpr int kMinUnitsPerBlock = 2;  // with less, a block's own start and end would cost more than its keys
+inline constexpr int kMaxSnap = 2;           // a cut so near to the end of a head is moved there, …
+inline constexpr int kUnitsPerSnap = 4;      // … but not by more than this part of a block's share
+
+inline constexpr int64_t kSharedMerge = 96 << 10;  // partial results from this many bytes on are merged by all of their blocks
+inline constexpr int kPatience = 16000;            // clocks that a block waits for others before it leaves the merge to them
+
+struct TileShape {
+  int warps;              // that multiply; one more starts the copies
+  int tile_n;             // keys of a stage, which one warp works off for its rows; a multiple of 32
+  int blocks_per_sm = 1;  // one ring as deep as shared memory allows, instead of several
+
+  /// Of a block; the system keeps 1 KB for each.
+  constexpr int shared_bytes() const { return (kSharedLimit + 1024) / blocks_per_sm - 1024; }
+};
+
+/// head_dim: the bucket, a multiple of 64. Four warps have 255 registers each, enough to read several operands ahead; eight would
+/// multiply no faster, since each would wait for shared memory, and would have twice as much to merge.
+constexpr TileShape tile_shape(int head_dim) {
+  if (head_dim <= 64) return {4, 64};
+  return {4, 32};
+}
+
+/// Keys and values of a stage, 16-bit elements.
+constexpr int stage_bytes(int head_dim) { return 2 * 2 * head_dim * tile_shape(head_dim).tile_n; }
+
+/// float32 output of one warp in the merge of a block's warps; rows are padded so that neighbours use different banks.
+constexpr int merge_stride(int head_dim) { return head_dim + 8; }
+constexpr int merge_bytes(int head_dim, int rows) { return 4 * rows * merge_stride(head_dim) * tile_shape(head_dim).warps; }
+
+}  // namespace fa::decode_sm90

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// A consumer warp of decode_sm90: 16 rows of each item, and every so many-th of its key tiles. Warps don't wait for each other
+// before the end of an item, so that one's softmax runs beside another's products and the copies of both.
+#pragma once
+
+#include "kernels/decode_sm90/merge.cuh"
+#include "kernels/decode_sm90/producer.cuh"
+#include "kernels/decode_sm90/products.cuh"
+#include "kernels/prefill_sm80/softmax.cuh"
+
+namespace fa::decode_sm90 {
+
+template <class C>
+struct Consumer {
+  using T = typename C::T;
+  using Products = decode_sm90::Products<C>;
+
+  const KernelArgs& args;
+  SharedPlan<C::kWarps>& shared;
+  unsigned char* ring;
+  RingPlace place;  // of the warp's next tile …
+  int ahead;        // … which is this many tiles behind the next item's first
+
+  __device__ __forceinline__ Consumer(const KernelArgs& args_, SharedPlan<C::kWarps>& shared_, unsigned char* ring_)
+      : args(args_), shared(shared_), ring(ring_) {
+    ahead = static_cast<int>(threadIdx.x / 32) >> row_bits(args);
+    place.advance(ahead, args.stages);
+  }
+
+  __device__ __forceinline__ int first_row() const {
+    return static_cast<int>(threadIdx.x / 32 & (row_blocks(args) - 1)) * kRowsPerWarp;
+  }
+  /// [kWarps, merge_rows, merge_stride].
+  __device__ __forceinline__ float* merged() const { return reinterpret_cast<float*>(ring + args.stages * C::kStageBytes); }
+
+  __device__ __forceinline__ void run() {
+    for (unsigned i = 0;; ++i) {
+      const unsigned slot = i % kItemSlots;
+      shared.item_full[slot].wait(i / kItemSlots % 2);
+      const Item& item = shared.item[slot];
+      if (!item.valid) return;
+      work_off(item);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) shared.item_empty[slot].arrive();
+    }
+  }
+
+ private:
+  /// Row `r` of the lane's two.
+  __device__ __forceinline__ LaneRow own_row(const Item& item, int r) const {
+    return lane_row(args, item, first_row() + threadIdx.x % 32 / 4 + 8 * r);
+  }
+
+  __device__ __forceinline__ void work_off(const Item& item) {
+    typename Products::Queries queries;
+    load_queries(item, queries);
+    typename Products::Out out = {};
+    RowState<1> state;
+    const int key_warps = C::kWarps >> row_bits(args), tiles = item.end - item.begin;
+    const bool has_rows = first_row() < item.num_rows;
+    int i = ahead;
+#pragma unroll 1
+    for (; i < tiles; i += key_warps) {
+      const int stage = place.stage(args.stages);
+      shared.full[stage].wait(place.phase(args.stages));
+      if (has_rows) {
+        const int tile = item.begin + i;
+        const uint32_t keys = shared_address(ring) + stage * C::kStageBytes;
+        if (tile >= item.full_begin && tile < item.full_end) {
+          process_tile<false>(item, queries, tile, keys, out, state);
+        } else {
+          process_tile<true>(item, queries, tile, keys, out, state);
+        }
+      }
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.empty[stage]);
+      place.advance(key_warps, args.stages);
+    }
+    ahead = i - tiles;
+    finish(item, out, state);
+  }
+
+  __device__ __forceinline__ void load_queries(const Item& item, typename Products::Queries& queries) {
+    const TensorView& query = args.problem.query;
+    const T* data[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const LaneRow row = own_row(item, r);
+      const T* head = static_cast<const T*>(query.data) + item.batch * query.stride[0] + row.head * query.stride[1];
+      data[r] = row.in_use ? head + (item.row_base + row.row) * query.stride[2] : nullptr;
+    }
+    Products::load_queries(queries, data, static_cast<int>(query.shape[3]));
+  }
+
+  /// Scores, softmax and the product with the values. kTest: some rows may not see all keys of the tile, or scores need more than
+  /// a scale.
+  template <bool kTest>
+  __device__ __forceinline__ void process_tile(const Item& item, const typename Products::Queries& queries, int tile,
+                                               uint32_t stage, typename Products::Out& out, RowState<1>& state) {
+    typename Products::Scores scores;
+    typename Products::Weights weights;
+    Products::multiply_keys(scores, queries, stage + Products::key_lane());
+#pragma unroll
+    for (int i = 0; i < 4 * C::kKeyBlocks; ++i) scores[0][i / 4][i % 4] *= args.problem.softmax_scale;
+    SeenKeys seen;
+    if constexpr (kTest) {
+      const LaneRow rows[2] = {own_row(item, 0), own_row(item, 1)};  // NOTE: kept, they would cost the loop its registers
+      if (args.modified) modify_scores<C>(scores, args.problem, item, rows, tile * C::kTileN);
+      seen = hide_keys<C>(scores, args.problem, item, rows, tile * C::kTileN);
+    }
+    move_reference(scores, out, state, kLog2E);
+    exponentials<T, true>(scores, weights, state, kLog2E);
+    const uint32_t values = stage + C::kValueOffset + Products::value_lane();
+    if constexpr (kTest) {
+      Products::multiply_seen_values(out, weights, values, seen);
+    } else {
+      Products::multiply_values(out, weights, values);
+    }
+  }
+
+  /// The warp's rows to shared memory, where all warps of the block merge them.
+  __device__ __forceinline__ void finish(const Item& item, const typename Products::Out& out, const RowState<1>& state) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    named_barrier_sync(kConsumerBarrier, 32 * C::kWarps);  // what the last item left there has been read
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = quad_sum(state.sum[0][r]);
+      const int row = g + 8 * r;
+      if (row >= args.merge_rows) continue;
+      if (t == 0) shared.state[warp][row] = make_float2(state.reference[0][r], sum);
+      float* data = merged() + (warp * args.merge_rows + row) * merge_stride(C::kHeadDim) + 2 * t;
+#pragma unroll
+      for (int d = 0; d < C::kDimBlocks; ++d)
+        *reinterpret_cast<float2*>(data + 8 * d) = make_float2(out[0][d][2 * r], out[0][d][2 * r + 1]);
+    }
+    named_barrier_sync(kConsumerBarrier, 32 * C::kWarps);
+    merge_warps<C>(args, shared, item, merged());
+    if (item.num_parts > 1) finish_head<C>(args, shared, item);
+  }
+};
+
+}  // namespace fa::decode_sm90

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches one instantiation of decode_sm90 on a problem that plan() has accepted.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "kernels/common/launch.h"
+#include "kernels/common/launch_early.h"
+#include "kernels/common/tensor_map.h"
+#include "kernels/decode_sm90/instances.h"
+#include "kernels/decode_sm90/kernel.cuh"
+#include "kernels/decode_sm90/merge_counters.h"
+#include "kernels/decode_sm90/shape.h"
+
+namespace fa::decode_sm90 {
+
+/// Is it worth while, for every block, to look through the masks of all batch entries before it starts? They must be the same for
+/// all heads, and short beside what a block reads of keys and values. Looking takes up to a sixth of the time of a cache that is
+/// seen whole (1 % with 8 key heads of 128 columns), and leaves out whatever of it is hidden.
+inline bool scans_mask(const AttentionParams& p, int blocks) {
+  const TensorView& mask = p.mask;
+  if (!mask.present || (mask.shape[1] > 1 && mask.stride[1] != 0) || p.query.shape[0] > kMaxScannedMasks) return false;
+  const int64_t rows = mask.shape[2] > 1 && mask.stride[2] != 0 ? mask.shape[2] : 1;
+  const int64_t bytes_of_key = p.key.shape[1] * (p.key.shape[3] + p.value.shape[3]) * size_of(p.key.dtype);
+  return 2 * rows * blocks <= bytes_of_key;
+}
+
+/// Are four elements of a row an aligned 8 bytes?
+inline bool has_rows_by_4(const TensorView& view) {
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 8 == 0;
+  for (int axis = 0; axis < 3; ++axis) aligned = aligned && (view.shape[axis] == 1 || view.stride[axis] % 4 == 0);
+  return aligned;
+}
+
+/// All of the arguments but tensor maps and workspace.
+template <class C>
+KernelArgs describe_problem(const AttentionParams& p, int blocks) {
+  KernelArgs args{};
+  args.problem = p;
+  args.sequences = sequence_rule(p);
+  args.group_size = Divisor(group_size(p));
+  args.num_spans = static_cast<int>(num_spans(p));
+  args.tile_rows = tile_rows(p);
+  args.merge_rows = merge_rows(p);
+  args.partial_rows = most_rows(p);
+  args.stages = num_stages(C::kHeadDim, plan_bytes<C::kWarps>() + merge_bytes(C::kHeadDim, args.merge_rows));
+  args.scan_mask = scans_mask(p, blocks);
+  args.uniform =
+      !p.kv_lengths.present && !p.query_lengths.present && !p.query_offsets.present && !p.cu_seqlens_q.present && !args.scan_mask;
+  if (args.uniform && args.num_spans > 0) {
+    args.work = work_of<C>(args, 0, {0, p.key.shape[2]});
+    args.schedule = cut(args.work.units * args.num_spans, blocks);
+  }
+  args.modified = p.softcap != 0.0f || p.bias.present || p.alibi_slopes.present;
+  args.out_by_4 = has_rows_by_4(p.out);
+  return args;
+}
+
+template <typename T, int kHeadDim, Variant>
+Status launch_instance(const Plan& plan, const AttentionParams& p, const ExecutionContext& context) {
+  using C = Traits<T, kHeadDim>;
+  constexpr int kSharedBytes = C::kTile.shared_bytes();
+  static_assert(plan_bytes<C::kWarps>() + merge_bytes(kHeadDim, kRowsPerWarp) + kTilesBeforeItem * C::kStageBytes <= kSharedBytes,
+                "The ring must hold the tiles that are loaded before their item is published, else nobody would ever empty it.");
+  const int blocks = num_blocks(p, plan.device, C::kTile);
+  KernelArgs args = describe_problem<C>(p, blocks);
+  if (Status status = encode_tensor_map(p.key, C::kTileN, &args.key); !status.ok()) return status;
+  if (Status status = encode_tensor_map(p.value, C::kTileN, &args.value); !status.ok()) return status;
+  const int64_t slots = 2 * blocks;
+  args.partial_out = reinterpret_cast<float*>(static_cast<char*>(context.workspace) + kCounterBytes);
+  args.partial_state = reinterpret_cast<float2*>(args.partial_out + slots * args.partial_rows * p.value.shape[3]);
+  const auto kernel = decode_sm90_kernel<C>;
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  cudaError_t error = find_merge_counters(context, &args.counters);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess) error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, stream, args);
+  return cuda_status(error, "decode_sm90 could not be launched");
+}
+
+}  // namespace fa::decode_sm90

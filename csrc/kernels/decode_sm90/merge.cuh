@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// The end of an item in decode_sm90: the block's warps, which had different keys, are merged through shared memory; where other
+// blocks have keys of the same head, the result goes to the workspace, and the block that comes last merges all of them, always
+// in the order of the keys, so that results repeat bit for bit.
+#pragma once
+
+#include "kernels/common/convert.cuh"
+#include "kernels/common/grid_counter.cuh"
+#include "kernels/common/reduce.cuh"
+#include "kernels/common/warpgroup.cuh"
+#include "kernels/decode_sm90/scores.cuh"
+#include "kernels/decode_sm90/shared_plan.cuh"
+#include "semantics/softmax.h"
+
+namespace fa::decode_sm90 {
+
+inline constexpr int kConsumerBarrier = 1;  // 0 is that of the whole block
+
+/// Of a row, its state and, kChunks times, four neighbouring columns of its output.
+template <int kChunks>
+struct Partial {
+  SoftmaxState state{-INFINITY, 0.0f};
+  float4 out[kChunks] = {};
+
+  /// Takes in kCount other sets of keys. The exponentials don't wait for each other.
+  template <int kCount>
+  __device__ __forceinline__ void add(const float2 (&its)[kCount], const float4 (&x)[kCount][kChunks]) {
+    float top = state.max;
+#pragma unroll
+    for (const float2& i : its) top = fmaxf(top, i.x);
+    const float mine = rescale_factor(state.max, top);
+    state = {top, state.sum * mine};
+#pragma unroll
+    for (float4& o : out) o = {o.x * mine, o.y * mine, o.z * mine, o.w * mine};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float factor = rescale_factor(its[i].x, top);
+      state.sum += its[i].y * factor;
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        float4& o = out[j];
+        o = {o.x + x[i][j].x * factor, o.y + x[i][j].y * factor, o.z + x[i][j].z * factor, o.w + x[i][j].w * factor};
+      }
+    }
+  }
+};
+
+/// The place of part `part` of a head's results.
+__device__ __forceinline__ int64_t slot_of(const Item& item, int part) { return 2 * (item.first_block + part) + (part == 0); }
+
+/// Sink, normalization, output and log-sum-exp of one row. A row that attends no key becomes 0.
+template <class C>
+__device__ __forceinline__ void write_row(const KernelArgs& args, const Item& item, int row_in_tile, int column,
+                                          const SoftmaxState& state, const float4& x) {
+  using T = typename C::T;
+  const AttentionParams& p = args.problem;
+  const LaneRow row = lane_row(args, item, row_in_tile);
+  SoftmaxState all = state;
+  if (p.sinks.present) all = add_sink(all, static_cast<const float*>(p.sinks.data)[row.head * p.sinks.stride[0]]);
+  const bool has_keys = row.in_use && state.sum != 0.0f;
+  const float factor = has_keys ? rescale_factor(state.max, all.max) * normalizer(all) : 0.0f;
+  const int64_t row_in_tensor = item.row_base + row.row;
+  const float values[4] = {x.x, x.y, x.z, x.w};
+  uint32_t pairs[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    pairs[i] = has_keys ? pack2<T>(values[2 * i] * factor, values[2 * i + 1] * factor) : 0;  // NOTE: NaN * 0 would be NaN
+  T* out = static_cast<T*>(p.out.data) + item.batch * p.out.stride[0] + row.head * p.out.stride[1] +
+           row_in_tensor * p.out.stride[2] + column;
+  if (args.out_by_4) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(pairs[0], pairs[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i] = reinterpret_cast<const T*>(pairs)[i];
+  }
+  if (column == 0 && p.lse.present) {
+    float* row_lse = static_cast<float*>(p.lse.data) + item.batch * p.lse.stride[0] + row.head * p.lse.stride[1];
+    row_lse[row_in_tensor * p.lse.stride[2]] = row.in_use ? lse(all) : -INFINITY;
+  }
+}
+
+/// All consumers: the block's result for each row, to its output or to the block's slot in the workspace.
+template <class C>
+__device__ __forceinline__ void merge_warps(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, const Item& item,
+                                            const float* merged) {
+  constexpr int kThreadsOfRow = C::kHeadDim / 4, kRowsTogether = 32 * C::kWarps / kThreadsOfRow;
+  const int head_dim_v = static_cast<int>(args.problem.value.shape[3]), column = threadIdx.x % kThreadsOfRow * 4;
+  const int key_warps = C::kWarps >> row_bits(args);
+  if (column >= head_dim_v || threadIdx.x >= kRowsTogether * kThreadsOfRow) return;
+  for (int row = threadIdx.x / kThreadsOfRow; row < item.num_rows; row += kRowsTogether) {
+    float2 state[C::kWarps];
+    float4 out[C::kWarps][1];
+#pragma unroll
+    for (int i = 0; i < C::kWarps; ++i) {
+      state[i] = {-INFINITY, 0.0f};
+      out[i][0] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (i >= key_warps) continue;
+      const int warp = row / kRowsPerWarp + (i << row_bits(args)), row_of_warp = row % kRowsPerWarp;
+      const float* data = merged + (warp * args.merge_rows + row_of_warp) * merge_stride(C::kHeadDim) + column;
+      state[i] = shared.state[warp][row_of_warp];
+      out[i][0] = *reinterpret_cast<const float4*>(data);
+    }
+    Partial<1> x;
+    x.add(state, out);
+    if (item.num_parts == 1) {
+      write_row<C>(args, item, row, column, x.state, x.out[0]);
+    } else {
+      const int64_t place = slot_of(item, item.part) * args.partial_rows + row;
+      *reinterpret_cast<float4*>(args.partial_out + place * head_dim_v + column) = x.out[0];
+      if (column == 0) args.partial_state[place] = make_float2(x.state.max, x.state.sum);
+    }
+  }
+}
+
+/// A warp: kPanels panels of 64 columns of one row from all parts of its head. A half of the lanes has the even parts, the other
+/// the odd ones.
+template <class C, int kPanels>
+__device__ __forceinline__ void merge_parts(const KernelArgs& args, const Item& item, int row, int first_panel) {
+  constexpr int kTogether =
+      kPanels == 1 ? 16 : 10;  // parts whose results are under way to a lane; 132 blocks give 8 heads 9 each
+  const int lane = threadIdx.x % 32, column = first_panel * kPanelColumns + lane % 16 * 4;
+  const int head_dim_v = static_cast<int>(args.problem.value.shape[3]);
+  Partial<kPanels> x;
+  for (int first = lane / 16; first < item.num_parts; first += 2 * kTogether) {
+    float2 state[kTogether];
+    float4 out[kTogether][kPanels];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int part = first + 2 * i;
+      const int64_t place = slot_of(item, part) * args.partial_rows + row;
+      state[i] = part < item.num_parts ? __ldcg(args.partial_state + place) : make_float2(-INFINITY, 0.0f);
+#pragma unroll
+      for (int j = 0; j < kPanels; ++j) {
+        out[i][j] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (part >= item.num_parts || column + j * kPanelColumns >= head_dim_v) continue;
+        const float* data = args.partial_out + place * head_dim_v + column + j * kPanelColumns;
+        out[i][j] = __ldcg(reinterpret_cast<const float4*>(data));
+      }
+    }
+    x.add(state, out);
+  }
+  const float2 state[1] = {{__shfl_down_sync(kAllLanes, x.state.max, 16), __shfl_down_sync(kAllLanes, x.state.sum, 16)}};
+  float4 odd[1][kPanels];
+#pragma unroll
+  for (int j = 0; j < kPanels; ++j) {
+    odd[0][j] = {__shfl_down_sync(kAllLanes, x.out[j].x, 16), __shfl_down_sync(kAllLanes, x.out[j].y, 16),
+                 __shfl_down_sync(kAllLanes, x.out[j].z, 16), __shfl_down_sync(kAllLanes, x.out[j].w, 16)};
+  }
+  x.add(state, odd);
+#pragma unroll
+  for (int j = 0; j < kPanels; ++j) {
+    const int its = column + j * kPanelColumns;
+    if (lane < 16 && its < head_dim_v) write_row<C>(args, item, row, its, x.state, x.out[j]);
+  }
+}
+
+/// Four warps: the whole merge of a head.
+template <class C>
+__device__ __forceinline__ void merge_alone(const KernelArgs& args, const Item& item) {
+  constexpr int kPanels = C::kPanels < 2 ? 1 : 2, kPieces = (C::kPanels + kPanels - 1) / kPanels;  // of a row
+  for (int i = threadIdx.x / 32; i < item.num_rows * kPieces; i += C::kWarps)
+    merge_parts<C, kPanels>(args, item, i / kPieces, i % kPieces * kPanels);
+}
+
+/// The same together with other blocks: each warp takes piece after piece, as long as there are any.
+template <class C>
+__device__ __forceinline__ void merge_together(const KernelArgs& args, const Item& item, MergeCounter& counter) {
+  for (;;) {
+    int piece = 0;
+    if (threadIdx.x % 32 == 0) piece = static_cast<int>(atomicAdd(&counter.claims, 1u));
+    piece = __shfl_sync(kAllLanes, piece, 0);
+    if (piece >= item.num_rows * C::kPanels) return;
+    merge_parts<C, 1>(args, item, piece / C::kPanels, piece % C::kPanels);
+  }
+}
+
+/// All consumers, after the block's part has been written: tells so, and merges the head if this block is the last of its blocks.
+/// A large merge is shared: blocks with nothing else to do wait some time for the others and then take pieces of it.
+template <class C>
+__device__ __forceinline__ void finish_head(const KernelArgs& args, SharedPlan<C::kWarps>& shared, const Item& item) {
+  constexpr int kThreads = 32 * C::kWarps;
+  MergeCounter& counter = args.counters[item.first_block];
+  const int64_t bytes = args.problem.value.shape[3] * item.num_rows * item.num_parts * int64_t{sizeof(float)};
+  const bool together = bytes >= kSharedMerge;
+  if (together && item.part == 0 && threadIdx.x == 0) counter.claims = 0;  // before this part is told of, so before any claim
+  named_barrier_sync(kConsumerBarrier, kThreads);
+  if (threadIdx.x == 0) {
+    bool merges = count_to(&counter.parts_done, item.num_parts);
+    if (!merges && together && item.last_of_block) merges = wait_for_zero(&counter.parts_done, kPatience);
+    shared.merges = merges;
+  }
+  named_barrier_sync(kConsumerBarrier, kThreads);
+  if (!shared.merges) return;
+  if (together) {
+    merge_together<C>(args, item, counter);
+  } else {
+    merge_alone<C>(args, item);
+  }
+}
+
+}  // namespace fa::decode_sm90

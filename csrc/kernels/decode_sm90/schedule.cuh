@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which block reads which keys. The key tiles of all heads stand in one row, which is cut into equal ranges, so that each block
+// reads the same number of bytes whatever the lengths. Every block finds its own range from the lengths on the device; no host
+// needs to know them, and launches in a CUDA graph follow them. Called by the kernel's prologue and its producer.
+#pragma once
+
+#include "kernels/common/reduce.cuh"
+#include "kernels/decode_sm90/shared_plan.cuh"
+#include "kernels/decode_sm90/traits.cuh"
+
+namespace fa::decode_sm90 {
+
+/// Keys that bias and mask have.
+FA_HD int64_t most_keys(const AttentionParams& p) {
+  int64_t keys = p.key.shape[2];
+  if (p.bias.present) keys = min(keys, p.bias.shape[3]);
+  if (p.mask.present) keys = min(keys, p.mask.shape[3]);
+  return keys;
+}
+
+/// Of span `idx`, of whose keys the user's mask leaves `span`.
+template <class C>
+FA_HD SequenceWork work_of(const KernelArgs& args, int idx, KeyRange span) {
+  const AttentionParams& p = args.problem;
+  SequenceWork work{args.sequences.at(idx)};
+  const Sequence& s = work.sequence;
+  work.row_tiles = (static_cast<int>(s.num_rows * args.group_size.divisor) + args.tile_rows - 1) / args.tile_rows;
+  work.key_end = static_cast<int>(min(min(s.mask.kv_length, span.end), most_keys(p)));
+  work.key_begin = min(static_cast<int>(span.begin), work.key_end);
+  const RowBand band = s.mask.band();
+  const int begin = band.first(0, work.key_begin), end = band.end(static_cast<int>(s.query_length) - 1, work.key_end);
+  if (s.query_length > 0 && begin < end) {
+    work.begin = begin / C::kTileN;
+    work.end = (end + C::kTileN - 1) / C::kTileN;
+  }
+  work.units_of_item = max(work.end - work.begin, 1);
+  work.units = work.units_of_item * work.row_tiles * static_cast<int>(p.key.shape[1]);
+  return work;
+}
+
+/// True keys of a row of the mask, of which a lane looks at 16.
+struct TrueKeys {
+  int begin, end = 0, count = 0;
+
+  __device__ __forceinline__ void add(const uint8_t* row, int64_t stride, bool wide, int first, int num_keys) {
+    uint32_t words[4] = {};
+    if (wide && first + 16 <= num_keys) {
+      const uint4 bytes = *reinterpret_cast<const uint4*>(row + first);
+      words[0] = bytes.x, words[1] = bytes.y, words[2] = bytes.z, words[3] = bytes.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        if (first + i < num_keys && row[(first + i) * stride] != 0) words[i / 4] |= 1u << i % 4 * 8;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t set = __vcmpne4(words[i], 0);
+      if (set == 0) continue;
+      begin = min(begin, first + 4 * i + (__ffs(set) - 1) / 8);
+      end = max(end, first + 4 * i + 4 - __clz(set) / 8);
+      count += __popc(set) / 8;
+    }
+  }
+};
+
+/// The whole block: the span of true keys of each batch entry, over all rows of its mask.
+template <class C>
+__device__ __forceinline__ void scan_masks(const KernelArgs& args, SharedPlan<C::kWarps>& shared) {
+  constexpr int kKeysPerWarp = 32 * 16;
+  const TensorView& mask = args.problem.mask;
+  const int num_keys = static_cast<int>(mask.shape[3]), segments = (num_keys + kKeysPerWarp - 1) / kKeysPerWarp;
+  const int rows = mask.shape[2] == 1 || mask.stride[2] == 0 ? 1 : static_cast<int>(mask.shape[2]);
+  const int entries = mask.shape[0] == 1 || mask.stride[0] == 0 ? 1 : static_cast<int>(mask.shape[0]);
+  for (int i = threadIdx.x; i < entries; i += C::kThreads) shared.mask_span[i] = {num_keys, 0, 0};
+  __syncthreads();
+  const bool wide = mask.stride[3] == 1 && (reinterpret_cast<uint64_t>(mask.data) | mask.stride[0] | mask.stride[2]) % 16 == 0;
+#pragma unroll 2
+  for (int i = threadIdx.x / 32; i < entries * rows * segments; i += C::kWarps + 1) {
+    const int segment = i % segments, row = i / segments % rows, entry = i / segments / rows;
+    const auto* data = static_cast<const uint8_t*>(mask.data) + entry * mask.stride[0] + row * mask.stride[2];
+    TrueKeys keys{num_keys};
+    keys.add(data, mask.stride[3], wide, segment * kKeysPerWarp + static_cast<int>(threadIdx.x % 32) * 16, num_keys);
+    const int begin = __reduce_min_sync(kAllLanes, keys.begin), end = __reduce_max_sync(kAllLanes, keys.end);
+    const int count = __reduce_add_sync(kAllLanes, keys.count);
+    if (threadIdx.x % 32 == 0 && count > 0) {
+      atomicMin(&shared.mask_span[entry].begin, begin);
+      atomicMax(&shared.mask_span[entry].end, end);
+      atomicAdd(&shared.mask_span[entry].count, count);
+    }
+  }
+  __syncthreads();
+}
+
+/// Where the block has looked through the masks: what it found of a span's.
+template <class C>
+__device__ __forceinline__ const MaskSpan& span_of(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, int idx) {
+  const TensorView& mask = args.problem.mask;
+  return shared.mask_span[mask.stride[0] == 0 || mask.shape[0] == 1 ? 0 : idx];
+}
+
+/// On the device, where lengths and masks are known.
+template <class C>
+__device__ __forceinline__ SequenceWork work_of(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, int idx) {
+  KeyRange keys{0, args.sequences.seqlen_kv};
+  if (args.scan_mask) {
+    const MaskSpan& span = span_of<C>(args, shared, idx);
+    keys = {span.begin, span.end};
+  }
+  return work_of<C>(args, idx, keys);
+}
+
+/// Does the mask hide keys within the span of a sequence's keys?
+template <class C>
+__device__ __forceinline__ bool mask_has_holes(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, int idx) {
+  const TensorView& mask = args.problem.mask;
+  if (!args.scan_mask) return mask.present;
+  const MaskSpan& span = span_of<C>(args, shared, idx);
+  const int rows = mask.shape[2] == 1 || mask.stride[2] == 0 ? 1 : static_cast<int>(mask.shape[2]);
+  return span.count != rows * max(span.end - span.begin, 0);
+}
+
+/// For a grid of at most `blocks`.
+FA_HD Schedule cut(int units, int blocks) {
+  Schedule s{};
+  s.units = units;
+  s.blocks = max(min(blocks, units / kMinUnitsPerBlock), 1);
+  s.per_block = units / s.blocks;
+  s.extra = units - s.per_block * s.blocks;
+  s.snap = min(kMaxSnap, s.per_block / kUnitsPerSnap);
+  return s;
+}
+
+/// Where the range of a block begins, or of the last one ends, before it is moved to the end of a head.
+__device__ __forceinline__ int cut_of(const Schedule& s, int block) { return block * s.per_block + min(block, s.extra); }
+
+/// The last block whose range begins at `unit` or before.
+__device__ __forceinline__ int block_of(const Schedule& s, int unit) {
+  const int in_larger = s.extra * (s.per_block + 1);
+  return unit < in_larger ? unit / (s.per_block + 1) : s.extra + (unit - in_larger) / s.per_block;
+}
+
+/// The whole block, once, where lengths or masks decide: the schedule, in shared memory.
+template <class C>
+__device__ __forceinline__ void make_schedule(const KernelArgs& args, SharedPlan<C::kWarps>& shared) {
+  if (args.scan_mask) scan_masks<C>(args, shared);
+  // 1. Each thread adds up some neighbouring sequences, …
+  const int per_thread = (args.num_spans + C::kThreads - 1) / C::kThreads, first = threadIdx.x * per_thread;
+  const int last = min(first + per_thread, args.num_spans), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  SequenceWork work;
+  int own = 0;
+  for (int i = first; i < last; ++i) {
+    work = work_of<C>(args, shared, i);
+    own += work.units;
+  }
+  // 2. … and learns the sum of those before them and of all.
+  int upto = own;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, upto, distance);
+    if (lane >= distance) upto += below;
+  }
+  if (lane == 31) shared.warp_units[warp] = upto;
+  __syncthreads();
+  int before = upto - own, units = 0;
+#pragma unroll
+  for (int i = 0; i <= C::kWarps; ++i) {
+    if (i < warp) before += shared.warp_units[i];
+    units += shared.warp_units[i];
+  }
+  // 3. The thread whose sequences have the first unit of the block's range says so.
+  const Schedule s = cut(units, gridDim.x);
+  const int begin = cut_of(s, blockIdx.x);
+  if (threadIdx.x == 0) shared.schedule = s;
+  if (begin < before || begin >= before + own) return;
+  for (int i = first; i < last; ++i) {
+    if (per_thread > 1) work = work_of<C>(args, shared, i);
+    if (begin < before + work.units) {
+      shared.first_sequence = i;
+      shared.first_unit = before;
+      shared.first_work = work;
+      return;
+    }
+    before += work.units;
+  }
+}
+
+/// Where an item lies: what must be known to start its copies.
+struct Piece {
+  int unit;                 // the head's first
+  int key_head, first_row;  // first_row: of the (row, head in group) pairs of the sequence
+  int begin, end;           // key tiles
+};
+
+/// The items of a block, one after the other. For the producer's one thread.
+template <class C>
+struct Walk {
+  const KernelArgs& args;
+  const SharedPlan<C::kWarps>& shared;
+  Schedule schedule;
+  int unit, end;        // of the range that is left
+  int idx, first_unit;  // the sequence, and where it begins
+  bool is_first = true;
+  SequenceWork work;
+
+  __device__ __forceinline__ Walk(const KernelArgs& args_, const SharedPlan<C::kWarps>& shared_)
+      : args(args_), shared(shared_), schedule(args_.uniform ? args_.schedule : shared_.schedule) {
+    const int block = static_cast<int>(blockIdx.x);
+    unit = cut_of(schedule, min(block, schedule.blocks));
+    end = cut_of(schedule, min(block + 1, schedule.blocks));
+    if (unit >= end) return;
+    if (args.uniform) {
+      work = args.work;
+      idx = args.num_spans == 1 ? 0 : unit / work.units;
+      first_unit = idx * work.units;
+      work.sequence.batch_idx = idx;
+    } else {
+      idx = shared.first_sequence;
+      first_unit = shared.first_unit;
+      work = shared.first_work;
+    }
+  }
+
+  /// False: there is no more.
+  __device__ __forceinline__ bool next(Piece& piece) {
+    while (unit < end) {
+      while (unit >= first_unit + work.units) go_to_next_sequence();
+      const int number = (unit - first_unit) / work.units_of_item, item_begin = first_unit + number * work.units_of_item;
+      const int item_end = item_begin + work.units_of_item, snap = schedule.snap;
+      int from = unit, to = item_end;
+      unit = item_end;
+      if (is_first) {
+        is_first = false;
+        if (from - item_begin <= snap) {
+          from = item_begin;
+        } else if (item_end - from <= snap) {
+          continue;
+        }
+      }
+      if (end < item_end && item_end - end > snap) {
+        if (end - item_begin <= snap) return false;
+        to = end;
+      }
+      piece.unit = item_begin;
+      piece.key_head = work.row_tiles == 1 ? number : number / work.row_tiles;
+      piece.first_row = (number - piece.key_head * work.row_tiles) * args.tile_rows;
+      const bool used = row_of(piece.first_row) < work.sequence.query_length && work.begin < work.end;
+      piece.begin = used ? work.begin + from - item_begin : 0;
+      piece.end = used ? work.begin + to - item_begin : 0;
+      return true;
+    }
+    return false;
+  }
+
+  /// All about the piece that next() has found.
+  __device__ __forceinline__ Item describe(const Piece& piece) const {
+    const Sequence& s = work.sequence;
+    const int all_rows = static_cast<int>(s.num_rows) * args.group_size.divisor, item_end = piece.unit + work.units_of_item;
+    Item item;
+    item.valid = 1;
+    item.sequence = idx;
+    item.batch = static_cast<int>(s.batch_idx);
+    item.key_head = piece.key_head;
+    item.first_row = piece.first_row;
+    item.num_rows = min(args.tile_rows, all_rows - item.first_row);
+    item.row_base = static_cast<int>(s.first_row);
+    item.query_length = static_cast<int>(s.query_length);
+    item.begin = piece.begin;
+    item.end = piece.end;
+    item.key_begin = work.key_begin;
+    item.key_end = work.key_end;
+    item.band = s.mask.band();
+    item.query_offset = s.mask.query_offset;
+    item.test_mask = mask_has_holes<C>(args, shared, idx);
+    const int last = min(row_of(item.first_row + item.num_rows - 1), item.query_length - 1);
+    const bool plain = !args.modified && !item.test_mask;
+    item.full_begin = (item.band.first(last, item.key_begin) + C::kTileN - 1) / C::kTileN;
+    item.full_end = plain ? item.band.end(row_of(item.first_row), item.key_end) / C::kTileN : 0;
+    item.first_block = block_of(schedule, piece.unit + schedule.snap);
+    item.part = static_cast<int>(blockIdx.x) - item.first_block;
+    item.num_parts = 1 + max(block_of(schedule, item_end - schedule.snap - 1) - item.first_block, 0);
+    item.last_of_block = end <= item_end;
+    return item;
+  }
+
+ private:
+  __device__ __forceinline__ int row_of(int pair) const { return static_cast<int>(args.group_size.quotient(pair)); }
+
+  __device__ __forceinline__ void go_to_next_sequence() {
+    first_unit += work.units;
+    ++idx;
+    if (args.uniform) {
+      work.sequence.batch_idx = idx;
+    } else {
+      work = work_of<C>(args, shared, idx);
+    }
+  }
+};
+
+}  // namespace fa::decode_sm90

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// Grid, shared memory and workspace of a launch of decode_sm90, from shapes and the device alone. Used by decode_sm90.cpp to plan
+// and by launch.cuh.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fa/attention.h"
+#include "kernels/decode_sm90/config.h"
+#include "semantics/sequence.h"
+
+namespace fa::decode_sm90 {
+
+/// Query rows of a sequence, on average where they are packed.
+inline int64_t mean_rows(const AttentionParams& p) {
+  const int64_t sequences = num_sequences(p);
+  return p.cu_seqlens_q.present ? (p.query.shape[2] + sequences - 1) / std::max<int64_t>(1, sequences) : p.query.shape[2];
+}
+
+inline int64_t group_size(const AttentionParams& p) { return p.query.shape[1] / p.key.shape[1]; }
+
+/// (row, head) pairs that share a read of the keys: 16, 32 or 64.
+inline int tile_rows(const AttentionParams& p) {
+  int rows = kRowsPerWarp;
+  while (rows < kMostTileRows && rows < mean_rows(p) * group_size(p)) rows *= 2;
+  return rows;
+}
+
+/// The most of them that a tile has.
+inline int most_rows(const AttentionParams& p) {
+  return static_cast<int>(std::min<int64_t>(tile_rows(p), p.query.shape[2] * group_size(p)));
+}
+
+/// Key tiles of all heads, each span taken to see all keys: an upper bound.
+inline int64_t most_units(const AttentionParams& p, const TileShape& tile) {
+  const int64_t keys = p.key.shape[2] / tile.tile_n + 2, rows = p.query.shape[2] * group_size(p);
+  const int64_t tiles = rows / tile_rows(p) + 1, spans = num_spans(p);
+  return p.key.shape[1] * (p.cu_seqlens_q.present ? (tiles + spans) * keys : tiles * spans * keys);
+}
+
+inline int num_blocks(const AttentionParams& p, const Device& device, const TileShape& tile) {
+  return static_cast<int>(std::min<int64_t>(most_units(p, tile), int64_t{device.num_sms} * tile.blocks_per_sm));
+}
+
+/// Rows of one warp that a block's merge keeps.
+inline int merge_rows(const AttentionParams& p) { return std::min(most_rows(p), kRowsPerWarp); }
+
+/// As many stages as shared memory holds beside `other_bytes`.
+inline int num_stages(int head_dim, int other_bytes) {
+  return std::min((tile_shape(head_dim).shared_bytes() - other_bytes) / stage_bytes(head_dim), kMaxStages);
+}
+
+/// The bucket: the largest head_dim and head_dim_v of an instance.
+inline int64_t bucket_size(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
+
+/// Floats of a slot: state and output of `rows` rows.
+inline int64_t slot_floats(int rows, int64_t head_dim_v) { return rows * (head_dim_v + 2); }
+
+}  // namespace fa::decode_sm90
