@@ -22,7 +22,7 @@ CPU := $(VENV)/.installed-cpu
 KIND_OF_TESTS := $(if $(filter OFF,$(FA_CUDA)),$(CPU),$(if $(NVCC),$(FULL),$(CPU)))
 KIND_OF_DEMOS := $(if $(filter ON,$(FA_CUDA)),$(FULL),$(if $(or $(GPU),$(wildcard $(FULL))),$(KIND_OF_TESTS),$(CPU)))
 
-.PHONY: help demo demo-text demo-llm test nightly test-matrix zoo onnx-suite bench lint format clean install
+.PHONY: help demo demo-text demo-llm test nightly test-matrix zoo onnx-suite bench wheels test-wheels lint format clean install
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -61,6 +61,13 @@ bench: $(KIND_OF_DEMOS) ## time the CPU kernel against onnxruntime's
 	$(BIN)/python benchmarks/cpu.py $(RECORDING)
 	$(BIN)/python benchmarks/decode_cpu.py $(RECORDING)
 
+wheels: $(VENV)/.wheels ## build the wheels into dist/, the GPUs' where nvcc is (MACHINE=aarch64: the CPU's, by Debian's cross compiler)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python wheels/build.py --cuda $(or $(FA_CUDA),AUTO) $(if $(URL),--url $(URL)) \
+	  $(if $(MACHINE),--machine $(MACHINE))
+
+test-wheels: $(VENV)/.wheels $(VENV)/.typed ## check them: twine, auditwheel, the README's commands in fresh environments
+	$(BIN)/python -m tests.wheels
+
 lint: $(VENV)/.typed ## check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,7 +80,7 @@ format: $(VENV)/.ready ## apply style
 	$(CXX_FILES) | xargs $(BIN)/clang-format -i
 
 clean: ## remove what was built and downloaded, the virtual environments too
-	rm -rf build demo .cache .venv .venv-*
+	rm -rf build dist demo .cache .venv .venv-*
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The requirements of one of pyproject.toml's extras, and those of the package itself.
@@ -94,6 +101,11 @@ $(VENV)/.ready: pyproject.toml
 # mypy reads the types of what the packages import.
 $(VENV)/.typed: pyproject.toml | $(VENV)/.ready
 	$(PIP) $(call dependencies)
+	touch $@
+
+# What builds wheels and looks at them, beside what compiles.
+$(VENV)/.wheels: pyproject.toml | $(VENV)/.ready
+	$(PIP) $(call extra,wheels)
 	touch $@
 
 # An editable installation: Python files are read from here, compiled ones from the environment.

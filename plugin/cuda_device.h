@@ -11,6 +11,21 @@
 
 namespace fa::plugin {
 
+/// Makes device number `ordinal` current and tells which one was.
+inline Status exchange_cuda_device(int ordinal, int* previous) {
+  const Status status = current_cuda_device(previous);  // without CUDA: says so
+#ifdef FA_WITH_CUDA
+  if (!status.ok() || *previous == ordinal) return status;
+  if (const cudaError_t error = cudaSetDevice(ordinal); error != cudaSuccess) {
+    cudaGetLastError();  // the failure is told here and must not be found again by the host
+    return {StatusCode::kCudaError, std::string("cudaSetDevice failed: ") + cudaGetErrorString(error) + "."};
+  }
+#else
+  static_cast<void>(ordinal);
+#endif
+  return status;
+}
+
 class CudaDeviceGuard {
  public:
   CudaDeviceGuard() = default;
@@ -19,18 +34,12 @@ class CudaDeviceGuard {
 
   /// Makes device number `ordinal` current until this object dies.
   Status use(int ordinal) {
-#ifdef FA_WITH_CUDA
     int current = 0;
-    if (Status status = current_cuda_device(&current); !status.ok() || current == ordinal) return status;
-    if (const cudaError_t error = cudaSetDevice(ordinal); error != cudaSuccess) {
-      cudaGetLastError();  // the failure is told here and must not be found again by the host
-      return {StatusCode::kCudaError, std::string("cudaSetDevice failed: ") + cudaGetErrorString(error) + "."};
-    }
-    previous_ = current;
-    return {};
-#else
-    return current_cuda_device(&ordinal);  // says that there is no CUDA
+    const Status status = exchange_cuda_device(ordinal, &current);
+#ifdef FA_WITH_CUDA
+    if (status.ok() && current != ordinal) previous_ = current;
 #endif
+    return status;
   }
 
 #ifdef FA_WITH_CUDA

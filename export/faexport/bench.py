@@ -107,13 +107,12 @@ def measure(
     on_step: Any = lambda text: None,
 ) -> tuple[list[Row], list[str]]:
     """The rows, and what there is to say of them. Raises ModelError."""
-    from . import blocks, inputs, model_io, ort_session, pipeline
+    from . import blocks, inputs, model_io, operator_library, ort_session, pipeline
     from .bench_child import Question, measure
 
     if missing := ort_session.missing_packages():
         raise ModelError(missing)
-    if not ort_session.has_library():
-        raise ModelError("the operator's library is not installed: without faplugin there is nothing to compare")
+    operator_library.path()  # without it there is nothing to compare
     on_step("fusing")
     fused, report = pipeline.run(model_io.load(model), Options())
     if not report.num_fused:

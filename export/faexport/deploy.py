@@ -15,7 +15,7 @@ import click
 from . import terminal
 from .errors import ModelError
 from .options_of_commands import FILE, model_argument, quiet_option
-from .output import check_input, library_path, write_file, writing
+from .output import check_input, write_file, writing
 
 EXAMPLES = """\b
 Examples:
@@ -70,7 +70,7 @@ def deploy(
     if place.exists():
         raise ModelError(f"{place}: is there already; remove it, or choose another --name")
     loaded = model_io.load(model)
-    library = library_path() if count_operators(loaded) else None
+    library = operator_library.path() if count_operators(loaded) else None
     seen = f"{(mounted_at or str(folder.resolve())).rstrip('/')}/{name}/{LIBRARY}" if library else ""
     text = triton.config(loaded, triton.Serving(name, seen, max_batch, instances, gpu))
     with writing(place):

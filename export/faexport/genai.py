@@ -15,10 +15,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import model_io, scratch
+from . import model_io, operator_library, scratch
 from .errors import ModelError
 from .graph_checks import external_tensors
-from .output import check_input, library_path, writing
+from .output import check_input, writing
 from .signals import uninterrupted
 
 CONFIG = "genai_config.json"
@@ -65,7 +65,7 @@ def read(path: pathlib.Path) -> Folder:
 
 def check_target(folder: Folder, target: pathlib.Path) -> None:
     """Raises ModelError where the copy can't be made."""
-    library_path()
+    operator_library.path()
     source, place = folder.path.resolve(), target.resolve()
     if place == source or source in place.parents or place in source.parents:
         raise ModelError(f"{target}: is the folder that is read, or in it; choose another place with -o")
@@ -92,7 +92,7 @@ def copied(folder: Folder, target: pathlib.Path, on_step: Callable[[str], None])
         yield decoder
         if not decoder.exists():
             return
-        library = library_path()
+        library = operator_library.path()
         shutil.copyfile(library, decoder.parent / library.name)
         folder.config["model"]["decoder"]["session_options"][LIBRARY_OPTION] = library.name
         (made / CONFIG).write_text(json.dumps(folder.config, indent=4, ensure_ascii=False) + "\n", "utf-8")

@@ -29,6 +29,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 
+from . import operator_library
+from .errors import ModelError
 from .signals import uninterrupted
 
 if TYPE_CHECKING:
@@ -74,19 +76,15 @@ class Results:
 def missing_packages() -> str:
     """Why models can't be run here: a sentence, or "" where they can."""
     if importlib.util.find_spec("onnxruntime") is None:
-        return "onnxruntime is not installed (pip install 'faexport[ort]')"
+        return "onnxruntime is not installed: pip install onnxruntime, or onnxruntime-gpu for NVIDIA GPUs"
     return ""
 
 
 def has_library() -> bool:
     """Is the operator's library for onnxruntime there?"""
-    if importlib.util.find_spec("faplugin") is None:
-        return False
-    import faplugin
-
     try:
-        return pathlib.Path(faplugin.library_path()).exists()
-    except (ImportError, FileNotFoundError):
+        return operator_library.path().exists()
+    except ModelError:
         return False
 
 

@@ -94,16 +94,6 @@ def write_file(path: pathlib.Path, content: Any) -> None:
                 partial.replace(place)
 
 
-def library_path() -> pathlib.Path:
-    """The operator's library for onnxruntime. Raises ModelError where it isn't here."""
-    try:
-        import faplugin
-
-        return pathlib.Path(faplugin.library_path())
-    except (ImportError, FileNotFoundError) as error:
-        raise ModelError(f"the model needs the operator's library, which is not here: {error}") from error
-
-
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
     """Makes an OSError of the body a ModelError that says what to do."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import compare, excluded_inputs, model_io, ort_session, side_by_side, site_check
+from . import compare, excluded_inputs, model_io, operator_library, ort_session, side_by_side, site_check
 from .nodes import all_nodes
 from .options import VERIFY_TIMEOUT
 from .ort_session import CannotRun, ModelFailure
@@ -108,7 +108,7 @@ def verify_against(
     library = needs_library(model)
     by_stand_in = library and not (use_library and ort_session.has_library())
     if by_stand_in and not _carries_stand_in(model):
-        return Verification(VerificationStatus.NOT_RUN, "the operator's library is not installed (package faplugin)")
+        return Verification(VerificationStatus.NOT_RUN, operator_library.MISSING)
     try:
         actual = _run_rewritten(reference, os.fspath(rewritten), library and not by_stand_in, on_amount)
     except ModelFailure as error:

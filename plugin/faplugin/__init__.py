@@ -8,15 +8,25 @@
 The operator's tensors and attributes are described in docs/operator.md.
 """
 
-from importlib import metadata
-
 from ._attention import attention, explain
 from ._library import library_path, register
 from ._session import session
 
-try:
-    __version__ = metadata.version("faexport")
-except metadata.PackageNotFoundError:  # run from a source tree
-    __version__ = "0+unknown"
+__version__: str
 
 __all__ = ["__version__", "attention", "explain", "library_path", "register", "session"]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when it is asked for: that is slow."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import metadata
+
+    # Wheels of this module have a name that says what for; an installation from a checkout is called faexport.
+    for package in ("faplugin", "faplugin-cu13", "faplugin-cu12", "faexport"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "0+unknown"  # run from a source tree

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._frameworks import allocates, current_stream, empty, readable
-from ._library import native
+from ._native import Call, inputs
 
 
 def attention(
@@ -194,17 +194,25 @@ def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: 
     return _bind({"query": query, "key": key, "value": value, **arguments}, 0).explain(device)
 
 
+REQUIRED = ("query", "key", "value")
 _NOT_ATTRIBUTES = {"return_present", "return_lse", "out", "stream", "kernel", "num_threads"}
 
 
-def _bind(arguments: dict[str, Any], stream: int) -> Any:
-    """A call bound to its inputs. The native module checks the names of inputs and attributes."""
-    inputs = native().inputs
-    given = [name for name in inputs[3:] if arguments.get(name) is not None]
+def _bind(arguments: dict[str, Any], stream: int) -> Call:
+    """A call bound to its inputs. The compiled library knows the names of inputs and attributes."""
+    names = inputs()
+    given = [name for name in names if arguments.get(name) is not None or name in REQUIRED]
     outputs = ["present_key", "present_value"] if arguments.get("return_present") else []
     outputs += ["lse"] if arguments.get("return_lse") else []
-    attributes = {name: x for name, x in arguments.items() if name not in _NOT_ATTRIBUTES and name not in inputs}
-    attributes["packed_columns"] = list(attributes.get("packed_columns", ()))
-    attributes |= {"optional_inputs": ",".join(given), "optional_outputs": ",".join(outputs)}
-    arrays = [readable(arguments[name]) for name in (*inputs[:3], *given)]
-    return native().Call(attributes, arrays, stream)
+    defaults = attention.__kwdefaults__ or {}
+    attributes = {
+        name: value
+        for name, value in arguments.items()
+        # What is the very object of the signature need not be passed on: that is most, and saves time in each call.
+        if value is not defaults.get(name, defaults) and name not in names and name not in _NOT_ATTRIBUTES
+    }
+    if len(given) > len(REQUIRED):
+        attributes["optional_inputs"] = ",".join(given[len(REQUIRED) :])
+    if outputs:
+        attributes["optional_outputs"] = ",".join(outputs)
+    return Call(attributes, [(name, readable(arguments[name])) for name in given], stream)

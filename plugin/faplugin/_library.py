@@ -1,47 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the compiled parts are: the pybind11 module and, beside it, the libraries for the runtimes."""
+"""Where the compiled libraries are: in the package, or in the CMake build tree that FAPLUGIN_LIBRARY_DIR names."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
 import pathlib
-import sys
-import types
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnxruntime
 
+# Where a build for the CPU has less than one for GPUs.
+_GPU_ONLY = "; install the wheel faplugin_cu13-….whl in place of faplugin, or build with nvcc"
+_HINTS = {"libfa_trt.so": _GPU_ONLY, "libfa_trt_registrar.so": _GPU_ONLY}
 FOLDER_VARIABLE = "FAPLUGIN_LIBRARY_DIR"
-
-
-@functools.cache
-def native() -> types.ModuleType:
-    """The pybind11 module: the installed one, or that of the CMake build tree which FAPLUGIN_LIBRARY_DIR names.
-
-    Raises:
-        ImportError: it was not built, or not for this Python.
-    """
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if not folder:
-        try:
-            return importlib.import_module("._native", __package__)
-        except ImportError as error:
-            raise ImportError(
-                f"faplugin's compiled module can't be loaded ({error}); install the package (pip install .), "
-                f"or set {FOLDER_VARIABLE} to a CMake build tree"
-            ) from error
-    files = sorted(pathlib.Path(folder).rglob("_native.*.so"))
-    if not files:
-        raise ImportError(f"{FOLDER_VARIABLE} is {folder}, but no _native.*.so lies there")
-    spec = importlib.util.spec_from_file_location("faplugin._native", files[0])
-    assert spec is not None and spec.loader is not None  # Python knows how to load what ends in .so
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def find_library(name: str) -> pathlib.Path:
@@ -50,11 +23,25 @@ def find_library(name: str) -> pathlib.Path:
     Raises:
         FileNotFoundError: it was not built, with a sentence that says where it was looked for.
     """
-    folder = pathlib.Path(os.environ.get(FOLDER_VARIABLE) or pathlib.Path(str(native().__file__)).parent)
-    for path in [folder / name, *sorted(folder.rglob(name))]:
+    folders = _folders()
+    for path in _candidates(folders, name):
         if path.exists():
             return path.resolve()
-    raise FileNotFoundError(f"{name} is not in {folder}: this build of faplugin was made without it")
+    hint = _HINTS.get(name, "")
+    raise FileNotFoundError(f"{name} is not in {' or '.join(folders)}: this faplugin was built without it{hint}")
+
+
+def _folders() -> list[str]:
+    """Those of an editable installation are two: the sources', and the one with what was compiled."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    return [folder] if folder else list(__import__(__package__).__path__)
+
+
+def _candidates(folders: list[str], name: str) -> Iterator[pathlib.Path]:
+    for folder in map(pathlib.Path, folders):
+        yield folder / name
+        if os.environ.get(FOLDER_VARIABLE):
+            yield from sorted(folder.rglob(name))
 
 
 def library_path() -> str:

@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a Python array to a plain Tensor, without a copy: NumPy arrays (bfloat16 of ml_dtypes too), anything with __dlpack__, or a
-// pair (shape, dtype name) where only a plan is made. Used by bindings.cpp.
+// From what Python hands over (api.h) to a plain Tensor, without a copy. Used by bound_call.cpp.
 #pragma once
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <stdexcept>
+#include <string>
 
+#include "api.h"
 #include "bind.h"
 
 namespace fa::plugin {
+
+/// Raised as one of Python's exceptions.
+struct Error : std::runtime_error {
+  Error(FaError raised, const std::string& sentence) : std::runtime_error(sentence), kind(raised) {}
+  FaError kind;
+};
 
 struct Array {
   Tensor tensor;
@@ -17,13 +22,9 @@ struct Array {
   int device_id = 0;
   bool is_spec = false;    // no memory
   bool read_only = false;  // known of NumPy arrays only; others don't export such memory
-  pybind11::object owner;  // keeps the memory alive
 };
 
-/// Raises TypeError or ValueError with `name` in the sentence. `stream`: a CUDA stream on which the data is to be ready.
-Array array_from(const char* name, const pybind11::handle& object, uintptr_t stream);
-
-/// By name, as NumPy and PyTorch write it; raises TypeError where the operator has no such dtype.
-DType dtype_from(const char* tensor_name, const std::string& dtype_name);
+/// Throws an Error with `name` in the sentence.
+Array array_from(const char* name, const FaArray& given);
 
 }  // namespace fa::plugin

@@ -16,14 +16,10 @@ from faexport.cli import app
 
 from tests.export import big_model
 from tests.export.commands import environment, faexport
+from tests.pages import ROOT, blocks
 
-ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ("README.md", "docs/faexport.md")
 ALL_PAGES = sorted(os.fspath(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
 
 
 @pytest.mark.parametrize("page", PAGES)

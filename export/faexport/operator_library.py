@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator's library for onnxruntime, and the sentence that says what to install for what, where there is none.
+
+Each package with the library, for the CPU or with GPU kernels, brings it in a module called faplugin.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from .errors import ModelError
+
+MISSING = (
+    "the operator's library is not installed: install the wheel faplugin-….whl for the CPU, "
+    "or faplugin_cu13-….whl for NVIDIA GPUs and TensorRT too"
+)
+
+
+def path() -> pathlib.Path:
+    """Of libfa_ort.so. Raises ModelError."""
+    try:
+        import faplugin
+    except ImportError:
+        raise ModelError(MISSING) from None
+    try:
+        return pathlib.Path(faplugin.library_path())
+    except FileNotFoundError as error:
+        raise ModelError(f"the operator's library is not there: {error}") from error

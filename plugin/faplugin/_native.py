@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator in libfa_python.so, called through ctypes: the declarations of plugin/python/api.h, and one call of it.
+
+Plain C instead of a Python extension, so that one compiled file serves every version of Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._library import find_library
+
+# Devices of the DLPack specification.
+CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
+LEGACY_DEFAULT_STREAM = 1
+
+
+class _Array(ctypes.Structure):
+    """FaArray."""
+
+    _fields_ = [
+        ("dlpack", ctypes.c_void_p),
+        ("numpy", ctypes.c_void_p),
+        ("dtype", ctypes.c_char_p),
+        ("rank", ctypes.c_int32),
+        ("shape", ctypes.c_int64 * 4),
+    ]
+
+
+class _Attribute(ctypes.Structure):
+    """FaAttribute."""
+
+    _fields_ = [
+        ("index", ctypes.c_int32),
+        ("integer", ctypes.c_int64),
+        ("number", ctypes.c_double),
+        ("text", ctypes.c_char_p),
+        ("integers", ctypes.POINTER(ctypes.c_int64)),
+        ("length", ctypes.c_size_t),
+    ]
+
+
+class _Output(ctypes.Structure):
+    """FaOutput."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("dtype", ctypes.c_char_p),
+        ("rank", ctypes.c_int32),
+        ("shape", ctypes.c_int64 * 4),
+    ]
+
+
+_P, _SIZE, _I32, _TEXT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32, ctypes.c_char_p
+# Result and arguments. Pointers to what is declared above are plain addresses, which ctypes passes fastest.
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "fa_python_error": (_TEXT, []),
+    "fa_python_input": (_TEXT, [_I32]),
+    "fa_python_attribute": (_TEXT, [_I32, _P]),
+    "fa_python_set_device": (_I32, [_I32, _P]),
+    "fa_python_call_new": (_I32, [_P, _SIZE, _P, _SIZE, _SIZE, _P, _P, _P, _P]),
+    "fa_python_call_delete": (None, [_P]),
+    "fa_python_call_prepare": (_I32, [_P, _P, _SIZE, _TEXT, _P]),
+    "fa_python_call_run": (_I32, [_P, _P, ctypes.c_int64]),
+    "fa_python_call_explain": (_I32, [_P, _TEXT, _P]),
+}
+_ERRORS = {1: ValueError, 2: TypeError, 3: RuntimeError, 4: MemoryError}  # FaError
+
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+@functools.cache
+def library() -> Any:
+    """libfa_python.so, with its functions declared. Raises ImportError."""
+    try:
+        loaded = ctypes.CDLL(str(find_library("libfa_python.so")))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:  # AttributeError: a library of another version
+        raise ImportError(f"faplugin's compiled part can't be loaded: {error}") from error
+    return loaded
+
+
+@functools.cache
+def inputs() -> dict[str, int]:
+    """The operator's inputs by name, in the order of inputs.def, with their row there."""
+    return {name.decode(): row for row, name in enumerate(iter(_rows(library().fa_python_input), None))}
+
+
+@functools.cache
+def _attributes() -> dict[str, tuple[int, str]]:
+    """Of each attribute the row in attributes.def and the type."""
+    kind = ctypes.c_char_p()
+    rows: dict[str, tuple[int, str]] = {}
+    for name in iter(_rows(lambda row: library().fa_python_attribute(row, ctypes.byref(kind))), None):
+        assert kind.value is not None
+        rows[name.decode()] = (len(rows), kind.value.decode())
+    return rows
+
+
+def _rows(function: Callable[[int], Any]) -> Callable[[], Any]:
+    """The results for 0, 1, 2 …, one a call."""
+    numbers = iter(range(1 << 31))
+    return lambda: function(next(numbers))
+
+
+class Call:
+    """One call of the operator, bound to its inputs.
+
+    Args:
+        attributes: by name. Raises TypeError for one that attributes.def lacks, or of another type.
+        arrays: names and arrays in the order of the node's slots: NumPy arrays (bfloat16 of ml_dtypes too), anything
+            with `__dlpack__`, or pairs (shape, dtype name) where only a plan is made.
+        stream: a CUDA stream on which the data is to be ready.
+
+    Attributes:
+        outputs: name, shape and dtype name of each output, in the node's order.
+        device: where the query is, "cpu" or "cuda".
+    """
+
+    def __init__(self, attributes: Mapping[str, Any], arrays: Sequence[tuple[str, Any]], stream: int) -> None:
+        self._pointer = ctypes.c_void_p()
+        self._stream = _integer("stream", stream)
+        self._owners: list[Any] = []  # they keep the memory of inputs and outputs
+        given = [_attribute(name, value) for name, value in attributes.items()]
+        bound, outputs = self._arrays(arrays), (_Output * 4)()
+        count, is_cuda = ctypes.c_size_t(), ctypes.c_int32()
+        _check(
+            library().fa_python_call_new(
+                (_Attribute * len(given))(*given),
+                len(given),
+                bound,
+                len(arrays),
+                self._stream,
+                ctypes.byref(self._pointer),
+                outputs,
+                ctypes.byref(count),
+                ctypes.byref(is_cuda),
+            )
+        )
+        self.device = "cuda" if is_cuda.value else "cpu"
+        self.outputs: list[tuple[str, tuple[int, ...], str]] = [
+            (output.name.decode(), tuple(output.shape[: output.rank]), output.dtype.decode())
+            for output in outputs[: count.value]
+        ]
+
+    def __del__(self) -> None:
+        if self._pointer:
+            library().fa_python_call_delete(self._pointer)
+
+    def prepare(self, outputs: Sequence[Any], kernel: str) -> int:
+        """Binds the outputs' memory and chooses the kernel: the bytes of workspace that run() needs."""
+        arrays = self._arrays([(name, array) for (name, _, _), array in zip(self.outputs, outputs, strict=True)])
+        num_bytes = ctypes.c_size_t()
+        _check(
+            library().fa_python_call_prepare(
+                self._pointer, arrays, len(outputs), _text("kernel", kernel), ctypes.byref(num_bytes)
+            )
+        )
+        return num_bytes.value
+
+    def run(self, workspace: Any, num_threads: int) -> None:
+        """After prepare(). Without a workspace, where one is needed, the library allocates it in the stream's order."""
+        array = None if workspace is None else self._arrays([("the workspace", workspace)])
+        _check(library().fa_python_call_run(self._pointer, array, _integer("num_threads", num_threads)))
+
+    def explain(self, device: str) -> str:
+        text = ctypes.c_char_p()
+        _check(library().fa_python_call_explain(self._pointer, _text("device", device), ctypes.byref(text)))
+        assert text.value is not None
+        return text.value.decode()
+
+    def _arrays(self, given: Sequence[tuple[str, Any]]) -> ctypes.Array[_Array]:
+        arrays = (_Array * len(given))()
+        for filled, (name, array) in zip(arrays, given, strict=True):
+            self._fill(filled, name, array)
+        return arrays
+
+    def _fill(self, filled: _Array, name: str, array: Any) -> None:
+        if isinstance(array, np.ndarray):
+            capsule = array.__array_struct__  # it keeps the array
+            filled.numpy, filled.dtype = _capsule_pointer(capsule, None), _dtype_name(array.dtype)
+        elif isinstance(array, tuple) and len(array) == 2:
+            sizes = [_integer(f"a size of {name}", size) for size in array[0]]
+            filled.dtype = _text(f"the dtype of {name}", array[1])
+            filled.rank, filled.shape = len(sizes), tuple(sizes[:4])
+            return
+        elif hasattr(array, "__dlpack__"):
+            capsule = _dlpack(name, array, self._stream)  # it keeps its name: its own destructor gives the tensor back
+            filled.dlpack = _capsule_pointer(capsule, b"dltensor")
+        else:
+            raise TypeError(
+                f"{name} is a {type(array).__name__}; expected an array with __dlpack__ (NumPy, PyTorch, CuPy …)"
+            )
+        self._owners.append(capsule)
+
+
+@functools.lru_cache(maxsize=64)
+def _dtype_name(dtype: np.dtype) -> bytes:
+    return dtype.name.encode()
+
+
+def _dlpack(name: str, array: Any, stream: int) -> Any:
+    """The array as a DLPack capsule, its data ready on the stream."""
+    kind, ordinal = array.__dlpack_device__()
+    if kind in (CPU, CUDA_HOST):
+        return array.__dlpack__()
+    if kind not in (CUDA, CUDA_MANAGED):
+        raise TypeError(f"{name} is neither in the CPU's nor in a CUDA device's memory (DLPack device {kind})")
+    previous = _set_device(ordinal)  # PyTorch exports tensors of the current device only
+    try:
+        return array.__dlpack__(stream=stream or LEGACY_DEFAULT_STREAM)
+    finally:
+        if previous != ordinal:
+            _set_device(previous)
+
+
+def _set_device(ordinal: int) -> int:
+    previous = ctypes.c_int32()
+    _check(library().fa_python_set_device(ordinal, ctypes.byref(previous)))
+    return previous.value
+
+
+def _attribute(name: str, value: Any) -> _Attribute:
+    if name not in _attributes():
+        raise TypeError(f"FlashAttention has no attribute '{name}'")
+    row, kind = _attributes()[name]
+    attribute = _Attribute(row)
+    if kind == "INT":
+        attribute.integer = _integer(name, value)
+    elif kind == "INTS":
+        attribute.integers = (ctypes.c_int64 * len(value))(*(_integer(name, x) for x in value))
+        attribute.length = len(value)
+    elif kind == "STRING":
+        attribute.text = text = _text(name, value)
+        attribute.length = len(text)  # a null character is no end
+    else:
+        try:
+            attribute.number = value
+        except TypeError:
+            raise TypeError(f"{name} is {value!r}; expected FLOAT") from None
+    return attribute
+
+
+def _integer(name: str, value: Any) -> int:
+    """An int64: ctypes would cut off what is larger."""
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; expected INT") from None
+    if not -(2**63) <= integer < 2**63:
+        raise TypeError(f"{name} is {value!r}; expected INT of 64 bits")
+    return integer
+
+
+def _text(name: str, value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; expected STRING")
+    return value.encode()
+
+
+def _check(error: int) -> None:
+    if error:
+        raise _ERRORS[error](library().fa_python_error().decode())

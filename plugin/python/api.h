@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions of libfa_python.so and their data, in C: what faplugin/_native.py declares to ctypes, field by field. The library
+// and the package are installed together, so this is no interface to others. Every function that returns a FaError sets the
+// sentence of fa_python_error, which is the calling thread's.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dlpack.h"
+
+namespace fa::plugin {
+class BoundCall;
+}
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+/// As which of Python's exceptions an error is raised.
+enum FaError : int32_t { kFaOk, kFaValueError, kFaTypeError, kFaRuntimeError, kFaMemoryError };
+
+/// What a NumPy array tells of itself in `__array_struct__` (PyArrayInterface in NumPy's documentation).
+struct FaNumpyArray {
+  int two;
+  int rank;
+  char kind;
+  int item_size;
+  int flags;
+  intptr_t* shape;
+  intptr_t* strides;  // in bytes
+  void* data;
+  void* description;
+};
+
+/// An array of Python's: one of DLPack's, one of NumPy's, or, with neither, a specification without memory.
+struct FaArray {
+  const fa::plugin::dlpack::DLManagedTensor* dlpack;
+  const FaNumpyArray* numpy;
+  const char* dtype;  // as NumPy writes it; not read with dlpack
+  int32_t rank;       // of a specification; beyond 4 it is refused
+  int64_t shape[4];   // likewise
+};
+
+/// An attribute: `index` is its row of attributes.def, whose type says which of the fields is read.
+struct FaAttribute {
+  int32_t index;
+  int64_t integer;
+  double number;
+  const char* text;
+  const int64_t* integers;
+  size_t length;  // of text or integers
+};
+
+/// What a call returns; row-major.
+struct FaOutput {
+  const char* name;
+  const char* dtype;
+  int32_t rank;
+  int64_t shape[4];
+};
+
+/// The sentence of this thread's last error.
+const char* fa_python_error();
+/// The names in inputs.def, in order; null behind the last.
+const char* fa_python_input(int32_t index);
+/// The name and the type (INT, FLOAT, STRING, INTS) of a row of attributes.def; null behind the last.
+const char* fa_python_attribute(int32_t index, const char** type);
+/// Makes a CUDA device current and tells which one was.
+FaError fa_python_set_device(int32_t ordinal, int32_t* previous);
+
+/// Binds a call to its inputs, whose memory must outlive it; fills `outputs` (room for 4) and their number.
+FaError fa_python_call_new(const FaAttribute* attributes, size_t num_attributes, const FaArray* inputs, size_t num_inputs,
+                           uintptr_t stream, fa::plugin::BoundCall** call, FaOutput* outputs, size_t* num_outputs,
+                           int32_t* is_cuda);
+void fa_python_call_delete(fa::plugin::BoundCall* call);
+/// Binds the outputs' memory and chooses the kernel, the one called `kernel` where that is not empty.
+FaError fa_python_call_prepare(fa::plugin::BoundCall* call, const FaArray* outputs, size_t num_outputs, const char* kernel,
+                               size_t* workspace_bytes);
+/// After prepare. `workspace` may be null: what is needed is allocated then, in the order of the stream.
+FaError fa_python_call_run(fa::plugin::BoundCall* call, const FaArray* workspace, int64_t num_threads);
+/// `text` is valid until this thread's next call of this function.
+FaError fa_python_call_explain(const fa::plugin::BoundCall* call, const char* device, const char** text);
+
+}  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// Binding, preparing and running a call from Python (bound_call.h).
+#include "bound_call.h"
+
+#include <algorithm>
+#include <optional>
+#include <thread>
+
+#include "fa/threads.h"
+
+namespace fa::plugin {
+namespace {
+
+void check(const Status& status) {
+  if (!status.ok()) throw Error(status.code == StatusCode::kInvalidArgument ? kFaValueError : kFaRuntimeError, status.sentence);
+}
+
+/// What explain() knows of a GPU that need not be there. SMs and the opt-in shared memory of A100, RTX 3090, RTX 4090, H100
+/// (CUDA C++ programming guide, "Technical Specifications per Compute Capability").
+std::optional<Device> device_by_name(const std::string& name) {
+  if (name == "sm_80") return Device{DeviceType::kCuda, 80, 108, 163 * 1024};
+  if (name == "sm_86") return Device{DeviceType::kCuda, 86, 82, 99 * 1024};
+  if (name == "sm_89") return Device{DeviceType::kCuda, 89, 128, 99 * 1024};
+  if (name == "sm_90") return Device{DeviceType::kCuda, 90, 132, 227 * 1024};
+  return std::nullopt;
+}
+
+/// Memory for one call where the caller's framework gives none; on CUDA allocated and freed in the order of a stream.
+class OwnMemory {
+ public:
+  OwnMemory(bool is_cuda, void* stream) : is_cuda_(is_cuda), stream_(stream) {}
+  OwnMemory(const OwnMemory&) = delete;
+  OwnMemory& operator=(const OwnMemory&) = delete;
+
+  ~OwnMemory() {
+#ifdef FA_WITH_CUDA
+    if (cuda_ != nullptr && cudaFreeAsync(cuda_, static_cast<cudaStream_t>(stream_)) != cudaSuccess) cudaGetLastError();
+#endif
+  }
+
+  Status allocate(size_t bytes, void** data) {
+#ifdef FA_WITH_CUDA
+    if (is_cuda_) {
+      const cudaError_t error = cudaMallocAsync(&cuda_, bytes, static_cast<cudaStream_t>(stream_));
+      *data = cuda_;
+      if (error == cudaSuccess) return {};
+      cudaGetLastError();  // the failure is told here and must not be found again by the caller
+      return {StatusCode::kCudaError,
+              "no device memory for a workspace of " + std::to_string(bytes) + " bytes: " + cudaGetErrorString(error) + "."};
+    }
+#endif
+    heap_.resize(bytes);
+    *data = heap_.data();
+    return {};
+  }
+
+ private:
+  [[maybe_unused]] bool is_cuda_;
+  [[maybe_unused]] void* stream_;
+  [[maybe_unused]] void* cuda_ = nullptr;
+  std::vector<char> heap_;
+};
+
+bool is_empty(const Tensor& t) { return std::find(t.shape, t.shape + t.rank, 0) != t.shape + t.rank; }
+
+std::pair<uintptr_t, uintptr_t> span(const Tensor& t) {
+  if (is_empty(t)) return {0, 0};
+  int64_t first = 0, last = 0;  // elements
+  for (int i = 0; i < t.rank; ++i) (t.stride[i] < 0 ? first : last) += (t.shape[i] - 1) * t.stride[i];
+  const auto begin = reinterpret_cast<uintptr_t>(t.data);
+  const int64_t size = size_of(t.dtype);
+  return {begin + first * size, begin + (last + 1) * size};
+}
+
+/// Do the spans of memory from the first to the last element of each meet?
+bool overlap(const Tensor& a, const Tensor& b) {
+  const auto [a_begin, a_end] = span(a);
+  const auto [b_begin, b_end] = span(b);
+  return a_begin < b_end && b_begin < a_end;
+}
+
+}  // namespace
+
+BoundCall::BoundCall(const Attributes& attributes, const FaArray* inputs, size_t num_inputs, uintptr_t stream) : stream_(stream) {
+  check(make_node(attributes, &node_));
+  std::vector<Tensor> tensors;
+  for (size_t i = 0; i < num_inputs; ++i) {
+    const char* name = i < node_.inputs.size() ? name_of(node_.inputs[i]) : "a surplus input";
+    arrays_.push_back(array_from(name, inputs[i]));
+    tensors.push_back(arrays_.back().tensor);
+    check_device(name, arrays_.back());
+  }
+  check(plugin::bind(node_, tensors, &problem_));
+  check(validate(problem_.params));
+}
+
+std::vector<FaOutput> BoundCall::outputs() const {
+  std::vector<FaOutput> result;
+  for (const Output output : node_.outputs) {
+    const Tensor& t = problem_.outputs[static_cast<int>(output)];
+    FaOutput& told = result.emplace_back(FaOutput{name_of(output), name_of(t.dtype), t.rank, {}});
+    std::copy(t.shape, t.shape + t.rank, told.shape);
+  }
+  return result;
+}
+
+/// Binds the outputs' memory, row-major arrays of the shapes that outputs() tells, and chooses the kernel: the bytes of workspace
+/// that run() needs.
+size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const std::string& kernel) {
+  if (num_outputs != node_.outputs.size())
+    throw Error(kFaValueError, "expected " + std::to_string(node_.outputs.size()) + " outputs");
+  if (arrays_[0].is_spec) throw Error(kFaValueError, "query is a specification without memory; it can't be computed");
+  for (size_t i = 0; i < num_outputs; ++i) take_output(node_.outputs[i], outputs[i]);
+  CudaDeviceGuard guard;
+  check(plugin::plan(problem_, device_of_query(&guard), &plan_, kernel.empty() ? nullptr : kernel.c_str()));
+  return plan_.workspace_bytes;
+}
+
+/// After prepare(). Without a workspace, where one is needed, it is allocated here, in the order of the stream.
+void BoundCall::run(const FaArray* workspace, int64_t num_threads) {
+  if (num_threads < 0) throw Error(kFaValueError, "num_threads is " + std::to_string(num_threads) + "; expected 0 (all) or more");
+  CudaDeviceGuard guard;
+  device_of_query(&guard);
+  ExecutionContext context;
+  context.stream = reinterpret_cast<void*>(stream_);
+  Threads threads{num_threads > 0 ? static_cast<size_t>(num_threads) : std::max(1u, std::thread::hardware_concurrency())};
+  context.parallel_for = Threads::run;
+  context.pool = &threads;
+  OwnMemory own(is_cuda(), context.stream);
+  if (workspace) {
+    const Tensor memory = array_from("the workspace", *workspace).tensor;
+    context.workspace = memory.data;
+    context.workspace_bytes = static_cast<size_t>(memory.shape[0] * size_of(memory.dtype));
+  } else if (plan_.workspace_bytes > 0) {
+    check(own.allocate(plan_.workspace_bytes, &context.workspace));
+    context.workspace_bytes = plan_.workspace_bytes;
+  }
+  check(plugin::launch(plan_, problem_, context));
+}
+
+std::string BoundCall::explain(const std::string& name) const {
+  if (const std::optional<Device> absent = device_by_name(name)) return fa::explain(problem_.params, *absent);
+  if (name == "cpu" || (name.empty() && !is_cuda())) return fa::explain(problem_.params, Device{});
+  if (!name.empty() && name != "cuda")
+    throw Error(kFaValueError, "device is '" + name + "'; expected cpu, cuda, sm_80, sm_86, sm_89 or sm_90");
+  Device device;
+  int ordinal = arrays_[0].device_id;
+  if (!is_cuda()) check(current_cuda_device(&ordinal));
+  check(query_cuda_device(ordinal, &device));
+  return fa::explain(problem_.params, device);
+}
+
+/// The query's device, made current where it is a GPU.
+Device BoundCall::device_of_query(CudaDeviceGuard* guard) const {
+  Device device;
+  if (!is_cuda()) return device;
+  check(guard->use(arrays_[0].device_id));
+  check(query_cuda_device(arrays_[0].device_id, &device));
+  return device;
+}
+
+void BoundCall::check_device(const char* name, const Array& array) const {
+  const Array& query = arrays_[0];
+  if (!array.is_spec && !query.is_spec && (array.device != query.device || array.device_id != query.device_id))
+    throw Error(kFaValueError, std::string(name) + " is on another device than query");
+}
+
+void BoundCall::take_output(Output output, const FaArray& given) {
+  const std::string name = name_of(output);
+  const Tensor& want = problem_.outputs[static_cast<int>(output)];
+  const Array array = array_from(name.c_str(), given);
+  const Tensor& got = array.tensor;
+  check_device(name.c_str(), array);
+  bool same = !array.is_spec && got.rank == want.rank && got.dtype == want.dtype;
+  for (int axis = 0; same && axis < want.rank; ++axis)
+    same =
+        got.shape[axis] == want.shape[axis] && (want.shape[axis] <= 1 || is_empty(want) || got.stride[axis] == want.stride[axis]);
+  if (!same) throw Error(kFaValueError, name + " has another shape, dtype or layout than the row-major result");
+  if (array.read_only) throw Error(kFaValueError, name + " is read-only");
+  for (size_t i = 0; i < arrays_.size(); ++i)
+    if (overlap(got, arrays_[i].tensor) && !is_in_place(output, got, node_.inputs[i], arrays_[i].tensor))
+      throw Error(kFaValueError, name + " shares memory with " + name_of(node_.inputs[i]) + "; give it memory of its own");
+  set_output(&problem_, output, got.data);
+}
+
+/// A present may be the very memory of its past, unless rows are appended: then it is larger.
+bool BoundCall::is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const {
+  const bool is_pair = (output == Output::kPresentKey && input == Input::kPastKey) ||
+                       (output == Output::kPresentValue && input == Input::kPastValue);
+  bool is_same = is_pair && node_.attributes.cache != "append" && present.data == past.data;
+  for (int i = 0; is_same && i < present.rank; ++i)
+    is_same = present.shape[i] == past.shape[i] && (present.shape[i] <= 1 || present.stride[i] == past.stride[i]);
+  return is_same;
+}
+
+}  // namespace fa::plugin

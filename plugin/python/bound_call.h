@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// One call of the operator, bound to its inputs. Python allocates the outputs (and the workspace) with the caller's own framework
+// and hands them over as arrays; nothing is copied. Behind the C interface of api.cpp. What fails throws an Error.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arrays.h"
+#include "cuda_device.h"
+
+namespace fa::plugin {
+
+class BoundCall {
+ public:
+  BoundCall(const Attributes& attributes, const FaArray* inputs, size_t num_inputs, uintptr_t stream);
+
+  std::vector<FaOutput> outputs() const;  // in the node's order
+  bool is_cuda() const { return arrays_[0].device == DeviceType::kCuda; }
+
+  size_t prepare(const FaArray* outputs, size_t num_outputs, const std::string& kernel);
+  void run(const FaArray* workspace, int64_t num_threads);
+  std::string explain(const std::string& device) const;
+
+ private:
+  Device device_of_query(CudaDeviceGuard* guard) const;
+  void check_device(const char* name, const Array& array) const;
+  void take_output(Output output, const FaArray& given);
+  bool is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const;
+
+  Node node_;
+  std::vector<Array> arrays_;  // the inputs
+  Problem problem_;
+  Plan plan_;
+  uintptr_t stream_;
+};
+
+}  // namespace fa::plugin
