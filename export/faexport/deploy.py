@@ -59,7 +59,7 @@ def deploy(
 ) -> None:
     """Write MODEL (an output of faexport, or any ONNX model) as a model of a Triton repository: its files, the
     operator's library if the model needs it, and config.pbtxt with the model's own inputs and outputs."""
-    from . import model_io, triton
+    from . import model_io, operator_library, triton
     from .build import count_operators
 
     check_input(model)
