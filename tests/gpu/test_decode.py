@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -196,6 +197,73 @@ def test_many_launches_in_a_row_and_side_by_side() -> None:
     torch.cuda.synchronize()
     for i, output in enumerate(results):
         assert arrays.same_bits(output, first[i % len(first)]), i
+
+
+def test_long_caches_replayed_and_side_by_side() -> None:
+    """So many copies under way that they end in another order than they began; a gigabyte of keys and values."""
+    import faplugin
+
+    torch.manual_seed(4)
+    problems = [draw(8, 32, 8, 1, 32768, 128, layout="BSHD"), *(draw(2, 32, 8, 1, 8192, 128) for _ in range(3))]
+    first = [faplugin.attention(**inputs) for inputs in problems]
+    queries = [torch.randn_like(problems[0]["query"]) for _ in range(4)]
+    wanted = [faplugin.attention(**problems[0] | {"query": query}) for query in queries]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    graph, outputs = torch.cuda.CUDAGraph(), []
+    with torch.cuda.stream(streams[0]), torch.cuda.graph(graph, stream=streams[0]):
+        outputs += [faplugin.attention(**problems[0]) for _ in range(4)]
+    for i in range(40):
+        results = []
+        for stream, inputs in zip(streams[1:], problems[1:], strict=True):
+            with torch.cuda.stream(stream):
+                results += [faplugin.attention(**inputs) for _ in range(20)]
+        with torch.cuda.stream(streams[0]):
+            problems[0]["query"].copy_(queries[i % 4])
+            graph.replay()
+            eager = [faplugin.attention(**problems[0]) for _ in range(4)]
+        torch.cuda.synchronize()
+        for output in outputs + eager:
+            assert arrays.same_bits(output, wanted[i % 4]), i
+        for j, output in enumerate(results):
+            assert arrays.same_bits(output, first[1 + j // 20]), (i, j)
+
+
+def test_each_launch_sees_what_the_ones_before_it_wrote() -> None:
+    """A chain in which each result is the next one's query, against the same chain with a pause after each link. Launches
+    that come early, of this kernel and of others, stand between kernels that don't."""
+    import faplugin
+
+    torch.manual_seed(6)
+    inputs = draw(2, 32, 8, 1, 8192, 128)
+    many = draw(2, 32, 8, 512, 512, 128)
+
+    def chain(after_each: Callable[[], None] = lambda: None) -> torch.Tensor:
+        x = inputs["query"]
+        for i in range(12):
+            x = faplugin.attention(**inputs | {"query": x})
+            after_each()
+            if i % 3 == 1:
+                rows = faplugin.attention(**many | {"query": x + many["query"]})
+                after_each()
+                x = rows[:, :, -1:].contiguous()
+            if i % 4 == 2:
+                x = x * 2.0
+            after_each()
+        return x
+
+    want = chain(torch.cuda.synchronize)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(50):
+            assert arrays.same_bits(chain(), want)
+        with torch.cuda.graph(graph, stream=stream):
+            captured = chain()
+        for _ in range(50):
+            captured.zero_()
+            graph.replay()
+            stream.synchronize()
+            assert arrays.same_bits(captured, want)
 
 
 def test_more_workspaces_than_there_are_counters() -> None:

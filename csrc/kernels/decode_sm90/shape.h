@@ -46,9 +46,13 @@ inline int num_blocks(const AttentionParams& p, const Device& device, const Tile
 /// Rows of one warp that a block's merge keeps.
 inline int merge_rows(const AttentionParams& p) { return std::min(most_rows(p), kRowsPerWarp); }
 
-/// As many stages as shared memory holds beside `other_bytes`.
+/// As many stages as shared memory holds beside `other_bytes`, a multiple of the warps: so a warp comes back to its own stages
+/// only. Where it came to another's, it might find the copies of the round before still under way, which finish in any order, and
+/// take the parity of the round before that one for its own.
 inline int num_stages(int head_dim, int other_bytes) {
-  return std::min((tile_shape(head_dim).shared_bytes() - other_bytes) / stage_bytes(head_dim), kMaxStages);
+  const TileShape tile = tile_shape(head_dim);
+  const int stages = std::min((tile.shared_bytes() - other_bytes) / stage_bytes(head_dim), kMaxStages);
+  return stages / tile.warps * tile.warps;
 }
 
 /// The bucket: the largest head_dim and head_dim_v of an instance.
