@@ -230,8 +230,10 @@ def test_long_caches_replayed_and_side_by_side() -> None:
 
 
 def test_each_launch_sees_what_the_ones_before_it_wrote() -> None:
-    """A chain in which each result is the next one's query, against the same chain with a pause after each link. Launches
-    that come early, of this kernel and of others, stand between kernels that don't."""
+    """A chain in which each result is the next one's query, against the same chain with a pause after each link.
+
+    Launches that come early, of this kernel and of others, stand between kernels that don't.
+    """
     import faplugin
 
     torch.manual_seed(6)
