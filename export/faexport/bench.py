@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `faexport bench`: original against fused model in onnxruntime on the CPU, at the sizes that count.
+"""The command `faexport bench`: original against fused model in onnxruntime on a GPU or the CPU, at sizes that count.
 
 cli.py adds it. Each measurement runs in a process of its own (bench_child.py), the two models in turn; what is slow to
 import is imported when the command runs.
@@ -11,7 +11,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,7 +33,8 @@ EXAMPLES = """\b
 Examples:
   faexport bench model.onnx                             a ladder of lengths
   faexport bench model.onnx --shape input_ids:8x512     one size
-  faexport bench model.onnx --json --svg bench.svg  for programs, a picture
+  faexport bench model.onnx --device cpu                not on the GPU
+  faexport bench model.onnx --json --svg bench.svg      for programs, a picture
 """
 
 
@@ -51,7 +52,15 @@ Examples:
 @click.option(
     "--runs", type=click.IntRange(min=5), default=20, show_default=True, help="Runs of each model at each size."
 )
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Of onnxruntime; default: as it chooses.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    metavar="DEVICE",
+    help="Where to run, cpu or cuda; default: cuda where this onnxruntime has it.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="Of onnxruntime on the CPU; default: as it chooses."
+)
 @click.option(
     "--timeout",
     metavar="SECONDS",
@@ -67,26 +76,31 @@ def bench(
     model: pathlib.Path,
     shapes: tuple[str, ...],
     runs: int,
+    device: str | None,
     threads: int,
     timeout: float,
     svg: pathlib.Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Time MODEL against its fused form in onnxruntime on this machine's CPU: median of runs in turn, memory, and the
-    share of what is rewritten in the time. The inputs are random; verify with `faexport MODEL`."""
+    """Time MODEL against its fused form in onnxruntime: median of runs in turn, memory, and on the CPU the share of
+    what is rewritten in the time. On a GPU inputs and outputs stay there, and a run ends when the GPU has. The inputs
+    are random; verify with `faexport MODEL`."""
     from . import bench_view
 
     check_input(model)
     if svg is not None:
         check_output(svg, [model], "--svg")
     with terminal.progress(quiet) as progress:
-        rows, notes = measure(model, shapes, runs=runs, threads=threads, timeout=timeout, on_step=progress.step)
+        device = device or default_device()
+        limits = Limits(device, runs, threads, timeout)
+        rows, notes = measure(model, shapes, limits, progress.step)
     if svg is not None:
         write_file(svg, bench_view.picture(rows, model.name).encode())
     sentence = conclusion(rows)
     if as_json:
-        data = {"model": str(model), "rows": [_as_data(row) for row in rows], "notes": notes, "conclusion": sentence}
+        data = {"model": str(model), "device": device, "rows": [_as_data(row) for row in rows]}
+        data |= {"notes": notes, "conclusion": sentence}
         with terminal.printing():
             click.echo(json.dumps(data, indent=2))
     elif not quiet:
@@ -97,18 +111,42 @@ def bench(
                 screen.print(line, markup=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How to measure: where ("cpu" or "cuda"), runs of each model at each size, onnxruntime's threads (0: as it
+    chooses), and the seconds that the measurements of one size may take, each."""
+
+    device: str = "cpu"
+    runs: int = 20
+    threads: int = 0
+    timeout: float = 300.0
+
+    def ask(self, kind: str, models: Sequence[str], tensors: dict[str, Any]) -> Any:
+        """The answer of a process of its own. Raises ModelError."""
+        from .bench_child import Question, measure
+
+        question = Question(kind, tuple(models), tensors, self.runs, threads=self.threads, device=self.device)
+        return measure(question, self.timeout)
+
+
+def default_device() -> str:
+    from . import ort_session
+
+    if missing := ort_session.missing_packages():
+        raise ModelError(missing)
+    import onnxruntime
+
+    return "cuda" if ort_session.CUDA in onnxruntime.get_available_providers() else "cpu"
+
+
 def measure(
     model: pathlib.Path,
     shapes: Sequence[str] = (),
-    *,
-    runs: int = 20,
-    threads: int = 0,
-    timeout: float = 300.0,
-    on_step: Any = lambda text: None,
+    limits: Limits = Limits(),
+    on_step: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Row], list[str]]:
     """The rows, and what there is to say of them. Raises ModelError."""
     from . import blocks, inputs, model_io, operator_library, ort_session, pipeline
-    from .bench_child import Question, measure
 
     if missing := ort_session.missing_packages():
         raise ModelError(missing)
@@ -131,8 +169,8 @@ def measure(
             sizes = {name: list(array.shape) for name, array in tensors.items()}
             on_step(f"measuring {bench_label(sizes)}")
             try:
-                times = measure(Question("times", both, tensors, runs, threads=threads), timeout)
-                rest = [_rest(Question, measure, one, tensors, threads, timeout, attention) for one in both]
+                times = limits.ask("times", both, tensors)
+                rest = [_rest(limits, one, tensors, attention) for one in both]
             except ModelError as error:
                 if not rows:
                     raise ModelError(f"{model}: can't be measured at {bench_label(sizes)}: {error}") from error
@@ -146,12 +184,12 @@ def measure(
     return rows, notes
 
 
-def _rest(
-    question: Any, measure: Any, model: str, tensors: dict, threads: int, timeout: float, attention: set[str]
-) -> tuple[int | None, float | None]:
+def _rest(limits: Limits, model: str, tensors: dict[str, Any], attention: set[str]) -> tuple[int | None, float | None]:
     """Memory of one run of one model, and the share of its nodes' time that those of what is rewritten take."""
-    used = measure(question("memory", (model,), tensors, threads=threads), timeout)
-    nodes = measure(question("nodes", (model,), tensors, threads=threads), timeout)
+    used = limits.ask("memory", [model], tensors)
+    if limits.device != "cpu":
+        return used, None
+    nodes = limits.ask("nodes", [model], tensors)
     total = sum(taken for _, taken in nodes.values())
     inside = sum(taken for name, (op_type, taken) in nodes.items() if name in attention or op_type == "FlashAttention")
     return used, inside / total if total else None
@@ -206,12 +244,13 @@ def conclusion(rows: Sequence[Row]) -> str:
     """Where it starts to pay, or that it does not, and why."""
     last, best = rows[-1], max(rows, key=lambda row: row.times_as_fast)
     gain = f"{best.times_as_fast:.2f} times as fast at {bench_label(best.sizes)}"
-    share = f"{max(row.original.rewritten or 0 for row in rows):.0%}"
     if not any(row.gained for row in rows):
         where = "this size" if len(rows) == 1 else "these sizes"
+        shares = [row.original.rewritten for row in rows if row.original.rewritten is not None]
+        why = f", where what is rewritten is up to {max(shares):.0%} of the original's" if shares else ""
         return (
-            f"no time is gained at {where}, where what is rewritten is up to {share} of the original's; less than the "
-            f"spread of the runs, or than {CLEARLY - 1:.0%}, counts as even"
+            f"no time is gained at {where}{why}; less than the spread of the runs, or than {CLEARLY - 1:.0%}, "
+            "counts as even"
         )
     paying = len(rows)
     while paying and rows[paying - 1].gained:

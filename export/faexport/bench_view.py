@@ -20,14 +20,16 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
     """One row a size: times in milliseconds with half the width of the middle half of the runs."""
     shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("inputs", overflow="fold")
-    for heading in ("original ms", "fused ms", "speed", "memory MB", "rewritten"):
+    with_shares = any(one.rewritten is not None for row in rows for one in (row.original, row.fused))
+    for heading in ("original ms", "fused ms", "speed", "memory MB", *(["rewritten"] if with_shares else [])):
         shown.add_column(heading, justify="right")
     for row in rows:
         both = (row.original, row.fused)
         memory = " → ".join("?" if one.bytes is None else f"{one.bytes / 1e6:.0f}" for one in both)
-        share = " → ".join("?" if one.rewritten is None else f"{one.rewritten:.0%}" for one in both)
+        shares = " → ".join("?" if one.rewritten is None else f"{one.rewritten:.0%}" for one in both)
         speed = f"{row.times_as_fast:.2f} ×" if row.gained else f"{row.times_as_fast:.2f} × (even)"
-        cells = (bench_label(row.sizes), *(_milliseconds(one.seconds) for one in both), speed, memory, share)
+        cells = (bench_label(row.sizes), *(_milliseconds(one.seconds) for one in both), speed, memory)
+        cells += (shares,) if with_shares else ()
         shown.add_row(*cells)
     return shown
 
@@ -41,8 +43,10 @@ def picture(rows: Sequence[Row], title: str) -> str:
     elements = [max(1, math.prod(next(iter(row.sizes.values()), [1]))) for row in rows]
     panels = [
         ("milliseconds (median)", [[getattr(r, m).seconds.median * 1e3 for r in rows] for m in COLOURS]),
-        ("memory of a run, MB", [[(getattr(r, m).bytes or 1e5) / 1e6 for r in rows] for m in COLOURS]),
     ]
+    if all(one.bytes is not None for row in rows for one in (row.original, row.fused)):
+        memory = [[max(getattr(r, m).bytes, 1e5) / 1e6 for r in rows] for m in COLOURS]
+        panels.append(("memory of a run, MB", memory))
     spoken = "; ".join(
         f"{bench_label(row.sizes)}: {_milliseconds(row.original.seconds)} ms, "
         f"fused {_milliseconds(row.fused.seconds)} ms"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 Tensors = Mapping[str, np.ndarray]
+CUDA = "CUDAExecutionProvider"
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|failed to allocate memory|out of memory|available memory of", re.IGNORECASE)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from faexport import bench, ort_session
+from faexport import bench, bench_view, ort_session
 from faexport.bench_data import Measured, Row, Timing
 from onnx import TensorProto, helper
 
@@ -48,7 +48,7 @@ def by_hand(model: pathlib.Path) -> float:
 def test_figures_are_those_of_an_independent_timing(model: pathlib.Path) -> None:
     """Within a factor of the range that the timing by hand gives before and after: other tests run beside this one."""
     before = by_hand(model)
-    (row,), notes = bench.measure(model, [SHAPE], runs=10)
+    (row,), notes = bench.measure(model, [SHAPE], bench.Limits(runs=10))
     after = by_hand(model)
     assert notes == [] and row.sizes == {"hidden_states": [2, LENGTH, SIZE.hidden]}
     assert min(before, after) / 2.5 <= row.original.seconds.median <= 2.5 * max(before, after)
@@ -65,10 +65,26 @@ def test_the_command_prints_json_and_draws(model: pathlib.Path, tmp_path: pathli
                 "--svg", tmp_path / "b.svg")  # fmt: skip
     data = json.loads(done.stdout)
     assert done.returncode == 0 and [row["sizes"]["hidden_states"][0] for row in data["rows"]] == [2, 1]
+    assert data["device"] == "cpu"
     assert {"sizes", "original", "fused", "times_as_fast", "gained"} == set(data["rows"][0])
     root = xml.etree.ElementTree.parse(tmp_path / "b.svg").getroot()
     circles = [element for element in root.iter() if element.tag.endswith("circle")]
     assert len(circles) == 8 and "hidden_states 2x384" in root.attrib["aria-label"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(ort_session.CUDA not in onnxruntime.get_available_providers(), reason="no CUDA provider")
+def test_a_gpu_is_measured_where_there_is_one(model: pathlib.Path) -> None:
+    done = here("bench", model, "--shape", SHAPE.replace("2x", "8x"), "--json")
+    (row,) = json.loads(done.stdout)["rows"]
+    assert json.loads(done.stdout)["device"] == "cuda" and row["original"]["rewritten"] is None
+    assert 1e-5 < row["fused"]["seconds"]["median"] < row["original"]["seconds"]["median"] < 1
+    assert row["original"]["bytes"] is None or row["original"]["bytes"] > row["fused"]["bytes"]
+
+
+@pytest.mark.skipif(ort_session.CUDA in onnxruntime.get_available_providers(), reason="there is a CUDA provider")
+def test_a_gpu_that_is_not_there_is_one_line(model: pathlib.Path) -> None:
+    assert_bad_input(here("bench", model, "--shape", SHAPE, "--device", "cuda"), "--device cpu measures on the CPU")
 
 
 def timing(median: float, spread: float = 0.001) -> Timing:
@@ -86,6 +102,10 @@ def test_the_conclusion_says_where_it_pays_or_that_it_does_not() -> None:
     assert bench.conclusion([faster, much]) == "4.00 times as fast at ids 1x512"
     assert "nothing is gained at ids 1x64" in bench.conclusion([faster, even])
     assert "no time is gained at these sizes, where what is rewritten is up to 30%" in bench.conclusion([even, slower])
+    unknown = Row({"ids": [1, 64]}, *(Measured(timing(0.1), None, None) for _ in range(2)))
+    assert bench.conclusion([unknown]).startswith("no time is gained at this size; less than")
+    assert [column.header for column in bench_view.table([unknown]).columns][-1] == "memory MB"
+    assert bench_view.picture([unknown], "m").count("<circle") == 2, "no memory is drawn where none was measured"
     assert not row(64, 0.1, 0.05, spread=0.03).gained, "the runs' spread is as wide as the gain"
 
 
