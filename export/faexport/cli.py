@@ -301,7 +301,11 @@ def _exit_if_strict(report: Report, strict: bool) -> None:
 
 def _assuming(assume: tuple[str, ...]) -> Options:
     """The defaults, with what --assume names."""
-    return Options(assume_right_padding="right-padding" in assume, assume_full_rows="full-rows" in assume)
+    return Options(
+        assume_right_padding="right-padding" in assume,
+        assume_full_rows="full-rows" in assume,
+        assume_zeros_and_ones="zeros-and-ones" in assume,
+    )
 
 
 def _check_report_file(

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.export import big_model
 from tests.export import mask_grammar as grammar
+from tests.export.commands import here
 
 PASSED, FAILED, NOT_RUN = VerificationStatus.PASSED, VerificationStatus.FAILED, VerificationStatus.NOT_RUN
 
@@ -250,6 +251,9 @@ def test_what_only_other_numbers_than_0_and_1_contradict_can_be_assumed(tmp_path
     result = verify.verify(path, fused)
     assert result.status is FAILED and "--assume zeros-and-ones" in result.reason
     assert verify.verify(path, fused, zeros_and_ones=True).status is PASSED
+    target = tmp_path / "c.onnx"
+    assert here(path, "-o", target).returncode == 1 and not target.exists()
+    assert here(path, "-o", target, "--assume", "zeros-and-ones").returncode == 0 and target.exists()
 
 
 def test_inputs_that_contradict_the_file_are_not_compared(tmp_path: pathlib.Path) -> None:
