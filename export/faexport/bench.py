@@ -25,7 +25,9 @@ from .options_of_commands import FILE, json_option, model_argument, quiet_option
 from .output import check_input, check_output, write_file
 
 if TYPE_CHECKING:
+    from .blocks import Block
     from .inputs import InputSpec
+    from .report import Report
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 SLOW = 5.0  # seconds of one run of the original, above which the ladder ends
@@ -70,6 +72,13 @@ Examples:
     help="How long the measurements of one size may take, each.",
 )
 @click.option("--svg", metavar="FILE", type=FILE, help="Also draw time and memory against length to this file.")
+@click.option(
+    "--html",
+    "page",
+    metavar="FILE",
+    type=FILE,
+    help="Also write the report with the pictures as one page to this file.",
+)
 @json_option
 @quiet_option
 def bench(
@@ -80,6 +89,7 @@ def bench(
     threads: int,
     timeout: float,
     svg: pathlib.Path | None,
+    page: pathlib.Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -89,25 +99,33 @@ def bench(
     from . import bench_view
 
     check_input(model)
-    if svg is not None:
-        check_output(svg, [model], "--svg")
+    for option, file in (("--svg", svg), ("--html", page)):
+        if file is not None:
+            check_output(file, [model], option)
     with terminal.progress(quiet) as progress:
         device = device or default_device()
         limits = Limits(device, runs, threads, timeout)
-        rows, notes = measure(model, shapes, limits, progress.step)
+        found = measure(model, shapes, limits, progress.step)
+    rows, sentence = found.rows, conclusion(found.rows)
+    picture = bench_view.picture(rows, model.name)
     if svg is not None:
-        write_file(svg, bench_view.picture(rows, model.name).encode())
-    sentence = conclusion(rows)
+        write_file(svg, picture.encode())
+    if page is not None:
+        from . import html_report
+
+        found.report.model = str(model)
+        text = html_report.page(found.report, found.blocks, html_report.bench(picture, [*found.notes, sentence]))
+        write_file(page, text.encode())
     if as_json:
         data = {"model": str(model), "device": device, "rows": [_as_data(row) for row in rows]}
-        data |= {"notes": notes, "conclusion": sentence}
+        data |= {"notes": found.notes, "conclusion": sentence}
         with terminal.printing():
             click.echo(json.dumps(data, indent=2))
     elif not quiet:
         with terminal.printing():
             screen = terminal.console()
             screen.print(bench_view.table(rows))
-            for line in [*notes, sentence]:
+            for line in [*found.notes, sentence]:
                 screen.print(line, markup=False)
 
 
@@ -139,13 +157,24 @@ def default_device() -> str:
     return "cuda" if ort_session.CUDA in onnxruntime.get_available_providers() else "cpu"
 
 
+@dataclasses.dataclass
+class Result:
+    """The rows, what there is to say of them, and what was compared: the fusion's report, and by site the blocks that
+    its page draws."""
+
+    rows: list[Row]
+    notes: list[str]
+    report: Report
+    blocks: dict[str, tuple[Block, Block]]
+
+
 def measure(
     model: pathlib.Path,
     shapes: Sequence[str] = (),
     limits: Limits = Limits(),
     on_step: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Row], list[str]]:
-    """The rows, and what there is to say of them. Raises ModelError."""
+) -> Result:
+    """Raises ModelError."""
     from . import blocks, inputs, model_io, operator_library, ort_session, pipeline
 
     if missing := ort_session.missing_packages():
@@ -157,10 +186,10 @@ def measure(
         raise ModelError(f"{model}: nothing is fused, so there is nothing to compare; faexport inspect says why")
     original = model_io.load(model)
     specs = inputs.input_specs(original)
-    pairs = blocks.find_blocks(original, fused).values()
-    attention = {box.name for pair in pairs for block in pair for box in block.boxes if box.op_type}
-    rows: list[Row] = []
-    notes: list[str] = []
+    pairs = blocks.find_blocks(original, fused)
+    attention = {box.name for pair in pairs.values() for block in pair for box in block.boxes if box.op_type}
+    result = Result([], [], report, pairs)
+    rows, notes = result.rows, result.notes
     with scratch.folder(what="bench-") as folder:
         path = folder / "fused.onnx"
         model_io.save(fused, path, source=model)
@@ -181,7 +210,7 @@ def measure(
             if not shapes and rows[-1].original.seconds.median > SLOW:
                 notes.append(f"the ladder ends where a run takes more than {SLOW:g} s; --shape goes on")
                 break
-    return rows, notes
+    return result
 
 
 def _rest(limits: Limits, model: str, tensors: dict[str, Any], attention: set[str]) -> tuple[int | None, float | None]:

@@ -35,20 +35,22 @@ td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}thead th{
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:.5rem;margin:.5rem 0}
 dt{color:var(--soft);font-size:.85rem}dd{margin:0}
 .pair{display:flex;flex-wrap:wrap;gap:1rem}.pair>figure{margin:.5rem 0;min-width:0;max-width:100%}
-svg{display:block}svg path{fill:none;stroke:var(--soft)}svg rect{fill:var(--paper);stroke:var(--line)}
-svg text{font-size:12px;text-anchor:middle;fill:var(--ink)}svg .value rect{fill:none;stroke:none}
-svg .value text{fill:var(--soft)}svg .own rect{fill:var(--own);stroke:none}svg .own text{fill:var(--own-ink)}
+svg{display:block}.pair path{fill:none;stroke:var(--soft)}.pair rect{fill:var(--paper);stroke:var(--line)}
+.pair text{font-size:12px;text-anchor:middle;fill:var(--ink)}.pair .value rect{fill:none;stroke:none}
+.pair .value text{fill:var(--soft)}.pair .own rect{fill:var(--own);stroke:none}.pair .own text{fill:var(--own-ink)}
 @media print{body{max-width:none;font-size:10pt}.scroll{overflow:visible}svg{max-width:100%;height:auto}
 details>*{display:block}}
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(report: Report, blocks: Mapping[str, tuple[Block, Block]] | None = None) -> str:
-    """The whole file. `blocks`: of sites, by the name of a node, their block before and after (blocks.find_blocks)."""
+def page(report: Report, blocks: Mapping[str, tuple[Block, Block]] | None = None, measured: str = "") -> str:
+    """The whole file. `blocks`: of sites, by the name of a node, their block before and after (blocks.find_blocks);
+    `measured`: the section of bench()."""
     title = f"faexport: {report.model or 'a model'}"
     parts = [
         _summary(report),
+        measured,
         _sites(report, blocks or {}),
         _verification(report.verification) if report.verification else "",
         _nodes(report),
@@ -62,6 +64,13 @@ def page(report: Report, blocks: Mapping[str, tuple[Block, Block]] | None = None
         f"<title>{_text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<header><h1>{_text(title)}</h1></header>\n<main>\n{''.join(parts)}</main>\n</body>\n</html>\n"
     )
+
+
+def bench(picture: str, lines: Iterable[str]) -> str:
+    """The section with what `faexport bench` measured: its picture (SVG), and what there is to say."""
+    said = "".join(f"<p>{_text(line)}.</p>\n" for line in lines)
+    frame = '<div class="scroll" tabindex="0" role="region" aria-label="Time and memory against size">'
+    return f"<h2>Time and memory</h2>\n{said}{frame}{picture}</div>\n"
 
 
 def _summary(report: Report) -> str:

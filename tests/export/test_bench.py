@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import pathlib
 import statistics
@@ -48,9 +49,10 @@ def by_hand(model: pathlib.Path) -> float:
 def test_figures_are_those_of_an_independent_timing(model: pathlib.Path) -> None:
     """Within a factor of the range that the timing by hand gives before and after: other tests run beside this one."""
     before = by_hand(model)
-    (row,), notes = bench.measure(model, [SHAPE], bench.Limits(runs=10))
+    found = bench.measure(model, [SHAPE], bench.Limits(runs=10))
     after = by_hand(model)
-    assert notes == [] and row.sizes == {"hidden_states": [2, LENGTH, SIZE.hidden]}
+    (row,) = found.rows
+    assert found.notes == [] and row.sizes == {"hidden_states": [2, LENGTH, SIZE.hidden]}
     assert min(before, after) / 2.5 <= row.original.seconds.median <= 2.5 * max(before, after)
     for measured in (row.original, row.fused):
         assert 0 < measured.seconds.low <= measured.seconds.median <= measured.seconds.high
@@ -62,7 +64,7 @@ def test_figures_are_those_of_an_independent_timing(model: pathlib.Path) -> None
 
 def test_the_command_prints_json_and_draws(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     done = here("bench", model, "--shape", SHAPE, "--shape", SHAPE.replace("2x", "1x"), "--runs", "5", "--json",
-                "--svg", tmp_path / "b.svg")  # fmt: skip
+                "--svg", tmp_path / "b.svg", "--html", tmp_path / "b.html")  # fmt: skip
     data = json.loads(done.stdout)
     assert done.returncode == 0 and [row["sizes"]["hidden_states"][0] for row in data["rows"]] == [2, 1]
     assert data["device"] == "cpu"
@@ -70,6 +72,8 @@ def test_the_command_prints_json_and_draws(model: pathlib.Path, tmp_path: pathli
     root = xml.etree.ElementTree.parse(tmp_path / "b.svg").getroot()
     circles = [element for element in root.iter() if element.tag.endswith("circle")]
     assert len(circles) == 8 and "hidden_states 2x384" in root.attrib["aria-label"]
+    page = html.unescape((tmp_path / "b.html").read_text())
+    assert page.count("<circle") == 8 and data["conclusion"] in page and "1 of 1 attention site fused" in page
 
 
 @pytest.mark.gpu

@@ -15,7 +15,8 @@ import subprocess
 
 import onnx
 import pytest
-from faexport import advice, blocks, html_report, model_io, pipeline
+from faexport import advice, bench_view, blocks, html_report, model_io, pipeline
+from faexport.bench_data import Measured, Row, Timing
 from faexport.report import Report
 
 from tests import packages
@@ -178,6 +179,9 @@ def test_axe_finds_nothing_and_nothing_is_cut_off(width: int, tmp_path: pathlib.
     script = f"""(() => {{ {axe()} }})() || axe.run(document, {{runOnly: {rules}}}).then(result => ({{
         violations: result.violations.map(one => [one.id, one.nodes[0].html]), passes: result.passes.length,
         overflow: document.documentElement.scrollWidth - innerWidth}}))"""
-    result = in_chromium(html_report.page(report, found), script, tmp_path, width)
+    half = Timing(0.1, 0.09, 0.11, 20), Timing(0.05, 0.04, 0.06, 20)
+    rows = [Row({"ids": [1, length]}, *(Measured(one, 10**6 * length, 0.3) for one in half)) for length in (64, 128)]
+    measured = html_report.bench(bench_view.picture(rows, "model.onnx"), ["it pays from ids 1x64 on"])
+    result = in_chromium(html_report.page(report, found, measured), script, tmp_path, width)
     assert result["violations"] == [] and result["passes"] > 10
     assert result["overflow"] <= 0, "wide tables and drawings scroll by themselves"
