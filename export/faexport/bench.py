@@ -33,10 +33,10 @@ LENGTHS = (64, 128, 256, 512, 1024, 2048)
 SLOW = 5.0  # seconds of one run of the original, above which the ladder ends
 EXAMPLES = """\b
 Examples:
-  faexport bench model.onnx                             a ladder of lengths
-  faexport bench model.onnx --shape input_ids:8x512     one size
-  faexport bench model.onnx --device cpu                not on the GPU
-  faexport bench model.onnx --json --svg bench.svg      for programs, a picture
+  faexport bench model.onnx                          a ladder of lengths
+  faexport bench model.onnx --shape input_ids:8x512  one size
+  faexport bench model.onnx --device cpu             not on the GPU
+  faexport bench model.onnx --json --svg b.svg       for programs, a picture
 """
 
 

@@ -26,17 +26,18 @@ from .options_of_commands import (
     html_option,
     json_option,
     model_or_folder_argument,
+    models_argument,
     opset_option,
     quiet_option,
     report_option,
     strict_option,
 )
-from .output import check_input, check_output, default_target, final_path, write_file
+from .output import check_input, check_output, final_path, write_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from . import genai
+    from . import genai, jobs
     from .report import Report
 
 SUMMARY = """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the
@@ -53,6 +54,7 @@ Examples:
   faexport inspect model.onnx             only show what would be fused
   faexport model.onnx -o fast.onnx        write elsewhere
   faexport models/llama                   rewrite a copy of a genai folder
+  faexport a.onnx b.onnx -o fast          several models, or all of a folder
   faexport model.onnx --inputs real.npz   verify on your own inputs as well
   faexport model.onnx --dtype fp16        attention in half precision
   faexport model.onnx --json --dry-run    a report for programs
@@ -99,13 +101,13 @@ def app() -> None:
 
 
 @app.command(short_help="Fuse the attention of MODEL; this name may be left out.")
-@model_or_folder_argument
+@models_argument
 @click.option(
     "--output",
     "-o",
     metavar="FILE",
     type=FILE_OR_FOLDER,
-    help="Where to write; default: MODEL with the ending .fa.onnx, of a folder .fa.",
+    help="Where to write, for several models a folder; default: MODEL with the ending .fa.onnx, of a folder .fa.",
 )
 @click.option(
     "--verify/--no-verify", "check", default=True, show_default=True, help="Run both models in onnxruntime and compare."
@@ -160,7 +162,7 @@ def app() -> None:
 @strict_option
 @quiet_option
 def fuse(
-    model: pathlib.Path,
+    models: tuple[pathlib.Path, ...],
     output: pathlib.Path | None,
     check: bool,
     timeout: float,
@@ -180,16 +182,14 @@ def fuse(
 ) -> None:
     """Fuse the attention of MODEL and write the result. The name of this command may be left out.
 
-    MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused."""
-    folder = _genai_folder(model)
-    model = _model_file(model, folder)
-    target = output or (folder.default_target if folder is not None else default_target(model))
-    _check_report_file(report_file, model, target)
-    _check_report_file(html_file, model, target, "--html", b"<")
+    MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
+    other folder all models are rewritten, and several models or folders may be given."""
+    for path in models:
+        if not path.is_dir():
+            check_input(path)
     import onnx_ir as ir
 
-    from . import jobs
-    from .report import Report
+    from . import jobs, many
 
     types = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
     options = dataclasses.replace(
@@ -200,22 +200,64 @@ def fuse(
         float32=float32 or "",
         opset=opset,
     )
+    sources = many.models(models)
+    if len(sources) > 1:
+        for option, value in (("--inputs", inputs), ("--html", html_file)):
+            if value is not None:
+                raise ModelError(f"{option} is for one model, and {len(sources)} are given; rewrite them one by one")
+        _check_report_file(report_file, *sources)
+        todo = [
+            jobs.Job(source, target, options, check, timeout, None, dry_run, report_file)
+            for source, target in zip(sources, many.targets(sources, output), strict=True)
+        ]
+        _fuse_many(todo, as_json, report_file, strict, quiet)
+        return
+    (model,) = sources
+    target = output or jobs.target_of(model)
+    _check_report_file(report_file, model, target=target)
+    _check_report_file(html_file, model, target=target, option="--html", first=b"<")
     job = jobs.Job(model, target, options, check, timeout, inputs, dry_run, report_file)
-    report = Report(model=str(model))
-    with _failures(report, as_json, report_file):
+    _fuse_one(job, as_json, html_file, strict, quiet)
+
+
+def _fuse_one(job: jobs.Job, as_json: bool, html_file: pathlib.Path | None, strict: bool, quiet: bool) -> None:
+    from . import jobs
+    from .report import Report
+
+    report = Report(model=str(job.model))
+    with _failures(report, as_json, job.report_file):
         with terminal.progress(quiet) as progress:
             fused = None
             try:
-                watcher = jobs.Watcher(progress.step, progress.amount)
-                fused = jobs.run_folder(folder, job, report, watcher) if folder else jobs.run(job, report, watcher)
+                fused = jobs.run_any(job, report, jobs.Watcher(progress.step, progress.amount))
             except NotVerifiedError as error:
                 report.error = str(error)
         _write_html(report, html_file, fused)
-        _show(report, as_json, report_file, quiet)
+        _show(report, as_json, job.report_file, quiet)
     if report.error:
         terminal.print_error(report.error)
         raise click.exceptions.Exit(terminal.EXIT_NOT_VERIFIED)
     _exit_if_strict(report, strict)
+
+
+def _fuse_many(
+    todo: list[jobs.Job], as_json: bool, report_file: pathlib.Path | None, strict: bool, quiet: bool
+) -> None:
+    from . import many
+
+    with terminal.progress(quiet) as progress:
+        outcomes = many.run(todo, strict, progress)
+    if report_file is not None:
+        write_file(report_file, f"{many.to_json(outcomes)}\n".encode())
+    with terminal.printing():
+        if as_json:
+            click.echo(many.to_json(outcomes))
+        elif not quiet:
+            terminal.console().print(many.summary(outcomes))
+    for outcome in outcomes:
+        if outcome.report.error:
+            terminal.print_error(outcome.report.error)
+    raise click.exceptions.Exit(many.exit_code(outcomes))
 
 
 @app.command(short_help="Show the attention sites of MODEL and what would be fused.")
@@ -240,7 +282,7 @@ def inspect(
     """Show the attention sites of MODEL, what can be proven of each, and what would be fused. Writes no model."""
     model = _model_file(model, _genai_folder(model))
     _check_report_file(report_file, model)
-    _check_report_file(html_file, model, None, "--html", b"<")
+    _check_report_file(html_file, model, option="--html", first=b"<")
     from . import jobs
     from .report import Report
 
@@ -310,7 +352,7 @@ def _assuming(assume: tuple[str, ...]) -> Options:
 
 def _check_report_file(
     path: pathlib.Path | None,
-    model: pathlib.Path,
+    *models: pathlib.Path,
     target: pathlib.Path | None = None,
     option: str = "--report",
     first: bytes = b"{",
@@ -318,7 +360,7 @@ def _check_report_file(
     """Before anything is done: the report can be written, and over nothing but an older report."""
     if path is None:
         return
-    check_output(path, [model], option, streams=True)
+    check_output(path, models, option, streams=True)
     if target is not None and final_path(path) == final_path(target):
         raise ModelError(f"{path}: is where the model will be written; choose another name with {option}")
     if path.is_file():

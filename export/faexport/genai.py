@@ -33,10 +33,10 @@ class Folder:
     config: dict[str, Any]
     decoder: pathlib.Path  # its file
 
-    @property
-    def default_target(self) -> pathlib.Path:
-        """models/llama -> models/llama.fa"""
-        return self.path.resolve().with_name(f"{self.path.resolve().name}.fa")
+
+def default_target(folder: pathlib.Path) -> pathlib.Path:
+    """models/llama -> models/llama.fa"""
+    return folder.resolve().with_name(f"{folder.resolve().name}.fa")
 
 
 def read(path: pathlib.Path) -> Folder:

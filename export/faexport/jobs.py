@@ -82,6 +82,21 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     return fused
 
 
+def run_any(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
+    """run() where the job's model is a file, run_folder() where it is a folder of onnxruntime-genai."""
+    if not job.model.is_dir():
+        check_input(job.model)
+        return run(job, report, watcher)
+    folder = genai.read(job.model)
+    report.model = str(folder.decoder)
+    return run_folder(folder, dataclasses.replace(job, model=folder.decoder), report, watcher)
+
+
+def target_of(model: pathlib.Path) -> pathlib.Path:
+    """Where a model, or a folder of onnxruntime-genai, is written where nothing else is said."""
+    return genai.default_target(model) if model.is_dir() else default_target(model)
+
+
 def run_folder(folder: genai.Folder, job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     """The same for the decoder of a folder of onnxruntime-genai; `job` has the decoder's file and the folder to write.
     What else is in the folder is copied, and the operator's library comes beside the decoder. Raises as run() does."""
@@ -133,17 +148,12 @@ def optimize(
         ModelError: the model can't be used, or the result can't be written. One sentence, and nothing was written.
         NotVerifiedError: the models differ, or could not be compared; nothing was written. Its `report` tells more.
     """
-    source, folder = pathlib.Path(model), None
-    if source.is_dir():
-        folder = genai.read(source)
-        source = folder.decoder
-    check_input(source)
-    target = pathlib.Path(out) if out is not None else folder.default_target if folder else default_target(source)
+    source = pathlib.Path(model)
+    target = pathlib.Path(out) if out is not None else target_of(source)
     own = pathlib.Path(inputs) if inputs is not None else None
     report = Report(model=str(source))
     try:
-        job = Job(source, target, options or Options(), verify, timeout, own, dry_run)
-        run_folder(folder, job, report) if folder else run(job, report)
+        run_any(Job(source, target, options or Options(), verify, timeout, own, dry_run), report)
     except NotVerifiedError as error:
         report.error = str(error)
         error.report = report

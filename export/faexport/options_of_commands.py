@@ -33,6 +33,7 @@ FILE = _File(path_type=pathlib.Path)  # what a file must be is checked by output
 FILE_OR_FOLDER = _FileOrFolder(path_type=pathlib.Path)
 
 model_argument = click.argument("model", type=FILE)
+models_argument = click.argument("models", metavar="MODEL...", type=FILE_OR_FOLDER, nargs=-1, required=True)
 model_or_folder_argument = click.argument("model", type=FILE_OR_FOLDER)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of tables.")
 report_option = click.option(

@@ -205,7 +205,7 @@ class DefaultCommandGroup(click.Group):
         return [*found, click.shell_completion.CompletionItem(incomplete, type="file")]
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        return ["[OPTIONS] MODEL  or  COMMAND [ARGS]..."]
+        return ["[OPTIONS] MODEL...  or  COMMAND [ARGS]..."]
 
     @property
     def _default(self) -> click.Command:
