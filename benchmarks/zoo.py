@@ -45,6 +45,8 @@ NEEDS = {
 class Options:
     peers: bool
     timeout: float
+    rest: bool = False
+    fp16: bool = False
 
 
 class Worker:
@@ -69,7 +71,8 @@ class Worker:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             self.process = subprocess.Popen([sys.executable, WORKER], text=True, env=environment, **pipes)
-        job = {"folder": str(folder), "peers": self.options.peers, "isolate": isolate}
+        chosen = {"peers": self.options.peers, "rest": self.options.rest, "fp16": self.options.fp16}
+        job = {"folder": str(folder), "isolate": isolate, **chosen}
         timer = threading.Timer(self.options.timeout, self.process.kill)
         timer.start()
         try:
@@ -278,6 +281,8 @@ def show_reasons(results: list[dict], screen: rich.console.Console) -> None:
         screen.print(table)
     for result in results:
         ours = result["ours"]
+        if (half := ours.get("fp16")) and half["outcome"] != "right":
+            screen.print(f"[red]float16 {half['outcome']}[/]: {result['name']}: {rich.markup.escape(half['detail'])}")
         if ours["outcome"] in ("wrong", "error"):
             screen.print(f"[red]{ours['outcome']}[/]: {result['name']}: {rich.markup.escape(ours['detail'])}")
         if ours.get("leftovers"):
@@ -304,7 +309,12 @@ def _counts(group: list[dict], options: Options) -> dict:
 def summary(results: list[dict], options: Options) -> dict:
     leftovers = sum(bool(result["ours"].get("leftovers")) for result in results)
     fallback = collections.Counter(r["ours"]["fallback"] for r in results if "fallback" in r["ours"])
-    return _counts(results, options) | {"leftovers": leftovers, "without_library": dict(fallback)}
+    halves = collections.Counter(r["ours"]["fp16"]["outcome"] for r in results if "fp16" in r["ours"])
+    return _counts(results, options) | {
+        "leftovers": leftovers,
+        "without_library": dict(fallback),
+        **({"fp16": dict(halves)} if options.fp16 else {}),
+    }
 
 
 def record(results: list[dict], options: Options, seconds: float) -> pathlib.Path:
@@ -335,6 +345,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default: %(default)s)")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave the peers out")
+    parser.add_argument("--rest", action="store_true", help="join what stands around attention too")
+    parser.add_argument(
+        "--fp16", action="store_true", help="convert each float32 model to float16 as well, and compare"
+    )
     parser.add_argument("--record", action="store_true", help="write the totals to benchmarks/results/zoo.json")
     parser.add_argument(
         "--json", type=pathlib.Path, default=pathlib.Path("build/zoo.json"), help="results (default: %(default)s)"
@@ -344,7 +358,7 @@ def main() -> int:
     if not folders:
         print(f"error: {arguments.folder}: no models (folders with model.onnx and meta.json) there", file=sys.stderr)
         return 2
-    options = Options(arguments.peers, arguments.timeout)
+    options = Options(arguments.peers, arguments.timeout, arguments.rest, arguments.fp16)
     screen = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     start = time.monotonic()
     results = examine_all(folders, options, arguments.jobs, screen)
@@ -363,8 +377,11 @@ def main() -> int:
     print(f"rewritten models in plain onnxruntime {importlib.metadata.version('onnxruntime')}: {outcomes}")
     if totals["fused_beyond_expected"]:
         print(f"{totals['fused_beyond_expected']} more sites fused than the models are said to have, not counted")
+    if options.fp16:
+        print(f"in float16: {', '.join(f'{count} {outcome}' for outcome, count in totals['fp16'].items())}")
     print(f"{totals['fused']} of {totals['blocks']} blocks fused ({Tally.of(results).share}), {totals['wrong']} wrong")
-    return 1 if totals["wrong"] or totals["leftovers"] or totals["without_library"].get("failed") else 0
+    bad = (totals["leftovers"], totals["without_library"].get("failed"), totals.get("fp16", {}).get("wrong"))
+    return 1 if totals["wrong"] or any(bad) else 0
 
 
 if __name__ == "__main__":

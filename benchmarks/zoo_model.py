@@ -18,14 +18,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import zoo_peers
-from faexport import model_io, ort_session, pipeline, verify
+from faexport import compare, half_check, model_io, ort_session, pipeline, verify
 from faexport.report import VerificationStatus
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 
 MATERIALIZING = {"Expand", "Where", "ScatterND", "Trilu", "ConstantOfShape", "Tile"}  # what builds a mask of S x S
 
 
-def examine(folder: pathlib.Path, peers: bool, isolate: bool) -> dict:
+def examine(folder: pathlib.Path, peers: bool, isolate: bool, rest: bool, fp16: bool) -> dict:
     """Everything about one model. `isolate` runs each session in a process of its own, since one crashed before."""
     meta = json.loads((folder / "meta.json").read_text("utf-8"))
     keys = (
@@ -46,16 +46,18 @@ def examine(folder: pathlib.Path, peers: bool, isolate: bool) -> dict:
     given = verify.InputSet("inputs.npz", dict(np.load(folder / "inputs.npz")))
     reference = verify.make_reference(folder / "model.onnx", extra_inputs=[given], open_session=open_session)
     with tempfile.TemporaryDirectory(prefix="zoo-") as scratch:
-        result["ours"] = _ours(folder, pathlib.Path(scratch), reference)
+        result["ours"] = _ours(folder, pathlib.Path(scratch), reference, pipeline.Options(rest=rest))
+        if fp16 and result["ours"]["outcome"] == "right" and compare.least_precise(reference.model) == "float32":
+            result["ours"]["fp16"] = _half(pathlib.Path(scratch), reference)
         if peers:
             result |= zoo_peers.results(folder, meta, pathlib.Path(scratch), reference, _outcome)
     return result
 
 
-def _ours(folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Reference) -> dict:
+def _ours(folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Reference, options: pipeline.Options) -> dict:
     model = model_io.load(folder / "model.onnx")
     start = time.perf_counter()
-    model, report = pipeline.run(model)
+    model, report = pipeline.run(model, options)
     seconds = time.perf_counter() - start
     path = scratch / "model.fa.onnx"
     model_io.save(model, path)
@@ -72,16 +74,32 @@ def _ours(folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Referen
     return result
 
 
+OUTCOMES = {
+    VerificationStatus.PASSED: "right",
+    VerificationStatus.FAILED: "wrong",
+    VerificationStatus.NOT_RUN: "not run",
+}
+
+
+def _half(scratch: pathlib.Path, reference: verify.Reference) -> dict:
+    """The fused model in float16 against the float32 original."""
+    try:
+        made = half_check.make(reference, scratch / "model.fa.onnx")
+        path = scratch / "model.fp16.onnx"
+        model_io.save(made.model, path)
+        said = half_check.check(reference, made.said, path)
+    except model_io.ModelError as error:
+        return {"outcome": "not run", "detail": str(error)}
+    worst = max(said.outputs, key=lambda row: row.badness, default=None)
+    sizes = {"max_abs_diff": worst.max_abs_diff, "plain_abs_diff": worst.plain_abs_diff} if worst else {}
+    return {"outcome": OUTCOMES[said.status], "detail": said.reason, "kept": len(said.kept), **sizes}
+
+
 def _outcome(verification: verify.Verification) -> dict:
     """right, wrong, or not run, and the largest difference as a share of what is allowed."""
-    names = {
-        VerificationStatus.PASSED: "right",
-        VerificationStatus.FAILED: "wrong",
-        VerificationStatus.NOT_RUN: "not run",
-    }
     worst = verification.worst
     return {
-        "outcome": names[verification.status],
+        "outcome": OUTCOMES[verification.status],
         "detail": verification.reason,
         "max_abs_diff": worst.max_abs_diff if worst else None,
         "tolerance": worst.tolerance if worst else None,
@@ -194,7 +212,8 @@ def serve() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            result = examine(pathlib.Path(job["folder"]), job["peers"], job["isolate"])
+            chosen = {name: job[name] for name in ("peers", "isolate", "rest", "fp16")}
+            result = examine(pathlib.Path(job["folder"]), **chosen)
         except Exception as error:
             result = {"error": ort_session.one_line(f"{type(error).__name__}: {error}")}
         print(json.dumps(result), file=answers, flush=True)

@@ -56,7 +56,8 @@ Examples:
   faexport models/llama                   rewrite a copy of a genai folder
   faexport a.onnx b.onnx -o fast          several models, or all of a folder
   faexport model.onnx --inputs real.npz   verify on your own inputs as well
-  faexport model.onnx --dtype fp16        attention in half precision
+  faexport model.onnx --fp16              the whole model in half precision
+  faexport model.onnx --dtype fp16        attention alone in half precision
   faexport model.onnx --json --dry-run    a report for programs
 
 \b
@@ -140,6 +141,16 @@ def app() -> None:
     help="Compute attention in this precision, fp16 or bf16; the rest of the model keeps its own.",
 )
 @click.option(
+    "--fp16", is_flag=True, help="Convert the whole model to float16; nodes that would overflow stay float32."
+)
+@click.option(
+    "--keep-io-types/--no-keep-io-types",
+    "keep_io_types",
+    default=True,
+    show_default=True,
+    help="With --fp16: inputs and outputs of the model stay float32.",
+)
+@click.option(
     "--float32",
     type=click.Choice(["tf32", "tf32x3"]),
     metavar="HOW",
@@ -174,6 +185,8 @@ def fuse(
     opset: int | None,
     assume: tuple[str, ...],
     dtype: str | None,
+    fp16: bool,
+    keep_io_types: bool,
     float32: str | None,
     fallback: bool,
     rest: bool,
@@ -184,6 +197,10 @@ def fuse(
 
     MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
     other folder all models are rewritten, and several models or folders may be given."""
+    if dtype and fp16:
+        raise click.UsageError("--dtype is of attention alone, --fp16 of the whole model; give one of them")
+    if not keep_io_types and not fp16:
+        raise click.UsageError("--no-keep-io-types needs --fp16")
     for path in models:
         if not path.is_dir():
             check_input(path)
@@ -198,6 +215,8 @@ def fuse(
         rest=rest,
         dtype=types[dtype] if dtype else None,
         float32=float32 or "",
+        fp16=fp16,
+        keep_io_types=keep_io_types,
         opset=opset,
     )
     sources = many.models(models)

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from .report import Dim, OutputDifference, SiteComparison, SiteReport, VerificationRun
+from .report import Dim, HalfPrecision, OutputDifference, SiteComparison, SiteReport, VerificationRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,19 @@ def common_name(names: Sequence[str]) -> str:
         return f"{names[0]} and {len(names) - 1} more"
     columns = zip(*pieces, strict=True)
     return "".join(column[0] if len(set(column)) == 1 else f"{column[0]}…{column[-1]}" for column in columns)
+
+
+def kept_sentence(half: HalfPrecision) -> str:
+    """What of a float16 model is float32: nodes of one reason together, numbers in the reasons aside."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name, why in half.kept.items():
+        groups.setdefault(re.sub(r"[\d.e+-]*\d", "0", why), []).append((name, why))
+    parts = ["inputs and outputs"] if half.keep_io_types else []
+    for members in groups.values():
+        name, why = members[0]
+        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+        parts.append(f"'{name}'{more} ({why})")
+    return ", ".join(parts) or "nothing"
 
 
 def sizes_text(first: Dim, second: Dim) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from .advice import advice
 from .blocks import Block
 from .drawing import svg
-from .grouping import Group, group_comparisons, group_outputs, group_sites, sizes_text
-from .report import Report, SiteReport, Verification
+from .grouping import Group, group_comparisons, group_outputs, group_sites, kept_sentence, sizes_text
+from .report import HalfPrecision, Report, SiteReport, Verification
 
 MOST_BOXES = 80  # of a drawing: a larger one is no picture any more
 STYLE = """
@@ -53,6 +53,7 @@ def page(report: Report, blocks: Mapping[str, tuple[Block, Block]] | None = None
         measured,
         _sites(report, blocks or {}),
         _verification(report.verification) if report.verification else "",
+        _half(report.half_precision) if report.half_precision else "",
         _nodes(report),
         _notes([*report.notes, *(f"A defect of ours, please report it: {text}" for text in report.defects)]),
         _provenance(report),
@@ -202,6 +203,22 @@ def _verification(verification: Verification) -> str:
             f"<details><summary>Not compared: {len(skipped)} kinds of inputs</summary><ul>{items}</ul></details>\n"
         )
     return "".join([*parts, _list(verification.notes)])
+
+
+def _half(half: HalfPrecision) -> str:
+    """The float16 model beside the float32 original."""
+    good = "good" if half.status == "passed" else "bad"
+    reason = f": {_text(half.reason)}" if half.reason else "."
+    rows = [
+        (row.name, row.dtype, f"{row.max_abs_diff:.3g}", f"{row.plain_abs_diff:.3g}", f"{row.tolerance:.3g}")
+        for row in half.outputs
+    ]
+    heads = ("output", "type", "largest difference", "the original's, converted itself", "allowed")
+    table = _table("Float16 against the float32 original", heads, rows, 2) if rows else ""
+    return (
+        f'<h2>In float16</h2>\n<p class="{good}">{_text(half.status.capitalize())}{reason}</p>\n{table}'
+        f"<p>In float32 still: {_text(kept_sentence(half))}.</p>\n{_list(half.notes)}"
+    )
 
 
 def _nodes(report: Report) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -13,14 +14,15 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from . import diagnosis, genai, model_io, provenance, scratch
+from . import diagnosis, genai, model_io, ort_session, provenance, scratch
 from . import verify as verification
 from .errors import ModelError, NotVerifiedError
 from .graph_checks import external_tensors
 from .options import VERIFY_TIMEOUT, Options
 from .output import check_input, check_output, default_target
-from .report import Report, Verification, VerificationStatus
-from .settings import InputSet
+from .reference import Reference, make_reference
+from .report import Report, Verification, VerificationStatus, count_nodes
+from .settings import Assumed, InputSet
 from .signals import uninterrupted
 
 
@@ -69,11 +71,15 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     with contextlib.ExitStack() as stack:
         with origin.timed("write"):
             stage = stack.enter_context(_staged(fused, job, watcher))
-        if job.check:
-            with origin.timed("verify"):
-                report.verification = _verify(job, stage, given, watcher)
-            if why := _failure(report.verification, job):
-                raise NotVerifiedError(why)
+        with origin.timed("verify"):
+            reference = _reference(job, given, watcher) if job.check or job.options.fp16 else None
+            if job.check:
+                report.verification = _verify(job, stage, reference, watcher)
+                if why := _failure(report.verification, job):
+                    raise NotVerifiedError(why)
+        if job.options.fp16:
+            with origin.timed("fp16"):
+                fused, stage = _in_half(job, stage, reference, report, stack, watcher)
         if not job.dry_run:
             with uninterrupted():
                 written = stage.commit()
@@ -191,18 +197,53 @@ def _staged(model: ir.Model, job: Job, watcher: Watcher) -> Iterator[model_io.St
         yield stage
 
 
-def _verify(job: Job, stage: model_io.Stage, given: list[InputSet], watcher: Watcher) -> Verification:
-    return verification.verify(
+def _reference(job: Job, given: list[InputSet], watcher: Watcher) -> Reference | None:
+    """The original and what it gives; None without onnxruntime."""
+    if ort_session.missing_packages():
+        return None
+    watcher.step("running the original")
+    chosen = job.options
+    return make_reference(
         job.model,
-        stage.model_path,
         extra_inputs=given,
-        right_padding=job.options.assume_right_padding,
-        full_rows=job.options.assume_full_rows,
-        zeros_and_ones=job.options.assume_zeros_and_ones,
-        timeout=job.timeout,
-        on_step=watcher.step,
+        assumed=Assumed(chosen.assume_right_padding, chosen.assume_full_rows, chosen.assume_zeros_and_ones),
+        open_session=functools.partial(ort_session.Session, timeout=job.timeout),
         on_amount=watcher.amount,
     )
+
+
+def _verify(job: Job, stage: model_io.Stage, reference: Reference | None, watcher: Watcher) -> Verification:
+    return verification.verify(
+        job.model, stage.model_path, reference=reference, on_step=watcher.step, on_amount=watcher.amount
+    )
+
+
+def _in_half(
+    job: Job,
+    stage: model_io.Stage,
+    reference: Reference | None,
+    report: Report,
+    stack: contextlib.ExitStack,
+    watcher: Watcher,
+) -> tuple[ir.Model, model_io.Stage]:
+    """The staged model in float16, staged as well, and what the report says of it. Raises as run() does."""
+    from . import half_check
+
+    if reference is None:
+        raise ModelError(f"{job.model}: can't become float16: {ort_session.missing_packages()}")
+    watcher.step("converting to float16")
+    made = half_check.make(
+        reference, stage.model_path, keep_io_types=job.options.keep_io_types, fallback=job.options.fallback
+    )
+    report.half_precision, report.nodes_after = made.said, count_nodes(made.model)
+    stage = stack.enter_context(_staged(made.model, job, watcher))
+    if job.check:
+        watcher.step("comparing float16 with the original")
+        report.half_precision = said = half_check.check(reference, made.said, stage.model_path, watcher.amount)
+        if said.status is not VerificationStatus.PASSED:
+            why = "verification failed" if said.status is VerificationStatus.FAILED else "could not be verified"
+            raise NotVerifiedError(f"{job.model}: {why}: {said.reason}; {job.target} was not written")
+    return made.model, stage
 
 
 def _failure(found: Verification, job: Job) -> str | None:

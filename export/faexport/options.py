@@ -23,5 +23,7 @@ class Options:
     opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
     sources: tuple[str, ...] = ()  # matchers to use; empty: all
     rest: bool = False  # join what stands around attention into onnxruntime's operators; no other runtime runs the file
+    fp16: bool = False  # the whole model in float16; a run from file to file only, since it takes measuring
+    keep_io_types: bool = True  # with fp16: inputs and outputs of the model stay float32
     assume_full_rows: bool = False  # each query attends a key, or what it yields is never used
     assume_zeros_and_ones: bool = False  # masks made of numbers hold 0 and 1: the comparison draws nothing else

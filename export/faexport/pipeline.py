@@ -61,7 +61,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     if fused and options.rest and (joined := around.join(model)):
         notes.append(joined)
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
-    if any(site.dtype == "float" and has_kernel(c) for c, site in zip(candidates, report.sites, strict=True)):
+    in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float")
+    if not options.fp16 and any(map(has_kernel, in_float32)):
         report.notes.append(float32_note(options.float32))
     if note := cpu_only_note(candidates):
         report.notes.append(note)

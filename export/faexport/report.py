@@ -110,6 +110,35 @@ class Verification:
 
 
 @dataclasses.dataclass(frozen=True)
+class HalfOutput:
+    """One output of the float16 model against the float32 original, on the set of inputs where it came out worst."""
+
+    name: str
+    dtype: str  # of the original's output
+    max_abs_diff: float
+    plain_abs_diff: float  # what the original differs by once it is converted itself
+    tolerance: float  # what max_abs_diff may be; half_check.py states the rule
+    ok: bool
+    inputs: str  # label
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        return not self.ok, self.max_abs_diff / self.tolerance if self.tolerance else self.max_abs_diff
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfPrecision:
+    """The whole model in float16: what stayed in float32, and how it compares with the float32 original."""
+
+    keep_io_types: bool  # inputs and outputs of the model are float32
+    kept: Mapping[str, str]  # names of nodes in float32, and why, as the end of a sentence
+    status: VerificationStatus = VerificationStatus.NOT_RUN
+    reason: str = ""  # why it failed or was not run
+    outputs: tuple[HalfOutput, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class SiteReport:
     """One attention site. Sizes are as far as the model tells them."""
 
@@ -181,6 +210,7 @@ class Report:
     model: str | None = None  # path read
     output: str | None = None  # path written
     verification: Verification | None = None  # None: not asked for
+    half_precision: HalfPrecision | None = None  # of --fp16
     error: str | None = None  # the sentence that the command ended with, where it failed
     provenance: Provenance | None = None  # of a model that was, or would be, written
 

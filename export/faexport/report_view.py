@@ -12,8 +12,8 @@ import rich.markup
 import rich.padding
 import rich.table
 
-from .grouping import group_comparisons, group_outputs, group_sites, sizes_text
-from .report import Report, SiteComparison, SiteReport, Verification, VerificationRun, VerificationStatus
+from .grouping import group_comparisons, group_outputs, group_sites, kept_sentence, sizes_text
+from .report import HalfPrecision, Report, SiteComparison, SiteReport, Verification, VerificationRun, VerificationStatus
 
 MOST_SENTENCES = 4  # of a kind; the JSON has all
 
@@ -26,6 +26,8 @@ def view(report: Report) -> Iterator[rich.console.RenderableType]:
         yield nodes_table(report.nodes_before, report.nodes_after)
     if report.verification is not None:
         yield from verification_view(report.verification)
+    if report.half_precision is not None:
+        yield from half_view(report.half_precision)
     for note in report.notes:
         yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
     for defect in report.defects:
@@ -97,6 +99,23 @@ def verification_view(verification: Verification) -> Iterator[rich.console.Rende
     colour = "green" if verification.status is VerificationStatus.PASSED else "red"
     reason = f": {rich.markup.escape(verification.reason)}" if verification.reason else ""
     yield f"[{colour}]verification {verification.status}[/]{reason}"
+
+
+def half_view(half: HalfPrecision) -> Iterator[rich.console.RenderableType]:
+    """The float16 model beside the float32 original, and what stayed in float32."""
+    if half.outputs:
+        yield "Float16 against the float32 original: the largest difference, ours and of the original converted itself"
+        table = _table("output", "dtype", numbers=("difference", "original's", "allowed"))
+        for row in half.outputs:
+            numbers = (f"{x:.3g}" for x in (row.max_abs_diff, row.plain_abs_diff, row.tolerance))
+            table.add_row(rich.markup.escape(row.name), row.dtype, *numbers, style=None if row.ok else "red")
+        yield table
+    yield f"[dim]in float32 still:[/dim] {rich.markup.escape(kept_sentence(half))}"
+    for note in half.notes[:MOST_SENTENCES]:
+        yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
+    colour = "green" if half.status is VerificationStatus.PASSED else "red"
+    reason = f": {rich.markup.escape(half.reason)}" if half.reason else ""
+    yield f"[{colour}]verification in float16 {half.status}[/]{reason}"
 
 
 def comparisons_table(sites: Sequence[SiteComparison]) -> rich.table.Table:

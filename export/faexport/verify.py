@@ -57,6 +57,7 @@ def verify(
     seed: int = 0,
     timeout: float = VERIFY_TIMEOUT,
     open_session: Opener | None = None,
+    reference: Reference | None = None,
     on_step: Step = lambda text: None,
     on_amount: Amount = lambda done, total: None,
 ) -> Verification:
@@ -70,16 +71,23 @@ def verify(
         zeros_and_ones: masks made of numbers hold nothing else.
         timeout: seconds that loading a model, and each run, may take.
         open_session: how models are run; a child process with that timeout, if not given.
+        reference: of the original, where the caller has it already; then what is above plays no part.
         on_step, on_amount: told what is being done and how much of it is, for a progress display.
     """
     if missing := ort_session.missing_packages():
         return Verification(VerificationStatus.NOT_RUN, missing)
-    open_session = open_session or functools.partial(ort_session.Session, timeout=timeout)
-    assumed = Assumed(right_padding, full_rows, zeros_and_ones)
-    on_step("running the original")
-    reference = make_reference(
-        original, extra_inputs=extra_inputs, assumed=assumed, seed=seed, open_session=open_session, on_amount=on_amount
-    )
+    if reference is None:
+        open_session = open_session or functools.partial(ort_session.Session, timeout=timeout)
+        assumed = Assumed(right_padding, full_rows, zeros_and_ones)
+        on_step("running the original")
+        reference = make_reference(
+            original,
+            extra_inputs=extra_inputs,
+            assumed=assumed,
+            seed=seed,
+            open_session=open_session,
+            on_amount=on_amount,
+        )
     on_step("running the rewritten model")
     ends = verify_against(reference, rewritten, on_amount=on_amount)
     on_step("comparing each site by itself")

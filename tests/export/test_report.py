@@ -16,6 +16,8 @@ import onnx_ir as ir
 import rich.console
 from faexport import grouping, model_io, pipeline
 from faexport.report import (
+    HalfOutput,
+    HalfPrecision,
     OutputDifference,
     Report,
     SiteComparison,
@@ -58,6 +60,9 @@ REPORT = {
     "verification": ({"status": str, "reason": str,
                       "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str}],
                       "sites": [COMPARISON], "notes": [str]}, types.NoneType),
+    "half_precision": ({"keep_io_types": bool, "kept": {...: str}, "status": str, "reason": str, "notes": [str],
+                        "outputs": [{"name": str, "dtype": str, "max_abs_diff": (float, str), "plain_abs_diff": float,
+                                     "tolerance": float, "ok": bool, "inputs": str}]}, types.NoneType),
     "error": (str, types.NoneType),
     "provenance": ({"versions": {...: str}, "options": {...: (bool, str, int, types.NoneType, [str])},
                     "seconds": {...: float}, "files_read": [FILE], "files_written": [FILE]}, types.NoneType),
@@ -84,6 +89,7 @@ def example() -> Report:
     difference = OutputDifference("y", "float32", (2, 3), math.inf, 1e-4, False)
     comparison = SiteComparison("a_FlashAttention", "o", "float32", False, 2.5, 1e-4, 7, "batch=1", "differs by 2.5")
     runs = (VerificationRun({"x": (2, 3)}, (difference,), label="batch=2"),)
+    half = HalfOutput("y", "float32", math.inf, 1e-3, 2e-3, False, "batch=1")
     return Report(
         [
             SiteReport(
@@ -95,6 +101,7 @@ def example() -> Report:
         {"Softmax": 1, "MatMul": 2, "faexport::FlashAttention": 1},
         ["a note"],
         verification=Verification(VerificationStatus.FAILED, "why", runs, (comparison,), ("what was not compared",)),
+        half_precision=HalfPrecision(True, {"n": "computes positions"}, VerificationStatus.FAILED, "too far", (half,)),
     )
 
 

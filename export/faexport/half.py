@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A float32 model in half precision, by the converter in onnxruntime's package (onnxruntime.transformers.float16).
+Called by half_check.py.
+
+The converter decides by the types that the file declares, so these are completed first. What it is told to keep it
+keeps, but it puts Casts to float16 between two such nodes, through which a large number becomes infinite: these go.
+Inputs of our operator that are float32 by definition stay so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+import onnx_ir as ir
+import onnx_ir.external_data
+import onnx_ir.passes.common as passes
+
+from . import model_io, schema
+from .errors import ModelError
+from .fallback import add_fallback, remove_fallback
+from .spec import DOMAIN, OP_TYPE
+from .surgery import Builder
+from .understand.shapes.analysis import Analysis
+
+_NUM_REQUIRED = schema.NUM_REQUIRED  # inputs of the operator that have no name of their own in optional_inputs
+
+
+def prepared(source: os.PathLike[str] | str) -> ir.Model:
+    """A model file as the converter needs it: without functions, each node under a name of its own (the same in each
+    call), constants as initializers, and the type of every value written down as far as it is known.
+
+    Raises ModelError where a body of If, Loop or Scan computes with float32, which the converter gets wrong.
+    """
+    model = model_io.load(source)
+    remove_fallback(model)
+    passes.InlinePass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.NameFixPass()(model)
+    schema.register()
+    passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    for node in model.graph.all_nodes():
+        if node.graph is not model.graph and any(value.dtype == ir.DataType.FLOAT for value in node.outputs):
+            raise ModelError(
+                f"{os.fspath(source)}: a body of an If, Loop or Scan computes with float32 ('{node.name}'), which the "
+                "converter to float16 doesn't support; leave out --fp16 (--dtype fp16 computes attention alone in it)"
+            )
+    analysis = Analysis(model)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.dtype is None and (dtype := analysis.dtype(value)) is not None:
+                value.dtype = dtype
+    return model
+
+
+def is_ours(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and node.op_type == OP_TYPE
+
+
+def convert(model: ir.Model, kept: Collection[str], *, keep_io_types: bool, fallback: bool) -> ir.Model:
+    """The model in float16.
+
+    Args:
+        model: from prepared(); it is changed, and of no use afterwards.
+        kept: names of nodes that stay in float32.
+        keep_io_types: inputs and outputs of the model stay float32.
+        fallback: carry the operator's function in standard operators.
+    """
+    from onnxruntime.transformers import float16  # slow to import
+
+    guards = _guard_float32_inputs(model, kept)
+    onnx_ir.external_data.load_to_model(model)
+    proto = float16.convert_float_to_float16(
+        ir.to_proto(model),
+        keep_io_types=keep_io_types,
+        disable_shape_infer=True,
+        node_block_list=[*kept, *guards],
+    )
+    made = ir.from_proto(proto)
+    _join_casts(made)
+    for node in list(made.graph):
+        if node.name in guards:
+            ir.convenience.replace_all_uses_with(node.outputs[0], _input(node))
+            made.graph.remove(node, safe=True)
+    passes.RemoveUnusedNodesPass()(made)
+    passes.TopologicalSortPass()(made)
+    if fallback:
+        add_fallback(made)
+    return made
+
+
+def _input(node: ir.Node) -> ir.Value:
+    """Of a node that has one."""
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def _guard_float32_inputs(model: ir.Model, kept: Collection[str]) -> list[str]:
+    """Puts an Identity, which is to be kept in float32, in front of those inputs of our operator that must be float32,
+    and of masks and tables that are computed in it; returns their names. They go after the conversion."""
+    always = {row.name for row in schema.inputs() if row.dtypes == "FLOAT32"}
+    either = {row.name for row in schema.inputs() if row.dtypes in ("FLOAT", "MASK")}
+    guards: list[str] = []
+    for node in [node for node in model.graph if is_ours(node) and node.name not in kept]:
+        words = node.attributes.get_string("optional_inputs", "").split(",")
+        for index, word in enumerate(filter(None, words), start=_NUM_REQUIRED):
+            value = node.inputs[index]
+            if value is None or value.dtype != ir.DataType.FLOAT:
+                continue
+            made_by = value.producer()
+            if word in always or (word in either and made_by is not None and made_by.name in kept):
+                guard = ir.node("Identity", [value], name=f"faexport_float32_{len(guards)}")
+                guard.outputs[0].name = guard.name
+                model.graph.insert_before(node, guard)
+                node.replace_input_with(index, guard.outputs[0])
+                assert guard.name is not None
+                guards.append(guard.name)
+    return guards
+
+
+def _join_casts(model: ir.Model) -> None:
+    """Where float32 is cast to float16 and back, the second Cast reads what the first one did."""
+    for node in list(model.graph):
+        if not _casts_to(node, ir.DataType.FLOAT):
+            continue
+        before = _input(node).producer()
+        if before is not None and _casts_to(before, ir.DataType.FLOAT16):
+            source = _input(before)
+            if source.dtype != ir.DataType.FLOAT:
+                continue
+            node.replace_input_with(0, source)
+            if not node.outputs[0].is_graph_output():
+                ir.convenience.replace_all_uses_with(node.outputs[0], source)
+
+
+def _casts_to(node: ir.Node, dtype: ir.DataType) -> bool:
+    return node.op_type == "Cast" and node.attributes.get_int("to", 0) == int(dtype)
+
+
+def rounding(model: ir.Model) -> ir.Model:
+    """The arithmetic of a float16 model on GPUs, in float32 on any machine: every tensor that is float16 in the file is
+    computed in float32, as GPUs sum, and rounded to float16 (above 65504 it is infinite). onnxruntime's CPU provider
+    runs most float16 nodes in float32 and leaves these roundings out. Our operator itself stays float16."""
+    from .widen import HALF, in_float32
+
+    remove_fallback(model)
+    graph = model.graph
+    half = {
+        value for node in graph for value in (*node.outputs, *node.inputs) if value is not None and value.dtype in HALF
+    }
+    halves = {node: [n for n, value in enumerate(node.inputs) if value in half] for node in graph if is_ours(node)}
+    in_float32(model)
+    for node in list(graph):
+        ours = node in halves
+        build = Builder(model.opset_imports.get("", 0))
+        for index in halves.get(node, ()):
+            value = node.inputs[index]
+            assert value is not None
+            node.replace_input_with(index, build.cast(value, ir.DataType.FLOAT16))
+        graph.insert_before(node, build.nodes)
+        build = Builder(model.opset_imports.get("", 0))
+        for value in node.outputs:
+            if value not in half:
+                continue
+            uses = list(value.uses())
+            narrow = value if ours else build.cast(value, ir.DataType.FLOAT16)
+            value.dtype = ir.DataType.FLOAT16 if ours else ir.DataType.FLOAT
+            wide = build.cast(narrow, ir.DataType.FLOAT)
+            for user, index in uses:
+                user.replace_input_with(index, wide)
+        graph.insert_after(node, build.nodes)
+    passes.NameFixPass()(model)
+    return model

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--fp16: the whole model in float16, what stays float32, and the comparison with the float32 original."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import faexport
+import numpy as np
+import onnx
+import pytest
+from faexport import half, half_check, half_nodes, jobs, model_io, ort_session, pipeline, verify
+from faexport.report import HalfPrecision
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.export.commands import here
+from tests.export.test_projections import HEADS, D, E, attention
+
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def behind(model: onnx.ModelProto, *nodes: onnx.NodeProto, **weights: object) -> onnx.ModelProto:
+    """The model with more nodes, from "context" to "y"."""
+    model.graph.node[-1].output[0] = "context"
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(x), name) for name, x in weights.items())
+    return model
+
+
+def squares() -> onnx.ModelProto:
+    """A root-mean-square normalization written out, of numbers around 1000: their squares are too large for float16."""
+    return behind(
+        attention(),
+        helper.make_node("Mul", ["context", "thousand"], ["large"], name="large"),
+        helper.make_node("Mul", ["large", "large"], ["squares"], name="squares"),
+        helper.make_node("ReduceMean", ["squares", "last"], ["mean"], name="mean"),
+        helper.make_node("Sqrt", ["mean"], ["size"], name="size"),
+        helper.make_node("Div", ["large", "size"], ["y"], name="normalized"),
+        thousand=np.float32(1000),
+        last=np.array([-1]),
+    )
+
+
+def with_positions() -> onnx.ModelProto:
+    """y = context + sin(position * frequency), each row of another position."""
+    return behind(
+        attention(),
+        helper.make_node("Shape", ["x"], ["sizes"], name="sizes"),
+        helper.make_node("Gather", ["sizes", "one"], ["rows"], axis=0, name="rows"),
+        helper.make_node("Range", ["zero", "rows", "one"], ["numbers"], name="numbers"),
+        helper.make_node("Cast", ["numbers"], ["position"], to=FLOAT, name="position"),
+        helper.make_node("Unsqueeze", ["position", "last"], ["column"], name="column"),
+        helper.make_node("MatMul", ["column", "frequencies"], ["angle"], name="angle"),
+        helper.make_node("Sin", ["angle"], ["wave"], name="wave"),
+        helper.make_node("Add", ["context", "wave"], ["y"], name="sum"),
+        zero=np.int64(0),
+        one=np.int64(1),
+        last=np.array([-1]),
+        frequencies=np.linspace(0.01, 1, HEADS * D, dtype=np.float32)[None],
+    )
+
+
+class Converted:
+    """A model, its fused form and that in float16, in a folder."""
+
+    def __init__(self, model: onnx.ModelProto, folder: pathlib.Path, keep_io_types: bool = True):
+        self.source, self.fused, self.target = (folder / f"{name}.onnx" for name in ("model", "fused", "half"))
+        onnx.save(model, self.source)
+        model_io.save(pipeline.run(model_io.load(self.source))[0], self.fused)
+        self.reference = verify.make_reference(self.source, open_session=ort_session.SessionHere)
+        self.made = half_check.make(self.reference, self.fused, keep_io_types=keep_io_types)
+        model_io.save(self.made.model, self.target)
+        self.proto = onnx.load(self.target)
+
+    def check(self) -> HalfPrecision:
+        return half_check.check(self.reference, self.made.said, self.target)
+
+    def types(self) -> dict[str, int]:
+        known = [*self.proto.graph.value_info, *self.proto.graph.input, *self.proto.graph.output]
+        types = {value.name: value.type.tensor_type.elem_type for value in known}
+        return types | {tensor.name: tensor.data_type for tensor in self.proto.graph.initializer}
+
+
+@pytest.mark.parametrize("keep_io_types", [True, False])
+def test_the_whole_model_is_converted(keep_io_types: bool, library: str, tmp_path: pathlib.Path) -> None:
+    half_model = Converted(attention(), tmp_path, keep_io_types)
+    types = half_model.types()
+    assert types["x"] == types["y"] == (FLOAT if keep_io_types else FLOAT16)
+    weights = [t.data_type for t in half_model.proto.graph.initializer if t.data_type in (FLOAT, FLOAT16)]
+    assert set(weights) == {FLOAT16} and not half_model.made.said.kept
+    said = half_model.check()
+    assert said.status == "passed", said.reason
+    (row,) = said.outputs
+    assert 0 < row.max_abs_diff <= row.tolerance and row.plain_abs_diff > 0
+
+
+def test_what_overflows_stays_float32(library: str, tmp_path: pathlib.Path) -> None:
+    half_model = Converted(squares(), tmp_path)
+    kept = half_model.made.said.kept
+    assert {"squares", "mean", "size"} <= kept.keys() and "numbers up to" in kept["squares"]
+    assert not any("FlashAttention" in name or name.startswith("MatMul") for name in kept)
+    said = half_model.check()
+    assert said.status == "passed", said.reason
+
+
+def test_without_that_it_would_be_found(library: str, tmp_path: pathlib.Path) -> None:
+    """onnxruntime's CPU provider computes such nodes in float32, so only the run with roundings shows it."""
+    half_model = Converted(squares(), tmp_path)
+    broken = half.convert(half.prepared(half_model.fused), {}, keep_io_types=True, fallback=True)
+    model_io.save(broken, half_model.target)
+    said = half_model.check()
+    assert said.status == "failed" and "differs by" in said.reason, said
+
+
+def test_large_numbers_pass_between_nodes_that_stay(tmp_path: pathlib.Path) -> None:
+    """The converter casts to float16 and back there; that is taken out."""
+    model = Converted(squares(), tmp_path).proto
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    (mean,) = (node for node in model.graph.node if node.name == "mean")
+    assert made_by[mean.input[0]].name == "squares"
+
+
+def test_positions_stay_float32(library: str, tmp_path: pathlib.Path) -> None:
+    """Short inputs would not show it: float16 counts to 2,048."""
+    half_model = Converted(with_positions(), tmp_path)
+    kept = half_model.made.said.kept
+    assert {"position", "angle", "wave"} <= kept.keys() and "sum" not in kept
+    rows = 3000
+    x = np.random.default_rng(0).standard_normal((1, rows, E)).astype(np.float32)
+    outputs = [
+        ort_session.run_here(ort_session.Job(str(path), [{"x": x}])).outputs[0]["y"]
+        for path in (half_model.source, half_model.target)
+    ]
+    assert np.abs(outputs[0] - outputs[1]).max() < 0.02
+
+
+def test_embeddings_and_layers_are_no_positions(tmp_path: pathlib.Path) -> None:
+    onnx.save(attention(), tmp_path / "model.onnx")
+    assert not list(half_nodes.positions(half.prepared(tmp_path / "model.onnx")))
+
+
+def test_wrong_weights_are_found(library: str, tmp_path: pathlib.Path) -> None:
+    half_model = Converted(attention(), tmp_path)
+    weight = next(t for t in half_model.proto.graph.initializer if t.name == "value_weight")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float16(1.02), weight.name))
+    onnx.save(half_model.proto, half_model.target)
+    said = half_model.check()
+    assert said.status == "failed" and "in float16 output 'y' differs" in said.reason
+
+
+def test_float32_inputs_of_the_operator_stay(library: str, tmp_path: pathlib.Path) -> None:
+    """A sink is a float32 logit by the operator's definition."""
+    model = attention()
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    (scores,), (weights,) = softmax.input, softmax.output
+    nodes = [
+        helper.make_node("Shape", [scores], ["score_sizes"]),
+        helper.make_node("Gather", ["score_sizes", "three_axes"], ["sink_sizes"], axis=0),
+        helper.make_node("Concat", ["sink_sizes", "one_column"], ["all_sizes"], axis=0),
+        helper.make_node("Expand", ["sinks", "all_sizes"], ["sink_column"]),
+        helper.make_node("Concat", [scores, "sink_column"], ["with_sink"], axis=-1),
+        helper.make_node("Softmax", ["with_sink"], ["with_sink_weights"], axis=-1),
+        helper.make_node("Slice", ["with_sink_weights", "begin", "end", "axis"], [weights]),
+    ]
+    index = list(model.graph.node).index(softmax)
+    rest = list(model.graph.node)[index + 1 :]
+    del model.graph.node[index:]
+    model.graph.node.extend([*nodes, *rest])
+    arrays = {
+        "sinks": np.linspace(-1, 1, HEADS, dtype=np.float32).reshape(1, HEADS, 1, 1),
+        "three_axes": np.array([0, 1, 2]), "one_column": np.array([1]),
+        "begin": np.array([0]), "end": np.array([-1]), "axis": np.array([-1]),
+    }  # fmt: skip
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    half_model = Converted(model, tmp_path)
+    (node,) = (node for node in half_model.proto.graph.node if node.op_type == "FlashAttention")
+    (words,) = (a.s.decode() for a in node.attribute if a.name == "optional_inputs")
+    assert "sinks" in words.split(",")
+    assert half_model.check().status == "passed"
+
+
+def test_command(library: str, tmp_path: pathlib.Path) -> None:
+    source, target = tmp_path / "model.onnx", tmp_path / "model.fa.onnx"
+    onnx.save(attention(), source)
+    done = here(source, "--fp16", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["half_precision"]["status"] == "passed" and said["half_precision"]["keep_io_types"]
+    assert said["half_precision"]["outputs"][0]["ok"] and said["provenance"]["options"]["fp16"]
+    assert not any("float32 attention" in note for note in said["notes"])
+    assert "fp16=True" in {entry.key: entry.value for entry in onnx.load(target).metadata_props}["faexport"]
+    shown = here(source, "--fp16", "--no-keep-io-types", "--dry-run")
+    assert "in float32 still: nothing" in shown.stdout and "verification in float16 passed" in shown.stdout
+
+
+def test_usage(tmp_path: pathlib.Path) -> None:
+    source = tmp_path / "model.onnx"
+    onnx.save(attention(dtype=np.float16), source)
+    done = here(source, "--fp16")
+    assert done.returncode == 2 and "has half precision already" in done.stderr
+    assert here(source, "--fp16", "--dtype", "fp16").returncode == 2
+    assert here(source, "--no-keep-io-types").returncode == 2
+    with pytest.raises(ValueError, match="optimize"):
+        faexport.fuse(source, options=faexport.Options(fp16=True))
+
+
+def test_a_float16_model_that_fails_is_not_written(
+    library: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "model.onnx", tmp_path / "half.onnx"
+    onnx.save(squares(), source)
+    find = half_nodes.find
+    for broken, words in (
+        ((True, False), "in float16 output"),
+        ((True, True), "mostly noise"),
+    ):  # ours; the original too
+
+        def nothing(path: object, reference: verify.Reference, broken: tuple[bool, bool] = broken) -> dict[str, str]:
+            return {} if broken[path == reference.path] else find(path, reference)
+
+        monkeypatch.setattr(half_nodes, "find", nothing)
+        with pytest.raises(faexport.NotVerifiedError, match=words):
+            jobs.optimize(source, target, faexport.Options(fp16=True))
+        assert not target.exists()
+
+
+def test_bodies_are_refused(tmp_path: pathlib.Path) -> None:
+    body = helper.make_graph(
+        [helper.make_node("Neg", ["context"], ["negative"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("negative", FLOAT, None)],
+    )
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["context"], ["same"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("same", FLOAT, None)],
+    )
+    model = behind(attention(), helper.make_node("If", ["flag"], ["y"], then_branch=body, else_branch=other))
+    model.graph.input.append(helper.make_tensor_value_info("flag", TensorProto.BOOL, []))
+    onnx.save(model, tmp_path / "model.onnx")
+    done = here(tmp_path / "model.onnx", "--fp16")
+    assert done.returncode == 2 and "a body of an If, Loop or Scan" in done.stderr, done.stderr
