@@ -95,6 +95,8 @@ class _Builder:
         for (point, _), value in zip(found, outputs, strict=True):
             value.name = point.output
             self.points.append(point)
+        for value in self.old.graph.outputs:  # onnxruntime would share memory by what a file says, right or wrong
+            value.shape = None
         self.old.graph.outputs.clear()
         self.old.graph.outputs.extend(outputs)
         for domain, version in self.new.opset_imports.items():

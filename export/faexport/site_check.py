@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from . import excluded_inputs, model_io, ort_session, side_by_side
+from . import model_io, ort_session, side_by_side
 from .normalize import convert_opset, inline_functions
+from .open_sizes import OpenSizes
 from .ort_session import CannotRun, Job, ModelFailure
 from .reference import Opener
 from .report import SiteComparison
@@ -55,6 +56,7 @@ def check(
     allowed: float,
     twins: bool,
     open_session: Opener,
+    open_sizes: OpenSizes,
     on_amount: Callable[[int, int], None] = lambda done, total: None,
 ) -> SiteCheck:
     """Compares everything that the rewritten model computes otherwise.
@@ -65,6 +67,7 @@ def check(
         library: the operator's library is there; where the model carries the stand-in function, that is compared too.
         allowed: the relative tolerance.
         twins: judge by the same in float32 as well (side_by_side.build).
+        open_sizes: of the original.
     """
     stand_in = any(function.domain == DOMAIN for function in rewritten.functions.values())
     checker = _Checker(original, rewritten, sets, allowed, open_session, on_amount, twins)
@@ -77,7 +80,7 @@ def check(
             _add(result, part)
             failed |= part_failed
     for index, sentence in failed.items():
-        if why := excluded_inputs.open_size(model_io.load(original), sets[index].tensors):
+        if why := open_sizes.sentence(sets[index].tensors):
             result.left_out.append(f"{why}, on {sets[index].label}")
         elif checker.original_runs(index):
             result.failures.append(sentence)

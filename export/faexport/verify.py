@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import compare, excluded_inputs, model_io, operator_library, ort_session, side_by_side, site_check
+from . import compare, model_io, operator_library, ort_session, side_by_side, site_check
 from .nodes import all_nodes
 from .options import VERIFY_TIMEOUT
 from .ort_session import CannotRun, ModelFailure
@@ -213,6 +213,7 @@ def with_sites(
         allowed=_relative_tolerance(reference.model, model),
         twins=compare.least_precise(reference.model, model) in compare.CORE_TOLERANCE,
         open_session=reference.open_session,
+        open_sizes=reference.open_sizes,
         on_amount=on_amount,
     )
     notes = [*ends.notes, *found.left_out[:8]]
@@ -286,7 +287,7 @@ def _compare_run(reference: Reference, actual: Sequence[Outputs | str], index: i
             shapes, skipped=f"the original does not run on {item.label}: {expected}", label=item.label
         )
     if isinstance(got, str):
-        if sentence := excluded_inputs.open_size(reference.model, item.tensors):
+        if sentence := reference.open_sizes.sentence(item.tensors):
             return VerificationRun(shapes, skipped=f"{sentence}, on {item.label}", label=item.label)
         return VerificationRun(shapes, skipped=f"{_BROKEN} does not run on {item.label}: {got}", label=item.label)
     differences = []

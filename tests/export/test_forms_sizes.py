@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks and factors with sizes of their own names, where the file says how large the result is: each such size is then
-that of the scores, or 1. And what may be in front of scores beside masks: constants in any attribute, integers of
+"""Masks and factors with sizes of their own names: each such size is that of the scores, or one of both is 1, whatever
+the file says of the result. And what may be in front of scores beside masks: constants in any attribute, integers of
 narrow types, scores that are subtracted."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tests.export.form_text import PRODUCT, QKV, Form, check
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
 LOW = "low = Constant<value_float = -1.0e9>()"
 RESULT = ("B", 3, "T", 8)
+COPIED = "copied to the size of 'm' first, which the file names otherwise: equal, or one is 1"
 
 
 def masked(kind: str, **more: object) -> Form:
@@ -38,6 +39,13 @@ kept = Mul(s, f) x = Add(kept, lows)"""
 
 RIGHT = {
     "a mask's own batch": masked("bool[M, 1, 1, S]", output=RESULT),
+    "a mask's own batch, and any result": masked("bool[M, 1, 1, S]", facts=frozenset({COPIED})),
+    "a mask's own batch, and a result of another name": masked("bool[M, 1, 1, S]", output=("R", 3, "T", 8)),
+    "a mask's own everything": masked("bool[M, 1, N, O]", output=RESULT),
+    "a bias's own everything": masked("float[M, 3, N, O]", output=RESULT),
+    "a mask of four batch entries": masked("bool[4, 1, 1, S]"),
+    "a mask of four rows": masked("float[4, S]"),
+    "a factor's own batch, and any result": scaled("float[M, 1, 1, 1]"),
     "a mask's own batch and keys": masked("bool[M, 1, 1, N]", output=RESULT),
     "a mask's own rows": masked("bool[1, 1, M, S]", output=RESULT),
     "a mask's own rows and keys": masked("bool[M, N]", output=RESULT),
@@ -77,11 +85,6 @@ RIGHT = {
 }
 
 WRONG = {
-    "a mask's own batch, and any result": masked("bool[M, 1, 1, S]", reason="may have more batch entries"),
-    "a mask's own batch, and a result of another name": masked(
-        "bool[M, 1, 1, S]", output=("R", 3, "T", 8), reason="may have more batch entries"
-    ),
-    "a factor's own batch, and any result": scaled("float[M, 1, 1, 1]", reason="may give them another shape"),
     "scores subtracted behind a softcap": Form(
         f"{QKV}, float[B, 3, T, S] b",
         f"""{PRODUCT} c = Constant<value_float = 3.0>() a = Div(s, c) t = Tanh(a) capped = Mul(t, c)

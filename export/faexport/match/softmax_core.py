@@ -32,6 +32,7 @@ from faexport.understand.core.sinks import sinks_of
 from faexport.understand.core.softmax import Softmax, softmax_of
 from faexport.understand.core.structure import Structure, new_producers, structure_of
 from faexport.understand.core.value_chain import Values, feeds_product, find_values
+from faexport.understand.core.widening import widened
 from faexport.understand.layout.shape_uses import rebuild
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.dims import Dim, plain, product
@@ -71,18 +72,28 @@ def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:
 
 def _understand(path: Path, softmax: Softmax, context: Context) -> list[Candidate]:
     """A candidate for each product with values that reads the softmax."""
-    first = _read(path, softmax, context, gates=True)
-    if all(isinstance(c.outcome, AttentionSpec) for c in first) or not any(s.kind == "factor" for s in path.steps):
-        return first
-    second = _read(path, softmax, context, gates=False)
-    return second if all(isinstance(c.outcome, AttentionSpec) for c in second) else first
+    a, first = context.analysis, None
+    has_factor = any(s.kind == "factor" for s in path.steps)
+    for widen in (False, True):
+        if widen:
+            a.forget()
+            if not widened(path.product, path.steps, a)[1]:
+                break
+        for gates in (True, False) if has_factor else (True,):
+            found = _read(path, softmax, context, gates, widen)
+            if all(isinstance(c.outcome, AttentionSpec) for c in found):
+                return found
+            first = first or found
+    assert first is not None
+    return first
 
 
-def _read(path: Path, softmax: Softmax, context: Context, gates: bool) -> list[Candidate]:
-    """With `gates`, scores times 0 or 1 are masked, else they are scores times a factor."""
+def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: bool) -> list[Candidate]:
+    """With `gates`, scores times 0 or 1 are masked, else they are scores times a factor. With `widen` they may take the
+    size of a mask."""
     a = context.analysis
     candidate = Candidate(softmax.node, context.graph, SOURCE)
-    scores = read_scores(path, softmax, a, gates)
+    scores = read_scores(path, softmax, a, gates, widen)
     if isinstance(scores, Refusal):
         candidate.outcome = scores
         return [candidate]
@@ -139,13 +150,12 @@ def _with_values(scores: Scores, values: Values, softmax, candidate, context: Co
 
 
 def _column(scores: Scores, a) -> tuple:
-    shape = a.shape(scores.product.node.outputs[0])
-    return View.whole(shape).axes[scores.product.labels.index("column")]
+    return View.whole(a.simplified(scores.shape)).axes[scores.product.labels.index("column")]
 
 
 def _note_sizes(candidate: Candidate, scores: Scores, a) -> None:
     """What the report can say of a site, refused or not."""
-    shape = a.shape(scores.product.node.outputs[0])
+    shape = a.simplified(scores.shape)
     sizes = dict(zip(letters(scores.product), map(plain, shape), strict=True))
     names = {"B": "batch_size", "H": "num_q_heads", "S": "seqlen_q", "T": "seqlen_kv"}
     candidate.sizes.update({name: sizes[letter] for letter, name in names.items() if letter in sizes})
@@ -177,7 +187,7 @@ def _score_shape(
     batch = None
     for size in values.lead_sizes:
         batch = size if batch is None else batch * size
-    shape = a.known_shape(scores.product.node.outputs[0])
+    shape = a.simplified(scores.shape)
     rows, columns = (shape[scores.product.labels.index(x)] for x in ("row", "column"))
     return ScoreShape(
         structure.query.operand,
@@ -284,7 +294,7 @@ def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a) -> list[M
     """The terms for scores with as many batch entries and heads as the values, which may have more than the queries and
     keys have: then a mask has to be the same for all of them."""
     names = dict(zip(scores.product.labels, letters(scores.product), strict=True))
-    shape = dict(zip(names, a.shape(scores.product.node.outputs[0]), strict=True))
+    shape = dict(zip(names, a.simplified(scores.shape), strict=True))
     if len(values.lead_sizes) != len(scores.product.leads):
         return terms
     whole = zip(scores.product.leads, values.lead_sizes, strict=True)
@@ -368,6 +378,9 @@ def _facts(structure: Structure, scores: Scores, values: Values, dtype: ir.DataT
         facts.append(Fact(f"{structure.heads} query heads on {key.heads} kv heads"))
     if query.operand.column_start is not None:
         facts.append(Fact("packed QKV read in place"))
+    if scores.wider:
+        names = ", ".join(f"'{factor.value.name}'" for factor in scores.wider)
+        facts.append(Fact(f"copied to the size of {names} first, which the file names otherwise: equal, or one is 1"))
     if scores.softcap:
         facts.append(Fact(f"softcap {scores.softcap:g}"))
     if scores.sink is not None:

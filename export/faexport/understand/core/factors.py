@@ -83,9 +83,7 @@ def folded(
         dtype = a.dtype(factor.value)
         product = _product(build, weight.op_type, factor.value, value, dtype, a)
         known = {x: size for x, size in zip(own, sizes, strict=True) if size != 1}
-        known |= {
-            x: d for x, d in zip(factor.labels, a.known_shape(factor.value), strict=True) if d != 1 or x not in known
-        }
+        known |= {x: d.meet(known.get(x, 1)) for x, d in zip(factor.labels, a.known_shape(factor.value), strict=True)}
         a.define(product, tuple(known[x] for x in target))
         factor = Factor(product, target)
     return factor

@@ -19,9 +19,10 @@ from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.factors import Weight, fits, is_gate, weighed
 from faexport.understand.core.softmax import Softmax, subtracts_own_maximum
 from faexport.understand.core.split_bias import SplitBias
+from faexport.understand.core.widening import widened
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.heads import is_lossless
-from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product, product_of
+from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Factor, Product, product_of
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.analysis import Analysis
@@ -177,7 +178,8 @@ class Scores:
     """What `read_scores` learnt: softmax(softcap(scale * product) with terms) over the columns of `product`."""
 
     product: Product  # left rows are queries, right columns are keys
-    shape: tuple[Dim, ...]  # of the product's result, as it was known when it was read
+    shape: tuple[Dim, ...]  # of the product's result, as it was known when it was read, or widened
+    wider: tuple[Factor, ...]  # what it was widened by: labels are the product's
     view: View  # of the softmax's input over the axes of the product's result; the sink column is left out
     scale: float
     softcap: float
@@ -195,10 +197,12 @@ class Scores:
 class _Reader:
     """Replays a Path forward."""
 
-    def __init__(self, path: Path, softmax: Softmax, gates: bool, a: Analysis):
+    def __init__(self, path: Path, softmax: Softmax, gates: bool, widen: bool, a: Analysis):
         self.a, self.path, self.softmax, self.gates = a, path, softmax, gates
         self.factors = _later_factors(path.steps)
-        shape = a.known_shape(path.product.node.outputs[0])
+        shape, self.wider = a.known_shape(path.product.node.outputs[0]), ()
+        if widen:
+            shape, self.wider = widened(path.product, path.steps, a)
         self.shape = shape
         self.view = View.whole(shape)
         self.names = letters(path.product)
@@ -464,18 +468,19 @@ def view_of_scores(path: Path, a: Analysis) -> View | None:
     return view
 
 
-def read_scores(path: Path, softmax: Softmax, a: Analysis, gates: bool = True) -> Scores | Refusal:
+def read_scores(path: Path, softmax: Softmax, a: Analysis, gates: bool = True, widen: bool = False) -> Scores | Refusal:
     """Replays the path from the product to the softmax. With `gates`, scores times 0 or 1 are taken for a part of a
-    mask, else for scores with a factor."""
+    mask, else for scores with a factor. `widen`: scores may take the sizes of what meets them."""
     if a.shape(path.product.node.outputs[0]) is None:
         return Refusal("the shape of the scores is not known", name_of(path.product.node))
-    reader = _Reader(path, softmax, gates, a)
+    reader = _Reader(path, softmax, gates, widen, a)
     refusal = reader.run()
     if refusal is not None:
         return refusal
     return Scores(
         path.product,
         reader.shape,
+        reader.wider,
         reader.view,
         reader.scale,
         reader.softcap,

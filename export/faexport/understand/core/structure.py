@@ -9,7 +9,7 @@ fewest new nodes wins. Called by match/softmax_core.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -53,6 +53,8 @@ class _Side:
     lead_sizes: tuple[Dim, ...]
     source: ir.Value  # the operand in the graph; `factor` may be this times weights
     numbers: tuple[Weight, ...] = ()  # that the operand is multiplied by wherever it is read
+    rows: Dim | None = None  # how many it is to have, where that may be more than it has
+    wider: tuple[Factor, ...] = ()  # masks and factors that it may take sizes from
 
     def wanted(self, heads: Dim, grouped: bool, packed: bool, dtype: ir.DataType | None) -> Wanted:
         return Wanted(self.labels, self.lead_sizes, heads, grouped, packed, dtype)
@@ -86,7 +88,7 @@ def _hides_heads(lead_sizes: tuple[Dim, ...], heads: Dim) -> bool:
 
 
 def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal:
-    shape = a.known_shape(scores.product.node.outputs[0])
+    shape = a.simplified(scores.shape)
     leads = scores.product.leads
     sizes = tuple(shape[scores.product.labels.index(x)] for x in leads)
     if len(sizes) == len(values.lead_sizes):
@@ -102,23 +104,14 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal
     known = [side for side in sides if side is not None]
     if len(known) != len(sides):
         return Refusal("the shape of query, key or value is not known", name_of(scores.product.node))
-    if len(leads) == len(value_sizes) and _is_contradicted(known, a):
-        why = "queries, keys and values may have different numbers of batch entries or heads, and the file states one"
-        return Refusal(f"{why} for the result", name_of(values.product.node))
-    return known
+    rows = shape[scores.product.labels.index("row")]
+    if scores.wider and rows != _size_along(known[0].factor, "row", a):
+        known[0] = dataclasses.replace(known[0], rows=rows)
+    return [dataclasses.replace(side, wider=scores.wider) for side in known]
 
 
-def _is_contradicted(sides: Sequence[_Side], a: Analysis) -> bool:
-    """Do two sizes of unknown numbers meet, where the result is said to have one of them? Either may be 1."""
-    for position, size in enumerate(sides[0].lead_sizes):
-        own = [
-            dict(zip(s.factor.labels, a.known_shape(s.factor.value), strict=True)).get(s.labels[position], ONE)
-            for s in sides
-        ]
-        open_sizes = {d for d in own if d.const is None}
-        if len(open_sizes) > 1 and size in open_sizes:
-            return True
-    return False
+def _size_along(factor: Factor, label: str, a: Analysis) -> Dim:
+    return dict(zip(factor.labels, a.known_shape(factor.value), strict=True)).get(label, ONE)
 
 
 def _side(factor: Factor, weights: list[Weight], how, labels: tuple[str, ...], lead_sizes) -> _Side | None:
@@ -193,7 +186,8 @@ def _try(sides, values: Values, heads: Dim, how, a: Analysis) -> Structure | Ref
     for side in sides:
         is_query = side is sides[0]
         wanted = side.wanted(heads, grouped and not is_query, packed, dtype)
-        reading = read(side.factor, side.links, wanted, a) or _rebuilt(side, wanted, sides, a)
+        reading = read(side.factor, side.links, wanted, a) if side.rows is None else None
+        reading = reading or _rebuilt(side, wanted, sides, a)
         if reading is None:
             return Refusal("the heads of query, key and value cannot be told apart", name_of(values.product.node))
         readings.append(_weighted(reading, side, a))
@@ -238,7 +232,7 @@ def _rebuilt(side: _Side, wanted: Wanted, sides: Sequence[_Side], a: Analysis) -
     value = build.transpose(value, perm)
     shape = tuple(a.known_shape(side.factor.value)[i] for i in perm)
     parts = parts_of(canonical(Factor(value, own), View.whole(shape), wanted), wanted)
-    if parts is None:
+    if parts is None or side.rows is not None:
         expanded = _expanded(build, value, dict(zip(own, shape, strict=True)), side, wanted, sides, a)
         if expanded is None:
             return None
@@ -265,16 +259,18 @@ def _expanded(
     a: Analysis,
 ) -> tuple[ir.Value, tuple[Dim, ...]] | None:
     """The operand with as many batch entries (and heads, where it may not have fewer) as the scores, and its shape. The
-    sizes that it lacks are those of the other operands: each is equal to its own, or one of both is 1."""
-    leads = side.labels[:-2]
+    sizes that it lacks are those of the other operands and of masks: each is equal to its own, or one of both is 1."""
+    leads, rows = side.labels[:-2], side.labels[-2]
     missing = dict(zip(leads, side.lead_sizes, strict=True))
     if wanted.grouped:
         missing = {x: size for x, size in missing.items() if x not in _head_labels(leads, wanted)}
-    targets: list[list[ir.Value]] = [[]]  # of Expands, one after the other: sizes of the leading axes
+    if side.rows is not None:
+        missing[rows] = side.rows
+    targets: list[list[ir.Value]] = [[]]  # of Expands, one after the other: sizes of all axes but the last
     for position, label in enumerate(leads):
         if label not in known:
             value = build.unsqueeze(value, position)
-    for label in leads:
+    for label in (*leads, rows):
         own, size = known.get(label, ONE), missing.get(label, ONE)
         sizes = [] if size in (1, own) else _sizes(build, label, own, size, sides, a)
         if sizes is None:
@@ -283,10 +279,10 @@ def _expanded(
         for k, target in enumerate(targets):
             target.append(sizes[k] if k < len(sizes) else build.ints([1]))
     for target in targets:
-        whole = build.add("Concat", [*target, build.ints([1, 1])], ir.DataType.INT64, axis=0)
+        whole = build.add("Concat", [*target, build.ints([1])], ir.DataType.INT64, axis=0)
         value = build.add("Expand", [value, whole], value.dtype)
-    own_sizes = {x: known.get(x, ONE) if missing.get(x, ONE) == 1 else missing[x] for x in leads}
-    return value, (*own_sizes.values(), *(known[x] for x in side.labels[-2:]))
+    own_sizes = {x: known.get(x, ONE) if missing.get(x, ONE) == 1 else missing[x] for x in (*leads, rows)}
+    return value, (*own_sizes.values(), known[side.labels[-1]])
 
 
 def _head_labels(leads: tuple[str, ...], wanted: Wanted) -> tuple[str, ...]:
@@ -301,16 +297,32 @@ def _sizes(
     if size.const is not None:
         return [build.ints([size.const])]
     found: dict[Dim, ir.Value] = {}
-    for other in sides:
-        given = dict(zip(other.factor.labels, a.known_shape(other.factor.value), strict=True)).get(label, ONE)
+    for factor, sources in _with_sizes(sides):
+        given = _size_along(factor, label, a)
         if given in (1, own) or given in found:
             continue
-        sources = [x.value for x in reversed(other.links) if x.value is not other.factor.value]
-        part = size_from(build, given, (*sources, other.source), {}, a)
-        if part is None:
-            return None
-        found[given] = part
-    return list(found.values()) or None
+        part = size_from(build, given, sources, {}, a)
+        if part is not None:
+            found[given] = part
+    met = own
+    for given in found:
+        met = met.meet(given)
+    return list(found.values()) if met == size else None
+
+
+def _with_sizes(sides: Sequence[_Side]) -> Iterator[tuple[Factor, list[ir.Value]]]:
+    """The operands, and the masks that they may take sizes from, each with the tensors to read its sizes of."""
+    for side in sides:
+        sources = [x.value for x in reversed(side.links) if x.value is not side.factor.value]
+        yield side.factor, [*sources, side.source]
+    for factor in sides[0].wider:
+        yield factor, [*_inputs_of(factor.value), factor.value]
+
+
+def _inputs_of(value: ir.Value) -> list[ir.Value]:
+    """The inputs of the graph that computes the value: where one has its size, the value itself may go."""
+    graph = value.graph
+    return list(graph.inputs) if graph is not None else []
 
 
 def _to_layout(build: Builder, value: ir.Value, rank: int, heads: Dim, group: Dim) -> tuple[ir.Value | None, Layout]:

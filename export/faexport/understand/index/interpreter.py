@@ -53,10 +53,6 @@ class Interpreter:
                 self._positive[atom] = ia.maximum(
                     ia.ONE, *(ia.replace(x, known) for x in atom.args if x is not ia.ZERO)
                 )
-        self._words = {
-            ia.only_atom(ia.replace(ia.of_atom(atom), self._positive)): ia.replace(word, self._positive)
-            for atom, word in analysis.words.items()
-        }
         self._memo: dict[ir.Value, Tensor | None] = {}
 
     @property
@@ -66,11 +62,6 @@ class Interpreter:
     def size(self, dim) -> Expr:
         """A size as an index expression."""
         return ia.replace(dim.expr, self._positive)
-
-    def leaves(self, size: Expr, whole: Expr) -> bool:
-        """As Analysis.leaves."""
-        met = ia.meet(size, whole)
-        return met is whole or self._words.get(ia.only_atom(met)) is whole
 
     def shape(self, value: ir.Value) -> tuple[Expr, ...] | None:
         """The shape of any value of the model, without a look at its elements."""

@@ -321,6 +321,12 @@ class Emitter:
         return self._fold("Add", terms)
 
     def _size_of_input(self, atom: Expr) -> ir.Value:
+        if atom.op == "meet":  # of sizes that meet, those are the same that aren't 1
+            first, *others = (self.scalar(x) for x in atom.args)
+            for other in others:
+                is_one = self.node("Equal", [first, self.constant([1])])
+                first = self.node("Where", [is_one, other, first])
+            return first
         for value in self.graph.inputs if atom.op == "sym" else ():
             for k, s in enumerate(self.ctx.shape(value) or ()):
                 if ia.only_atom(s) is atom:

@@ -157,7 +157,7 @@ class Site:
         atom = ia.only_atom(whole) if whole is not None else None
         if whole is None:
             return False
-        if self.ctx.leaves(size, whole) or (atom is not None and atom.op == "meet" and size in atom.args):
+        if ia.meet(size, whole) is whole or (atom is not None and atom.op == "meet" and size in atom.args):
             return True
         for other in self._meeting_keys():
             name = ia.only_atom(other)

@@ -24,7 +24,7 @@ from faexport.understand.shapes import (  # noqa: F401 (some only register their
     rules_layers,
     rules_operator,
 )
-from faexport.understand.shapes.algebra import Expr, atoms, meet, only_atom
+from faexport.understand.shapes.algebra import Expr, atoms, only_atom
 from faexport.understand.shapes.dims import Dim, named
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import CONTENT_RULES, SHAPE_RULES
@@ -57,17 +57,13 @@ class Analysis:
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._static: dict[ir.Value, bool] = {}
         self.defects: list[str] = []  # nodes whose rules failed, and how
-        # Sizes of broadcasts, and which of the sizes that meet there the file gives to the model's outputs.
-        self.words: dict[Expr, Expr] = {}
-        self._learnt: dict[Expr, Expr] = {}  # these, and what other sizes are at the site that is being looked at
+        self._learnt: dict[Expr, Expr] = {}  # what sizes are at the site that is being looked at
         self._names: dict[Expr, Expr] = {}  # sizes that the file has names of its own for
         graphs = own_graphs(model)
         inputs = (self.shape(v) or () for graph in graphs for v in graph.inputs)
-        self._results = set(model.graph.outputs)
         self._given = {atom for shape in inputs for d in shape for atom in atoms(d.expr, "sym")}
         for graph in graphs:
             self._visit(graph)
-        self.forget()
 
     def extend(self, model: ir.Model) -> None:
         """Looks at the nodes that were put into the model since this was made; what is known of the others stays."""
@@ -81,7 +77,8 @@ class Analysis:
             return None
         if value not in self._shapes:
             self._shapes[value] = self._declared(value)
-        return self._simplified(self._shapes[value])
+        shape = self._shapes[value]
+        return None if shape is None else self.simplified(shape)
 
     def known_shape(self, value: ir.Value) -> Shape:
         """The sizes of a value whose rank is known."""
@@ -89,8 +86,9 @@ class Analysis:
         assert shape is not None
         return shape
 
-    def _simplified(self, sizes: Shape | None) -> Shape | None:
-        return tuple(d.substitute(self._learnt) for d in sizes) if sizes is not None and self._learnt else sizes
+    def simplified(self, sizes: Shape) -> Shape:
+        """With what was learnt put in."""
+        return tuple(d.substitute(self._learnt) for d in sizes) if self._learnt else sizes
 
     def learn(self, value: ir.Value, sizes: Shape) -> None:
         """Until `forget`: `value` has these sizes. For a caller who has shown it of the site that it looks at; what
@@ -105,12 +103,12 @@ class Analysis:
 
     def forget(self) -> None:
         """Drops what was learnt: another site is looked at."""
-        self._learnt = dict(self.words)
+        self._learnt = {}
 
     @contextlib.contextmanager
     def without_learnt(self) -> Iterator[None]:
         """Inside, answers hold for every site, not just for the one that is being looked at."""
-        kept, self._learnt = self._learnt, dict(self.words)
+        kept, self._learnt = self._learnt, {}
         try:
             yield
         finally:
@@ -150,7 +148,7 @@ class Analysis:
             ):
                 return None
             self._contents[value] = tuple(Dim.of(int(x)) for x in array.reshape(-1))
-        return self._simplified(self._contents[value])
+        return self.simplified(self._contents[value])
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
         """The tensor where it is constant and small, whatever chain of nodes computes it; else None."""
@@ -294,8 +292,6 @@ class Analysis:
             return inferred
         for dim, known in zip(inferred, declared, strict=True):
             self._note_name(known, dim)
-            if value in self._results:
-                self._note_word(known, dim)
         return tuple(known if _says_more(known, dim) else dim for dim, known in zip(inferred, declared, strict=True))
 
     def _note_name(self, declared: Dim, inferred: Dim) -> None:
@@ -306,20 +302,9 @@ class Analysis:
         if atom not in atoms(inferred.expr, atom.op):
             self._names.setdefault(atom, inferred.expr)
 
-    def _note_word(self, declared: Dim, inferred: Dim) -> None:
-        """Where a result of the model is as large as one of the sizes that meet, the others are that or 1."""
-        atom, word = only_atom(inferred.expr), declared.expr
-        if atom is not None and atom.op == "meet" and word in atom.args and only_atom(word) in self._given:
-            self.words[atom] = word
-            pairs = (only_atom(meet(word, other)) for other in atom.args if other is not word)
-            self.words.update((pair, word) for pair in pairs if pair is not None and pair.op == "meet")
-
 
 def _says_more(declared: Dim, inferred: Dim) -> bool:
-    """Is the file's size better than the derived one? Only where the derivation knows nothing of it, or leaves open
-    which of two sizes that meet it is."""
+    """Is the file's size better than the derived one? Only where the derivation knows nothing of it."""
     if inferred.const is not None or not (declared.const is not None or declared.is_known):
         return False
-    atom = only_atom(inferred.expr)
-    is_open = atom is not None and atom.op == "meet" and declared.expr in atom.args
-    return is_open or all(s.startswith("?") for s in inferred.symbols)
+    return all(s.startswith("?") for s in inferred.symbols)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks, biases and factors that may have more rows, heads or batch entries than the scores that they meet.
+
+Where both sizes have names of their own they are equal or one of them is 1, and scores of size 1 then take the other
+one's. So would scores of queries that were expanded to it first: that is how such a site is fused. Called by
+score_chain.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import onnx_ir as ir
+
+from faexport.understand.layout.products import Factor, Product
+from faexport.understand.layout.shape_uses import shape_users
+from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim
+
+
+class Step(Protocol):
+    """One node on the way from the scores to the softmax (score_chain.Step)."""
+
+    @property
+    def node(self) -> ir.Node: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def index(self) -> int: ...
+
+
+def widened(product: Product, steps: list[Step], a: Analysis) -> tuple[tuple[Dim, ...], tuple[Factor, ...]]:
+    """The sizes of the scores once everything has met them that meets them in the shape in which they are multiplied,
+    and the tensors that they may take them from: none where a Shape node tells what size they had before."""
+    shape = list(a.known_shape(product.node.outputs[0]))
+    wider: dict[ir.Value, Factor] = {}
+    if any(shape_users(node.outputs[0]) for node in (product.node, *(step.node for step in steps))):
+        return tuple(shape), ()
+    for value in _others(steps):
+        own = a.shape(value)
+        if own is None or len(own) > len(shape):
+            continue
+        start = len(shape) - len(own)
+        for axis, size in enumerate(own, start):
+            # More keys than the scores have would not fit the values.
+            if product.labels[axis] != "column" and not a.leaves(size, shape[axis]):
+                shape[axis] = shape[axis].meet(size)
+                wider[value] = Factor(value, product.labels[start:])
+    return tuple(shape), tuple(wider.values())
+
+
+def _others(steps: list[Step]) -> Iterator[ir.Value]:
+    """What meets the scores before they change their shape."""
+    for step in steps:
+        if step.kind in ("view", "sink"):
+            return
+        if step.kind in ("add", "sub", "from", "where", "clamp", "factor"):
+            yield from (v for i, v in enumerate(step.node.inputs) if i != step.index and v is not None)
