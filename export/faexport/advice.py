@@ -72,9 +72,9 @@ KINDS = (
         "Nothing: it has to stay. Where it was meant to be attention, look at the axis of the softmax.",
     ),
     Advice(
-        r"result|states one of them|numbers? of (batch entries|heads)",
-        "queries, keys and values may have different numbers of batch entries, and the file states one of them",
-        "The file allows sizes that don't fit one another.",
+        r"would then take its size|may have more (heads|batch)|give the scores more|numbers? of (batch entries|heads)",
+        "its mask may have more batch entries than the scores, which would then take its size",
+        "The file allows sizes that don't fit one another, in a form in which they can't be brought to one.",
         "Give the sizes that are equal the same name when exporting (dynamic_axes, dynamic_shapes).",
     ),
     Advice(

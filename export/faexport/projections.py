@@ -23,6 +23,7 @@ from faexport.understand.shapes.analysis import Analysis
 
 ROLES = ("queries", "keys", "values")
 LAYOUTS = ("query_layout", "key_layout", "value_layout")
+_FAR = 8  # nodes in front of the operator, among which a product is looked for
 _KEEPS_WEIGHT = ("Identity", "Transpose", "Cast")  # between a stored weight and its product
 
 
@@ -77,8 +78,12 @@ def _pack(model: ir.Model, node: ir.Node, a: Analysis, names: Names) -> tuple[li
     if {"present_key", "present_value"} & set(node.attributes.get_string("optional_outputs", "").split(",")):
         raise _Apart("a cache is made of their results")
     heads = [node.attributes.get_int(f"{kind}_num_heads", 0) for kind in ("q", "kv", "kv")]
-    if 0 in heads or any(_layout(node, n) != "BSH" for n in range(3)):
-        raise _Apart("the operator doesn't read their results as they are")
+    moved = [given(node, n) for n in range(3) if _layout(node, n) != "BSH"]
+    if moved or 0 in heads:
+        between = next((op(producer(value)) for value in moved if _is_of_projection(value, a)), "")
+        if between:
+            raise _Apart(f"{between} stands between them and the operator")
+        return [], []
     found = [_projection_or_reason(node, n, a) for n in range(3)]
     sources = [p.source if isinstance(p, _Projection) else None for p in found]
     group = max(([n for n in range(3) if sources[n] is s] for s in sources if s is not None), key=len, default=[])
@@ -100,6 +105,18 @@ def _head_size(part: _Projection | None, value: ir.Value | None, heads: int, a: 
     if width is None or width % heads:
         raise _Apart("their columns are not those of whole heads")
     return width // heads
+
+
+def _is_of_projection(value: ir.Value, a: Analysis) -> bool:
+    """Does a product with stored weights stand in front of it?"""
+    node = producer(value)
+    for _ in range(_FAR):
+        if node is None:
+            return False
+        if op(node) == "MatMul":
+            return _is_weight(given(node, 1), a)
+        node = producer(next((v for v in node.inputs if v is not None and not a.is_static(v)), None))
+    return False
 
 
 def _projection_or_reason(node: ir.Node, n: int, a: Analysis) -> _Projection | str:

@@ -26,6 +26,10 @@ def late(shape: str, kind: str = "float", **more: object) -> Form:
 
 
 RIGHT = {
+    "more heads by the factor": Form(
+        "float[B, 1, T, 8] q, float[B, 1, S, 8] k, float[B, 1, S, 8] v, float[1, 2, 1, 1] g",
+        f"{PRODUCT} x = Mul(s, g) {END}",
+    ),
     "negated": Form(QKV, f"{PRODUCT} x = Neg(s) {END}"),
     "negated twice": Form(QKV, f"{PRODUCT} n = Neg(s) c = Constant<value = float {{-0.5}}>() x = Mul(n, c) {END}"),
     "negated and causal": Form(
@@ -137,11 +141,6 @@ WRONG = {
         f"{QKV}, float[2, 1, 1, 1, 1] g",
         f"{PRODUCT} x = Mul(s, g) p = Softmax<axis = -1>(x) y = MatMul(p, v)",
         reason="multiplied",
-    ),
-    "more heads by the factor": Form(
-        "float[B, 1, T, 8] q, float[B, 1, S, 8] k, float[B, 1, S, 8] v, float[1, 2, 1, 1] g",
-        f"{PRODUCT} x = Mul(s, g) {END}",
-        reason="give them another shape",
     ),
     "a number divided by the scores": factor("", "x = Div(g, s)", reason="the scores pass through Div"),
     "a factor after a replaced score": Form(

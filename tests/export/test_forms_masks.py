@@ -4,7 +4,7 @@ read for them beyond the user's mask."""
 
 from __future__ import annotations
 
-from tests.export.form_text import PRODUCT, Form, checks_of
+from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 
 SELF = "float[B, 3, 9, 8] q, float[B, 3, 9, 8] k, float[B, 3, 9, 8] v"
 LOW = "low = Constant<value = float {-10000.0}>()"
@@ -12,6 +12,13 @@ TRIANGLE = """square = Constant<value = int64[2] {9, 9}>()
     whole = ConstantOfShape<value = float[1] {-10000.0}>(square) k1 = Constant<value = int64 {1}>()
     causal = Trilu<upper = 1>(whole, k1)"""
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
+
+
+def biased(body: str, fill: float, **more: object) -> Form:
+    """The plain block with a bias of the user's, a padding mask and a number to hide keys by."""
+    low = f"low = Constant<value = float {{{fill}}}>()"
+    return Form(f"{QKV}, float[1, 3, T, S] bias, bool[B, 1, 1, S] m", f"{PRODUCT} {low} {body} {END}", **more)
+
 
 RIGHT = {
     "padded by a constant, and causal": Form(
@@ -49,6 +56,33 @@ RIGHT = {
         axis = Constant<value = int64[1] {{1}}>() b3 = Unsqueeze(more, axis) {TRIANGLE} both = Add(b3, causal)
         x = Add(s, both) {END}""",
     ),
+    "a bias, and then a fill that absorbs it": biased("a = Add(s, bias) x = Where(m, a, low)", -3.0e38),
+    "a fill that absorbs, and then a bias": biased("a = Where(m, s, low) x = Add(a, bias)", -3.0e38),
+    "a bias, and then a weak fill added": biased(
+        "a = Add(s, bias) zero = Constant<value = float {0.0}>() w = Where(m, zero, low) x = Add(a, w)",
+        -1.0e9,
+        facts=frozenset(
+            {
+                "in a row that sees no key scores are rounded to steps of 64 beside the fill -1e+09; to which of two, "
+                "depends on the order of additions (assumed)"
+            }
+        ),
+    ),
+}
+
+WRONG = {
+    "a bias, and then a weak fill in its place": biased(
+        "a = Add(s, bias) x = Where(m, a, low)", -1.0e9, reason="what was added to others may be lower"
+    ),
+    "a weak fill, and then a bias": biased(
+        "a = Where(m, s, low) x = Add(a, bias)", -1.0e9, reason="rows of padding only would come out differently"
+    ),
+    "a mask with any number of axes": Form(
+        f"{QKV}, int64[R] shape, float[N] numbers",
+        f"{PRODUCT} m = Reshape(numbers, shape) x = Add(s, m) {END}",
+        reason="since that of 'm' isn't: not even how many axes it has",
+    ),
 }
 
 test_fused_and_right = checks_of(RIGHT)
+test_near_misses = checks_of(WRONG)

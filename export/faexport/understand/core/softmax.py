@@ -24,6 +24,7 @@ ALTERED = "the sum of the exponentials is changed ({op}) before they are divided
 ALTERED_EACH = "the exponentials are changed ({op}) before they are summed"
 CHANGING = ("Cast", "Identity", "Mul", "Add", "Where", "Max", "Clip", "Unsqueeze", "Reshape", "Dropout")
 MAX_CHANGES = 4
+UNKNOWN_RANK = "the shape of the scores is not known, since that of '{}' isn't: not even how many axes it has"
 NOT_DIVIDED = "the exponentials are not divided by their sum in a way that is understood"
 
 
@@ -72,7 +73,7 @@ def _softmax_node(node: ir.Node, a: Analysis) -> Softmax:
     axis = attribute(node, "axis", -1 if a.opset >= 13 else 1)
     flaw = ""
     if shape is None:
-        axis, flaw = 0, "the shape of the scores is not known"
+        axis, flaw = 0, UNKNOWN_RANK.format(_first_unknown(scores, a))
     else:
         last = len(shape) - 1
         axis = resolve_axis(axis, len(shape))
@@ -81,6 +82,16 @@ def _softmax_node(node: ir.Node, a: Analysis) -> Softmax:
         if a.opset < 13:
             axis = last
     return Softmax(node, scores, axis, node.outputs[0], (node,), flaw=flaw)
+
+
+def _first_unknown(value: ir.Value, a: Analysis) -> str:
+    """The first tensor in front of this one of whose shape nothing is known, and nothing in front of it lacks one."""
+    while (node := producer(value)) is not None:
+        before = next((v for v in node.inputs if v is not None and a.shape(v) is None), None)
+        if before is None:
+            break
+        value = before
+    return value.name or "?"
 
 
 def _exponential(node: ir.Node, a: Analysis) -> Softmax | None:

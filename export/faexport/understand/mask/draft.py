@@ -208,6 +208,10 @@ class Draft:
 
     def sum(self, parts: Sequence[tuple[ir.Value, float]]) -> None:
         """attn_bias is the sum of these values times their factors."""
+        self.mask.attn_bias = self.total(parts)
+
+    def total(self, parts: Sequence[tuple[ir.Value, float]]) -> ir.Value | None:
+        """The sum of these values times their factors."""
         total = None
         for factor in dict.fromkeys(factor for _, factor in parts):  # what overflows does so before it is scaled
             group = [value for value, f in parts if f == factor]
@@ -218,4 +222,4 @@ class Draft:
                 number = self.emitter.constant(np.asarray(factor, self.site.scores.dtype.numpy()))
                 value = self.emitter.node("Mul", [value, number])
             total = value if total is None else self.emitter.node("Add", [total, value])
-        self.mask.attn_bias = total
+        return total

@@ -43,6 +43,12 @@ from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
 
 _LOWEST = float(np.finfo(np.float32).min)
+_LOWER_BIAS = (
+    "its mask puts {:g} in place of scores, and what was added to others may be lower: then the masked keys would be "
+    "seen instead (--assume full-rows or right-padding rules that out)"
+)
+# Of each type, those stored.
+_MANTISSA_BITS = {ir.DataType.FLOAT16: 10, ir.DataType.BFLOAT16: 7, ir.DataType.FLOAT: 23, ir.DataType.DOUBLE: 52}
 _BOTH_MASKS = (
     "a float mask is added to scores that another mask replaced by a number: rows of padding only would come out "
     "differently (--assume full-rows or right-padding rules them out)"
@@ -130,28 +136,36 @@ def zeros_and_ones_in_two_masks(problem: Problem) -> spec.Mask | None:
 
 
 def float_masks_as_they_are(problem: Problem) -> spec.Mask | None:
-    """The sum of all terms as a bias. A score replaced by a number that absorbs any score had that number added."""
+    """The sum of all terms as a bias. A score replaced by a number that absorbs any score had that number added, and
+    what was added to it before is replaced, too."""
     if not problem.is_soft or problem.rows_are_full or problem.is_moderate:
         return None
     draft, site = problem.draft(), problem.site
-    parts = []
+    parts: list[tuple[ir.Value, float]] = []
     for term in site.terms:
         if term.kind is spec.TermKind.ADD:
             parts.append((draft.placed(term), term.factor))
-        elif (
-            term.kind is spec.TermKind.WHERE and term.fill is not None and not parts
-        ):  # after an addition it would undo that
+        elif term.kind is spec.TermKind.WHERE and term.fill is not None:
             fill = site.element(term, term.fill)
-            if fill.op != "float" or not il.number_of(fill) <= -1e30:
+            if fill.op != "float":
                 raise NotAMask(_BOTH_MASKS)
+            number = il.number_of(fill)
+            if not number <= -1e30 or any(factor != term.factor for _, factor in parts):
+                raise NotAMask(_LOWER_BIAS.format(number) if parts else _BOTH_MASKS)
             kept = site.element(term, term.value)
             kept = kept if term.keep_when else il.negate(kept)
             zero = il.floating(0.0, site.scores.dtype)
-            parts.append((draft.value(il.choose(kept, zero, fill)), term.factor))
+            if parts:
+                before = draft.total([(value, 1.0) for value, _ in parts])
+                value = draft.emitter.node("Where", [draft.value(kept), before, draft.number(number)])
+            else:
+                value = draft.value(il.choose(kept, zero, fill))
+            parts = [(value, term.factor)]
         else:
             raise NotAMask(_BOTH_MASKS)
     draft.sum(parts)
     draft.fact("a finite mask beside a float mask: both stay a bias")
+    _note_rounding(draft)
     return draft.finished()
 
 
@@ -244,6 +258,18 @@ def _note_fills(draft: Draft, hidden: list[Case]) -> None:
         draft.assume(f"scores stay far above the fill {max(weak):g}")
 
 
+def _note_rounding(draft: Draft) -> None:
+    """What a fill of medium depth leaves of the scores is added up in another order than in the graph."""
+    dtype = draft.site.scores.dtype
+    weak = [number for number in fills(draft.site) if number > ABSORBS.get(dtype, -math.inf)]
+    if weak:
+        step = 2.0 ** (math.floor(math.log2(-min(weak))) - _MANTISSA_BITS[dtype])
+        draft.assume(
+            f"in a row that sees no key scores are rounded to steps of {step:.2g} beside the fill {min(weak):g}; to "
+            "which of two, depends on the order of additions"
+        )
+
+
 def _decide(draft: Draft, problem: Problem, cases: list[Case]) -> tuple[Expr, list[Case]]:
     """(the condition of being visible, the cases that make up the bias)."""
     kept = [c for c in cases if c.mask is None]
@@ -276,6 +302,7 @@ def _decide(draft: Draft, problem: Problem, cases: list[Case]) -> tuple[Expr, li
         f"rows that may see no key would give another softmax without the {soft[0].mask:g} added: it stays a bias "
         "(--assume full-rows rules them out)"
     )
+    _note_rounding(draft)
     written = il.negate(il.any_of(c.cond for c in hard)), il.any_of(c.cond for c in cases if c not in hard)
     return max(written, key=lambda left: len(split(draft.site, left)[0].parts)), cases
 
