@@ -319,10 +319,11 @@ def _beside_noise(
     exact = reference.float32_outputs(index).get(name)
     if exact is None or exact.shape != want.shape or difference.dtype not in compare.RELATIVE_TOLERANCE:
         return difference
-    own = compare.distance(exact, want)
-    if own > TOO_NOISY * compare.magnitude(want) and not quantized:
+    own, ours = compare.distance(exact, want), compare.distance(exact, got)
+    noisy = own > TOO_NOISY * compare.magnitude(want) and not quantized
+    if noisy and ours > difference.tolerance:
         return None
-    return _allowed(dataclasses.replace(difference, max_abs_diff=compare.distance(exact, got)), ROUNDING_FACTOR * own)
+    return _allowed(dataclasses.replace(difference, max_abs_diff=ours), 0.0 if noisy else ROUNDING_FACTOR * own)
 
 
 def _allowed(difference: OutputDifference, noise: float) -> OutputDifference:

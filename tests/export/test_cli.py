@@ -284,33 +284,34 @@ def test_what_could_not_be_compared_is_not_written(model: pathlib.Path) -> None:
     assert names(model.parent) == ["model.fa.onnx", "model.onnx"]
 
 
-def test_without_onnxruntime_nothing_is_written(model: pathlib.Path) -> None:
-    path = sabotage(
-        model.parent / "hidden",
-        "import importlib.util\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *more: None if name == 'onnxruntime' else find(name, *more)\n",
-    )
-    done = faexport(model, PYTHONPATH=path)
-    assert done.returncode == 1 and "onnxruntime is not installed" in done.stderr
-    assert names(model.parent) == ["hidden", "model.onnx"]
+OBSTACLES = {
+    "without onnxruntime": (
+        """import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == 'onnxruntime' else find(name, *more)
+""",
+        "onnxruntime is not installed",
+    ),
+    "on a full disk": (  # the sites are compared by a model in the temporary folder
+        """import errno, os, tempfile
+honest = tempfile.TemporaryDirectory
+def folder(*arguments, prefix='', **options):
+    if prefix == 'faexport-sites-':
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return honest(*arguments, prefix=prefix, **options)
+tempfile.TemporaryDirectory = folder
+""",
+        "No space left on device (TMPDIR",
+    ),
+}
 
 
-def test_a_full_disk_is_named_as_the_cause(model: pathlib.Path) -> None:
-    """The sites are compared by a model in the temporary folder."""
-    path = sabotage(
-        model.parent / "full",
-        "import errno, os, tempfile\n"
-        "honest = tempfile.TemporaryDirectory\n"
-        "def folder(*arguments, prefix='', **options):\n"
-        "    if prefix == 'faexport-sites-':\n"
-        "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
-        "    return honest(*arguments, prefix=prefix, **options)\n"
-        "tempfile.TemporaryDirectory = folder\n",
-    )
-    done = faexport(model, PYTHONPATH=path)
-    assert done.returncode == 1 and "No space left on device (TMPDIR" in done.stderr, done.stderr
-    assert names(model.parent) == ["full", "model.onnx"]
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_nothing_is_written_and_the_cause_is_named(obstacle: str, model: pathlib.Path) -> None:
+    code, cause = OBSTACLES[obstacle]
+    done = faexport(model, PYTHONPATH=sabotage(model.parent / "sabotaged", code))
+    assert done.returncode == 1 and cause in done.stderr, done.stderr
+    assert names(model.parent) == ["model.onnx", "sabotaged"]
 
 
 def test_strict_tells_of_what_was_left(model: pathlib.Path, tmp_path: pathlib.Path) -> None:

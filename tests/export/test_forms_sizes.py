@@ -16,7 +16,7 @@ from tests.export.form_text import PRODUCT, QKV, Form, check
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
 LOW = "low = Constant<value_float = -1.0e9>()"
 RESULT = ("B", 3, "T", 8)
-COPIED = "copied to the size of 'm' first, which the file names otherwise: equal, or one is 1"
+COPIED = "operands are copied to the size of 'm', which has names of its own: equal, or one of both is 1"
 
 
 def masked(kind: str, **more: object) -> Form:

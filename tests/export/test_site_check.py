@@ -226,7 +226,8 @@ def statistics(**given: float) -> Statistics:
         ({"max_abs_diff": 1.1e-4}, "differs by"),
         ({"max_abs_diff": 1.0, "twin_to_old": 0.01, "twin_to_new": 0.019}, ""),
         ({"max_abs_diff": 1.0, "twin_to_old": 0.01, "twin_to_new": 0.021}, "differs by 0.021"),
-        ({"max_abs_diff": 1.0, "twin_to_old": 0.2, "twin_to_new": 0.2}, "differs by 1"),
+        ({"max_abs_diff": 1.0, "twin_to_old": 0.2, "twin_to_new": 0.2}, "differs by 0.2"),
+        ({"max_abs_diff": 1.0, "twin_to_old": 0.2, "twin_to_new": 5e-5}, ""),
         ({"num_broken": 2.0}, "NaN or infinite in 2 elements"),
         ({"num_lost": 3.0}, ""),  # 0 in a row that sees no key
         ({"num_lost": 3.0, "num_lost_to_numbers": 1.0}, "number in 1 elements where the original is NaN"),

@@ -379,8 +379,10 @@ def _facts(structure: Structure, scores: Scores, values: Values, dtype: ir.DataT
     if query.operand.column_start is not None:
         facts.append(Fact("packed QKV read in place"))
     if scores.wider:
-        names = ", ".join(f"'{factor.value.name}'" for factor in scores.wider)
-        facts.append(Fact(f"copied to the size of {names} first, which the file names otherwise: equal, or one is 1"))
+        wider = ", ".join(f"'{factor.value.name}'" for factor in scores.wider)
+        facts.append(
+            Fact(f"operands are copied to the size of {wider}, which has names of its own: equal, or one of both is 1")
+        )
     if scores.softcap:
         facts.append(Fact(f"softcap {scores.softcap:g}"))
     if scores.sink is not None:

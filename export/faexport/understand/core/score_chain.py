@@ -200,9 +200,7 @@ class _Reader:
     def __init__(self, path: Path, softmax: Softmax, gates: bool, widen: bool, a: Analysis):
         self.a, self.path, self.softmax, self.gates = a, path, softmax, gates
         self.factors = _later_factors(path.steps)
-        shape, self.wider = a.known_shape(path.product.node.outputs[0]), ()
-        if widen:
-            shape, self.wider = widened(path.product, path.steps, a)
+        shape, self.wider = widened(path.product, path.steps if widen else (), a)
         self.shape = shape
         self.view = View.whole(shape)
         self.names = letters(path.product)

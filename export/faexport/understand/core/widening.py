@@ -8,7 +8,7 @@ score_chain.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import onnx_ir as ir
@@ -32,7 +32,7 @@ class Step(Protocol):
     def index(self) -> int: ...
 
 
-def widened(product: Product, steps: list[Step], a: Analysis) -> tuple[tuple[Dim, ...], tuple[Factor, ...]]:
+def widened(product: Product, steps: Sequence[Step], a: Analysis) -> tuple[tuple[Dim, ...], tuple[Factor, ...]]:
     """The sizes of the scores once everything has met them that meets them in the shape in which they are multiplied,
     and the tensors that they may take them from: none where a Shape node tells what size they had before."""
     shape = list(a.known_shape(product.node.outputs[0]))
@@ -52,7 +52,7 @@ def widened(product: Product, steps: list[Step], a: Analysis) -> tuple[tuple[Dim
     return tuple(shape), tuple(wider.values())
 
 
-def _others(steps: list[Step]) -> Iterator[ir.Value]:
+def _others(steps: Sequence[Step]) -> Iterator[ir.Value]:
     """What meets the scores before they change their shape."""
     for step in steps:
         if step.kind in ("view", "sink"):

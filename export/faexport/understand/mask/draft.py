@@ -210,9 +210,9 @@ class Draft:
         """attn_bias is the sum of these values times their factors."""
         self.mask.attn_bias = self.total(parts)
 
-    def total(self, parts: Sequence[tuple[ir.Value, float]]) -> ir.Value | None:
-        """The sum of these values times their factors."""
-        total = None
+    def total(self, parts: Sequence[tuple[ir.Value, float]]) -> ir.Value:
+        """The sum of these values (at least one) times their factors."""
+        total: ir.Value | None = None
         for factor in dict.fromkeys(factor for _, factor in parts):  # what overflows does so before it is scaled
             group = [value for value, f in parts if f == factor]
             value = group[0]
@@ -222,4 +222,5 @@ class Draft:
                 number = self.emitter.constant(np.asarray(factor, self.site.scores.dtype.numpy()))
                 value = self.emitter.node("Mul", [value, number])
             total = value if total is None else self.emitter.node("Add", [total, value])
+        assert total is not None
         return total

@@ -8,6 +8,7 @@ Used by logic.py (conditions) and by the transfer functions. Assumed: no 64-bit 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
@@ -107,10 +108,7 @@ def mul(a: Expr, b: Expr) -> Expr:
 
 
 def product(exprs: Iterable[Expr]) -> Expr:
-    result = ONE
-    for expr in exprs:
-        result = mul(result, expr)
-    return result
+    return functools.reduce(mul, exprs, ONE)
 
 
 # ---------------------------------------------------------------------------------------------- atoms
@@ -136,19 +134,20 @@ def only_atom(expr: Expr) -> Expr | None:
 
 
 def minimum(a: Expr, b: Expr) -> Expr:
-    if is_nonnegative(sub(b, a)):
-        return a
-    if is_nonnegative(sub(a, b)):
-        return b
-    return of_atom(make("min", tuple(sorted((a, b), key=lambda e: e.serial)), "int"))
+    return _extreme("min", a, b, sub(b, a))
 
 
 def maximum(a: Expr, b: Expr) -> Expr:
-    if is_nonnegative(sub(b, a)):
-        return b
-    if is_nonnegative(sub(a, b)):
+    return _extreme("max", a, b, sub(a, b))
+
+
+def _extreme(op: str, a: Expr, b: Expr, ahead: Expr) -> Expr:
+    """`a` where `ahead` is proven not to be negative, `b` where it is proven not to be positive, else an atom."""
+    if is_nonnegative(ahead):
         return a
-    return of_atom(make("max", tuple(sorted((a, b), key=lambda e: e.serial)), "int"))
+    if is_nonnegative(neg(ahead)):
+        return b
+    return of_atom(make(op, tuple(sorted((a, b), key=lambda e: e.serial)), "int"))
 
 
 def absolute(a: Expr) -> Expr:
@@ -184,10 +183,7 @@ def _met(expr: Expr) -> tuple[Expr, ...]:
 
 
 def meet_all(sizes: Iterable[Expr]) -> Expr:
-    result = ONE
-    for size in sizes:
-        result = meet(result, size)
-    return result
+    return functools.reduce(meet, sizes, ONE)
 
 
 def is_one_with(a: Expr, b: Expr) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from faexport.understand.shapes.algebra import Expr
 
 _LIMIT = 400  # characters
+_FORMS = {"ge0": "{} >= 0", "eq0": "{} == 0", "not": "not({})", "choose": "({1} if {0} else {2})"}
 
 
 def to_text(expr: Expr) -> str:
@@ -24,16 +25,10 @@ def _text(e: Expr) -> str:
         return f"{e.args[0]:g}" if e.args[0] != "nan" else "nan"
     if e.op == "load":
         return f"{e.args[0].name}[{', '.join(map(_text, e.args[1]))}]"
-    if e.op == "ge0":
-        return f"{_text(e.args[0])} >= 0"
-    if e.op == "eq0":
-        return f"{_text(e.args[0])} == 0"
     if e.op in ("and", "or"):
         return "(" + f" {e.op} ".join(map(_text, e.args)) + ")"
-    if e.op == "not":
-        return f"not({_text(e.args[0])})"
-    if e.op == "choose":
-        return f"({_text(e.args[1])} if {_text(e.args[0])} else {_text(e.args[2])})"
+    if e.op in _FORMS:
+        return _FORMS[e.op].format(*map(_text, e.args))
     if e.op == "fcmp":
         return f"({_text(e.args[1])} {e.args[0]} {_text(e.args[2])})"
     name = e.args[0] if e.op == "fop" else e.op

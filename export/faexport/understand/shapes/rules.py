@@ -112,15 +112,18 @@ def _constant(node, a):
     return None if array is None else [tuple(map(Dim.of, array.shape))]
 
 
-@shape_of("MatMul")
-def _matmul(node, a):
-    x, y = (a.shape(v) for v in node.inputs)
+def matmul_shape(x: Shape | None, y: Shape | None) -> Shape | None:
+    """The shape of the product of two tensors of these shapes."""
     if x is None or y is None or len(x) < 1 or len(y) < 1:
         return None
     if len(x) == 1 or len(y) == 1:
-        return [y[:-2] + y[-1:] if len(x) == 1 else x[:-1]] if len(x) != len(y) else [()]
-    lead = broadcast([x[:-2], y[:-2]])
-    return None if lead is None else [(*lead, x[-2], y[-1])]
+        return () if len(x) == len(y) else y[:-2] + y[-1:] if len(x) == 1 else x[:-1]
+    return (*broadcast_known([x[:-2], y[:-2]]), x[-2], y[-1])
+
+
+@shape_of("MatMul", "MatMulInteger", "com.microsoft::DynamicQuantizeMatMul", "com.microsoft::MatMulIntegerToFloat")
+def _matmul(node, a):
+    return [matmul_shape(a.shape(node.inputs[0]), a.shape(node.inputs[1]))]
 
 
 @shape_of("Gemm")

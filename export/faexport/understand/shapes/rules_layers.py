@@ -11,7 +11,7 @@ from __future__ import annotations
 from faexport.nodes import attribute, operand
 from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.einsum import multiplied_order
-from faexport.understand.shapes.rules import broadcast_known, constant_ints, resolve_axis, shape_of
+from faexport.understand.shapes.rules import constant_ints, matmul_shape, resolve_axis, shape_of
 
 
 @shape_of("Conv")
@@ -143,24 +143,13 @@ def _fused_matmul(node, a):
     x, y = a.shape(node.inputs[0]), a.shape(node.inputs[1])
     if x is None or y is None or min(len(x), len(y)) < 2:
         return None
-    x, y = (tuple(d[i] for i in multiplied_order(node, side, len(d))) for side, d in (("A", x), ("B", y)))
-    return [(*broadcast_known([x[:-2], y[:-2]]), x[-2], y[-1])]
-
-
-@shape_of("MatMulInteger", "com.microsoft::DynamicQuantizeMatMul", "com.microsoft::MatMulIntegerToFloat")
-def _integer_matmul(node, a):
-    x, y = a.shape(node.inputs[0]), a.shape(node.inputs[1])
-    if x is None or y is None or min(len(x), len(y)) < 2:
-        return None
-    return [(*broadcast_known([x[:-2], y[:-2]]), x[-2], y[-1])]
+    ordered = (tuple(d[i] for i in multiplied_order(node, side, len(d))) for side, d in (("A", x), ("B", y)))
+    return [matmul_shape(*ordered)]
 
 
 @shape_of("QLinearMatMul")
 def _qlinear_matmul(node, a):
-    x, y = a.shape(node.inputs[0]), a.shape(node.inputs[3])
-    if x is None or y is None or min(len(x), len(y)) < 2:
-        return None
-    return [(*broadcast_known([x[:-2], y[:-2]]), x[-2], y[-1])]
+    return [matmul_shape(a.shape(node.inputs[0]), a.shape(node.inputs[3]))]
 
 
 @shape_of("com.microsoft::MatMulNBits", "com.microsoft::MatMulBnb4")
