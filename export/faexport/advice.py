@@ -72,7 +72,7 @@ KINDS = (
         "Nothing: it has to stay. Where it was meant to be attention, look at the axis of the softmax.",
     ),
     Advice(
-        r"would then take its size|may have more (heads|batch)|give the scores more|numbers? of (batch entries|heads)",
+        r"would then take its size|states one|(may have|the scores) more|numbers? of (batch entries|heads)",
         "its mask may have more batch entries than the scores, which would then take its size",
         "The file allows sizes that don't fit one another, in a form in which they can't be brought to one.",
         "Give the sizes that are equal the same name when exporting (dynamic_axes, dynamic_shapes).",

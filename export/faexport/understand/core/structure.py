@@ -9,6 +9,7 @@ fewest new nodes wins. Called by match/softmax_core.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
@@ -104,10 +105,22 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal
     known = [side for side in sides if side is not None]
     if len(known) != len(sides):
         return Refusal("the shape of query, key or value is not known", name_of(scores.product.node))
+    if len(leads) == len(value_sizes) and _is_contradicted(known, a):
+        why = "queries, keys and values may have different numbers of batch entries or heads, and the file states one"
+        return Refusal(f"{why} for the result", name_of(values.product.node))
     rows = shape[scores.product.labels.index("row")]
     if scores.wider and rows != _size_along(known[0].factor, "row", a):
         known[0] = dataclasses.replace(known[0], rows=rows)
     return [dataclasses.replace(side, wider=scores.wider) for side in known]
+
+
+def _is_contradicted(sides: Sequence[_Side], a: Analysis) -> bool:
+    """Do two sizes of unknown numbers meet, where the result is said to have one of them? Either may be 1."""
+    for position, size in enumerate(sides[0].lead_sizes):
+        own = [_size_along(side.factor, side.labels[position], a) for side in sides]
+        if size in own and functools.reduce(Dim.meet, own) != size:
+            return True
+    return False
 
 
 def _size_along(factor: Factor, label: str, a: Analysis) -> Dim:
@@ -304,10 +317,7 @@ def _sizes(
         part = size_from(build, given, sources, {}, a)
         if part is not None:
             found[given] = part
-    met = own
-    for given in found:
-        met = met.meet(given)
-    return list(found.values()) if met == size else None
+    return list(found.values()) if functools.reduce(Dim.meet, found, own) == size else None
 
 
 def _with_sizes(sides: Sequence[_Side]) -> Iterator[tuple[Factor, list[ir.Value]]]:

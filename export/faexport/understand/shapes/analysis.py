@@ -61,6 +61,7 @@ class Analysis:
         self._names: dict[Expr, Expr] = {}  # sizes that the file has names of its own for
         graphs = own_graphs(model)
         inputs = (self.shape(v) or () for graph in graphs for v in graph.inputs)
+        self._results = set(model.graph.outputs)
         self._given = {atom for shape in inputs for d in shape for atom in atoms(d.expr, "sym")}
         for graph in graphs:
             self._visit(graph)
@@ -292,7 +293,10 @@ class Analysis:
             return inferred
         for dim, known in zip(inferred, declared, strict=True):
             self._note_name(known, dim)
-        return tuple(known if _says_more(known, dim) else dim for dim, known in zip(inferred, declared, strict=True))
+        # Runtimes plan memory by what a file says of values inside; of its outputs a wrong word does no harm.
+        inside = value not in self._results
+        pairs = zip(inferred, declared, strict=True)
+        return tuple(known if _says_more(known, dim, inside) else dim for dim, known in pairs)
 
     def _note_name(self, declared: Dim, inferred: Dim) -> None:
         """Where the file has a name of its own for a size that is derived, it means that size everywhere."""
@@ -303,8 +307,11 @@ class Analysis:
             self._names.setdefault(atom, inferred.expr)
 
 
-def _says_more(declared: Dim, inferred: Dim) -> bool:
-    """Is the file's size better than the derived one? Only where the derivation knows nothing of it."""
+def _says_more(declared: Dim, inferred: Dim, inside: bool) -> bool:
+    """Is the file's size better than the derived one? Only where the derivation knows nothing of it, or, of a value
+    `inside` of the model, leaves open which of two sizes that meet it is."""
     if inferred.const is not None or not (declared.const is not None or declared.is_known):
         return False
-    return all(s.startswith("?") for s in inferred.symbols)
+    atom = only_atom(inferred.expr)
+    is_open = inside and atom is not None and atom.op == "meet" and declared.expr in atom.args
+    return is_open or all(s.startswith("?") for s in inferred.symbols)
