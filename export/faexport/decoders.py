@@ -4,7 +4,7 @@ capacities, positions and masks that fit together, in prompts and in steps on a 
 
 Rows of a cache beyond the length of an entry hold whatever was there, and what onnxruntime computes for rows of a
 query beyond it (a prompt padded on the right) depends on which of its kernels runs: both are made 0 before anything is
-compared. Called by reference.py.
+compared. That nothing reads them is not taken for granted: reference.py runs the original with other numbers there too.
 """
 
 from __future__ import annotations
@@ -204,9 +204,15 @@ def steps(decoder: Decoder, specs: Sequence[InputSpec], random: np.random.Genera
         )
     ]
     for number, step in enumerate((*_STEPS, *beyond)):
-        drawn = _Draw(decoder, specs, step, random, left=number % 3 == 2).tensors()
+        draw = _Draw(decoder, specs, step, random, left=number % 3 == 2)
+        drawn = draw.tensors()
         if drawn is not None:
-            yield InputSet(step.label, drawn)
+            yield InputSet(step.label, drawn, draw.with_other_padding(drawn))
+
+
+def _others(array: np.ndarray) -> np.ndarray:
+    """As many other numbers."""
+    return ~array if array.dtype.kind in "iu" else (array * -1.5).astype(array.dtype)
 
 
 class _Draw:
@@ -229,6 +235,28 @@ class _Draw:
             return None
         fits = all(self._fill(spec, drawn) for spec in self.specs if spec.name in drawn)
         return drawn if fits else None
+
+    def with_other_padding(self, drawn: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """The same tensors with other numbers in free rows of caches, and other tokens (the first entry's, backwards)
+        in rows of padding; None where there are no such rows."""
+        step, changed = self.step, dict(drawn)
+        past = 0 * self.keys if step.is_prompt else self.keys - step.rows
+        for name, cache in self.decoder.pasts.items():
+            rows = drawn[name].shape[2]
+            free = (np.arange(rows) >= rows_kept(past, rows, cache.window)[:, None])[:, None, :, None]
+            changed[name] = np.where(free, _others(drawn[name]), drawn[name])
+        own = {self.decoder.lengths, self.decoder.total, self.decoder.query_lengths, *self.decoder.pasts}
+        for spec in self.specs:
+            array = drawn.get(spec.name)
+            is_token = spec.name not in own and spec.role in (Role.IDS, Role.NUMBERS)
+            if not is_token or array is None or array.shape[:2] != (step.batch, step.rows):
+                continue
+            padding = np.arange(step.rows) >= np.minimum(self.keys, step.rows)[:, None]
+            padding = padding.reshape(*padding.shape, *[1] * (array.ndim - 2))
+            others = np.flip(array[:1], 1) if spec.role is Role.IDS else _others(array)
+            changed[spec.name] = np.where(padding, others, array)
+        same = all(np.array_equal(changed[name], drawn[name]) for name in drawn)
+        return None if same else changed
 
     def _sizes(self) -> dict[str, int]:
         """Values of the symbols: those of the caches and the lengths first, then those of other inputs."""

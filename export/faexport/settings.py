@@ -37,6 +37,8 @@ class InputSet:
 
     label: str
     tensors: Mapping[str, np.ndarray]
+    # The same with other numbers where nothing is to be read (a decoder's padding); None where there is no such place.
+    other_padding: Mapping[str, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

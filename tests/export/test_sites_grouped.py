@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from faexport import decoders, inputs, ort_session, verify
+from faexport import decoders, inputs, ort_session, reference, verify
 from faexport.report import VerificationStatus
 from onnx import helper, numpy_helper
 
@@ -321,3 +321,17 @@ def test_generation_in_place(form: Form, capacity: int, lengths: tuple[int, ...]
             ours, theirs = (c.numpy()[b, :, :rows] for c in (fused.caches[name], cache))
             assert rows and np.abs(theirs).min(-1).max() > 0
             np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=f"{name} {b}")
+
+
+@pytest.mark.parametrize("read", ["past_key", "output"])
+def test_rows_that_hold_nothing_are_left_out_only_where_nothing_reads_them(read: str, tmp_path: pathlib.Path) -> None:
+    """The sum of a cache depends on its free rows, that of a prompt's outputs on its padding."""
+    path, model = tmp_path / "model.onnx", model_of(Form())
+    onnx.save(model, path)
+    assert reference.make_reference(path, open_session=ort_session.SessionHere).problem == ""
+    name = model.graph.output[0].name if read == "output" else read
+    model.graph.node.append(helper.make_node("ReduceSum", [name], ["sum"], keepdims=0))
+    model.graph.output.append(helper.make_tensor_value_info("sum", onnx.TensorProto.FLOAT, []))
+    onnx.save(model, path)
+    problem = reference.make_reference(path, open_session=ort_session.SessionHere).problem
+    assert "output 'sum' of the original depends on padding" in problem
