@@ -55,6 +55,15 @@ RIGHT = {
         f"""{PRODUCT} low = Constant<value = float {{-inf}}>() x = Where(m, s, low) p = Softmax<axis = -1>(x)
         y = MatMul(p, v)""",
     ),
+    "values of a batch by another name, padded": Form(
+        "float[B, 3, T, 8] q, float[B, 3, S, 8] k, float[E, 3, S, 8] v, bool[B, 1, 1, S] m",
+        f"""{PRODUCT} low = Constant<value = float {{-inf}}>() x = Where(m, s, low) p = Softmax<axis = -1>(x)
+        y = MatMul(p, v)""",
+    ),
+    "values of more heads, biased": Form(
+        "float[B, H, T, 8] q, float[B, H, S, 8] k, float[B, K, S, 8] v, float[B, H, T, S] m",
+        f"{PRODUCT} x = Add(s, m) p = Softmax<axis = -1>(x) y = MatMul(p, v)",
+    ),
     "heads by two names": heads(q="B, H, T, 8", k="B, K, S, 8", v="B, 3, S, 8"),
     "one head of any number": heads(q="B, H, T, 8", k="B, 1, S, 8", v="B, 1, S, 8"),
     "learnt queries": Form(

@@ -63,7 +63,7 @@ RIGHT = {
         -1.0e9,
         facts=frozenset(
             {
-                "in a row that sees no key scores are rounded to steps of 64 beside the fill -1e+09; to which of two, "
+                "in a row that sees no key scores are rounded to steps of 64 beside -1e+09; which step, "
                 "depends on the order of additions (assumed)"
             }
         ),

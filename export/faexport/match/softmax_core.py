@@ -72,20 +72,21 @@ def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:
 
 def _understand(path: Path, softmax: Softmax, context: Context) -> list[Candidate]:
     """A candidate for each product with values that reads the softmax."""
-    a, first = context.analysis, None
+    a, shown = context.analysis, None
     has_factor = any(s.kind == "factor" for s in path.steps)
     for widen in (False, True):
         if widen:
             a.forget()
             if not widened(path.product, path.steps, a)[1]:
                 break
+            shown = None  # sizes are no obstacle then
         for gates in (True, False) if has_factor else (True,):
             found = _read(path, softmax, context, gates, widen)
             if all(isinstance(c.outcome, AttentionSpec) for c in found):
                 return found
-            first = first or found
-    assert first is not None
-    return first
+            shown = shown or found
+    assert shown is not None
+    return shown
 
 
 def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: bool) -> list[Candidate]:
@@ -292,20 +293,17 @@ def _spec(
 
 def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a) -> list[MaskTerm] | Refusal:
     """The terms for scores with as many batch entries and heads as the values, which may have more than the queries and
-    keys have: then a mask has to be the same for all of them."""
+    keys have. A mask that has as many as these is broadcast then, as they are."""
     names = dict(zip(scores.product.labels, letters(scores.product), strict=True))
     shape = dict(zip(names, a.simplified(scores.shape), strict=True))
     if len(values.lead_sizes) != len(scores.product.leads):
         return terms
     whole = zip(scores.product.leads, values.lead_sizes, strict=True)
     wider = {names[label]: size for label, size in whole if shape[label] != size}
-    for term in terms if wider else ():
-        for value in (term.value, term.fill):
-            sizes = a.shape(value) if value is not None else ()
-            on = dict(zip(reversed(term.axes), reversed(sizes or ()), strict=False))
-            if sizes is None or any(on.get(letter, 1) != 1 for letter in wider) or not set(wider) <= set(term.axes):
-                why = "the values may have more heads or batch entries than the masked scores"
-                return Refusal(why, name_of(term.node))
+    for term in terms:
+        if not set(wider) <= set(term.axes):
+            why = "the values may have more heads or batch entries than the masked scores"
+            return Refusal(why, name_of(term.node))
     return [
         dataclasses.replace(t, dims=tuple(wider.get(x, d) for x, d in zip(t.axes, t.dims, strict=True))) for t in terms
     ]

@@ -317,7 +317,8 @@ def _sizes(
         part = size_from(build, given, sources, {}, a)
         if part is not None:
             found[given] = part
-    return list(found.values()) if functools.reduce(Dim.meet, found, own) == size else None
+    met = functools.reduce(Dim.meet, found, own)
+    return list(found.values()) if a.simplified((met,)) == (size,) else None
 
 
 def _with_sizes(sides: Sequence[_Side]) -> Iterator[tuple[Factor, list[ir.Value]]]:

@@ -263,10 +263,10 @@ def _note_rounding(draft: Draft) -> None:
     dtype = draft.site.scores.dtype
     weak = [number for number in fills(draft.site) if number > ABSORBS.get(dtype, -math.inf)]
     if weak:
-        step = 2.0 ** (math.floor(math.log2(-min(weak))) - _MANTISSA_BITS[dtype])
+        step = 2.0 ** (math.floor(math.log2(-sum(weak))) - _MANTISSA_BITS[dtype])
         draft.assume(
-            f"in a row that sees no key scores are rounded to steps of {step:.2g} beside the fill {min(weak):g}; to "
-            "which of two, depends on the order of additions"
+            f"in a row that sees no key scores are rounded to steps of {step:.2g} beside {sum(weak):g}; which step, "
+            "depends on the order of additions"
         )
 
 
