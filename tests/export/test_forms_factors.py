@@ -89,6 +89,10 @@ RIGHT = {
         "float[B, 2, 3, T, 8] q, float[B, 2, 1, S, 8] k, float[B, 2, 1, S, 8] v, float[2, 3, 1, S] g",
         f"kt = Transpose<perm = [0, 1, 2, 4, 3]>(k) s = MatMul(q, kt) x = Mul(s, g) {END}",
     ),
+    "groups of heads, and values of any size": Form(
+        "float[B, 2, 3, T, 8] q, float[B, 2, 1, S, 8] k, float[B, 2, 1, S, D] v",
+        f"kt = Transpose<perm = [0, 1, 2, 4, 3]>(k) x = MatMul(q, kt) {END}",
+    ),
     "a gate of a mask": factor(
         "B, 1, 1, S",
         """f = Cast<to = 1>(g) one = Constant<value = float {1.0}>() i = Sub(one, f)

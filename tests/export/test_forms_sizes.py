@@ -69,6 +69,7 @@ RIGHT = {
         facts=frozenset({"padding mask [B, 1, 1, S_kv]"}),
     ),
     "scores subtracted from a bias": Form(f"{QKV}, float[B, 3, T, S] b", f"{PRODUCT} x = Sub(b, s) {END}"),
+    "scores subtracted from a number of the caller's": Form(f"{QKV}, float c", f"{PRODUCT} x = Sub(c, s) {END}"),
     "scores subtracted from 0": Form(QKV, f"{PRODUCT} zero = Constant<value_float = 0.0>() x = Sub(zero, s) {END}"),
     "int32 that wraps around": cast(
         "int32", "c = Constant<value = int32 {65536}>() a = Mul(m, c) b = Mul(a, c) keep = Cast<to = 9>(b)"

@@ -285,10 +285,11 @@ def test_a_band_ahead_of_the_diagonal_moves_the_position(cache: bool) -> None:
     assert window(band) == (0, 1) and band.query_offset is not None
 
 
-def test_a_replacement_after_a_float_mask_is_refused() -> None:
-    model = grammar.build(Recipe(("prefix",), form="where scores", bias="padding"))
-    found = outcome(model)
-    assert isinstance(found, Refusal) and "float mask" in found.reason
+def test_a_replacement_after_a_float_mask_is_one_bias_if_it_absorbs_any_score() -> None:
+    mask = outcome(grammar.build(Recipe(("prefix",), form="where scores", bias="padding"))).mask
+    assert mask.attn_bias is not None and mask.attn_mask is None
+    found = outcome(grammar.build(Recipe(("prefix",), form="where scores", bias="padding", fill=-1e4)))
+    assert isinstance(found, Refusal) and "what was added to others may be lower" in found.reason
 
 
 @pytest.mark.parametrize("fill", (MINIMUM, INFINITY, -1e4))

@@ -151,6 +151,8 @@ def _split_leads(build: Builder, fused: ir.Value, values: Values, query: Factor,
         return None
     sizes = build.add("Shape", [query.value], ir.DataType.INT64)
     first = build.add("Gather", [sizes, build.ints(axes)], ir.DataType.INT64, axis=0)
-    last = dims[-1] if build.opset >= 14 else None  # then nothing is left to -1, which fails without elements
-    target = build.add("Concat", [first, build.ints([-1 if last is None else last])], ir.DataType.INT64, axis=0)
-    return build.add("Reshape", [fused, target], fused.dtype, **({} if last is None else {"allowzero": 1}))
+    if build.opset >= 14:  # nothing is left to -1, nor to 0 as a copy: both are wrong for a tensor without elements
+        own_columns = build.slice(build.add("Shape", [fused], ir.DataType.INT64), 3, 4)
+        return build.reshape_to(fused, first, own_columns if dims[-1] is None else build.ints([dims[-1]]))
+    target = build.add("Concat", [first, build.ints([-1 if dims[-1] is None else dims[-1]])], ir.DataType.INT64, axis=0)
+    return build.add("Reshape", [fused, target], fused.dtype)

@@ -110,7 +110,7 @@ def _bias_value(draft: Draft, expr: Expr) -> ir.Value:
     for term in draft.terms:
         if term.kind is spec.TermKind.ADD and draft.site.element(term, term.value) is expr:
             if term.axes == "BHST":
-                return term.value
+                return draft.placed(term)
             found = draft.emitter.find(draft.site, expr)
             whole = il.load(term.value, draft.site.place(term, term.value), "float")
             return found if found is not None else draft.emitter.emit(draft.site, whole)

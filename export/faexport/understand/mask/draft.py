@@ -203,7 +203,7 @@ class Draft:
     def placed(self, term: spec.MaskTerm) -> ir.Value:
         """A term's value, broadcast against [B, H, S_q, S_kv]."""
         if term.axes == "BHST":
-            return term.value
+            return self.emitter.with_axes(self.site, term.value)
         return self.emitter.emit(self.site, il.load(term.value, self.site.place(term, term.value), "float"))
 
     def sum(self, parts: Sequence[tuple[ir.Value, float]]) -> None:

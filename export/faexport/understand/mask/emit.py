@@ -100,6 +100,10 @@ class Emitter:
         missing = [k for k in range(4) if k not in axes]
         return self.node("Unsqueeze", [value, self.constant(np.asarray(missing, np.int64))]) if missing else value
 
+    def with_axes(self, site: Site, value: ir.Value) -> ir.Value:
+        """The value itself, or with an axis where it has none: the operator's masks have one at least."""
+        return value if site.tensors[value].rank else self.node("Reshape", [value, self.constant([1])])
+
     # ------------------------------------------------------------------------------------------ new values
 
     def emit(self, site: Site, expr: Expr) -> ir.Value:

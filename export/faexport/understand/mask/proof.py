@@ -84,7 +84,7 @@ class Masks:
             try:
                 shared.known[key] = mask_of(shared.emitter, site, options), names
             except Unknown:
-                shared.known[key] = _as_it_stands(terms), names
+                shared.known[key] = _as_it_stands(site, terms), names
         mask, first = shared.known[key]
         if options.check:
             wrong = shared.checker.check(key, site, terms, mask, options)
@@ -103,10 +103,11 @@ class Masks:
         return self._shared[key]
 
 
-def _as_it_stands(terms: Sequence[spec.MaskTerm]) -> spec.Mask:
+def _as_it_stands(site: Site, terms: Sequence[spec.MaskTerm]) -> spec.Mask:
     """One tensor added to scores [B, H, S_q, S_kv] is a bias, whatever it is made of."""
     term = terms[0]
-    if len(terms) > 1 or (term.kind, term.axes, term.factor) != (spec.TermKind.ADD, "BHST", 1.0):
+    stands = term.kind, term.axes, term.factor, site.tensors[term.value].rank > 0
+    if len(terms) > 1 or stands != (spec.TermKind.ADD, "BHST", 1.0, True):
         raise Unknown
     fact = spec.Fact("bias, broadcast as it is: how it is computed is not understood", (name_of(term.node),))
     return spec.Mask(attn_bias=term.value, facts=(fact,))
