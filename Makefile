@@ -22,7 +22,7 @@ CPU := $(VENV)/.installed-cpu
 KIND_OF_TESTS := $(if $(filter OFF,$(FA_CUDA)),$(CPU),$(if $(NVCC),$(FULL),$(CPU)))
 KIND_OF_DEMOS := $(if $(filter ON,$(FA_CUDA)),$(FULL),$(if $(or $(GPU),$(wildcard $(FULL))),$(KIND_OF_TESTS),$(CPU)))
 
-.PHONY: help demo demo-text demo-llm test nightly test-matrix zoo onnx-suite bench wheels test-wheels lint format clean install
+.PHONY: help demo demo-text demo-llm test test-gpu nightly test-matrix zoo onnx-suite bench wheels test-wheels lint format clean install
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,6 +43,9 @@ demo-llm: $(KIND_OF_DEMOS) $(VENV)/.demo-llm ## build a decoder with onnxruntime
 
 test: $(KIND_OF_TESTS) ## all tests; those that need a GPU are skipped where there is none
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(KIND_OF_TESTS) ## the tests that need a GPU, none of which may be skipped, in a process a core
+	FA_REQUIRE_GPU=1 $(BIN)/python -m pytest -n auto -q -m gpu tests
 
 nightly: $(KIND_OF_TESTS) ## 10,000 random attention graphs and decoders, compared; 5,000 models with wrong bytes (an hour)
 	RANDOM_GRAPHS=10000 MUTATIONS=5000 RANDOM_DECODERS=10000 $(BIN)/python -m pytest -n 2 -v --no-header \

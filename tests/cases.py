@@ -124,7 +124,7 @@ def _tf32() -> Iterator[Case]:
 
 
 def _nans() -> Iterator[Case]:
-    """A NaN in each input: for many rows and for few, for keys in one tile and in several."""
+    """A NaN in each input: for many rows and few, for keys in one tile and in several, for each kind of instance."""
     causal = {"is_causal": True, "alignment": "bottom_right"}
     kinds: tuple[dict, ...] = (
         {"nan": "query"}, {"nan": "query", **causal}, {"nan": "key"}, {"nan": "key", **causal}, {"nan": "value"},
@@ -137,6 +137,20 @@ def _nans() -> Iterator[Case]:
         DTYPES, kinds, ((113, 129, 64), (1, 300, 128), (7, 2065, 40), (130, 1023, 256))
     ):
         yield Case(dtype, 2, 4, 2, sq, sk, dim, **kind)
+    hidden = (
+        {"nan": "value", **causal}, {"nan": "value", "window_left": 9},
+        {"nan": "value", "mask": "B1QK", "lse": False},
+        {"nan": "hidden", "mask": "B11K", "sinks": True}, {"nan": "infinite", "mask": "B11K"},
+        {"nan": "infinite", "mask": "B1QK", "empty": True, "empty_row": "mean"},
+        {"nan": "value", "bias": "BHQK", **causal},
+        {"nan": "value", "alibi": "H", **causal}, {"nan": "value", "softcap": 15.0, **causal},
+    )  # fmt: skip
+    shapes = ((200, 200, 32), (113, 129, 64), (129, 300, 80), (300, 300, 128), (130, 1023, 192), (65, 257, 256))
+    for i, (dtype, kind) in enumerate(itertools.product((*DTYPES, "tf32"), hidden)):
+        precision = {"float32_precision": "tf32"} if dtype == "tf32" else {}
+        for j, shape in enumerate(shapes[i % 2 :: 2]):
+            layout = ("BHSD", "BSHD", "BSH")[(i + j) % 3]
+            yield Case("float32" if precision else dtype, 2, 4, 2, *shape, 0, layout, **kind, **precision)
 
 
 def randomized(count: int, seed: int) -> list[Case]:
@@ -190,6 +204,9 @@ def wide() -> list[Case]:
     for dtype, sq, sk in itertools.product(("float16", "bfloat16"), (1, 64, 129, 700), (1, 128, 257, 1100)):
         found.append(Case(dtype, 1, 1, 1, sq, sk, 512))
         found.append(Case(dtype, 1, 2, 1, sq, sk, 512, is_causal=True, alignment="bottom_right"))
+    nans = ({"nan": "value", "is_causal": True}, {"nan": "hidden", "mask": "B11K"}, {"nan": "infinite", "mask": "B1QK"})
+    for i, ((sq, sk), kind) in enumerate(itertools.product(((129, 129), (130, 1023), (3, 300)), nans)):
+        found.append(Case(("float16", "bfloat16")[i % 2], 1 + i % 2, 2, 1, sq, sk, (512, 320)[i % 2], **kind))
     return found
 
 

@@ -65,7 +65,9 @@ class Case:
     scale: float = 0.0
     empty_row: str = "zero"
     float32_precision: str = ""
-    nan: str = ""  # a NaN in query, key, value, bias, or "hidden": in a key and value that the mask hides from all rows
+    # A NaN in query, key, value, bias, or "hidden": in a key and value that the mask hides from all rows of the first
+    # batch entry; "infinite": infinity in these.
+    nan: str = ""
     lse: bool = True
     index_dtype: str = "int64"
     seed: int = 0
@@ -192,8 +194,8 @@ class _Builder:
         if case.nan in ("query", "key", "value"):
             drawn = {"query": query, "key": key, "value": value}[case.nan]
             drawn[0, 0, drawn.shape[2] // 3, 0] = drawn[-1, -1, -1, -1] = np.nan
-        if case.nan == "hidden":
-            key[0, :, rows_kv // 3] = value[0, :, rows_kv // 3] = np.nan
+        if case.nan in ("hidden", "infinite"):
+            key[0, :, rows_kv // 3] = value[0, :, rows_kv // 3] = np.nan if case.nan == "hidden" else np.inf
         for b in range(batch):
             if case.kv_lengths and case.empty_row == "zero":
                 key[b, :, self.optional["nonpad_kv_seqlen"][b] :] = np.nan
@@ -261,7 +263,7 @@ class _Builder:
         if case.mask:
             shape = self._mask_shape(case.mask)
             mask = self.rng.random(shape) < 0.7
-            if case.nan == "hidden":
+            if case.nan in ("hidden", "infinite"):
                 mask[0, ..., case.past + case.seqlen_kv // 3] = False
             self.optional["attn_mask"] = mask & ~self._empty_rows(shape) if case.empty else mask
         if case.bias:

@@ -59,14 +59,8 @@ def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
         unfused: round every intermediate result to the dtype of the query, as an unfused graph does.
     """
     attributes = DEFAULTS | problem.attributes
-    query, key, value = operands(problem, attributes)
-    outputs: dict[str, np.ndarray] = {}
-    past = 0
-    if "past_key" in problem.inputs:
-        past = problem.inputs["past_key"].shape[2]
-        key = np.concatenate([problem.inputs["past_key"], key], axis=2)
-        value = np.concatenate([problem.inputs["past_value"], value], axis=2)
-        outputs |= {"present_key": key, "present_value": value}
+    query, key, value, past = _tensors(problem, attributes)
+    outputs: dict[str, np.ndarray] = {"present_key": key, "present_value": value}
     rounding = _Rounding()
     if unfused:
         rounding.result = lambda x: x.astype(query.dtype).astype(np.float32)
@@ -83,6 +77,36 @@ def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
     outputs["output"] = to_layout(out, attributes, problem.inputs["query"].ndim)
     outputs["lse"] = lse
     return {name: outputs[name] for name in problem.outputs}
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def lse_spread(problem: Problem) -> np.ndarray:
+    """How far rounding the operands of Q K^T moves each log-sum-exp: [B, H_q, S_q], in units of the rounding.
+
+    To first order, errors e_i of the elements of q and f_ji of those of k_j add sum_j w_j sum_i q_i k_ji (e_i + f_ji)
+    to it, w being the row's weights. This is the root of the sum of the squares of all factors of e_i and f_ji.
+    """
+    attributes = DEFAULTS | problem.attributes
+    query, key, value, past = _tensors(problem, attributes)
+    spread = np.zeros(query.shape[:3])
+    for batch_idx, row, s in _sequences(problem.inputs, attributes, query, key, value, past):
+        for h, i, q, k, scores in _chunks(s, attributes, np.float64, _Rounding()):
+            weights, total, _ = _exponentials(scores, s, h)
+            weights /= np.where(total == 0, 1, total)[:, None]
+            k = np.where(np.isfinite(k), k, 0)  # those of hidden keys may be anything
+            squares = q**2 * ((weights @ k) ** 2 + weights**2 @ k**2)
+            spread[batch_idx, h, row + i] = np.sqrt(squares.sum(axis=1))
+    return spread
+
+
+def _tensors(problem: Problem, attributes: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Query, and keys and values behind those of the past, as [B, H, S, D], and how many the past has."""
+    query, key, value = operands(problem, attributes)
+    if "past_key" not in problem.inputs:
+        return query, key, value, 0
+    past_key, past_value = problem.inputs["past_key"], problem.inputs["past_value"]
+    key, value = np.concatenate([past_key, key], axis=2), np.concatenate([past_value, value], axis=2)
+    return query, key, value, past_key.shape[2]
 
 
 def operands(problem: Problem, attributes: dict) -> list[np.ndarray]:
@@ -165,21 +189,28 @@ def _sequences(inputs: dict, attributes: dict, query, key, value, past: int):
 
 def _sequence(s: _Sequence, attributes: dict, working, rounding: _Rounding) -> tuple[np.ndarray, np.ndarray]:
     """Output [H_q, rows, D_v] and lse [H_q, rows] of one sequence."""
-    heads, rows, dim = s.query.shape
+    heads, rows, _ = s.query.shape
     group = heads // s.key.shape[0] if s.key.shape[0] else 1
     out = np.zeros((heads, rows, s.value.shape[2]), working)
     lse = np.full((heads, rows), -np.inf, working)
+    for h, i, _, _, scores in _chunks(s, attributes, working, rounding):
+        v = s.value[h // group].astype(working)
+        out[h, i], lse[h, i] = _softmax_times(scores, s, attributes, h, v, rounding)
+    return out, lse
+
+
+def _chunks(s: _Sequence, attributes: dict, working, rounding: _Rounding):
+    """Yields (head, up to 512 rows in use, their scaled queries, the head's keys in use, masked scores)."""
+    heads, _, dim = s.query.shape
+    group = heads // s.key.shape[0] if s.key.shape[0] else 1
     scale = attributes["scale"] or 1.0 / np.sqrt(dim)
     for h in range(heads):
         k = s.key[h // group, : s.kv_length].astype(working)
-        v = s.value[h // group].astype(working)
         for first in range(0, s.query_length, 512):
             i = np.arange(first, min(first + 512, s.query_length))
             q = rounding.result(s.query[h, i].astype(working) * working(scale))
             scores = rounding.result(rounding.operand(q) @ rounding.operand(k).T)
-            scores = _masked_scores(scores, s, attributes, h, i, rounding.result)
-            out[h, i], lse[h, i] = _softmax_times(scores, s, attributes, h, v, rounding)
-    return out, lse
+            yield h, i, q, k, _masked_scores(scores, s, attributes, h, i, rounding.result)
 
 
 def _masked_scores(
@@ -211,21 +242,30 @@ def _masked_scores(
     return np.where(hide, working(-np.inf), scores)
 
 
-def _softmax_times(scores, s: _Sequence, attributes: dict, h: int, v: np.ndarray, rounding: _Rounding):
-    """Softmax of the scores with the sink, times the values; rows without keys as `empty_row` says."""
+def _exponentials(scores, s: _Sequence, h: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """exp(scores - maximum), their sums with the sink's, and the maxima (0 where a row has no key)."""
     working = scores.dtype.type
     top = scores.max(axis=1, initial=-np.inf)
     if s.sinks is not None:
         top = np.maximum(top, working(s.sinks[h]))
     safe = np.where(np.isneginf(top), working(0), top)
     weights = np.exp(scores - safe[:, None])
-    total = weights.sum(axis=1) + (np.exp(working(s.sinks[h]) - safe) if s.sinks is not None else 0)
+    return weights, weights.sum(axis=1) + (np.exp(working(s.sinks[h]) - safe) if s.sinks is not None else 0), safe
+
+
+def _softmax_times(scores, s: _Sequence, attributes: dict, h: int, v: np.ndarray, rounding: _Rounding):
+    """Softmax of the scores with the sink, times the values; rows without keys as `empty_row` says."""
+    working = scores.dtype.type
+    weights, total, safe = _exponentials(scores, s, h)
     empty = total == 0
     weights = rounding.result(weights / np.where(empty, 1, total)[:, None])
-    out = rounding.result(rounding.operand(weights) @ rounding.operand(np.nan_to_num(v[: s.kv_length])))
-    lost = np.isnan(v[: s.kv_length])
-    if lost.any():  # 0 * NaN is NaN, but a key that the row doesn't see has no part in it
-        out[(~np.isneginf(scores)).astype(working) @ lost.astype(working) > 0] = np.nan
+    used = v[: s.kv_length]
+    out = rounding.result(rounding.operand(weights) @ rounding.operand(np.where(np.isfinite(used), used, 0)))
+    if not np.isfinite(used).all():  # 0 * NaN is NaN, but a key that the row doesn't see has no part in it
+        sees = (~np.isneginf(scores)).astype(working)
+        high, low, lost = (sees @ x.astype(working) > 0 for x in (used == np.inf, used == -np.inf, np.isnan(used)))
+        lost |= np.isnan(out) | (high & low)
+        out[high], out[low], out[lost] = np.inf, -np.inf, np.nan
     if attributes["empty_row"] == "mean" and empty.any() and len(v):
         out[empty] = rounding.result(v.mean(axis=0))
     with np.errstate(divide="ignore"):

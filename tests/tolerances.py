@@ -3,8 +3,12 @@
 
 FlashAttention's rule: our largest error is at most twice that of the unfused computation in the same dtype, + 1e-5. To
 it comes one rounding of the output itself, which the unfused result may have escaped by luck; in TF32 that is one of
-the values, of which an output is a mean, and one of the scores, which a log-sum-exp is at least as large as. The
-relative Frobenius error has a limit of its own.
+the values, of which an output is a mean. A log-sum-exp in TF32 has no share in that, but what rounding queries
+and keys to 11 bits gives: independent errors e of mean 0, none above u = 2^-11, times factors c. Their sum passes
+LAMBDA u ||c|| with a probability of at most 2 exp(-LAMBDA^2 / 2) (Hoeffding's inequality, as Higham and Mary use it, "A
+New Approach to Probabilistic Rounding Error Analysis", 2019); uniform errors have a standard deviation of u / sqrt(3),
+of which LAMBDA u is seven. The largest of 500 cases on an H200 is 2.57 u ||c||. The relative Frobenius error has a
+limit of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from tests.problems import Problem
 FACTOR = 2.0
 ABSOLUTE = 1e-5
 TF32_EPSILON = 2.0**-10
+LAMBDA = 4.0
 RELATIVE = {
     "float32": 3e-6,
     "tf32": 6e-4,  # float32 in one TF32 product
@@ -36,6 +41,7 @@ class Expectation:
     exact: dict[str, np.ndarray]  # float64
     unfused: dict[str, np.ndarray]  # each result rounded to the query's dtype
     precision: str  # a key of RELATIVE: the query's dtype, or "tf32"
+    lse_rounding: np.ndarray | None  # what each log-sum-exp may be off, where queries and keys are rounded to TF32
 
 
 def expectation(problem: Problem) -> Expectation:
@@ -43,7 +49,8 @@ def expectation(problem: Problem) -> Expectation:
     exact, unfused = reference.attention(problem), reference.attention(problem, unfused=True)
     dtype = problem.inputs["query"].dtype
     tf32 = dtype == np.float32 and problem.attributes.get("float32_precision") == "tf32"
-    return Expectation(exact, unfused, "tf32" if tf32 else dtype.name)
+    rounding = LAMBDA * TF32_EPSILON / 2 * reference.lse_spread(problem) if tf32 and "lse" in exact else None
+    return Expectation(exact, unfused, "tf32" if tf32 else dtype.name, rounding)
 
 
 def check(actual: Mapping[str, np.ndarray], expected: Problem | Expectation) -> None:
@@ -68,11 +75,14 @@ def check(actual: Mapping[str, np.ndarray], expected: Problem | Expectation) -> 
             got.astype(np.float64),
             want,
             expected.unfused[name].astype(np.float64),
-            expected.precision if name == "output" or expected.precision == "tf32" else "float32",
+            expected.precision if name == "output" else "float32",
+            expected.lse_rounding if name == "lse" else None,
         )
 
 
-def _compare(name: str, got: np.ndarray, want: np.ndarray, unfused: np.ndarray, precision: str) -> None:
+def _compare(
+    name: str, got: np.ndarray, want: np.ndarray, unfused: np.ndarray, precision: str, allowance: np.ndarray | None
+) -> None:
     if not want.size:
         return
     nan = np.isnan(want)
@@ -86,9 +96,12 @@ def _compare(name: str, got: np.ndarray, want: np.ndarray, unfused: np.ndarray, 
     limit = np.abs(np.subtract(unfused, want, where=~special, out=np.zeros_like(want)))
     epsilon = TF32_EPSILON if precision == "tf32" else float(ml_dtypes.finfo(precision).eps)
     rounding = epsilon / 2 * np.abs(scale).max()
-    bound = FACTOR * limit.max() + ABSOLUTE + rounding
-    worst = np.unravel_index(error.argmax(), error.shape)
-    assert error.max() <= bound, f"{name}: error {error.max():.3g} at {tuple(map(int, worst))} is above {bound:.3g}"
+    bound = ABSOLUTE + rounding + (FACTOR * limit.max() if allowance is None else 0)
+    excess = error - (0 if allowance is None else np.where(special | nan, 0, allowance))
+    worst = np.unravel_index(excess.argmax(), excess.shape)
+    allowed = bound + error[worst] - excess[worst]
+    place = tuple(map(int, worst))
+    assert excess[worst] <= bound, f"{name}: error {error[worst]:.3g} at {place} is above {allowed:.3g}"
     norm = max(float(np.linalg.norm(scale)), 1e-30)
     relative, allowed = np.linalg.norm(error) / norm, max(RELATIVE[precision], FACTOR * np.linalg.norm(limit) / norm)
     if name == "output":

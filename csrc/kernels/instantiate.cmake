@@ -64,7 +64,7 @@ endfunction()
 
 fa_cuda_library(fa_prefill_sm80 kernels/append_kv/append_kv.cu kernels/combine/combine.cu kernels/empty_rows/empty_rows.cu)
 fa_compile_through_sm_80(fa_prefill_sm80)
-set(launch_tiles "cudaError_t launch_tiles<@T@, @HEAD_DIM@, Variant::@VARIANT@>(const AttentionParams&, const TileGrid&, unsigned, cudaStream_t)")
+set(launch_tiles "cudaError_t prefill_sm80::launch_tiles<@T@, @HEAD_DIM@, prefill_sm80::Variant::@VARIANT@>(const AttentionParams&, const prefill_sm80::TileGrid&, unsigned, cudaStream_t)")
 function(fa_instantiate_sm80 types head_dims variants)
   fa_instantiate(fa_prefill_sm80 prefill_sm80 kernels/prefill_sm80/launch.cuh "${launch_tiles}" "${types}" "${head_dims}" "${variants}")
 endfunction()

@@ -20,6 +20,11 @@ struct KeyRange {
   int64_t end;    // one past the last; begin >= end is an empty range
 };
 
+/// Keys begin … end - 1, in 32 bits; begin >= end is empty.
+struct KeySpan {
+  int32_t begin, end;
+};
+
 /// A MaskRule's windows for kernels with 32-bit positions (rows and keys up to 2^29): of the keys begin … end - 1 that there are
 /// at all, row i sees those from i + left to i + right - 1.
 struct RowBand {
@@ -27,7 +32,24 @@ struct RowBand {
 
   FA_HD int32_t first(int32_t row, int32_t begin) const { return row + left > begin ? row + left : begin; }
   FA_HD int32_t end(int32_t row, int32_t end) const { return row + right < end ? row + right : end; }
+
+  /// Of `keys`, the smallest span that holds what any of the rows first_row … last_row sees.
+  FA_HD KeySpan seen_by_some(int32_t first_row, int32_t last_row, KeySpan keys) const {
+    return {first(first_row, keys.begin), end(last_row, keys.end)};
+  }
+  /// … and the span that every one of them sees: tiles inside it need no element test.
+  FA_HD KeySpan seen_by_all(int32_t first_row, int32_t last_row, KeySpan keys) const {
+    return {first(last_row, keys.begin), end(first_row, keys.end)};
+  }
 };
+
+/// Tiles of tile_keys keys that a span touches, and those that lie inside it.
+FA_HD KeySpan tiles_touched(KeySpan keys, int32_t tile_keys) {
+  return {keys.begin / tile_keys, (keys.end + tile_keys - 1) / tile_keys};
+}
+FA_HD KeySpan tiles_inside(KeySpan keys, int32_t tile_keys) {
+  return {(keys.begin + tile_keys - 1) / tile_keys, keys.end / tile_keys};
+}
 
 struct MaskRule {
   int64_t kv_length;     // keys in use

@@ -95,4 +95,9 @@ inline SequenceRule sequence_rule(const AttentionParams& p) {
           p.align_bottom_right};
 }
 
+/// Can there be a key that is in use and hidden from some row? Keys beyond a length are not in use.
+FA_HD bool hides_keys(const AttentionParams& p) {
+  return p.window_left >= 0 || p.window_right >= 0 || p.mask.present || p.bias.present;
+}
+
 }  // namespace fa

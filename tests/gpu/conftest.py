@@ -61,7 +61,13 @@ def _one_thread_each() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def expected(request: pytest.FixtureRequest) -> Iterator[Expected]:
-    """The expectation of a case; those of the module's later tests, whose parameter "case" it is, are under way."""
+    """The expectation of a case; those of the module's later tests, whose parameter "case" it is, are under way.
+
+    Where pytest-xdist runs the tests in several processes, each of these computes its own.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        yield _expectation
+        return
     own = (item.callspec.params for item in request.session.items if item.path == request.path and _has_case(item))
     coming = [params["case"] for params in own]
     count = max(1, (os.cpu_count() or 2) - 1)

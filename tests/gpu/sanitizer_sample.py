@@ -8,7 +8,7 @@ from tests.gpu import arrays
 
 
 def sample() -> list[cases.Case]:
-    """Each kind of mask once and head sizes that are padded, unaligned or whole, in turns of dtype and layout."""
+    """Each kind of mask once and head sizes that are padded, unaligned or whole, in turns of dtype and layout; NaN."""
     chosen = []
     dims = (64, 128, 33, 80, 256, 96, 1, 192)
     for i, fields in enumerate(cases.MASKS.values()):
@@ -20,7 +20,8 @@ def sample() -> list[cases.Case]:
         precision, head_dim = ("tf32", "tf32x3")[i % 2], (64, 128, 40, 256, 96)[i % 5]
         shape = (2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], head_dim)
         chosen.append(cases.Case("float32", *shape, **fields, float32_precision=precision))
-    return chosen + cases.wide()[::9]
+    hidden = [case for case in cases.systematic() if case.nan in ("value", "hidden")]
+    return chosen + cases.wide()[::9] + hidden[::23]
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def test_mask_in_wide_rows(case: cases.Case, expected) -> None:
 
 
 TYPES = ((torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "tf32x3"))
-HEADS = ((dim, *kind) for dim in (32, 64, 96, 128, 192, 256, 512) for kind in TYPES[: 3 if dim <= 256 else 1])
+HEADS = [(dim, *kind) for dim in (32, 64, 96, 128, 192, 256, 512) for kind in TYPES[: 3 if dim <= 256 else 1]]
 
 
 @pytest.mark.parametrize(("head_dim", "dtype", "precision"), HEADS, ids=str)
@@ -120,6 +120,35 @@ def test_many_launches_give_the_same_bits(head_dim: int, dtype: torch.dtype, pre
             first = faplugin.attention(**inputs, **attributes, kernel=kernel)
             for _ in range(40):
                 assert arrays.same_bits(faplugin.attention(**inputs, **attributes, kernel=kernel), first), kernel
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "precision"), HEADS, ids=str)
+@pytest.mark.parametrize("rows", ("mask for all rows", "mask for each row", "causal"))
+def test_values_of_hidden_keys_in_many_tiles(head_dim: int, dtype: torch.dtype, precision: str, rows: str) -> None:
+    """Every tile of every block has rows to be mended: they come out as if the values were 0."""
+    import faplugin
+
+    torch.manual_seed(head_dim)
+    shape = (12, 11, 400, head_dim)
+    query, key, value = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+    attributes = {"float32_precision": precision}
+    hidden = torch.zeros(400, device="cuda", dtype=torch.bool)
+    if rows == "causal":
+        hidden[300:] = True
+        attributes["is_causal"] = True
+    else:
+        hidden[5::97] = True
+        mask = ~hidden.expand(12, 1, 1 if rows == "mask for all rows" else 400, 400)
+        attributes["attn_mask"] = mask.contiguous()
+    spoilt = value.clone()
+    spoilt[:, :, hidden] = torch.tensor((float("nan"), float("inf")), device="cuda", dtype=dtype).repeat(head_dim // 2)
+    value[:, :, hidden] = 0
+    seen = 300 if rows == "causal" else 400
+    for kernel in arrays.kernels_for({"query": query, "key": key, "value": value}, attributes):
+        expected = faplugin.attention(query, key, value, **attributes, kernel=kernel)[:, :, :seen]
+        output = faplugin.attention(query, key, spoilt, **attributes, kernel=kernel)
+        assert (output[:, :, :seen] - expected).abs().max() <= 4e-3 * expected.abs().max(), kernel
+        assert not output[:, :, seen:].isfinite().any(), kernel
 
 
 def test_kernels_wait_for_each_other() -> None:

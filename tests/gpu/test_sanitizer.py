@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sample of the cases under compute-sanitizer: no access out of bounds, no race in shared memory."""
+"""A sample of the cases under compute-sanitizer: no access out of bounds, no race in shared memory, no barrier
+that threads leave out."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck", "synccheck"))
 def test_sample(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:

@@ -67,6 +67,12 @@ __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+/// Waits until this thread's stores are in device memory, but for the last kPending groups.
+template <int kPending>
+__device__ __forceinline__ void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 /// Where 16-byte chunk `chunk` of row `row` lies in a panel of 128-byte rows under the 128-byte swizzle (panel 1024-byte
 /// aligned).
 __device__ __forceinline__ uint32_t swizzled_offset(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }

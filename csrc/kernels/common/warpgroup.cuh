@@ -26,6 +26,22 @@ __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
+/// Likewise; true where `condition` is for any of them.
+__device__ __forceinline__ bool named_barrier_or(int id, int num_threads, bool condition) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred own, all;\n"
+      "setp.ne.s32 own, %1, 0;\n"
+      "bar.red.or.pred all, %2, %3, own;\n"
+      "selp.s32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(any)
+      : "r"(static_cast<int>(condition)), "r"(id), "r"(num_threads)
+      : "memory");
+  return any != 0;
+}
+
 /// Counts the caller at barrier id without waiting.
 __device__ __forceinline__ void named_barrier_arrive(int id, int num_threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");

@@ -10,6 +10,10 @@
 
 namespace fa::decode_sm90 {
 
+using prefill_sm80::exponentials;
+using prefill_sm80::move_reference;
+using prefill_sm80::RowState;
+
 template <class C>
 struct Consumer {
   using T = typename C::T;

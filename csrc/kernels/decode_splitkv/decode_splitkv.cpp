@@ -11,6 +11,12 @@
 namespace fa::decode_splitkv {
 namespace {
 
+using prefill_sm80::find_instance;
+using prefill_sm80::instance_of;
+using prefill_sm80::TileGrid;
+using prefill_sm80::TileInstance;
+using prefill_sm80::Variant;
+
 constexpr int64_t kMaxRows = 64;           // (query row, head) pairs of a key head; more is work for prefill
 constexpr int64_t kMinKeysPerSplit = 128;  // below, merging costs more than the keys
 constexpr int64_t kBlocksPerSm = 5;        // one warp each: enough copies under way to fill the memory's latency
@@ -34,7 +40,7 @@ bool plan(const AttentionParams& params, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(rows_per_key_head(params) > kMaxRows, "seqlen_q times the query heads of a key head is " +
                                                          std::to_string(rows_per_key_head(params)) + ", for decoding at most " +
                                                          std::to_string(kMaxRows));
-  if (!plan_instance(params, Variant::kSplit, plan, why_not)) return false;
+  if (!prefill_sm80::plan_instance(params, Variant::kSplit, plan, why_not)) return false;
   plan->num_splits = num_splits(params, plan->device, instance_of(*plan));
   FA_REFUSE_IF(plan->num_splits == 1 && params.query.shape[2] > instance_of(*plan).tile().tile_q(),
                "the keys need no splitting, and seqlen_q " + std::to_string(params.query.shape[2]) + " is more than a tile of " +
@@ -63,7 +69,7 @@ Status launch(const Plan& plan, const AttentionParams& params, const ExecutionCo
     grid.partial_state = static_cast<float2*>(context.workspace);
     grid.partial_out = reinterpret_cast<float*>(grid.partial_state + plan.num_splits * num_rows(params));
   }
-  if (Status status = launch_instance(plan, params, grid, context); !status.ok()) return status;
+  if (Status status = prefill_sm80::launch_instance(plan, params, grid, context); !status.ok()) return status;
   return plan.num_splits > 1 ? combine({grid.partial_out, grid.partial_state, grid.num_splits}, params, context) : Status{};
 }
 

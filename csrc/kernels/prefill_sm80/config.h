@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 /// What a tile of query rows is to the kernel.
 enum class Variant : uint8_t {
@@ -49,4 +49,4 @@ constexpr int shared_memory_bytes(int element_bytes, int head_dim, const TileSha
   return element_bytes * head_dim * (tile.tile_q() + tile.slots * tile.tile_kv);
 }
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -5,11 +5,12 @@
 #pragma once
 
 #include "kernels/common/convert.cuh"
+#include "kernels/common/hidden_values.cuh"
 #include "kernels/common/shared_memory.cuh"
 #include "kernels/prefill_sm80/softmax.cuh"
 #include "kernels/prefill_sm80/tile_work.cuh"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 template <class T>
 __device__ __forceinline__ T* row_data(const TensorView& view, int64_t b, int64_t h, int64_t row) {
@@ -20,14 +21,17 @@ __device__ __forceinline__ int64_t partial_index(const AttentionParams& p, const
   return ((split * p.query.shape[0] + work.sequence.batch_idx) * p.query.shape[1] + row.head) * p.query.shape[2] + row.row;
 }
 
-/// Normalizes this lane's rows and writes their lse. A row that attends no key becomes 0.
+/// Normalizes this lane's rows and writes their lse. A row that attends no key becomes 0. True: one of the warp's may be
+/// NaN, though its weights are numbers.
 template <class Config>
-__device__ __forceinline__ void normalize_rows(typename Config::Products::Out& out, const RowState<Config::kRowBlocks>& state,
+__device__ __forceinline__ bool normalize_rows(typename Config::Products::Out& out, const RowState<Config::kRowBlocks>& state,
                                                const AttentionParams& p, const TileGrid& grid, const TileWork& work, int warp_row,
                                                int split) {
   const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
+  bool spoilt = false;
 #pragma unroll
   for (int m = 0; m < Config::kRowBlocks; ++m) {
+    float sum[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const TileRow row = tile_row<Config::kSplit>(work, grid, warp_row + 16 * m + g + 8 * r);
@@ -43,6 +47,7 @@ __device__ __forceinline__ void normalize_rows(typename Config::Products::Out& o
       }
 #pragma unroll
       for (int d = 0; d < Config::Products::kDimBlocks; ++d) out[m][d][2 * r] *= factor, out[m][d][2 * r + 1] *= factor;
+      sum[r] = all.sum;
       if (!has_keys) {
 #pragma unroll
         for (int d = 0; d < Config::Products::kDimBlocks; ++d) out[m][d][2 * r] = out[m][d][2 * r + 1] = 0.0f;
@@ -54,6 +59,24 @@ __device__ __forceinline__ void normalize_rows(typename Config::Products::Out& o
         *row_data<float>(p.lse, work.sequence.batch_idx, row.head, work.sequence.first_row + row.row) =
             row.in_use ? lse(all) : -INFINITY;
       }
+    }
+    constexpr int kCount = 4 * Config::Products::kDimBlocks;
+    if (grid.may_spoil_rows) spoilt |= has_spoilt_row(reinterpret_cast<const float (&)[kCount]>(out[m]), sum);
+  }
+  return __any_sync(kAllLanes, spoilt);
+}
+
+/// Mends those of the warp's rows that hold values of hidden keys. All of them have been written.
+template <class Config>
+__device__ __forceinline__ void mend_rows(const AttentionParams& p, const TileGrid& grid, const TileWork& work, int warp_row) {
+  const int first_column = Config::column_group() * Config::kColumns;
+  const int end_column = min(first_column + Config::kColumns, static_cast<int>(p.value.shape[3]));
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; i < 16 * Config::kRowBlocks; ++i) {
+    const TileRow row = tile_row<Config::kSplit>(work, grid, warp_row + i);
+    if (row.in_use) {
+      mend_row<typename Config::T>(p, grid.sequences, work.sequence_idx, row.head, row.row, first_column, end_column);
     }
   }
 }
@@ -151,4 +174,4 @@ __device__ __forceinline__ void write_out(const typename Config::Products::Out& 
   }
 }
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -9,10 +9,11 @@
 
 #include "dispatch.h"
 #include "kernels/common/launch.h"
+#include "kernels/common/spoilt_rows.h"
 #include "kernels/prefill_sm80/instances.h"
 #include "kernels/prefill_sm80/tile_grid.h"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 namespace {
 
 constexpr int64_t kL2BytesForKeys = int64_t{24} << 20;  // of an A100's 40 and an H100's 50 MB
@@ -69,14 +70,14 @@ const TileInstance* find_instance(const AttentionParams& params, Variant variant
 }
 
 bool plan_instance(const AttentionParams& params, Variant variant, Plan* plan, std::string* why_not) {
-  constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max() / 2;
+  constexpr int64_t kMaxRows = int64_t{1} << 29;  // RowBand: sums of two positions fit 32 bits
   const int capability = plan->device.compute_capability, shared_bytes = plan->device.shared_memory_bytes;
   FA_REFUSE_IF(capability < 80, "needs compute capability 8.0 or newer, the device has " + std::to_string(capability / 10) + "." +
                                     std::to_string(capability % 10));
   const TileInstance* instance = find_instance(params, variant);
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(std::max(params.query.shape[3], params.value.shape[3])) +
                                         " is above " + std::to_string(widest(params.query.dtype, variant)));
-  FA_REFUSE_IF(params.query.shape[2] > kMaxRows || params.key.shape[2] > kMaxRows, "more than 2^30 rows or keys");
+  FA_REFUSE_IF(params.query.shape[2] > kMaxRows || params.key.shape[2] > kMaxRows, "more than 2^29 rows or keys");
   FA_REFUSE_IF(instance->shared_bytes() > shared_bytes, "needs " + std::to_string(instance->shared_bytes()) +
                                                             " bytes of shared memory in a thread block, the device gives " +
                                                             std::to_string(shared_bytes));
@@ -111,8 +112,9 @@ Status launch_instance(const Plan& plan, const AttentionParams& params, TileGrid
   grid.out_by_16 = is_by(params.out, 16);
   grid.mask_by_8 = params.mask.present && has_vectors(params.mask);
   grid.bias_by_8 = params.bias.present && has_vectors(params.bias);
+  grid.may_spoil_rows = may_spoil_rows(params);
   return cuda_status(instance.launch(params, grid, static_cast<unsigned>(blocks), static_cast<cudaStream_t>(context.stream)),
                      "The attention kernel could not be launched");
 }
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -8,7 +8,7 @@
 #include "fa/attention.h"
 #include "kernels/prefill_sm80/config.h"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 struct TileGrid;
 
@@ -34,4 +34,4 @@ const TileInstance& instance_of(const Plan& plan);
 /// Launches it. The grid's splits and partials are the caller's; everything else is filled in here.
 Status launch_instance(const Plan& plan, const AttentionParams& params, TileGrid grid, const ExecutionContext& context);
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

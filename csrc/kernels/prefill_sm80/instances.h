@@ -7,9 +7,9 @@
 
 #include "kernels/prefill_sm80/instance.h"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 template <class T, int kHeadDim, Variant kVariant>
 cudaError_t launch_tiles(const AttentionParams& params, const TileGrid& grid, unsigned num_blocks, cudaStream_t stream);
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -14,7 +14,7 @@
 #include "kernels/prefill_sm80/softmax.cuh"
 #include "kernels/prefill_sm80/tile_work.cuh"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 template <class T_, int kHeadDim_, Variant kVariant>
 struct TileConfig {
@@ -34,7 +34,7 @@ struct TileConfig {
   static constexpr int kKeyValueBytes = kSlots * kTileKv * kHeadDim * sizeof(T);  // the query tile lies behind
   using LayoutQ = TileLayout<kTileQ, kHeadDim * sizeof(T), RowOrder::kNeighbours>;
   using LayoutKv = TileLayout<kTileKv, kHeadDim * sizeof(T), RowOrder::kInterleaved>;
-  using Products = fa::Products<TileConfig>;
+  using Products = prefill_sm80::Products<TileConfig>;
 };
 
 /// What stays the same for a warp.
@@ -59,7 +59,7 @@ __device__ __forceinline__ void process_tile(int tile, KeyValueStream<Config>& s
   if constexpr (Config::kNatural) fetch_bias<Config::kSplit>(bias, warp.p, warp.work, warp.grid, warp.first_row, first_key);
   const uint32_t key = stream.template advance<false>(tile);
   bool sees_any = true, sees_all = true;
-  if (kMasked && (tile < stream.tiles.full_begin || tile >= stream.tiles.full_end)) {
+  if (kMasked && (tile < warp.work.tiles.full_begin || tile >= warp.work.tiles.full_end)) {
     const SeenKeys keys =
         seen_keys<Config::kSplit>(warp.work, warp.grid, warp.first_row, warp.first_row + 16 * Config::kRowBlocks - 1);
     sees_any = first_key < keys.some.end && end_key > keys.some.begin;
@@ -87,13 +87,14 @@ __device__ __forceinline__ bool start(const AttentionParams& p, const TileGrid& 
   const Sequence& s = work.sequence;
   if (!work.exists || work.first_row >= s.num_rows * (Config::kSplit ? grid.group_size.divisor : 1)) return false;
   load_query_tile<Config>(shared + Config::kKeyValueBytes, p, grid, work);
-  work.keys = {0, s.mask.kv_length};
+  work.keys = {0, static_cast<int>(s.mask.kv_length)};
   work.mask_by_element = p.mask.present;
   if constexpr (Config::kNatural && !Config::kSplit) find_mask_span<Config::kThreads>(p, work, shared);
   const SeenKeys keys = seen_keys<Config::kSplit>(work, grid, 0, Config::kTileQ - 1);
   const int kv_head = Config::kSplit ? work.head : grid.group_size.quotient(work.head);
   const int split = Config::kSplit ? blockIdx.y : 0;
-  stream.start(s, kv_head, key_tiles(keys, Config::kTileKv, split, grid.num_splits));
+  work.tiles = key_tiles(keys, Config::kTileKv, split, grid.num_splits);
+  stream.start(s, kv_head, work.tiles.begin, work.tiles.end);
   if (threadIdx.x == 0) shared_work = work;
   return true;
 }
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   __shared__ TileWork work;
   KeyValueStream<Config> stream(p, grid, shared);
   if (!start<Config>(p, grid, shared, work, stream)) return;
-  if constexpr (Config::kNatural) __syncthreads();  // biases are fetched before the first tile is waited for
+  __syncthreads();  // the block's work is there for all warps
 
   const uint32_t query = static_cast<uint32_t>(__cvta_generic_to_shared(shared + Config::kKeyValueBytes));
   WarpContext<Config> warp{p, grid, work, Config::row_warp() * 16 * Config::kRowBlocks,
@@ -119,9 +120,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   }
   typename Products::Out out = {};
   RowState<Config::kRowBlocks> state;
-  const KeyTiles tiles = stream.tiles;
-  for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-    if (!Config::kNatural && tile >= tiles.full_begin && tile < tiles.full_end) {
+  for (int tile = work.tiles.begin; tile < stream.end; ++tile) {
+    if (!Config::kNatural && tile >= work.tiles.full_begin && tile < work.tiles.full_end) {
       process_tile<Config, false>(tile, stream, warp, out, state);
     } else {
       process_tile<Config, true>(tile, stream, warp, out, state);
@@ -131,12 +131,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   __syncthreads();  // without key tiles the query's copies are still under way, and they end in rows of other warps
 
   const int split = Config::kSplit ? blockIdx.y : 0;
-  normalize_rows<Config>(out, state, p, grid, work, warp.first_row, split);
+  const bool spoilt = normalize_rows<Config>(out, state, p, grid, work, warp.first_row, split);
   if (Config::kSplit && grid.partial_out != nullptr) {
     write_partial<Config>(out, p, grid, work, warp.first_row, split);
     return;
   }
   write_out<Config>(out, shared + Config::kKeyValueBytes, p, grid, work, warp.first_row);
+  if (spoilt) mend_rows<Config>(p, grid, work, warp.first_row);
 }
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -6,7 +6,7 @@
 #include "kernels/prefill_sm80/epilogue.cuh"
 #include "kernels/prefill_sm80/load_tile.cuh"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 template <class Config>
 struct KeyValueStream {
@@ -17,7 +17,7 @@ struct KeyValueStream {
   const AttentionParams& p;
   const TileGrid& grid;
   unsigned char* slots;
-  KeyTiles tiles;
+  int end;       // of the key tiles
   const T* key;  // row 0, or where copies are asynchronous this thread's first chunk
   const T* value;
   int kv_length;
@@ -27,8 +27,8 @@ struct KeyValueStream {
   __device__ __forceinline__ KeyValueStream(const AttentionParams& p, const TileGrid& grid, unsigned char* slots)
       : p(p), grid(grid), slots(slots), place(static_cast<uint32_t>(__cvta_generic_to_shared(slots)) + Copy::place()) {}
 
-  __device__ __forceinline__ void start(const Sequence& s, int head, const KeyTiles& key_tiles) {
-    tiles = key_tiles;
+  __device__ __forceinline__ void start(const Sequence& s, int head, int begin_tile, int end_tile) {
+    end = end_tile;
     kv_length = static_cast<int>(s.mask.kv_length);
     key = row_data<T>(p.key, s.batch_idx, head, s.first_key + (grid.key_by_16 ? Copy::row() : 0)) +
           (grid.key_by_16 ? Copy::column() : 0);
@@ -36,15 +36,15 @@ struct KeyValueStream {
             (grid.value_by_16 ? Copy::column() : 0);
 #pragma unroll
     for (int half = 0; half < kSlots - 1; ++half) {
-      half % 2 == 0 ? issue<false>(tiles.begin + half / 2, half * Layout::kBytes)
-                    : issue<true>(tiles.begin + half / 2, half * Layout::kBytes);
+      half % 2 == 0 ? issue<false>(begin_tile + half / 2, half * Layout::kBytes)
+                    : issue<true>(begin_tile + half / 2, half * Layout::kBytes);
     }
   }
 
   /// Starts the copy of a tile's keys or values into a slot, and in any case a new group of copies.
   template <bool kValue>
   __device__ __forceinline__ void issue(int tile, int target) {
-    if (tile < tiles.end) {
+    if (tile < end) {
       const TensorView& view = kValue ? p.value : p.key;
       const int first_key = tile * Config::kTileKv, valid_rows = kv_length - first_key,
                 head_dim = static_cast<int>(view.shape[3]);
@@ -105,4 +105,4 @@ __device__ __forceinline__ void load_query_tile(unsigned char* shared, const Att
   }
 }
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

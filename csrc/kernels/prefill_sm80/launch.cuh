@@ -6,7 +6,7 @@
 #include "kernels/prefill_sm80/instances.h"
 #include "kernels/prefill_sm80/kernel.cuh"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 template <class T, int kHeadDim, Variant kVariant>
 cudaError_t launch_tiles(const AttentionParams& params, const TileGrid& grid, unsigned num_blocks, cudaStream_t stream) {
@@ -17,4 +17,4 @@ cudaError_t launch_tiles(const AttentionParams& params, const TileGrid& grid, un
   return launch_kernel(kernel, dim3(num_blocks, grid.num_splits), Config::kThreads, Config::kSharedBytes, stream, params, grid);
 }
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

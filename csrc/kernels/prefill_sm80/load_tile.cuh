@@ -6,7 +6,7 @@
 #include "kernels/common/cp_async.cuh"
 #include "kernels/common/swizzle.cuh"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 /// Which 16-byte chunks of a tile a thread copies: one column of chunks in each block, kRowsPerPass rows apart.
 template <class T, class Layout, int kRows, int kThreads>
@@ -54,4 +54,4 @@ __device__ __noinline__ void load_strided_by_element(unsigned char* shared, int 
                                                    [&](int row) { return data + row * row_stride; });
 }
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -8,7 +8,7 @@
 #include "kernels/common/swizzle.cuh"
 #include "kernels/prefill_sm80/float_products.cuh"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 template <class Config>
 struct Products {
@@ -106,4 +106,4 @@ struct Products {
   }
 };
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -11,7 +11,7 @@
 #include "kernels/prefill_sm80/tile_work.cuh"
 #include "semantics/score.h"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 inline constexpr int kKeysPerLane = 8;  // of each group of 32
 
@@ -75,9 +75,8 @@ __device__ __forceinline__ void hide_keys(float (&scores)[kRowBlocks][kKeyBlocks
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = tile_row<kPackHeads>(work, grid, warp_row + 16 * m + g + 8 * r).row;
-      const KeyRange range = intersection(work.sequence.mask.key_range(row, row), work.keys);
-      const int begin = static_cast<int>(range.begin) - first_key - kKeysPerLane * t;
-      const int end = static_cast<int>(range.end) - first_key - kKeysPerLane * t;
+      const KeySpan span = work.band.seen_by_some(row, row, work.keys);
+      const int begin = span.begin - first_key - kKeysPerLane * t, end = span.end - first_key - kKeysPerLane * t;
       uint32_t seen = 0;
 #pragma unroll
       for (int group = 0; group < kKeyBlocks / 4; ++group)
@@ -205,4 +204,4 @@ __device__ __forceinline__ void modify_scores(float (&scores)[kRowBlocks][kKeyBl
   }
 }
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -10,7 +10,7 @@
 #include "kernels/common/reduce.cuh"
 #include "semantics/softmax.h"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 /// NOTE: `reference` may lag behind the maximum by up to 2^8 in the exponential; then neither out nor sum need rescaling. p <=
 /// 256 is exact enough in every element type, since only ratios count.
@@ -88,4 +88,4 @@ __device__ __forceinline__ void exponentials(const float (&scores)[kRowBlocks][k
   }
 }
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -8,7 +8,7 @@
 #include "kernels/common/tile_order.h"
 #include "semantics/sequence.h"
 
-namespace fa {
+namespace fa::prefill_sm80 {
 
 struct TileGrid {
   SequenceRule sequences;
@@ -17,10 +17,11 @@ struct TileGrid {
   Divisor group_size;  // query heads of a key head
   bool query_by_16, key_by_16, value_by_16, out_by_16;  // rows are whole 16-byte chunks at 16-byte addresses
   bool mask_by_8, bias_by_8;                            // eight keys lie in 8 or 16 aligned bytes
+  bool may_spoil_rows;                                  // see common/hidden_values.cuh
 
   int num_splits = 1;               // of the keys
   float* partial_out = nullptr;     // [num_splits, B, H_q, S_q, D_v], null: write params.out
   float2* partial_state = nullptr;  // [num_splits, B, H_q, S_q]: maximum and sum (SoftmaxState)
 };
 
-}  // namespace fa
+}  // namespace fa::prefill_sm80

@@ -30,12 +30,19 @@ struct alignas(16) Tile {
   int test_mask;                  // the bool mask hides some keys of these tiles
   int keys_in_last;               // of the last key tile, where all rows see the same of it, its first ones; else 0
   RowBand band;                   // what windows leave of them
+  int index;                      // its number in the order of tiles
   int64_t query_offset;
 };
 static_assert(sizeof(Tile) % 16 == 0);
 
 /// Of the keys of its last key tile, those whose values may be read; the rest may be anything, NaN too.
 FA_HD int used_in_last(const Tile& tile, int tile_n) { return tile.used_keys - (tile.block_end - 1) * tile_n; }
+
+/// A finished tile with rows that may hold values of hidden keys (mend.cuh).
+struct alignas(16) SpoiltTile {
+  int next;  // the next such tile of the same block; -1: there is none
+  int sequence, head, first_row;
+};
 
 /// What the 64 rows of a consumer warpgroup see of their tile.
 struct alignas(16) RowsView {
@@ -70,6 +77,7 @@ struct KernelArgs {
   CUtensorMap bias;   // [B or 1, H_q or 1, S_q, S_kv], boxes of kTileM rows x 64 keys; where bias_by_tile
   AttentionParams problem;
   SequenceRule sequences;
+  SpoiltTile* spoilt;  // [num_tiles]; null: no row can be spoilt (common/spoilt_rows.h)
 
   // The scheduling warp reads the fields from here on for a block's first tile, so they stand next to each other: arguments are
   // constant memory, and each cache line of it costs a warp 100 clocks the first time.

@@ -325,10 +325,25 @@ struct Consumer {
     }
   }
 
+  /// After the last tile: once all output is in device memory, mends rows that hold values of hidden keys. In small blocks the
+  /// producer warp does (produce).
+  __device__ __forceinline__ void mend_output() {
+    if (!C::kStoreWarp && threadIdx.x % kWarpgroupThreads == 0) tma_store_wait<0>();
+    __syncwarp();
+    if constexpr (C::kSmall) {
+      named_barrier_arrive(kMendBarrier, kWarpgroupThreads + 32);
+    } else {
+      named_barrier_sync(kMendBarrier, 32 * C::kConsumerWarps + 32);
+      if (C::kStoreWarp && shared.spoilt.last_spoilt >= 0) shared.all_stored.wait(0);
+      shared.spoilt.template mend<typename C::T>(args, threadIdx.x / 32 * 16, 16);
+    }
+  }
+
   /// Normalises the tile's rows and sees to it that they leave.
   __device__ __forceinline__ void end_tile(const Tile& tile, int slot) {
     const int row = tile.first_row + first_row_in_tile();
     finish_rows<C>(args, tile, row, rows, o);
+    if (args.spoilt != nullptr) shared.spoilt.mark(has_spoilt_row(o, rows.sum), slot);
     if constexpr (C::kOwnOutput) {
       store_by_panels<C>(args, tile, warpgroup, o, shared.out[warpgroup]);
     } else {
@@ -399,6 +414,8 @@ struct Consumer {
     }
     // 6. Shared memory must outlive the copies out of it.
     if constexpr (!C::kStoreWarp) tma_store_wait_read<0>();
+    // 7. Rows into which values of hidden keys have come.
+    if (args.spoilt != nullptr) mend_output();
   }
 };
 

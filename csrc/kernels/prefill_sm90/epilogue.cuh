@@ -19,6 +19,10 @@ __device__ __forceinline__ void store_matrices(uint32_t shared, uint32_t a, uint
                : "memory");
 }
 
+/// Columns of a panel: of 128 bytes, the widest rows that the swizzle takes.
+template <class T>
+inline constexpr int kPanelColumns = 128 / sizeof(T);
+
 /// Is it one of the rows 0 … end - 1?
 template <class C>
 __device__ __forceinline__ bool is_row(int row, int end) {
@@ -67,7 +71,7 @@ __device__ __forceinline__ void finish_rows(const KernelArgs& args, const Tile& 
   }
 }
 
-/// The warp's 16 rows, 64 columns, from shared memory to device memory, 16 bytes a thread, as far as the sequence and the head
+/// The warp's 16 rows of a panel from shared memory to device memory, 16 bytes a thread, as far as the sequence and the head
 /// reach.
 template <class C>
 __device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t* staged, const Tile& tile, int first_row,
@@ -75,7 +79,7 @@ __device__ __forceinline__ void store_rows(const KernelArgs& args, const uint8_t
   const TensorView& out = args.problem.out;
   auto* base = static_cast<typename C::T*>(out.data) + tile.batch * out.stride[0] + tile.head * out.stride[1];
   for (int i = threadIdx.x % 32; i < 16 * 8; i += 32) {
-    const int row = threadIdx.x / 32 % 4 * 16 + i / 8, column = panel * 64 + i % 8 * 8;
+    const int row = threadIdx.x / 32 % 4 * 16 + i / 8, column = (panel * 8 + i % 8) * (kPanelColumns<typename C::T> / 8);
     if (is_row<C>(first_row + row, tile.num_rows) && column < out.shape[3]) {
       const uint4 data = *reinterpret_cast<const uint4*>(staged + swizzled_offset(row, i % 8));
       *reinterpret_cast<uint4*>(base + (tile.row_base + first_row + row) * out.stride[2] + column) = data;
@@ -127,7 +131,8 @@ __device__ __forceinline__ void copy_out(const KernelArgs& args, const Tile& til
   if (!box_fits(args, tile, first_row)) return;
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
-    tma_store(&args.out, queries + panel * C::kTileM * 128, panel * 64, tile.row_base + first_row, tile.head, tile.batch);
+    tma_store(&args.out, queries + panel * C::kTileM * 128, panel * kPanelColumns<typename C::T>, tile.row_base + first_row,
+              tile.head, tile.batch);
   }
 }
 

@@ -9,11 +9,9 @@
 
 namespace fa::prefill_sm90 {
 
-template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_kernel(const __grid_constant__ KernelArgs args) {
-  extern __shared__ __align__(1024) uint8_t shared_bytes[];
-  SharedPlan<C>& shared = *reinterpret_cast<SharedPlan<C>*>(shared_bytes);
-  // 1. Prepare what does not depend on earlier kernels, then wait for their memory.
+/// Prepares what does not depend on earlier kernels, then waits for their memory.
+template <class Plan>
+__device__ __forceinline__ void prepare(const KernelArgs& args, Plan& shared) {
   if (threadIdx.x == 0) {
     tma_prefetch_map(&args.query);
     tma_prefetch_map(&args.key);
@@ -23,8 +21,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_ker
   if (threadIdx.x < 128 && threadIdx.x % 32 == 0) init_barriers(shared, threadIdx.x / 32);
   __syncwarp();
   wait_for_earlier_kernels();
+}
 
-  // 2. The last warpgroup, or in small blocks the last warp, produces; the others consume. Each role ends when it meets a tile
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_kernel(const __grid_constant__ KernelArgs args) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  SharedPlan<C>& shared = *reinterpret_cast<SharedPlan<C>*>(shared_bytes);
+  prepare(args, shared);
+
+  // The last warpgroup, or in small blocks the last warp, produces; the others consume. Each role ends when it meets a tile
   // that is not valid.
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (warpgroup == C::kWarpgroups) {
@@ -32,8 +37,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_ker
     produce<C>(args, shared);
   } else {
     if constexpr (!C::kSmall) acquire_registers<C::kConsumerRegisters>();
-    wait_for_barriers<C>();
-    Consumer<C> consumer{args, shared, warpgroup};
+    announce_barriers<C>(warpgroup);
+    Consumer<C> consumer{args, shared, C::kOnlyWarpgroup ? 0 : warpgroup};
     consumer.run();
   }
 }

@@ -9,6 +9,7 @@
 #include "fa/attention.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
+#include "kernels/common/spoilt_rows.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/prefill_sm90/instances.h"
 #include "kernels/prefill_sm90/kernel.cuh"
@@ -66,6 +67,11 @@ inline bool describe_problem(const AttentionParams& p, int64_t tile_rows, Kernel
   return unequal;
 }
 
+/// Where blocks note tiles to be mended: behind the tile counter. Null where there are none.
+inline SpoiltTile* spoilt_tiles(const AttentionParams& p, const ExecutionContext& context) {
+  return may_spoil_rows(p) ? reinterpret_cast<SpoiltTile*>(static_cast<uint8_t*>(context.workspace) + kCounterBytes) : nullptr;
+}
+
 template <class C>
 Status launch_config(const Plan& plan, const AttentionParams& p, const ExecutionContext& context) {
   KernelArgs args{};
@@ -73,6 +79,7 @@ Status launch_config(const Plan& plan, const AttentionParams& p, const Execution
   const int64_t tiles = num_tiles(p, C::kTileM);
   if (tiles == 0) return {};
   const bool unequal = describe_problem(p, C::kTileM, &args);
+  args.spoilt = spoilt_tiles(p, context);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, plan.device.num_sms * C::kBlocksPerSm));
   cudaError_t error = cudaSuccess;

@@ -8,7 +8,9 @@
 #include <utility>
 
 #include "dispatch.h"
+#include "kernels/common/spoilt_rows.h"
 #include "kernels/common/tensor_map.h"
+#include "kernels/prefill_sm90/args.h"
 #include "kernels/prefill_sm90/instances.h"
 #include "kernels/prefill_sm90/shape.h"
 #include "kernels/prefill_sm90/tile_counter.h"
@@ -113,13 +115,18 @@ bool suits_hopper(const AttentionParams& p, const Device& device, std::string* w
   return true;
 }
 
+size_t workspace_bytes(const AttentionParams& p) {
+  const int64_t tiles = may_spoil_rows(p) ? num_tiles(p, kRowsUnit) : 0;  // no instance has more
+  return kCounterBytes + static_cast<size_t>(tiles) * sizeof(SpoiltTile);
+}
+
 bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(p.query.dtype == DType::kFloat32, "takes float16 and bfloat16 only, the tensors are float32");
   if (!suits_hopper(p, plan->device, why_not)) return false;
   const Instance* instance = find_instance(p, plan->device);
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(bucket_size(p)) + " is above 256");
   plan->instance = static_cast<int>(instance - kInstances);
-  plan->workspace_bytes = kCounterBytes;
+  plan->workspace_bytes = workspace_bytes(p);
   return true;
 }
 

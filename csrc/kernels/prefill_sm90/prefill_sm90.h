@@ -13,6 +13,9 @@ namespace fa::prefill_sm90 {
 /// why not.
 bool suits_hopper(const AttentionParams& params, const Device& device, std::string* why_not);
 
+/// Workspace for the tile counter and a list of tiles to be mended, here and in prefill_sm90_f32.
+size_t workspace_bytes(const AttentionParams& params);
+
 bool plan(const AttentionParams& params, Plan* plan, std::string* why_not);
 Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
 

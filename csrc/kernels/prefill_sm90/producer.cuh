@@ -105,33 +105,47 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, W
     const RowsView view = view_rows<C>(tile, threadIdx.x % 32);
     __syncwarp();
     // 3. When its slot is free, publish it.
-    if (first) wait_for_barriers<C>();
+    if (first) wait_to_schedule();
     first = false;
     shared.tile_empty[slot.stage].wait(slot.phase ^ 1);
+    if (args.spoilt != nullptr) shared.spoilt.note(args, shared.tile[slot.stage], slot.stage);
     if (first_lane) shared.tile[slot.stage] = tile;
     if (threadIdx.x % 32 < C::kWarpgroups) {
       shared.view[slot.stage][threadIdx.x % 32] = view;
       shared.tile_full[slot.stage].arrive();
     }
-    if (!tile.valid) return;
+    if (!tile.valid) break;
     slot.advance();
     // 4. When it is time for the next tile, draw its index.
     wait(tile);
     index = next_index(args, index);
   }
+  // 5. When all tiles are done, tell those who mend.
+  if (args.spoilt == nullptr) return;
+  for (int i = 1; i < kTileSlots; ++i) {
+    slot.advance();
+    shared.tile_empty[slot.stage].wait(slot.phase ^ 1);
+    shared.spoilt.note(args, shared.tile[slot.stage], slot.stage);
+  }
+  __syncwarp();
+  if constexpr (C::kSmall) {
+    named_barrier_sync(kMendBarrier, kWarpgroupThreads + 32);
+    shared.spoilt.template mend<typename C::T>(args, 0, C::kTileM);
+  } else {
+    named_barrier_arrive(kMendBarrier, 32 * C::kConsumerWarps + 32);
+  }
 }
 
-/// One lane: the copies of all tiles, as they are published.
-template <class C>
-__device__ __forceinline__ void load_tiles(const KernelArgs& args, SharedPlan<C>& shared) {
-  ProducerRings<C> rings;
+/// One lane: calls load(tile, slot) for all tiles, as they are published.
+template <class Plan, class Load>
+__device__ __forceinline__ void load_tiles(Plan& shared, Load load) {
   RingPosition<kTileSlots> slot;
   for (;;) {
     shared.tile_full[slot.stage].wait(slot.phase);
     const Tile tile = shared.tile[slot.stage];
     shared.tile_empty[slot.stage].arrive();
     if (!tile.valid) return;
-    load_tile<C>(args, shared, tile, slot.stage, rings);
+    load(tile, slot.stage);
     slot.advance();
   }
 }
@@ -171,7 +185,7 @@ __device__ __forceinline__ void store_tiles(const KernelArgs& args, SharedPlan<C
     shared.tile_full[slot.stage].wait(slot.phase);
     const Tile tile = shared.tile[slot.stage];
     shared.tile_empty[slot.stage].arrive();
-    if (!tile.valid) return;
+    if (!tile.valid) break;
 #pragma unroll
     for (int warpgroup = 0; warpgroup < C::kWarpgroups; ++warpgroup) {
       shared.out_full[q.stage][warpgroup].wait(q.phase);
@@ -182,6 +196,10 @@ __device__ __forceinline__ void store_tiles(const KernelArgs& args, SharedPlan<C
     shared.query_empty[q.stage].arrive();
     q.advance();
     slot.advance();
+  }
+  if (args.spoilt != nullptr) {
+    tma_store_wait<0>();
+    shared.all_stored.arrive();
   }
 }
 
@@ -207,8 +225,11 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& s
       wanted.advance();
     });
   } else {
-    wait_for_barriers<C>();
-    if (warp == 1 && first_lane) load_tiles<C>(args, shared);
+    wait_to_produce();
+    if (warp == 1 && first_lane) {
+      ProducerRings<C> rings;
+      load_tiles(shared, [&](const Tile& tile, int slot) { load_tile<C>(args, shared, tile, slot, rings); });
+    }
     if (warp == 2) clear_values<C>(shared);
     if (C::kStoreWarp && warp == 3 && first_lane) store_tiles<C>(args, shared);
   }

@@ -20,6 +20,7 @@
 //   bias_full         the copy engine                              consume        a tile of the bias is there
 //   bias_empty        consume                                      load           its buffer may be filled again
 //   out_full          consume, the warps of one warpgroup          store          its output stands where its queries were
+//   all_stored        store, at its end                            consume        all output is in device memory
 //
 // Where the copy engine ends a phase, the loading lane arrives and announces the bytes for which the phase then waits.
 #pragma once
@@ -29,6 +30,7 @@
 #include "kernels/common/mbarrier.cuh"
 #include "kernels/common/warpgroup.cuh"
 #include "kernels/prefill_sm90/args.h"
+#include "kernels/prefill_sm90/mend.cuh"
 #include "kernels/prefill_sm90/traits.cuh"
 
 namespace fa::prefill_sm90 {
@@ -38,11 +40,14 @@ inline constexpr int kTileSlots = 2;      // tiles that are decided and not yet 
 
 /// The hardware's numbered barriers (bar.sync); 0 is that of __syncthreads(). `first + i` is that of consumer warpgroup i.
 enum NamedBarrier : int {
-  kTurnBarrier = 1,                                    // + i: the warpgroup's turn to issue. It waits, the one before it arrives
-  kWarpgroupBarrier = kTurnBarrier + kMaxWarpgroups,   // + i: the warpgroup's own 128 threads
-  kStartBarrier = kWarpgroupBarrier + kMaxWarpgroups,  // all threads of the block, once: the barriers below are initialised
+  kTurnBarrier = 1,                                   // + i: the warpgroup's turn to issue. It waits, the one before it arrives
+  kWarpgroupBarrier = kTurnBarrier + kMaxWarpgroups,  // + i: the warpgroup's own 128 threads
+  kConsumeBarrier = kWarpgroupBarrier + kMaxWarpgroups,  // once: consumers may use the barriers below …
+  kScheduleBarrier,                                      // … and so may the scheduling warp …
+  kProduceBarrier,                                       // … and the other producer warps
+  kMendBarrier,                                          // once: all tiles with spoilt rows are known (mend.cuh)
 };
-static_assert(kStartBarrier < 16, "A thread block has 16 named barriers.");
+static_assert(kMendBarrier < 16, "A thread block has 16 named barriers.");
 
 template <class C>
 struct SharedPlan {
@@ -69,10 +74,12 @@ struct SharedPlan {
   Mbarrier<1> tile_wanted;
   Mbarrier<1> last_value_full[kTileSlots];
   Mbarrier<4> out_full[C::kQueryStages][C::kWarpgroups];
+  Mbarrier<1> all_stored;
 
   Tile tile[kTileSlots];
   RowsView view[kTileSlots][C::kWarpgroups];
   int longest_first[32];  // sequences, for the warp that schedules
+  SpoiltTiles<kTileSlots> spoilt;
 };
 
 /// Initialises the barriers. For one lane of each of the first four warps, which share the work: each barrier takes 20 clocks.
@@ -84,6 +91,7 @@ __device__ __forceinline__ void init_barriers(SharedPlan<C>& shared, int warp) {
       for (auto& stage : shared.out_full) {
         for (auto& barrier : stage) barrier.init();
       }
+      shared.all_stored.init();
     }
   } else if (warp == 1) {
     init_ring(shared.key_full, shared.key_empty);
@@ -91,6 +99,7 @@ __device__ __forceinline__ void init_barriers(SharedPlan<C>& shared, int warp) {
     init_ring(shared.value_full, shared.value_empty);
   } else {
     init_ring(shared.tile_full, shared.tile_empty);
+    shared.spoilt.init();
     for (auto& barrier : shared.last_value_full) barrier.init();
     shared.tile_wanted.init();
     if constexpr (C::kBiasStages > 0) init_ring(shared.bias_full, shared.bias_empty);
@@ -98,11 +107,24 @@ __device__ __forceinline__ void init_barriers(SharedPlan<C>& shared, int warp) {
   mbarrier_init_fence();
 }
 
-/// From here on the barriers of init_barriers are there. Once, for all threads.
+/// The barriers of init_barriers are there from here on: for consumers, of which the first warpgroup has initialised them and
+/// tells the others. NOTE: bar.sync at one and the same barrier at several places of the program is what compute-sanitizer's
+/// synccheck calls divergent, so each role waits at its own; and barrier.sync, which it allows, made some instances run out of
+/// registers.
 template <class C>
-__device__ __forceinline__ void wait_for_barriers() {
-  named_barrier_sync(kStartBarrier, C::kThreads);
+__device__ __forceinline__ void announce_barriers(int warpgroup) {
+  if (warpgroup == 0) {
+    named_barrier_arrive(kScheduleBarrier, kWarpgroupThreads + 32);
+    if constexpr (!C::kSmall) named_barrier_arrive(kProduceBarrier, kWarpgroupThreads + 3 * 32);
+  }
+  named_barrier_sync(kConsumeBarrier, 32 * C::kConsumerWarps);
 }
+
+/// … for the scheduling warp …
+__device__ __forceinline__ void wait_to_schedule() { named_barrier_sync(kScheduleBarrier, kWarpgroupThreads + 32); }
+
+/// … and for the three other producer warps.
+__device__ __forceinline__ void wait_to_produce() { named_barrier_sync(kProduceBarrier, kWarpgroupThreads + 3 * 32); }
 
 /// Writes zeros over rows used … kTileN - 1 of a tile of values, by `num_threads` threads, for the tensor cores to read.
 template <class C>

@@ -3,84 +3,28 @@
 // warp.
 #pragma once
 
+#include "kernels/common/mask_span.cuh"
+#include "kernels/common/packed_search.cuh"
 #include "kernels/common/reduce.cuh"
 #include "kernels/prefill_sm90/args.h"
 #include "semantics/sequence.h"
 
 namespace fa::prefill_sm90 {
 
-/// Packed sequences: which sequence row tile `row_tile` belongs to, and its number there. False: beyond the last.
-template <class C>
-__device__ __forceinline__ bool find_sequence(const KernelArgs& args, int row_tile, int* sequence, int* local_tile) {
-  const int lane = threadIdx.x % 32;
-  for (int first = 0; first < args.num_spans; first += 32) {
-    int tiles = 0;
-    if (first + lane < args.num_spans)
-      tiles = static_cast<int>((args.sequences.at(first + lane).num_rows + C::kTileM - 1) / C::kTileM);
-    int upto = tiles;  // inclusive prefix sum over lanes
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int below = __shfl_up_sync(kAllLanes, upto, distance);
-      if (lane >= distance) upto += below;
-    }
-    const unsigned owners = __ballot_sync(kAllLanes, row_tile < upto);
-    if (owners != 0) {
-      const int owner = __ffs(owners) - 1;
-      *sequence = first + owner;
-      *local_tile = row_tile - __shfl_sync(kAllLanes, upto - tiles, owner);
-      return true;
-    }
-    row_tile -= __shfl_sync(kAllLanes, upto, 31);
-  }
-  return false;
-}
-
-/// True keys seen so far: the first, one past the last, how many.
-struct TrueKeys {
-  int first, end = 0, count = 0;
-
-  /// Four mask bytes, the lowest for `key`.
-  __device__ __forceinline__ void add4(uint32_t bytes, int key) {
-    const uint32_t set = __vcmpne4(bytes, 0);
-    if (set == 0) return;
-    first = min(first, key + (__ffs(set) - 1) / 8);
-    end = max(end, key + 4 - __clz(set) / 8);
-    count += __popc(set) / 8;
-  }
-};
-
-/// A mask that is the same for all rows of a head (padding as a bool [B, 1, 1, S_kv]): the span of its true keys. Where these are
-/// all neighbours the span says all, else *test_mask remains set.
-__device__ __forceinline__ KeyRange row_mask_span(const TensorView& mask, int64_t offset, int num_keys, int* test_mask) {
-  const auto* data = static_cast<const uint8_t*>(mask.data) + offset;
-  TrueKeys keys{num_keys};
-  const bool wide = mask.stride[3] == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  const int num_wide = wide ? num_keys / 16 * 16 : 0;
-#pragma unroll 4
-  for (int key = threadIdx.x % 32 * 16; key < num_wide; key += 32 * 16) {
-    const uint4 bytes = *reinterpret_cast<const uint4*>(data + key);
-    keys.add4(bytes.x, key);
-    keys.add4(bytes.y, key + 4);
-    keys.add4(bytes.z, key + 8);
-    keys.add4(bytes.w, key + 12);
-  }
-  for (int key = num_wide + threadIdx.x % 32; key < num_keys; key += 32) keys.add4(data[key * mask.stride[3]], key);
-  const int first = __reduce_min_sync(kAllLanes, keys.first), end = __reduce_max_sync(kAllLanes, keys.end);
-  *test_mask = __reduce_add_sync(kAllLanes, keys.count) != end - first;
-  return {first, end > first ? end : first};
-}
-
-/// The keys that the user's mask and bias leave to be seen by any row.
+/// The keys that the user's mask and bias leave to be seen by any row. For a whole warp.
 __device__ __forceinline__ void apply_user_span(const AttentionParams& p, Tile& tile) {
-  KeyRange span{0, tile.kv_length};
-  if (p.bias.present && p.bias.shape[3] < span.end) span.end = p.bias.shape[3];
-  if (p.mask.present && p.mask.shape[3] < span.end) span.end = p.mask.shape[3];
+  KeySpan span{0, tile.kv_length};
+  if (p.bias.present && p.bias.shape[3] < span.end) span.end = static_cast<int>(p.bias.shape[3]);
+  if (p.mask.present && p.mask.shape[3] < span.end) span.end = static_cast<int>(p.mask.shape[3]);
   tile.test_mask = p.mask.present;
-  if (p.mask.present && (p.mask.shape[2] == 1 || p.mask.stride[2] == 0)) {
-    const int64_t offset = tile.batch * p.mask.stride[0] + tile.head * p.mask.stride[1];
-    span = row_mask_span(p.mask, offset, static_cast<int>(span.end), &tile.test_mask);
+  if (p.mask.present && is_alike_for_rows(p.mask)) {
+    const uint8_t* row = static_cast<const uint8_t*>(p.mask.data) + tile.batch * p.mask.stride[0] + tile.head * p.mask.stride[1];
+    const TrueKeys keys = scan_mask_row<32>(row, p.mask.stride[3], span.end, threadIdx.x % 32).over_warp();
+    span = {keys.begin(), keys.end};
+    tile.test_mask = keys.has_holes();
   }
-  tile.key_begin = static_cast<int>(span.begin);
-  tile.key_end = static_cast<int>(span.end);
+  tile.key_begin = span.begin;
+  tile.key_end = span.end;
 }
 
 /// Which sequences come first: entry i becomes the number of the i-th longest. For a whole warp, and up to 32 sequences.
@@ -101,20 +45,20 @@ __device__ __forceinline__ void sort_longest_first(const KernelArgs& args, int (
 template <class C>
 __device__ __forceinline__ int keys_in_last(const Tile& tile, int last_row) {
   const int first_key = (tile.block_end - 1) * C::kTileN;
-  const bool alike = tile.band.end(tile.first_row, tile.key_end) == tile.key_end &&
-                     tile.band.first(last_row, tile.key_begin) <= first_key && !tile.test_mask;
-  return alike ? tile.key_end - first_key : 0;
+  const KeySpan all = tile.band.seen_by_all(tile.first_row, last_row, {tile.key_begin, tile.key_end});
+  return all.end == tile.key_end && all.begin <= first_key && !tile.test_mask ? tile.key_end - first_key : 0;
 }
 
 /// What consumer warpgroup `warpgroup` sees of its tile.
 template <class C>
 __device__ __forceinline__ RowsView view_rows(const Tile& tile, int warpgroup) {
+  const KeySpan keys{tile.key_begin, tile.key_end};
   const int first_row = tile.first_row + warpgroup * 64, last_row = min(first_row + 63, tile.query_length - 1);
-  const int begin = tile.band.first(first_row, tile.key_begin), end = tile.band.end(last_row, tile.key_end);
-  const bool none = first_row < 0 || first_row > last_row || begin >= end;
-  return {(tile.band.first(first_row + 63, tile.key_begin) + C::kTileN - 1) / C::kTileN,
-          tile.test_mask ? 0 : tile.band.end(first_row, tile.key_end) / C::kTileN, none ? tile.block_begin : begin / C::kTileN,
-          none ? tile.block_begin : (end + C::kTileN - 1) / C::kTileN};
+  const KeySpan some = tile.band.seen_by_some(first_row, last_row, keys), touched = tiles_touched(some, C::kTileN);
+  const KeySpan full = tiles_inside(tile.band.seen_by_all(first_row, first_row + 63, keys), C::kTileN);
+  const bool none = first_row < 0 || first_row > last_row || some.begin >= some.end;
+  return {full.begin, tile.test_mask ? 0 : full.end, none ? tile.block_begin : touched.begin,
+          none ? tile.block_begin : touched.end};
 }
 
 /// The tile of this index, on top of args.common. `longest_first`: the order of sequences, where args.sort_sequences. False: no
@@ -126,8 +70,14 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, c
   const bool packed = !args.tiles_alike && p.cu_seqlens_q.present;
   int sequence = place.sequence, local_tile = args.order.num_row_tiles - 1 - place.tile;
   if (args.sort_sequences) sequence = longest_first[sequence];
-  if (__builtin_expect(packed, 0) && !find_sequence<C>(args, local_tile, &sequence, &local_tile)) return false;
+  if (__builtin_expect(packed, 0)) {
+    const PackedTile found = find_packed_tile<C::kTileM>(args.sequences, args.num_spans, local_tile);
+    if (found.sequence < 0) return false;
+    sequence = found.sequence;
+    local_tile = found.tile;
+  }
   tile.valid = 1;
+  tile.index = index;
   tile.head = place.head;
   tile.first_row = local_tile * C::kTileM;
   tile.sequence = tile.batch = sequence;
@@ -141,10 +91,11 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, c
   tile.block_begin = tile.block_end = tile.keys_in_last = 0;
   if (tile.first_row < tile.query_length) {
     const int last_row = min(tile.first_row + C::kTileM, tile.query_length) - 1;
-    const int begin = tile.band.first(max(tile.first_row, 0), tile.key_begin), end = tile.band.end(last_row, tile.key_end);
-    if (begin < end) {
-      tile.block_begin = begin / C::kTileN;
-      tile.block_end = (end + C::kTileN - 1) / C::kTileN;
+    const KeySpan some = tile.band.seen_by_some(max(tile.first_row, 0), last_row, {tile.key_begin, tile.key_end});
+    if (some.begin < some.end) {
+      const KeySpan touched = tiles_touched(some, C::kTileN);
+      tile.block_begin = touched.begin;
+      tile.block_end = touched.end;
       tile.keys_in_last = keys_in_last<C>(tile, last_row);
     }
   }

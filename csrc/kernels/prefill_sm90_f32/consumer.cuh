@@ -104,12 +104,21 @@ struct Consumer {
       rows.reference[1] *= args.problem.softmax_scale;
     }
     prefill_sm90::finish_rows<C>(args, tile, row, rows, o);
+    if (args.spoilt != nullptr) shared.spoilt.mark(has_spoilt_row(o, rows.sum), slot);
     finish_stored();
     store_tile<C>(args, tile, warpgroup, o, queries());
     stored = q.stage;
     if constexpr (C::kQueryStages == 1) finish_stored();
     __syncwarp();
     release(shared.tile_empty[slot]);
+  }
+
+  /// After the last tile: once all output is in device memory, mends rows that hold values of hidden keys.
+  __device__ __forceinline__ void mend_output() {
+    if (threadIdx.x % kWarpgroupThreads == 0) tma_store_wait<0>();
+    __syncwarp();
+    named_barrier_sync(prefill_sm90::kMendBarrier, 32 * C::kConsumerWarps + 32);
+    shared.spoilt.template mend<float>(args, threadIdx.x / 32 * 16, 16);
   }
 
   __device__ __forceinline__ void run() {
@@ -138,6 +147,7 @@ struct Consumer {
       q.advance();
     }
     tma_store_wait_read<0>();
+    if (args.spoilt != nullptr) mend_output();
   }
 };
 

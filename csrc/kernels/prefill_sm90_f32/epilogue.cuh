@@ -25,21 +25,6 @@ __device__ __forceinline__ void stage_columns(const float (&o)[C::kHeadDim / 2],
   }
 }
 
-/// The warp's 16 rows of a panel from shared to device memory, as far as the sequence and the head reach.
-template <class C>
-__device__ __forceinline__ void store_columns(const KernelArgs& args, const uint8_t* staged, const Tile& tile, int first_row,
-                                              int panel) {
-  const TensorView& out = args.problem.out;
-  auto* base = static_cast<float*>(out.data) + tile.batch * out.stride[0] + tile.head * out.stride[1];
-  for (int i = threadIdx.x % 32; i < 16 * 8; i += 32) {
-    const int row = threadIdx.x / 32 % 4 * 16 + i / 8, column = panel * 32 + i % 8 * 4;
-    if (prefill_sm90::is_row<C>(first_row + row, tile.num_rows) && column < out.shape[3]) {
-      *reinterpret_cast<float4*>(base + (tile.row_base + first_row + row) * out.stride[2] + column) =
-          *reinterpret_cast<const float4*>(staged + swizzled_offset(row, i % 8));
-    }
-  }
-}
-
 /// The warpgroup's 64 rows from registers to where their queries stood, and the start of their copy to device memory.
 template <class C>
 __device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& tile, int warpgroup,
@@ -53,18 +38,13 @@ __device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& t
     stage_columns<C>(o, panel, staged);
     if (!fits) {
       __syncwarp();
-      store_columns<C>(args, staged, tile, first_row, panel);
+      prefill_sm90::store_rows<C>(args, staged, tile, first_row, panel);
     }
   }
   fence_async_proxy();
   named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
   if (threadIdx.x % kWarpgroupThreads == 0) {
-    if (fits) {
-#pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        tma_store(&args.out, queries + panel * C::kTileM * 128, panel * 32, tile.row_base + first_row, tile.head, tile.batch);
-      }
-    }
+    prefill_sm90::copy_out<C>(args, tile, warpgroup, queries);
     tma_store_commit();
   }
 }

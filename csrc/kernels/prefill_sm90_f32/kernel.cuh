@@ -3,7 +3,6 @@
 // turn keys and values into operands. Launched by launch.cuh with kThreads threads and at most one block a multiprocessor.
 #pragma once
 
-#include "kernels/common/launch_early.h"
 #include "kernels/prefill_sm90/kernel.cuh"
 #include "kernels/prefill_sm90_f32/consumer.cuh"
 #include "kernels/prefill_sm90_f32/producer.cuh"
@@ -14,15 +13,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) prefill_sm90_f32_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedPlan<C>& shared = *reinterpret_cast<SharedPlan<C>*>(shared_bytes);
-  if (threadIdx.x == 0) {
-    tma_prefetch_map(&args.query);
-    tma_prefetch_map(&args.key);
-    tma_prefetch_map(&args.value);
-    tma_prefetch_map(&args.out);
-  }
-  if (threadIdx.x < 128 && threadIdx.x % 32 == 0) init_barriers(shared, threadIdx.x / 32);
-  __syncwarp();
-  wait_for_earlier_kernels();
+  prefill_sm90::prepare(args, shared);
 
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (warpgroup == C::kWarpgroups) {
@@ -30,7 +21,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) prefill_sm90_f32_kernel(const 
     produce<C>(args, shared);
   } else {
     if constexpr (C::kMovesRegisters) acquire_registers<C::kConsumerRegisters>();
-    prefill_sm90::wait_for_barriers<C>();
+    prefill_sm90::announce_barriers<C>(warpgroup);
     const AttentionParams& p = args.problem;
     const bool modified = p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.softmax_scale <= 0.0f;
     Consumer<C> consumer{args, shared, warpgroup, modified};

@@ -31,6 +31,7 @@ Status launch_instance(const Plan& plan, const AttentionParams& params, const Ex
   const int64_t tiles = prefill_sm90::num_tiles(params, C::kTileM);
   if (tiles == 0) return {};
   const bool unequal = prefill_sm90::describe_problem(params, C::kTileM, &args);
+  args.spoilt = prefill_sm90::spoilt_tiles(params, context);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, plan.device.num_sms));
   const auto kernel = prefill_sm90_f32_kernel<C>;
   constexpr int kSharedBytes = sizeof(SharedPlan<C>);

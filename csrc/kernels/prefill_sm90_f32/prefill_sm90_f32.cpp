@@ -6,7 +6,6 @@
 
 #include "dispatch.h"
 #include "kernels/prefill_sm90/prefill_sm90.h"
-#include "kernels/prefill_sm90/tile_counter.h"
 #include "kernels/prefill_sm90_f32/instances.h"
 
 namespace fa::prefill_sm90_f32 {
@@ -44,7 +43,7 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   const Instance* instance = find_instance(p);
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(std::max(p.query.shape[3], p.value.shape[3])) + " is above 256");
   plan->instance = static_cast<int>(instance - kInstances);
-  plan->workspace_bytes = prefill_sm90::kCounterBytes;
+  plan->workspace_bytes = prefill_sm90::workspace_bytes(p);
   return true;
 }
 

@@ -65,21 +65,6 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
   }
 }
 
-/// One lane: the copies of all tiles, as they are published.
-template <class C>
-__device__ __forceinline__ void load_tiles(const KernelArgs& args, SharedPlan<C>& shared) {
-  ProducerRings<C> rings;
-  RingPosition<kTileSlots> slot;
-  for (;;) {
-    shared.tile_full[slot.stage].wait(slot.phase);
-    const Tile tile = shared.tile[slot.stage];
-    shared.tile_empty[slot.stage].arrive();
-    if (!tile.valid) return;
-    load_tile<C>(args, shared, tile, rings);
-    slot.advance();
-  }
-}
-
 template <class C>
 __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& shared) {
   const int warp = threadIdx.x / 32 % 4;
@@ -90,8 +75,11 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& s
       wanted.advance();
     });
   } else {
-    prefill_sm90::wait_for_barriers<C>();
-    if (warp == 1 && threadIdx.x % 32 == 0) load_tiles<C>(args, shared);
+    prefill_sm90::wait_to_produce();
+    if (warp == 1 && threadIdx.x % 32 == 0) {
+      ProducerRings<C> rings;
+      prefill_sm90::load_tiles(shared, [&](const Tile& tile, int) { load_tile<C>(args, shared, tile, rings); });
+    }
     if (warp >= 2) convert_tiles<C>(shared, warp - 2);
   }
 }

@@ -52,6 +52,7 @@ struct SharedPlan {
   Tile tile[kTileSlots];
   RowsView view[kTileSlots][C::kWarpgroups];
   int longest_first[32];  // sequences, for the warp that schedules
+  prefill_sm90::SpoiltTiles<kTileSlots> spoilt;
 };
 
 /// Initialises the barriers. For one lane of each of the first four warps, which share the work.
@@ -67,6 +68,7 @@ __device__ __forceinline__ void init_barriers(SharedPlan<C>& shared, int warp) {
     for (auto& barrier : shared.value_raw) barrier.init();
   } else {
     init_ring(shared.tile_full, shared.tile_empty);
+    shared.spoilt.init();
     shared.tile_wanted.init();
   }
   mbarrier_init_fence();

@@ -19,6 +19,7 @@ using prefill_sm90::Tile;
 /// What the host hands to the kernel. Maps: boxes of 64 rows (query, out), 32 keys and 16 values, and 64 columns.
 struct KernelArgs : prefill_sm90::KernelArgs {
   int num_splits;         // of the keys
+  bool may_spoil_rows;    // see common/spoilt_rows.h
   bool over_grid;         // each cluster is one pair of blocks; else it has one for each split, and merges their outputs
   float* partial_out;     // [num_splits, B, H_q, S_q, D_v] (combine.h); where over_grid
   float2* partial_state;  // [num_splits, B, H_q, S_q]

@@ -33,6 +33,7 @@ Status launch_instance(const Plan& plan, const AttentionParams& p, const Executi
   const bool over_grid = splits_over_grid(plan);
   const int cluster = over_grid ? 2 : 2 * plan.num_splits;
   args.num_splits = plan.num_splits;
+  args.may_spoil_rows = may_spoil_rows(p);
   args.over_grid = over_grid;
   args.partial_state = static_cast<float2*>(context.workspace);
   args.partial_out = reinterpret_cast<float*>(args.partial_state + plan.num_splits * num_rows(p));

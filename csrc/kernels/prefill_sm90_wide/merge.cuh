@@ -3,10 +3,50 @@
 // to device memory.
 #pragma once
 
+#include "kernels/common/hidden_values.cuh"
 #include "kernels/common/tma.cuh"
 #include "kernels/prefill_sm90_wide/consumer.cuh"
 
 namespace fa::prefill_sm90_wide {
+
+/// Once the warpgroup's columns first_column … + num_columns - 1 are in device memory, mends those of its rows that hold values
+/// of hidden keys, where `spoilt` is true in any lane of a warp.
+template <class C>
+__device__ __forceinline__ void mend_columns(const Consumer<C>& consumer, int first_column, int num_columns, bool spoilt) {
+  const Tile& tile = consumer.tile;
+  if (!named_barrier_or(kOneWarpgroup + consumer.warpgroup, kWarpgroupThreads, spoilt)) return;
+  if (threadIdx.x % kWarpgroupThreads == 0) tma_store_wait<0>();
+  named_barrier_sync(kOneWarpgroup + consumer.warpgroup, kWarpgroupThreads);
+  const int first_row = tile.first_row + consumer.place.half * kRows + threadIdx.x / 32 % 4 * 16;
+  const int end_column = min(first_column + num_columns, static_cast<int>(consumer.args.problem.value.shape[3]));
+#pragma unroll 1
+  for (int row = first_row; row < first_row + 16; ++row) {
+    mend_row<typename C::T>(consumer.args.problem, consumer.args.sequences, tile.sequence, tile.head, row, first_column,
+                            end_column);
+  }
+}
+
+/// The warpgroup's finished 64 rows from shared memory to the columns first_column … + kCount - 1 of the output.
+template <class P>
+__device__ __forceinline__ void copy_columns(const KernelArgs& args, const Tile& tile, int warpgroup, int first_row,
+                                             const uint8_t (*staged)[kPanelBytes], int first_column) {
+  constexpr int kNumPanels = P::kHeadDim / 64;
+  if (!prefill_sm90::box_fits(args, tile, first_row)) {
+    __syncwarp();
+    for (int panel = 0; panel < kNumPanels; ++panel) {
+      prefill_sm90::store_rows<P>(args, staged[panel], tile, first_row, first_column / 64 + panel);
+    }
+    return;
+  }
+  fence_async_proxy();
+  named_barrier_sync(kOneWarpgroup + warpgroup, kWarpgroupThreads);
+  if (threadIdx.x % kWarpgroupThreads != 0) return;
+  for (int panel = 0; panel < kNumPanels; ++panel) {
+    tma_store(&args.out, staged[panel], first_column + panel * 64, tile.row_base + first_row, tile.head, tile.batch);
+  }
+  tma_store_commit();
+  tma_store_wait_read<0>();
+}
 
 /// Normalises the rows and writes the columns first_column … + kCount - 1 of the output, through the memory of the queries.
 template <class C, int kCount>
@@ -22,21 +62,8 @@ __device__ __forceinline__ void store_columns(const Consumer<C>& consumer, float
   for (int panel = 0; panel < kCount / 64; ++panel) {
     prefill_sm90::stage_panel<P>(o, panel, staged[panel]);
   }
-  if (!prefill_sm90::box_fits(args, tile, first_row)) {
-    __syncwarp();
-    for (int panel = 0; panel < kCount / 64; ++panel) {
-      prefill_sm90::store_rows<P>(args, staged[panel], tile, first_row, first_column / 64 + panel);
-    }
-    return;
-  }
-  fence_async_proxy();
-  named_barrier_sync(kOneWarpgroup + consumer.warpgroup, kWarpgroupThreads);
-  if (threadIdx.x % kWarpgroupThreads != 0) return;
-  for (int panel = 0; panel < kCount / 64; ++panel) {
-    tma_store(&args.out, staged[panel], first_column + panel * 64, tile.row_base + first_row, tile.head, tile.batch);
-  }
-  tma_store_commit();
-  tma_store_wait_read<0>();
+  copy_columns<P>(args, tile, consumer.warpgroup, first_row, staged, first_column);
+  if (args.may_spoil_rows) mend_columns(consumer, first_column, kCount, has_spoilt_row(o, rows.sum));
 }
 
 /// Sums of both warpgroups' keys. finish_rows adds up four lanes, so that one of them has it all.
