@@ -9,6 +9,7 @@ compared. That nothing reads them is not taken for granted: reference.py runs th
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -23,6 +24,7 @@ from .understand.shapes.analysis import Analysis
 
 GROUPED = "com.microsoft::GroupQueryAttention"
 _LONGEST = 600  # keys of a step that is to reach beyond a window
+_PADDINGS = 2  # prompts, and steps, that the original runs on once more with other numbers in their padding
 _KEEPS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Gather", "Slice")
 
 
@@ -203,11 +205,14 @@ def steps(decoder: Decoder, specs: Sequence[InputSpec], random: np.random.Genera
             _Step(1, 4, 2 * w + 9, w + 3),
         )
     ]
+    tried: collections.Counter[bool] = collections.Counter()
     for number, step in enumerate((*_STEPS, *beyond)):
         draw = _Draw(decoder, specs, step, random, left=number % 3 == 2)
         drawn = draw.tensors()
         if drawn is not None:
-            yield InputSet(step.label, drawn, draw.with_other_padding(drawn))
+            other = draw.with_other_padding(drawn) if tried[step.is_prompt] < _PADDINGS else None
+            tried[step.is_prompt] += other is not None
+            yield InputSet(step.label, drawn, other)
 
 
 def _others(array: np.ndarray) -> np.ndarray:

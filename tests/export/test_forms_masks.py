@@ -63,8 +63,8 @@ RIGHT = {
         -1.0e9,
         facts=frozenset(
             {
-                "in a row that sees no key scores are rounded to steps of 64 beside -1e+09; which step, "
-                "depends on the order of additions (assumed)"
+                "in a row that sees no key scores are rounded to steps of 64 beside -1e+09; which step, depends "
+                "on the order of additions (assumed)"
             }
         ),
     ),

@@ -13,10 +13,11 @@ import onnx_ir as ir
 from faexport.match import Context, matcher
 from faexport.match.onnx_attention import used_output
 from faexport.nodes import attribute, name_of, operand
-from faexport.spec import Alignment, AttentionSpec, Candidate, Fact, Layout, Mask, Operand, Refusal
+from faexport.spec import Alignment, Assumption, AttentionSpec, Candidate, Fact, Layout, Mask, Operand, Refusal
 from faexport.surgery import Builder
 from faexport.understand.core.structure import TYPES
 from faexport.understand.layout.declared import Declared, read_all, sizes_of
+from faexport.understand.mask.words import rounding_text
 from faexport.understand.shapes.dims import Dim, plain
 
 SOURCE = "ort_contrib"
@@ -74,7 +75,15 @@ class Contrib:
         added = self._padding_as_bias(padding, len(shape))
         mask.attn_bias = added if bias is None else self.build.add("Add", [added, bias])
         mask.facts += (Fact("padding mask", (name_of(self.node),)),)
+        if -1e30 < self.filler < 0:
+            text = f"{rounding_text(self.filler, self.dtype)} (assumed)"
+            mask.facts += (Assumption(text, (name_of(self.node),)),)
         return mask
+
+    @property
+    def filler(self) -> float:
+        """What is added to the scores of keys that a mask hides."""
+        return attribute(self.node, "mask_filter_value", -10000.0)
 
     def _lengths(self, padding: ir.Value) -> ir.Value:
         """The number of visible keys: that in the mask, and all where it hides all of them, since what is added to all
@@ -91,8 +100,8 @@ class Contrib:
 
     def _padding_as_bias(self, padding: ir.Value, rank: int) -> ir.Value:
         build, dtype = self.build, self.dtype
-        low = attribute(self.node, "mask_filter_value", -10000.0)
-        numbers = [build.add("Constant", (), dtype, value=ir.tensor(np.array(x, dtype.numpy()))) for x in (0.0, low)]
+        values = (np.array(x, dtype.numpy()) for x in (0.0, self.filler))
+        numbers = [build.add("Constant", (), dtype, value=ir.tensor(x)) for x in values]
         zero = build.add("Constant", (), ir.DataType.INT32, value=ir.tensor(np.array(0, np.int32)))
         keep = build.add("Greater", [padding, zero], ir.DataType.BOOL)  # numbers below 0 hide, too
         value = build.add("Where", [keep, *numbers], dtype)

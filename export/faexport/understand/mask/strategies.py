@@ -38,7 +38,7 @@ from faexport.understand.mask.terms import (
     zeros_and_ones,
 )
 from faexport.understand.mask.window import split
-from faexport.understand.mask.words import axes_of, kind_of, window_text
+from faexport.understand.mask.words import axes_of, kind_of, rounding_text, window_text
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
 
@@ -47,8 +47,6 @@ _LOWER_BIAS = (
     "its mask puts {:g} in place of scores, and what was added to others may be lower: then the masked keys would be "
     "seen instead (--assume full-rows or right-padding rules that out)"
 )
-# Of each type, those stored.
-_MANTISSA_BITS = {ir.DataType.FLOAT16: 10, ir.DataType.BFLOAT16: 7, ir.DataType.FLOAT: 23, ir.DataType.DOUBLE: 52}
 _BOTH_MASKS = (
     "a float mask is added to scores that another mask replaced by a number: rows of padding only would come out "
     "differently (--assume full-rows or right-padding rules them out)"
@@ -263,11 +261,7 @@ def _note_rounding(draft: Draft) -> None:
     dtype = draft.site.scores.dtype
     weak = [number for number in fills(draft.site) if number > ABSORBS.get(dtype, -math.inf)]
     if weak:
-        step = 2.0 ** (math.floor(math.log2(-sum(weak))) - _MANTISSA_BITS[dtype])
-        draft.assume(
-            f"in a row that sees no key scores are rounded to steps of {step:.2g} beside {sum(weak):g}; which step, "
-            "depends on the order of additions"
-        )
+        draft.assume(rounding_text(sum(weak), dtype))
 
 
 def _decide(draft: Draft, problem: Problem, cases: list[Case]) -> tuple[Expr, list[Case]]:

@@ -1,12 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of masks in the report. Called by strategies.py, draft.py and bias.py."""
+"""What is said of masks in the report. Called by strategies.py, draft.py, bias.py and match/."""
 
 from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
 
 from faexport.understand.mask.window import Window
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.printing import to_text
+
+# Of each type, those stored.
+_MANTISSA_BITS = {ir.DataType.FLOAT16: 10, ir.DataType.BFLOAT16: 7, ir.DataType.FLOAT: 23, ir.DataType.DOUBLE: 52}
+
+
+def rounding_text(fill: float, dtype: ir.DataType) -> str:
+    """What a fill that doesn't absorb scores leaves of them in a row where it is added to all."""
+    step = 2.0 ** (math.floor(math.log2(-fill)) - _MANTISSA_BITS[dtype])
+    return (
+        f"in a row that sees no key scores are rounded to steps of {step:.2g} beside {fill:g}; which step, depends on "
+        "the order of additions"
+    )
 
 
 def window_text(window: Window) -> str:
