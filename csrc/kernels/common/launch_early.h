@@ -8,9 +8,18 @@
 
 namespace fa {
 
+/// Of the CUDA that the driver is of: 13020 is 13.2. 0: unknown.
+inline int driver_version() {
+  static const int version = [] {
+    int found = 0;
+    return cudaDriverGetVersion(&found) == cudaSuccess ? found : 0;
+  }();
+  return version;
+}
+
 /// kernel<<<blocks, threads, shared_bytes, stream>>>(args), early, `cluster` neighbouring blocks on multiprocessors that reach
-/// each other's shared memory. Not while the stream is captured: from a CUDA graph a launch takes a microsecond less anyway, and
-/// which nodes may stand before such a kernel depends on the driver.
+/// each other's shared memory. While the stream is captured, only under drivers of CUDA 13 and later: which nodes of a graph may
+/// stand before such a kernel depends on the driver.
 template <class Args>
 cudaError_t launch_early(void (*kernel)(Args), int blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                          const Args& args, int cluster = 1) {
@@ -24,7 +33,7 @@ cudaError_t launch_early(void (*kernel)(Args), int blocks, int threads, size_t s
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  if (capture == cudaStreamCaptureStatusNone) {
+  if (capture == cudaStreamCaptureStatusNone || driver_version() >= 13000) {
     cudaLaunchAttribute& early = attributes[config.numAttrs++];
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;

@@ -14,7 +14,7 @@
 
 namespace fa::decode_sm90 {
 
-/// One counter for each block in which a head begins that other blocks finish.
+/// One counter for each head that several blocks share.
 struct MergeCounter {
   unsigned parts_done;  // wraps to 0 with the last
   unsigned claims;      // of the pieces of the merge; meaningful once all parts are done
@@ -38,6 +38,15 @@ struct Schedule {
   int snap;              // a cut at most so far from the end of a head is moved there
 };
 
+/// How heads that all have equally many key tiles are cut into pieces.
+struct HeadCut {
+  int heads;      // 0: they are not cut so, but by a Schedule
+  int tiles;      // of each
+  Divisor parts;  // of each
+  int pieces;     // of all
+  int cluster;    // blocks that have the parts of a head and merge them through shared memory; 0: through the workspace
+};
+
 struct KernelArgs {
   CUtensorMap key;    // [B, H_kv, S_kv, D], boxes of tile_n rows x 64 columns
   CUtensorMap value;  // [B, H_kv, S_kv, D_v], likewise
@@ -52,14 +61,20 @@ struct KernelArgs {
   bool uniform;        // all spans see the same keys, and the host knows which: …
   Schedule schedule;   // … then the schedule is made there, …
   SequenceWork work;   // … and this is that of each span, but for its batch entry
-  bool scan_mask;      // the mask is the same for all heads and short beside the keys: each block looks for its true keys
-  bool modified;       // softcap, bias or ALiBi: scores need more than a scale
-  bool out_by_4;       // four elements of a row of out are an aligned 8 bytes
+  int share;           // … and so are the key tiles of a block, on average
+  HeadCut cut;         // or all heads are cut alike, and the schedule is not used
+  Divisor heads_of_span, row_tiles;
+  unsigned* draws;  // pieces of the cut that were drawn beyond the first of each block, 0 before the launch and after it;
+                    // null: each block has one piece
+  bool scan_mask;   // the mask is the same for all heads and short beside the keys: each block looks for its true keys
+  bool modified;    // softcap, bias or ALiBi: scores need more than a scale
+  bool out_by_4;    // four elements of a row of out are an aligned 8 bytes
 
-  // Each block has two slots: 0 for a head that an earlier block began, 1 for one that a later block goes on with.
-  float2* partial_state;   // [2 * blocks, partial_rows]: maximum and sum (SoftmaxState)
-  float* partial_out;      // [2 * blocks, partial_rows, D_v], relative to that maximum, not normalized
-  MergeCounter* counters;  // [blocks], parts_done 0 before the launch and after it
+  // Of a HeadCut, each piece has a slot; of a Schedule each block two: 0 for a head that an earlier block began, 1 for one that a
+  // later block goes on with.
+  float2* partial_state;   // [slots, partial_rows]: maximum and sum (SoftmaxState)
+  float* partial_out;      // [slots, partial_rows, D_v], relative to that maximum, not normalized
+  MergeCounter* counters;  // parts_done 0 before the launch and after it
 };
 
 /// A piece of work: some rows of one key head, and all or a part of their keys.
@@ -76,9 +91,11 @@ struct alignas(16) Item {
   int test_mask;             // the bool mask hides some of these
   RowBand band;              // what windows leave
   int64_t query_offset;
-  int first_block;      // in which the head begins
-  int part, num_parts;  // this piece among those of the head, in the order of the keys
-  int last_of_block;    // the block has nothing to do afterwards
+  int first_warp;                        // which has the first tile
+  int part, num_parts;                   // this piece among those of the head, in the order of the keys
+  int counter;                           // of the head
+  int first_slot, late_slot, slot_step;  // part 0 has first_slot, part i late_slot + slot_step * i
+  int last_of_block;                     // the block has nothing to do afterwards
 };
 
 }  // namespace fa::decode_sm90

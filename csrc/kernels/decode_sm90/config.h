@@ -16,10 +16,21 @@ inline constexpr int kItemSlots = 4;             // pieces of work that the prod
 inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory of a block
 inline constexpr int kMaxScannedMasks = 256;     // batch entries whose masks every block may look through
 
+// If every block has so much to read that the memory is busy all along, it is faster with less under way.
+inline constexpr int kMinBytesOfLongShare = 640 << 10;  // of a block's keys and values
+inline constexpr int kBytesAtOnce = 48 << 10;           // under way to a block
+
 // Where the keys are cut. Units are key tiles.
+inline constexpr int kMinReadOfPart = 16;    // times the bytes of its partial results, or the merge would cost more than its keys
 inline constexpr int kMinUnitsPerBlock = 2;  // with less, a block's own start and end would cost more than its keys
 inline constexpr int kMaxSnap = 2;           // a cut so near to the end of a head is moved there, …
 inline constexpr int kUnitsPerSnap = 4;      // … but not by more than this part of a block's share
+
+// Where all heads have equally many key tiles (head_cut.h).
+inline constexpr int kMostClusterBlocks = 8;          // that merge a head through each other's shared memory
+inline constexpr int kMostClusterBytes = 256 * 1024;  // of a block's keys and values, where more blocks could share the head
+inline constexpr int kMinHeadsToDraw = 2;             // a block: with fewer, ranges of equal length end sooner
+inline constexpr int kMinTilesToDraw = 16;            // of a head: with less, drawing would take longer than reading
 
 inline constexpr int64_t kSharedMerge = 96 << 10;  // partial results from this many bytes on are merged by all of their blocks
 inline constexpr int kPatience = 16000;            // clocks that a block waits for others before it leaves the merge to them
@@ -33,10 +44,11 @@ struct TileShape {
   constexpr int shared_bytes() const { return (kSharedLimit + 1024) / blocks_per_sm - 1024; }
 };
 
-/// head_dim: the bucket, a multiple of 64. Four warps have 255 registers each, enough to read several operands ahead; eight would
-/// multiply no faster, since each would wait for shared memory, and would have twice as much to merge.
+/// head_dim: the bucket, a multiple of 64. Four warps have 255 registers each, enough to read several operands ahead; eight
+/// multiply no faster, since each waits for shared memory, and have twice as much to merge. With 64 columns, where the softmax is
+/// as much work as the products, eight are faster.
 constexpr TileShape tile_shape(int head_dim) {
-  if (head_dim <= 64) return {4, 64};
+  if (head_dim <= 64) return {8, 32};
   return {4, 32};
 }
 

@@ -36,6 +36,8 @@ struct Consumer {
   }
   /// [kWarps, merge_rows, merge_stride].
   __device__ __forceinline__ float* merged() const { return reinterpret_cast<float*>(ring + args.stages * C::kStageBytes); }
+  /// Where the block's part is merged in a cluster. Each block has one piece, whose tiles have been read by then.
+  __device__ __forceinline__ PartInShared<C> part_in_shared() const { return {reinterpret_cast<float*>(ring)}; }
 
   __device__ __forceinline__ void run() {
     for (unsigned i = 0;; ++i) {
@@ -138,8 +140,13 @@ struct Consumer {
         *reinterpret_cast<float2*>(data + 8 * d) = make_float2(out[0][d][2 * r], out[0][d][2 * r + 1]);
     }
     named_barrier_sync(kConsumerBarrier, 32 * C::kWarps);
-    merge_warps<C>(args, shared, item, merged());
-    if (item.num_parts > 1) finish_head<C>(args, shared, item);
+    merge_warps<C>(args, shared, item, merged(), part_in_shared());
+    if (item.num_parts == 1) return;
+    if (args.cut.cluster > 0) {
+      merge_in_cluster<C>(args, item, part_in_shared());
+    } else {
+      finish_head<C>(args, shared, item);
+    }
   }
 };
 

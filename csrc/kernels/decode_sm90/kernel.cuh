@@ -47,7 +47,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm)
   if (threadIdx.x / 32 < C::kWarps) {
     Consumer<C>(args, shared, ring).run();
   } else if (threadIdx.x % 32 == 0) {
-    produce<C>(args, shared, ring);
+    if (args.cut.heads > 0) {
+      produce<C>(args, shared, ring, DrawnPieces<C>(args, shared));
+    } else {
+      produce<C>(args, shared, ring, Range<C>(args, shared));
+    }
   }
 }
 

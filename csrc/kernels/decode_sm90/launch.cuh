@@ -5,10 +5,12 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
 #include "kernels/common/tensor_map.h"
+#include "kernels/decode_sm90/head_cut.h"
 #include "kernels/decode_sm90/instances.h"
 #include "kernels/decode_sm90/kernel.cuh"
 #include "kernels/decode_sm90/merge_counters.h"
@@ -34,6 +36,31 @@ inline bool has_rows_by_4(const TensorView& view) {
   return aligned;
 }
 
+/// How many clusters of `blocks` blocks the current device holds at a time; 0 where it can't say.
+template <class C>
+int most_clusters(int blocks) {
+  static const std::array<int, kMostClusterBlocks + 1> found = [] {
+    std::array<int, kMostClusterBlocks + 1> most{};
+    for (int size = 2; size <= kMostClusterBlocks; size *= 2) {
+      cudaLaunchAttribute together{};
+      together.id = cudaLaunchAttributeClusterDimension;
+      together.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(size);
+      config.blockDim = dim3(C::kThreads);
+      config.dynamicSmemBytes = C::kTile.shared_bytes();
+      config.attrs = &together;
+      config.numAttrs = 1;
+      if (cudaOccupancyMaxActiveClusters(&most[size], decode_sm90_kernel<C>, &config) != cudaSuccess) {
+        cudaGetLastError();
+        most[size] = 0;
+      }
+    }
+    return most;
+  }();
+  return found[blocks];
+}
+
 /// All of the arguments but tensor maps and workspace.
 template <class C>
 KernelArgs describe_problem(const AttentionParams& p, int blocks) {
@@ -51,7 +78,13 @@ KernelArgs describe_problem(const AttentionParams& p, int blocks) {
       !p.kv_lengths.present && !p.query_lengths.present && !p.query_offsets.present && !p.cu_seqlens_q.present && !args.scan_mask;
   if (args.uniform && args.num_spans > 0) {
     args.work = work_of<C>(args, 0, {0, p.key.shape[2]});
+    const int64_t heads = int64_t{args.num_spans} * args.work.row_tiles * p.key.shape[1];
+    const int64_t part_bytes = slot_floats(args.partial_rows, p.value.shape[3]) * sizeof(float);
+    args.share = static_cast<int>(heads * args.work.units_of_item / blocks);
+    args.cut = cut_heads(heads, args.work.units_of_item, C::kStageBytes, part_bytes, blocks, most_clusters<C>);
     args.schedule = cut(args.work.units * args.num_spans, blocks);
+    args.heads_of_span = Divisor(args.work.row_tiles * p.key.shape[1]);
+    args.row_tiles = Divisor(args.work.row_tiles);
   }
   args.modified = p.softcap != 0.0f || p.bias.present || p.alibi_slopes.present;
   args.out_by_4 = has_rows_by_4(p.out);
@@ -64,18 +97,22 @@ Status launch_instance(const Plan& plan, const AttentionParams& p, const Executi
   constexpr int kSharedBytes = C::kTile.shared_bytes();
   static_assert(plan_bytes<C::kWarps>() + merge_bytes(kHeadDim, kRowsPerWarp) + kTilesBeforeItem * C::kStageBytes <= kSharedBytes,
                 "The ring must hold the tiles that are loaded before their item is published, else nobody would ever empty it.");
-  const int blocks = num_blocks(p, plan.device, C::kTile);
+  int blocks = num_blocks(p, plan.device, C::kTile);
+  const auto kernel = decode_sm90_kernel<C>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return cuda_status(error, "decode_sm90 could not be launched");
   KernelArgs args = describe_problem<C>(p, blocks);
   if (Status status = encode_tensor_map(p.key, C::kTileN, &args.key); !status.ok()) return status;
   if (Status status = encode_tensor_map(p.value, C::kTileN, &args.value); !status.ok()) return status;
   const int64_t slots = 2 * blocks;
   args.partial_out = reinterpret_cast<float*>(static_cast<char*>(context.workspace) + kCounterBytes);
   args.partial_state = reinterpret_cast<float2*>(args.partial_out + slots * args.partial_rows * p.value.shape[3]);
-  const auto kernel = decode_sm90_kernel<C>;
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  cudaError_t error = find_merge_counters(context, &args.counters);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error == cudaSuccess) error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, stream, args);
+  error = find_merge_counters(context, &args.counters);
+  if (args.cut.pieces > blocks) args.draws = &args.counters[kMaxBlocks].parts_done;
+  if (args.cut.heads > 0) blocks = std::min(blocks, args.cut.pieces);
+  if (error == cudaSuccess)
+    error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, stream, args, std::max(args.cut.cluster, 1));
   return cuda_status(error, "decode_sm90 could not be launched");
 }
 

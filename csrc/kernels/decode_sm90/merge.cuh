@@ -4,6 +4,7 @@
 // in the order of the keys, so that results repeat bit for bit.
 #pragma once
 
+#include "kernels/common/cluster.cuh"
 #include "kernels/common/convert.cuh"
 #include "kernels/common/grid_counter.cuh"
 #include "kernels/common/reduce.cuh"
@@ -15,6 +16,7 @@
 namespace fa::decode_sm90 {
 
 inline constexpr int kConsumerBarrier = 1;  // 0 is that of the whole block
+inline constexpr int kPartsTogether = 4;    // under way to a lane; twice as many to a warp
 
 /// Of a row, its state and, kChunks times, four neighbouring columns of its output.
 template <int kChunks>
@@ -45,8 +47,44 @@ struct Partial {
   }
 };
 
-/// The place of part `part` of a head's results.
-__device__ __forceinline__ int64_t slot_of(const Item& item, int part) { return 2 * (item.first_block + part) + (part == 0); }
+/// The part of a block of a cluster, in its shared memory: rows with their states behind them.
+template <class C>
+struct PartInShared {
+  static constexpr int kStride = C::kHeadDim + 4;
+  static_assert(kMostTileRows * kStride * 4 <= C::kWarps * C::kStageBytes, "The ring has at least one stage a warp.");
+  float* data;  // [kMostTileRows, kStride]
+
+  __device__ __forceinline__ float* row(int row) const { return data + row * kStride; }
+};
+
+/// A head's parts in the workspace.
+struct PartsInWorkspace {
+  const KernelArgs& args;
+  const Item& item;
+
+  /// Where row `row` of part `part` lies: far below 2^31 floats, as nothing but the blocks have parts.
+  __device__ __forceinline__ int place(int part, int row) const {
+    const int slot = part == 0 ? item.first_slot : item.late_slot + item.slot_step * part;
+    return slot * args.partial_rows + row;
+  }
+  __device__ __forceinline__ float* row(int place) const {
+    return args.partial_out + place * static_cast<int>(args.problem.value.shape[3]);
+  }
+  __device__ __forceinline__ float2 state(int place) const { return __ldcg(args.partial_state + place); }
+  __device__ __forceinline__ float4 out(int place, int column) const {
+    return __ldcg(reinterpret_cast<const float4*>(row(place) + column));
+  }
+};
+
+/// A head's parts in the shared memory of the blocks of a cluster.
+template <class C>
+struct PartsInCluster {
+  PartInShared<C> own;
+
+  __device__ __forceinline__ uint32_t place(int part, int row) const { return cluster_address(own.row(row), part); }
+  __device__ __forceinline__ float2 state(uint32_t place) const { return load_cluster_float2(place + 4 * C::kHeadDim); }
+  __device__ __forceinline__ float4 out(uint32_t place, int column) const { return load_cluster_float4(place + 4 * column); }
+};
 
 /// Sink, normalization, output and log-sum-exp of one row. A row that attends no key becomes 0.
 template <class C>
@@ -79,66 +117,90 @@ __device__ __forceinline__ void write_row(const KernelArgs& args, const Item& it
   }
 }
 
-/// All consumers: the block's result for each row, to its output or to the block's slot in the workspace.
+/// Four columns of a row from all warps of the block, in the order of the warps' first tiles: so it makes no difference which
+/// block has a piece, and what it had before.
+template <class C>
+__device__ __forceinline__ Partial<1> merged_row(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, const Item& item,
+                                                 const float* merged, int row, int column) {
+  const int key_warps = C::kWarps >> row_bits(args);
+  float2 state[C::kWarps];
+  float4 out[C::kWarps][1];
+#pragma unroll
+  for (int i = 0; i < C::kWarps; ++i) {
+    state[i] = {-INFINITY, 0.0f};
+    out[i][0] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (i >= key_warps) continue;
+    const int in_order = (item.first_warp + i) & (key_warps - 1);
+    const int warp = row / kRowsPerWarp + (in_order << row_bits(args)), row_of_warp = row % kRowsPerWarp;
+    const float* data = merged + (warp * args.merge_rows + row_of_warp) * merge_stride(C::kHeadDim) + column;
+    state[i] = shared.state[warp][row_of_warp];
+    out[i][0] = *reinterpret_cast<const float4*>(data);
+  }
+  Partial<1> x;
+  x.add(state, out);
+  return x;
+}
+
+/// All consumers: the block's result for each row, to its output or to where the parts of a head are merged.
 template <class C>
 __device__ __forceinline__ void merge_warps(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, const Item& item,
-                                            const float* merged) {
+                                            const float* merged, const PartInShared<C>& part_in_shared) {
   constexpr int kThreadsOfRow = C::kHeadDim / 4, kRowsTogether = 32 * C::kWarps / kThreadsOfRow;
+  constexpr int kRowsOfThread = C::kHeadDim > 128 ? 2 : 1;  // at once: where more threads share a row, each has more of them
   const int head_dim_v = static_cast<int>(args.problem.value.shape[3]), column = threadIdx.x % kThreadsOfRow * 4;
-  const int key_warps = C::kWarps >> row_bits(args);
   if (column >= head_dim_v || threadIdx.x >= kRowsTogether * kThreadsOfRow) return;
-  for (int row = threadIdx.x / kThreadsOfRow; row < item.num_rows; row += kRowsTogether) {
-    float2 state[C::kWarps];
-    float4 out[C::kWarps][1];
+  for (int first = threadIdx.x / kThreadsOfRow; first < item.num_rows; first += kRowsOfThread * kRowsTogether) {
+    Partial<1> x[kRowsOfThread];
 #pragma unroll
-    for (int i = 0; i < C::kWarps; ++i) {
-      state[i] = {-INFINITY, 0.0f};
-      out[i][0] = {0.0f, 0.0f, 0.0f, 0.0f};
-      if (i >= key_warps) continue;
-      const int warp = row / kRowsPerWarp + (i << row_bits(args)), row_of_warp = row % kRowsPerWarp;
-      const float* data = merged + (warp * args.merge_rows + row_of_warp) * merge_stride(C::kHeadDim) + column;
-      state[i] = shared.state[warp][row_of_warp];
-      out[i][0] = *reinterpret_cast<const float4*>(data);
-    }
-    Partial<1> x;
-    x.add(state, out);
-    if (item.num_parts == 1) {
-      write_row<C>(args, item, row, column, x.state, x.out[0]);
-    } else {
-      const int64_t place = slot_of(item, item.part) * args.partial_rows + row;
-      *reinterpret_cast<float4*>(args.partial_out + place * head_dim_v + column) = x.out[0];
-      if (column == 0) args.partial_state[place] = make_float2(x.state.max, x.state.sum);
+    for (int r = 0; r < kRowsOfThread; ++r)
+      x[r] = merged_row<C>(args, shared, item, merged, min(first + r * kRowsTogether, item.num_rows - 1), column);
+#pragma unroll
+    for (int r = 0; r < kRowsOfThread; ++r) {
+      const int row = first + r * kRowsTogether;
+      const float2 state = make_float2(x[r].state.max, x[r].state.sum);
+      if (row >= item.num_rows) break;
+      if (item.num_parts == 1) {
+        write_row<C>(args, item, row, column, x[r].state, x[r].out[0]);
+      } else if (args.cut.cluster > 0) {
+        *reinterpret_cast<float4*>(part_in_shared.row(row) + column) = x[r].out[0];
+        if (column == 0) *reinterpret_cast<float2*>(part_in_shared.row(row) + C::kHeadDim) = state;
+      } else {
+        const PartsInWorkspace parts{args, item};
+        const int place = parts.place(item.part, row);
+        *reinterpret_cast<float4*>(parts.row(place) + column) = x[r].out[0];
+        if (column == 0) args.partial_state[place] = state;
+      }
     }
   }
 }
 
-/// A warp: kPanels panels of 64 columns of one row from all parts of its head. A half of the lanes has the even parts, the other
-/// the odd ones.
-template <class C, int kPanels>
-__device__ __forceinline__ void merge_parts(const KernelArgs& args, const Item& item, int row, int first_panel) {
-  constexpr int kTogether =
-      kPanels == 1 ? 16 : 10;  // parts whose results are under way to a lane; 132 blocks give 8 heads 9 each
+/// A warp: kPanels panels of 64 columns of one row from all parts of its head, kTogether of them under way to a lane. A half of
+/// the lanes has the even parts, the other the odd ones.
+template <class C, int kPanels, int kTogether, class Parts>
+__device__ __forceinline__ void merge_parts(const KernelArgs& args, const Item& item, int row, int first_panel,
+                                            const Parts& parts) {
   const int lane = threadIdx.x % 32, column = first_panel * kPanelColumns + lane % 16 * 4;
   const int head_dim_v = static_cast<int>(args.problem.value.shape[3]);
   Partial<kPanels> x;
+#pragma unroll 1
   for (int first = lane / 16; first < item.num_parts; first += 2 * kTogether) {
     float2 state[kTogether];
     float4 out[kTogether][kPanels];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int part = first + 2 * i;
-      const int64_t place = slot_of(item, part) * args.partial_rows + row;
-      state[i] = part < item.num_parts ? __ldcg(args.partial_state + place) : make_float2(-INFINITY, 0.0f);
+      const auto place = parts.place(part, row);
+      state[i] = part < item.num_parts ? parts.state(place) : make_float2(-INFINITY, 0.0f);
 #pragma unroll
       for (int j = 0; j < kPanels; ++j) {
+        const int its = column + j * kPanelColumns;
         out[i][j] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (part >= item.num_parts || column + j * kPanelColumns >= head_dim_v) continue;
-        const float* data = args.partial_out + place * head_dim_v + column + j * kPanelColumns;
-        out[i][j] = __ldcg(reinterpret_cast<const float4*>(data));
+        if (part < item.num_parts && its < head_dim_v) out[i][j] = parts.out(place, its);
       }
     }
     x.add(state, out);
   }
+  __syncwarp();
   const float2 state[1] = {{__shfl_down_sync(kAllLanes, x.state.max, 16), __shfl_down_sync(kAllLanes, x.state.sum, 16)}};
   float4 odd[1][kPanels];
 #pragma unroll
@@ -159,7 +221,7 @@ template <class C>
 __device__ __forceinline__ void merge_alone(const KernelArgs& args, const Item& item) {
   constexpr int kPanels = C::kPanels < 2 ? 1 : 2, kPieces = (C::kPanels + kPanels - 1) / kPanels;  // of a row
   for (int i = threadIdx.x / 32; i < item.num_rows * kPieces; i += C::kWarps)
-    merge_parts<C, kPanels>(args, item, i / kPieces, i % kPieces * kPanels);
+    merge_parts<C, kPanels, kPartsTogether>(args, item, i / kPieces, i % kPieces * kPanels, PartsInWorkspace{args, item});
 }
 
 /// The same together with other blocks: each warp takes piece after piece, as long as there are any.
@@ -170,7 +232,8 @@ __device__ __forceinline__ void merge_together(const KernelArgs& args, const Ite
     if (threadIdx.x % 32 == 0) piece = static_cast<int>(atomicAdd(&counter.claims, 1u));
     piece = __shfl_sync(kAllLanes, piece, 0);
     if (piece >= item.num_rows * C::kPanels) return;
-    merge_parts<C, 1>(args, item, piece / C::kPanels, piece % C::kPanels);
+    const PartsInWorkspace parts{args, item};
+    merge_parts<C, 1, 2 * kPartsTogether>(args, item, piece / C::kPanels, piece % C::kPanels, parts);
   }
 }
 
@@ -179,7 +242,7 @@ __device__ __forceinline__ void merge_together(const KernelArgs& args, const Ite
 template <class C>
 __device__ __forceinline__ void finish_head(const KernelArgs& args, SharedPlan<C::kWarps>& shared, const Item& item) {
   constexpr int kThreads = 32 * C::kWarps;
-  MergeCounter& counter = args.counters[item.first_block];
+  MergeCounter& counter = args.counters[item.counter];
   const int64_t bytes = args.problem.value.shape[3] * item.num_rows * item.num_parts * int64_t{sizeof(float)};
   const bool together = bytes >= kSharedMerge;
   if (together && item.part == 0 && threadIdx.x == 0) counter.claims = 0;  // before this part is told of, so before any claim
@@ -196,6 +259,18 @@ __device__ __forceinline__ void finish_head(const KernelArgs& args, SharedPlan<C
   } else {
     merge_alone<C>(args, item);
   }
+}
+
+/// All consumers of all blocks of a cluster, after each block's part has been written.
+template <class C>
+__device__ __forceinline__ void merge_in_cluster(const KernelArgs& args, const Item& item, const PartInShared<C>& own) {
+  cluster_arrive();
+  cluster_wait();
+  const int warps = C::kWarps * item.num_parts, pieces = item.num_rows * C::kPanels;
+  for (int i = static_cast<int>(threadIdx.x / 32) * item.num_parts + item.part; i < pieces; i += warps)
+    merge_parts<C, 1, kMostClusterBlocks / 2>(args, item, i / C::kPanels, i % C::kPanels, PartsInCluster<C>{own});
+  cluster_arrive();  // no block ends while another reads its shared memory
+  cluster_wait();
 }
 
 }  // namespace fa::decode_sm90

@@ -8,7 +8,7 @@ namespace {
 
 constexpr size_t kNumWorkspaces = 256;
 
-__device__ MergeCounter counters_of_all[kNumWorkspaces][kMaxBlocks];  // 1 MB; the loader makes them 0
+__device__ MergeCounter counters_of_all[kNumWorkspaces][kNumCounters];  // 1 MB; the loader makes them 0
 
 }  // namespace
 
@@ -21,7 +21,7 @@ cudaError_t find_merge_counters(const ExecutionContext& context, MergeCounter** 
   }
   void* first = nullptr;
   const cudaError_t error = cudaGetSymbolAddress(&first, counters_of_all);
-  if (error == cudaSuccess) *counters = static_cast<MergeCounter*>(first) + number * kMaxBlocks;
+  if (error == cudaSuccess) *counters = static_cast<MergeCounter*>(first) + number * kNumCounters;
   return error;
 }
 

@@ -5,7 +5,7 @@
 
 #include "kernels/common/launch_early.h"
 #include "kernels/common/tma.cuh"
-#include "kernels/decode_sm90/schedule.cuh"
+#include "kernels/decode_sm90/pieces.cuh"
 
 namespace fa::decode_sm90 {
 
@@ -36,26 +36,41 @@ __device__ __forceinline__ void load_stage(const KernelArgs& args, unsigned char
   }
 }
 
-template <class C>
-__device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kWarps>& shared, unsigned char* ring) {
-  Walk<C> walk(args, shared);
-  RingPlace place;
+/// Pieces: DrawnPieces or Range, the block's pieces one after the other.
+template <class C, class Pieces>
+__device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kWarps>& shared, unsigned char* ring,
+                                        Pieces pieces) {
+  const int key_warps = C::kWarps >> row_bits(args);
+  RingPlace place, landed;
+  const int share = args.uniform ? args.share : shared.schedule.per_block;
+  int to_start = args.stages;  // before one of those under way must have landed
+  if (share >= kMinBytesOfLongShare / C::kStageBytes) to_start = min(to_start, (kBytesAtOnce - 1) / C::kStageBytes + 1);
   RingPosition<kItemSlots> slot;
   const auto load_until = [&](const Piece& piece, int tile, int end) {
-    const int first_key = static_cast<int>(walk.work.sequence.first_key), batch = static_cast<int>(walk.work.sequence.batch_idx);
+    const int first_key = static_cast<int>(pieces.work.sequence.first_key);
+    const int batch = static_cast<int>(pieces.work.sequence.batch_idx);
 #pragma unroll 1
     for (; tile < end; ++tile) {
       const int stage = place.stage(args.stages);
+      if (to_start > 0) {
+        --to_start;
+      } else {
+        shared.full[landed.stage(args.stages)].wait(landed.phase(args.stages));
+        landed.advance(1, args.stages);
+      }
       mbarrier_wait(&shared.empty[stage], place.phase(args.stages) ^ 1);
       load_stage<C>(args, ring + stage * C::kStageBytes, shared.full[stage], first_key + tile * C::kTileN, piece.key_head, batch);
       place.advance(1, args.stages);
     }
   };
-  for (Piece piece; walk.next(piece);) {
-    const int early = min(piece.end, piece.begin + kTilesBeforeItem);
+  for (Piece piece; pieces.next(piece);) {
+    const int first_warp = place.turn & (key_warps - 1), early = min(piece.end, piece.begin + kTilesBeforeItem);
     load_until(piece, piece.begin, early);
     shared.item_empty[slot.stage].wait(slot.phase ^ 1);
-    shared.item[slot.stage] = walk.describe(piece);
+    Item& item = shared.item[slot.stage];
+    item = describe<C>(args, shared, pieces.work, pieces.idx, piece);
+    item.first_warp = first_warp;
+    pieces.place(item);
     shared.item_full[slot.stage].arrive();
     slot.advance();
     load_until(piece, early, piece.end);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which block reads which keys. The key tiles of all heads stand in one row, which is cut into equal ranges, so that each block
 // reads the same number of bytes whatever the lengths. Every block finds its own range from the lengths on the device; no host
-// needs to know them, and launches in a CUDA graph follow them. Called by the kernel's prologue and its producer.
+// needs to know them, and launches in a CUDA graph follow them. Called by the kernel's prologue and pieces.cuh.
 #pragma once
 
 #include "kernels/common/reduce.cuh"
@@ -184,117 +184,5 @@ __device__ __forceinline__ void make_schedule(const KernelArgs& args, SharedPlan
     before += work.units;
   }
 }
-
-/// Where an item lies: what must be known to start its copies.
-struct Piece {
-  int unit;                 // the head's first
-  int key_head, first_row;  // first_row: of the (row, head in group) pairs of the sequence
-  int begin, end;           // key tiles
-};
-
-/// The items of a block, one after the other. For the producer's one thread.
-template <class C>
-struct Walk {
-  const KernelArgs& args;
-  const SharedPlan<C::kWarps>& shared;
-  Schedule schedule;
-  int unit, end;        // of the range that is left
-  int idx, first_unit;  // the sequence, and where it begins
-  bool is_first = true;
-  SequenceWork work;
-
-  __device__ __forceinline__ Walk(const KernelArgs& args_, const SharedPlan<C::kWarps>& shared_)
-      : args(args_), shared(shared_), schedule(args_.uniform ? args_.schedule : shared_.schedule) {
-    const int block = static_cast<int>(blockIdx.x);
-    unit = cut_of(schedule, min(block, schedule.blocks));
-    end = cut_of(schedule, min(block + 1, schedule.blocks));
-    if (unit >= end) return;
-    if (args.uniform) {
-      work = args.work;
-      idx = args.num_spans == 1 ? 0 : unit / work.units;
-      first_unit = idx * work.units;
-      work.sequence.batch_idx = idx;
-    } else {
-      idx = shared.first_sequence;
-      first_unit = shared.first_unit;
-      work = shared.first_work;
-    }
-  }
-
-  /// False: there is no more.
-  __device__ __forceinline__ bool next(Piece& piece) {
-    while (unit < end) {
-      while (unit >= first_unit + work.units) go_to_next_sequence();
-      const int number = (unit - first_unit) / work.units_of_item, item_begin = first_unit + number * work.units_of_item;
-      const int item_end = item_begin + work.units_of_item, snap = schedule.snap;
-      int from = unit, to = item_end;
-      unit = item_end;
-      if (is_first) {
-        is_first = false;
-        if (from - item_begin <= snap) {
-          from = item_begin;
-        } else if (item_end - from <= snap) {
-          continue;
-        }
-      }
-      if (end < item_end && item_end - end > snap) {
-        if (end - item_begin <= snap) return false;
-        to = end;
-      }
-      piece.unit = item_begin;
-      piece.key_head = work.row_tiles == 1 ? number : number / work.row_tiles;
-      piece.first_row = (number - piece.key_head * work.row_tiles) * args.tile_rows;
-      const bool used = row_of(piece.first_row) < work.sequence.query_length && work.begin < work.end;
-      piece.begin = used ? work.begin + from - item_begin : 0;
-      piece.end = used ? work.begin + to - item_begin : 0;
-      return true;
-    }
-    return false;
-  }
-
-  /// All about the piece that next() has found.
-  __device__ __forceinline__ Item describe(const Piece& piece) const {
-    const Sequence& s = work.sequence;
-    const int all_rows = static_cast<int>(s.num_rows) * args.group_size.divisor, item_end = piece.unit + work.units_of_item;
-    Item item;
-    item.valid = 1;
-    item.sequence = idx;
-    item.batch = static_cast<int>(s.batch_idx);
-    item.key_head = piece.key_head;
-    item.first_row = piece.first_row;
-    item.num_rows = min(args.tile_rows, all_rows - item.first_row);
-    item.row_base = static_cast<int>(s.first_row);
-    item.query_length = static_cast<int>(s.query_length);
-    item.begin = piece.begin;
-    item.end = piece.end;
-    item.key_begin = work.key_begin;
-    item.key_end = work.key_end;
-    item.band = s.mask.band();
-    item.query_offset = s.mask.query_offset;
-    item.test_mask = mask_has_holes<C>(args, shared, idx);
-    const int last = min(row_of(item.first_row + item.num_rows - 1), item.query_length - 1);
-    const bool plain = !args.modified && !item.test_mask;
-    item.full_begin = (item.band.first(last, item.key_begin) + C::kTileN - 1) / C::kTileN;
-    item.full_end = plain ? item.band.end(row_of(item.first_row), item.key_end) / C::kTileN : 0;
-    item.first_block = block_of(schedule, piece.unit + schedule.snap);
-    item.part = static_cast<int>(blockIdx.x) - item.first_block;
-    item.num_parts = 1 + max(block_of(schedule, item_end - schedule.snap - 1) - item.first_block, 0);
-    item.last_of_block = end <= item_end;
-    return item;
-  }
-
- private:
-  __device__ __forceinline__ int row_of(int pair) const { return static_cast<int>(args.group_size.quotient(pair)); }
-
-  __device__ __forceinline__ void go_to_next_sequence() {
-    first_unit += work.units;
-    ++idx;
-    if (args.uniform) {
-      work.sequence.batch_idx = idx;
-    } else {
-      work = work_of<C>(args, shared, idx);
-    }
-  }
-};
 
 }  // namespace fa::decode_sm90
