@@ -24,7 +24,7 @@ def feeds(model: onnx.ModelProto, seed: int, large: bool = False, odd: bool = Fa
     sizes["tokens"] = sizes["total"]
     if odd:
         sizes["tokens"] = int(random.choice([sizes["total"], sizes["sequence"], 1], p=[0.5, 0.1, 0.4]))
-    sizes["entries"] = int(random.choice([sizes["batch"], 1]))
+    sizes["entries"] = int(random.choice([sizes["batch"], 1, 3 if odd and sizes["batch"] == 1 else sizes["batch"]]))
     initializers = {i.name for i in model.graph.initializer}
     result = {}
     for info in model.graph.input:
