@@ -131,6 +131,82 @@ def bert_table(data: dict) -> str:
     return "\n".join(lines)
 
 
+ENCODER_FILES = {
+    "ours": "faexport",
+    "ours rest": "faexport --rest",
+    "onnxruntime": "onnxruntime's optimizer",
+    "onnxscript": "onnxscript",
+    "unfused": "unfused",
+}
+ENCODER_EXPORTS = ("eager", "sdpa", "dynamo")
+
+
+def encoder_tables(data: dict) -> str:
+    """Whole encoders, a table a dtype: a cell has the times of the three exports."""
+    runtime = next(data["versions"][name] for name in ("onnxruntime-gpu", "onnxruntime") if name in data["versions"])
+    where = data.get("gpu") or f"CPU, {data['threads']} threads ({data['cpu']})"
+    parts = []
+    for dtype in dict.fromkeys(row["dtype"] for row in data["rows"]):
+        lines = [
+            f"Whole encoders, {dtype}, in onnxruntime {runtime}, {where}: milliseconds of the files made "
+            f"from three exports of PyTorch {data['versions'].get('torch', '')} "
+            f"({', '.join(ENCODER_EXPORTS)}; – failed, ! wrong). "
+            "The last columns: how many times as fast as the fastest of all other files, from the worst of the three:",
+            "",
+            f"| batch × length | {' | '.join(ENCODER_FILES.values())} | faexport | --rest |",
+            "|---" * (len(ENCODER_FILES) + 3) + "|",
+        ]
+        for row in (row for row in data["rows"] if row["dtype"] == dtype):
+            cells = [" / ".join(_cell(row, file, how) for how in ENCODER_EXPORTS) for file in ENCODER_FILES]
+            cells += [_times_as_fast(row, file) for file in ("ours", "ours rest")]
+            title = row["row"].rsplit(" b", 1)[0]
+            lines.append(f"| {title} {row['batch_size']} × {row['length']} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _is_right(found: dict, row: dict) -> bool:
+    """Near the float32 original, which itself is multiplied in TF32 on GPUs."""
+    return found["difference"] is not None and found["difference"] < (0.05 if row["dtype"] == "float16" else 0.01)
+
+
+def _cell(row: dict, file: str, how: str) -> str:
+    found = row["contestants"].get(f"{file}, {how}")
+    if found is None:
+        return "–"
+    digits = 3 if found["median_ms"] < 1 else 2 if found["median_ms"] < 100 else 0
+    return f"{found['median_ms']:.{digits}f}" + ("" if _is_right(found, row) else " !")
+
+
+def _times_as_fast(row: dict, file: str) -> str:
+    """The fastest other file's time over our slowest."""
+    ours = [row["contestants"].get(f"{file}, {how}") for how in ENCODER_EXPORTS]
+    others = [
+        found["median_ms"]
+        for name, found in row["contestants"].items()
+        if not name.startswith("ours") and _is_right(found, row)
+    ]
+    if not others or not all(found and _is_right(found, row) for found in ours):
+        return "–"
+    return f"{min(others) / max(found['median_ms'] for found in ours if found):.2f}"
+
+
+def fused_by_optimizer(data: dict) -> str:
+    """What onnxruntime's optimizer fused of each encoder and export."""
+    lines = [
+        "What onnxruntime's optimizer makes of these exports:",
+        "",
+        f"| | {' | '.join(ENCODER_EXPORTS)} |",
+        "|---" * (len(ENCODER_EXPORTS) + 1) + "|",
+    ]
+    for encoder in dict.fromkeys(row["encoder"] for row in data["rows"]):
+        counts = [data["fused"].get(f"{encoder} {how}", {}).get("float32 onnxruntime", {}) for how in ENCODER_EXPORTS]
+        cells = [", ".join(f"{number} {op}" for op, number in count.items()) or "–" for count in counts]
+        title = next(row["row"] for row in data["rows"] if row["encoder"] == encoder).rsplit(" b", 1)[0]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def cpu_table(data: dict) -> str:
     """Medians and memory beside onnxruntime's own operator and the unfused graph."""
     names = {"faexport": "ours", "MultiHeadAttention": "MultiHeadAttention", "unfused": "unfused"}
@@ -153,13 +229,17 @@ def section() -> str:
     parts = []
     tables = (
         ("bert.json", bert_table),
+        ("encoders.json", encoder_tables),
+        ("encoders.json", fused_by_optimizer),
+        ("encoders_cpu.json", encoder_tables),
         ("attention.json", ort_table),
         ("attention.json", float32_table),
         ("attention.json", gpu_table),
         ("cpu.json", cpu_table),
     )
+    replaced = {"bert.json"} if (RESULTS / "encoders.json").exists() else set()
     for name, table in tables:
-        if (RESULTS / name).exists():
+        if name not in replaced and (RESULTS / name).exists():
             parts.append(table(json.loads((RESULTS / name).read_text("utf-8"))))
     return "\n\n".join(filter(None, parts)) + "\n"
 

@@ -167,8 +167,8 @@ def app() -> None:
     "--rest/--no-rest",
     default=False,
     show_default=True,
-    help="Also join what stands around attention (residuals with their normalizations) into operators of onnxruntime; "
-    "other runtimes don't run the file then.",
+    help="Also join what stands around attention (GELU, residuals with their normalizations) into operators of "
+    "onnxruntime; other runtimes don't run the file then.",
 )
 @strict_option
 @quiet_option

@@ -17,9 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from . import model_io
+from .fallback import add_fallback
 from .half import is_ours, prepared
 from .nodes import op
-from .ort_session import Job, ModelFailure
+from .ort_session import Job, ModelFailure, has_library
 from .reference import Reference, needs_library
 from .side_by_side_math import Emit
 
@@ -102,13 +103,17 @@ def _weights(model: ir.Model) -> dict[str, float]:
 def _measured(path: os.PathLike[str] | str, reference: Reference) -> dict[str, float]:
     """The largest magnitudes of what the model computes on the reference's inputs, times MARGIN."""
     model = prepared(path)
+    library = needs_library(model)
+    if library and not has_library():
+        add_fallback(model)
+        library = False
     names = _measure(model)
     largest = np.zeros(len(names))
     given = {value.name for value in model.graph.inputs}
     with tempfile.TemporaryDirectory(prefix="faexport-range-") as folder:
         target = pathlib.Path(folder) / "model.onnx"
         model_io.save(model, target)
-        job = Job(os.fspath(target), optimize=False, library=needs_library(model))
+        job = Job(os.fspath(target), optimize=False, library=library)
         with reference.open_session(job) as session:
             for index in reference.compared:
                 tensors = reference.sets[index].tensors

@@ -243,3 +243,11 @@ def test_bodies_are_refused(tmp_path: pathlib.Path) -> None:
     onnx.save(model, tmp_path / "model.onnx")
     done = here(tmp_path / "model.onnx", "--fp16")
     assert done.returncode == 2 and "a body of an If, Loop or Scan" in done.stderr, done.stderr
+
+
+def test_without_the_library_the_stand_in_is_measured(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (ort_session, half_nodes):
+        monkeypatch.setattr(module, "has_library", lambda: False)
+    half_model = Converted(squares(), tmp_path)
+    assert "squares" in half_model.made.said.kept
+    assert half_model.check().status == "passed"

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from faexport import model_io, pipeline, report, verify
+from faexport import model_io, ort_session, pipeline, report, verify
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.test_sites import run
@@ -307,3 +307,67 @@ def test_a_wrong_normalization_would_be_found(tmp_path: pathlib.Path) -> None:
     joined.input[1] = joined.input[0]
     onnx.save(wrong, target)
     assert verify.verify(source, target).status == "failed"
+
+
+GELU = {  # how exporters write it -> the last nodes, of "biased", its error function "erf" and constants
+    "TorchScript": (("Mul", "biased", "above", "twice"), ("Mul", "twice", "half", "y")),
+    "torch.export": (("Mul", "half", "above", "share"), ("Mul", "biased", "share", "y")),
+}
+
+
+@pytest.mark.parametrize("bias_first", [True, False])
+@pytest.mark.parametrize("spelling", GELU)
+def test_gelu_is_joined_with_its_bias(spelling: str, bias_first: bool, tmp_path: pathlib.Path) -> None:
+    """TorchScript's exporter writes the bias first; onnxruntime by itself doesn't know torch.export's GELU."""
+    model, random = attention(), np.random.default_rng(0)
+    graph = model.graph
+    graph.node[-1].output[0] = "context"
+    sides = ["bias", "product"] if bias_first else ["product", "bias"]
+    graph.node.extend(
+        [
+            helper.make_node("MatMul", ["context", "weight"], ["product"]),
+            helper.make_node("Add", sides, ["biased"]),
+            helper.make_node("Div", ["biased", "root"], ["divided"]),
+            helper.make_node("Erf", ["divided"], ["erf"]),
+            helper.make_node("Add", ["erf", "one"], ["above"]),
+            *(helper.make_node(kind, inputs, [out]) for kind, *inputs, out in GELU[spelling]),
+        ]
+    )
+    arrays = {
+        "weight": random.standard_normal((HEADS * D, E), np.float32),
+        "bias": random.standard_normal(E, np.float32),
+    }
+    arrays |= {name: np.array(x, np.float32) for name, x in (("root", np.sqrt(2)), ("one", 1), ("half", 0.5))}
+    graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(model, source)
+    result, found = faexport.fuse(source, options=pipeline.Options(rest=True))
+    model_io.save(result, target, source=source)
+    assert counts(onnx.load(target))["BiasGelu"] == 1 and any("1 BiasGelu" in note for note in found.notes)
+    checked = verify.verify(source, target, open_session=ort_session.SessionHere)
+    assert checked.status == "passed", checked.reason
+
+
+def test_a_bias_in_front_of_the_residual_is_joined(tmp_path: pathlib.Path) -> None:
+    """As TorchScript's exporter writes it: bias + product, then the residual; what isn't joined stays as it was."""
+    model, random = attention(), np.random.default_rng(0)
+    graph = model.graph
+    graph.node[-1].output[0] = "context"
+    graph.node.extend(
+        [
+            helper.make_node("MatMul", ["context", "weight"], ["product"]),
+            helper.make_node("Add", ["bias", "product"], ["biased"]),
+            helper.make_node("Add", ["biased", "x"], ["sum"]),
+            helper.make_node("LayerNormalization", ["sum", "gamma", "beta"], ["normalized"], axis=-1),
+            helper.make_node("Add", ["shift", "normalized"], ["y"], name="shifted"),
+        ]
+    )
+    shapes = {"weight": (HEADS * D, E), **dict.fromkeys(("bias", "gamma", "beta", "shift"), (E,))}
+    graph.initializer.extend(
+        numpy_helper.from_array(random.standard_normal(shape, np.float32), name) for name, shape in shapes.items()
+    )
+    result, _ = faexport.fuse(model, options=pipeline.Options(rest=True, fallback=False))
+    (joined,) = (node for node in result.graph.node if node.op_type == "SkipLayerNormalization")
+    assert "bias" in joined.input and counts(result)["Add"] == 2  # the packed projections' and the last
+    (last,) = (node for node in result.graph.node if node.name == "shifted")
+    assert list(last.input) == ["shift", "normalized"]

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times whole encoders in onnxruntime, by exporter and by tool: BERT, DistilBERT, ViT, CLIP text, Whisper, T5.
+
+First the files (encoder_models.py), where --models has none: `--export-only` stops there. Then the times, on CUDA with
+bound inputs and outputs or on the CPU; results are compared with the float32 original's. Each encoder runs in a process
+of its own, and what fails is written down. Rows go into the results as they come, and rows of an earlier part of the
+same run (--encoders) stay, so that the whole may be split over several commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import math
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+import results_file
+
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
+CALLS = 30  # that the host's time is taken of
+
+
+def _export_all(options: argparse.Namespace) -> None:
+    """Each encoder and export in a process of its own; they take two threads each, and memory."""
+    from encoder_models import EXPORTS
+
+    todo = [(name, how) for name in options.encoders for how in EXPORTS]
+    todo = [pair for pair in todo if not (options.models / f"{pair[0]} {pair[1]}.json").exists()]
+    options.models.mkdir(parents=True, exist_ok=True)
+
+    def export(pair: tuple[str, str]) -> None:
+        name, how = pair
+        start = time.monotonic()
+        command = [sys.executable, __file__, "--models", options.models, "--layers", str(options.layers)]
+        environment = os.environ | {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+        log = options.models / f"{name} {how}.log"
+        with log.open("w") as file:
+            done = subprocess.run(
+                [*command, "--export-one", name, how], stdout=file, stderr=file, env=environment, check=False
+            )
+        said = options.models / f"{name} {how}.json"
+        if not said.exists():
+            said.write_text(json.dumps({"fused": {}, "failed": {"all": f"the process ended with {done.returncode}"}}))
+        failed = json.loads(said.read_text())["failed"]
+        print(f"{name} {how}: {time.monotonic() - start:.0f} s", *(f"{k}: {v}" for k, v in failed.items()), sep="\n  ")
+
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(export, todo))
+
+
+def _session(path: pathlib.Path, ours: bool, options: argparse.Namespace):
+    """`options.stream` is CUDA's, so that PyTorch's events time the session."""
+    import onnxruntime as ort
+
+    how = ort.SessionOptions()
+    how.log_severity_level = 3
+    if ours:
+        import faplugin
+
+        faplugin.register(how)
+    if options.device == "cpu":
+        how.intra_op_num_threads = options.threads
+        return ort.InferenceSession(os.fspath(path), how, providers=[PROVIDERS["cpu"]])
+    chosen = [(PROVIDERS["cuda"], {"user_compute_stream": str(options.stream)}), PROVIDERS["cpu"]]
+    made = ort.InferenceSession(os.fspath(path), how, providers=chosen)
+    if made.get_providers()[0] != PROVIDERS["cuda"]:
+        raise RuntimeError("onnxruntime has no CUDA provider here")
+    return made
+
+
+def _sessions(options: argparse.Namespace) -> tuple[dict, dict[str, str]]:
+    """Of all files of an encoder and dtype, and the sentences of those that can't be loaded; several at a time."""
+    from encoder_models import EXPORTS, FILES
+
+    name, dtype = options.time_one
+    wanted = [(f"{file}, {how}", how, file) for how in EXPORTS for file in FILES]
+
+    def load(one: tuple[str, str, str]):
+        _, how, file = one
+        try:
+            return _session(options.models / f"{name} {how} {dtype} {file}.onnx", file.startswith("ours"), options)
+        except Exception as error:
+            return _sentence(error)
+
+    with concurrent.futures.ThreadPoolExecutor(1 if options.device == "cpu" else 4) as pool:
+        loaded = dict(zip([title for title, *_ in wanted], pool.map(load, wanted), strict=True))
+    made = {title: one for title, one in loaded.items() if not isinstance(one, str)}
+    return made, {title: one for title, one in loaded.items() if isinstance(one, str)}
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _bound(made, tensors: dict[str, np.ndarray], device: str) -> tuple[Callable[[int], None], Callable[[], np.ndarray]]:
+    """One run on bound inputs, which waits for nothing on CUDA, and the output of the last one in float32."""
+    import onnxruntime as ort
+
+    binding = made.io_binding()
+    for wanted in made.get_inputs():
+        array = tensors[wanted.name]
+        array = array.astype(np.float16) if wanted.type == "tensor(float16)" else array
+        binding.bind_ortvalue_input(
+            wanted.name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+        )
+    for output in made.get_outputs():
+        binding.bind_output(output.name, device)
+    how = ort.RunOptions()
+    if device == "cuda":
+        how.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def output() -> np.ndarray:
+        if device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return binding.copy_outputs_to_cpu()[0].astype(np.float32)
+
+    return lambda _: made.run_with_iobinding(binding, how), output
+
+
+def _difference(want: np.ndarray, got: np.ndarray) -> float | None:
+    """Relative, in the 2-norm; None where it is no number."""
+    found = float(np.linalg.norm((want - got).ravel()) / np.linalg.norm(want.ravel()))
+    return found if math.isfinite(found) else None
+
+
+def _times(calls: dict[str, Callable[[int], None]], options: argparse.Namespace) -> dict[str, dict]:
+    """On CUDA the GPU's time, the host's time to enqueue a run, and both until the result is there."""
+    if options.device == "cpu":
+        turns = {name: functools.partial(call, 0) for name, call in calls.items()}
+        seconds = results_file.time_in_turn(turns, options.rounds)
+        return {name: _spread([1e3 * x for x in found]) for name, found in seconds.items()}
+    import gpu_timer
+    import torch
+
+    found, _ = gpu_timer.in_turn(calls, 1, options.rounds, capture=False)
+    rows = {name: gpu_timer.summary(times) for name, times in found.items()}
+    host: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(CALLS):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call(0)
+            enqueued = time.perf_counter()
+            torch.cuda.synchronize()
+            host[name].append((enqueued - start, time.perf_counter() - start))
+    for name, pairs in host.items():
+        enqueue, latency = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
+        rows[name] |= {"host_ms": enqueue, "latency_ms": latency}
+    return rows
+
+
+def _spread(times: list[float]) -> dict[str, float]:
+    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median_ms": median, "q1_ms": lower, "q3_ms": upper, "min_ms": min(times), "max_ms": max(times)}
+
+
+def _measure(options: argparse.Namespace) -> None:
+    """All sizes of one encoder and dtype; a line of JSON for each, on stdout."""
+    import torch
+    from encoder_models import ENCODERS, EXPORTS, inputs_of
+
+    name, dtype = options.time_one
+    encoder = ENCODERS[name]
+    if options.device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # onnxruntime takes one from outside only where it isn't the default
+        options.stream = torch.cuda.current_stream().cuda_stream
+    made, failed = _sessions(options)
+    original = next(p for how in EXPORTS if (p := options.models / f"{name} {how} float32 unfused.onnx").exists())
+    measure = _session(original, False, options)
+    for batch_size, length in encoder.cpu_sizes if options.device == "cpu" else encoder.sizes:
+        torch.manual_seed(0)
+        tensors = {n: x.numpy() for n, x in inputs_of(encoder, batch_size, length).items()}
+        row = {"encoder": name, "row": f"{encoder.title} b{batch_size} s{length}", "dtype": dtype, "contestants": {}}
+        row |= {"device": options.device, "batch_size": batch_size, "length": length, "failed": dict(failed)}
+        try:
+            call, output = _bound(measure, tensors, options.device)
+            call(0)
+            used = tensors["attention_mask"].astype(bool) if encoder.masked else ...
+            expected, calls, differences = output()[used], {}, {}
+        except Exception as error:
+            row["failed"]["all"] = _sentence(error)
+            print(json.dumps(row), flush=True)
+            continue
+        for contestant, session in made.items():
+            try:
+                call, output = _bound(session, tensors, options.device)
+                call(0)
+                differences[contestant] = _difference(expected, output()[used])
+                calls[contestant] = call
+            except Exception as error:
+                row["failed"][contestant] = _sentence(error)
+        times = _times(calls, options)
+        row["contestants"] = {c: found | {"difference": differences[c]} for c, found in times.items()}
+        print(json.dumps(row), flush=True)
+
+
+def _show(row: dict) -> None:
+    print(f"\n{row['device']} {row['dtype']} {row['row']}: milliseconds, difference from the float32 original")
+    for name, found in sorted(row["contestants"].items(), key=lambda item: item[1]["median_ms"]):
+        host = f"  host {found['host_ms']:.3f}  latency {found['latency_ms']:.3f}" if "host_ms" in found else ""
+        away = "not a number" if found["difference"] is None else f"{found['difference']:.1e}"
+        print(f"  {name:<22} {found['median_ms']:9.3f} ({found['q1_ms']:.3f} to {found['q3_ms']:.3f}){host}  {away}")
+    for name, why in row["failed"].items():
+        print(f"  {name:<22} failed: {why}", flush=True)
+
+
+def _run_all(options: argparse.Namespace) -> list[dict]:
+    start, rows = time.monotonic(), []
+    for dtype in options.dtypes:
+        for name in options.encoders:
+            left = options.seconds - (time.monotonic() - start)
+            if left < 5:
+                print(f"{name} {dtype}: no time is left (--seconds)")
+                continue
+            command = [sys.executable, __file__, "--models", options.models, "--device", options.device]
+            command += ["--threads", str(options.threads), "--rounds", str(options.rounds), "--time-one", name, dtype]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            try:
+                out, err = process.communicate(timeout=left)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, err = process.communicate()
+            for line in out.splitlines():
+                if line.startswith('{"encoder"'):
+                    rows.append(json.loads(line))
+                    _show(rows[-1])
+            if process.returncode:
+                print(f"{name} {dtype}: ended with {process.returncode}: {' '.join(err.split())[-300:]}", flush=True)
+            if rows:
+                _write(options, rows)
+    return rows
+
+
+def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
+    """With the rows of earlier parts of the same run: the same commit on the same machine."""
+    from encoder_models import EXPORTS
+
+    environment = results_file.environment(
+        *("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "onnxscript"), commit=options.commit
+    )
+    name = "encoders" if options.device == "cuda" else "encoders_cpu"
+    path = (results_file.RESULTS if options.record else results_file.SCRATCH) / f"{name}.json"
+    document = {**environment, "threads": options.threads, "layers": options.layers, "fused": {}, "rows": []}
+    if options.device == "cuda":
+        import torch
+
+        document["gpu"] = torch.cuda.get_device_name()
+    if path.exists():
+        before = json.loads(path.read_text())
+        if all(before.get(key) == document.get(key) for key in ("commit", "cpu", "gpu", "layers", "threads")):
+            document |= {"fused": before["fused"], "rows": before["rows"]}
+    new = {(row["row"], row["dtype"]) for row in rows}
+    document["rows"] = [row for row in document["rows"] if (row["row"], row["dtype"]) not in new] + rows
+    for encoder in options.encoders:
+        for how in EXPORTS:
+            said = options.models / f"{encoder} {how}.json"
+            document["fused"][f"{encoder} {how}"] = json.loads(said.read_text())["fused"] if said.exists() else {}
+    return results_file.write(name, document, options.record)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=pathlib.Path, help="folder of the files; they are made where it has none")
+    parser.add_argument("--export-only", action="store_true", help="write the files to --models and stop")
+    parser.add_argument("--encoders", help="some of them, with commas between (default: all)")
+    parser.add_argument("--dtypes", help="with commas between (default: float16,float32, on the CPU float32)")
+    parser.add_argument("--device", choices=PROVIDERS, default="cuda", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="of a run on the CPU (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=max(1, len(os.sched_getaffinity(0)) // 2), help="exports at a time")
+    parser.add_argument("--layers", type=int, default=0, help="of each encoder, to try this out; 0: all (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="times each contestant's turn comes (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=86400, help="after which no more is timed")
+    parser.add_argument("--commit", default="", help="of the sources, where this is no checkout of it")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/results, not to build/benchmarks")
+    parser.add_argument("--export-one", nargs=2, metavar=("ENCODER", "EXPORT"), help=argparse.SUPPRESS)
+    parser.add_argument("--time-one", nargs=2, metavar=("ENCODER", "DTYPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    import encoder_models
+
+    names = list(encoder_models.ENCODERS)
+    options.encoders = options.encoders.split(",") if options.encoders else names
+    options.dtypes = (options.dtypes or ("float32" if options.device == "cpu" else "float16,float32")).split(",")
+    if wrong := sorted(set(options.encoders) - set(names)):
+        parser.error(f"there is no encoder {wrong[0]}; there are {', '.join(names)}")
+    if options.export_one:
+        encoder_models.write_files(*options.export_one, options.models, options.layers)
+        return 0
+    if options.time_one:
+        _measure(options)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        options.models = options.models or pathlib.Path(temporary)
+        _export_all(options)
+        if options.export_only:
+            return 0
+        rows = _run_all(options)
+        if rows:
+            print(f"written: {_write(options, rows)}")
+        return 0 if rows else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
