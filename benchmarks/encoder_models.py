@@ -79,8 +79,8 @@ ENCODERS = {
         "Whisper-base encoder",
         lambda layers: transformers.WhisperConfig(
             vocab_size=VOCABULARY, d_model=512, encoder_layers=_layers(layers, 6), encoder_attention_heads=8,
-            encoder_ffn_dim=2048, decoder_layers=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            decoder_start_token_id=1,
+            encoder_ffn_dim=2048, decoder_layers=1, decoder_attention_heads=8, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, decoder_start_token_id=1,
         ),
         lambda config: transformers.WhisperModel(config).encoder,
         *("sound", "bart", 8, 512, ((1, 3000), (8, 3000)), ((1, 3000),)),
