@@ -10,6 +10,7 @@
 #include "cpu/attention_cpu.h"
 #include "semantics/cache.h"
 #ifdef FA_WITH_CUDA
+#include "kernels/cache_step/cache_step.h"
 #include "kernels/empty_rows/empty_rows.h"
 #include "kernels/kernels.h"
 #endif
@@ -46,31 +47,48 @@ bool fills_means(const StepParams& p, const Device& device) {
   return device.type == DeviceType::kCuda && p.empty_row == EmptyRow::kMean && may_have_empty_rows(p);
 }
 
-/// What no CUDA kernel has yet; null: the problem asks for nothing of the kind.
-const char* missing_on_cuda(const StepParams& p) {
-  if (p.cache.mode == CacheMode::kWrite) return "a cache that rows are written into (cache = write)";
-  if (p.cache.mode == CacheMode::kWindow) return "a windowed cache (cache = window)";
-  if (p.cache.mode == CacheMode::kPaged) return "a paged cache (cache = paged)";
-  if (p.cache.key_scale.present || p.cache.value_scale.present) return "a quantized cache (k_scale, v_scale)";
-  if (p.rotary.cos.present) return "rotary embedding (cos_cache, sin_cache)";
-  if (p.norm.query_weight.present || p.norm.key_weight.present) return "RMS norm of heads (q_norm_weight, k_norm_weight)";
-  return nullptr;
-}
+/// The problem that a kernel of the table is given. On the CPU it is the whole step; on CUDA what a cache step leaves, whose
+/// memory lies in `workspace`.
+class AttentionStep {
+ public:
+#ifdef FA_WITH_CUDA
+  AttentionStep(const StepParams& params, const Device& device, void* workspace) : params_(params) {
+    if (device.type == DeviceType::kCuda) step_ = cache_step::prepare(params, workspace);
+  }
+  const StepParams& problem() const { return step_.is_needed ? step_.problem : params_; }
+  size_t bytes() const { return step_.bytes; }
+  Status store(const Device& device, const ExecutionContext& context) const {
+    return step_.is_needed ? cache_step::launch(params_, step_, device, context) : Status{};
+  }
+
+ private:
+  cache_step::Step step_;
+#else
+  AttentionStep(const StepParams& params, const Device&, void*) : params_(params) {}
+  const StepParams& problem() const { return params_; }
+  size_t bytes() const { return 0; }
+
+ private:
+#endif
+  const StepParams& params_;
+};
 
 /// Does the kernel take the problem? On success the plan is complete; else *why_not, where given, says why not.
 bool plan_with(const Kernel& kernel, const StepParams& params, const Device& device, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(kernel.device != device.type,
                kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only");
-  const char* missing = device.type == DeviceType::kCuda ? missing_on_cuda(params) : nullptr;
-  FA_REFUSE_IF(missing != nullptr, "does not take " + std::string(missing) + " yet; the CPU kernel does")
   *plan = {};
   plan->device = device;
-  const bool has_columns = params.query.shape[1] > 0 && params.query.shape[3] > 0 && params.out.shape[3] > 0;
-  if (has_columns && !kernel.plan(params, plan, why_not)) return false;  // else launch() doesn't call the kernel
+  const AttentionStep step(params, device, nullptr);
+  const StepParams& problem = step.problem();
+  const bool has_columns = problem.query.shape[1] > 0 && problem.query.shape[3] > 0 && problem.out.shape[3] > 0;
+  if (has_columns && !kernel.plan(problem, plan, why_not)) return false;  // else launch() doesn't call the kernel
   plan->kernel = &kernel;
-  plan->fills_means = fills_means(params, device);
-  plan->lse_bytes = lse_bytes(params, plan->fills_means);
+  plan->fills_means = fills_means(problem, device);
+  plan->lse_bytes = lse_bytes(problem, plan->fills_means);
+  plan->step_bytes = step.bytes();
   if (plan->lse_bytes > 0) plan->workspace_bytes = align(plan->workspace_bytes) + plan->lse_bytes;
+  if (plan->step_bytes > 0) plan->workspace_bytes = align(plan->workspace_bytes) + plan->step_bytes;
   return true;
 }
 
@@ -131,24 +149,6 @@ const char* missing_memory(const StepParams& p) {
   return nullptr;
 }
 
-/// One of keys and values of a step that only appends: past and new rows into `joined`.
-Status append(const TensorView& past, const TensorView& fresh, const TensorView& joined, const Device& device,
-              const ExecutionContext& context) {
-  if (past.present) return append_kv(past, fresh, joined, device, context);
-  TensorView none = fresh;
-  none.shape[2] = 0;
-  return append_kv(none, fresh, joined, device, context);
-}
-
-/// The cache step: past and new rows into params.key and params.value.
-Status store(const StepParams& p, const Device& device, const ExecutionContext& context) {
-  const CacheParams& c = p.cache;
-  if (!c.new_key.present) return {};
-  if (device.type == DeviceType::kCpu) return cpu::store(p, context);
-  if (Status status = append(c.past_key, c.new_key, p.key, device, context); !status.ok()) return status;
-  return c.new_value.present ? append(c.past_value, c.new_value, p.value, device, context) : Status{};
-}
-
 /// In place or not: keys and values alike. Pages are always in place.
 Status check_places(const StepParams& p) {
   const CacheParams& c = p.cache;
@@ -166,20 +166,32 @@ Status check_places(const StepParams& p) {
   return {};
 }
 
+Status launch_on_cpu(const Plan& plan, const StepParams& params, const ExecutionContext& context) {
+  if (params.cache.new_key.present)
+    if (Status status = cpu::store(params, context); !status.ok()) return status;
+  return params.out.empty() ? Status{} : plan.kernel->launch(plan, params, context);
+}
+
 #ifdef FA_WITH_CUDA
 /// EmptyRow::kMean on CUDA: the kernel writes 0 into rows that attend no key, and a second one their mean.
-Status launch_with_means(const Plan& plan, StepParams params, const ExecutionContext& context) {
+Status launch_with_means(const Plan& plan, StepParams params, bool of_keys_in_use, void* lse, const ExecutionContext& context) {
   params.empty_row = EmptyRow::kZero;
   if (plan.lse_bytes > 0) {
     const int64_t (&q)[4] = params.query.shape;
-    params.lse = {static_cast<char*>(context.workspace) + (plan.workspace_bytes - plan.lse_bytes),
-                  DType::kFloat32,
-                  true,
-                  {q[0], q[1], q[2], 1},
-                  {q[1] * q[2], q[2], 1, 1}};
+    params.lse = {lse, DType::kFloat32, true, {q[0], q[1], q[2], 1}, {q[1] * q[2], q[2], 1, 1}};
   }
   if (Status status = plan.kernel->launch(plan, params, context); !status.ok()) return status;
-  return fill_empty_rows(params, context);
+  return fill_empty_rows(params, of_keys_in_use, context);
+}
+
+Status launch_on_cuda(const Plan& plan, const StepParams& params, const ExecutionContext& context) {
+  char* const step_memory = static_cast<char*>(context.workspace) + (plan.workspace_bytes - plan.step_bytes);
+  const AttentionStep step(params, plan.device, plan.step_bytes > 0 ? step_memory : nullptr);
+  if (Status status = step.store(plan.device, context); !status.ok()) return status;
+  if (params.out.empty()) return {};  // also where a kernel could not describe a tensor without elements
+  if (!plan.fills_means) return plan.kernel->launch(plan, step.problem(), context);
+  const bool of_keys_in_use = params.cache.mode != CacheMode::kAppend;
+  return launch_with_means(plan, step.problem(), of_keys_in_use, step_memory - plan.lse_bytes, context);
 }
 #endif
 
@@ -206,23 +218,23 @@ Status launch(const Plan& plan, const StepParams& params, const ExecutionContext
   if (const char* name = missing_memory(params))
     return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
   if (Status status = check_places(params); !status.ok()) return status;
-  if (Status status = store(params, plan.device, context); !status.ok()) return status;
-  if (params.out.empty()) return {};  // also where a kernel could not describe a tensor without elements
 #ifdef FA_WITH_CUDA
-  if (plan.fills_means) return launch_with_means(plan, params, context);
+  if (plan.device.type == DeviceType::kCuda) return launch_on_cuda(plan, params, context);
 #endif
-  return plan.kernel->launch(plan, params, context);
+  return launch_on_cpu(plan, params, context);
 }
 
 size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
   if (!validate(largest).ok()) return 0;
   size_t bytes = 0;
+  const AttentionStep step(largest, device, nullptr);
+  const StepParams& problem = step.problem();
   for (const Kernel& kernel : kTable) {
     Plan plan;
     if (kernel.device != device.type) continue;
     if (kernel.max_workspace_bytes != nullptr) {
-      const size_t own = kernel.max_workspace_bytes(largest, device);
-      bytes = std::max(bytes, align(own) + lse_bytes(largest, fills_means(largest, device)));
+      const size_t own = kernel.max_workspace_bytes(problem, device);
+      bytes = std::max(bytes, align(own) + lse_bytes(problem, fills_means(problem, device)) + step.bytes());
     } else if (plan_with(kernel, largest, device, &plan, nullptr)) {
       bytes = std::max(bytes, plan.workspace_bytes);
     }

@@ -62,8 +62,8 @@ struct Node {
 /// Checks each attribute's value and the names in optional_inputs and optional_outputs. Once for a node, before any tensor.
 Status make_node(const Attributes& attributes, Node* node);
 
-/// What the node asks for that no CUDA kernel has yet, in its own words; "": nothing.
-std::string cpu_only_feature(const Node& node);
+/// What the node asks for that the TensorRT plugin doesn't offer yet, in its own words; "": nothing.
+std::string missing_in_tensorrt(const Node& node);
 
 /// May `input` have this dtype beside a query of dtype `query`?
 bool accepts(Input input, DType dtype, DType query);

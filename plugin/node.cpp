@@ -196,7 +196,7 @@ Status resolve(Input input, const std::string& word, int rank, int64_t heads, bo
 
 }  // namespace
 
-std::string cpu_only_feature(const Node& node) {
+std::string missing_in_tensorrt(const Node& node) {
   if (node.attributes.cache != "append") return "cache = " + node.attributes.cache;
   for (const Input input : {Input::kCosCache, Input::kQNormWeight, Input::kKNormWeight, Input::kKScale, Input::kVScale})
     if (node.slot(input) >= 0) return name_of(input);

@@ -4,10 +4,9 @@
 // for each instruction set.
 #pragma once
 
-#include <cmath>
-
 #include "cpu/convert.h"
-#include "semantics/sequence.h"
+#include "semantics/cache.h"
+#include "semantics/quantize.h"
 
 namespace fa::cpu::FA_ISA {
 namespace {  // no copy for the linker to share among instruction sets
@@ -18,20 +17,20 @@ struct Rows {
   DType dtype;
   int64_t stride_bytes;
   int64_t columns;
-  const float* scale = nullptr;           // of quantized rows: an element is its integer times this
-  int64_t scale_stride = 0;               // 0: one scale for all columns
-  IndexView pages = {nullptr, 0, false};  // of paged rows: the page of row i is pages.at(i / page_rows)
-  int64_t page_rows = 0, num_pages = 0, page_bytes = 0;
+  const float* scale = nullptr;  // of quantized rows: an element is its integer times this
+  int64_t scale_stride = 0;      // 0: one scale for all columns
+  PageTable table{};
+  int64_t page_bytes = 0;  // from page to page
 
-  /// null for a row of a page that there isn't.
-  const void* row(int64_t i) const {
-    if (pages.data == nullptr) return data + i * stride_bytes;
-    const int64_t page = pages.at(i / page_rows);
-    return page < 0 || page >= num_pages ? nullptr : data + page * page_bytes + i % page_rows * stride_bytes;
+  /// null for no slot.
+  const void* at_slot(int64_t slot) const {
+    return slot == PageTable::kNowhere ? nullptr : data + table.offset_of(slot, stride_bytes, page_bytes);
   }
+  /// null for a row of a page that there isn't.
+  const void* row(int64_t i) const { return at_slot(table.slot_of(i)); }
   /// Rows from row i on, itself included, that lie one stride apart.
   int64_t run(int64_t i, int64_t limit) const {
-    const int64_t rest = pages.data == nullptr ? limit : page_rows - i % page_rows;
+    const int64_t rest = table.is_paged() ? table.page_rows - i % table.page_rows : limit;
     return rest < limit ? rest : limit;
   }
   bool is_quantized() const { return scale != nullptr; }
@@ -40,7 +39,7 @@ struct Rows {
   int64_t row_bytes() const { return is_int4() ? (columns + 1) / 2 : columns * size_of(dtype); }
   /// Can whole vectors of floats be loaded right from the rows? In pages a vector's count of rows must not cross an edge.
   bool vectors() const {
-    return dtype == DType::kFloat32 && columns % kLanes == 0 && (pages.data == nullptr || page_rows % kLanes == 0);
+    return dtype == DType::kFloat32 && columns % kLanes == 0 && (!table.is_paged() || table.page_rows % kLanes == 0);
   }
 };
 
@@ -53,17 +52,14 @@ FA_INLINE void read_row(const Rows& rows, int64_t i, float* target) {
     return;
   }
   if (!rows.is_quantized()) return to_float(source, rows.dtype, target, n);
+  const uint8_t* s = static_cast<const uint8_t*>(source);
   if (rows.is_int4()) {
-    const uint8_t* s = static_cast<const uint8_t*>(source);
-    for (int64_t x = 0; x + 1 < n; x += 2) {
-      target[x] = static_cast<float>((s[x / 2] & 15) - 8);
-      target[x + 1] = static_cast<float>((s[x / 2] >> 4) - 8);
-    }
-    if (n % 2 != 0) target[n - 1] = static_cast<float>((s[n / 2] & 15) - 8);
+    for (int64_t x = 0; x + 1 < n; x += 2) target[x] = from_int4(s[x / 2], 0), target[x + 1] = from_int4(s[x / 2], 1);
+    if (n % 2 != 0) target[n - 1] = from_int4(s[n / 2], 0);
   } else if (rows.dtype == DType::kInt8) {
-    for (int64_t x = 0; x < n; ++x) target[x] = static_cast<const int8_t*>(source)[x];
+    for (int64_t x = 0; x < n; ++x) target[x] = from_int8(s[x]);
   } else {
-    for (int64_t x = 0; x < n; ++x) target[x] = float8_to_float(static_cast<const uint8_t*>(source)[x]);
+    for (int64_t x = 0; x < n; ++x) target[x] = from_float8(s[x]);
   }
   if (rows.scale_stride == 0) {
     for (int64_t x = 0; x < n; ++x) target[x] *= rows.scale[0];
@@ -72,27 +68,19 @@ FA_INLINE void read_row(const Rows& rows, int64_t i, float* target) {
   }
 }
 
-/// x / scale to the nearest integer of low … high, ties to even; 0 for NaN.
-FA_INLINE int quantized(float x, float scale, float low, float high) {
-  const float q = std::nearbyint(x / scale);
-  return q >= low ? static_cast<int>(q <= high ? q : high) : q < low ? static_cast<int>(low) : 0;
-}
-
 /// Floats into one row at `target`, of the type and scales of `rows`.
 FA_INLINE void write_row(const Rows& rows, const float* source, void* target) {
   const int64_t n = rows.columns;
   if (!rows.is_quantized()) return from_float(source, 1.0f, target, rows.dtype, n);
   uint8_t* t = static_cast<uint8_t*>(target);
-  for (int64_t x = 0; x < n; ++x) {
-    const float scale = rows.scale[x * rows.scale_stride];
-    if (rows.is_int4()) {
-      const int nibble = quantized(source[x], scale, -8, 7) + 8;
-      t[x / 2] = static_cast<uint8_t>(x % 2 == 0 ? nibble : t[x / 2] | nibble << 4);
-    } else if (rows.dtype == DType::kInt8) {
-      t[x] = static_cast<uint8_t>(quantized(source[x], scale, -128, 127));
-    } else {
-      t[x] = float_to_float8(source[x] / scale);
-    }
+  const auto scale = [&](int64_t x) { return rows.scale[x * rows.scale_stride]; };
+  if (rows.is_int4()) {
+    for (int64_t x = 0; x < n; x += 2)
+      t[x / 2] = int4_pair(to_int4(source[x], scale(x)), x + 1 < n ? to_int4(source[x + 1], scale(x + 1)) : uint8_t{0});
+  } else if (rows.dtype == DType::kInt8) {
+    for (int64_t x = 0; x < n; ++x) t[x] = to_int8(source[x], scale(x));
+  } else {
+    for (int64_t x = 0; x < n; ++x) t[x] = to_float8(source[x], scale(x));
   }
 }
 
@@ -109,13 +97,8 @@ FA_INLINE Rows cache_rows(const StepParams& p, int which, int64_t sequence_idx, 
     rows.scale = static_cast<const float*>(scale.data) + head * (scale.shape[0] > 1 ? scale.stride[0] : 0);
     rows.scale_stride = scale.shape[1] > 1 ? scale.stride[1] : 0;
   }
-  if (paged) {
-    const TensorView& table = p.cache.block_table;
-    const int64_t offset = sequence_idx * (table.shape[0] > 1 ? table.stride[0] : 0) * size_of(table.dtype);
-    rows.pages = {static_cast<const char*>(table.data) + offset, table.shape[1] > 1 ? table.stride[1] : 0,
-                  table.dtype == DType::kInt64};
-    rows.page_rows = t.shape[2], rows.num_pages = t.shape[0], rows.page_bytes = t.stride[0] * size;
-  }
+  rows.table = page_table(p, sequence_idx);
+  rows.page_bytes = t.stride[0] * size;
   return rows;
 }
 

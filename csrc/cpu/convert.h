@@ -42,23 +42,6 @@ FA_INLINE uint16_t float_to_bfloat(float x) {
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-/// e4m3: 4 bits of exponent, bias 7; no infinity, NaN is 0x7f.
-FA_INLINE float float8_to_float(uint8_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x80u) << 24, rest = static_cast<uint32_t>(h & 0x7fu) << 20;
-  const float magnitude = float_of(rest) * 0x1p120f;
-  return float_of(sign | ((h & 0x7fu) == 0x7fu ? 0x7fc00000u : bits_of(magnitude)));
-}
-
-/// Numbers beyond 448 become 448.
-FA_INLINE uint8_t float_to_float8(float x) {
-  const uint32_t u = bits_of(x), sign = (u >> 24) & 0x80u, a = u & 0x7fffffffu;
-  if (a > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
-  if (a >= 0x43e00000u) return static_cast<uint8_t>(sign | 0x7eu);
-  if (a < 0x3c800000u)
-    return static_cast<uint8_t>(sign | (bits_of(float_of(a) + 0x1p14f) - bits_of(0x1p14f)));  // subnormal: 2^14 aligns it
-  return static_cast<uint8_t>(sign | ((a + 0x7ffffu + ((a >> 20) & 1u) - 0x3c000000u) >> 20));
-}
-
 FA_INLINE int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 /// n contiguous elements to floats.

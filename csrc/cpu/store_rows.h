@@ -13,8 +13,10 @@ namespace {  // no copy for the linker to share among instruction sets
 class HeadStore {
  public:
   /// which: 0 keys, 1 values. memory: store_floats(params) floats.
-  HeadStore(const StepParams& p, const CacheStep& step, int which, int64_t sequence_idx, int64_t head, float* memory)
+  HeadStore(const StepParams& p, const CacheRule& rule, const CacheStep& step, int which, int64_t sequence_idx, int64_t head,
+            float* memory)
       : p_(p),
+        rule_(rule),
         step_(step),
         head_(head),
         fresh_(which == 0 ? p.cache.new_key : p.cache.new_value),
@@ -55,19 +57,7 @@ class HeadStore {
   }
 
   /// Where new row i goes; null: nowhere.
-  void* target_of(int64_t i) const {
-    const int64_t row = step_.first_new + i;
-    if (p_.cache.mode != CacheMode::kPaged) return row < cache_.shape[2] ? cache_row(row) : nullptr;
-    const TensorView& slots = p_.cache.slot_mapping;
-    if (!slots.present) {
-      const bool inside = row < p_.cache.block_table.shape[1] * rows_.page_rows;
-      return inside ? const_cast<void*>(rows_.row(row)) : nullptr;
-    }
-    const int64_t slot = index_view(slots).at(step_.first_fresh + i);
-    if (slot < 0 || slot >= rows_.num_pages * rows_.page_rows) return nullptr;
-    return const_cast<char*>(rows_.data) + slot / rows_.page_rows * rows_.page_bytes +
-           slot % rows_.page_rows * rows_.stride_bytes;
-  }
+  void* target_of(int64_t i) const { return const_cast<void*>(rows_.at_slot(slot_of_new_row(p_, step_, rows_.table, i))); }
 
   void store(int64_t i, void* target) {
     const int64_t row = step_.first_fresh + i, size = size_of(fresh_.dtype);
@@ -78,12 +68,12 @@ class HeadStore {
       return;
     }
     to_float(source, fresh_.dtype, floats_, rows_.columns);
-    const int64_t in_sequence = p_.cu_seqlens_kv.present ? i : step_.first_position + step_.first_new + i;
-    if (is_transformed_) transform_.apply(floats_, row, in_sequence);
+    if (is_transformed_) transform_.apply(floats_, row, position_of_new_row(rule_, step_, i));
     write_row(rows_, floats_, target);
   }
 
   const StepParams& p_;
+  const CacheRule& rule_;
   const CacheStep& step_;
   const int64_t head_;
   const TensorView &fresh_, &past_, &cache_;

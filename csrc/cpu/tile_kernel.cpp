@@ -133,7 +133,7 @@ class TileKernel {
     const int64_t row = sequence_.first_row + row_of(r);
     const int64_t offset = sequence_.batch_idx * q.stride[0] + head_of(r) * q.stride[1] + row * q.stride[2];
     to_float(static_cast<const char*>(q.data) + offset * element_bytes(q.dtype), q.dtype, target, d_);
-    transform_.apply(target, row, step_.first_position + sequence_.mask.query_offset + row_of(r));
+    transform_.apply(target, row, position_of_query(step_, row_of(r)));
   }
 
   /// Calls f(Count<rows of the group>, first row) over all rows.
@@ -379,7 +379,7 @@ void attend(const Tiling& tiling, const Task& task, void* memory) {
 
 void store(const StepParams& params, const CacheRule& steps, int which, int64_t sequence_idx, int64_t head, void* memory) {
   const CacheStep step = steps.at(sequence_idx);
-  HeadStore(params, step, which, sequence_idx, head, static_cast<float*>(memory)).run();
+  HeadStore(params, steps, step, which, sequence_idx, head, static_cast<float*>(memory)).run();
 }
 
 size_t store_bytes(const StepParams& params) { return HeadStore::store_floats(params) * sizeof(float); }

@@ -66,9 +66,21 @@ struct SequenceRule {
     if (query_offsets.data != nullptr) s.mask.query_offset = clamp(query_offsets.at(b), -kFarthest, kFarthest);
     return s;
   }
+
+  /// The packed sequence that row `row` of tensors packed by `starts` is in; any, where it is in none.
+  FA_HD int64_t sequence_of(const IndexView& starts, int64_t row) const {
+    int64_t first = 0, count = num_sequences;  // the last sequence that begins at or before the row is first … first + count - 1
+    while (count > 1) {
+      const int64_t half = count / 2;
+      const bool later = starts.at(first + half) <= row;
+      first += later ? half : 0;
+      count = later ? count - half : half;
+    }
+    return first;
+  }
 };
 
-inline IndexView index_view(const TensorView& t) {
+FA_HD IndexView index_view(const TensorView& t) {
   return {t.present ? t.data : nullptr, t.shape[0] > 1 ? t.stride[0] : 0, t.dtype == DType::kInt64};
 }
 

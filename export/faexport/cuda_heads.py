@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which fused sites no CUDA kernel takes: those with wide heads (cuda_heads.def, the one table, against the report's
-sites), and those with a decoder's cache, norm or rotary embedding."""
+sites)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .schema import table_rows
 from .spec import AttentionSpec, Candidate
 
 _ROW = re.compile(r"^FA_CUDA_HEADS\((\w+), (\d+)\)\s*$")
-_CPU_ONLY = {"cos_cache": "rotary embedding", "q_norm_weight": "norm", "k_scale": "quantized cache"}
 _NAMES = {"float": "float32"}  # ONNX's name of the type: the table's
 
 
@@ -50,13 +49,11 @@ def _more(number: int) -> str:
 
 def _why_cpu_only(candidate: Candidate, spec: AttentionSpec) -> str:
     """What a site has that no CUDA kernel takes, "" for nothing."""
-    words = [f"cache = {spec.further_attributes['cache']}"] if "cache" in spec.further_attributes else []
-    words += [what for name, what in _CPU_ONLY.items() if name in spec.further_inputs]
     site = SiteReport.from_candidate(candidate)
     cast = spec.query.value.dtype  # another type than the model's, where the core has its own
     name = cast.name.lower() if cast is not None else site.dtype or ""
     name = _NAMES.get(name, name)
     columns = max((d for d in (site.head_dim, site.head_dim_v) if isinstance(d, int)), default=0)
     if name in widest() and columns > widest()[name]:
-        words.append(f"head_dim {columns} in {name}, at most {widest()[name]}")
-    return ", ".join(words)
+        return f"head_dim {columns} in {name}, at most {widest()[name]}"
+    return ""

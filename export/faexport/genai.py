@@ -23,6 +23,7 @@ from .signals import uninterrupted
 
 CONFIG = "genai_config.json"
 LIBRARY_OPTION = "custom_ops_library"
+PROVIDERS = ("cpu", "cuda")  # as genai_config.json names them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Folder:
     path: pathlib.Path
     config: dict[str, Any]
     decoder: pathlib.Path  # its file
+    on_cuda: bool
 
 
 def default_target(folder: pathlib.Path) -> pathlib.Path:
@@ -52,20 +54,25 @@ def read(path: pathlib.Path) -> Folder:
         raise ModelError(f"{path / CONFIG}: can't be read as a configuration of genai ({error}); check it") from error
     if not isinstance(name, str) or decoder.get("pipeline"):
         raise ModelError(f"{path / CONFIG}: the decoder is no single file; rewrite its models one by one")
-    if others := sorted(name for name in providers if name.lower() != "cpu"):
+    if others := sorted(name for name in providers if name.lower() not in PROVIDERS):
         raise ModelError(
-            f"{path / CONFIG}: runs on {', '.join(others)}, and what the operator does with such caches has kernels "
-            "for CPUs only; build the model for the CPU"
+            f"{path / CONFIG}: runs on {', '.join(others)}, for which the operator has no kernels; build the model for "
+            "the CPU or for CUDA"
         )
     if options.get(LIBRARY_OPTION):
         raise ModelError(f"{path / CONFIG}: loads {options[LIBRARY_OPTION]} already, and genai takes one library only")
     check_input(path / name, f"{CONFIG} names it")
-    return Folder(path, config, path / name)
+    return Folder(path, config, path / name, any(name.lower() == "cuda" for name in providers))
 
 
 def check_target(folder: Folder, target: pathlib.Path) -> None:
     """Raises ModelError where the copy can't be made."""
-    operator_library.path()
+    library = operator_library.path()
+    if folder.on_cuda and not operator_library.has_cuda_kernels():
+        raise ModelError(
+            f"{folder.path / CONFIG}: runs on CUDA, and {library} was built without CUDA kernels; install the wheel "
+            "faplugin_cu13-….whl in place of faplugin, or build with nvcc"
+        )
     source, place = folder.path.resolve(), target.resolve()
     if place == source or source in place.parents or place in source.parents:
         raise ModelError(f"{target}: is the folder that is read, or in it; choose another place with -o")

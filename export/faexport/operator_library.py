@@ -26,3 +26,14 @@ def path() -> pathlib.Path:
         return pathlib.Path(faplugin.library_path())
     except FileNotFoundError as error:
         raise ModelError(f"the operator's library is not there: {error}") from error
+
+
+def has_cuda_kernels() -> bool:
+    """Is it known to have kernels for GPUs, or not known to lack them?"""
+    import faplugin
+
+    spec = ((1, 1, 1, 64), "float16")
+    try:
+        return "prefill" in faplugin.explain(spec, spec, spec, device="sm_80")
+    except (ImportError, ValueError):  # a build without its Python part
+        return True

@@ -21,17 +21,18 @@ Ort::CustomOpDomain make_domain(bool with_quantized_caches) {
   constexpr ONNXTensorElementDataType kCacheTypes[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
                                                        ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN};
   auto& ops = *new std::vector<FlashAttentionOp>;
-  for (const ONNXTensorElementDataType type : kTypes) {
-    ops.emplace_back(type, type, "CPUExecutionProvider", DeviceType::kCpu);
+  const auto add = [&](ONNXTensorElementDataType type, ONNXTensorElementDataType cache) {
+    ops.emplace_back(type, cache, "CPUExecutionProvider", DeviceType::kCpu);
 #ifdef FA_WITH_CUDA
-    ops.emplace_back(type, type, "CUDAExecutionProvider", DeviceType::kCuda);
-    ops.emplace_back(type, type, "CudaPluginExecutionProvider", DeviceType::kCuda);  // the provider's name as a plugin library
+    ops.emplace_back(type, cache, "CUDAExecutionProvider", DeviceType::kCuda);
+    ops.emplace_back(type, cache, "CudaPluginExecutionProvider", DeviceType::kCuda);  // the provider's name as a plugin library
 #endif
-  }
+  };
+  for (const ONNXTensorElementDataType type : kTypes) add(type, type);
   // Quantized caches: where several kernels fit a node's inputs, the runtime takes the outputs' types of the first.
   for (const ONNXTensorElementDataType type : kTypes)
     for (const ONNXTensorElementDataType cache : kCacheTypes)
-      if (with_quantized_caches) ops.emplace_back(type, cache, "CPUExecutionProvider", DeviceType::kCpu);
+      if (with_quantized_caches) add(type, cache);
   Ort::CustomOpDomain domain(kDomain);
   for (const FlashAttentionOp& op : ops) domain.Add(&op);
   return domain;

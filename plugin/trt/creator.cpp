@@ -30,8 +30,9 @@ class FlashAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
       // TensorRT's flag kTF32 is on by default, and no plugin can see it: without a word we do as TensorRT's own layers do then.
       if (state.attributes.float32_precision.empty()) state.attributes.float32_precision = "tf32";
       if (status.ok()) status = plugin::make_node(state.attributes, &node);
-      if (const std::string feature = plugin::cpu_only_feature(node); status.ok() && !feature.empty()) {
-        status = {StatusCode::kUnsupported, feature + " has no CUDA kernel yet; ONNX Runtime's CPU provider runs it"};
+      if (const std::string feature = plugin::missing_in_tensorrt(node); status.ok() && !feature.empty()) {
+        status = {StatusCode::kUnsupported,
+                  feature + " is not in the TensorRT plugin yet; ONNX Runtime's CUDA and CPU providers run it"};
       }
       if (status.ok()) return std::make_unique<FlashAttentionPlugin>(node_name, std::move(node), std::move(state)).release();
       log_error(node_name, status.sentence);

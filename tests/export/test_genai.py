@@ -11,7 +11,7 @@ from typing import Any
 import faexport
 import onnx
 import pytest
-from faexport import ort_session
+from faexport import operator_library, ort_session
 
 from tests.export.commands import assert_bad_input, here
 from tests.export.grouped import Form, model_of
@@ -76,10 +76,25 @@ def test_the_copy_s_place_can_be_chosen(tmp_path: pathlib.Path) -> None:
 def test_from_python(tmp_path: pathlib.Path) -> None:
     report = faexport.optimize(make(tmp_path / "model"), verify=False)
     assert report.output == str(tmp_path / "model.fa") and (tmp_path / "model.fa/decoder.onnx").exists()
-    (note,) = (note for note in report.notes if "CUDA" in note)
-    assert "cache = write, rotary embedding" in note and not any("TF32" in note for note in report.notes)
+    assert not any("CPUs only" in note for note in report.notes)
     with pytest.raises(faexport.ModelError, match="is there already"):
         faexport.optimize(tmp_path / "model")
+
+
+@needs_library
+def test_a_folder_for_cuda_needs_a_library_with_its_kernels(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"provider_options": [{"cuda": {"enable_cuda_graph": "0"}}]}
+    given = make(tmp_path / "model", session_options=options)
+    monkeypatch.setattr(operator_library, "has_cuda_kernels", lambda: False)
+    assert_bad_input(here(given, "--no-verify"), "runs on CUDA", "built without CUDA kernels")
+    assert here("inspect", given, "-q").returncode == 0
+    monkeypatch.setattr(operator_library, "has_cuda_kernels", lambda: True)
+    assert here(given, "--no-verify", "-q").returncode == 0
+    config = json.loads((tmp_path / "model.fa/genai_config.json").read_text())
+    expected = {**options, "custom_ops_library": "libfa_ort.so"}
+    assert config["model"]["decoder"]["session_options"] == expected
 
 
 @needs_library
@@ -105,7 +120,7 @@ def test_a_decoder_that_cannot_be_verified_leaves_no_copy(tmp_path: pathlib.Path
 @pytest.mark.parametrize(
     ("decoder", "what"),
     [
-        ({"session_options": {"provider_options": [{"cuda": {}}]}}, "cuda"),
+        ({"session_options": {"provider_options": [{"cuda": {}}, {"qnn": {}}]}}, "runs on qnn, for which"),
         ({"session_options": {"custom_ops_library": "other.so"}}, "other.so"),
         ({"filename": "missing.onnx"}, "missing.onnx: no such file"),
         ({"pipeline": [{}]}, "no single file"),

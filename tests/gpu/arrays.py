@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 
 import faplugin
 import ml_dtypes
@@ -16,16 +17,36 @@ from tests.problems import Problem
 _ATTRIBUTES = {"optional_inputs", "optional_outputs"}  # faplugin.attention makes them itself
 
 
+# What NumPy has no place for: its dtype there, PyTorch's, and an integer of as many bits.
+_FOREIGN = (
+    (np.dtype(ml_dtypes.bfloat16), torch.bfloat16, np.int16, torch.int16),
+    (np.dtype(ml_dtypes.float8_e4m3fn), torch.float8_e4m3fn, np.uint8, torch.uint8),
+)
+
+
 def to_cuda(array: np.ndarray) -> torch.Tensor:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
+    for dtype, torch_dtype, integer, _ in _FOREIGN:
+        if array.dtype == dtype:
+            return torch.from_numpy(array.view(integer)).cuda().view(torch_dtype)
     return torch.from_numpy(array).cuda()
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
+    for dtype, torch_dtype, _, torch_integer in _FOREIGN:
+        if tensor.dtype == torch_dtype:
+            return tensor.view(torch_integer).cpu().numpy().view(dtype)
     return tensor.cpu().numpy()
+
+
+def exported(tensor: torch.Tensor) -> object:
+    """What faplugin reads: not every version of PyTorch offers float8 through DLPack."""
+    return Exported(tensor) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def poisoned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """All bits set: NaN, where the dtype has one."""
+    size = torch.empty((), dtype=dtype).element_size()
+    return torch.full((*shape[:-1], shape[-1] * size), 255, dtype=torch.uint8, device="cuda").view(dtype)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -76,13 +97,14 @@ class _DLManagedTensor(ctypes.Structure):
     _fields_ = [("tensor", _DLTensor), ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
-class CorruptedStrides:
-    """A CUDA tensor as DLPack with meaningless strides on axes of size 1. PyTorch's DLPack makes them 1."""
+class Exported:
+    """A CUDA tensor as DLPack, of any dtype and with the strides that are given."""
 
-    def __init__(self, tensor: torch.Tensor):
+    def __init__(self, tensor: torch.Tensor, strides: Sequence[int] | None = None):
         self._tensor = tensor
-        code = {torch.bfloat16: 4, torch.bool: 6}.get(tensor.dtype, 2 if tensor.is_floating_point() else 0)
-        strides = [s if size != 1 else (1 << 40) + 13 for s, size in zip(tensor.stride(), tensor.shape, strict=True)]
+        codes = {torch.bfloat16: 4, torch.bool: 6, torch.float8_e4m3fn: 10}
+        code = codes.get(tensor.dtype, 2 if tensor.is_floating_point() else 0)
+        strides = tensor.stride() if strides is None else strides
         self._shape = (ctypes.c_int64 * tensor.ndim)(*tensor.shape)
         self._strides = (ctypes.c_int64 * tensor.ndim)(*strides)
         device = _DLDevice(2, tensor.device.index)
@@ -97,3 +119,11 @@ class CorruptedStrides:
         new = ctypes.pythonapi.PyCapsule_New
         new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
         return new(ctypes.addressof(self._managed), b"dltensor", None)
+
+
+class CorruptedStrides(Exported):
+    """A CUDA tensor with meaningless strides on axes of size 1. PyTorch's DLPack makes them 1."""
+
+    def __init__(self, tensor: torch.Tensor):
+        pairs = zip(tensor.stride(), tensor.shape, strict=True)
+        super().__init__(tensor, [stride if size != 1 else (1 << 40) + 13 for stride, size in pairs])

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m tests.gpu.sanitizer_sample: small cases of every kernel, for compute-sanitizer. Prints how many ran."""
+"""python -m tests.gpu.sanitizer_sample: small cases of every kernel, for compute-sanitizer. Prints how many ran.
+
+With the argument `caches` only the steps of decoders.
+"""
 
 from __future__ import annotations
 
-from tests import cases
-from tests.gpu import arrays
+import sys
+
+from tests import cases, decoding
+from tests.gpu import arrays, decoders
 
 
 def sample() -> list[cases.Case]:
@@ -24,9 +29,15 @@ def sample() -> list[cases.Case]:
     return chosen + cases.wide()[::9] + hidden[::23]
 
 
+def play_caches() -> int:
+    for decoder in decoders.SAMPLE:
+        decoding.run(decoder, decoders.OnCuda(), steps=3)
+    return len(decoders.SAMPLE) + sum(1 for _ in decoders.wild_steps())
+
+
 def main() -> None:
-    count = 0
-    for case in sample():
+    count = play_caches()
+    for case in [] if sys.argv[1:] == ["caches"] else sample():
         problem = case.problem()
         inputs = {name: arrays.to_cuda(array) for name, array in problem.inputs.items()}
         for kernel in arrays.kernels_for(inputs, problem.attributes):

@@ -90,3 +90,41 @@ def run(problem: Problem, providers: Sequence = ("CPUExecutionProvider",)) -> di
     results = dict(zip([o.name for o in made.get_outputs()], made.run(None, feeds(problem.inputs)), strict=True))
     dtype = problem.inputs["query"].dtype
     return {name: a if name == "lse" else a.astype(dtype) for name, a in results.items()}
+
+
+def step(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    *,
+    out=None,
+    return_present=False,
+    providers: Sequence = ("CPUExecutionProvider",),
+    device: str = "cpu",
+    **arguments,
+):
+    """faplugin.attention, computed by a session of one node. `out`: past and present are bound to one OrtValue."""
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, np.ndarray)}
+    attributes = {name: int(x) if isinstance(x, bool) else x for name, x in arguments.items() if name not in arrays}
+    inputs = {"query": query, "key": key, "value": value, **arrays}
+    attributes["optional_inputs"] = ",".join(arrays)
+    paged = attributes["cache"] == "paged"
+    outputs = ["output", "present_key", "present_value"] if return_present or paged else ["output"]
+    attributes["optional_outputs"] = ",".join(outputs[1:])
+    made = session(make_model(inputs, attributes, outputs), providers)
+    assert made.get_providers()[0] == (providers[0] if isinstance(providers[0], str) else providers[0][0])
+    if out is None and not paged:
+        return made.run(None, inputs)
+    binding, pasts = made.io_binding(), {}
+    binding.bind_output("output")
+    for name, array in inputs.items():
+        bound = ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+        binding.bind_ortvalue_input(name, bound)
+        if name in ("past_key", "past_value"):
+            pasts[name] = bound
+            binding.bind_ortvalue_output(name.replace("past", "present"), bound)
+    made.run_with_iobinding(binding)
+    for name, bound in pasts.items():
+        arrays[name][...] = bound.numpy()
+    output = binding.get_outputs()[0].numpy()
+    return output if paged else [output, arrays["past_key"], arrays["past_value"]]

@@ -37,6 +37,21 @@ def test_a_paged_cache_is_written_by_slots_alone_where_they_are_given() -> None:
     assert cache[2, 1].all() and cache.sum() == 8
 
 
+def test_packed_sequences_are_rotated_each_by_itself() -> None:
+    """Without a cache: the new keys stay in the places that they have."""
+    rng = np.random.default_rng(0)
+    starts = np.array([0, 3, 3, 8, 10], np.int32)
+    new = [rng.standard_normal((1, heads, 11, 16), dtype=np.float32) for heads in (4, 2, 2)]
+    angles = np.arange(20)[:, None] * np.ones(8) * 0.3
+    given = {"cos_cache": np.cos(angles).astype(np.float32), "sin_cache": np.sin(angles).astype(np.float32)}
+    given |= {"k_norm_weight": np.full(16, 1.1, np.float32), "is_causal": True}
+    found = faplugin.attention(*new, cu_seqlens_q=starts, cu_seqlens_kv=starts, **given)
+    for begin, end in zip(starts, starts[1:], strict=False):
+        expected = faplugin.attention(*[np.ascontiguousarray(x[:, :, begin:end]) for x in new], **given)
+        np.testing.assert_allclose(found[:, :, begin:end], expected, rtol=0, atol=1e-6)
+    assert not found[:, :, 10:].any()
+
+
 def test_present_has_as_many_rows_as_the_longest_entry() -> None:
     cache, new = np.full((2, 1, 3, 8), 2, np.float32), np.ones((2, 1, 2, 8), np.float32)
     given = {

@@ -19,35 +19,6 @@ VERSION = tuple(int(part) for part in ort.__version__.split(".")[:2])
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
 
-def in_onnxruntime(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, *, out=None, return_present=False, **arguments
-):
-    """faplugin.attention, computed by a session of one node. `out`: past and present are bound to one OrtValue."""
-    arrays = {name: x for name, x in arguments.items() if isinstance(x, np.ndarray)}
-    attributes = {name: int(x) if isinstance(x, bool) else x for name, x in arguments.items() if name not in arrays}
-    inputs = {"query": query, "key": key, "value": value, **arrays}
-    attributes["optional_inputs"] = ",".join(arrays)
-    paged = attributes["cache"] == "paged"
-    outputs = ["output", "present_key", "present_value"] if return_present or paged else ["output"]
-    attributes["optional_outputs"] = ",".join(outputs[1:])
-    session = nodes.session(nodes.make_model(inputs, attributes, outputs))
-    if out is None and not paged:
-        return session.run(None, inputs)
-    binding, pasts = session.io_binding(), {}
-    binding.bind_output("output")
-    for name, array in inputs.items():
-        bound = ort.OrtValue.ortvalue_from_numpy(array)
-        binding.bind_ortvalue_input(name, bound)
-        if name in ("past_key", "past_value"):
-            pasts[name] = bound
-            binding.bind_ortvalue_output(name.replace("past", "present"), bound)
-    session.run_with_iobinding(binding)
-    for name, bound in pasts.items():
-        arrays[name][...] = bound.numpy()
-    output = binding.get_outputs()[0].numpy()
-    return output if paged else [output, arrays["past_key"], arrays["past_value"]]
-
-
 DECODERS = [
     decoding.Decoder("write", rotary="half", norm=True),
     decoding.Decoder("write", "float16", layout="BHSD", in_place=False, mask=True, sinks=True),
@@ -65,13 +36,13 @@ QUANTIZED = [
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=str)
 def test_decoder(decoder: decoding.Decoder) -> None:
-    decoding.run(decoder, in_onnxruntime)
+    decoding.run(decoder, nodes.step)
 
 
 @pytest.mark.skipif(VERSION < (1, 28), reason="shapes and types of optional outputs can't be told before 1.28")
 @pytest.mark.parametrize("decoder", QUANTIZED, ids=str)
 def test_quantized_decoder(decoder: decoding.Decoder) -> None:
-    decoding.run(decoder, in_onnxruntime)
+    decoding.run(decoder, nodes.step)
 
 
 # ------------------------------------------------------------------------------------------ GroupQueryAttention

@@ -161,7 +161,8 @@ struct Plan {
   int num_splits = 1;          // parts of the keys that are worked off side by side and then merged
   size_t workspace_bytes = 0;  // memory that launch() needs beside the tensors; depends on no data
   bool fills_means = false;    // on CUDA, EmptyRow::kMean: a second kernel writes the rows that attend no key …
-  size_t lse_bytes = 0;        // … and finds them by their log-sum-exp; where none is wanted, it is the end of the workspace
+  size_t lse_bytes = 0;        // … and finds them by their log-sum-exp; where none is wanted, it lies behind the kernel's own …
+  size_t step_bytes = 0;       // … and at the end of the workspace, on CUDA, what a cache step makes before the kernel attends
 };
 
 /// Runs task(arg, i) for every i in [0, num_tasks), on as many threads as the host gives; returns when all are done.

@@ -74,10 +74,11 @@ struct HeadGroup {
 
 template <class T>
 __global__ void __launch_bounds__(32 * kWarps)
-    fill_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ SequenceRule sequences) {
+    fill_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ SequenceRule sequences, bool of_keys_in_use) {
   extern __shared__ float mean[];
   const int64_t key_heads = p.key.shape[1];
-  const Sequence s = sequences.at(blockIdx.x / key_heads);
+  Sequence s = sequences.at(blockIdx.x / key_heads);
+  if (of_keys_in_use) s.num_keys = s.mask.kv_length;
   const HeadGroup<T> group{p, s, blockIdx.x % key_heads, p.query.shape[1] / key_heads};
   if (!group.has_empty_rows() || s.num_keys == 0) return;  // without keys the mean is the 0 that stands there
   group.compute_mean(mean);
@@ -86,14 +87,15 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 }  // namespace
 
-Status fill_empty_rows(const AttentionParams& params, const ExecutionContext& context) {
+Status fill_empty_rows(const AttentionParams& params, bool of_keys_in_use, const ExecutionContext& context) {
   const auto blocks = static_cast<unsigned>(num_sequences(params) * params.key.shape[1]);
   if (blocks == 0) return {};
   const auto kernel = params.query.dtype == DType::kFloat16    ? fill_kernel<__half>
                       : params.query.dtype == DType::kBFloat16 ? fill_kernel<__nv_bfloat16>
                                                                : fill_kernel<float>;
-  const cudaError_t error = launch_kernel(kernel, dim3(blocks), 32 * kWarps, sizeof(float) * params.value.shape[3],
-                                          static_cast<cudaStream_t>(context.stream), params, sequence_rule(params));
+  const cudaError_t error =
+      launch_kernel(kernel, dim3(blocks), 32 * kWarps, sizeof(float) * params.value.shape[3],
+                    static_cast<cudaStream_t>(context.stream), params, sequence_rule(params), of_keys_in_use);
   return cuda_status(error, "The means of rows without keys could not be launched");
 }
 

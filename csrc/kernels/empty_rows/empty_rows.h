@@ -8,7 +8,7 @@
 namespace fa {
 
 /// Rows whose log-sum-exp is -inf become the mean of the values of their key head, which is computed once, and only where there
-/// is such a row. params.lse is present and written.
-Status fill_empty_rows(const AttentionParams& params, const ExecutionContext& context);
+/// is such a row. params.lse is present and written. `of_keys_in_use`: the mean is that of the keys below a length, not of all.
+Status fill_empty_rows(const AttentionParams& params, bool of_keys_in_use, const ExecutionContext& context);
 
 }  // namespace fa

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches on CUDA: the random decoders of tests/decoding.py against float64, on every kernel that can run a step; large
+ones against the CPU; CUDA graphs.
+
+RANDOM_DECODERS=10000 plays as many; 200 are the default.
+"""
+
+from __future__ import annotations
+
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests import cases, decoding
+
+torch = pytest.importorskip("torch")
+from tests.gpu import arrays, decoders  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+COUNT = int(os.environ.get("RANDOM_DECODERS", "200"))
+CHUNK = 20
+
+
+@pytest.mark.parametrize("chunk", range(-(-COUNT // CHUNK)))
+def test_random_decoders(chunk: int) -> None:
+    for decoder in decoding.randomized(CHUNK, seed=chunk):
+        try:
+            decoding.run(decoder, decoders.OnCuda(), steps=12)
+        except Exception as error:
+            raise AssertionError(f"{decoder}: {error}") from error
+
+
+@pytest.mark.parametrize("decoder", decoders.SAMPLE, ids=str)
+def test_every_kernel_plays(decoder: decoding.Decoder) -> None:
+    """Each kernel of the table plays the whole sequence, where it can."""
+    used = set()
+    for turn in range(4):
+        on_cuda = decoders.OnCuda(turn)
+        decoding.run(decoder, on_cuda, steps=8)
+        used |= on_cuda.used
+    assert "prefill_sm80" in used
+    if decoder.mode != "paged":
+        assert "decode_splitkv" in used
+
+
+# ------------------------------------------------------------------------------------------ large ones, and the CPU
+
+LARGE = {
+    "write": {"cache": "write"},
+    "write-bshd": {"cache": "write", "cache_layout": "BSHD"},
+    "write-copied": {"cache": "write", "in_place": False},
+    "write-window": {"cache": "write", "left_window_size": 200},
+    "window": {"cache": "window", "left_window_size": 700, "capacity": 701},
+    "window-slack": {"cache": "window", "left_window_size": 500, "capacity": 777},
+    "append": {"cache": "append"},
+    "paged": {"cache": "paged"},
+    "int8": {"cache": "write", "quantized": "int8"},
+    "int4-append": {"cache": "append", "quantized": "int4"},
+    "float8-paged": {"cache": "paged", "quantized": "float8"},
+    "int8-window": {"cache": "window", "left_window_size": 300, "capacity": 320, "quantized": "int8"},
+}
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
+@pytest.mark.parametrize("kind", LARGE)
+def test_large_steps_as_on_the_cpu(kind: str, dtype: str) -> None:
+    """A long prompt, a chunk and single steps: outputs and caches are those of the CPU kernel."""
+    import faplugin
+
+    rng = np.random.default_rng(len(kind))
+    options = {"capacity": 1300, "quantized": "", "in_place": True, **LARGE[kind]}
+    capacity, quantized, in_place = (options.pop(name) for name in ("capacity", "quantized", "in_place"))
+    batch, heads, kv_heads, dim, page_rows = 2, 8, 2, 128, 16
+    element, paged, append = cases.DTYPES[dtype], options["cache"] == "paged", options["cache"] == "append"
+    cache_dtype, columns = decoding.QUANTIZED.get(quantized, element), dim // 2 if quantized == "int4" else dim
+    pages = -(-capacity // page_rows)
+    shape = (
+        (batch * pages, page_rows, kv_heads, columns)
+        if paged
+        else (batch, kv_heads, 0 if append else capacity, columns)
+    )
+    if options.get("cache_layout") == "BSHD":
+        shape = (batch, capacity, kv_heads, columns)
+    angles = np.arange(1400)[:, None] / 10000.0 ** (np.arange(dim // 2) / (dim // 2))
+    given = {
+        "cos_cache": np.cos(angles).astype(element),
+        "sin_cache": np.sin(angles).astype(element),
+        "is_causal": True,
+    }
+    given |= {"q_norm_weight": np.ones(dim, element), "k_norm_weight": np.ones(dim, element)}
+    if quantized:
+        given |= {name: np.array([3.5 / decoding.LARGEST[quantized]], np.float32) for name in ("k_scale", "v_scale")}
+        given["kv_cache_bit_width"] = 4 if quantized == "int4" else 8
+    if paged:
+        given["block_table"] = rng.permutation(batch * pages).reshape(batch, pages)
+    caches = {where: [np.zeros(shape, cache_dtype) for _ in range(2)] for where in ("cpu", "cuda")}
+    length = 0
+    for rows in (900, 300, 1, 1, 1):
+        new = [
+            rng.standard_normal((batch, h, rows, dim), np.float32).astype(element) for h in (heads, kv_heads, kv_heads)
+        ]
+        step = {} if append else {"write_indices": np.full(batch, length)}
+        if paged:
+            new = [x.transpose(1, 0, 2, 3).reshape(1, x.shape[1], batch * rows, dim) for x in new]
+            step["cu_seqlens_q"] = np.array([0, rows, 2 * rows], np.int32)
+        results = {}
+        for where, attention in (("cpu", faplugin.attention), ("cuda", decoders.OnCuda())):
+            past = {"past_key": caches[where][0], "past_value": caches[where][1]}
+            if not paged:
+                step["return_present"] = True
+            out = {"present_key": past["past_key"], "present_value": past["past_value"]}
+            place = {"out": out} if in_place and not append and not paged else {}
+            found = attention(*new, **past, **given, **step, **options, **place)
+            results[where] = found if paged else found[0]
+            caches[where] = caches[where] if paged else list(found[1:])
+        length += rows
+        tolerance = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-4 if quantized else 2e-5}[dtype]
+        difference = np.abs(results["cuda"].astype(np.float64) - results["cpu"].astype(np.float64)).max()
+        assert difference <= tolerance, f"output after {length} rows: {difference:.3g}"
+        for which in range(2):
+            check_stored(caches["cuda"][which], caches["cpu"][which], dtype, quantized)
+
+
+def check_stored(found: np.ndarray, expected: np.ndarray, dtype: str, quantized: str) -> None:
+    """The same but for roundings that went the other way; those are few."""
+    if quantized in ("int8", "int4"):
+        numbers = [np.stack([x & 15, x >> 4]) if quantized == "int4" else x for x in (found, expected)]
+        step = np.abs(numbers[0].astype(int) - numbers[1].astype(int))
+        assert step.max() <= 1 and (step != 0).mean() < 1e-3
+        return
+    epsilon = {"float16": 2**-10, "bfloat16": 2**-7, "float32": 2e-6}[dtype] if not quantized else 2**-3
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    smallest = 1 if dtype == "float32" and not quantized else 2**-6  # a rotation of numbers around 1 ends near 0
+    assert (np.abs(a - b) <= epsilon * np.maximum(np.abs(b), smallest)).all()
+    assert dtype == "float32" or (a != b).mean() < 1e-2
+
+
+# ------------------------------------------------------------------------------------------ CUDA graphs
+
+
+@pytest.mark.parametrize("mode", ("write", "window", "paged"))
+@pytest.mark.parametrize("quantized", ("", "int8"))
+def test_a_graph_decodes_with_lengths_on_the_device(mode: str, quantized: str) -> None:
+    """Captured once and replayed while positions advance on the device: the same bits as calls of their own."""
+    import faplugin
+
+    torch.manual_seed(0)
+    batch, heads, kv_heads, dim, capacity = 3, 8, 2, 64, 64
+    if mode == "paged":
+        shape = (batch * 8, 8, kv_heads, dim)
+    else:
+        shape = (batch, kv_heads, capacity, dim)
+
+    def zeros() -> list[torch.Tensor]:
+        return [torch.zeros(shape, dtype=torch.int8 if quantized else torch.float16, device="cuda") for _ in range(2)]
+
+    def normal(h: int) -> torch.Tensor:
+        rows = (1, h, batch, dim) if mode == "paged" else (batch, h, 1, dim)
+        return torch.randn(rows, device="cuda", dtype=torch.float16)
+
+    new = [normal(heads), normal(kv_heads), normal(kv_heads)]
+    lengths = torch.tensor([1, 9, 30], device="cuda")
+    angles = torch.arange(128, device="cuda")[:, None] / torch.pow(100.0, torch.arange(dim // 2, device="cuda") / 32)
+    given: dict = {"cos_cache": angles.cos().half(), "sin_cache": angles.sin().half(), "cache": mode, "is_causal": True}
+    given["write_indices"] = lengths
+    if quantized:
+        given |= {name: torch.tensor([0.03], device="cuda") for name in ("k_scale", "v_scale")}
+    if mode == "window":
+        given["left_window_size"] = 40
+    if mode == "paged":
+        given["cu_seqlens_q"] = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        given["block_table"] = torch.randperm(batch * 8, device="cuda").reshape(batch, 8)
+
+    def step(caches: list[torch.Tensor], output: torch.Tensor) -> None:
+        out = {"output": output}
+        present = {}
+        if mode != "paged":
+            out |= {"present_key": caches[0], "present_value": caches[1]}
+            present["return_present"] = True
+        faplugin.attention(*new, past_key=caches[0], past_value=caches[1], **given, **present, out=out)
+
+    recorded, plain, warm = zeros(), zeros(), zeros()
+    outputs = [torch.empty_like(new[0]) for _ in range(2)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(warm, outputs[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step(recorded, outputs[0])
+        for replay in range(40 if mode == "window" else 30):
+            for x in new:
+                x.normal_()
+            graph.replay()
+            step(plain, outputs[1])
+            torch.cuda.synchronize()
+            assert arrays.same_bits(*outputs), replay
+            assert all(arrays.same_bits(a, b) for a, b in zip(recorded, plain, strict=True)), replay
+            lengths += 1
+
+
+def test_many_steps_in_a_row() -> None:
+    """Each launch may come while the one before still ends: the result is that of waiting for each."""
+    import faplugin
+
+    torch.manual_seed(3)
+    results = []
+    for waits in (True, False):
+        torch.manual_seed(4)
+        caches = [torch.zeros(8, 4, 700, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        angles = torch.rand(700, 64, device="cuda")
+        lengths = torch.arange(8, device="cuda") * 50
+        query = torch.randn(8, 16, 1, 128, device="cuda", dtype=torch.bfloat16)
+        for _ in range(200):
+            query = faplugin.attention(
+                query, query[:, :4].contiguous(), query[:, 4:8].contiguous(), past_key=caches[0], past_value=caches[1],
+                cache="write", write_indices=lengths, is_causal=True, cos_cache=angles.cos(), sin_cache=angles.sin(),
+                return_present=True, out={"present_key": caches[0], "present_value": caches[1]},
+            )[0]  # fmt: skip
+            query = query / query.float().std().to(query.dtype)
+            lengths += 1
+            if waits:
+                torch.cuda.synchronize()
+        results.append([query, *caches])
+    torch.cuda.synchronize()
+    assert all(arrays.same_bits(a, b) for a, b in zip(*results, strict=True))
+    assert torch.isfinite(results[0][0]).all()
+
+
+def test_means_of_rows_without_keys_are_those_of_the_keys_in_use() -> None:
+    import faplugin
+
+    rng = np.random.default_rng(1)
+    caches = [rng.standard_normal((2, 2, 40, 32), np.float32).astype(ml_dtypes.bfloat16) for _ in range(2)]
+    new = [rng.standard_normal((2, h, 3, 32), np.float32).astype(ml_dtypes.bfloat16) for h in (4, 2, 2)]
+    given = {"cache": "write", "write_indices": np.array([9, 20]), "attn_mask": np.zeros((2, 1, 3, 40), bool),
+             "empty_row": "mean", "return_present": True}  # fmt: skip
+    expected = faplugin.attention(*new, past_key=caches[0], past_value=caches[1], **given)
+    found = decoders.OnCuda()(*new, past_key=caches[0], past_value=caches[1], **given)
+    np.testing.assert_allclose(found[0].astype(float), expected[0].astype(float), rtol=0, atol=4e-3)
