@@ -15,7 +15,7 @@ from tests.gpu import arrays
 # Each mode with what changes the way of its rows: in place or not, layouts, rotary embedding, quantization, masks.
 SAMPLE = [
     decoding.Decoder("write", "float16", rotary="half", norm=True, head_dim=64, head_dim_v=64),
-    decoding.Decoder("write", "bfloat16", layout="BHSD", in_place=False, mask=True, sinks=True, head_dim=128),
+    decoding.Decoder("write", "bfloat16", layout="BHSD", in_place=False, mask=True, sinks=True, head_dim=64),
     decoding.Decoder("write", "bfloat16", quantized="int8", cache_layout="BSHD", rotary="interleaved", head_dim_v=7),
     decoding.Decoder(
         "write", "float32", quantized="int4", per_channel=True, in_place=False, head_dim=40, head_dim_v=40
