@@ -201,8 +201,11 @@ def _measure(options: argparse.Namespace) -> None:
                 calls[contestant] = call
             except Exception as error:
                 row["failed"][contestant] = _sentence(error)
-        times = _times(calls, options)
-        row["contestants"] = {c: found | {"difference": differences[c]} for c, found in times.items()}
+        try:
+            times = _times(calls, options)
+            row["contestants"] = {c: found | {"difference": differences[c]} for c, found in times.items()}
+        except Exception as error:
+            row["failed"]["all"] = _sentence(error)
         print(json.dumps(row), flush=True)
 
 
