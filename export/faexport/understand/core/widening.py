@@ -18,6 +18,8 @@ from faexport.understand.layout.shape_uses import shape_users
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim
 
+MOST = 1 << 12  # rows, heads or batch entries: scores that a file makes larger than that are no attention
+
 
 class Step(Protocol):
     """One node on the way from the scores to the softmax (score_chain.Step)."""
@@ -46,7 +48,8 @@ def widened(product: Product, steps: Sequence[Step], a: Analysis) -> tuple[tuple
         start = len(shape) - len(own)
         for axis, size in enumerate(own, start):
             # More keys than the scores have would not fit the values.
-            if product.labels[axis] != "column" and not a.leaves(size, shape[axis]):
+            small = size.const is None or size.const <= MOST
+            if small and product.labels[axis] != "column" and not a.leaves(size, shape[axis]):
                 shape[axis] = shape[axis].meet(size)
                 wider[value] = Factor(value, product.labels[start:])
     return tuple(shape), tuple(wider.values())
