@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the documentation's tables from the committed results; run it after a new measurement.
 
-The README's tables of speed, and docs/faexport.md's table of the zoo. A test compares the pages with what this makes.
+The README's tables of speed, docs/faexport.md's table of the zoo and docs/kernels.md's of decoding. A test compares the
+pages with what this makes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
 EXPORTS_BEGIN, EXPORTS_END = "<!-- exports: written by benchmarks/readme.py -->\n", "<!-- end of exports -->\n"
+DECODE_BEGIN, DECODE_END = "<!-- decode: written by benchmarks/readme.py -->\n", "<!-- end of decode -->\n"
 ZOO_BEGIN, ZOO_END = "<!-- zoo: written by benchmarks/readme.py -->\n", "<!-- end of zoo -->\n"
 OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")
 GROUPS = {
@@ -25,14 +27,8 @@ GROUPS = {
     "padding as lengths": lambda row: row.endswith("lengths"),
     "padding as a bool mask": lambda row: row.endswith(" mask"),
     "head_dim 512": lambda row: "d512" in row,
-    "decoding, one query row": lambda row: "s1x" in row,
 }
-BERT_FILES = {
-    "ours": "faexport",
-    "onnxruntime": "onnxruntime's optimizer",
-    "onnxruntime eager": "the same on an eager export",
-    "unfused": "unfused",
-}
+DECODING = "decoding, few query rows"
 
 
 def gpu_table(data: dict) -> str:
@@ -51,11 +47,42 @@ def gpu_table(data: dict) -> str:
         "|---|---|---|---|---|",
     ]
     for name, belongs in GROUPS.items():
-        ratios = [row["ours_over_best_peer"] for row in rows if belongs(row["row"])]
-        if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            lines.append(f"| {name} | {len(ratios)} | {mean:.2f} | {min(ratios):.2f} | {max(ratios):.2f} |")
+        lines += _group(name, [row["ours_over_best_peer"] for row in rows if belongs(row["row"])])
+    lines += _group(DECODING, [row["ours_over_best_peer"] for row in decode_rows() if "ours_over_best_peer" in row])
     return "\n".join(lines)
+
+
+def _group(name: str, ratios: list[float]) -> list[str]:
+    if not ratios:
+        return []
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return [f"| {name} | {len(ratios)} | {mean:.2f} | {min(ratios):.2f} | {max(ratios):.2f} |"]
+
+
+def decode_rows() -> list[dict]:
+    return json.loads((RESULTS / "decode.json").read_text("utf-8"))["rows"]
+
+
+def decode_section() -> str:
+    """docs/kernels.md's table: microseconds of each row, ours and the fastest peer's; the cache's bytes a second."""
+    data = json.loads((RESULTS / "decode.json").read_text("utf-8"))
+    lines = [
+        f"{data['gpu']}, driver {data['driver']}, commit {data['commit']}, {data['date'][:10]}; bfloat16, from a CUDA "
+        "graph with rotating inputs\n(`benchmarks/attention.py decode --name decode`):",
+        "",
+        "| row | ours, µs | TB/s | fastest peer, µs | ratio | decode_splitkv, µs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        times = {name: 1e3 * one["median_ms"] for name, one in row["contestants"].items()}
+        peers = {name: time for name, time in times.items() if name not in OURS}
+        best = min(peers, key=lambda name: peers[name], default="")
+        peer = f"{best} {peers[best]:.1f}" if best else "–"
+        split = f"{times['decode_splitkv']:.1f}" if "decode_splitkv" in times else "–"
+        ours, ratio = row["contestants"]["ours"], row.get("ours_over_best_peer")
+        speed = f"{times['ours']:.1f} | {ours.get('tb_per_s', math.nan):.2f}"
+        lines.append(f"| {row['row']} | {speed} | {peer} | {ratio or '–'} | {split} |")
+    return "\n".join(lines) + "\n"
 
 
 def ort_table(data: dict) -> str:
@@ -112,23 +139,6 @@ def float32_table(data: dict) -> str:
 
 def _largest_error(rows: list[dict], name: str) -> float:
     return max((row["contestants"][name]["error"] for row in rows if name in row["contestants"]), default=math.nan)
-
-
-def bert_table(data: dict) -> str:
-    """A whole model by its files."""
-    names = [name for name in BERT_FILES if name in data["rows"][0]["contestants"]]
-    lines = [
-        f"BERT-base (12 layers, padding mask) in onnxruntime {data['versions']['onnxruntime-gpu']}, "
-        f"{data['gpu']}, milliseconds:",
-        "",
-        f"| batch × length | {' | '.join(BERT_FILES[name] for name in names)} |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for row in data["rows"]:
-        cells = " | ".join(f"{row['contestants'][name]['median_ms']:.2f}" for name in names)
-        batch_size, seqlen = (word[1:] for word in row["row"].split()[1:])
-        lines.append(f"| {batch_size} × {seqlen}, {row.get('dtype', 'float16')} | {cells} |")
-    return "\n".join(lines)
 
 
 ENCODER_FILES = {
@@ -228,7 +238,6 @@ def cpu_table(data: dict) -> str:
 def section() -> str:
     parts = []
     tables = (
-        ("bert.json", bert_table),
         ("encoders.json", encoder_tables),
         ("encoders.json", fused_by_optimizer),
         ("encoders_cpu.json", encoder_tables),
@@ -237,9 +246,8 @@ def section() -> str:
         ("attention.json", gpu_table),
         ("cpu.json", cpu_table),
     )
-    replaced = {"bert.json"} if (RESULTS / "encoders.json").exists() else set()
     for name, table in tables:
-        if name not in replaced and (RESULTS / name).exists():
+        if (RESULTS / name).exists():
             parts.append(table(json.loads((RESULTS / name).read_text("utf-8"))))
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -309,8 +317,15 @@ def updated_zoo(text: str) -> str:
     return replaced(text, ZOO_BEGIN, ZOO_END, zoo_section())
 
 
+def updated_kernels(text: str) -> str:
+    """docs/kernels.md, likewise."""
+    return replaced(text, DECODE_BEGIN, DECODE_END, decode_section())
+
+
+PAGES = {"README.md": updated, "docs/faexport.md": updated_zoo, "docs/kernels.md": updated_kernels}
+
 if __name__ == "__main__":
-    for name, update in (("README.md", updated), ("docs/faexport.md", updated_zoo)):
+    for name, update in PAGES.items():
         page = ROOT / name
         page.write_text(update(page.read_text("utf-8")), "utf-8")
     sys.exit(0)

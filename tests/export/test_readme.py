@@ -50,10 +50,9 @@ def test_tables_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import readme
 
-    text = (ROOT / "README.md").read_text()
-    assert readme.updated(text) == text, "run: python benchmarks/readme.py"
-    page = (ROOT / "docs/faexport.md").read_text()
-    assert readme.updated_zoo(page) == page, "run: python benchmarks/readme.py"
+    for name, update in readme.PAGES.items():
+        text = (ROOT / name).read_text()
+        assert update(text) == text, f"{name}: run python benchmarks/readme.py"
 
 
 def test_make_targets_exist() -> None:
