@@ -3,7 +3,7 @@
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> projections -> the stand-in
-function -> shapes that are proven -> what stands around, where asked.
+function -> shapes that are proven -> GELU as onnxruntime knows it -> what stands around, where asked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from faexport.cuda_heads import cpu_only_note, has_kernel
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
+from faexport.gelu import put_half_last
 from faexport.match import Context, find_sites
 from faexport.nodes import graphs_of
 from faexport.normalize import convert_opset, inline_functions
@@ -58,6 +59,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         masks.analysis.extend(model)
         declare_shapes(model, masks.analysis)
     notes = [f"the file runs with our library only: {missing}"] if missing else []
+    if fused and (moved := put_half_last(model, masks.analysis, names)):
+        notes.append(moved)
     if fused and options.rest and (joined := around.join(model)):
         notes.append(joined)
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])

@@ -315,10 +315,7 @@ GELU = {  # how exporters write it -> the last nodes, of "biased", its error fun
 }
 
 
-@pytest.mark.parametrize("bias_first", [True, False])
-@pytest.mark.parametrize("spelling", GELU)
-def test_gelu_is_joined_with_its_bias(spelling: str, bias_first: bool, tmp_path: pathlib.Path) -> None:
-    """TorchScript's exporter writes the bias first; onnxruntime by itself doesn't know torch.export's GELU."""
+def with_gelu(spelling: str, bias_first: bool = True) -> onnx.ModelProto:
     model, random = attention(), np.random.default_rng(0)
     graph = model.graph
     graph.node[-1].output[0] = "context"
@@ -339,13 +336,56 @@ def test_gelu_is_joined_with_its_bias(spelling: str, bias_first: bool, tmp_path:
     }
     arrays |= {name: np.array(x, np.float32) for name, x in (("root", np.sqrt(2)), ("one", 1), ("half", 0.5))}
     graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    return model
+
+
+@pytest.mark.parametrize("bias_first", [True, False])
+@pytest.mark.parametrize("spelling", GELU)
+def test_gelu_is_joined_with_its_bias(spelling: str, bias_first: bool, tmp_path: pathlib.Path) -> None:
+    """TorchScript's exporter writes the bias first; onnxruntime by itself doesn't know torch.export's GELU."""
     source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
-    onnx.save(model, source)
+    onnx.save(with_gelu(spelling, bias_first), source)
     result, found = faexport.fuse(source, options=pipeline.Options(rest=True))
     model_io.save(result, target, source=source)
     assert counts(onnx.load(target))["BiasGelu"] == 1 and any("1 BiasGelu" in note for note in found.notes)
     checked = verify.verify(source, target, open_session=ort_session.SessionHere)
     assert checked.status == "passed", checked.reason
+
+
+@pytest.mark.parametrize("spelling", GELU)
+def test_gelu_is_left_as_onnxruntime_recognizes_it(spelling: str, tmp_path: pathlib.Path) -> None:
+    """By default, in ONNX's own operators."""
+    source, target, optimized = (tmp_path / name for name in ("model.onnx", "fused.onnx", "optimized.onnx"))
+    onnx.save(with_gelu(spelling), source)
+    result, found = faexport.fuse(source)
+    model_io.save(result, target, source=source)
+    made = onnx.load(target)
+    assert [node.op_type for node in made.graph.node][-5:] == ["Div", "Erf", "Add", "Mul", "Mul"]
+    assert any("0.5 of 1 GELU was moved" in note for note in found.notes) == (spelling == "torch.export")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(optimized)
+    faplugin.register(options)
+    onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+    assert counts(onnx.load(optimized))["BiasGelu"] == 1
+    checked = verify.verify(source, target, open_session=ort_session.SessionHere)
+    assert checked.status == "passed", checked.reason
+
+
+def test_only_a_gelu_in_float32_is_turned() -> None:
+    for change in ("read twice", "an output", "another factor", "with an axis"):
+        model = with_gelu("torch.export")
+        graph = model.graph
+        half = next(x for x in graph.initializer if x.name == "half")
+        if change == "read twice":
+            graph.node.append(helper.make_node("Identity", ["share"], ["also"]))
+            graph.output.append(helper.make_tensor_value_info("also", TensorProto.FLOAT, None))
+        elif change == "an output":
+            graph.output.append(helper.make_tensor_value_info("share", TensorProto.FLOAT, None))
+        else:
+            value = np.array(0.25, np.float32) if change == "another factor" else np.full((1,), 0.5, np.float32)
+            half.CopyFrom(numpy_helper.from_array(value, "half"))
+        _, found = faexport.fuse(model)
+        assert found.num_fused == 1 and not any("GELU" in note for note in found.notes), change
 
 
 def test_a_bias_in_front_of_the_residual_is_joined(tmp_path: pathlib.Path) -> None:
