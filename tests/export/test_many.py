@@ -41,7 +41,10 @@ def test_a_folder_is_all_of_its_models(folder: pathlib.Path) -> None:
     assert all(one["verification"]["status"] == "passed" for one in data["models"][:2])
 
 
-def test_the_summary_names_each_and_the_worst_decides(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_summary_names_each_and_the_worst_decides(
+    folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")  # names of temporary folders are long
     (folder / "broken.onnx").write_bytes(b"\xff" * 64)
     into = tmp_path / "fast"
     into.mkdir()
