@@ -10,6 +10,7 @@ is stored. At the end the same rows go in once more as one prompt: that must lea
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import ml_dtypes
@@ -17,6 +18,9 @@ import numpy as np
 
 from tests import cases
 
+COUNT = int(os.environ.get("RANDOM_DECODERS", "200"))  # of those that a device plays, in chunks
+CHUNK = 20
+CHUNKS = -(-COUNT // CHUNK)
 POSITIONS = 96  # rows of cos_cache, and the longest sequence
 QUANTIZED = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8), "float8": np.dtype(ml_dtypes.float8_e4m3fn)}
 LARGEST = {"int8": 127, "int4": 7, "float8": 448}
@@ -423,3 +427,38 @@ def run(decoder: Decoder, attention: Callable[..., object], steps: int = 6) -> N
         assert first == first_again and np.array_equal(rows, rows_again), (
             "one prompt leaves another cache than its steps"
         )
+
+
+def run_chunk(chunk: int, attention: Callable[..., object]) -> None:
+    """Plays one chunk of the random decoders; a failure names its decoder."""
+    for decoder in randomized(CHUNK, seed=chunk):
+        try:
+            run(decoder, attention, steps=12)
+        except Exception as error:
+            raise AssertionError(f"{decoder}: {error}") from error
+
+
+def wild_step(rng: np.random.Generator, mode: str, limit: int) -> tuple[list[np.ndarray], dict]:
+    """Query, key and value, and further arguments of a step whose lengths, positions and blocks point anywhere up to
+    `limit`: nothing outside of its arrays may be touched, and its results are finite."""
+
+    def wild(*shape: int) -> np.ndarray:
+        return rng.integers(-limit, limit, shape)
+
+    rows = int(rng.integers(1, 5))
+    new = [rng.standard_normal((2, 1, rows, 8), dtype=np.float32) for _ in range(3)]
+    past = [np.zeros((2, 1, 7, 8), np.float32) for _ in range(2)]
+    given = {"write_indices": wild(2), "position_ids": wild(2, rows), "left_window_size": 4, "is_causal": True}
+    given |= {"cos_cache": np.ones((9, 4), np.float32), "sin_cache": np.ones((9, 4), np.float32)}
+    if mode == "paged":
+        new, past = [x.reshape(1, 1, 2 * rows, 8) for x in new], [x.reshape(2, 7, 1, 8) for x in past]
+        given |= {"cu_seqlens_q": np.array([0, rows, 2 * rows], np.int32), "block_table": wild(2, 3)}
+        given |= {"slot_mapping": wild(2 * rows)} if rng.random() < 0.5 else {}
+        given["position_ids"] = wild(1, 2 * rows)
+    else:
+        given |= {"nonpad_kv_seqlen": wild(2), "return_present": True}
+    return new, given | {"past_key": past[0], "past_value": past[1], "cache": mode}
+
+
+def assert_finite(results: object) -> None:
+    assert all(np.isfinite(x).all() for x in (results if isinstance(results, tuple) else [results]))

@@ -21,7 +21,7 @@ from .bench_data import CLEARLY, Measured, Row, Timing, bench_label
 from .engine import parse_shape
 from .errors import ModelError
 from .options import Options
-from .options_of_commands import FILE, json_option, model_argument, quiet_option
+from .options_of_commands import FILE, html_option, json_option, model_argument, quiet_option
 from .output import check_input, check_output, write_file
 
 if TYPE_CHECKING:
@@ -72,13 +72,7 @@ Examples:
     help="How long the measurements of one size may take, each.",
 )
 @click.option("--svg", metavar="FILE", type=FILE, help="Also draw time and memory against length to this file.")
-@click.option(
-    "--html",
-    "page",
-    metavar="FILE",
-    type=FILE,
-    help="Also write the report with the pictures as one page to this file.",
-)
+@html_option
 @json_option
 @quiet_option
 def bench(
@@ -89,7 +83,7 @@ def bench(
     threads: int,
     timeout: float,
     svg: pathlib.Path | None,
-    page: pathlib.Path | None,
+    html_file: pathlib.Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -99,7 +93,7 @@ def bench(
     from . import bench_view
 
     check_input(model)
-    for option, file in (("--svg", svg), ("--html", page)):
+    for option, file in (("--svg", svg), ("--html", html_file)):
         if file is not None:
             check_output(file, [model], option)
     with terminal.progress(quiet) as progress:
@@ -110,12 +104,12 @@ def bench(
     picture = bench_view.picture(rows, model.name)
     if svg is not None:
         write_file(svg, picture.encode())
-    if page is not None:
+    if html_file is not None:
         from . import html_report
 
         found.report.model = str(model)
         text = html_report.page(found.report, found.blocks, html_report.bench(picture, [*found.notes, sentence]))
-        write_file(page, text.encode())
+        write_file(html_file, text.encode())
     if as_json:
         data = {"model": str(model), "device": device, "rows": [_as_data(row) for row in rows]}
         data |= {"notes": found.notes, "conclusion": sentence}

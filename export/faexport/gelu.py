@@ -2,8 +2,9 @@
 """Writes GELU as onnxruntime recognises it when it loads a model: its factor 0.5 last. Called by pipeline.py.
 
 PyTorch's newer exporter writes x · (0.5 · (1 + erf(x / √2))) up to opset 19, which onnxruntime computes operator by
-operator; x · (1 + erf(x / √2)) · 0.5 it joins with the bias before into one. A factor of 0.5 changes no digit of a
-float32 number wherever it stands, unless |x| is above 1.7e38 or the result below 1e-37. The operators stay ONNX's own.
+operator. Where the factor 0.5 comes last, onnxruntime joins the whole, with the bias in front of it, into one operator.
+A factor of 0.5 changes no digit of a float32 number wherever it stands, unless |x| is above 1.7e38 or the result below
+1e-37. The operators stay those of ONNX.
 """
 
 from __future__ import annotations

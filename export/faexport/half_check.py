@@ -27,9 +27,8 @@ from .reference import Amount, Outputs, Reference, needs_library
 from .report import HalfOutput, HalfPrecision, VerificationStatus
 from .site_check import ROUNDING_FACTOR, TOO_NOISY
 
-ALLOWED = compare.RELATIVE_TOLERANCE[
-    "float16"
-]  # of the output's magnitude, where the original's conversion does better
+# Of an output's magnitude; more is allowed only where the original's own conversion is farther away.
+ALLOWED = compare.RELATIVE_TOLERANCE["float16"]
 
 
 @dataclasses.dataclass

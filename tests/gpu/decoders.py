@@ -110,22 +110,6 @@ def wild_steps() -> Iterator[None]:
     rng = np.random.default_rng(0)
     for i in range(24):
         mode, limit = ("write", "window", "paged")[i % 3], (2**62, 2**40, 60)[i // 3 % 3]
-
-        def wild(*shape: int, limit: int = limit) -> np.ndarray:
-            return rng.integers(-limit, limit, shape)
-
-        rows = int(rng.integers(1, 5))
-        new = [rng.standard_normal((2, 1, rows, 8), dtype=np.float32) for _ in range(3)]
-        past = [np.zeros((2, 1, 7, 8), np.float32) for _ in range(2)]
-        given = {"write_indices": wild(2), "position_ids": wild(2, rows), "left_window_size": 4, "is_causal": True}
-        given |= {"cos_cache": np.ones((9, 4), np.float32), "sin_cache": np.ones((9, 4), np.float32)}
-        if mode == "paged":
-            new, past = [x.reshape(1, 1, 2 * rows, 8) for x in new], [x.reshape(2, 7, 1, 8) for x in past]
-            given |= {"cu_seqlens_q": np.array([0, rows, 2 * rows], np.int32), "block_table": wild(2, 3)}
-            given |= {"slot_mapping": wild(2 * rows)} if rng.random() < 0.5 else {}
-            given["position_ids"] = wild(1, 2 * rows)
-        else:
-            given |= {"nonpad_kv_seqlen": wild(2), "return_present": True}
-        found = OnCuda()(*new, past_key=past[0], past_value=past[1], cache=mode, **given)
-        assert all(np.isfinite(x).all() for x in (found if isinstance(found, tuple) else [found]))
+        new, given = decoding.wild_step(rng, mode, limit)
+        decoding.assert_finite(OnCuda()(*new, **given))
         yield

@@ -7,8 +7,6 @@ RANDOM_DECODERS=10000 plays as many; 200 are the default.
 
 from __future__ import annotations
 
-import os
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,17 +17,11 @@ torch = pytest.importorskip("torch")
 from tests.gpu import arrays, decoders  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-COUNT = int(os.environ.get("RANDOM_DECODERS", "200"))
-CHUNK = 20
 
 
-@pytest.mark.parametrize("chunk", range(-(-COUNT // CHUNK)))
+@pytest.mark.parametrize("chunk", range(decoding.CHUNKS))
 def test_random_decoders(chunk: int) -> None:
-    for decoder in decoding.randomized(CHUNK, seed=chunk):
-        try:
-            decoding.run(decoder, decoders.OnCuda(), steps=12)
-        except Exception as error:
-            raise AssertionError(f"{decoder}: {error}") from error
+    decoding.run_chunk(chunk, decoders.OnCuda())
 
 
 @pytest.mark.parametrize("decoder", decoders.SAMPLE, ids=str)

@@ -6,25 +6,16 @@ RANDOM_DECODERS=10000 plays as many (`make nightly` does); 200 are the default.
 
 from __future__ import annotations
 
-import os
-
 import faplugin
 import numpy as np
 import pytest
 
 from tests import decoding
 
-COUNT = int(os.environ.get("RANDOM_DECODERS", "200"))
-CHUNK = 20
 
-
-@pytest.mark.parametrize("chunk", range(-(-COUNT // CHUNK)))
+@pytest.mark.parametrize("chunk", range(decoding.CHUNKS))
 def test_random_decoders(chunk: int) -> None:
-    for decoder in decoding.randomized(CHUNK, seed=chunk):
-        try:
-            decoding.run(decoder, faplugin.attention, steps=12)
-        except Exception as error:
-            raise AssertionError(f"{decoder}: {error}") from error
+    decoding.run_chunk(chunk, faplugin.attention)
 
 
 def test_a_paged_cache_is_written_by_slots_alone_where_they_are_given() -> None:
@@ -121,25 +112,9 @@ def test_errors(arguments: dict, sentence: str) -> None:
 def test_wild_lengths_positions_and_blocks_stay_in_their_arrays(mode: str, limit: int) -> None:
     """The sanitizer sees any step outside; here the results must be finite."""
     rng = np.random.default_rng(0)
-
-    def wild(*shape: int) -> np.ndarray:
-        return rng.integers(-limit, limit, shape)
-
     for _ in range(40):
-        rows = int(rng.integers(1, 5))
-        new = [rng.standard_normal((2, 1, rows, 8), dtype=np.float32) for _ in range(3)]
-        past = [np.zeros((2, 1, 7, 8), np.float32) for _ in range(2)]
-        given = {"write_indices": wild(2), "position_ids": wild(2, rows), "left_window_size": 4, "is_causal": True}
-        given |= {"cos_cache": np.ones((9, 4), np.float32), "sin_cache": np.ones((9, 4), np.float32)}
-        if mode == "paged":
-            new, past = [x.reshape(1, 1, 2 * rows, 8) for x in new], [x.reshape(2, 7, 1, 8) for x in past]
-            given |= {"cu_seqlens_q": np.array([0, rows, 2 * rows], np.int32), "block_table": wild(2, 3)}
-            given |= {"slot_mapping": wild(2 * rows)} if rng.random() < 0.5 else {}
-            given["position_ids"] = wild(1, 2 * rows)
-        else:
-            given |= {"nonpad_kv_seqlen": wild(2), "return_present": True}
-        result = faplugin.attention(*new, past_key=past[0], past_value=past[1], cache=mode, **given)
-        assert all(np.isfinite(x).all() for x in (result if isinstance(result, tuple) else [result]))
+        new, given = decoding.wild_step(rng, mode, limit)
+        decoding.assert_finite(faplugin.attention(*new, **given))
 
 
 CHANGES = {
