@@ -22,7 +22,7 @@ from .engine import parse_shape
 from .errors import ModelError
 from .options import Options
 from .options_of_commands import FILE, html_option, json_option, model_argument, quiet_option
-from .output import check_input, check_output, write_file
+from .output import check_input, check_report, write_file
 
 if TYPE_CHECKING:
     from .blocks import Block
@@ -93,9 +93,8 @@ def bench(
     from . import bench_view
 
     check_input(model)
-    for option, file in (("--svg", svg), ("--html", html_file)):
-        if file is not None:
-            check_output(file, [model], option)
+    check_report(svg, [model], "--svg")
+    check_report(html_file, [model], "--html")
     with terminal.progress(quiet) as progress:
         device = device or default_device()
         limits = Limits(device, runs, threads, timeout)

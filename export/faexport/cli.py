@@ -32,12 +32,12 @@ from .options_of_commands import (
     report_option,
     strict_option,
 )
-from .output import check_input, check_output, final_path, write_file
+from .output import check_input, check_report, write_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from . import genai, jobs
+    from . import jobs
     from .report import Report
 
 SUMMARY = """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the
@@ -224,7 +224,7 @@ def fuse(
         for option, value in (("--inputs", inputs), ("--html", html_file)):
             if value is not None:
                 raise ModelError(f"{option} is for one model, and {len(sources)} are given; rewrite them one by one")
-        _check_report_file(report_file, *sources)
+        check_report(report_file, sources, "--report")
         todo = [
             jobs.Job(source, target, options, check, timeout, None, dry_run, report_file)
             for source, target in zip(sources, many.targets(sources, output), strict=True)
@@ -233,8 +233,8 @@ def fuse(
         return
     (model,) = sources
     target = output or jobs.target_of(model)
-    _check_report_file(report_file, model, target=target)
-    _check_report_file(html_file, model, target=target, option="--html", first=b"<")
+    check_report(report_file, [model], "--report", target)
+    check_report(html_file, [model], "--html", target)
     job = jobs.Job(model, target, options, check, timeout, inputs, dry_run, report_file)
     _fuse_one(job, as_json, html_file, strict, quiet)
 
@@ -299,10 +299,11 @@ def inspect(
     quiet: bool,
 ) -> None:
     """Show the attention sites of MODEL, what can be proven of each, and what would be fused. Writes no model."""
-    model = _model_file(model, _genai_folder(model))
-    _check_report_file(report_file, model)
-    _check_report_file(html_file, model, option="--html", first=b"<")
     from . import jobs
+
+    model = jobs.model_file(model)
+    check_report(report_file, [model], "--report")
+    check_report(html_file, [model], "--html")
     from .report import Report
 
     report = Report(model=str(model))
@@ -313,22 +314,6 @@ def inspect(
         _write_html(report, html_file, fused)
         _show(report, as_json, report_file, quiet)
     _exit_if_strict(report, strict)
-
-
-def _genai_folder(path: pathlib.Path) -> genai.Folder | None:
-    """The folder of onnxruntime-genai that was given in the place of a file."""
-    if not path.is_dir():
-        return None
-    from . import genai
-
-    return genai.read(path)
-
-
-def _model_file(path: pathlib.Path, folder: genai.Folder | None) -> pathlib.Path:
-    if folder is not None:
-        return folder.decoder
-    check_input(path)
-    return path
 
 
 app.add_command(bench.bench)
@@ -367,26 +352,6 @@ def _assuming(assume: tuple[str, ...]) -> Options:
         assume_full_rows="full-rows" in assume,
         assume_zeros_and_ones="zeros-and-ones" in assume,
     )
-
-
-def _check_report_file(
-    path: pathlib.Path | None,
-    *models: pathlib.Path,
-    target: pathlib.Path | None = None,
-    option: str = "--report",
-    first: bytes = b"{",
-) -> None:
-    """Before anything is done: the report can be written, and over nothing but an older report."""
-    if path is None:
-        return
-    check_output(path, models, option, streams=True)
-    if target is not None and final_path(path) == final_path(target):
-        raise ModelError(f"{path}: is where the model will be written; choose another name with {option}")
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(1)
-        if start not in (b"", first):
-            raise ModelError(f"{path}: is there already and no report; choose another name with {option}")
 
 
 def _write_html(report: Report, path: pathlib.Path | None, fused: ir.Model | None) -> None:

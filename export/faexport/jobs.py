@@ -98,6 +98,14 @@ def run_any(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     return run_folder(folder, dataclasses.replace(job, model=folder.decoder), report, watcher)
 
 
+def model_file(path: pathlib.Path) -> pathlib.Path:
+    """The file to read: the path itself, or the decoder of a folder of onnxruntime-genai. Raises ModelError."""
+    if path.is_dir():
+        return genai.read(path).decoder
+    check_input(path)
+    return path
+
+
 def target_of(model: pathlib.Path) -> pathlib.Path:
     """Where a model, or a folder of onnxruntime-genai, is written where nothing else is said."""
     return genai.default_target(model) if model.is_dir() else default_target(model)

@@ -52,6 +52,30 @@ def check_output(path: pathlib.Path, inputs: Iterable[PathLike], option: str = "
         raise ModelError(f"{path}: cannot be written: no permission; {elsewhere}")
 
 
+# What the files of an option that writes a report begin with. Such a file may be written again, no other one.
+_REPORT_STARTS = {"--report": (b"{",), "--html": (b"<!doctype html>",), "--svg": (b"<svg ",)}
+
+
+def check_report(
+    path: pathlib.Path | None, models: Iterable[PathLike], option: str, target: pathlib.Path | None = None
+) -> None:
+    """Before anything is done: the report that `option` names can be written, and over nothing but an older one.
+
+    Raises ModelError. `models` are read, and `target` will be written.
+    """
+    if path is None:
+        return
+    check_output(path, models, option, streams=True)
+    if target is not None and final_path(path) == final_path(target):
+        raise ModelError(f"{path}: is where the model will be written; choose another name with {option}")
+    if path.is_file():
+        starts = _REPORT_STARTS[option]
+        with path.open("rb") as file:
+            begin = file.read(max(map(len, starts)))
+        if begin and not begin.startswith(starts):
+            raise ModelError(f"{path}: is there already and no report; choose another name with {option}")
+
+
 def check_input(path: pathlib.Path, advice: str = "check the path") -> None:
     """Raises ModelError where `path` is no regular file that can be read. A file is read more than once, so a pipe
     won't do, and some devices never end."""

@@ -131,8 +131,12 @@ def test_the_command_writes_the_page_over_nothing_but_a_page(tmp_path: pathlib.P
     assert "1 of 1 attention site fused" in Page(page.read_text()).text
     assert here(model, "--no-verify", "--html", page, "-q").returncode == 0
     assert "model.fa.onnx" in Page(page.read_text()).text
-    page.write_text("{}")
-    assert_bad_input(here("inspect", model, "--html", page), "is there already and no report", "--html")
+    for other in ("{}", "<svg/>"):
+        page.write_text(other)
+        assert_bad_input(here("inspect", model, "--html", page), "is there already and no report", "--html")
+        assert_bad_input(here("bench", model, "--html", page), "is there already and no report", "--html")
+    assert_bad_input(here("bench", model, "--svg", page), "is there already and no report", "--svg")
+    assert page.read_text() == "<svg/>"
     assert_bad_input(here("inspect", model, "--html", model), "overwrite", "--html")
 
 
