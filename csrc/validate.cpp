@@ -19,6 +19,7 @@ namespace fa {
 namespace {
 
 bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3; }
 bool is_index(DType dtype) { return dtype == DType::kInt32 || dtype == DType::kInt64; }
 
 std::string has_dtype(const char* name, const TensorView& t, const char* expected) {
@@ -73,6 +74,7 @@ Status check_written(const char* name, const TensorView& t, int rank) {
 Status check_cache_dtype(const char* name, const TensorView& t, const TensorView& scale, const StepParams& p) {
   if (scale.present) {
     FA_RULE(is_quantized(t.dtype), has_dtype(name, t, "int8, uint8 (two int4) or float8_e4m3fn, since it has scales"));
+    FA_RULE(is_float(p.query.dtype), std::string(name) + " is a quantized cache, which does not go with a float8_e4m3fn query");
     FA_RULE(p.cache.new_key.present, std::string(name) + " has scales, expected a cache (past_key, past_value) with them");
   } else {
     FA_RULE(t.dtype == p.query.dtype, has_dtype(name, t, name_of(p.query.dtype)) + " as query");
@@ -82,7 +84,8 @@ Status check_cache_dtype(const char* name, const TensorView& t, const TensorView
 
 Status check_operands(const StepParams& p) {
   FA_CHECK(check_operand("query", p.query));
-  FA_RULE(is_float(p.query.dtype), has_dtype("query", p.query, "float32, float16 or bfloat16"));
+  FA_RULE(is_float(p.query.dtype) || is_float8(p.query.dtype),
+          has_dtype("query", p.query, "float32, float16, bfloat16 or float8_e4m3fn"));
   FA_CHECK(check_operand("key", p.key));
   FA_CHECK(check_operand("value", p.value));
   FA_CHECK(check_operand("out", p.out));
@@ -90,7 +93,12 @@ Status check_operands(const StepParams& p) {
   const int64_t heads_kv = k[1], head_dim_v = p.out.shape[3];
   FA_CHECK(check_cache_dtype("key", p.key, p.cache.key_scale, p));
   FA_CHECK(check_cache_dtype("value", p.value, p.cache.value_scale, p));
-  FA_RULE(p.out.dtype == p.query.dtype, has_dtype("out", p.out, name_of(p.query.dtype)) + " as query");
+  if (is_float8(p.query.dtype)) {
+    FA_RULE(is_float(p.out.dtype) || is_float8(p.out.dtype),
+            has_dtype("out", p.out, "float32, float16, bfloat16 or float8_e4m3fn"));
+  } else {
+    FA_RULE(p.out.dtype == p.query.dtype, has_dtype("out", p.out, name_of(p.query.dtype)) + " as query");
+  }
   // Sizes of 0 are fine where nothing has to be computed.
   FA_RULE(q[3] >= 1 || p.out.empty(), "query has head_dim " + std::to_string(q[3]) + ", expected at least 1");
   FA_RULE(p.value.shape[3] >= 1 || !p.lse.present,
@@ -176,6 +184,34 @@ Status check_sequences(const StepParams& p) {
     FA_RULE(p.sinks.dtype == DType::kFloat32, has_dtype("sinks", p.sinks, "float32"));
     FA_CHECK(check_shape("sinks", p.sinks, {heads, 1, 1, 1}, 1, "query heads"));
   }
+  return {};
+}
+
+/// The factors of a float8 problem, which have a meaning there alone.
+Status check_descales(const StepParams& p) {
+  const int64_t batch = p.cu_seqlens_q.present ? p.cu_seqlens_q.shape[0] - 1 : p.query.shape[0];
+  const int64_t heads = p.query.shape[1], heads_kv = p.key.shape[1];
+  const struct {
+    const char* name;
+    const TensorView& factors;
+    int64_t heads;
+  } rows[] = {{"query_descale", p.query_descale, heads},
+              {"key_descale", p.key_descale, heads_kv},
+              {"value_descale", p.value_descale, heads_kv},
+              {"output_scale", p.output_scale, heads}};
+  for (const auto& [name, t, count] : rows) {
+    if (!t.present) continue;
+    FA_RULE(is_float8(p.query.dtype),
+            std::string(name) + " is given, but query is " + name_of(p.query.dtype) + "; expected float8_e4m3fn");
+    FA_RULE(t.dtype == DType::kFloat32, has_dtype(name, t, "float32"));
+    FA_CHECK(check_shape(name, t, {batch, count, 1, 1}, 2, "batch, heads"));
+  }
+  FA_RULE(!p.output_scale.present || is_float8(p.out.dtype),
+          std::string("output_scale is given, but out is ") + name_of(p.out.dtype) + "; expected float8_e4m3fn");
+  if (!is_float8(p.query.dtype)) return {};
+  FA_RULE(!p.norm.query_weight.present && !p.norm.key_weight.present && !p.rotary.cos.present,
+          "query is float8_e4m3fn, which does not go together with a norm or a rotary embedding");
+  FA_RULE(p.cache.mode == CacheMode::kAppend, "query is float8_e4m3fn, which goes together with an appended past only");
   return {};
 }
 
@@ -327,6 +363,7 @@ Status validate(const StepParams& params) {
   FA_CHECK(check_operands(params));
   FA_CHECK(check_masks(params));
   FA_CHECK(check_sequences(params));
+  FA_CHECK(check_descales(params));
   FA_CHECK(check_norm(params));
   FA_CHECK(check_rotary(params));
   FA_CHECK(check_cache(params));

@@ -107,7 +107,7 @@ class Binder {
         return invalid(std::string(name_of(input)) + " has rank " + std::to_string(inputs_[i].rank) + "; expected 4 at most");
       if (exceeds_memory(inputs_[i])) return wrong_shape(input, inputs_[i], "a tensor that fits a memory");
     }
-    return {};
+    return check_output_dtype(node_, inputs_[0].dtype);
   }
 
   /// One of query, key, value. `which` is 0, 1 or 2.
@@ -160,7 +160,7 @@ class Binder {
     }
     Numbers numbers;
     const Shape<int64_t> shape = output_shape(node_, output, shapes, layouts_, numbers);
-    return contiguous(nullptr, dtype_of(output, params_.query.dtype, cache_dtype()), shape.dims, shape.rank);
+    return contiguous(nullptr, dtype_of(node_, output, params_.query.dtype, cache_dtype()), shape.dims, shape.rank);
   }
 
   void make_outputs() {
@@ -395,7 +395,34 @@ class Binder {
         std::copy(stride, stride + 2, params_.alibi_slopes.stride);
       }
     }
+    if (Status s = bind_descales(); !s.ok()) return s;
     return bind_vector(Input::kSinks, heads, "heads", false, &params_.sinks);
+  }
+
+  /// The factors of float8 tensors as [B, heads].
+  Status bind_descales() {
+    const int64_t heads = params_.query.shape[1], heads_kv = params_.key.shape[1];
+    if (Status s = bind_factors(Input::kQueryDescale, heads, &params_.query_descale); !s.ok()) return s;
+    if (Status s = bind_factors(Input::kKeyDescale, heads_kv, &params_.key_descale); !s.ok()) return s;
+    if (Status s = bind_factors(Input::kValueDescale, heads_kv, &params_.value_descale); !s.ok()) return s;
+    return bind_factors(Input::kOutputScale, heads, &params_.output_scale);
+  }
+
+  /// One factor for all, one for each head, or one for each sequence and head.
+  Status bind_factors(Input input, int64_t heads, TensorView* view) const {
+    const Tensor* t = find(input);
+    if (!t) return {};
+    const bool is_one = t->rank == 0 || (t->rank == 1 && t->shape[0] == 1), is_shared = t->rank == 1 && t->shape[0] == heads;
+    if (!is_one && !is_shared && (t->rank != 2 || t->shape[0] != num_sequences_ || t->shape[1] != heads))
+      return wrong_shape(input, *t,
+                         "[], [1], [heads " + std::to_string(heads) + "] or [batch " + std::to_string(num_sequences_) +
+                             ", heads " + std::to_string(heads) + "]");
+    *view = view_of(*t);
+    view->shape[0] = num_sequences_;
+    view->shape[1] = heads;
+    view->stride[1] = is_one ? 0 : t->stride[t->rank - 1];
+    if (t->rank < 2) view->stride[0] = 0;
+    return {};
   }
 
   void set_scalars() {

@@ -69,8 +69,10 @@ std::string missing_in_tensorrt(const Node& node);
 bool accepts(Input input, DType dtype, DType query);
 /// The same in words: "bool or float32 or …".
 std::string accepted_dtypes(Input input, DType query);
+/// Does the attribute output_dtype go with a query of this dtype?
+Status check_output_dtype(const Node& node, DType query);
 /// The dtype of an output beside a query of dtype `query` and a past of dtype `cache` (the query's where there is no past).
-DType dtype_of(Output output, DType query, DType cache);
+DType dtype_of(const Node& node, Output output, DType query, DType cache);
 
 /// A tensor as a runtime hands it over. `data` may be null where only a plan is made.
 struct Tensor {

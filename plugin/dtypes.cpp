@@ -8,7 +8,7 @@ namespace fa::plugin {
 namespace {
 
 /// The words of the column `dtypes` of inputs.def.
-enum class InputDTypes : uint8_t { FLOAT, SAME, CACHE, MASK, INDEX, INT32, FLOAT32, ANY };
+enum class InputDTypes : uint8_t { FLOAT, OPERAND, SAME, CACHE, MASK, INDEX, INT32, FLOAT32, ANY };
 constexpr InputDTypes kInputDTypes[kNumInputs] = {
 #define FA_INPUT(identifier, name, dtypes, shape, meaning) InputDTypes::dtypes,
 #include "fa/inputs.def"
@@ -17,14 +17,18 @@ constexpr InputDTypes kInputDTypes[kNumInputs] = {
 
 bool is_floating(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 
+bool is_operand(DType dtype) { return is_floating(dtype) || dtype == DType::kFloat8E4M3; }
+
 }  // namespace
 
 bool accepts(Input input, DType dtype, DType query) {
   switch (kInputDTypes[static_cast<int>(input)]) {
     case InputDTypes::FLOAT:
       return is_floating(dtype);
+    case InputDTypes::OPERAND:
+      return is_operand(dtype);
     case InputDTypes::SAME:
-      return is_floating(dtype) && dtype == query;
+      return is_operand(dtype) && dtype == query;
     case InputDTypes::CACHE:
       return (is_floating(dtype) && dtype == query) || dtype == DType::kInt8 || dtype == DType::kUInt8 ||
              dtype == DType::kFloat8E4M3;
@@ -50,8 +54,20 @@ std::string accepted_dtypes(Input input, DType query) {
   return text + (input == Input::kKey || input == Input::kValue ? ", as query" : "");
 }
 
-DType dtype_of(Output output, DType query, DType cache) {
-  return output == Output::kLse ? DType::kFloat32 : output == Output::kOutput ? query : cache;
+Status check_output_dtype(const Node& node, DType query) {
+  const std::string& named = node.attributes.output_dtype;
+  if (named.empty() || query == DType::kFloat8E4M3 || named == name_of(query)) return {};
+  return {StatusCode::kInvalidArgument, "output_dtype is '" + named + "' and query " + name_of(query) +
+                                            "; expected the query's dtype, or a float8_e4m3fn query"};
+}
+
+DType dtype_of(const Node& node, Output output, DType query, DType cache) {
+  if (output == Output::kLse) return DType::kFloat32;
+  if (output != Output::kOutput) return cache;
+  if (query != DType::kFloat8E4M3) return query;
+  for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kFloat8E4M3})
+    if (node.attributes.output_dtype == name_of(dtype)) return dtype;
+  return DType::kBFloat16;
 }
 
 Tensor contiguous(void* data, DType dtype, const int64_t* shape, size_t rank) {

@@ -67,6 +67,8 @@ Status check_words(const Attributes& a) {
   if (Status s = check_word("alignment", a.alignment, {"onnx", "top_left", "bottom_right"}); !s.ok()) return s;
   if (Status s = check_word("empty_row", a.empty_row, {"zero", "mean"}); !s.ok()) return s;
   if (Status s = check_word("float32_precision", a.float32_precision, {"", "tf32", "tf32x3"}); !s.ok()) return s;
+  if (Status s = check_word("output_dtype", a.output_dtype, {"", "float32", "float16", "bfloat16", "float8_e4m3fn"}); !s.ok())
+    return s;
   if (Status s = check_word("cache", a.cache, {"append", "write", "window", "paged"}); !s.ok()) return s;
   if (Status s = check_word("cache_layout", a.cache_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
   if (Status s = check_word("query_layout", a.query_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;

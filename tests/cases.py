@@ -217,7 +217,7 @@ def systematic() -> list[Case]:
 
 def full() -> list[Case]:
     """For a GPU: over 3,000."""
-    return systematic() + randomized(1800, seed=1)
+    return systematic() + float8() + randomized(1800, seed=1)
 
 
 def empty() -> list[Case]:
@@ -229,6 +229,42 @@ def empty() -> list[Case]:
         for dtype, (batch_size, seqlen_q, seqlen_kv), mask in itertools.product(DTYPES, sizes, masks)
         if batch_size > 0 or mask not in ("lengths", "packed")  # what the generator can't draw
     ]
+
+
+def _float8_options(i: int) -> dict:
+    """Descales of each shape and outputs of each type, in turn."""
+    output = ("float32", "float16", "", "float8_e4m3fn")[i % 4]
+    scale = ("1", "", "H", "BH")[i // 4 % 4] if output == "float8_e4m3fn" else ""
+    return {"descale": ("H", "", "BH", "1")[i // 2 % 4], "output_dtype": output, "output_scale": scale}
+
+
+def float8() -> list[Case]:
+    """Query, key and value in float8: every kind of mask, head sizes, lengths, NaN."""
+    shapes = ((113, 129), (129, 113), (300, 300), (7, 65), (64, 64), (130, 1023))
+    dims = ((64, 128, 40, 256, 128, 96), (128, 64, 192, 96, 48, 128))
+    found = []
+    for i, fields in enumerate(MASKS.values()):
+        for j, (sq, sk) in enumerate(shapes[i % 2 :: 2]):
+            layout, heads = ("BHSD", "BSHD", "BSH")[(i + j) % 3], ((2, 2), (4, 2), (6, 1))[(i + 2 * j) % 3]
+            shape = (3, *heads, sq, sk, dims[i % 2][2 * j + i % 2], 0, layout)
+            found.append(Case("float8", *shape, **fields, **_float8_options(i + j)))
+    for i, head_dim in enumerate(HEAD_DIMS):
+        found.append(Case("float8", 2, 4, 2, 130, 200, head_dim, is_causal=True, **_float8_options(i)))
+    for i, (sq, sk) in enumerate(itertools.product((1, 64, 129, 700), (1, 128, 257, 1100))):
+        found.append(Case("float8", 1, 2, 1, sq, sk, 128, **_float8_options(i)))
+        causal = {"is_causal": True, "alignment": "bottom_right"}
+        found.append(Case("float8", 1, 2, 1, sq, sk, (64, 256)[i % 2], **causal, **_float8_options(i + 1)))
+    for i, layout in enumerate(("QKV", "HQKV")):
+        found.append(Case("float8", 2, 4, 4, 129, 129, 64, 0, layout, is_causal=True, **_float8_options(i)))
+    kinds: tuple[dict, ...] = (
+        {"nan": "query"}, {"nan": "key", "is_causal": True}, {"nan": "value", "is_causal": True},
+        {"nan": "hidden", "mask": "B11K"}, {"nan": "value", "mask": "B1QK"}, {"nan": "bias", "bias": "BHQK"},
+    )  # fmt: skip
+    for i, (kind, (sq, sk, dim)) in enumerate(
+        itertools.product(kinds, ((113, 129, 64), (300, 300, 128), (65, 257, 256)))
+    ):
+        found.append(Case("float8", 2, 4, 2, sq, sk, dim, **kind, **_float8_options(i)))
+    return found
 
 
 def quick() -> list[Case]:
@@ -255,4 +291,5 @@ def quick() -> list[Case]:
         cases.append(Case("float16", 2, 2, 2, 33, 33, 16, 8, layout=layout, output_layout="BHSD"))
     cases += list(_nans())[::7]
     cases += [case for case in randomized(150, seed=2) if case.work <= 150_000]
+    cases += [case for case in float8() if case.work <= 60_000][::2]
     return list({case.id: case for case in cases}.values())

@@ -13,7 +13,9 @@ import ml_dtypes
 import numpy as np
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+ELEMENTS = DTYPES | {"float8": FLOAT8, "float8_e4m3fn": FLOAT8}  # a Case's word for it, and the operator's
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8": "f8"}
 OUTSIDE = (3, 70)  # rows in front of all packed sequences, and behind them
 
 
@@ -50,7 +52,7 @@ class Case:
     query_offset: str = ""  # "1" or "B": the shape of that input
     mask: str = ""  # broadcast of the bool attn_mask: a letter of BHQK or 1 for each axis
     bias: str = ""  # likewise of the float one
-    bias_dtype: str = ""  # "": dtype
+    bias_dtype: str = ""  # "": dtype, or float16 beside float8
     bias_input: str = "attn_bias"  # or attn_mask
     bias_values: str = "normal"  # "inf" and "min": some are -inf, or the least finite number
     short: bool = False  # the last axis of mask and bias ends before the keys do
@@ -64,6 +66,9 @@ class Case:
     softcap: float = 0.0
     scale: float = 0.0
     empty_row: str = "zero"
+    descale: str = ""  # of a float8 query, key and value: "1", "H" or "BH"; "": none
+    output_dtype: str = ""  # of a float8 query
+    output_scale: str = ""  # likewise of a float8 output
     float32_precision: str = ""
     # A NaN in query, key, value, bias, or "hidden": in a key and value that the mask hides from all rows of the first
     # batch entry; "infinite": infinity in these.
@@ -150,6 +155,8 @@ class _Builder:
             self.attributes["alignment"] = case.alignment
         if case.empty_row != "zero":
             self.attributes["empty_row"] = case.empty_row
+        if case.output_dtype:
+            self.attributes["output_dtype"] = case.output_dtype
         if case.float32_precision:
             self.attributes["float32_precision"] = case.float32_precision
         extra = (["present_key", "present_value"] if case.past else []) + (["lse"] if case.lse else [])
@@ -160,7 +167,13 @@ class _Builder:
         return Problem(self.attributes, inputs | self.optional, ["output", *extra])
 
     def _normal(self, *shape: int, dtype: str = "") -> np.ndarray:
-        return self.rng.standard_normal(shape, dtype=np.float32).astype(DTYPES[dtype or self.case.dtype])
+        return self.rng.standard_normal(shape, dtype=np.float32).astype(ELEMENTS[dtype or self.case.dtype])
+
+    def _operand(self, *shape: int) -> np.ndarray:
+        """Of query, key, value or past: normally distributed, where it is to be descaled in units of 1/16."""
+        if not self.case.descale:
+            return self._normal(*shape)
+        return (16 * self.rng.standard_normal(shape, dtype=np.float32)).astype(ELEMENTS[self.case.dtype])
 
     def _lengths(self, limit: int, count: int) -> np.ndarray:
         """Lengths from 0 to limit, with the whole length among them."""
@@ -185,9 +198,9 @@ class _Builder:
         batch, rows_q, rows_kv = case.batch_size, case.seqlen_q, case.seqlen_kv
         if case.packed:
             batch, rows_q, rows_kv = 1, *packed_rows(case, self.optional)
-        query = self._normal(batch, case.num_q_heads, rows_q, case.head_dim)
-        key = self._normal(batch, case.num_kv_heads, rows_kv, case.head_dim)
-        value = self._normal(batch, case.num_kv_heads, rows_kv, case.dim_v)
+        query = self._operand(batch, case.num_q_heads, rows_q, case.head_dim)
+        key = self._operand(batch, case.num_kv_heads, rows_kv, case.head_dim)
+        value = self._operand(batch, case.num_kv_heads, rows_kv, case.dim_v)
         if case.outside:
             for array in (query, key, value):
                 array[:, :, : OUTSIDE[0]] = array[:, :, -OUTSIDE[1] :] = np.nan
@@ -203,8 +216,8 @@ class _Builder:
             if case.query_lengths:
                 query[b, :, self.optional["query_lengths"][b] :] = np.nan
         if case.past:
-            self.optional["past_key"] = self._normal(batch, case.num_kv_heads, case.past, case.head_dim)
-            self.optional["past_value"] = self._normal(batch, case.num_kv_heads, case.past, case.dim_v)
+            self.optional["past_key"] = self._operand(batch, case.num_kv_heads, case.past, case.head_dim)
+            self.optional["past_value"] = self._operand(batch, case.num_kv_heads, case.past, case.dim_v)
         if case.output_layout:
             self.attributes["output_layout"] = case.output_layout
         if case.layout in ("QKV", "HQKV"):
@@ -268,7 +281,7 @@ class _Builder:
             self.optional["attn_mask"] = mask & ~self._empty_rows(shape) if case.empty else mask
         if case.bias:
             shape = self._mask_shape(case.bias)
-            dtype = case.bias_dtype or case.dtype
+            dtype = case.bias_dtype or ("float16" if case.dtype == "float8" else case.dtype)
             bias = self._normal(*shape, dtype=dtype)
             least = {"inf": -np.inf, "min": ml_dtypes.finfo(DTYPES[dtype]).min}
             if case.bias_values != "normal":
@@ -287,5 +300,16 @@ class _Builder:
         if case.alibi:
             shape = (case.num_q_heads,) if case.alibi == "H" else (case.batch_size, case.num_q_heads)
             self.optional["alibi_slopes"] = (2.0 ** -self.rng.uniform(1, 8, shape)).astype(np.float32)
+        heads_of = {"query": case.num_q_heads, "key": case.num_kv_heads, "value": case.num_kv_heads}
+        for name, heads in heads_of.items():
+            if case.descale:
+                self.optional[f"{name}_descale"] = self._factors(case.descale, heads, 1 / 16)
+        if case.output_scale:
+            self.optional["output_scale"] = self._factors(case.output_scale, case.num_q_heads, 1 / 64)
         if case.sinks:
             self.optional["sinks"] = self.rng.standard_normal(case.num_q_heads).astype(np.float32)
+
+    def _factors(self, kind: str, heads: int, around: float) -> np.ndarray:
+        """Numbers around `around`: one ("1"), one for each head ("H"), or for each sequence and head ("BH")."""
+        shape = {"1": (), "H": (heads,), "BH": (self.case.batch_size, heads)}[kind]
+        return np.asarray(around * self.rng.uniform(0.7, 1.4, shape), np.float32)

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.problems import Problem
+from tests.problems import ELEMENTS, FLOAT8, Problem
 
 DEFAULTS = {"q_num_heads": 0, "kv_num_heads": 0, "scale": 0.0, "is_causal": 0, "left_window_size": -1,
             "right_window_size": -1, "softcap": 0.0, "alignment": "onnx", "empty_row": "zero",
-            "float32_precision": ""}  # fmt: skip
+            "float32_precision": "", "output_dtype": ""}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -34,6 +34,7 @@ class _Sequence:
     bias: np.ndarray | None  # likewise, added
     slopes: np.ndarray | None  # [H_q]
     sinks: np.ndarray | None  # [H_q]
+    divisor: np.ndarray | int  # [H_q, 1, 1]: of the output; 1: none
 
 
 @dataclasses.dataclass
@@ -42,6 +43,8 @@ class _Rounding:
 
     result: Callable[[np.ndarray], np.ndarray] = lambda x: x
     operand: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    exponentials: Callable[[np.ndarray], np.ndarray] = lambda x: x  # of scores less the row's maximum
+    output: Callable[[np.ndarray], np.ndarray] = lambda x: x
 
 
 def _tf32(x: np.ndarray) -> np.ndarray:
@@ -51,19 +54,27 @@ def _tf32(x: np.ndarray) -> np.ndarray:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a float16 bias near the least number, rounded, is -inf; NaN
-def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
+def attention(problem: Problem, unfused: bool = False, float8_weights: bool = False) -> dict[str, np.ndarray]:
     """The operator's outputs by name, float64 (present_key and present_value in their own dtype).
 
     Args:
         problem: attributes and inputs as docs/operator.md names them.
-        unfused: round every intermediate result to the dtype of the query, as an unfused graph does.
+        unfused: round every intermediate result to the dtype of the query, as an unfused graph does. That of a float8
+            query computes in float32.
+        float8_weights: the unfused result of a float8 query multiplies values by exponentials that are rounded to
+            float8, with 256 for the largest.
     """
     attributes = DEFAULTS | problem.attributes
     query, key, value, past = _tensors(problem, attributes)
     outputs: dict[str, np.ndarray] = {"present_key": key, "present_value": value}
     rounding = _Rounding()
     if unfused:
-        rounding.result = lambda x: x.astype(query.dtype).astype(np.float32)
+        float8 = query.dtype == FLOAT8
+        between = np.dtype(np.float32) if float8 else query.dtype
+        rounding.result = lambda x: x.astype(between).astype(np.float32)
+        rounding.output = lambda x: x.astype(output_dtype(problem)).astype(np.float32) if float8 else x
+        if float8 and float8_weights:
+            rounding.exponentials = lambda x: (x * 256).astype(FLOAT8).astype(np.float32) / 256
         if attributes["float32_precision"] == "tf32" and query.dtype == np.float32:
             rounding.operand = _tf32
     working = np.float32 if unfused else np.float64
@@ -74,9 +85,30 @@ def attention(problem: Problem, unfused: bool = False) -> dict[str, np.ndarray]:
         o, log_sum = _sequence(sequence, attributes, working, rounding)
         out[batch_idx, :, row : row + o.shape[1]] = o
         lse[batch_idx, :, row : row + o.shape[1]] = log_sum
-    outputs["output"] = to_layout(out, attributes, problem.inputs["query"].ndim)
+    if output_dtype(problem) == FLOAT8:
+        out = np.clip(out, -448, 448)  # NaN stays
+    outputs["output"] = to_layout(rounding.output(out), attributes, problem.inputs["query"].ndim)
     outputs["lse"] = lse
     return {name: outputs[name] for name in problem.outputs}
+
+
+def output_dtype(problem: Problem) -> np.dtype:
+    """Of the output: the query's dtype, or of a float8 query what the attribute output_dtype says."""
+    query = problem.inputs["query"].dtype
+    return ELEMENTS[problem.attributes.get("output_dtype") or "bfloat16"] if query == FLOAT8 else query
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def score_magnitude(problem: Problem) -> np.ndarray:
+    """The largest sum of |scale q k| over a key's columns, of the keys that each row sees: [B, H_q, S_q]."""
+    attributes = DEFAULTS | problem.attributes
+    query, key, value, past = _tensors(problem, attributes)
+    largest = np.zeros(query.shape[:3])
+    for batch_idx, row, s in _sequences(problem.inputs, attributes, query, key, value, past):
+        for h, i, q, k, scores in _chunks(s, attributes, np.float64, _Rounding()):
+            sums = np.abs(q) @ np.abs(np.where(np.isfinite(k), k, 0)).T
+            largest[batch_idx, h, row + i] = np.where(np.isfinite(scores), sums, 0).max(axis=1, initial=0)
+    return largest
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -184,7 +216,21 @@ def _sequences(inputs: dict, attributes: dict, query, key, value, past: int):
         if slopes is not None and slopes.ndim == 2:
             slopes = slopes[i]
         hidden, bias = _masks(inputs, batch_idx, k.shape[1])
-        yield batch_idx, row, _Sequence(q, k, v, q_length, kv_length, offset, hidden, bias, slopes, inputs.get("sinks"))
+        if query.dtype == FLOAT8:
+            q, k, v = (x.astype(np.float64) for x in (q, k, v))
+        q, k, v = (x * _factors(inputs, f"{n}_descale", i, x) for x, n in ((q, "query"), (k, "key"), (v, "value")))
+        sinks, divisor = inputs.get("sinks"), _factors(inputs, "output_scale", i, q)
+        lengths = q_length, kv_length, offset
+        yield batch_idx, row, _Sequence(q, k, v, *lengths, hidden, bias, slopes, sinks, divisor)
+
+
+def _factors(inputs: dict, name: str, sequence_idx: int, heads: np.ndarray) -> np.ndarray | int:
+    """A factor for each of the heads [H, rows, columns]: [H, 1, 1], or 1 where there are none."""
+    if name not in inputs:
+        return 1
+    array = inputs[name]
+    array = array[sequence_idx] if array.ndim == 2 else array
+    return np.broadcast_to(array, heads.shape[:1]).reshape(-1, 1, 1)
 
 
 def _sequence(s: _Sequence, attributes: dict, working, rounding: _Rounding) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +242,7 @@ def _sequence(s: _Sequence, attributes: dict, working, rounding: _Rounding) -> t
     for h, i, _, _, scores in _chunks(s, attributes, working, rounding):
         v = s.value[h // group].astype(working)
         out[h, i], lse[h, i] = _softmax_times(scores, s, attributes, h, v, rounding)
-    return out, lse
+    return out / s.divisor, lse
 
 
 def _chunks(s: _Sequence, attributes: dict, working, rounding: _Rounding):
@@ -258,7 +304,7 @@ def _softmax_times(scores, s: _Sequence, attributes: dict, h: int, v: np.ndarray
     working = scores.dtype.type
     weights, total, safe = _exponentials(scores, s, h)
     empty = total == 0
-    weights = rounding.result(weights / np.where(empty, 1, total)[:, None])
+    weights = rounding.result(rounding.exponentials(weights) / np.where(empty, 1, total)[:, None])
     used = v[: s.kv_length]
     out = rounding.result(rounding.operand(weights) @ rounding.operand(np.where(np.isfinite(used), used, 0)))
     if not np.isfinite(used).all():  # 0 * NaN is NaN, but a key that the row doesn't see has no part in it

@@ -9,6 +9,10 @@ LAMBDA u ||c|| with a probability of at most 2 exp(-LAMBDA^2 / 2) (Hoeffding's i
 New Approach to Probabilistic Rounding Error Analysis", 2019); uniform errors have a standard deviation of u / sqrt(3),
 of which LAMBDA u is seven. The largest of 500 cases on an H200 is 2.57 u ||c||. The relative Frobenius error has a
 limit of its own.
+
+Of a float8 query (e4m3) the unfused result is computed in float32 and rounded once. Where weights are rounded to
+float8, as by tensor cores, so are its own. Tensor cores also cut the sums of float8 products: each addend of 32 columns
+to FLOAT8_SUM_EPSILON of the largest, so that a log-sum-exp may be off by that times the sum of the absolute products.
 """
 
 from __future__ import annotations
@@ -20,17 +24,19 @@ import ml_dtypes
 import numpy as np
 
 from tests import reference
-from tests.problems import Problem
+from tests.problems import FLOAT8, Problem
 
 FACTOR = 2.0
 ABSOLUTE = 1e-5
 TF32_EPSILON = 2.0**-10
 LAMBDA = 4.0
+FLOAT8_SUM_EPSILON = 2.0**-12
 RELATIVE = {
     "float32": 3e-6,
     "tf32": 6e-4,  # float32 in one TF32 product
     "float16": 6e-4,
     "bfloat16": 5e-3,
+    "float8_e4m3fn": 4e-2,
 }  # ||out - ref|| / ||ref||, where the unfused error is smaller
 
 
@@ -40,17 +46,25 @@ class Expectation:
 
     exact: dict[str, np.ndarray]  # float64
     unfused: dict[str, np.ndarray]  # each result rounded to the query's dtype
-    precision: str  # a key of RELATIVE: the query's dtype, or "tf32"
-    lse_rounding: np.ndarray | None  # what each log-sum-exp may be off, where queries and keys are rounded to TF32
+    precision: str  # a key of RELATIVE: the output's dtype, or "tf32"
+    lse_rounding: np.ndarray | None  # what each log-sum-exp may be off, where products are of TF32 or float8
 
 
-def expectation(problem: Problem) -> Expectation:
-    """Computes both references of tests/reference.py: the costly part of a check, worth keeping for several."""
-    exact, unfused = reference.attention(problem), reference.attention(problem, unfused=True)
+def expectation(problem: Problem, float8_weights: bool = False) -> Expectation:
+    """Computes both references of tests/reference.py: the costly part of a check, worth keeping for several.
+
+    Args:
+        problem: what is computed.
+        float8_weights: a float8 query's weights are rounded to float8, and its products summed by tensor cores.
+    """
+    exact = reference.attention(problem)
+    unfused = reference.attention(problem, unfused=True, float8_weights=float8_weights)
     dtype = problem.inputs["query"].dtype
     tf32 = dtype == np.float32 and problem.attributes.get("float32_precision") == "tf32"
     rounding = LAMBDA * TF32_EPSILON / 2 * reference.lse_spread(problem) if tf32 and "lse" in exact else None
-    return Expectation(exact, unfused, "tf32" if tf32 else dtype.name, rounding)
+    if float8_weights and dtype == FLOAT8 and "lse" in exact:
+        rounding = FLOAT8_SUM_EPSILON * reference.score_magnitude(problem)
+    return Expectation(exact, unfused, "tf32" if tf32 else reference.output_dtype(problem).name, rounding)
 
 
 def check(actual: Mapping[str, np.ndarray], expected: Problem | Expectation) -> None:

@@ -191,7 +191,7 @@ struct Workers {
 
 /// Rows of the output that belong to no sequence in use: 0, and lse -inf.
 void clear_rows(const StepParams& p, int64_t b, int64_t begin, int64_t end) {
-  const size_t bytes = p.out.shape[3] * (p.out.dtype == DType::kFloat32 ? 4 : 2);
+  const size_t bytes = p.out.shape[3] * size_of(p.out.dtype);
   for (int64_t h = 0; h < p.out.shape[1]; ++h) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t offset = b * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2];

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of float32, float16 and bfloat16 to float and back (round to nearest, ties to even).
+// Rows of float32, float16, bfloat16 and float8 to float and back (round to nearest, ties to even).
 // Used by tile_kernel.cpp; compiled once for each instruction set.
 #pragma once
 
 #include "cpu/simd.h"
 #include "fa/attention.h"
+#include "semantics/quantize.h"
 
 namespace fa::cpu::FA_ISA {
 
@@ -42,8 +43,6 @@ FA_INLINE uint16_t float_to_bfloat(float x) {
   return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-FA_INLINE int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 /// n contiguous elements to floats.
 FA_INLINE void to_float(const void* source, DType dtype, float* target, int64_t n) {
   int64_t i = 0;
@@ -52,6 +51,9 @@ FA_INLINE void to_float(const void* source, DType dtype, float* target, int64_t 
   } else if (dtype == DType::kBFloat16) {
     const uint16_t* s = static_cast<const uint16_t*>(source);
     for (; i < n; ++i) target[i] = float_of(static_cast<uint32_t>(s[i]) << 16);
+  } else if (dtype == DType::kFloat8E4M3) {
+    const uint8_t* s = static_cast<const uint8_t*>(source);
+    for (; i < n; ++i) target[i] = from_float8(s[i]);
   } else {
     const uint16_t* s = static_cast<const uint16_t*>(source);
 #if defined(__AVX512F__)
@@ -75,6 +77,9 @@ FA_INLINE void from_float(const float* source, float factor, void* target, DType
   } else if (dtype == DType::kFloat16) {
     uint16_t* t = static_cast<uint16_t*>(target);
     for (int64_t i = 0; i < n; ++i) t[i] = float_to_half(source[i] * factor);
+  } else if (dtype == DType::kFloat8E4M3) {
+    uint8_t* t = static_cast<uint8_t*>(target);
+    for (int64_t i = 0; i < n; ++i) t[i] = to_float8(source[i] * factor, 1.0f);
   } else {
     uint16_t* t = static_cast<uint16_t*>(target);
     for (int64_t i = 0; i < n; ++i) t[i] = float_to_bfloat(source[i] * factor);

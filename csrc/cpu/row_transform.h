@@ -55,7 +55,7 @@ class RowTransform {
 
   void load_angle(const TensorView& t, int64_t row, int64_t position, float* target) const {
     const int64_t at = angles_of(rotary_, t, batch_idx_, row, position);
-    to_float(static_cast<const char*>(t.data) + at * element_bytes(t.dtype), t.dtype, target, rotated_.num_pairs);
+    to_float(static_cast<const char*>(t.data) + at * size_of(t.dtype), t.dtype, target, rotated_.num_pairs);
   }
 
   const RotaryParams& rotary_;

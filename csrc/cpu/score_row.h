@@ -21,9 +21,8 @@ struct TensorRow {
 };
 
 FA_INLINE TensorRow tensor_row(const TensorView& t, int64_t b, int64_t h, int64_t i) {
-  const int64_t size = t.dtype == DType::kBool ? 1 : element_bytes(t.dtype);
   const int64_t offset = b * t.stride[0] + h * t.stride[1] + i * t.stride[2];
-  return {static_cast<const char*>(t.data) + offset * size, t.dtype, t.shape[3] > 1 ? t.stride[3] : 0, t.shape[3]};
+  return {static_cast<const char*>(t.data) + offset * size_of(t.dtype), t.dtype, t.shape[3] > 1 ? t.stride[3] : 0, t.shape[3]};
 }
 
 /// ScoreRule::capped on vectors (the scale is already in the query).
@@ -39,7 +38,7 @@ static void add_bias(float* s, int64_t begin, int64_t end, const TensorRow& bias
   for (int64_t c = stop > begin ? stop : begin; c < end; ++c) s[c] = -INFINITY;
   if (n <= 0) return;
   if (bias.stride == 1) {
-    to_float(bias.data + first * element_bytes(bias.dtype), bias.dtype, floats, n);
+    to_float(bias.data + first * size_of(bias.dtype), bias.dtype, floats, n);
   } else {
     for (int64_t c = 0; c < n; ++c) floats[c] = element(bias.data, bias.dtype, first + c * bias.stride);
   }

@@ -10,6 +10,7 @@
 #include "cpu/score_row.h"
 #include "cpu/store_rows.h"
 #include "cpu/tile.h"
+#include "semantics/descale.h"
 
 namespace fa::cpu {
 namespace FA_ISA {
@@ -127,12 +128,15 @@ class TileKernel {
   int64_t head_of(int64_t r) const { return task_.first_head + r / task_.num_rows; }
   int64_t row_of(int64_t r) const { return task_.first_row + r % task_.num_rows; }  // within the sequence
 
+  /// What a product of row r's query and a key is multiplied by.
+  float scale_of(int64_t r) const { return descaled_softmax_scale(p_, task_.sequence_idx, head_of(r), task_.kv_head); }
+
   /// Query row r as floats, normalised and rotated.
   void read_query(int64_t r, float* target) const {
     const TensorView& q = p_.query;
     const int64_t row = sequence_.first_row + row_of(r);
     const int64_t offset = sequence_.batch_idx * q.stride[0] + head_of(r) * q.stride[1] + row * q.stride[2];
-    to_float(static_cast<const char*>(q.data) + offset * element_bytes(q.dtype), q.dtype, target, d_);
+    to_float(static_cast<const char*>(q.data) + offset * size_of(q.dtype), q.dtype, target, d_);
     transform_.apply(target, row, position_of_query(step_, row_of(r)));
   }
 
@@ -150,8 +154,9 @@ class TileKernel {
     for_groups([&](auto count, int64_t first) {
       for (int64_t m = 0; m < count.value; ++m) {
         read_query(first + m, s_.staging);
+        const float scale = scale_of(first + m);
         float* packed = s_.query + (few_rows_ ? first * d_padded : first * d_ + m);
-        for (int64_t x = 0; x < d_; ++x) packed[x * count.value] = s_.staging[x] * p_.softmax_scale;
+        for (int64_t x = 0; x < d_; ++x) packed[x * count.value] = s_.staging[x] * scale;
         for (int64_t x = d_; x < d_padded && few_rows_; ++x) packed[x] = 0;
       }
     });
@@ -274,7 +279,8 @@ class TileKernel {
       factor = 1;
     }
     const TensorView& o = p_.out;
-    char* target = static_cast<char*>(o.data) + (b * o.stride[0] + h * o.stride[1] + row * o.stride[2]) * element_bytes(o.dtype);
+    char* target = static_cast<char*>(o.data) + (b * o.stride[0] + h * o.stride[1] + row * o.stride[2]) * size_of(o.dtype);
+    factor *= output_factor(p_, task_.sequence_idx, h, task_.kv_head);
     from_float(source, factor, target, o.dtype, d_v_);
     if (p_.lse.present) {
       static_cast<float*>(p_.lse.data)[b * p_.lse.stride[0] + h * p_.lse.stride[1] + row * p_.lse.stride[2]] = lse(state);
@@ -291,6 +297,7 @@ class TileKernel {
   /// row doesn't see, and 0 times that is NaN. Here such keys are passed over.
   void attend_row(int64_t r) {
     const int64_t i = row_of(r);
+    const float scale = scale_of(r);
     float* out = s_.out + r * d_v_padded_;
     float *query = s_.scores, *key = s_.staging, *value = s_.staging + round_up(d_, kLanes);
     read_query(r, query);
@@ -300,7 +307,7 @@ class TileKernel {
     for (int64_t j = range.begin; j < range.end; ++j) {
       read_row(key_, j, key);
       float score = 0;
-      for (int64_t x = 0; x < d_; ++x) score += query[x] * p_.softmax_scale * key[x];
+      for (int64_t x = 0; x < d_; ++x) score += query[x] * scale * key[x];
       score = one_score(score, r, j);
       if (score == -INFINITY) continue;
       read_row(value_, j, value);

@@ -21,10 +21,12 @@ from faexport.nodes import all_nodes, operand
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.surgery import FIRST_OPSET, Missing
 from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.rules_operator import output_dtype
 
 MINIMUM_OPSET = 7
 MINIMUM_IR_VERSION = 8  # the first with functions
 OVERLOADS_IR_VERSION = 10
+FLOAT8_OPSET = 19  # the first whose Cast takes float8
 UNUSED = "unused"
 LAST_OVERLOAD = "needs_faexport_library_or_newer_onnxruntime"
 
@@ -35,13 +37,15 @@ NEUTRAL = {
     "attn_bias": np.zeros((1, 1, 1, 1), np.float32),
     "alibi_slopes": np.zeros(1, np.float32),
     "sinks": np.full(1, -np.inf, np.float32),
+    **{name: np.ones(1, np.float32) for name in ("query_descale", "key_descale", "value_descale", "output_scale")},
 }
 SUPPORTED = {*NEUTRAL, "past_key", "past_value", "nonpad_kv_seqlen", "query_offset"}
 
 
 @dataclasses.dataclass
 class _Call:
-    """A fused node: its form and the roles of its inputs after value. Words that don't matter for it are ""."""
+    """A fused node: its form, the type of its output, and the roles of its inputs after value. Words that don't matter
+    for it are ""."""
 
     node: ir.Node
     form: Form
@@ -128,6 +132,11 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
     dtype = analysis.dtype(node.inputs[0])
     if dtype is None:
         return "the type of its query isn't known"
+    float8 = dtype is ir.DataType.FLOAT8E4M3FN
+    if float8 and opset < FLOAT8_OPSET:
+        return f"the model's opset is {opset}; the stand-in for float8 needs {FLOAT8_OPSET}"
+    if float8 and ("past_key" in roles or set(_words(node, "optional_outputs")) - {"lse"}):
+        return "nothing stands in for a past or present of float8"
     if "past_key" in roles and analysis.dtype(node.inputs[3 + names.index("past_key")]) not in (dtype, None):
         return "nothing stands in for a quantized cache"
     left, right = (node.attributes.get_int(f"{side}_window_size", -1) for side in ("left", "right"))
@@ -146,10 +155,11 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
         packed="packed_columns" in node.attributes,
         windows=windows,
         softcap=node.attributes.get_float("softcap", 0.0) != 0,
+        float8=float8,
         numbers=numbers_of(node) if opset < READS_ATTRIBUTES else (),
         heads=_heads(node, analysis) if opset < FIRST_OPSET["Range"] else None,
     )
-    return _Call(node, form, dtype)
+    return _Call(node, form, output_dtype(dtype, node.attributes.get_string("output_dtype", "")))
 
 
 def _heads(node: ir.Node, analysis: Analysis) -> tuple[int, int] | None:
@@ -190,7 +200,7 @@ def _rows_see_a_key(roles: list[str], windows: bool, left: int) -> bool:
 def _key(call: _Call, *, words: bool) -> tuple:
     form = call.form
     fixed = tuple(sorted(set(form.inputs) - set(NEUTRAL)))
-    key = (form.layouts, fixed, form.outputs, form.packed, call.dtype, form.numbers, form.heads)
+    key = (form.layouts, fixed, form.outputs, form.packed, form.float8, call.dtype, form.numbers, form.heads)
     return (*key, form.alignment, form.empty_row) if words else key
 
 

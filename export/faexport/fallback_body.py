@@ -33,8 +33,8 @@ DEFAULTS = {"left_window_size": -1, "right_window_size": -1}
 READS_ATTRIBUTES = 13  # the first opset whose body reads the numbers of the calling node
 LOWEST = float(np.finfo(np.float32).min)
 WORDS = (
-    "alignment", "empty_row", "float32_precision", "query_layout", "key_layout", "value_layout", "output_layout",
-    "optional_inputs", "optional_outputs",
+    "alignment", "empty_row", "float32_precision", "output_dtype", "query_layout", "key_layout", "value_layout",
+    "output_layout", "optional_inputs", "optional_outputs",
 )  # fmt: skip
 WORD_DEFAULTS = {"alignment": "onnx", "empty_row": "zero"}
 
@@ -54,6 +54,7 @@ class Form:
     windows: bool = False  # some node has one
     softcap: bool = False
     numbers: tuple[tuple[str, Any], ...] = ()  # attributes that are fixed, before opset READS_ATTRIBUTES
+    float8: bool = False  # query, key and value are float8_e4m3fn
     heads: tuple[int, int] | None = None  # of query and key, where Range can't count them (before opset 11)
 
 
@@ -125,7 +126,7 @@ class _Ops(Builder):
 
 
 def function(form: Form, opset: int, dtype: ir.DataType, overload: str = "") -> ir.Function:
-    """The stand-in for nodes of this form whose query is of this type, for a model of this opset."""
+    """The stand-in for nodes of this form whose output is of this type, for a model of this opset."""
     ops = _Ops(opset, dict(form.numbers))
     inputs = [ir.Value(name=name) for name in ("query", "key", "value", *_names(form.inputs))]
     given = dict(zip(("query", "key", "value", *form.inputs), inputs, strict=True))
@@ -171,12 +172,19 @@ class _Attention:
             present_key = k = ops.concat(given["past_key"], k, axis=2)
             present_value = v = ops.concat(given["past_value"], v, axis=2)
         q, k, v = (ops.float32(x) for x in (q, k, v))
+        q, k, v = (self._descaled(x, f"{name}_descale") for x, name in ((q, "query"), (k, "key"), (v, "value")))
         self.rows, self.keys = ops.size(q, 2), ops.size(k, 2)
         k, v = (self._repeat(x, ops.size(q, 1)) for x in (k, v))
         scores = self._capped(ops("Mul", ops("MatMul", q, ops("Transpose", k, perm=[0, 1, 3, 2])), self._scale(q)))
         scores = self._masked(self._biased(scores))
         probabilities, lse = self._softmax(scores)
-        out = self._placed(ops("Cast", ops("MatMul", probabilities, v), to=int(self.dtype)))
+        out = ops("MatMul", probabilities, v)
+        if "output_scale" in given:
+            out = ops("Div", out, self._factors("output_scale"))
+        if self.form.float8:  # at the end: Transpose takes float8 from opset 21 on only
+            out = ops("Cast", self._placed(out), to=int(self.dtype))
+        else:
+            out = self._placed(ops("Cast", out, to=int(self.dtype)))
         named = {"present_key": present_key, "present_value": present_value}
         if lse is not None:
             named["lse"] = lse
@@ -187,6 +195,7 @@ class _Attention:
     def _operand(self, n: int, name: str) -> ir.Value:
         """[B, H, S, D] of query, key or value."""
         ops, x, layout = self.ops, self.given[name], self.form.layouts[n]
+        x = ops.float32(x) if self.form.float8 else x
         if layout is Layout.BHSD:
             return x
         heads = "q_num_heads" if n == 0 else "kv_num_heads"
@@ -196,6 +205,14 @@ class _Attention:
             count = ops.vector(ops.number(heads))
             x = ops.resize(x, count, ops("Div", ops.size(x, 2), count))
         return ops("Transpose", x, perm=[0, 2, 1, 3])
+
+    def _factors(self, name: str) -> ir.Value:
+        """One factor, one for each head, or one for each batch entry and head: [1 or B, 1 or H, 1, 1]."""
+        ops = self.ops
+        return ops.unsqueeze(ops("Expand", self.given[name], ops.const([1, 1])), -1, -2)
+
+    def _descaled(self, x: ir.Value, name: str) -> ir.Value:
+        return self.ops("Mul", x, self._factors(name)) if name in self.given else x
 
     def _packed(self, x: ir.Value, n: int, heads: ir.Value) -> ir.Value:
         """[B, S, H, D] from columns start + head * stride … + head_dim of a 3-D tensor."""

@@ -19,10 +19,11 @@ from onnx.defs import OpSchema
 
 from .spec import DOMAIN, OP_TYPE, VERSION
 from .understand.shapes.dims import Dim
-from .understand.shapes.rules_operator import OPTIONAL_OUTPUTS, output_shapes
+from .understand.shapes.rules_operator import OPTIONAL_OUTPUTS, output_dtype, output_shapes
 
 FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-CACHE_TYPES = ["tensor(int8)", "tensor(uint8)", "tensor(float8e4m3fn)"]  # quantized
+FLOAT8_TYPE = "tensor(float8e4m3fn)"
+CACHE_TYPES = ["tensor(int8)", "tensor(uint8)", FLOAT8_TYPE]  # quantized
 OPTIONAL_TYPES = [*FLOAT_TYPES, "tensor(bool)", "tensor(int32)", "tensor(int64)", *CACHE_TYPES]
 NUM_REQUIRED = 3  # query, key, value
 OUTPUTS_MEAN = {
@@ -114,7 +115,7 @@ def make_schema() -> OpSchema:
     meanings = {row.name: f"{row.meaning}, {row.dtypes}, {row.shape}" for row in named} | OUTPUTS_MEAN
     optional = _variadic("optional_in", "T_optional", "as optional_inputs names them", option)
     outputs = [
-        OpSchema.FormalParameter("output", "T", "[B, H_q, S_q, D_v], [B, S_q, H_q, D_v] or [B, S_q, H_q * D_v]"),
+        OpSchema.FormalParameter("output", "T_output", "[B, H_q, S_q, D_v], [B, S_q, H_q, D_v] or [B, S_q, H_q * D_v]"),
         _variadic("optional_out", "T_optional", "as optional_outputs names them", option),
     ]
     schema = OpSchema(
@@ -125,7 +126,8 @@ def make_schema() -> OpSchema:
         inputs=[*tensors, optional],
         outputs=outputs,
         type_constraints=[
-            ("T", FLOAT_TYPES, "query, key, value and output have one type"),
+            ("T", [*FLOAT_TYPES, FLOAT8_TYPE], "query, key and value have one type"),
+            ("T_output", [*FLOAT_TYPES, FLOAT8_TYPE], "T; beside float8e4m3fn that of output_dtype"),
             ("T_optional", OPTIONAL_TYPES, "masks, biases, lengths, caches"),
         ],
         attributes=[_schema_attribute(attribute) for attribute in attributes()],
@@ -157,9 +159,10 @@ def _infer(context: onnx.shape_inference.InferenceContext) -> None:
     names = str(_attribute(context, "optional_inputs") or "").split(",")
     past = NUM_REQUIRED + names.index("past_key") if "past_key" in names else 0
     cache = context.get_input_type(past).tensor_type.elem_type if past < context.get_num_inputs() else kind
+    output = int(output_dtype(ir.DataType(kind), str(_attribute(context, "output_dtype") or "")))
     for index, name in enumerate(("output", *OPTIONAL_OUTPUTS)):  # a missing one leaves a hole
         if name in found and index < context.get_num_outputs() and context.has_output(index):
-            elem_type = {"lse": onnx.TensorProto.FLOAT, "output": kind}.get(name, cache)
+            elem_type = {"lse": onnx.TensorProto.FLOAT, "output": output}.get(name, cache)
             written = [None if size is None else _written(size) for size in found[name]]
             context.set_output_type(index, onnx.helper.make_tensor_type_proto(elem_type, written))
 

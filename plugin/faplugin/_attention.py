@@ -37,6 +37,10 @@ def attention(
     v_scale: Any = None,
     block_table: Any = None,
     slot_mapping: Any = None,
+    query_descale: Any = None,
+    key_descale: Any = None,
+    value_descale: Any = None,
+    output_scale: Any = None,
     q_num_heads: int = 0,
     kv_num_heads: int = 0,
     scale: float = 0.0,
@@ -47,6 +51,7 @@ def attention(
     alignment: str = "onnx",
     empty_row: str = "zero",
     float32_precision: str = "",
+    output_dtype: str = "",
     query_layout: str = "",
     key_layout: str = "",
     value_layout: str = "",
@@ -74,7 +79,7 @@ def attention(
     is fine on any axis but the last. On CUDA the work is enqueued and not waited for.
 
     Args:
-        query: float32, float16 or bfloat16, [B, H_q, S_q, D] (layout BHSD), [B, S_q, H_q, D] (BSHD) or
+        query: float32, float16, bfloat16 or float8_e4m3fn, [B, H_q, S_q, D] (layout BHSD), [B, S_q, H_q, D] (BSHD) or
             [B, S_q, H_q·D] (BSH).
         key: likewise with H_kv heads and S_kv rows; H_q is a multiple of H_kv.
         value: likewise, head size D_v.
@@ -103,6 +108,11 @@ def attention(
         v_scale: likewise of past_value.
         block_table: int64 or int32 [sequences, blocks of a sequence], for a paged cache.
         slot_mapping: int64 or int32 [S_q], rows of a paged cache that new rows go to, -1: nowhere; None: by position.
+        query_descale: float32 [], [1], [H_q] or [B, H_q], what an element of a float8 query is multiplied by (with
+            packed sequences B is their number); None: 1.
+        key_descale: likewise of a float8 key, [], [1], [H_kv] or [B, H_kv].
+        value_descale: likewise of a float8 value.
+        output_scale: float32 as query_descale, what a float8 output is divided by before it is rounded.
         q_num_heads: needed for layout BSH.
         kv_num_heads: needed for layout BSH.
         scale: multiplies Q Kᵀ; 0 stands for 1/√D.
@@ -114,6 +124,8 @@ def attention(
         empty_row: output of a row that attends no key: "zero", or "mean" of all values.
         float32_precision: how GPUs multiply float32 arrays: "tf32" (operands rounded to 11 bits, error about 4e-4) or
             "tf32x3" (three such products, error about 5e-7); empty: "tf32x3". The CPU always computes in float32.
+        output_dtype: of the output of a float8 query: "float32", "float16", "bfloat16" (also if empty) or
+            "float8_e4m3fn"; other queries give their own dtype.
         query_layout: "BHSD", "BSHD" or "BSH"; empty: by rank.
         key_layout: as query_layout.
         value_layout: as query_layout.

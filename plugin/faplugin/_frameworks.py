@@ -53,7 +53,19 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str, device: str, stream: in
             return cupy.empty(shape, dtype=dtype)
     if device != "cpu":
         raise TypeError(f"results can't be allocated as arrays of {framework}; give them with out=")
-    own = (
-        framework == "numpy" and str(like.dtype) == dtype
-    )  # bfloat16 is a dtype of ml_dtypes, known by the array alone
-    return np.empty(shape, like.dtype if own else dtype)
+    return np.empty(shape, _numpy_dtype(like, dtype))
+
+
+def _numpy_dtype(like: Any, name: str) -> np.dtype:
+    """NumPy's dtype of this name. Those of ml_dtypes are known by the array alone, or where the caller has that module.
+
+    Raises:
+        TypeError: NumPy has no such dtype and ml_dtypes has not been imported.
+    """
+    if framework_of(like) == "numpy" and str(like.dtype) == name:
+        return like.dtype
+    ml_dtypes = sys.modules.get("ml_dtypes")
+    try:
+        return np.dtype(getattr(ml_dtypes, name, name))
+    except TypeError:
+        raise TypeError(f"NumPy has no {name}; import ml_dtypes, or give the result's memory with out=") from None

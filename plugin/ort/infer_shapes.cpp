@@ -123,16 +123,14 @@ void infer(OrtShapeInferContext* context, bool optional_outputs) {
   const std::vector<Shape<Dim>> shapes = read_shapes(context, num_inputs);
   Layouts layouts;
   if (!resolve_layouts(node, shapes[0].rank, shapes[1].rank, shapes[2].rank, &layouts).ok()) return;
-  const ONNXTensorElementDataType query = type_of(context, 0);
+  const std::optional<DType> query = dtype_of(type_of(context, 0));
   const int past = node.slot(Input::kPastKey);
-  const ONNXTensorElementDataType cache = past < 0 ? query : type_of(context, static_cast<size_t>(past));
+  const std::optional<DType> cache = past < 0 ? query : dtype_of(type_of(context, static_cast<size_t>(past)));
+  if (!query || !cache) return;
   Symbols symbols;
   for (const Output output : node.outputs)
     if (output == Output::kOutput || optional_outputs)
-      set_shape(context, output,
-                output == Output::kLse      ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
-                : output == Output::kOutput ? query
-                                            : cache,
+      set_shape(context, output, element_type_of(dtype_of(node, output, *query, *cache)),
                 output_shape(node, output, shapes, layouts, symbols));
 }
 

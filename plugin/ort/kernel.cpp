@@ -77,7 +77,7 @@ Status read_attributes(const OrtKernelInfo* info, Attributes* attributes) {
   return {};
 }
 
-Status check_input_types(const Ort::ConstKernelInfo& info, const Node& node) {
+Status check_types(const Ort::ConstKernelInfo& info, const Node& node) {
   const size_t count = info.GetInputCount();
   if (count != node.inputs.size())
     return invalid("the node has " + std::to_string(count) + " inputs; expected " + std::to_string(node.inputs.size()) +
@@ -92,6 +92,15 @@ Status check_input_types(const Ort::ConstKernelInfo& info, const Node& node) {
       return invalid(std::string(name_of(node.inputs[i])) + " is " + (dtype ? name_of(*dtype) : "of another dtype") +
                      "; expected " + accepted_dtypes(node.inputs[i], query));
   }
+  if (Status s = check_output_dtype(node, query); !s.ok()) return s;
+  // The runtime has chosen the output's type when it loaded the model, and allocates by it.
+  const Ort::TypeInfo output_info = info.GetOutputTypeInfo(0);
+  const std::optional<DType> output = dtype_of(output_info.GetTensorTypeAndShapeInfo().GetElementType());
+  const DType expected = dtype_of(node, Output::kOutput, query, query);
+  if (output != expected)
+    return invalid(std::string("output is ") + (output ? name_of(*output) : "of another dtype") + "; expected " +
+                   name_of(expected) + " beside a query of " + name_of(query) + " and output_dtype '" +
+                   node.attributes.output_dtype + "'");
   return {};
 }
 
@@ -116,7 +125,7 @@ Status create(const FlashAttentionOp& op, const Ort::ConstKernelInfo& info, std:
   Attributes attributes;
   if (Status s = read_attributes(info, &attributes); !s.ok()) return s;
   if (Status s = make_node(attributes, &(*kernel)->node); !s.ok()) return s;
-  if (Status s = check_input_types(info, (*kernel)->node); !s.ok()) return s;
+  if (Status s = check_types(info, (*kernel)->node); !s.ok()) return s;
   return check_outputs(info, (*kernel)->node);
 }
 

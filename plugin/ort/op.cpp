@@ -4,6 +4,7 @@
 #include "op.h"
 
 #include <atomic>
+#include <iterator>
 
 namespace fa::plugin {
 namespace {
@@ -14,14 +15,14 @@ std::atomic<bool> g_shapes_of_optional_outputs{false};
 
 const FlashAttentionOp& self(const OrtCustomOp* op) { return *static_cast<const FlashAttentionOp*>(op); }
 
-ONNXTensorElementDataType input_type(const OrtCustomOp* op, size_t index) {
+ONNXTensorElementDataType type_of_input(const OrtCustomOp* op, size_t index) {
   return index < kNumRequired ? self(op).element_type : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 }
 
-ONNXTensorElementDataType output_type(const OrtCustomOp* op, size_t index) {
+ONNXTensorElementDataType type_of_output(const OrtCustomOp* op, size_t index) {
   const Output output = static_cast<Output>(index);
   if (output == Output::kLse) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  return output == Output::kOutput ? self(op).element_type : self(op).cache_type;
+  return output == Output::kOutput ? self(op).output_type : self(op).cache_type;
 }
 
 OrtCustomOpInputOutputCharacteristic input_characteristic(const OrtCustomOp*, size_t index) {
@@ -34,18 +35,23 @@ OrtCustomOpInputOutputCharacteristic output_characteristic(const OrtCustomOp*, s
 
 }  // namespace
 
-FlashAttentionOp::FlashAttentionOp(ONNXTensorElementDataType element_type, ONNXTensorElementDataType cache_type,
-                                   const char* provider, DeviceType device)
-    : OrtCustomOp{}, element_type(element_type), cache_type(cache_type), provider(provider), device(device) {
+FlashAttentionOp::FlashAttentionOp(ONNXTensorElementDataType element_type, ONNXTensorElementDataType output_type,
+                                   ONNXTensorElementDataType cache_type, const char* provider, DeviceType device)
+    : OrtCustomOp{},
+      element_type(element_type),
+      output_type(output_type),
+      cache_type(cache_type),
+      provider(provider),
+      device(device) {
   version = kOrtApiVersion;
   GetName = [](const OrtCustomOp*) { return "FlashAttention"; };
   GetExecutionProviderType = [](const OrtCustomOp* op) { return self(op).provider; };
   GetInputTypeCount = [](const OrtCustomOp*) { return kNumRequired + 1; };
-  GetInputType = input_type;
+  GetInputType = type_of_input;
   GetInputCharacteristic = input_characteristic;
   GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   GetOutputTypeCount = [](const OrtCustomOp*) { return static_cast<size_t>(kNumOutputs); };
-  GetOutputType = output_type;
+  GetOutputType = type_of_output;
   GetOutputCharacteristic = output_characteristic;
   GetVariadicInputMinArity = [](const OrtCustomOp*) { return 0; };
   GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
@@ -65,29 +71,35 @@ FlashAttentionOp::FlashAttentionOp(ONNXTensorElementDataType element_type, ONNXT
 
 void allow_shapes_of_optional_outputs(bool allow) { g_shapes_of_optional_outputs = allow; }
 
+namespace {
+
+struct ElementType {
+  ONNXTensorElementDataType type;
+  DType dtype;
+};
+constexpr ElementType kElementTypes[] = {{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, DType::kFloat32},
+                                         {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, DType::kFloat16},
+                                         {ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, DType::kBFloat16},
+                                         {ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL, DType::kBool},
+                                         {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, DType::kInt32},
+                                         {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, DType::kInt64},
+                                         {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, DType::kInt8},
+                                         {ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, DType::kUInt8},
+                                         {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN, DType::kFloat8E4M3}};
+static_assert(std::size(kElementTypes) == kNumDTypes);
+
+}  // namespace
+
 std::optional<DType> dtype_of(ONNXTensorElementDataType type) {
-  switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
-      return DType::kFloat32;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-      return DType::kFloat16;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
-      return DType::kBFloat16;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL:
-      return DType::kBool;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32:
-      return DType::kInt32;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
-      return DType::kInt64;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
-      return DType::kInt8;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
-      return DType::kUInt8;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN:
-      return DType::kFloat8E4M3;
-    default:
-      return std::nullopt;
-  }
+  for (const ElementType& known : kElementTypes)
+    if (known.type == type) return known.dtype;
+  return std::nullopt;
+}
+
+ONNXTensorElementDataType element_type_of(DType dtype) {
+  for (const ElementType& known : kElementTypes)
+    if (known.dtype == dtype) return known.type;
+  return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 }
 
 OrtStatus* to_ort(const Status& status) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// FlashAttention as ONNX Runtime sees it: one OrtCustomOp for each element type, type of cache and execution provider (op.cpp),
-// whose kernel is made once for a node and computes concurrently (kernel.cpp). Registered by register.cpp. Nothing throws into
-// the runtime.
+// FlashAttention as ONNX Runtime sees it: one OrtCustomOp for each element type, type of output and cache, and execution provider
+// (op.cpp), whose kernel is made once for a node and computes concurrently (kernel.cpp). Registered by register.cpp. Nothing
+// throws into the runtime.
 #pragma once
 
 #define ORT_API_MANUAL_INIT
@@ -19,11 +19,12 @@ inline constexpr uint32_t kOrtApiVersion = 18;
 inline constexpr const char* kDomain = "faexport";
 
 struct FlashAttentionOp : OrtCustomOp {
-  FlashAttentionOp(ONNXTensorElementDataType element_type, ONNXTensorElementDataType cache_type, const char* provider,
-                   DeviceType device);
+  FlashAttentionOp(ONNXTensorElementDataType element_type, ONNXTensorElementDataType output_type,
+                   ONNXTensorElementDataType cache_type, const char* provider, DeviceType device);
 
   ONNXTensorElementDataType element_type;
-  ONNXTensorElementDataType cache_type;  // of present_key and present_value: element_type, or that of a quantized cache
+  ONNXTensorElementDataType output_type;  // of output: element_type, or for float8 any float type
+  ONNXTensorElementDataType cache_type;   // of present_key and present_value: element_type, or that of a quantized cache
   const char* provider;
   DeviceType device;
 };
@@ -33,6 +34,7 @@ void allow_shapes_of_optional_outputs(bool allow);
 
 /// A dtype of ours, or nothing where the operator has no such dtype.
 std::optional<DType> dtype_of(ONNXTensorElementDataType type);
+ONNXTensorElementDataType element_type_of(DType dtype);
 
 /// null for kOk. The sentence is preceded by the operator's name.
 OrtStatus* to_ort(const Status& status);

@@ -21,18 +21,22 @@ Ort::CustomOpDomain make_domain(bool with_quantized_caches) {
   constexpr ONNXTensorElementDataType kCacheTypes[] = {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8,
                                                        ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN};
   auto& ops = *new std::vector<FlashAttentionOp>;
-  const auto add = [&](ONNXTensorElementDataType type, ONNXTensorElementDataType cache) {
-    ops.emplace_back(type, cache, "CPUExecutionProvider", DeviceType::kCpu);
+  const auto add = [&](ONNXTensorElementDataType type, ONNXTensorElementDataType output, ONNXTensorElementDataType cache) {
+    ops.emplace_back(type, output, cache, "CPUExecutionProvider", DeviceType::kCpu);
 #ifdef FA_WITH_CUDA
-    ops.emplace_back(type, cache, "CUDAExecutionProvider", DeviceType::kCuda);
-    ops.emplace_back(type, cache, "CudaPluginExecutionProvider", DeviceType::kCuda);  // the provider's name as a plugin library
+    ops.emplace_back(type, output, cache, "CUDAExecutionProvider", DeviceType::kCuda);
+    // The provider's name as a plugin library.
+    ops.emplace_back(type, output, cache, "CudaPluginExecutionProvider", DeviceType::kCuda);
 #endif
   };
-  for (const ONNXTensorElementDataType type : kTypes) add(type, type);
+  for (const ONNXTensorElementDataType type : kTypes) add(type, type, type);
+  constexpr ONNXTensorElementDataType kFloat8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN;
+  for (const ONNXTensorElementDataType output : kTypes) add(kFloat8, output, kFloat8);
+  add(kFloat8, kFloat8, kFloat8);
   // Quantized caches: where several kernels fit a node's inputs, the runtime takes the outputs' types of the first.
   for (const ONNXTensorElementDataType type : kTypes)
     for (const ONNXTensorElementDataType cache : kCacheTypes)
-      if (with_quantized_caches) add(type, cache);
+      if (with_quantized_caches) add(type, type, cache);
   Ort::CustomOpDomain domain(kDomain);
   for (const FlashAttentionOp& op : ops) domain.Add(&op);
   return domain;

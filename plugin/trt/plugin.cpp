@@ -128,7 +128,10 @@ int32_t FlashAttentionPlugin::getOutputDataTypes(nvinfer1::DataType* output_type
                        std::to_string(static_cast<int>(input_types[i])) + ", which it can't have beside this query");
       }
     }
-    for (int32_t i = 0; i < num_outputs; ++i) output_types[i] = to_data_type(plugin::dtype_of(node_.outputs[i], query, query));
+    if (Status status = plugin::check_output_dtype(node_, query); !status.ok()) return status;
+    for (int32_t i = 0; i < num_outputs; ++i) {
+      output_types[i] = to_data_type(plugin::dtype_of(node_, node_.outputs[i], query, query));
+    }
     return {};
   });
 }
@@ -175,7 +178,7 @@ bool FlashAttentionPlugin::supportsFormatCombination(int32_t pos, const DynamicP
       return {};
     }
     supported = pos < num_inputs ? plugin::accepts(node_.inputs[pos], dtype, query)
-                                 : dtype == plugin::dtype_of(node_.outputs[pos - num_inputs], query, query);
+                                 : dtype == plugin::dtype_of(node_, node_.outputs[pos - num_inputs], query, query);
     return {};
   });
   return result == kSuccess && supported;

@@ -20,9 +20,8 @@ using fa::StepParams;
 using fa::TensorView;
 
 fa::DType dtype_of(const std::string& name) {
-  const char* const names[] = {"float32", "float16", "bfloat16", "bool", "int32", "int64"};
-  for (int i = 0; i < 6; ++i) {
-    if (name == names[i]) return static_cast<fa::DType>(i);
+  for (int i = 0; i < fa::kNumDTypes; ++i) {
+    if (name == fa::name_of(static_cast<fa::DType>(i))) return static_cast<fa::DType>(i);
   }
   throw py::type_error("no dtype of the operator: " + name);
 }
@@ -55,6 +54,7 @@ StepParams params_of(const py::dict& fields, bool corrupt) {
   if (name == #field) p.field = item.second.cast<decltype(p.field)>(), known = true;
     TENSOR(query) TENSOR(key) TENSOR(value) TENSOR(out) TENSOR(lse) TENSOR(mask) TENSOR(bias) TENSOR(kv_lengths)
     TENSOR(query_lengths) TENSOR(cu_seqlens_q) TENSOR(cu_seqlens_kv) TENSOR(query_offsets) TENSOR(alibi_slopes) TENSOR(sinks)
+    TENSOR(query_descale) TENSOR(key_descale) TENSOR(value_descale) TENSOR(output_scale)
     SCALAR(align_bottom_right) SCALAR(query_offset) SCALAR(window_left) SCALAR(window_right) SCALAR(softmax_scale) SCALAR(softcap)
 #undef TENSOR
 #undef SCALAR

@@ -34,9 +34,16 @@ PACKED = {
     name: normal(1, *shape)
     for name, shape in {"query": (4, 5, 8), "key": (2, 5, 8), "value": (2, 5, 6), "out": (4, 5, 6)}.items()
 }
+FLOAT8 = {
+    name: normal(*shape, dtype=ml_dtypes.float8_e4m3fn)
+    for name, shape in {"query": (2, 4, 5, 8), "key": (2, 2, 7, 8), "value": (2, 2, 7, 6)}.items()
+}
 REFUSED = [
     ({"query": None}, "query is missing"),
-    ({"query": normal(2, 4, 5, 8).astype(np.int32)}, "query has dtype int32, expected float32, float16 or bfloat16"),
+    (
+        {"query": normal(2, 4, 5, 8).astype(np.int32)},
+        "query has dtype int32, expected float32, float16, bfloat16 or float8_e4m3fn",
+    ),
     ({"key": normal(2, 2, 7, 8, dtype=np.float16)}, "key has dtype float16, expected float32 as query"),
     ({"out": normal(2, 4, 5, 6, dtype=ml_dtypes.bfloat16)}, "out has dtype bfloat16, expected float32 as query"),
     (
@@ -63,6 +70,15 @@ REFUSED = [
     ({"query_offsets": np.ones(1, np.int64)}, "query_offsets has shape [1], expected [2] (batch)"),
     ({"alibi_slopes": normal(2, 3)}, "alibi_slopes has shape [2, 3], expected [2, 4] (batch, query heads)"),
     ({"sinks": normal(3)}, "sinks has shape [3], expected [4] (query heads)"),
+    ({"query_descale": normal(2, 4)}, "query_descale is given, but query is float32; expected float8_e4m3fn"),
+    (
+        FLOAT8 | {"out": normal(2, 4, 5, 6).astype(np.int8)},
+        "out has dtype int8, expected float32, float16, bfloat16 or",
+    ),
+    (FLOAT8 | {"value": normal(2, 2, 7, 6)}, "value has dtype float32, expected float8_e4m3fn as query"),
+    (FLOAT8 | {"key_descale": normal(2, 4)}, "key_descale has shape [2, 4], expected [2, 2] (batch, heads)"),
+    (FLOAT8 | {"value_descale": np.ones((2, 2), np.int32)}, "value_descale has dtype int32, expected float32"),
+    (FLOAT8 | {"output_scale": normal(2, 4)}, "output_scale is given, but out is float32; expected float8_e4m3fn"),
     ({"cu_seqlens_q": CU}, "cu_seqlens_kv is missing; both or none"),
     ({"cu_seqlens_q": CU, "cu_seqlens_kv": CU}, "query has batch 2, expected 1 with packed sequences"),
     (

@@ -39,7 +39,7 @@ def fields(problem: Problem) -> tuple[dict, dict[str, np.ndarray]]:
         key = np.concatenate([inputs["past_key"], key], axis=2)
         value = np.concatenate([inputs["past_value"], value], axis=2)
     batch, heads, rows, dim = query.shape
-    out = poisoned((batch, rows, heads, value.shape[3]), query.dtype).transpose(0, 2, 1, 3)
+    out = poisoned((batch, rows, heads, value.shape[3]), reference.output_dtype(problem)).transpose(0, 2, 1, 3)
     result = {"query": query, "key": key, "value": value, "out": out}
     result["softmax_scale"] = attributes["scale"] or dim**-0.5
     result["softcap"] = attributes["softcap"]
@@ -58,6 +58,10 @@ def fields(problem: Problem) -> tuple[dict, dict[str, np.ndarray]]:
     if "alibi_slopes" in inputs:
         count = len(inputs["cu_seqlens_q"]) - 1 if "cu_seqlens_q" in inputs else batch
         result["alibi_slopes"] = np.broadcast_to(inputs["alibi_slopes"], (count, heads))
+    for name in ("query_descale", "key_descale", "value_descale", "output_scale"):
+        if name in inputs:
+            count = len(inputs["cu_seqlens_q"]) - 1 if "cu_seqlens_q" in inputs else batch
+            result[name] = np.broadcast_to(inputs[name], (count, (key if name[0] in "kv" else query).shape[1]))
     if "lse" in problem.outputs:
         result["lse"] = poisoned((batch, heads, rows), np.dtype(np.float32))
     outputs = {"output": out, "lse": result.get("lse"), "present_key": key, "present_value": value}

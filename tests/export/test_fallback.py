@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -218,6 +219,65 @@ def test_layouts_and_groups(given: str, out: str) -> None:
     back = {"BHSD": want, "BSHD": want.swapaxes(1, 2), "BSH": want.swapaxes(1, 2).reshape(2, 5, 32)}[out]
     np.testing.assert_allclose(y, back, rtol=1e-4, atol=1e-5, err_msg=json.dumps(words))
     np.testing.assert_allclose(lse, want_lse, rtol=1e-4, atol=1e-5)
+
+
+def float8_model(opset: int, words: dict, layout: str = "BSH", past: bool = False) -> onnx.ModelProto:
+    """float32 inputs, through a Cast each, into a float8 node with descales and a float32 Cast of its output behind."""
+    inputs = {"q": [2, 5, 32], "k": [2, 7, 16], "v": [2, 7, 16]}
+    factors = {"qs": [], "ks": [2], "vs": [2, 2], "os": [1]}
+    if words["output_dtype"] != "float8_e4m3fn":
+        factors.pop("os")
+    if past:
+        inputs |= {"pk": [2, 2, 3, 8], "pv": [2, 2, 3, 8]}
+    names = {"qs": "query_descale", "ks": "key_descale", "vs": "value_descale", "os": "output_scale"}
+    optional = [*(("past_key", "past_value") if past else ()), *(names[f] for f in factors)]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (inputs | factors).items()]
+    nodes = [helper.make_node("Cast", [n], [f"{n}8"], to=TensorProto.FLOAT8E4M3FN) for n in inputs]
+    nodes.append(
+        operator("n", [*(f"{n}8" for n in inputs), *factors], "o", q_num_heads=4, kv_num_heads=2, is_causal=1,
+                 optional_inputs=",".join(optional), query_layout=layout, **words)
+    )  # fmt: skip
+    nodes.append(helper.make_node("Cast", ["o"], ["y"], to=TensorProto.FLOAT))
+    graph = helper.make_graph(
+        nodes, "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "S", "C"])]
+    )
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=9)
+
+
+@pytest.mark.parametrize("output", ["float32", "float16", "bfloat16", "float8_e4m3fn", ""])
+@pytest.mark.parametrize("opset", [19, 21])
+def test_float8(output: str, opset: int) -> None:
+    model = ir.from_proto(float8_model(opset, {"output_dtype": output}))
+    assert fallback.add_fallback(model) == ""
+    onnx.checker.check_model(ir.to_proto(model))
+    random = np.random.default_rng(0)
+    feeds = {
+        v.name: random.uniform(0.2, 0.4, tuple(v.shape)).astype(np.float32)
+        if v.name.endswith("s")
+        else random.standard_normal(tuple(v.shape)).astype(np.float32) * 4
+        for v in model.graph.inputs
+    }
+    (y,) = run(ir.to_proto(model), feeds)
+    e4m3 = {n: feeds[n].astype(ml_dtypes.float8_e4m3fn).astype(np.float32) for n in "qkv"}
+    q, k, v = (e4m3[n].reshape(2, -1, h, 8).swapaxes(1, 2) for n, h in (("q", 4), ("k", 2), ("v", 2)))
+    k, v = k * feeds["ks"].reshape(1, 2, 1, 1), v * feeds["vs"].reshape(2, 2, 1, 1)
+    s = feeds["qs"] * q @ np.repeat(k, 2, axis=1).swapaxes(-1, -2) / np.sqrt(8)
+    e = np.exp(s) * np.tri(5, 7)
+    want = e / e.sum(-1, keepdims=True) @ np.repeat(v, 2, axis=1) / feeds.get("os", 1)
+    want = want.swapaxes(1, 2).reshape(2, 5, 32)
+    error = {"float32": 1e-6, "float16": 2**-11, "float8_e4m3fn": 2**-4}.get(output, 2**-8)
+    np.testing.assert_allclose(y, want, rtol=error, atol=2e-5 if output != "float8_e4m3fn" else 2**-10)
+    if ort_session.has_library():
+        np.testing.assert_allclose(run(ir.to_proto(model), feeds, library=True)[0], y, rtol=2 * error, atol=2**-9)
+
+
+def test_what_nothing_stands_in_for_float8() -> None:
+    words = {"output_dtype": "float16"}
+    model = ir.from_proto(float8_model(18, words))
+    assert "the stand-in for float8 needs 19" in fallback.add_fallback(model) and not model.functions
+    model = ir.from_proto(float8_model(19, words, past=True))
+    assert "a past or present of float8" in fallback.add_fallback(model) and not model.functions
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(0, 7), (5, 0), (0, 0)])

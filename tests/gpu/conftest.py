@@ -23,7 +23,7 @@ Expected = Callable[[cases.Case], tolerances.Expectation]
 
 
 def _expectation(case: cases.Case) -> tolerances.Expectation:
-    return tolerances.expectation(case.problem())
+    return tolerances.expectation(case.problem(), float8_weights=True)
 
 
 class Ahead:

@@ -12,16 +12,28 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from tests.problems import Problem
+from tests import reference
+from tests.problems import FLOAT8, Problem
 
 OUTPUTS = ("output", "present_key", "present_value", "lse")  # in the operator's places
 IR_VERSION = 9  # of onnxruntime 1.18
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# What NumPy has no place for, and ONNX's number of it.
+_FOREIGN = {_BFLOAT16: TensorProto.BFLOAT16, FLOAT8: TensorProto.FLOAT8E4M3FN}
 
 
 def element_type(dtype: np.dtype) -> int:
     """ONNX's number of a dtype."""
-    return TensorProto.BFLOAT16 if dtype == _BFLOAT16 else helper.np_dtype_to_tensor_dtype(dtype)
+    return _FOREIGN.get(dtype) or helper.np_dtype_to_tensor_dtype(dtype)
+
+
+def output_dtype(name: str, inputs: Mapping[str, np.ndarray], attributes: Mapping) -> np.dtype:
+    """Of one of the node's outputs."""
+    if name == "lse":
+        return np.dtype(np.float32)
+    if name == "output":
+        return reference.output_dtype(Problem(dict(attributes), dict(inputs), []))
+    return inputs["past_key" if "past_key" in inputs else "query"].dtype
 
 
 def make_model(
@@ -31,7 +43,7 @@ def make_model(
     shapes: Mapping[str, Sequence] | None = None,
     slots: Sequence[str] | None = None,
 ) -> onnx.ModelProto:
-    """One node. bfloat16, which NumPy has no place for, comes and goes as float32 through a Cast.
+    """One node. bfloat16 and float8, which NumPy has no place for, come and go as float32 through a Cast.
 
     Args:
         inputs: examples; their dtypes and, where `shapes` has no other (symbols, None), shapes are declared.
@@ -42,30 +54,32 @@ def make_model(
     """
     graph_inputs, graph_outputs, before, after, names = [], [], [], [], {}
     for name, array in inputs.items():
-        cast = array.dtype == _BFLOAT16
+        cast = array.dtype in _FOREIGN
         shape = shapes.get(name, array.shape) if shapes else array.shape
         graph_inputs.append(
             helper.make_tensor_value_info(name, TensorProto.FLOAT if cast else element_type(array.dtype), shape)
         )
-        names[name] = f"{name}_bf16" if cast else name
+        names[name] = f"{name}_cast" if cast else name
         if cast:
-            before.append(helper.make_node("Cast", [name], [names[name]], to=TensorProto.BFLOAT16))
-    cast = inputs["query"].dtype == _BFLOAT16
+            before.append(helper.make_node("Cast", [name], [names[name]], to=_FOREIGN[array.dtype]))
     places = []
     for name in OUTPUTS[: max(OUTPUTS.index(name) for name in outputs) + 1]:
-        inner = f"{name}_bf16" if cast and name != "lse" else name
+        dtype = output_dtype(name, inputs, attributes)
+        inner = f"{name}_cast" if dtype in _FOREIGN else name
         places.append(inner if name in outputs else "")
         if name not in outputs:
             continue
         if inner != name:
             after.append(helper.make_node("Cast", [inner], [name], to=TensorProto.FLOAT))
-        like = inputs["past_key" if name.startswith("present") and "past_key" in inputs else "query"]
-        kind = TensorProto.FLOAT if name == "lse" or like.dtype == _BFLOAT16 else element_type(like.dtype)
+        kind = TensorProto.FLOAT if dtype in _FOREIGN else element_type(dtype)
         graph_outputs.append(helper.make_tensor_value_info(name, kind, None))
     slots = [names.get(slot, slot) for slot in (slots if slots is not None else inputs)]
     node = helper.make_node("FlashAttention", slots, places, name="attention", domain="faexport", **attributes)
     graph = helper.make_graph([*before, node, *after], "one_node", graph_inputs, graph_outputs)
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("faexport", 1)]
+    opsets = [
+        helper.make_opsetid("", 19 if inputs["query"].dtype == FLOAT8 else 17),
+        helper.make_opsetid("faexport", 1),
+    ]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
 
 
@@ -81,15 +95,14 @@ def session(model: onnx.ModelProto, providers: Sequence = ("CPUExecutionProvider
 
 def feeds(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a session of make_model takes."""
-    return {name: a.astype(np.float32) if a.dtype == _BFLOAT16 else a for name, a in inputs.items()}
+    return {name: a.astype(np.float32) if a.dtype in _FOREIGN else a for name, a in inputs.items()}
 
 
 def run(problem: Problem, providers: Sequence = ("CPUExecutionProvider",)) -> dict[str, np.ndarray]:
     """The outputs of a problem of tests/cases.py, computed in onnxruntime."""
     made = session(make_model(problem.inputs, problem.attributes, problem.outputs), providers)
     results = dict(zip([o.name for o in made.get_outputs()], made.run(None, feeds(problem.inputs)), strict=True))
-    dtype = problem.inputs["query"].dtype
-    return {name: a if name == "lse" else a.astype(dtype) for name, a in results.items()}
+    return {name: a.astype(output_dtype(name, problem.inputs, problem.attributes)) for name, a in results.items()}
 
 
 def step(

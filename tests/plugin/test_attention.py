@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import faplugin
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -112,6 +113,34 @@ def test_pytorch(dtype: str) -> None:
     )
 
 
+FLOAT8 = {name: x.astype(ml_dtypes.float8_e4m3fn) for name, x in (("query", QUERY), ("key", KEY), ("value", VALUE))}
+
+
+def test_float8_descales_are_factors_of_their_tensors() -> None:
+    rng = np.random.default_rng(0)
+    factors = {"query_descale": (2, 4), "key_descale": (2,), "value_descale": (2, 2), "output_scale": ()}
+    factors = {name: np.asarray(rng.uniform(0.5, 2, shape), np.float32) for name, shape in factors.items()}
+    scale = factors.pop("output_scale")
+    output = faplugin.attention(**FLOAT8, **factors, output_dtype="float32")
+    query, key, value = (
+        FLOAT8[name].astype(np.float32) * np.reshape(factors[f"{name}_descale"], shape)
+        for name, shape in (("query", (2, 4, 1, 1)), ("key", (1, 2, 1, 1)), ("value", (2, 2, 1, 1)))
+    )
+    np.testing.assert_allclose(output, faplugin.attention(query, key, value), rtol=0, atol=2e-6)
+    small = faplugin.attention(**FLOAT8, **factors, output_dtype="float8_e4m3fn", output_scale=np.asarray(scale / 64))
+    assert small.dtype == ml_dtypes.float8_e4m3fn
+    np.testing.assert_allclose(small.astype(np.float32) * scale / 64, output, rtol=2**-4, atol=1e-3)
+
+
+def test_a_float8_output_saturates() -> None:
+    large = faplugin.attention(**FLOAT8, output_dtype="float8_e4m3fn", output_scale=np.array([1e-12], np.float32))
+    assert set(np.unique(np.abs(large.astype(np.float32)))) == {448.0}
+
+
+def test_a_float8_query_gives_bfloat16() -> None:
+    assert faplugin.attention(**FLOAT8).dtype == ml_dtypes.bfloat16
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
@@ -127,6 +156,19 @@ def test_pytorch(dtype: str) -> None:
             ValueError,
             "query has stride 2 on its last axis",
         ),
+        (
+            {"output_dtype": "float16"},
+            ValueError,
+            "output_dtype is 'float16' and query float32; expected the query's dtype",
+        ),
+        ({"output_dtype": "int8"}, ValueError, "output_dtype is 'int8'; expected one of 'float32'"),
+        ({"key_descale": np.ones(2, np.float32)}, ValueError, "key_descale is given, but query is float32"),
+        (
+            FLOAT8 | {"key_descale": np.ones(3, np.float32)},
+            ValueError,
+            r"key_descale has shape \[3\]; expected \[\], \[1\]",
+        ),
+        (FLOAT8 | {"value": VALUE}, ValueError, "value is float32; expected float8_e4m3fn, as query"),
         ({"alignment": "left"}, ValueError, "alignment is 'left'; expected one of"),
         ({"scale": "1"}, TypeError, "scale is '1'; expected FLOAT"),
         ({"num_threads": -1}, ValueError, "num_threads is -1; expected 0"),

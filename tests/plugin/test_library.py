@@ -26,6 +26,7 @@ ATTRIBUTES = {
     "alignment": ("STRING", "onnx"),
     "empty_row": ("STRING", "zero"),
     "float32_precision": ("STRING", ""),
+    "output_dtype": ("STRING", ""),
     "query_layout": ("STRING", ""),
     "key_layout": ("STRING", ""),
     "value_layout": ("STRING", ""),

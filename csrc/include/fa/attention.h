@@ -65,10 +65,10 @@ enum class Float32Precision : uint8_t { kTf32x3, kTf32 };
 ///   mask absent or (j < mask.shape[3] and mask true);  bias absent or j < bias.shape[3].
 /// Causal attention is window_right = 0.
 struct AttentionParams {
-  TensorView query;  // [B, H_q, S_q, D] float32, float16 or bfloat16; the last axis contiguous, as in all of the five
+  TensorView query;  // [B, H_q, S_q, D] float32, float16, bfloat16 or float8; the last axis contiguous, as in all of the five
   TensorView key;    // [B, H_kv, S_kv, D], dtype of query (but see CacheParams::key_scale); H_q is a multiple of H_kv
   TensorView value;  // [B, H_kv, S_kv, D_v], likewise
-  TensorView out;    // [B, H_q, S_q, D_v], dtype of query
+  TensorView out;    // [B, H_q, S_q, D_v], dtype of query; of a float8 query any of the four
   TensorView lse;    // [B, H_q, S_q] float32, natural log-sum-exp of the masked scores and the sink; absent: not wanted
 
   TensorView mask;  // [B, H_q, S_q, <= S_kv] bool, one byte each, non-zero = attend; broadcast axes by stride 0; absent: all
@@ -87,6 +87,14 @@ struct AttentionParams {
 
   TensorView alibi_slopes;  // [B, H_q] float32 (stride 0 over B where shared): adds -slope * |p - j|
   TensorView sinks;         // [H_q] float32: one more logit in each row's denominator, of no value
+
+  // A float8 tensor stands for its elements times a factor of each head: float32 [B, H_q] or [B, H_kv] (stride 0 where shared),
+  // B being the packed sequences where there are some. Absent: 1. They go with a query of float8 alone.
+  TensorView query_descale;
+  TensorView key_descale;
+  TensorView value_descale;
+  TensorView output_scale;  // a float8 out is its elements divided by this, rounded, at most 448 in size
+
   float softmax_scale = 0;  // multiplies Q K^T; already resolved (never a "default" here)
   float softcap = 0;        // 0 = none; else s -> softcap * tanh(s / softcap), before bias and ALiBi
   EmptyRow empty_row = EmptyRow::kZero;

@@ -70,7 +70,8 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(device.compute_capability != 90, "needs compute capability 9.0 (Hopper)");
   FA_REFUSE_IF(device.shared_memory_bytes < kSharedLimit,
                "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block");
-  FA_REFUSE_IF(p.query.dtype == DType::kFloat32, "takes float16 and bfloat16 only, the tensors are float32");
+  FA_REFUSE_IF(size_of(p.query.dtype) != 2,
+               std::string("takes float16 and bfloat16 only, the tensors are ") + name_of(p.query.dtype));
   if (!has_few_rows(p, device, why_not)) return false;
   FA_REFUSE_IF(p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0,
                "head_dim " + std::to_string(p.query.shape[3]) + " and head_dim_v " + std::to_string(p.value.shape[3]) +

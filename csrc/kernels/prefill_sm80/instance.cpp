@@ -74,6 +74,8 @@ bool plan_instance(const AttentionParams& params, Variant variant, Plan* plan, s
   const int capability = plan->device.compute_capability, shared_bytes = plan->device.shared_memory_bytes;
   FA_REFUSE_IF(capability < 80, "needs compute capability 8.0 or newer, the device has " + std::to_string(capability / 10) + "." +
                                     std::to_string(capability % 10));
+  FA_REFUSE_IF(params.query.dtype == DType::kFloat8E4M3,
+               "takes float32, float16 and bfloat16 only, the tensors are float8_e4m3fn");
   const TileInstance* instance = find_instance(params, variant);
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(std::max(params.query.shape[3], params.value.shape[3])) +
                                         " is above " + std::to_string(widest(params.query.dtype, variant)));

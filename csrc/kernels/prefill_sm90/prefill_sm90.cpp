@@ -121,7 +121,8 @@ size_t workspace_bytes(const AttentionParams& p) {
 }
 
 bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
-  FA_REFUSE_IF(p.query.dtype == DType::kFloat32, "takes float16 and bfloat16 only, the tensors are float32");
+  FA_REFUSE_IF(size_of(p.query.dtype) != 2,
+               std::string("takes float16 and bfloat16 only, the tensors are ") + name_of(p.query.dtype));
   if (!suits_hopper(p, plan->device, why_not)) return false;
   const Instance* instance = find_instance(p, plan->device);
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(bucket_size(p)) + " is above 256");

@@ -17,8 +17,8 @@ using nvinfer1::PluginFieldType;
 
 DataType type_of(const std::string& name) {
   static const std::map<std::string, DataType> types = {
-      {"float32", DataType::kFLOAT}, {"float16", DataType::kHALF}, {"bfloat16", DataType::kBF16},
-      {"bool", DataType::kBOOL},     {"int32", DataType::kINT32},  {"int64", DataType::kINT64},
+      {"float32", DataType::kFLOAT}, {"float16", DataType::kHALF}, {"bfloat16", DataType::kBF16},     {"bool", DataType::kBOOL},
+      {"int32", DataType::kINT32},   {"int64", DataType::kINT64},  {"float8_e4m3fn", DataType::kFP8},
   };
   return types.at(name);
 }
@@ -100,6 +100,7 @@ size_t size_of(DataType type) {
     case DataType::kINT64:
       return 8;
     case DataType::kBOOL:
+    case DataType::kFP8:
       return 1;
     default:
       return 2;

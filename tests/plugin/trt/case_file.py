@@ -13,6 +13,7 @@ from typing import TextIO
 
 import numpy as np
 
+from tests.plugin import nodes
 from tests.problems import Case, Problem, packed_rows
 
 KINDS = {int: "INT", float: "FLOAT", str: "STRING", list: "INTS"}
@@ -75,9 +76,8 @@ def _write_case(
         others = list(problems[1].inputs.values())[slot]
         file.write(f"input {values.dtype.name} {data.tell()} 2{list_text(values.shape)}{list_text(others.shape)}\n")
         data.write(np.ascontiguousarray(values).tobytes())
-    dtype = problems[0].inputs["query"].dtype.name
     for slot, output in enumerate(problems[0].outputs):
-        kind = "float32" if output == "lse" else dtype
+        kind = nodes.output_dtype(output, problems[0].inputs, problems[0].attributes).name
         file.write(f"output {kind} -1 2{list_text(shapes[0][slot])}{list_text(shapes[1][slot])}\n")
     file.write("end\n")
 
@@ -119,7 +119,7 @@ def split_outputs(content: bytes, case: Case, problem: Problem) -> dict[str, np.
     """One result of the host as arrays by name."""
     arrays, offset = {}, 0
     for name, shape in zip(problem.outputs, output_shapes(case, problem), strict=True):
-        dtype = np.dtype(np.float32) if name == "lse" else problem.inputs["query"].dtype
+        dtype = nodes.output_dtype(name, problem.inputs, problem.attributes)
         count = int(np.prod(shape, dtype=np.int64))
         arrays[name] = np.frombuffer(content, dtype, count, offset).reshape(shape)
         offset += count * dtype.itemsize

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.nodes import attribute, name_of, op, operand, own_graphs, producer, subgraphs
+from faexport.spec import DOMAIN, OP_TYPE
 from faexport.understand.shapes import (  # noqa: F401 (some only register their rules)
     constants,
     rules_attention,
@@ -28,6 +29,7 @@ from faexport.understand.shapes.algebra import Expr, atoms, only_atom
 from faexport.understand.shapes.dims import Dim, named
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import CONTENT_RULES, SHAPE_RULES
+from faexport.understand.shapes.rules_operator import output_dtype
 
 MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
 
@@ -266,6 +268,9 @@ class Analysis:
             return self.dtype(operand(node, 2)) or ir.DataType(stated)
         if value is not node.outputs[0] and op(node) not in ALL_TYPED:
             return None
+        if op(node) == f"{DOMAIN}::{OP_TYPE}":
+            query = self.dtype(operand(node, 0))
+            return None if query is None else output_dtype(query, attribute(node, "output_dtype") or "")
         return self.dtype(operand(node, TYPED_BY.get(op(node), 0)))
 
     def _declared(self, value: ir.Value) -> Shape | None:

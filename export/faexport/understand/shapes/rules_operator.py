@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes of faexport::FlashAttention's outputs: the one rule, as docs/operator.md gives it.
+"""The shapes and the type of faexport::FlashAttention's outputs: the one rule, as docs/operator.md gives it.
 
 Used by analysis.py, for models that have the operator already, and by faexport/schema.py, for onnx's own inference.
 """
@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import onnx_ir as ir
+
 from faexport.nodes import attribute
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.understand.shapes.dims import Dim
@@ -17,6 +19,20 @@ from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import shape_of
 
 OPTIONAL_OUTPUTS = ("present_key", "present_value", "lse")  # in this order, behind the first
+
+
+# Values of the attribute output_dtype, which a float8 query has; "" stands for bfloat16.
+OUTPUT_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
+}
+
+
+def output_dtype(query: ir.DataType, word: str) -> ir.DataType:
+    """The type of the first output, of the query's type and the attribute output_dtype."""
+    return OUTPUT_DTYPES.get(word, ir.DataType.BFLOAT16) if query is ir.DataType.FLOAT8E4M3FN else query
 
 
 @dataclasses.dataclass(frozen=True)
