@@ -145,21 +145,23 @@ def prepared(
     model: pathlib.Path, kind: Runtime, fuse: bool, bars: Bars
 ) -> Iterator[tuple[pathlib.Path, int, list[str]]]:
     """The file to parse, how many of our nodes it has, what there is to say; the plugin is registered."""
-    from . import model_io, pipeline
+    from . import model_io, pipeline, stand_in_copy
     from .spec import OP_TYPE
 
     bars.say(f"reading {model.name}")
     loaded = model_io.load(model)
     num_nodes = count_operators(loaded)
-    if kind is Runtime.TENSORRT_RTX:
-        if num_nodes:
-            raise ModelError(
-                f"{model}: has {num_nodes} {OP_TYPE} nodes, and TensorRT-RTX takes no plugins: "
-                "build the model it was made from, or use the tensorrt package"
-            )
-        yield model, 0, ["TensorRT-RTX takes no plugins: the attention was left as it is"] if fuse else []
-        return
     with contextlib.ExitStack() as stack:
+        if kind is Runtime.TENSORRT_RTX:
+            notes = ["TensorRT-RTX takes no plugins: the attention was left as it is"] if fuse else []
+            if num_nodes:
+                notes = [f"TensorRT-RTX takes no plugins: {num_nodes} × {OP_TYPE} became standard operators"]
+                path = stack.enter_context(scratch.folder(what="build-")) / "model.onnx"
+                stand_in_copy.inline(loaded, model)
+                model_io.save(loaded, path, source=model)
+                model = path
+            yield model, 0, notes
+            return
         notes = []
         if fuse and not num_nodes:
             bars.say("fusing")

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stand-in functions of a rewritten model under another name, so that they run although the library is loaded.
-Called by side_by_side.py."""
+"""The stand-in functions of a rewritten model: under another name, so that they run although the library is loaded
+(called by side_by_side.py), or in the place of the nodes, for a runtime without the operator (called by build.py)."""
 
 from __future__ import annotations
 
-import onnx_ir as ir
+import pathlib
 
-from .spec import DOMAIN
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from .errors import ModelError
+from .nodes import all_nodes
+from .spec import DOMAIN, OP_TYPE
 
 STAND_IN_DOMAIN = f"{DOMAIN}.stand_in"
 
@@ -31,6 +36,21 @@ def add_functions(target: ir.Model, source: ir.Model) -> None:
         made.domain, made.name, made.overload = STAND_IN_DOMAIN, _name(name, overload), ""
         target.functions[made.identifier()] = made
         target.opset_imports[STAND_IN_DOMAIN] = 1
+
+
+def inline(model: ir.Model, path: pathlib.Path) -> None:
+    """Puts the bodies of functions in the place of the nodes that call them, those of the operator among them.
+
+    Raises ModelError where a node of the operator has no function; `path` is what the error calls the model.
+    """
+    nodes = [node for node in all_nodes(model) if node.domain == DOMAIN]
+    if missing := sum(not has_function(model, node) for node in nodes):
+        raise ModelError(
+            f"{path}: has no stand-in of standard operators for {missing} of its {len(nodes)} {OP_TYPE} nodes; "
+            "use the model that it was made from"
+        )
+    InlinePass()(model)
+    model.opset_imports.pop(DOMAIN, None)
 
 
 def _name(op_type: str, overload: str) -> str:

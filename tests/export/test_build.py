@@ -19,6 +19,7 @@ import pytest
 from faexport import cli, engine, engine_run, model_io, pipeline
 from faexport.engine import Range, Runtime
 from faexport.model_io import ModelError
+from faexport.options import Options
 
 from tests import packages
 
@@ -32,6 +33,9 @@ ATTENTION = """
 core (float[B, 2, S, 16] q, float[B, 2, 16, S] k, float[B, 2, S, 16] v) => (float[B, 2, S, 16] y)
 <float scale = {0.25}> { a = MatMul(q, k)  b = Mul(a, scale)  c = Softmax<axis = -1>(b)  y = MatMul(c, v) }
 """
+ATTENTION_SHAPES = [
+    part for option in ("--min", "--opt", "--max") for part in (option, "q:1x2x8x16,k:1x2x16x8,v:1x2x8x16")
+]
 UNSUPPORTED = """
 <ir_version: 9, opset_import: ["": 17, "mine": 1]>
 odd (float[2, 4] x) => (float[2, 4] z) { [first_strange] y = mine.Strange(x)  [second_strange] z = mine.Stranger(y) }
@@ -70,14 +74,25 @@ def test_the_original_demo_model_becomes_an_engine(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.slow
-def test_the_fused_demo_model_is_refused_up_front(tmp_path):
-    fused, _ = pipeline.run(model_io.load(packages.demo_model()))
-    path = tmp_path / "demo.fa.onnx"
-    model_io.save(fused, path)
-    done = run_cli("build", path)
-    assert_refused(done, "12 FlashAttention nodes", "TensorRT-RTX takes no plugins")
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_fused_model_becomes_an_engine_of_standard_operators(tmp_path):
+    original = model_io.load(write(tmp_path, ATTENTION))
+    path = tmp_path / "model.fa.onnx"
+    model_io.save(pipeline.run(original)[0], path)
+    done = run_cli("build", path, *ATTENTION_SHAPES)
+    assert done.returncode == 0, done.stderr
+    assert "1 × FlashAttention became standard operators" in done.stdout
+    assert path.with_suffix(".plan").read_bytes()[:4] == engine_run.MAGIC[Runtime.TENSORRT_RTX]
+
+
+def test_a_fused_model_without_its_stand_in_is_refused_up_front(tmp_path):
+    original = model_io.load(write(tmp_path, ATTENTION))
+    path = tmp_path / "model.fa.onnx"
+    model_io.save(pipeline.run(original, Options(fallback=False))[0], path)
+    done = run_cli("build", path, *ATTENTION_SHAPES)
+    assert_refused(
+        done, "no stand-in of standard operators for 1 of its 1 FlashAttention nodes", "the model that it was made from"
+    )
+    assert not path.with_suffix(".plan").exists()
 
 
 def test_without_any_tensorrt(tmp_path):
