@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws benchmarks/results/attention.json: speed against sequence length, full and causal, one picture a head size.
+"""Draws benchmarks/results/attention.json: speed against sequence length, full and causal, one picture a head size, and
+for the README time and memory of one layer in onnxruntime.
 
 Memory is drawn from its definition, not measured: what one layer needs beside inputs and output, fused and unfused.
 Needs matplotlib (pip install '.[bench]').
@@ -60,22 +61,34 @@ def draw_speed(document: dict, head_dim: int, path: pathlib.Path) -> bool:
     return True
 
 
-def draw_memory(path: pathlib.Path, num_heads: int = 16) -> None:
-    """Memory of one layer at batch 1, float16, beside inputs and output."""
-    lengths = [2**n for n in range(9, 16)]
-    figure, axis = plt.subplots(figsize=(5, 4))
-    unfused = [2 * 2 * num_heads * s * s / 2**20 for s in lengths]  # scores and weights
-    axis.plot(lengths, unfused, marker="o", markersize=3, label="unfused: scores and weights", color="#7f8c8d")
-    axis.plot(
-        lengths, [0.0] * len(lengths), marker="o", markersize=3, label="prefill kernels: none", color=COLOURS["ours"]
-    )
-    axis.set(xscale="log", xlabel="sequence length", ylabel="MiB beside inputs and output")
-    axis.set_yscale("symlog", linthresh=1)
-    axis.set_xticks(lengths)
-    axis.get_xaxis().set_major_formatter("{x:.0f}")
-    axis.tick_params(axis="x", labelrotation=45)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+def draw_overview(document: dict, path: pathlib.Path, batch: int = 4, num_heads: int = 16, head_dim: int = 64) -> None:
+    """Time and memory of one layer in onnxruntime against its length, in float16, without a mask."""
+    names = {"unfused": "as exported", "Attention": "ONNX Attention", "ours": "faexport"}
+    pattern = re.compile(rf"^b{batch} h{num_heads} s(\d+) d{head_dim}$")
+    rows = {int(m[1]): row for row in document["rows"] if row["in_ort"] and (m := pattern.match(row["row"]))}
+    lengths = sorted(rows)
+    figure, (times, memory) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for name, label in names.items():
+        medians = [rows[length]["contestants"][name]["median_ms"] for length in lengths]
+        colour = COLOURS.get(name, "#7f8c8d" if name == "unfused" else "#2e86c1")
+        times.plot(lengths, medians, marker="o", markersize=3, label=label, color=colour)
+        extra = [0.0] * len(lengths)
+        if name == "unfused":  # scores and weights
+            extra = [2 * 2 * batch * num_heads * length**2 / 2**20 for length in lengths]
+        if name != "Attention":
+            memory.plot(lengths, extra, marker="o", markersize=3, label=label, color=colour)
+    times.set(title="time of one layer", ylabel="ms", yscale="log")
+    memory.set(title="memory beside inputs and output", ylabel="MiB")
+    memory.set_yscale("symlog", linthresh=1)
+    for axis in (times, memory):
+        axis.set(xlabel="sequence length", xscale="log")
+        axis.set_xticks(lengths)
+        axis.get_xaxis().set_major_formatter("{x:.0f}")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    shape = f"batch {batch}, {num_heads} heads of {head_dim}, float16"
+    figure.suptitle(f"onnxruntime on {document['gpu']}, {shape}, commit {document['commit']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
@@ -88,12 +101,13 @@ def main() -> None:
     if not options.results.exists():
         parser.error(f"{options.results} does not exist; benchmarks/attention.py writes it")
     document = json.loads(options.results.read_text())
+    options.out.mkdir(parents=True, exist_ok=True)
     for head_dim in (64, 128, 256):
         path = options.out / f"attention_d{head_dim}.png"
         if draw_speed(document, head_dim, path):
             print(path)
-    draw_memory(options.out / "attention_memory.png")
-    print(options.out / "attention_memory.png")
+    draw_overview(document, options.out / "overview.png")
+    print(options.out / "overview.png")
 
 
 if __name__ == "__main__":
