@@ -11,6 +11,8 @@ LOW = "low = Constant<value = float {-10000.0}>()"
 TRIANGLE = """square = Constant<value = int64[2] {9, 9}>()
     whole = ConstantOfShape<value = float[1] {-10000.0}>(square) k1 = Constant<value = int64 {1}>()
     causal = Trilu<upper = 1>(whole, k1)"""
+WEAK = "zero = Constant<value = float {0.0}>() w = Where(m, zero, low)"
+BESIDE_1E9 = "in a row that sees no key scores are rounded to steps of 64 beside -1e+09, as before"
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
 
 
@@ -58,19 +60,53 @@ RIGHT = {
     ),
     "a bias, and then a fill that absorbs it": biased("a = Add(s, bias) x = Where(m, a, low)", -3.0e38),
     "a fill that absorbs, and then a bias": biased("a = Where(m, s, low) x = Add(a, bias)", -3.0e38),
-    "a bias, and then a weak fill added": biased(
-        "a = Add(s, bias) zero = Constant<value = float {0.0}>() w = Where(m, zero, low) x = Add(a, w)",
+    "a bias and a weak fill, added up first": biased(
+        f"{WEAK} b = LpNormalization<axis = -1>(bias) a = Add(b, w) x = Add(s, a)",
         -1.0e9,
+        facts=frozenset({BESIDE_1E9}),
+        scale=10.0,
+    ),
+    "a weak fill, and then half of it all": biased(
+        f"{WEAK} a = Add(s, w) half = Constant<value = float {{0.5}}>() x = Mul(a, half)",
+        -2.0e9,
+        facts=frozenset({BESIDE_1E9}),
+        scale=10.0,
+    ),
+    "two weak fills, of which one leaves each row a key": Form(
+        f"{SELF}, bool[B, 1, 1, 9] m",
+        f"""{PRODUCT} {LOW} {WEAK} a = Add(s, w) {TRIANGLE} x = Add(a, causal) {END}""",
+        facts=frozenset({"in a row that sees no key scores are rounded to steps of 0.00098 beside -10000, as before"}),
+    ),
+    "a bias, and then numbers of a mask": Form(
+        f"{QKV}, float[1, 3, T, S] bias, int64[B, 1, 1, S] m",
+        f"""{PRODUCT} low = Constant<value = float {{-1.0e9}}>() one = Constant<value = float {{1.0}}>()
+        f = Cast<to = 1>(m) i = Sub(one, f) w = Mul(i, low) a = Add(s, bias) x = Add(a, w) {END}""",
         facts=frozenset(
             {
-                "in a row that sees no key scores are rounded to steps of 64 beside -1e+09; which step, depends "
-                "on the order of additions (assumed)"
+                "where a float mask hides every key of a row, nothing depends on what rounding leaves of their scores "
+                "(assumed)"
             }
         ),
     ),
 }
 
+OTHER_ORDER = "what, depends on the order of its additions"
+
 WRONG = {
+    "a bias, and then a weak fill added": biased(f"{WEAK} a = Add(s, bias) x = Add(a, w)", -1.0e9, reason=OTHER_ORDER),
+    "a weak fill added, and then a bias": biased(f"{WEAK} a = Add(s, w) x = Add(a, bias)", -1.0e4, reason=OTHER_ORDER),
+    "a bias of the model's, and then a weak fill": biased(
+        f"{WEAK} b = LpNormalization<axis = -1>(bias) a = Add(s, b) x = Add(a, w)", -1.0e9, reason=OTHER_ORDER
+    ),
+    "two weak fills": Form(
+        f"{QKV}, bool[B, 1, 1, S] m, bool[1, 1, T, S] n",
+        f"""{PRODUCT} low = Constant<value = float {{-1.0e9}}>() {WEAK} a = Add(s, w) w2 = Where(n, zero, low)
+        x = Add(a, w2) {END}""",
+        reason=OTHER_ORDER,
+    ),
+    "a weak fill, and then a third of it all": biased(
+        f"{WEAK} a = Add(s, w) three = Constant<value = float {{3.0}}>() x = Div(a, three)", -1.0e9, reason=OTHER_ORDER
+    ),
     "a bias, and then a weak fill in its place": biased(
         "a = Add(s, bias) x = Where(m, a, low)", -1.0e9, reason="what was added to others may be lower"
     ),

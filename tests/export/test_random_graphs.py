@@ -158,6 +158,21 @@ def test_what_was_found(name: str) -> None:
     assert not misfit(recipe, want, got, want)
 
 
+def test_a_bias_and_then_a_fill_that_does_not_absorb_it() -> None:
+    """In a row that sees no key the fill leaves steps of 64 of score and bias together. The operator adds bias and fill
+    first, so that scores near the middle of two steps came out one step away."""
+    recipe = grammar.Recipe(("one length",), fill=-1e9, bias="alibi j")
+    model = grammar.build(recipe)
+    _, report = pipeline.run(ir.from_proto(model), pipeline.Options())
+    assert "depends on the order of its additions" in str(report.sites[0].refusal)
+    check_random_graph(recipe, 0)
+    changed, report = pipeline.run(ir.from_proto(model), pipeline.Options(assume_full_rows=True))
+    assert report.num_fused == 1
+    feeds = mask_feeds.feeds(model, 0, large=True) | {"length": np.asarray([3])}
+    want, got = run(model, feeds, False), run(ir.to_proto(changed), feeds, ort_session.has_library())
+    assert not misfit(recipe, want, got, want)
+
+
 @pytest.mark.parametrize("part", range(math.ceil(COUNT / PART)))
 def test_random_graphs(part: int) -> None:
     """Parts, so that several processes share the work and the number of those done is seen."""

@@ -70,6 +70,7 @@ def _kept_bias(draft: Draft, bias: tuple[tuple[Expr, float], ...], window: Windo
     if not moving:
         return
     draft.sum([(_bias_value(draft, expr), factor) for expr, factor in moving])
+    draft.assume_order(bias)
     for expr, factor in moving:
         slopes = _counted_slopes(draft, expr, factor, window)
         more = "" if slopes is None else f": {in_words(slopes)}, times positions counted from a mask"

@@ -18,7 +18,7 @@ from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.options import MaskOptions
-from faexport.understand.mask.terms import Site
+from faexport.understand.mask.terms import Site, is_moderate
 from faexport.understand.mask.window import Window, corners, length_of, split
 from faexport.understand.mask.words import axes_of, kind_of, window_text
 from faexport.understand.shapes import algebra as ia
@@ -66,9 +66,19 @@ class Draft:
         """Records what is not proven."""
         self.facts.append(spec.Assumption(f"{text} (assumed)", tuple(name_of(t.node) for t in self.terms)))
 
-    def in_half(self) -> str:
-        half = self.site.scores.dtype is ir.DataType.FLOAT16
-        return " (exact in float16 while such scores are below 16)" if half else ""
+    def assume_absorbed_in_half(self) -> None:
+        """-65504 absorbs a score of less than half its last place, where a runtime adds in float16 at all."""
+        if self.site.scores.dtype is ir.DataType.FLOAT16:
+            self.assume("hidden scores are below 16 and added to their fill in float16")
+
+    def assume_order(self, parts: Sequence[tuple[Expr, float]]) -> None:
+        """Beside huge numbers of a float mask sums are rounded coarsely. Where every key of a row has such a number,
+        what is left of its scores is alike only if they are added up as in the graph."""
+        if all(is_moderate(e) for e, _ in parts):
+            return
+        text = "where a float mask hides every key of a row, nothing depends on what rounding leaves of their scores"
+        if self.site.scores.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or len(parts) > 1 or parts[0][1] != 1:
+            self.assume(text)
 
     # -------------------------------------------------------------------------------------- windows, lengths, bool mask
 

@@ -25,6 +25,7 @@ from faexport.understand.mask.empty_rows import TwoMasks, empty_rows, lower_of_t
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.terms import (
     ABSORBS,
+    MASKING,
     Case,
     NotAMask,
     Site,
@@ -45,11 +46,15 @@ from faexport.understand.shapes.algebra import Expr
 _LOWEST = float(np.finfo(np.float32).min)
 _LOWER_BIAS = (
     "its mask puts {:g} in place of scores, and what was added to others may be lower: then the masked keys would be "
-    "seen instead (--assume full-rows or right-padding rules that out)"
+    "seen instead (with --assume full-rows or right-padding a visible key is taken to outweigh them)"
 )
 _BOTH_MASKS = (
     "a float mask is added to scores that another mask replaced by a number: rows of padding only would come out "
     "differently (--assume full-rows or right-padding rules them out)"
+)
+_OTHER_ORDER = (
+    "beside {:g} little is left of scores in a row that sees no key, and what, depends on the order of its additions, "
+    "which the operator does not keep (--assume full-rows rules such rows out)"
 )
 
 
@@ -161,9 +166,12 @@ def float_masks_as_they_are(problem: Problem) -> spec.Mask | None:
             parts = [(value, term.factor)]
         else:
             raise NotAMask(_BOTH_MASKS)
+    weak = _weak_fills(site)
+    if weak and (len(parts) > 1 or parts[0][1] != 1):
+        raise NotAMask(_OTHER_ORDER.format(max(weak)))
     draft.sum(parts)
     draft.fact("a finite mask beside a float mask: both stay a bias")
-    _note_rounding(draft)
+    draft.assume_order([(site.element(t, t.value), t.factor) for t in site.terms if t.kind is spec.TermKind.ADD])
     return draft.finished()
 
 
@@ -202,7 +210,8 @@ def _two_masks(problem: Problem) -> Draft | None:
         mask.attn_mask, mask.empty_row = padding, spec.EmptyRow.MEAN
         draft.fact(f"{kind_of(found.padding)} mask {axes_of(found.padding)}", found.padding)
     text = f"a row that sees no key gives {found.mean_in_words}, written behind the operator"
-    draft.fact(text + draft.in_half())
+    draft.fact(text)
+    draft.assume_absorbed_in_half()
     _note_fills(draft, problem.cases)
     return draft
 
@@ -250,18 +259,31 @@ def window_lengths_and_rest(problem: Problem) -> spec.Mask:
 
 def _note_fills(draft: Draft, hidden: list[Case]) -> None:
     """A key that a number hides is hidden while scores stay far above that number."""
-    absorbs = ABSORBS.get(draft.site.scores.dtype, -math.inf)
-    weak = [number for number in fills(draft.site) if number > absorbs]
+    weak = _weak_fills(draft.site)
     if weak and any(c.mask is not None for c in hidden):
         draft.assume(f"scores stay far above the fill {max(weak):g}")
 
 
-def _note_rounding(draft: Draft) -> None:
-    """What a fill of medium depth leaves of the scores is added up in another order than in the graph."""
-    dtype = draft.site.scores.dtype
-    weak = [number for number in fills(draft.site) if number > ABSORBS.get(dtype, -math.inf)]
-    if weak:
-        draft.assume(rounding_text(sum(weak), dtype))
+def _weak_fills(site: Site) -> list[float]:
+    """The numbers that hide keys and do not absorb scores."""
+    return [number for number in fills(site) if number > ABSORBS.get(site.scores.dtype, -math.inf)]
+
+
+def _note_rounding(draft: Draft, soft: list[Case], cases: list[Case]) -> None:
+    """What a fill of medium depth leaves of the scores. Raises NotAMask where the operator would leave something else.
+
+    A row may have nothing but keys of one depth, so each depth counts, unless every row has a key that is less deep."""
+    dtype, weak = draft.site.scores.dtype, [c for c in soft if not c.exact]
+    for case in (c for c in weak if not c.at_once):
+        less_deep = (c.cond for c in cases if c.mask is None or c.mask >= case.number - MASKING)
+        if not rows_see_a_key(draft.site, il.any_of(less_deep)):
+            raise NotAMask(_OTHER_ORDER.format(case.number))
+    for number in sorted({c.number for c in weak}):
+        text = rounding_text(number, dtype)
+        if dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            draft.assume(f"{text} where a runtime adds in {dtype.name.lower()}, as the operator does not")
+        else:
+            draft.fact(f"{text}, as before")
 
 
 def _decide(draft: Draft, problem: Problem, cases: list[Case]) -> tuple[Expr, list[Case]]:
@@ -296,7 +318,7 @@ def _decide(draft: Draft, problem: Problem, cases: list[Case]) -> tuple[Expr, li
         f"rows that may see no key would give another softmax without the {soft[0].mask:g} added: it stays a bias "
         "(--assume full-rows rules them out)"
     )
-    _note_rounding(draft)
+    _note_rounding(draft, soft, cases)
     written = il.negate(il.any_of(c.cond for c in hard)), il.any_of(c.cond for c in cases if c not in hard)
     return max(written, key=lambda left: len(split(draft.site, left)[0].parts)), cases
 
@@ -318,8 +340,9 @@ def _note_empty_rows(draft: Draft) -> None:
 
 
 def _note_mean(draft: Draft, case: Case) -> None:
-    text = f"a row that sees no key gives the mean of all values, as the fill {case.mask:g} does"
-    draft.fact(text if case.replaced else text + draft.in_half())
+    draft.fact(f"a row that sees no key gives the mean of all values, as the fill {case.mask:g} does")
+    if not case.replaced:
+        draft.assume_absorbed_in_half()
 
 
 STRATEGIES: dict[str, Strategy] = {

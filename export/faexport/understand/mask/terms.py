@@ -44,13 +44,15 @@ class Case:
     place.
 
     `exact`: all masked scores of this case are the same number whatever the score was. `bias` are the added
-    expressions with their factors, also where they vanish beside the mask."""
+    expressions with their factors, also where they vanish beside the mask. `at_once`: all that was added to the score
+    was added as one tensor, as the operator does, so that a sum that is not exact is rounded alike."""
 
     cond: Expr
     mask: float | None = None
     replaced: bool = False
     exact: bool = True
     bias: tuple[tuple[Expr, float], ...] = ()
+    at_once: bool = True
 
     @property
     def number(self) -> float:
@@ -288,7 +290,7 @@ def _merged(cases: list[Case]) -> list[Case]:
     """Cases with the same effect become one."""
     groups: dict[tuple, list[Case]] = {}
     for case in cases:
-        groups.setdefault((case.mask, case.replaced, case.exact, case.bias), []).append(case)
+        groups.setdefault((case.mask, case.replaced, case.exact, case.bias, case.at_once), []).append(case)
     return [dataclasses.replace(g[0], cond=il.any_of(c.cond for c in g)) for g in groups.values()]
 
 
@@ -307,10 +309,19 @@ def _add(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
         values = [(il.TRUE, [added])]  # a bias that happens to be made of choices
     for cond, parts in values:
         new = dataclasses.replace(case, cond=il.all_of((case.cond, cond)))
+        parts = [part for part in parts if il.float_value(part) != 0]
         for part in parts:
             new = _add_one(term, part, new, absorbs, dtype)
-        result.append(new)
+        alike = case.at_once and (not parts or (case.mask is None and not case.bias and _rounds_alike(term, parts)))
+        result.append(dataclasses.replace(new, at_once=alike))
     return result
+
+
+def _rounds_alike(term: spec.MaskTerm, parts: list[Expr]) -> bool:
+    """Does a sum of a score and these parts round as it does where the operator adds them, in the order of a Case, to a
+    score that was already multiplied by the term's factor?"""
+    numbers = sum(il.float_value(part) is not None for part in parts)
+    return abs(math.frexp(term.factor)[0]) == 0.5 and (len(parts) <= 2 or numbers == len(parts))
 
 
 def _add_one(term: spec.MaskTerm, part: Expr, case: Case, absorbs: float, dtype: ir.DataType) -> Case:
@@ -325,7 +336,8 @@ def _add_one(term: spec.MaskTerm, part: Expr, case: Case, absorbs: float, dtype:
         return case
     if case.mask is None:
         return Case(case.cond, value * term.factor, False, value <= absorbs, case.bias)
-    return dataclasses.replace(case, mask=_sum(case.mask, value, term, dtype))
+    exact = case.exact or value <= min(absorbs, -1e30)
+    return dataclasses.replace(case, mask=_sum(case.mask, value, term, dtype), exact=exact)
 
 
 def _where(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:

@@ -19,10 +19,7 @@ _MANTISSA_BITS = {ir.DataType.FLOAT16: 10, ir.DataType.BFLOAT16: 7, ir.DataType.
 def rounding_text(fill: float, dtype: ir.DataType) -> str:
     """What a fill that doesn't absorb scores leaves of them in a row where it is added to all."""
     step = 2.0 ** (math.floor(math.log2(-fill)) - _MANTISSA_BITS[dtype])
-    return (
-        f"in a row that sees no key scores are rounded to steps of {step:.2g} beside {fill:g}; which step, depends on "
-        "the order of additions"
-    )
+    return f"in a row that sees no key scores are rounded to steps of {step:.2g} beside {fill:g}"
 
 
 def window_text(window: Window) -> str:
