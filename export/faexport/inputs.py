@@ -66,13 +66,17 @@ _ROLES = {
     (("com.microsoft", "GroupQueryAttention"), 6): Role.TOTAL,
     (("com.microsoft", "MultiHeadAttention"), 8): Role.PAST_LENGTH,
 }
-_CACHES = {
-    ("", "TensorScatter"): (0,),
+_MASKS = {
+    ("", "Attention"): (3,),
+    ("com.microsoft", "Attention"): (5,),
+    ("com.microsoft", "MultiHeadAttention"): (5,),
+}  # of rows and keys, which are its last axes
+_PASTS = {
     ("", "Attention"): (4, 5),
     ("com.microsoft", "Attention"): (4,),
-    ("com.microsoft", "GroupQueryAttention"): (3, 4),
     ("com.microsoft", "MultiHeadAttention"): (6, 7),
-}
+}  # caches that are full
+_CACHES = _PASTS | {("", "TensorScatter"): (0,), ("com.microsoft", "GroupQueryAttention"): (3, 4)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,8 @@ class InputSpec:
     role: Role = Role.NUMBERS
     id_limit: int | None = None  # exclusive upper limit of values used as indices, where discoverable
     is_cache: bool = False
+    is_past: bool = False  # a cache without room for new rows
+    of_scores: bool = False  # an attention operator's mask or bias: its last axes are rows and keys
     only_bool: bool = False  # integers that are only compared or cast to bool: any value is valid
     default: np.ndarray | None = None  # the initializer of an input that needn't be given
 
@@ -140,7 +146,9 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
                 dims,
                 _role(name.lower(), kind, len(dims), uses, limit),
                 limit,
-                _is_past(name) or any(_is_cache(node, position) for node, position in uses),
+                _is_past(name) or any(_is_one_of(_CACHES, *use) for use in uses),
+                _is_past(name) or any(_is_one_of(_PASTS, *use) for use in uses),
+                any(_is_one_of(_MASKS, *use) for use in uses),
                 kind in "iu" and bool(uses) and _only_bool(value),
                 default.numpy() if optional and default is not None else None,
             )
@@ -177,10 +185,14 @@ def bind(specs: Sequence[InputSpec], sizes: Sizes, given: Mapping[str, int] | No
     both together."""
     bound: dict[str, int] = dict(given or {})
     fixed = frozenset(bound)
-    has_past = any(_is_past(spec.name) for spec in specs)
-    rows = next((spec.dims[1] for spec in specs if len(spec.dims) == 2 and "mask" not in spec.name), None)
+    has_past = any(spec.is_past for spec in specs)
+    new_ones = [s for s in specs if not (s.is_cache or s.of_scores or "mask" in s.name) and len(s.dims) >= 2]
+    rows = next((s.dims[1] for s in new_ones if len(s.dims) == 2), None)
+    if rows is None and any(s.of_scores for s in specs):
+        rows = next((s.dims[-2] for s in new_ones), None)
     new = rows if isinstance(rows, int) else bound.get(str(rows), sizes.length)
-    past = next((bound[name] for name in fixed if "past" in name.lower()), sizes.past)
+    pasts = {str(d) for s in specs if s.is_past and len(s.dims) > 2 for d in s.dims[-2:-1]}
+    past = next((bound[name] for name in fixed if "past" in name.lower() or name in pasts), sizes.past)
     for spec in specs:
         for axis, dim in enumerate(spec.dims):
             if isinstance(dim, int):
@@ -189,13 +201,17 @@ def bind(specs: Sequence[InputSpec], sizes: Sizes, given: Mapping[str, int] | No
                 name = str(symbol)
                 if name in fixed:
                     continue
-                if axis == 0 or "batch" in name.lower():
+                from_end = len(spec.dims) - axis
+                if (axis == 0 and not (spec.of_scores and from_end <= 2)) or "batch" in name.lower():
                     bound[name] = sizes.batch
                 elif "total" in name.lower() or (
-                    has_past and "mask" in spec.name and dim != rows and name not in bound
+                    has_past
+                    and (from_end == 1 if spec.of_scores else "mask" in spec.name)
+                    and dim != rows
+                    and name not in bound
                 ):
                     bound[name] = past + new
-                elif "past" in name.lower() or _is_past(spec.name):
+                elif "past" in name.lower() or spec.is_past:
                     bound.setdefault(name, sizes.past)
                 else:
                     bound.setdefault(name, sizes.length)
@@ -402,8 +418,8 @@ def _is_complement(node: ir.Node, position: int) -> bool:
     return constant is not None and constant.size == 1 and float(constant.numpy().reshape(-1)[0]) == 1.0
 
 
-def _is_cache(node: ir.Node, position: int) -> bool:
-    return position in _CACHES.get(node.op_identifier()[:2], ())
+def _is_one_of(places: Mapping[tuple[str, str], tuple[int, ...]], node: ir.Node, position: int) -> bool:
+    return position in places.get(node.op_identifier()[:2], ())
 
 
 def _only_bool(value: ir.Value) -> bool:

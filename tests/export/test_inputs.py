@@ -180,3 +180,12 @@ def test_what_the_user_assumes_of_masks_is_kept(cached: list) -> None:
     for item in settings.doubts(cached, settings.Assumed(full_rows=True), random, any_numbers=False):
         mask = item.tensors["attention_mask"]
         assert mask.shape[1] < 2 or (mask[:, :-1] + mask[:, 1:] > 0).all(), "of two neighbours one is kept"
+
+
+def test_the_mask_of_an_attention_node_has_past_and_new_keys_by_any_name() -> None:
+    specs = specs_of(
+        "float[B,2,T,8] q, float[B,2,T,8] k, float[B,2,T,8] v, float[T,P] m, float[B,2,L,8] a, float[B,2,L,8] b",
+        "y, k1, v1 = Attention <is_causal = 1> (q, k, v, m, a, b)",
+    )
+    assert inputs.bind(specs, inputs.Sizes(2, 3, 7)) == {"B": 2, "T": 3, "L": 7, "P": 10}
+    assert inputs.bind(specs, inputs.Sizes(2, 3, 7), {"T": 1, "L": 0}) == {"B": 2, "T": 1, "L": 0, "P": 1}
