@@ -62,7 +62,7 @@ function(fa_instantiate target kernel header declaration types head_dims variant
   file(CONFIGURE OUTPUT ${dir}/instances.def CONTENT "// Written by instantiate.cmake: the instances of ${kernel}.\n${rows}")
 endfunction()
 
-fa_cuda_library(fa_cache_step kernels/cache_step/cache_step.cu)
+fa_cuda_library(fa_cache_step kernels/cache_step/cache_step.cu kernels/cache_step/plain_step.cu)
 fa_cuda_library(fa_prefill_sm80 kernels/append_kv/append_kv.cu kernels/combine/combine.cu kernels/empty_rows/empty_rows.cu)
 fa_compile_through_sm_80(fa_prefill_sm80)
 set(launch_tiles "cudaError_t prefill_sm80::launch_tiles<@T@, @HEAD_DIM@, prefill_sm80::Variant::@VARIANT@>(const AttentionParams&, const prefill_sm80::TileGrid&, unsigned, cudaStream_t)")
@@ -104,6 +104,7 @@ endif()
 
 target_sources(fa_core PRIVATE
   kernels/cache_step/cache_step.cpp
+  kernels/cache_step/plain_step.cpp
   kernels/decode_splitkv/decode_splitkv.cpp
   kernels/device.cpp
   kernels/prefill_sm80/instance.cpp

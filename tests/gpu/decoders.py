@@ -14,6 +14,21 @@ from tests.gpu import arrays
 
 # Each mode with what changes the way of its rows: in place or not, layouts, rotary embedding, quantization, masks.
 SAMPLE = [
+    decoding.Decoder("write", "float16", rotary="half", head_dim=128, head_dim_v=128, num_q_heads=8),
+    decoding.Decoder(
+        "write",
+        "bfloat16",
+        layout="BHSD",
+        cache_layout="BSHD",
+        rotary="interleaved-partial",
+        head_dim=64,
+        head_dim_v=64,
+        lengths="write_indices",
+    ),
+    decoding.Decoder("write", "bfloat16", rotary="half-partial", head_dim=40, head_dim_v=24, lengths="both"),
+    decoding.Decoder(
+        "write", "float16", layout="BSHD", head_dim=32, head_dim_v=256, window_left=4, index_dtype="int32"
+    ),
     decoding.Decoder("write", "float16", rotary="half", norm=True, head_dim=64, head_dim_v=64),
     decoding.Decoder("write", "bfloat16", layout="BHSD", in_place=False, mask=True, sinks=True, head_dim=64),
     decoding.Decoder("write", "bfloat16", quantized="int8", cache_layout="BSHD", rotary="interleaved", head_dim_v=7),

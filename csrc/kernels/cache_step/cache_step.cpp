@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kernels/cache_step/make_args.h"
+#include "kernels/cache_step/plain_step.h"
 #include "kernels/common/launch.h"
 
 namespace fa::cache_step {
@@ -93,10 +94,6 @@ Step prepare(const StepParams& p, void* workspace) {
 }
 
 Status launch(const StepParams& params, const Step& step, const Device& device, const ExecutionContext& context) {
-  Args args;
-  if (!make_args(params, step, &args))
-    return {StatusCode::kUnsupported,
-            "The cache step has more than 2^31 - 1 rows of queries, keys and values; take several steps."};
   const auto stream = static_cast<cudaStream_t>(context.stream);
 #ifdef FA_WITH_SM90
   const bool early = device.compute_capability == 90;
@@ -104,9 +101,16 @@ Status launch(const StepParams& params, const Step& step, const Device& device, 
   const bool early = false;
   (void)device;
 #endif
+  constexpr const char* kFailed = "The cache step could not be launched";
+  PlainArgs plain;
+  if (make_plain_args(params, step, &plain)) return cuda_status(launch_plain(plain, early, stream), kFailed);
+  Args args;
+  if (!make_args(params, step, &args))
+    return {StatusCode::kUnsupported,
+            "The cache step has more than 2^31 - 1 rows of queries, keys and values; take several steps."};
   cudaError_t error = args.store_blocks() > 0 ? launch_store(args, early, stream) : cudaSuccess;
   if (error == cudaSuccess && args.finish_blocks() > 0) error = launch_finish(args, early, stream);
-  return cuda_status(error, "The cache step could not be launched");
+  return cuda_status(error, kFailed);
 }
 
 }  // namespace fa::cache_step

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel of plain_step.h: a warp for each row of queries, new keys and new values, all of whose loads are under way at once.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels/cache_step/plain_step.h"
+#include "kernels/common/launch.h"
+#include "kernels/common/launch_early.h"
+#include "semantics/transform.h"
+
+namespace fa::cache_step {
+namespace {
+
+constexpr int kPlainThreads = 128, kPlainWarps = kPlainThreads / 32;
+constexpr int kHeld = 2;  // groups of four columns that a lane holds
+
+struct Half {
+  static __device__ float2 floats(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
+  static __device__ uint32_t bits(float x, float y) {
+    const __half2 both = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
+};
+
+struct BFloat {
+  static __device__ float2 floats(uint32_t x) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x)); }
+  static __device__ uint32_t bits(float x, float y) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
+};
+
+/// Two elements at an even column.
+__device__ __forceinline__ uint32_t load_2(const void* row, unsigned column) {
+  return *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(row) + column);
+}
+
+/// Four columns of a row in two twos: of a row that is rotated by halves two columns and those that they are paired with.
+struct Group {
+  unsigned first, second;  // columns
+  uint32_t low, high;      // elements
+};
+
+/// Rotates its two pairs: (low, high) where they are paired by halves, else the two of low and the two of high.
+template <class T>
+__device__ __forceinline__ void rotate(Group& group, uint32_t cos_bits, uint32_t sin_bits, bool interleaved) {
+  const float2 cos = T::floats(cos_bits), sin = T::floats(sin_bits), low = T::floats(group.low), high = T::floats(group.high);
+  if (interleaved) {
+    group.low = T::bits(rotated_first(low.x, low.y, cos.x, sin.x), rotated_second(low.x, low.y, cos.x, sin.x));
+    group.high = T::bits(rotated_first(high.x, high.y, cos.y, sin.y), rotated_second(high.x, high.y, cos.y, sin.y));
+  } else {
+    group.low = T::bits(rotated_first(low.x, high.x, cos.x, sin.x), rotated_first(low.y, high.y, cos.y, sin.y));
+    group.high = T::bits(rotated_second(low.x, high.x, cos.x, sin.x), rotated_second(low.y, high.y, cos.y, sin.y));
+  }
+}
+
+/// The rule of all modes, for this one only.
+__device__ __forceinline__ CacheStep write_step(CacheRule rule, int64_t batch_idx) {
+  rule.mode = CacheMode::kWrite;
+  rule.sequences.cu_seqlens_q.data = rule.sequences.cu_seqlens_kv.data = nullptr;
+  return rule.at(batch_idx);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_constant__ PlainArgs args) {
+  // 1. Which row is this warp's. Nothing here waits for memory.
+  const unsigned idx = blockIdx.x * kPlainWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned place = args.heads.quotient(idx), any_head = idx - place * args.heads.divisor;
+  const unsigned batch_idx = args.rows.quotient(place), row = place - batch_idx * args.rows.divisor;
+  const int which = any_head < args.first_head[1] ? 0 : any_head < args.first_head[2] ? 1 : 2;
+  const RowMove& move = args.moves[which];
+  const int64_t head = any_head - args.first_head[which];
+#if __CUDA_ARCH__ >= 900
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+#endif
+  if (idx >= args.count) return;
+  // 2. The row, and at the same time the lengths that tell where it goes.
+  const char* source =
+      static_cast<const char*>(move.from) + 2 * (batch_idx * move.from_batch + head * move.from_head + row * move.from_row);
+  Group groups[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const unsigned g = lane + 32 * i;
+    const bool by_halves = g < move.rotated_groups && !args.interleaved;
+    groups[i].first = by_halves ? 2 * g : 4 * g;
+    groups[i].second = by_halves ? 2 * (move.rotated_groups + g) : 4 * g + 2;
+    if (g >= move.groups) continue;
+    groups[i].low = load_2(source, groups[i].first);
+    groups[i].high = load_2(source, groups[i].second);
+  }
+  const CacheStep step = write_step(args.rule, batch_idx);
+  if (any_head == args.first_head[1] && row == 0 && lane == 0) {
+    args.kv_lengths[batch_idx] = step.sequence.mask.kv_length;
+    args.query_offsets[batch_idx] = step.sequence.mask.query_offset;
+  }
+  const int64_t slot = which == 0 ? row : step.first_new + row;
+  if (which == 0 ? row >= step.sequence.query_length : row >= step.num_new || slot >= args.rule.rows) return;
+  // 3. Rotated by its position, there.
+  if (move.rotated_groups > 0) {
+    const int64_t position = which == 0 ? position_of_query(step, row) : position_of_new_row(args.rule, step, row);
+    const int64_t angle = SequenceRule::clamp(position, 0, args.last_angle);
+    const uint16_t* cos = static_cast<const uint16_t*>(args.cos) + angle * args.cos_row;
+    const uint16_t* sin = static_cast<const uint16_t*>(args.sin) + angle * args.sin_row;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const unsigned g = lane + 32 * i;
+      if (g < move.rotated_groups) rotate<T>(groups[i], load_2(cos, 2 * g), load_2(sin, 2 * g), args.interleaved);
+    }
+  }
+  auto* target = static_cast<uint16_t*>(move.to) + (batch_idx * move.to_batch + head * move.to_head + slot * move.to_row);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (lane + 32 * i >= move.groups) continue;
+    *reinterpret_cast<uint32_t*>(target + groups[i].first) = groups[i].low;
+    *reinterpret_cast<uint32_t*>(target + groups[i].second) = groups[i].high;
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_plain(const PlainArgs& args, bool early, cudaStream_t stream) {
+  const auto kernel = args.bfloat16 ? plain_kernel<BFloat> : plain_kernel<Half>;
+  const unsigned blocks = (args.count + kPlainWarps - 1) / kPlainWarps;
+  if (early) return launch_early(kernel, static_cast<int>(blocks), kPlainThreads, 0, stream, args);
+  return launch_kernel(kernel, dim3(blocks), kPlainThreads, 0, stream, args);
+}
+
+}  // namespace fa::cache_step

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// The step that decoders take most, by a kernel of its own: new rows of half precision written in place, with or without rotary
+// embedding by their own positions. A step is so short that fetching code and arguments is most of it: this kernel has 464
+// instructions where that for all steps has 10,264. Used by cache_step.cpp.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/cache_step/cache_step.h"
+#include "kernels/common/divisor.h"
+#include "semantics/cache.h"
+
+namespace fa::cache_step {
+
+/// Rows of one tensor and where they go. Strides in elements.
+struct RowMove {
+  const void* from;
+  void* to;
+  int64_t from_batch, from_head, from_row;
+  int64_t to_batch, to_head, to_row;
+  unsigned groups;          // of four columns, in a row
+  unsigned rotated_groups;  // of them; 0: none
+};
+
+struct PlainArgs {
+  CacheRule rule;
+  RowMove moves[3];          // queries, keys, values
+  unsigned first_head[3];    // among the heads of all three; those of absent queries are none
+  Divisor heads, rows;       // heads of all three; rows of a batch entry
+  unsigned count;            // rows of all three
+  const void *cos, *sin;     // [angles, 2 * rotated_groups of queries and keys]
+  int64_t cos_row, sin_row;  // strides
+  int64_t last_angle;        // positions beyond have its angle
+  bool interleaved;
+  bool bfloat16;  // else float16
+  int64_t *kv_lengths, *query_offsets;
+};
+
+/// The arguments of a step that this kernel can take; false: it can't.
+bool make_plain_args(const StepParams& params, const Step& step, PlainArgs* args);
+
+cudaError_t launch_plain(const PlainArgs& args, bool early, cudaStream_t stream);
+
+}  // namespace fa::cache_step
