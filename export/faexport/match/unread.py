@@ -20,7 +20,6 @@ OPERATORS = (
     "LongformerAttention",
     "PackedAttention",
     "PackedMultiHeadAttention",
-    "PagedAttention",
     "QAttention",
     "QOrderedAttention",
     "QOrderedLongformerAttention",
