@@ -20,6 +20,8 @@ def feeds(model: onnx.ModelProto, seed: int, large: bool = False, odd: bool = Fa
         "sequence": int(random.integers(1, 10) if usual else random.choice([1, 3, 6, 0], p=[0.4, 0.25, 0.25, 0.1])),
         "past_sequence": int(random.integers(0, 5) if usual else random.choice([1, 3, 6, 0])),
     }
+    if not any(d.dim_param == "sequence" for i in model.graph.input for d in i.type.tensor_type.shape.dim):
+        sizes["sequence"] = 1
     sizes["total"] = sizes["sequence"] + (sizes["past_sequence"] if "past_k" in names else 0)
     sizes["tokens"] = sizes["total"]
     if odd:

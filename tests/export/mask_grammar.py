@@ -75,6 +75,7 @@ class Recipe:
     dtype: str = "float32"
     wide_softmax: bool = False  # float16 alone: the softmax in float32, between Casts
     layers: int = 1  # that share masks and bias
+    one_row: bool = False  # the query has one row, as the file says
 
 
 class _Builder(Conditions):
@@ -296,6 +297,15 @@ class _Builder(Conditions):
 
 
 def build(recipe: Recipe) -> onnx.ModelProto:
+    model = _build(recipe)
+    for info in (*model.graph.input, *model.graph.output) if recipe.one_row else ():
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param == "sequence":
+                dim.dim_value = 1
+    return model
+
+
+def _build(recipe: Recipe) -> onnx.ModelProto:
     """In float16 a mask's numbers are -inf, and stay it: what rows without keys give else is up to the runtime
     (docs/masks.md)."""
     if recipe.dtype == "float32":

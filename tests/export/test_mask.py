@@ -75,6 +75,17 @@ def test_sliding_windows(parts: tuple[str, ...], expected: tuple[int, int], cach
     assert window(mask) == expected and is_only_a_window(mask)
 
 
+@pytest.mark.parametrize("part", ("j > i - w", "i - j < w", "i < j + w"))
+@pytest.mark.parametrize("padding", ((), ("unsqueeze",)))
+def test_the_window_of_one_row_is_no_mask_of_keys(part: str, padding: tuple[str, ...]) -> None:
+    """A step of a decoder that was exported for one token."""
+    mask = proven(Recipe(("j <= i", part, *padding), window=3, cache=True, one_row=True))
+    assert mask.window_left == 2 and mask.alignment is Alignment.BOTTOM_RIGHT
+    assert mask.attn_bias is None and (mask.attn_mask is not None) == bool(padding)
+    several = proven(Recipe((part, *padding), window=3, cache=True))
+    assert several.window_left == 2
+
+
 @pytest.mark.parametrize("spelling", grammar.PADDING[:-1])
 @pytest.mark.parametrize("fill", (INFINITY, MINIMUM))
 def test_padding_stays_small(spelling: str, fill: float) -> None:

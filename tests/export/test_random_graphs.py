@@ -59,6 +59,7 @@ def recipes(draw: st.DrawFn) -> grammar.Recipe:
         dtype=draw(st.sampled_from(("float32", "float32", "float32", "float16"))),
         wide_softmax=draw(st.booleans()),
         layers=draw(st.sampled_from((1, 1, 1, 2))),
+        one_row=draw(st.sampled_from((False, False, False, False, True))),
     )
 
 

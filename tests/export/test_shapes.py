@@ -43,3 +43,20 @@ def test_a_reshape_to_two_unknown_sizes_has_no_shape() -> None:
     analysis = Analysis(model)
     assert analysis.shape(model.graph.node(1).outputs[0]) is None
     assert not analysis.defects
+
+
+RESIDUALS = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+main (float16[b, s, 8] x, float16[8] weight) => (float16[b, s, 8] y) {
+    normed, m, v, sum = com.microsoft.SkipLayerNormalization (x, x, weight)
+    rms, n, w, more = com.microsoft.SkipSimplifiedLayerNormalization (normed, sum, weight)
+    y = Add (rms, more)
+}"""
+
+
+def test_the_sum_beside_a_norm_has_the_type_of_what_is_added() -> None:
+    """Models of onnxruntime-genai may say no type of values inside."""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(RESIDUALS))
+    analysis = Analysis(model)
+    values = {value.name: analysis.dtype(value) for node in model.graph for value in node.outputs}
+    assert values["sum"] == values["more"] == values["normed"] == ir.DataType.FLOAT16
+    assert values["m"] is None  # float32, which nobody asks for

@@ -38,7 +38,7 @@ def split(site: Site, cond: Expr) -> tuple[Window, list[Expr]]:
     left: list[tuple[Expr, Expr]] = []  # (how far before)
     rest: list[Expr] = []
     for part in conjuncts(cond):
-        bound = _diagonal(part)
+        bound = _diagonal(part) or _last_keys(site, part)
         if bound is None:
             rest.append(part)
         else:
@@ -56,6 +56,14 @@ def _diagonal(part: Expr) -> tuple[int, Expr] | None:
     if in_j is None or in_i is None or abs(in_j[0]) != 1 or in_i[0] != -in_j[0] or ia.variables(in_i[1]) - {"b"}:
         return None
     return in_i[0], in_i[1]
+
+
+def _last_keys(site: Site, part: Expr) -> tuple[int, Expr] | None:
+    """(-1, l) for j >= -l where the query has one row: a window of that row, as a decoder's step has it."""
+    linear = ia.linear_in(part.args[0], "j") if part.op == "ge0" else None
+    if linear is None or linear[0] != 1 or ia.variables(linear[1]) - {"b"}:
+        return None
+    return (-1, linear[1]) if any(ia.value_of(rows) == 1 for rows in site.sizes["S"]) else None
 
 
 def _choose(site: Site, right: list[tuple[Expr, Expr]], left: list[tuple[Expr, Expr]]) -> Window:

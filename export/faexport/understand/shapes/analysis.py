@@ -45,6 +45,8 @@ TYPED_BY |= {"QLinearMatMul": 7, "com.microsoft::QAttention": 3}
 # Operators all of whose outputs have that type; of others it is known of the first output only.
 ALL_TYPED = {"Split", "Attention", "If", "com.microsoft::Attention", "com.microsoft::GroupQueryAttention"}
 ALL_TYPED |= {"com.microsoft::MultiHeadAttention", "faexport::FlashAttention"}
+# The fourth output, too: the sum that was normalized. The second and third are float32.
+SKIPS = {"com.microsoft::SkipLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization"}
 TYPED_BY |= {"com.microsoft::EmbedLayerNormalization": 2, "com.microsoft::MatMulIntegerToFloat": 2}
 
 
@@ -266,7 +268,8 @@ class Analysis:
         if op(node) in ("QuantizeLinear", "com.microsoft::QuantizeLinear"):
             stated = attribute(node, "output_dtype") or ir.DataType.UINT8
             return self.dtype(operand(node, 2)) or ir.DataType(stated)
-        if value is not node.outputs[0] and op(node) not in ALL_TYPED:
+        is_sum = op(node) in SKIPS and value is node.outputs[-1] and len(node.outputs) == 4
+        if value is not node.outputs[0] and op(node) not in ALL_TYPED and not is_sum:
             return None
         if op(node) == f"{DOMAIN}::{OP_TYPE}":
             query = self.dtype(operand(node, 0))
