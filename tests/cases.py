@@ -216,8 +216,8 @@ def systematic() -> list[Case]:
 
 
 def full() -> list[Case]:
-    """For a GPU: over 3,000."""
-    return systematic() + float8() + randomized(1800, seed=1)
+    """For a GPU: over 3,000. Of float8 those that a kernel takes, whose heads have a multiple of 16 columns."""
+    return systematic() + [case for case in float8() if case.head_dim % 16 == 0] + randomized(1800, seed=1)
 
 
 def empty() -> list[Case]:

@@ -37,9 +37,11 @@ function(fa_instantiate target kernel header declaration types head_dims variant
   set(T_f16 __half)
   set(T_bf16 __nv_bfloat16)
   set(T_f32 float)
+  set(T_f8 Float8)
   set(dtype_f16 DType::kFloat16)
   set(dtype_bf16 DType::kBFloat16)
   set(dtype_f32 DType::kFloat32)
+  set(dtype_f8 DType::kFloat8E4M3)
   set(dir ${CMAKE_CURRENT_BINARY_DIR}/generated/kernels/${kernel})
   get_property(rows GLOBAL PROPERTY FA_ROWS_${kernel})
   list(JOIN types "_" type_names)
@@ -90,6 +92,8 @@ if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   fa_instantiate(fa_prefill_sm90 prefill_sm90_wide kernels/prefill_sm90_wide/launch.cuh "${launch_sm90_wide}" "f16;bf16" "512" "kPlain;kModified")
   set(launch_sm90_f32 "Status prefill_sm90_f32::launch_instance<@HEAD_DIM@, Float32Precision::@VARIANT@>(const Plan&, const AttentionParams&, const ExecutionContext&)")
   fa_instantiate(fa_prefill_sm90 prefill_sm90_f32 kernels/prefill_sm90_f32/launch.cuh "${launch_sm90_f32}" "f32" "256;128;64" "kTf32;kTf32x3")
+  set(launch_sm90_f8 "Status prefill_sm90_f8::launch_instance<@HEAD_DIM@>(const Plan&, const AttentionParams&, const ExecutionContext&)")
+  fa_instantiate(fa_prefill_sm90 prefill_sm90_f8 kernels/prefill_sm90_f8/launch.cuh "${launch_sm90_f8}" "f8" "256;128;64" "kAny")
   string(REPLACE "prefill_sm90::" "decode_sm90::" launch_decode_sm90 "${launch_sm90}")
   fa_instantiate(fa_prefill_sm90 decode_sm90 kernels/decode_sm90/launch.cuh "${launch_decode_sm90}" "f16;bf16" "256;192;128;64" "kAny")
   target_sources(fa_core PRIVATE
@@ -97,6 +101,7 @@ if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
     kernels/decode_sm90/decode_sm90.cpp
     kernels/prefill_sm90/prefill_sm90.cpp
     kernels/prefill_sm90_f32/prefill_sm90_f32.cpp
+    kernels/prefill_sm90_f8/prefill_sm90_f8.cpp
     kernels/prefill_sm90_wide/prefill_sm90_wide.cpp)
   target_compile_definitions(fa_core PRIVATE FA_WITH_SM90)
 endif()

@@ -8,6 +8,7 @@
 #include "kernels/prefill_sm80/prefill_sm80.h"
 #include "kernels/prefill_sm90/prefill_sm90.h"
 #include "kernels/prefill_sm90_f32/prefill_sm90_f32.h"
+#include "kernels/prefill_sm90_f8/prefill_sm90_f8.h"
 #include "kernels/prefill_sm90_wide/prefill_sm90_wide.h"
 
 namespace fa {
@@ -34,8 +35,9 @@ size_t max_attention_bytes(const StepParams& largest, const Device& device) {
    max_attention_bytes<name::max_workspace_bytes>}
 #ifdef FA_WITH_SM90
 #define FA_HOPPER_DECODE_KERNEL FA_CUDA_KERNEL_WITH_BOUND(decode_sm90),
-#define FA_HOPPER_KERNELS \
-  FA_CUDA_KERNEL(prefill_sm90), FA_CUDA_KERNEL(prefill_sm90_f32), FA_CUDA_KERNEL_WITH_BOUND(prefill_sm90_wide),
+#define FA_HOPPER_KERNELS                                                                          \
+  FA_CUDA_KERNEL(prefill_sm90), FA_CUDA_KERNEL(prefill_sm90_f32), FA_CUDA_KERNEL(prefill_sm90_f8), \
+      FA_CUDA_KERNEL_WITH_BOUND(prefill_sm90_wide),
 #else
 #define FA_HOPPER_DECODE_KERNEL
 #define FA_HOPPER_KERNELS

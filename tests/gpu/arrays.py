@@ -55,7 +55,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def kernels_for(inputs: dict[str, torch.Tensor], attributes: dict) -> list[str]:
     """Kernels of the dispatch table that can compute the problem; the first is the one that dispatch chooses."""
-    text = faplugin.explain(**inputs, **_arguments(attributes), device="cuda")
+    readable = {name: exported(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    text = faplugin.explain(**readable, **_arguments(attributes), device="cuda")
     return re.findall(r"^(\w+): (?:runs this problem|could run it)", text, re.MULTILINE)
 
 
@@ -67,10 +68,12 @@ def run(problem: Problem, inputs: dict, kernel: str) -> dict[str, torch.Tensor]:
     """The problem's outputs, written over NaN."""
     arguments = _arguments(problem.attributes)
     wanted = {"return_lse": "lse" in problem.outputs, "return_present": "present_key" in problem.outputs}
-    example = faplugin.attention(**inputs, **arguments, **wanted, kernel=kernel)
-    example = example if isinstance(example, tuple) else (example,)
-    out = {name: torch.full_like(t, float("nan")) for name, t in zip(problem.outputs, example, strict=True)}
-    faplugin.attention(**inputs, **arguments, **wanted, kernel=kernel, out=out)
+    readable = {name: exported(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    specs = faplugin._attention._bind({**readable, **arguments, **wanted}, 0).outputs
+    out = {name: poisoned(shape, getattr(torch, dtype)) for name, shape, dtype in specs}
+    memory = {name: exported(x) for name, x in out.items()}
+    torch.cuda.synchronize()  # the memory is written on PyTorch's stream, which an exported query does not tell
+    faplugin.attention(**readable, **arguments, **wanted, kernel=kernel, out=memory)
     torch.cuda.synchronize()
     return out
 

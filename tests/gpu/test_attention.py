@@ -20,6 +20,8 @@ def check(problem: Problem, expected: tolerances.Expectation) -> None:
     """All kernels that take the problem, each twice."""
     inputs = {name: arrays.to_cuda(array) for name, array in problem.inputs.items()}
     kernels = arrays.kernels_for(inputs, problem.attributes)
+    if inputs["query"].dtype == torch.float8_e4m3fn and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("float8 needs compute capability 9.0")
     assert kernels, "no kernel takes the problem"
     for kernel in kernels:
         first = arrays.run(problem, inputs, kernel)

@@ -61,6 +61,12 @@ def test_every_kind_of_mask_runs_on_the_fast_kernel(kind: str, dtype: str) -> No
     assert kernels == ([HOPPER[dtype]] if is_hopper() else []) + [ANY]
 
 
+@pytest.mark.parametrize("kind", cases.MASKS)
+def test_every_kind_of_mask_in_float8(kind: str) -> None:
+    kernels = kernels_of(cases.Case("float8", **LARGE, layout="BSHD", **cases.MASKS[kind]))
+    assert kernels == (["prefill_sm90_f8"] if is_hopper() else [])
+
+
 FEW_ROWS = {"seqlen_q": 4, "seqlen_kv": 3000, "head_dim": 128, "num_q_heads": 8, "num_kv_heads": 2}
 
 

@@ -65,6 +65,21 @@ def test_kernel_is_named(shape: tuple, arguments: dict, phase: str, on_hopper: b
 
 
 @pytest.mark.parametrize("device", ARCHITECTURES)
+def test_float8_needs_hopper(device: str) -> None:
+    def text(head_dim: int, **arguments: object) -> str:
+        return explain((2, 8, 2, 300, 300, head_dim, "float8_e4m3fn"), arguments, device)
+
+    if "prefill_sm90_f8" not in text(128):
+        pytest.skip("a build without Hopper's kernels")
+    chosen = "prefill_sm90_f8: chosen" if device == "sm_90" else "no kernel"
+    assert text(128).splitlines()[0] == chosen
+    assert text(64, softcap=30.0, output_dtype="float32").splitlines()[0] == chosen
+    assert "prefill_sm80: takes float32, float16 and bfloat16 only, the tensors are float8_e4m3fn" in text(128)
+    assert device != "sm_90" or "must be multiples of 16: the copy engine (TMA) moves 16 bytes" in text(40)
+    assert device != "sm_90" or "prefill_sm90_f8: head_dim 272 is above 256" in text(272)
+
+
+@pytest.mark.parametrize("device", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 def test_wide_heads(dtype: str, device: str) -> None:
     def text(head_dim: int) -> str:

@@ -8,6 +8,7 @@
 #include "fa/attention.h"
 #include "kernels/common/convert.cuh"
 #include "kernels/common/reduce.cuh"
+#include "semantics/descale.h"
 #include "semantics/score.h"
 #include "semantics/sequence.h"
 #include "semantics/softmax.h"
@@ -64,7 +65,9 @@ struct RowView {
     float dot = 0.0f;
 #pragma unroll 4
     for (int column = 0; column < p.query.shape[3]; ++column) dot = fmaf(to_float(q[column]), to_float(k[column]), dot);
-    float score = ScoreRule{p.softmax_scale, p.softcap}.capped(dot) + bias(key);
+    float scale = p.softmax_scale;
+    if constexpr (__is_same(T, Float8)) scale = descaled_softmax_scale(p, sequence_idx, head, key_head());
+    float score = ScoreRule{scale, p.softcap}.capped(dot) + bias(key);
     if (p.alibi_slopes.present) {
       const int64_t idx = sequence_idx * p.alibi_slopes.stride[0] + head * p.alibi_slopes.stride[1];
       score += alibi_bias(static_cast<const float*>(p.alibi_slopes.data)[idx], row + sequence.mask.query_offset, key);
@@ -118,6 +121,43 @@ __device__ __forceinline__ SoftmaxState attend_seen(const RowView<T>& row, int f
   return state;
 }
 
+/// One row of the output, whose type is that of the operands, or with float8 operands any.
+template <class T>
+struct OutputRow {
+  T* row;
+
+  __device__ OutputRow(const RowView<T>& view, const TensorView& out)
+      : row(view.row_of(out, view.head, view.sequence.first_row + view.row)) {}
+  __device__ __forceinline__ bool is_nan(int column) const { return isnan(to_float(row[column])); }
+  __device__ __forceinline__ void store(int column, float x) const { row[column] = from_float<T>(x); }
+  __device__ __forceinline__ float factor(const RowView<T>&) const { return 1.0f; }
+};
+
+template <>
+struct OutputRow<Float8> {
+  const TensorView& out;
+  int64_t first;
+
+  __device__ OutputRow(const RowView<Float8>& view, const TensorView& out)
+      : out(out),
+        first(view.sequence.batch_idx * out.stride[0] + view.head * out.stride[1] +
+              (view.sequence.first_row + view.row) * out.stride[2]) {}
+  __device__ __forceinline__ bool is_nan(int column) const {
+    const bool is_float8 = out.dtype == DType::kFloat8E4M3;
+    return isnan(is_float8 ? to_float(static_cast<const Float8*>(out.data)[first + column])
+                           : load_float(out.data, out.dtype, first + column));
+  }
+  __device__ __forceinline__ void store(int column, float x) const {
+    if (out.dtype == DType::kFloat32) static_cast<float*>(out.data)[first + column] = x;
+    if (out.dtype == DType::kFloat16) static_cast<__half*>(out.data)[first + column] = from_float<__half>(x);
+    if (out.dtype == DType::kBFloat16) static_cast<__nv_bfloat16*>(out.data)[first + column] = from_float<__nv_bfloat16>(x);
+    if (out.dtype == DType::kFloat8E4M3) static_cast<Float8*>(out.data)[first + column] = from_float<Float8>(x);
+  }
+  __device__ __forceinline__ float factor(const RowView<Float8>& view) const {
+    return output_factor(view.p, view.sequence_idx, view.head, view.key_head());
+  }
+};
+
 /// Computes those of the columns first_column … end_column - 1 of a row's output anew that are NaN. For a whole warp.
 template <class T>
 __device__ __noinline__ void mend_row(const AttentionParams& p, const SequenceRule& sequences, int sequence_idx, int head,
@@ -125,19 +165,19 @@ __device__ __noinline__ void mend_row(const AttentionParams& p, const SequenceRu
   const Sequence sequence = sequences.at(sequence_idx);
   if (row < 0 || row >= sequence.query_length) return;
   const RowView<T> view{p, sequence, sequence_idx, head, row};
-  T* out = view.row_of(p.out, head, sequence.first_row + row);
+  const OutputRow<T> out(view, p.out);
   bool is_nan = false;
-  for (int i = first_column + threadIdx.x % 32; i < end_column; i += 32) is_nan |= isnan(to_float(out[i]));
+  for (int i = first_column + threadIdx.x % 32; i < end_column; i += 32) is_nan |= out.is_nan(i);
   if (!__any_sync(kAllLanes, is_nan)) return;
   float columns[kColumnsOfLane];
   const SoftmaxState keys = attend_seen(view, first_column, end_column, columns);
   const float sink = p.sinks.present ? static_cast<const float*>(p.sinks.data)[head * p.sinks.stride[0]] : -INFINITY;
   const SoftmaxState all = add_sink(keys, sink);
-  const float factor = rescale_factor(keys.max, all.max) * normalizer(all);
+  const float factor = rescale_factor(keys.max, all.max) * normalizer(all) * out.factor(view);
 #pragma unroll
   for (int j = 0; j < kColumnsOfLane; ++j) {
     const int column = first_column + threadIdx.x % 32 + 32 * j;
-    if (column < end_column && isnan(to_float(out[column]))) out[column] = from_float<T>(columns[j] * factor);
+    if (column < end_column && out.is_nan(column)) out.store(column, columns[j] * factor);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "kernels/common/convert.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/empty_rows/empty_rows.h"
+#include "semantics/descale.h"
 #include "semantics/sequence.h"
 
 namespace fa {
@@ -11,11 +12,12 @@ namespace {
 
 constexpr int kWarps = 16;
 
-/// One key head of one sequence, and the query heads that share it.
-template <class T>
+/// One key head of one sequence, and the query heads that share it. Values are of type T, the output of type Out.
+template <class T, class Out>
 struct HeadGroup {
   const AttentionParams& p;
   const Sequence& s;
+  int64_t sequence_idx;
   int64_t key_head;
   int64_t heads;  // query heads of the key head
 
@@ -62,27 +64,40 @@ struct HeadGroup {
 
   __device__ void write(const float* mean) const {
     for (int64_t i = 0; i < heads; ++i) {
-      T* out = static_cast<T*>(p.out.data) + s.batch_idx * p.out.stride[0] + query_head(i) * p.out.stride[1];
+      Out* out = static_cast<Out*>(p.out.data) + s.batch_idx * p.out.stride[0] + query_head(i) * p.out.stride[1];
+      const float factor = output_factor(p, sequence_idx, query_head(i), key_head);
       for (int64_t row = threadIdx.x / 32; row < s.query_length; row += kWarps) {
         if (!is_empty(i, row)) continue;
-        T* out_row = out + (s.first_row + row) * p.out.stride[2];
-        for (int64_t x = threadIdx.x % 32; x < p.out.shape[3]; x += 32) out_row[x] = from_float<T>(mean[x]);
+        Out* out_row = out + (s.first_row + row) * p.out.stride[2];
+        for (int64_t x = threadIdx.x % 32; x < p.out.shape[3]; x += 32) out_row[x] = from_float<Out>(mean[x] * factor);
       }
     }
   }
 };
 
-template <class T>
+template <class T, class Out = T>
 __global__ void __launch_bounds__(32 * kWarps)
     fill_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ SequenceRule sequences, bool of_keys_in_use) {
   extern __shared__ float mean[];
   const int64_t key_heads = p.key.shape[1];
-  Sequence s = sequences.at(blockIdx.x / key_heads);
+  const int64_t sequence_idx = blockIdx.x / key_heads;
+  Sequence s = sequences.at(sequence_idx);
   if (of_keys_in_use) s.num_keys = s.mask.kv_length;
-  const HeadGroup<T> group{p, s, blockIdx.x % key_heads, p.query.shape[1] / key_heads};
+  const HeadGroup<T, Out> group{p, s, sequence_idx, blockIdx.x % key_heads, p.query.shape[1] / key_heads};
   if (!group.has_empty_rows() || s.num_keys == 0) return;  // without keys the mean is the 0 that stands there
   group.compute_mean(mean);
   group.write(mean);
+}
+
+using FillKernel = void (*)(AttentionParams, SequenceRule, bool);
+
+FillKernel kernel_of(DType values, DType output) {
+  if (values == DType::kFloat16) return fill_kernel<__half>;
+  if (values == DType::kBFloat16) return fill_kernel<__nv_bfloat16>;
+  if (values == DType::kFloat32) return fill_kernel<float>;
+  if (output == DType::kFloat16) return fill_kernel<Float8, __half>;
+  if (output == DType::kBFloat16) return fill_kernel<Float8, __nv_bfloat16>;
+  return output == DType::kFloat32 ? fill_kernel<Float8, float> : fill_kernel<Float8>;
 }
 
 }  // namespace
@@ -90,9 +105,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 Status fill_empty_rows(const AttentionParams& params, bool of_keys_in_use, const ExecutionContext& context) {
   const auto blocks = static_cast<unsigned>(num_sequences(params) * params.key.shape[1]);
   if (blocks == 0) return {};
-  const auto kernel = params.query.dtype == DType::kFloat16    ? fill_kernel<__half>
-                      : params.query.dtype == DType::kBFloat16 ? fill_kernel<__nv_bfloat16>
-                                                               : fill_kernel<float>;
+  const FillKernel kernel = kernel_of(params.query.dtype, params.out.dtype);
   const cudaError_t error =
       launch_kernel(kernel, dim3(blocks), 32 * kWarps, sizeof(float) * params.value.shape[3],
                     static_cast<cudaStream_t>(context.stream), params, sequence_rule(params), of_keys_in_use);

@@ -184,7 +184,8 @@ struct Consumer {
         start_exponents<C>(s, staged_bias(), first_row_in_tile() & ~15, p.softmax_scale, rows.reference);
         return optimistic_weights(s, rows);
       }
-      modify_scores<C>(s, p, tile, staged_bias(), first_row_in_tile(), block * C::kTileN + threadIdx.x % 4 * 2, bias);
+      modify_scores<C>(s, p, p.softmax_scale, tile, staged_bias(), first_row_in_tile(), block * C::kTileN + threadIdx.x % 4 * 2,
+                       bias);
       return optimistic_softmax_step<C>(s, rows, kLog2E);
     }
   }
@@ -194,7 +195,8 @@ struct Consumer {
   template <bool kFirst>
   __device__ __forceinline__ bool take_weights(const Tile& tile, int block, bool masked) {
     const int column = block * C::kTileN + threadIdx.x % 4 * 2;
-    if constexpr (C::kModified) modify_scores<C>(s, args.problem, tile, staged_bias(), first_row_in_tile(), column, bias);
+    if constexpr (C::kModified)
+      modify_scores<C>(s, args.problem, args.problem.softmax_scale, tile, staged_bias(), first_row_in_tile(), column, bias);
     if (kFirst && !C::kSmall && masked && tile.keys_in_last > 0) {  // NOTE: one register too many for small blocks
       hide_from<C::kTileN>(s, tile.keys_in_last);
     } else if (masked) {

@@ -247,13 +247,12 @@ __device__ __forceinline__ void hide_from(float (&s)[kKeys / 2], int num_keys) {
 /// on. `staged`: the bias tile in shared memory, and `row_in_tile` the row there; null: none there.
 /// `fetched`: the bias where threads have read it.
 template <class C, class Fetched = FetchedBias<typename C::T, 0>>
-__device__ __forceinline__ void modify_scores(float (&s)[C::kTileN / 2], const AttentionParams& p, const Tile& tile,
+__device__ __forceinline__ void modify_scores(float (&s)[C::kTileN / 2], const AttentionParams& p, float scale, const Tile& tile,
                                               const uint8_t* staged, int row_in_tile, int first_key,
                                               const Fetched& fetched = {}) {
   const int row = tile.first_row + row_in_tile;
-  float scale = p.softmax_scale;
   if (p.softcap != 0.0f) {
-    const ScoreRule rule{p.softmax_scale, p.softcap};
+    const ScoreRule rule{scale, p.softcap};
 #pragma unroll
     for (float& x : s) x = rule.capped(x, TanhByExp2{});
     scale = 1.0f;

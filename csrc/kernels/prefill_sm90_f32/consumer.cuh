@@ -62,7 +62,7 @@ struct Consumer {
     const bool masked = block >= view.full_end || block < view.full_begin;
     if (modified) {
       const int first_key = block * C::kTileN + threadIdx.x % 4 * 2;
-      prefill_sm90::modify_scores<C>(s, p, tile, nullptr, first_row_in_tile(), first_key);
+      prefill_sm90::modify_scores<C>(s, p, p.softmax_scale, tile, nullptr, first_row_in_tile(), first_key);
     }
     if (masked) prefill_sm90::hide_keys<C>(s, p, tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
     if (modified) return prefill_sm90::softmax_step<NaturalScores>(s, rows, kLog2E);

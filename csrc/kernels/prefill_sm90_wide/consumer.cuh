@@ -140,8 +140,8 @@ struct Consumer {
     using P = Part<C>;
     const int row = tile.first_row + place.half * kRows + row_in_block(), first_key = step * kStepKeys + warpgroup * kKeys;
     if constexpr (C::kModified) {
-      prefill_sm90::modify_scores<P>(s, args.problem, tile, nullptr, place.half * kRows + row_in_block(),
-                                     first_key + threadIdx.x % 4 * 2);
+      prefill_sm90::modify_scores<P>(s, args.problem, args.problem.softmax_scale, tile, nullptr,
+                                     place.half * kRows + row_in_block(), first_key + threadIdx.x % 4 * 2);
     }
     if (step >= shared.view.full_end || step < shared.view.full_begin)
       prefill_sm90::hide_keys<P>(s, args.problem, tile, row, first_key);

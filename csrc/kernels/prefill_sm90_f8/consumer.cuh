@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// A consumer warpgroup of prefill_sm90_f8: 64 query rows of each tile. In its turn a warpgroup issues the product of its last
+// weights with their values and the next scores; while it is at their softmax, the tensor cores work for the other.
+#pragma once
+
+#include "kernels/prefill_sm90/scores.cuh"
+#include "kernels/prefill_sm90_f8/epilogue.cuh"
+#include "kernels/prefill_sm90_f8/products.cuh"
+#include "kernels/prefill_sm90_f8/softmax.cuh"
+#include "semantics/descale.h"
+
+namespace fa::prefill_sm90_f8 {
+
+/// Registers and ring positions of one consumer warpgroup.
+template <class C>
+struct Consumer {
+  using Multiply = Products<C>;
+
+  const KernelArgs& args;
+  SharedPlan<C>& shared;
+  int warpgroup;
+  bool modified;  // softcap, bias, ALiBi: scores are natural
+  RingPosition<C::kQueryStages> q;
+  RingPosition<C::kKeyStages> k;
+  RingPosition<C::kValueStages> v;
+  float o[Multiply::kOut];                              // output fragment, times 2^kWeightBits
+  float s[Multiply::kScores];                           // scores, then weights
+  float sum[C::kSharesRegisters ? 1 : Multiply::kSum];  // of one key tile, on its way to the output
+  uint32_t weights[Multiply::kWeights];                 // as A operand
+  RowPair rows;
+  RowsView view;
+  float scale;   // of scores
+  bool natural;  // modified, or a scale <= 0
+
+  __device__ __forceinline__ void take_turn() {
+    if constexpr (C::kTakesTurns) named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroupThreads);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if constexpr (C::kTakesTurns) {
+      named_barrier_arrive(kTurnBarrier + (warpgroup + 1 == C::kWarpgroups ? 0 : warpgroup + 1), 2 * kWarpgroupThreads);
+    }
+  }
+  __device__ __forceinline__ void skip_turn() {
+    take_turn();
+    pass_turn();
+  }
+
+  template <int kArrivals>
+  __device__ __forceinline__ void release(Mbarrier<kArrivals>& barrier) {
+    if (threadIdx.x % 32 == 0) barrier.arrive();
+  }
+
+  __device__ __forceinline__ int first_row_in_tile() const {
+    return warpgroup * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  }
+
+  __device__ __forceinline__ const uint8_t* queries() const { return shared.query[q.stage] + warpgroup * 64 * 128; }
+
+  /// Gives the buffer of a K tile back that this warpgroup does not need.
+  __device__ __forceinline__ void skip_key() {
+    shared.key_full[k.stage].wait(k.phase);
+    __syncwarp();
+    release(shared.key_empty[k.stage]);
+    k.advance();
+  }
+
+  __device__ __forceinline__ void skip_value() {
+    shared.value_full[v.stage].wait(v.phase);
+    __syncwarp();
+    release(shared.value_empty[v.stage]);
+    v.advance();
+  }
+
+  __device__ __forceinline__ void start_scores() {
+    wgmma_pin(s);
+    wgmma_fence();
+    Multiply::start_scores(s, queries(), shared.key[k.stage]);
+  }
+
+  __device__ __forceinline__ void finish_scores() {
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    release(shared.key_empty[k.stage]);
+    k.advance();
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void start_sum(float (&target)[kCount], int part) {
+    wgmma_pin(target);
+    wgmma_pin(weights);
+    wgmma_fence();
+    Multiply::start_sum(target, weights, shared.value[v.stage], part);
+  }
+
+  /// Adds a sum whose product is done but for kPending later ones.
+  template <int kPending, int kCount>
+  __device__ __forceinline__ void finish_sum(float (&target)[kCount], int part) {
+    wgmma_wait<kPending>();
+    wgmma_pin(target);
+    wgmma_pin(weights);
+    Multiply::add_sum(o, target, part);
+  }
+
+  __device__ __forceinline__ void release_value() {
+    release(shared.value_empty[v.stage]);
+    v.advance();
+  }
+
+  /// out += P V; on return it is there.
+  __device__ __forceinline__ void add_values() {
+#pragma unroll
+    for (int part = 0; part < C::kSums; ++part) {
+      if constexpr (C::kSharesRegisters) {
+        start_sum(s, part);
+        finish_sum<0>(s, part);
+      } else {
+        start_sum(sum, part);
+        finish_sum<0>(sum, part);
+      }
+    }
+    release_value();
+  }
+
+  /// out += P V and the next scores; on return both are there.
+  __device__ __forceinline__ void multiply() {
+    shared.value_full[v.stage].wait(v.phase);
+    shared.key_full[k.stage].wait(k.phase);
+    take_turn();
+    if constexpr (C::kSharesRegisters) {
+      add_values();
+      start_scores();
+      pass_turn();
+    } else {
+      start_sum(sum, 0);
+      start_scores();
+      pass_turn();
+      finish_sum<1>(sum, 0);
+      release_value();
+    }
+    finish_scores();
+  }
+
+  /// From raw products to weights, and the output so far to a new reference.
+  __device__ __forceinline__ void take_weights(const Tile& tile, int block) {
+    const AttentionParams& p = args.problem;
+    const bool masked = block >= view.full_end || block < view.full_begin;
+    if (natural) {
+      const int first_key = block * C::kTileN + threadIdx.x % 4 * 2;
+      prefill_sm90::modify_scores<C>(s, p, scale, tile, nullptr, first_row_in_tile(), first_key);
+    }
+    if (masked) prefill_sm90::hide_keys<C>(s, p, tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
+    const bool rescale = natural ? softmax_step<true>(s, rows, kLog2E) : softmax_step<false>(s, rows, scale * kLog2E);
+    if (rescale) prefill_sm90::rescale_rows(o, rows.factor);
+    Multiply::pack_weights(weights, s);
+  }
+
+  /// The key tiles that the warpgroup's rows see, from the last to the first.
+  __device__ __forceinline__ void run_blocks(const Tile& tile) {
+    shared.key_full[k.stage].wait(k.phase);
+    start_scores();
+    finish_scores();
+    take_weights(tile, view.block_end - 1);
+    for (int block = view.block_end - 2; block >= view.block_begin; --block) {
+      multiply();
+      take_weights(tile, block);
+    }
+    shared.value_full[v.stage].wait(v.phase);
+    add_values();
+  }
+
+  /// Normalises the tile's rows and writes them.
+  __device__ __forceinline__ void end_tile(const Tile& tile, int slot) {
+    const int row = tile.first_row + first_row_in_tile();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!natural) rows.reference[r] *= scale;
+      rows.sum[r] *= kWeightUnit;
+    }
+    prefill_sm90::finish_rows<C>(args, tile, row, rows, o);
+    if (args.spoilt != nullptr) shared.spoilt.mark(has_spoilt_row(o, rows.sum), slot);
+    const int key_head = args.heads_per_kv.quotient(tile.head);
+    store_tile<C>(args.problem, tile, row, o, kWeightUnit * output_factor(args.problem, tile.sequence, tile.head, key_head));
+    __syncwarp();
+    release(shared.tile_empty[slot]);
+  }
+
+  /// After the last tile: once all output is written, mends rows that hold values of hidden keys.
+  __device__ __forceinline__ void mend_output() {
+    __syncwarp();
+    named_barrier_sync(prefill_sm90::kMendBarrier, 32 * C::kConsumerWarps + 32);
+    shared.spoilt.template mend<Float8>(args, threadIdx.x / 32 * 16, 16);
+  }
+
+  /// Tile after tile. Turns are taken and passed as in prefill_sm90: for each key tile but the first, seen or not.
+  __device__ __forceinline__ void run() {
+    RingPosition<kTileSlots> slot;
+    if (C::kTakesTurns && warpgroup == C::kWarpgroups - 1) pass_turn();
+    for (;;) {
+      shared.tile_full[slot.stage].wait(slot.phase);
+      const Tile& tile = shared.tile[slot.stage];
+      if (!tile.valid) break;
+      scale = descaled_softmax_scale(args.problem, tile.sequence, tile.head, args.heads_per_kv.quotient(tile.head));
+      natural = modified || !(scale > 0.0f);
+      shared.query_full[q.stage].wait(q.phase);
+      view = shared.view[slot.stage][warpgroup];
+      rows = RowPair{};
+#pragma unroll
+      for (float& x : o) x = 0.0f;
+      const bool has_blocks = view.block_begin < view.block_end;
+      const int num_right = tile.block_end - view.block_end;
+      for (int i = 0; i < num_right; ++i) {
+        skip_key();
+        if (has_blocks || i + 1 < num_right) skip_turn();
+        skip_value();
+      }
+      if (has_blocks) run_blocks(tile);
+      __syncwarp();
+      release(shared.query_empty[q.stage]);
+      for (int i = tile.block_begin; i < view.block_begin; ++i) {
+        skip_turn();
+        skip_key();
+        skip_value();
+      }
+      end_tile(tile, slot.stage);
+      slot.advance();
+      q.advance();
+    }
+    if (args.spoilt != nullptr) mend_output();
+  }
+};
+
+}  // namespace fa::prefill_sm90_f8

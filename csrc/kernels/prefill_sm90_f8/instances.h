@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// Declares what the generated sources define, so that the host compiler needs no kernel code.
+#pragma once
+
+#include "fa/attention.h"
+
+namespace fa::prefill_sm90_f8 {
+
+template <int kHeadDim>
+Status launch_instance(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
+
+}  // namespace fa::prefill_sm90_f8

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything about one instance of prefill_sm90_f8 that is known at compile time, derived from its row in the tile table
+// (shape.h). Every template of the kernel takes one Traits, by the name C, as those do that it shares with prefill_sm90.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/convert.cuh"
+#include "kernels/common/warpgroup.cuh"
+#include "kernels/prefill_sm90/traits.cuh"
+#include "kernels/prefill_sm90_f8/shape.h"
+
+namespace fa::prefill_sm90_f8 {
+
+template <int kHeadDim_>
+struct Traits {
+  using T = Float8;
+  static constexpr TileShape kShape = tile_shape(kHeadDim_);
+
+  // What the instance can do.
+  static constexpr bool kStagedOnly = false;  // any bias and any mask
+  static constexpr bool kModified = true;     // when a tile ends, references are natural scores
+
+  // Tiles.
+  static constexpr int kHeadDim = kHeadDim_;              // the copy engine pads narrower heads with zeros
+  static constexpr int kWarpgroups = kShape.warpgroups;   // consumer warpgroups: those that multiply
+  static constexpr int kTileM = 64 * kWarpgroups;         // query rows
+  static constexpr int kTileN = kShape.tile_n;            // keys
+  static constexpr int kPanels = (kHeadDim + 127) / 128;  // of 128 columns, 128 bytes: the widest rows that the swizzle takes
+  static constexpr bool kRowsBelowZero = kTileM > 64;     // a sequence's first tile may begin before its row 0
+  static_assert(kTileN == 128 && kHeadDim % 64 == 0, "A row of transposed values has the keys of one tile, 128 bytes.");
+
+  // Sums. A product with the values of one tile has a sum of its own, of so many columns at a time, and is added to the output
+  // by the FP32 unit.
+  static constexpr int kSumColumns = kHeadDim < 128 ? kHeadDim : 128;
+  static constexpr int kSums = kHeadDim / kSumColumns;
+  static constexpr bool kSharesRegisters = kSums > 1;  // scores and such a sum stand in the same registers, one after the other
+
+  // Buffers in shared memory.
+  static constexpr int kKeyStages = kShape.key_stages, kRawStages = kShape.raw_stages, kValueStages = kShape.value_stages;
+  static constexpr int kQueryStages = kShape.query_stages;
+  static constexpr uint32_t kQueryBytes = kTileM * 128 * kPanels;
+  static constexpr uint32_t kTileBytes = kTileN * 128 * kPanels;  // of keys, or values as they come
+  static constexpr uint32_t kValueBytes = kHeadDim * 128;         // of values, transposed
+
+  // Roles.
+  static constexpr bool kSmall = false;  // producers are a warpgroup of their own
+  static constexpr int kConverters = 2;  // warps that transpose values
+  static constexpr bool kTakesTurns = kShape.takes_turns;
+  static constexpr int kConsumerWarps = 4 * kWarpgroups;
+  static constexpr int kThreads = 32 * kConsumerWarps + kWarpgroupThreads;
+
+  // Registers of a thread.
+  static constexpr int kEntryRegisters = prefill_sm90::registers_at_entry(kThreads, 1);
+  static constexpr int kProducerRegisters = kSharesRegisters ? 40 : 56;
+  static constexpr int kConsumerRegisters = kSharesRegisters ? 232 : 224;
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (1 + kWarpgroups) * kEntryRegisters,
+                "setmaxnreg hands registers from one warpgroup to another; consumers can't get more than producers give.");
+};
+
+}  // namespace fa::prefill_sm90_f8
