@@ -11,9 +11,23 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.match import Context, matcher
+from faexport.match.masks import understand
 from faexport.match.onnx_attention import used_output
 from faexport.nodes import attribute, name_of, operand
-from faexport.spec import Alignment, Assumption, AttentionSpec, Candidate, Fact, Layout, Mask, Operand, Refusal
+from faexport.spec import (
+    Alignment,
+    Assumption,
+    AttentionSpec,
+    Candidate,
+    Fact,
+    Layout,
+    Mask,
+    MaskTerm,
+    Operand,
+    Refusal,
+    ScoreShape,
+    TermKind,
+)
 from faexport.surgery import Builder
 from faexport.understand.core.structure import TYPES
 from faexport.understand.layout.declared import Declared, read_all, sizes_of
@@ -42,7 +56,7 @@ class Contrib:
     """What these ops have in common."""
 
     def __init__(self, node: ir.Node, context: Context):
-        self.node, self.a = node, context.analysis
+        self.node, self.a, self.context = node, context.analysis, context
         self.build = Builder(self.a.opset)
         self.heads = attribute(node, "num_heads", 0)
         dtype = self.a.dtype(node.inputs[0])
@@ -154,10 +168,31 @@ class _MultiHead(Contrib):
         if past[0] is not None:
             before = a.shape(past[0])
             keys = keys + before[2] if before is not None else Dim.unknown("keys")
-        mask = self.mask(operand(node, 4), operand(node, 5), batch, keys, past[0] is not None)
+        mask = self._proven(
+            self.mask(operand(node, 4), operand(node, 5), batch, keys, past[0] is not None), operands, batch, keys, past
+        )
         caches = {"past_key": past[0], "past_value": past[1], "present_key": present[0], "present_value": present[1]}
         candidate.sizes.update(batch_size=plain(batch), seqlen_kv=plain(keys))
         return self.finish(candidate, operands, mask, **caches)
+
+    def _proven(self, mask: Mask, operands: list[Operand], batch: Dim, keys: Dim, past: list[ir.Value | None]) -> Mask:
+        """What its attention_bias is, as of scores in any graph, where nothing else masks: exporters put the causal
+        mask and the padding there. It stays a bias where that can't be said of keys behind a past."""
+        bias, query = mask.attn_bias, self.node.inputs[0]
+        if query is None or bias is None or bias is not operand(self.node, 5) or mask.is_causal:
+            return mask
+        rows, heads = self.a.known_shape(query)[1], Dim.of(self.heads)
+        term = MaskTerm(TermKind.ADD, bias, self.node, "BHST", (batch, heads, rows, keys))
+        scores = ScoreShape(
+            operands[0], operands[1], self.node, self.context.graph, batch, heads, rows, keys, self.dtype
+        )
+        found = understand([term], scores, self.context)
+        if isinstance(found, Refusal):
+            return mask
+        has_position = found.window_left >= 0 or found.window_right >= 0 or found.alibi_slopes is not None
+        is_first = found.alignment is Alignment.TOP_LEFT and found.query_offset is None
+        of_all_keys = found.kv_lengths is not None or found.empty_rows is not None
+        return mask if past[0] is not None and ((has_position and is_first) or of_all_keys) else found
 
     def holds_keys(self) -> tuple[ir.Value, int]:
         key = operand(self.node, 1) or self.node.inputs[0]
