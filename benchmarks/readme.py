@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the documentation's tables from the committed results; run it after a new measurement.
 
-The README's tables of speed, docs/faexport.md's table of the zoo and docs/kernels.md's of decoding. A test compares the
-pages with what this makes.
+The README's tables of speed, docs/faexport.md's table of the zoo, docs/kernels.md's of decoding and docs/llm.md's of
+decoder layers. A test compares the pages with what this makes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
 EXPORTS_BEGIN, EXPORTS_END = "<!-- exports: written by benchmarks/readme.py -->\n", "<!-- end of exports -->\n"
 DECODE_BEGIN, DECODE_END = "<!-- decode: written by benchmarks/readme.py -->\n", "<!-- end of decode -->\n"
+STEP_BEGIN, STEP_END = "<!-- steps: written by benchmarks/readme.py -->\n", "<!-- end of steps -->\n"
+LLM_BEGIN, LLM_END = "<!-- llm: written by benchmarks/readme.py -->\n", "<!-- end of llm -->\n"
 ZOO_BEGIN, ZOO_END = "<!-- zoo: written by benchmarks/readme.py -->\n", "<!-- end of zoo -->\n"
 OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")
 GROUPS = {
@@ -82,6 +84,52 @@ def decode_section() -> str:
         ours, ratio = row["contestants"]["ours"], row.get("ours_over_best_peer")
         speed = f"{times['ours']:.1f} | {ours.get('tb_per_s', math.nan):.2f}"
         lines.append(f"| {row['row']} | {speed} | {peer} | {ratio or '–'} | {split} |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured_with(data: dict) -> str:
+    return (
+        f"{data['gpu']}, driver {data['driver']}, onnxruntime {data['versions']['onnxruntime-gpu']}, commit "
+        f"{data['commit']}, {data['date'][:10]}"
+    )
+
+
+def step_section() -> str:
+    """docs/kernels.md's table of whole steps in onnxruntime: microseconds, and our time over the peer's."""
+    data = json.loads((RESULTS / "decode_ort.json").read_text("utf-8"))
+    lines = [
+        f"{_measured_with(data)}; float16, 32/8 heads of 128, a whole step inside onnxruntime\n"
+        "(`benchmarks/decode_ort.py`; pages have as many rows as the peer's name says):",
+        "",
+        "| batch | keys | ours, µs | peer, µs | ours over peer |",
+        "|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        found = row["contestants"]
+        for ours, ratio in row["over_peer"].items():
+            peer = ours.replace("faexport paged", "PagedAttention").replace("faexport", "GroupQueryAttention")
+            times = f"{1e3 * found[ours]['median_ms']:.1f} | {peer} {1e3 * found[peer]['median_ms']:.1f}"
+            lines.append(f"| {row['batch_size']} | {row['seqlen']} | {times} | {ratio:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def llm_section() -> str:
+    """docs/llm.md's table of decoder layers: milliseconds, tokens a second, memory beside weights and caches."""
+    data = json.loads((RESULTS / "llm.json").read_text("utf-8"))
+    layers = {row["layers"] for row in data["rows"]}
+    lines = [
+        f"{_measured_with(data)}; float16, {', '.join(map(str, sorted(layers)))} layers without embedding and output "
+        "projection\n(`benchmarks/llm.py`). A prompt's time is that to its first token; tokens a second are those of "
+        "these layers alone:",
+        "",
+        "| | GroupQueryAttention, ms | rewritten, ms | speed-up | rewritten, tokens/s | memory, MiB (before) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        ours, theirs = (row["contestants"][name] for name in ("faexport", "GroupQueryAttention"))
+        memory = f"{ours['memory_MiB']:.0f} ({theirs['memory_MiB']:.0f})"
+        times = f"{theirs['median_ms']:.2f} | {ours['median_ms']:.2f} | {row['speedup']:.2f}"
+        lines.append(f"| {row['row']} | {times} | {ours['tokens_per_s']:,.0f} | {memory} |")
     return "\n".join(lines) + "\n"
 
 
@@ -319,10 +367,20 @@ def updated_zoo(text: str) -> str:
 
 def updated_kernels(text: str) -> str:
     """docs/kernels.md, likewise."""
-    return replaced(text, DECODE_BEGIN, DECODE_END, decode_section())
+    return replaced(replaced(text, STEP_BEGIN, STEP_END, step_section()), DECODE_BEGIN, DECODE_END, decode_section())
 
 
-PAGES = {"README.md": updated, "docs/faexport.md": updated_zoo, "docs/kernels.md": updated_kernels}
+def updated_llm(text: str) -> str:
+    """docs/llm.md, likewise."""
+    return replaced(text, LLM_BEGIN, LLM_END, llm_section())
+
+
+PAGES = {
+    "README.md": updated,
+    "docs/faexport.md": updated_zoo,
+    "docs/kernels.md": updated_kernels,
+    "docs/llm.md": updated_llm,
+}
 
 if __name__ == "__main__":
     for name, update in PAGES.items():
