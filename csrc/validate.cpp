@@ -6,69 +6,15 @@
 #include <utility>
 
 #include "fa/attention.h"
-
-// NOTE: the sentence is built only where the rule is broken; a decode step calls this for every layer.
-#define FA_RULE(holds, sentence)               \
-  if (!(holds)) return Status {                \
-      StatusCode::kInvalidArgument, (sentence) \
-    }
-#define FA_CHECK(call) \
-  if (Status status = (call); !status.ok()) return status
+#include "rules.h"
 
 namespace fa {
 namespace {
-
-bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
-bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3; }
-bool is_index(DType dtype) { return dtype == DType::kInt32 || dtype == DType::kInt64; }
-
-std::string has_dtype(const char* name, const TensorView& t, const char* expected) {
-  return std::string(name) + " has dtype " + name_of(t.dtype) + ", expected " + expected;
-}
-
-/// Shape equals `expected`, of which the first `rank` axes are spoken of.
-Status check_shape(const char* name, const TensorView& t, const int64_t (&expected)[4], int rank, const char* axes) {
-  for (int i = 0; i < 4; ++i) {
-    FA_RULE(t.shape[i] == expected[i], std::string(name) + " has shape " + shape_text(t.shape, rank) + ", expected " +
-                                           shape_text(expected, rank) + " (" + axes + ")");
-  }
-  return {};
-}
-
-/// Elements, empty axes counted as 1, so that no product of sizes overflows: -1 for more than any memory has.
-int64_t count_elements(const int64_t (&shape)[4]) {
-  constexpr int64_t kMostElements = int64_t{1} << 56;
-  int64_t count = 1;
-  for (int64_t size : shape) {
-    if (size > kMostElements / count) return -1;
-    if (size > 0) count *= size;
-  }
-  return count;
-}
 
 bool is_quantized(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kUInt8 || dtype == DType::kFloat8E4M3; }
 
 /// Bytes that a row of `columns` elements takes as so many of this type; two int4 share a uint8.
 int64_t stored_columns(DType dtype, int64_t columns) { return dtype == DType::kUInt8 ? (columns + 1) / 2 : columns; }
-
-/// One of query, key, value and out, or a tensor of a cache: there, with a contiguous last axis.
-Status check_operand(const char* name, const TensorView& t) {
-  FA_RULE(t.present, std::string(name) + " is missing");
-  for (int64_t size : t.shape) FA_RULE(size >= 0, std::string(name) + " has a negative size: " + shape_text(t.shape, 4));
-  FA_RULE(count_elements(t.shape) >= 0, std::string(name) + " has shape " + shape_text(t.shape, 4) + ", more than fits a memory");
-  FA_RULE(t.empty() || t.shape[3] <= 1 || t.stride[3] == 1,
-          std::string(name) + " has stride " + std::to_string(t.stride[3]) + " on its last axis, expected 1 (contiguous)");
-  return {};
-}
-
-/// An output must not fold several elements onto one address.
-Status check_written(const char* name, const TensorView& t, int rank) {
-  for (int i = 0; i < rank; ++i) {
-    FA_RULE(t.empty() || t.shape[i] <= 1 || t.stride[i] != 0,
-            std::string(name) + " has stride 0 on axis " + std::to_string(i) + ", but it is written");
-  }
-  return {};
-}
 
 /// key (or value), which may be a quantized cache.
 Status check_cache_dtype(const char* name, const TensorView& t, const TensorView& scale, const StepParams& p) {

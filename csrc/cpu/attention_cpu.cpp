@@ -12,10 +12,10 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <thread>
 #include <vector>
 
 #include "cpu/tile.h"
+#include "cpu/workers.h"
 
 namespace fa::cpu {
 
@@ -30,14 +30,6 @@ namespace avx512 {
 extern const Isa kIsa;
 }
 #endif
-
-namespace {
-
-constexpr int64_t kBlockRows = 6;                              // rows of a register block
-constexpr int64_t kRowsPerTask[] = {1152, 576, 288, 144, 48};  // multiples of it; the first that gives every thread some tasks
-constexpr int64_t kFewRows = 32;                               // up to here the heads that share keys go into one task
-constexpr int64_t kKeysPerSplit = 1024;                        // and the keys are split
-constexpr int64_t kTileBytes = 256 << 10;  // packed keys and values of a tile: half of a small second-level cache
 
 const Isa& best_isa() {
 #ifdef FA_CPU_X86
@@ -58,9 +50,13 @@ const Isa& best_isa() {
 #endif
 }
 
-int64_t num_threads(const ExecutionContext& context) {
-  return context.parallel_for == nullptr ? 1 : std::max<int64_t>(1, std::thread::hardware_concurrency());
-}
+namespace {
+
+constexpr int64_t kBlockRows = 6;                              // rows of a register block
+constexpr int64_t kRowsPerTask[] = {1152, 576, 288, 144, 48};  // multiples of it; the first that gives every thread some tasks
+constexpr int64_t kFewRows = 32;                               // up to here the heads that share keys go into one task
+constexpr int64_t kKeysPerSplit = 1024;                        // and the keys are split
+constexpr int64_t kTileBytes = 256 << 10;  // packed keys and values of a tile: half of a small second-level cache
 
 struct Cut {
   std::vector<Task> tasks;   // in the order of their start
@@ -150,44 +146,6 @@ Cut cut_problem(Tiling* tiling, int64_t threads) {
   cut.tasks = std::move(sorted);
   return cut;
 }
-
-struct FreeDeleter {
-  void operator()(void* p) const { std::free(p); }
-};
-
-/// Workers that take the next task until none is left; each has its own scratch.
-struct Workers {
-  const Tiling& tiling;
-  const std::vector<Task>& tasks;
-  void (*run)(const Tiling&, const Task&, void*);
-  size_t scratch_bytes;
-  std::atomic<size_t> next{0};
-  std::atomic<bool> out_of_memory{false};
-
-  static void work(void* self_, size_t) {
-    Workers& self = *static_cast<Workers*>(self_);
-    size_t i = self.next.fetch_add(1);
-    if (i >= self.tasks.size()) return;
-    std::unique_ptr<void, FreeDeleter> scratch(std::aligned_alloc(64, (self.scratch_bytes + 63) / 64 * 64));
-    if (scratch == nullptr) {
-      self.out_of_memory = true;
-      return;
-    }
-    for (; i < self.tasks.size(); i = self.next.fetch_add(1)) self.run(self.tiling, self.tasks[i], scratch.get());
-  }
-
-  Status run_all(const ExecutionContext& context) {
-    const size_t workers = std::min<size_t>(tasks.size(), num_threads(context));
-    if (workers <= 1) {
-      work(this, 0);
-    } else {
-      context.parallel_for(context.pool, workers, work, this);
-    }
-    if (!out_of_memory) return {};
-    return {StatusCode::kUnsupported,
-            "out of memory: the CPU kernel needs " + std::to_string(scratch_bytes) + " bytes for each thread"};
-  }
-};
 
 /// Rows of the output that belong to no sequence in use: 0, and lse -inf.
 void clear_rows(const StepParams& p, int64_t b, int64_t begin, int64_t end) {
@@ -295,12 +253,12 @@ Status launch(const Plan&, const StepParams& params, const ExecutionContext& con
     const Cut cut = cut_problem(&tiling, num_threads(context));
     clear_unused_rows(tiling);
     const Isa& isa = best_isa();
-    Workers attend{tiling, cut.tasks, isa.attend, isa.scratch_bytes(tiling)};
-    if (Status status = attend.run_all(context); !status.ok()) return status;
-    if (!cut.merges.empty()) {
-      Workers merge{tiling, cut.merges, isa.merge, isa.scratch_bytes(tiling)};
-      if (Status status = merge.run_all(context); !status.ok()) return status;
-    }
+    const auto run_each = [&](const std::vector<Task>& tasks, void (*run)(const Tiling&, const Task&, void*)) {
+      return run_tasks(tasks.size(), isa.scratch_bytes(tiling), context,
+                       [&](size_t i, void* scratch) { run(tiling, tasks[i], scratch); });
+    };
+    if (Status status = run_each(cut.tasks, isa.attend); !status.ok()) return status;
+    if (Status status = run_each(cut.merges, isa.merge); !status.ok()) return status;
     if (tiling.steps.is_staged && params.cache.present_key.present) keep_window(params, tiling.steps);
     return {};
   } catch (const std::bad_alloc&) {

@@ -62,7 +62,8 @@ static void pack_transposed(const Rows& source, int64_t first, int64_t n, float*
 
 /// Rows [first, first + n) as they are: panel c holds [rows][columns c … c + width - 1]; rows up to n_padded and columns are
 /// filled with 0. staging: round_up(columns, kLanes) floats.
-static void pack_rows(const Rows& source, int64_t first, int64_t n, int64_t n_padded, float* packed, float* staging) {
+[[maybe_unused]] static void pack_rows(const Rows& source, int64_t first, int64_t n, int64_t n_padded, float* packed,
+                                       float* staging) {
   constexpr int64_t kAhead = 8;
   const int64_t d = source.columns, d_padded = round_up(d, kLanes);
   for (int64_t j = 0; j < n_padded; ++j) {
@@ -85,8 +86,8 @@ static void pack_rows(const Rows& source, int64_t first, int64_t n, int64_t n_pa
 
 /// scores[m * stride + c] = query row m (of num_rows, round_up(D) floats each, 0 beyond D) times key first + c, for c < n
 /// and up to a whole vector. Reads each key once.
-static void score_few_rows(const float* query, int64_t num_rows, const Rows& keys, int64_t first, int64_t n, float* scores,
-                           int64_t stride, float* staging) {
+[[maybe_unused]] static void score_few_rows(const float* query, int64_t num_rows, const Rows& keys, int64_t first, int64_t n,
+                                            float* scores, int64_t stride, float* staging) {
   const int64_t d_padded = round_up(keys.columns, kLanes);
   for (int64_t j = 0; j < n; j += kLanes) {
     for (int64_t r = j + kLanes; r < j + 2 * kLanes && r < n; ++r) prefetch_row(keys, first + r);

@@ -10,6 +10,8 @@
 
 namespace fa::cpu {
 
+struct BackwardIsa;  // backward_cpu.h
+
 /// A block of query rows of one sequence: rows first_row … of each of num_heads heads, all of which read kv_head.
 struct Task {
   int64_t sequence_idx;
@@ -38,7 +40,11 @@ struct Isa {
   /// The cache step of one sequence and head: past and new rows into params.key (which = 0) or params.value (1).
   void (*store)(const StepParams& params, const CacheRule& steps, int which, int64_t sequence_idx, int64_t head, void* scratch);
   size_t (*store_bytes)(const StepParams& params);  // its scratch
+  const BackwardIsa* backward;                      // the same instruction set's
 };
+
+/// That of this machine, or the lesser one that FA_CPU_ISA asks for.
+const Isa& best_isa();
 
 inline constexpr int64_t kMaxKeysPerTile = 256;
 

@@ -401,8 +401,9 @@ void merge_splits(const Tiling& tiling, const Task& task, void* memory) {
 
 #define FA_TEXT_(x) #x
 #define FA_TEXT(x) FA_TEXT_(x)
+extern const BackwardIsa kBackwardIsa;
 extern const Isa kIsa;
-const Isa kIsa = {FA_TEXT(FA_ISA), scratch_bytes, attend, merge_splits, store, store_bytes};
+const Isa kIsa = {FA_TEXT(FA_ISA), scratch_bytes, attend, merge_splits, store, store_bytes, &kBackwardIsa};
 
 }  // namespace FA_ISA
 }  // namespace fa::cpu

@@ -3,18 +3,20 @@
 
     session = faplugin.session("model.fa.onnx")      # onnxruntime's, for models that faexport has rewritten
     output = faplugin.attention(query, key, value, is_causal=True)
+    gradients = faplugin.attention_backward(d_output, output, lse, query, key, value, is_causal=True)
     print(faplugin.explain(query, key, value, device="sm_90"))
 
 The operator's tensors and attributes are described in docs/operator.md.
 """
 
 from ._attention import attention, explain
+from ._backward import attention_backward
 from ._library import library_path, register
 from ._session import session
 
 __version__: str
 
-__all__ = ["__version__", "attention", "explain", "library_path", "register", "session"]
+__all__ = ["__version__", "attention", "attention_backward", "explain", "library_path", "register", "session"]
 
 
 def __getattr__(name: str) -> str:

@@ -163,7 +163,7 @@ def attention(
     """
     arguments = dict(locals())
     stream = current_stream(query) if stream is None else stream
-    call = _bind(arguments, stream)
+    call = bind(arguments, stream)
     out = out or {}
     if unknown := out.keys() - {name for name, _, _ in call.outputs}:
         raise ValueError(f"out has {sorted(unknown)}; this call returns {[name for name, _, _ in call.outputs]}")
@@ -172,12 +172,16 @@ def attention(
         for name, shape, dtype in call.outputs
     ]
     num_bytes = call.prepare([readable(array) for array in outputs], kernel)
-    workspace = None  # the call then allocates its own
-    if num_bytes and allocates(query):
-        # int32, because not every framework has DLPack for bytes
-        workspace = empty(query, ((num_bytes + 3) // 4,), "int32", call.device, stream)
-    call.run(workspace, num_threads)
+    call.run(workspace(query, num_bytes, call.device, stream), num_threads)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def workspace(like: Any, num_bytes: int, device: str, stream: int) -> Any:
+    """Memory from the framework of `like`, where that can be asked; None: the call allocates its own."""
+    if not num_bytes or not allocates(like):
+        return None
+    # int32, because not every framework has DLPack for bytes
+    return empty(like, ((num_bytes + 3) // 4,), "int32", device, stream)
 
 
 def _like(name: str, arguments: dict[str, Any]) -> Any:
@@ -203,14 +207,14 @@ def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: 
     Raises:
         ValueError, TypeError: as attention().
     """
-    return _bind({"query": query, "key": key, "value": value, **arguments}, 0).explain(device)
+    return bind({"query": query, "key": key, "value": value, **arguments}, 0).explain(device)
 
 
 REQUIRED = ("query", "key", "value")
 _NOT_ATTRIBUTES = {"return_present", "return_lse", "out", "stream", "kernel", "num_threads"}
 
 
-def _bind(arguments: dict[str, Any], stream: int) -> Call:
+def bind(arguments: dict[str, Any], stream: int) -> Call:
     """A call bound to its inputs. The compiled library knows the names of inputs and attributes."""
     names = inputs()
     given = [name for name in names if arguments.get(name) is not None or name in REQUIRED]

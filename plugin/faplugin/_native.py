@@ -67,9 +67,12 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fa_python_call_new": (_I32, [_P, _SIZE, _P, _SIZE, _SIZE, _P, _P, _P, _P]),
     "fa_python_call_delete": (None, [_P]),
     "fa_python_call_prepare": (_I32, [_P, _P, _SIZE, _TEXT, _P]),
+    "fa_python_call_prepare_backward": (_I32, [_P, _P, _P]),
     "fa_python_call_run": (_I32, [_P, _P, ctypes.c_int64]),
     "fa_python_call_explain": (_I32, [_P, _TEXT, _P]),
 }
+# The arrays of a backward pass, in the order of FaGradient.
+GRADIENTS = ("output", "lse", "d_output", "d_lse", "d_query", "d_key", "d_value", "d_bias", "d_sinks")
 _ERRORS = {1: ValueError, 2: TypeError, 3: RuntimeError, 4: MemoryError}  # FaError
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
@@ -168,8 +171,21 @@ class Call:
         )
         return num_bytes.value
 
+    def prepare_backward(self, arrays: Mapping[str, Any]) -> int:
+        """In place of prepare(): binds the forward's results and the gradients, by the names of GRADIENTS.
+
+        Returns the bytes of workspace that run() then needs.
+        """
+        bound = (_Array * len(GRADIENTS))()
+        for filled, name in zip(bound, GRADIENTS, strict=True):
+            if arrays.get(name) is not None:
+                self._fill(filled, name, arrays[name])
+        num_bytes = ctypes.c_size_t()
+        _check(library().fa_python_call_prepare_backward(self._pointer, bound, ctypes.byref(num_bytes)))
+        return num_bytes.value
+
     def run(self, workspace: Any, num_threads: int) -> None:
-        """After prepare(). Without a workspace, where one is needed, the library allocates it in the stream's order."""
+        """After prepare() or prepare_backward(). Without a workspace the library allocates it, in stream order."""
         array = None if workspace is None else self._arrays([("the workspace", workspace)])
         _check(library().fa_python_call_run(self._pointer, array, _integer("num_threads", num_threads)))
 

@@ -102,6 +102,14 @@ FaError fa_python_call_prepare(BoundCall* call, const FaArray* outputs, size_t n
   return guarded([&] { *workspace_bytes = call->prepare(outputs, num_outputs, kernel); });
 }
 
+FaError fa_python_call_prepare_backward(BoundCall* call, const FaArray* arrays, size_t* workspace_bytes) {
+  return guarded([&] {
+    FaArray given[kFaNumGradients];
+    std::copy(arrays, arrays + kFaNumGradients, given);
+    *workspace_bytes = call->prepare_backward(given);
+  });
+}
+
 FaError fa_python_call_run(BoundCall* call, const FaArray* workspace, int64_t num_threads) {
   return guarded([&] { call->run(workspace, num_threads); });
 }

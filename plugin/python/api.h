@@ -59,6 +59,21 @@ struct FaOutput {
   int64_t shape[4];
 };
 
+/// The arrays of a backward pass, each in the shape and dtype that the forward's array of that name has; d_bias and d_sinks are
+/// float32. One that is absent (no dlpack, numpy or dtype) is not given or not wanted; d_lse, d_bias and d_sinks may be.
+enum FaGradient : int32_t {
+  kFaOutput,
+  kFaLse,
+  kFaDOutput,
+  kFaDLse,
+  kFaDQuery,
+  kFaDKey,
+  kFaDValue,
+  kFaDBias,
+  kFaDSinks,
+  kFaNumGradients
+};
+
 /// The sentence of this thread's last error.
 const char* fa_python_error();
 /// The names in inputs.def, in order; null behind the last.
@@ -76,6 +91,8 @@ void fa_python_call_delete(fa::plugin::BoundCall* call);
 /// Binds the outputs' memory and chooses the kernel, the one called `kernel` where that is not empty.
 FaError fa_python_call_prepare(fa::plugin::BoundCall* call, const FaArray* outputs, size_t num_outputs, const char* kernel,
                                size_t* workspace_bytes);
+/// In place of prepare, for a call whose optional_outputs are 'lse': run() computes gradients then. `arrays` by FaGradient.
+FaError fa_python_call_prepare_backward(fa::plugin::BoundCall* call, const FaArray* arrays, size_t* workspace_bytes);
 /// After prepare. `workspace` may be null: what is needed is allocated then, in the order of the stream.
 FaError fa_python_call_run(fa::plugin::BoundCall* call, const FaArray* workspace, int64_t num_threads);
 /// `text` is valid until this thread's next call of this function.

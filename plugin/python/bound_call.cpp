@@ -116,9 +116,51 @@ size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const std:
   return plan_.workspace_bytes;
 }
 
+/// Binds what the forward pass has written, and the gradients: the bytes of workspace that run() needs to compute them. Gradients
+/// of inputs have the layout of those inputs, so they are bound as such, by the rules of bind().
+size_t BoundCall::prepare_backward(const FaArray (&arrays)[kFaNumGradients]) {
+  const auto is_given = [&](FaGradient which) {
+    return arrays[which].dlpack != nullptr || arrays[which].numpy != nullptr || arrays[which].dtype != nullptr;
+  };
+  for (const Output output : {Output::kOutput, Output::kLse}) {
+    const FaGradient which = output == Output::kLse ? kFaLse : kFaOutput;
+    if (node_.slot(output) < 0 || !is_given(which))
+      throw Error(kFaValueError, std::string(name_of(output)) + " is missing; a backward pass needs the forward's");
+    set_output(&problem_, output,
+               take_row_major(name_of(output), problem_.outputs[static_cast<int>(output)], arrays[which]).tensor.data);
+  }
+  std::vector<Tensor> tensors;
+  for (const Array& array : arrays_) tensors.push_back(array.tensor);
+  for (int i = 0; i < 3; ++i) {
+    const FaGradient which = static_cast<FaGradient>(kFaDQuery + i);
+    tensors[i] = take_gradient(which, i, arrays[which]);
+  }
+  const int bias = slot_of_bias(), sinks = node_.slot(Input::kSinks);
+  if (is_given(kFaDBias)) tensors[bias < 0 ? 0 : bias] = take_gradient(kFaDBias, bias, arrays[kFaDBias]);
+  if (is_given(kFaDSinks)) tensors[sinks < 0 ? 0 : sinks] = take_gradient(kFaDSinks, sinks, arrays[kFaDSinks]);
+  Problem bound;
+  check(plugin::bind(node_, tensors, &bound));
+  const auto data_of = [&](const char* name, Output output, FaGradient which) {
+    return take_row_major(name, problem_.outputs[static_cast<int>(output)], arrays[which]).tensor.data;
+  };
+  set_output(&bound, Output::kOutput, data_of("d_output", Output::kOutput, kFaDOutput));
+  if (is_given(kFaDLse)) set_output(&bound, Output::kLse, data_of("d_lse", Output::kLse, kFaDLse));
+  gradients_ = {bound.params.out,
+                is_given(kFaDLse) ? bound.params.lse : TensorView{},
+                bound.params.query,
+                bound.params.key,
+                bound.params.value,
+                is_given(kFaDBias) ? bound.params.bias : TensorView{},
+                is_given(kFaDSinks) ? bound.params.sinks : TensorView{}};
+  CudaDeviceGuard guard;
+  check(plan_backward(problem_.params, gradients_, device_of_query(&guard), &backward_));
+  return backward_.workspace_bytes;
+}
+
 /// After prepare(). Without a workspace, where one is needed, it is allocated here, in the order of the stream.
 void BoundCall::run(const FaArray* workspace, int64_t num_threads) {
   if (num_threads < 0) throw Error(kFaValueError, "num_threads is " + std::to_string(num_threads) + "; expected 0 (all) or more");
+  const bool is_backward = backward_.kernel != nullptr;
   CudaDeviceGuard guard;
   device_of_query(&guard);
   ExecutionContext context;
@@ -131,11 +173,12 @@ void BoundCall::run(const FaArray* workspace, int64_t num_threads) {
     const Tensor memory = array_from("the workspace", *workspace).tensor;
     context.workspace = memory.data;
     context.workspace_bytes = static_cast<size_t>(memory.shape[0] * size_of(memory.dtype));
-  } else if (plan_.workspace_bytes > 0) {
-    check(own.allocate(plan_.workspace_bytes, &context.workspace));
-    context.workspace_bytes = plan_.workspace_bytes;
+  } else if (const size_t bytes = is_backward ? backward_.workspace_bytes : plan_.workspace_bytes; bytes > 0) {
+    check(own.allocate(bytes, &context.workspace));
+    context.workspace_bytes = bytes;
   }
-  check(plugin::launch(plan_, problem_, context));
+  check(is_backward ? launch_backward(backward_, problem_.params, gradients_, context)
+                    : plugin::launch(plan_, problem_, context));
 }
 
 std::string BoundCall::explain(const std::string& name) const {
@@ -165,22 +208,56 @@ void BoundCall::check_device(const char* name, const Array& array) const {
     throw Error(kFaValueError, std::string(name) + " is on another device than query");
 }
 
-void BoundCall::take_output(Output output, const FaArray& given) {
-  const std::string name = name_of(output);
-  const Tensor& want = problem_.outputs[static_cast<int>(output)];
-  const Array array = array_from(name.c_str(), given);
+/// An array of the shape, dtype and row-major layout of a result, on the query's device.
+Array BoundCall::take_row_major(const char* name, const Tensor& want, const FaArray& given) const {
+  const Array array = array_from(name, given);
   const Tensor& got = array.tensor;
-  check_device(name.c_str(), array);
+  check_device(name, array);
   bool same = !array.is_spec && got.rank == want.rank && got.dtype == want.dtype;
   for (int axis = 0; same && axis < want.rank; ++axis)
     same =
         got.shape[axis] == want.shape[axis] && (want.shape[axis] <= 1 || is_empty(want) || got.stride[axis] == want.stride[axis]);
-  if (!same) throw Error(kFaValueError, name + " has another shape, dtype or layout than the row-major result");
+  if (!same) throw Error(kFaValueError, std::string(name) + " has another shape, dtype or layout than the row-major result");
+  return array;
+}
+
+void BoundCall::take_output(Output output, const FaArray& given) {
+  const std::string name = name_of(output);
+  const Array array = take_row_major(name.c_str(), problem_.outputs[static_cast<int>(output)], given);
+  const Tensor& got = array.tensor;
   if (array.read_only) throw Error(kFaValueError, name + " is read-only");
   for (size_t i = 0; i < arrays_.size(); ++i)
     if (overlap(got, arrays_[i].tensor) && !is_in_place(output, got, node_.inputs[i], arrays_[i].tensor))
       throw Error(kFaValueError, name + " shares memory with " + name_of(node_.inputs[i]) + "; give it memory of its own");
   set_output(&problem_, output, got.data);
+}
+
+/// The gradient of the input in a slot: of its shape, with strides of its own. Gradients may share memory with one another (of
+/// one packed tensor), but not with an input.
+Tensor BoundCall::take_gradient(FaGradient which, int slot, const FaArray& given) const {
+  constexpr const char* kNames[kFaNumGradients] = {"output", "lse",     "d_output", "d_lse",  "d_query",
+                                                   "d_key",  "d_value", "d_bias",   "d_sinks"};
+  const std::string name = kNames[which];
+  if (slot < 0) throw Error(kFaValueError, name + " is given, but the call has no such input");
+  const Array array = array_from(name.c_str(), given);
+  const Tensor &got = array.tensor, &want = arrays_[slot].tensor;
+  check_device(name.c_str(), array);
+  if (array.is_spec) throw Error(kFaValueError, name + " is a specification without memory");
+  if (array.read_only) throw Error(kFaValueError, name + " is read-only");
+  if (got.rank != want.rank || !std::equal(got.shape, got.shape + got.rank, want.shape))
+    throw Error(kFaValueError, name + " has shape " + shape_text(got.shape, got.rank) + "; expected that of " +
+                                   name_of(node_.inputs[slot]) + ", " + shape_text(want.shape, want.rank));
+  for (size_t i = 0; i < arrays_.size(); ++i)
+    if (overlap(got, arrays_[i].tensor))
+      throw Error(kFaValueError, name + " shares memory with " + name_of(node_.inputs[i]) + "; give it memory of its own");
+  return got;
+}
+
+/// Of the input that is added to scores; -1 where there is none.
+int BoundCall::slot_of_bias() const {
+  const int bias = node_.slot(Input::kAttnBias), mask = node_.slot(Input::kAttnMask);
+  if (bias >= 0) return bias;
+  return mask >= 0 && arrays_[mask].tensor.dtype != DType::kBool ? mask : -1;
 }
 
 /// A present may be the very memory of its past, unless rows are appended: then it is larger.

@@ -9,6 +9,7 @@
 
 #include "arrays.h"
 #include "cuda_device.h"
+#include "fa/backward.h"
 
 namespace fa::plugin {
 
@@ -20,19 +21,25 @@ class BoundCall {
   bool is_cuda() const { return arrays_[0].device == DeviceType::kCuda; }
 
   size_t prepare(const FaArray* outputs, size_t num_outputs, const std::string& kernel);
+  size_t prepare_backward(const FaArray (&arrays)[kFaNumGradients]);
   void run(const FaArray* workspace, int64_t num_threads);
   std::string explain(const std::string& device) const;
 
  private:
   Device device_of_query(CudaDeviceGuard* guard) const;
   void check_device(const char* name, const Array& array) const;
+  Array take_row_major(const char* name, const Tensor& want, const FaArray& given) const;
   void take_output(Output output, const FaArray& given);
+  Tensor take_gradient(FaGradient which, int slot, const FaArray& given) const;
+  int slot_of_bias() const;
   bool is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const;
 
   Node node_;
   std::vector<Array> arrays_;  // the inputs
   Problem problem_;
   Plan plan_;
+  Gradients gradients_;
+  BackwardPlan backward_;  // has a kernel after prepare_backward()
   uintptr_t stream_;
 };
 

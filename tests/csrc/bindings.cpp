@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "fa/attention.h"
+#include "fa/backward.h"
 #include "fa/threads.h"
 
 namespace py = pybind11;
@@ -81,6 +82,32 @@ py::tuple attention(const py::dict& fields, size_t num_threads, bool corrupt, co
   return result(status);
 }
 
+fa::Gradients gradients_of(const py::dict& fields, bool corrupt) {
+  fa::Gradients g;
+  const std::pair<const char*, TensorView*> tensors[] = {{"d_out", &g.d_out},    {"d_lse", &g.d_lse},     {"d_query", &g.d_query},
+                                                         {"d_key", &g.d_key},    {"d_value", &g.d_value}, {"d_bias", &g.d_bias},
+                                                         {"d_sinks", &g.d_sinks}};
+  for (const auto& [name, t] : tensors) {
+    if (fields.contains(name)) *t = view(fields[name].cast<py::array>(), corrupt);
+  }
+  return g;
+}
+
+py::tuple attention_backward(const py::dict& fields, const py::dict& gradients, size_t num_threads, bool corrupt) {
+  const StepParams params = params_of(fields, corrupt);
+  const fa::Gradients g = gradients_of(gradients, corrupt);
+  fa::Threads threads{num_threads};
+  fa::ExecutionContext context;
+  if (num_threads > 0) context.parallel_for = fa::Threads::run, context.pool = &threads;
+  fa::BackwardPlan plan;
+  fa::Status status = fa::plan_backward(params, g, fa::Device{}, &plan);
+  if (status.ok()) {
+    py::gil_scoped_release release;
+    status = fa::launch_backward(plan, params, g, context);
+  }
+  return result(status);
+}
+
 /// As attention, but that the plan needs `needed` bytes of workspace and the context has `reserved`.
 py::tuple attention_in(const py::dict& fields, size_t needed, size_t reserved) {
   const StepParams params = params_of(fields, false);
@@ -105,6 +132,8 @@ PYBIND11_MODULE(fa_csrc, m) {
   m.doc() = "fa_core without an adapter. Status is (code, sentence): 0 ok, 1 invalid argument, 2 unsupported.";
   m.def("attention", attention, py::arg("fields"), py::arg("num_threads") = 0, py::arg("corrupt") = false, py::arg("kernel") = "",
         "plan and launch on the CPU; 0 threads: the calling one does it all without a pool");
+  m.def("attention_backward", attention_backward, py::arg("fields"), py::arg("gradients"), py::arg("num_threads") = 0,
+        py::arg("corrupt") = false, "plan_backward and launch_backward on the CPU; fields have out and lse of attention");
   m.def("attention_in", attention_in, py::arg("fields"), py::arg("needed"), py::arg("reserved"));
   m.def(
       "attention_without_data",

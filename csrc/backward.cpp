@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward pass's rules, its table of kernels, and its launch. Called through fa/backward.h by the adapters.
+#include "backward.h"
+
+#include <utility>
+
+#include "cpu/backward_cpu.h"
+#include "rules.h"
+
+namespace fa {
+namespace {
+
+const BackwardKernel kTable[] = {
+    {"backward_cpu", DeviceType::kCpu, cpu::plan_backward, cpu::launch_backward},
+};
+
+Status unsupported(const char* sentence) { return {StatusCode::kUnsupported, sentence}; }
+
+/// What only inference uses.
+Status check_problem(const StepParams& p) {
+  if (p.cache.new_key.present || p.cache.mode != CacheMode::kAppend)
+    return unsupported("there is no backward pass through a cache (past_key, past_value); give whole keys and values");
+  if (p.rotary.cos.present || p.norm.query_weight.present || p.norm.key_weight.present)
+    return unsupported("there is no backward pass through cos_cache and q_norm_weight; rotate and normalise before the call");
+  if (p.empty_row == EmptyRow::kMean)
+    return unsupported("there is no backward pass with empty_row 'mean'; expected 'zero', with which empty rows get gradient 0");
+  if (is_float8(p.query.dtype)) return unsupported("there is no backward pass in float8; expected float32, float16 or bfloat16");
+  FA_RULE(p.lse.present, "lse is missing; the backward pass needs what the forward pass has written");
+  return {};
+}
+
+/// A gradient that is written: of the shape and dtype of what it belongs to.
+Status check_gradient(const char* name, const TensorView& gradient, const TensorView& of, const char* of_name) {
+  FA_CHECK(check_operand(name, gradient));
+  FA_RULE(gradient.dtype == of.dtype, has_dtype(name, gradient, name_of(of.dtype)) + " " + of_name);
+  FA_CHECK(check_shape(name, gradient, of.shape, 4, of_name));
+  return check_written(name, gradient, 4);
+}
+
+Status check_optional(const StepParams& p, const Gradients& g) {
+  if (g.d_lse.present) {
+    FA_RULE(g.d_lse.dtype == DType::kFloat32, has_dtype("d_lse", g.d_lse, "float32"));
+    FA_CHECK(check_shape("d_lse", g.d_lse, p.lse.shape, 3, "batch, heads and rows of query"));
+  }
+  if (g.d_bias.present) {
+    FA_RULE(p.bias.present, "d_bias is given, but there is no bias");
+    FA_RULE(g.d_bias.dtype == DType::kFloat32, has_dtype("d_bias", g.d_bias, "float32"));
+    FA_CHECK(check_shape("d_bias", g.d_bias, p.bias.shape, 4, "as bias"));
+  }
+  if (g.d_sinks.present) {
+    FA_RULE(p.sinks.present, "d_sinks is given, but there are no sinks");
+    FA_RULE(g.d_sinks.dtype == DType::kFloat32, has_dtype("d_sinks", g.d_sinks, "float32"));
+    FA_CHECK(check_shape("d_sinks", g.d_sinks, p.sinks.shape, 1, "query heads"));
+    FA_CHECK(check_written("d_sinks", g.d_sinks, 1));
+  }
+  return {};
+}
+
+/// The first tensor that has elements but no memory; null: there is none.
+const char* missing_memory(const StepParams& p, const Gradients& g) {
+  const std::pair<const char*, const TensorView*> tensors[] = {
+      {"query", &p.query},
+      {"key", &p.key},
+      {"value", &p.value},
+      {"out", &p.out},
+      {"lse", &p.lse},
+      {"mask", &p.mask},
+      {"bias", &p.bias},
+      {"kv_lengths", &p.kv_lengths},
+      {"query_lengths", &p.query_lengths},
+      {"query_offsets", &p.query_offsets},
+      {"cu_seqlens_q", &p.cu_seqlens_q},
+      {"cu_seqlens_kv", &p.cu_seqlens_kv},
+      {"alibi_slopes", &p.alibi_slopes},
+      {"sinks", &p.sinks},
+      {"d_out", &g.d_out},
+      {"d_lse", &g.d_lse},
+      {"d_query", &g.d_query},
+      {"d_key", &g.d_key},
+      {"d_value", &g.d_value},
+      {"d_bias", &g.d_bias},
+      {"d_sinks", &g.d_sinks},
+  };
+  for (const auto& [name, t] : tensors) {
+    if (t->present && t->data == nullptr && !t->empty()) return name;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+Status validate_backward(const StepParams& params, const Gradients& gradients) {
+  FA_CHECK(check_problem(params));
+  FA_CHECK(validate(params));
+  FA_CHECK(check_operand("d_out", gradients.d_out));
+  FA_RULE(gradients.d_out.dtype == params.query.dtype,
+          has_dtype("d_out", gradients.d_out, name_of(params.query.dtype)) + " as query");
+  FA_CHECK(check_shape("d_out", gradients.d_out, params.out.shape, 4, "as out"));
+  FA_CHECK(check_gradient("d_query", gradients.d_query, params.query, "as query"));
+  FA_CHECK(check_gradient("d_key", gradients.d_key, params.key, "as key"));
+  FA_CHECK(check_gradient("d_value", gradients.d_value, params.value, "as value"));
+  return check_optional(params, gradients);
+}
+
+Status plan_backward(const StepParams& params, const Gradients& gradients, const Device& device, BackwardPlan* plan) {
+  *plan = {};
+  if (Status status = validate_backward(params, gradients); !status.ok()) return status;
+  std::string refusals;
+  for (const BackwardKernel& kernel : kTable) {
+    if (kernel.device != device.type) continue;
+    plan->device = device;
+    std::string sentence;
+    if (kernel.plan(params, gradients, plan, &sentence)) {
+      plan->kernel = &kernel;
+      return {};
+    }
+    refusals += (refusals.empty() ? "" : "; ") + std::string(kernel.name) + ": " + sentence;
+    *plan = {};
+  }
+  if (refusals.empty()) refusals = "the backward pass has no CUDA kernel yet; it runs on the CPU";
+  return {StatusCode::kUnsupported, refusals};
+}
+
+Status launch_backward(const BackwardPlan& plan, const StepParams& params, const Gradients& gradients,
+                       const ExecutionContext& context) {
+  if (plan.kernel == nullptr)
+    return {StatusCode::kInvalidArgument, "there is no plan: plan_backward() was not called or has failed"};
+  if (plan.workspace_bytes > context.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr)) {
+    return {StatusCode::kInvalidArgument, std::string(plan.kernel->name) + " needs a workspace of " +
+                                              std::to_string(plan.workspace_bytes) + " bytes, but the context has " +
+                                              std::to_string(context.workspace_bytes)};
+  }
+  if (const char* name = missing_memory(params, gradients))
+    return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
+  return plan.kernel->launch(plan, params, gradients, context);
+}
+
+}  // namespace fa

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""faplugin.attention_backward on NumPy arrays: layouts, packed columns, broadcast biases, memory that is given."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import faplugin
+import numpy as np
+import pytest
+
+from tests import cases, reference, reference_backward
+from tests.csrc.test_backward_cpu import has_gradients
+from tests.problems import Case
+
+
+def arguments_of(problem) -> dict:
+    attributes = {name: value for name, value in problem.attributes.items() if not name.startswith("optional_")}
+    return {**problem.inputs, **attributes}
+
+
+def run(problem, d_lse=None, **options):
+    """Gradients by the names of tests/reference_backward.py, [B, H, S, D], and d_out in that layout."""
+    arguments = arguments_of(problem)
+    output, lse = faplugin.attention(**arguments, return_lse=True)
+    rng = np.random.default_rng(0)
+    d_output = rng.standard_normal(output.shape, np.float32).astype(output.dtype)
+    d_lse = rng.standard_normal(lse.shape, np.float32)
+    bias = reference_backward.bias_name(problem)
+    wanted = [name for name in (bias, "sinks") if name in problem.inputs]
+    found = faplugin.attention_backward(d_output, output, lse, **arguments, d_lse=d_lse, wanted=wanted, **options)
+    attributes = reference.DEFAULTS | problem.attributes
+    inputs = problem.inputs | {name: found[name] for name in ("query", "key", "value")}
+    operands = reference.operands(dataclasses.replace(problem, inputs=inputs), attributes)
+    results = dict(zip(("query", "key", "value"), operands, strict=True))
+    results |= {"bias" if name == bias else name: found[name] for name in wanted}
+    rank_says = "BSH" if output.ndim == 3 else "BHSD"
+    layout = attributes.get("output_layout") or attributes.get("query_layout") or rank_says
+    if layout == "BSH":
+        d_output = d_output.reshape(*d_output.shape[:2], lse.shape[1], -1)
+    d_out = d_output if layout == "BHSD" else d_output.transpose(0, 2, 1, 3)
+    return results, d_out, d_lse
+
+
+# Packed columns are one array: its gradient is one, too.
+SAMPLE = [case for case in cases.quick()[::3] if has_gradients(case) and case.layout not in ("QKV", "HQKV")]
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_case(case):
+    problem = case.problem()
+    results, d_out, d_lse = run(problem)
+    reference_backward.check(results, problem, d_out, d_lse)
+
+
+@pytest.mark.parametrize("layout", ["QKV", "HQKV"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_packed_columns_are_packed(layout, dtype):
+    problem = Case(dtype, 2, 2, 2, 33, 33, 16, 8, layout=layout, is_causal=True).problem()
+    packed = problem.inputs["query"]
+    gradient = np.full(packed.shape, np.nan, np.float32).astype(packed.dtype)
+    results, d_out, d_lse = run(problem, out=dict.fromkeys(("query", "key", "value"), gradient))
+    reference_backward.check(results, problem, d_out, d_lse)
+    assert np.isfinite(gradient.astype(np.float32)).all()
+
+
+def test_gradients_are_written_to_views_of_one_array():
+    rng = np.random.default_rng(0)
+    packed = rng.standard_normal((2, 10, 3, 4, 8), np.float32)
+    query, key, value = (packed[:, :, i] for i in range(3))
+    layouts = {f"{name}_layout": "BSHD" for name in ("query", "key", "value")}
+    output, lse = faplugin.attention(query, key, value, return_lse=True, **layouts)
+    d_output, gradient = rng.standard_normal(output.shape, np.float32), np.full_like(packed, np.nan)
+    out = {name: gradient[:, :, i] for i, name in enumerate(("query", "key", "value"))}
+    faplugin.attention_backward(d_output, output, lse, query, key, value, out=out, **layouts)
+    apart = faplugin.attention_backward(
+        d_output, output, lse, *(np.ascontiguousarray(x) for x in (query, key, value)), **layouts
+    )
+    assert all(np.array_equal(out[name], apart[name]) for name in out)
+
+
+SHAPE = (1, 2, 5, 4)
+ONES = np.ones(SHAPE, np.float32)
+REFUSED = [
+    ({"empty_row": "mean"}, RuntimeError, "no backward pass with empty_row 'mean'"),
+    ({"past_key": ONES, "past_value": ONES}, RuntimeError, "no backward pass through a cache"),
+    ({"wanted": ["sinks"]}, ValueError, "the gradient of sinks is wanted, but the call has no sinks"),
+    ({"wanted": ["lse"]}, ValueError, "there is no gradient of lse; expected one of query, key, value"),
+    (
+        {"out": {"key": np.ones((1, 2, 6, 4), np.float32)}},
+        ValueError,
+        r"d_key has shape \[1, 2, 6, 4\]; expected that of",
+    ),
+    ({"out": {"key": ONES}}, ValueError, "d_key shares memory with query"),
+    ({"d_lse": np.ones((1, 2, 4), np.float32)}, ValueError, "d_lse has another shape"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "sentence"), REFUSED, ids=[sentence for *_, sentence in REFUSED])
+def test_refused(changes, error, sentence):
+    lse = np.ones(SHAPE[:3], np.float32)
+    with pytest.raises(error, match=sentence):
+        faplugin.attention_backward(ONES, ONES, lse, ONES, ONES, ONES, **changes)
