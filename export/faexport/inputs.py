@@ -64,7 +64,7 @@ _ROLES = {
     (("", "Attention"), 6): Role.VALID_KEYS,
     (("com.microsoft", "GroupQueryAttention"), 5): Role.LAST_KEY,
     (("com.microsoft", "GroupQueryAttention"), 6): Role.TOTAL,
-    (("com.microsoft", "MultiHeadAttention"), 8): Role.PAST_LENGTH,
+    (("com.microsoft", "MultiHeadAttention"), 8): Role.WRITE_INDEX,
 }
 _MASKS = {
     ("", "Attention"): (3,),

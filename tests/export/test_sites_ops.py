@@ -126,6 +126,32 @@ def test_packed_keys_and_values(library: str) -> None:
     np.testing.assert_allclose(run(fused, {"i0": Q, "i1": packed}, library)[0], expected[0], atol=1e-5)
 
 
+ROW = floats(B, 1, H * D)
+ENCODER = [floats(B, H, L, D), floats(B, H, L, D)]
+MASKED = {
+    "plain": ([ROW, *ENCODER], {}),
+    "scale": ([ROW, *ENCODER], {"scale": 0.3}),
+    "key mask": ([ROW, *ENCODER, PADDING], {}),
+}
+
+
+@pytest.mark.parametrize(("tensors", "attributes"), MASKED.values(), ids=MASKED.keys())
+def test_one_row_on_an_encoder(tensors: list, attributes: dict, library: str) -> None:
+    model = model_of(
+        "DecoderMaskedMultiHeadAttention", "com.microsoft", tensors, {"num_heads": H, **attributes}, opset=17
+    )
+    check(model, tensors, library)
+
+
+def test_one_row_on_a_cache_is_refused_with_all_reasons() -> None:
+    new, cache = [ROW, ROW, ROW], [floats(B, H, L, D), floats(B, H, L, D)]
+    tensors = [*new, None, None, *cache, np.array([3], np.int32), np.array([1], np.int32)]
+    attributes = {"num_heads": H, "past_present_share_buffer": 1}
+    model = model_of("DecoderMaskedMultiHeadAttention", "com.microsoft", tensors, attributes, 3, 17)
+    reason = str(faexport.fuse(model, options=OPTIONS)[1].sites[0].refusal)
+    assert "past_present_share_buffer" in reason and "beam_width" in reason
+
+
 X, WEIGHTS, BIAS = floats(B, S, H * D), floats(H * D, 3 * H * D) * 0.2, floats(3 * H * D)
 WITH_PROJECTION = {
     "plain": ([X, WEIGHTS, BIAS], {}),

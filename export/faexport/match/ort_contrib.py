@@ -149,8 +149,8 @@ class _MultiHead(Contrib):
 
     def spec(self, candidate: Candidate) -> AttentionSpec:
         node, a = self.node, self.a
-        if operand(node, 8) is not None or operand(node, 9) is not None:
-            raise Unfit("it shares a cache buffer or follows beams (past_sequence_length, cache_indirection)")
+        if operand(node, 9) is not None:
+            raise Unfit("its keys are read from other entries, along beams (cache_indirection)")
         if used_output(node, 3) is not None:
             raise Unfit("the model asks for the attention scores too (qk)")
         past = [operand(node, i) for i in (6, 7)]
@@ -165,15 +165,51 @@ class _MultiHead(Contrib):
             raise Unfit("the rank of its query is not known")
         if attribute(node, "unidirectional", 0) and keys != a.known_shape(query)[1]:
             raise Unfit("it is causal (unidirectional) and may have another number of new keys than of queries")
-        if past[0] is not None:
+        length = operand(node, 8)
+        if length is not None:
+            self._refuse_shared(past)
+            keys = Dim.unknown("keys")
+        elif past[0] is not None:
             before = a.shape(past[0])
             keys = keys + before[2] if before is not None else Dim.unknown("keys")
-        mask = self._proven(
-            self.mask(operand(node, 4), operand(node, 5), batch, keys, past[0] is not None), operands, batch, keys, past
-        )
-        caches = {"past_key": past[0], "past_value": past[1], "present_key": present[0], "present_value": present[1]}
+        mask = self.mask(operand(node, 4), operand(node, 5), batch, keys, past[0] is not None)
+        written = {} if length is None else self._written(mask, length, query)
+        mask = self._proven(mask, operands, batch, keys, past) if length is None else mask
+        caches = written | {
+            "past_key": past[0],
+            "past_value": past[1],
+            "present_key": present[0],
+            "present_value": present[1],
+        }
         candidate.sizes.update(batch_size=plain(batch), seqlen_kv=plain(keys))
         return self.finish(candidate, operands, mask, **caches)
+
+    def _refuse_shared(self, past: list[ir.Value | None]) -> None:
+        """Raises Unfit with all that stands in the way of a cache of fixed capacity (past_sequence_length)."""
+        outputs = self.node.outputs[1:3]
+        key = operand(self.node, 1)
+        obstacles = {
+            "it has no cache for the length that it is given (past_sequence_length)": not all(past),
+            "it does not give its cache on (present_key, present_value)": len(outputs) < 2
+            or not all(output.name for output in outputs),
+            "its new keys are packed or already in heads": key is None or self.a.rank(key) != 3,
+            "it has a padding mask beside a cache of fixed capacity (key_padding_mask)": operand(self.node, 4)
+            is not None,
+        }
+        if standing := [text for text, stands in obstacles.items() if stands]:
+            raise Unfit("; ".join(standing))
+
+    def _written(self, mask: Mask, length: ir.Value, query: ir.Value) -> dict:
+        """New rows go behind the `length` rows of every entry's cache, and all rows up to there are attended."""
+        build = self.build
+        start = build.cast(build.reshape(length, [1]), ir.DataType.INT64)
+        sizes = build.add("Shape", [query], ir.DataType.INT64)
+        end = build.add("Add", [start, build.slice(sizes, 1, 2)], ir.DataType.INT64)
+        mask.kv_lengths = build.add("Expand", [end, build.slice(sizes, 0, 1)], ir.DataType.INT64)
+        fact = Fact(
+            "new rows are written to the cache, in place where past and present are one buffer", (name_of(self.node),)
+        )
+        return {"further_attributes": {"cache": "write"}, "facts": (fact,)}
 
     def _proven(self, mask: Mask, operands: list[Operand], batch: Dim, keys: Dim, past: list[ir.Value | None]) -> Mask:
         """What its attention_bias is, as of scores in any graph, where nothing else masks: exporters put the causal

@@ -15,7 +15,6 @@ from faexport.understand.core.value_chain import feeds_product
 SOURCE = "unread"
 OPERATORS = (
     "DecoderAttention",
-    "DecoderMaskedMultiHeadAttention",
     "DecoderMaskedSelfAttention",
     "LongformerAttention",
     "PackedAttention",
