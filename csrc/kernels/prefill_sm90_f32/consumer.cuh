@@ -30,6 +30,7 @@ struct Consumer {
   RingPosition<C::kValueStages> v;
   float o[C::kHeadDim / 2];  // output fragment
   float s[C::kTileN / 2];    // scores, then weights
+  typename Products<C>::HeldQueries held;
   RowPair rows;
   RowsView view;
   int stored = -1;  // query buffer that a copy of the output still reads
@@ -72,7 +73,7 @@ struct Consumer {
   /// One key tile.
   __device__ __forceinline__ void run_block(const Tile& tile, int block) {
     shared.key_full[k.stage].wait(k.phase);
-    Products<C>::multiply_keys(s, queries(), shared.key[k.stage]);
+    Products<C>::multiply_keys(s, held, queries(), shared.key[k.stage]);
     release(shared.key_empty[k.stage]);
     k.advance();
     const bool rescale = take_weights(tile, block);
@@ -131,6 +132,7 @@ struct Consumer {
       if constexpr (!C::kSplit) {
         Products<C>::round_queries(queries());
         named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
+        Products<C>::hold_queries(held, queries());
       }
       view = shared.view[slot.stage][warpgroup];
       rows = RowPair{};

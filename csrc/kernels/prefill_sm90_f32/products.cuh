@@ -16,8 +16,26 @@ struct Products {
   static constexpr int kScores = C::kTileN / 2, kOut = C::kHeadDim / 2;  // registers of a thread
   static constexpr int kStepsPerSum = 16;                                // of 8 columns of Q and K; where kSplit
 
+  /// Columns of Q that a thread holds while a tile lasts: shared memory is read once for them, and not once for each key tile.
+  struct HeldQueries {
+    float a[C::kHeldSteps > 0 ? C::kHeldSteps : 1][4];
+  };
+
+  /// `query`: the warpgroup's first row, rounded.
+  static __device__ __forceinline__ void hold_queries(HeldQueries& held, const uint8_t* query) {
+    const uint32_t first = first_operand(query);
+#pragma unroll
+    for (int step = 0; step < C::kHeldSteps; ++step) {
+      uint32_t raw[4];
+      ldmatrix_x4(raw, swizzled_step(first, step % 4) + step / 4 * C::kTileM * 128);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) held.a[step][i] = __uint_as_float(raw[i]);
+    }
+  }
+
   /// scores = Q K^T; on return they are there. `query`: the warpgroup's first row.
-  static __device__ __forceinline__ void multiply_keys(float (&scores)[kScores], const uint8_t* query, const uint8_t* key) {
+  static __device__ __forceinline__ void multiply_keys(float (&scores)[kScores], HeldQueries& held, const uint8_t* query,
+                                                       const uint8_t* key) {
     if constexpr (C::kSplit) {
       constexpr int kSteps = C::kHeadDim / 8, kFirst = kSteps < kStepsPerSum ? kSteps : kStepsPerSum;
       sum_scores<kFirst, 0>(scores, query, key);
@@ -29,11 +47,19 @@ struct Products {
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < C::kHeadDim / 8; ++step) {
-        WgmmaTf32<C::kTileN>::ss(scores, a + step_offset(step, C::kTileM), b + step_offset(step, C::kTileN), step > 0);
+        const uint64_t keys = b + step_offset(step, C::kTileN);
+        if (step < C::kHeldSteps) {
+          const float (&h)[4] = held.a[step < C::kHeldSteps ? step : 0];
+          WgmmaTf32<C::kTileN>::rs(scores, h[0], h[1], h[2], h[3], keys, step > 0);
+        } else {
+          WgmmaTf32<C::kTileN>::ss(scores, a + step_offset(step, C::kTileM), keys, step > 0);
+        }
       }
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_pin(scores);
+#pragma unroll
+      for (int step = 0; step < C::kHeldSteps; ++step) wgmma_pin(held.a[step]);
     }
   }
 
@@ -101,6 +127,12 @@ struct Products {
     return (step / 4 * rows * 128 + step % 4 * 32) >> 4;
   }
 
+  /// Where this thread's ldmatrix finds the first 8 columns of the warpgroup's rows as an operand.
+  static __device__ __forceinline__ uint32_t first_operand(const uint8_t* query) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    return shared_address(query) + swizzled_offset(row, lane / 16);
+  }
+
   /// sum += weights * values, kColumns columns.
   template <int kColumns>
   static __device__ __forceinline__ void add_values(float (&sum)[kColumns / 2], const float (&weights)[kScores], uint64_t values,
@@ -116,8 +148,7 @@ struct Products {
   /// one product serves both.
   template <int kSteps, int kBegin>
   static __device__ __forceinline__ void sum_scores(float (&scores)[kScores], const uint8_t* query, const uint8_t* key) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
-    const uint32_t first = shared_address(query) + swizzled_offset(row, lane / 16);
+    const uint32_t first = first_operand(query);
     const uint64_t b = wgmma_descriptor_k_major(shared_address(key));
     float both[2 * kScores] = {}, cross[kScores] = {};  // high Q with high and low K; low Q with high K
     float high[2][4], low[2][4];

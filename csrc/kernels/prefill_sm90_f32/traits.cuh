@@ -22,14 +22,15 @@ struct Traits {
   static constexpr bool kModified = true;                                  // when a tile ends, references are natural scores
 
   // Tiles.
-  static constexpr int kHeadDim = kHeadDim_;              // the copy engine pads narrower heads with zeros
-  static constexpr int kWarpgroups = kShape.warpgroups;   // consumer warpgroups: those that multiply
-  static constexpr int kTileM = 64 * kWarpgroups;         // query rows
-  static constexpr int kTileN = kShape.tile_n;            // keys
-  static constexpr int kPanels = kHeadDim / 32;           // of 32 columns, 128 bytes: the widest rows that the swizzle takes
-  static constexpr int kParts = kSplit ? 2 : 1;           // TF32 numbers of an element of K and V
-  static constexpr int kOutColumns = kShape.out_columns;  // of the output that one sum over a tile's keys takes; where kSplit
-  static constexpr bool kRowsBelowZero = kTileM > 64;     // a sequence's first tile may begin before its row 0
+  static constexpr int kHeadDim = kHeadDim_;                 // the copy engine pads narrower heads with zeros
+  static constexpr int kWarpgroups = kShape.warpgroups;      // consumer warpgroups: those that multiply
+  static constexpr int kTileM = 64 * kWarpgroups;            // query rows
+  static constexpr int kTileN = kShape.tile_n;               // keys
+  static constexpr int kPanels = kHeadDim / 32;              // of 32 columns, 128 bytes: the widest rows that the swizzle takes
+  static constexpr int kParts = kSplit ? 2 : 1;              // TF32 numbers of an element of K and V
+  static constexpr int kOutColumns = kShape.out_columns;     // of the output that one sum over a tile's keys takes; where kSplit
+  static constexpr int kHeldSteps = 4 * kShape.held_panels;  // of 8 columns of Q that a thread holds for a whole tile
+  static constexpr bool kRowsBelowZero = kTileM > 64;        // a sequence's first tile may begin before its row 0
   static_assert(kHeadDim % 32 == 0 && kTileN % 32 == 0, "Values are transposed in blocks of 32 keys and 32 columns.");
 
   // Buffers in shared memory.
