@@ -19,6 +19,9 @@ __device__ __forceinline__ int cluster_rank() {
 /// before is visible after cluster_wait().
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
+/// The same where others need see nothing that the caller wrote.
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 /// Where block `rank` of the cluster has what this block has at `pointer`, a place in shared memory.

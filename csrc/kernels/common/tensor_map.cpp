@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kStrideUnit = 16;                 // bytes: the engine wants strides that are multiples of this …
 constexpr int64_t kStrideLimit = int64_t{1} << 40;  // bytes: … and below this
+constexpr int64_t kPanelBytes = 128;                // of a row: the widest that the swizzle takes
 constexpr int64_t kSizeLimit = int64_t{1} << 31;    // row numbers are 32-bit
 
 using EncodeFunction = decltype(&cuTensorMapEncodeTiled);
@@ -36,6 +37,36 @@ bool is_addressable(const TensorView& tensor, std::string* why_not) {
   return true;
 }
 
+cuuint64_t stride_bytes(const TensorView& tensor, int axis) {
+  return tensor.shape[axis] > 1 ? tensor.stride[axis] * size_of(tensor.dtype) : kStrideUnit;
+}
+
+cuuint32_t panel_columns(const TensorView& tensor) { return static_cast<cuuint32_t>(kPanelBytes / size_of(tensor.dtype)); }
+
+CUtensorMapDataType type_in_map(DType dtype) {
+  if (dtype == DType::kFloat32) return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  if (dtype == DType::kFloat8E4M3) return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  return dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+/// Axes from the fastest on; stride_bytes are those of all but the first.
+template <int kAxes>
+Status encode(const TensorView& tensor, const cuuint64_t (&sizes)[kAxes], const cuuint64_t (&stride_bytes)[kAxes - 1],
+              const cuuint32_t (&box)[kAxes], L2Fetch fetch, CUtensorMap* map) {
+  static const EncodeFunction encoder = find_encoder();
+  if (encoder == nullptr)
+    return {StatusCode::kCudaError, "The CUDA driver has no cuTensorMapEncodeTiled (it is older than 12.0)."};
+  cuuint32_t element_strides[kAxes];
+  for (cuuint32_t& stride : element_strides) stride = 1;
+  const auto promotion = fetch == L2Fetch::kLine ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  const CUresult result =
+      encoder(map, type_in_map(tensor.dtype), kAxes, tensor.data, sizes, stride_bytes, box, element_strides,
+              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return {};
+  return {StatusCode::kCudaError,
+          "cuTensorMapEncodeTiled failed with CUresult " + std::to_string(static_cast<int>(result)) + "."};
+}
+
 }  // namespace
 
 bool has_tensor_map(const TensorView& tensor) { return is_addressable(tensor, nullptr); }
@@ -46,30 +77,21 @@ std::string tensor_map_obstacle(const TensorView& tensor) {
   return sentence;
 }
 
-Status encode_tensor_map(const TensorView& tensor, int box_rows, CUtensorMap* map) {
-  static const EncodeFunction encode = find_encoder();
-  if (encode == nullptr)
-    return {StatusCode::kCudaError, "The CUDA driver has no cuTensorMapEncodeTiled (it is older than 12.0)."};
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(tensor.shape[3]), static_cast<cuuint64_t>(tensor.shape[2]),
-                               static_cast<cuuint64_t>(tensor.shape[1]), static_cast<cuuint64_t>(tensor.shape[0])};
-  const int64_t size = size_of(tensor.dtype);
-  cuuint64_t stride_bytes[3];  // of rows, heads, batches
-  for (int i = 0; i < 3; ++i) {
-    const int axis = 2 - i;
-    stride_bytes[i] = tensor.shape[axis] > 1 ? tensor.stride[axis] * size : kStrideUnit;
-  }
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(128 / size), static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  const CUtensorMapDataType type = tensor.dtype == DType::kFloat32      ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                                   : tensor.dtype == DType::kFloat16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                   : tensor.dtype == DType::kFloat8E4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                                                        : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result =
-      encode(map, type, 4, tensor.data, sizes, stride_bytes, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result == CUDA_SUCCESS) return {};
-  return {StatusCode::kCudaError,
-          "cuTensorMapEncodeTiled failed with CUresult " + std::to_string(static_cast<int>(result)) + "."};
+Status encode_tensor_map(const TensorView& tensor, int box_rows, CUtensorMap* map, L2Fetch fetch) {
+  const auto columns = static_cast<cuuint64_t>(tensor.shape[3]), rows = static_cast<cuuint64_t>(tensor.shape[2]);
+  const auto heads = static_cast<cuuint64_t>(tensor.shape[1]), batch = static_cast<cuuint64_t>(tensor.shape[0]);
+  return encode<4>(tensor, {columns, rows, heads, batch},
+                   {stride_bytes(tensor, 2), stride_bytes(tensor, 1), stride_bytes(tensor, 0)},
+                   {panel_columns(tensor), static_cast<cuuint32_t>(box_rows), 1, 1}, fetch, map);
+}
+
+Status encode_panels_map(const TensorView& tensor, int box_rows, int panels, CUtensorMap* map) {
+  const cuuint32_t width = panel_columns(tensor);
+  const cuuint64_t rows = static_cast<cuuint64_t>(tensor.shape[2]), all_panels = static_cast<cuuint64_t>(tensor.shape[3]) / width;
+  const auto heads = static_cast<cuuint64_t>(tensor.shape[1]), batch = static_cast<cuuint64_t>(tensor.shape[0]);
+  return encode<5>(tensor, {width, rows, all_panels, heads, batch},
+                   {stride_bytes(tensor, 2), kPanelBytes, stride_bytes(tensor, 1), stride_bytes(tensor, 0)},
+                   {width, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(panels), 1, 1}, L2Fetch::kLine, map);
 }
 
 }  // namespace fa

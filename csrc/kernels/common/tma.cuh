@@ -26,6 +26,16 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, u
       : "memory");
 }
 
+/// The same by a map of panels (encode_panels_map): all columns of the rows, a panel of 64 (16 bits each) behind the other.
+__device__ __forceinline__ void tma_load_panels(void* shared, const CUtensorMap* map, uint64_t* barrier, int row, int head,
+                                                int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, %6}], "
+      "[%2];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(0), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
 /// The same for what others will soon read: the L2 cache gives up other lines first.
 __device__ __forceinline__ void tma_load_shared_by_blocks(void* shared, const CUtensorMap* map, uint64_t* barrier, int column,
                                                           int row, int head, int batch) {

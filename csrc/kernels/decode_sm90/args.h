@@ -48,8 +48,9 @@ struct HeadCut {
 };
 
 struct KernelArgs {
-  CUtensorMap key;    // [B, H_kv, S_kv, D], boxes of tile_n rows x 64 columns
+  CUtensorMap key;    // [B, H_kv, S_kv, D], boxes of tile_n rows x 64 columns, or of all columns
   CUtensorMap value;  // [B, H_kv, S_kv, D_v], likewise
+  bool whole_rows;    // boxes have all columns
   AttentionParams problem;
   SequenceRule sequences;
   Divisor group_size;  // query heads of a key head

@@ -11,14 +11,14 @@ inline constexpr int kRowsPerWarp = 16;          // of a matrix instruction: (qu
 inline constexpr int kMostTileRows = 64;         // of the pairs that share a read of keys and values
 inline constexpr int kPanelColumns = 64;         // 128 bytes, the width of the copy engine's swizzle
 inline constexpr int kMaxStages = 16;            // of the ring of key and value tiles
-inline constexpr int kTilesBeforeItem = 4;       // whose copies start before the consumers are told what for; at most a ring
+inline constexpr int kTilesBeforeItem = 1;       // whose copies start before the consumers are told what for; at most a ring
 inline constexpr int kItemSlots = 4;             // pieces of work that the producer may be ahead
 inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory of a block
 inline constexpr int kMaxScannedMasks = 256;     // batch entries whose masks every block may look through
 
 // If every block has so much to read that the memory is busy all along, it is faster with less under way.
 inline constexpr int kMinBytesOfLongShare = 640 << 10;  // of a block's keys and values
-inline constexpr int kBytesAtOnce = 48 << 10;           // under way to a block
+inline constexpr int kBytesAtOnce = 64 << 10;           // under way to a block
 
 // Where the keys are cut. Units are key tiles.
 inline constexpr int kMinReadOfPart = 16;    // times the bytes of its partial results, or the merge would cost more than its keys
@@ -28,7 +28,7 @@ inline constexpr int kUnitsPerSnap = 4;      // … but not by more than this pa
 
 // Where all heads have equally many key tiles (head_cut.h).
 inline constexpr int kMostClusterBlocks = 8;          // that merge a head through each other's shared memory
-inline constexpr int kMostClusterBytes = 256 * 1024;  // of a block's keys and values, where more blocks could share the head
+inline constexpr int kMostClusterBytes = 128 * 1024;  // of a block's keys and values, where more blocks could share the head
 inline constexpr int kMinHeadsToDraw = 2;             // a block: with fewer, ranges of equal length end sooner
 inline constexpr int kMinTilesToDraw = 16;            // of a head: with less, drawing would take longer than reading
 

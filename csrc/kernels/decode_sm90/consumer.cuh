@@ -140,6 +140,8 @@ struct Consumer {
         *reinterpret_cast<float2*>(data + 8 * d) = make_float2(out[0][d][2 * r], out[0][d][2 * r + 1]);
     }
     named_barrier_sync(kConsumerBarrier, 32 * C::kWarps);
+    weigh_warps<C>(args, shared, item);
+    named_barrier_sync(kConsumerBarrier, 32 * C::kWarps);
     merge_warps<C>(args, shared, item, merged(), part_in_shared());
     if (item.num_parts == 1) return;
     if (args.cut.cluster > 0) {

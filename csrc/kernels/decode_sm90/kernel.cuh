@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm)
   if (threadIdx.x == 32 * C::kWarps) {
     tma_prefetch_map(&args.key);
     tma_prefetch_map(&args.value);
+    if (args.cut.heads > 0) tell_first_piece<C>(args, shared);
   }
   wait_for_earlier_kernels();
   // 2. Which keys are this block's.

@@ -6,6 +6,7 @@
 
 #include "kernels/common/cluster.cuh"
 #include "kernels/common/convert.cuh"
+#include "kernels/common/exp2.cuh"
 #include "kernels/common/grid_counter.cuh"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/warpgroup.cuh"
@@ -16,7 +17,7 @@
 namespace fa::decode_sm90 {
 
 inline constexpr int kConsumerBarrier = 1;  // 0 is that of the whole block
-inline constexpr int kPartsTogether = 4;    // under way to a lane; twice as many to a warp
+inline constexpr int kPartsTogether = 8;    // under way to a lane; twice as many to a warp
 
 /// Of a row, its state and, kChunks times, four neighbouring columns of its output.
 template <int kChunks>
@@ -24,19 +25,21 @@ struct Partial {
   SoftmaxState state{-INFINITY, 0.0f};
   float4 out[kChunks] = {};
 
-  /// Takes in kCount other sets of keys. The exponentials don't wait for each other.
+  /// Takes in kCount other sets of keys. The exponentials don't wait for each other, and are those of the function unit: a warp
+  /// that merges has nothing else to do, and each instruction counts.
   template <int kCount>
   __device__ __forceinline__ void add(const float2 (&its)[kCount], const float4 (&x)[kCount][kChunks]) {
     float top = state.max;
 #pragma unroll
     for (const float2& i : its) top = fmaxf(top, i.x);
-    const float mine = rescale_factor(state.max, top);
+    const float reference = softmax_reference(top);
+    const float mine = exp2_approx((state.max - reference) * kLog2E);
     state = {top, state.sum * mine};
 #pragma unroll
     for (float4& o : out) o = {o.x * mine, o.y * mine, o.z * mine, o.w * mine};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const float factor = rescale_factor(its[i].x, top);
+      const float factor = exp2_approx((its[i].x - reference) * kLog2E);
       state.sum += its[i].y * factor;
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
@@ -117,59 +120,66 @@ __device__ __forceinline__ void write_row(const KernelArgs& args, const Item& it
   }
 }
 
-/// Four columns of a row from all warps of the block, in the order of the warps' first tiles: so it makes no difference which
-/// block has a piece, and what it had before.
+/// A thread for each row: the row's state over all warps of the block, and what each warp's output counts for, in the order of
+/// the warps' first tiles: so it makes no difference which block has a piece, and what it had before.
 template <class C>
-__device__ __forceinline__ Partial<1> merged_row(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, const Item& item,
-                                                 const float* merged, int row, int column) {
-  const int key_warps = C::kWarps >> row_bits(args);
-  float2 state[C::kWarps];
-  float4 out[C::kWarps][1];
+__device__ __forceinline__ void weigh_warps(const KernelArgs& args, SharedPlan<C::kWarps>& shared, const Item& item) {
+  const int key_warps = C::kWarps >> row_bits(args), row = threadIdx.x;
+  if (row >= item.num_rows) return;
+  SoftmaxState state[C::kWarps];
+  float top = -INFINITY;
 #pragma unroll
   for (int i = 0; i < C::kWarps; ++i) {
     state[i] = {-INFINITY, 0.0f};
-    out[i][0] = {0.0f, 0.0f, 0.0f, 0.0f};
     if (i >= key_warps) continue;
     const int in_order = (item.first_warp + i) & (key_warps - 1);
-    const int warp = row / kRowsPerWarp + (in_order << row_bits(args)), row_of_warp = row % kRowsPerWarp;
-    const float* data = merged + (warp * args.merge_rows + row_of_warp) * merge_stride(C::kHeadDim) + column;
-    state[i] = shared.state[warp][row_of_warp];
-    out[i][0] = *reinterpret_cast<const float4*>(data);
+    const float2 its = shared.state[row / kRowsPerWarp + (in_order << row_bits(args))][row % kRowsPerWarp];
+    state[i] = {its.x, its.y};
+    top = fmaxf(top, its.x);
   }
-  Partial<1> x;
-  x.add(state, out);
-  return x;
+  const float reference = softmax_reference(top);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < C::kWarps; ++i) {
+    if (i >= key_warps) continue;
+    const float factor = exp2_approx((state[i].max - reference) * kLog2E);
+    sum += state[i].sum * factor;
+    shared.warp_factor[row * key_warps + i] = factor;
+  }
+  shared.row_state[row] = {top, sum};
 }
 
-/// All consumers: the block's result for each row, to its output or to where the parts of a head are merged.
+/// All consumers, after weigh_warps: the block's result for each row, to its output or to where the parts of a head are merged.
 template <class C>
 __device__ __forceinline__ void merge_warps(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, const Item& item,
                                             const float* merged, const PartInShared<C>& part_in_shared) {
   constexpr int kThreadsOfRow = C::kHeadDim / 4, kRowsTogether = 32 * C::kWarps / kThreadsOfRow;
-  constexpr int kRowsOfThread = C::kHeadDim > 128 ? 2 : 1;  // at once: where more threads share a row, each has more of them
   const int head_dim_v = static_cast<int>(args.problem.value.shape[3]), column = threadIdx.x % kThreadsOfRow * 4;
   if (column >= head_dim_v || threadIdx.x >= kRowsTogether * kThreadsOfRow) return;
-  for (int first = threadIdx.x / kThreadsOfRow; first < item.num_rows; first += kRowsOfThread * kRowsTogether) {
-    Partial<1> x[kRowsOfThread];
+  const int key_warps = C::kWarps >> row_bits(args);
+#pragma unroll 2
+  for (int row = threadIdx.x / kThreadsOfRow; row < item.num_rows; row += kRowsTogether) {
+    float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int r = 0; r < kRowsOfThread; ++r)
-      x[r] = merged_row<C>(args, shared, item, merged, min(first + r * kRowsTogether, item.num_rows - 1), column);
-#pragma unroll
-    for (int r = 0; r < kRowsOfThread; ++r) {
-      const int row = first + r * kRowsTogether;
-      const float2 state = make_float2(x[r].state.max, x[r].state.sum);
-      if (row >= item.num_rows) break;
-      if (item.num_parts == 1) {
-        write_row<C>(args, item, row, column, x[r].state, x[r].out[0]);
-      } else if (args.cut.cluster > 0) {
-        *reinterpret_cast<float4*>(part_in_shared.row(row) + column) = x[r].out[0];
-        if (column == 0) *reinterpret_cast<float2*>(part_in_shared.row(row) + C::kHeadDim) = state;
-      } else {
-        const PartsInWorkspace parts{args, item};
-        const int place = parts.place(item.part, row);
-        *reinterpret_cast<float4*>(parts.row(place) + column) = x[r].out[0];
-        if (column == 0) args.partial_state[place] = state;
-      }
+    for (int i = 0; i < C::kWarps; ++i) {
+      if (i >= key_warps) break;
+      const int in_order = (item.first_warp + i) & (key_warps - 1);  // NOTE: merge_rows is 16 where more rows share a tile
+      const int place = (in_order << row_bits(args)) * args.merge_rows + row;
+      const float4 its = *reinterpret_cast<const float4*>(merged + place * merge_stride(C::kHeadDim) + column);
+      const float factor = shared.warp_factor[row * key_warps + i];
+      x = {x.x + its.x * factor, x.y + its.y * factor, x.z + its.z * factor, x.w + its.w * factor};
+    }
+    const float2 state = shared.row_state[row];
+    if (item.num_parts == 1) {
+      write_row<C>(args, item, row, column, {state.x, state.y}, x);
+    } else if (args.cut.cluster > 0) {
+      *reinterpret_cast<float4*>(part_in_shared.row(row) + column) = x;
+      if (column == 0) *reinterpret_cast<float2*>(part_in_shared.row(row) + C::kHeadDim) = state;
+    } else {
+      const PartsInWorkspace parts{args, item};
+      const int place = parts.place(item.part, row);
+      *reinterpret_cast<float4*>(parts.row(place) + column) = x;
+      if (column == 0) args.partial_state[place] = state;
     }
   }
 }
@@ -233,7 +243,7 @@ __device__ __forceinline__ void merge_together(const KernelArgs& args, const Ite
     piece = __shfl_sync(kAllLanes, piece, 0);
     if (piece >= item.num_rows * C::kPanels) return;
     const PartsInWorkspace parts{args, item};
-    merge_parts<C, 1, 2 * kPartsTogether>(args, item, piece / C::kPanels, piece % C::kPanels, parts);
+    merge_parts<C, 1, kPartsTogether>(args, item, piece / C::kPanels, piece % C::kPanels, parts);
   }
 }
 
@@ -269,7 +279,7 @@ __device__ __forceinline__ void merge_in_cluster(const KernelArgs& args, const I
   const int warps = C::kWarps * item.num_parts, pieces = item.num_rows * C::kPanels;
   for (int i = static_cast<int>(threadIdx.x / 32) * item.num_parts + item.part; i < pieces; i += warps)
     merge_parts<C, 1, kMostClusterBlocks / 2>(args, item, i / C::kPanels, i % C::kPanels, PartsInCluster<C>{own});
-  cluster_arrive();  // no block ends while another reads its shared memory
+  cluster_arrive_relaxed();  // no block ends while another reads its shared memory
   cluster_wait();
 }
 

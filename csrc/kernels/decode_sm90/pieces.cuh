@@ -65,6 +65,7 @@ struct Range {
   int head_unit;        // of the last piece: its head's first
   bool is_first = true;
   SequenceWork work;
+  static constexpr bool kFirstIsTold = false;
 
   __device__ __forceinline__ Range(const KernelArgs& args_, const SharedPlan<C::kWarps>& shared_)
       : args(args_), shared(shared_), schedule(args_.uniform ? args_.schedule : shared_.schedule) {
@@ -83,6 +84,8 @@ struct Range {
       work = shared.first_work;
     }
   }
+
+  __device__ __forceinline__ void draw() {}
 
   /// False: there is no more.
   __device__ __forceinline__ bool next(Piece& piece) {
@@ -142,24 +145,26 @@ template <class C>
 struct DrawnPieces {
   const KernelArgs& args;
   SharedPlan<C::kWarps>& shared;
-  bool is_first = true;
-  int idx = 0;     // the sequence
-  int head, part;  // of the last piece
+  int number = static_cast<int>(blockIdx.x);  // of the next piece
+  int idx = 0;                                // the sequence
+  int head, part;                             // of the last piece
   SequenceWork work;
+  static constexpr bool kFirstIsTold = true;  // by tell_first_piece
 
   __device__ __forceinline__ DrawnPieces(const KernelArgs& args_, SharedPlan<C::kWarps>& shared_)
       : args(args_), shared(shared_), work(args_.work) {}
 
+  /// Finds out which piece comes after the last one. Called before that one's copies start, which hide the way to the counter.
+  __device__ __forceinline__ void draw() {
+    number = args.cut.pieces;
+    if (args.draws != nullptr)
+      number = static_cast<int>(gridDim.x + atomicInc(args.draws, args.cut.pieces - 1));  // 0 again after the last block's last
+  }
+
   /// False: there is no more.
   __device__ __forceinline__ bool next(Piece& piece) {
     const HeadCut& cut = args.cut;
-    int number = static_cast<int>(blockIdx.x);
-    if (!is_first) {
-      if (args.draws == nullptr) return false;
-      number = static_cast<int>(gridDim.x + atomicInc(args.draws, cut.pieces - 1));  // 0 again after the last block's last
-      if (number >= cut.pieces) return false;
-    }
-    is_first = false;
+    if (number >= cut.pieces) return false;
     const int parts = static_cast<int>(cut.parts.divisor);
     head = static_cast<int>(cut.parts.quotient(number));
     part = number - head * parts;
@@ -184,5 +189,18 @@ struct DrawnPieces {
     item.last_of_block = true;  // with draws there is nothing to merge
   }
 };
+
+/// One thread of each block, before earlier kernels have ended: describes the block's first piece of a HeadCut, which depends on
+/// nothing in memory.
+template <class C>
+__device__ __forceinline__ void tell_first_piece(const KernelArgs& args, SharedPlan<C::kWarps>& shared) {
+  DrawnPieces<C> pieces(args, shared);
+  Piece piece;
+  if (!pieces.next(piece)) return;
+  Item& item = shared.item[0];
+  item = describe<C>(args, shared, pieces.work, pieces.idx, piece);
+  item.first_warp = 0;
+  pieces.place(item);
+}
 
 }  // namespace fa::decode_sm90

@@ -26,6 +26,11 @@ template <class C>
 __device__ __forceinline__ void load_stage(const KernelArgs& args, unsigned char* stage, Mbarrier<1>& full, int row, int key_head,
                                            int batch) {
   full.arrive_expect(C::kStageBytes);
+  if (args.whole_rows) {
+    tma_load_panels(stage, &args.key, &full.word, row, key_head, batch);
+    tma_load_panels(stage + C::kValueOffset, &args.value, &full.word, row, key_head, batch);
+    return;
+  }
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel)
     tma_load(stage + panel * C::kPanelBytes, &args.key, &full.word, panel * kPanelColumns, row, key_head, batch);
@@ -63,17 +68,26 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
       place.advance(1, args.stages);
     }
   };
-  for (Piece piece; pieces.next(piece);) {
-    const int first_warp = place.turn & (key_warps - 1), early = min(piece.end, piece.begin + kTilesBeforeItem);
-    load_until(piece, piece.begin, early);
+  const auto tell = [&](const Piece& piece, int first_warp) {
     shared.item_empty[slot.stage].wait(slot.phase ^ 1);
     Item& item = shared.item[slot.stage];
     item = describe<C>(args, shared, pieces.work, pieces.idx, piece);
     item.first_warp = first_warp;
     pieces.place(item);
+  };
+  bool is_told = Pieces::kFirstIsTold;
+  for (Piece piece; pieces.next(piece); is_told = false) {
+    int tile = piece.begin;
+    if (!is_told) {
+      const int first_warp = place.turn & (key_warps - 1);
+      tile = min(piece.end, tile + kTilesBeforeItem);
+      load_until(piece, piece.begin, tile);
+      tell(piece, first_warp);
+    }
     shared.item_full[slot.stage].arrive();
     slot.advance();
-    load_until(piece, early, piece.end);
+    pieces.draw();
+    load_until(piece, tile, piece.end);
   }
   shared.item_empty[slot.stage].wait(slot.phase ^ 1);
   shared.item[slot.stage].valid = 0;

@@ -19,8 +19,10 @@ struct SharedPlan {
   Mbarrier<1> item_full[kItemSlots];
   Mbarrier<kWarps_> item_empty[kItemSlots];
   Item item[kItemSlots];
-  float2 state[kWarps_][kRowsPerWarp];  // of the block's warps, at the end of an item
-  int merges;                           // this block merges the parts of the head
+  float2 state[kWarps_][kRowsPerWarp];        // of the block's warps, at the end of an item
+  float warp_factor[kWarps_ * kRowsPerWarp];  // of each row, by which its warps' outputs are multiplied
+  float2 row_state[kMostTileRows];            // of the block
+  int merges;                                 // this block merges the parts of the head
   int warp_units[kWarps_ + 1];
   Schedule schedule;
   int first_sequence, first_unit;  // the sequence in which this block's range begins, and the unit in which that begins
