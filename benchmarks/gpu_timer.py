@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times contestants on one GPU: warm, in turn, medians over CUDA events, several sets of inputs where one fits L2.
 
-Calls are replayed from a CUDA graph where they can be captured; elsewhere the GPU is kept busy until the host has
-enqueued them. So it is the GPU's time that counts, and not the host's to launch it, which would decide short rows.
+Calls are replayed from a CUDA graph where they can be captured. The GPU is kept busy until the host has enqueued the
+replay, or the calls. So it is the GPU's time that counts, and not the host's to launch it, which would decide short rows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ def num_sets(num_bytes: int) -> int:
 
 def _elapsed(run: Run, lead_ms: float) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if lead_ms:
-        torch.cuda._sleep(int(lead_ms * CYCLES_PER_MS))
+    torch.cuda._sleep(int(lead_ms * CYCLES_PER_MS))
     start.record()
     run()
     end.record()
@@ -79,7 +78,7 @@ def in_turn(calls: dict[str, Call], sets: int, rounds: int, capture: bool) -> tu
         count = sets * max(1, round(ROUND_MS / max(once, 1e-3) / sets))
         run = _repeated(call, count, sets)
         replay = _graph(run) if capture else None
-        runs[name] = (replay or run, count, 0.0 if replay else _lead_ms(run))
+        runs[name] = (replay or run, count, _lead_ms(replay or run))
         if replay:
             replayed.append(name)
     times: dict[str, list[float]] = {name: [] for name in calls}
