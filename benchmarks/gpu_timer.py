@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times contestants on one GPU: warm, in turn, medians over CUDA events, several sets of inputs where one fits L2.
 
-Calls are replayed from a CUDA graph where they can be captured. The GPU is kept busy until the host has enqueued the
-replay, or the calls. So it is the GPU's time that counts, and not the host's to launch it, which would decide short rows.
+Calls are replayed from a CUDA graph where they can be captured. The GPU is kept busy until the host has enqueued
+the replay, or the calls. So it is the GPU's time that counts, and not the host's to launch it, which would decide
+short rows.
 """
 
 from __future__ import annotations
