@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the documentation's tables from the committed results; run it after a new measurement.
 
-The README's tables of speed, docs/faexport.md's table of the zoo, docs/kernels.md's of decoding and docs/llm.md's of
+The README's tables of speed, docs/faexport.md's table of the zoo, docs/decoding.md's of decoding and docs/llm.md's of
 decoder layers. A test compares the pages with what this makes.
 """
 
@@ -66,7 +66,7 @@ def decode_rows() -> list[dict]:
 
 
 def decode_section() -> str:
-    """docs/kernels.md's table: microseconds of each row, ours and the fastest peer's; the cache's bytes a second."""
+    """docs/decoding.md's table: microseconds of each row, ours and the fastest peer's; the cache's bytes a second."""
     data = json.loads((RESULTS / "decode.json").read_text("utf-8"))
     lines = [
         f"{data['gpu']}, driver {data['driver']}, commit {data['commit']}, {data['date'][:10]}; bfloat16, from a CUDA "
@@ -95,7 +95,7 @@ def _measured_with(data: dict) -> str:
 
 
 def step_section() -> str:
-    """docs/kernels.md's table of whole steps in onnxruntime: microseconds, and our time over the peer's."""
+    """docs/decoding.md's table of whole steps in onnxruntime: microseconds, and our time over the peer's."""
     data = json.loads((RESULTS / "decode_ort.json").read_text("utf-8"))
     lines = [
         f"{_measured_with(data)}; float16, 32/8 heads of 128, a whole step inside onnxruntime\n"
@@ -365,8 +365,8 @@ def updated_zoo(text: str) -> str:
     return replaced(text, ZOO_BEGIN, ZOO_END, zoo_section())
 
 
-def updated_kernels(text: str) -> str:
-    """docs/kernels.md, likewise."""
+def updated_decoding(text: str) -> str:
+    """docs/decoding.md, likewise."""
     return replaced(replaced(text, STEP_BEGIN, STEP_END, step_section()), DECODE_BEGIN, DECODE_END, decode_section())
 
 
@@ -378,7 +378,7 @@ def updated_llm(text: str) -> str:
 PAGES = {
     "README.md": updated,
     "docs/faexport.md": updated_zoo,
-    "docs/kernels.md": updated_kernels,
+    "docs/decoding.md": updated_decoding,
     "docs/llm.md": updated_llm,
 }
 

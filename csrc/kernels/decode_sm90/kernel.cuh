@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The decoding kernel for Hopper: few query rows against many keys, in one launch, at the speed of the memory. One warp keeps a
 // deep ring of key and value tiles under way; the others multiply with mma.sync, which is fast enough for up to 64 rows. See
-// docs/kernels.md.
+// docs/decoding.md.
 #pragma once
 
 #include "kernels/common/dynamic_shared.cuh"
