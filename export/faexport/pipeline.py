@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport import around
-from faexport.cuda_heads import cpu_only_note, has_kernel
+from faexport.cuda_heads import cpu_only_note, gathered_note, has_kernel
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
@@ -67,8 +67,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float")
     if not options.fp16 and any(map(has_kernel, in_float32)):
         report.notes.append(float32_note(options.float32))
-    if note := cpu_only_note(candidates):
-        report.notes.append(note)
+    report.notes += [note for note in (cpu_only_note(candidates), gathered_note(candidates)) if note]
     report.defects = masks.analysis.defects
     return model, report
 

@@ -6,11 +6,15 @@ here float64 is the measure."""
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
 import faexport
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
+from faexport import ort_session, verify
+from faexport.report import VerificationStatus
 from onnx import TensorProto
 
 from tests import decoding
@@ -154,3 +158,18 @@ def test_the_interface_stays() -> None:
     fused, _ = faexport.fuse(model, options=OPTIONS)
     assert before == [[value.name for value in values] for values in (fused.graph.input, fused.graph.output)]
     assert not any(node.domain == "com.microsoft" for node in fused.graph.node)
+
+
+def test_the_report_tells_that_pages_are_gathered_on_a_gpu() -> None:
+    _, report = faexport.fuse(paged.model_of(PLAIN, _tensors(PLAIN)), options=OPTIONS)
+    assert any("gathers the pages" in note for note in report.notes)
+
+
+def test_a_model_without_a_kernel_on_the_cpu_is_not_verified(tmp_path: pathlib.Path) -> None:
+    """onnxruntime has PagedAttention for CUDA only; no inputs would help."""
+    model = paged.model_of(PLAIN, _tensors(PLAIN))
+    onnx.save(model, tmp_path / "a.onnx")
+    onnx.save(faexport.fuse(model, options=OPTIONS)[0], tmp_path / "b.onnx")
+    found = verify.verify(tmp_path / "a.onnx", tmp_path / "b.onnx", open_session=ort_session.SessionHere)
+    assert found.status is VerificationStatus.NOT_RUN
+    assert "PagedAttention" in found.reason and "--inputs" not in found.reason
