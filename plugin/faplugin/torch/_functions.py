@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions of flash-attn, with its arguments, defaults, shapes and conventions.
+
+Causal masks and windows are aligned to the last key, and rows that attend no key are 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import faplugin
+
+from ._op import LAYOUTS, attend
+
+
+def _result(found: Any, return_attn_probs: bool) -> Any:
+    return (*found, None) if return_attn_probs else found
+
+
+def _options(
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    slopes: Any,
+) -> dict[str, Any]:
+    if dropout_p != 0:
+        raise ValueError(
+            f"dropout_p is {dropout_p}; expected 0: dropout of attention weights is not offered (in evaluation pass 0, "
+            "for training set the model's attention dropout to 0)"
+        )
+    left, right = window_size
+    window = (max(left, -1), max(right, -1))
+    return {
+        "scale": softmax_scale,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": slopes,
+    }
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Attention of q [B, S_q, H_q, D] to k [B, S_kv, H_kv, D] and v [B, S_kv, H_kv, D_v]; H_q is a multiple of H_kv.
+
+    Args:
+        q: float32, float16 or bfloat16.
+        k: dtype of q.
+        v: dtype of q.
+        dropout_p: 0; anything else is refused.
+        softmax_scale: multiplies Q Kᵀ; None: 1/√D.
+        causal: the last query sees all keys, each before it one less.
+        window_size: keys seen before and after the own position; -1 is unbounded.
+        softcap: scores become softcap · tanh(score / softcap); 0 is none.
+        alibi_slopes: float32 [H_q] or [B, H_q].
+        deterministic: gradients are bitwise repeatable; they always are, whatever is passed.
+        return_attn_probs: return (output, lse, None), lse being the log-sum-exp, float32 [B, H_q, S_q].
+
+    Returns:
+        The output, [B, S_q, H_q, D_v], dtype of q.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value.
+    """
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _result(attend(q, k, v, **options, return_lse=return_attn_probs), return_attn_probs)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """flash_attn_func of qkv [B, S, 3, H, D]; its gradient has that form, too, and is written without a copy."""
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    found = attend(qkv, None, None, packed=3, **options, return_lse=return_attn_probs)
+    return _result(found, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """flash_attn_func of q [B, S_q, H_q, D] and kv [B, S_kv, 2, H_kv, D]."""
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    found = attend(q, kv, None, packed=2, **options, return_lse=return_attn_probs)
+    return _result(found, return_attn_probs)
+
+
+def _attend_packed_sequences(
+    tensors: tuple[torch.Tensor | None, ...], packed: int, cu_q: Any, cu_kv: Any, options: dict, probs: bool
+) -> Any:
+    """Tensors [total rows, …] as a batch of 1."""
+    query, key, value = (None if t is None else t.unsqueeze(0) for t in tensors)
+    assert query is not None
+    found = attend(
+        query, key, value, packed=packed, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, **options, return_lse=probs
+    )  # fmt: skip
+    return (found[0].squeeze(0), found[1].squeeze(0), None) if probs else found.squeeze(0)
+
+
+def _whole(block_table: Any) -> None:
+    if block_table is not None:
+        raise ValueError("block_table is given; expected None here: flash_attn_with_kvcache takes paged caches")
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> Any:
+    """flash_attn_func of sequences one behind the other: q [total rows, H_q, D], k and v [total keys, H_kv, D].
+
+    Args:
+        q: rows of all sequences; the other arguments are those of flash_attn_func.
+        k: keys of all sequences.
+        v: values of all sequences.
+        cu_seqlens_q: int32 [sequences + 1], where each sequence's rows begin, and their end.
+        cu_seqlens_k: int32 [sequences + 1], likewise of keys.
+        max_seqlen_q: not needed, whatever is passed.
+        max_seqlen_k: not needed.
+        dropout_p: 0.
+        softmax_scale: None: 1/√D.
+        causal: within each sequence.
+        window_size: within each sequence.
+        softcap: 0 is none.
+        alibi_slopes: float32 [H_q] or [sequences, H_q].
+        deterministic: gradients always are.
+        return_attn_probs: return (output, lse [H_q, total rows], None).
+        block_table: None.
+
+    Returns:
+        The output, [total rows, H_q, D_v].
+    """
+    _whole(block_table)
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _attend_packed_sequences((q, k, v), 0, cu_seqlens_q, cu_seqlens_k, options, return_attn_probs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """flash_attn_varlen_func of qkv [total rows, 3, H, D]."""
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _attend_packed_sequences((qkv, None, None), 3, cu_seqlens, cu_seqlens, options, return_attn_probs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """flash_attn_varlen_func of q [total rows, H_q, D] and kv [total keys, 2, H_kv, D]."""
+    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    return _attend_packed_sequences((q, kv, None), 2, cu_seqlens_q, cu_seqlens_k, options, return_attn_probs)
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """One step with a cache: rows k and v are written to it at cache_seqlens, in place, then q attends.
+
+    It has no gradient.
+
+    Args:
+        q: [B, S, H_q, D].
+        k_cache: [B, rows, H_kv, D], changed in place where k is given.
+        v_cache: [B, rows, H_kv, D_v], likewise.
+        k: new keys [B, S, H_kv, D], as many rows as q; None: the cache is complete.
+        v: new values [B, S, H_kv, D_v].
+        rotary_cos: [positions, rotary_dim / 2]; q and k are rotated by it, k first being written.
+        rotary_sin: as rotary_cos.
+        cache_seqlens: rows in use before the new ones, int32 [B] or one for all; None: all rows, without k.
+        cache_batch_idx: None; anything else is refused, as the next two are.
+        cache_leftpad: None.
+        block_table: None.
+        softmax_scale: None: 1/√D.
+        causal: the last query sees all keys in use, each before it one less.
+        window_size: keys seen before and after the own position; -1 is unbounded.
+        softcap: 0 is none.
+        rotary_interleaved: column 2 i is rotated with 2 i + 1, else i with i + rotary_dim / 2.
+        alibi_slopes: float32 [H_q] or [B, H_q].
+        num_splits: not needed, whatever is passed.
+        return_softmax_lse: return (output, lse).
+
+    Returns:
+        The output, [B, S, H_q, D_v].
+    """
+    refused = {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "block_table": block_table}
+    for name, given in refused.items():
+        if given is not None:
+            raise ValueError(f"{name} is given; expected None: faplugin.torch does not offer it")
+    if (k is None) != (v is None):
+        raise ValueError("one of k and v is given; expected both or none")
+    if rotary_cos is not None and k is None:
+        raise ValueError("rotary_cos is given without k; expected both")
+    if k is not None and cache_seqlens is None:
+        raise ValueError("k is given without cache_seqlens; expected where it is to be written")
+    options = _options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    lengths = _lengths(cache_seqlens, q)
+    with torch.no_grad():
+        if k is None:
+            output, lse = attend(q, k_cache, v_cache, kv_lengths=lengths, **options, return_lse=True)
+        else:
+            output, lse = _step(q, k_cache, v_cache, k, v, lengths, rotary_cos, rotary_sin, rotary_interleaved, options)
+    return (output, lse) if return_softmax_lse else output
+
+
+def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    if cache_seqlens is None or isinstance(cache_seqlens, torch.Tensor):
+        return cache_seqlens
+    return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+
+
+def _step(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    lengths: Any,
+    cos: Any,
+    sin: Any,
+    interleaved: bool,
+    options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    optional = {"alibi_slopes": options["alibi_slopes"], "cos_cache": cos, "sin_cache": sin}
+    arguments: dict[str, Any] = {**LAYOUTS, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
+    left, right = options["window"]
+    output, _, _, lse = faplugin.attention(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        past_key=k_cache,
+        past_value=v_cache,
+        nonpad_kv_seqlen=lengths + k.shape[1],
+        cache="write",
+        cache_layout="BSHD",
+        alignment="bottom_right",
+        rotary_interleaved=interleaved,
+        scale=options["scale"] or 0.0,
+        is_causal=options["causal"],
+        left_window_size=left,
+        right_window_size=right,
+        softcap=options["softcap"],
+        return_present=True,
+        return_lse=True,
+        out={"present_key": k_cache, "present_value": v_cache},
+        **arguments,
+    )
+    return output, lse
