@@ -150,7 +150,7 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
         outputs=tuple(_words(node, "optional_outputs")),
         alignment=alignment if windows or "alibi_slopes" in roles else "",
         empty_row=""
-        if full_rows or _rows_see_a_key(roles, windows, left)
+        if full_rows or _rows_see_a_key(roles, windows, left, alignment)
         else node.attributes.get_string("empty_row", "zero"),
         packed="packed_columns" in node.attributes,
         windows=windows,
@@ -187,11 +187,11 @@ def _layouts(node: ir.Node) -> tuple[Layout, ...]:
     return (*found, Layout(word) if word else found[0])
 
 
-def _rows_see_a_key(roles: list[str], windows: bool, left: int) -> bool:
-    """Does the word empty_row not matter? Without masks every row sees a key, in causal attention at least the
-    first."""
+def _rows_see_a_key(roles: list[str], windows: bool, left: int, alignment: str) -> bool:
+    """Does the word empty_row not matter? Without masks every row sees a key, in causal attention at least the first,
+    unless its rows are aligned with the last keys and there may be more rows than keys."""
     hides = {"attn_mask", "float_mask", "attn_bias", "nonpad_kv_seqlen", "query_offset"} & set(roles)
-    return not hides and (not windows or left < 0)
+    return not hides and (not windows or (left < 0 and alignment != "bottom_right"))
 
 
 # ---------------------------------------------------------------------------------------------- making nodes alike

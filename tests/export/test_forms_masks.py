@@ -11,6 +11,9 @@ LOW = "low = Constant<value = float {-10000.0}>()"
 TRIANGLE = """square = Constant<value = int64[2] {9, 9}>()
     whole = ConstantOfShape<value = float[1] {-10000.0}>(square) k1 = Constant<value = int64 {1}>()
     causal = Trilu<upper = 1>(whole, k1)"""
+INDICES = """rows = Shape<start = 2, end = 3>(q) last = Squeeze(rows) keys = Shape<start = 2, end = 3>(k)
+    count = Squeeze(keys) zero = Constant<value_int = 0>() one = Constant<value_int = 1>() line = Range(zero, last, one)
+    axis = Constant<value_ints = [1]>() i = Unsqueeze(line, axis) j = Range(zero, count, one)"""
 WEAK = "zero = Constant<value = float {0.0}>() w = Where(m, zero, low)"
 BESIDE_1E9 = "in a row that sees no key scores are rounded to steps of 64 beside -1e+09, as before"
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
@@ -57,6 +60,12 @@ RIGHT = {
         i = Sub(one, m) b = Mul(i, low) pads = Constant<value = int64[4] {{0, 0, 0, 4}}>() more = Pad(b, pads)
         axis = Constant<value = int64[1] {{1}}>() b3 = Unsqueeze(more, axis) {TRIANGLE} both = Add(b3, causal)
         x = Add(s, both) {END}""",
+    ),
+    "causal from the last key, and more rows than keys": Form(
+        QKV,
+        f"""{PRODUCT} {INDICES} more = Sub(count, last) at = Add(i, more) keep = LessOrEqual(j, at)
+        low = Constant<value = float {{-3.0e38}}>() x = Where(keep, s, low) {END}""",
+        facts=frozenset({"causal from position S - T"}),
     ),
     "a bias, and then a fill that absorbs it": biased("a = Add(s, bias) x = Where(m, a, low)", -3.0e38),
     "a fill that absorbs, and then a bias": biased("a = Where(m, s, low) x = Add(a, bias)", -3.0e38),

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.nodes import data_users, name_of, op
-from faexport.spec import AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
+from faexport.spec import Assumption, AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.surgery import Builder
 from faexport.understand.core.score_chain import (
     BY_WEIGHTS,
@@ -385,6 +385,8 @@ def _facts(structure: Structure, scores: Scores, values: Values, dtype: ir.DataT
         facts.append(Fact(f"softcap {scores.softcap:g}"))
     if scores.sink is not None:
         facts.append(Fact("attention sinks"))
+    if values.nan_guard:
+        facts.append(Assumption("no query or key is NaN, which the guard behind the softmax would hide (assumed)"))
     folded = (("queries", scores.query_weights), ("keys", scores.key_weights), ("values", values.weights))
     for operand, weights in folded:
         if weights:
