@@ -76,6 +76,7 @@ class Recipe:
     wide_softmax: bool = False  # float16 alone: the softmax in float32, between Casts
     layers: int = 1  # that share masks and bias
     one_row: bool = False  # the query has one row, as the file says
+    fixed: tuple[int, int] | None = None  # numbers of queries and of keys in a cache, where the file fixes all sizes
 
 
 class _Builder(Conditions):
@@ -109,6 +110,8 @@ class _Builder(Conditions):
             for name, shape in zip(outputs, shapes, strict=True)
         ]
         graph = helper.make_graph(g.nodes, "random", list(g.inputs.values()), infos, g.initializers)
+        if r.fixed:
+            _fix(graph, *r.fixed, r.cache)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
 
     def _past(self, name: str) -> str:
@@ -294,6 +297,16 @@ class _Builder(Conditions):
         if kind == "query":
             return g("MatMul", self.query, g.const(np.linspace(-1, 1, HEAD_DIM)[:, None], np.float32))
         raise ValueError(kind)
+
+
+def _fix(graph: onnx.GraphProto, length: int, past: int, cache: bool) -> None:
+    """Numbers in the place of all names of sizes."""
+    total = length + past * cache
+    sizes = {"batch": 2, "entries": 2, "sequence": length, "past_sequence": past, "total": total, "tokens": total}
+    for info in (*graph.input, *graph.output):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = sizes[dim.dim_param]
 
 
 def build(recipe: Recipe) -> onnx.ModelProto:

@@ -60,6 +60,7 @@ def recipes(draw: st.DrawFn) -> grammar.Recipe:
         wide_softmax=draw(st.booleans()),
         layers=draw(st.sampled_from((1, 1, 1, 2))),
         one_row=draw(st.sampled_from((False, False, False, False, True))),
+        fixed=draw(st.sampled_from((None, None, None, (5, 0), (5, 3), (1, 4)))),
     )
 
 
@@ -143,6 +144,7 @@ FOUND = {
     "attention that feeds attention": grammar.Recipe((), layers=2),
     "a bias of the row beside a sink": grammar.Recipe(("j <= i",), bias="row", sinks=True),
     "a bias of the query beside a sink": grammar.Recipe((), bias="query", sinks=True, bias_first=False),
+    "a causal mask of constants": grammar.Recipe(("j <= i",), fixed=(5, 0)),
     "integers cast to fewer bits": grammar.Recipe(("i < j + w", "int32"), window=2, negate_first=True),
     "slopes beside a sink": grammar.Recipe(("trilu", "always"), bias="alibi j", sinks=True, row_guard="whole"),
 }

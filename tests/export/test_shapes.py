@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx.parser
 import onnx_ir as ir
 from faexport.understand.shapes.analysis import Analysis
+from onnx.reference import ReferenceEvaluator
 
 BEHIND_A_TABLE = """<ir_version: 8, opset_import: ["" : 17, "other" : 1]>
 main (float[b, s, 8] x, float[128, 8] table) => (float[b, s, 8] y) {
@@ -60,3 +62,39 @@ def test_the_sum_beside_a_norm_has_the_type_of_what_is_added() -> None:
     values = {value.name: analysis.dtype(value) for node in model.graph for value in node.outputs}
     assert values["sum"] == values["more"] == values["normed"] == ir.DataType.FLOAT16
     assert values["m"] is None  # float32, which nobody asks for
+
+
+CONSTANTS = """<ir_version: 8, opset_import: ["" : 17]>
+main (float[5, 5] x) => (int64[n] y) {
+    zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  axis = Constant <value_ints = [1]> ()
+    pair = Constant <value_ints = [0, 1]> ()  column_of_5 = Constant <value_ints = [5, 1]> ()
+    sizes = Shape (x)  rows = Gather (sizes, zero)  line = Range (zero, rows, one)
+    column = Unsqueeze (line, axis)  square = Sub (column, line)  back = Squeeze (column, axis)
+    again = Identity (column)  shaped = Reshape (line, column_of_5)  product = Mul (column, line)  minus = Neg (square)
+    twos = Add (one, one)  halves = Div (square, twos)  least = Min (column, line)
+    both = Concat <axis = 1> (column, column)
+    scalar = Squeeze (axis)  boxed = Unsqueeze (scalar, pair)
+    keep = LessOrEqual (line, column)  wide = Where (keep, column, line)
+    large = Constant <value = int32[2] {65536, 7}> ()  wrapped = Mul (large, large)  negative = Neg (large)
+    huge = Constant <value_ints = [4294967296, 4294967303]> ()  cut = Cast <to = 6> (huge)  like = CastLike (huge, cut)
+    byte = Constant <value = uint8[2] {3, 255}> ()  two = Constant <value = uint8[2] {5, 2}> ()
+    under = Sub (byte, two)  over = Add (byte, two)  times = Mul (byte, two)
+    odd = Constant <value_ints = [9007199254740993, -9007199254740993, -7]> ()
+    divisor = Constant <value_ints = [1, 1, 2]> ()  exact = Div (odd, divisor)
+    y = Identity (line)
+}"""
+
+
+def test_what_is_constant_is_what_the_nodes_compute() -> None:
+    """Its shape and type too, also where the file tells neither."""
+    proto = onnx.parser.parse_model(CONSTANTS)
+    names = [name for node in proto.graph.node for name in node.output]
+    outputs = ReferenceEvaluator(proto.graph, opsets={"": 17}).run(names, {"x": np.zeros((5, 5), np.float32)})
+    model = ir.from_proto(proto)
+    analysis = Analysis(model)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for name, expected in zip(names, outputs, strict=True):
+        found = analysis.constant(values[name])
+        assert found is not None, name
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
+        np.testing.assert_array_equal(found, expected, err_msg=name)

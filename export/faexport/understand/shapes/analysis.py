@@ -196,7 +196,8 @@ class Analysis:
         if contents is not None and len(numbers) == len(contents):
             if any(abs(number) >= 1 << 63 for number in numbers):
                 return None  # runtimes compute on, modulo 2^64
-            array = np.array(numbers, np.int64)
+            dtype = self.dtype(value)
+            array = np.array(numbers, np.int64 if dtype is None else dtype.numpy())
             return array.reshape(()) if self.rank(value) == 0 else array
         if node is None or node.outputs[0] is not value or op(node) not in constants.FOLD:
             return None
@@ -226,8 +227,18 @@ class Analysis:
                 self._static[value] = self._is_static_node(node)
                 inferred = shapes[i] if shapes is not None and i < len(shapes) else None
                 self._shapes[value] = self._merge(inferred, value)
+                if self.rank(value) not in (0, 1) or not self._holds(value):
+                    self._contents.pop(value, None)
             if op(node) in constants.FOLD and node.outputs:
                 self.constant(node.outputs[0])
+
+    def _holds(self, value: ir.Value) -> bool:
+        """Can a value's type hold the numbers among its contents? Else they wrap around, as constants.py computes."""
+        dtype, contents = self.dtype(value), self._contents.get(value, ())
+        if dtype is None or not np.issubdtype(dtype.numpy(), np.integer):
+            return not contents
+        limits = np.iinfo(dtype.numpy())
+        return all(d.const is None or limits.min <= d.const <= limits.max for d in contents)
 
     def _rules(self, node: ir.Node) -> Sequence[Shape | None] | None:
         """Notes types and contents of a node's outputs; returns their shapes."""

@@ -29,7 +29,7 @@ def _contents_size(node, a):
     return None if shape is None else (product(shape),)
 
 
-@contents_of("Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
+@contents_of("Identity", "Unsqueeze", "Squeeze", "Reshape")
 def _contents_same(node, a):
     contents, rank = a.contents(node.inputs[0]), a.rank(node.outputs[0])
     if node.op_type == "Reshape":
@@ -117,7 +117,8 @@ def _arithmetic(name: str, x: Dim, y: Dim) -> Dim | None:
 def _divided(x: Dim, y: Dim) -> Dim | None:
     """ONNX rounds towards 0."""
     if x.const is not None and y.const:
-        return Dim.of(int(x.const / y.const))
+        whole = abs(x.const) // abs(y.const)
+        return Dim.of(whole if (x.const < 0) == (y.const < 0) else -whole)
     if x.divide(y) is not None:
         return x.divide(y)
     return quotient(x, y) if x.is_at_least(0) and y.is_at_least(0) else None
