@@ -13,14 +13,16 @@ import dataclasses
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 
 import onnx
+import skeletons
 import torch
 import transformers
 
 EXPORTS = ("eager", "sdpa", "dynamo")  # TorchScript's exporter with either attention; torch.export's with sdpa
-FILES = ("unfused", "onnxruntime", "onnxscript", "ours", "ours rest")
+FILES = ("unfused", "onnxruntime", "onnxscript", "ours")
 DTYPES = ("float16", "float32")
 VOCABULARY = 1000  # small, as embeddings are not measured
 TEXT = ((1, 128), (8, 128), (32, 128), (8, 384), (8, 512), (2, 2048))
@@ -120,14 +122,19 @@ def inputs_of(encoder: Encoder, batch_size: int, length: int) -> dict[str, torch
     return {"input_ids": torch.randint(3, VOCABULARY, (batch_size, length)), "attention_mask": mask}
 
 
-def _export(encoder: Encoder, how: str, path: pathlib.Path, layers: int) -> None:
-    """Equal weights for each way."""
+def _model(encoder: Encoder, how: str, layers: int) -> tuple[_Wrapped, list[str], skeletons.Known]:
+    """With equal weights for each way; the names of the inputs, and what its weights are known by."""
     config = encoder.config(layers)
     config._attn_implementation = "eager" if how == "eager" else "sdpa"
-    inputs = inputs_of(encoder, 2, encoder.sizes[0][1])
-    names, text = list(inputs), encoder.kind == "text"
+    names = list(inputs_of(encoder, 1, encoder.sizes[0][1]))
     torch.manual_seed(0)
     model = _Wrapped(encoder.model(config), names)
+    return model, names, skeletons.Known(model.model, skeletons.fill(model.model))
+
+
+def _export(model: _Wrapped, encoder: Encoder, names: list[str], how: str, path: pathlib.Path) -> None:
+    inputs = inputs_of(encoder, 2, encoder.sizes[0][1])
+    text = encoder.kind == "text"
     arguments = {"input_names": names, "output_names": ["output"]}
     if how == "dynamo":
         batch, rows = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("rows", min=2, max=2048)
@@ -153,29 +160,45 @@ def _export(encoder: Encoder, how: str, path: pathlib.Path, layers: int) -> None
 
 
 def write_files(name: str, how: str, folder: pathlib.Path, layers: int) -> None:
-    """Writes "ENCODER EXPORT DTYPE FILE.onnx", and "ENCODER EXPORT.json" with the fused operators of each file and the
-    sentences of those that could not be made."""
-    encoder, said = ENCODERS[name], {"fused": {}, "failed": {}}
-    exported = folder / f"{name} {how}.onnx"
-    try:
-        with torch.no_grad():
-            _export(encoder, how, exported, layers)
-    except Exception as error:
-        said["failed"] = dict.fromkeys((f"{dtype} {file}" for dtype in DTYPES for file in FILES), _sentence(error))
-    makers = {"unfused": _unfused, "onnxruntime": _onnxruntime, "onnxscript": _onnxscript, "ours": _ours}
-    for dtype in DTYPES if exported.exists() else ():
-        for file in FILES:
-            path = folder / f"{name} {how} {dtype} {file}.onnx"
+    """Writes what is missing of "ENCODER EXPORT DTYPE FILE.onnx" as skeletons (skeletons.py), and "ENCODER EXPORT.json"
+    with the fused operators of each file and the sentences of those that could not be made."""
+    encoder = ENCODERS[name]
+    listed, said = folder / f"{name} {how}.json", {"fused": {}, "failed": {}}
+    if listed.exists():
+        said["fused"] = json.loads(listed.read_text())["fused"]
+    model, names, known = _model(encoder, how, layers)
+    known.write(folder / f"{name}.weights.json")
+    with tempfile.TemporaryDirectory(prefix="encoder-") as temporary:
+        exported = pathlib.Path(temporary) / "exported.onnx"
+        kept = folder / f"{name} {how}.onnx"
+        try:
+            if kept.exists():
+                exported.write_bytes(skeletons.Weights(folder / f"{name}.weights.json").restored(kept))
+            else:
+                with torch.no_grad():
+                    _export(model, encoder, names, how, exported)
+                known.strip(exported, kept)
+        except Exception as error:
+            said["failed"] = dict.fromkeys((f"{dtype} {file}" for dtype in DTYPES for file in FILES), _sentence(error))
+            exported.unlink(missing_ok=True)
+        for title, path in missing(name, how, folder).items() if exported.exists() else ():
+            dtype, file = title.split()
+            full = pathlib.Path(temporary) / "made.onnx"
             try:
-                make = makers.get(file, _ours)
-                make(exported, path, encoder, dtype == "float16", *((file != "ours",) if make is _ours else ()))
+                MAKERS[file](exported, full, encoder, dtype == "float16")
+                known.strip(full, path)
                 nodes = onnx.load(path, load_external_data=False).graph.node
                 counts = collections.Counter(node.op_type for node in nodes if node.domain in FUSED_DOMAINS)
-                said["fused"][f"{dtype} {file}"] = dict(sorted(counts.items()))
+                said["fused"][title] = dict(sorted(counts.items()))
             except Exception as error:  # each tool fails in its own way
-                said["failed"][f"{dtype} {file}"] = _sentence(error)
-                path.unlink(missing_ok=True)
-    (folder / f"{name} {how}.json").write_text(json.dumps(said, indent=1))
+                said["failed"][title] = _sentence(error)
+    listed.write_text(json.dumps(said, indent=1))
+
+
+def missing(name: str, how: str, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The files of an encoder and export that are not there, by dtype and tool."""
+    paths = {f"{dtype} {file}": folder / f"{name} {how} {dtype} {file}.onnx" for dtype in DTYPES for file in FILES}
+    return {title: path for title, path in paths.items() if not path.exists()}
 
 
 def _sentence(error: Exception) -> str:
@@ -213,7 +236,7 @@ def _onnxscript(source: pathlib.Path, target: pathlib.Path, encoder: Encoder, ha
     onnx.save(_in_half(proto) if half else proto, target)
 
 
-def _ours(source: pathlib.Path, target: pathlib.Path, encoder: Encoder, half: bool, rest: bool) -> None:
+def _ours(source: pathlib.Path, target: pathlib.Path, encoder: Encoder, half: bool) -> None:
     """With the command's defaults. To become float16 it is measured on one set of inputs here and not on the command's
     many, which would take minutes; encoders.py compares what comes out."""
     import faexport
@@ -221,7 +244,7 @@ def _ours(source: pathlib.Path, target: pathlib.Path, encoder: Encoder, half: bo
     from faexport.reference import Reference
     from faexport.settings import InputSet
 
-    fused, _ = faexport.fuse(source, options=faexport.Options(rest=rest))
+    fused, _ = faexport.fuse(source)
     model_io.save(fused, target, source=source)
     if not half:
         return
@@ -231,3 +254,6 @@ def _ours(source: pathlib.Path, target: pathlib.Path, encoder: Encoder, half: bo
     reference.sets.append(InputSet("one set", tensors))
     reference.outputs += ort_session.run_here(job).outputs
     model_io.save(half_check.make(reference, target, keep_io_types=False).model, target)
+
+
+MAKERS = {"unfused": _unfused, "onnxruntime": _onnxruntime, "onnxscript": _onnxscript, "ours": _ours}

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times whole encoders in onnxruntime, by exporter and by tool: BERT, DistilBERT, ViT, CLIP text, Whisper, T5.
 
-First the files (encoder_models.py), where --models has none: `--export-only` stops there. Then the times, on CUDA with
-bound inputs and outputs or on the CPU; results are compared with the float32 original's. Each encoder runs in a process
-of its own, and what fails is written down. Rows go into the results as they come, and rows of an earlier part of the
-same run (--encoders) stay, so that the whole may be split over several commands.
+First the files (encoder_models.py), where --models has none: `--export-only` stops there. They are graphs without their
+weights, which are drawn again when a file is loaded (skeletons.py), so the folder may go to another machine. Then the
+times, on CUDA with bound inputs and outputs or on the CPU; results are compared with the float32 original's. Each
+encoder runs in a process of its own: they load at the same time, and are timed one after the other. What fails is
+written down. Rows go into the results as they come, and rows of an earlier part of the same run (--encoders) stay, so
+that the whole may be split over several commands.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
+import fcntl
 import functools
 import json
 import math
@@ -21,13 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import results_file
+import skeletons
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
-CALLS = 30  # that the host's time is taken of
+CALLS = 20  # that the host's time is taken of
 
 
 def _export_all(options: argparse.Namespace) -> None:
@@ -35,7 +40,7 @@ def _export_all(options: argparse.Namespace) -> None:
     from encoder_models import EXPORTS
 
     todo = [(name, how) for name in options.encoders for how in EXPORTS]
-    todo = [pair for pair in todo if not (options.models / f"{pair[0]} {pair[1]}.json").exists()]
+    todo = [pair for pair in todo if _to_do(*pair, options.models)]
     options.models.mkdir(parents=True, exist_ok=True)
 
     def export(pair: tuple[str, str]) -> None:
@@ -58,27 +63,36 @@ def _export_all(options: argparse.Namespace) -> None:
         list(pool.map(export, todo))
 
 
-def _session(path: pathlib.Path, ours: bool, options: argparse.Namespace):
+def _to_do(name: str, how: str, folder: pathlib.Path) -> bool:
+    """Is a file missing of which nobody has said that it can't be made?"""
+    from encoder_models import missing
+
+    said = folder / f"{name} {how}.json"
+    failed = json.loads(said.read_text())["failed"] if said.exists() else {}
+    return any(title not in failed and "all" not in failed for title in missing(name, how, folder))
+
+
+def _session(path: pathlib.Path, weights: skeletons.Weights, options: argparse.Namespace):
     """`options.stream` is CUDA's, so that PyTorch's events time the session."""
     import onnxruntime as ort
 
     how = ort.SessionOptions()
     how.log_severity_level = 3
-    if ours:
+    if path.stem.endswith(" ours"):
         import faplugin
 
         faplugin.register(how)
     if options.device == "cpu":
         how.intra_op_num_threads = options.threads
-        return ort.InferenceSession(os.fspath(path), how, providers=[PROVIDERS["cpu"]])
+        return ort.InferenceSession(weights.restored(path), how, providers=[PROVIDERS["cpu"]])
     chosen = [(PROVIDERS["cuda"], {"user_compute_stream": str(options.stream)}), PROVIDERS["cpu"]]
-    made = ort.InferenceSession(os.fspath(path), how, providers=chosen)
+    made = ort.InferenceSession(weights.restored(path), how, providers=chosen)
     if made.get_providers()[0] != PROVIDERS["cuda"]:
         raise RuntimeError("onnxruntime has no CUDA provider here")
     return made
 
 
-def _sessions(options: argparse.Namespace) -> tuple[dict, dict[str, str]]:
+def _sessions(weights: skeletons.Weights, options: argparse.Namespace) -> tuple[dict, dict[str, str]]:
     """Of all files of an encoder and dtype, and the sentences of those that can't be loaded; several at a time."""
     from encoder_models import EXPORTS, FILES
 
@@ -87,8 +101,11 @@ def _sessions(options: argparse.Namespace) -> tuple[dict, dict[str, str]]:
 
     def load(one: tuple[str, str, str]):
         _, how, file = one
+        if not (options.models / f"{name} {how} {dtype} {file}.onnx").exists():
+            said = json.loads((options.models / f"{name} {how}.json").read_text())["failed"]
+            return said.get(f"{dtype} {file}", "was not made")
         try:
-            return _session(options.models / f"{name} {how} {dtype} {file}.onnx", file.startswith("ours"), options)
+            return _session(options.models / f"{name} {how} {dtype} {file}.onnx", weights, options)
         except Exception as error:
             return _sentence(error)
 
@@ -166,20 +183,41 @@ def _spread(times: list[float]) -> dict[str, float]:
     return {"median_ms": median, "q1_ms": lower, "q3_ms": upper, "min_ms": min(times), "max_ms": max(times)}
 
 
+@contextlib.contextmanager
+def _turn(folder: pathlib.Path, alone: bool, what: str = "turn") -> Iterator[None]:
+    """Several processes may load files at the same time; one may take times while none does."""
+    with (folder / f"{what}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
 def _measure(options: argparse.Namespace) -> None:
     """All sizes of one encoder and dtype; a line of JSON for each, on stdout."""
     import torch
-    from encoder_models import ENCODERS, EXPORTS, inputs_of
+    from encoder_models import ENCODERS, EXPORTS
 
     name, dtype = options.time_one
     encoder = ENCODERS[name]
     if options.device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # onnxruntime takes one from outside only where it isn't the default
         options.stream = torch.cuda.current_stream().cuda_stream
-    made, failed = _sessions(options)
-    original = next(p for how in EXPORTS if (p := options.models / f"{name} {how} float32 unfused.onnx").exists())
-    measure = _session(original, False, options)
+    with _turn(options.models, alone=False):
+        weights = skeletons.Weights(options.models / f"{name}.weights.json")
+        made, failed = _sessions(weights, options)
+        original = next(p for how in EXPORTS if (p := options.models / f"{name} {how} float32 unfused.onnx").exists())
+        measure = _session(original, weights, options)
+    with _turn(options.models, alone=True):
+        _measure_sizes(encoder, made, measure, failed, options)
+
+
+def _measure_sizes(encoder, made: dict, measure, failed: dict[str, str], options: argparse.Namespace) -> None:
+    import torch
+    from encoder_models import inputs_of
+
+    name, dtype = options.time_one
     for batch_size, length in encoder.cpu_sizes if options.device == "cpu" else encoder.sizes:
+        if options.sizes and f"{batch_size}x{length}" not in options.sizes.split(","):
+            continue
         torch.manual_seed(0)
         tensors = {n: x.numpy() for n, x in inputs_of(encoder, batch_size, length).items()}
         row = {"encoder": name, "row": f"{encoder.title} b{batch_size} s{length}", "dtype": dtype, "contestants": {}}
@@ -220,35 +258,40 @@ def _show(row: dict) -> None:
 
 
 def _run_all(options: argparse.Namespace) -> list[dict]:
-    start, rows = time.monotonic(), []
-    for dtype in options.dtypes:
-        for name in options.encoders:
-            left = options.seconds - (time.monotonic() - start)
-            if left < 5:
-                print(f"{name} {dtype}: no time is left (--seconds)")
-                continue
-            command = [sys.executable, __file__, "--models", options.models, "--device", options.device]
-            command += ["--threads", str(options.threads), "--rounds", str(options.rounds), "--time-one", name, dtype]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            try:
-                out, err = process.communicate(timeout=left)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                out, err = process.communicate()
+    end, rows = time.monotonic() + options.seconds, []
+
+    def run(one: tuple[str, str]) -> tuple[str, str, int]:
+        command = [sys.executable, __file__, "--models", options.models, "--device", options.device]
+        command += ["--threads", str(options.threads), "--rounds", str(options.rounds), "--sizes", options.sizes]
+        process = subprocess.Popen(
+            [*command, "--time-one", *one], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            return *process.communicate(timeout=max(1, end - time.monotonic())), process.returncode
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return *process.communicate(), process.returncode
+
+    todo = [(name, dtype) for dtype in options.dtypes for name in options.encoders]
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        running = {pool.submit(run, one): one for one in todo}
+        for done in concurrent.futures.as_completed(running):
+            out, err, code = done.result()
             for line in out.splitlines():
                 if line.startswith('{"encoder"'):
                     rows.append(json.loads(line))
                     _show(rows[-1])
-            if process.returncode:
-                print(f"{name} {dtype}: ended with {process.returncode}: {' '.join(err.split())[-300:]}", flush=True)
+            if code:
+                print(*running[done], f"ended with {code}: {' '.join(err.split())[-300:]}", flush=True)
             if rows:
-                _write(options, rows)
+                with _turn(options.models, alone=True, what="results"):
+                    _write(options, rows)
     return rows
 
 
 def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
     """With the rows of earlier parts of the same run: the same commit on the same machine."""
-    from encoder_models import EXPORTS
+    from encoder_models import ENCODERS, EXPORTS
 
     environment = results_file.environment(
         *("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "onnxscript"), commit=options.commit
@@ -265,7 +308,10 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
         if all(before.get(key) == document.get(key) for key in ("commit", "cpu", "gpu", "layers", "threads")):
             document |= {"fused": before["fused"], "rows": before["rows"]}
     new = {(row["row"], row["dtype"]) for row in rows}
-    document["rows"] = [row for row in document["rows"] if (row["row"], row["dtype"]) not in new] + rows
+    all_rows = [row for row in document["rows"] if (row["row"], row["dtype"]) not in new] + rows
+    place = {name: number for number, name in enumerate(ENCODERS)}
+    all_rows.sort(key=lambda r: (r["dtype"], place[r["encoder"]], r["batch_size"] * r["length"], r["length"]))
+    document["rows"] = all_rows
     for encoder in options.encoders:
         for how in EXPORTS:
             said = options.models / f"{encoder} {how}.json"
@@ -277,11 +323,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=pathlib.Path, help="folder of the files; they are made where it has none")
     parser.add_argument("--export-only", action="store_true", help="write the files to --models and stop")
+    parser.add_argument("--time-only", action="store_true", help="time the files that --models has, and make none")
     parser.add_argument("--encoders", help="some of them, with commas between (default: all)")
+    parser.add_argument("--sizes", default="", help="some of them, such as 1x128,8x512 (default: all)")
     parser.add_argument("--dtypes", help="with commas between (default: float16,float32, on the CPU float32)")
     parser.add_argument("--device", choices=PROVIDERS, default="cuda", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="of a run on the CPU (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=max(1, len(os.sched_getaffinity(0)) // 2), help="exports at a time")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, len(os.sched_getaffinity(0)) // 2),
+        help="processes side by side (default: %(default)s)",
+    )
     parser.add_argument("--layers", type=int, default=0, help="of each encoder, to try this out; 0: all (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="times each contestant's turn comes (%(default)s)")
     parser.add_argument("--seconds", type=float, default=86400, help="after which no more is timed")
@@ -297,6 +350,8 @@ def main() -> int:
     options.dtypes = (options.dtypes or ("float32" if options.device == "cpu" else "float16,float32")).split(",")
     if wrong := sorted(set(options.encoders) - set(names)):
         parser.error(f"there is no encoder {wrong[0]}; there are {', '.join(names)}")
+    if options.time_only and not options.models:
+        parser.error("--time-only needs --models")
     if options.export_one:
         encoder_models.write_files(*options.export_one, options.models, options.layers)
         return 0
@@ -305,12 +360,14 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         options.models = options.models or pathlib.Path(temporary)
-        _export_all(options)
+        if not options.time_only:
+            _export_all(options)
         if options.export_only:
             return 0
         rows = _run_all(options)
         if rows:
-            print(f"written: {_write(options, rows)}")
+            with _turn(options.models, alone=True, what="results"):
+                print(f"written: {_write(options, rows)}")
         return 0 if rows else 1
 
 

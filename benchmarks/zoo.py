@@ -345,7 +345,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model (default: %(default)s)")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave the peers out")
-    parser.add_argument("--rest", action="store_true", help="join what stands around attention too")
+    parser.add_argument(
+        "--no-rest", dest="rest", action="store_false", help="leave what stands around attention as it is"
+    )
     parser.add_argument(
         "--fp16", action="store_true", help="convert each float32 model to float16 as well, and compare"
     )

@@ -1,29 +1,78 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins what stands around attention into onnxruntime's own operators, where asked (Options.rest). Called by
-pipeline.py.
+"""Joins what stands around attention into onnxruntime's own operators (Options.joins_rest). Called by pipeline.py.
 
-onnxscript finds the places; that the shapes of both sides are equal it reads from what declare.py wrote. onnxruntime
-joins much of it by itself, but not the GELU of newer exports, not a residual whose sum is read again (in models that
-normalize first), and no root-mean-square normalizations of newer exports.
+onnxscript's rules find the places; that the shapes of both sides are equal they read from what declare.py wrote. What
+the rules leave to chance is checked here: that sizes are known, weights as long as a row, and types such that
+onnxruntime's operators take them everywhere. onnxruntime joins much of it by itself, but not a residual whose sum is
+read again (in models that normalize first), and no root-mean-square normalizations of newer exports.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from faexport import embeddings
 from faexport.nodes import op, producer
+from faexport.rewrite import Names
+from faexport.understand.shapes.analysis import Analysis
+
+if TYPE_CHECKING:  # slow to import
+    from onnxscript.rewriter import pattern
 
 DOMAIN = "com.microsoft"
-NORMALIZATIONS = ("SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
-JOINED = (*NORMALIZATIONS, "Gelu", "FastGelu", "BiasGelu")
+MISPLACED = "SimplifiedLayerNormalization"  # an operator of onnxruntime that lies in ONNX's own domain
+NORMALIZATIONS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+JOINED = (MISPLACED, *NORMALIZATIONS, "Gelu", "FastGelu", "BiasGelu")
+TENSORS, WEIGHTS = ("x", "input", "skip"), ("bias", "scale", "gamma", "beta")  # as the rules call them
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # bfloat16 and double have no kernels on some providers
 
 
-def join(model: ir.Model) -> str:
-    """Changes the model in place. Returns a note that counts the operators that it has now, or "" where nothing was
-    joined."""
+def join(model: ir.Model, a: Analysis, names: Names) -> dict[str, int]:
+    """Changes the model in place. Returns how many operators of onnxruntime it has now that it had not before."""
+    before = counts(model)
+    embeddings.join(model, a, names)
+    _leave_out_casts(model)
+    turned = list(_put_biases_second(model))
+    for rules in _rules():
+        rules.apply_to_model(model)
+    for node in turned:
+        if node.graph is not None:  # it was of no use
+            _turn(node)
+    made = counts(model) - before
+    if made:
+        model.opset_imports.setdefault(DOMAIN, 1)
+    for node in model.graph.all_nodes():
+        if node.domain == DOMAIN and node.op_type in NORMALIZATIONS:
+            _leave_out_unused(node)
+    return dict(sorted(made.items()))
+
+
+def note(joined: Mapping[str, int]) -> str:
+    """A sentence for the report."""
+    names = ", ".join(f"{number} {name}" for name, number in joined.items())
+    return (
+        f"joined around attention: {names}; these are operators of onnxruntime, and other runtimes don't run the file "
+        "(--target tensorrt, or --no-rest, leaves them out)"
+    )
+
+
+def counts(model: ir.Model) -> collections.Counter[str]:
+    """onnxruntime's operators among those that join() writes, in all graphs of a model."""
+    nodes = model.graph.all_nodes()
+    return collections.Counter(
+        node.op_type
+        for node in nodes
+        if node.op_type in JOINED and (node.domain == DOMAIN or node.op_type == MISPLACED)
+    )
+
+
+def _rules() -> Iterator[pattern.RewriteRuleSet]:
+    """onnxscript's, in the order in which they build on each other."""
+    from onnxscript.rewriter import pattern
     from onnxscript.rewriter.ort_fusions import (  # slow to import
         bias_gelu,
         erfgelu,
@@ -32,31 +81,71 @@ def join(model: ir.Model) -> str:
         skip_normalization,
     )
 
-    before = _counts(model)
-    turned = list(_put_biases_second(model))
-    for joined in (
-        erfgelu.fuse_erfgelu,
-        gelu.fuse_gelu,
-        bias_gelu.fuse_bias_gelu,
-        rms_normalization.fuse_rms_normalization,
-        skip_normalization.fuse_skip_layer_normalization,
-        skip_normalization.fuse_skip_rms_normalization,
-    ):
-        joined(model)
-    for node in turned:
-        if node.graph is not None:  # it was of no use
-            _turn(node)
-    made = _counts(model) - before
-    if not made:
-        return ""
-    model.opset_imports.setdefault(DOMAIN, 1)
-    for node in model.graph.all_nodes():
-        if node.domain == DOMAIN and node.op_type in NORMALIZATIONS:
-            _leave_out_unused(node)
-    counts = ", ".join(f"{number} {name}" for name, number in sorted(made.items()))
-    return (
-        f"joined around attention: {counts}; these are operators of onnxruntime, and other runtimes don't run the file"
+    erf = (erfgelu.erf_gelu_pattern_1, erfgelu.erf_gelu_pattern_2)
+    yield pattern.RewriteRuleSet(
+        [pattern.RewriteRule(one, erfgelu.gelu, lambda context, **bound: _is_sure(bound)) for one in erf]
     )
+    yield pattern.RewriteRuleSet([_sure(gelu.GeluTanhFusion), _sure(gelu.GeluErfFusion)])
+    biased = [_sure(bias_gelu.BiasGeluFusion, f"{contrib}", contrib_op=contrib) for contrib in (False, True)]
+    yield pattern.RewriteRuleSet([turned for rule in biased for turned in rule.commute()])
+    spelt = (rms_normalization.RmsNormFusion, _root_mean_square_of_torchscript(rms_normalization.RmsNormFusion))
+    yield pattern.RewriteRuleSet([_sure(kind, f"{way}", _mul_order=way) for kind in spelt for way in (False, True)])
+    for kind in (skip_normalization.SkipLayerNormFusion, skip_normalization.SkipRmsNormFusion):
+        with_bias = [_sure(kind, f"bias {first}", has_bias=True, bias_pre_add=first) for first in (True, False)]
+        yield pattern.RewriteRuleSet([*with_bias, _sure(kind, "no bias")])
+
+
+def _root_mean_square_of_torchscript(kind: Any) -> Any:
+    """onnxscript's rule for what TorchScript's exporter writes: axes are an attribute up to opset 17, and 1 is divided
+    by the root."""
+    from onnxscript.rewriter import pattern
+
+    class OfTorchScript(kind):
+        def pattern(self, op: Any, x: Any, scale: Any, epsilon: Any, compute_dtype: Any, target_dtype: Any) -> Any:
+            x = pattern.OrValue([op.Cast(x, to=compute_dtype), x])
+            squares = op.Pow(x, 2.0)
+            means = [op.ReduceMean(squares, axes=[-1], keepdims=1), op.ReduceMean(squares, [-1], keepdims=1)]
+            root = op.Sqrt(op.Add(pattern.OrValue(means), epsilon))
+            normalized = op.Mul(x, op.Div(1.0, root))
+            normalized = pattern.OrValue([op.Cast(normalized, to=target_dtype), normalized])
+            scale = pattern.OrValue([op.Cast(scale, to=compute_dtype), scale])
+            return op.Mul(normalized, scale) if self._mul_order else op.Mul(scale, normalized)
+
+    return OfTorchScript
+
+
+def _sure(kind: Any, *arguments: str, **settings: bool) -> pattern.RewriteRule:
+    """A rule of onnxscript with our check after its own."""
+
+    class Sure(kind):
+        def check(self, context: Any, **bound: Any) -> Any:
+            return super().check(context, **bound) and _is_sure(bound)
+
+    make: Callable[..., pattern.RewriteRule] = Sure.rule
+    return make(*arguments, **settings)
+
+
+def _is_sure(bound: Mapping[str, Any]) -> bool:
+    """Of what a rule found: one type; where there are weights or a residual, known sizes that fit each other."""
+    tensors, weights = ([bound[name] for name in names if bound.get(name)] for names in (TENSORS, WEIGHTS))
+    types = {value.dtype for value in (*tensors, *weights)}
+    if len(types) != 1 or not types <= {*FLOATS}:
+        return False
+    if not weights:
+        return True
+    shapes = [list(value.shape or [None]) for value in tensors]
+    known = all(isinstance(size, int) or size.value is not None for shape in shapes[1:] and shapes for size in shape)
+    return known and all(value.shape is not None and list(value.shape) == [shapes[0][-1]] for value in weights)
+
+
+def _leave_out_casts(model: ir.Model) -> None:
+    """To the type that a value has already, as T5's normalizations begin with: the rules look for none there."""
+    for node in list(model.graph):
+        (value,) = node.inputs if op(node) == "Cast" else (None,)
+        if value is None or value.dtype != node.attributes.get_int("to", 0) or node.outputs[0].is_graph_output():
+            continue
+        ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        model.graph.remove(node, safe=True)
 
 
 def _put_biases_second(model: ir.Model) -> Iterator[ir.Node]:
@@ -92,7 +181,3 @@ def _leave_out_unused(node: ir.Node) -> None:
     for value, wanted in zip(node.outputs, used, strict=False):
         if not wanted:
             value.name = ""
-
-
-def _counts(model: ir.Model) -> collections.Counter[str]:
-    return collections.Counter(node.op_type for node in model.graph.all_nodes() if node.op_type in JOINED)

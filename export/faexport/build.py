@@ -37,6 +37,7 @@ Examples:
   faexport run model.plan --inputs in.npz                      print outputs
   faexport run model.plan --inputs in.npz --model model.onnx   compare
 """
+KNOWN_TO_TENSORRT = ("Gelu",)  # of the operators that around.py writes: its parser looks at names alone
 runtime_option = click.option(
     "--runtime",
     type=click.Choice([kind.value for kind in Runtime]),
@@ -151,6 +152,7 @@ def prepared(
     bars.say(f"reading {model.name}")
     loaded = model_io.load(model)
     num_nodes = count_operators(loaded)
+    _refuse_operators_of_onnxruntime(model, loaded)
     with contextlib.ExitStack() as stack:
         if kind is Runtime.TENSORRT_RTX:
             notes = ["TensorRT-RTX takes no plugins: the attention was left as it is"] if fuse else []
@@ -165,7 +167,7 @@ def prepared(
         notes = []
         if fuse and not num_nodes:
             bars.say("fusing")
-            fused, fused_report = pipeline.run(loaded, Options(fallback=False))
+            fused, fused_report = pipeline.run(loaded, Options(target="tensorrt", fallback=False))
             num_nodes = fused_report.num_fused
             notes.append(f"{num_nodes} of {len(fused_report.sites)} attention sites fused; faexport inspect tells more")
             if num_nodes:
@@ -192,6 +194,18 @@ def count_operators(model: ir.Model) -> int:
     from .spec import DOMAIN, OP_TYPE
 
     return sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in all_nodes(model))
+
+
+def _refuse_operators_of_onnxruntime(path: pathlib.Path, model: ir.Model) -> None:
+    """Raises ModelError where a file was written for onnxruntime."""
+    from .around import counts
+
+    if found := {name: number for name, number in counts(model).items() if name not in KNOWN_TO_TENSORRT}:
+        names = ", ".join(f"{number} {name}" for name, number in sorted(found.items()))
+        raise ModelError(
+            f"{path}: was written for onnxruntime: it has {names}, which TensorRT doesn't know; build the model that "
+            "it was made from, or write it again with faexport --target tensorrt"
+        )
 
 
 def _compute_capability(text: str) -> int:

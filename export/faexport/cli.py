@@ -18,7 +18,7 @@ import click
 
 from . import bench, build, deploy, terminal
 from .errors import ModelError, NotVerifiedError
-from .options import VERIFY_TIMEOUT, Options
+from .options import TARGETS, VERIFY_TIMEOUT, Options
 from .options_of_commands import (
     FILE,
     FILE_OR_FOLDER,
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 SUMMARY = """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the
 result.
 
-faexport model.onnx writes model.fa.onnx beside the model. It runs in onnxruntime and TensorRT with the libraries of
-the faplugin package, and without them too (slower) unless --no-fallback is given.
+faexport model.onnx writes model.fa.onnx beside the model, for onnxruntime with the library of the faplugin package; it
+runs without the library too (slower) unless --no-fallback is given. For TensorRT: --target tensorrt, or faexport build.
 
 Exit codes: 0 done, or nothing to fuse; 1 not verified, nothing written; 2 bad input; 3 internal error; 4 with
 --strict: a site is left, or nothing was fused."""
@@ -164,11 +164,18 @@ def app() -> None:
     help="Carry the operator's definition in standard ops, for runtimes without our library.",
 )
 @click.option(
-    "--rest/--no-rest",
-    default=False,
+    "--target",
+    type=click.Choice(TARGETS),
+    metavar="RUNTIME",
+    default=TARGETS[0],
     show_default=True,
+    help="The runtime to write for, onnxruntime or tensorrt.",
+)
+@click.option(
+    "--rest/--no-rest",
+    default=None,
     help="Also join what stands around attention (GELU, residuals with their normalizations) into operators of "
-    "onnxruntime; other runtimes don't run the file then.",
+    "onnxruntime, or not; with --no-rest one file serves both runtimes. Default: joined for onnxruntime.",
 )
 @strict_option
 @quiet_option
@@ -189,7 +196,8 @@ def fuse(
     keep_io_types: bool,
     float32: str | None,
     fallback: bool,
-    rest: bool,
+    target: str,
+    rest: bool | None,
     strict: bool,
     quiet: bool,
 ) -> None:
@@ -201,6 +209,8 @@ def fuse(
         raise click.UsageError("--dtype is of attention alone, --fp16 of the whole model; give one of them")
     if not keep_io_types and not fp16:
         raise click.UsageError("--no-keep-io-types needs --fp16")
+    if rest and target != "onnxruntime":
+        raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
     for path in models:
         if not path.is_dir():
             check_input(path)
@@ -212,6 +222,7 @@ def fuse(
     options = dataclasses.replace(
         _assuming(assume),
         fallback=fallback,
+        target=target,
         rest=rest,
         dtype=types[dtype] if dtype else None,
         float32=float32 or "",
@@ -226,16 +237,16 @@ def fuse(
                 raise ModelError(f"{option} is for one model, and {len(sources)} are given; rewrite them one by one")
         check_report(report_file, sources, "--report")
         todo = [
-            jobs.Job(source, target, options, check, timeout, None, dry_run, report_file)
-            for source, target in zip(sources, many.targets(sources, output), strict=True)
+            jobs.Job(source, place, options, check, timeout, None, dry_run, report_file)
+            for source, place in zip(sources, many.targets(sources, output), strict=True)
         ]
         _fuse_many(todo, as_json, report_file, strict, quiet)
         return
     (model,) = sources
-    target = output or jobs.target_of(model)
-    check_report(report_file, [model], "--report", target)
-    check_report(html_file, [model], "--html", target)
-    job = jobs.Job(model, target, options, check, timeout, inputs, dry_run, report_file)
+    place = output or jobs.target_of(model)
+    check_report(report_file, [model], "--report", place)
+    check_report(html_file, [model], "--html", place)
+    job = jobs.Job(model, place, options, check, timeout, inputs, dry_run, report_file)
     _fuse_one(job, as_json, html_file, strict, quiet)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # slow to import, and the command line reads this file
     import onnx_ir as ir
 
+TARGETS = ("onnxruntime", "tensorrt")
 VERIFY_TIMEOUT = 600.0  # seconds for one run of a model, and for loading it
 
 
@@ -22,8 +23,24 @@ class Options:
     float32: str = ""  # how GPUs multiply float32 attention: "tf32", "tf32x3"; empty: as the runtime is set
     opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
     sources: tuple[str, ...] = ()  # matchers to use; empty: all
-    rest: bool = False  # join what stands around attention into onnxruntime's operators; no other runtime runs the file
+    target: str = "onnxruntime"  # one of TARGETS: the runtime that the file is written for
+    rest: bool | None = (
+        None  # join what stands around attention into onnxruntime's operators; None: where it's the target
+    )
     fp16: bool = False  # the whole model in float16; a run from file to file only, since it takes measuring
     keep_io_types: bool = True  # with fp16: inputs and outputs of the model stay float32
     assume_full_rows: bool = False  # each query attends a key, or what it yields is never used
     assume_zeros_and_ones: bool = False  # masks made of numbers hold 0 and 1: the comparison draws nothing else
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ValueError(f"target is '{self.target}'; expected {' or '.join(TARGETS)}")
+        if self.rest and self.target != "onnxruntime":
+            raise ValueError(
+                f"rest writes operators of onnxruntime, which {self.target} doesn't run; leave one of them out"
+            )
+
+    @property
+    def joins_rest(self) -> bool:
+        """Are operators of onnxruntime written for what stands around attention?"""
+        return self.target == "onnxruntime" if self.rest is None else self.rest

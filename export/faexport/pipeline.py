@@ -3,7 +3,7 @@
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> projections -> the stand-in
-function -> shapes that are proven -> GELU as onnxruntime knows it -> what stands around, where asked.
+function -> shapes that are proven -> GELU as onnxruntime knows it -> what stands around, for onnxruntime.
 """
 
 from __future__ import annotations
@@ -61,9 +61,11 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     notes = [f"the file runs with our library only: {missing}"] if missing else []
     if fused and (moved := put_half_last(model, masks.analysis, names)):
         notes.append(moved)
-    if fused and options.rest and (joined := around.join(model)):
-        notes.append(joined)
+    joined = around.join(model, masks.analysis, names) if fused and options.joins_rest else {}
+    if joined:
+        notes.append(around.note(joined))
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
+    report.joined = joined
     in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float")
     if not options.fp16 and any(map(has_kernel, in_float32)):
         report.notes.append(float32_note(options.float32))

@@ -206,6 +206,7 @@ class Report:
     nodes_before: dict[str, int] = dataclasses.field(default_factory=dict)
     nodes_after: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)  # sentences about the model as a whole
+    joined: dict[str, int] = dataclasses.field(default_factory=dict)  # operators of onnxruntime made around attention
     defects: list[str] = dataclasses.field(default_factory=list)  # failures of our analysis, of single nodes
     model: str | None = None  # path read
     output: str | None = None  # path written

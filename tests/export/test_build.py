@@ -36,6 +36,11 @@ core (float[B, 2, S, 16] q, float[B, 2, 16, S] k, float[B, 2, S, 16] v) => (floa
 ATTENTION_SHAPES = [
     part for option in ("--min", "--opt", "--max") for part in (option, "q:1x2x8x16,k:1x2x16x8,v:1x2x8x16")
 ]
+FOR_ONNXRUNTIME = """
+<ir_version: 9, opset_import: ["": 17, "com.microsoft": 1]>
+core (float[B, S, 16] x, float[16] w) => (float[B, S, 16] z) {
+  y = com.microsoft.BiasGelu(x, w)  z = com.microsoft.SkipLayerNormalization(y, x, w) }
+"""
 UNSUPPORTED = """
 <ir_version: 9, opset_import: ["": 17, "mine": 1]>
 odd (float[2, 4] x) => (float[2, 4] z) { [first_strange] y = mine.Strange(x)  [second_strange] z = mine.Stranger(y) }
@@ -93,6 +98,14 @@ def test_a_fused_model_without_its_stand_in_is_refused_up_front(tmp_path):
         done, "no stand-in of standard operators for 1 of its 1 FlashAttention nodes", "the model that it was made from"
     )
     assert not path.with_suffix(".plan").exists()
+
+
+def test_a_model_written_for_onnxruntime_is_refused_up_front(tmp_path):
+    path = tmp_path / "model.fa.onnx"
+    onnx.save(onnx.parser.parse_model(FOR_ONNXRUNTIME), path)
+    done = run_cli("build", path)
+    assert_refused(done, "1 BiasGelu, 1 SkipLayerNormalization", "that it was made from", "--target tensorrt")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_without_any_tensorrt(tmp_path):

@@ -227,7 +227,16 @@ def test_a_misspelt_command_is_told_from_a_missing_model(model: pathlib.Path) ->
     assert_bad_input(faexport(model.with_name("modle.onnx")), "no such file")
 
 
-@pytest.mark.parametrize("arguments", [("--no-such-option", "x.onnx"), ("x.onnx", "--dtype", "fp8"), ("inspect",)])
+WRONG = (
+    "--no-such-option x.onnx",
+    "x.onnx --dtype fp8",
+    "inspect",
+    "x.onnx --target tensorrt --rest",
+    "x.onnx --target qnn",
+)
+
+
+@pytest.mark.parametrize("arguments", [tuple(text.split()) for text in WRONG])
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     done = faexport(*arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr

@@ -195,8 +195,8 @@ def test_onnxruntime_computes_the_weights_when_it_loads_the_file(tmp_path: pathl
 
 
 def optimized_counts(model: onnx.ModelProto, folder: pathlib.Path) -> collections.Counter[str]:
-    """Operators of the fused model as onnxruntime's CPU provider runs it."""
-    fused, _ = faexport.fuse(model, options=pipeline.Options(fallback=False))
+    """Operators of the fused model, with none of onnxruntime's, as onnxruntime's CPU provider runs it."""
+    fused, _ = faexport.fuse(model, options=pipeline.Options(rest=False, fallback=False))
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     faplugin.register(options)
@@ -264,6 +264,11 @@ def normalized_first(norm: str) -> onnx.ModelProto:
         helper.make_node("Mul", ["sum", "inverse"], ["of_size_one"]),
         helper.make_node("Mul", ["gamma", "of_size_one"], ["normalized"]),
     ]
+    if norm.endswith("TorchScript"):  # which casts first, to the type that is there
+        graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "one"))
+        root_mean_square[4] = helper.make_node("Div", ["one", "size"], ["inverse"])
+        root_mean_square[5].input[0] = root_mean_square[0].input[0] = "cast"
+        root_mean_square.insert(0, helper.make_node("Cast", ["sum"], ["cast"], to=TensorProto.FLOAT))
     graph.node.extend(
         [
             helper.make_node("MatMul", ["context", "output_weight"], ["projected"]),
@@ -276,7 +281,11 @@ def normalized_first(norm: str) -> onnx.ModelProto:
     return model
 
 
-JOINED = {"layer": "SkipLayerNormalization", "root mean square": "SkipSimplifiedLayerNormalization"}
+JOINED = {
+    "layer": "SkipLayerNormalization",
+    "root mean square": "SkipSimplifiedLayerNormalization",
+    "root mean square by TorchScript": "SkipSimplifiedLayerNormalization",
+}
 
 
 @pytest.mark.parametrize("norm", JOINED)
@@ -354,10 +363,10 @@ def test_gelu_is_joined_with_its_bias(spelling: str, bias_first: bool, tmp_path:
 
 @pytest.mark.parametrize("spelling", GELU)
 def test_gelu_is_left_as_onnxruntime_recognizes_it(spelling: str, tmp_path: pathlib.Path) -> None:
-    """By default, in ONNX's own operators."""
+    """In ONNX's own operators, which TensorRT runs too."""
     source, target, optimized = (tmp_path / name for name in ("model.onnx", "fused.onnx", "optimized.onnx"))
     onnx.save(with_gelu(spelling), source)
-    result, found = faexport.fuse(source)
+    result, found = faexport.fuse(source, options=pipeline.Options(target="tensorrt"))
     model_io.save(result, target, source=source)
     made = onnx.load(target)
     assert [node.op_type for node in made.graph.node][-5:] == ["Div", "Erf", "Add", "Mul", "Mul"]
@@ -386,6 +395,59 @@ def test_only_a_gelu_in_float32_is_turned() -> None:
             half.CopyFrom(numpy_helper.from_array(value, "half"))
         _, found = faexport.fuse(model)
         assert found.num_fused == 1 and not any("GELU" in note for note in found.notes), change
+
+
+def not_sure(change: str) -> onnx.ModelProto:
+    """Models that come near to what is joined, and differ from it."""
+    if change in ("bias of one number", "double"):
+        model = with_gelu("TorchScript")
+        sizes = {"bias": (1,)}
+    else:
+        model = normalized_first("layer" if change == "sizes unknown" else "root mean square")
+        sizes = {"gamma": ()}
+    graph = model.graph
+    if change == "sizes unknown":
+        graph.input.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, [None, None, E]))
+        next(node for node in graph.node if list(node.output) == ["sum"]).input[0] = "other"
+    elif change == "double":
+        for node in graph.node:
+            node.input[:] = ["context_wide" if name == "context" else name for name in node.input]
+        wide = helper.make_node("Cast", ["context"], ["context_wide"], to=TensorProto.DOUBLE)
+        graph.node.insert(next(i for i, node in enumerate(graph.node) if "context_wide" in node.input), wide)
+        graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+        for tensor in graph.initializer:
+            if tensor.name in ("weight", "bias", "root", "one", "half"):
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+    else:
+        for tensor in graph.initializer:
+            if tensor.name in sizes:
+                tensor.CopyFrom(numpy_helper.from_array(np.full(sizes[tensor.name], 0.5, np.float32), tensor.name))
+    return model
+
+
+@pytest.mark.parametrize("change", ["bias of one number", "double", "sizes unknown", "weight of one number"])
+def test_what_may_not_fit_is_not_joined(change: str, tmp_path: pathlib.Path) -> None:
+    """onnxruntime's operators take weights of a whole row, residuals of equal sizes, and float32 or float16."""
+    source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(not_sure(change), source)
+    result, found = faexport.fuse(source)
+    model_io.save(result, target, source=source)
+    assert found.num_fused == 1
+    assert not {"BiasGelu", *JOINED.values(), "SimplifiedLayerNormalization"} & found.joined.keys()
+    if change == "double":  # onnxruntime's CPU provider has no Erf of such numbers
+        return
+    checked = verify.verify(source, target, open_session=ort_session.SessionHere)
+    assert checked.status == "passed", checked.reason
+
+
+def test_a_target_decides_what_is_joined() -> None:
+    for options, wanted in (({}, 1), ({"target": "tensorrt"}, 0), ({"rest": False}, 0), ({"rest": True}, 1)):
+        result, found = faexport.fuse(with_gelu("TorchScript"), options=pipeline.Options(**options))
+        assert found.joined == ({"BiasGelu": 1} if wanted else {})
+        assert counts(result)["BiasGelu"] == wanted
+    for options, word in (({"target": "tensorrt", "rest": True}, "tensorrt"), ({"target": "openvino"}, "expected")):
+        with pytest.raises(ValueError, match=word):
+            pipeline.Options(**options)
 
 
 def test_a_bias_in_front_of_the_residual_is_joined(tmp_path: pathlib.Path) -> None:

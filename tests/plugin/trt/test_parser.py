@@ -85,7 +85,7 @@ def check_rows(rows: list[dict], num_nodes: int) -> None:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The demo's model, rewritten."""
     path = tmp_path_factory.mktemp("demo") / "demo.fa.onnx"
-    fused, report = pipeline.run(model_io.load(packages.demo_model()))
+    fused, report = pipeline.run(model_io.load(packages.demo_model()), pipeline.Options(target="tensorrt"))
     assert report.num_fused == 12
     model_io.save(fused, path)
     return path

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model files without their weights: a graph of some kilobytes, which says of each weight how it is made again.
+
+The weights of a PyTorch module are drawn by NumPy, seeded by their names (fill). So whatever a tool stores of them (as
+they are, transposed, in float16, several side by side) is recognized, and left out of the file (Known.strip); another
+machine, without PyTorch, draws them again (Weights.restored). Files made on one machine are so timed on another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import threading
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST = 1e-6  # magnitude; converters to float16 treat smaller ones each in its own way
+SMALL = 1024  # elements; smaller tensors stay in the file
+LARGEST_KEPT = 1 << 18  # elements of a tensor that nobody knows, e.g. a table of positions
+FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16}
+KEY = "weights"  # of a tensor's external data: a list of [name, transposed], which stand side by side
+
+
+def fill(module: torch.nn.Module) -> dict[str, dict]:
+    """Draws each large weight again, with the mean and the deviation that it has. Returns how, by name."""
+    import torch
+
+    recipes = {}
+    with torch.no_grad():
+        for name, tensor in _tensors(module):
+            array = tensor.numpy()
+            recipes[name] = {"shape": list(array.shape), "mean": float(array.mean()), "deviation": float(array.std())}
+            tensor.copy_(torch.from_numpy(_drawn(name, recipes[name])))
+    return recipes
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, tensor) for name, tensor in module.named_parameters() if tensor.numel() >= SMALL)
+
+
+def _drawn(name: str, recipe: dict) -> np.ndarray:
+    numbers = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(recipe["shape"], np.float32)
+    numbers = numbers * np.float32(recipe["deviation"]) + np.float32(recipe["mean"])
+    numbers[np.abs(numbers) < SMALLEST] = 0
+    return numbers
+
+
+class Known:
+    """The weights of a filled module, to recognize them in files."""
+
+    def __init__(self, module: torch.nn.Module, recipes: dict[str, dict]):
+        self.recipes = recipes
+        self._found: dict[bytes, tuple[str, bool]] = {}
+        for name, tensor in _tensors(module):
+            array = tensor.detach().numpy()
+            for dtype, turned in itertools.product(FLOATS.values(), (False, True)):
+                key = _digest((array.T if turned else array).astype(dtype))
+                self._found.setdefault(key, (name, turned))
+
+    def write(self, path: pathlib.Path) -> None:
+        path.write_text(json.dumps(self.recipes))
+
+    def strip(self, source: pathlib.Path, target: pathlib.Path) -> None:
+        """Writes a model file without its weights. Raises ValueError where a large tensor is not known."""
+        model = onnx.load(source)
+        for tensor in model.graph.initializer:
+            if np.prod(tensor.dims) < SMALL:
+                continue
+            found = self._parts(numpy_helper.to_array(tensor)) if tensor.data_type in FLOATS else None
+            if found is not None:
+                _leave_out(tensor, found)
+            elif np.prod(tensor.dims) > LARGEST_KEPT:
+                raise ValueError(f"{source.name}: where {tensor.name} {list(tensor.dims)} comes from is not known")
+        onnx.save(model, target)
+
+    def _parts(self, array: np.ndarray) -> list[tuple[str, bool]] | None:
+        """One weight, or equal parts of the last axis."""
+        for count in (1, 3, 2):
+            if array.shape[-1] % count == 0:
+                found = [self._found.get(_digest(part)) for part in np.split(array, count, axis=-1)]
+                if None not in found:
+                    return found
+        return None
+
+
+def _digest(array: np.ndarray) -> bytes:
+    shape = [size for size in array.shape if size > 1]
+    return hashlib.blake2b(f"{array.dtype}{shape}".encode() + array.tobytes(), digest_size=16).digest()
+
+
+def _leave_out(tensor: onnx.TensorProto, parts: list[tuple[str, bool]]) -> None:
+    for field in ("raw_data", "float_data", "int32_data"):
+        tensor.ClearField(field)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=KEY)
+    tensor.external_data.add(key=KEY, value=json.dumps(parts))
+
+
+class Weights:
+    """The weights that a file of recipes tells how to draw; each is drawn once."""
+
+    def __init__(self, path: pathlib.Path):
+        self._recipes = json.loads(path.read_text())
+        self._drawn: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def _weight(self, name: str) -> np.ndarray:
+        with self._lock:
+            if name not in self._drawn:
+                self._drawn[name] = _drawn(name, self._recipes[name])
+            return self._drawn[name]
+
+    def restored(self, path: os.PathLike[str]) -> bytes:
+        """The whole model of a skeleton, as bytes."""
+        model = onnx.load(path, load_external_data=False)
+        for tensor in model.graph.initializer:
+            said = {entry.key: entry.value for entry in tensor.external_data}
+            if KEY not in said:
+                continue
+            parts = [self._weight(name).T if turned else self._weight(name) for name, turned in json.loads(said[KEY])]
+            whole = (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)).astype(FLOATS[tensor.data_type])
+            tensor.ClearField("external_data")
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.raw_data = whole.tobytes()
+        return model.SerializeToString()
