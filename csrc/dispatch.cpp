@@ -84,7 +84,7 @@ bool plan_with(const Kernel& kernel, const StepParams& params, const Device& dev
   const bool has_columns = problem.query.shape[1] > 0 && problem.query.shape[3] > 0 && problem.out.shape[3] > 0;
   if (has_columns && !kernel.plan(problem, plan, why_not)) return false;  // else launch() doesn't call the kernel
   plan->kernel = &kernel;
-  plan->fills_means = fills_means(problem, device);
+  plan->fills_means = !plan->writes_means && fills_means(problem, device);
   plan->lse_bytes = lse_bytes(problem, plan->fills_means);
   plan->step_bytes = step.bytes();
   if (plan->lse_bytes > 0) plan->workspace_bytes = align(plan->workspace_bytes) + plan->lse_bytes;
@@ -240,7 +240,7 @@ size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
       const size_t own = kernel.max_workspace_bytes(problem, device);
       bytes = std::max(bytes, align(own) + lse_bytes(problem, fills_means(problem, device)) + step.bytes());
     } else if (plan_with(kernel, largest, device, &plan, nullptr)) {
-      bytes = std::max(bytes, plan.workspace_bytes);
+      bytes = std::max(bytes, align(plan.workspace_bytes) + lse_bytes(problem, plan.writes_means));  // smaller ones may differ
     }
   }
   return bytes;

@@ -65,6 +65,7 @@ MASKS: dict[str, dict] = {
     "packed_window": {"packed": True, "window_left": 30, "window_right": 2, "alibi": "H", "sinks": True},
     "everything": {"softcap": 20.0, "bias": "1HQK", "mask": "B11K", "alibi": "BH", "sinks": True, "is_causal": True,
                    "window_left": 60, "kv_lengths": True, "query_lengths": True, "alignment": "bottom_right"},
+    "mean_padding": {"mask": "B11K", "empty": True, "empty_row": "mean"},
 }  # fmt: skip
 
 

@@ -103,6 +103,20 @@ def test_mask_in_wide_rows(case: cases.Case, expected) -> None:
     check(case.problem(), expected(case))
 
 
+def hidden_entries() -> list[cases.Case]:
+    """Whole batch entries without a key to see, whose rows become the mean of their values."""
+    options = {"mask": "B11K", "empty": True, "empty_row": "mean"}
+    return [
+        cases.Case(("float16", "bfloat16")[i % 2], 4, 11, (11, 1)[i // 2 % 2], *shape, **options)
+        for i, shape in enumerate((*ALIGNED, *MANY_ROWS))
+    ]
+
+
+@pytest.mark.parametrize("case", hidden_entries(), ids=str)
+def test_means_of_hidden_entries(case: cases.Case, expected) -> None:
+    check(case.problem(), expected(case))
+
+
 TYPES = ((torch.float16, ""), (torch.float32, "tf32"), (torch.float32, "tf32x3"))
 HEADS = [(dim, *kind) for dim in (32, 64, 96, 128, 192, 256, 512) for kind in TYPES[: 3 if dim <= 256 else 1]]
 

@@ -341,11 +341,16 @@ struct Consumer {
     }
   }
 
+  /// Do the thread's two rows attend no key, and are they to become the mean of the values? Sequences' rows are alike then.
+  __device__ __forceinline__ bool awaits_mean(const Tile& tile, int row) const {
+    return args.problem.empty_row == EmptyRow::kMean && rows.sum[0] == 0.0f && is_row<C>(row, tile.query_length);
+  }
+
   /// Normalises the tile's rows and sees to it that they leave.
   __device__ __forceinline__ void end_tile(const Tile& tile, int slot) {
     const int row = tile.first_row + first_row_in_tile();
     finish_rows<C>(args, tile, row, rows, o);
-    if (args.spoilt != nullptr) shared.spoilt.mark(has_spoilt_row(o, rows.sum), slot);
+    if (args.spoilt != nullptr) shared.spoilt.mark(has_spoilt_row(o, rows.sum) || awaits_mean(tile, row), slot);
     if constexpr (C::kOwnOutput) {
       store_by_panels<C>(args, tile, warpgroup, o, shared.out[warpgroup]);
     } else {

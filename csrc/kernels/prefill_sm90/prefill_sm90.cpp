@@ -120,6 +120,15 @@ size_t workspace_bytes(const AttentionParams& p) {
   return kCounterBytes + static_cast<size_t>(tiles) * sizeof(SpoiltTile);
 }
 
+/// Does the kernel write the means of rows that attend no key? Where a mask for each batch entry alone decides which keys its
+/// rows see; elsewhere such rows may be many, and a second kernel computes the mean of a head once for all of them.
+bool writes_means(const AttentionParams& p) {
+  const bool rows_alike = p.mask.present && (p.mask.shape[2] == 1 || p.mask.stride[2] == 0);
+  const bool nothing_else = !p.bias.present && !p.kv_lengths.present && !p.query_lengths.present && !p.cu_seqlens_q.present &&
+                            p.window_left < 0 && p.window_right < 0;
+  return p.empty_row == EmptyRow::kMean && rows_alike && nothing_else;
+}
+
 bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(size_of(p.query.dtype) != 2,
                std::string("takes float16 and bfloat16 only, the tensors are ") + name_of(p.query.dtype));
@@ -128,6 +137,7 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(bucket_size(p)) + " is above 256");
   plan->instance = static_cast<int>(instance - kInstances);
   plan->workspace_bytes = workspace_bytes(p);
+  plan->writes_means = writes_means(p);
   return true;
 }
 
