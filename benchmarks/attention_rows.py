@@ -43,7 +43,7 @@ class Row:
         length = f"s{self.seqlen}" + (f"x{self.seqlen_kv}" if self.seqlen_kv else "")
         words = [f"b{self.batch_size}", heads, length, f"d{self.head_dim}"]
         words += ["causal"] * self.is_causal + ([f"window{self.window}"] if self.window >= 0 else []) + [self.mask]
-        words += ["float32"] * (self.dtype == "float32")
+        words += ["float32"] * (self.dtype == "float32") + ["float8"] * (self.dtype == "float8_e4m3fn")
         return " ".join(filter(None, words))
 
     @property
@@ -77,6 +77,7 @@ class Tensors:
     packed_value: torch.Tensor | None = None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_kv: torch.Tensor | None = None
+    in_bfloat16: Tensors | None = None  # the same numbers, of float8 tensors
 
 
 def _uniform_lengths(count: int, longest: int) -> torch.Tensor:
@@ -88,9 +89,10 @@ def _uniform_lengths(count: int, longest: int) -> torch.Tensor:
 
 def draw(row: Row) -> Tensors:
     dtype = getattr(torch, row.dtype)
+    is_float8 = dtype == torch.float8_e4m3fn
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device="cuda", dtype=dtype)
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16 if is_float8 else dtype).to(dtype)
 
     b, s, h, d = row.batch_size, row.seqlen, row.num_heads, row.head_dim
     tensors = Tensors(
@@ -99,6 +101,10 @@ def draw(row: Row) -> Tensors:
         normal(b, row.kv_len, row.kv_heads, d),
         normal(b, s, h, d),
     )
+    if is_float8:
+        tensors.out = tensors.out.bfloat16()
+        wide = (t.bfloat16() for t in (tensors.query, tensors.key, tensors.value))
+        tensors.in_bfloat16 = Tensors(*wide, torch.empty_like(tensors.out))
     if row.mask in ("lengths", "mask"):
         tensors.lengths = _uniform_lengths(b, row.kv_len)
         keys = torch.arange(row.kv_len, device="cuda")
@@ -149,6 +155,10 @@ def _plain(head_dims: tuple[int, ...]) -> list[Row]:
         _tokens(s, num_heads=2048 // d, head_dim=d, is_causal=c)
         for d, c, s in itertools.product(head_dims, (False, True), LENGTHS)
     ]
+
+
+def _float8() -> list[Row]:
+    return [dataclasses.replace(row, dtype="float8_e4m3fn") for row in _plain((64, 128, 256)) if row.seqlen >= 1024]
 
 
 def _in_ort() -> list[Row]:
@@ -219,6 +229,7 @@ SUITES: dict[str, list[Row]] = {
     "ort": _in_ort(),  # inside onnxruntime
     "short": _short(),
     "wide": _wide(),
+    "fp8": _float8(),
     "float32": _float32(in_ort=False),
     "float32_ort": _float32(in_ort=True),
 }

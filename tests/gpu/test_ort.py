@@ -44,6 +44,10 @@ def is_too_wide(case: cases.Case) -> bool:
     return case.dtype == "float32" and max(case.head_dim, case.dim_v) > 256
 
 
+def takes_float8(case: cases.Case) -> bool:
+    return torch.cuda.get_device_capability() == (9, 0) and cases.fits_float8_kernel(case)
+
+
 @pytest.mark.parametrize("case", cases.quick(), ids=str)
 def test_case(case: cases.Case) -> None:
     problem = case.problem()
@@ -51,7 +55,12 @@ def test_case(case: cases.Case) -> None:
         with pytest.raises(Exception, match=r"head_dim \d+ is above 256"):
             nodes.run(problem, [(CUDA, {"use_tf32": "0"})])
         return
-    tolerances.check(nodes.run(problem, [(CUDA, {"use_tf32": "0"})]), problem)
+    if case.dtype == "float8" and not takes_float8(case):
+        with pytest.raises(Exception, match="takes float8_e4m3fn only|must be multiples of 16|the tensors are float8"):
+            nodes.run(problem, [(CUDA, {})])
+        return
+    expected = tolerances.expectation(problem, float8_weights=True)
+    tolerances.check(nodes.run(problem, [(CUDA, {"use_tf32": "0"})]), expected)
 
 
 @pytest.mark.parametrize("use_tf32", ("", "0", "1"))

@@ -34,6 +34,7 @@ struct WgmmaF8;
   }
 
 FA_WGMMA_F8(64, 32, 32, 33, 34, 35, 36, 37);
+FA_WGMMA_F8(96, 48, 48, 49, 50, 51, 52, 53);
 FA_WGMMA_F8(128, 64, 64, 65, 66, 67, 68, 69);
 
 #undef FA_WGMMA_F8

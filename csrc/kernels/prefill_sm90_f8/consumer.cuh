@@ -77,8 +77,10 @@ struct Consumer {
     Multiply::start_scores(s, queries(), shared.key[k.stage]);
   }
 
+  /// Waits for the scores, and not for kPending later products.
+  template <int kPending>
   __device__ __forceinline__ void finish_scores() {
-    wgmma_wait<0>();
+    wgmma_wait<kPending>();
     wgmma_pin(s);
     release(shared.key_empty[k.stage]);
     k.advance();
@@ -92,13 +94,13 @@ struct Consumer {
     Multiply::start_sum(target, weights, shared.value[v.stage], part);
   }
 
-  /// Adds a sum whose product is done but for kPending later ones.
-  template <int kPending, int kCount>
+  /// Waits for a sum, and not for kPending later products, and adds it to the output.
+  template <int kPending = 0, int kCount>
   __device__ __forceinline__ void finish_sum(float (&target)[kCount], int part) {
     wgmma_wait<kPending>();
     wgmma_pin(target);
     wgmma_pin(weights);
-    Multiply::add_sum(o, target, part);
+    Multiply::add_sum(o, target, rows.factor, part);
   }
 
   __device__ __forceinline__ void release_value() {
@@ -108,49 +110,75 @@ struct Consumer {
 
   /// out += P V; on return it is there.
   __device__ __forceinline__ void add_values() {
+    rows.factor[0] = rows.factor[1] = 1.0f;
 #pragma unroll
     for (int part = 0; part < C::kSums; ++part) {
       if constexpr (C::kSharesRegisters) {
         start_sum(s, part);
-        finish_sum<0>(s, part);
+        finish_sum(s, part);
       } else {
         start_sum(sum, part);
-        finish_sum<0>(sum, part);
+        finish_sum(sum, part);
       }
     }
     release_value();
   }
 
-  /// out += P V and the next scores; on return both are there.
+  /// Issues out += P V and the next scores; on return the scores are there.
   __device__ __forceinline__ void multiply() {
-    shared.value_full[v.stage].wait(v.phase);
     shared.key_full[k.stage].wait(k.phase);
+    shared.value_full[v.stage].wait(v.phase);
     take_turn();
     if constexpr (C::kSharesRegisters) {
       add_values();
       start_scores();
       pass_turn();
+      finish_scores<0>();
+    } else if constexpr (C::kOverlaps) {
+      start_scores();
+      start_sum(sum, 0);
+      pass_turn();
+      finish_scores<1>();
     } else {
+      rows.factor[0] = rows.factor[1] = 1.0f;
       start_sum(sum, 0);
       start_scores();
       pass_turn();
       finish_sum<1>(sum, 0);
       release_value();
+      finish_scores<0>();
     }
-    finish_scores();
   }
 
-  /// From raw products to weights, and the output so far to a new reference.
+  /// Where kPending, the sum that multiply() has issued joins the output.
+  template <bool kPending>
+  __device__ __forceinline__ void finish_values() {
+    if constexpr (kPending && C::kOverlaps) {
+      finish_sum(sum, 0);
+      release_value();
+    }
+  }
+
+  /// From raw products to weights; the output comes to a new reference.
+  template <bool kPending>
   __device__ __forceinline__ void take_weights(const Tile& tile, int block) {
     const AttentionParams& p = args.problem;
     const bool masked = block >= view.full_end || block < view.full_begin;
     if (natural) {
+      rows.factor[0] = rows.factor[1] = 1.0f;
+      finish_values<kPending>();  // for its registers
       const int first_key = block * C::kTileN + threadIdx.x % 4 * 2;
       prefill_sm90::modify_scores<C>(s, p, scale, tile, nullptr, first_row_in_tile(), first_key);
     }
     if (masked) prefill_sm90::hide_keys<C>(s, p, tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
-    const bool rescale = natural ? softmax_step<true>(s, rows, kLog2E) : softmax_step<false>(s, rows, scale * kLog2E);
-    if (rescale) prefill_sm90::rescale_rows(o, rows.factor);
+    const float unit = natural ? kLog2E : scale * kLog2E;
+    if (raise_references(s, rows, unit)) prefill_sm90::rescale_rows(o, rows.factor);
+    if (natural) {
+      prefill_sm90_f8::take_weights<true>(s, rows, unit);
+    } else {
+      prefill_sm90_f8::take_weights<false>(s, rows, unit);
+      finish_values<kPending>();
+    }
     Multiply::pack_weights(weights, s);
   }
 
@@ -158,11 +186,11 @@ struct Consumer {
   __device__ __forceinline__ void run_blocks(const Tile& tile) {
     shared.key_full[k.stage].wait(k.phase);
     start_scores();
-    finish_scores();
-    take_weights(tile, view.block_end - 1);
+    finish_scores<0>();
+    take_weights<false>(tile, view.block_end - 1);
     for (int block = view.block_end - 2; block >= view.block_begin; --block) {
       multiply();
-      take_weights(tile, block);
+      take_weights<true>(tile, block);
     }
     shared.value_full[v.stage].wait(v.phase);
     add_values();

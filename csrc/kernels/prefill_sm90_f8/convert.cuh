@@ -40,7 +40,7 @@ struct ValueBlock {
 /// This warp's share of a tile of values, of whose keys the first `used` are in use.
 template <class C>
 __device__ __forceinline__ void transpose_values(const uint8_t* raw, uint8_t* value, int converter, int used) {
-  constexpr int kKeyGroups = C::kTileN / 32, kAtOnce = 4;
+  constexpr int kKeyGroups = C::kTileN / 32;
   const int lane = threadIdx.x % 32, i = lane % 8;
   // Reading, the lane names row lane % 8 of matrix lane / 8, which has keys 8 (lane / 8) …; writing, row i of its matrix.
   const uint32_t from = shared_address(raw) + lane * 128;
@@ -50,8 +50,7 @@ __device__ __forceinline__ void transpose_values(const uint8_t* raw, uint8_t* va
 #pragma unroll 1
   for (int chunk = converter; chunk < C::kHeadDim / 16; chunk += C::kConverters) {
     const uint32_t panel = from + chunk / 8 * (C::kTileN * 128), column = ((chunk % 8) ^ i) << 4;
-    ValueBlock block[kAtOnce];
-    static_assert(kAtOnce == kKeyGroups);
+    ValueBlock block[kKeyGroups];
 #pragma unroll
     for (int group = 0; group < kKeyGroups; ++group) {
       ldmatrix_x4_transposed(block[group].keys, panel + group * (32 * 128) + column);

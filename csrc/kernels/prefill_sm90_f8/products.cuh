@@ -36,9 +36,10 @@ struct Products {
     wgmma_commit();
   }
 
-  static __device__ __forceinline__ void add_sum(float (&out)[kOut], const float (&sum)[kSum], int part) {
+  /// out += factor * sum
+  static __device__ __forceinline__ void add_sum(float (&out)[kOut], const float (&sum)[kSum], const float (&factor)[2], int part) {
 #pragma unroll
-    for (int i = 0; i < kSum; ++i) out[part * kSum + i] += sum[i];
+    for (int i = 0; i < kSum; ++i) out[part * kSum + i] = fmaf(sum[i], factor[(i >> 1) & 1], out[part * kSum + i]);
   }
 
   /// Weights as A operand: of each 32 keys the thread has pairs of four groups of eight, of which two make four neighbours

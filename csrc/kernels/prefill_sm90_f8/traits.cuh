@@ -28,13 +28,16 @@ struct Traits {
   static constexpr int kTileN = kShape.tile_n;            // keys
   static constexpr int kPanels = (kHeadDim + 127) / 128;  // of 128 columns, 128 bytes: the widest rows that the swizzle takes
   static constexpr bool kRowsBelowZero = kTileM > 64;     // a sequence's first tile may begin before its row 0
-  static_assert(kTileN == 128 && kHeadDim % 64 == 0, "A row of transposed values has the keys of one tile, 128 bytes.");
+  static_assert(kTileN % 32 == 0 && kTileN <= 128 && kHeadDim % 64 == 0, "A row of transposed values has the keys of one tile.");
 
   // Sums. A product with the values of one tile has a sum of its own, of so many columns at a time, and is added to the output
   // by the FP32 unit.
   static constexpr int kSumColumns = kHeadDim < 128 ? kHeadDim : 128;
   static constexpr int kSums = kHeadDim / kSumColumns;
   static constexpr bool kSharesRegisters = kSums > 1;  // scores and such a sum stand in the same registers, one after the other
+
+  static constexpr bool kOverlaps = kShape.overlaps;
+  static_assert(!kOverlaps || !kSharesRegisters);
 
   // Buffers in shared memory.
   static constexpr int kKeyStages = kShape.key_stages, kRawStages = kShape.raw_stages, kValueStages = kShape.value_stages;
@@ -52,8 +55,8 @@ struct Traits {
 
   // Registers of a thread.
   static constexpr int kEntryRegisters = prefill_sm90::registers_at_entry(kThreads, 1);
-  static constexpr int kProducerRegisters = kSharesRegisters ? 40 : 56;
-  static constexpr int kConsumerRegisters = kSharesRegisters ? 232 : 224;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (1 + kWarpgroups) * kEntryRegisters,
                 "setmaxnreg hands registers from one warpgroup to another; consumers can't get more than producers give.");
 };
