@@ -37,7 +37,8 @@ struct Products {
   }
 
   /// out += factor * sum
-  static __device__ __forceinline__ void add_sum(float (&out)[kOut], const float (&sum)[kSum], const float (&factor)[2], int part) {
+  static __device__ __forceinline__ void add_sum(float (&out)[kOut], const float (&sum)[kSum], const float (&factor)[2],
+                                                 int part) {
 #pragma unroll
     for (int i = 0; i < kSum; ++i) out[part * kSum + i] = fmaf(sum[i], factor[(i >> 1) & 1], out[part * kSum + i]);
   }
