@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from faexport import embeddings
-from faexport.nodes import op, producer
+from faexport.nodes import attribute, op, operand, producer
 from faexport.rewrite import Names
 from faexport.understand.shapes.analysis import Analysis
 
@@ -141,8 +141,8 @@ def _is_sure(bound: Mapping[str, Any]) -> bool:
 def _leave_out_casts(model: ir.Model) -> None:
     """To the type that a value has already, as T5's normalizations begin with: the rules look for none there."""
     for node in list(model.graph):
-        (value,) = node.inputs if op(node) == "Cast" else (None,)
-        if value is None or value.dtype != node.attributes.get_int("to", 0) or node.outputs[0].is_graph_output():
+        value = operand(node, 0) if op(node) == "Cast" else None
+        if value is None or value.dtype != attribute(node, "to") or node.outputs[0].is_graph_output():
             continue
         ir.convenience.replace_all_uses_with(node.outputs[0], value)
         model.graph.remove(node, safe=True)
