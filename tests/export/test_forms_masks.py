@@ -86,6 +86,11 @@ RIGHT = {
         f"""{PRODUCT} {LOW} {WEAK} a = Add(s, w) {TRIANGLE} x = Add(a, causal) {END}""",
         facts=frozenset({"in a row that sees no key scores are rounded to steps of 0.00098 beside -10000, as before"}),
     ),
+    "a bias of the user's, and then a weak fill that leaves each row a key": Form(
+        f"{SELF}, float[1, 3, 9, 9] bias",
+        f"{PRODUCT} {LOW} {TRIANGLE} a = Add(s, bias) x = Add(a, causal) {END}",
+        facts=frozenset({"a finite mask beside a float mask: both stay a bias"}),
+    ),
     "a bias, and then numbers of a mask": Form(
         f"{QKV}, float[1, 3, T, S] bias, int64[B, 1, 1, S] m",
         f"""{PRODUCT} low = Constant<value = float {{-1.0e9}}>() one = Constant<value = float {{1.0}}>()

@@ -86,6 +86,8 @@ RIGHT = {
 }
 
 WRONG = {
+    "scores added to themselves": Form(QKV, f"{PRODUCT} x = Add(s, s) {END}", reason="used twice: also by Add"),
+    "scores subtracted from themselves": Form(QKV, f"{PRODUCT} x = Sub(s, s) {END}", reason="used twice: also by Sub"),
     "scores subtracted behind a softcap": Form(
         f"{QKV}, float[B, 3, T, S] b",
         f"""{PRODUCT} c = Constant<value_float = 3.0>() a = Div(s, c) t = Tanh(a) capped = Mul(t, c)

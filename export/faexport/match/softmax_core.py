@@ -176,7 +176,8 @@ def _private(scores: Scores, values: list[Values], softmax: Softmax) -> Refusal 
             if value.is_graph_output():
                 return Refusal("the attention scores are also an output of the model", name_of(node))
             for user in data_users(value):
-                if user not in inside and value is not softmax.probabilities:
+                twice = sum(given is value for given in user.inputs) > 1  # what is added to scores is the scores
+                if (user not in inside or twice) and value is not softmax.probabilities:
                     return Refusal(f"the attention scores are used twice: also by {op(user)}", name_of(user))
     return None
 

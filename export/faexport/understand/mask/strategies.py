@@ -167,7 +167,8 @@ def float_masks_as_they_are(problem: Problem) -> spec.Mask | None:
         else:
             raise NotAMask(_BOTH_MASKS)
     weak = _weak_fills(site)
-    if weak and (len(parts) > 1 or parts[0][1] != 1):
+    in_order = len(parts) == 1 and parts[0][1] == 1
+    if weak and not in_order and not rows_see_a_key(site, visible(problem.cases)):
         raise NotAMask(_OTHER_ORDER.format(max(weak)))
     draft.sum(parts)
     draft.fact("a finite mask beside a float mask: both stay a bias")

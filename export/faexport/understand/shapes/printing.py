@@ -38,10 +38,10 @@ def _text(e: Expr) -> str:
 def _poly(e: Expr) -> str:
     if not e.args:
         return "0"
+    parts = [("*".join(sorted(map(_text, m))), c) for m, c in e.args]
     text = ""
-    for m, c in e.args:
-        body = "*".join(map(_text, m))
-        number = "" if m and abs(c) == 1 else str(abs(c)) + ("*" if m else "")
+    for body, c in sorted(parts, key=lambda part: (part[1] < 0, not part[0], part[0])):  # numbers behind names
+        number = "" if body and abs(c) == 1 else str(abs(c)) + ("*" if body else "")
         sign = "-" if c < 0 else ("+" if text else "")
         text += f" {sign} {number}{body}" if text else f"{sign}{number}{body}"
     return text
