@@ -50,12 +50,29 @@ class Job:
 
 def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     """Does the job and returns the rewritten model. Fills in the report as it goes, so that it tells how far it came
-    where an exception ends it.
+    where an exception ends it. Where verification fails with what was joined around attention, and nobody asked for
+    that, the model is made once more without.
 
     Raises:
         ModelError: bad input, or a file that can't be written. One sentence.
         NotVerifiedError: the rewritten model differs, or could not be compared; nothing was written.
     """
+    try:
+        return _run(job, report, watcher)
+    except NotVerifiedError as error:
+        found = (report.verification, report.half_precision)
+        failed = (one.status is VerificationStatus.FAILED for one in found if one is not None)
+        if job.options.rest is not None or not report.joined or not any(failed):
+            raise
+        why = f"nothing is joined around attention, since verification fails with that ({error})"
+    vars(report).update(vars(Report(model=report.model)))
+    options = dataclasses.replace(job.options, rest=False)
+    fused = _run(dataclasses.replace(job, options=options), report, watcher)
+    report.notes.append(why)
+    return fused
+
+
+def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
     report.provenance = origin = provenance.begin(job.options)
     with origin.timed("read"):
         source = read(job.model, job.report_file, watcher)

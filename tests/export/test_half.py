@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -11,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 from faexport import half, half_check, half_nodes, jobs, model_io, ort_session, pipeline, verify
-from faexport.report import HalfPrecision
+from faexport.report import HalfPrecision, VerificationStatus
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.commands import here
-from tests.export.test_projections import HEADS, D, E, attention
+from tests.export.test_projections import HEADS, D, E, attention, with_gelu
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -223,6 +224,27 @@ def test_a_float16_model_that_fails_is_not_written(
         with pytest.raises(faexport.NotVerifiedError, match=words):
             jobs.optimize(source, target, faexport.Options(fp16=True))
         assert not target.exists()
+
+
+def test_what_fails_with_joined_operators_is_made_without(
+    library: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody asked for them."""
+    source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(with_gelu("TorchScript"), source)
+    check = half_check.check
+
+    def fails(reference: verify.Reference, said: HalfPrecision, written: pathlib.Path, *rest: object) -> object:
+        joined = any(node.op_type == "BiasGelu" for node in onnx.load(written).graph.node)
+        found = check(reference, said, written, *rest)
+        return dataclasses.replace(found, status=VerificationStatus.FAILED, reason="no") if joined else found
+
+    monkeypatch.setattr(half_check, "check", fails)
+    with pytest.raises(faexport.NotVerifiedError):
+        jobs.optimize(source, target, faexport.Options(fp16=True, rest=True))
+    assert not target.exists()
+    done = jobs.optimize(source, target, faexport.Options(fp16=True))
+    assert done.output and not done.joined and any("nothing is joined" in note for note in done.notes)
 
 
 def test_bodies_are_refused(tmp_path: pathlib.Path) -> None:
