@@ -13,7 +13,8 @@ from tests.csrc import conftest
 
 
 @pytest.mark.slow
-def test_cases_under_sanitizers():
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_cases_under_sanitizers(direction):
     runtime = subprocess.run(
         ["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -31,6 +32,6 @@ def test_cases_under_sanitizers():
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONMALLOC": "malloc",
     }
-    command = [sys.executable, "-m", "tests.csrc.run_cases", os.fspath(module)]
+    command = [sys.executable, "-m", "tests.csrc.run_cases", os.fspath(module), direction]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
