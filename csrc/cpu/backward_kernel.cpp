@@ -155,15 +155,19 @@ class BackwardTile {
     }
   }
 
-  /// After all tiles: weights by the row's own maximum and sum, and D by the products summed up. What the given log-sum-exp has
-  /// besides, because it is of more keys than are here, stays a factor.
+  /// After all tiles: weights by the row's own maximum and sum. What the given log-sum-exp has besides, because it is of more
+  /// keys than are here, stays a factor. Where it has nothing, D may be that of the products, without the rounding of a 16-bit
+  /// output.
   void use_sums() {
+    constexpr float kAlone = 1.0f - 0x1p-12f;
     for (int64_t r = 0; r < num_rows_; ++r) {
       if (s_.reference[r] == INFINITY) continue;
       const SoftmaxState state = p_.sinks.present ? add_sink(states_[r], sink()) : states_[r];
-      s_.factor[r] = expf(lse(state) - s_.reference[r]) * normalizer(state);
+      const float share = expf(lse(state) - s_.reference[r]);
+      s_.factor[r] = share * normalizer(state);
       s_.reference[r] = softmax_reference(state.max);
-      s_.delta[r] = products_[r] * rescale_factor(states_[r].max, state.max) * s_.factor[r] - d_lse_of(r);
+      if (p_.out.dtype != DType::kFloat32 && share > kAlone)
+        s_.delta[r] = products_[r] * rescale_factor(states_[r].max, state.max) * s_.factor[r] - d_lse_of(r);
     }
   }
 
@@ -398,7 +402,7 @@ void head_gradients(const BackwardCall& call, const HeadTask& task, void* memory
   for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; ++head) {
     float sink_sum = 0;
     for (int64_t first = 0; first < rows; first += kBackwardRows) {
-      load_rows(tile, task.kv_head, head, first, rows, false);
+      load_rows(tile, task.kv_head, head, first, rows, call.sink_sums != nullptr && call.params.out.dtype != DType::kFloat32);
       clear(s.d_query, s.d_key - s.d_query);
       for_key_tiles(tile, task.kv_head, [&] { tile.differentiate(false), tile.add_gradients(); });
       tile.write_query_gradient();
@@ -427,13 +431,14 @@ void bias_gradient(const BackwardCall& call, const BiasTask& task, void* memory)
       is_shared(2) || d.shape[2] - task.first_row < kBackwardRows ? d.shape[2] : task.first_row + kBackwardRows;
   double sums[kBackwardRows] = {};
   write_bias(d, task, end_row - task.first_row, sums);
-  // NOTE: the gradients of a row's scores sum up to almost 0, so where they do, D must not have the rounding of a 16-bit output.
+  // NOTE: the gradients of a row's scores sum up to almost 0, so where they are summed, D must not have a 16-bit output's
+  // rounding.
   for (int64_t b = task.batch_idx; b < (is_shared(0) ? d.shape[0] : task.batch_idx + 1); ++b) {
     BackwardTile tile(call, b, memory);
     const int64_t end = end_row < tile.sequence().query_length ? end_row : tile.sequence().query_length;
     for (int64_t head = task.head; head < (is_shared(1) ? d.shape[1] : task.head + 1); ++head) {
       for (int64_t first = task.first_row; first < end; first += kBackwardRows) {
-        load_rows(tile, head / group, head, first, end, is_shared(3));
+        load_rows(tile, head / group, head, first, end, call.params.out.dtype != DType::kFloat32);
         for_key_tiles(tile, head / group, [&] { tile.differentiate(true), tile.add_bias_gradient(sums); });
       }
     }
