@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
 EXPORTS_BEGIN, EXPORTS_END = "<!-- exports: written by benchmarks/readme.py -->\n", "<!-- end of exports -->\n"
+FLOAT8_BEGIN, FLOAT8_END = "<!-- float8: written by benchmarks/readme.py -->\n", "<!-- end of float8 -->\n"
 DECODE_BEGIN, DECODE_END = "<!-- decode: written by benchmarks/readme.py -->\n", "<!-- end of decode -->\n"
 STEP_BEGIN, STEP_END = "<!-- steps: written by benchmarks/readme.py -->\n", "<!-- end of steps -->\n"
 LLM_BEGIN, LLM_END = "<!-- llm: written by benchmarks/readme.py -->\n", "<!-- end of llm -->\n"
@@ -85,6 +86,33 @@ def decode_section() -> str:
         speed = f"{times['ours']:.1f} | {ours.get('tb_per_s', math.nan):.2f}"
         lines.append(f"| {row['row']} | {speed} | {peer} | {ratio or '–'} | {split} |")
     return "\n".join(lines) + "\n"
+
+
+def float8_section() -> str:
+    """docs/kernels.md's table of float8: TFLOP/s by head size and length, the peers' in brackets."""
+    data = json.loads((RESULTS / "fp8.json").read_text("utf-8"))
+    rows = {row["row"]: {name: one["tflops"] for name, one in row["contestants"].items()} for row in data["rows"]}
+    names = [name for name in next(iter(rows.values())) if name != "ours"]
+    by_kind: dict[str, dict[int, str]] = {}
+    for row, speeds in rows.items():
+        _, _, length, head_dim, *causal, _ = row.split()
+        cell = f"{speeds['ours']:.0f} ({', '.join(f'{speeds[name]:.0f}' for name in names)})"
+        kind = f"{head_dim} {'causal' if causal else 'full'}"
+        by_kind.setdefault(kind, {})[int(length.removeprefix("s"))] = cell
+    lengths = sorted(next(iter(by_kind.values())))
+    ratios = [row["ours_over_best_peer"] for row in data["rows"]]
+    return "\n".join(
+        [
+            f"{data['gpu']}, driver {data['driver']}, commit {data['commit']}, {data['date'][:10]}; TFLOP/s, 16k "
+            f"tokens (`benchmarks/attention.py fp8 --name fp8`), in\nbrackets {', '.join(names)}; relative to the "
+            f"fastest float8 peer {min(ratios):.2f} to {max(ratios):.2f}:",
+            "",
+            f"| | {' | '.join(f'S {length}' for length in lengths)} |",
+            f"|---|{'---|' * len(lengths)}",
+            *(f"| {kind} | {' | '.join(cells[n] for n in lengths)} |" for kind, cells in by_kind.items()),
+            "",
+        ]
+    )
 
 
 def _measured_with(data: dict) -> str:
@@ -369,6 +397,11 @@ def updated_decoding(text: str) -> str:
     return replaced(replaced(text, STEP_BEGIN, STEP_END, step_section()), DECODE_BEGIN, DECODE_END, decode_section())
 
 
+def updated_kernels(text: str) -> str:
+    """docs/kernels.md, likewise."""
+    return replaced(text, FLOAT8_BEGIN, FLOAT8_END, float8_section())
+
+
 def updated_llm(text: str) -> str:
     """docs/llm.md, likewise."""
     return replaced(text, LLM_BEGIN, LLM_END, llm_section())
@@ -378,6 +411,7 @@ PAGES = {
     "README.md": updated,
     "docs/faexport.md": updated_zoo,
     "docs/decoding.md": updated_decoding,
+    "docs/kernels.md": updated_kernels,
     "docs/llm.md": updated_llm,
 }
 

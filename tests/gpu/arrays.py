@@ -43,10 +43,11 @@ def exported(tensor: torch.Tensor) -> object:
     return Exported(tensor) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
-def poisoned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def poisoned(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cuda") -> torch.Tensor:
     """All bits set: NaN, where the dtype has one."""
-    size = torch.empty((), dtype=dtype).element_size()
-    return torch.full((*shape[:-1], shape[-1] * size), 255, dtype=torch.uint8, device="cuda").view(dtype)
+    tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
+    tensor.flatten().view(torch.uint8).fill_(255)
+    return tensor
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -69,8 +70,8 @@ def run(problem: Problem, inputs: dict, kernel: str) -> dict[str, torch.Tensor]:
     arguments = _arguments(problem.attributes)
     wanted = {"return_lse": "lse" in problem.outputs, "return_present": "present_key" in problem.outputs}
     readable = {name: exported(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-    specs = faplugin._attention._bind({**readable, **arguments, **wanted}, 0).outputs
-    out = {name: poisoned(shape, getattr(torch, dtype)) for name, shape, dtype in specs}
+    specs = faplugin._attention.bind({**readable, **arguments, **wanted}, 0).outputs
+    out = {name: poisoned(shape, getattr(torch, dtype), inputs["query"].device) for name, shape, dtype in specs}
     memory = {name: exported(x) for name, x in out.items()}
     torch.cuda.synchronize()  # the memory is written on PyTorch's stream, which an exported query does not tell
     faplugin.attention(**readable, **arguments, **wanted, kernel=kernel, out=memory)

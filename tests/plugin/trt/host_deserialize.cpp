@@ -44,7 +44,10 @@ void check_planned_workspace(const Source& source, const Case& node, Serialized&
     if (!plugin) return;
     bytes[i] = workspace_of(plugin, node, 0);
   }
-  // The Hopper kernel needs memory for its tile counter, and more multiprocessors take more parts of split keys.
+  // The Hopper kernel needs memory for its tile counter, and more multiprocessors take more parts of split keys. Rows without a
+  // key that get the mean of the values are the exception: it writes them itself, and the other one leaves them to a kernel of
+  // their own.
+  if (node.id.find("empty_row=mean") != std::string::npos) return;
   report.check(bytes[0] <= bytes[1], node.id + ": an engine built on an A100 needs no more than one built on an H100");
 }
 
