@@ -29,8 +29,17 @@ void clear(const TensorView& t) {
   }
 }
 
-/// Elements of an axis that are not one another.
-int64_t distinct(const TensorView& t, int axis) { return t.stride[axis] == 0 && t.shape[axis] > 1 ? 1 : t.shape[axis]; }
+/// Elements of an axis that are not one another. An axis that a bias has only by broadcasting has one, whatever its length is.
+int64_t distinct(const TensorView& t, int axis) { return t.stride[axis] == 0 && t.shape[axis] != 1 ? 1 : t.shape[axis]; }
+
+/// The gradient of a bias that no score of an empty problem reads.
+void clear_bias(const TensorView& t) {
+  for (int64_t b = 0; b < distinct(t, 0); ++b)
+    for (int64_t h = 0; h < distinct(t, 1); ++h)
+      for (int64_t i = 0; i < distinct(t, 2); ++i)
+        for (int64_t j = 0; j < distinct(t, 3); ++j)
+          static_cast<float*>(t.data)[b * t.stride[0] + h * t.stride[1] + i * t.stride[2] + j * t.stride[3]] = 0;
+}
 
 std::vector<HeadTask> head_tasks(const BackwardCall& call) {
   const StepParams& p = call.params;
@@ -85,6 +94,7 @@ Status launch_backward(const BackwardPlan&, const StepParams& params, const Grad
                        const ExecutionContext& context) {
   try {
     for (const TensorView* t : {&gradients.d_query, &gradients.d_key, &gradients.d_value}) clear(*t);
+    if (gradients.d_bias.present && gradients.d_bias.empty()) clear_bias(gradients.d_bias);
     std::vector<float> sinks(gradients.d_sinks.present ? num_sequences(params) * params.query.shape[1] : 0);
     BackwardCall call{params, gradients, sequence_rule(params), 0, gradients.d_sinks.present ? sinks.data() : nullptr};
     for (int64_t i = 0; i < num_sequences(params); ++i)

@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from faexport import embeddings
 from faexport.nodes import attribute, op, operand, producer
-from faexport.rewrite import Names
+from faexport.rewrite import Names, remove_dead
+from faexport.spec import DOMAIN as OWN_DOMAIN
 from faexport.understand.shapes.analysis import Analysis
 
 if TYPE_CHECKING:  # slow to import
@@ -33,7 +34,7 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # bfloat16 and double have no
 
 def join(model: ir.Model, a: Analysis, names: Names) -> dict[str, int]:
     """Changes the model in place. Returns how many operators of onnxruntime it has now that it had not before."""
-    before = counts(model)
+    before, unread, types = counts(model), _unread(model), _types_in_stand_ins(model)
     embeddings.join(model, a, names)
     _leave_out_casts(model)
     turned = list(_put_biases_second(model))
@@ -48,7 +49,23 @@ def join(model: ir.Model, a: Analysis, names: Names) -> dict[str, int]:
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN and node.op_type in NORMALIZATIONS:
             _leave_out_unused(node)
+    remove_dead(list(_unread(model) - unread))
+    for value, kind, shape in types:  # the rules declare more in functions, too
+        value.type, value.shape = kind, shape
     return dict(sorted(made.items()))
+
+
+def _types_in_stand_ins(model: ir.Model) -> list[tuple[ir.Value, ir.TypeProtocol | None, ir.Shape | None]]:
+    """What the values of the operator's stand-in are declared as."""
+    functions = [function for (domain, _, _), function in model.functions.items() if domain == OWN_DOMAIN]
+    values = (value for function in functions for node in function for value in node.outputs)
+    return [(value, value.type, value.shape) for value in values]
+
+
+def _unread(model: ir.Model) -> set[ir.Node]:
+    """Nodes whose outputs nothing reads."""
+    nodes = model.graph.all_nodes()
+    return {node for node in nodes if not any(value.uses() or value.is_graph_output() for value in node.outputs)}
 
 
 def note(joined: Mapping[str, int]) -> str:
@@ -177,7 +194,7 @@ def _turn(node: ir.Node) -> None:
 def _leave_out_unused(node: ir.Node) -> None:
     """Outputs that nothing reads: the kernels for GPUs don't compute them."""
     used = [bool(value.uses()) or value.is_graph_output() for value in node.outputs]
-    node.resize_outputs(max(index for index, wanted in enumerate(used) if wanted) + 1)
+    node.resize_outputs(max((index for index, wanted in enumerate(used) if wanted), default=0) + 1)
     for value, wanted in zip(node.outputs, used, strict=False):
         if not wanted:
             value.name = ""

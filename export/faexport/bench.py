@@ -173,12 +173,14 @@ def measure(
     if missing := ort_session.missing_packages():
         raise ModelError(missing)
     operator_library.path()  # without it there is nothing to compare
+    original = model_io.load(model)
+    specs = inputs.input_specs(original)
+    for text in shapes:  # what is wrong with them is said before the work begins
+        _bound(specs, *parse_shape(text))
     on_step("fusing")
     fused, report = pipeline.run(model_io.load(model), Options())
     if not report.num_fused:
         raise ModelError(f"{model}: nothing is fused, so there is nothing to compare; faexport inspect says why")
-    original = model_io.load(model)
-    specs = inputs.input_specs(original)
     pairs = blocks.find_blocks(original, fused)
     attention = {box.name for pair in pairs.values() for block in pair for box in block.boxes if box.op_type}
     result = Result([], [], report, pairs)

@@ -32,7 +32,7 @@ from .options_of_commands import (
     report_option,
     strict_option,
 )
-from .output import check_input, check_report, write_file
+from .output import check_input, check_report, final_path, write_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -246,6 +246,8 @@ def fuse(
     place = output or jobs.target_of(model)
     check_report(report_file, [model], "--report", place)
     check_report(html_file, [model], "--html", place)
+    if report_file is not None and html_file is not None and final_path(report_file) == final_path(html_file):
+        raise ModelError(f"{html_file}: is where --report is written; choose another name with --html")
     job = jobs.Job(model, place, options, check, timeout, inputs, dry_run, report_file)
     _fuse_one(job, as_json, html_file, strict, quiet)
 
@@ -408,7 +410,8 @@ def _conclusion(report: Report) -> str:
 
     already = report.nodes_before.get(f"{DOMAIN}::{OP_TYPE}", 0)
     if already:
-        return f"nothing to fuse: the model already has {already} {OP_TYPE} nodes; no model was written"
+        nodes = f"{already} {OP_TYPE} node{'s' * (already > 1)}"
+        return f"nothing to fuse: the model already has {nodes}; no model was written"
     return (
         "nothing to fuse: the model has no attention (no Softmax between two matrix products, no Attention node); "
         "no model was written"

@@ -46,7 +46,7 @@ def gathered_note(candidates: Iterable[Candidate]) -> str:
         return ""
     return (
         "on a GPU each step first gathers the pages of a cache: there onnxruntime's PagedAttention is 1.7 to 5 times "
-        "as fast (docs/kernels.md); on CPUs they are read in place"
+        "as fast (docs/decoding.md); on CPUs they are read in place"
     )
 
 

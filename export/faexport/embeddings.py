@@ -53,7 +53,9 @@ def _read(node: ir.Node, ctx: Interpreter) -> tuple[_Embedding, _Embedding, list
     weights = [operand(node, 1), operand(node, 2)]
     if sizes is None or len(sizes) != 3 or attribute(node, "axis", -1) not in (-1, 2):
         return None
-    if attribute(node, "stash_type", 1) != 1 or any(value.uses() for value in node.outputs[1:]) or None in weights:
+    if attribute(node, "stash_type", 1) != 1 or None in weights:
+        return None
+    if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return None
     summands = [_embedding(value, ctx) for value in _summands(total)]
     found = [one for one in summands if one is not None]

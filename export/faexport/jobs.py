@@ -59,12 +59,13 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     """
     try:
         return _run(job, report, watcher)
-    except NotVerifiedError as error:
+    except NotVerifiedError:
         found = (report.verification, report.half_precision)
         failed = (one.status is VerificationStatus.FAILED for one in found if one is not None)
         if job.options.rest is not None or not report.joined or not any(failed):
             raise
-        why = f"nothing is joined around attention, since verification fails with that ({error})"
+        reason = next(one.reason for one in found if one is not None and one.status is VerificationStatus.FAILED)
+        why = f"nothing is joined around attention, since verification fails with that: {reason}"
     vars(report).update(vars(Report(model=report.model)))
     options = dataclasses.replace(job.options, rest=False)
     fused = _run(dataclasses.replace(job, options=options), report, watcher)

@@ -116,11 +116,19 @@ def summary(outcomes: Sequence[Outcome]) -> rich.table.Table:
     for outcome in outcomes:
         report = outcome.report
         checked = report.verification.status.value if report.verification is not None else "-"
-        said = report.error or (f"wrote {report.output}" if report.output else "no model was written")
+        said = report.error or (f"wrote {report.output}" if report.output else _why_not(report))
         colour = "red" if report.error else "green" if report.output else "yellow"
         cells = (str(report.model), f"{report.num_fused} of {len(report.sites)}", checked)
         table.add_row(*map(rich.markup.escape, cells), f"[{colour}]{rich.markup.escape(said)}[/{colour}]")
     return table
+
+
+def _why_not(report: Report) -> str:
+    """Why no model was written, though nothing is wrong."""
+    if report.num_fused:
+        return "no model was written"
+    refused = next((str(site.refusal) for site in report.sites if site.refusal), "there is no attention to fuse")
+    return f"no model was written: {refused}"
 
 
 _COLUMNS: tuple[tuple[str, dict[str, Any]], ...] = (

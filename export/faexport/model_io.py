@@ -14,6 +14,7 @@ import itertools
 import os
 import pathlib
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
@@ -144,6 +145,8 @@ def check_target(model: ir.Model, path: PathLike, source: PathLike | None) -> No
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name. Raises ModelError."""
     check_input(path)
+    if not zipfile.is_zipfile(path):
+        raise ModelError(f"{path}: is no .npz file; write it with numpy.savez")
     try:
         with np.load(path) as arrays:
             return {name: arrays[name] for name in arrays.files}

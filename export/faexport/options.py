@@ -35,6 +35,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise ValueError(f"target is '{self.target}'; expected {' or '.join(TARGETS)}")
+        if self.float32 not in ("", "tf32", "tf32x3"):
+            raise ValueError(f"float32 is '{self.float32}'; expected tf32, tf32x3, or nothing")
+        if isinstance(self.dtype, str):
+            raise ValueError(f"dtype is '{self.dtype}'; expected an onnx_ir.DataType, such as DataType.FLOAT16")
         if self.rest and self.target != "onnxruntime":
             raise ValueError(
                 f"rest writes operators of onnxruntime, which {self.target} doesn't run; leave one of them out"

@@ -29,6 +29,8 @@ def check_output(path: pathlib.Path, inputs: Iterable[PathLike], option: str = "
     `streams`: devices and pipes are allowed, as write_file() writes through them.
     """
     elsewhere = f"choose another place with {option}"
+    if path.name == "-":
+        raise ModelError(f"{path}: is no name of a file; {elsewhere}")
     try:
         kind = path.stat().st_mode
     except FileNotFoundError:

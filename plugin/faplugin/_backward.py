@@ -66,6 +66,11 @@ def attention_backward(
             raise ValueError(f"there is no gradient of {name}; expected one of query, key, value, {', '.join(OTHERS)}")
         if given.get(name) is None:
             raise ValueError(f"the gradient of {name} is wanted, but the call has no {name}")
+    if "attn_mask" in (*wanted, *out):
+        if given.get("attn_bias") is not None:
+            raise ValueError("the gradient of attn_mask is wanted beside an attn_bias; expected attn_bias alone")
+        if "bool" in str(getattr(given["attn_mask"], "dtype", "")):
+            raise ValueError("the gradient of a bool attn_mask is wanted; expected a float one")
     stream = current_stream(query) if stream is None else stream
     call = bind({**given, "return_lse": True}, stream)
     names = dict.fromkeys(("query", "key", "value", *wanted, *out))

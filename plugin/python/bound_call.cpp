@@ -79,6 +79,26 @@ bool overlap(const Tensor& a, const Tensor& b) {
   return a_begin < b_end && b_begin < a_end;
 }
 
+constexpr const char* kGradientNames[kFaNumGradients] = {"output", "lse",     "d_output", "d_lse",  "d_query",
+                                                         "d_key",  "d_value", "d_bias",   "d_sinks"};
+using Named = std::pair<const char*, Tensor>;
+
+/// Gradients are written while `read` is read. They may be views of one packed array, but not of the same elements. `is_packed`:
+/// query, key and value are one array of which each reads columns of its own, and so are their gradients.
+void check_apart(const std::vector<Named>& written, const std::vector<Named>& read, bool is_packed) {
+  const auto fail = [](const Named& a, const Named& b) {
+    throw Error(kFaValueError, std::string(a.first) + " shares memory with " + b.first + "; give it memory of its own");
+  };
+  for (size_t i = 0; i < written.size(); ++i) {
+    const Tensor& gradient = written[i].second;
+    for (const Named& other : read)
+      if (overlap(gradient, other.second)) fail(written[i], other);
+    for (size_t j = 0; j < i; ++j)
+      if (!is_packed && gradient.data == written[j].second.data && overlap(gradient, written[j].second))
+        fail(written[i], written[j]);
+  }
+}
+
 }  // namespace
 
 BoundCall::BoundCall(const Attributes& attributes, const FaArray* inputs, size_t num_inputs, uintptr_t stream) : stream_(stream) {
@@ -122,29 +142,37 @@ size_t BoundCall::prepare_backward(const FaArray (&arrays)[kFaNumGradients]) {
   const auto is_given = [&](FaGradient which) {
     return arrays[which].dlpack != nullptr || arrays[which].numpy != nullptr || arrays[which].dtype != nullptr;
   };
+  std::vector<Named> read, written;
   for (const Output output : {Output::kOutput, Output::kLse}) {
     const FaGradient which = output == Output::kLse ? kFaLse : kFaOutput;
     if (node_.slot(output) < 0 || !is_given(which))
       throw Error(kFaValueError, std::string(name_of(output)) + " is missing; a backward pass needs the forward's");
-    set_output(&problem_, output,
-               take_row_major(name_of(output), problem_.outputs[static_cast<int>(output)], arrays[which]).tensor.data);
+    read.push_back(
+        {name_of(output), take_row_major(name_of(output), problem_.outputs[static_cast<int>(output)], arrays[which]).tensor});
+    set_output(&problem_, output, read.back().second.data);
   }
   std::vector<Tensor> tensors;
   for (const Array& array : arrays_) tensors.push_back(array.tensor);
   for (int i = 0; i < 3; ++i) {
     const FaGradient which = static_cast<FaGradient>(kFaDQuery + i);
-    tensors[i] = take_gradient(which, i, arrays[which]);
+    written.push_back({kGradientNames[which], tensors[i] = take_gradient(which, i, arrays[which])});
   }
-  const int bias = slot_of_bias(), sinks = node_.slot(Input::kSinks);
-  if (is_given(kFaDBias)) tensors[bias < 0 ? 0 : bias] = take_gradient(kFaDBias, bias, arrays[kFaDBias]);
-  if (is_given(kFaDSinks)) tensors[sinks < 0 ? 0 : sinks] = take_gradient(kFaDSinks, sinks, arrays[kFaDSinks]);
+  const auto take_other = [&](FaGradient which, int slot) {
+    if (is_given(which)) written.push_back({kGradientNames[which], take_gradient(which, slot, arrays[which])});
+    if (is_given(which)) tensors[slot] = written.back().second;
+  };
+  take_other(kFaDBias, slot_of_bias());
+  take_other(kFaDSinks, node_.slot(Input::kSinks));
   Problem bound;
   check(plugin::bind(node_, tensors, &bound));
-  const auto data_of = [&](const char* name, Output output, FaGradient which) {
-    return take_row_major(name, problem_.outputs[static_cast<int>(output)], arrays[which]).tensor.data;
+  const auto data_of = [&](Output output, FaGradient which) {
+    const char* name = kGradientNames[which];
+    read.push_back({name, take_row_major(name, problem_.outputs[static_cast<int>(output)], arrays[which]).tensor});
+    return read.back().second.data;
   };
-  set_output(&bound, Output::kOutput, data_of("d_output", Output::kOutput, kFaDOutput));
-  if (is_given(kFaDLse)) set_output(&bound, Output::kLse, data_of("d_lse", Output::kLse, kFaDLse));
+  set_output(&bound, Output::kOutput, data_of(Output::kOutput, kFaDOutput));
+  if (is_given(kFaDLse)) set_output(&bound, Output::kLse, data_of(Output::kLse, kFaDLse));
+  check_apart(written, read, !node_.attributes.packed_columns.empty());
   gradients_ = {bound.params.out,
                 is_given(kFaDLse) ? bound.params.lse : TensorView{},
                 bound.params.query,
@@ -235,9 +263,7 @@ void BoundCall::take_output(Output output, const FaArray& given) {
 /// The gradient of the input in a slot: of its shape, with strides of its own. Gradients may share memory with one another (of
 /// one packed tensor), but not with an input.
 Tensor BoundCall::take_gradient(FaGradient which, int slot, const FaArray& given) const {
-  constexpr const char* kNames[kFaNumGradients] = {"output", "lse",     "d_output", "d_lse",  "d_query",
-                                                   "d_key",  "d_value", "d_bias",   "d_sinks"};
-  const std::string name = kNames[which];
+  const std::string name = kGradientNames[which];
   if (slot < 0) throw Error(kFaValueError, name + " is given, but the call has no such input");
   const Array array = array_from(name.c_str(), given);
   const Tensor &got = array.tensor, &want = arrays_[slot].tensor;

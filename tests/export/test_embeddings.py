@@ -42,6 +42,9 @@ def embedded(change: str = "") -> onnx.ModelProto:
         helper.make_node("Add", ["both", "position"], ["sum"]),
         helper.make_node("LayerNormalization", ["sum", "gamma", "beta"], ["x"], axis=-1, epsilon=1e-12),
     ]
+    if change == "deviations read":
+        nodes[-1].output.extend(["mean", "deviation"])
+        graph.output.append(helper.make_tensor_value_info("deviation", TensorProto.FLOAT, ["batch", "rows", 1]))
     if change == "sum read again":
         graph.output.append(helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["batch", "rows", E]))
     rest = list(graph.node)
@@ -75,7 +78,7 @@ def test_token_types_that_are_all_zero_become_part_of_the_positions(tmp_path: pa
     assert not {"kinds", "type", "both", "sum"} & {name for other in made.graph.node for name in other.output}
 
 
-@pytest.mark.parametrize("change", ["two token types", "one position", "sum read again"])
+@pytest.mark.parametrize("change", ["two token types", "one position", "sum read again", "deviations read"])
 def test_other_embeddings_stay(change: str, tmp_path: pathlib.Path) -> None:
     """Types that differ; one position for all rows, which onnxruntime's operator doesn't take; a sum that is needed."""
     assert not joined(fused(embedded(change), tmp_path))

@@ -163,6 +163,12 @@ def test_a_report_replaces_reports_only(model: pathlib.Path) -> None:
     assert names(model.parent) == ["model.onnx", "notes.txt", "r.json"]
 
 
+def test_one_report_does_not_replace_the_other(model: pathlib.Path) -> None:
+    file = model.with_name("report")
+    assert_bad_input(here(model, "--report", file, "--html", file), "is where --report is written", "--html")
+    assert_bad_input(here(model, "-o", "-"), "no name of a file", "-o")
+
+
 def test_json_on_failure_too(model: pathlib.Path) -> None:
     model.write_text("hello")
     for command in ([], ["inspect"]):

@@ -101,3 +101,36 @@ def test_refused(changes, error, sentence):
     lse = np.ones(SHAPE[:3], np.float32)
     with pytest.raises(error, match=sentence):
         faplugin.attention_backward(ONES, ONES, lse, ONES, ONES, ONES, **changes)
+
+
+def test_gradients_have_memory_that_nothing_else_reads_or_writes():
+    query, key, value, d_output = (np.ones(SHAPE, np.float32) for _ in range(4))
+    output, lse = faplugin.attention(query, key, value, return_lse=True)
+    same = np.empty_like(query)
+    for out, sentence in (
+        ({"key": d_output}, "d_key shares memory with d_output"),
+        ({"value": output}, "d_value shares memory with output"),
+        ({"query": same, "key": same}, "d_key shares memory with d_query"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            faplugin.attention_backward(d_output, output, lse, query, key, value, out=out)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 5, 1)], ids=str)
+def test_the_gradient_of_a_bias_that_no_key_reads_is_0(shape):
+    query, empty, bias = np.ones(SHAPE, np.float32), np.ones((1, 2, 0, 4), np.float32), np.ones(shape, np.float32)
+    output, lse = faplugin.attention(query, empty, empty, attn_bias=bias, return_lse=True)
+    out = {"attn_bias": np.full(shape, np.nan, np.float32)}
+    faplugin.attention_backward(output, output, lse, query, empty, empty, attn_bias=bias, out=out)
+    assert not out["attn_bias"].any()
+
+
+def test_the_gradient_of_a_mask_is_that_of_a_float_mask_alone():
+    mask, bias = np.ones((1, 1, 5, 5), np.bool_), np.zeros((1, 1, 5, 5), np.float32)
+    lse = np.ones(SHAPE[:3], np.float32)
+    with pytest.raises(ValueError, match="beside an attn_bias"):
+        faplugin.attention_backward(
+            ONES, ONES, lse, ONES, ONES, ONES, attn_mask=mask, attn_bias=bias, wanted=["attn_mask"]
+        )
+    with pytest.raises(ValueError, match="of a bool attn_mask"):
+        faplugin.attention_backward(ONES, ONES, lse, ONES, ONES, ONES, attn_mask=mask, wanted=["attn_mask"])

@@ -222,3 +222,33 @@ def test_activate_sdpa_by_the_rule(options):
         assert (got - want).abs().max() <= 2 * (other - want).abs().max() + 1e-5
     assert any(not torch.equal(got, other) for got, other in zip(ours, theirs, strict=True)), "PyTorch's kernel has run"
     assert all(torch.equal(got, other) for got, other in zip(run(*inputs), theirs, strict=True)), "ours is still there"
+
+
+def test_activate_sdpa_leaves_float64_to_pytorch():
+    inputs = [draw(1, 2, 8, 16).detach().double().requires_grad_() for _ in range(3)]
+    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    fatorch.activate_sdpa()
+    try:
+        output = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+        gradients = torch.autograd.grad(output.sum(), inputs)
+    finally:
+        fatorch.activate_sdpa(False)
+    assert torch.equal(output, plain)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, torch.autograd.grad(plain.sum(), inputs), strict=True))
+
+
+def test_what_has_another_meaning_in_flash_attn_is_refused():
+    q, cache = torch.zeros(1, 2, 2, 16), torch.zeros(1, 8, 2, 16)
+    angles = torch.zeros(8, 8)
+    lengths = torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="for several queries without causal or a window"):
+        fatorch.flash_attn_with_kvcache(q, cache, cache.clone(), q, q, angles, angles, cache_seqlens=lengths)
+    with pytest.raises(ValueError, match="scale is 0"):
+        fatorch.flash_attn_func(q, q, q, softmax_scale=0.0)
+
+
+def test_a_cache_that_is_written_is_known_to_have_changed():
+    q, cache = torch.zeros(1, 1, 2, 16), torch.zeros(1, 8, 2, 16)
+    before = cache._version
+    fatorch.flash_attn_with_kvcache(q, cache, cache.clone(), q, q, cache_seqlens=torch.ones(1, dtype=torch.int32))
+    assert cache._version > before

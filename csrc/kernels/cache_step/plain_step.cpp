@@ -41,7 +41,7 @@ bool make_plain_args(const StepParams& p, const Step& step, PlainArgs* args) {
   const bool is_half = p.query.dtype == DType::kFloat16 || p.query.dtype == DType::kBFloat16;
   const bool is_written_in_place = c.mode == CacheMode::kWrite && c.new_key.present && c.new_value.present &&
                                    c.past_key.present && c.past_key.data == p.key.data;
-  if (!is_half || !is_written_in_place || c.key_scale.present || c.value_scale.present) return false;
+  if (!is_half || !is_written_in_place || c.new_key.empty() || c.key_scale.present || c.value_scale.present) return false;
   if (p.norm.query_weight.present || p.norm.key_weight.present) return false;
   if (rotary.cos.present && (rotary.by_row || rotary.position_ids.present || !has_angles(rotary.cos, p.query.dtype) ||
                              !has_angles(rotary.sin, p.query.dtype)))

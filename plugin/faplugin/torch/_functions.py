@@ -130,7 +130,7 @@ def _attend_packed_sequences(
 
 def _whole(block_table: Any) -> None:
     if block_table is not None:
-        raise ValueError("block_table is given; expected None here: flash_attn_with_kvcache takes paged caches")
+        raise ValueError("block_table is given; expected None: faplugin.torch does not offer it")
 
 
 def flash_attn_varlen_func(
@@ -277,6 +277,9 @@ def flash_attn_with_kvcache(
         raise ValueError("rotary_cos is given without k; expected both")
     if k is not None and cache_seqlens is None:
         raise ValueError("k is given without cache_seqlens; expected where it is to be written")
+    if rotary_cos is not None and q.shape[1] > 1 and not causal and tuple(window_size) == (-1, -1):
+        raise ValueError("rotary_cos is given for several queries without causal or a window; expected one of these, "
+                         "so that each query has a position of its own")  # fmt: skip
     options = _options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
     lengths = _lengths(cache_seqlens, q)
     with torch.no_grad():
@@ -327,6 +330,8 @@ def _step(
         return_present=True,
         return_lse=True,
         out={"present_key": k_cache, "present_value": v_cache},
+        num_threads=torch.get_num_threads(),
         **arguments,
     )
+    torch.autograd.graph.increment_version((k_cache, v_cache))
     return output, lse

@@ -208,6 +208,8 @@ def attend(
     Raises:
         ValueError, RuntimeError: as faplugin.attention and faplugin.attention_backward.
     """
+    if scale == 0:
+        raise ValueError("scale is 0; expected another number, or None for 1/√D")
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)

@@ -10,7 +10,13 @@ import torch
 from ._op import _backward, _forward
 
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _active: list[torch.library.Library] = []
+_replaced: dict[str, Any] = {}  # PyTorch's kernels, for the other dtypes
+
+
+def _by_pytorch(name: str, *arguments: Any, **keywords: Any) -> Any:
+    return _replaced[name].call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *arguments, **keywords)
 
 
 def _settings(query: torch.Tensor, dropout_p: float, is_causal: bool, scale: float | None) -> tuple:
@@ -33,6 +39,8 @@ def _sdpa(
     query: Any, key: Any, value: Any, dropout_p: float = 0.0, is_causal: bool = False, *,
     attn_mask: Any = None, scale: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if query.dtype not in _DTYPES:
+        return _by_pytorch(_OP, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
     bias, mask = _masks(attn_mask)
     settings = _settings(query, dropout_p, is_causal, scale)
     output, lse = _forward(*_operands(query, key, value), bias, None, mask, *[None] * 5, *settings)
@@ -43,6 +51,9 @@ def _sdpa_backward(
     d_output: Any, query: Any, key: Any, value: Any, output: Any, lse: Any, dropout_p: float, is_causal: bool, *,
     attn_mask: Any = None, scale: Any = None
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    if query.dtype not in _DTYPES:
+        given = (d_output, query, key, value, output, lse, dropout_p, is_causal)
+        return _by_pytorch(f"{_OP}_backward", *given, attn_mask=attn_mask, scale=scale)
     bias, mask = _masks(attn_mask)
     settings = _settings(query, dropout_p, is_causal, scale)
     d_output, output, query, key, value = _operands(d_output, output, query, key, value)
@@ -52,7 +63,8 @@ def _sdpa_backward(
 
 
 def activate_sdpa(active: bool = True) -> None:
-    """Makes F.scaled_dot_product_attention compute with the operator wherever PyTorch takes its fused CPU kernel.
+    """Makes F.scaled_dot_product_attention compute with the operator wherever PyTorch takes its fused CPU kernel, in
+    float32, float16 and bfloat16. It is for eager mode: results have strides of their own.
 
     Args:
         active: False: PyTorch's own kernel again.
@@ -61,6 +73,8 @@ def activate_sdpa(active: bool = True) -> None:
         _active.pop()._destroy()
     if not active:
         return
+    for name in (_OP, f"{_OP}_backward"):
+        _replaced[name] = torch.library.get_kernel(f"aten::{name}", "CPU")
     library = torch.library.Library("aten", "IMPL")
     _active.append(library)
     library.impl(_OP, _sdpa, "CPU", allow_override=True)
