@@ -287,7 +287,7 @@ def test_run_refuses_what_is_no_engine(call, tmp_path):
     assert_refused(call("run", plan, "--inputs", inputs), "is not a TensorRT engine")
     plan.write_bytes(engine_run.MAGIC[Runtime.TENSORRT] + b"...")
     assert_refused(call("run", plan, "--inputs", inputs), "was built by tensorrt", "--runtime tensorrt")
-    assert_refused(call("run", plan, "--inputs", plan), "can't be read as .npz")
+    assert_refused(call("run", plan, "--inputs", plan), "is no .npz file")
     assert_refused(call("run", plan, "--inputs", tmp_path / "none.npz"), "no such file")
 
 
