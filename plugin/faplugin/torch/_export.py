@@ -7,24 +7,13 @@ from typing import Any
 
 import torch
 
-from ._op import LAYOUTS
-
-_NAMES = ("attn_bias", "sinks", "attn_mask", "alibi_slopes", "query_lengths", "nonpad_kv_seqlen", "cu_seqlens_q",
-          "cu_seqlens_kv")  # fmt: skip
+from ._op import EXTRAS, LAYOUTS, OPTIONAL, SETTINGS
 
 
 def _attributes(names: list[str], settings: tuple) -> dict[str, Any]:
-    scale, softcap, causal, left, right, alignment = settings
-    return {
-        **LAYOUTS,
-        "scale": scale,
-        "softcap": softcap,
-        "is_causal": int(causal),
-        "left_window_size": left,
-        "right_window_size": right,
-        "alignment": alignment,
-        "optional_inputs": ",".join(names),
-    }
+    attributes = dict(zip(SETTINGS, settings, strict=True))
+    attributes["is_causal"] = int(attributes["is_causal"])
+    return {**LAYOUTS, **attributes, "optional_inputs": ",".join(names)}
 
 
 def exported(query: Any, key: Any, value: Any, bias: Any, sinks: Any, extras: tuple, settings: tuple) -> Any:
@@ -32,7 +21,7 @@ def exported(query: Any, key: Any, value: Any, bias: Any, sinks: Any, extras: tu
     if torch.jit.is_tracing():  # with the operator's own values
         with torch.no_grad():
             return torch.ops.faplugin.attention_output(query, key, value, bias, sinks, *extras, *settings)
-    optional = {n: t for n, t in zip(_NAMES, (bias, sinks, *extras), strict=True) if t is not None}
+    optional = {n: t for n, t in zip(OPTIONAL, (bias, sinks, *extras), strict=True) if t is not None}
     return torch.onnx.ops.symbolic(
         "faexport::FlashAttention",
         [query, key, value, *optional.values()],
@@ -47,9 +36,12 @@ def _node(g: Any, query: Any, key: Any, value: Any, bias: Any, sinks: Any, *rest
     """For the TorchScript exporter: the traced op as a node, with its type, which would be lost otherwise."""
     from torch.onnx import symbolic_helper
 
-    given = {n: t for n, t in zip(_NAMES, (bias, sinks, *rest[:6]), strict=True) if not symbolic_helper._is_none(t)}
-    kinds = ("f", "f", "b", "i", "i", "s")
-    settings = tuple(symbolic_helper._maybe_get_const(x, kind) for x, kind in zip(rest[6:], kinds, strict=True))
+    tensors = zip(OPTIONAL, (bias, sinks, *rest[: len(EXTRAS)]), strict=True)
+    given = {n: t for n, t in tensors if not symbolic_helper._is_none(t)}
+    kinds = (kind[0] for kind in SETTINGS.values())  # "f", "b", "i", "s"
+    settings = tuple(
+        symbolic_helper._maybe_get_const(x, kind) for x, kind in zip(rest[len(EXTRAS) :], kinds, strict=True)
+    )
     suffixes = {str: "s", int: "i", float: "f"}
     attributes = {f"{n}_{suffixes[type(x)]}": x for n, x in _attributes(list(given), settings).items()}
     output = g.op("faexport::FlashAttention", query, key, value, *given.values(), **attributes)

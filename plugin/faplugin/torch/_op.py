@@ -14,12 +14,26 @@ import torch
 import faplugin
 
 LAYOUTS = {"query_layout": "BSHD", "key_layout": "BSHD", "value_layout": "BSHD"}
-# What is neither differentiated nor a setting, by the argument of faplugin.attention.
-_EXTRAS = ", ".join(
-    f"Tensor? {name}" for name in ("mask", "slopes", "query_lengths", "kv_lengths", "cu_seqlens_q", "cu_seqlens_kv")
+# The optional arguments of the ops, in their order, as faplugin.attention and the operator in a file call them:
+# tensors that may have a gradient, other tensors, and what is no tensor.
+DIFFERENTIATED = ("attn_bias", "sinks")
+EXTRAS = ("attn_mask", "alibi_slopes", "query_lengths", "nonpad_kv_seqlen", "cu_seqlens_q", "cu_seqlens_kv")
+SETTINGS = {
+    "scale": "float",
+    "softcap": "float",
+    "is_causal": "bool",
+    "left_window_size": "int",
+    "right_window_size": "int",
+    "alignment": "str",
+}
+OPTIONAL = (*DIFFERENTIATED, *EXTRAS)
+_INPUTS = ", ".join(
+    [
+        *(f"Tensor {name}" for name in ("query", "key", "value")),
+        *(f"Tensor? {name}" for name in OPTIONAL),
+        *(f"{kind} {name}" for name, kind in SETTINGS.items()),
+    ]
 )
-_SETTINGS = "float scale, float softcap, bool causal, int left, int right, str alignment"
-_INPUTS = f"Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, {_EXTRAS}, {_SETTINGS}"
 
 _library = torch.library.Library("faplugin", "DEF")
 _library.define(f"attention({_INPUTS}) -> (Tensor, Tensor)")
@@ -30,20 +44,13 @@ _library.define(
 )
 
 
-def _arguments(bias: Any, sinks: Any, extras: tuple, settings: tuple) -> dict[str, Any]:
+def _arguments(*optional: Any) -> dict[str, Any]:
     """The arguments of faplugin.attention besides query, key and value."""
-    names = ("attn_mask", "alibi_slopes", "query_lengths", "nonpad_kv_seqlen", "cu_seqlens_q", "cu_seqlens_kv")
-    tensors = {"attn_bias": bias, "sinks": sinks, **dict(zip(names, extras, strict=True))}
-    scale, softcap, causal, left, right, alignment = settings
+    tensors = zip(OPTIONAL, optional[: len(OPTIONAL)], strict=True)
     return {
         **LAYOUTS,
-        **{name: tensor for name, tensor in tensors.items() if tensor is not None},
-        "scale": scale,
-        "softcap": softcap,
-        "is_causal": causal,
-        "left_window_size": left,
-        "right_window_size": right,
-        "alignment": alignment,
+        **{name: tensor for name, tensor in tensors if tensor is not None},
+        **dict(zip(SETTINGS, optional[len(OPTIONAL) :], strict=True)),
         "num_threads": torch.get_num_threads(),
     }
 
@@ -53,9 +60,8 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _forward(query: Any, key: Any, value: Any, bias: Any, sinks: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    arguments = _arguments(bias, sinks, rest[:6], rest[6:])
-    return faplugin.attention(_rows(query), _rows(key), _rows(value), return_lse=True, **arguments)
+def _forward(query: Any, key: Any, value: Any, *optional: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return faplugin.attention(_rows(query), _rows(key), _rows(value), return_lse=True, **_arguments(*optional))
 
 
 def _forward_output(*inputs: Any) -> torch.Tensor:
@@ -71,7 +77,7 @@ def _forward_shapes(query: Any, key: Any, value: Any, *_: Any) -> tuple[torch.Te
 def _backward(
     d_output: Any, d_lse: Any, output: Any, lse: Any, d_bias: bool, d_sinks: bool, packed: int, *inputs: Any
 ) -> tuple[torch.Tensor, ...]:
-    query, key, value, bias, sinks, *rest = inputs
+    query, key, value, *optional = inputs
     results = _backward_shapes(d_output, d_lse, output, lse, d_bias, d_sinks, packed, *inputs)
     out = dict(zip(("query", "key", "value"), _unpacked(results[:3], packed), strict=True))
     out |= {"attn_bias": results[3]} if d_bias else {}
@@ -85,7 +91,7 @@ def _backward(
         _rows(value),
         d_lse=None if d_lse is None else d_lse.contiguous(),
         out=out,
-        **_arguments(bias, sinks, tuple(rest[:6]), tuple(rest[6:])),
+        **_arguments(*optional),
     )
     return results
 
@@ -136,8 +142,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, packed: int, query: Any, key: Any, value: Any, bias: Any, sinks: Any, *rest: Any) -> Any:
         operands = _unpacked((query, key, value), packed)
         output, lse = torch.ops.faplugin.attention(*operands, bias, sinks, *rest)
-        ctx.save_for_backward(query, key, value, bias, sinks, output, lse, *rest[:6])
-        ctx.packed, ctx.settings = packed, rest[6:]
+        ctx.save_for_backward(query, key, value, bias, sinks, output, lse, *rest[: len(EXTRAS)])
+        ctx.packed, ctx.settings = packed, rest[len(EXTRAS) :]
         ctx.set_materialize_grads(False)
         return output, lse
 
@@ -156,7 +162,7 @@ class _Attention(torch.autograd.Function):
         given = (query, key, value)
         d_operands = [d if tensor is not None else None for d, tensor in zip(d_operands, given, strict=True)]
         d_bias = d_bias.to(bias.dtype) if wants_bias else None
-        return None, *d_operands, d_bias, d_sinks if wants_sinks else None, *[None] * 12
+        return None, *d_operands, d_bias, d_sinks if wants_sinks else None, *[None] * (len(EXTRAS) + len(SETTINGS))
 
 
 def attend(

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ._op import _backward, _forward
+from ._op import EXTRAS, _backward, _forward
 
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_NO_MORE = [None] * (len(EXTRAS) - 1)  # extras besides the mask, which is the first
 _active: list[torch.library.Library] = []
 _replaced: dict[str, Any] = {}  # PyTorch's kernels, for the other dtypes
 
@@ -43,7 +44,7 @@ def _sdpa(
         return _by_pytorch(_OP, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
     bias, mask = _masks(attn_mask)
     settings = _settings(query, dropout_p, is_causal, scale)
-    output, lse = _forward(*_operands(query, key, value), bias, None, mask, *[None] * 5, *settings)
+    output, lse = _forward(*_operands(query, key, value), bias, None, mask, *_NO_MORE, *settings)
     return output.transpose(1, 2), lse
 
 
@@ -57,7 +58,7 @@ def _sdpa_backward(
     bias, mask = _masks(attn_mask)
     settings = _settings(query, dropout_p, is_causal, scale)
     d_output, output, query, key, value = _operands(d_output, output, query, key, value)
-    inputs = (query, key, value, bias, None, mask, *[None] * 5, *settings)
+    inputs = (query, key, value, bias, None, mask, *_NO_MORE, *settings)
     gradients = _backward(d_output, None, output.contiguous(), lse.contiguous(), False, False, 0, *inputs)
     return tuple(gradient.transpose(1, 2) for gradient in gradients[:3])
 
