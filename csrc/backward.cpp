@@ -2,17 +2,26 @@
 // The backward pass's rules, its table of kernels, and its launch. Called through fa/backward.h by the adapters.
 #include "backward.h"
 
+#include <cstring>
 #include <utility>
 
 #include "cpu/backward_cpu.h"
 #include "rules.h"
+#ifdef FA_WITH_CUDA
+#include "kernels/backward_kernels.h"
+#endif
 
 namespace fa {
 namespace {
 
+// clang-format off
 const BackwardKernel kTable[] = {
     {"backward_cpu", DeviceType::kCpu, cpu::plan_backward, cpu::launch_backward},
+#ifdef FA_WITH_CUDA
+    FA_CUDA_BACKWARD_KERNELS
+#endif
 };
+// clang-format on
 
 Status unsupported(const char* sentence) { return {StatusCode::kUnsupported, sentence}; }
 
@@ -102,21 +111,26 @@ Status validate_backward(const StepParams& params, const Gradients& gradients) {
   return check_optional(params, gradients);
 }
 
-Status plan_backward(const StepParams& params, const Gradients& gradients, const Device& device, BackwardPlan* plan) {
+Status plan_backward(const StepParams& params, const Gradients& gradients, const Device& device, BackwardPlan* plan,
+                     const char* kernel) {
   *plan = {};
   if (Status status = validate_backward(params, gradients); !status.ok()) return status;
-  std::string refusals;
-  for (const BackwardKernel& kernel : kTable) {
-    if (kernel.device != device.type) continue;
+  std::string refusals, names;
+  for (const BackwardKernel& row : kTable) {
+    names += std::string(" ") + row.name;
+    if (kernel != nullptr ? std::strcmp(kernel, row.name) != 0 : row.device != device.type) continue;
+    *plan = {};
     plan->device = device;
-    std::string sentence;
-    if (kernel.plan(params, gradients, plan, &sentence)) {
-      plan->kernel = &kernel;
+    std::string sentence = row.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only";
+    if (row.device == device.type && row.plan(params, gradients, plan, &sentence)) {
+      plan->kernel = &row;
       return {};
     }
-    refusals += (refusals.empty() ? "" : "; ") + std::string(kernel.name) + ": " + sentence;
-    *plan = {};
+    refusals += (refusals.empty() ? "" : "; ") + std::string(row.name) + ": " + sentence;
   }
+  *plan = {};
+  if (refusals.empty() && kernel != nullptr)
+    refusals = "there is no backward kernel '" + std::string(kernel) + "'; there are" + names;
   if (refusals.empty()) refusals = "the backward pass has no CUDA kernel yet; it runs on the CPU";
   return {StatusCode::kUnsupported, refusals};
 }
@@ -133,6 +147,13 @@ Status launch_backward(const BackwardPlan& plan, const StepParams& params, const
   if (const char* name = missing_memory(params, gradients))
     return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
   return plan.kernel->launch(plan, params, gradients, context);
+}
+
+const char* backward_kernel_name(DeviceType type, int idx) {
+  for (const BackwardKernel& kernel : kTable) {
+    if (kernel.device == type && idx-- == 0) return kernel.name;
+  }
+  return nullptr;
 }
 
 }  // namespace fa

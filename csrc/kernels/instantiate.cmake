@@ -64,6 +64,8 @@ function(fa_instantiate target kernel header declaration types head_dims variant
   file(CONFIGURE OUTPUT ${dir}/instances.def CONTENT "// Written by instantiate.cmake: the instances of ${kernel}.\n${rows}")
 endfunction()
 
+fa_cuda_library(fa_backward_rows kernels/backward_rows/backward_rows.cu)
+fa_compile_through_sm_80(fa_backward_rows)
 fa_cuda_library(fa_cache_step kernels/cache_step/cache_step.cu kernels/cache_step/plain_step.cu)
 fa_cuda_library(fa_prefill_sm80 kernels/append_kv/append_kv.cu kernels/combine/combine.cu kernels/empty_rows/empty_rows.cu)
 fa_compile_through_sm_80(fa_prefill_sm80)

@@ -25,6 +25,7 @@ def attention_backward(
     wanted: Sequence[str] = (),
     out: Mapping[str, Any] | None = None,
     stream: int | None = None,
+    kernel: str = "",
     num_threads: int = 0,
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def attention_backward(
             "sinks" in float32); the last axis of query's, key's and value's is contiguous. They may be views of one
             packed array.
         stream: CUDA stream as an integer; None: the framework's current one.
+        kernel: forces a backward kernel by its name: "backward_sm80" and the others of docs/kernels.md.
         num_threads: threads on the CPU; 0: all.
         **arguments: the others of `attention`, as they were there. Caches, rotary embedding, norms and empty_row
             "mean" have no backward pass.
@@ -83,6 +85,6 @@ def attention_backward(
     }
     arrays = {"output": output, "lse": lse, "d_output": d_output, "d_lse": d_lse}
     arrays |= {OTHERS.get(name, f"d_{name}"): array for name, array in results.items()}
-    num_bytes = call.prepare_backward({n: None if a is None else readable(a) for n, a in arrays.items()})
+    num_bytes = call.prepare_backward({n: None if a is None else readable(a) for n, a in arrays.items()}, kernel)
     call.run(workspace(query, num_bytes, call.device, stream), num_threads)
     return results

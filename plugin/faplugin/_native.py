@@ -67,7 +67,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fa_python_call_new": (_I32, [_P, _SIZE, _P, _SIZE, _SIZE, _P, _P, _P, _P]),
     "fa_python_call_delete": (None, [_P]),
     "fa_python_call_prepare": (_I32, [_P, _P, _SIZE, _TEXT, _P]),
-    "fa_python_call_prepare_backward": (_I32, [_P, _P, _P]),
+    "fa_python_call_prepare_backward": (_I32, [_P, _P, _P, _TEXT]),
     "fa_python_call_run": (_I32, [_P, _P, ctypes.c_int64]),
     "fa_python_call_explain": (_I32, [_P, _TEXT, _P]),
 }
@@ -171,7 +171,7 @@ class Call:
         )
         return num_bytes.value
 
-    def prepare_backward(self, arrays: Mapping[str, Any]) -> int:
+    def prepare_backward(self, arrays: Mapping[str, Any], kernel: str) -> int:
         """In place of prepare(): binds the forward's results and the gradients, by the names of GRADIENTS.
 
         Returns the bytes of workspace that run() then needs.
@@ -181,7 +181,11 @@ class Call:
             if arrays.get(name) is not None:
                 self._fill(filled, name, arrays[name])
         num_bytes = ctypes.c_size_t()
-        _check(library().fa_python_call_prepare_backward(self._pointer, bound, ctypes.byref(num_bytes)))
+        _check(
+            library().fa_python_call_prepare_backward(
+                self._pointer, bound, ctypes.byref(num_bytes), _text("kernel", kernel)
+            )
+        )
         return num_bytes.value
 
     def run(self, workspace: Any, num_threads: int) -> None:

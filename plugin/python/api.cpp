@@ -102,11 +102,11 @@ FaError fa_python_call_prepare(BoundCall* call, const FaArray* outputs, size_t n
   return guarded([&] { *workspace_bytes = call->prepare(outputs, num_outputs, kernel); });
 }
 
-FaError fa_python_call_prepare_backward(BoundCall* call, const FaArray* arrays, size_t* workspace_bytes) {
+FaError fa_python_call_prepare_backward(BoundCall* call, const FaArray* arrays, size_t* workspace_bytes, const char* kernel) {
   return guarded([&] {
     FaArray given[kFaNumGradients];
     std::copy(arrays, arrays + kFaNumGradients, given);
-    *workspace_bytes = call->prepare_backward(given);
+    *workspace_bytes = call->prepare_backward(given, kernel);
   });
 }
 

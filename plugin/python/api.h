@@ -91,8 +91,10 @@ void fa_python_call_delete(fa::plugin::BoundCall* call);
 /// Binds the outputs' memory and chooses the kernel, the one called `kernel` where that is not empty.
 FaError fa_python_call_prepare(fa::plugin::BoundCall* call, const FaArray* outputs, size_t num_outputs, const char* kernel,
                                size_t* workspace_bytes);
-/// In place of prepare, for a call whose optional_outputs are 'lse': run() computes gradients then. `arrays` by FaGradient.
-FaError fa_python_call_prepare_backward(fa::plugin::BoundCall* call, const FaArray* arrays, size_t* workspace_bytes);
+/// In place of prepare, for a call whose optional_outputs are 'lse': run() computes gradients then, by the kernel called `kernel`
+/// where that is not empty. `arrays` by FaGradient.
+FaError fa_python_call_prepare_backward(fa::plugin::BoundCall* call, const FaArray* arrays, size_t* workspace_bytes,
+                                        const char* kernel);
 /// After prepare. `workspace` may be null: what is needed is allocated then, in the order of the stream.
 FaError fa_python_call_run(fa::plugin::BoundCall* call, const FaArray* workspace, int64_t num_threads);
 /// `text` is valid until this thread's next call of this function.

@@ -138,7 +138,7 @@ size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const std:
 
 /// Binds what the forward pass has written, and the gradients: the bytes of workspace that run() needs to compute them. Gradients
 /// of inputs have the layout of those inputs, so they are bound as such, by the rules of bind().
-size_t BoundCall::prepare_backward(const FaArray (&arrays)[kFaNumGradients]) {
+size_t BoundCall::prepare_backward(const FaArray (&arrays)[kFaNumGradients], const std::string& kernel) {
   const auto is_given = [&](FaGradient which) {
     return arrays[which].dlpack != nullptr || arrays[which].numpy != nullptr || arrays[which].dtype != nullptr;
   };
@@ -181,7 +181,8 @@ size_t BoundCall::prepare_backward(const FaArray (&arrays)[kFaNumGradients]) {
                 is_given(kFaDBias) ? bound.params.bias : TensorView{},
                 is_given(kFaDSinks) ? bound.params.sinks : TensorView{}};
   CudaDeviceGuard guard;
-  check(plan_backward(problem_.params, gradients_, device_of_query(&guard), &backward_));
+  check(
+      plan_backward(problem_.params, gradients_, device_of_query(&guard), &backward_, kernel.empty() ? nullptr : kernel.c_str()));
   return backward_.workspace_bytes;
 }
 

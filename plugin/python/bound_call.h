@@ -21,7 +21,7 @@ class BoundCall {
   bool is_cuda() const { return arrays_[0].device == DeviceType::kCuda; }
 
   size_t prepare(const FaArray* outputs, size_t num_outputs, const std::string& kernel);
-  size_t prepare_backward(const FaArray (&arrays)[kFaNumGradients]);
+  size_t prepare_backward(const FaArray (&arrays)[kFaNumGradients], const std::string& kernel);
   void run(const FaArray* workspace, int64_t num_threads);
   std::string explain(const std::string& device) const;
 

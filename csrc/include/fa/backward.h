@@ -39,12 +39,17 @@ struct BackwardPlan {
 /// embedding and norms of a step, EmptyRow::kMean.
 Status validate_backward(const StepParams& params, const Gradients& gradients);
 
-/// Checks the problem and chooses the first backward kernel that supports it. Looks at no data, as plan() does.
-Status plan_backward(const StepParams& params, const Gradients& gradients, const Device& device, BackwardPlan* plan);
+/// Checks the problem and chooses the first backward kernel that supports it, or the one called `kernel` if that is not null.
+/// Looks at no data, as plan() does.
+Status plan_backward(const StepParams& params, const Gradients& gradients, const Device& device, BackwardPlan* plan,
+                     const char* kernel = nullptr);
 
 /// Computes the gradients as planned, of the tensors of plan_backward() or others of the same shapes, strides and alignment. Rows
 /// beyond a length, and those of no packed sequence, get gradients of 0. On CUDA it only enqueues.
 Status launch_backward(const BackwardPlan& plan, const StepParams& params, const Gradients& gradients,
                        const ExecutionContext& context);
+
+/// The backward kernels for a type of device, in order of preference: names for plan_backward(). Null beyond the last.
+const char* backward_kernel_name(DeviceType type, int idx);
 
 }  // namespace fa

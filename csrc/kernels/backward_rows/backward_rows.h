@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// What all CUDA kernels of the backward pass have in common: the numbers of the query rows, gradients that are 0 because of where
+// they lie, and those of sinks. A kernel's plan function counts its workspace with a Workspace and row_numbers(), and its launch
+// function takes the same arrays from the context's memory, calls prepare_rows() first, and d_sinks_of_rows() at any time after.
+#pragma once
+
+#include "fa/backward.h"
+#include "kernels/backward_rows/row_numbers.h"
+
+namespace fa {
+
+/// Cuts a workspace into arrays. With null memory it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const array = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + bytes_);
+    bytes_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    return array;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  size_t bytes_ = 0;
+};
+
+/// Arrays for a kernel with tiles of so many rows. `natural`: with `rest`.
+RowNumbers row_numbers(const AttentionParams& params, int tile_rows, bool natural, Workspace* workspace);
+
+/// Fills the numbers; writes 0 into the gradients of query rows that aren't in use, of tiles of rows that see no key by lengths
+/// and windows, and, where there is a mask, of all rows; into those of keys outside of packed sequences; and into `counters`. The
+/// gradients of all other keys, in use or not, are the kernel's. One launch, two with packed sequences.
+Status prepare_rows(const AttentionParams& params, const Gradients& gradients, const RowNumbers& numbers, unsigned* counters,
+                    int64_t num_counters, const ExecutionContext& context);
+
+/// Writes gradients.d_sinks.
+Status d_sinks_of_rows(const AttentionParams& params, const Gradients& gradients, const RowNumbers& numbers,
+                       const ExecutionContext& context);
+
+}  // namespace fa
