@@ -25,9 +25,10 @@ KINDS = (
     ),
     Advice(
         r"quantized|cast to integers",
-        "the attention weights are quantized (QuantizeLinear) inside the block",
-        "The model was quantized before it was fused, between the two matrix products.",
-        "Fuse first, then quantize; or leave the block's two products out of the quantization.",
+        "the scores are quantized inside the block (QuantizeLinear to int8)",
+        "The model was quantized between the two matrix products, and the operator doesn't round there.",
+        "--assume scores-unquantized computes it without, nearer to the model before it was quantized, where the "
+        "reason says so; else fuse first, then quantize.",
     ),
     Advice(
         r"training mode",

@@ -364,6 +364,7 @@ def _assuming(assume: tuple[str, ...]) -> Options:
         assume_right_padding="right-padding" in assume,
         assume_full_rows="full-rows" in assume,
         assume_zeros_and_ones="zeros-and-ones" in assume,
+        assume_scores_unquantized="scores-unquantized" in assume,
     )
 
 

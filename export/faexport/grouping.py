@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .report import Dim, HalfPrecision, OutputDifference, SiteComparison, SiteReport, VerificationRun
 
@@ -46,20 +46,45 @@ def group_sites(sites: Sequence[SiteReport]) -> list[Group]:
     return [Group(tuple(members)) for members in groups.values()]
 
 
-def group_comparisons(rows: Sequence[SiteComparison]) -> list[tuple[str, SiteComparison]]:
+def _share(row: SiteComparison) -> float:
+    return row.share
+
+
+def group_comparisons(
+    rows: Sequence[SiteComparison], badness: Callable[[SiteComparison], float] = _share
+) -> list[tuple[str, SiteComparison]]:
     """(name, worst row) of each group: all that were compared in the same way and agree are one; each that does not
     agree is one of its own."""
     worst: dict[tuple[str, bool], SiteComparison] = {}
     for row in rows:
         key = (row.site, row.by_stand_in)
-        worst[key] = max(worst.get(key, row), row, key=lambda row: (not row.ok, row.share))
+        worst[key] = max(worst.get(key, row), row, key=lambda row: (not row.ok, badness(row)))
     groups: dict[object, list[SiteComparison]] = {}
     for row in worst.values():
         alike = (_without_numbers(row.site), row.by_stand_in, row.dtype, row.num_sets)
         groups.setdefault(alike if row.ok else id(row), []).append(row)
+    return [(common_name([row.site for row in members]), max(members, key=badness)) for members in groups.values()]
+
+
+QUANTIZED = "Quantized sites: distance from the same without any quantization, relative to its root mean square"
+
+
+def quantization_rows(rows: Sequence[SiteComparison]) -> list[tuple[str, str, str, str]]:
+    """(name, what ran it, distance of the rewritten model, of the original) of quantized sites, of equal ones the one
+    that loses most."""
+    quantized = [row for row in rows if row.quantization_error is not None]
+
+    def percent(error: float | None) -> str:
+        return f"{100 * (error or 0):.2g} %"
+
     return [
-        (common_name([row.site for row in members]), max(members, key=lambda row: row.share))
-        for members in groups.values()
+        (
+            name or "(sizes)",
+            "stand-in" if row.by_stand_in else "library",
+            percent(row.quantization_error),
+            percent(row.original_quantization_error),
+        )
+        for name, row in group_comparisons(quantized, lambda row: row.quantization_error or 0)
     ]
 
 

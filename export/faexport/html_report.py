@@ -13,7 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from .advice import advice
 from .blocks import Block
 from .drawing import svg
-from .grouping import Group, group_comparisons, group_outputs, group_sites, kept_sentence, sizes_text
+from .grouping import (
+    QUANTIZED,
+    Group,
+    group_comparisons,
+    group_outputs,
+    group_sites,
+    kept_sentence,
+    quantization_rows,
+    sizes_text,
+)
 from .report import HalfPrecision, Report, SiteReport, Verification
 
 MOST_BOXES = 80  # of a drawing: a larger one is no picture any more
@@ -186,6 +195,8 @@ def _verification(verification: Verification) -> str:
         parts.append(
             _table("Each site by itself, on what the original feeds it; of equal ones the worst", heads, rows, 3)
         )
+    if quantized := quantization_rows(verification.sites):
+        parts.append(_table(QUANTIZED, ("fused node", "run by", "rewritten", "original"), quantized, 2))
     compared = [run for run in verification.runs if run.outputs]
     if compared:
         outputs = [

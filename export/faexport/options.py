@@ -31,6 +31,7 @@ class Options:
     keep_io_types: bool = True  # with fp16: inputs and outputs of the model stay float32
     assume_full_rows: bool = False  # each query attends a key, or what it yields is never used
     assume_zeros_and_ones: bool = False  # masks made of numbers hold 0 and 1: the comparison draws nothing else
+    assume_scores_unquantized: bool = False  # attention that was quantized inside may be computed without that
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:

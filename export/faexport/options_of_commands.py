@@ -51,10 +51,11 @@ opset_option = click.option(
 )
 assume_option = click.option(
     "--assume",
-    type=click.Choice(["right-padding", "full-rows", "zeros-and-ones"]),
+    type=click.Choice(["right-padding", "full-rows", "zeros-and-ones", "scores-unquantized"]),
     metavar="WHAT",
     multiple=True,
     help="What a model can't tell; may be repeated. right-padding: every mask input keeps the first tokens of a row. "
     "full-rows: each query sees a key, or its output is never used. zeros-and-ones: mask inputs of numbers hold "
-    "nothing else, so that nothing else is compared.",
+    "nothing else, so that nothing else is compared. scores-unquantized: attention whose scores, masks or "
+    "weights are quantized may be computed without that: other than MODEL does, nearer to what it was before.",
 )

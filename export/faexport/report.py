@@ -77,6 +77,10 @@ class SiteComparison:
     num_sets: int  # of inputs that it was compared on
     inputs: str  # label of the worst
     fault: str = ""  # what is wrong with it, as the end of a sentence
+    # Distances from the same without any quantization of queries, keys, scores, weights and values, of the root
+    # mean square of that; None where nothing is quantized there. Of the set where ours is largest.
+    quantization_error: float | None = None  # ours
+    original_quantization_error: float | None = None
 
     @property
     def ok(self) -> bool:

@@ -12,7 +12,15 @@ import rich.markup
 import rich.padding
 import rich.table
 
-from .grouping import group_comparisons, group_outputs, group_sites, kept_sentence, sizes_text
+from .grouping import (
+    QUANTIZED,
+    group_comparisons,
+    group_outputs,
+    group_sites,
+    kept_sentence,
+    quantization_rows,
+    sizes_text,
+)
 from .report import HalfPrecision, Report, SiteComparison, SiteReport, Verification, VerificationRun, VerificationStatus
 
 MOST_SENTENCES = 4  # of a kind; the JSON has all
@@ -83,6 +91,12 @@ def verification_view(verification: Verification) -> Iterator[rich.console.Rende
     if verification.sites:
         yield "Each site by itself, on what the original feeds it: the largest difference"
         yield comparisons_table(verification.sites)
+    if quantized := quantization_rows(verification.sites):
+        yield QUANTIZED
+        table = _table("fused node", "run by", numbers=("rewritten", "original"))
+        for cells in quantized:
+            table.add_row(*map(rich.markup.escape, cells))
+        yield table
     compared = [run for run in verification.runs if run.outputs]
     if compared:
         sets = f"{len(compared)} set{'s' * (len(compared) != 1)} of inputs"

@@ -7,12 +7,24 @@ replace.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from faexport.nodes import graphs_of, name_of, outermost_graphs, subgraphs
-from faexport.spec import DOMAIN, OP_TYPE, VERSION, Alignment, AttentionSpec, Candidate, EmptyRow, Layout, Operand
+from faexport.spec import (
+    DOMAIN,
+    LEFT_OUT,
+    OP_TYPE,
+    VERSION,
+    Alignment,
+    AttentionSpec,
+    Candidate,
+    EmptyRow,
+    Layout,
+    Operand,
+)
 
 
 class Names:
@@ -124,6 +136,8 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     spec = candidate.outcome
     assert isinstance(spec, AttentionSpec)
     node = fused_node(spec)
+    if spec.left_out:
+        node.metadata_props[LEFT_OUT] = json.dumps(spec.left_out)
     anchor = spec.replaces or candidate.anchor
     node.name = names.fresh(f"{name_of(anchor)}_{OP_TYPE}")
     new = [n for n in (*spec.new_nodes, *spec.mask.new_nodes) if n.graph is None] + [node]

@@ -11,7 +11,7 @@ doesn't disturb, and no tensor leaves the runtime. All other nodes are proven to
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,14 +20,12 @@ import onnx_ir.passes.common
 
 from . import stand_in_copy
 from .nodes import maker
+from .recompute import BODIES, DISCRETE, copied, recomputed, unrounded_sources
 from .side_by_side_math import NUM_STATISTICS, Emit, settled, statistics
-from .spec import DOMAIN, OP_TYPE
+from .spec import DOMAIN, LEFT_OUT, OP_TYPE
 from .understand.shapes.analysis import Analysis
-from .widen import HALF, widen_node, widened
 
-_fresh = itertools.count()
 MINIMUM_OPSET = 9  # Where, IsNaN
-_MOST_TWIN_NODES = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +37,7 @@ class Point:
     dtype: str  # float32, float16, int64, … or "" where unknown
     output: str
     by_stand_in: bool  # the operator's function in standard operators was run, not the library
+    quantized: bool = False  # its operands, scores or weights are, in the original
 
 
 @dataclasses.dataclass
@@ -145,24 +144,38 @@ class _Builder:
         found: list[tuple[Point, ir.Value]] = []
         dtype = self._dtype(old)
         try:
-            twin = self._twin(old, new, scope) if self.twins and dtype not in _DISCRETE else None
+            twin = self._again(old, new, scope, wide=True) if self.twins and dtype not in DISCRETE else None
+            unquantized = self._unquantized(old, new, scope) if dtype not in DISCRETE else None
+            wanted = self._wanted(old, new, scope)
             for by_stand_in in self.kinds:
                 site, leaves = self._site(new, scope)
                 if by_stand_in and (not site or not stand_in_copy.has_function(self.new, site)):
                     continue
-                copied = self._copy(new, scope, by_stand_in)
+                ours = self._copy(new, scope, by_stand_in)
                 emit = Emit(scope.graph, self.old.graph)
-                sides = settled(emit, old, copied, twin)
-                bad = [self._bad(leaf, scope, emit) for leaf in leaves if self._dtype(leaf) not in _DISCRETE]
-                stats = statistics(emit, *sides, bad, exact=dtype in _DISCRETE)
+                sides = settled(emit, wanted, ours, twin)
+                bad = [self._bad(leaf, scope, emit) for leaf in leaves if self._dtype(leaf) not in DISCRETE]
+                floats = None if unquantized is None else (unquantized, old)
+                stats = statistics(emit, *sides, bad, exact=dtype in DISCRETE, floats=floats)
                 word = str(dtype.numpy()) if dtype is not None else ""
                 output = f"faexport_check_{len(self.points)}_{len(found)}_{new.name}_{int(by_stand_in)}"
-                found.append((Point(new.name or "", _named(site), word, output, by_stand_in), stats))
+                found.append(
+                    (Point(new.name or "", _named(site), word, output, by_stand_in, floats is not None), stats)
+                )
                 if site is None:
                     break  # the same nodes with and without the library
         except _Cannot as error:
             self.left_out.append(f"'{new.name}' can't be compared by itself: {error}")
         return found
+
+    def _wanted(self, old: ir.Value, new: ir.Value, scope: _Scope) -> ir.Value:
+        """What the new value is to be: the original's, without the roundings that the fused node leaves out."""
+        if not _left_out(self._site(new, scope)[0], scope):
+            return old
+        again = self._again(old, new, scope, wide=False)
+        if again is None:
+            raise _Cannot("the original's can't be computed without the roundings that are left out")
+        return again
 
     def _bad(self, leaf: ir.Value, scope: _Scope, emit: Emit) -> ir.Value:
         if leaf not in scope.bad:
@@ -242,45 +255,30 @@ class _Builder:
 
     # ------------------------------------------------------------------------------------------ in float32
 
-    def _twin(self, old: ir.Value, new: ir.Value, scope: _Scope) -> ir.Value | None:
-        """The original's value computed in float32 from the tensors that the new nodes read; None where it can't be."""
-        _, leaves = self._site(new, scope)
-        emit, wide, stack = Emit(scope.graph, self.old.graph), {}, [old]
-        for leaf in leaves:
-            wide[leaf] = emit.cast(leaf, ir.DataType.FLOAT) if self._dtype(leaf) in HALF else leaf
-        while stack and len(wide) <= _MOST_TWIN_NODES:
-            value = stack[-1]
-            node = value.producer()
-            if value in wide:
-                stack.pop()
-            elif node is None or self._dtype(value) in _DISCRETE:
-                stack.pop()
-                wide[value] = self._widened_leaf(value, emit)
-            elif waiting := [v for v in node.inputs if v is not None and v not in wide]:
-                stack += waiting
-            else:
-                stack.pop()
-                if any(a.type in _BODIES for a in node.attributes.values()):
-                    return None
-                copy = _copied(node, [v if v is None else wide[v] for v in node.inputs])
-                widen_node(copy)
-                scope.graph.append(copy)
-                wide.update(zip(node.outputs, copy.outputs, strict=True))
-        return wide.get(old)
+    def _again(self, old: ir.Value, new: ir.Value, scope: _Scope, *, wide: bool) -> ir.Value | None:
+        """The original's value from the tensors that the new nodes read, without what these leave out; None where it
+        can't be computed again."""
+        site, leaves = self._site(new, scope)
+        without = _left_out(site, scope)
+        return recomputed(old, leaves, Emit(scope.graph, self.old.graph), self._dtype, without=without, wide=wide)
 
-    def _widened_leaf(self, value: ir.Value, emit: Emit) -> ir.Value:
-        if self._dtype(value) not in HALF:
-            return value
-        if value.const_value is not None:
-            return emit.constant(widened(value.const_value))
-        return emit.cast(value, ir.DataType.FLOAT)
+    def _unquantized(self, old: ir.Value, new: ir.Value, scope: _Scope) -> ir.Value | None:
+        """The original's value in float32 without any rounding of its operands, scores and weights; None where nothing
+        is rounded there."""
+        site, leaves = self._site(new, scope)
+        if site is None:
+            return None
+        sources, roundings = unrounded_sources(leaves)
+        roundings |= _left_out(site, scope)
+        if not roundings:
+            return None
+        return recomputed(old, sources, Emit(scope.graph, self.old.graph), self._dtype, without=roundings, wide=True)
 
 
-_BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-_DISCRETE = {
-    ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8,
-    ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64,
-}  # fmt: skip
+def _left_out(site: ir.Node | None, scope: _Scope) -> set[ir.Value]:
+    """Outputs of the original's DequantizeLinear in whose place a fused node has what was quantized."""
+    names = json.loads(site.metadata_props.get(LEFT_OUT, "[]")) if site is not None else []
+    return {scope.visible[name] for name in names if name in scope.visible}
 
 
 def _named(site: ir.Node | None) -> str:
@@ -288,17 +286,9 @@ def _named(site: ir.Node | None) -> str:
 
 
 def _copied(node: ir.Node, inputs: list[ir.Value | None]) -> ir.Node:
-    if any(a.type in _BODIES for a in node.attributes.values()):
+    if any(a.type in BODIES for a in node.attributes.values()):
         raise _Cannot(f"the {node.op_type} '{node.name}' has a body")
-    return ir.Node(
-        node.domain,
-        node.op_type,
-        inputs,
-        list(node.attributes.values()),
-        overload=node.overload,
-        num_outputs=len(node.outputs),
-        name=f"beside_{next(_fresh)} {node.name or node.op_type}",
-    )
+    return copied(node, inputs)
 
 
 def _same(new: ir.Node, old: ir.Node) -> bool:

@@ -35,6 +35,9 @@ class Statistics:
     num_other_sizes: float  # axes of another size
     twin_to_old: float  # largest differences from the same in float32, 0 without a twin
     twin_to_new: float
+    # Distances from the same without quantization, of its root mean square: of the original and of ours
+    unquantized_to_old: float
+    unquantized_to_new: float
 
     @classmethod
     def read(cls, array: np.ndarray) -> Statistics:
@@ -77,13 +80,13 @@ class Emit:
 
     def count(self, flags: ir.Value) -> ir.Value:
         """How many elements of a bool tensor are true: a float32 scalar."""
-        return self("ReduceSum", self._padded(self.cast(flags, _FLOAT)), keepdims=0)
+        return self("ReduceSum", self.padded(self.cast(flags, _FLOAT)), keepdims=0)
 
     def largest(self, numbers: ir.Value) -> ir.Value:
         """Of numbers >= 0; 0 where there are none."""
-        return self("ReduceMax", self._padded(numbers), keepdims=0)
+        return self("ReduceMax", self.padded(numbers), keepdims=0)
 
-    def _padded(self, numbers: ir.Value) -> ir.Value:
+    def padded(self, numbers: ir.Value) -> ir.Value:
         """As a vector with one more element, 0: never empty."""
         flat = self("Reshape", numbers, self.constant(np.array([-1], np.int64)))
         return self("Concat", flat, self.constant(np.zeros(1, np.float32)), axis=0)
@@ -142,6 +145,7 @@ def statistics(
     num_bad: Sequence[ir.Value],
     *,
     exact: bool,
+    floats: tuple[ir.Value, ir.Value] | None = None,
 ) -> ir.Value:
     """Appends the comparison of `new` with `old`; the vector that Statistics.read takes.
 
@@ -149,16 +153,18 @@ def statistics(
         twin: `old` in float32.
         num_bad: counts for each tensor that they are made from.
         exact: integers or bools; they are compared as they are.
+        floats: the same without quantization, in float32, and the original's own.
     """
     infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
     none = zero
-    other_sizes = emit.count(emit("Not", emit("Equal", emit("Shape", old), emit("Shape", new))))
+    # NOTE: onnxruntime has no Shape of float8 tensors, so it is asked for that of the numbers that are compared.
+    a, b = (emit.cast(v, ir.DataType.INT64 if exact else _FLOAT) for v in (old, new))
+    other_sizes = emit.count(emit("Not", emit("Equal", emit("Shape", a), emit("Shape", b))))
     if exact:
-        equal = emit("Equal", *(emit.cast(v, ir.DataType.INT64) for v in (old, new)))
+        equal = emit("Equal", a, b)
         broken, numbers = emit.count(emit("Not", equal)), emit.count(emit("Equal", equal, equal))
-        parts = [none, none, broken, none, none, numbers, none, other_sizes, none, none]
+        parts = [none, none, broken, none, none, numbers, none, other_sizes, *[none] * 4]
         return _vector(emit, parts)
-    a, b = (emit.cast(v, _FLOAT) for v in (old, new))
     size_a, size_b = emit("Abs", a), emit("Abs", b)
     number_a, number_b = emit("Less", size_a, infinity), emit("Less", size_b, infinity)
     nan_a, nan_b = emit("IsNaN", a), emit("IsNaN", b)
@@ -181,11 +187,28 @@ def statistics(
         emit("Sum", *num_bad) if num_bad else none,
         other_sizes,
     ]
-    if twin is None:
-        return _vector(emit, [*parts, none, none])
-    exact_value = emit.cast(twin, _FLOAT)
-    known = emit("And", both, emit("Less", emit("Abs", exact_value), infinity))
-    return _vector(emit, [*parts, difference(exact_value, a, known), difference(exact_value, b, known)])
+    twins = [none, none]
+    if twin is not None:
+        exact_value = emit.cast(twin, _FLOAT)
+        known = emit("And", both, emit("Less", emit("Abs", exact_value), infinity))
+        twins = [difference(exact_value, a, known), difference(exact_value, b, known)]
+    distances = [none, none] if floats is None else _distances(emit, floats[0], (floats[1], b))
+    return _vector(emit, [*parts, *twins, *distances])
+
+
+def _distances(emit: Emit, exact: ir.Value, others: Sequence[ir.Value]) -> list[ir.Value]:
+    """Of each of the others from the first: the root mean square of the differences, of that of the first. What is no
+    number in any of them doesn't count."""
+    infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
+    values = [emit.cast(value, _FLOAT) for value in (exact, *others)]
+    known = emit("Less", emit("Sum", *(emit("Abs", value) for value in values)), infinity)
+
+    def square(value: ir.Value) -> ir.Value:
+        kept = emit("Where", known, value, zero)
+        return emit("ReduceSum", emit.padded(emit("Mul", kept, kept)), keepdims=0)
+
+    whole = emit("Max", square(values[0]), emit.constant(np.array(1e-30, np.float32)))
+    return [emit("Sqrt", emit("Div", square(emit("Sub", value, values[0])), whole)) for value in values[1:]]
 
 
 def _vector(emit: Emit, scalars: Sequence[ir.Value]) -> ir.Value:

@@ -225,13 +225,20 @@ def judge(point: Point, found: Statistics, allowed: float, label: str) -> SiteCo
         fault = f"is a number in {found.num_lost_to_numbers:.0f} elements where the original is NaN"
     elif not difference <= tolerance:
         fault = f"differs by {difference:.3g}, allowed is {tolerance:.3g}"
+    distances = (found.unquantized_to_new, found.unquantized_to_old) if point.quantized else (None, None)
     return SiteComparison(
         point.site, point.value, point.dtype, point.by_stand_in, difference, tolerance, int(found.num_numbers > 0),
-        label, fault,
+        label, fault, *distances,
     )  # fmt: skip
 
 
 def _worse(a: SiteComparison, b: SiteComparison) -> SiteComparison:
     """The worse of two comparisons of one value, over the sets of both."""
     worse = max(a, b, key=lambda row: (not row.ok, row.share))
-    return dataclasses.replace(worse, num_sets=a.num_sets + b.num_sets)
+    farther = max(a, b, key=lambda row: row.quantization_error or 0)
+    return dataclasses.replace(
+        worse,
+        num_sets=a.num_sets + b.num_sets,
+        quantization_error=farther.quantization_error,
+        original_quantization_error=farther.original_quantization_error,
+    )

@@ -18,6 +18,7 @@ DOMAIN = "faexport"
 OP_TYPE = "FlashAttention"
 VERSION = 1
 ROW_BLOCK = 64
+LEFT_OUT = "faexport.left_out"  # entry of a fused node's metadata: AttentionSpec.left_out, as JSON
 
 
 class Alignment(enum.StrEnum):
@@ -226,6 +227,8 @@ class AttentionSpec:
     further_attributes: Mapping[str, int | float | str] = dataclasses.field(default_factory=dict)
     # pairs of another output of the replaced node and a value that takes its place
     other_outputs: Sequence[tuple[ir.Value, ir.Value]] = ()
+    # names of DequantizeLinear outputs of the original in whose place the operator has what was quantized
+    left_out: tuple[str, ...] = ()
     facts: tuple[Fact, ...] = ()
 
 

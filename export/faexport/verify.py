@@ -36,9 +36,13 @@ from .reference import (
 )
 from .report import OutputDifference, Verification, VerificationRun, VerificationStatus
 from .settings import ANY_NUMBERS, Assumed, InputSet
-from .spec import DOMAIN
+from .spec import DOMAIN, LEFT_OUT
 
 NOISE_FACTOR = 4.0
+LEAVES_OUT = (
+    "sites that leave roundings of the original out are compared, by the rule for all sites, with the original's own "
+    "nodes without these roundings"
+)
 ROUNDING_FACTOR = site_check.ROUNDING_FACTOR
 TOO_NOISY = site_check.TOO_NOISY  # of the output's magnitude: above it nothing can be said
 
@@ -216,7 +220,7 @@ def with_sites(
         open_sizes=reference.open_sizes,
         on_amount=on_amount,
     )
-    notes = [*ends.notes, *found.left_out[:8]]
+    notes = [*ends.notes, *found.left_out[:8], *([LEAVES_OUT] if _leaves_out(model) else [])]
     result = dataclasses.replace(ends, sites=tuple(found.rows), notes=tuple(notes))
     faults = [*found.failures, *([found.worst.sentence] if found.worst is not None else [])]
     if faults:
@@ -244,11 +248,17 @@ def _despite_flips(reference: Reference, rewritten: ir.Model, result: Verificati
         before, after = old[name].const_value, value.const_value
         if before is None or after is None or not side_by_side.same_tensor(after, before):
             return result
+    left_out = "what is left out of it counts, and later " if _leaves_out(rewritten) else ""
     note = (
-        f"{result.reason}: roundings of the quantization flip. Each site agrees by itself on what the original feeds "
-        "it, and all other nodes are the original's"
+        f"{result.reason}: {left_out}roundings of the quantization flip. Each site agrees by itself on what the "
+        "original feeds it, and all other nodes are the original's"
     )
     return dataclasses.replace(result, status=VerificationStatus.PASSED, reason="", notes=(*result.notes, note))
+
+
+def _leaves_out(rewritten: ir.Model) -> bool:
+    """Has it attention that isn't rounded as the original's is?"""
+    return any(LEFT_OUT in node.metadata_props for node in all_nodes(rewritten))
 
 
 def _lost_numbers(runs: Sequence[VerificationRun], excused: set[int]) -> str:

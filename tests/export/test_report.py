@@ -44,7 +44,8 @@ OUTPUT = {
 }
 COMPARISON = {
     "site": str, "value": str, "dtype": str, "by_stand_in": bool, "max_abs_diff": (float, str), "tolerance": float,
-    "num_sets": int, "inputs": str, "fault": str, "ok": bool,
+    "num_sets": int, "inputs": str, "fault": str, "ok": bool, "quantization_error": (float, types.NoneType),
+    "original_quantization_error": (float, types.NoneType),
 }  # fmt: skip
 SITE = {
     "name": str, "source": str, "batch_size": DIM, "num_q_heads": DIM, "num_kv_heads": DIM, "seqlen_q": DIM,

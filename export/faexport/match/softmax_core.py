@@ -13,8 +13,9 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from faexport.match import Context, matcher
+from faexport.match import Context, matcher, roundings
 from faexport.match.masks import understand
+from faexport.match.roundings import Roundings
 from faexport.nodes import data_users, name_of, op
 from faexport.spec import Assumption, AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.surgery import Builder
@@ -144,10 +145,15 @@ def _with_guard(scores: Scores, values: Values, softmax, candidate, context: Con
 
 
 def _with_values(scores: Scores, values: Values, softmax, candidate, context: Context) -> AttentionSpec | Refusal:
+    terms, masks = roundings.unrounded(scores.terms, context)
+    rounded = Roundings(roundings.between(scores.nodes, context.analysis), masks, values.roundings)
+    if why := rounded.refusal(context):
+        return why
+    scores = dataclasses.replace(scores, terms=terms)
     structure = structure_of(scores, values, context.analysis)
     if isinstance(structure, Refusal):
         return structure
-    return _spec(scores, values, structure, softmax, candidate, context)
+    return _spec(scores, values, structure, softmax, rounded, candidate, context)
 
 
 def _column(scores: Scores, a) -> tuple:
@@ -222,7 +228,7 @@ def _rows_of_values(values: Values, a) -> Dim | None:
 
 
 def _spec(
-    scores, values, structure: Structure, softmax, candidate: Candidate, context: Context
+    scores, values, structure: Structure, softmax, rounded: Roundings, candidate: Candidate, context: Context
 ) -> AttentionSpec | Refusal:
     a = context.analysis
     query, key, value = structure.query, structure.key, structure.value
@@ -288,7 +294,11 @@ def _spec(
         mask=mask,
         softcap=scores.softcap,
         sinks=sinks,
-        facts=_facts(structure, scores, values, a.dtype(query.operand.value)),
+        left_out=rounded.outputs,
+        facts=(
+            *_facts(structure, scores, values, a.dtype(query.operand.value)),
+            *rounded.facts(),
+        ),
     )
 
 

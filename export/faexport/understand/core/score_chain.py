@@ -17,6 +17,7 @@ import onnx_ir as ir
 from faexport.nodes import FLOATS, attribute, given, name_of, op, operand, producer
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.factors import Weight, fits, is_gate, weighed
+from faexport.understand.core.rounding import rounding_at
 from faexport.understand.core.softmax import Softmax, subtracts_own_maximum
 from faexport.understand.core.split_bias import SplitBias
 from faexport.understand.core.widening import widened
@@ -32,6 +33,7 @@ from faexport.understand.shapes.rules import resolve_axis
 MAX_PATH = 40  # nodes between product and softmax
 BY_WEIGHTS = "its input is a projection by weights, not a product of queries and keys"
 RESHAPES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten")
+UNCHANGED = ("pass", "max", "rounding")  # kinds of steps that are no part of what the operator computes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Step:
     """One node on the way, what it does to the scores, and which input the scores come in by."""
 
     node: ir.Node
-    kind: str  # pass, scale, factor, tanh, add, sub, from (what is subtracted from), where, clamp, max, sink, view
+    kind: str  # pass, scale, factor, tanh, add, sub, from (what is subtracted from), where, clamp, max, sink, view,
+    # rounding (DequantizeLinear: the numbers in front of its QuantizeLinear, rounded)
     index: int = 0
     factor: float = 1.0  # scale, from: what it multiplies by
     also: tuple[ir.Node, ...] = ()  # nodes beside the path that belong to it
@@ -109,6 +112,8 @@ def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
         return [Step(node, "pass")] if ir.DataType(attribute(node, "to")) in FLOATS else []
     if name in RESHAPES:
         return [Step(node, "view")]
+    if rounding := rounding_at(node, a):
+        return [Step(node, "rounding" if node is rounding.dequantize else "pass")]
     if name == "Tanh":
         return [Step(node, "tanh")]
     if name == "Neg":
@@ -246,9 +251,9 @@ class _Reader:
         elif step.kind == "sink":
             self.sink, self.sink_axes = node.inputs[1 - step.index], self._axes() or ()
             self.sink_first = step.index == 1
-            if self.path.steps[-1] is not step and any(s.kind not in ("pass", "max") for s in self._after(step)):
+            if self.path.steps[-1] is not step and any(s.kind not in UNCHANGED for s in self._after(step)):
                 return Refusal("the scores are changed after the attention sink was put beside them", name_of(node))
-        elif step.kind not in ("pass", "max"):
+        elif step.kind not in UNCHANGED:
             return self._take_term(step, factor)
         else:
             self.a.learn(node.outputs[0], self.view.shape)

@@ -17,6 +17,7 @@ from faexport.nodes import FLOATS, attribute, data_users, given, maker, name_of,
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.factors import Weight, division_by, fits
 from faexport.understand.core.nan_guard import nan_guard
+from faexport.understand.core.rounding import QUANTIZING, Rounding, rounding_at
 from faexport.understand.core.row_guard import row_guard
 from faexport.understand.core.score_chain import RESHAPES, Scores, label_axes
 from faexport.understand.core.softmax import Softmax
@@ -55,6 +56,7 @@ class Values:
     result: ir.Value  # the product's output, or that of the division or the guard behind it
     guard: MaskTerm | None  # EMPTY_ROW, where one stands behind `result`
     weights: list[Weight]  # what the probabilities are multiplied by, the same for all rows: so are the values then
+    roundings: list[Rounding]  # of the probabilities
 
     def past_guard(self) -> Values:
         """The same with the guard taken for a part of attention."""
@@ -72,13 +74,14 @@ class _Walker:
         self.has_sink = scores.sink is not None
         self.terms: list[MaskTerm] = []
         self.weights: list[Weight] = []
+        self.roundings: list[Rounding] = []
         self.nan_guard = False
         self.nodes: list[ir.Node] = []
         self.shape_uses: list[ShapeUse] = []
 
     def _copy(self) -> _Walker:
         other = copy.copy(self)
-        for name in ("terms", "weights", "nodes", "shape_uses"):
+        for name in ("terms", "weights", "roundings", "nodes", "shape_uses"):
             setattr(other, name, list(getattr(self, name)))
         return other
 
@@ -150,8 +153,14 @@ class _Walker:
                 return refusal
         elif name == "Dropout" and view_ops.is_training(node, self.a):
             return Refusal("Dropout is in training mode", name_of(node))
-        elif name in ("QuantizeLinear", "DynamicQuantizeLinear"):
-            return Refusal("the attention weights are quantized (QuantizeLinear) inside the block", name_of(node))
+        elif name in QUANTIZING:
+            rounding = rounding_at(node, self.a)
+            if rounding is None:
+                return Refusal("the attention weights are quantized (QuantizeLinear) inside the block", name_of(node))
+            self.roundings.append(rounding)
+            self.nodes.append(node)
+            self._advance(rounding.dequantize)
+            return None
         elif name not in ("Cast", "Identity", "Dropout"):
             return Refusal(
                 f"the attention weights pass through {name} after the softmax, which attention doesn't have",
@@ -270,6 +279,7 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
         result,
         guard,
         walker.weights,
+        walker.roundings,
     )
 
 

@@ -41,6 +41,7 @@ DTYPE_OF = (
 )
 # The input whose element type the output has, where it is not the first.
 TYPED_BY = {"Where": 1, "CastLike": 1, "DequantizeLinear": 1, "OneHot": 2, "com.microsoft::DequantizeLinear": 1}
+TYPED_BY["trt::TRT_FP8DequantizeLinear"] = 1
 TYPED_BY |= {"QLinearMatMul": 7, "com.microsoft::QAttention": 3}
 # Operators all of whose outputs have that type; of others it is known of the first output only.
 ALL_TYPED = {"Split", "Attention", "If", "com.microsoft::Attention", "com.microsoft::GroupQueryAttention"}
@@ -279,6 +280,8 @@ class Analysis:
         if op(node) in ("QuantizeLinear", "com.microsoft::QuantizeLinear"):
             stated = attribute(node, "output_dtype") or ir.DataType.UINT8
             return self.dtype(operand(node, 2)) or ir.DataType(stated)
+        if op(node) == "trt::TRT_FP8QuantizeLinear":
+            return ir.DataType.FLOAT8E4M3FN
         is_sum = op(node) in SKIPS and value is node.outputs[-1] and len(node.outputs) == 4
         if value is not node.outputs[0] and op(node) not in ALL_TYPED and not is_sum:
             return None

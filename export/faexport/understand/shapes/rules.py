@@ -34,7 +34,8 @@ SHAPE_OF_FIRST_INPUT = (
     "GroupNormalization TensorScatter "
     "LpNormalization ScatterND ScatterElements RotaryEmbedding Mish Selu QuantizeLinear DequantizeLinear "
     "com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu com.microsoft::BiasGelu "
-    "com.microsoft::RotaryEmbedding SimplifiedLayerNormalization "
+    "com.microsoft::RotaryEmbedding SimplifiedLayerNormalization com.microsoft::QuantizeLinear "
+    "com.microsoft::DequantizeLinear trt::TRT_FP8QuantizeLinear trt::TRT_FP8DequantizeLinear "
 ).split()
 BROADCASTING = (
     "Add Sub Mul Div Pow Mod Equal Less LessOrEqual Greater GreaterOrEqual And Or Xor Where Max Min Mean Sum "

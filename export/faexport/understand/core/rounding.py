@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QuantizeLinear with the DequantizeLinear behind it: a tensor rounded to a few bits, and what of that the operator
+leaves out. Called by score_chain.py, value_chain.py and match/softmax_core.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.nodes import live_users, name_of, op, operand, producer
+from faexport.understand.shapes.analysis import Analysis
+
+# What quantizes, and what undoes it: the TRT_ ones, which ModelOpt's exports of PyTorch have, know no zero point.
+INVERSE = {
+    "QuantizeLinear": "DequantizeLinear",
+    "com.microsoft::QuantizeLinear": "com.microsoft::DequantizeLinear",
+    "trt::TRT_FP8QuantizeLinear": "trt::TRT_FP8DequantizeLinear",
+    "DynamicQuantizeLinear": "DequantizeLinear",
+}
+QUANTIZING, DEQUANTIZING = tuple(INVERSE), tuple(dict.fromkeys(INVERSE.values()))
+_HOW = ("axis", "block_size")  # attributes that both must have alike
+_FLOAT8 = (
+    ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.FLOAT8E4M3FNUZ,
+    ir.DataType.FLOAT8E5M2,
+    ir.DataType.FLOAT8E5M2FNUZ,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """One pair: what comes out is what went in, but for rounding and saturation."""
+
+    quantize: ir.Node
+    dequantize: ir.Node
+    dtype: ir.DataType  # of the quantized numbers
+    is_float8: bool = False  # and the scale is a constant that can be one (some tools write 0 and infinity)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return name_of(self.quantize), name_of(self.dequantize)
+
+
+def rounding_at(node: ir.Node | None, a: Analysis) -> Rounding | None:
+    """The pair that the node begins or ends, if nothing else reads the quantized numbers."""
+    if node is not None and op(node) in QUANTIZING:
+        users = live_users(node.outputs[0])
+        return _pair(node, users[0], a) if len(users) == 1 else None
+    before = producer(operand(node, 0)) if node is not None and op(node) in DEQUANTIZING else None
+    return _pair(before, node, a) if before is not None and node is not None else None
+
+
+def _pair(quantize: ir.Node, dequantize: ir.Node, a: Analysis) -> Rounding | None:
+    if INVERSE.get(op(quantize)) != op(dequantize) or dequantize.inputs[0] is not quantize.outputs[0]:
+        return None
+    whole, back = a.dtype(quantize.inputs[0]), a.dtype(dequantize.outputs[0])
+    if whole is None or whole != back or any(x.is_graph_output() for x in quantize.outputs):
+        return None
+    if op(quantize) == "DynamicQuantizeLinear":
+        by_itself = [operand(dequantize, i) for i in (1, 2)] == list(quantize.outputs[1:])
+        return Rounding(quantize, dequantize, ir.DataType.UINT8) if by_itself else None
+    scale, zero = (operand(quantize, i) for i in (1, 2))
+    alike = _alike(scale, operand(dequantize, 1), a) and _alike(zero, operand(dequantize, 2), a, missing=0)
+    if not alike or any(_number(quantize, name) != _number(dequantize, name) for name in _HOW):
+        return None
+    dtype, factor = _dtype(quantize, zero, a), a.constant(scale)
+    is_scale = factor is not None and bool((np.isfinite(factor) & (factor > 0)).all())
+    return None if dtype is None else Rounding(quantize, dequantize, dtype, dtype in _FLOAT8 and is_scale)
+
+
+def _dtype(quantize: ir.Node, zero: ir.Value | None, a: Analysis) -> ir.DataType | None:
+    if quantize.domain == "trt":
+        return ir.DataType.FLOAT8E4M3FN
+    said = _number(quantize, "output_dtype")
+    if said:
+        return ir.DataType(said)
+    return a.dtype(zero) if zero is not None else ir.DataType.UINT8
+
+
+def _number(node: ir.Node, name: str) -> int | None:
+    attribute = node.attributes.get(name)
+    return None if attribute is None or attribute.is_ref() else attribute.value
+
+
+def _alike(one: ir.Value | None, other: ir.Value | None, a: Analysis, missing: float | None = None) -> bool:
+    """Are both the same tensor, or equal constants? One that is missing counts as `missing`."""
+    if one is other:
+        return True
+    x, y = (missing if value is None else a.constant(value) for value in (one, other))
+    if x is None or y is None:
+        return False
+    first, second = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    same = first.shape == second.shape or 1 in (first.size, second.size)
+    return same and bool((first == second).all())
