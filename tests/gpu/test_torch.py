@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""faplugin.torch on CUDA tensors: the forward pass against float64, a cache, a CUDA graph, and no backward pass yet."""
+"""faplugin.torch on CUDA tensors: the forward pass against float64, a cache, a CUDA graph, and the backward pass."""
 
 from __future__ import annotations
 
@@ -54,7 +54,17 @@ def test_a_cuda_graph_captures_it() -> None:
     assert torch.equal(output, expected)
 
 
-def test_backward_is_refused_with_a_sentence() -> None:
-    q = draw(1, 8, 2, 64).requires_grad_()
-    with pytest.raises(RuntimeError, match="the backward pass has no CUDA kernel yet; it runs on the CPU"):
-        fatorch.flash_attn_func(q, q, q).sum().backward()
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_backward(head_dim: int) -> None:
+    """Gradients by FlashAttention's rule."""
+    inputs = [draw(2, rows, heads, head_dim) for rows, heads in ((300, 4), (400, 2), (401, 2))]
+    inputs[2] = inputs[2][:, :400]
+    d_output = draw(2, 300, 4, head_dim)
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    found = torch.autograd.grad(fatorch.flash_attn_func(*leaves, causal=True), leaves, d_output)
+    wanted = []
+    for dtype in (torch.float64, torch.bfloat16):
+        on_cpu = [t.cpu().to(dtype).requires_grad_() for t in inputs]
+        wanted.append(torch.autograd.grad(eager(*on_cpu, causal=True), on_cpu, d_output.cpu().to(dtype)))
+    for gradient, exact, unfused in zip(found, *wanted, strict=True):
+        assert (gradient.cpu() - exact).abs().max() <= 2 * (unfused - exact).abs().max() + 1e-5

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which problems the Hopper kernel of the backward pass takes, and the choice of its instance.
+#include "kernels/backward_sm90/backward_sm90.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "dispatch.h"
+#include "kernels/backward_sm90/instances.h"
+#include "kernels/common/tensor_map.h"
+
+namespace fa::backward_sm90 {
+namespace {
+
+constexpr int64_t kMaxRows = int64_t{1} << 29;  // positions and sums of two fit 32 bits
+
+struct Instance {
+  DType dtype;
+  int head_dim;  // bucket: the largest head_dim and head_dim_v it takes
+  Status (*launch)(const BackwardPlan& plan, const AttentionParams& params, const Gradients& gradients,
+                   const ExecutionContext& context);
+};
+
+const Instance kInstances[] = {
+#define FA_INSTANCE(T, dtype, head_dim, variant) {dtype, head_dim, launch_instance<T, head_dim, Variant::variant>},
+#include "kernels/backward_sm90/instances.def"
+#undef FA_INSTANCE
+};
+
+/// The smallest that takes the heads; null where they are too wide for any.
+const Instance* find_instance(const AttentionParams& p) {
+  const Instance* best = nullptr;
+  for (const Instance& instance : kInstances) {
+    if (instance.dtype != p.query.dtype || instance.head_dim < std::max(p.query.shape[3], p.value.shape[3])) continue;
+    if (best == nullptr || instance.head_dim < best->head_dim) best = &instance;
+  }
+  return best;
+}
+
+/// What the kernel does with scores: a scale, key lengths and windows, and no more.
+bool suits_scores(const AttentionParams& p, std::string* why_not) {
+  FA_REFUSE_IF(p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f,
+               "takes no mask, bias, alibi_slopes and softcap");
+  FA_REFUSE_IF(p.cu_seqlens_q.present || p.query_lengths.present, "takes no packed sequences and query_lengths");
+  return true;
+}
+
+/// What the copy engine reads, and rows that are written 16 bytes at a time.
+bool suits_memory(const AttentionParams& p, const Gradients& g, std::string* why_not) {
+  const std::pair<const char*, const TensorView*> tensors[] = {
+      {"query", &p.query},     {"key", &p.key},     {"value", &p.value},    {"d_out", &g.d_out},
+      {"d_query", &g.d_query}, {"d_key", &g.d_key}, {"d_value", &g.d_value}};
+  for (const auto& [name, tensor] : tensors) {
+    FA_REFUSE_IF(tensor->empty(), std::string(name) + " has no elements");
+    FA_REFUSE_IF(tensor->shape[2] > kMaxRows, "more than 2^29 rows or keys");
+    FA_REFUSE_IF(!has_tensor_map(*tensor),
+                 std::string("the copy engine (TMA) can't address ") + name + ", which " + tensor_map_obstacle(*tensor));
+  }
+  FA_REFUSE_IF(p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0, "head_dim and head_dim_v must be multiples of 8");
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
+  FA_REFUSE_IF(p.query.shape[0] * p.query.shape[1] * (p.query.shape[2] / 64 + 1) > kLimit ||
+                   p.key.shape[0] * p.key.shape[1] * (p.key.shape[2] / kTileKeys + 1) > kLimit,
+               "more than 2^31 tiles");
+  return true;
+}
+
+}  // namespace
+
+Memory take_memory(const AttentionParams& params, int head_dim, Workspace* workspace) {
+  Memory memory{};
+  memory.rows = row_numbers(params, tile_rows(head_dim), false, workspace);
+  const int64_t tiles = memory.rows.tiles.of_head * params.query.shape[1];
+  const bool several = params.key.shape[2] > kTileKeys;  // key tiles add to a row's gradient
+  memory.sums = workspace->take<float>(several ? tiles * tile_rows(head_dim) * head_dim : 0);
+  memory.num_counters = tiles + 1;
+  memory.counters = workspace->take<unsigned>(memory.num_counters);
+  return memory;
+}
+
+bool plan(const StepParams& p, const Gradients& gradients, BackwardPlan* plan, std::string* why_not) {
+  FA_REFUSE_IF(plan->device.compute_capability != 90, "needs compute capability 9.0 (Hopper)");
+  FA_REFUSE_IF(plan->device.shared_memory_bytes < kSharedLimit,
+               "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block");
+  FA_REFUSE_IF(size_of(p.query.dtype) != 2,
+               std::string("takes float16 and bfloat16 only, the tensors are ") + name_of(p.query.dtype));
+  if (!suits_scores(p, why_not) || !suits_memory(p, gradients, why_not)) return false;
+  const Instance* instance = find_instance(p);
+  FA_REFUSE_IF(instance == nullptr, "head_dim or head_dim_v is above 128");
+  plan->instance = static_cast<int>(instance - kInstances);
+  Workspace workspace(nullptr);
+  take_memory(p, instance->head_dim, &workspace);
+  plan->workspace_bytes = workspace.bytes();
+  return true;
+}
+
+Status launch(const BackwardPlan& plan, const StepParams& params, const Gradients& gradients, const ExecutionContext& context) {
+  return kInstances[plan.instance].launch(plan, params, gradients, context);
+}
+
+}  // namespace fa::backward_sm90

@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: Apache-2.0
+// A consumer warpgroup of backward_sm90: 64 keys of each item, whose gradients stay in registers. For each tile of queries it
+// computes S^T = K Q^T and dP^T = V dO^T, from them P^T and dS^T, then dV += P^T dO and dK += dS^T Q, and of dQ = dS K, for which
+// both warpgroups' dS meet in shared memory, a part of 64 x 64. Products are issued ahead of what needs no result of them, so
+// that tensor cores work while other units take exponentials and add to dQ.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/backward_sm90/rows_out.cuh"
+#include "kernels/backward_sm90/shared_plan.cuh"
+#include "kernels/common/exp2.cuh"
+#include "kernels/common/shared_memory.cuh"
+#include "kernels/common/tma.cuh"
+#include "kernels/common/wgmma.cuh"
+
+namespace fa::backward_sm90 {
+
+/// Four 8x8 matrices of 16-bit elements from the accumulator layout to shared memory, transposed; lane l gives row l % 8 of
+/// matrix l / 8.
+__device__ __forceinline__ void store_transposed(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+/// Writes zeros over rows used … kTileN - 1 of a tile of keys, by all consumers, for the tensor cores to read.
+template <class C>
+__device__ __forceinline__ void clear_keys(uint8_t* keys, int used, int thread) {
+#pragma unroll 1
+  for (int i = used * 8 + thread; i < C::kTileN * 8; i += 32 * C::kConsumerWarps) {
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel)
+      *reinterpret_cast<uint4*>(keys + panel * C::kTileN * 128 + i * 16) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+template <class C>
+struct Consumer {
+  using T = typename C::T;
+  const KernelArgs& args;
+  SharedPlan<C>& shared;
+  int warpgroup;
+  RingPosition<C::kStages> q, o;  // tiles of Q and dO
+  RingPosition<kTurnSlots> turn;
+  RingPosition<1> keys;
+  int buffer = 0;  // of d_scores
+  float d_key[C::kHeadDim / 2];
+  float d_value[C::kHeadDim / 2];
+  float s[C::kTileM / 2];        // S^T, then P^T
+  float dp[C::kTileM / 2];       // dP^T
+  float dq[32];                  // the warpgroup's part of dQ
+  uint32_t p16[C::kTileM / 4];   // P^T as A operand
+  uint32_t ds16[C::kTileM / 4];  // dS^T as A operand
+
+  template <int kArrivals>
+  __device__ __forceinline__ void release(Mbarrier<kArrivals>& barrier) {
+    if (threadIdx.x % 32 == 0) barrier.arrive();
+  }
+
+  /// Issues out = A B^T, A being the warpgroup's rows of a tile of keys and B a tile of queries.
+  __device__ __forceinline__ void issue_scores(float (&out)[C::kTileM / 2], const uint8_t* key_tile, const uint8_t* query_tile) {
+    const uint64_t a = wgmma_descriptor_k_major(shared_address(key_tile) + warpgroup * 64 * 128);
+    const uint64_t b = wgmma_descriptor_k_major(shared_address(query_tile));
+    wgmma_pin(out);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kHeadDim / 16; ++step) {
+      const uint32_t in_panel = (step % 4) * 32;
+      Wgmma<C::kTileM>::template ss<T>(out, a + (((step / 4) * C::kTileN * 128 + in_panel) >> 4),
+                                       b + (((step / 4) * C::kTileM * 128 + in_panel) >> 4), step > 0);
+    }
+    wgmma_commit();
+  }
+
+  /// Issues sum += A B, A being P^T or dS^T and B a tile of queries.
+  __device__ __forceinline__ void issue_key_gradient(float (&sum)[C::kHeadDim / 2], uint32_t (&a)[C::kTileM / 4],
+                                                     const uint8_t* query_tile) {
+    const uint64_t b = wgmma_descriptor_mn_major(shared_address(query_tile), C::kTileM * 128);
+    wgmma_pin(sum);
+    wgmma_pin(a);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kTileM / 16; ++step) {
+      Wgmma<C::kHeadDim>::template rs<T>(sum, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
+                                         b + ((step * 16 * 128) >> 4), 1);
+    }
+    wgmma_commit();
+  }
+
+  /// Issues the warpgroup's part of dQ = dS K: 64 columns of all rows, or 64 rows of all columns.
+  __device__ __forceinline__ void issue_query_gradient() {
+    constexpr bool kByColumns = C::kPanels == 2;
+    const uint64_t a =
+        wgmma_descriptor_k_major(shared_address(shared.d_scores[buffer][0]) + (kByColumns ? 0 : warpgroup * 64 * 128));
+    const uint64_t b =
+        wgmma_descriptor_mn_major(shared_address(shared.key) + (kByColumns ? warpgroup * C::kTileN * 128 : 0), C::kTileN * 128);
+    wgmma_pin(dq);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kTileN / 16; ++step) {
+      Wgmma<64>::template ss<T, true>(dq, a + (((step / 4) * C::kTileM * 128 + (step % 4) * 32) >> 4),
+                                      b + ((step * 16 * 128) >> 4), step > 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ int first_row_of_thread() const { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+  /// P^T = exp(scale * S^T - lse).
+  __device__ __forceinline__ void take_weights() {
+    const float* lse = shared.lse[q.stage] + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < C::kTileM / 8; ++j) {
+      const float2 row = *reinterpret_cast<const float2*>(lse + 8 * j);
+      s[4 * j] = exp2_approx(fmaf(s[4 * j], args.scale_log2, -row.x));
+      s[4 * j + 1] = exp2_approx(fmaf(s[4 * j + 1], args.scale_log2, -row.y));
+      s[4 * j + 2] = exp2_approx(fmaf(s[4 * j + 2], args.scale_log2, -row.x));
+      s[4 * j + 3] = exp2_approx(fmaf(s[4 * j + 3], args.scale_log2, -row.y));
+    }
+  }
+
+  /// Weights of keys that rows don't see become 0.
+  __device__ __forceinline__ void hide_keys(const Item& item, int first_key, int first_row) {
+    const int row = first_row + threadIdx.x % 4 * 2;
+    int low[2], high[2];  // of the rows, in this thread's count, that see its two keys
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int key = first_key + first_row_of_thread() + 8 * r;
+      low[r] = key < item.view.kv_length ? key - item.view.band.right + 1 - row : C::kTileM;
+      high[r] = key - item.view.band.left - row;
+    }
+#pragma unroll
+    for (int i = 0; i < C::kTileM / 2; ++i) {
+      const int column = i / 4 * 8 + i % 2, r = i / 2 % 2;
+      if (column < low[r] || column > high[r]) s[i] = 0.0f;
+    }
+  }
+
+  /// Do all rows of the tile see all keys of the warpgroup?
+  __device__ __forceinline__ bool all_visible(const Item& item, int first_key, int first_row) const {
+    const KeySpan seen = item.view.band.seen_by_all(first_row, first_row + C::kTileM - 1, {0, item.view.kv_length});
+    return seen.begin <= first_key && first_key + 64 <= seen.end;
+  }
+
+  /// P^T of two neighbouring rows of queries, in their group j of eight, and the thread's first or second key.
+  __device__ __forceinline__ float2 weights(int j, int r) const {
+    if constexpr (C::kRoundedWeights) return unpack2(p16[2 * j + r], std::is_same_v<T, __half>);
+    return make_float2(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
+  }
+
+  /// dS^T = P^T (dP^T - delta), to registers and to shared memory.
+  __device__ __forceinline__ void take_score_gradients() {
+    const float* delta = shared.delta[o.stage] + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < C::kTileM / 8; ++j) {
+      const float2 row = *reinterpret_cast<const float2*>(delta + 8 * j);
+      const float2 low = weights(j, 0), high = weights(j, 1);
+      ds16[2 * j] = pack2<T>(low.x * (dp[4 * j] - row.x), low.y * (dp[4 * j + 1] - row.y));
+      ds16[2 * j + 1] = pack2<T>(high.x * (dp[4 * j + 2] - row.x), high.y * (dp[4 * j + 3] - row.y));
+    }
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const uint32_t to =
+        shared_address(shared.d_scores[buffer][warpgroup]) + swizzled_offset(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+#pragma unroll
+    for (int step = 0; step < C::kTileM / 16; ++step)
+      store_transposed(to + step * 16 * 128, ds16[4 * step], ds16[4 * step + 1], ds16[4 * step + 2], ds16[4 * step + 3]);
+    fence_async_proxy();
+  }
+
+  /// The row of dQ ends here: all key tiles have added to it.
+  __device__ __forceinline__ void store_query_gradient(const Item& item, int head, int first_row) {
+    const TensorView& out = args.d_query;
+    constexpr bool kByColumns = C::kPanels == 2;
+    const int column = kByColumns ? warpgroup * 64 : 0;
+    T* first = static_cast<T*>(out.data) + item.batch * out.stride[0] + head * out.stride[1] + column;
+    const int row = first_row + (kByColumns ? 0 : warpgroup * 64) + first_row_of_thread();
+    store_fragment(dq, args.scale, first, out.stride[2], row, static_cast<int>(out.shape[2]),
+                   static_cast<int>(out.shape[3]) - column);
+  }
+
+  /// Adds the tile's dQ to what other key tiles have added. The first stores it, the last takes the sum to the tensor.
+  __device__ __forceinline__ void add_query_gradient(const Item& item, int head, int tile) {
+    const Turn place = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, args.descending);
+    const int row = args.query_tile(item.batch, head, tile);
+    float* sum = args.sums + (static_cast<int64_t>(row) * 2 + warpgroup) * 64 * 64 + threadIdx.x % kWarpgroupThreads * 4;
+    shared.turn_full[turn.stage].wait(turn.phase);
+    if (place.place + 1 == place.count) {
+      if (place.place > 0) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float4 x = __ldcg(reinterpret_cast<const float4*>(sum + i * 4 * kWarpgroupThreads));
+          dq[4 * i] += x.x;
+          dq[4 * i + 1] += x.y;
+          dq[4 * i + 2] += x.z;
+          dq[4 * i + 3] += x.w;
+        }
+      }
+      store_query_gradient(item, head, tile * C::kTileM);
+    } else if (place.place == 0) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        __stcg(reinterpret_cast<float4*>(sum + i * 4 * kWarpgroupThreads),
+               make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sum + i * 4 * kWarpgroupThreads),
+                     "f"(dq[4 * i]), "f"(dq[4 * i + 1]), "f"(dq[4 * i + 2]), "f"(dq[4 * i + 3])
+                     : "memory");
+    }
+    __syncwarp();
+    release(shared.turn_done[turn.stage]);
+    turn.advance();
+  }
+
+  __device__ __forceinline__ void start_scores() {
+    shared.query_full[q.stage].wait(q.phase);
+    issue_scores(s, shared.key, shared.query[q.stage]);
+  }
+
+  /// One tile of queries of one head; `last`: of the item.
+  template <bool kLast>
+  __device__ __forceinline__ void take_step(const Item& item, int head, int tile) {
+    const int first_key = item.key_tile * C::kTileN + warpgroup * 64, first_row = tile * C::kTileM;
+    // 1. dP^T, behind S^T.
+    shared.out_full[o.stage].wait(o.phase);
+    issue_scores(dp, shared.value, shared.d_out[o.stage]);
+    // 2. P^T, and dV += P^T dO.
+    take_weights();
+    if (!all_visible(item, first_key, first_row)) hide_keys(item, first_key, first_row);
+#pragma unroll
+    for (int i = 0; i < C::kTileM / 4; ++i) p16[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+    issue_key_gradient(d_value, p16, shared.d_out[o.stage]);
+    // 3. dS^T, dQ = dS K and dK += dS^T Q.
+    wgmma_wait<1>();
+    wgmma_pin(dp);
+    if (kLast) release(shared.value_empty);
+    take_score_gradients();
+    named_barrier_sync(kConsumeBarrier, 32 * C::kConsumerWarps);
+    issue_query_gradient();
+    issue_key_gradient(d_key, ds16, shared.query[q.stage]);
+    // 4. dQ goes where its sum is, while dK is under way.
+    wgmma_wait<1>();
+    wgmma_pin(dq);
+    wgmma_pin(p16);
+    wgmma_pin(d_value);
+    release(shared.out_empty[o.stage]);
+    if (kLast) release(shared.key_empty);
+    add_query_gradient(item, head, tile);
+    auto& query_done = shared.query_empty[q.stage];
+    q.advance();
+    o.advance();
+    buffer ^= 1;
+    // 5. The next tile's S^T behind dK, whose end gives back its queries.
+    if constexpr (!kLast) start_scores();
+    wgmma_wait<0>();
+    wgmma_pin(s);
+    wgmma_pin(ds16);
+    wgmma_pin(d_key);
+    release(query_done);
+  }
+
+  /// The item's keys are there, and those beyond the length are 0.
+  __device__ __forceinline__ void wait_keys(const Item& item) {
+    shared.key_full.wait(keys.phase);
+    shared.value_full.wait(keys.phase);
+    keys.advance();
+    const int used = item.view.kv_length - item.key_tile * C::kTileN;
+    if (used >= C::kTileN) return;
+    clear_keys<C>(shared.key, used, threadIdx.x);
+    clear_keys<C>(shared.value, used, threadIdx.x);
+    fence_async_proxy();
+    named_barrier_sync(kConsumeBarrier, 32 * C::kConsumerWarps);
+  }
+
+  /// All rows that see the item's keys.
+  __device__ __forceinline__ void take_steps(const Item& item) {
+    const int first_head = item.key_head * args.heads_per_key_head, last_head = first_head + args.heads_per_key_head - 1;
+    const int first_tile = item.query_tiles.begin, last_tile = item.query_tiles.end - 1;
+    int head = first_head, tile = first_tile;
+    start_scores();
+    wgmma_wait<0>();
+    wgmma_pin(s);
+#pragma unroll 1
+    while (head < last_head || tile < last_tile) {
+      take_step<false>(item, head, tile);
+      if (++tile > last_tile) {
+        tile = first_tile;
+        ++head;
+      }
+    }
+    take_step<true>(item, head, tile);
+  }
+
+  __device__ __forceinline__ void store_key_gradient(const Item& item, const TensorView& out, const float (&x)[C::kHeadDim / 2],
+                                                     float factor) {
+    T* first = static_cast<T*>(out.data) + item.batch * out.stride[0] + item.key_head * out.stride[1];
+    store_fragment(x, factor, first, out.stride[2], item.key_tile * C::kTileN + warpgroup * 64 + first_row_of_thread(),
+                   static_cast<int>(out.shape[2]), static_cast<int>(out.shape[3]));
+  }
+
+  /// Item after item.
+  __device__ __forceinline__ void run() {
+    RingPosition<kItemSlots> slot;
+    for (;;) {
+      shared.item_full[slot.stage].wait(slot.phase);
+      const Item& item = shared.item[slot.stage];
+      if (!item.valid) return;
+#pragma unroll
+      for (int i = 0; i < C::kHeadDim / 2; ++i) d_key[i] = d_value[i] = 0.0f;
+      if (item.query_tiles.begin < item.query_tiles.end) {
+        wait_keys(item);
+        take_steps(item);
+      }
+      store_key_gradient(item, args.d_value, d_value, 1.0f);
+      store_key_gradient(item, args.d_key, d_key, args.scale);
+      __syncwarp();
+      release(shared.item_empty[slot.stage]);
+      slot.advance();
+    }
+  }
+};
+
+}  // namespace fa::backward_sm90

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// Declares what the generated sources define, so that the host compiler needs no kernel code.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "fa/backward.h"
+
+namespace fa::backward_sm90 {
+
+inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory that an instance may take
+
+enum class Variant : uint8_t { kPlain };
+
+/// Query rows and keys of a tile.
+constexpr int tile_rows(int head_dim) { return head_dim <= 64 ? 128 : 64; }
+inline constexpr int kTileKeys = 128;
+
+template <typename T, int kHeadDim, Variant kVariant>
+Status launch_instance(const BackwardPlan& plan, const AttentionParams& params, const Gradients& gradients,
+                       const ExecutionContext& context);
+
+}  // namespace fa::backward_sm90

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches one instantiation of backward_sm90 on a problem that plan() has accepted.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "kernels/backward_sm90/backward_sm90.h"
+#include "kernels/backward_sm90/instances.h"
+#include "kernels/backward_sm90/kernel.cuh"
+#include "kernels/common/launch.h"
+#include "kernels/common/launch_early.h"
+#include "kernels/common/tensor_map.h"
+#include "semantics/softmax.h"
+
+namespace fa::backward_sm90 {
+
+template <class C>
+Status encode_maps(const AttentionParams& p, const Gradients& gradients, KernelArgs* args) {
+  if (Status status = encode_tensor_map(p.query, C::kTileM, &args->query); !status.ok()) return status;
+  if (Status status = encode_tensor_map(gradients.d_out, C::kTileM, &args->d_out); !status.ok()) return status;
+  if (Status status = encode_tensor_map(p.key, C::kTileN, &args->key); !status.ok()) return status;
+  return encode_tensor_map(p.value, C::kTileN, &args->value);
+}
+
+/// All of the arguments but the tensor maps.
+template <class C>
+void describe_problem(const AttentionParams& p, const Gradients& gradients, const Memory& memory, KernelArgs* args) {
+  args->d_query = gradients.d_query;
+  args->d_key = gradients.d_key;
+  args->d_value = gradients.d_value;
+  args->sequences = sequence_rule(p);
+  args->rows = memory.rows;
+  args->turns = memory.counters;
+  args->ticket = memory.counters + memory.num_counters - 1;
+  args->sums = memory.sums;
+  args->batch_size = static_cast<int>(p.query.shape[0]);
+  args->num_query_tiles = static_cast<int>(memory.rows.tiles.of_sequence);
+  args->num_key_tiles = static_cast<int>((p.key.shape[2] + C::kTileN - 1) / C::kTileN);
+  args->num_key_heads = static_cast<int>(p.key.shape[1]);
+  args->heads_per_key_head = static_cast<int>(p.query.shape[1] / p.key.shape[1]);
+  args->num_items = args->num_key_tiles * args->num_key_heads * args->batch_size;
+  args->key_tiles = Divisor(args->num_key_tiles);
+  args->key_heads = Divisor(args->num_key_heads);
+  args->descending = p.window_right >= 0;
+  args->scale = p.softmax_scale;
+  args->scale_log2 = p.softmax_scale * kLog2E;
+}
+
+template <class C>
+Status launch_config(const BackwardPlan& plan, const AttentionParams& p, const Gradients& gradients,
+                     const ExecutionContext& context) {
+  Workspace workspace(context.workspace);
+  const Memory memory = take_memory(p, C::kHeadDim, &workspace);
+  KernelArgs args{};
+  if (Status status = encode_maps<C>(p, gradients, &args); !status.ok()) return status;
+  describe_problem<C>(p, gradients, memory, &args);
+  if (Status status = prepare_rows(p, gradients, memory.rows, memory.counters, memory.num_counters, context); !status.ok())
+    return status;
+  constexpr int kSharedBytes = sizeof(SharedPlan<C>);
+  static_assert(kSharedBytes <= kSharedLimit, "plan() asks the device for kSharedLimit bytes, so no block may need more.");
+  const auto kernel = backward_sm90_kernel<C>;
+  const int blocks = std::min(args.num_items, plan.device.num_sms);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess)
+    error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, static_cast<cudaStream_t>(context.stream), args);
+  if (error != cudaSuccess || !gradients.d_sinks.present) return cuda_status(error, "backward_sm90 could not be launched");
+  return d_sinks_of_rows(p, gradients, memory.rows, context);
+}
+
+template <typename T, int kHeadDim, Variant kVariant>
+Status launch_instance(const BackwardPlan& plan, const AttentionParams& params, const Gradients& gradients,
+                       const ExecutionContext& context) {
+  return launch_config<Traits<T, kHeadDim>>(plan, params, gradients, context);
+}
+
+}  // namespace fa::backward_sm90

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// From an accumulator of wgmma to rows of device memory, 16 bytes a thread, without shared memory: the four lanes that hold a row
+// exchange their parts of four neighbouring groups of eight columns.
+#pragma once
+
+#include "kernels/common/convert.cuh"
+#include "kernels/common/reduce.cuh"
+
+namespace fa::backward_sm90 {
+
+/// Lane t of a quad gives parts[u], its pair of columns of group u, and gets group t's four pairs, in their order.
+__device__ __forceinline__ uint4 exchange_in_quad(const uint32_t (&parts)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const uint32_t low = __shfl_xor_sync(kAllLanes, odd ? parts[0] : parts[1], 1);
+  const uint32_t low_pair[2] = {odd ? low : parts[0], odd ? parts[1] : low};
+  const uint32_t upper = __shfl_xor_sync(kAllLanes, odd ? parts[2] : parts[3], 1);
+  const uint32_t upper_pair[2] = {odd ? upper : parts[2], odd ? parts[3] : upper};
+  const uint32_t x = __shfl_xor_sync(kAllLanes, high ? low_pair[0] : upper_pair[0], 2);
+  const uint32_t y = __shfl_xor_sync(kAllLanes, high ? low_pair[1] : upper_pair[1], 2);
+  return high ? make_uint4(x, y, upper_pair[0], upper_pair[1]) : make_uint4(low_pair[0], low_pair[1], x, y);
+}
+
+/// Writes factor * x, of which the thread has parts of the two rows `row` and `row` + 8, as far as there are rows and columns.
+/// `first`: row 0's first element.
+template <class T, int kCount>
+__device__ __forceinline__ void store_fragment(const float (&x)[kCount], float factor, T* first, int64_t row_stride, int row,
+                                               int num_rows, int num_columns) {
+  static_assert(kCount % 16 == 0, "Groups of eight columns are stored four at a time.");
+#pragma unroll
+  for (int i = 0; i < kCount / 16; ++i) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t parts[4];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) parts[u] = pack2<T>(x[16 * i + 4 * u + 2 * r] * factor, x[16 * i + 4 * u + 2 * r + 1] * factor);
+      const uint4 group = exchange_in_quad(parts);
+      const int column = 32 * i + threadIdx.x % 4 * 8;
+      if (row + 8 * r < num_rows && column < num_columns)
+        *reinterpret_cast<uint4*>(first + (row + 8 * r) * row_stride + column) = group;
+    }
+  }
+}
+
+}  // namespace fa::backward_sm90

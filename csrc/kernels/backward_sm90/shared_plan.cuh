@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// The shared memory of a thread block of backward_sm90, and all barriers by which its roles hand over to each other.
+//
+// Roles (producer.cuh, consumer.cuh): "load" is the lane that draws items and starts copies into shared memory, "poll" the lane
+// that waits for other blocks' turns, "signal" the lane that passes the turn on, "consume" each of the warps that multiply.
+//
+//   barrier      who arrives, and so ends a phase   who waits            what the phase's end says
+//   item_full    load                               all others           the item can be read
+//   item_empty   poll, signal, consume              load                 nobody reads the item any more
+//   key_full     the copy engine                    consume              the item's tile of K is there (value_full: of V)
+//   key_empty    consume                            load                 its buffer may be filled again (value_empty)
+//   query_full   the copy engine                    consume              a tile of Q and its log-sum-exp are there
+//   query_empty  consume                            load                 its buffer may be filled again
+//   out_full     the copy engine                    consume              a tile of dO and its delta are there
+//   out_empty    consume                            load                 its buffer may be filled again
+//   turn_full    poll                               consume              the key tiles before this one have added to d_query
+//   turn_done    consume                            signal               this block has added to it
+//   turn_empty   signal                             poll                 … and others have been told
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/backward_sm90/args.h"
+#include "kernels/backward_sm90/traits.cuh"
+#include "kernels/common/mbarrier.cuh"
+
+namespace fa::backward_sm90 {
+
+inline constexpr int kItemSlots = 2;  // items that are drawn and not yet done
+inline constexpr int kTurnSlots = 2;  // query tiles whose turn has come and not yet been passed on
+
+/// The hardware's numbered barriers; 0 is that of __syncthreads().
+enum NamedBarrier : int {
+  kConsumeBarrier = 1,  // all consumers
+};
+
+/// The work between two stores of d_key and d_value: one tile of keys of one key head, with all rows of all query heads that
+/// see any of its keys.
+struct alignas(16) Item {
+  int valid;  // 0: there are no more
+  int batch, key_head, key_tile;
+  View view;
+  TileSpan query_tiles;
+};
+
+template <class C>
+struct SharedPlan {
+  // Tiles of 128-byte rows under the 128-byte swizzle, whose pattern repeats every 1024 bytes.
+  alignas(1024) uint8_t key[C::kKeyBytes];
+  alignas(1024) uint8_t value[C::kKeyBytes];
+  alignas(1024) uint8_t query[C::kStages][C::kQueryBytes];
+  alignas(1024) uint8_t d_out[C::kStages][C::kQueryBytes];
+  alignas(1024) uint8_t d_scores[2][C::kWarpgroups][C::kTileM * 128];  // rows of queries, a panel for each warpgroup's keys
+  alignas(128) float lse[C::kStages][C::kTileM];
+  alignas(128) float delta[C::kStages][C::kTileM];
+
+  // The barriers of the table above, with the number of arrivals that end a phase.
+  Mbarrier<1> item_full[kItemSlots];
+  Mbarrier<C::kConsumerWarps + 2> item_empty[kItemSlots];
+  Mbarrier<1> key_full, value_full;
+  Mbarrier<C::kConsumerWarps> key_empty, value_empty;
+  Mbarrier<1> query_full[C::kStages], out_full[C::kStages];
+  Mbarrier<C::kConsumerWarps> query_empty[C::kStages], out_empty[C::kStages];
+  Mbarrier<1> turn_full[kTurnSlots], turn_empty[kTurnSlots];
+  Mbarrier<C::kConsumerWarps> turn_done[kTurnSlots];
+
+  Item item[kItemSlots];
+
+  /// For one thread; a block barrier must follow.
+  __device__ __forceinline__ void init() {
+    init_ring(item_full, item_empty);
+    key_full.init();
+    value_full.init();
+    key_empty.init();
+    value_empty.init();
+    init_ring(query_full, query_empty);
+    init_ring(out_full, out_empty);
+    init_ring(turn_full, turn_empty);
+    for (auto& barrier : turn_done) barrier.init();
+    mbarrier_init_fence();
+  }
+};
+
+}  // namespace fa::backward_sm90

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything about one instance of backward_sm90 that is known at compile time. Every template of the kernel takes one Traits,
+// by the name C.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/backward_sm90/instances.h"
+#include "kernels/common/warpgroup.cuh"
+
+namespace fa::backward_sm90 {
+
+template <typename T_, int kHeadDim_>
+struct Traits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;          // 64 or 128; the copy engine pads narrower heads with zeros
+  static constexpr int kWarpgroups = 2;               // that multiply
+  static constexpr int kTileN = kTileKeys;            // keys: 64 of each warpgroup
+  static constexpr int kTileM = tile_rows(kHeadDim);  // query rows
+  static constexpr int kPanels = kHeadDim / 64;       // of 64 columns, 128 bytes: the widest rows that the swizzle takes
+  static_assert(kHeadDim % 64 == 0 && kTileM * kHeadDim == 64 * 128, "A warpgroup's part of d_query is 64 x 64.");
+
+  static constexpr int kStages = 3;  // buffers for tiles of Q, and as many for dO
+  static constexpr uint32_t kQueryBytes = kTileM * 128 * kPanels;
+  static constexpr uint32_t kKeyBytes = kTileN * 128 * kPanels;
+  static constexpr uint32_t kRowBytes = kTileM * sizeof(float);  // of a number for each row of a tile
+
+  // dS is made of P as it was rounded for dV: so many scores in registers leave no room for both.
+  static constexpr bool kRoundedWeights = kTileM == 128;
+
+  static constexpr int kConsumerWarps = 4 * kWarpgroups;
+  static constexpr int kThreads = 32 * kConsumerWarps + kWarpgroupThreads;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+}  // namespace fa::backward_sm90
