@@ -103,7 +103,7 @@ def remove_fallback(model: ir.Model) -> None:
             names = _words(node, "optional_inputs")
             if UNUSED in names:
                 kept = [(name, v) for name, v in zip(names, node.inputs[3:], strict=True) if name != UNUSED]
-                _set_inputs(node, kept)
+                set_inputs(node, kept)
 
 
 # ---------------------------------------------------------------------------------------------- reading a node
@@ -145,7 +145,7 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
     if alignment == "onnx" and "nonpad_kv_seqlen" not in roles:
         alignment = "top_left"  # the same, then
     form = Form(
-        layouts=_layouts(node),
+        layouts=layouts_of(node),
         inputs=tuple(roles),
         outputs=tuple(_words(node, "optional_outputs")),
         alignment=alignment if windows or "alibi_slopes" in roles else "",
@@ -164,7 +164,7 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
 
 def _heads(node: ir.Node, analysis: Analysis) -> tuple[int, int] | None:
     """The numbers of query and key heads, where they are known."""
-    layouts = _layouts(node)
+    layouts = layouts_of(node)
 
     def count(position: int, name: str) -> int | None:
         shape, layout = analysis.shape(operand(node, position)), layouts[position]
@@ -175,7 +175,7 @@ def _heads(node: ir.Node, analysis: Analysis) -> tuple[int, int] | None:
     return None if query is None or key is None else (query, key)
 
 
-def _layouts(node: ir.Node) -> tuple[Layout, ...]:
+def layouts_of(node: ir.Node) -> tuple[Layout, ...]:
     """Of query, key, value and output."""
     heads = [node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
     found = []
@@ -252,10 +252,10 @@ def _align(call: _Call, form: Form) -> None:
             placed.append(("attn_mask" if role == "float_mask" else role, given[role]))
         else:
             placed.append((UNUSED, _neutral(node, role)))
-    _set_inputs(node, placed)
+    set_inputs(node, placed)
 
 
-def _set_inputs(node: ir.Node, named: Sequence[tuple[str, ir.Value | None]]) -> None:
+def set_inputs(node: ir.Node, named: Sequence[tuple[str, ir.Value | None]]) -> None:
     """The inputs after value, and the attribute that names them."""
     old = list(node.inputs[3:])
     node.resize_inputs(3 + len(named))

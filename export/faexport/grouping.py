@@ -8,7 +8,16 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-from .report import Dim, HalfPrecision, OutputDifference, SiteComparison, SiteReport, VerificationRun
+from .report import (
+    Dim,
+    Float8,
+    Float8Site,
+    HalfPrecision,
+    OutputDifference,
+    SiteComparison,
+    SiteReport,
+    VerificationRun,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,10 @@ def group_comparisons(
     return [(common_name([row.site for row in members]), max(members, key=badness)) for members in groups.values()]
 
 
+def percent(error: float | None) -> str:
+    return f"{100 * (error or 0):.2g} %"
+
+
 QUANTIZED = "Quantized sites: distance from the same without any quantization, relative to its root mean square"
 
 
@@ -73,10 +86,6 @@ def quantization_rows(rows: Sequence[SiteComparison]) -> list[tuple[str, str, st
     """(name, what ran it, distance of the rewritten model, of the original) of quantized sites, of equal ones the one
     that loses most."""
     quantized = [row for row in rows if row.quantization_error is not None]
-
-    def percent(error: float | None) -> str:
-        return f"{100 * (error or 0):.2g} %"
-
     return [
         (
             name or "(sizes)",
@@ -86,6 +95,23 @@ def quantization_rows(rows: Sequence[SiteComparison]) -> list[tuple[str, str, st
         )
         for name, row in group_comparisons(quantized, lambda row: row.quantization_error or 0)
     ]
+
+
+FLOAT8 = "Attention in float8: distance from the same in the model's precision, relative to its root mean square"
+
+
+def float8_rows(said: Float8) -> list[tuple[str, str, str]]:
+    """(name, whose factors, distance or why it is left) of the sites that were to be computed in float8, equal ones as
+    one: that which loses most."""
+    groups: dict[tuple[str, str, bool], list[Float8Site]] = {}
+    for site in said.sites:
+        groups.setdefault((_without_numbers(site.name), site.left, site.own_factors), []).append(site)
+    rows = []
+    for (_, left, own), members in groups.items():
+        error = max(site.error or 0.0 for site in members)
+        name, factors = common_name([site.name for site in members]), "the model's" if own else "measured"
+        rows.append((name, "" if left else factors, left or percent(error)))
+    return rows
 
 
 def group_outputs(runs: Sequence[VerificationRun]) -> list[tuple[str, OutputDifference]]:

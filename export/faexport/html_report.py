@@ -14,16 +14,19 @@ from .advice import advice
 from .blocks import Block
 from .drawing import svg
 from .grouping import (
+    FLOAT8,
     QUANTIZED,
     Group,
+    float8_rows,
     group_comparisons,
     group_outputs,
     group_sites,
     kept_sentence,
+    percent,
     quantization_rows,
     sizes_text,
 )
-from .report import HalfPrecision, Report, SiteReport, Verification
+from .report import Float8, HalfPrecision, Report, SiteReport, Verification
 
 MOST_BOXES = 80  # of a drawing: a larger one is no picture any more
 STYLE = """
@@ -63,6 +66,7 @@ def page(report: Report, blocks: Mapping[str, tuple[Block, Block]] | None = None
         _sites(report, blocks or {}),
         _verification(report.verification) if report.verification else "",
         _half(report.half_precision) if report.half_precision else "",
+        _float8(report.float8) if report.float8 else "",
         _nodes(report),
         _notes([*report.notes, *(f"A defect of ours, please report it: {text}" for text in report.defects)]),
         _provenance(report),
@@ -214,6 +218,17 @@ def _verification(verification: Verification) -> str:
             f"<details><summary>Not compared: {len(skipped)} kinds of inputs</summary><ul>{items}</ul></details>\n"
         )
     return "".join([*parts, _list(verification.notes)])
+
+
+def _float8(said: Float8) -> str:
+    """What became of each site in float8, and how far the outputs are from the original's."""
+    good = "good" if said.status == "passed" else "bad"
+    reason = f": {_text(said.reason)}" if said.reason else "."
+    sites = _table(f"{FLOAT8}; on {said.inputs}", ("fused node", "factors", "distance"), float8_rows(said), 1)
+    rows = [(row.name, percent(row.error), f"{row.max_abs_diff:.3g}") for row in said.outputs]
+    heads = ("output", "distance from the original's", "largest difference")
+    outputs = _table("The model's outputs with attention in float8", heads, rows, 2) if rows else ""
+    return f'<h2>In float8</h2>\n<p class="{good}">{_text(said.status.capitalize())}{reason}</p>\n{sites}{outputs}'
 
 
 def _half(half: HalfPrecision) -> str:

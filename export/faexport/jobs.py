@@ -90,7 +90,8 @@ def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
         with origin.timed("write"):
             stage = stack.enter_context(_staged(fused, job, watcher))
         with origin.timed("verify"):
-            reference = _reference(job, given, watcher) if job.check or job.options.fp16 else None
+            measures = job.options.fp16 or job.options.float8
+            reference = _reference(job, given, watcher) if job.check or measures else None
             if job.check:
                 report.verification = _verify(job, stage, reference, watcher)
                 if why := _failure(report.verification, job):
@@ -98,6 +99,9 @@ def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
         if job.options.fp16:
             with origin.timed("fp16"):
                 fused, stage = _in_half(job, stage, reference, report, stack, watcher)
+        if job.options.float8:
+            with origin.timed("float8"):
+                fused, stage = _in_float8(job, stage, reference, len(given), report, stack, watcher)
         if not job.dry_run:
             with uninterrupted():
                 written = stage.commit()
@@ -269,6 +273,35 @@ def _in_half(
         if said.status is not VerificationStatus.PASSED:
             why = "verification failed" if said.status is VerificationStatus.FAILED else "could not be verified"
             raise NotVerifiedError(f"{job.model}: {why}: {said.reason}; {job.target} was not written")
+    return made.model, stage
+
+
+def _in_float8(
+    job: Job,
+    stage: model_io.Stage,
+    reference: Reference | None,
+    num_given: int,
+    report: Report,
+    stack: contextlib.ExitStack,
+    watcher: Watcher,
+) -> tuple[ir.Model, model_io.Stage]:
+    """The staged model with attention in float8, staged as well, and what the report says of it. Raises as run()
+    does."""
+    from . import float8_check
+
+    if reference is None:
+        raise ModelError(f"{job.model}: can't be computed in float8: {ort_session.missing_packages()}")
+    watcher.step("measuring the factors of float8 numbers")
+    made = float8_check.make(reference, stage.model_path, num_given=num_given, fallback=job.options.fallback)
+    report.float8, report.nodes_after = made.said, count_nodes(made.model)
+    stage = stack.enter_context(_staged(made.model, job, watcher))
+    if job.check:
+        watcher.step("comparing float8 with the original")
+        report.float8 = said = float8_check.check(
+            reference, made.said, stage.model_path, num_given=num_given, on_amount=watcher.amount
+        )
+        if said.status is not VerificationStatus.PASSED:
+            raise NotVerifiedError(f"{job.model}: verification failed: {said.reason}; {job.target} was not written")
     return made.model, stage
 
 

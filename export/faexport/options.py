@@ -19,7 +19,9 @@ class Options:
 
     assume_right_padding: bool = False  # a padding mask from an input masks a tail: it becomes lengths
     fallback: bool = True  # carry the operator as a function of standard ops, so that the file runs without our library
-    dtype: ir.DataType | None = None  # run the attention core in this type; None keeps the model's
+    # Run the attention core in this type; None keeps the model's. float8e4m3fn: a run from file to file only, since its
+    # factors are measured.
+    dtype: ir.DataType | None = None
     float32: str = ""  # how GPUs multiply float32 attention: "tf32", "tf32x3"; empty: as the runtime is set
     opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
     sources: tuple[str, ...] = ()  # matchers to use; empty: all
@@ -44,6 +46,11 @@ class Options:
             raise ValueError(
                 f"rest writes operators of onnxruntime, which {self.target} doesn't run; leave one of them out"
             )
+
+    @property
+    def float8(self) -> bool:
+        """Is attention computed in float8?"""
+        return self.dtype is not None and self.dtype.name == "FLOAT8E4M3FN"
 
     @property
     def joins_rest(self) -> bool:

@@ -84,7 +84,7 @@ def _rewritten(candidate: Candidate, options: Options, masks: Masks, names: Name
     candidate.outcome = with_empty_rows(candidate.outcome, given, masks.nodes(candidate.graph), opset)
     if not isinstance(candidate.outcome, AttentionSpec):
         return True
-    if options.dtype is not None:
+    if options.dtype is not None and not options.float8:
         candidate.outcome = in_precision(candidate.outcome, options.dtype, given, opset)
     node = rewrite_site(candidate, names)
     if options.float32 and given == ir.DataType.FLOAT:

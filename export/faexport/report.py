@@ -143,6 +143,38 @@ class HalfPrecision:
 
 
 @dataclasses.dataclass(frozen=True)
+class Float8Site:
+    """A fused node that was to be computed in float8."""
+
+    name: str
+    left: str = ""  # why it keeps the model's precision, as the end of a sentence
+    own_factors: bool = False  # the model had float8 numbers already; none of its factors were measured
+    # Distance of its output from the same node's in the model's precision, relative to the root mean square of that, on
+    # the inputs that the factors were measured on; None where it wasn't measured.
+    error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8Output:
+    """An output of the model, on the inputs that the factors were measured on (of several the worst)."""
+
+    name: str
+    error: float  # distance from the original's, relative to its root mean square
+    max_abs_diff: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8:
+    """Attention in float8: what became of each fused node, and how the model compares with the original."""
+
+    sites: tuple[Float8Site, ...] = ()
+    outputs: tuple[Float8Output, ...] = ()
+    inputs: str = ""  # label of the inputs that were measured on
+    status: VerificationStatus = VerificationStatus.NOT_RUN
+    reason: str = ""  # why it failed or was not run
+
+
+@dataclasses.dataclass(frozen=True)
 class SiteReport:
     """One attention site. Sizes are as far as the model tells them."""
 
@@ -216,6 +248,7 @@ class Report:
     output: str | None = None  # path written
     verification: Verification | None = None  # None: not asked for
     half_precision: HalfPrecision | None = None  # of --fp16
+    float8: Float8 | None = None  # of --dtype fp8
     error: str | None = None  # the sentence that the command ended with, where it failed
     provenance: Provenance | None = None  # of a model that was, or would be, written
 

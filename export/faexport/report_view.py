@@ -13,15 +13,27 @@ import rich.padding
 import rich.table
 
 from .grouping import (
+    FLOAT8,
     QUANTIZED,
+    float8_rows,
     group_comparisons,
     group_outputs,
     group_sites,
     kept_sentence,
+    percent,
     quantization_rows,
     sizes_text,
 )
-from .report import HalfPrecision, Report, SiteComparison, SiteReport, Verification, VerificationRun, VerificationStatus
+from .report import (
+    Float8,
+    HalfPrecision,
+    Report,
+    SiteComparison,
+    SiteReport,
+    Verification,
+    VerificationRun,
+    VerificationStatus,
+)
 
 MOST_SENTENCES = 4  # of a kind; the JSON has all
 
@@ -36,6 +48,8 @@ def view(report: Report) -> Iterator[rich.console.RenderableType]:
         yield from verification_view(report.verification)
     if report.half_precision is not None:
         yield from half_view(report.half_precision)
+    if report.float8 is not None:
+        yield from float8_view(report.float8)
     for note in report.notes:
         yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
     for defect in report.defects:
@@ -130,6 +144,24 @@ def half_view(half: HalfPrecision) -> Iterator[rich.console.RenderableType]:
     colour = "green" if half.status is VerificationStatus.PASSED else "red"
     reason = f": {rich.markup.escape(half.reason)}" if half.reason else ""
     yield f"[{colour}]verification in float16 {half.status}[/]{reason}"
+
+
+def float8_view(said: Float8) -> Iterator[rich.console.RenderableType]:
+    """What became of each site in float8, and how far the outputs are from the original's."""
+    yield f"{FLOAT8}; on {rich.markup.escape(said.inputs)}"
+    table = _table("fused node", "factors", "distance")
+    for cells in float8_rows(said):
+        table.add_row(*map(rich.markup.escape, cells))
+    yield table
+    if said.outputs:
+        yield "Outputs with attention in float8: distance from the original's, and the largest difference"
+        table = _table("output", numbers=("distance", "difference"))
+        for row in said.outputs:
+            table.add_row(rich.markup.escape(row.name), percent(row.error), f"{row.max_abs_diff:.3g}")
+        yield table
+    colour = "green" if said.status is VerificationStatus.PASSED else "red"
+    reason = f": {rich.markup.escape(said.reason)}" if said.reason else ""
+    yield f"[{colour}]verification in float8 {said.status}[/]{reason}"
 
 
 def comparisons_table(sites: Sequence[SiteComparison]) -> rich.table.Table:

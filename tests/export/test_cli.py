@@ -229,7 +229,7 @@ def test_a_misspelt_command_is_told_from_a_missing_model(model: pathlib.Path) ->
 
 WRONG = (
     "--no-such-option x.onnx",
-    "x.onnx --dtype fp8",
+    "x.onnx --dtype fp4",
     "inspect",
     "x.onnx --target tensorrt --rest",
     "x.onnx --target qnn",
