@@ -37,9 +37,9 @@ CALLS = 20  # that the host's time is taken of
 
 def _export_all(options: argparse.Namespace) -> None:
     """Each encoder and export in a process of its own; they take two threads each, and memory."""
-    from encoder_models import EXPORTS
+    from model_table import MODELS
 
-    todo = [(name, how) for name in options.encoders for how in EXPORTS]
+    todo = [(name, how) for name in options.encoders for how in MODELS[name].exports]
     todo = [pair for pair in todo if _to_do(*pair, options.models)]
     options.models.mkdir(parents=True, exist_ok=True)
 
@@ -85,7 +85,9 @@ def _session(path: pathlib.Path, weights: skeletons.Weights, options: argparse.N
     if options.device == "cpu":
         how.intra_op_num_threads = options.threads
         return ort.InferenceSession(weights.restored(path), how, providers=[PROVIDERS["cpu"]])
-    chosen = [(PROVIDERS["cuda"], {"user_compute_stream": str(options.stream)}), PROVIDERS["cpu"]]
+    # No more memory is taken than a run asks for, so that what it took can be told.
+    settings = {"user_compute_stream": str(options.stream), "arena_extend_strategy": "kSameAsRequested"}
+    chosen = [(PROVIDERS["cuda"], settings), PROVIDERS["cpu"]]
     made = ort.InferenceSession(weights.restored(path), how, providers=chosen)
     if made.get_providers()[0] != PROVIDERS["cuda"]:
         raise RuntimeError("onnxruntime has no CUDA provider here")
@@ -93,11 +95,12 @@ def _session(path: pathlib.Path, weights: skeletons.Weights, options: argparse.N
 
 
 def _sessions(weights: skeletons.Weights, options: argparse.Namespace) -> tuple[dict, dict[str, str]]:
-    """Of all files of an encoder and dtype, and the sentences of those that can't be loaded; several at a time."""
-    from encoder_models import EXPORTS, FILES
+    """Of all files of a model and dtype, and the sentences of those that can't be loaded; several at a time."""
+    from encoder_models import FILES
+    from model_table import MODELS
 
     name, dtype = options.time_one
-    wanted = [(f"{file}, {how}", how, file) for how in EXPORTS for file in FILES]
+    wanted = [(f"{file}, {how}", how, file) for how in MODELS[name].exports for file in FILES]
 
     def load(one: tuple[str, str, str]):
         _, how, file = one
@@ -192,40 +195,40 @@ def _turn(folder: pathlib.Path, alone: bool, what: str = "turn") -> Iterator[Non
 
 
 def _measure(options: argparse.Namespace) -> None:
-    """All sizes of one encoder and dtype; a line of JSON for each, on stdout."""
+    """All sizes of one model and dtype; a line of JSON for each, on stdout."""
     import torch
-    from encoder_models import ENCODERS, EXPORTS
+    from model_table import MODELS
 
     name, dtype = options.time_one
-    encoder = ENCODERS[name]
+    model = MODELS[name]
     if options.device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # onnxruntime takes one from outside only where it isn't the default
         options.stream = torch.cuda.current_stream().cuda_stream
     with _turn(options.models, alone=False):
         weights = skeletons.Weights(options.models / f"{name}.weights.json")
         made, failed = _sessions(weights, options)
-        original = next(p for how in EXPORTS if (p := options.models / f"{name} {how} float32 unfused.onnx").exists())
-        measure = _session(original, weights, options)
+        originals = (options.models / f"{name} {how} float32 unfused.onnx" for how in model.exports)
+        measure = _session(next(path for path in originals if path.exists()), weights, options)
     with _turn(options.models, alone=True):
-        _measure_sizes(encoder, made, measure, failed, options)
+        _measure_sizes(model, made, measure, failed, options)
 
 
-def _measure_sizes(encoder, made: dict, measure, failed: dict[str, str], options: argparse.Namespace) -> None:
+def _measure_sizes(model, made: dict, measure, failed: dict[str, str], options: argparse.Namespace) -> None:
     import torch
-    from encoder_models import inputs_of
 
     name, dtype = options.time_one
-    for batch_size, length in encoder.cpu_sizes if options.device == "cpu" else encoder.sizes:
+    taken = dict.fromkeys(made, 0)  # bytes that a session took for its runs, of all sizes until now
+    for batch_size, length in model.cpu_sizes if options.device == "cpu" else model.sizes:
         if options.sizes and f"{batch_size}x{length}" not in options.sizes.split(","):
             continue
         torch.manual_seed(0)
-        tensors = {n: x.numpy() for n, x in inputs_of(encoder, batch_size, length).items()}
-        row = {"encoder": name, "row": f"{encoder.title} b{batch_size} s{length}", "dtype": dtype, "contestants": {}}
+        tensors = {n: x.numpy() for n, x in model.inputs(batch_size, length).items()}
+        row = {"encoder": name, "row": f"{model.name} b{batch_size} s{length}", "dtype": dtype, "contestants": {}}
         row |= {"device": options.device, "batch_size": batch_size, "length": length, "failed": dict(failed)}
         try:
             call, output = _bound(measure, tensors, options.device)
             call(0)
-            used = tensors["attention_mask"].astype(bool) if encoder.masked else ...
+            used = tensors["attention_mask"].astype(bool) if model.is_text else ...
             expected, calls, differences = output()[used], {}, {}
         except Exception as error:
             row["failed"]["all"] = _sentence(error)
@@ -234,17 +237,32 @@ def _measure_sizes(encoder, made: dict, measure, failed: dict[str, str], options
         for contestant, session in made.items():
             try:
                 call, output = _bound(session, tensors, options.device)
+                before = _memory_taken(options.device)
                 call(0)
-                differences[contestant] = _difference(expected, output()[used])
+                found = output()
+                taken[contestant] += _memory_taken(options.device) - before
+                differences[contestant] = _difference(expected, found[used])
                 calls[contestant] = call
             except Exception as error:
                 row["failed"][contestant] = _sentence(error)
         try:
             times = _times(calls, options)
-            row["contestants"] = {c: found | {"difference": differences[c]} for c, found in times.items()}
+            row["contestants"] = {
+                c: found | {"difference": differences[c], "memory_mb": taken[c] / 1e6} for c, found in times.items()
+            }
         except Exception as error:
             row["failed"]["all"] = _sentence(error)
         print(json.dumps(row), flush=True)
+
+
+def _memory_taken(device: str) -> int:
+    """Bytes of the GPU's memory, of all that run on it; one process alone takes times."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def _show(row: dict) -> None:
@@ -291,12 +309,12 @@ def _run_all(options: argparse.Namespace) -> list[dict]:
 
 def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
     """With the rows of earlier parts of the same run: the same commit on the same machine."""
-    from encoder_models import ENCODERS, EXPORTS
+    from model_table import MODELS
 
     environment = results_file.environment(
         *("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "onnxscript"), commit=options.commit
     )
-    name = "encoders" if options.device == "cuda" else "encoders_cpu"
+    name = options.table if options.device == "cuda" else f"{options.table}_cpu"
     path = (results_file.RESULTS if options.record else results_file.SCRATCH) / f"{name}.json"
     document = {**environment, "threads": options.threads, "layers": options.layers, "fused": {}, "rows": []}
     if options.device == "cuda":
@@ -309,18 +327,20 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
             document |= {"fused": before["fused"], "rows": before["rows"]}
     new = {(row["row"], row["dtype"]) for row in rows}
     all_rows = [row for row in document["rows"] if (row["row"], row["dtype"]) not in new] + rows
-    place = {name: number for number, name in enumerate(ENCODERS)}
+    place = {name: number for number, name in enumerate(MODELS)}
     all_rows.sort(key=lambda r: (r["dtype"], place[r["encoder"]], r["batch_size"] * r["length"], r["length"]))
     document["rows"] = all_rows
     for encoder in options.encoders:
-        for how in EXPORTS:
+        for how in MODELS[encoder].exports:
             said = options.models / f"{encoder} {how}.json"
             document["fused"][f"{encoder} {how}"] = json.loads(said.read_text())["fused"] if said.exists() else {}
     return results_file.write(name, document, options.record)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(table: str = "encoders", description: str = __doc__.splitlines()[0]) -> int:
+    """The command for one of model_table.TABLES. It starts itself again for each model."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.set_defaults(table=table)
     parser.add_argument("--models", type=pathlib.Path, help="folder of the files; they are made where it has none")
     parser.add_argument("--export-only", action="store_true", help="write the files to --models and stop")
     parser.add_argument("--time-only", action="store_true", help="time the files that --models has, and make none")
@@ -343,16 +363,18 @@ def main() -> int:
     parser.add_argument("--export-one", nargs=2, metavar=("ENCODER", "EXPORT"), help=argparse.SUPPRESS)
     parser.add_argument("--time-one", nargs=2, metavar=("ENCODER", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    import encoder_models
+    from model_table import TABLES
 
-    names = list(encoder_models.ENCODERS)
+    names = list(TABLES[options.table])
     options.encoders = options.encoders.split(",") if options.encoders else names
     options.dtypes = (options.dtypes or ("float32" if options.device == "cpu" else "float16,float32")).split(",")
     if wrong := sorted(set(options.encoders) - set(names)):
-        parser.error(f"there is no encoder {wrong[0]}; there are {', '.join(names)}")
+        parser.error(f"there is no model {wrong[0]}; there are {', '.join(names)}")
     if options.time_only and not options.models:
         parser.error("--time-only needs --models")
     if options.export_one:
+        import encoder_models
+
         encoder_models.write_files(*options.export_one, options.models, options.layers)
         return 0
     if options.time_one:

@@ -212,9 +212,10 @@ def fuse(
         raise click.UsageError("--no-keep-io-types needs --fp16")
     if rest and target != "onnxruntime":
         raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
-    for path in models:
-        if not path.is_dir():
-            check_input(path)
+    with _failing_early(models[0], as_json):
+        for path in models:
+            if not path.is_dir():
+                check_input(path)
     import onnx_ir as ir
 
     from . import jobs, many
@@ -231,26 +232,44 @@ def fuse(
         keep_io_types=keep_io_types,
         opset=opset,
     )
-    sources = many.models(models)
+    with _failing_early(models[0], as_json):
+        sources = many.models(models)
+        places = [output or jobs.target_of(sources[0])] if _is_one(sources, output) else many.targets(sources, output)
+        _check_reports(sources, places, inputs, report_file, html_file)
+    todo = [
+        jobs.Job(source, place, options, check, timeout, inputs, dry_run, report_file)
+        for source, place in zip(sources, places, strict=True)
+    ]
+    if len(todo) > 1:
+        _fuse_many(todo, as_json, report_file, strict, quiet)
+    else:
+        _fuse_one(todo[0], as_json, html_file, strict, quiet)
+
+
+def _is_one(sources: list[pathlib.Path], output: pathlib.Path | None) -> bool:
+    """Is `output` the name of what is written, and not a folder for it?"""
+    return len(sources) == 1 and (output is None or not output.is_dir() or sources[0].is_dir())
+
+
+def _check_reports(
+    sources: list[pathlib.Path],
+    places: list[pathlib.Path],
+    inputs: pathlib.Path | None,
+    report_file: pathlib.Path | None,
+    html_file: pathlib.Path | None,
+) -> None:
+    """Raises ModelError where a report would overwrite what is no report, or an option is for one model and there are
+    several."""
     if len(sources) > 1:
         for option, value in (("--inputs", inputs), ("--html", html_file)):
             if value is not None:
                 raise ModelError(f"{option} is for one model, and {len(sources)} are given; rewrite them one by one")
         check_report(report_file, sources, "--report")
-        todo = [
-            jobs.Job(source, place, options, check, timeout, None, dry_run, report_file)
-            for source, place in zip(sources, many.targets(sources, output), strict=True)
-        ]
-        _fuse_many(todo, as_json, report_file, strict, quiet)
         return
-    (model,) = sources
-    place = output or jobs.target_of(model)
-    check_report(report_file, [model], "--report", place)
-    check_report(html_file, [model], "--html", place)
+    check_report(report_file, sources, "--report", places[0])
+    check_report(html_file, sources, "--html", places[0])
     if report_file is not None and html_file is not None and final_path(report_file) == final_path(html_file):
         raise ModelError(f"{html_file}: is where --report is written; choose another name with --html")
-    job = jobs.Job(model, place, options, check, timeout, inputs, dry_run, report_file)
-    _fuse_one(job, as_json, html_file, strict, quiet)
 
 
 def _fuse_one(job: jobs.Job, as_json: bool, html_file: pathlib.Path | None, strict: bool, quiet: bool) -> None:
@@ -313,11 +332,14 @@ def inspect(
     quiet: bool,
 ) -> None:
     """Show the attention sites of MODEL, what can be proven of each, and what would be fused. Writes no model."""
-    from . import jobs
+    with _failing_early(model, as_json):
+        if not model.is_dir():
+            check_input(model)
+        from . import jobs, many
 
-    model = jobs.model_file(model)
-    check_report(report_file, [model], "--report")
-    check_report(html_file, [model], "--html")
+        model = jobs.model_file(many.only_model(model))
+        check_report(report_file, [model], "--report")
+        check_report(html_file, [model], "--html")
     from .report import Report
 
     report = Report(model=str(model))
@@ -333,6 +355,18 @@ def inspect(
 app.add_command(bench.bench)
 app.add_command(deploy.deploy)
 build.add_commands(app)
+
+
+@contextlib.contextmanager
+def _failing_early(model: pathlib.Path, as_json: bool) -> Iterator[None]:
+    """Bad input ends in JSON too where JSON was asked for. For what is found before the model is opened."""
+    try:
+        yield
+    except ModelError as error:
+        from .report import Report
+
+        _write_json(Report(model=str(model), error=str(error)), as_json, None)
+        raise
 
 
 @contextlib.contextmanager

@@ -54,6 +54,14 @@ def models(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
     return list(dict.fromkeys(found))
 
 
+def only_model(path: pathlib.Path) -> pathlib.Path:
+    """`path`, or the one model that a folder holds. Raises ModelError where a folder holds none or several."""
+    found = models([path])
+    if len(found) > 1:
+        raise ModelError(f"{path}: has {len(found)} models; name one of them, such as {found[0]}")
+    return found[0]
+
+
 def targets(sources: Sequence[pathlib.Path], folder: pathlib.Path | None) -> list[pathlib.Path]:
     """Where each goes: beside its source, or under its name into `folder`. Raises ModelError where two would meet."""
     if folder is not None and not folder.is_dir():

@@ -16,7 +16,10 @@ def framework_of(array: Any) -> str:
 
 
 def readable(array: Any) -> Any:
-    """The array in a form that hands out its memory: a PyTorch tensor leaves its autograd graph."""
+    """The array in a form that hands out its memory: a PyTorch tensor leaves its autograd graph, a scalar of NumPy
+    becomes an array."""
+    if isinstance(array, np.generic):
+        return np.asarray(array)
     return array.detach() if framework_of(array) == "torch" else array
 
 

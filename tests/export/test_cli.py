@@ -178,7 +178,7 @@ def test_the_input_can_t_be_the_output(model: pathlib.Path) -> None:
     before = model.read_bytes()
     assert_bad_input(faexport(model, "-o", model), "overwrite the input", "-o")
     assert_bad_input(faexport(model, "-o", model.parent / "no" / "such.onnx"), "does not exist")
-    assert_bad_input(faexport(model, "-o", model.parent), "folder")
+    assert_bad_input(faexport(model, "-o", model.parent), "overwrite the input", "-o")
     assert model.read_bytes() == before and names(model.parent) == ["model.onnx"]
 
 

@@ -72,3 +72,23 @@ def test_wrong_usage_is_told_before_anything_is_done(folder: pathlib.Path, tmp_p
     (tmp_path / "empty").mkdir()
     assert_bad_input(here(tmp_path / "empty"), "without genai_config.json and without models (*.onnx)")
     assert not (folder / "a.fa.onnx").exists() and not (tmp_path / "a.onnx").exists()
+
+
+def test_a_folder_of_one_model_is_that_model(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for name in ("b.onnx", "plain.onnx"):
+        (folder / name).unlink()
+    into = tmp_path / "fast"
+    into.mkdir()
+    assert here(folder, "-o", into, "--no-verify", "--quiet").returncode == 0
+    assert [path.name for path in into.iterdir()] == ["a.onnx"]
+    seen = here("inspect", folder, "--json")
+    assert seen.returncode == 0 and json.loads(seen.stdout)["model"] == str(folder / "a.onnx")
+    (folder / "b.onnx").write_bytes(b"")
+    assert_bad_input(here("inspect", folder), "has 2 models; name one of them, such as", "a.onnx")
+
+
+@pytest.mark.parametrize("command", [(), ("inspect",)], ids=["fuse", "inspect"])
+def test_a_name_that_is_not_there_ends_in_json_too(command: tuple[str, ...], tmp_path: pathlib.Path) -> None:
+    done = here(*command, tmp_path / "none.onnx", "--json")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert json.loads(done.stdout)["error"] in done.stderr

@@ -127,7 +127,7 @@ def test_float8_descales_are_factors_of_their_tensors() -> None:
         for name, shape in (("query", (2, 4, 1, 1)), ("key", (1, 2, 1, 1)), ("value", (2, 2, 1, 1)))
     )
     np.testing.assert_allclose(output, faplugin.attention(query, key, value), rtol=0, atol=2e-6)
-    small = faplugin.attention(**FLOAT8, **factors, output_dtype="float8_e4m3fn", output_scale=np.asarray(scale / 64))
+    small = faplugin.attention(**FLOAT8, **factors, output_dtype="float8_e4m3fn", output_scale=scale / 64)
     assert small.dtype == ml_dtypes.float8_e4m3fn
     np.testing.assert_allclose(small.astype(np.float32) * scale / 64, output, rtol=2**-4, atol=1e-3)
 
