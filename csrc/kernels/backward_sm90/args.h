@@ -9,7 +9,7 @@
 
 #include "fa/attention.h"
 #include "kernels/backward_rows/row_numbers.h"
-#include "kernels/common/divisor.h"
+#include "kernels/common/tile_order.h"
 #include "semantics/sequence.h"
 
 namespace fa::backward_sm90 {
@@ -59,8 +59,7 @@ struct Turn {
   int32_t place, count;
 };
 
-/// The order of the sums: with causal masks from the last key tile to the first, since the blocks that start together meet each
-/// query tile in that order; else from the first to the last.
+/// `descending`: the last key tile adds first.
 FA_HD Turn turn_of(TileSpan key_tiles, int32_t key_tile, bool descending) {
   return {descending ? key_tiles.end - 1 - key_tile : key_tile - key_tiles.begin, key_tiles.end - key_tiles.begin};
 }
@@ -80,10 +79,10 @@ struct KernelArgs {
   float* sums;  // d_query where several key tiles add to it: kTileM x bucket for each query tile, in the order of registers
 
   int batch_size, num_query_tiles, num_key_tiles;
-  int num_key_heads, heads_per_key_head;
-  int num_items;  // key tiles of all batch entries and key heads
-  Divisor key_tiles, key_heads;
-  bool descending;
+  int heads_per_key_head;
+  int num_items;      // key tiles of all batch entries and key heads
+  TileOrder order;    // in which items are drawn
+  bool rows_shorten;  // later key tiles are seen by fewer rows, the last of each head
   float scale, scale_log2;
 
   /// The number of a query tile among those of all heads and batch entries, as RowTiles counts them.

@@ -181,7 +181,7 @@ struct Consumer {
 
   /// Adds the tile's dQ to what other key tiles have added. The first stores it, the last takes the sum to the tensor.
   __device__ __forceinline__ void add_query_gradient(const Item& item, int head, int tile) {
-    const Turn place = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, args.descending);
+    const Turn place = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending);
     const int row = args.query_tile(item.batch, head, tile);
     float* sum = args.sums + (static_cast<int64_t>(row) * 2 + warpgroup) * 64 * 64 + threadIdx.x % kWarpgroupThreads * 4;
     shared.turn_full[turn.stage].wait(turn.phase);
@@ -276,21 +276,17 @@ struct Consumer {
 
   /// All rows that see the item's keys.
   __device__ __forceinline__ void take_steps(const Item& item) {
-    const int first_head = item.key_head * args.heads_per_key_head, last_head = first_head + args.heads_per_key_head - 1;
-    const int first_tile = item.query_tiles.begin, last_tile = item.query_tiles.end - 1;
-    int head = first_head, tile = first_tile;
+    Place place(item, args.heads_per_key_head);
+    int left = num_places(item, args.heads_per_key_head);
     start_scores();
     wgmma_wait<0>();
     wgmma_pin(s);
 #pragma unroll 1
-    while (head < last_head || tile < last_tile) {
-      take_step<false>(item, head, tile);
-      if (++tile > last_tile) {
-        tile = first_tile;
-        ++head;
-      }
+    while (--left > 0) {
+      take_step<false>(item, place.head, place.tile(item));
+      place.advance(item);
     }
-    take_step<true>(item, head, tile);
+    take_step<true>(item, place.head, place.tile(item));
   }
 
   __device__ __forceinline__ void store_key_gradient(const Item& item, const TensorView& out, const float (&x)[C::kHeadDim / 2],

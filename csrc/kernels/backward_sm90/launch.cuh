@@ -26,7 +26,7 @@ Status encode_maps(const AttentionParams& p, const Gradients& gradients, KernelA
 
 /// All of the arguments but the tensor maps.
 template <class C>
-void describe_problem(const AttentionParams& p, const Gradients& gradients, const Memory& memory, KernelArgs* args) {
+void describe_problem(const AttentionParams& p, const Gradients& gradients, const Memory& memory, int num_sms, KernelArgs* args) {
   args->d_query = gradients.d_query;
   args->d_key = gradients.d_key;
   args->d_value = gradients.d_value;
@@ -38,12 +38,13 @@ void describe_problem(const AttentionParams& p, const Gradients& gradients, cons
   args->batch_size = static_cast<int>(p.query.shape[0]);
   args->num_query_tiles = static_cast<int>(memory.rows.tiles.of_sequence);
   args->num_key_tiles = static_cast<int>((p.key.shape[2] + C::kTileN - 1) / C::kTileN);
-  args->num_key_heads = static_cast<int>(p.key.shape[1]);
   args->heads_per_key_head = static_cast<int>(p.query.shape[1] / p.key.shape[1]);
-  args->num_items = args->num_key_tiles * args->num_key_heads * args->batch_size;
-  args->key_tiles = Divisor(args->num_key_tiles);
-  args->key_heads = Divisor(args->num_key_heads);
-  args->descending = p.window_right >= 0;
+  args->num_items = static_cast<int>(args->num_key_tiles * p.key.shape[1] * p.query.shape[0]);
+  // As many heads together as give each multiprocessor one item: the first key tiles of all of them start, then the second …
+  const int64_t together = std::max(1, num_sms / args->num_key_tiles);
+  args->rows_shorten = p.window_right >= 0 && p.window_left < 0;
+  args->order = TileOrder(p.query.shape[0], p.key.shape[1], args->num_key_tiles, together,
+                          args->rows_shorten ? 2 * together : together, false);
   args->scale = p.softmax_scale;
   args->scale_log2 = p.softmax_scale * kLog2E;
 }
@@ -55,7 +56,7 @@ Status launch_config(const BackwardPlan& plan, const AttentionParams& p, const G
   const Memory memory = take_memory(p, C::kHeadDim, &workspace);
   KernelArgs args{};
   if (Status status = encode_maps<C>(p, gradients, &args); !status.ok()) return status;
-  describe_problem<C>(p, gradients, memory, &args);
+  describe_problem<C>(p, gradients, memory, plan.device.num_sms, &args);
   if (Status status = prepare_rows(p, gradients, memory.rows, memory.counters, memory.num_counters, context); !status.ok())
     return status;
   constexpr int kSharedBytes = sizeof(SharedPlan<C>);

@@ -8,28 +8,36 @@
 
 namespace fa::backward_sm90 {
 
+/// The item of this index. Blocks add to a query tile's gradient in the order in which items are drawn, so that none waits for
+/// one that has not been drawn. Where later key tiles are seen by fewer rows, they are drawn first, and all begin with their
+/// first row: those that start together then meet each query tile one after another. Only the last items to be drawn come the
+/// longest first, for the blocks to end together; these begin with the last row.
 template <class C>
-__device__ __forceinline__ Item decode_item(const KernelArgs& args, unsigned index) {
-  Item item{};
-  if (index >= static_cast<unsigned>(args.num_items)) return item;
-  const unsigned pair = args.key_tiles.quotient(index), place = index - pair * args.num_key_tiles;
-  item.valid = 1;
-  item.batch = args.key_heads.quotient(pair);
-  item.key_head = pair - item.batch * args.num_key_heads;
-  item.key_tile = args.descending ? args.num_key_tiles - 1 - place : place;
-  item.view = view_of(args.sequences, item.batch);
-  item.query_tiles = query_tiles<C::kTileM, C::kTileN>(item.view, item.key_tile);
-  return item;
+__device__ __forceinline__ void decode_item(const KernelArgs& args, unsigned index, Item& item) {
+  item.valid = index < static_cast<unsigned>(args.num_items);
+  if (!item.valid) return;
+  const bool at_the_end = index >= args.order.num_groups_before_last * args.order.tiles_per_group.divisor;
+  const bool descending = args.rows_shorten && !at_the_end;
+  const TilePlace place = args.order.at(index);
+  const int key_tile = descending ? args.num_key_tiles - 1 - place.tile : place.tile;
+  item.descending = descending;
+  item.backwards = args.rows_shorten && at_the_end;
+  item.batch = place.sequence;
+  item.key_head = place.head;
+  item.key_tile = key_tile;
+  const View view = view_of(args.sequences, place.sequence);
+  item.view = view;
+  item.query_tiles = query_tiles<C::kTileM, C::kTileN>(view, key_tile);
 }
 
 /// Calls f(query head, query tile) for all steps of an item.
 template <class F>
 __device__ __forceinline__ void for_each_step(const KernelArgs& args, const Item& item, F f) {
-  const int first_head = item.key_head * args.heads_per_key_head;
+  Place place(item, args.heads_per_key_head);
 #pragma unroll 1
-  for (int head = first_head; head < first_head + args.heads_per_key_head; ++head) {
-#pragma unroll 1
-    for (int tile = item.query_tiles.begin; tile < item.query_tiles.end; ++tile) f(head, tile);
+  for (int left = num_places(item, args.heads_per_key_head); left > 0; --left) {
+    f(place.head, place.tile(item));
+    place.advance(item);
   }
 }
 
@@ -39,6 +47,15 @@ __device__ __forceinline__ void load_panels(uint8_t* buffer, uint32_t panel_byte
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel)
     tma_load(buffer + panel * panel_bytes, map, barrier, panel * 64, row, head, batch);
+}
+
+/// A tile of Q or dO, and the number that goes with each row.
+template <class C>
+__device__ __forceinline__ void load_queries(uint8_t* buffer, float* numbers, const CUtensorMap* map, const float* from,
+                                             Mbarrier<1>& full, int query_tile, int tile, int head, int batch) {
+  full.arrive_expect(C::kQueryBytes + C::kRowBytes);
+  load_panels<C::kPanels>(buffer, C::kTileM * 128, map, &full.word, tile * C::kTileM, head, batch);
+  bulk_load(numbers, from + static_cast<int64_t>(query_tile) * C::kTileM, C::kRowBytes, &full.word);
 }
 
 template <class C>
@@ -53,32 +70,27 @@ __device__ __forceinline__ void load_keys(uint8_t* buffer, const CUtensorMap* ma
 template <class C>
 __device__ __forceinline__ void load_items(const KernelArgs& args, SharedPlan<C>& shared) {
   RingPosition<kItemSlots> slot;
-  RingPosition<C::kStages> stage;
+  RingPosition<C::kStages> q, o;
   RingPosition<1> keys;
   for (;;) {
     const unsigned index = atomicAdd(args.ticket, 1u);
     shared.item_empty[slot.stage].wait(slot.phase ^ 1);
-    shared.item[slot.stage] = decode_item<C>(args, index);
+    Item& item = shared.item[slot.stage];
+    decode_item<C>(args, index, item);
     shared.item_full[slot.stage].arrive();
-    const Item& item = shared.item[slot.stage];
     if (!item.valid) return;
     slot.advance();
     if (item.query_tiles.begin == item.query_tiles.end) continue;
     bool keys_wanted = true;
     for_each_step(args, item, [&](int head, int tile) {
-      const int i = stage.stage;
-      const int64_t first_row = static_cast<int64_t>(args.query_tile(item.batch, head, tile)) * C::kTileM;
-      shared.query_empty[i].wait(stage.phase ^ 1);
-      shared.query_full[i].arrive_expect(C::kQueryBytes + C::kRowBytes);
-      load_panels<C::kPanels>(shared.query[i], C::kTileM * 128, &args.query, &shared.query_full[i].word, tile * C::kTileM, head,
-                              item.batch);
-      bulk_load(shared.lse[i], args.rows.reference + first_row, C::kRowBytes, &shared.query_full[i].word);
-      shared.out_empty[i].wait(stage.phase ^ 1);
-      shared.out_full[i].arrive_expect(C::kQueryBytes + C::kRowBytes);
-      load_panels<C::kPanels>(shared.d_out[i], C::kTileM * 128, &args.d_out, &shared.out_full[i].word, tile * C::kTileM, head,
-                              item.batch);
-      bulk_load(shared.delta[i], args.rows.delta + first_row, C::kRowBytes, &shared.out_full[i].word);
-      stage.advance();
+      shared.query_empty[q.stage].wait(q.phase ^ 1);
+      load_queries<C>(shared.query[q.stage], shared.lse[q.stage], &args.query, args.rows.reference, shared.query_full[q.stage],
+                      args.query_tile(item.batch, head, tile), tile, head, item.batch);
+      q.advance();
+      shared.out_empty[o.stage].wait(o.phase ^ 1);
+      load_queries<C>(shared.d_out[o.stage], shared.delta[o.stage], &args.d_out, args.rows.delta, shared.out_full[o.stage],
+                      args.query_tile(item.batch, head, tile), tile, head, item.batch);
+      o.advance();
       if (!keys_wanted) return;  // NOTE: their buffers are free only when the item before has ended, those of rows before
       keys_wanted = false;
       load_keys<C>(shared.value, &args.value, shared.value_full, shared.value_empty, keys.phase, item);
@@ -98,7 +110,7 @@ __device__ __forceinline__ void for_each_turn(const KernelArgs& args, SharedPlan
     if (!item.valid) return;
     for_each_step(args, item, [&](int head, int tile) {
       f(args.query_tile(item.batch, head, tile),
-        turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, args.descending));
+        turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending));
     });
     shared.item_empty[slot.stage].arrive();
     slot.advance();

@@ -41,7 +41,30 @@ struct alignas(16) Item {
   int batch, key_head, key_tile;
   View view;
   TileSpan query_tiles;
+  bool backwards;   // the last of them come first
+  bool descending;  // later key tiles add to a query tile's gradient before this one
 };
+
+/// A query head and one of its tiles, of those that see an item's keys.
+struct Place {
+  int head, count;
+
+  __device__ __forceinline__ explicit Place(const Item& item, int heads_per_key_head)
+      : head(item.key_head * heads_per_key_head), count(0) {}
+  __device__ __forceinline__ int tile(const Item& item) const {
+    return item.backwards ? item.query_tiles.end - 1 - count : item.query_tiles.begin + count;
+  }
+  __device__ __forceinline__ void advance(const Item& item) {
+    if (++count < item.query_tiles.end - item.query_tiles.begin) return;
+    count = 0;
+    ++head;
+  }
+};
+
+/// How many places there are.
+__device__ __forceinline__ int num_places(const Item& item, int heads_per_key_head) {
+  return (item.query_tiles.end - item.query_tiles.begin) * heads_per_key_head;
+}
 
 template <class C>
 struct SharedPlan {
