@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+from typing import Any
 
 import gpu_timer
 import results_file
@@ -22,7 +23,7 @@ from attention_rows import SUITES, Row, Tensors, draw, expected
 
 # ||out - ref|| / ||ref||; weights in float8 give 0.026, and an output in float8 as much again
 LIMIT = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 2e-3, "float8_e4m3fn": 8e-2}
-KERNELS = ("prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")  # ours, forced
+KERNELS = ("prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90", "backward_sm80", "backward_sm90")  # forced
 
 
 def precision_of(row: Row, name: str) -> str:
@@ -41,6 +42,15 @@ def relative_error(row: Row, tensors: Tensors, out: torch.Tensor) -> float:
     return ((out[:, rows, :heads].double() - want).norm() / want.norm()).item()
 
 
+def error_of(row: Row, tensors: Tensors, found: Any) -> float:
+    """Of what a contestant has returned: the output, or the gradients."""
+    if row.backward:
+        import attention_backward
+
+        return attention_backward.relative_error(row, tensors, found)
+    return relative_error(row, tensors, found)
+
+
 def calls_of(row: Row, sets: list[Tensors], wanted: set[str]) -> tuple[dict[str, gpu_timer.Call], dict[str, str]]:
     """Contestants by name, and why others are not there."""
     if row.in_ort:
@@ -49,7 +59,9 @@ def calls_of(row: Row, sets: list[Tensors], wanted: set[str]) -> tuple[dict[str,
         found = attention_ort.contestants(row, sets, wanted)
         refused = {name: x for name, x in found.items() if isinstance(x, str)}
         return {name: x for name, x in found.items() if name not in refused}, refused
-    if row.dtype == "float8_e4m3fn":
+    if row.backward:
+        import attention_backward as contestants
+    elif row.dtype == "float8_e4m3fn":
         import attention_float8 as contestants
     else:
         import attention_torch as contestants
@@ -63,7 +75,7 @@ def drop_wrong(row: Row, sets: list[Tensors], calls: dict, refused: dict) -> dic
     errors = {}
     for name in list(calls):
         try:
-            errors[name] = relative_error(row, sets[0], calls[name](0))
+            errors[name] = error_of(row, sets[0], calls[name](0))
             torch.cuda.synchronize()
         except Exception as error:  # each peer refuses in its own way
             refused[name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

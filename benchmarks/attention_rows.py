@@ -28,6 +28,7 @@ class Row:
     dtype: str = "bfloat16"
     in_ort: bool = False  # measured inside onnxruntime
     unfused: bool = False  # PyTorch's MatMul, Softmax, MatMul is a peer too
+    backward: bool = False  # the backward pass alone, not the forward
 
     @property
     def kv_heads(self) -> int:
@@ -44,6 +45,7 @@ class Row:
         words = [f"b{self.batch_size}", heads, length, f"d{self.head_dim}"]
         words += ["causal"] * self.is_causal + ([f"window{self.window}"] if self.window >= 0 else []) + [self.mask]
         words += ["float32"] * (self.dtype == "float32") + ["float8"] * (self.dtype == "float8_e4m3fn")
+        words += ["backward"] * self.backward
         return " ".join(filter(None, words))
 
     @property
@@ -55,7 +57,9 @@ class Row:
 
     @property
     def flops(self) -> float:
-        return 4.0 * self.batch_size * self.num_heads * self.pairs * self.head_dim
+        """Of two products; of the backward pass's five."""
+        products = 5 if self.backward else 2
+        return 2.0 * products * self.batch_size * self.num_heads * self.pairs * self.head_dim
 
     @property
     def kv_bytes(self) -> float:
@@ -71,6 +75,7 @@ class Tensors:
     lengths: torch.Tensor | None = None  # int64 [B]
     mask: torch.Tensor | None = None  # bool [B, 1, 1, S], the same keys
     bias: torch.Tensor | None = None  # [1 or B, H or 1, S, S]
+    d_out: torch.Tensor | None = None  # gradient of out
     # For peers whose form of lengths is packed sequences: the keys and values of `lengths` without the padding
     # [sum of lengths, H_kv, D], and where each sequence's rows and keys begin, int32 [B + 1].
     packed_key: torch.Tensor | None = None
@@ -105,6 +110,8 @@ def draw(row: Row) -> Tensors:
         tensors.out = tensors.out.bfloat16()
         wide = (t.bfloat16() for t in (tensors.query, tensors.key, tensors.value))
         tensors.in_bfloat16 = Tensors(*wide, torch.empty_like(tensors.out))
+    if row.backward:
+        tensors.d_out = normal(b, s, h, d)
     if row.mask in ("lengths", "mask"):
         tensors.lengths = _uniform_lengths(b, row.kv_len)
         keys = torch.arange(row.kv_len, device="cuda")
@@ -220,8 +227,13 @@ def _float32(in_ort: bool) -> list[Row]:
     return [*rows, Row(4, 16, 2048, 64, is_causal=True, **options), Row(4, 16, 2048, 128, is_causal=True, **options)]
 
 
+def _backward() -> list[Row]:
+    return [dataclasses.replace(row, backward=True) for row in _plain((64, 128, 256))]
+
+
 SUITES: dict[str, list[Row]] = {
     "plain": _plain((64, 128, 256)),  # 16k tokens, full and causal
+    "backward": _backward(),
     "window": [_tokens(s, num_heads=16, head_dim=128, is_causal=True, window=1024) for s in (4096, 16384)],
     "bias": _bias(),
     "padding": _padding(),

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from tests import reference, tolerances
-from tests.problems import Problem
+from tests.problems import Case, Problem
 
 
 def bias_name(problem: Problem) -> str | None:
@@ -104,9 +104,31 @@ def _reduce(scores: np.ndarray, bias: np.ndarray) -> np.ndarray:
     return scores.sum(axis=axes, keepdims=True).reshape(bias.shape)
 
 
-def check(actual: dict[str, np.ndarray], problem: Problem, d_out: np.ndarray, d_lse: np.ndarray | None = None) -> None:
+def draw(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray | None]:
+    """d_out, and for every second case d_lse; equal for equal cases."""
+    query, _, value = reference.operands(problem, reference.DEFAULTS | problem.attributes)
+    rng = np.random.default_rng([1, *case.id.encode()])
+    d_out = rng.standard_normal((*query.shape[:3], value.shape[3]), np.float32).astype(query.dtype)
+    return d_out, rng.standard_normal(query.shape[:3], np.float32) if case.seqlen_q % 2 == 0 else None
+
+
+Expectation = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+def expectation(problem: Problem, d_out: np.ndarray, d_lse: np.ndarray | None = None) -> Expectation:
+    """The gradients in float64, and the unfused ones: the costly part of a check, worth keeping for several."""
+    return gradients(problem, d_out, d_lse), gradients(problem, d_out, d_lse, unfused=True)
+
+
+def check(
+    actual: dict[str, np.ndarray],
+    problem: Problem,
+    d_out: np.ndarray,
+    d_lse: np.ndarray | None = None,
+    expected: Expectation | None = None,
+) -> None:
     """FlashAttention's rule: the largest error is at most twice the unfused one's, + 1e-5, + one rounding of it."""
-    exact, unfused = gradients(problem, d_out, d_lse), gradients(problem, d_out, d_lse, unfused=True)
+    exact, unfused = expected or expectation(problem, d_out, d_lse)
     assert set(actual) == set(exact)
     for name, want in exact.items():
         got = np.asarray(actual[name]).astype(np.float64)

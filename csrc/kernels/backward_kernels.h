@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward.h"
+#include "kernels/backward_sm80/backward_sm80.h"
 #include "kernels/backward_sm90/backward_sm90.h"
 
 #define FA_CUDA_BACKWARD_KERNEL(name) {#name, DeviceType::kCuda, name::plan, name::launch},
@@ -11,4 +12,4 @@
 #else
 #define FA_HOPPER_BACKWARD_KERNELS
 #endif
-#define FA_CUDA_BACKWARD_KERNELS FA_HOPPER_BACKWARD_KERNELS
+#define FA_CUDA_BACKWARD_KERNELS FA_HOPPER_BACKWARD_KERNELS FA_CUDA_BACKWARD_KERNEL(backward_sm80)

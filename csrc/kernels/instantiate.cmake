@@ -78,6 +78,13 @@ fa_instantiate_sm80("f16;bf16" "256;128;64" "kPlain;kModified;kSplit")
 fa_instantiate_sm80("f16;bf16" "192;96;32" "kPlain;kModified")
 fa_instantiate_sm80("f16;bf16" "512" "kModified")
 
+fa_cuda_library(fa_backward_sm80)
+fa_compile_through_sm_80(fa_backward_sm80)
+set(launch_backward "cudaError_t backward_sm80::launch_tiles<@T@, @HEAD_DIM@, backward_sm80::Variant::@VARIANT@>(const AttentionParams&, const Gradients&, const backward_sm80::Grid&, unsigned, unsigned, cudaStream_t)")
+fa_instantiate(fa_backward_sm80 backward_sm80 kernels/backward_sm80/launch.cuh "${launch_backward}" "f16;bf16" "256;128;64" "kModified;kPlain")
+set(launch_sums "cudaError_t backward_sm80::launch_sums<@T@, @HEAD_DIM@>(const AttentionParams&, const Gradients&, const backward_sm80::Grid&, const backward_sm80::ScoreSums&, unsigned, cudaStream_t)")
+fa_instantiate(fa_backward_sm80 backward_sm80_sums kernels/backward_sm80/launch_sums.cuh "${launch_sums}" "f16;bf16" "256;128;64" "kAny")
+
 if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   fa_cuda_library(fa_prefill_sm90 kernels/decode_sm90/merge_counters.cu kernels/prefill_sm90/tile_counter.cu)
   set_target_properties(fa_prefill_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
@@ -113,6 +120,7 @@ endif()
 
 
 target_sources(fa_core PRIVATE
+  kernels/backward_sm80/backward_sm80.cpp
   kernels/cache_step/cache_step.cpp
   kernels/cache_step/plain_step.cpp
   kernels/decode_splitkv/decode_splitkv.cpp

@@ -48,7 +48,7 @@ def attention_backward(
             "sinks" in float32); the last axis of query's, key's and value's is contiguous. They may be views of one
             packed array.
         stream: CUDA stream as an integer; None: the framework's current one.
-        kernel: forces a backward kernel by its name: "backward_sm80" and the others of docs/kernels.md.
+        kernel: forces a backward kernel by its name: "backward_sm80" and the others of docs/backward.md.
         num_threads: threads on the CPU; 0: all.
         **arguments: the others of `attention`, as they were there. Caches, rotary embedding, norms and empty_row
             "mean" have no backward pass.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 
 from tests import cases, decoding
-from tests.gpu import arrays, decoders
+from tests.csrc.test_backward_cpu import has_gradients
+from tests.gpu import arrays, decoders, gradients
 
 
 def sample() -> list[cases.Case]:
@@ -35,6 +36,16 @@ def play_caches() -> int:
     return len(decoders.SAMPLE) + sum(1 for _ in decoders.wild_steps())
 
 
+def play_gradients(case: cases.Case, problem, inputs: dict) -> int:
+    """The kernels of the backward pass that take the case."""
+    if not has_gradients(case):
+        return 0
+    _, arguments = gradients.arguments_of(problem)
+    given = gradients.given_for(case, problem, inputs, arguments)
+    found = [gradients.takes(kernel, problem, inputs, arguments, given) for kernel in gradients.KERNELS]
+    return sum(x is not None for x in found)
+
+
 def main() -> None:
     count = play_caches()
     for case in [] if sys.argv[1:] == ["caches"] else sample():
@@ -43,6 +54,7 @@ def main() -> None:
         for kernel in arrays.kernels_for(inputs, problem.attributes):
             arrays.run(problem, inputs, kernel)
             count += 1
+        count += play_gradients(case, problem, inputs)
     print(f"{count} runs")
 
 

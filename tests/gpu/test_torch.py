@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""faplugin.torch on CUDA tensors: the forward pass against float64, a cache, a CUDA graph, and the backward pass."""
+"""faplugin.torch on CUDA tensors: both passes against float64, a cache, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -68,3 +68,52 @@ def test_backward(head_dim: int) -> None:
         wanted.append(torch.autograd.grad(eager(*on_cpu, causal=True), on_cpu, d_output.cpu().to(dtype)))
     for gradient, exact, unfused in zip(found, *wanted, strict=True):
         assert (gradient.cpu() - exact).abs().max() <= 2 * (unfused - exact).abs().max() + 1e-5
+
+
+def gradients(function, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    output = function(*leaves)
+    weights = draw(*output.shape, dtype=torch.float64).to(output)  # the same for each dtype and device
+    return list(torch.autograd.grad((output * weights).sum(), leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_of_a_packed_tensor(dtype) -> None:
+    qkv = draw(2, 200, 3, 4, 64, dtype=dtype)
+    found = gradients(lambda x: fatorch.flash_attn_qkvpacked_func(x, causal=True), qkv)[0].unbind(2)
+
+    def reference(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        return gradients(lambda q, k, v: eager(q, k, v, causal=True), *inputs)
+
+    on_cpu = [t.cpu() for t in qkv.unbind(2)]
+    exact, unfused = reference(*(t.double() for t in on_cpu)), reference(*on_cpu)
+    for got, want, rounded in zip(found, exact, unfused, strict=True):
+        assert (got.cpu() - want).abs().max() <= 2 * (rounded - want).abs().max() + 1e-5
+
+
+def test_a_cuda_graph_captures_both_passes() -> None:
+    q = draw(1, 640, 2, 64).requires_grad_()
+
+    def step() -> torch.Tensor:
+        output = fatorch.flash_attn_func(q, q, q, causal=True)
+        return torch.autograd.grad(output, q, output)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradient = step()
+    for _ in range(3):
+        gradient.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(gradient, expected)
+
+
+def test_gradients_of_float32_are_refused_with_a_sentence() -> None:
+    q = draw(1, 8, 2, 64, dtype=torch.float32).requires_grad_()
+    with pytest.raises(RuntimeError, match="takes float16 and bfloat16 only, the tensors are float32"):
+        fatorch.flash_attn_func(q, q, q).sum().backward()

@@ -2,6 +2,7 @@
 // The numbers of query rows for the backward pass, and gradients that are 0 because of where they lie (backward_rows.h). Eight
 // lanes work on a row: they read its output and the gradient of it once.
 #include "kernels/backward_rows/backward_rows.h"
+#include "kernels/common/aligned_rows.h"
 #include "kernels/common/convert.cuh"
 #include "kernels/common/hidden_values.cuh"
 #include "kernels/common/launch.h"
@@ -18,18 +19,12 @@ struct RowJob {
   Gradients gradients;
   RowNumbers numbers;
   SequenceRule sequences;
-  int64_t num_rows;  // entries of the arrays
+  unsigned rows_of_head, blocks_of_head;  // entries of a head, and the thread blocks that work on them
   unsigned* counters;
   int64_t num_counters;
   bool reads_by_16, writes_by_16;  // rows of out and d_out, and of d_query, are whole 16-byte chunks, aligned
   bool has_coarse_rows;            // a log-sum-exp may be so large that its rounding counts
 };
-
-bool is_by_16(const TensorView& t) {
-  bool aligned = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.shape[3] * size_of(t.dtype) % 16 == 0;
-  for (int axis = 0; axis < 3; ++axis) aligned = aligned && (t.shape[axis] == 1 || t.stride[axis] * size_of(t.dtype) % 16 == 0);
-  return aligned;
-}
 
 template <class T>
 __device__ __forceinline__ T* row_of(const TensorView& t, int64_t b, int64_t h, int64_t row) {
@@ -79,33 +74,6 @@ __device__ __forceinline__ RowSums sum_row(const T* out, const T* d_out, int col
   return sums;
 }
 
-/// Where an entry of the arrays stands: a row of a sequence, or, from num_rows of it on, none.
-struct RowPlace {
-  int head, sequence_idx;
-  Sequence sequence;
-  int64_t row;
-};
-
-__device__ __forceinline__ RowPlace place_of(const RowJob& job, int64_t entry) {
-  const RowTiles& tiles = job.numbers.tiles;
-  const int64_t tile = entry / tiles.tile_rows, head = tile / tiles.of_head, in_head = tile - head * tiles.of_head;
-  int64_t b = 0;
-  if (!tiles.packed) {
-    b = in_head / tiles.of_sequence;
-  } else {  // the last sequence whose first tile is this one or before it
-    int64_t count = job.sequences.num_sequences;
-    while (count > 1) {
-      const int64_t half = count / 2;
-      const bool later = tiles.first(0, b + half, job.sequences.at(b + half).first_row) <= in_head;
-      b += later ? half : 0;
-      count = later ? count - half : half;
-    }
-  }
-  RowPlace place{static_cast<int>(head), static_cast<int>(b), job.sequences.at(b), 0};
-  place.row = entry - tiles.first(head, b, place.sequence.first_row) * tiles.tile_rows;
-  return place;
-}
-
 /// Does the tile of rows that the row is in see a key, by lengths and windows?
 __device__ __forceinline__ bool tile_sees_keys(const RowJob& job, const RowPlace& place) {
   const int64_t first = place.row / job.numbers.tiles.tile_rows * job.numbers.tiles.tile_rows;
@@ -135,20 +103,26 @@ __device__ __noinline__ void mend_coarse_rows(const RowJob& job, const RowPlace&
     SoftmaxState state = attend_seen(view, 0, 0, columns);
     if (job.params.sinks.present)
       state = add_sink(state, static_cast<const float*>(job.params.sinks.data)[head * job.params.sinks.stride[0]]);
-    if (threadIdx.x % 32 / kLanes == lane / kLanes) result->reference = state.max, result->rest = log2f(state.sum);
+    // Where the log-sum-exp given is of more keys than are here, by far more than its rounding, the weights stay a part of
+    // theirs.
+    const float given = result->reference, others = given - lse(state);
+    const bool has_others = others > fmaxf(0x1p-6f, fabsf(given) * 0x1p-20f);
+    if (threadIdx.x % 32 / kLanes == lane / kLanes)
+      *result = {state.max, log2f(state.sum) + (has_others ? others * kLog2E : 0.0f), result->delta};
   }
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_constant__ RowJob job) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t i = first; i < job.num_counters; i += static_cast<int64_t>(gridDim.x) * kThreads) job.counters[i] = 0;
-  if (job.num_rows == 0) return;
-  const int64_t entry = first / kLanes;
-  const bool exists = entry < job.num_rows;
-  const int lane = threadIdx.x % kLanes;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t i = thread; i < job.num_counters; i += static_cast<int64_t>(gridDim.x) * kThreads) job.counters[i] = 0;
+  if (job.rows_of_head == 0) return;
+  const unsigned head = blockIdx.x / job.blocks_of_head, lane = threadIdx.x % kLanes;
+  const unsigned of_head = (blockIdx.x - head * job.blocks_of_head) * kRowsOfBlock + threadIdx.x / kLanes;
+  const bool exists = of_head < job.rows_of_head && head < job.params.query.shape[1];
+  const int64_t entry = static_cast<int64_t>(head) * job.rows_of_head + of_head;
   const AttentionParams& p = job.params;
-  const RowPlace place = place_of(job, exists ? entry : 0);
+  const RowPlace place = row_place(job.numbers.tiles, job.sequences, head, exists ? of_head : 0);
   const Sequence& s = place.sequence;
   const bool is_row = exists && place.row < s.num_rows, in_use = exists && place.row < s.query_length;
   const int64_t row = s.first_row + (is_row ? place.row : 0);
@@ -223,25 +197,27 @@ __global__ void __launch_bounds__(kThreads) d_sinks_kernel(const __grid_constant
 }
 
 RowJob job_of(const AttentionParams& params, const Gradients& gradients, const RowNumbers& numbers) {
-  const int64_t rows = params.query.shape[1] * numbers.tiles.of_head * numbers.tiles.tile_rows;
+  const int64_t rows = numbers.tiles.of_head * numbers.tiles.tile_rows;
   return {params,
           gradients,
           numbers,
           sequence_rule(params),
-          rows,
+          static_cast<unsigned>(rows),
+          static_cast<unsigned>((rows + kRowsOfBlock - 1) / kRowsOfBlock),
           nullptr,
           0,
-          is_by_16(params.out) && is_by_16(gradients.d_out),
-          is_by_16(gradients.d_query),
+          is_by(params.out, 16) && is_by(gradients.d_out, 16),
+          is_by(gradients.d_query, 16),
           numbers.rest != nullptr && params.bias.present};
 }
 
 template <class T>
 Status prepare(const RowJob& job, cudaStream_t stream) {
   constexpr const char* kWhat = "The backward pass could not be launched";
-  const int64_t threads = job.num_rows * kLanes > job.num_counters ? job.num_rows * kLanes : job.num_counters;
-  const int64_t blocks = (threads + kThreads - 1) / kThreads;
-  if (blocks > INT32_MAX) return {StatusCode::kUnsupported, "The problem has more than 2^31 blocks of query rows."};
+  const int64_t heads = job.params.query.shape[1], rows = job.numbers.tiles.of_head * job.numbers.tiles.tile_rows;
+  int64_t blocks = heads * ((rows + kRowsOfBlock - 1) / kRowsOfBlock);
+  if (blocks > INT32_MAX || rows > INT32_MAX) return {StatusCode::kUnsupported, "The problem has more than 2^31 query rows."};
+  if (blocks == 0 && job.num_counters > 0) blocks = 1;
   if (blocks > 0) {
     const cudaError_t error = launch_kernel(prepare_rows_kernel<T>, dim3(blocks), kThreads, 0, stream, job);
     if (error != cudaSuccess) return cuda_status(error, kWhat);

@@ -40,4 +40,31 @@ inline RowTiles row_tiles(const AttentionParams& p, int tile_rows) {
   return {tile_rows, packed, of_sequence, of_head};
 }
 
+/// Where an entry of the arrays stands: a row of a sequence, or, from num_rows of it on, none.
+struct RowPlace {
+  int head, sequence_idx;
+  Sequence sequence;
+  int64_t row;
+};
+
+/// `entry`: of the head's entries, fewer than 2^31.
+FA_HD RowPlace row_place(const RowTiles& tiles, const SequenceRule& sequences, int head, uint32_t entry) {
+  const uint32_t tile = entry / static_cast<uint32_t>(tiles.tile_rows);
+  uint32_t b = 0;
+  if (!tiles.packed) {
+    b = tile / static_cast<uint32_t>(tiles.of_sequence);
+  } else {  // the last sequence whose first tile is this one or before it
+    uint32_t count = static_cast<uint32_t>(sequences.num_sequences);
+    while (count > 1) {
+      const uint32_t half = count / 2;
+      const bool later = tiles.first(0, b + half, sequences.at(b + half).first_row) <= tile;
+      b += later ? half : 0;
+      count = later ? count - half : half;
+    }
+  }
+  RowPlace place{head, static_cast<int>(b), sequences.at(b), 0};
+  place.row = entry - tiles.first(0, b, place.sequence.first_row) * tiles.tile_rows;
+  return place;
+}
+
 }  // namespace fa

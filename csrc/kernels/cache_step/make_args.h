@@ -8,16 +8,9 @@
 
 #include "kernels/cache_step/args.h"
 #include "kernels/cache_step/cache_step.h"
+#include "kernels/common/aligned_rows.h"
 
 namespace fa::cache_step {
-
-/// Do all rows begin at multiples of `bytes`?
-inline bool rows_aligned_to(const TensorView& view, int64_t bytes) {
-  bool aligned = reinterpret_cast<uintptr_t>(view.data) % bytes == 0;
-  for (int axis = 0; axis < 3; ++axis)
-    aligned = aligned && (view.shape[axis] == 1 || view.stride[axis] * size_of(view.dtype) % bytes == 0);
-  return aligned;
-}
 
 /// The largest unit that rows of both tensors are made of, and begin at multiples of.
 inline int common_unit(const TensorView& a, const TensorView& b) {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "kernels/common/aligned_rows.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/spoilt_rows.h"
 #include "kernels/prefill_sm80/instances.h"
@@ -23,19 +24,6 @@ const TileInstance kInstances[] = {
 #include "kernels/prefill_sm80/instances.def"
 #undef FA_INSTANCE
 };
-
-/// Are all rows at multiples of `bytes`? Strides of axes of size 1 have no meaning.
-bool rows_aligned_to(const TensorView& view, int64_t bytes) {
-  bool aligned = reinterpret_cast<uintptr_t>(view.data) % bytes == 0;
-  for (int axis = 0; axis < 3; ++axis)
-    aligned = aligned && (view.shape[axis] == 1 || view.stride[axis] * size_of(view.dtype) % bytes == 0);
-  return aligned;
-}
-
-/// Rows of query, key, value, out: whole chunks of `bytes`, aligned.
-bool is_by(const TensorView& view, int64_t bytes) {
-  return rows_aligned_to(view, bytes) && view.shape[3] * size_of(view.dtype) % bytes == 0;
-}
 
 /// Rows of mask or bias: neighbouring keys are neighbours in memory, and eight of them make aligned accesses of at most 16 bytes.
 bool has_vectors(const TensorView& view) {

@@ -7,7 +7,7 @@
     faplugin.torch.register_transformers()                        # attn_implementation="faplugin"
     torch.onnx.export(model, …)                                   # writes faexport::FlashAttention nodes
 
-The backward pass runs on the CPU; on CUDA the forward pass does. See docs/torch.md.
+On CUDA the backward pass takes float16 and bfloat16. See docs/torch.md.
 """
 
 from ._functions import (

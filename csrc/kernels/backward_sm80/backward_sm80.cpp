@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chooses an instance of the backward kernels for mma.sync, plans their workspace and launches them one after the other.
+#include "kernels/backward_sm80/backward_sm80.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "dispatch.h"
+#include "kernels/backward_rows/backward_rows.h"
+#include "kernels/backward_sm80/instances.h"
+#include "kernels/common/aligned_rows.h"
+#include "kernels/common/launch.h"
+
+namespace fa::backward_sm80 {
+namespace {
+
+// Of the sums of dQ, of which each split has its own.
+constexpr int64_t kMostSplits = 32;
+constexpr int64_t kMostBytesOfSums = int64_t{2} << 30;
+
+struct Instance {
+  DType dtype;
+  int head_dim;  // bucket: the largest head_dim and head_dim_v it takes
+  Variant variant;
+  cudaError_t (*launch)(const AttentionParams&, const Gradients&, const Grid&, unsigned, unsigned, cudaStream_t);
+
+  TileShape tile() const { return tile_shape(head_dim, variant); }
+  int shared_bytes() const { return shared_memory_bytes(head_dim, tile()); }
+};
+
+const Instance kInstances[] = {
+#define FA_INSTANCE(T, dtype, head_dim, variant) {dtype, head_dim, Variant::variant, launch_tiles<T, head_dim, Variant::variant>},
+#include "kernels/backward_sm80/instances.def"
+#undef FA_INSTANCE
+};
+
+using LaunchSums = cudaError_t (*)(const AttentionParams&, const Gradients&, const Grid&, const ScoreSums&, unsigned,
+                                   cudaStream_t);
+
+/// Of the instance's dtype and bucket.
+LaunchSums sums_of(const Instance& instance) {
+#define FA_INSTANCE(T, its_dtype, its_head_dim, variant) \
+  if (instance.dtype == its_dtype && instance.head_dim == its_head_dim) return launch_sums<T, its_head_dim>;
+#include "kernels/backward_sm80/instances.def"
+#undef FA_INSTANCE
+  return nullptr;
+}
+
+/// Are D wanted without the rounding of the output? Gradients of biases and sinks are sums over many rows in which what is exact
+/// cancels almost all; and with few keys that rounding isn't the mean of many.
+bool sums_deltas(const AttentionParams& p, const Gradients& g) {
+  constexpr int64_t kFewKeys = 32;
+  return g.d_bias.present || g.d_sinks.present || p.key.shape[2] <= kFewKeys;
+}
+
+bool needs_modified(const AttentionParams& p, const Gradients& g) {
+  return p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || sums_deltas(p, g);
+}
+
+int64_t head_dim_of(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
+
+const Instance* find(const AttentionParams& p, Variant variant) {
+  const Instance* smallest = nullptr;
+  for (const Instance& instance : kInstances) {
+    if (instance.dtype != p.query.dtype || instance.variant != variant || instance.head_dim < head_dim_of(p)) continue;
+    if (smallest == nullptr || instance.head_dim < smallest->head_dim) smallest = &instance;
+  }
+  return smallest;
+}
+
+/// Tiles of keys of the longest sequence, or where packed of one of mean length.
+int64_t key_tiles(const AttentionParams& p, int tile_k) {
+  const int64_t keys = p.cu_seqlens_kv.present ? p.key.shape[2] / std::max<int64_t>(1, num_sequences(p)) : p.key.shape[2];
+  return (keys + tile_k - 1) / tile_k;
+}
+
+int64_t bytes_of_sums(const Instance& instance, const RowTiles& tiles, const AttentionParams& p) {
+  return p.query.shape[1] * tiles.of_head * tiles.tile_rows * instance.head_dim * int64_t{sizeof(float)};
+}
+
+/// Among how many thread blocks the keys of a pair of sequence and key head are dealt out: so many that the multiprocessors are
+/// busy to the end, and few, since each has sums of its own of all dQ.
+int64_t num_splits(const Instance& instance, const RowTiles& rows, const AttentionParams& p, const Device& device) {
+  const TileShape tile = instance.tile();
+  const int64_t fitting = std::max(1, std::min(tile.min_blocks, device.shared_memory_bytes / instance.shared_bytes()));
+  const int64_t places = std::max(1, device.num_sms) * fitting, pairs = num_sequences(p) * p.key.shape[1];
+  const int64_t tiles = key_tiles(p, tile.tile_k()), bytes = std::max<int64_t>(1, bytes_of_sums(instance, rows, p));
+  const int64_t most = std::min({tiles, kMostSplits, std::max<int64_t>(1, kMostBytesOfSums / bytes)});
+  int64_t best = 1;
+  double best_time = 0;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const int64_t rounds = (pairs * splits + places - 1) / places, of_block = (tiles + splits - 1) / splits;
+    const double time = static_cast<double>(rounds * of_block) * (1.0 + 0.01 * static_cast<double>(splits));
+    if (splits == 1 || time < best_time) best = splits, best_time = time;
+  }
+  return best;
+}
+
+/// The arrays of a workspace; all of them null where `memory` is.
+struct Arrays {
+  RowNumbers numbers;
+  int64_t splits;
+  float4* d_query;
+  size_t bytes;
+};
+
+Arrays arrays_of(const Instance& instance, const AttentionParams& p, const Device& device, void* memory) {
+  Workspace workspace(memory);
+  const TileShape tile = instance.tile();
+  Arrays arrays{row_numbers(p, tile.tile_q, instance.variant == Variant::kModified, &workspace), 1, nullptr, 0};
+  arrays.splits = num_splits(instance, arrays.numbers.tiles, p, device);
+  const bool is_summed = p.key.shape[2] > tile.tile_k();
+  const int64_t bytes = is_summed ? arrays.splits * bytes_of_sums(instance, arrays.numbers.tiles, p) : 0;
+  arrays.d_query = workspace.take<float4>(bytes / static_cast<int64_t>(sizeof(float4)));
+  arrays.bytes = workspace.bytes();
+  return arrays;
+}
+
+Grid grid_of(const Instance& instance, const AttentionParams& p, const Gradients& g, const Arrays& arrays) {
+  Grid grid{};
+  grid.sequences = sequence_rule(p);
+  grid.heads = Divisor(p.key.shape[1]);
+  grid.group_size = Divisor(p.query.shape[1] / p.key.shape[1]);
+  grid.num_splits = Divisor(arrays.splits);
+  grid.numbers = arrays.numbers;
+  grid.d_query = arrays.d_query;
+  grid.size_of_sums = bytes_of_sums(instance, arrays.numbers.tiles, p) / static_cast<int64_t>(sizeof(float4));
+  grid.query_by_16 = is_by(p.query, 16);
+  grid.key_by_16 = is_by(p.key, 16);
+  grid.value_by_16 = is_by(p.value, 16);
+  grid.d_out_by_16 = is_by(g.d_out, 16);
+  grid.d_query_by_16 = is_by(g.d_query, 16);
+  grid.d_key_by_16 = is_by(g.d_key, 16);
+  grid.d_value_by_16 = is_by(g.d_value, 16);
+  grid.may_spoil = hides_keys(p);
+  return grid;
+}
+
+Status too_many(int64_t blocks) {
+  if (blocks <= std::numeric_limits<int32_t>::max()) return {};
+  return {StatusCode::kUnsupported, "The problem has " + std::to_string(blocks) + " tiles, at most 2^31 - 1 can be launched."};
+}
+
+Status launch_sums_of(const Instance& instance, const AttentionParams& p, const Gradients& g, const Grid& grid, ScoreSums sums,
+                      cudaStream_t stream) {
+  const TileShape tile = instance.tile();
+  int64_t count[4];
+  for (int axis = 0; axis < 4; ++axis) {
+    sums.shared[axis] = sums.sum.stride[axis] == 0 && sums.sum.shape[axis] != 1;
+    count[axis] = sums.shared[axis] ? 1 : sums.sum.shape[axis];
+  }
+  sums.heads = static_cast<unsigned>(count[1]);
+  sums.blocks_of_rows = static_cast<unsigned>((count[2] + tile.tile_q - 1) / tile.tile_q);
+  sums.blocks_of_keys = static_cast<unsigned>((count[3] + tile.tile_k() - 1) / tile.tile_k());
+  const int64_t blocks = count[0] * count[1] * sums.blocks_of_rows * sums.blocks_of_keys;
+  if (Status status = too_many(blocks); !status.ok() || blocks == 0) return status;
+  return cuda_status(sums_of(instance)(p, g, grid, sums, static_cast<unsigned>(blocks), stream),
+                     "The gradient of the bias could not be launched");
+}
+
+/// D of each row, summed up over its keys.
+ScoreSums sums_of_rows(const AttentionParams& p) {
+  ScoreSums sums{};
+  sums.of_rows = true;
+  sums.sum = {nullptr, DType::kFloat32, true, {num_sequences(p), p.query.shape[1], p.query.shape[2], 2}, {1, 1, 1, 0}};
+  return sums;
+}
+
+ScoreSums sums_of_bias(const Gradients& g) {
+  ScoreSums sums{};
+  sums.sum = g.d_bias;
+  return sums;
+}
+
+}  // namespace
+
+bool plan(const StepParams& params, const Gradients& gradients, BackwardPlan* plan, std::string* why_not) {
+  constexpr int64_t kMaxRows = int64_t{1} << 29;  // RowBand: sums of two positions fit 32 bits
+  const int capability = plan->device.compute_capability, shared_bytes = plan->device.shared_memory_bytes;
+  FA_REFUSE_IF(capability < 80, "needs compute capability 8.0 or newer, the device has " + std::to_string(capability / 10) + "." +
+                                    std::to_string(capability % 10));
+  FA_REFUSE_IF(params.query.dtype == DType::kFloat32, "takes float16 and bfloat16 only, the tensors are float32");
+  FA_REFUSE_IF(params.query.shape[2] > kMaxRows || params.key.shape[2] > kMaxRows, "more than 2^29 rows or keys");
+  const bool modified = needs_modified(params, gradients);
+  const Instance* instance = modified ? nullptr : find(params, Variant::kPlain);
+  if (instance == nullptr || instance->shared_bytes() > shared_bytes) instance = find(params, Variant::kModified);
+  FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(head_dim_of(params)) + " is above 256");
+  FA_REFUSE_IF(instance->shared_bytes() > shared_bytes, "needs " + std::to_string(instance->shared_bytes()) +
+                                                            " bytes of shared memory in a thread block, the device gives " +
+                                                            std::to_string(shared_bytes));
+  plan->instance = static_cast<int>(instance - kInstances);
+  plan->workspace_bytes = arrays_of(*instance, params, plan->device, nullptr).bytes;
+  return true;
+}
+
+Status launch(const BackwardPlan& plan, const StepParams& params, const Gradients& gradients, const ExecutionContext& context) {
+  const Instance& instance = kInstances[plan.instance];
+  const Arrays arrays = arrays_of(instance, params, plan.device, context.workspace);
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  if (Status status = prepare_rows(params, gradients, arrays.numbers, nullptr, 0, context); !status.ok()) return status;
+  const int64_t pairs = num_sequences(params) * params.key.shape[1];
+  const bool has_keys = pairs > 0 && params.key.shape[2] > 0;
+  const Grid grid = has_keys ? grid_of(instance, params, gradients, arrays) : Grid{};
+  if (has_keys && sums_deltas(params, gradients)) {
+    Status status = launch_sums_of(instance, params, gradients, grid, sums_of_rows(params), stream);
+    if (!status.ok()) return status;
+  }
+  const int64_t blocks = has_keys ? pairs * arrays.splits : 0, row_tiles = params.query.shape[1] * arrays.numbers.tiles.of_head;
+  if (Status status = too_many(std::max(blocks, row_tiles)); !status.ok()) return status;
+  if (blocks > 0) {
+    const cudaError_t error =
+        instance.launch(params, gradients, grid, static_cast<unsigned>(blocks), static_cast<unsigned>(row_tiles), stream);
+    if (error != cudaSuccess) return cuda_status(error, "The backward kernel could not be launched");
+  }
+  if (gradients.d_bias.present) {
+    Status status = launch_sums_of(instance, params, gradients, grid, sums_of_bias(gradients), stream);
+    if (!status.ok()) return status;
+  }
+  return gradients.d_sinks.present ? d_sinks_of_rows(params, gradients, arrays.numbers, context) : Status{};
+}
+
+}  // namespace fa::backward_sm80

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tile table of the backward kernels for mma.sync: one row for each head_dim bucket and variant. Read by the kernels (as
+// template argument) and by the host (for workspace and shared memory).
+#pragma once
+
+#include <cstdint>
+
+namespace fa::backward_sm80 {
+
+/// What a tile of scores is to the kernel.
+enum class Variant : uint8_t {
+  kPlain,     // scale, lengths, windows
+  kModified,  // on top of it softcap, bias, mask, ALiBi, and gradients of biases and sinks; fits sm_86's and sm_89's 99 KB to D
+              // 128
+};
+
+/// A thread block owns a tile of keys, of which each warp has key_blocks * 16, and walks over tiles of query rows.
+struct TileShape {
+  int warps;
+  int key_blocks;
+  int tile_q;             // query rows
+  int min_blocks;         // thread blocks per multiprocessor the registers must allow
+  int column_groups = 1;  // warps that share keys: each computes all of their scores, and a part of the gradients' columns
+
+  constexpr int tile_k() const { return warps / column_groups * key_blocks * 16; }
+  constexpr int threads() const { return warps * 32; }
+};
+
+constexpr TileShape tile_shape(int head_dim, Variant variant) {
+  const bool plain = variant == Variant::kPlain;
+  if (head_dim <= 64) return plain ? TileShape{4, 2, 32, 2} : TileShape{8, 1, 32, 1};
+  if (head_dim <= 128) return plain ? TileShape{8, 1, 64, 1} : TileShape{4, 1, 32, 2};
+  return {8, 1, 32, 1, 2};
+}
+
+/// Keys, values, and two stages of queries, gradients of the output, the rows' numbers, and gradients of a tile of scores.
+constexpr int shared_memory_bytes(int head_dim, const TileShape& tile) {
+  return 4 * (tile.tile_k() * head_dim + 2 * tile.tile_q * head_dim + tile.tile_k() * tile.tile_q) + 2 * 3 * 4 * tile.tile_q;
+}
+
+}  // namespace fa::backward_sm80

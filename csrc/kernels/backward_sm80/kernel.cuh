@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradients of queries, keys and values for mma.sync GPUs (sm_80 and later), after FlashAttention-2's backward pass (Dao 2023): a
+// thread block takes tiles of keys one after the other. Their gradients stay in registers while it walks over the tiles of query
+// rows that see them, from the last to the first, in all heads of the key head's group. A tile of dQ is summed up in memory, in
+// sums of the block's own, where each element has one thread that adds to it: so the order is always the same, and nobody waits
+// for anybody. Launched by launch.cuh.
+#pragma once
+
+#include "kernels/backward_sm80/config.h"
+#include "kernels/backward_sm80/products.cuh"
+#include "kernels/backward_sm80/scores.cuh"
+#include "kernels/backward_sm80/tiles.cuh"
+
+namespace fa::backward_sm80 {
+
+template <class T_, int kHeadDim_, Variant kVariant>
+struct TileConfig {
+  using T = T_;
+  static constexpr TileShape kTile = tile_shape(kHeadDim_, kVariant);
+  static constexpr bool kModified = kVariant == Variant::kModified;
+  static constexpr int kHeadDim = kHeadDim_, kThreads = kTile.threads(), kWarps = kTile.warps, kKeyBlocks = kTile.key_blocks;
+  static constexpr int kTileQ = kTile.tile_q, kTileK = kTile.tile_k(), kColumns = kHeadDim / kTile.column_groups;
+  using LayoutK = TileLayout<kTileK, kHeadDim * 2, RowOrder::kNeighbours>;
+  using LayoutQ = TileLayout<kTileQ, kHeadDim * 2, RowOrder::kNeighbours>;
+  using LayoutS = TileLayout<kTileK, kTileQ * 2, RowOrder::kNeighbours>;
+  using Products = backward_sm80::Products<TileConfig>;
+
+  static constexpr int kKeyWarps = kWarps / kTile.column_groups;
+  static __device__ __forceinline__ int first_key() { return threadIdx.x / 32 % kKeyWarps * 16 * kKeyBlocks; }  // of the warp
+  static __device__ __forceinline__ int column_group() { return threadIdx.x / 32 / kKeyWarps; }
+
+  // Shared memory: offsets in bytes.
+  static constexpr int kValue = LayoutK::kBytes, kStages = 2 * LayoutK::kBytes, kStage = 2 * LayoutQ::kBytes;
+  static constexpr int kScores = kStages + 2 * kStage, kNumbers = kScores + 2 * LayoutS::kBytes, kNumbersOfStage = 3 * 4 * kTileQ;
+  static constexpr int kSharedBytes = kNumbers + 2 * kNumbersOfStage;
+  static_assert(kSharedBytes == shared_memory_bytes(kHeadDim, kTile));
+};
+
+/// A step of the walk: a tile of rows of a head. Stages of shared memory take turns.
+struct Step {
+  int head, row_tile, stage;
+};
+
+/// What stays the same for a block.
+template <class Config>
+struct Block {
+  const AttentionParams& p;
+  const Gradients& g;
+  const Grid& grid;
+  TileWork& work;  // in shared memory: in registers it would be spilled from the main loop
+  KeySplit keys;
+  int first_key;
+  unsigned char* shared;
+
+  __device__ __forceinline__ uint32_t address(int offset) const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + offset;
+  }
+  __device__ __forceinline__ int64_t tile_of(const Step& step) const {
+    return grid.numbers.tiles.first(step.head, work.sequence_idx, work.sequence.first_row) + step.row_tile;
+  }
+  __device__ __forceinline__ NumbersOfRows numbers(int stage) const {
+    const float* first = reinterpret_cast<const float*>(shared + Config::kNumbers + stage * Config::kNumbersOfStage);
+    first += 2 * (threadIdx.x % 4);
+    return {first, first + Config::kTileQ, first + 2 * Config::kTileQ};
+  }
+
+  __device__ __forceinline__ void load_keys() const {
+    using T = typename Config::T;
+    const int valid = work.num_keys - first_key;
+    const int64_t b = work.sequence.batch_idx, row = work.sequence.first_key + first_key;
+    load_rows<T, typename Config::LayoutK, Config::kTileK, Config::kThreads>(shared, p.key, b, work.kv_head, row, valid,
+                                                                             grid.key_by_16);
+    load_rows<T, typename Config::LayoutK, Config::kTileK, Config::kThreads>(shared + Config::kValue, p.value, b, work.kv_head,
+                                                                             row, valid, grid.value_by_16);
+  }
+
+  __device__ __forceinline__ void load_queries(const Step& step) const {
+    using T = typename Config::T;
+    const int first = step.row_tile * Config::kTileQ, valid = static_cast<int>(work.sequence.query_length) - first;
+    const int64_t b = work.sequence.batch_idx, row = work.sequence.first_row + first;
+    unsigned char* tile = shared + Config::kStages + step.stage * Config::kStage;
+    load_rows<T, typename Config::LayoutQ, Config::kTileQ, Config::kThreads>(tile, p.query, b, step.head, row, valid,
+                                                                             grid.query_by_16);
+    load_rows<T, typename Config::LayoutQ, Config::kTileQ, Config::kThreads>(tile + Config::LayoutQ::kBytes, g.d_out, b,
+                                                                             step.head, row, valid, grid.d_out_by_16);
+    const int64_t entry = tile_of(step) * Config::kTileQ;
+    const uint32_t numbers = address(Config::kNumbers + step.stage * Config::kNumbersOfStage);
+    load_floats<Config::kTileQ>(numbers, grid.numbers.reference + entry);
+    load_floats<Config::kTileQ>(numbers + 4 * Config::kTileQ, grid.numbers.delta + entry);
+    if constexpr (Config::kModified) load_floats<Config::kTileQ>(numbers + 8 * Config::kTileQ, grid.numbers.rest + entry);
+  }
+
+  /// Rows whose weights are NaN for the keys that they see become 0 in shared memory, so that they give nothing to other keys.
+  /// Each warp does it for itself.
+  __device__ __forceinline__ void clear_spoilt_rows(int stage) const {
+    const float* reference = reinterpret_cast<const float*>(shared + Config::kNumbers + stage * Config::kNumbersOfStage);
+#pragma unroll
+    for (int first = 0; first < Config::kTileQ; first += 32) {
+      unsigned spoilt = __ballot_sync(kAllLanes, isnan(reference[first + threadIdx.x % 32]));
+      for (; spoilt != 0; spoilt &= spoilt - 1) {
+        unsigned char* tile = shared + Config::kStages + stage * Config::kStage;
+        clear_tile_row<typename Config::LayoutQ, Config::kTileQ>(tile, first + __ffs(spoilt) - 1);
+        clear_tile_row<typename Config::LayoutQ, Config::kTileQ>(tile + Config::LayoutQ::kBytes, first + __ffs(spoilt) - 1);
+        __syncwarp();
+      }
+    }
+  }
+};
+
+/// Weights of the warp's keys in a tile of rows, and the gradients of its scores, in the element type.
+template <class Config>
+__device__ __forceinline__ void weights_of(typename Config::Products::Packed& weights,
+                                           typename Config::Products::Packed& d_scores, const Block<Config>& block,
+                                           const Step& step) {
+  using Products = typename Config::Products;
+  using T = typename Config::T;
+  constexpr int kKeyBlocks = Products::kKeyBlocks, kRowBlocks = Products::kRowBlocks;
+  const int lane = threadIdx.x % 32;
+  const uint32_t left = block.address(0) + Products::left_lane(Config::first_key());
+  const uint32_t right = block.address(Config::kStages + step.stage * Config::kStage) + Products::right_lane();
+  const TileCorner corner{block.first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
+  const NumbersOfRows numbers = block.numbers(step.stage);
+  const bool is_whole = sees_all(block.work, step.row_tile, Config::kTileQ, block.first_key, Config::kTileK);
+  typename Products::Scores scores, products;
+  Products::multiply(scores, left, right, [](int) { return make_float2(0.0f, 0.0f); });
+  // The plain sum begins with -D. With few keys (Variant::kModified) what is exact cancels, so D is subtracted from all of it.
+  Products::multiply(products, left + Config::kValue, right + Config::LayoutQ::kBytes, [&](int n) {
+    const float2 delta = Config::kModified ? make_float2(0.0f, 0.0f) : NumbersOfRows::pair(numbers.delta, n);
+    return make_float2(-delta.x, -delta.y);
+  });
+  if constexpr (Config::kModified) {
+    typename Products::Scores tanh;
+    modify(scores, tanh, block.p, block.work, step.head, corner);
+    if (!is_whole) hide(scores, block.work, corner, -INFINITY);
+    exponentials<true>(scores, numbers, 0.0f);
+    differentiate(scores, products, numbers);
+    for_elements<kKeyBlocks, kRowBlocks>(
+        corner, [&](int m, int n, int i, int, int) { products[m][n][i] *= 1.0f - tanh[m][n][i] * tanh[m][n][i]; });
+  } else {
+    exponentials<false>(scores, numbers, block.p.softmax_scale * kLog2E);
+    if (!is_whole) hide(scores, block.work, corner, 0.0f);
+    for_elements<kKeyBlocks, kRowBlocks>(corner, [&](int m, int n, int i, int, int) { products[m][n][i] *= scores[m][n][i]; });
+  }
+#pragma unroll
+  for (int i = 0; i < kKeyBlocks * kRowBlocks * 2; ++i) {
+    const int m = i / (2 * kRowBlocks), n = i / 2 % kRowBlocks, r = i % 2;
+    weights[m][n][r] = pack2<T>(scores[m][n][2 * r], scores[m][n][2 * r + 1]);
+    d_scores[m][n][r] = pack2<T>(products[m][n][2 * r], products[m][n][2 * r + 1]);
+  }
+}
+
+/// A tile of dQ that the block adds to.
+struct QueryTile {
+  Step step;
+  int64_t sums;  // its place in Grid::d_query, in float4, this thread's part
+  bool is_last;  // the block adds to it for the last time, and has it alone: what is added up is the gradient
+
+  /// Where its sums are in those of a split.
+  template <class Config>
+  static __device__ __forceinline__ int64_t place(const Block<Config>& block, const Step& step, int split) {
+    return split * block.grid.size_of_sums + block.tile_of(step) * (Config::kTileQ * Config::kHeadDim / 4) + threadIdx.x;
+  }
+};
+
+template <class Config>
+__device__ __forceinline__ void load_sums(typename Config::Products::QuerySums& sums, const float4* memory) {
+  constexpr int kColumnBlocks = Config::Products::kQueryColumnBlocks;
+#pragma unroll
+  for (int i = 0; i < Config::Products::kQueryBlocks * kColumnBlocks; ++i) {
+    const float4 loaded = __ldcg(memory + i * Config::kThreads);
+    float (&sum)[4] = sums[i / kColumnBlocks][i % kColumnBlocks];
+    sum[0] = loaded.x, sum[1] = loaded.y, sum[2] = loaded.z, sum[3] = loaded.w;
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void store_sums(const typename Config::Products::QuerySums& sums, float4* memory) {
+  constexpr int kColumnBlocks = Config::Products::kQueryColumnBlocks;
+#pragma unroll
+  for (int i = 0; i < Config::Products::kQueryBlocks * kColumnBlocks; ++i) {
+    const float (&sum)[4] = sums[i / kColumnBlocks][i % kColumnBlocks];
+    __stcg(memory + i * Config::kThreads, make_float4(sum[0], sum[1], sum[2], sum[3]));
+  }
+}
+
+/// A thread's part of a tile of dQ.
+template <class Config>
+__device__ __forceinline__ void write_queries(const typename Config::Products::QuerySums& sums, const Block<Config>& block,
+                                              const Step& step) {
+  using Products = typename Config::Products;
+  using T = typename Config::T;
+  constexpr int kBlocks = Products::kQueryBlocks, kColumnBlocks = Products::kQueryColumnBlocks;
+  const TensorView& d = block.g.d_query;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = static_cast<int>(d.shape[3]);
+  const float scale = block.p.softmax_scale;
+#pragma unroll
+  for (int i = 0; i < kBlocks * 2; ++i) {
+    const int row = step.row_tile * Config::kTileQ + (warp % Products::kQueryWarps * kBlocks + i / 2) * 16 + i % 2 * 8 + lane / 4;
+    if (row >= block.work.sequence.query_length) continue;
+    const int first = warp / Products::kQueryWarps * 8 * kColumnBlocks + lane % 4 * 2;
+    T* data = row_at<T>(d, block.work.sequence.batch_idx, step.head, block.work.sequence.first_row + row) + first;
+#pragma unroll
+    for (int c = 0; c < kColumnBlocks; ++c) {
+      const float x = sums[i / 2][c][i % 2 * 2] * scale, y = sums[i / 2][c][i % 2 * 2 + 1] * scale;
+      if (block.grid.d_query_by_16) {
+        if (first + 8 * c < columns) store_pair(data + 8 * c, x, y);
+      } else {
+        if (first + 8 * c < columns) data[8 * c] = from_float<T>(x);
+        if (first + 8 * c + 1 < columns) data[8 * c + 1] = from_float<T>(y);
+      }
+    }
+  }
+}
+
+/// The sums of the block's tile of rows, from the tiles of keys before the i-th; 0 for the first.
+template <class Config>
+__device__ __forceinline__ QueryTile begin_queries(typename Config::Products::QuerySums& sums, const Block<Config>& block,
+                                                   const Step& step, int i) {
+  const KeySpan seen = tiles_of_keys(block.work, step.row_tile, Config::kTileQ, Config::kTileK);
+  const bool is_first = i == 0 || block.keys.tile(i - 1) < seen.begin;
+  const QueryTile tile{step, QueryTile::place(block, step, block.keys.split),
+                       block.keys.num_splits == 1 && block.keys.tile(i + 1) >= seen.end};
+  if (is_first) {
+#pragma unroll
+    for (auto& of_rows : sums)
+#pragma unroll
+      for (auto& sum : of_rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+  } else {
+    load_sums<Config>(sums, block.grid.d_query + tile.sums);
+  }
+  return tile;
+}
+
+/// Adds the keys' part, and brings the sums to where they are wanted.
+template <class Config>
+__device__ __forceinline__ void end_queries(typename Config::Products::QuerySums& sums, const Block<Config>& block,
+                                            const QueryTile& tile) {
+  using Products = typename Config::Products;
+  const int warp = threadIdx.x / 32, first_row = warp % Products::kQueryWarps * 2 * Products::kQueryBlocks;
+  const int first_column = warp / Products::kQueryWarps * Products::kQueryColumnBlocks;
+  Products::accumulate_keys(
+      sums, block.address(Config::kScores + tile.step.stage * Config::LayoutS::kBytes) + Products::scores_lane(first_row),
+      block.address(0) + Products::template transposed_lane<typename Config::LayoutK>(first_column));
+  if (tile.is_last) {
+    write_queries(sums, block, tile.step);
+  } else {
+    store_sums<Config>(sums, block.grid.d_query + tile.sums);
+  }
+}
+
+/// The gradients of the i-th of the block's tiles of keys, and its part of those of the queries.
+template <class Config>
+__device__ __forceinline__ void work_off(Block<Config>& block, int i) {
+  using Products = typename Config::Products;
+  block.first_key = block.keys.tile(i) * Config::kTileK;
+  const KeySpan row_tiles = tiles_of_rows(block.work, block.first_key, block.first_key + Config::kTileK, Config::kTileQ);
+  const int group = block.grid.group_size.divisor, num_steps = group * (row_tiles.end - row_tiles.begin);
+  typename Products::Sums d_key = {}, d_value = {};
+  typename Products::QuerySums d_query;
+  Step step{block.work.kv_head * group, row_tiles.end - 1, 0};
+  QueryTile pending{};
+  if (num_steps > 0) {
+    block.load_keys();
+    block.load_queries(step);
+  }
+  cp_async_commit();
+  for (int steps = num_steps; steps > 0; --steps) {
+    cp_async_wait<0>();
+    __syncthreads();  // the step's tiles and the gradients of the scores of the step before are there
+    if (block.grid.may_spoil && steps == num_steps) {
+      clean_tile<typename Config::T, Config::kThreads>(block.shared, Config::kStages);
+      __syncthreads();
+    }
+    Step next{step.head, step.row_tile - 1, step.stage ^ 1};
+    if (next.row_tile < row_tiles.begin) next.row_tile = row_tiles.end - 1, ++next.head;
+    if (steps > 1) block.load_queries(next);
+    cp_async_commit();
+    if (steps < num_steps) end_queries(d_query, block, pending);
+    if (block.grid.may_spoil) block.clear_spoilt_rows(step.stage);
+
+    typename Products::Packed weights, d_scores;
+    weights_of(weights, d_scores, block, step);
+    if (Config::column_group() == 0) {
+      const uint32_t place = block.address(Config::kScores + step.stage * Config::LayoutS::kBytes);
+      Products::store_scores(d_scores, place + Products::store_lane(Config::first_key()));
+    }
+    pending = begin_queries(d_query, block, step, i);
+    const uint32_t queries =
+        block.address(Config::kStages + step.stage * Config::kStage) +
+        Products::template transposed_lane<typename Config::LayoutQ>(Config::column_group() * (Config::kColumns / 8));
+    Products::accumulate(d_value, weights, queries + Config::LayoutQ::kBytes);
+    Products::accumulate(d_key, d_scores, queries);
+    step = next;
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  if (num_steps > 0) end_queries(d_query, block, pending);
+  __syncthreads();  // keys and values have been left
+  write_keys<Config>(d_key, block.p.softmax_scale, block.shared, block.g.d_key, block.work, block.first_key,
+                     block.grid.d_key_by_16);
+  write_keys<Config>(d_value, 1.0f, block.shared + Config::kValue, block.g.d_value, block.work, block.first_key,
+                     block.grid.d_value_by_16);
+  __syncthreads();
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
+    backward_tile_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Gradients g,
+                         const __grid_constant__ Grid grid) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ TileWork work;
+  const unsigned pair = grid.num_splits.quotient(blockIdx.x), sequence_idx = grid.heads.quotient(pair);
+  const int num_splits = grid.num_splits.divisor;
+  if (threadIdx.x == 0)
+    work = work_of(grid, static_cast<int>(sequence_idx), static_cast<int>(pair - sequence_idx * grid.heads.divisor));
+  __syncthreads();
+  Block<Config> block{p, g, grid, work, {static_cast<int>(blockIdx.x - pair * num_splits), num_splits}, 0, shared};
+  const int num_tiles = (static_cast<int>(work.sequence.num_keys) + Config::kTileK - 1) / Config::kTileK;
+  for (int i = 0; i * num_splits < num_tiles; ++i) {
+    if (block.keys.tile(i) < num_tiles) work_off(block, i);
+  }
+}
+
+/// dQ of a tile of rows as the sum over the splits, the first first. Block x has tile x of RowTiles.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads)
+    add_splits_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Gradients g,
+                      const __grid_constant__ Grid grid) {
+  __shared__ TileWork work;
+  const unsigned of_head = static_cast<unsigned>(grid.numbers.tiles.of_head), head = blockIdx.x / of_head;
+  const RowPlace place = row_place(grid.numbers.tiles, grid.sequences, head, (blockIdx.x - head * of_head) * Config::kTileQ);
+  if (threadIdx.x == 0) work = work_of(grid, place.sequence_idx, 0);
+  __syncthreads();
+  const Block<Config> block{p, g, grid, work, {}, 0, nullptr};
+  const Step step{place.head, static_cast<int>(place.row / Config::kTileQ), 0};
+  if (place.row < 0 || place.row >= work.sequence.query_length) return;
+  const KeySpan seen = tiles_of_keys(work, step.row_tile, Config::kTileQ, Config::kTileK);
+  if (seen.begin >= seen.end) return;
+  typename Config::Products::QuerySums total = {}, sums;
+  for (int split = 0; split < static_cast<int>(grid.num_splits.divisor); ++split) {
+    if (!KeySplit{split, static_cast<int>(grid.num_splits.divisor)}.has_any(seen.begin, seen.end)) continue;
+    load_sums<Config>(sums, grid.d_query + QueryTile::place(block, step, split));
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(sums) / 4); ++i)
+      reinterpret_cast<float*>(total)[i] += reinterpret_cast<const float*>(sums)[i];
+  }
+  write_queries(total, block, step);
+}
+
+}  // namespace fa::backward_sm80

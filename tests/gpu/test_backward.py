@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every CUDA kernel of the backward pass against float64 on all cases: right, written everywhere and nowhere else, and
+the same bits each time."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import cases, reference_backward
+from tests.csrc.test_backward_cpu import has_gradients
+from tests.problems import Case
+
+torch = pytest.importorskip("torch")
+import faplugin  # noqa: E402
+
+from tests.gpu import arrays  # noqa: E402
+from tests.gpu import gradients as on_gpu  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+WIDEST = 256  # head_dim with gradients on GPUs
+
+
+def check(case: Case, expected: reference_backward.Expectation) -> None:
+    """All kernels that take the problem, each twice."""
+    problem = case.problem()
+    inputs, arguments = on_gpu.arguments_of(problem)
+    given = on_gpu.given_for(case, problem, inputs, arguments)
+    took = []
+    for kernel in on_gpu.KERNELS:
+        first = on_gpu.takes(kernel, problem, inputs, arguments, given)
+        if first is None:
+            continue
+        took.append(kernel)
+        found = on_gpu.by_reference_names(problem, first)
+        try:
+            reference_backward.check(found, problem, *reference_backward.draw(case, problem), expected)
+        except AssertionError as error:
+            raise AssertionError(f"{kernel}: {error}") from None
+        second = on_gpu.gradients(problem, inputs, arguments, given, kernel)
+        for name in first:
+            assert arrays.same_bits(first[name], second[name]), f"{kernel}: d_{name} differs between two runs"
+    assert took or max(case.head_dim, case.dim_v) > WIDEST, "no kernel takes the problem"
+
+
+def in_16_bits(case: Case) -> bool:
+    return has_gradients(case) and case.dtype != "float32"
+
+
+# Many tiles of rows and of keys, and more thread blocks than a GPU has room for.
+LARGE = [
+    Case("bfloat16", 2, 8, 8, 2100, 2100, 64, is_causal=True),
+    Case("float16", 1, 6, 2, 1513, 2300, 128, layout="BSHD", is_causal=True, window_left=300, alignment="bottom_right"),
+    Case("bfloat16", 2, 3, 1, 900, 1515, 80, 96, layout="BSH", mask="B11K", bias="1HQK"),
+    Case("float16", 3, 4, 2, 700, 1500, 256, is_causal=True, alignment="bottom_right"),
+    Case("bfloat16", 9, 4, 2, 500, 600, 128, packed=True, is_causal=True, alignment="bottom_right"),
+    Case("float16", 2, 4, 1, 600, 700, 48, softcap=5.0, bias="B1QK", kv_lengths=True, query_lengths=True, sinks=True),
+    Case("bfloat16", 2, 16, 16, 1024, 1024, 32, kv_lengths=True),
+]
+
+
+@pytest.mark.parametrize("case", [*LARGE, *filter(in_16_bits, [*cases.full(), *cases.empty()])], ids=str)
+def test_case(case: Case, expected_gradients) -> None:
+    check(case, expected_gradients(case))
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("is_causal", (False, True))
+def test_many_launches_give_the_same_bits(head_dim: int, is_causal: bool) -> None:
+    """Blocks add to the gradient of the queries in turn: one out of turn is seen now and then only."""
+    torch.manual_seed(head_dim)
+    query, key, value, d_output = (
+        torch.randn(4, 11, 1500, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    output, lse = faplugin.attention(query, key, value, is_causal=is_causal, return_lse=True)
+    for kernel in on_gpu.KERNELS:
+        first = None
+        for _ in range(30):
+            try:
+                found = faplugin.attention_backward(
+                    d_output, output, lse, query, key, value, is_causal=is_causal, kernel=kernel
+                )
+            except RuntimeError:
+                break
+            first = first or found
+            assert all(arrays.same_bits(found[name], first[name]) for name in found), kernel
+
+
+def test_a_nan_reaches_only_the_rows_and_keys_that_see_it() -> None:
+    query, key, value, d_output = (torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.float16) for _ in range(4))
+    value[0, 0, 250] = float("nan")
+    d_output[0, 1, 40, 3] = float("inf")
+    query[0, 1, 280] = float("nan")
+    output, lse = faplugin.attention(query, key, value, is_causal=True, return_lse=True)
+    found = faplugin.attention_backward(
+        d_output, output, lse, query, key, value, is_causal=True, kernel="backward_sm80"
+    )
+    finite = {name: gradient.isfinite().all(-1)[0].cpu() for name, gradient in found.items()}
+    assert finite["query"][0, :250].all() and not finite["query"][0, 250:].any()
+    rows = torch.arange(300)
+    assert torch.equal(finite["query"][1], (rows != 40) & (rows != 280))
+    assert torch.equal(finite["value"][1], rows > 280) and torch.equal(finite["key"][1], rows > 280)
+
+
+def test_float32_is_refused_with_a_sentence() -> None:
+    query = torch.randn(1, 2, 8, 64, device="cuda")
+    output, lse = faplugin.attention(query, query, query, return_lse=True)
+    with pytest.raises(RuntimeError, match="takes float16 and bfloat16 only, the tensors are float32"):
+        faplugin.attention_backward(output, output, lse, query, query, query, kernel="backward_sm80")
