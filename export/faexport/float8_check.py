@@ -32,6 +32,7 @@ from .spec import DOMAIN, OP_TYPE
 from .surgery import Builder
 from .understand.shapes.analysis import Analysis
 
+WHERE = "attention in float8 runs on CPUs and on GPUs of compute capability 9.0; on other GPUs the file does not run"
 MOST_ERROR = 0.25  # of a site; one that loses more keeps the model's precision
 
 

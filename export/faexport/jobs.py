@@ -294,6 +294,7 @@ def _in_float8(
     watcher.step("measuring the factors of float8 numbers")
     made = float8_check.make(reference, stage.model_path, num_given=num_given, fallback=job.options.fallback)
     report.float8, report.nodes_after = made.said, count_nodes(made.model)
+    report.notes.append(float8_check.WHERE)
     stage = stack.enter_context(_staged(made.model, job, watcher))
     if job.check:
         watcher.step("comparing float8 with the original")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport import around
+from faexport import around, dequantize
 from faexport.cuda_heads import cpu_only_note, gathered_note, has_kernel
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
@@ -38,6 +38,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     if options.opset is not None:
         model = convert_opset(model, options.opset)
     model = inline_functions(model)
+    expanded = dequantize.expand(model) if options.assume_scores_unquantized else []
     masks = Masks(Analysis(model))
     candidates = pending = examine(model, options, masks)
     names = Names(model)
@@ -49,6 +50,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
             again = {c.anchor: c for c in examine(model, options, masks)}
             candidates = [again[c.anchor] if any(c is s for s in stale) else c for c in candidates]
         pending = [again[c.anchor] for c in stale]
+    dequantize.settle(model, expanded, candidates)
     drop_drafts(model)
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
     apart = pack_projections(model, fused, masks.analysis, names)
@@ -67,7 +69,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
     report.joined = joined
     in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float")
-    if not options.fp16 and any(map(has_kernel, in_float32)):
+    if not (options.fp16 or options.float8) and any(map(has_kernel, in_float32)):
         report.notes.append(float32_note(options.float32))
     report.notes += [note for note in (cpu_only_note(candidates), gathered_note(candidates)) if note]
     report.defects = masks.analysis.defects

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import tempfile
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from . import model_io, ort_session, side_by_side
+from .dequantize import DEQUANTIZED, expand
 from .normalize import convert_opset, inline_functions
 from .open_sizes import OpenSizes
 from .ort_session import CannotRun, Job, ModelFailure
@@ -165,6 +167,8 @@ class _Checker:
         if old.opset_imports.get("", opset) != opset:
             old = convert_opset(old, opset)
         old = inline_functions(old)
+        if names := json.loads(self.rewritten.metadata_props.get(DEQUANTIZED, "[]")):
+            expand(old, only=names)
         return side_by_side.build(old, self.rewritten, library=library, stand_in=stand_in, twins=twins)
 
     def _run(self, beside: side_by_side.SideBySide, library: bool, result: SiteCheck, failed: dict[int, str]) -> None:

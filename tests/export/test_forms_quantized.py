@@ -51,7 +51,7 @@ WRONG = {
         scale = Mul(qs, ks) s = Mul(f, scale) p = Softmax<axis = -1>(s) p8, ps, pz = DynamicQuantizeLinear(p)
         v8, vs, vz = DynamicQuantizeLinear(v) o = MatMulInteger(p8, v8, pz, vz) of = Cast<to = 1>(o)
         all = Mul(ps, vs) y = Mul(of, all)""",
-        reason="multiplied as quantized numbers (MatMulInteger)",
+        reason="multiplied as quantized numbers (MatMulInteger); see --assume scores-unquantized",
     ),
     "QLinearMatMul": Form(
         EIGHT,

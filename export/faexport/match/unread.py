@@ -25,7 +25,8 @@ OPERATORS = (
     "SparseAttention",
 )
 SOFTMAXES = {
-    "QLinearSoftmax": "the scores and the attention weights are quantized inside the block (QLinearSoftmax)",
+    "QLinearSoftmax": "the scores and the attention weights are quantized inside the block (QLinearSoftmax); see "
+    "--assume scores-unquantized",
     "BiasSoftmax": "a bias is added inside of the softmax (BiasSoftmax, which onnxruntime's optimizer writes)",
 }
 

@@ -31,6 +31,7 @@ from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import resolve_axis
 
 MAX_PATH = 40  # nodes between product and softmax
+CONSENT = "--assume scores-unquantized"
 BY_WEIGHTS = "its input is a projection by weights, not a product of queries and keys"
 RESHAPES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten")
 UNCHANGED = ("pass", "max", "rounding")  # kinds of steps that are no part of what the operator computes
@@ -89,7 +90,7 @@ def _search(value: ir.Value, axis: int, a: Analysis, weights: bool, depth: int, 
         return Path(product, [])
     blocked = Blocked(node, f"the scores pass through {op(node)}, which attention doesn't have")
     if op(node) in QUANTIZED and not all(a.is_static(node.inputs[i]) for i in QUANTIZED[op(node)]):
-        blocked = Blocked(node, f"queries and keys are multiplied as quantized numbers ({op(node)})")
+        blocked = Blocked(node, f"queries and keys are multiplied as quantized numbers ({op(node)}); see {CONSENT}")
     if op(node).endswith(("QuantizeLinear", "DequantizeLinear")):
         blocked = Blocked(node, f"the scores are quantized inside the block ({op(node)})")
     likely: Blocked | None = None

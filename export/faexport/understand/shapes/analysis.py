@@ -42,7 +42,9 @@ DTYPE_OF = (
 # The input whose element type the output has, where it is not the first.
 TYPED_BY = {"Where": 1, "CastLike": 1, "DequantizeLinear": 1, "OneHot": 2, "com.microsoft::DequantizeLinear": 1}
 TYPED_BY["trt::TRT_FP8DequantizeLinear"] = 1
-TYPED_BY |= {"QLinearMatMul": 7, "com.microsoft::QAttention": 3}
+TYPED_BY |= {"QLinearMatMul": 7, "com.microsoft::QLinearMatMul": 7, "com.microsoft::QAttention": 3}
+TYPED_BY |= {"com.microsoft::QLinearAdd": 7, "com.microsoft::QLinearMul": 7, "com.microsoft::QLinearSoftmax": 4}
+TYPED_BY["com.microsoft::QLinearConcat"] = 1
 # Operators all of whose outputs have that type; of others it is known of the first output only.
 ALL_TYPED = {"Split", "Attention", "If", "com.microsoft::Attention", "com.microsoft::GroupQueryAttention"}
 ALL_TYPED |= {"com.microsoft::MultiHeadAttention", "faexport::FlashAttention"}

@@ -281,9 +281,10 @@ def _size(node, a):
     return [()]
 
 
-@shape_of("Concat")
+@shape_of("Concat", "com.microsoft::QLinearConcat")
 def _concat(node, a):
-    shapes = [a.shape(v) for v in node.inputs]
+    given = node.inputs if node.op_type == "Concat" else node.inputs[2::3]  # each with a scale and a zero point
+    shapes = [a.shape(v) for v in given]
     known = next((s for s in shapes if s is not None), None)
     if known is None:
         return None

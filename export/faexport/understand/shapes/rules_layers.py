@@ -11,7 +11,7 @@ from __future__ import annotations
 from faexport.nodes import attribute, operand
 from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.einsum import multiplied_order
-from faexport.understand.shapes.rules import constant_ints, matmul_shape, resolve_axis, shape_of
+from faexport.understand.shapes.rules import broadcast, constant_ints, matmul_shape, resolve_axis, shape_of
 
 
 @shape_of("Conv")
@@ -147,7 +147,17 @@ def _fused_matmul(node, a):
     return [matmul_shape(*ordered)]
 
 
-@shape_of("QLinearMatMul")
+@shape_of("com.microsoft::QLinearAdd", "com.microsoft::QLinearMul")
+def _qlinear_elementwise(node, a):
+    return [broadcast([a.shape(node.inputs[0]), a.shape(node.inputs[3])])]
+
+
+@shape_of("com.microsoft::QLinearSoftmax")
+def _qlinear_softmax(node, a):
+    return [a.shape(node.inputs[0])]
+
+
+@shape_of("QLinearMatMul", "com.microsoft::QLinearMatMul")
 def _qlinear_matmul(node, a):
     return [matmul_shape(a.shape(node.inputs[0]), a.shape(node.inputs[3]))]
 
