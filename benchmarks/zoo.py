@@ -281,6 +281,8 @@ def show_reasons(results: list[dict], screen: rich.console.Console) -> None:
         screen.print(table)
     for result in results:
         ours = result["ours"]
+        if why := ours.get("without_rest"):
+            screen.print(f"made without what stands around attention: {result['name']}: {rich.markup.escape(why)}")
         if (half := ours.get("fp16")) and half["outcome"] != "right":
             screen.print(f"[red]float16 {half['outcome']}[/]: {result['name']}: {rich.markup.escape(half['detail'])}")
         if ours["outcome"] in ("wrong", "error"):
@@ -313,6 +315,7 @@ def summary(results: list[dict], options: Options) -> dict:
     return _counts(results, options) | {
         "leftovers": leftovers,
         "without_library": dict(fallback),
+        "without_rest": sum("without_rest" in result["ours"] for result in results),
         **({"fp16": dict(halves)} if options.fp16 else {}),
     }
 

@@ -46,12 +46,28 @@ def examine(folder: pathlib.Path, peers: bool, isolate: bool, rest: bool, fp16: 
     given = verify.InputSet("inputs.npz", dict(np.load(folder / "inputs.npz")))
     reference = verify.make_reference(folder / "model.onnx", extra_inputs=[given], open_session=open_session)
     with tempfile.TemporaryDirectory(prefix="zoo-") as scratch:
-        result["ours"] = _ours(folder, pathlib.Path(scratch), reference, pipeline.Options(rest=rest))
-        if fp16 and result["ours"]["outcome"] == "right" and compare.least_precise(reference.model) == "float32":
-            result["ours"]["fp16"] = _half(pathlib.Path(scratch), reference)
+        result["ours"] = _as_the_command(folder, pathlib.Path(scratch), reference, rest, fp16)
         if peers:
             result |= zoo_peers.results(folder, meta, pathlib.Path(scratch), reference, _outcome)
     return result
+
+
+def _as_the_command(
+    folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Reference, rest: bool, fp16: bool
+) -> dict:
+    """The fused model and its float16 form; where one of them is wrong with what was joined around attention, once more
+    without, as `faexport` does (jobs.run)."""
+    found, why = {}, ""
+    for joins in (True, False) if rest else (False,):
+        found = _ours(folder, scratch, reference, pipeline.Options(rest=joins))
+        if fp16 and found["outcome"] == "right" and compare.least_precise(reference.model) == "float32":
+            found["fp16"] = _half(scratch, reference)
+        if why:
+            found["without_rest"] = why
+        why = next((one["detail"] for one in (found, found.get("fp16", found)) if one["outcome"] == "wrong"), "")
+        if not why:
+            break
+    return found
 
 
 def _ours(folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Reference, options: pipeline.Options) -> dict:

@@ -31,8 +31,12 @@ Status check_problem(const StepParams& p) {
     return unsupported("there is no backward pass through a cache (past_key, past_value); give whole keys and values");
   if (p.rotary.cos.present || p.norm.query_weight.present || p.norm.key_weight.present)
     return unsupported("there is no backward pass through cos_cache and q_norm_weight; rotate and normalise before the call");
-  if (p.empty_row == EmptyRow::kMean)
-    return unsupported("there is no backward pass with empty_row 'mean'; expected 'zero', with which empty rows get gradient 0");
+  if (p.query_bias.present) return unsupported("there is no backward pass through query_bias; add it to query before the call");
+  if (p.empty_row != EmptyRow::kZero)
+    return unsupported(
+        p.empty_row == EmptyRow::kMean
+            ? "there is no backward pass with empty_row 'mean'; expected 'zero', with which empty rows get gradient 0"
+            : "there is no backward pass with empty_row_value; without it empty rows get gradient 0");
   if (is_float8(p.query.dtype)) return unsupported("there is no backward pass in float8; expected float32, float16 or bfloat16");
   FA_RULE(p.lse.present, "lse is missing; the backward pass needs what the forward pass has written");
   return {};

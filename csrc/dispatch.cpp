@@ -29,22 +29,22 @@ const Kernel kTable[] = {
 
 constexpr const char* kNoCuda = "this build has no CUDA kernels (it was made without nvcc)";
 
-/// Can a row attend no key, though there are keys?
+/// Can a row attend no key, and is what it then yields not 0? The mean of no values is 0.
 bool may_have_empty_rows(const StepParams& p) {
-  return p.mask.present || p.bias.present || p.kv_lengths.present || p.cu_seqlens_q.present || p.window_left >= 0 ||
-         p.window_right >= 0;
+  return (p.empty_row == EmptyRow::kValue && p.key.shape[2] == 0) || p.mask.present || p.bias.present || p.kv_lengths.present ||
+         p.cu_seqlens_q.present || p.window_left >= 0 || p.window_right >= 0;
 }
 
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /// Memory for log-sum-exp where it is needed but not wanted.
-size_t lse_bytes(const StepParams& p, bool fills_means) {
-  if (!fills_means || p.lse.present) return 0;
+size_t lse_bytes(const StepParams& p, bool fills_empty_rows) {
+  if (!fills_empty_rows || p.lse.present) return 0;
   return align(static_cast<size_t>(p.query.shape[0] * p.query.shape[1] * p.query.shape[2]) * sizeof(float));
 }
 
-bool fills_means(const StepParams& p, const Device& device) {
-  return device.type == DeviceType::kCuda && p.empty_row == EmptyRow::kMean && may_have_empty_rows(p);
+bool fills_empty_rows(const StepParams& p, const Device& device) {
+  return device.type == DeviceType::kCuda && p.empty_row != EmptyRow::kZero && may_have_empty_rows(p);
 }
 
 /// The problem that a kernel of the table is given. On the CPU it is the whole step; on CUDA what a cache step leaves, whose
@@ -84,8 +84,8 @@ bool plan_with(const Kernel& kernel, const StepParams& params, const Device& dev
   const bool has_columns = problem.query.shape[1] > 0 && problem.query.shape[3] > 0 && problem.out.shape[3] > 0;
   if (has_columns && !kernel.plan(problem, plan, why_not)) return false;  // else launch() doesn't call the kernel
   plan->kernel = &kernel;
-  plan->fills_means = !plan->writes_means && fills_means(problem, device);
-  plan->lse_bytes = lse_bytes(problem, plan->fills_means);
+  plan->fills_empty_rows = !plan->writes_empty_rows && fills_empty_rows(problem, device);
+  plan->lse_bytes = lse_bytes(problem, plan->fills_empty_rows);
   plan->step_bytes = step.bytes();
   if (plan->lse_bytes > 0) plan->workspace_bytes = align(plan->workspace_bytes) + plan->lse_bytes;
   if (plan->step_bytes > 0) plan->workspace_bytes = align(plan->workspace_bytes) + plan->step_bytes;
@@ -127,6 +127,8 @@ const char* missing_memory(const StepParams& p) {
                                                                {"cu_seqlens_kv", &p.cu_seqlens_kv},
                                                                {"alibi_slopes", &p.alibi_slopes},
                                                                {"sinks", &p.sinks},
+                                                               {"query_bias", &p.query_bias},
+                                                               {"empty_row_value", &p.empty_row_value},
                                                                {"query_descale", &p.query_descale},
                                                                {"key_descale", &p.key_descale},
                                                                {"value_descale", &p.value_descale},
@@ -177,8 +179,8 @@ Status launch_on_cpu(const Plan& plan, const StepParams& params, const Execution
 }
 
 #ifdef FA_WITH_CUDA
-/// EmptyRow::kMean on CUDA: the kernel writes 0 into rows that attend no key, and a second one their mean.
-Status launch_with_means(const Plan& plan, StepParams params, bool of_keys_in_use, void* lse, const ExecutionContext& context) {
+/// Not EmptyRow::kZero on CUDA: the kernel writes 0 into rows that attend no key, and a second one their mean or value.
+Status launch_and_fill(const Plan& plan, StepParams params, bool of_keys_in_use, void* lse, const ExecutionContext& context) {
   params.empty_row = EmptyRow::kZero;
   if (plan.lse_bytes > 0) {
     const int64_t (&q)[4] = params.query.shape;
@@ -193,9 +195,9 @@ Status launch_on_cuda(const Plan& plan, const StepParams& params, const Executio
   const AttentionStep step(params, plan.device, plan.step_bytes > 0 ? step_memory : nullptr);
   if (Status status = step.store(plan.device, context); !status.ok()) return status;
   if (params.out.empty()) return {};  // also where a kernel could not describe a tensor without elements
-  if (!plan.fills_means) return plan.kernel->launch(plan, step.problem(), context);
+  if (!plan.fills_empty_rows) return plan.kernel->launch(plan, step.problem(), context);
   const bool of_keys_in_use = params.cache.mode != CacheMode::kAppend;
-  return launch_with_means(plan, step.problem(), of_keys_in_use, step_memory - plan.lse_bytes, context);
+  return launch_and_fill(plan, step.problem(), of_keys_in_use, step_memory - plan.lse_bytes, context);
 }
 #endif
 
@@ -238,9 +240,10 @@ size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
     if (kernel.device != device.type) continue;
     if (kernel.max_workspace_bytes != nullptr) {
       const size_t own = kernel.max_workspace_bytes(problem, device);
-      bytes = std::max(bytes, align(own) + lse_bytes(problem, fills_means(problem, device)) + step.bytes());
+      bytes = std::max(bytes, align(own) + lse_bytes(problem, fills_empty_rows(problem, device)) + step.bytes());
     } else if (plan_with(kernel, largest, device, &plan, nullptr)) {
-      bytes = std::max(bytes, align(plan.workspace_bytes) + lse_bytes(problem, plan.writes_means));  // smaller ones may differ
+      bytes =
+          std::max(bytes, align(plan.workspace_bytes) + lse_bytes(problem, plan.writes_empty_rows));  // smaller ones may differ
     }
   }
   return bytes;

@@ -75,6 +75,31 @@ Status check_mask_shape(const char* name, const TensorView& t, const StepParams&
   return check_shape(name, t, {q[0], q[1], q[2], t.shape[3]}, 4, "batch, heads and rows of query, at most the rows of key");
 }
 
+Status check_query_bias(const StepParams& p) {
+  const TensorView& t = p.query_bias;
+  if (!t.present) return {};
+  FA_RULE(!is_float8(p.query.dtype), "query_bias is given, but query is float8_e4m3fn; expected float32, float16 or bfloat16");
+  FA_RULE(t.dtype == p.query.dtype, has_dtype("query_bias", t, name_of(p.query.dtype)) + " as query");
+  FA_CHECK(check_shape("query_bias", t, {p.query.shape[1], p.query.shape[3], 1, 1}, 2, "query heads, head_dim"));
+  FA_RULE(t.empty() || t.shape[1] <= 1 || t.stride[1] == 1, "query_bias is not contiguous on its last axis");
+  FA_RULE(!p.norm.query_weight.present && !p.norm.key_weight.present && !p.rotary.cos.present,
+          "query_bias does not go together with a norm or a rotary embedding");
+  return {};
+}
+
+Status check_empty_row(const StepParams& p) {
+  const TensorView& t = p.empty_row_value;
+  FA_RULE(t.present == (p.empty_row == EmptyRow::kValue), std::string("empty_row_value is ") + (t.present ? "given" : "missing") +
+                                                              ", but rows without keys yield something else");
+  if (!t.present) return {};
+  FA_RULE(!is_float8(p.query.dtype),
+          "empty_row_value is given, but query is float8_e4m3fn; expected float32, float16 or bfloat16");
+  FA_RULE(t.dtype == p.query.dtype, has_dtype("empty_row_value", t, name_of(p.query.dtype)) + " as query");
+  FA_CHECK(check_shape("empty_row_value", t, {p.query.shape[1], p.out.shape[3], 1, 1}, 2, "query heads, head_dim_v"));
+  FA_RULE(t.empty() || t.shape[1] <= 1 || t.stride[1] == 1, "empty_row_value is not contiguous on its last axis");
+  return {};
+}
+
 Status check_masks(const StepParams& p) {
   if (p.mask.present) {
     FA_RULE(p.mask.dtype == DType::kBool, has_dtype("mask", p.mask, "bool"));
@@ -307,6 +332,8 @@ std::string shape_text(const int64_t* shape, int rank) {
 
 Status validate(const StepParams& params) {
   FA_CHECK(check_operands(params));
+  FA_CHECK(check_query_bias(params));
+  FA_CHECK(check_empty_row(params));
   FA_CHECK(check_masks(params));
   FA_CHECK(check_sequences(params));
   FA_CHECK(check_descales(params));

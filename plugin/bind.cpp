@@ -396,7 +396,20 @@ class Binder {
       }
     }
     if (Status s = bind_descales(); !s.ok()) return s;
+    if (Status s = bind_head_rows(Input::kQueryBias, params_.query.shape[3], &params_.query_bias); !s.ok()) return s;
+    if (Status s = bind_head_rows(Input::kEmptyRowValue, params_.out.shape[3], &params_.empty_row_value); !s.ok()) return s;
     return bind_vector(Input::kSinks, heads, "heads", false, &params_.sinks);
+  }
+
+  /// A row of `columns` elements for each query head.
+  Status bind_head_rows(Input input, int64_t columns, TensorView* view) const {
+    const Tensor* t = find(input);
+    if (!t) return {};
+    const int64_t heads = params_.query.shape[1];
+    if (t->rank != 2 || t->shape[0] != heads || t->shape[1] != columns)
+      return wrong_shape(input, *t, "[heads " + std::to_string(heads) + ", head_dim " + std::to_string(columns) + "]");
+    *view = view_of(*t);
+    return {};
   }
 
   /// The factors of float8 tensors as [B, heads].
@@ -434,7 +447,9 @@ class Binder {
     params_.softcap = a.softcap;
     params_.window_left = a.left_window_size < kMostElements ? a.left_window_size : -1;
     params_.window_right = a.is_causal ? 0 : a.right_window_size < kMostElements ? a.right_window_size : -1;
-    params_.empty_row = a.empty_row == "mean" ? EmptyRow::kMean : EmptyRow::kZero;
+    params_.empty_row = a.empty_row == "mean"             ? EmptyRow::kMean
+                        : params_.empty_row_value.present ? EmptyRow::kValue
+                                                          : EmptyRow::kZero;
     if (a.float32_precision == "tf32") params_.float32_precision = Float32Precision::kTf32;
     const CacheParams& cache = params_.cache;
     const bool counts_back = a.alignment == "onnx" && params_.kv_lengths.present && !cache.past_key.present;

@@ -165,12 +165,15 @@ Status check_together(const Node& node) {
                         {Input::kVScale, Input::kPastValue}};
   for (const auto& [a, b, applies] : needs)
     if (applies && has(a) && !has(b)) return invalid(std::string(name_of(a)) + " needs " + name_of(b) + " beside it");
-  const Need exclusive[] = {{Input::kCuSeqlensQ, Input::kPastKey, !paged},
-                            {Input::kCuSeqlensQ, Input::kNonpadKvSeqlen, !paged},
-                            {Input::kCuSeqlensKv, Input::kBlockTable},
-                            {Input::kCuSeqlensQ, Input::kQueryLengths}};
+  const Need exclusive[] = {{Input::kCuSeqlensQ, Input::kPastKey, !paged}, {Input::kCuSeqlensQ, Input::kNonpadKvSeqlen, !paged},
+                            {Input::kCuSeqlensKv, Input::kBlockTable},     {Input::kCuSeqlensQ, Input::kQueryLengths},
+                            {Input::kQueryBias, Input::kCosCache},         {Input::kQueryBias, Input::kQNormWeight},
+                            {Input::kQueryBias, Input::kKNormWeight}};
   for (const auto& [a, b, applies] : exclusive)
     if (applies && has(a) && has(b)) return refuse(a, b);
+  if (has(Input::kEmptyRowValue) && node.attributes.empty_row != "zero")
+    return invalid("empty_row is '" + node.attributes.empty_row +
+                   "' and empty_row_value is there too; expected 'zero' beside it");
   if (!std::is_sorted(node.outputs.begin(), node.outputs.end()))
     return invalid("optional_outputs is '" + node.attributes.optional_outputs +
                    "'; expected the order present_key, present_value, lse");

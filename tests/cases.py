@@ -211,9 +211,52 @@ def wide() -> list[Case]:
     return found
 
 
+def query_biases() -> list[Case]:
+    """A bias that is added to the query: head sizes and layouts, with what makes kernels choose other instances."""
+    kinds = (
+        "none", "causal_bottom_right", "mask_padding", "mean_padding", "bias", "lengths_both", "packed_causal",
+        "softcap", "past", "sinks_window", "mask_causal", "bias_heads", "alibi", "packed_outside",
+    )  # fmt: skip
+    shapes = ((113, 129), (300, 300), (1, 300), (7, 65), (64, 64), (130, 1023), (197, 197))
+    found = []
+    for i, (kind, dtype) in enumerate(itertools.product(kinds, (*DTYPES, "tf32"))):
+        precision = {"float32_precision": "tf32"} if dtype == "tf32" else {}
+        for j, head_dim in enumerate((64, 32, 128, 40, 96, 256, 80, 192, 33, 48, 320)):
+            if head_dim > 256 and dtype in ("float32", "tf32"):  # no CUDA kernel
+                continue
+            layout, heads = ("BHSD", "BSHD", "BSH")[(i + j) % 3], ((2, 2), (4, 2), (6, 1))[(i + 2 * j) % 3]
+            shape = (3, *heads, *shapes[(i + 3 * j) % 7], head_dim, 0, layout)
+            found.append(Case("float32" if precision else dtype, *shape, **MASKS[kind], **precision, query_bias=True))
+    for dtype, layout, kind in itertools.product(DTYPES, ("QKV", "HQKV"), ("none", "mask_padding", "causal")):
+        found.append(Case(dtype, 2, 4, 4, 129, 129, 64, 0, layout, **MASKS[kind], query_bias=True))
+    nans = ({"nan": "hidden", "mask": "B11K"}, {"nan": "value", "is_causal": True}, {"nan": "query"})
+    for dtype, nan, (rows, dim) in itertools.product(DTYPES, nans, ((113, 64), (200, 128), (130, 256))):
+        found.append(Case(dtype, 2, 4, 2, rows, rows, dim, **nan, query_bias=True))
+    return found
+
+
+def empty_row_values() -> list[Case]:
+    """A value for rows that attend no key: where they are, in all kernels."""
+    kinds = (
+        "mask_empty", "mean_padding", "mean_window", "mean_lengths", "bias_inf", "sinks_empty", "lengths_both",
+        "causal_bottom_right", "packed", "none",
+    )  # fmt: skip
+    shapes = ((113, 129), (129, 113), (1, 300), (7, 65), (300, 300), (130, 1023))
+    found = []
+    for i, (kind, dtype) in enumerate(itertools.product(kinds, (*DTYPES, "tf32"))):
+        precision = {"float32_precision": "tf32"} if dtype == "tf32" else {}
+        for j, (head_dim, head_dim_v) in enumerate(((64, 0), (128, 0), (40, 24), (96, 0), (256, 0), (33, 17))):
+            layout, heads = ("BHSD", "BSHD", "BSH")[(i + j) % 3], ((2, 2), (4, 2), (6, 1))[(i + 2 * j) % 3]
+            shape = (3, *heads, *shapes[(i + 5 * j) % 6], head_dim, head_dim_v, layout)
+            fields = MASKS[kind] | precision | {"empty_row": "value"}
+            found.append(Case("float32" if precision else dtype, *shape, **fields, query_bias=j % 2 == 0))
+    return found
+
+
 def systematic() -> list[Case]:
     """The enumeration, without repetitions."""
-    return list({case.id: case for case in itertools.chain(_shapes(), _kinds(), _tf32(), _nans(), wide())}.values())
+    lists = (_shapes(), _kinds(), _tf32(), _nans(), wide(), query_biases(), empty_row_values())
+    return list({case.id: case for case in itertools.chain(*lists)}.values())
 
 
 def full() -> list[Case]:
@@ -229,6 +272,10 @@ def empty() -> list[Case]:
         Case(dtype, batch_size, 4, 2, seqlen_q, seqlen_kv, 64, **MASKS[mask])
         for dtype, (batch_size, seqlen_q, seqlen_kv), mask in itertools.product(DTYPES, sizes, masks)
         if batch_size > 0 or mask not in ("lengths", "packed")  # what the generator can't draw
+    ] + [
+        Case(dtype, *sizes, 64, query_bias=True, empty_row="value")
+        for dtype in DTYPES
+        for sizes in ((2, 4, 2, 5, 0), (2, 4, 4, 0, 7))
     ]
 
 
@@ -296,6 +343,8 @@ def quick() -> list[Case]:
         cases.append(Case("float32", 2, 2, 2, 33, 33, 16, layout=layout, is_causal=True))
         cases.append(Case("float16", 2, 2, 2, 33, 33, 16, 8, layout=layout, output_layout="BHSD"))
     cases += list(_nans())[::7]
+    cases += [case for case in query_biases() if case.work <= 60_000][::9]
+    cases += [case for case in empty_row_values() if case.work <= 60_000][::6]
     cases += [case for case in randomized(150, seed=2) if case.work <= 150_000]
     cases += [case for case in float8() if case.work <= 60_000][::2]
     return list({case.id: case for case in cases}.values())

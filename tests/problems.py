@@ -63,9 +63,10 @@ class Case:
     outside: bool = False  # rows and keys in front of the first packed sequence and behind the last
     alibi: str = ""  # "H" or "BH"
     sinks: bool = False
+    query_bias: bool = False
     softcap: float = 0.0
     scale: float = 0.0
-    empty_row: str = "zero"
+    empty_row: str = "zero"  # "value": zero, and empty_row_value is given
     descale: str = ""  # of a float8 query, key and value: "1", "H" or "BH"; "": none
     output_dtype: str = ""  # of a float8 query
     output_scale: str = ""  # likewise of a float8 output
@@ -153,7 +154,7 @@ class _Builder:
             self.attributes["right_window_size"] = case.window_right
         if case.alignment != "onnx":
             self.attributes["alignment"] = case.alignment
-        if case.empty_row != "zero":
+        if case.empty_row == "mean":
             self.attributes["empty_row"] = case.empty_row
         if case.output_dtype:
             self.attributes["output_dtype"] = case.output_dtype
@@ -210,7 +211,7 @@ class _Builder:
         if case.nan in ("hidden", "infinite"):
             key[0, :, rows_kv // 3] = value[0, :, rows_kv // 3] = np.nan if case.nan == "hidden" else np.inf
         for b in range(batch):
-            if case.kv_lengths and case.empty_row == "zero":
+            if case.kv_lengths and case.empty_row != "mean":
                 key[b, :, self.optional["nonpad_kv_seqlen"][b] :] = np.nan
                 value[b, :, self.optional["nonpad_kv_seqlen"][b] :] = np.nan
             if case.query_lengths:
@@ -306,6 +307,10 @@ class _Builder:
                 self.optional[f"{name}_descale"] = self._factors(case.descale, heads, 1 / 16)
         if case.output_scale:
             self.optional["output_scale"] = self._factors(case.output_scale, case.num_q_heads, 1 / 64)
+        if case.empty_row == "value":
+            self.optional["empty_row_value"] = self._normal(case.num_q_heads, case.dim_v)
+        if case.query_bias:
+            self.optional["query_bias"] = self._normal(case.num_q_heads, case.head_dim)
         if case.sinks:
             self.optional["sinks"] = self.rng.standard_normal(case.num_q_heads).astype(np.float32)
 

@@ -35,6 +35,7 @@ class _Sequence:
     slopes: np.ndarray | None  # [H_q]
     sinks: np.ndarray | None  # [H_q]
     divisor: np.ndarray | int  # [H_q, 1, 1]: of the output; 1: none
+    empty_row_value: np.ndarray | None  # [H_q, D_v]
 
 
 @dataclasses.dataclass
@@ -134,6 +135,9 @@ def lse_spread(problem: Problem) -> np.ndarray:
 def _tensors(problem: Problem, attributes: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Query, and keys and values behind those of the past, as [B, H, S, D], and how many the past has."""
     query, key, value = operands(problem, attributes)
+    if "query_bias" in problem.inputs:
+        bias = problem.inputs["query_bias"][:, None]
+        query = (query.astype(np.float32) + bias.astype(np.float32)).astype(query.dtype)
     if "past_key" not in problem.inputs:
         return query, key, value, 0
     past_key, past_value = problem.inputs["past_key"], problem.inputs["past_value"]
@@ -221,7 +225,8 @@ def _sequences(inputs: dict, attributes: dict, query, key, value, past: int):
         q, k, v = (x * _factors(inputs, f"{n}_descale", i, x) for x, n in ((q, "query"), (k, "key"), (v, "value")))
         sinks, divisor = inputs.get("sinks"), _factors(inputs, "output_scale", i, q)
         lengths = q_length, kv_length, offset
-        yield batch_idx, row, _Sequence(q, k, v, *lengths, hidden, bias, slopes, sinks, divisor)
+        instead = inputs.get("empty_row_value")
+        yield batch_idx, row, _Sequence(q, k, v, *lengths, hidden, bias, slopes, sinks, divisor, instead)
 
 
 def _factors(inputs: dict, name: str, sequence_idx: int, heads: np.ndarray) -> np.ndarray | int:
@@ -312,6 +317,8 @@ def _softmax_times(scores, s: _Sequence, attributes: dict, h: int, v: np.ndarray
         high, low, lost = (sees @ x.astype(working) > 0 for x in (used == np.inf, used == -np.inf, np.isnan(used)))
         lost |= np.isnan(out) | (high & low)
         out[high], out[low], out[lost] = np.inf, -np.inf, np.nan
+    if s.empty_row_value is not None:
+        out[empty] = s.empty_row_value[h]
     if attributes["empty_row"] == "mean" and empty.any() and len(v):
         out[empty] = rounding.result(v.mean(axis=0))
     with np.errstate(divide="ignore"):

@@ -86,6 +86,12 @@ FA_INLINE void from_float(const float* source, float factor, void* target, DType
   }
 }
 
+/// x as an element of float32, float16 or bfloat16 holds it.
+FA_INLINE float rounded(float x, DType dtype) {
+  if (dtype == DType::kFloat16) return half_to_float(float_to_half(x));
+  return dtype == DType::kBFloat16 ? float_of(static_cast<uint32_t>(float_to_bfloat(x)) << 16) : x;
+}
+
 /// One element of a float tensor.
 FA_INLINE float element(const void* source, DType dtype, int64_t i) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(source)[i];

@@ -131,12 +131,16 @@ class TileKernel {
   /// What a product of row r's query and a key is multiplied by.
   float scale_of(int64_t r) const { return descaled_softmax_scale(p_, task_.sequence_idx, head_of(r), task_.kv_head); }
 
-  /// Query row r as floats, normalised and rotated.
+  /// Query row r as floats, with its bias, normalised and rotated.
   void read_query(int64_t r, float* target) const {
     const TensorView& q = p_.query;
     const int64_t row = sequence_.first_row + row_of(r);
     const int64_t offset = sequence_.batch_idx * q.stride[0] + head_of(r) * q.stride[1] + row * q.stride[2];
     to_float(static_cast<const char*>(q.data) + offset * size_of(q.dtype), q.dtype, target, d_);
+    if (p_.query_bias.present) {
+      const int64_t first = head_of(r) * p_.query_bias.stride[0];
+      for (int64_t x = 0; x < d_; ++x) target[x] = rounded(target[x] + element(p_.query_bias.data, q.dtype, first + x), q.dtype);
+    }
     transform_.apply(target, row, position_of_query(step_, row_of(r)));
   }
 
@@ -276,6 +280,12 @@ class TileKernel {
     }
     if (state.sum == 0 && p_.empty_row == EmptyRow::kMean) {
       source = mean_value();
+      factor = 1;
+    }
+    if (state.sum == 0 && p_.empty_row == EmptyRow::kValue) {
+      const TensorView& value = p_.empty_row_value;
+      to_float(static_cast<const char*>(value.data) + h * value.stride[0] * size_of(value.dtype), value.dtype, s_.mean, d_v_);
+      source = s_.mean;
       factor = 1;
     }
     const TensorView& o = p_.out;

@@ -37,6 +37,8 @@ NEUTRAL = {
     "attn_bias": np.zeros((1, 1, 1, 1), np.float32),
     "alibi_slopes": np.zeros(1, np.float32),
     "sinks": np.full(1, -np.inf, np.float32),
+    "query_bias": np.zeros((1, 1), np.float32),
+    "empty_row_value": np.zeros((1, 1), np.float32),
     **{name: np.ones(1, np.float32) for name in ("query_descale", "key_descale", "value_descale", "output_scale")},
 }
 SUPPORTED = {*NEUTRAL, "past_key", "past_value", "nonpad_kv_seqlen", "query_offset"}
@@ -150,7 +152,7 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
         outputs=tuple(_words(node, "optional_outputs")),
         alignment=alignment if windows or "alibi_slopes" in roles else "",
         empty_row=""
-        if full_rows or _rows_see_a_key(roles, windows, left, alignment)
+        if "empty_row_value" not in roles and (full_rows or rows_see_a_key(roles, windows, left, alignment))
         else node.attributes.get_string("empty_row", "zero"),
         packed="packed_columns" in node.attributes,
         windows=windows,
@@ -187,7 +189,7 @@ def layouts_of(node: ir.Node) -> tuple[Layout, ...]:
     return (*found, Layout(word) if word else found[0])
 
 
-def _rows_see_a_key(roles: list[str], windows: bool, left: int, alignment: str) -> bool:
+def rows_see_a_key(roles: Collection[str], windows: bool, left: int, alignment: str) -> bool:
     """Does the word empty_row not matter? Without masks every row sees a key, in causal attention at least the first,
     unless its rows are aligned with the last keys and there may be more rows than keys."""
     hides = {"attn_mask", "float_mask", "attn_bias", "nonpad_kv_seqlen", "query_offset"} & set(roles)

@@ -172,13 +172,18 @@ class _Attention:
             present_key = k = ops.concat(given["past_key"], k, axis=2)
             present_value = v = ops.concat(given["past_value"], v, axis=2)
         q, k, v = (ops.float32(x) for x in (q, k, v))
+        if "query_bias" in given:  # the sum is rounded to the query's type
+            q = ops("Add", q, ops.float32(ops.unsqueeze(given["query_bias"], 1)))
+            q = ops.float32(ops("Cast", q, to=int(self.dtype)))
         q, k, v = (self._descaled(x, f"{name}_descale") for x, name in ((q, "query"), (k, "key"), (v, "value")))
         self.rows, self.keys = ops.size(q, 2), ops.size(k, 2)
         k, v = (self._repeat(x, ops.size(q, 1)) for x in (k, v))
         scores = self._capped(ops("Mul", ops("MatMul", q, ops("Transpose", k, perm=[0, 1, 3, 2])), self._scale(q)))
         scores = self._masked(self._biased(scores))
-        probabilities, lse = self._softmax(scores)
+        probabilities, lse, empty = self._softmax(scores)
         out = ops("MatMul", probabilities, v)
+        if "empty_row_value" in given and empty is not None:
+            out = ops("Where", empty, ops.float32(ops.unsqueeze(given["empty_row_value"], 1)), out)
         if "output_scale" in given:
             out = ops("Div", out, self._factors("output_scale"))
         if self.form.float8:  # at the end: Transpose takes float8 from opset 21 on only
@@ -345,9 +350,11 @@ class _Attention:
         sides = ((right, ahead), (left, ops("Neg", ahead)))
         return [ops("Or", ops("Less", size, zero), ops("LessOrEqual", distance, size)) for size, distance in sides]
 
-    def _softmax(self, scores: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        """(probabilities, log-sum-exp if it is asked for), with what a row without keys gives."""
+    def _softmax(self, scores: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        """(probabilities, log-sum-exp if it is asked for, whether a row has no key where it may have none), with what a
+        row without keys gives."""
         ops, form = self.ops, self.form
+        none: ir.Value | None = None
         if "sinks" in self.given:
             sinks = ops("Reshape", self.given["sinks"], ops.const([1, -1, 1, 1]))
             column = ops("Expand", sinks, ops.concat(*(ops.size(scores, k) for k in range(3)), ops.const([1])))
@@ -359,11 +366,11 @@ class _Attention:
             none = ops("Less", ops.reduce("ReduceSum", ops.float32(seen)), ops.const(0.5, np.float32))
         if "sinks" in self.given:
             p = ops("Slice", p, ops.const([0]), self.keys, ops.const([3]))
-        if form.empty_row:
+        if none is not None:
             mean = form.empty_row == "mean"
             instead = ops("Reciprocal", ops.float32(self.keys)) if mean else ops.const(0.0, np.float32)
             p = ops("Where", none, instead, p)
-        return p, lse
+        return p, lse, none
 
     def _log_sum(self, scores: ir.Value) -> ir.Value:
         """The natural logarithm of the sum of exponentials, -inf in a row without keys: [B, H, S_q]."""

@@ -62,7 +62,7 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     except NotVerifiedError:
         found = (report.verification, report.half_precision)
         failed = (one.status is VerificationStatus.FAILED for one in found if one is not None)
-        if job.options.rest is not None or not report.joined or not any(failed):
+        if job.options.rest is not None or not job.options.joins_rest or not any(failed):
             raise
         reason = next(one.reason for one in found if one is not None and one.status is VerificationStatus.FAILED)
         why = f"nothing is joined around attention, since verification fails with that: {reason}"

@@ -2,8 +2,9 @@
 """The ordered list of passes from a model to the rewritten model and its report. The only file that knows the order.
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
-empty rows -> precision -> rewrite, which also removes what nothing needs any more -> projections -> the stand-in
-function -> shapes that are proven -> GELU as onnxruntime knows it -> what stands around, for onnxruntime.
+empty rows -> precision -> rewrite, which also removes what nothing needs any more -> biases of projections, for
+onnxruntime -> projections -> the stand-in function -> shapes that are proven -> GELU as onnxruntime knows it -> what
+stands around, for onnxruntime.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from faexport.nodes import graphs_of
 from faexport.normalize import convert_opset, inline_functions
 from faexport.options import Options
 from faexport.precision import FLOAT32_PRECISION, float32_note, in_precision
+from faexport.projection_biases import move_biases
 from faexport.projections import pack_projections
 from faexport.report import Report, count_nodes
 from faexport.rewrite import Names, add_opset, drop_drafts, is_current, rewrite_site
@@ -53,7 +55,9 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     dequantize.settle(model, expanded, candidates)
     drop_drafts(model)
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
-    apart = pack_projections(model, fused, masks.analysis, names)
+    moves = options.joins_rest and not options.float8  # the operator adds no bias to a float8 query
+    apart = move_biases(model, fused, masks.analysis, names) if moves else []
+    apart += pack_projections(model, fused, masks.analysis, names)
     if fused:
         add_opset(model)
     missing = add_fallback(model, full_rows, masks.analysis) if fused and options.fallback else ""

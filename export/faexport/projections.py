@@ -60,10 +60,10 @@ def pack_projections(model: ir.Model, candidates: Sequence[Candidate], a: Analys
         if roles:
             fact = Fact(f"{', '.join(roles[:-1])} and {roles[-1]} are one product", (node.name or "",))
             candidate.outcome = dataclasses.replace(spec, facts=(*spec.facts, fact))
-    return [f"{_sites(sites)}: projections stay as they are: {why}" for why, sites in apart.items()]
+    return [f"{sites_text(sites)}: projections stay as they are: {why}" for why, sites in apart.items()]
 
 
-def _sites(names: Sequence[str]) -> str:
+def sites_text(names: Sequence[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"site '{names[0]}'{more}"
 

@@ -41,6 +41,8 @@ def attention(
     key_descale: Any = None,
     value_descale: Any = None,
     output_scale: Any = None,
+    query_bias: Any = None,
+    empty_row_value: Any = None,
     q_num_heads: int = 0,
     kv_num_heads: int = 0,
     scale: float = 0.0,
@@ -113,6 +115,10 @@ def attention(
         key_descale: likewise of a float8 key, [], [1], [H_kv] or [B, H_kv].
         value_descale: likewise of a float8 value.
         output_scale: float32 as query_descale, what a float8 output is divided by before it is rounded.
+        query_bias: query's dtype, [H_q, D], added to each row of query, the sum rounded to that dtype; neither with
+            float8 nor with a norm or a rotary embedding.
+        empty_row_value: query's dtype, [H_q, D_v], what a row that attends no key gives, in the place of 0; not with
+            float8.
         q_num_heads: needed for layout BSH.
         kv_num_heads: needed for layout BSH.
         scale: multiplies Q Kᵀ; 0 stands for 1/√D.

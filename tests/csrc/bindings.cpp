@@ -55,7 +55,7 @@ StepParams params_of(const py::dict& fields, bool corrupt) {
   if (name == #field) p.field = item.second.cast<decltype(p.field)>(), known = true;
     TENSOR(query) TENSOR(key) TENSOR(value) TENSOR(out) TENSOR(lse) TENSOR(mask) TENSOR(bias) TENSOR(kv_lengths)
     TENSOR(query_lengths) TENSOR(cu_seqlens_q) TENSOR(cu_seqlens_kv) TENSOR(query_offsets) TENSOR(alibi_slopes) TENSOR(sinks)
-    TENSOR(query_descale) TENSOR(key_descale) TENSOR(value_descale) TENSOR(output_scale)
+    TENSOR(query_bias) TENSOR(empty_row_value) TENSOR(query_descale) TENSOR(key_descale) TENSOR(value_descale) TENSOR(output_scale)
     SCALAR(align_bottom_right) SCALAR(query_offset) SCALAR(window_left) SCALAR(window_right) SCALAR(softmax_scale) SCALAR(softcap)
 #undef TENSOR
 #undef SCALAR
@@ -63,6 +63,7 @@ StepParams params_of(const py::dict& fields, bool corrupt) {
     // clang-format on
     if (!known) throw py::key_error(name);
   }
+  if (p.empty_row_value.present) p.empty_row = fa::EmptyRow::kValue;
   return p;
 }
 

@@ -70,6 +70,16 @@ REFUSED = [
     ({"query_offsets": np.ones(1, np.int64)}, "query_offsets has shape [1], expected [2] (batch)"),
     ({"alibi_slopes": normal(2, 3)}, "alibi_slopes has shape [2, 3], expected [2, 4] (batch, query heads)"),
     ({"sinks": normal(3)}, "sinks has shape [3], expected [4] (query heads)"),
+    ({"query_bias": normal(4, 7)}, "query_bias has shape [4, 7], expected [4, 8] (query heads, head_dim)"),
+    ({"query_bias": normal(4, 8, dtype=np.float16)}, "query_bias has dtype float16, expected float32 as query"),
+    (
+        FLOAT8 | {"query_bias": normal(4, 8)},
+        "query_bias is given, but query is float8_e4m3fn; expected float32, float16 or bfloat16",
+    ),
+    (
+        {"empty_row_value": normal(4, 8)},
+        "empty_row_value has shape [4, 8], expected [4, 6] (query heads, head_dim_v)",
+    ),
     ({"query_descale": normal(2, 4)}, "query_descale is given, but query is float32; expected float8_e4m3fn"),
     (
         FLOAT8 | {"out": normal(2, 4, 5, 6).astype(np.int8)},

@@ -13,7 +13,8 @@ from tests import reference
 from tests.problems import Problem
 
 INDEX_NAMES = {"nonpad_kv_seqlen": "kv_lengths", "query_lengths": "query_lengths", "cu_seqlens_q": "cu_seqlens_q",
-               "cu_seqlens_kv": "cu_seqlens_kv", "sinks": "sinks"}  # fmt: skip
+               "cu_seqlens_kv": "cu_seqlens_kv", "sinks": "sinks", "query_bias": "query_bias",
+               "empty_row_value": "empty_row_value"}  # fmt: skip
 
 
 def poisoned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -75,6 +75,25 @@ def test_many_rows(case: cases.Case, expected) -> None:
     check(case.problem(), expected(case))
 
 
+def biased_rows() -> list[cases.Case]:
+    """A query_bias where tiles of many rows are chosen, for scores as they are and for those that are added to."""
+    chosen = []
+    for i, ((rows, keys, head_dim), kind) in enumerate(
+        itertools.product(MANY_ROWS, ("causal", "mask_padding", "bias"))
+    ):
+        shape = (12, 11, 1 if i % 3 == 0 else 11, rows, keys, head_dim, 0, ("BHSD", "BSHD")[i % 2])
+        chosen.append(cases.Case(("float16", "bfloat16")[i // 2 % 2], *shape, **cases.MASKS[kind], query_bias=True))
+        if i % 2 == 0 and head_dim <= 256:
+            options = {"float32_precision": ("tf32", "tf32x3")[i // 2 % 2], "query_bias": True}
+            chosen.append(cases.Case("float32", *shape, **cases.MASKS[kind], **options))
+    return chosen
+
+
+@pytest.mark.parametrize("case", biased_rows(), ids=str)
+def test_biased_queries_in_many_rows(case: cases.Case, expected) -> None:
+    check(case.problem(), expected(case))
+
+
 # Keys in multiples of 16, as sequences mostly are: rows of a mask that are read 16 bytes at a time.
 ALIGNED = (
     (250, 336, 64),
@@ -104,16 +123,16 @@ def test_mask_in_wide_rows(case: cases.Case, expected) -> None:
 
 
 def hidden_entries() -> list[cases.Case]:
-    """Whole batch entries without a key to see, whose rows become the mean of their values."""
-    options = {"mask": "B11K", "empty": True, "empty_row": "mean"}
+    """Whole batch entries without a key to see, whose rows become the mean of their values or a given value."""
     return [
-        cases.Case(("float16", "bfloat16")[i % 2], 4, 11, (11, 1)[i // 2 % 2], *shape, **options)
+        cases.Case(("float16", "bfloat16")[i % 2], 4, 11, (11, 1)[i // 2 % 2], *shape, **options, empty_row=word)
         for i, shape in enumerate((*ALIGNED, *MANY_ROWS))
+        for options, word in itertools.product([{"mask": "B11K", "empty": True}], ("mean", "value"))
     ]
 
 
 @pytest.mark.parametrize("case", hidden_entries(), ids=str)
-def test_means_of_hidden_entries(case: cases.Case, expected) -> None:
+def test_hidden_entries(case: cases.Case, expected) -> None:
     check(case.problem(), expected(case))
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tests import cases
@@ -52,6 +54,16 @@ def is_hopper() -> bool:
 @pytest.mark.parametrize(("problem", "on_hopper", "elsewhere"), EXPECTED, ids=str)
 def test_the_kernel_that_is_meant_runs(problem: cases.Case, on_hopper: str, elsewhere: str) -> None:
     assert kernels_of(problem)[0] == (on_hopper if is_hopper() else elsewhere)
+
+
+@pytest.mark.parametrize(("problem", "on_hopper", "elsewhere"), EXPECTED, ids=str)
+def test_a_query_bias_runs_there_too(problem: cases.Case, on_hopper: str, elsewhere: str) -> None:
+    """But for heads of more than 256 columns, and decoding on Hopper."""
+    without = "prefill_sm80" if on_hopper == "prefill_sm90_wide" else "decode_splitkv"
+    wanted = without if on_hopper in ("prefill_sm90_wide", "decode_sm90") else on_hopper
+    wanted = "prefill_sm90" if problem.packed else wanted
+    kernels = kernels_of(dataclasses.replace(problem, query_bias=True))
+    assert kernels[0] == (wanted if is_hopper() else elsewhere)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

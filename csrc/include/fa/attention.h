@@ -52,8 +52,9 @@ struct TensorView {
 };
 
 /// What a row that attends no key yields. kZero: output 0 (ONNX, FlashAttention). kMean: the mean of all S_kv values,
-/// which is what softmax gives where a mask is a large finite number added to every score (lse stays -inf).
-enum class EmptyRow : uint8_t { kZero, kMean };
+/// which is what softmax gives where a mask is a large finite number added to every score (lse stays -inf). kValue: its head's
+/// row of AttentionParams::empty_row_value.
+enum class EmptyRow : uint8_t { kZero, kMean, kValue };
 
 /// How GPUs multiply float32 tensors; of no meaning to other element types and to the CPU. kTf32x3: as three products of TF32
 /// numbers, with float32's error (5e-7, relative). kTf32: as one, the operands rounded to 11 significant bits (4e-4).
@@ -87,6 +88,11 @@ struct AttentionParams {
 
   TensorView alibi_slopes;  // [B, H_q] float32 (stride 0 over B where shared): adds -slope * |p - j|
   TensorView sinks;         // [H_q] float32: one more logit in each row's denominator, of no value
+
+  // [H_q, D] dtype of query, which is not float8: added to each row of the query, the sum rounded to that dtype; absent: nothing.
+  // With no norm and no rotary embedding.
+  TensorView query_bias;
+  TensorView empty_row_value;  // [H_q, D_v] dtype of query, which is not float8; with EmptyRow::kValue alone
 
   // A float8 tensor stands for its elements times a factor of each head: float32 [B, H_q] or [B, H_kv] (stride 0 where shared),
   // B being the packed sequences where there are some. Absent: 1. They go with a query of float8 alone.
@@ -165,13 +171,13 @@ struct Kernel;
 struct Plan {
   const Kernel* kernel = nullptr;  // null: plan() has not succeeded
   Device device;
-  int instance = 0;            // which of the kernel's own instances (element type, head size, tile shape)
-  int num_splits = 1;          // parts of the keys that are worked off side by side and then merged
-  size_t workspace_bytes = 0;  // memory that launch() needs beside the tensors; depends on no data
-  bool writes_means = false;   // on CUDA, EmptyRow::kMean: the kernel itself writes the rows that attend no key; or …
-  bool fills_means = false;    // … a second kernel does …
-  size_t lse_bytes = 0;        // … and finds them by their log-sum-exp; where none is wanted, it lies behind the kernel's own …
-  size_t step_bytes = 0;       // … and at the end of the workspace, on CUDA, what a cache step makes before the kernel attends
+  int instance = 0;                // which of the kernel's own instances (element type, head size, tile shape)
+  int num_splits = 1;              // parts of the keys that are worked off side by side and then merged
+  size_t workspace_bytes = 0;      // memory that launch() needs beside the tensors; depends on no data
+  bool writes_empty_rows = false;  // on CUDA, not EmptyRow::kZero: the kernel itself writes rows that attend no key; or …
+  bool fills_empty_rows = false;   // … a second kernel does …
+  size_t lse_bytes = 0;   // … and finds them by their log-sum-exp; where none is wanted, it lies behind the kernel's own …
+  size_t step_bytes = 0;  // … and at the end of the workspace, on CUDA, what a cache step makes before the kernel attends
 };
 
 /// Runs task(arg, i) for every i in [0, num_tasks), on as many threads as the host gives; returns when all are done.

@@ -7,6 +7,7 @@
 
 #include "fa/attention.h"
 #include "kernels/common/convert.cuh"
+#include "kernels/common/query_bias.cuh"
 #include "kernels/common/reduce.cuh"
 #include "semantics/descale.h"
 #include "semantics/score.h"
@@ -59,12 +60,16 @@ struct RowView {
     return static_cast<T*>(view.data) + sequence.batch_idx * view.stride[0] + its_head * view.stride[1] +
            its_row * view.stride[2];
   }
+  /// An element of the row `q` of queries, with its bias.
+  __device__ __forceinline__ float query(const T* q, int column) const {
+    return to_float(p.query_bias.present ? add_rounded(q[column], query_bias_of<T>(p, head)[column]) : q[column]);
+  }
   __device__ __forceinline__ float score(int64_t key) const {
     const T* q = row_of(p.query, head, sequence.first_row + row);
     const T* k = row_of(p.key, key_head(), sequence.first_key + key);
     float dot = 0.0f;
 #pragma unroll 4
-    for (int column = 0; column < p.query.shape[3]; ++column) dot = fmaf(to_float(q[column]), to_float(k[column]), dot);
+    for (int column = 0; column < p.query.shape[3]; ++column) dot = fmaf(query(q, column), to_float(k[column]), dot);
     float scale = p.softmax_scale;
     if constexpr (__is_same(T, Float8)) scale = descaled_softmax_scale(p, sequence_idx, head, key_head());
     float score = ScoreRule{scale, p.softcap}.capped(dot) + bias(key);

@@ -72,6 +72,7 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
                "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block");
   FA_REFUSE_IF(size_of(p.query.dtype) != 2,
                std::string("takes float16 and bfloat16 only, the tensors are ") + name_of(p.query.dtype));
+  FA_REFUSE_IF(p.query_bias.present, "adds no query_bias");
   if (!has_few_rows(p, device, why_not)) return false;
   FA_REFUSE_IF(p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0,
                "head_dim " + std::to_string(p.query.shape[3]) + " and head_dim_v " + std::to_string(p.value.shape[3]) +

@@ -62,14 +62,20 @@ struct HeadGroup {
     }
   }
 
+  /// `mean`: unless there is an empty_row_value.
   __device__ void write(const float* mean) const {
     for (int64_t i = 0; i < heads; ++i) {
       Out* out = static_cast<Out*>(p.out.data) + s.batch_idx * p.out.stride[0] + query_head(i) * p.out.stride[1];
       const float factor = output_factor(p, sequence_idx, query_head(i), key_head);
+      const Out* given = nullptr;
+      if (p.empty_row_value.present)
+        given = static_cast<const Out*>(p.empty_row_value.data) + query_head(i) * p.empty_row_value.stride[0];
       for (int64_t row = threadIdx.x / 32; row < s.query_length; row += kWarps) {
         if (!is_empty(i, row)) continue;
         Out* out_row = out + (s.first_row + row) * p.out.stride[2];
-        for (int64_t x = threadIdx.x % 32; x < p.out.shape[3]; x += 32) out_row[x] = from_float<Out>(mean[x] * factor);
+        for (int64_t x = threadIdx.x % 32; x < p.out.shape[3]; x += 32) {
+          out_row[x] = given == nullptr ? from_float<Out>(mean[x] * factor) : given[x];
+        }
       }
     }
   }
@@ -84,8 +90,9 @@ __global__ void __launch_bounds__(32 * kWarps)
   Sequence s = sequences.at(sequence_idx);
   if (of_keys_in_use) s.num_keys = s.mask.kv_length;
   const HeadGroup<T, Out> group{p, s, sequence_idx, blockIdx.x % key_heads, p.query.shape[1] / key_heads};
-  if (!group.has_empty_rows() || s.num_keys == 0) return;  // without keys the mean is the 0 that stands there
-  group.compute_mean(mean);
+  const bool given = p.empty_row_value.present;
+  if (!group.has_empty_rows() || (s.num_keys == 0 && !given)) return;  // without keys the mean is the 0 that stands there
+  if (!given) group.compute_mean(mean);
   group.write(mean);
 }
 
@@ -109,7 +116,7 @@ Status fill_empty_rows(const AttentionParams& params, bool of_keys_in_use, const
   const cudaError_t error =
       launch_kernel(kernel, dim3(blocks), 32 * kWarps, sizeof(float) * params.value.shape[3],
                     static_cast<cudaStream_t>(context.stream), params, sequence_rule(params), of_keys_in_use);
-  return cuda_status(error, "The means of rows without keys could not be launched");
+  return cuda_status(error, "What rows without keys yield could not be launched");
 }
 
 }  // namespace fa

@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   KeyValueStream<Config> stream(p, grid, shared);
   if (!start<Config>(p, grid, shared, work, stream)) return;
   __syncthreads();  // the block's work is there for all warps
+  if (p.query_bias.present) add_query_bias<Config>(shared + Config::kKeyValueBytes, p, grid, work);
 
   const uint32_t query = static_cast<uint32_t>(__cvta_generic_to_shared(shared + Config::kKeyValueBytes));
   WarpContext<Config> warp{p, grid, work, Config::row_warp() * 16 * Config::kRowBlocks,

@@ -3,6 +3,7 @@
 // keys of the n-th tile, 2n + 1 its values; kSlots - 1 half-steps are under way while one is worked on.
 #pragma once
 
+#include "kernels/common/query_bias.cuh"
 #include "kernels/prefill_sm80/epilogue.cuh"
 #include "kernels/prefill_sm80/load_tile.cuh"
 
@@ -103,6 +104,26 @@ __device__ __forceinline__ void load_query_tile(unsigned char* shared, const Att
     load_strided_by_element<T, typename Config::LayoutQ, Config::kTileQ, Config::kThreads>(shared, valid_rows, head_dim, row(0),
                                                                                            p.query.stride[2]);
   }
+}
+
+/// Adds query_bias to the tile that load_query_tile has begun to bring. Out of line, for the main loop's registers.
+template <class Config>
+__device__ __noinline__ void add_query_bias(unsigned char* shared, const AttentionParams& p, const TileGrid& grid,
+                                            const TileWork& work) {
+  using T = typename Config::T;
+  constexpr int kPerChunk = 16 / sizeof(T), kChunks = Config::kHeadDim / kPerChunk;
+  const uint32_t first = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  cp_async_wait<Config::kSlots - 2>();
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Config::kTileQ * kChunks; i += Config::kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    const TileRow r = tile_row<Config::kSplit>(work, grid, row);
+    if (!r.exists) continue;
+    const BiasChunk<T> bias(query_bias_of<T>(p, r.head), chunk * kPerChunk, static_cast<int>(p.query.shape[3]));
+    bias.add_to(first + Config::LayoutQ::offset(row, chunk));
+  }
+  __syncthreads();
 }
 
 }  // namespace fa::prefill_sm80

@@ -9,6 +9,7 @@
 #include "kernels/common/wgmma.cuh"
 #include "kernels/prefill_sm90/args.h"
 #include "kernels/prefill_sm90/epilogue.cuh"
+#include "kernels/prefill_sm90/query_bias.cuh"
 #include "kernels/prefill_sm90/scores.cuh"
 #include "kernels/prefill_sm90/shared_plan.cuh"
 #include "kernels/prefill_sm90/softmax.cuh"
@@ -341,16 +342,16 @@ struct Consumer {
     }
   }
 
-  /// Do the thread's two rows attend no key, and are they to become the mean of the values? Sequences' rows are alike then.
-  __device__ __forceinline__ bool awaits_mean(const Tile& tile, int row) const {
-    return args.problem.empty_row == EmptyRow::kMean && rows.sum[0] == 0.0f && is_row<C>(row, tile.query_length);
+  /// Do the thread's two rows attend no key, and are they to become something else than 0? Sequences' rows are alike then.
+  __device__ __forceinline__ bool awaits_filling(const Tile& tile, int row) const {
+    return args.problem.empty_row != EmptyRow::kZero && rows.sum[0] == 0.0f && is_row<C>(row, tile.query_length);
   }
 
   /// Normalises the tile's rows and sees to it that they leave.
   __device__ __forceinline__ void end_tile(const Tile& tile, int slot) {
     const int row = tile.first_row + first_row_in_tile();
     finish_rows<C>(args, tile, row, rows, o);
-    if (args.spoilt != nullptr) shared.spoilt.mark(has_spoilt_row(o, rows.sum) || awaits_mean(tile, row), slot);
+    if (args.spoilt != nullptr) shared.spoilt.mark(has_spoilt_row(o, rows.sum) || awaits_filling(tile, row), slot);
     if constexpr (C::kOwnOutput) {
       store_by_panels<C>(args, tile, warpgroup, o, shared.out[warpgroup]);
     } else {
@@ -396,6 +397,8 @@ struct Consumer {
       if (!tile.valid) break;
       if constexpr (C::kFetchBias) fetch_bias(tile, shared.view[slot.stage][warpgroup].block_end - 1);
       shared.query_full[q.stage].wait(q.phase);
+      if constexpr (C::kAddsQueryBias)
+        add_query_bias<C>(shared.query[q.stage] + warpgroup * 64 * 128, args.problem, tile.head, kWarpgroupBarrier + warpgroup);
       start_tile(tile, slot.stage);
       // 2. Key tiles that only rows of other warpgroups see, behind those that these rows see.
       const bool has_blocks = view.block_begin < view.block_end;

@@ -73,7 +73,11 @@ Variant choose_variant(const AttentionParams& p, const Device& device) {
     const int64_t short_cost = keys_in_window(p) <= kFewKeys ? 100 : 125;
     return fastest({{Variant::kShort, short_cost}, {Variant::kTall}, {Variant::kPlain}}, p, device);
   }
-  if (head_dim <= 96) return fastest({{Variant::kPlain}, {Variant::kMiddle, 125}, {Variant::kShort, 150}}, p, device);
+  if (head_dim <= 96) {
+    const Candidate plain{Variant::kPlain}, middle{Variant::kMiddle, 125};
+    return p.query_bias.present ? fastest({plain, middle}, p, device)
+                                : fastest({plain, middle, {Variant::kShort, 150}}, p, device);
+  }
   if (head_dim <= 128) {
     const int64_t middle_cost = mean_keys(p) <= kFewKeys ? 110 : 120;
     return fastest({{Variant::kMiddle, middle_cost}, {Variant::kShort, 125}, {Variant::kPlain}}, p, device);
@@ -120,13 +124,14 @@ size_t workspace_bytes(const AttentionParams& p) {
   return kCounterBytes + static_cast<size_t>(tiles) * sizeof(SpoiltTile);
 }
 
-/// Does the kernel write the means of rows that attend no key? Where a mask for each batch entry alone decides which keys its
-/// rows see; elsewhere such rows may be many, and a second kernel computes the mean of a head once for all of them.
-bool writes_means(const AttentionParams& p) {
+/// Does the kernel itself write what rows that attend no key yield, if that is not 0? Where a mask for each batch entry alone
+/// decides which keys its rows see; elsewhere such rows may be many, and a second kernel computes the mean of a head once for all
+/// of them.
+bool writes_empty_rows(const AttentionParams& p) {
   const bool rows_alike = p.mask.present && (p.mask.shape[2] == 1 || p.mask.stride[2] == 0);
   const bool nothing_else = !p.bias.present && !p.kv_lengths.present && !p.query_lengths.present && !p.cu_seqlens_q.present &&
                             p.window_left < 0 && p.window_right < 0;
-  return p.empty_row == EmptyRow::kMean && rows_alike && nothing_else;
+  return p.empty_row != EmptyRow::kZero && rows_alike && nothing_else;
 }
 
 bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
@@ -137,7 +142,7 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(bucket_size(p)) + " is above 256");
   plan->instance = static_cast<int>(instance - kInstances);
   plan->workspace_bytes = workspace_bytes(p);
-  plan->writes_means = writes_means(p);
+  plan->writes_empty_rows = writes_empty_rows(p);
   return true;
 }
 

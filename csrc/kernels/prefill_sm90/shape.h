@@ -50,6 +50,12 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
   return {2, 64, 2, 1, 2};
 }
 
+/// Can the instance add a query_bias? Short tiles of 80 and 96 columns have no register left for it: the compiler would run their
+/// products one after another.
+constexpr bool adds_query_bias(int head_dim, Variant variant) {
+  return variant != Variant::kShort || head_dim <= 64 || head_dim > 96;
+}
+
 /// The bias as the copy engine sees it: an axis that is broadcast has size 1.
 inline TensorView bias_tensor(TensorView bias) {
   for (int axis = 0; axis < 2; ++axis) {

@@ -28,6 +28,7 @@ struct Traits {
   // What the instance can do.
   static constexpr bool kStagedOnly = kVariant == Variant::kModifiedTall;  // no mask, and no bias but by the copy engine
   static constexpr bool kModified = modifies_scores(kVariant);             // scores are natural, not raw products
+  static constexpr bool kAddsQueryBias = adds_query_bias(kHeadDim_, kVariant);
 
   // Tiles.
   static constexpr int kHeadDim = kHeadDim_;              // multiple of 16; the copy engine pads narrower heads with zeros

@@ -3,6 +3,7 @@
 // one warpgroup is at its softmax, the tensor cores work for the others.
 #pragma once
 
+#include "kernels/prefill_sm90/query_bias.cuh"
 #include "kernels/prefill_sm90/scores.cuh"
 #include "kernels/prefill_sm90/softmax.cuh"
 #include "kernels/prefill_sm90_f32/epilogue.cuh"
@@ -129,6 +130,7 @@ struct Consumer {
       const Tile& tile = shared.tile[slot.stage];
       if (!tile.valid) break;
       shared.query_full[q.stage].wait(q.phase);
+      prefill_sm90::add_query_bias<C>(queries(), args.problem, tile.head, kWarpgroupBarrier + warpgroup);
       if constexpr (!C::kSplit) {
         Products<C>::round_queries(queries());
         named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);

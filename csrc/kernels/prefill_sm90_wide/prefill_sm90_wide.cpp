@@ -34,6 +34,7 @@ constexpr int64_t kLeastHeadDim = 257;  // what prefill_sm90 takes is faster the
 bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(size_of(p.query.dtype) != 2,
                std::string("takes float16 and bfloat16 only, the tensors are ") + name_of(p.query.dtype));
+  FA_REFUSE_IF(p.query_bias.present, "adds no query_bias");
   if (!prefill_sm90::suits_hopper(p, plan->device, why_not)) return false;
   const int64_t head_dim = std::max(p.query.shape[3], p.value.shape[3]);
   FA_REFUSE_IF(head_dim < kLeastHeadDim, "is for head_dim above 256, the heads have " + std::to_string(head_dim));
