@@ -52,8 +52,8 @@ bool fills_empty_rows(const StepParams& p, const Device& device) {
 class AttentionStep {
  public:
 #ifdef FA_WITH_CUDA
-  AttentionStep(const StepParams& params, const Device& device, void* workspace) : params_(params) {
-    if (device.type == DeviceType::kCuda) step_ = cache_step::prepare(params, workspace);
+  AttentionStep(const StepParams& params, const Device& device, void* workspace, bool reads_cache) : params_(params) {
+    if (device.type == DeviceType::kCuda) step_ = cache_step::prepare(params, workspace, reads_cache);
   }
   const StepParams& problem() const { return step_.is_needed ? step_.problem : params_; }
   size_t bytes() const { return step_.bytes; }
@@ -64,7 +64,7 @@ class AttentionStep {
  private:
   cache_step::Step step_;
 #else
-  AttentionStep(const StepParams& params, const Device&, void*) : params_(params) {}
+  AttentionStep(const StepParams& params, const Device&, void*, bool) : params_(params) {}
   const StepParams& problem() const { return params_; }
   size_t bytes() const { return 0; }
 
@@ -73,13 +73,13 @@ class AttentionStep {
   const StepParams& params_;
 };
 
-/// Does the kernel take the problem? On success the plan is complete; else *why_not, where given, says why not.
-bool plan_with(const Kernel& kernel, const StepParams& params, const Device& device, Plan* plan, std::string* why_not) {
-  FA_REFUSE_IF(kernel.device != device.type,
-               kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only");
+/// plan_with, for a kernel that is given the cache as it is, or one that is not.
+bool plan_in_form(const Kernel& kernel, const StepParams& params, const Device& device, bool reads_cache, Plan* plan,
+                  std::string* why_not) {
   *plan = {};
   plan->device = device;
-  const AttentionStep step(params, device, nullptr);
+  plan->reads_cache = reads_cache;
+  const AttentionStep step(params, device, nullptr, reads_cache);
   const StepParams& problem = step.problem();
   const bool has_columns = problem.query.shape[1] > 0 && problem.query.shape[3] > 0 && problem.out.shape[3] > 0;
   if (has_columns && !kernel.plan(problem, plan, why_not)) return false;  // else launch() doesn't call the kernel
@@ -90,6 +90,17 @@ bool plan_with(const Kernel& kernel, const StepParams& params, const Device& dev
   if (plan->lse_bytes > 0) plan->workspace_bytes = align(plan->workspace_bytes) + plan->lse_bytes;
   if (plan->step_bytes > 0) plan->workspace_bytes = align(plan->workspace_bytes) + plan->step_bytes;
   return true;
+}
+
+/// Does the kernel take the problem? On success the plan is complete; else *why_not, where given, says why not.
+bool plan_with(const Kernel& kernel, const StepParams& params, const Device& device, Plan* plan, std::string* why_not) {
+  FA_REFUSE_IF(kernel.device != device.type,
+               kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only");
+  const CacheParams& c = params.cache;
+  const bool is_plain = !c.key_scale.present && !c.value_scale.present && c.new_key.present;
+  const bool stays_in_place = is_plain && (c.mode == CacheMode::kPaged || c.mode == CacheMode::kWrite);
+  if (kernel.reads_caches && stays_in_place && plan_in_form(kernel, params, device, true, plan, nullptr)) return true;
+  return plan_in_form(kernel, params, device, false, plan, why_not);
 }
 
 /// Why no kernel, or not the one of this name, takes the problem.
@@ -192,7 +203,7 @@ Status launch_and_fill(const Plan& plan, StepParams params, bool of_keys_in_use,
 
 Status launch_on_cuda(const Plan& plan, const StepParams& params, const ExecutionContext& context) {
   char* const step_memory = static_cast<char*>(context.workspace) + (plan.workspace_bytes - plan.step_bytes);
-  const AttentionStep step(params, plan.device, plan.step_bytes > 0 ? step_memory : nullptr);
+  const AttentionStep step(params, plan.device, plan.step_bytes > 0 ? step_memory : nullptr, plan.reads_cache);
   if (Status status = step.store(plan.device, context); !status.ok()) return status;
   if (params.out.empty()) return {};  // also where a kernel could not describe a tensor without elements
   if (!plan.fills_empty_rows) return plan.kernel->launch(plan, step.problem(), context);
@@ -233,7 +244,7 @@ Status launch(const Plan& plan, const StepParams& params, const ExecutionContext
 size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
   if (!validate(largest).ok()) return 0;
   size_t bytes = 0;
-  const AttentionStep step(largest, device, nullptr);
+  const AttentionStep step(largest, device, nullptr, false);  // a cache that is read as it is needs less
   const StepParams& problem = step.problem();
   for (const Kernel& kernel : kTable) {
     Plan plan;

@@ -28,6 +28,9 @@ struct Kernel {
   Status (*launch)(const Plan& plan, const StepParams& params, const ExecutionContext& context);
   /// As fa::max_workspace_bytes, of this kernel; null where the largest problem needs most.
   size_t (*max_workspace_bytes)(const StepParams& largest, const Device& device) = nullptr;
+  /// Does it read a cache that is written in place, or in pages, by the cache's own rule? Then it may be given the problem with
+  /// its CacheParams, whose new rows have been stored; else all caches are brought into a form that has none.
+  bool reads_caches = false;
 };
 
 }  // namespace fa

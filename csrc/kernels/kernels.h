@@ -34,7 +34,9 @@ size_t max_attention_bytes(const StepParams& largest, const Device& device) {
   {#name, DeviceType::kCuda, plan_attention<name::plan>, launch_attention<name::launch>, \
    max_attention_bytes<name::max_workspace_bytes>}
 #ifdef FA_WITH_SM90
-#define FA_HOPPER_DECODE_KERNEL FA_CUDA_KERNEL_WITH_BOUND(decode_sm90),
+#define FA_HOPPER_DECODE_KERNEL                                                                                \
+  {"decode_sm90", DeviceType::kCuda, decode_sm90::plan, decode_sm90::launch, decode_sm90::max_workspace_bytes, \
+   true /* reads_caches */},
 #define FA_HOPPER_KERNELS                                                                          \
   FA_CUDA_KERNEL(prefill_sm90), FA_CUDA_KERNEL(prefill_sm90_f32), FA_CUDA_KERNEL(prefill_sm90_f8), \
       FA_CUDA_KERNEL_WITH_BOUND(prefill_sm90_wide),

@@ -32,7 +32,7 @@ struct Sequence {
 struct SequenceRule {
   int64_t num_sequences;  // batch entries, or packed ones
   IndexView kv_lengths, query_lengths, query_offsets;
-  IndexView cu_seqlens_q, cu_seqlens_kv;  // both or none
+  IndexView cu_seqlens_q, cu_seqlens_kv;  // both or none; of a cache step whose new rows nobody asks for, the first may be alone
   int64_t seqlen_q, seqlen_kv;            // of the tensors: all rows, where packed
   int64_t query_offset, window_left, window_right;
   bool align_bottom_right;
@@ -57,6 +57,8 @@ struct SequenceRule {
       }
       s.first_row = clamp(cu_seqlens_q.at(b), 0, seqlen_q);
       s.num_rows = s.query_length = clamp(cu_seqlens_q.at(b + 1), s.first_row, seqlen_q) - s.first_row;
+    }
+    if (cu_seqlens_kv.data != nullptr) {
       s.first_key = clamp(cu_seqlens_kv.at(b), 0, seqlen_kv);
       s.num_keys = s.mask.kv_length = clamp(cu_seqlens_kv.at(b + 1), s.first_key, seqlen_kv) - s.first_key;
     }

@@ -41,6 +41,12 @@ SAMPLE = [
     decoding.Decoder("window", "float32", capacity=6, window_left=5, in_place=False, head_dim_v=24),
     decoding.Decoder("window", "bfloat16", capacity=8, window_left=7, quantized="int8", head_dim=8, head_dim_v=24),
     decoding.Decoder("paged", "float16", rotary="half-ids", slots=True, page_rows=4, num_q_heads=8, norm=True),
+    decoding.Decoder(
+        "paged", "float16", rotary="half", page_rows=16, capacity=64, num_q_heads=8, head_dim=128, slots=True
+    ),
+    decoding.Decoder(
+        "paged", "bfloat16", rotary="interleaved-partial", page_rows=32, capacity=64, head_dim=40, batch_size=3
+    ),
     decoding.Decoder("paged", "bfloat16", quantized="int4", rotary="half-rows", page_rows=1, softcap=5.0, head_dim_v=7),
     decoding.Decoder("paged", "float32", quantized="float8", per_channel=True, window_left=3, index_dtype="int32"),
 ]

@@ -103,6 +103,31 @@ def test_lengths_of_every_size(shape: tuple[int, ...], layout: str, window: int)
         assert arrays.same_bits(faplugin.attention(**inputs, **attributes, kernel=kernel), output), kernel
 
 
+EQUAL = ((1, 512), (1, 32768), (16, 2048), (64, 2048), (8, 8192), (300, 64), (131, 700))
+
+
+@pytest.mark.parametrize(("batch", "length"), EQUAL)
+@pytest.mark.parametrize(("rows", "head_dim"), [(1, 128), (4, 64), (8, 256)])
+def test_equal_lengths_on_the_device(batch: int, length: int, rows: int, head_dim: int) -> None:
+    """Heads that are all equally long are cut alike, or drawn, though no host knows it."""
+    import faplugin
+
+    torch.manual_seed(batch)
+    capacity = length + 40
+    inputs = draw(batch, 16, 4, rows, capacity, head_dim)
+    lengths = torch.full((batch,), length, device="cuda")
+    for name in ("key", "value"):
+        inputs[name][:, :, length:] = math.nan
+    for window in (-1, 100):
+        attributes = CAUSAL | ({"left_window_size": window} if window >= 0 else {})
+        want = expected(inputs, visible_keys(rows, capacity, lengths, window))
+        output = faplugin.attention(**inputs, nonpad_kv_seqlen=lengths, **attributes)
+        check(output, want, window)
+        for _ in range(3):
+            again = faplugin.attention(**inputs, nonpad_kv_seqlen=lengths, **attributes)
+            assert arrays.same_bits(again, output), window
+
+
 @pytest.mark.parametrize(("batch", "rows", "head_dim"), [(1, 1, 128), (5, 1, 64), (3, 4, 128), (2, 8, 256)])
 def test_a_mask_that_is_a_range_hides_what_lies_outside(batch: int, rows: int, head_dim: int) -> None:
     """Padding on both sides as a bool mask [B, 1, 1, S] or [B, 1, rows, S]; hidden keys and values are NaN."""

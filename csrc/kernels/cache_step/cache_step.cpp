@@ -57,7 +57,7 @@ TensorView gathered(const StepParams& p, int which, Memory* memory) {
 
 }  // namespace
 
-Step prepare(const StepParams& p, void* workspace) {
+Step prepare(const StepParams& p, void* workspace, bool reads_cache) {
   const CacheParams& c = p.cache;
   Step step;
   static_cast<AttentionParams&>(step.problem) = p;
@@ -73,6 +73,11 @@ Step prepare(const StepParams& p, void* workspace) {
     left.query = step.query;
   }
   step.is_needed = step.query.present || c.new_key.present;
+  if (reads_cache) {
+    step.problem.cache = c;
+    step.bytes = memory.bytes();
+    return step;
+  }
   if (paged || c.key_scale.present) left.key = step.gathered[0] = gathered(p, 0, &memory);
   if (paged || c.value_scale.present) left.value = step.gathered[1] = gathered(p, 1, &memory);
   if (c.mode == CacheMode::kWindow && p.mask.present) left.mask = step.mask = shifted(p.mask, p.key.shape[2], &memory);

@@ -33,15 +33,31 @@ RowMove move_of(const TensorView& from, const TensorView& to, int64_t rotated_co
           static_cast<unsigned>(rotated_columns / 4)};
 }
 
+/// Rows of pages that 32 bits can number.
+bool has_few_slots(const StepParams& p) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  return p.key.shape[0] * p.key.shape[2] <= kMost && cache_rule(p).rows <= kMost;
+}
+
+PlainPages pages_of(const StepParams& p) {
+  const TensorView& table = p.cache.block_table;
+  return {{table.data, table.shape[1] > 1 ? table.stride[1] : 0, table.dtype == DType::kInt64},
+          table.shape[0] > 1 ? table.stride[0] : 0,
+          Divisor(p.key.shape[2]),
+          p.key.shape[0],
+          index_view(p.cache.slot_mapping)};
+}
+
 }  // namespace
 
 bool make_plain_args(const StepParams& p, const Step& step, PlainArgs* args) {
   const CacheParams& c = p.cache;
   const RotaryParams& rotary = p.rotary;
   const bool is_half = p.query.dtype == DType::kFloat16 || p.query.dtype == DType::kBFloat16;
-  const bool is_written_in_place = c.mode == CacheMode::kWrite && c.new_key.present && c.new_value.present &&
-                                   c.past_key.present && c.past_key.data == p.key.data;
+  const bool is_paged = c.mode == CacheMode::kPaged, is_written_in_place = c.new_key.present && c.new_value.present &&
+                                                                           c.past_key.present && c.past_key.data == p.key.data;
   if (!is_half || !is_written_in_place || c.new_key.empty() || c.key_scale.present || c.value_scale.present) return false;
+  if (is_paged ? step.cu_seqlens_kv.present || !has_few_slots(p) : c.mode != CacheMode::kWrite) return false;
   if (p.norm.query_weight.present || p.norm.key_weight.present) return false;
   if (rotary.cos.present && (rotary.by_row || rotary.position_ids.present || !has_angles(rotary.cos, p.query.dtype) ||
                              !has_angles(rotary.sin, p.query.dtype)))
@@ -54,6 +70,8 @@ bool make_plain_args(const StepParams& p, const Step& step, PlainArgs* args) {
   if (count == 0 || count > std::numeric_limits<int32_t>::max()) return false;
   *args = {};
   args->rule = cache_rule(p);
+  args->is_paged = is_paged;
+  if (is_paged) args->pages = pages_of(p);
   if (step.query.present) args->moves[0] = move_of(p.query, step.query, rotated);
   args->moves[1] = move_of(c.new_key, p.key, rotated);
   args->moves[2] = move_of(c.new_value, p.value, 0);

@@ -54,19 +54,64 @@ __device__ __forceinline__ void rotate(Group& group, uint32_t cos_bits, uint32_t
   }
 }
 
-/// The rule of all modes, for this one only.
-__device__ __forceinline__ CacheStep write_step(CacheRule rule, int64_t batch_idx) {
-  rule.mode = CacheMode::kWrite;
-  rule.sequences.cu_seqlens_q.data = rule.sequences.cu_seqlens_kv.data = nullptr;
-  return rule.at(batch_idx);
+/// The rule of all modes, for this one only. New rows of packed sequences lie as their queries do, so nothing else is packed.
+template <bool kPaged>
+__device__ __forceinline__ CacheStep step_of(CacheRule rule, int64_t sequence) {
+  rule.mode = kPaged ? CacheMode::kPaged : CacheMode::kWrite;
+  rule.sequences.cu_seqlens_kv.data = nullptr;
+  if (!kPaged) rule.sequences.cu_seqlens_q.data = nullptr;
+  return rule.at(sequence);
 }
 
-template <class T>
+/// SequenceRule::sequence_of by a whole warp, whose lanes look at 32 sequences at a time.
+__device__ __forceinline__ int sequence_of(const SequenceRule& sequences, unsigned row, unsigned lane) {
+  const int num_sequences = static_cast<int>(sequences.num_sequences);
+  int first = 0, count = num_sequences;  // the last sequence that begins at or before the row is first … first + count - 1
+  while (count > 1) {
+    const int apart = (count + 31) / 32, own = first + static_cast<int>(lane) * apart;
+    const bool begun = own < first + count && sequences.cu_seqlens_q.at(own) <= row;
+    const int last = max(31 - __clz(__ballot_sync(0xffffffffu, begun)), 0);
+    count = min(apart, count - last * apart);
+    first += last * apart;
+  }
+  return first;
+}
+
+/// Where new row `row` of the tensors goes, as elements from the beginning of its head's first page or cache; negative: nowhere.
+template <bool kPaged>
+__device__ __forceinline__ int64_t target_of(const PlainArgs& args, const RowMove& move, const CacheStep& step, int64_t sequence,
+                                             unsigned row) {
+  const int64_t i = row - step.sequence.first_row, slot = step.first_new + i;
+  if (i >= step.num_new) return -1;
+  if (!kPaged) return slot < args.rule.rows ? sequence * move.to_batch + slot * move.to_row : -1;
+  const PlainPages& pages = args.pages;
+  const bool is_given = pages.slots.data != nullptr;
+  const int64_t place = is_given ? pages.slots.at(row) : slot,
+                most = is_given ? pages.count * pages.rows.divisor : args.rule.rows;
+  if (place < 0 || place >= most) return -1;
+  const int64_t idx = pages.rows.quotient(static_cast<uint32_t>(place)), row_in_page = place - idx * pages.rows.divisor;
+  const IndexView table = {
+      static_cast<const char*>(pages.table.data) + sequence * pages.sequence_stride * (pages.table.wide ? 8 : 4),
+      pages.table.stride, pages.table.wide};
+  const int64_t page = is_given ? idx : table.at(idx);
+  return page >= 0 && page < pages.count ? page * move.to_batch + row_in_page * move.to_row : -1;
+}
+
+/// Lengths and positions for the attention kernel, of 32 sequences.
+template <bool kPaged>
+__device__ __forceinline__ void store_lengths(const PlainArgs& args, int64_t sequence) {
+  if (args.kv_lengths == nullptr || sequence >= args.rule.sequences.num_sequences) return;
+  const MaskRule mask = step_of<kPaged>(args.rule, sequence).sequence.mask;
+  args.kv_lengths[sequence] = mask.kv_length;
+  args.query_offsets[sequence] = mask.query_offset;
+}
+
+template <class T, bool kPaged>
 __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_constant__ PlainArgs args) {
   // 1. Which row is this warp's. Nothing here waits for memory.
   const unsigned idx = blockIdx.x * kPlainWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-  const unsigned place = args.heads.quotient(idx), any_head = idx - place * args.heads.divisor;
-  const unsigned batch_idx = args.rows.quotient(place), row = place - batch_idx * args.rows.divisor;
+  const unsigned any_row = args.heads.quotient(idx), any_head = idx - any_row * args.heads.divisor;
+  const unsigned batch_idx = args.rows.quotient(any_row), row = any_row - batch_idx * args.rows.divisor;
   const int which = any_head < args.first_head[1] ? 0 : any_head < args.first_head[2] ? 1 : 2;
   const RowMove& move = args.moves[which];
   const int64_t head = any_head - args.first_head[which];
@@ -74,7 +119,7 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
   wait_for_earlier_kernels();
   let_next_kernel_start();
 #endif
-  if (idx >= args.count) return;
+  if (idx >= args.count) return store_lengths<kPaged>(args, int64_t{idx - args.count} * 32 + lane);
   // 2. The row, and at the same time the lengths that tell where it goes.
   const char* source =
       static_cast<const char*>(move.from) + 2 * (batch_idx * move.from_batch + head * move.from_head + row * move.from_row);
@@ -89,16 +134,16 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
     groups[i].low = load_2(source, groups[i].first);
     groups[i].high = load_2(source, groups[i].second);
   }
-  const CacheStep step = write_step(args.rule, batch_idx);
-  if (any_head == args.first_head[1] && row == 0 && lane == 0) {
-    args.kv_lengths[batch_idx] = step.sequence.mask.kv_length;
-    args.query_offsets[batch_idx] = step.sequence.mask.query_offset;
-  }
-  const int64_t slot = which == 0 ? row : step.first_new + row;
-  if (which == 0 ? row >= step.sequence.query_length : row >= step.num_new || slot >= args.rule.rows) return;
+  const int64_t sequence = kPaged ? sequence_of(args.rule.sequences, row, lane) : batch_idx;
+  const CacheStep step = step_of<kPaged>(args.rule, sequence);
+  const int64_t i = row - step.sequence.first_row;  // among the rows of its sequence
+  if (i < 0 || i >= step.sequence.query_length) return;
+  const int64_t place =
+      which == 0 ? batch_idx * move.to_batch + row * move.to_row : target_of<kPaged>(args, move, step, sequence, row);
+  if (place < 0) return;
   // 3. Rotated by its position, there.
   if (move.rotated_groups > 0) {
-    const int64_t position = which == 0 ? position_of_query(step, row) : position_of_new_row(args.rule, step, row);
+    const int64_t position = which == 0 ? position_of_query(step, i) : position_of_new_row(args.rule, step, i);
     const int64_t angle = SequenceRule::clamp(position, 0, args.last_angle);
     const uint16_t* cos = static_cast<const uint16_t*>(args.cos) + angle * args.cos_row;
     const uint16_t* sin = static_cast<const uint16_t*>(args.sin) + angle * args.sin_row;
@@ -108,7 +153,7 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
       if (g < move.rotated_groups) rotate<T>(groups[i], load_2(cos, 2 * g), load_2(sin, 2 * g), args.interleaved);
     }
   }
-  auto* target = static_cast<uint16_t*>(move.to) + (batch_idx * move.to_batch + head * move.to_head + slot * move.to_row);
+  auto* target = static_cast<uint16_t*>(move.to) + (head * move.to_head + place);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     if (lane + 32 * i >= move.groups) continue;
@@ -120,8 +165,11 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
 }  // namespace
 
 cudaError_t launch_plain(const PlainArgs& args, bool early, cudaStream_t stream) {
-  const auto kernel = args.bfloat16 ? plain_kernel<BFloat> : plain_kernel<Half>;
-  const unsigned blocks = (args.count + kPlainWarps - 1) / kPlainWarps;
+  const auto kernel = args.is_paged   ? args.bfloat16 ? plain_kernel<BFloat, true> : plain_kernel<Half, true>
+                      : args.bfloat16 ? plain_kernel<BFloat, false>
+                                      : plain_kernel<Half, false>;
+  const auto lengths = args.kv_lengths != nullptr ? static_cast<unsigned>((args.rule.sequences.num_sequences + 31) / 32) : 0;
+  const unsigned blocks = (args.count + lengths + kPlainWarps - 1) / kPlainWarps;
   if (early) return launch_early(kernel, static_cast<int>(blocks), kPlainThreads, 0, stream, args);
   return launch_kernel(kernel, dim3(blocks), kPlainThreads, 0, stream, args);
 }

@@ -26,13 +26,32 @@ __device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, u
       : "memory");
 }
 
+/// How the L2 cache treats what is copied: is_last: nobody will read it again, so that other lines are better kept; else as
+/// usual.
+__device__ __forceinline__ uint64_t l2_policy(bool is_last) {
+  uint64_t last, usual;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(last));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(usual));
+  return is_last ? last : usual;
+}
+
+/// tma_load with a policy of l2_policy.
+__device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int column, int row, int head,
+                                         int batch, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, "
+      "%6}], [%2], %7;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(policy)
+      : "memory");
+}
+
 /// The same by a map of panels (encode_panels_map): all columns of the rows, a panel of 64 (16 bits each) behind the other.
 __device__ __forceinline__ void tma_load_panels(void* shared, const CUtensorMap* map, uint64_t* barrier, int row, int head,
-                                                int batch) {
+                                                int batch, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, %6}], "
-      "[%2];" ::"r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(0), "r"(row), "r"(head), "r"(batch)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %3, "
+      "%5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(0), "r"(row), "r"(head), "r"(batch), "l"(policy)
       : "memory");
 }
 

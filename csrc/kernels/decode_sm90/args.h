@@ -10,7 +10,7 @@
 #include "fa/attention.h"
 #include "kernels/common/divisor.h"
 #include "kernels/decode_sm90/config.h"
-#include "semantics/sequence.h"
+#include "semantics/cache.h"
 
 namespace fa::decode_sm90 {
 
@@ -40,22 +40,45 @@ struct Schedule {
 
 /// How heads that all have equally many key tiles are cut into pieces.
 struct HeadCut {
-  int heads;      // 0: they are not cut so, but by a Schedule
-  int tiles;      // of each
-  Divisor parts;  // of each
-  int pieces;     // of all
-  int cluster;    // blocks that have the parts of a head and merge them through shared memory; 0: through the workspace
+  int heads;        // 0: they are not cut so, but by a Schedule
+  int tiles;        // of each
+  int least_tiles;  // where only the device knows the tiles: with fewer, heads are not cut so
+  Divisor parts;    // of each
+  int pieces;       // of all
+  int cluster;      // blocks that have the parts of a head and merge them through shared memory; 0: through the workspace
+  Divisor heads_of_span, row_tiles;  // of a span: tiles of rows of all key heads, and of one
+};
+
+/// Where a tile's keys, and its values, lie in a stage: bytes from a panel of columns to the next, and from 16 keys to the next.
+struct TileLayout {
+  int panel, half;
+};
+
+/// Keys and values in pages: row i of a sequence is row i % rows of page table[sequence, i / rows], which is entry [page, head,
+/// row] of the tensors. A page that does not exist reads as zeros.
+struct Pages {
+  const void* table;  // null: keys and values are not in pages
+  bool wide;          // int64, else int32
+  int64_t sequence_stride, page_stride;
+  Divisor rows;  // of a page
+  int count;     // of all sequences
+  bool halves;   // boxes have 16 rows, half a key tile; else 32, and a page has whole tiles
 };
 
 struct KernelArgs {
-  CUtensorMap key;    // [B, H_kv, S_kv, D], boxes of tile_n rows x 64 columns, or of all columns
+  CUtensorMap key;    // [B, H_kv, S_kv, D] or pages, boxes of tile_n rows (pages: see there) x 64 columns, or of all columns
   CUtensorMap value;  // [B, H_kv, S_kv, D_v], likewise
   bool whole_rows;    // boxes have all columns
+  bool read_once;     // no two tiles of rows have the same keys
+  TileLayout layout;  // of a stage
   AttentionParams problem;
-  SequenceRule sequences;
+  CacheRule rule;  // of a problem without a cache, a SequenceRule
+  Pages pages;
+  int num_keys;        // rows of a sequence's cache at most
   Divisor group_size;  // query heads of a key head
   int num_spans;       // batch entries, or packed sequences and the rows outside of them
-  int tile_rows;       // (row, head) pairs that share a read of the keys: 16, 32 or 64
+  int tile_rows;       // (row, head) pairs that share a read of the keys: 16, 32 or 64 …
+  int tile_bits;       // … and its logarithm
   int stages;          // of the ring
   int merge_rows;      // rows of a warp that take part in the merge of a block's warps, at most 16
   int partial_rows;    // rows of a slot for partial results
@@ -63,13 +86,11 @@ struct KernelArgs {
   Schedule schedule;   // … then the schedule is made there, …
   SequenceWork work;   // … and this is that of each span, but for its batch entry
   int share;           // … and so are the key tiles of a block, on average
-  HeadCut cut;         // or all heads are cut alike, and the schedule is not used
-  Divisor heads_of_span, row_tiles;
-  unsigned* draws;  // pieces of the cut that were drawn beyond the first of each block, 0 before the launch and after it;
-                    // null: each block has one piece
-  bool scan_mask;   // the mask is the same for all heads and short beside the keys: each block looks for its true keys
-  bool modified;    // softcap, bias or ALiBi: scores need more than a scale
-  bool out_by_4;    // four elements of a row of out are an aligned 8 bytes
+  HeadCut cut;         // or all heads are cut alike, and the schedule is not used; not uniform: if they turn out to be so
+  unsigned* draws;     // pieces of a cut that were drawn beyond the first of each block, 0 before the launch and after it
+  bool scan_mask;      // the mask is the same for all heads and short beside the keys: each block looks for its true keys
+  bool modified;       // softcap, bias or ALiBi: scores need more than a scale
+  bool out_by_4;       // four elements of a row of out are an aligned 8 bytes
 
   // Of a HeadCut, each piece has a slot; of a Schedule each block two: 0 for a head that an earlier block began, 1 for one that a
   // later block goes on with.

@@ -105,7 +105,7 @@ struct Consumer {
                                                uint32_t stage, typename Products::Out& out, RowState<1>& state) {
     typename Products::Scores scores;
     typename Products::Weights weights;
-    Products::multiply_keys(scores, queries, stage + Products::key_lane());
+    Products::multiply_keys(scores, queries, stage + Products::key_lane(), args.layout);
 #pragma unroll
     for (int i = 0; i < 4 * C::kKeyBlocks; ++i) scores[0][i / 4][i % 4] *= args.problem.softmax_scale;
     SeenKeys seen;
@@ -118,9 +118,9 @@ struct Consumer {
     exponentials<T, true>(scores, weights, state, kLog2E);
     const uint32_t values = stage + C::kValueOffset + Products::value_lane();
     if constexpr (kTest) {
-      Products::multiply_seen_values(out, weights, values, seen);
+      Products::multiply_seen_values(out, weights, values, args.layout, seen);
     } else {
-      Products::multiply_values(out, weights, values);
+      Products::multiply_values(out, weights, values, args.layout);
     }
   }
 

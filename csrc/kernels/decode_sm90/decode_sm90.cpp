@@ -20,11 +20,12 @@ constexpr int64_t kMaxUnits = int64_t{1} << 30;  // likewise
 constexpr int64_t kFewRows = 8;                  // of a sequence: read by as many tiles of rows as its query heads need
 constexpr int64_t kMaxTileRows = 16;             // of one head, where keys need no splitting; more is work for prefill
 constexpr int64_t kMinKeysToSplit = 256;
+constexpr int64_t kPageRows = 16;  // of half a key tile; a copy of fewer takes the copy engine longer than the memory
 
 struct Instance {
   DType dtype;
   int head_dim;  // bucket: the largest head_dim and head_dim_v it takes
-  Status (*launch)(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
+  Status (*launch)(const Plan& plan, const StepParams& params, const ExecutionContext& context);
 };
 
 const Instance kInstances[] = {
@@ -51,21 +52,31 @@ bool has_pairs(const TensorView& query) {
 }
 
 /// Is it decoding at all?
-bool has_few_rows(const AttentionParams& p, const Device& device, std::string* why_not) {
+bool has_few_rows(const StepParams& p, const Device& device, std::string* why_not) {
   const int64_t rows = mean_rows(p), pairs = rows * group_size(p);
   FA_REFUSE_IF(rows > kFewRows && (p.cu_seqlens_q.present || pairs > kMostTileRows),
                "a sequence has " + std::to_string(rows) + " rows, and " + std::to_string(pairs) +
                    " with the query heads of a key head; for decoding at most " + std::to_string(kFewRows) + ", or " +
                    std::to_string(kMostTileRows) + " with the heads");
-  const bool splits_keys = num_sequences(p) * p.key.shape[1] < device.num_sms && p.key.shape[2] >= kMinKeysToSplit;
+  const bool splits_keys = num_sequences(p) * p.key.shape[1] < device.num_sms && num_keys(p) >= kMinKeysToSplit;
   FA_REFUSE_IF(rows > kMaxTileRows && !splits_keys, "the keys need no splitting, and seqlen_q " + std::to_string(rows) +
                                                         " is more than " + std::to_string(kMaxTileRows));
   return true;
 }
 
+/// Pages hold whole boxes of the copy engine.
+bool can_read_cache(const StepParams& p, std::string* why_not) {
+  FA_REFUSE_IF(p.empty_row != EmptyRow::kZero, "rows that attend no key are filled by a kernel that takes no cache");
+  if (!in_pages(p)) return true;
+  FA_REFUSE_IF(p.key.shape[2] % kPageRows != 0,
+               "pages have " + std::to_string(p.key.shape[2]) + " rows, expected a multiple of " + std::to_string(kPageRows));
+  FA_REFUSE_IF(p.key.shape[0] > kMaxRows || p.key.shape[2] > kMaxRows, "more than 2^29 pages or rows of a page");
+  return true;
+}
+
 }  // namespace
 
-bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
+bool plan(const StepParams& p, Plan* plan, std::string* why_not) {
   const Device& device = plan->device;
   FA_REFUSE_IF(device.compute_capability != 90, "needs compute capability 9.0 (Hopper)");
   FA_REFUSE_IF(device.shared_memory_bytes < kSharedLimit,
@@ -77,8 +88,9 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0,
                "head_dim " + std::to_string(p.query.shape[3]) + " and head_dim_v " + std::to_string(p.value.shape[3]) +
                    " must be multiples of 8: the copy engine (TMA) moves 16 bytes");
-  FA_REFUSE_IF(p.key.shape[2] == 0, "there are no keys");
-  FA_REFUSE_IF(p.query.shape[2] > kMaxRows / group_size(p) || p.key.shape[2] > kMaxRows, "more than 2^29 rows or keys");
+  FA_REFUSE_IF(num_keys(p) == 0, "there are no keys");
+  FA_REFUSE_IF(p.query.shape[2] > kMaxRows / group_size(p) || num_keys(p) > kMaxRows, "more than 2^29 rows or keys");
+  if (p.cache.mode != CacheMode::kAppend && !can_read_cache(p, why_not)) return false;
   const std::pair<const char*, const TensorView*> tensors[] = {{"key", &p.key}, {"value", &p.value}};
   for (const auto& [name, tensor] : tensors) {
     FA_REFUSE_IF(!has_tensor_map(*tensor),
@@ -98,7 +110,7 @@ bool plan(const AttentionParams& p, Plan* plan, std::string* why_not) {
 
 /// Fewer rows and keys need less: blocks and rows of a tile are at most those of the largest problem, and at most 64 rows share a
 /// tile.
-size_t max_workspace_bytes(const AttentionParams& largest, const Device& device) {
+size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
   const Instance* instance = find_instance(largest);
   if (device.compute_capability != 90 || instance == nullptr) return 0;
   const int rows = static_cast<int>(std::min<int64_t>(kMostTileRows, largest.query.shape[2] * group_size(largest)));
@@ -106,7 +118,7 @@ size_t max_workspace_bytes(const AttentionParams& largest, const Device& device)
   return kCounterBytes + 2 * blocks * slot_floats(rows, largest.value.shape[3]) * sizeof(float);
 }
 
-Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
+Status launch(const Plan& plan, const StepParams& params, const ExecutionContext& context) {
   return kInstances[plan.instance].launch(plan, params, context);
 }
 

@@ -8,8 +8,8 @@
 
 namespace fa::decode_sm90 {
 
-bool plan(const AttentionParams& params, Plan* plan, std::string* why_not);
-size_t max_workspace_bytes(const AttentionParams& largest, const Device& device);
-Status launch(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
+bool plan(const StepParams& params, Plan* plan, std::string* why_not);
+size_t max_workspace_bytes(const StepParams& largest, const Device& device);
+Status launch(const Plan& plan, const StepParams& params, const ExecutionContext& context);
 
 }  // namespace fa::decode_sm90

@@ -12,23 +12,27 @@
 
 namespace fa::decode_sm90 {
 
-/// `heads` of `tiles` each, `tile_bytes` of keys and values in a tile, `part_bytes` of partial results of a part. heads 0 in the
-/// result: a Schedule does better. most_clusters(blocks): how many clusters of so many blocks the device holds at a time.
+/// Key tiles that a part of a head has at least, so that it reads much more than it writes.
+inline int least_tiles_of_part(int64_t tile_bytes, int64_t part_bytes) {
+  return static_cast<int>(std::max<int64_t>(kMinUnitsPerBlock, kMinReadOfPart * part_bytes / tile_bytes));
+}
+
+/// `heads` of `tiles` each, `tile_bytes` of keys and values in a tile, at least `least_tiles` for a part. heads 0 in the result:
+/// a Schedule does better. most_clusters(blocks): how many clusters of so many blocks the device holds at a time.
 template <class MostClusters>
-HeadCut cut_heads(int64_t heads, int tiles, int64_t tile_bytes, int64_t part_bytes, int blocks, MostClusters most_clusters) {
+HeadCut cut_heads(int64_t heads, int tiles, int tile_bytes, int least_tiles, int blocks, MostClusters most_clusters) {
   HeadCut cut{};
   if (heads == 0 || int64_t{tiles} * blocks >= INT32_MAX) return cut;
   int parts = 1;
   if (heads > blocks) {
     if (heads < int64_t{kMinHeadsToDraw} * blocks || tiles < kMinTilesToDraw) return cut;
   } else {
-    const int most = static_cast<int>(blocks / heads);
-    const int64_t least = std::max<int64_t>(kMinUnitsPerBlock, kMinReadOfPart * part_bytes / tile_bytes);
-    const int64_t few = std::min(kMostClusterBlocks, tiles / kMinUnitsPerBlock);  // whose merge costs little in a cluster
-    parts = static_cast<int>(std::max<int64_t>(std::min<int64_t>(most, std::max(tiles / least, few)), 1));
+    const int most = blocks / static_cast<int>(heads);
+    const int few = std::min(kMostClusterBlocks, tiles / kMinUnitsPerBlock);  // whose merge costs little in a cluster
+    parts = std::max(std::min(most, std::max(tiles / least_tiles, few)), 1);
     int cluster = kMostClusterBlocks;
     while (cluster > parts) cluster /= 2;
-    const bool nearly_all = 10 * cluster >= 9 * parts || tiles * tile_bytes <= int64_t{kMostClusterBytes} * cluster;
+    const bool nearly_all = 10 * cluster >= 9 * parts || int64_t{tiles} * tile_bytes <= int64_t{kMostClusterBytes} * cluster;
     if (cluster > 1 && nearly_all && heads <= most_clusters(cluster)) {
       cut.cluster = parts = cluster;
     } else if (parts == most && 10 * most * heads < 9 * blocks) {
@@ -39,6 +43,21 @@ HeadCut cut_heads(int64_t heads, int tiles, int64_t tile_bytes, int64_t part_byt
   cut.tiles = tiles;
   cut.parts = Divisor(parts);
   cut.pieces = static_cast<int>(heads * parts);
+  return cut;
+}
+
+/// The same where only the device learns how many tiles the heads have: the cut, but for its tiles, of heads that all have at
+/// least cut.least_tiles of them, and at most `most_tiles`.
+inline HeadCut cut_unknown_heads(int64_t heads, int64_t most_tiles, int least_tiles, int blocks) {
+  HeadCut cut{};
+  if (heads == 0 || most_tiles * blocks >= INT32_MAX) return cut;
+  const bool are_drawn = heads > blocks;
+  const int64_t parts = are_drawn ? 1 : blocks / heads;
+  if (are_drawn ? heads < int64_t{kMinHeadsToDraw} * blocks : 10 * parts * heads < 9 * blocks) return cut;
+  cut.heads = static_cast<int>(heads);
+  cut.parts = Divisor(parts);
+  cut.pieces = static_cast<int>(heads * parts);
+  cut.least_tiles = are_drawn ? kMinTilesToDraw : static_cast<int>(parts) * least_tiles;
   return cut;
 }
 

@@ -15,6 +15,6 @@ namespace fa::decode_sm90 {
 enum class Variant : uint8_t { kAny };
 
 template <typename T, int kHeadDim, Variant kVariant>
-Status launch_instance(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
+Status launch_instance(const Plan& plan, const StepParams& params, const ExecutionContext& context);
 
 }  // namespace fa::decode_sm90

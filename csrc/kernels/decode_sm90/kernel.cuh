@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm)
   if (threadIdx.x == 32 * C::kWarps) {
     tma_prefetch_map(&args.key);
     tma_prefetch_map(&args.value);
-    if (args.cut.heads > 0) tell_first_piece<C>(args, shared);
+    if (args.uniform && args.cut.heads > 0) tell_first_piece<C>(args, shared);
   }
   wait_for_earlier_kernels();
   // 2. Which keys are this block's.
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm)
   if (threadIdx.x / 32 < C::kWarps) {
     Consumer<C>(args, shared, ring).run();
   } else if (threadIdx.x % 32 == 0) {
-    if (args.cut.heads > 0) {
+    if (args.uniform ? args.cut.heads > 0 : shared.cut_tiles > 0) {
       produce<C>(args, shared, ring, DrawnPieces<C>(args, shared));
     } else {
       produce<C>(args, shared, ring, Range<C>(args, shared));

@@ -62,31 +62,60 @@ int most_clusters(int blocks) {
   return found[blocks];
 }
 
+/// Where keys and values lie, which are in pages.
+inline Pages describe_pages(const StepParams& p, int tile_keys) {
+  const TensorView& table = p.cache.block_table;
+  Pages pages{};
+  pages.table = table.data;
+  pages.wide = table.dtype == DType::kInt64;
+  pages.sequence_stride = table.shape[0] > 1 ? table.stride[0] : 0;
+  pages.page_stride = table.shape[1] > 1 ? table.stride[1] : 0;
+  pages.count = static_cast<int>(p.key.shape[0]);
+  pages.rows = Divisor(p.key.shape[2]);
+  pages.halves = p.key.shape[2] % tile_keys != 0;
+  return pages;
+}
+
+/// How heads are cut if all are equally long, and the rest of the schedule where the host knows all lengths.
+template <class C>
+void cut_keys(const StepParams& p, int blocks, KernelArgs* args) {
+  const int64_t part_bytes = slot_floats(args->partial_rows, p.value.shape[3]) * int64_t{sizeof(float)};
+  const int least_tiles = least_tiles_of_part(C::kStageBytes, part_bytes);
+  const int64_t rows = p.query.shape[2] * group_size(p);  // of a sequence; of packed ones each is taken to have one tile
+  const int64_t row_tiles = p.cu_seqlens_q.present ? 1 : (rows + args->tile_rows - 1) / args->tile_rows;
+  const int64_t heads_of_span = row_tiles * p.key.shape[1], heads = heads_of_span * num_sequences(p);
+  if (args->uniform && args->num_spans > 0) {
+    args->work = work_of<C>(*args, 0, {0, args->num_keys});
+    args->share = static_cast<int>(heads * args->work.units_of_item / blocks);
+    args->cut = cut_heads(heads, args->work.units_of_item, C::kStageBytes, least_tiles, blocks, most_clusters<C>);
+    args->schedule = cut(args->work.units * args->num_spans, blocks);
+  } else if (!args->uniform) {
+    args->cut = cut_unknown_heads(heads, args->num_keys / C::kTileN + 2, least_tiles, blocks);
+  }
+  args->cut.heads_of_span = Divisor(std::max<int64_t>(heads_of_span, 1));
+  args->cut.row_tiles = Divisor(std::max<int64_t>(row_tiles, 1));
+}
+
 /// All of the arguments but tensor maps and workspace.
 template <class C>
-KernelArgs describe_problem(const AttentionParams& p, int blocks) {
+KernelArgs describe_problem(const StepParams& p, int blocks) {
   KernelArgs args{};
   args.problem = p;
-  args.sequences = sequence_rule(p);
+  args.rule = cache_rule(p);
+  args.num_keys = static_cast<int>(num_keys(p));
+  if (in_pages(p)) args.pages = describe_pages(p, C::kTileN);
   args.group_size = Divisor(group_size(p));
   args.num_spans = static_cast<int>(num_spans(p));
   args.tile_rows = tile_rows(p);
+  while (1 << args.tile_bits < args.tile_rows) ++args.tile_bits;
+  args.read_once = mean_rows(p) * group_size(p) <= args.tile_rows;
   args.merge_rows = merge_rows(p);
   args.partial_rows = most_rows(p);
   args.stages = num_stages(C::kHeadDim, plan_bytes<C::kWarps>() + merge_bytes(C::kHeadDim, args.merge_rows));
   args.scan_mask = scans_mask(p, blocks);
-  args.uniform =
-      !p.kv_lengths.present && !p.query_lengths.present && !p.query_offsets.present && !p.cu_seqlens_q.present && !args.scan_mask;
-  if (args.uniform && args.num_spans > 0) {
-    args.work = work_of<C>(args, 0, {0, p.key.shape[2]});
-    const int64_t heads = int64_t{args.num_spans} * args.work.row_tiles * p.key.shape[1];
-    const int64_t part_bytes = slot_floats(args.partial_rows, p.value.shape[3]) * sizeof(float);
-    args.share = static_cast<int>(heads * args.work.units_of_item / blocks);
-    args.cut = cut_heads(heads, args.work.units_of_item, C::kStageBytes, part_bytes, blocks, most_clusters<C>);
-    args.schedule = cut(args.work.units * args.num_spans, blocks);
-    args.heads_of_span = Divisor(args.work.row_tiles * p.key.shape[1]);
-    args.row_tiles = Divisor(args.work.row_tiles);
-  }
+  args.uniform = p.cache.mode == CacheMode::kAppend && !p.kv_lengths.present && !p.query_lengths.present &&
+                 !p.query_offsets.present && !p.cu_seqlens_q.present && !args.scan_mask;
+  cut_keys<C>(p, blocks, &args);
   args.modified = p.softcap != 0.0f || p.bias.present || p.alibi_slopes.present;
   args.out_by_4 = has_rows_by_4(p.out);
   return args;
@@ -95,19 +124,22 @@ KernelArgs describe_problem(const AttentionParams& p, int blocks) {
 /// Keys and values are read once, so the L2 cache is not to fetch more than is asked for. One box of all columns takes the copy
 /// engine less time than one for each 64 of them.
 template <class C>
-Status encode_keys_and_values(const AttentionParams& p, KernelArgs* args) {
+Status encode_keys_and_values(const StepParams& p, KernelArgs* args) {
+  const int box_rows = args->pages.halves ? C::kTileN / 2 : C::kTileN;
   args->whole_rows = C::kPanels > 1 && p.key.shape[3] % kPanelColumns == 0 && p.value.shape[3] % kPanelColumns == 0;
+  const int half = C::kPanelBytes / 2;  // of a tile's keys
+  args->layout = args->whole_rows && args->pages.halves ? TileLayout{half, C::kPanels * half} : TileLayout{C::kPanelBytes, half};
   const std::pair<const TensorView&, CUtensorMap*> tensors[] = {{p.key, &args->key}, {p.value, &args->value}};
   for (const auto& [tensor, map] : tensors) {
-    const Status status = args->whole_rows ? encode_panels_map(tensor, C::kTileN, C::kPanels, map)
-                                           : encode_tensor_map(tensor, C::kTileN, map, L2Fetch::kLine);
+    const Status status = args->whole_rows ? encode_panels_map(tensor, box_rows, C::kPanels, map)
+                                           : encode_tensor_map(tensor, box_rows, map, L2Fetch::kLine);
     if (!status.ok()) return status;
   }
   return {};
 }
 
 template <typename T, int kHeadDim, Variant>
-Status launch_instance(const Plan& plan, const AttentionParams& p, const ExecutionContext& context) {
+Status launch_instance(const Plan& plan, const StepParams& p, const ExecutionContext& context) {
   using C = Traits<T, kHeadDim>;
   constexpr int kSharedBytes = C::kTile.shared_bytes();
   static_assert(plan_bytes<C::kWarps>() + merge_bytes(kHeadDim, kRowsPerWarp) + kTilesBeforeItem * C::kStageBytes <= kSharedBytes,
@@ -123,8 +155,8 @@ Status launch_instance(const Plan& plan, const AttentionParams& p, const Executi
   args.partial_state = reinterpret_cast<float2*>(args.partial_out + slots * args.partial_rows * p.value.shape[3]);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   error = find_merge_counters(context, &args.counters);
-  if (args.cut.pieces > blocks) args.draws = &args.counters[kMaxBlocks].parts_done;
-  if (args.cut.heads > 0) blocks = std::min(blocks, args.cut.pieces);
+  args.draws = &args.counters[kMaxBlocks].parts_done;
+  if (args.uniform && args.cut.heads > 0) blocks = std::min(blocks, args.cut.pieces);
   if (error == cudaSuccess)
     error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, stream, args, std::max(args.cut.cluster, 1));
   return cuda_status(error, "decode_sm90 could not be launched");

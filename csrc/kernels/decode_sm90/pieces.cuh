@@ -65,7 +65,7 @@ struct Range {
   int head_unit;        // of the last piece: its head's first
   bool is_first = true;
   SequenceWork work;
-  static constexpr bool kFirstIsTold = false;
+  static constexpr bool first_is_told = false;
 
   __device__ __forceinline__ Range(const KernelArgs& args_, const SharedPlan<C::kWarps>& shared_)
       : args(args_), shared(shared_), schedule(args_.uniform ? args_.schedule : shared_.schedule) {
@@ -145,42 +145,59 @@ template <class C>
 struct DrawnPieces {
   const KernelArgs& args;
   SharedPlan<C::kWarps>& shared;
+  const HeadCut& cut;
+  const int tiles;                            // of each head
   int number = static_cast<int>(blockIdx.x);  // of the next piece
   int idx = 0;                                // the sequence
   int head, part;                             // of the last piece
   SequenceWork work;
-  static constexpr bool kFirstIsTold = true;  // by tell_first_piece
+  const bool first_is_told;  // by tell_first_piece
 
   __device__ __forceinline__ DrawnPieces(const KernelArgs& args_, SharedPlan<C::kWarps>& shared_)
-      : args(args_), shared(shared_), work(args_.work) {}
+      : args(args_),
+        shared(shared_),
+        cut(args_.cut),
+        tiles(args_.uniform ? args_.cut.tiles : shared_.cut_tiles),
+        first_is_told(args_.uniform) {
+    if (args.uniform) {
+      work = args.work;
+    } else {
+      idx = shared.first_sequence;
+      work = shared.first_work;
+    }
+  }
 
   /// Finds out which piece comes after the last one. Called before that one's copies start, which hide the way to the counter.
   __device__ __forceinline__ void draw() {
-    number = args.cut.pieces;
-    if (args.draws != nullptr)
-      number = static_cast<int>(gridDim.x + atomicInc(args.draws, args.cut.pieces - 1));  // 0 again after the last block's last
+    number = cut.pieces;
+    if (cut.pieces > static_cast<int>(gridDim.x))
+      number = static_cast<int>(gridDim.x + atomicInc(args.draws, cut.pieces - 1));  // 0 again after the last block's last
   }
 
   /// False: there is no more.
   __device__ __forceinline__ bool next(Piece& piece) {
-    const HeadCut& cut = args.cut;
     if (number >= cut.pieces) return false;
     const int parts = static_cast<int>(cut.parts.divisor);
     head = static_cast<int>(cut.parts.quotient(number));
     part = number - head * parts;
-    idx = static_cast<int>(args.heads_of_span.quotient(head));
-    work.sequence.batch_idx = idx;
-    const int item = head - idx * static_cast<int>(args.heads_of_span.divisor);
-    piece.key_head = static_cast<int>(args.row_tiles.quotient(item));
-    piece.first_row = (item - piece.key_head * static_cast<int>(args.row_tiles.divisor)) * args.tile_rows;
-    const int from = static_cast<int>(cut.parts.quotient(cut.tiles * part));
-    set_tiles(args, work, piece, from, static_cast<int>(cut.parts.quotient(cut.tiles * (part + 1))));
+    const int its = static_cast<int>(cut.heads_of_span.quotient(head));
+    if (args.uniform) {
+      work.sequence.batch_idx = its;
+    } else if (its != idx) {
+      work = work_of<C>(args, shared, its);
+    }
+    idx = its;
+    const int item = head - idx * static_cast<int>(cut.heads_of_span.divisor);
+    piece.key_head = static_cast<int>(cut.row_tiles.quotient(item));
+    piece.first_row = (item - piece.key_head * static_cast<int>(cut.row_tiles.divisor)) * args.tile_rows;
+    const int from = static_cast<int>(cut.parts.quotient(tiles * part));
+    set_tiles(args, work, piece, from, static_cast<int>(cut.parts.quotient(tiles * (part + 1))));
     return true;
   }
 
   /// The place of the last piece among those of its head.
   __device__ __forceinline__ void place(Item& item) const {
-    const int parts = static_cast<int>(args.cut.parts.divisor);
+    const int parts = static_cast<int>(cut.parts.divisor);
     item.counter = parts > 1 ? head : 0;
     item.part = part;
     item.num_parts = parts;

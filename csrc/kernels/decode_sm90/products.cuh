@@ -49,7 +49,8 @@ struct Products {
   }
 
   /// scores = Q K^T. `keys`: the stage's shared address + key_lane().
-  static __device__ __forceinline__ void multiply_keys(Scores& scores, const Queries& queries, uint32_t keys) {
+  static __device__ __forceinline__ void multiply_keys(Scores& scores, const Queries& queries, uint32_t keys,
+                                                       const TileLayout& layout) {
 #pragma unroll
     for (int i = 0; i < C::kKeyBlocks * 4; ++i) scores[0][i / 4][i % 4] = 0.0f;
 #pragma unroll
@@ -58,7 +59,7 @@ struct Products {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const int step = (first + i) / kPairs, pair = (first + i) % kPairs;
-        ldmatrix_x4(b[i], swizzled_step(keys, step % 4) + step / 4 * C::kPanelBytes + pair * 16 * 128);
+        ldmatrix_x4(b[i], swizzled_step(keys, step % 4) + step / 4 * layout.panel + pair * layout.half);
       }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
@@ -70,29 +71,30 @@ struct Products {
   }
 
   /// out += P V. `values`: the address of the stage's values + value_lane().
-  static __device__ __forceinline__ void multiply_values(Out& out, const Weights& weights, uint32_t values) {
-    for_values(values, [&](int k, int d, const uint32_t (&b)[4]) { multiply(out, weights, k, d, b); });
+  static __device__ __forceinline__ void multiply_values(Out& out, const Weights& weights, uint32_t values,
+                                                         const TileLayout& layout) {
+    for_values(values, layout, [&](int k, int d, const uint32_t (&b)[4]) { multiply(out, weights, k, d, b); });
   }
 
   /// The same where some rows don't see some keys. A weight of 0 keeps a value out of a sum only if that is finite: values that
   /// no row sees are taken as 0; if one that some rows see and others don't is not finite, each row is multiplied alone.
   static __device__ __forceinline__ void multiply_seen_values(Out& out, const Weights& weights, uint32_t values,
-                                                              const SeenKeys& seen) {
+                                                              const TileLayout& layout, const SeenKeys& seen) {
     if (__any_sync(kAllLanes, seen.by_some != 0)) {
       bool found = false;
-      for_values(values, [&](int k, int, const uint32_t (&b)[4]) {
+      for_values(values, layout, [&](int k, int, const uint32_t (&b)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) found |= has_nonfinite(b[i] & halves(seen.by_some, k, i));
       });
       if (__builtin_expect(__any_sync(kAllLanes, found), 0)) {
         Out copy;  // NOTE: only this copy need have an address
         copy_out(copy, out);
-        multiply_by_row(copy, weights, values, seen.by_row[0], seen.by_row[1]);
+        multiply_by_row(copy, weights, values, layout, seen.by_row[0], seen.by_row[1]);
         copy_out(out, copy);
         return;
       }
     }
-    for_values(values, [&](int k, int d, uint32_t (&b)[4]) {
+    for_values(values, layout, [&](int k, int d, uint32_t (&b)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) b[i] &= halves(seen.by_any, k, i);
       multiply(out, weights, k, d, b);
@@ -102,7 +104,7 @@ struct Products {
  private:
   /// Calls use(k, d, b) for each 16 keys (k) and 16 columns (d, in blocks of 8): b are the operands of two instructions.
   template <class Use>
-  static __device__ __forceinline__ void for_values(uint32_t values, Use use) {
+  static __device__ __forceinline__ void for_values(uint32_t values, const TileLayout& layout, Use use) {
 #pragma unroll
     for (int k = 0; k < C::kTileN / 16; ++k) {
 #pragma unroll
@@ -110,7 +112,7 @@ struct Products {
         uint32_t b[4][4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          ldmatrix_x4_transposed(b[i], swizzled_step(values, i) + panel * C::kPanelBytes + k * 16 * 128);
+          ldmatrix_x4_transposed(b[i], swizzled_step(values, i) + panel * layout.panel + k * layout.half);
 #pragma unroll
         for (int i = 0; i < 4; ++i) use(k, 8 * panel + 2 * i, b[i]);
       }
@@ -129,15 +131,15 @@ struct Products {
   }
 
   /// One row after the other, with the values of the keys that it sees.
-  static __device__ __noinline__ void multiply_by_row(Out& out, const Weights& weights, uint32_t values, uint32_t seen_by_first,
-                                                      uint32_t seen_by_second) {
+  static __device__ __noinline__ void multiply_by_row(Out& out, const Weights& weights, uint32_t values, TileLayout layout,
+                                                      uint32_t seen_by_first, uint32_t seen_by_second) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int row = 0; row < kRowsPerWarp; ++row) {
       const int r = row / 8, owner = row % 8 * 4 + lane % 4;
       const uint32_t seen = __shfl_sync(kAllLanes, r == 0 ? seen_by_first : seen_by_second, owner);
       Out own = {};
-      for_values(values, [&](int k, int d, uint32_t (&b)[4]) {
+      for_values(values, layout, [&](int k, int d, uint32_t (&b)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) b[i] &= halves(seen, k, i);
         multiply(own, weights, k, d, b);

@@ -11,8 +11,9 @@
 namespace fa::decode_sm90 {
 
 /// Keys that bias and mask have.
-FA_HD int64_t most_keys(const AttentionParams& p) {
-  int64_t keys = p.key.shape[2];
+FA_HD int64_t most_keys(const KernelArgs& args) {
+  const AttentionParams& p = args.problem;
+  int64_t keys = args.num_keys;
   if (p.bias.present) keys = min(keys, p.bias.shape[3]);
   if (p.mask.present) keys = min(keys, p.mask.shape[3]);
   return keys;
@@ -22,10 +23,13 @@ FA_HD int64_t most_keys(const AttentionParams& p) {
 template <class C>
 FA_HD SequenceWork work_of(const KernelArgs& args, int idx, KeyRange span) {
   const AttentionParams& p = args.problem;
-  SequenceWork work{args.sequences.at(idx)};
+  CacheRule rule = args.rule;
+  if (rule.mode == CacheMode::kWindow) rule.mode = CacheMode::kAppend;  // never so, which spares the kernel the code for it
+  SequenceWork work{rule.at(idx).sequence};
   const Sequence& s = work.sequence;
-  work.row_tiles = (static_cast<int>(s.num_rows * args.group_size.divisor) + args.tile_rows - 1) / args.tile_rows;
-  work.key_end = static_cast<int>(min(min(s.mask.kv_length, span.end), most_keys(p)));
+  const int rows = static_cast<int>(s.num_rows) * static_cast<int>(args.group_size.divisor);
+  work.row_tiles = (rows + args.tile_rows - 1) >> args.tile_bits;
+  work.key_end = static_cast<int>(min(min(s.mask.kv_length, span.end), most_keys(args)));
   work.key_begin = min(static_cast<int>(span.begin), work.key_end);
   const RowBand band = s.mask.band();
   const int begin = band.first(0, work.key_begin), end = band.end(static_cast<int>(s.query_length) - 1, work.key_end);
@@ -102,7 +106,7 @@ __device__ __forceinline__ const MaskSpan& span_of(const KernelArgs& args, const
 /// On the device, where lengths and masks are known.
 template <class C>
 __device__ __forceinline__ SequenceWork work_of(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, int idx) {
-  KeyRange keys{0, args.sequences.seqlen_kv};
+  KeyRange keys{0, args.num_keys};
   if (args.scan_mask) {
     const MaskSpan& span = span_of<C>(args, shared, idx);
     keys = {span.begin, span.end};
@@ -140,7 +144,17 @@ __device__ __forceinline__ int block_of(const Schedule& s, int unit) {
   return unit < in_larger ? unit / (s.per_block + 1) : s.extra + (unit - in_larger) / s.per_block;
 }
 
-/// The whole block, once, where lengths or masks decide: the schedule, in shared memory.
+/// Key tiles of each head of sequence `idx`: -1 where it has not as many tiles of rows as the cut of args takes for granted. 0:
+/// these are no rows outside of packed sequences.
+__device__ __forceinline__ int tiles_if_alike(const KernelArgs& args, const SequenceWork& work, int idx) {
+  if (idx >= args.rule.sequences.num_sequences && work.units == 0) return 0;
+  return idx < args.rule.sequences.num_sequences && work.row_tiles == static_cast<int>(args.cut.row_tiles.divisor)
+             ? work.units_of_item
+             : -1;
+}
+
+/// The whole block, once, where lengths or masks decide: cut or schedule, in shared memory. It runs while nothing is read yet,
+/// and most of its time instructions are fetched: so what finds a sequence's work is here once.
 template <class C>
 __device__ __forceinline__ void make_schedule(const KernelArgs& args, SharedPlan<C::kWarps>& shared) {
   if (args.scan_mask) scan_masks<C>(args, shared);
@@ -148,12 +162,15 @@ __device__ __forceinline__ void make_schedule(const KernelArgs& args, SharedPlan
   const int per_thread = (args.num_spans + C::kThreads - 1) / C::kThreads, first = threadIdx.x * per_thread;
   const int last = min(first + per_thread, args.num_spans), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   SequenceWork work;
-  int own = 0;
+  int own = 0, tiles = 0;  // tiles of their heads; -1: not of all the same
+#pragma unroll 1
   for (int i = first; i < last; ++i) {
     work = work_of<C>(args, shared, i);
     own += work.units;
+    const int its = tiles_if_alike(args, work, i);
+    tiles = tiles == 0 || its == tiles ? its : its == 0 ? tiles : -1;
   }
-  // 2. … and learns the sum of those before them and of all.
+  // 2. … and learns the sum of those before them and of all, and whether all are like the first.
   int upto = own;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -161,21 +178,30 @@ __device__ __forceinline__ void make_schedule(const KernelArgs& args, SharedPlan
     if (lane >= distance) upto += below;
   }
   if (lane == 31) shared.warp_units[warp] = upto;
+  if (threadIdx.x == 0) shared.first_tiles = tiles;
   __syncthreads();
+  const int first_tiles = shared.first_tiles;
+  const bool is_long_enough = args.cut.heads > 0 && first_tiles >= args.cut.least_tiles;
+  const bool is_cut = __syncthreads_and(is_long_enough && (tiles == 0 || tiles == first_tiles));
   int before = upto - own, units = 0;
 #pragma unroll
   for (int i = 0; i <= C::kWarps; ++i) {
     if (i < warp) before += shared.warp_units[i];
     units += shared.warp_units[i];
   }
-  // 3. The thread whose sequences have the first unit of the block's range says so.
+  // 3. The thread whose sequences have the first unit of the block's first piece says so.
   const Schedule s = cut(units, gridDim.x);
-  const int begin = cut_of(s, blockIdx.x);
-  if (threadIdx.x == 0) shared.schedule = s;
-  if (begin < before || begin >= before + own) return;
+  if (threadIdx.x == 0) {
+    shared.schedule = s;
+    shared.cut_tiles = is_cut ? first_tiles : 0;
+  }
+  const int begin = is_cut ? static_cast<int>(args.cut.heads_of_span.quotient(args.cut.parts.quotient(blockIdx.x)))
+                           : cut_of(s, blockIdx.x);  // a sequence, or a unit
+  if (is_cut ? begin < first || begin >= last : begin < before || begin >= before + own) return;
+#pragma unroll 1
   for (int i = first; i < last; ++i) {
     if (per_thread > 1) work = work_of<C>(args, shared, i);
-    if (begin < before + work.units) {
+    if (is_cut ? i == begin : begin < before + work.units) {
       shared.first_sequence = i;
       shared.first_unit = before;
       shared.first_work = work;

@@ -12,6 +12,14 @@
 
 namespace fa::decode_sm90 {
 
+/// Do keys and values lie in pages, which the kernel reads where they are?
+inline bool in_pages(const StepParams& p) { return p.cache.mode == CacheMode::kPaged && p.cache.block_table.present; }
+
+/// Keys of a sequence at most.
+inline int64_t num_keys(const StepParams& p) {
+  return in_pages(p) ? p.cache.block_table.shape[1] * p.key.shape[2] : p.key.shape[2];
+}
+
 /// Query rows of a sequence, on average where they are packed.
 inline int64_t mean_rows(const AttentionParams& p) {
   const int64_t sequences = num_sequences(p);
@@ -33,13 +41,13 @@ inline int most_rows(const AttentionParams& p) {
 }
 
 /// Key tiles of all heads, each span taken to see all keys: an upper bound.
-inline int64_t most_units(const AttentionParams& p, const TileShape& tile) {
-  const int64_t keys = p.key.shape[2] / tile.tile_n + 2, rows = p.query.shape[2] * group_size(p);
+inline int64_t most_units(const StepParams& p, const TileShape& tile) {
+  const int64_t keys = num_keys(p) / tile.tile_n + 2, rows = p.query.shape[2] * group_size(p);
   const int64_t tiles = rows / tile_rows(p) + 1, spans = num_spans(p);
   return p.key.shape[1] * (p.cu_seqlens_q.present ? (tiles + spans) * keys : tiles * spans * keys);
 }
 
-inline int num_blocks(const AttentionParams& p, const Device& device, const TileShape& tile) {
+inline int num_blocks(const StepParams& p, const Device& device, const TileShape& tile) {
   return static_cast<int>(std::min<int64_t>(most_units(p, tile), int64_t{device.num_sms} * tile.blocks_per_sm));
 }
 

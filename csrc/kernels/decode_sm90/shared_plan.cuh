@@ -24,7 +24,9 @@ struct SharedPlan {
   float2 row_state[kMostTileRows];            // of the block
   int merges;                                 // this block merges the parts of the head
   int warp_units[kWarps_ + 1];
-  Schedule schedule;
+  int cut_tiles;                   // not uniform: of each head, where all have equally many and are cut alike; else 0, and …
+  int first_tiles;                 // those of the first sequence's
+  Schedule schedule;               // … this
   int first_sequence, first_unit;  // the sequence in which this block's range begins, and the unit in which that begins
   SequenceWork first_work;         // of that sequence
   MaskSpan mask_span[kMaxScannedMasks];
