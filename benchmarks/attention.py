@@ -107,7 +107,7 @@ def measure(row: Row, options: argparse.Namespace) -> dict:
         one["error"] = float(f"{errors[name]:.3g}")
         one["tflops"] = round(row.flops / one["median_ms"] / 1e9, 1)
         if row.seqlen <= 8:
-            one["tb_per_s"] = round(row.kv_bytes / one["median_ms"] / 1e9, 3)
+            one["tb_per_s"] = round(row.kv_bytes * result.get("visible_share", 1) / one["median_ms"] / 1e9, 3)
         result["contestants"][name] = one
     add_ratios(row, result)
     return result

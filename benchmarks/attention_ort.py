@@ -24,6 +24,8 @@ ELEMENTS = {
     torch.bool: (TensorProto.BOOL, np.bool_),
     torch.int64: (TensorProto.INT64, np.int64),
     torch.int32: (TensorProto.INT32, np.int32),
+    torch.int8: (TensorProto.INT8, np.int8),
+    torch.float8_e4m3fn: (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FN),  # NumPy has no such type
 }
 Contestant = Callable[[int], torch.Tensor]  # argument: which set of tensors; returns [B, S, H, D]
 

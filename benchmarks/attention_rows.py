@@ -23,6 +23,7 @@ class Row:
     is_causal: bool = False
     window: int = -1  # neighbours before the own position; with is_causal
     mask: str = ""  # "lengths", "mask" (bool [B, 1, 1, S]), "bias_1HSS", "bias_B1SS"
+    shortest: float = 0.25  # of those lengths, as a part of the longest; 0: 1
     num_kv_heads: int = 0  # 0: num_heads
     seqlen_kv: int = 0  # 0: seqlen
     dtype: str = "bfloat16"
@@ -44,6 +45,7 @@ class Row:
         length = f"s{self.seqlen}" + (f"x{self.seqlen_kv}" if self.seqlen_kv else "")
         words = [f"b{self.batch_size}", heads, length, f"d{self.head_dim}"]
         words += ["causal"] * self.is_causal + ([f"window{self.window}"] if self.window >= 0 else []) + [self.mask]
+        words += ["from 1"] * (self.mask in ("lengths", "mask") and self.shortest == 0)
         words += ["float32"] * (self.dtype == "float32") + ["float8"] * (self.dtype == "float8_e4m3fn")
         words += ["backward"] * self.backward
         return " ".join(filter(None, words))
@@ -52,8 +54,9 @@ class Row:
     def pairs(self) -> float:
         """Visible (query, key) pairs of a head, lengths and bool masks not counted."""
         if self.window >= 0:
-            return float(sum(min(i, self.window) + 1 for i in range(self.seqlen)))
-        return self.seqlen * self.kv_len / (2 if self.is_causal else 1)
+            before = self.kv_len - self.seqlen  # keys in front of the first row
+            return float(sum(min(before + i, self.window) + 1 for i in range(self.seqlen)))
+        return self.seqlen * (self.kv_len - self.seqlen / 2 if self.is_causal else self.kv_len)
 
     @property
     def flops(self) -> float:
@@ -63,7 +66,9 @@ class Row:
 
     @property
     def kv_bytes(self) -> float:
-        return 4.0 * self.batch_size * self.kv_heads * self.kv_len * self.head_dim
+        """What has to be read, lengths and bool masks not counted."""
+        keys = min(self.kv_len, self.window + self.seqlen) if self.window >= 0 else self.kv_len
+        return 4.0 * self.batch_size * self.kv_heads * keys * self.head_dim
 
 
 @dataclasses.dataclass
@@ -85,11 +90,12 @@ class Tensors:
     in_bfloat16: Tensors | None = None  # the same numbers, of float8 tensors
 
 
-def _uniform_lengths(count: int, longest: int) -> torch.Tensor:
-    """25 to 100 % of `longest`, in random order. One length is drawn from each of `count` equal parts of that span,
-    because the total work of a few independent draws would differ from run to run."""
+def _uniform_lengths(count: int, longest: int, shortest: float) -> torch.Tensor:
+    """From the part `shortest` of `longest` on (at least 1), in random order. One length is drawn from each of `count`
+    equal parts of that span, because the total work of a few independent draws would differ from run to run."""
     share = (torch.arange(count, device="cuda") + torch.rand(count, device="cuda")) / count
-    return (longest * (0.25 + 0.75 * share)).round().long()[torch.randperm(count, device="cuda")]
+    lengths = (longest * (shortest + (1 - shortest) * share)).round().long().clamp(min=1)
+    return lengths[torch.randperm(count, device="cuda")]
 
 
 def draw(row: Row) -> Tensors:
@@ -113,7 +119,7 @@ def draw(row: Row) -> Tensors:
     if row.backward:
         tensors.d_out = normal(b, s, h, d)
     if row.mask in ("lengths", "mask"):
-        tensors.lengths = _uniform_lengths(b, row.kv_len)
+        tensors.lengths = _uniform_lengths(b, row.kv_len, row.shortest)
         keys = torch.arange(row.kv_len, device="cuda")
         tensors.mask = keys[None, None, None] < tensors.lengths[:, None, None, None]
         _pack(row, tensors)
@@ -136,7 +142,8 @@ def expected(row: Row, tensors: Tensors, rows: torch.Tensor, heads: int) -> torc
     """float64 [B, len(rows), heads, D] of some rows of the first heads."""
     group = row.num_heads // row.kv_heads
     query = tensors.query[:, rows, :heads].double()
-    key, value = (t.double().repeat_interleave(group, 2)[:, :, :heads] for t in (tensors.key, tensors.value))
+    used = (t[:, :, : -(-heads // group)].double() for t in (tensors.key, tensors.value))
+    key, value = (t.repeat_interleave(group, 2)[:, :, :heads] for t in used)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * row.head_dim**-0.5
     if tensors.bias is not None:
         scores += tensors.bias[:, :heads, rows].double()
@@ -204,8 +211,14 @@ def _decode() -> list[Row]:
     heads = ((1, 64, 8, 64, 16384), (32, 32, 32, 128, 1024), (2, 16, 1, 256, 8192))
     others = [Row(b, h, 1, d, num_kv_heads=k, seqlen_kv=s) for b, h, k, d, s in heads]
     several = Row(8, 32, 4, 128, num_kv_heads=8, seqlen_kv=8192, is_causal=True)
-    ragged = Row(64, 32, 1, 128, num_kv_heads=8, seqlen_kv=4096, mask="lengths")
-    return [*plain, *others, several, ragged]
+    ragged = [
+        Row(64, 32, 1, 128, num_kv_heads=8, seqlen_kv=s, mask="lengths", shortest=shortest)
+        for s, shortest in ((4096, 0.25), (32768, 0.0))
+    ]
+    window = Row(8, 32, 1, 128, is_causal=True, window=1023, num_kv_heads=8, seqlen_kv=32768)
+    as_long = Row(8, 32, 1, 128, num_kv_heads=8, seqlen_kv=1024)  # what the window is held against
+    chunk = Row(1, 32, 512, 128, is_causal=True, num_kv_heads=8, seqlen_kv=8192)
+    return [*plain, *others, several, *ragged, window, as_long, chunk]
 
 
 # Batch, heads, length and head_dim of the float32 rows: what exports of encoders and of longer models have.

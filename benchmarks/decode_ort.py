@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times a decoder's whole step inside onnxruntime's CUDA provider: rotary embedding, one new row stored, attention.
 
-float16, 32 query heads on 8 key heads of 128. Against GroupQueryAttention, past and present one bound buffer, and in
-pages against PagedAttention, which is told its longest row and cache. One run, contestants take turns, medians count.
-All have to agree with each other first.
+float16, 32 query heads on 8 key heads of 128. Against GroupQueryAttention, past and present one bound buffer, float16
+or quantized with one scale, and in pages against PagedAttention, which is told its longest row and cache. One run,
+contestants take turns, medians count. All have to agree with each other first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import attention_ort
 import gpu_timer
 import numpy as np
+import onnx
 import results_file
 import rich.box
 import rich.console
@@ -26,6 +27,7 @@ from onnx import helper, numpy_helper
 
 PAGE_ROWS = (16, 256)  # the smallest page that PagedAttention takes, and one that its FlashAttention reads in place
 LIMIT = 3e-3  # ||a - b|| / ||b|| of two contestants' outputs
+QUANTIZED = {"int8": (torch.int8, 127), "float8": (torch.float8_e4m3fn, 448)}  # dtype and largest number
 PEER = {"faexport": "GroupQueryAttention"} | {f"faexport paged {n}": f"PagedAttention {n}" for n in PAGE_ROWS}
 Call = Callable[[int], torch.Tensor]
 
@@ -37,15 +39,17 @@ class Step:
     batch_size: int
     seqlen: int
     paged: bool = False
+    quantized: str = ""  # a key of QUANTIZED
 
     @property
     def cache_bytes(self) -> int:
-        return 2 * 2 * self.batch_size * NUM_KV_HEADS * self.seqlen * HEAD_DIM
+        return 2 * (1 if self.quantized else 2) * self.batch_size * NUM_KV_HEADS * self.seqlen * HEAD_DIM
 
 
 STEPS = (
     *(Step(b, s) for b, s in ((1, 512), (1, 4096), (1, 32768), (8, 4096), (16, 2048), (64, 2048), (8, 32768))),
     *(Step(b, s, paged=True) for b, s in ((1, 4096), (8, 4096), (16, 2048), (64, 2048))),
+    *(Step(b, s, quantized=name) for b, s in ((1, 4096), (8, 4096)) for name in QUANTIZED),
 )
 
 
@@ -59,6 +63,12 @@ def draw(step: Step) -> dict[str, torch.Tensor]:
     half = torch.arange(HEAD_DIM // 2, device="cuda") * 2 / HEAD_DIM
     angles = torch.arange(step.seqlen, device="cuda")[:, None] / 10000.0**half
     lengths = torch.full((step.batch_size,), step.seqlen, device="cuda", dtype=torch.int32)
+    if step.quantized:
+        dtype, largest = QUANTIZED[step.quantized]
+        for name in ("past_key", "past_value"):
+            numbers = (drawn[name].float() * (largest / 4)).clamp(-largest, largest)
+            drawn[name] = (numbers if dtype.is_floating_point else numbers.round()).to(dtype)
+        drawn |= {name: torch.tensor([4 / largest], device="cuda") for name in ("k_scale", "v_scale")}
     return drawn | {
         "cos_cache": angles.cos().half(),
         "sin_cache": angles.sin().half(),
@@ -85,6 +95,21 @@ def in_pages(step: Step, drawn: dict[str, torch.Tensor], page_rows: int) -> dict
     }
 
 
+def quantize(kind: str, node: onnx.NodeProto) -> list[str]:
+    """Gives a contestant's node of make_node a quantized cache, and returns its further inputs."""
+    scales = ["k_scale", "v_scale"]
+    attributes: dict[str, int | str] = {"kv_cache_bit_width": 8}
+    if kind == "GroupQueryAttention":
+        node.input.extend([""] * 3)  # positions, bias, sinks
+        attributes |= {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR"}
+    else:
+        given = next(attribute for attribute in node.attribute if attribute.name == "optional_inputs")
+        given.s += b"," + ",".join(scales).encode()
+    node.input.extend(scales)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    return scales
+
+
 def make_model(kind: str, step: Step, tensors: dict[str, torch.Tensor]) -> tuple[bytes, list[str]]:
     """One contestant's model of one node, and the names of its inputs."""
     initializers = []
@@ -107,13 +132,15 @@ def make_model(kind: str, step: Step, tensors: dict[str, torch.Tensor]) -> tuple
         )  # fmt: skip
     else:
         node, names = make_node(kind)
+        names += quantize(kind, node) if step.quantized else []
         if "total_sequence_length" in names:
             names.remove("total_sequence_length")
             total = np.array([step.seqlen], np.int32)
             initializers.append(numpy_helper.from_array(total, "total_sequence_length"))
     element = {name: attention_ort.ELEMENTS[tensors[name].dtype][0] for name in names}
     inputs = [helper.make_tensor_value_info(name, element[name], tensors[name].shape) for name in names]
-    outputs = [helper.make_tensor_value_info(name, element["query"], None) for name in OUTPUTS]
+    outputs = [helper.make_tensor_value_info(OUTPUTS[0], element["query"], None)]
+    outputs += [helper.make_tensor_value_info(name, element["past_key"], None) for name in OUTPUTS[1:]]
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("faexport", 1), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph([node], "step", inputs, outputs, initializers)
     return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString(), names
@@ -185,11 +212,12 @@ def show(console: rich.console.Console, rows: list[dict]) -> None:
     for name in ("batch", "cache", "contestant", "µs", "TB/s", "of its peer's time"):
         table.add_column(name, justify="left" if name == "contestant" else "right")
     for row in rows:
+        size = (str(row["batch_size"]), f"{row['seqlen']} {row['quantized']}".strip())
         for kind, times in row["contestants"].items():
             cells = (kind, f"{times['median_ms'] * 1e3:.1f}", f"{times['tb_per_s']:.2f}")
-            table.add_row(str(row["batch_size"]), str(row["seqlen"]), *cells, str(row["over_peer"].get(kind, "")))
+            table.add_row(*size, *cells, str(row["over_peer"].get(kind, "")))
         for kind, why in row["refused"].items():
-            table.add_row(str(row["batch_size"]), str(row["seqlen"]), kind, "–", "–", why)
+            table.add_row(*size, kind, "–", "–", why)
     console.print(table)
 
 

@@ -83,7 +83,8 @@ def decode_section() -> str:
         peer = f"{best} {peers[best]:.1f}" if best else "–"
         split = f"{times['decode_splitkv']:.1f}" if "decode_splitkv" in times else "–"
         ours, ratio = row["contestants"]["ours"], row.get("ours_over_best_peer")
-        speed = f"{times['ours']:.1f} | {ours.get('tb_per_s', math.nan):.2f}"
+        rate = f"{ours['tb_per_s']:.2f}" if "tb_per_s" in ours else "–"
+        speed = f"{times['ours']:.1f} | {rate}"
         lines.append(f"| {row['row']} | {speed} | {peer} | {ratio or '–'} | {split} |")
     return "\n".join(lines) + "\n"
 
@@ -137,7 +138,8 @@ def step_section() -> str:
         for ours, ratio in row["over_peer"].items():
             peer = ours.replace("faexport paged", "PagedAttention").replace("faexport", "GroupQueryAttention")
             times = f"{1e3 * found[ours]['median_ms']:.1f} | {peer} {1e3 * found[peer]['median_ms']:.1f}"
-            lines.append(f"| {row['batch_size']} | {row['seqlen']} | {times} | {ratio:.2f} |")
+            keys = f"{row['seqlen']} {row.get('quantized', '')}".strip()
+            lines.append(f"| {row['batch_size']} | {keys} | {times} | {ratio:.2f} |")
     return "\n".join(lines) + "\n"
 
 
