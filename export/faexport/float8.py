@@ -20,7 +20,7 @@ from .fallback import layouts_of, set_inputs
 from .nodes import op, operand
 from .rewrite import Names, name_node, remove_dead
 from .schema import NUM_REQUIRED
-from .spec import Layout
+from .spec import DOMAIN, OP_TYPE, Layout
 from .surgery import Builder
 from .understand.core.rounding import rounding_at
 from .understand.layout.view_ops import VIEW_OPS
@@ -155,6 +155,18 @@ def _own_numbers(value: ir.Value, a: Analysis) -> tuple[ir.Value | None, float]:
             return None, 0.0
         source = node.inputs[0]
     return None, 0.0
+
+
+def note(model: ir.Model, a: Analysis) -> str:
+    """A sentence where queries, keys and values of fused nodes are made of e4m3 numbers, "" where none are."""
+    sites = [site_of(node, a) for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    count = sum(bool(site.operands) and not site.to_measure for site in sites)
+    if not count:
+        return ""
+    return (
+        f"queries, keys and values of {count} site{'s' * (count > 1)} are made of float8 numbers, which the operator "
+        "reads dequantized; --dtype fp8 hands it these numbers, for CPUs and GPUs of compute capability 9.0"
+    )
 
 
 def measure(build: Builder, value: ir.Value, layout: Layout) -> list[ir.Value]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport import around, dequantize
+from faexport import around, dequantize, float8
 from faexport.cuda_heads import cpu_only_note, gathered_note, has_kernel
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
@@ -75,7 +75,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float")
     if not (options.fp16 or options.float8) and any(map(has_kernel, in_float32)):
         report.notes.append(float32_note(options.float32))
-    report.notes += [note for note in (cpu_only_note(candidates), gathered_note(candidates)) if note]
+    float8_note = "" if options.float8 or not fused else float8.note(model, masks.analysis)
+    report.notes += [note for note in (cpu_only_note(candidates), gathered_note(candidates), float8_note) if note]
     report.defects = masks.analysis.defects
     return model, report
 

@@ -5,6 +5,7 @@ time with ml_dtypes and NumPy here, so that no part of ours judges itself."""
 from __future__ import annotations
 
 import dataclasses
+import io
 import pathlib
 from collections.abc import Mapping
 
@@ -15,8 +16,10 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from faexport import float8, float8_check, jobs, ort_session
+import rich.console
+from faexport import float8, float8_check, html_report, jobs, ort_session, report_view, verify
 from faexport.options import Options
+from faexport.report import Float8, Float8Output, Float8Site, Report
 
 FP8 = Options(dtype=ir.DataType.FLOAT8E4M3FN)
 HEADS, DIM, ROWS, KEYS = 4, 16, 24, 40
@@ -202,6 +205,37 @@ def test_a_models_own_float8_numbers_are_taken_as_they_are(tmp_path: pathlib.Pat
     assert node.input[0] == "q8" and node.input[2] == "v8"
     assert "query_descale" in next(a for a in node.attribute if a.name == "optional_inputs").s.decode()
     assert distance(outputs(made, drawn()), outputs(model, drawn(), library=False)) < 1e-5
+
+
+def test_the_report_tells_of_such_numbers_where_float8_was_not_asked_for() -> None:
+    _, report = faexport.fuse(model_of(OWN))
+    assert any("of 1 site are made of float8 numbers" in note and "--dtype fp8" in note for note in report.notes)
+    _, report = faexport.fuse(model_of(PLAIN))
+    assert not any("float8" in note for note in report.notes)
+
+
+def test_what_is_shown_of_float8() -> None:
+    """On a terminal and as a page: equal layers are one row, with the largest distance."""
+    sites = [Float8Site(f"layer.{n}", "", False, 0.01 * (n + 1)) for n in range(3)]
+    sites.append(Float8Site("other", "it has sinks", False))
+    output = Float8Output("logits", 0.034, 0.25)
+    said = Float8(tuple(sites), (output,), "real.npz", verify.VerificationStatus.FAILED, "it is another model")
+    console = rich.console.Console(width=100, record=True, file=io.StringIO())
+    for part in report_view.view(Report(float8=said)):
+        console.print(part)
+    for text in (console.export_text(), html_report.page(Report(float8=said), {})):
+        for words in (
+            "layer.0…2",
+            "3 %",
+            "other",
+            "it has sinks",
+            "logits",
+            "3.4 %",
+            "0.25",
+            "real.npz",
+            "another model",
+        ):
+            assert words in text, words
 
 
 def test_a_file_is_measured_without_the_library(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,8 @@ def test_the_short_form_is_completed_like_the_long_one() -> None:
     assert completions("faexport --ver") == {"plain,--verify", "plain,--verify-timeout", "plain,--version"}
     assert completions("faexport mod") == {"file,mod"}
     assert completions("faexport in") == {"plain,inspect", "file,in"}
-    assert completions("faexport --dtype ") == completions("faexport m.onnx --dtype ") == {"plain,fp16", "plain,bf16"}
+    types = {f"plain,{name}" for name in ("fp16", "bf16", "fp8")}
+    assert completions("faexport --dtype ") == completions("faexport m.onnx --dtype ") == types
     assert completions("faexport m.onnx -o ") == {"file,"}
     assert "plain,--strict" in completions("faexport m.onnx --")
     assert "plain,--dtype" not in completions("faexport inspect m.onnx --")
@@ -85,7 +86,7 @@ USAGE = {
     "unknown option": (("--no-such", "x.onnx"), "--no-such"),
     "no number": (("x.onnx", "--opset", "x"), "invalid value for '--opset': 'x' is not a valid integer range"),
     "too small": (("x.onnx", "--opset", "3"), "3 is not in the range x>=7"),
-    "unknown choice": (("x.onnx", "--dtype", "fp8"), "'fp8' is not one of 'fp16', 'bf16'"),
+    "unknown choice": (("x.onnx", "--dtype", "fp4"), "'fp4' is not one of 'fp16', 'bf16', 'fp8'"),
     "too many": (("inspect", "x.onnx", "y.onnx"), "(y.onnx)"),
     "no model": (("inspect",), "missing argument 'MODEL'"),
     "no value": (("x.onnx", "--inputs"), "'--inputs' requires an argument"),
