@@ -135,7 +135,7 @@ Status plan_backward(const StepParams& params, const Gradients& gradients, const
   *plan = {};
   if (refusals.empty() && kernel != nullptr)
     refusals = "there is no backward kernel '" + std::string(kernel) + "'; there are" + names;
-  if (refusals.empty()) refusals = "the backward pass has no CUDA kernel yet; it runs on the CPU";
+  if (refusals.empty()) refusals = kNoCuda;
   return {StatusCode::kUnsupported, refusals};
 }
 

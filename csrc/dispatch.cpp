@@ -27,8 +27,6 @@ const Kernel kTable[] = {
 };
 // clang-format on
 
-constexpr const char* kNoCuda = "this build has no CUDA kernels (it was made without nvcc)";
-
 /// Can a row attend no key, and is what it then yields not 0? The mean of no values is 0.
 bool may_have_empty_rows(const StepParams& p) {
   return (p.empty_row == EmptyRow::kValue && p.key.shape[2] == 0) || p.mask.present || p.bias.present || p.kv_lengths.present ||

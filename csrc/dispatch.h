@@ -17,6 +17,8 @@
 
 namespace fa {
 
+inline constexpr const char* kNoCuda = "this build has no CUDA kernels (it was made without nvcc)";
+
 struct Kernel {
   const char* name;   // its folder, and the word in explain(), NVTX ranges and test ids
   DeviceType device;  // the others refuse themselves

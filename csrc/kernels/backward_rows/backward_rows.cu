@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_con
   const AttentionParams& p = job.params;
   const RowPlace place = row_place(job.numbers.tiles, job.sequences, head, exists ? of_head : 0);
   const Sequence& s = place.sequence;
-  const bool is_row = exists && place.row < s.num_rows, in_use = exists && place.row < s.query_length;
+  const bool is_row = exists && place.row >= 0 && place.row < s.num_rows, in_use = is_row && place.row < s.query_length;
   const int64_t row = s.first_row + (is_row ? place.row : 0);
   RowResult result{INFINITY, 0.0f, 0.0f};
   RowSums sums{0.0f, 0.0f};

@@ -40,7 +40,7 @@ inline RowTiles row_tiles(const AttentionParams& p, int tile_rows) {
   return {tile_rows, packed, of_sequence, of_head};
 }
 
-/// Where an entry of the arrays stands: a row of a sequence, or, from num_rows of it on, none.
+/// Where an entry of the arrays stands: a row of a sequence, or, below 0 and from num_rows of it on, none.
 struct RowPlace {
   int head, sequence_idx;
   Sequence sequence;

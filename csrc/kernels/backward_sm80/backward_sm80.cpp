@@ -141,9 +141,24 @@ Status too_many(int64_t blocks) {
   return {StatusCode::kUnsupported, "The problem has " + std::to_string(blocks) + " tiles, at most 2^31 - 1 can be launched."};
 }
 
-Status launch_sums_of(const Instance& instance, const AttentionParams& p, const Gradients& g, const Grid& grid, ScoreSums sums,
-                      cudaStream_t stream) {
+Status launch_sums_of(const Instance& instance, const AttentionParams& p, const Gradients& g, const Grid& grid,
+                      const ScoreSums& sums, int64_t blocks, cudaStream_t stream) {
+  if (Status status = too_many(blocks); !status.ok() || blocks == 0) return status;
+  return cuda_status(sums_of(instance)(p, g, grid, sums, static_cast<unsigned>(blocks), stream),
+                     "Sums of the backward pass could not be launched");
+}
+
+/// D of each row, summed up over its keys.
+Status sum_rows(const Instance& instance, const AttentionParams& p, const Gradients& g, const Grid& grid, cudaStream_t stream) {
+  ScoreSums sums{};
+  sums.of_rows = sums.shared[3] = true;
+  return launch_sums_of(instance, p, g, grid, sums, p.query.shape[1] * grid.numbers.tiles.of_head, stream);
+}
+
+Status sum_bias(const Instance& instance, const AttentionParams& p, const Gradients& g, const Grid& grid, cudaStream_t stream) {
   const TileShape tile = instance.tile();
+  ScoreSums sums{};
+  sums.sum = g.d_bias;
   int64_t count[4];
   for (int axis = 0; axis < 4; ++axis) {
     sums.shared[axis] = sums.sum.stride[axis] == 0 && sums.sum.shape[axis] != 1;
@@ -153,23 +168,7 @@ Status launch_sums_of(const Instance& instance, const AttentionParams& p, const 
   sums.blocks_of_rows = static_cast<unsigned>((count[2] + tile.tile_q - 1) / tile.tile_q);
   sums.blocks_of_keys = static_cast<unsigned>((count[3] + tile.tile_k() - 1) / tile.tile_k());
   const int64_t blocks = count[0] * count[1] * sums.blocks_of_rows * sums.blocks_of_keys;
-  if (Status status = too_many(blocks); !status.ok() || blocks == 0) return status;
-  return cuda_status(sums_of(instance)(p, g, grid, sums, static_cast<unsigned>(blocks), stream),
-                     "The gradient of the bias could not be launched");
-}
-
-/// D of each row, summed up over its keys.
-ScoreSums sums_of_rows(const AttentionParams& p) {
-  ScoreSums sums{};
-  sums.of_rows = true;
-  sums.sum = {nullptr, DType::kFloat32, true, {num_sequences(p), p.query.shape[1], p.query.shape[2], 2}, {1, 1, 1, 0}};
-  return sums;
-}
-
-ScoreSums sums_of_bias(const Gradients& g) {
-  ScoreSums sums{};
-  sums.sum = g.d_bias;
-  return sums;
+  return launch_sums_of(instance, p, g, grid, sums, blocks, stream);
 }
 
 }  // namespace
@@ -202,7 +201,7 @@ Status launch(const BackwardPlan& plan, const StepParams& params, const Gradient
   const bool has_keys = pairs > 0 && params.key.shape[2] > 0;
   const Grid grid = has_keys ? grid_of(instance, params, gradients, arrays) : Grid{};
   if (has_keys && sums_deltas(params, gradients)) {
-    Status status = launch_sums_of(instance, params, gradients, grid, sums_of_rows(params), stream);
+    Status status = sum_rows(instance, params, gradients, grid, stream);
     if (!status.ok()) return status;
   }
   const int64_t blocks = has_keys ? pairs * arrays.splits : 0, row_tiles = params.query.shape[1] * arrays.numbers.tiles.of_head;
@@ -213,7 +212,7 @@ Status launch(const BackwardPlan& plan, const StepParams& params, const Gradient
     if (error != cudaSuccess) return cuda_status(error, "The backward kernel could not be launched");
   }
   if (gradients.d_bias.present) {
-    Status status = launch_sums_of(instance, params, gradients, grid, sums_of_bias(gradients), stream);
+    Status status = sum_bias(instance, params, gradients, grid, stream);
     if (!status.ok()) return status;
   }
   return gradients.d_sinks.present ? d_sinks_of_rows(params, gradients, arrays.numbers, context) : Status{};

@@ -39,10 +39,10 @@ struct Grid {
 
 /// What the kernel of sums over tiles of scores adds up (score_sums.cuh).
 struct ScoreSums {
-  bool of_rows;                                    // D of each row anew, into RowNumbers::delta, in place of d_bias
-  TensorView sum;                                  // d_bias, or for D [B, H_q, S_q, S_kv] with stride 0 on the axis of keys
-  unsigned blocks_of_keys, blocks_of_rows, heads;  // tiles of `sum` that are no sums over others, and its distinct heads
-  bool shared[4];                                  // axes of `sum` that are summed over
+  bool of_rows;    // D of each row anew, into RowNumbers::delta, in place of d_bias: a sum over keys
+  TensorView sum;  // d_bias
+  unsigned blocks_of_keys, blocks_of_rows, heads;  // tiles of d_bias that are no sums over others, and its distinct heads
+  bool shared[4];                                  // axes that are summed over
 };
 
 }  // namespace fa::backward_sm80

@@ -76,6 +76,22 @@ struct SumPlace {
   int b, head, row_tile, key_tile;
 };
 
+/// Of D: block x has tile x of RowTiles. A negative row_tile: it has no rows.
+template <class Config>
+__device__ __forceinline__ SumPlace place_of_rows(const Grid& grid) {
+  const unsigned of_head = static_cast<unsigned>(grid.numbers.tiles.of_head), head = blockIdx.x / of_head;
+  const RowPlace place = row_place(grid.numbers.tiles, grid.sequences, head, (blockIdx.x - head * of_head) * Config::kTileQ);
+  const bool has_rows = place.row >= 0 && place.row < place.sequence.query_length;
+  return {place.sequence_idx, place.head, has_rows ? static_cast<int>(place.row / Config::kTileQ) : -1, 0};
+}
+
+__device__ __forceinline__ SumPlace place_of_bias(const ScoreSums& sums) {
+  const unsigned of_pair = sums.blocks_of_keys * sums.blocks_of_rows, pair = blockIdx.x / of_pair;
+  const unsigned in_pair = blockIdx.x - pair * of_pair, row_tile = in_pair / sums.blocks_of_keys;
+  return {static_cast<int>(pair / sums.heads), static_cast<int>(pair % sums.heads), static_cast<int>(row_tile),
+          static_cast<int>(in_pair - row_tile * sums.blocks_of_keys)};
+}
+
 template <class Config>
 __device__ __forceinline__ void write_sums(const typename Config::Products::Scores& total, const ScoreSums& sums,
                                            const SumPlace& place, unsigned char* shared) {
@@ -173,10 +189,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
                       const __grid_constant__ Grid grid, const __grid_constant__ ScoreSums sums) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ TileWork work;
-  const unsigned tile = blockIdx.x, of_pair = sums.blocks_of_keys * sums.blocks_of_rows, pair = tile / of_pair;
-  const unsigned row_tile = tile % of_pair / sums.blocks_of_keys;
-  const SumPlace place{static_cast<int>(pair / sums.heads), static_cast<int>(pair % sums.heads), static_cast<int>(row_tile),
-                       static_cast<int>(tile % sums.blocks_of_keys)};
+  const SumPlace place = sums.of_rows ? place_of_rows<Config>(grid) : place_of_bias(sums);
+  if (place.row_tile < 0) return;
   Block<Config> block{p, g, grid, work, {}, 0, shared};
   typename Config::Products::Scores total = {}, shares = {};
   Step step{0, 0, 0};
