@@ -27,6 +27,13 @@ class Workspace {
   size_t bytes_ = 0;
 };
 
+/// Are D wanted without the rounding of the output? Gradients of biases and sinks are sums over many rows in which what is exact
+/// cancels almost all; and with few keys that rounding isn't the mean of many.
+inline bool needs_exact_deltas(const AttentionParams& params, const Gradients& gradients) {
+  constexpr int64_t kFewKeys = 32;
+  return gradients.d_bias.present || gradients.d_sinks.present || params.key.shape[2] <= kFewKeys;
+}
+
 /// Arrays for a kernel with tiles of so many rows. `natural`: with `rest`.
 RowNumbers row_numbers(const AttentionParams& params, int tile_rows, bool natural, Workspace* workspace);
 

@@ -46,15 +46,8 @@ LaunchSums sums_of(const Instance& instance) {
   return nullptr;
 }
 
-/// Are D wanted without the rounding of the output? Gradients of biases and sinks are sums over many rows in which what is exact
-/// cancels almost all; and with few keys that rounding isn't the mean of many.
-bool sums_deltas(const AttentionParams& p, const Gradients& g) {
-  constexpr int64_t kFewKeys = 32;
-  return g.d_bias.present || g.d_sinks.present || p.key.shape[2] <= kFewKeys;
-}
-
 bool needs_modified(const AttentionParams& p, const Gradients& g) {
-  return p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || sums_deltas(p, g);
+  return p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || needs_exact_deltas(p, g);
 }
 
 int64_t head_dim_of(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
@@ -200,7 +193,7 @@ Status launch(const BackwardPlan& plan, const StepParams& params, const Gradient
   const int64_t pairs = num_sequences(params) * params.key.shape[1];
   const bool has_keys = pairs > 0 && params.key.shape[2] > 0;
   const Grid grid = has_keys ? grid_of(instance, params, gradients, arrays) : Grid{};
-  if (has_keys && sums_deltas(params, gradients)) {
+  if (has_keys && needs_exact_deltas(params, gradients)) {
     Status status = sum_rows(instance, params, gradients, grid, stream);
     if (!status.ok()) return status;
   }
