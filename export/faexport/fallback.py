@@ -16,7 +16,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from faexport.fallback_body import READS_ATTRIBUTES, Form, function, numbers_of
+from faexport.fallback_body import Form, function, numbers_of
+from faexport.fallback_ops import READS_ATTRIBUTES
+from faexport.fallback_rows import Rotary
 from faexport.nodes import all_nodes, operand
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.surgery import FIRST_OPSET, Missing
@@ -41,7 +43,11 @@ NEUTRAL = {
     "empty_row_value": np.zeros((1, 1), np.float32),
     **{name: np.ones(1, np.float32) for name in ("query_descale", "key_descale", "value_descale", "output_scale")},
 }
-SUPPORTED = {*NEUTRAL, "past_key", "past_value", "nonpad_kv_seqlen", "query_offset"}
+PLACED = (
+    "past_key", "past_value", "nonpad_kv_seqlen", "query_offset", "cos_cache", "sin_cache", "position_ids",
+    "q_norm_weight", "k_norm_weight",
+)  # fmt: skip
+SUPPORTED = {*NEUTRAL, *PLACED}
 
 
 @dataclasses.dataclass
@@ -129,8 +135,11 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
         return f"nothing stands in for the input {sorted(set(roles) - SUPPORTED)[0]}"
     if (cache := node.attributes.get_string("cache", "append")) != "append":
         return f"nothing stands in for cache = {cache}"
-    if {"past_key", "nonpad_kv_seqlen"} <= set(roles):
-        return "nothing stands in for nonpad_kv_seqlen beside a past"
+    if node.attributes.get_string("cache_layout", "BHSD") == Layout.BSH:
+        return "nothing stands in for cache_layout = BSH"
+    rotary = _rotary(node, roles, analysis)
+    if isinstance(rotary, str):
+        return rotary
     dtype = analysis.dtype(node.inputs[0])
     if dtype is None:
         return "the type of its query isn't known"
@@ -158,10 +167,25 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
         windows=windows,
         softcap=node.attributes.get_float("softcap", 0.0) != 0,
         float8=float8,
+        rotary=rotary,
+        cache_layout=Layout(node.attributes.get_string("cache_layout", "BHSD")),
         numbers=numbers_of(node) if opset < READS_ATTRIBUTES else (),
         heads=_heads(node, analysis) if opset < FIRST_OPSET["Range"] else None,
     )
     return _Call(node, form, output_dtype(dtype, node.attributes.get_string("output_dtype", "")))
+
+
+def _rotary(node: ir.Node, roles: Sequence[str], analysis: Analysis) -> Rotary | None | str:
+    """What is the same for all rows of a rotary embedding, or why nothing can stand in for it."""
+    if "cos_cache" not in roles:
+        return None
+    table = analysis.shape(operand(node, 3 + roles.index("cos_cache")))
+    if table is None or (len(table) == 2 and "position_ids" not in roles):
+        return "nothing stands in for a rotary embedding without position_ids"
+    pairs = node.attributes.get_int("rotary_dim", 0) // 2 or table[-1].const
+    if pairs is None:
+        return "the number of columns that its rotary embedding turns isn't known"
+    return Rotary(pairs, node.attributes.get_int("rotary_interleaved", 0) == 1, by_row=len(table) == 3)
 
 
 def _heads(node: ir.Node, analysis: Analysis) -> tuple[int, int] | None:
@@ -203,6 +227,7 @@ def _key(call: _Call, *, words: bool) -> tuple:
     form = call.form
     fixed = tuple(sorted(set(form.inputs) - set(NEUTRAL)))
     key = (form.layouts, fixed, form.outputs, form.packed, form.float8, call.dtype, form.numbers, form.heads)
+    key = (*key, form.rotary, form.cache_layout)
     return (*key, form.alignment, form.empty_row) if words else key
 
 
@@ -230,7 +255,7 @@ def _united(group: list[_Call]) -> Form:
     """The form that serves all calls of a group: the inputs that any of them has, in the order of NEUTRAL."""
     roles = {role for call in group for role in call.form.inputs}
     order = [
-        *(r for r in ("past_key", "past_value", "nonpad_kv_seqlen", "query_offset") if r in roles),
+        *(r for r in PLACED if r in roles),
         *(r for r in NEUTRAL if r in roles),
     ]
     return dataclasses.replace(

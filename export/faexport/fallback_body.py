@@ -10,15 +10,15 @@ body runs for tensors without elements.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from faexport.fallback_ops import Ops
+from faexport.fallback_rows import Rotary, Transform
 from faexport.spec import DOMAIN, OP_TYPE, Layout
-from faexport.surgery import Builder
 
 INTEGERS = (
     "q_num_heads",
@@ -28,13 +28,15 @@ INTEGERS = (
     "right_window_size",
     "head_dim",
     "head_dim_v",
+    "rotary_dim",
+    "rotary_interleaved",
 )
+FLOATS = {"scale": 0.0, "softcap": 0.0, "q_norm_epsilon": 1e-6, "k_norm_epsilon": 1e-6}
 DEFAULTS = {"left_window_size": -1, "right_window_size": -1}
-READS_ATTRIBUTES = 13  # the first opset whose body reads the numbers of the calling node
 LOWEST = float(np.finfo(np.float32).min)
 WORDS = (
     "alignment", "empty_row", "float32_precision", "output_dtype", "query_layout", "key_layout", "value_layout",
-    "output_layout", "optional_inputs", "optional_outputs",
+    "output_layout", "optional_inputs", "optional_outputs", "cache_layout",
 )  # fmt: skip
 WORD_DEFAULTS = {"alignment": "onnx", "empty_row": "zero"}
 
@@ -56,78 +58,13 @@ class Form:
     numbers: tuple[tuple[str, Any], ...] = ()  # attributes that are fixed, before opset READS_ATTRIBUTES
     float8: bool = False  # query, key and value are float8_e4m3fn
     heads: tuple[int, int] | None = None  # of query and key, where Range can't count them (before opset 11)
-
-
-class _Ops(Builder):
-    """Makes the nodes of a function. `numbers`: the attributes that are fixed."""
-
-    def __init__(self, opset: int, numbers: dict[str, Any] | None = None):
-        super().__init__(opset)
-        self.numbers = numbers or {}
-        self._count = itertools.count()
-
-    def __call__(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        return self.add(op_type, inputs, **attributes)
-
-    def _named(self, node: ir.Node) -> ir.Node:
-        node.outputs[0].name = f"v{next(self._count)}"
-        return node
-
-    def const(self, value: object, dtype: type = np.int64) -> ir.Value:
-        made = self.constant(np.asarray(value, dtype))
-        made.type = None  # files of before IR version 10 have no types of values inside of functions
-        return made
-
-    def ref(self, name: str, kind: ir.AttributeType) -> ir.Value:
-        """An attribute of the calling node: a number, or a vector."""
-        if self.opset < READS_ATTRIBUTES:
-            dtype = np.float32 if kind is ir.AttributeType.FLOAT else np.int64
-            return self.const(self.numbers[name], dtype)
-        field = {
-            ir.AttributeType.INT: "value_int",
-            ir.AttributeType.FLOAT: "value_float",
-            ir.AttributeType.INTS: "value_ints",
-        }
-        node = self._named(ir.Node("", "Constant", [], [ir.RefAttr(field[kind], name, kind)]))
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def number(self, name: str) -> ir.Value:
-        return self.ref(name, ir.AttributeType.INT)
-
-    def vector(self, scalar: ir.Value) -> ir.Value:
-        return self("Reshape", scalar, self.const([1]))
-
-    def size(self, x: ir.Value, axis: int) -> ir.Value:
-        """int64 [1]."""
-        return self.slice(self("Shape", x), axis, axis + 1)
-
-    def scalar_size(self, x: ir.Value, axis: int) -> ir.Value:
-        return self.squeeze(self.size(x, axis), 0)
-
-    def concat(self, *parts: ir.Value, axis: int = 0) -> ir.Value:
-        return self("Concat", *parts, axis=axis)
-
-    def resize(self, x: ir.Value, *sizes: ir.Value) -> ir.Value:
-        """x with other axes behind axes 0 and 1. The Gather keeps onnxruntime from putting -1 in the place of a
-        computed size, which fails for a tensor without elements."""
-        target = self.concat(self.const([0, 0]), *sizes)
-        return self("Reshape", x, self("Gather", target, self.const(list(range(2 + len(sizes)))), axis=0))
-
-    def reduce(self, op_type: str, x: ir.Value) -> ir.Value:
-        """Over the last axis, which stays with size 1."""
-        return self(op_type, x, self.const([-1]), keepdims=1)
-
-    def float32(self, x: ir.Value) -> ir.Value:
-        return self("Cast", x, to=int(ir.DataType.FLOAT))
-
-    def arange(self, size: ir.Value) -> ir.Value:
-        return self("Range", self.const(0), size, self.const(1))
+    rotary: Rotary | None = None
+    cache_layout: Layout = Layout.BHSD  # of past and present; not BSH
 
 
 def function(form: Form, opset: int, dtype: ir.DataType, overload: str = "") -> ir.Function:
     """The stand-in for nodes of this form whose output is of this type, for a model of this opset."""
-    ops = _Ops(opset, dict(form.numbers))
+    ops = Ops(opset, dict(form.numbers))
     inputs = [ir.Value(name=name) for name in ("query", "key", "value", *_names(form.inputs))]
     given = dict(zip(("query", "key", "value", *form.inputs), inputs, strict=True))
     outputs = _Attention(ops, form, given, dtype).build()
@@ -151,7 +88,8 @@ def _names(roles: Sequence[str]) -> list[str]:
 def _attributes() -> list[ir.Attr]:
     """All attributes that a node may have, with the operator's defaults."""
     result = [ir.AttrInt64(name, DEFAULTS.get(name, 0)) for name in INTEGERS]
-    result += [ir.AttrFloat32("scale", 0.0), ir.AttrFloat32("softcap", 0.0), ir.AttrInt64s("packed_columns", [0] * 6)]
+    result += [ir.AttrFloat32(name, default) for name, default in FLOATS.items()]
+    result += [ir.AttrInt64s("packed_columns", [0] * 6)]
     return result + [ir.AttrString(name, WORD_DEFAULTS.get(name, "")) for name in WORDS]
 
 
@@ -159,18 +97,22 @@ class _Attention:
     """Builds the body. Shapes: q [B, H_q, S_q, D], k [B, H_kv, S_kv, D], v [B, H_kv, S_kv, D_v], scores [B, H_q,
     S_q, S_kv]."""
 
-    def __init__(self, ops: _Ops, form: Form, given: dict[str, ir.Value], dtype: ir.DataType):
+    def __init__(self, ops: Ops, form: Form, given: dict[str, ir.Value], dtype: ir.DataType):
         self.ops, self.form, self.given, self.dtype = ops, form, given, dtype
 
     def build(self) -> list[ir.Value]:
         ops, given = self.ops, self.given
         q, k, v = (self._operand(n, name) for n, name in enumerate(("query", "key", "value")))
-        present_key, present_value = k, v
+        transform = Transform(ops, given, self.form.rotary)
+        q = transform(q, "q")
+        if transform.changes("k"):
+            k = ops("Cast", transform(k, "k"), to=int(self.dtype))
         self.past = ops.const([0])
         if "past_key" in given:
-            self.past = ops.size(given["past_key"], 2)
-            present_key = k = ops.concat(given["past_key"], k, axis=2)
-            present_value = v = ops.concat(given["past_value"], v, axis=2)
+            past_key, past_value = (self._cached(given[name]) for name in ("past_key", "past_value"))
+            self.past = ops.size(past_key, 2)
+            k, v = ops.concat(past_key, k, axis=2), ops.concat(past_value, v, axis=2)
+        present_key, present_value = self._cached(k), self._cached(v)
         q, k, v = (ops.float32(x) for x in (q, k, v))
         if "query_bias" in given:  # the sum is rounded to the query's type
             q = ops("Add", q, ops.float32(ops.unsqueeze(given["query_bias"], 1)))
@@ -210,6 +152,10 @@ class _Attention:
             count = ops.vector(ops.number(heads))
             x = ops.resize(x, count, ops("Div", ops.size(x, 2), count))
         return ops("Transpose", x, perm=[0, 2, 1, 3])
+
+    def _cached(self, x: ir.Value) -> ir.Value:
+        """From the cache's layout to BHSD, or back."""
+        return x if self.form.cache_layout is Layout.BHSD else self.ops("Transpose", x, perm=[0, 2, 1, 3])
 
     def _factors(self, name: str) -> ir.Value:
         """One factor, one for each head, or one for each batch entry and head: [1 or B, 1 or H, 1, 1]."""
@@ -317,7 +263,7 @@ class _Attention:
         lengths = self._lengths() if "nonpad_kv_seqlen" in given else None
         if self.form.alignment == "bottom_right":
             return ops("Sub", self.keys if lengths is None else lengths, self.rows)
-        if self.form.alignment == "onnx" and lengths is not None:
+        if self.form.alignment == "onnx" and lengths is not None and "past_key" not in given:
             return ops("Sub", lengths, self.rows)
         return self.past
 

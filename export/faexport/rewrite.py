@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.nodes import graphs_of, name_of, outermost_graphs, subgraphs
+from faexport.nodes import graphs_of, name_of, op, outermost_graphs, subgraphs
 from faexport.spec import (
     DOMAIN,
     LEFT_OUT,
@@ -160,7 +160,14 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
         take_over(value, fresh)
     for shape, instead in spec.shape_uses:
         _replace_shape(shape, instead, node.name, names)
+    for gone, alike in spec.same_shapes:
+        for use in list(gone.uses()):
+            if op(use.node) == "Shape":
+                use.node.replace_input_with(use.idx, alike)
+        replaced.append(gone)
     remove_dead([v.producer() for v in replaced])
+    if spec.present_key is not None or spec.present_value is not None:
+        owner.sort()  # what reads a present that was a Concat's may stand in front of the node that makes it now
     candidate.fused_node = node
     return node
 

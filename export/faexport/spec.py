@@ -225,6 +225,8 @@ class AttentionSpec:
     # of the operator's own names (inputs.def, attributes.def): what else a decoder has, as its cache and rotary tables
     further_inputs: Mapping[str, ir.Value] = dataclasses.field(default_factory=dict)
     further_attributes: Mapping[str, int | float | str] = dataclasses.field(default_factory=dict)
+    # pairs of a value that goes away and one of the same shape, which Shape nodes read instead
+    same_shapes: Sequence[tuple[ir.Value, ir.Value]] = ()
     # pairs of another output of the replaced node and a value that takes its place
     other_outputs: Sequence[tuple[ir.Value, ir.Value]] = ()
     # names of DequantizeLinear outputs of the original in whose place the operator has what was quantized

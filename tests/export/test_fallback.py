@@ -346,12 +346,12 @@ def grouped_reference(feeds: dict[str, np.ndarray], layout: str) -> tuple[np.nda
     ("optional", "attributes", "reason"),
     [
         ("past_key,past_value,nonpad_kv_seqlen", {"cache": "write"}, "cache = write"),
-        ("past_key,past_value,nonpad_kv_seqlen", {}, "nonpad_kv_seqlen beside a past"),
+        ("past_key,past_value", {"cache_layout": "BSH"}, "cache_layout = BSH"),
         ("past_key,past_value,k_scale,v_scale", {}, "the input k_scale"),
-        ("cos_cache,sin_cache", {}, "the input cos_cache"),
+        ("cos_cache,sin_cache,write_indices", {}, "the input write_indices"),
     ],
 )
-def test_nothing_stands_in_for_caches_that_are_written(optional: str, attributes: dict, reason: str) -> None:
+def test_nothing_stands_in_for_other_caches(optional: str, attributes: dict, reason: str) -> None:
     names = ["query", "key", "value", *optional.split(",")]
     node = helper.make_node("FlashAttention", names, ["output"], domain=DOMAIN, optional_inputs=optional, **attributes)
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2, 3, 8]) for name in names]
@@ -359,3 +359,45 @@ def test_nothing_stands_in_for_caches_that_are_written(optional: str, attributes
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
     model = ir.from_proto(helper.make_model(helper.make_graph([node], "g", inputs, [output]), opset_imports=opsets))
     assert f"nothing stands in for {reason}" in fallback.add_fallback(model) and not model.functions
+
+
+TRANSFORMS = {
+    "by row": ({"rotary_dim": 4}, ("cos_cache", "sin_cache")),
+    "by row, pairs": ({"rotary_dim": 6, "rotary_interleaved": 1}, ("cos_cache", "sin_cache")),
+    "by position": ({}, ("cos_cache", "sin_cache", "position_ids")),
+    "norm": ({"q_norm_epsilon": 0.1}, ("q_norm_weight", "k_norm_weight")),
+    "norm of keys, by position": ({"k_norm_epsilon": 0.5}, ("cos_cache", "sin_cache", "position_ids", "k_norm_weight")),
+    "a cache of rows in front of heads": ({"cache_layout": "BSHD", "query_layout": "BSHD", "key_layout": "BSHD"}, ()),
+    "causal, lengths": ({"is_causal": 1}, ("nonpad_kv_seqlen",)),
+    "causal from the end of the lengths": ({"is_causal": 1, "alignment": "bottom_right"}, ("nonpad_kv_seqlen",)),
+}
+
+
+@pytest.mark.parametrize(("attributes", "names"), TRANSFORMS.values(), ids=TRANSFORMS.keys())
+def test_what_a_cache_step_does_is_the_same_in_the_stand_in(attributes: dict, names: tuple, library: str) -> None:
+    """Positions repeat, and some lie outside of the table."""
+    layout = attributes.get("cache_layout", "BHSD")
+    rng, rows = np.random.default_rng(4), 3
+    sizes = {"query": {"H": 4, "S": rows}, "key": {"H": 2, "S": rows}, "past_key": {"H": 2, "S": 5}}
+    sizes |= {"value": sizes["key"], "past_value": sizes["past_key"]}
+    feeds = {n: rng.standard_normal([{"B": 2, "D": 8, **s}[x] for x in layout]) for n, s in sizes.items()}
+    by_row = "position_ids" not in names
+    feeds |= {n: rng.standard_normal([1, rows, 4] if by_row else [6, 4]) for n in ("cos_cache", "sin_cache")}
+    feeds |= {f"{x}_norm_weight": rng.standard_normal(8) for x in "qk"}
+    feeds = {n: x.astype(np.float32) for n, x in feeds.items()}
+    feeds |= {"position_ids": np.array([[2, 2, 0], [1, 7, -1]]), "nonpad_kv_seqlen": np.array([8, 6])}
+    optional = ["past_key", "past_value", *names]
+    feeds = {n: feeds[n] for n in ("query", "key", "value", *optional)}
+    words = {"value_layout": layout} if layout != "BHSD" else {}
+    words |= {"optional_inputs": ",".join(optional), "optional_outputs": "present_key,present_value", **attributes}
+    outputs = ["output", "present_key", "present_value"]
+    node = helper.make_node("FlashAttention", list(feeds), outputs, domain=DOMAIN, **words)
+    types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+    inputs = [helper.make_tensor_value_info(n, types[x.dtype], list(x.shape)) for n, x in feeds.items()]
+    made = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    plain = helper.make_model(helper.make_graph([node], "g", inputs, made), opset_imports=opsets, ir_version=9)
+    model = ir.from_proto(plain)
+    assert fallback.add_fallback(model) == ""
+    for want, got in zip(run(plain, feeds, library), run(ir.to_proto(model), feeds), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

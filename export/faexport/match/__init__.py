@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from faexport.nodes import name_of, op
 from faexport.options import Options
-from faexport.spec import Candidate, Refusal
+from faexport.spec import AttentionSpec, Candidate, Refusal
 from faexport.surgery import Missing
 from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
@@ -47,7 +47,10 @@ class Registration:
     min_opset: int
 
 
+Refiner = Callable[[AttentionSpec, Context], AttentionSpec]
+
 MATCHERS: list[Registration] = []
+REFINERS: list[Refiner] = []
 
 
 def matcher(source: str, anchors: tuple[str, ...], min_opset: int = 1) -> Callable[[Matcher], Matcher]:
@@ -61,9 +64,15 @@ def matcher(source: str, anchors: tuple[str, ...], min_opset: int = 1) -> Callab
     return register
 
 
+def refiner(function: Refiner) -> Refiner:
+    """Registers what looks at every matcher's spec once more."""
+    REFINERS.append(function)
+    return function
+
+
 @functools.cache
 def load_matchers() -> None:
-    """Imports every file of this folder: each registers its matchers."""
+    """Imports every file of this folder: each registers what it has."""
     for module in sorted(m.name for m in pkgutil.iter_modules(__path__)):
         importlib.import_module(f"{__name__}.{module}")
 
@@ -86,7 +95,12 @@ def _tried(entry: Registration, node: ir.Node, context: Context) -> list[Candida
     """The matcher's answer. A defect of ours at one site is a refusal, and costs the model no other site."""
     context.analysis.forget()
     try:
-        return entry.match(node, context)
+        found = entry.match(node, context)
+        for candidate in found:
+            if isinstance(candidate.outcome, AttentionSpec):
+                for refine in REFINERS:
+                    candidate.outcome = refine(candidate.outcome, context)
+        return found
     except Missing as what:
         return [Candidate(node, context.graph, entry.source, outcome=Refusal(f"fusing it {what}", name_of(node)))]
     except Exception as error:

@@ -25,7 +25,7 @@ LABELS = ("batch", "heads", "rows", "columns")
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """One operand as an op states it: BHSD or BSH, and its number of heads where that is known."""
+    """One operand in a layout, and its number of heads where that is known."""
 
     value: ir.Value
     layout: Layout
@@ -41,8 +41,8 @@ def sizes_of(declared: Declared, a: Analysis) -> tuple[Dim, Dim, Dim, Dim] | Non
     shape = a.shape(declared.value)
     if shape is None or declared.heads is None:
         return None
-    if declared.layout == Layout.BHSD:
-        return shape if len(shape) == 4 else None
+    if declared.layout != Layout.BSH:
+        return tuple(shape[declared.layout.index(x)] for x in "BHSD") if len(shape) == 4 else None  # type: ignore[return-value]
     head_dim = shape[2].divide(declared.heads) if len(shape) == 3 else None
     return None if head_dim is None else (shape[0], declared.heads, shape[1], head_dim)
 
@@ -85,7 +85,7 @@ def _read(side: Declared, sizes, query_heads: Dim, grouped: bool, packed: bool, 
 
 
 def _as_bhsd(view: View, layout: Layout, sizes) -> View | None:
-    if layout == Layout.BHSD:
-        return view if len(view.axes) == 4 else None
+    if layout != Layout.BSH:
+        return view.transpose([layout.index(x) for x in "BHSD"]) if len(view.axes) == 4 else None
     split = view.reshape((sizes[0], sizes[2], sizes[1], sizes[3]))
     return None if split is None else split.transpose((0, 2, 1, 3))

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands in front of attention on a cache that a Concat appends to: rotary embeddings and norms in the spellings
+of exporters become the operator's, for all positions, where they are the same; else they stay in front of it."""
+
+from __future__ import annotations
+
+import faexport
+import numpy as np
+import onnx
+import pytest
+from faexport.options import Options
+from onnx import helper
+
+from tests.export.appended import Form, feeds, model_of
+from tests.export.test_sites import OPTIONS, node_of, run
+
+FORMS = {
+    "plain": Form(rotary="none"),
+    "slices": Form(),
+    "slices, causal": Form(causal=True),
+    "slices, one kv head": Form(kv_heads=1),
+    "slices, as many kv heads": Form(kv_heads=4),
+    "Split, -1 times": Form(rotary="split", layout="BSHD"),
+    "halves by themselves": Form(rotary="halves", table="half"),
+    "halves by themselves, wide table": Form(rotary="slices", table="gather", layout="BSHD"),
+    "pairs": Form(rotary="pairs", table="pairs"),
+    "pairs, heads behind rows": Form(rotary="pairs", table="pairs", layout="BSHD"),
+    "a part of the columns": Form(turned=4),
+    "a part of the columns, pairs": Form(turned=4, rotary="pairs", table="pairs", layout="BSHD"),
+    "two columns": Form(turned=2, rotary="halves", table="half"),
+    "stored table": Form(table="gather"),
+    "operator": Form(rotary="operator"),
+    "operator, a part": Form(rotary="operator", turned=4),
+    "onnxruntime's operator": Form(rotary="onnxruntime's operator"),
+    "norm": Form(rotary="none", norm="rsqrt"),
+    "norm and rotary": Form(norm="rsqrt"),
+    "norm by division, heads behind rows": Form(norm="div", layout="BSHD"),
+    "norm by an operator": Form(norm="operator", layout="BSHD", rotary="split"),
+}
+HALF = {
+    "float16": Form(half=True),
+    "float16, norm in float32": Form(half=True, norm="rsqrt"),
+    "float16, stored table": Form(half=True, table="gather", rotary="split", layout="BSHD"),
+}
+SIZES = ((2, 3, 4), (1, 1, 5), (3, 2, 0), (1, 1, 0), (2, 1, 1), (1, 1, 1))
+
+
+def names_of(model: onnx.ModelProto) -> list[str]:
+    """The optional inputs of the one fused node."""
+    attributes = {a.name: helper.get_attribute_value(a) for a in node_of(model).attribute}
+    return attributes.get("optional_inputs", b"").decode().split(",")
+
+
+def expected_names(form: Form) -> set[str]:
+    names = {"past_key", "past_value"}
+    if form.rotary != "none":
+        names |= {"cos_cache", "sin_cache"} | ({"position_ids"} if "operator" in form.rotary else set())
+    return names | ({"q_norm_weight", "k_norm_weight"} if form.norm != "none" else set())
+
+
+def compare(form: Form, fused: onnx.ModelProto, library: str | None, tolerance: float) -> None:
+    model = model_of(form)
+    for seed, (batch, rows, past) in enumerate(SIZES):
+        for positions in ("behind", "repeated", "apart"):
+            tensors = feeds(form, batch, rows, past, seed, positions)
+            tensors = {n.name: tensors[n.name] for n in model.graph.input}
+            for expected, got in zip(run(model, tensors), run(fused, tensors, library), strict=True):
+                assert got.shape == expected.shape
+                np.testing.assert_allclose(got, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("form", [*FORMS.values(), *HALF.values()], ids=[*FORMS, *HALF])
+def test_forms(form: Form, library: str) -> None:
+    """The node has it all, reads the projections in place, and makes the same present."""
+    fused, report = faexport.fuse(model_of(form), options=Options(fallback=True))
+    assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
+    assert expected_names(form) <= set(names_of(fused))
+    made_by = {name: node.op_type for node in fused.graph.node for name in node.output}
+    assert {made_by[name] for name in node_of(fused).input[:3]} == {"MatMul"} or form.norm != "none"
+    tolerance = 4e-3 if form.half else 2e-5
+    compare(form, fused, library, tolerance)
+    compare(form, fused, None, tolerance)
+
+
+STAYS = {
+    "other angles": (Form(flaw="other angles"), {"past_key"}),
+    "the second half of another table": (Form(flaw="other half"), {"past_key"}),
+    "turned backwards": (Form(flaw="wrong sign"), {"past_key"}),
+    "rotated keys are read elsewhere": (Form(flaw="key read elsewhere"), {"past_key"}),
+    "one position for all rows": (Form(flaw="one position"), {"past_key"}),
+    "norm in float16": (Form(flaw="norm in half", half=True, norm="rsqrt"), {"past_key", "cos_cache"}),
+    "norm over rows": (Form(flaw="norm over rows", norm="rsqrt"), {"past_key", "cos_cache"}),
+    "new rows first": (Form(flaw="new rows first"), set()),
+    "causal from the first key": (Form(flaw="aligned at the top", causal=True), set()),
+}
+
+
+@pytest.mark.parametrize(("form", "has"), STAYS.values(), ids=STAYS.keys())
+def test_what_the_operator_does_not_do_stays_in_front(form: Form, has: set[str], library: str) -> None:
+    fused, report = faexport.fuse(model_of(form), options=OPTIONS)
+    assert report.num_fused == 1
+    every = {"past_key", "past_value", "cos_cache", "sin_cache", "q_norm_weight", "k_norm_weight"}
+    found = {name.replace("value", "key").replace("sin", "cos") for name in every & set(names_of(fused))}
+    assert found == has
+    compare(form, fused, library, 4e-3 if form.half else 2e-5)
+
+
+def test_tensorrt_gets_rows_as_they_are() -> None:
+    fused, _ = faexport.fuse(model_of(Form()), options=Options(target="tensorrt"))
+    assert "past_key" not in names_of(fused)
