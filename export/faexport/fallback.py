@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from faexport.fallback_body import Form, function, numbers_of
 from faexport.fallback_ops import READS_ATTRIBUTES
-from faexport.fallback_rows import Rotary
+from faexport.fallback_rows import WRITES_OPSET, Rotary
 from faexport.nodes import all_nodes, operand
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.surgery import FIRST_OPSET, Missing
@@ -45,7 +45,7 @@ NEUTRAL = {
 }
 PLACED = (
     "past_key", "past_value", "nonpad_kv_seqlen", "query_offset", "cos_cache", "sin_cache", "position_ids",
-    "q_norm_weight", "k_norm_weight",
+    "q_norm_weight", "k_norm_weight", "write_indices",
 )  # fmt: skip
 SUPPORTED = {*NEUTRAL, *PLACED}
 
@@ -133,10 +133,9 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
         roles.append("float_mask" if name == "attn_mask" and dtype is not ir.DataType.BOOL else name)
     if not set(roles) <= SUPPORTED:
         return f"nothing stands in for the input {sorted(set(roles) - SUPPORTED)[0]}"
-    if (cache := node.attributes.get_string("cache", "append")) != "append":
+    cache = node.attributes.get_string("cache", "append")
+    if cache not in ("append", "write") or (cache == "write" and opset < WRITES_OPSET):
         return f"nothing stands in for cache = {cache}"
-    if node.attributes.get_string("cache_layout", "BHSD") == Layout.BSH:
-        return "nothing stands in for cache_layout = BSH"
     rotary = _rotary(node, roles, analysis)
     if isinstance(rotary, str):
         return rotary
@@ -153,7 +152,7 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
     left, right = (node.attributes.get_int(f"{side}_window_size", -1) for side in ("left", "right"))
     windows = left >= 0 or right >= 0 or node.attributes.get_int("is_causal", 0) == 1
     alignment = node.attributes.get_string("alignment", "onnx")
-    if alignment == "onnx" and "nonpad_kv_seqlen" not in roles:
+    if alignment == "onnx" and "nonpad_kv_seqlen" not in roles and cache == "append":
         alignment = "top_left"  # the same, then
     form = Form(
         layouts=layouts_of(node),
@@ -168,6 +167,7 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
         softcap=node.attributes.get_float("softcap", 0.0) != 0,
         float8=float8,
         rotary=rotary,
+        writes=cache == "write",
         cache_layout=Layout(node.attributes.get_string("cache_layout", "BHSD")),
         numbers=numbers_of(node) if opset < READS_ATTRIBUTES else (),
         heads=_heads(node, analysis) if opset < FIRST_OPSET["Range"] else None,
@@ -227,7 +227,7 @@ def _key(call: _Call, *, words: bool) -> tuple:
     form = call.form
     fixed = tuple(sorted(set(form.inputs) - set(NEUTRAL)))
     key = (form.layouts, fixed, form.outputs, form.packed, form.float8, call.dtype, form.numbers, form.heads)
-    key = (*key, form.rotary, form.cache_layout)
+    key = (*key, form.rotary, form.cache_layout, form.writes)
     return (*key, form.alignment, form.empty_row) if words else key
 
 

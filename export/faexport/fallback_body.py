@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.fallback_ops import Ops
-from faexport.fallback_rows import Rotary, Transform
+from faexport.fallback_rows import Rotary, Transform, first_position, written
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 
 INTEGERS = (
@@ -37,8 +37,9 @@ LOWEST = float(np.finfo(np.float32).min)
 WORDS = (
     "alignment", "empty_row", "float32_precision", "output_dtype", "query_layout", "key_layout", "value_layout",
     "output_layout", "optional_inputs", "optional_outputs", "cache_layout",
+    "cache",
 )  # fmt: skip
-WORD_DEFAULTS = {"alignment": "onnx", "empty_row": "zero"}
+WORD_DEFAULTS = {"alignment": "onnx", "empty_row": "zero", "cache": "append"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Form:
     float8: bool = False  # query, key and value are float8_e4m3fn
     heads: tuple[int, int] | None = None  # of query and key, where Range can't count them (before opset 11)
     rotary: Rotary | None = None
-    cache_layout: Layout = Layout.BHSD  # of past and present; not BSH
+    cache_layout: Layout = Layout.BHSD  # of past and present
+    writes: bool = False  # new rows go to a position of a cache of fixed size
 
 
 def function(form: Form, opset: int, dtype: ir.DataType, overload: str = "") -> ir.Function:
@@ -111,8 +113,15 @@ class _Attention:
         if "past_key" in given:
             past_key, past_value = (self._cached(given[name]) for name in ("past_key", "past_value"))
             self.past = ops.size(past_key, 2)
-            k, v = ops.concat(past_key, k, axis=2), ops.concat(past_value, v, axis=2)
-        present_key, present_value = self._cached(k), self._cached(v)
+            if self.form.writes:
+                self.past = first_position(ops, given, ops.size(q, 2))
+                k, v = (
+                    written(ops, given, past, new, self.past, self.dtype)
+                    for past, new in ((past_key, k), (past_value, v))
+                )
+            else:
+                k, v = ops.concat(past_key, k, axis=2), ops.concat(past_value, v, axis=2)
+        present_key, present_value = (self._placed(x, self.form.cache_layout) for x in (k, v))
         q, k, v = (ops.float32(x) for x in (q, k, v))
         if "query_bias" in given:  # the sum is rounded to the query's type
             q = ops("Add", q, ops.float32(ops.unsqueeze(given["query_bias"], 1)))
@@ -129,9 +138,9 @@ class _Attention:
         if "output_scale" in given:
             out = ops("Div", out, self._factors("output_scale"))
         if self.form.float8:  # at the end: Transpose takes float8 from opset 21 on only
-            out = ops("Cast", self._placed(out), to=int(self.dtype))
+            out = ops("Cast", self._placed(out, self.form.layouts[3]), to=int(self.dtype))
         else:
-            out = self._placed(ops("Cast", out, to=int(self.dtype)))
+            out = self._placed(ops("Cast", out, to=int(self.dtype)), self.form.layouts[3])
         named = {"present_key": present_key, "present_value": present_value}
         if lse is not None:
             named["lse"] = lse
@@ -154,8 +163,12 @@ class _Attention:
         return ops("Transpose", x, perm=[0, 2, 1, 3])
 
     def _cached(self, x: ir.Value) -> ir.Value:
-        """From the cache's layout to BHSD, or back."""
-        return x if self.form.cache_layout is Layout.BHSD else self.ops("Transpose", x, perm=[0, 2, 1, 3])
+        """From the cache's layout to BHSD."""
+        ops, layout = self.ops, self.form.cache_layout
+        if layout is Layout.BSH:
+            count = ops.vector(ops.number("kv_num_heads"))
+            x = ops.resize(x, count, ops("Div", ops.size(x, 2), count))
+        return x if layout is Layout.BHSD else ops("Transpose", x, perm=[0, 2, 1, 3])
 
     def _factors(self, name: str) -> ir.Value:
         """One factor, one for each head, or one for each batch entry and head: [1 or B, 1 or H, 1, 1]."""
@@ -190,9 +203,8 @@ class _Attention:
         group = ops("Max", group, ops.const([1])) if ops.opset >= 12 else group
         return ops("Gather", x, ops("Div", ops.arange(ops.squeeze(num_q_heads, 0)), group), axis=1)
 
-    def _placed(self, x: ir.Value) -> ir.Value:
-        """[B, H, S, D] in the output's layout."""
-        layout = self.form.layouts[3]
+    def _placed(self, x: ir.Value, layout: Layout) -> ir.Value:
+        """[B, H, S, D] in this layout."""
         if layout is Layout.BHSD:
             return x
         ops = self.ops
@@ -260,7 +272,7 @@ class _Attention:
         ops, given = self.ops, self.given
         if "query_offset" in given:
             return ops("Cast", given["query_offset"], to=int(ir.DataType.INT64))
-        lengths = self._lengths() if "nonpad_kv_seqlen" in given else None
+        lengths = self._lengths() if "nonpad_kv_seqlen" in given or self.form.writes else None
         if self.form.alignment == "bottom_right":
             return ops("Sub", self.keys if lengths is None else lengths, self.rows)
         if self.form.alignment == "onnx" and lengths is not None and "past_key" not in given:
@@ -268,13 +280,22 @@ class _Attention:
         return self.past
 
     def _lengths(self) -> ir.Value:
-        return self.ops("Cast", self.given["nonpad_kv_seqlen"], to=int(ir.DataType.INT64))
+        """[B]: keys in use of each entry; of a cache of fixed size no more than it has, and all up to the last new
+        row unless it is told."""
+        ops, name = self.ops, "nonpad_kv_seqlen"
+        if name in self.given:
+            lengths = ops("Cast", self.given[name], to=int(ir.DataType.INT64))
+        else:
+            lengths = ops("Add", self.past, self.rows)
+        if not self.form.writes:
+            return lengths
+        return ops("Where", ops("Less", self.keys, lengths), self.keys, lengths)
 
     def _masked(self, scores: ir.Value) -> ir.Value:
         ops, seen = self.ops, []
         if self.form.windows:
             seen += self._window(self._ahead())
-        if "nonpad_kv_seqlen" in self.given:
+        if "nonpad_kv_seqlen" in self.given or self.form.writes:
             lengths = ops("Reshape", self._lengths(), ops.const([-1, 1, 1, 1]))
             seen.append(ops("Less", self._key_index(), lengths))
         if "attn_mask" in self.given:
@@ -314,9 +335,18 @@ class _Attention:
             p = ops("Slice", p, ops.const([0]), self.keys, ops.const([3]))
         if none is not None:
             mean = form.empty_row == "mean"
-            instead = ops("Reciprocal", ops.float32(self.keys)) if mean else ops.const(0.0, np.float32)
+            instead = self._equal_weights() if mean else ops.const(0.0, np.float32)
             p = ops("Where", none, instead, p)
         return p, lse, none
+
+    def _equal_weights(self) -> ir.Value:
+        """Of all keys, of a cache of fixed size those in use."""
+        ops = self.ops
+        if not self.form.writes:
+            return ops("Reciprocal", ops.float32(self.keys))
+        lengths = ops("Reshape", self._lengths(), ops.const([-1, 1, 1, 1]))
+        weight = ops("Reciprocal", ops.float32(lengths))
+        return ops("Where", ops("Less", self._key_index(), lengths), weight, ops.const(0.0, np.float32))
 
     def _log_sum(self, scores: ir.Value) -> ir.Value:
         """The natural logarithm of the sum of exponentials, -inf in a row without keys: [B, H, S_q]."""

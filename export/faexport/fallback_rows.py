@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from faexport.fallback_ops import Ops
 
+WRITES_OPSET = 13  # the first with what a cache of fixed size needs
 _END = np.iinfo(np.int64).max
 
 
@@ -79,3 +80,35 @@ class Transform:
 
     def _columns(self, x: ir.Value, start: int, end: int, step: int) -> ir.Value:
         return self.ops("Slice", x, *(self.ops.const([k]) for k in (start, end, 3, step)))
+
+
+def first_position(ops: Ops, given: Mapping[str, ir.Value], rows: ir.Value) -> ir.Value:
+    """[B]: where the new rows of each entry begin in a cache that they are written to."""
+    if "write_indices" in given:
+        return ops("Cast", given["write_indices"], to=int(ir.DataType.INT64))
+    lengths = ops("Cast", given["nonpad_kv_seqlen"], to=int(ir.DataType.INT64))
+    start = ops("Sub", lengths, rows)
+    return ops("Where", ops("Less", start, ops.const([0])), ops.const([0]), start)
+
+
+def written(
+    ops: Ops,
+    given: Mapping[str, ir.Value],
+    past: ir.Value,
+    new: ir.Value,
+    start: ir.Value,
+    dtype: ir.DataType,
+) -> ir.Value:
+    """The cache [B, H, C, D] with the new rows [B, H, S, D] of each entry from `start` on, those that are in use."""
+    rows = ops.size(new, 2)
+    place = ops.arange(ops.scalar_size(past, 2))
+    index = ops("Sub", ops.unsqueeze(place, 0), ops.unsqueeze(start, 1))  # [B, C]: the new row that each row gets
+    stored = ops("And", ops("Less", ops.const([-1]), index), ops("Less", index, rows))
+    if "nonpad_kv_seqlen" in given:
+        lengths = ops.unsqueeze(ops("Cast", given["nonpad_kv_seqlen"], to=int(ir.DataType.INT64)), 1)
+        stored = ops("And", stored, ops("Less", ops.unsqueeze(place, 0), lengths))
+    # One more row, of zeros, so that there is one to point at: [B, H, S + 1, D].
+    padded = ops("Cast", ops("Pad", ops.float32(new), ops.const([0] * 6 + [1, 0])), to=int(dtype))
+    index = ops.unsqueeze(ops("Where", stored, index, rows), 1, 3)
+    taken = ops("GatherElements", padded, ops("Expand", index, ops("Shape", past)), axis=2)
+    return ops("Where", ops.unsqueeze(stored, 1, 3), taken, past)

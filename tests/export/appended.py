@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder's attention on a cache that a Concat appends to, with rotary embedding and norms in front of it in the
-spellings of exporters, as small ONNX models. Inputs: x [B, S, E], positions [B, S], past_key, past_value, and unless
-they are causal mask [B, 1, S, T]. Used by test_sites_appended.py."""
+"""A decoder's attention on a cache that other nodes put rows into, with rotary embedding and norms in front of it in
+the spellings of exporters, as small ONNX models. Inputs: x [B, S, E], positions [B, S], past_key, past_value, unless
+they are causal mask [B, 1, S, T], and where the cache has a fixed size, start. Used by test_sites_appended.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ class Form:
     layout: str = "BHSD"  # in which heads are turned; BSHD ones are transposed then
     half: bool = False  # float16, angles too
     causal: bool = False  # by the positions of rows and keys instead of the mask
+    # Concat; TensorScatter: each entry from its own start on; lengths: that, and ONNX's Attention with the lengths
+    # behind the step; ScatterND: all entries from one start on, as PyTorch writes it
+    cache: str = "Concat"
     flaw: str = "none"  # see _Model
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.cache != "Concat"
 
 
 class _Model(Builder):
@@ -43,6 +50,12 @@ class _Model(Builder):
     def number(self, x: float) -> str:
         return self.const(np.array(x, self.dtype))
 
+    def place(self, x: int) -> str:
+        return self.const(np.array(x, np.int64))
+
+    def _rows(self) -> str:
+        return self.op("Squeeze", self.op("Shape", "x", start=1, end=2))
+
     def cut(self, x: str, start: int, end: int, step: int = 1, axis: int = -1) -> str:
         return self.op("Slice", x, *(self.ints(k) for k in (start, end, axis, step)))
 
@@ -54,7 +67,9 @@ class _Model(Builder):
         caches = [
             self.add_input(name, kind, ["batch", form.kv_heads, PAST, form.dim]) for name in ("past_key", "past_value")
         ]
-        if not form.causal:
+        if form.is_fixed:
+            self.add_input("start", TensorProto.INT64, [] if form.cache == "ScatterND" else ["batch"])
+        if not form.causal and form.cache != "lengths":
             self.add_input("mask", TensorProto.BOOL, ["batch", 1, ROWS, "total"])
         q, k, v = (self._heads(x, n) for n in (form.heads, form.kv_heads, form.kv_heads))
         q, k = self._norm(q), self._norm(k)
@@ -87,7 +102,17 @@ class _Model(Builder):
         return x if self.form.layout == "BHSD" or self.form.rotary == "" else self.op("Transpose", x, perm=[0, 2, 1, 3])
 
     def _append(self, past: str, new: str) -> str:
-        """Behind the past; in front of it, or along another axis, with a flaw."""
+        """Behind the past, or at the start."""
+        if self.form.cache in ("TensorScatter", "lengths"):
+            return self.op("TensorScatter", past, new, "start", axis=2)
+        if self.form.cache == "ScatterND":
+            front, back = [2, 0, 1, 3], [1, 2, 0, 3]
+            moved = [self.op("Transpose", t, perm=front) for t in (past, new)]
+            step = 2 if self.form.flaw == "every other row" else 1
+            places = self.op("Range", *(self.place(0), self._rows(), self.place(1)))
+            places = self.op("Add", self.op("Mul", places, self.place(step)) if step > 1 else places, "start")
+            scattered = self.op("ScatterND", moved[0], self.op("Unsqueeze", places, self.ints(-1)), moved[1])
+            return self.op("Transpose", scattered, perm=back)
         if self.form.flaw == "new rows first":
             return self.op("Concat", new, past, axis=2)
         return self.op("Concat", past, new, axis=-2)
@@ -204,6 +229,13 @@ class _Model(Builder):
 
     def _attend(self, q: str, k: str, v: str) -> str:
         form = self.form
+        if form.cache == "lengths":
+            rows = self.op("Add", "start", self._rows() if form.flaw == "none" else self.place(1))
+            self.nodes.append(
+                helper.make_node("Attention", [q, k, v, "", "", "", rows], ["attended"], name="attend", is_causal=1)
+            )
+            y = self.op("Transpose", "attended", perm=[0, 2, 1, 3])
+            return self.op("Reshape", y, self.ints(0, 0, form.heads * form.dim))
         k, v = self._repeat(k), self._repeat(v)
         scores = self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 3, 2]))
         scores = self.op("Mul", scores, self.number(form.dim**-0.5))
@@ -226,14 +258,15 @@ class _Model(Builder):
     def _causal(self, q: str, k: str) -> str:
         """Row i is the key at i + past, or, with a flaw, at i."""
         rows, keys = (self.op("Squeeze", self.op("Shape", t, start=2, end=3)) for t in (q, k))
-        past = self.op("Sub", keys, rows)
-        zero, one = (self.const(np.array(n, np.int64)) for n in (0, 1))
+        past = "start" if self.form.is_fixed else self.op("Sub", keys, rows)
+        zero, one = self.place(0), self.place(1)
         row = self.op("Unsqueeze", self.op("Range", zero, rows, one), self.ints(1))
         row = row if self.form.flaw == "aligned at the top" else self.op("Add", row, past)
         return self.op("LessOrEqual", self.op("Range", zero, keys, one), row)
 
     def model(self) -> onnx.ModelProto:
         opset = 23 if self.form.rotary == "operator" else 18
+        opset = 24 if self.form.cache in ("TensorScatter", "lengths") else opset
         imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.weights)
         return helper.make_model(graph, opset_imports=imports, ir_version=10)
@@ -254,11 +287,14 @@ def feeds(
         place = rng.integers(0, 5, (batch, rows))
     elif positions == "apart":
         place += rng.integers(0, 9, (batch, 1))
-    cache = (batch, form.kv_heads, past, form.dim)
+    size = past + rows + 2 if form.is_fixed else past  # of the cache
+    cache, keys = (batch, form.kv_heads, size, form.dim), size if form.is_fixed else past + rows
+    start = rng.integers(0, past + 1, () if form.cache == "ScatterND" else batch)
     return {
         "x": rng.standard_normal((batch, rows, form.heads * form.dim)).astype(kind),
         "positions": place.astype(np.int64),
         "past_key": rng.standard_normal(cache).astype(kind),
         "past_value": rng.standard_normal(cache).astype(kind),
-        "mask": rng.random((batch, 1, rows, past + rows)) < 0.8,
+        "mask": rng.random((batch, 1, rows, keys)) < 0.8,
+        "start": np.asarray(start, np.int64),
     }

@@ -345,10 +345,10 @@ def grouped_reference(feeds: dict[str, np.ndarray], layout: str) -> tuple[np.nda
 @pytest.mark.parametrize(
     ("optional", "attributes", "reason"),
     [
-        ("past_key,past_value,nonpad_kv_seqlen", {"cache": "write"}, "cache = write"),
-        ("past_key,past_value", {"cache_layout": "BSH"}, "cache_layout = BSH"),
+        ("past_key,past_value,nonpad_kv_seqlen", {"cache": "window"}, "cache = window"),
+        ("past_key,past_value,kv_extent", {"cache": "write"}, "the input kv_extent"),
         ("past_key,past_value,k_scale,v_scale", {}, "the input k_scale"),
-        ("cos_cache,sin_cache,write_indices", {}, "the input write_indices"),
+        ("cos_cache,sin_cache,query_lengths", {}, "the input query_lengths"),
     ],
 )
 def test_nothing_stands_in_for_other_caches(optional: str, attributes: dict, reason: str) -> None:
@@ -367,7 +367,16 @@ TRANSFORMS = {
     "by position": ({}, ("cos_cache", "sin_cache", "position_ids")),
     "norm": ({"q_norm_epsilon": 0.1}, ("q_norm_weight", "k_norm_weight")),
     "norm of keys, by position": ({"k_norm_epsilon": 0.5}, ("cos_cache", "sin_cache", "position_ids", "k_norm_weight")),
-    "a cache of rows in front of heads": ({"cache_layout": "BSHD", "query_layout": "BSHD", "key_layout": "BSHD"}, ()),
+    "a cache of rows in front of heads": ({"cache_layout": "BSHD"}, ()),
+    "written": ({"cache": "write"}, ("write_indices",)),
+    "written up to the lengths": ({"cache": "write", "is_causal": 1}, ("nonpad_kv_seqlen",)),
+    "written, with lengths": (
+        {"cache": "write", "alignment": "bottom_right", "is_causal": 1},
+        ("nonpad_kv_seqlen", "write_indices"),
+    ),
+    "a cache of rows": ({"cache_layout": "BSH", "kv_num_heads": 2}, ()),
+    "a cache of rows, written": ({"cache_layout": "BSH", "kv_num_heads": 2, "cache": "write"}, ("write_indices",)),
+    "written, no key": ({"cache": "write", "empty_row": "mean", "is_causal": 1}, ("query_offset", "write_indices")),
     "causal, lengths": ({"is_causal": 1}, ("nonpad_kv_seqlen",)),
     "causal from the end of the lengths": ({"is_causal": 1, "alignment": "bottom_right"}, ("nonpad_kv_seqlen",)),
 }
@@ -377,18 +386,22 @@ TRANSFORMS = {
 def test_what_a_cache_step_does_is_the_same_in_the_stand_in(attributes: dict, names: tuple, library: str) -> None:
     """Positions repeat, and some lie outside of the table."""
     layout = attributes.get("cache_layout", "BHSD")
-    rng, rows = np.random.default_rng(4), 3
+    rng, rows, axes = np.random.default_rng(4), 3, "BSHD" if layout == "BSH" else layout
     sizes = {"query": {"H": 4, "S": rows}, "key": {"H": 2, "S": rows}, "past_key": {"H": 2, "S": 5}}
     sizes |= {"value": sizes["key"], "past_value": sizes["past_key"]}
-    feeds = {n: rng.standard_normal([{"B": 2, "D": 8, **s}[x] for x in layout]) for n, s in sizes.items()}
+    feeds = {n: rng.standard_normal([{"B": 2, "D": 8, **s}[x] for x in axes]) for n, s in sizes.items()}
     by_row = "position_ids" not in names
     feeds |= {n: rng.standard_normal([1, rows, 4] if by_row else [6, 4]) for n in ("cos_cache", "sin_cache")}
     feeds |= {f"{x}_norm_weight": rng.standard_normal(8) for x in "qk"}
     feeds = {n: x.astype(np.float32) for n, x in feeds.items()}
-    feeds |= {"position_ids": np.array([[2, 2, 0], [1, 7, -1]]), "nonpad_kv_seqlen": np.array([8, 6])}
+    lengths = [3, 5] if "cache" in attributes else [8, 6]
+    feeds |= {"position_ids": np.array([[2, 2, 0], [1, 7, -1]]), "nonpad_kv_seqlen": np.array(lengths)}
+    if layout == "BSH":
+        feeds |= {name: feeds[name].reshape(2, 5, 16) for name in ("past_key", "past_value")}
+    feeds |= {"write_indices": np.array([0, 2]), "query_offset": np.array([-2])}
     optional = ["past_key", "past_value", *names]
     feeds = {n: feeds[n] for n in ("query", "key", "value", *optional)}
-    words = {"value_layout": layout} if layout != "BHSD" else {}
+    words = {f"{name}_layout": axes for name in ("query", "key", "value")}
     words |= {"optional_inputs": ",".join(optional), "optional_outputs": "present_key,present_value", **attributes}
     outputs = ["output", "present_key", "present_value"]
     node = helper.make_node("FlashAttention", list(feeds), outputs, domain=DOMAIN, **words)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import faexport
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from faexport.options import Options
 from onnx import helper
@@ -82,7 +83,67 @@ def test_forms(form: Form, library: str) -> None:
     compare(form, fused, None, tolerance)
 
 
+NEWER = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= (1, 25)
+FIXED = {
+    "ScatterND": Form(cache="ScatterND", rotary="none"),
+    "ScatterND, causal": Form(cache="ScatterND", causal=True, norm="rsqrt"),
+    "ScatterND, float16": Form(cache="ScatterND", half=True),
+}
+FIXED |= (
+    {
+        "TensorScatter": Form(cache="TensorScatter"),
+        "TensorScatter, pairs": Form(cache="TensorScatter", rotary="pairs", table="pairs", layout="BSHD"),
+        "TensorScatter and lengths": Form(cache="lengths"),
+    }
+    if NEWER
+    else {}
+)
+
+
+@pytest.mark.parametrize("form", FIXED.values(), ids=FIXED.keys())
+def test_fixed_caches(form: Form, library: str) -> None:
+    """Rows are written by the node, and whatever is behind them is seen as before."""
+    fused, report = faexport.fuse(model_of(form), options=Options(fallback=True))
+    assert {*expected_names(form), "write_indices", "nonpad_kv_seqlen"} <= set(names_of(fused))
+    assert "in place" in " ".join(fact.text for fact in report.sites[0].facts)
+    assert not {"ScatterND", "TensorScatter"} & {node.op_type for node in fused.graph.node}
+    tolerance = 4e-3 if form.half else 2e-5
+    compare(form, fused, library, tolerance)
+    compare(form, fused, None, tolerance)
+
+
+def test_a_fixed_cache_is_written_in_place(library: str) -> None:
+    """Where past and present are one buffer, nothing else of it changes."""
+    form = Form(cache="ScatterND", causal=True)
+    fused, _ = faexport.fuse(model_of(form), options=OPTIONS)
+    names = {"present_key": "past_key", "present_value": "past_value"}
+    for node in fused.graph.node:  # the present itself is the output
+        node.output[:] = [
+            {n.input[0]: n.output[0] for n in fused.graph.node if n.name in names}.get(x, x) for x in node.output
+        ]
+    kept = [n for n in fused.graph.node if n.name not in names]
+    del fused.graph.node[:]
+    fused.graph.node.extend(kept)
+    tensors = feeds(form, 2, 3, 4)
+    tensors = {n.name: tensors[n.name] for n in fused.graph.input}
+    expected = dict(zip(("y", *names), run(model_of(form), tensors), strict=True))
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(library)
+    session = onnxruntime.InferenceSession(fused.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding, values = session.io_binding(), {n: onnxruntime.OrtValue.ortvalue_from_numpy(t) for n, t in tensors.items()}
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("y")
+    for present, past in names.items():
+        binding.bind_ortvalue_output(present, values[past])
+    session.run_with_iobinding(binding)
+    for present, past in names.items():
+        np.testing.assert_allclose(values[past].numpy(), expected[present], atol=1e-5)
+    np.testing.assert_allclose(binding.get_outputs()[0].numpy(), expected["y"], atol=1e-5)
+
+
 STAYS = {
+    "every other row": (Form(flaw="every other row", cache="ScatterND"), set()),
     "other angles": (Form(flaw="other angles"), {"past_key"}),
     "the second half of another table": (Form(flaw="other half"), {"past_key"}),
     "turned backwards": (Form(flaw="wrong sign"), {"past_key"}),
@@ -91,6 +152,7 @@ STAYS = {
     "norm in float16": (Form(flaw="norm in half", half=True, norm="rsqrt"), {"past_key", "cos_cache"}),
     "norm over rows": (Form(flaw="norm over rows", norm="rsqrt"), {"past_key", "cos_cache"}),
     "new rows first": (Form(flaw="new rows first"), set()),
+    **({"lengths of one row": (Form(cache="lengths", flaw="one row"), set())} if NEWER else {}),
     "causal from the first key": (Form(flaw="aligned at the top", causal=True), set()),
 }
 

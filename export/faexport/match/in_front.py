@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in front of a site on a cache and feeds it alone becomes the operator's: the Concats that append new keys
-and values, the rotary embedding of queries and new keys, and the norms of their heads.
+"""What stands in front of a site on a cache and feeds it alone becomes the operator's: what puts new keys and values
+into the cache (caches.py), the rotary embedding of queries and new keys, and the norms of their heads.
 
 Called by find_sites with what a matcher understood. A spec that this adds nothing to comes back as it is. TensorRT's
 plugin appends rows as they are, so nothing is taken in for it.
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from faexport.match import Context, refiner
-from faexport.nodes import attribute, data_users, live_users, name_of, op, producer, subgraphs
-from faexport.spec import Alignment, AttentionSpec, Fact, Layout, Mask, Operand
+from faexport.match.caches import maker_name, size_of, with_past
+from faexport.nodes import attribute, data_users, live_users, op, producer
+from faexport.spec import AttentionSpec, Fact, Layout, Operand
 from faexport.understand.core.head_norm import HeadNorm, head_norm_of
 from faexport.understand.core.rotary import Angles, Rotary, rotary_of
 from faexport.understand.layout.declared import Declared, read_all
@@ -25,6 +26,7 @@ from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import constant_ints, resolve_axis
 
+_REPEATABLE = ("Cos", "Sin", "Cast", "Mul", "Concat", "Gather", "Slice", "Squeeze", "Unsqueeze", "Transpose")
 _FAR = 24  # nodes between a norm or a rotation's operand and what they lead to
 
 
@@ -34,97 +36,15 @@ def taken_in(spec: AttentionSpec, context: Context) -> AttentionSpec:
     options, a = context.options, context.analysis
     dtype = a.dtype(spec.query.value)
     keeps_type = options.dtype is None or dtype != ir.DataType.FLOAT  # else Casts stand around a core without caches
-    if options.target != "onnxruntime" or not keeps_type or dtype is None or "cos_cache" in spec.further_inputs:
+    if options.target != "onnxruntime" or options.float8 or not keeps_type or dtype is None:
         return spec
-    spec = _with_past(spec, context) if spec.past_key is None and spec.present_key is None else spec
+    if "cos_cache" in spec.further_inputs:
+        return spec
+    spec = with_past(spec, context) if spec.past_key is None and spec.present_key is None else spec
     if spec.past_key is None or spec.past_value is None or spec.query.column_start is not None:
         return spec
     ends = {spec.query.value, spec.key.value}
     return _in_place(_with_norms(_with_rotation(spec, context), ends, a), a)
-
-
-# ---------------------------------------------------------------------------------------------- the cache
-
-
-@dataclasses.dataclass(frozen=True)
-class _Appended:
-    """whole = past and behind it the new rows."""
-
-    whole: ir.Value
-    past: ir.Value
-    new: ir.Value
-
-
-def _with_past(spec: AttentionSpec, context: Context) -> AttentionSpec:
-    """Past and new rows apart, where a Concat joins them and the node can make what it made."""
-    a, layout = context.analysis, spec.key.layout
-    mask = _with_offset(spec.mask)
-    sides = [_appended(operand, context) for operand in (spec.key, spec.value)]
-    key, value = sides
-    if key is None or value is None or mask is None or layout != spec.value.layout:
-        return spec
-    rows = layout.index("S")
-    if a.known_shape(key.past)[rows] != a.known_shape(value.past)[rows]:
-        return spec
-    if {a.known_shape(side.new)[rows] for side in (key, value)} != {_rows(spec.query, a)}:
-        return spec
-    words = {} if layout is Layout.BHSD else {"cache_layout": str(layout)}
-    names = (_maker_name(key.whole), _maker_name(value.whole))
-    grown = dataclasses.replace(
-        spec,
-        key=dataclasses.replace(spec.key, value=key.new),
-        value=dataclasses.replace(spec.value, value=value.new),
-        mask=mask,
-        past_key=key.past,
-        past_value=value.past,
-        present_key=key.whole,
-        present_value=value.whole,
-        further_attributes={**spec.further_attributes, **words},
-        facts=(*spec.facts, Fact("new rows are appended to the cache", names)),
-    )
-    return spec if _depends(grown, {key.whole, value.whole}, context) else grown
-
-
-def _appended(operand: Operand, context: Context) -> _Appended | None:
-    node, a = producer(operand.value), context.analysis
-    if operand.layout is Layout.BSH or node is None or op(node) != "Concat" or len(node.inputs) != 2:
-        return None
-    past, new = node.inputs
-    shapes = [a.shape(past), a.shape(new)]
-    if past is None or new is None or node.graph is not context.graph or any(s is None or len(s) != 4 for s in shapes):
-        return None
-    types = {a.dtype(v) for v in (past, new, operand.value)}
-    if resolve_axis(attribute(node, "axis", 0), 4) != operand.layout.index("S") or len(types) != 1 or past is new:
-        return None
-    return _Appended(operand.value, past, new)
-
-
-def _with_offset(mask: Mask) -> Mask | None:
-    """The mask as a node with a past says it, which counts rows from the end of the past unless told otherwise."""
-    has_position = mask.window_left >= 0 or mask.window_right >= 0 or mask.alibi_slopes is not None
-    if mask.empty_rows is not None:
-        return None
-    if not has_position or mask.query_offset is not None or mask.alignment is Alignment.BOTTOM_RIGHT:
-        return mask
-    if mask.alignment is Alignment.ONNX and mask.kv_lengths is not None:
-        return dataclasses.replace(mask, alignment=Alignment.BOTTOM_RIGHT)
-    return None
-
-
-def _depends(spec: AttentionSpec, wholes: set[ir.Value], context: Context) -> bool:
-    """Is what the new node reads made of what it makes?"""
-    tainted = set(wholes)
-    for node in context.graph:
-        if node is spec.replaces:
-            break
-        captured = (v for body in subgraphs(node) for inner in body.all_nodes() for v in inner.inputs)
-        if any(v in tainted for v in (*node.inputs, *captured)):
-            tainted.update(node.outputs)
-    operands = [spec.query.value, spec.key.value, spec.value.value, spec.past_key, spec.past_value, spec.sinks]
-    pending = [*operands, *spec.mask.values, *spec.further_inputs.values()]
-    new = [*spec.new_nodes, *spec.mask.new_nodes, *(n for _, instead in spec.shape_uses for n in instead)]
-    pending += [v for node in new for v in node.inputs]
-    return any(v in tainted for v in pending)
 
 
 # ---------------------------------------------------------------------------------------------- rotary embedding
@@ -135,9 +55,11 @@ def _with_rotation(spec: AttentionSpec, context: Context) -> AttentionSpec:
     a, shared = context.analysis, context.masks.nodes(context.graph)
     found = [_turned(side, a, shared) for side in (spec.query, spec.key)]
     query, key = found
-    if query is None or key is None or query.tables != key.tables or _rows(query.side, a) != _rows(key.side, a):
+    if query is None or key is None or query.rotary.turns != key.rotary.turns:
         return spec
-    if query.rotary.turns != key.rotary.turns:
+    if query.tables.keys() != key.tables.keys() or not all(_same(v, key.tables[n]) for n, v in query.tables.items()):
+        return spec
+    if size_of(query.side, "S", a) != size_of(key.side, "S", a):
         return spec
     nodes = dict.fromkeys(n for value in query.tables.values() for n in shared.nodes.get(value, ()))
     return dataclasses.replace(
@@ -148,8 +70,23 @@ def _with_rotation(spec: AttentionSpec, context: Context) -> AttentionSpec:
         further_attributes={**spec.further_attributes, **query.rotary.turns},
         new_nodes=(*nodes, *spec.new_nodes),
         same_shapes=(*spec.same_shapes, *((x.side.value, x.rotary.source) for x in (query, key))),
-        facts=(*spec.facts, Fact("rotary embedding", tuple(_maker_name(x.side.value) for x in (query, key)))),
+        facts=(*spec.facts, Fact("rotary embedding", tuple(maker_name(x.side.value) for x in (query, key)))),
     )
+
+
+def _same(one: ir.Value | None, other: ir.Value | None, depth: int = 8) -> bool:
+    """Are two values computed in the same way from the same? Exporters write cosines once for queries and for keys."""
+    if one is other:
+        return True
+    first, second = producer(one), producer(other)
+    if first is None or second is None or one is None or other is None or depth == 0:
+        return False
+    if op(first) != op(second) or op(first) not in _REPEATABLE or len(first.inputs) != len(second.inputs):
+        return False
+    words = [{name: str(x.value) for name, x in node.attributes.items()} for node in (first, second)]
+    if words[0] != words[1] or list(first.outputs).index(one) != list(second.outputs).index(other):
+        return False
+    return all(_same(x, y, depth - 1) for x, y in zip(first.inputs, second.inputs, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,11 +124,6 @@ def _before_transpose(operand: Operand) -> Operand | None:
     return dataclasses.replace(operand, value=node.inputs[0], layout=layouts[operand.layout]) if is_alone else None
 
 
-def _maker_name(value: ir.Value) -> str:
-    node = producer(value)
-    return "" if node is None else name_of(node)
-
-
 def _is_private(value: ir.Value) -> bool:
     """Is it read by the site alone, but for its shape?"""
     return not value.is_graph_output() and len(data_users(value)) == 1
@@ -220,17 +152,14 @@ def _fits(rotary: Rotary, side: Operand, a: Analysis) -> bool:
     if len(own) == 3 and attribute(node, "num_heads", 0) not in ((heads,) if partial else (0, heads)):
         return False
     is_row = len(own) == (3 if side.layout is Layout.BSH else 4) and side.layout is not Layout.BSHD
-    first = _size(side, "B", own), _size(side, "S", own)
+    batch, rows = _size(side, "B", own), _size(side, "S", own)
     given = a.known_shape(rotary.positions if rotary.positions is not None else rotary.cos.table)
-    return is_row and (partial or 2 * rotary.num_pairs == width) and tuple(given[:2]) == first
+    batches = (batch,) if rotary.positions is not None else (1, batch)
+    return is_row and (partial or 2 * rotary.num_pairs == width) and given[0] in batches and given[1] == rows
 
 
 def _size(side: Operand, letter: str, shape: Sequence[Dim]) -> Dim:
     return shape[side.layout.index(letter)]
-
-
-def _rows(side: Operand, a: Analysis) -> Dim:
-    return _size(side, "S", a.known_shape(side.value))
 
 
 def _heads_of(side: Operand, a: Analysis) -> tuple[int | None, int | None]:
@@ -302,7 +231,7 @@ def _with_norms(spec: AttentionSpec, ends: set[ir.Value], a: Analysis) -> Attent
             continue
         norm, side = found
         inputs[f"{letter}_norm_weight"], words[f"{letter}_norm_epsilon"] = norm.weight, norm.epsilon
-        names.append(_maker_name(side.value))
+        names.append(maker_name(side.value))
         shapes.append((side.value, norm.source))
         sides.append(dataclasses.replace(side, value=norm.source))
     if not names:
