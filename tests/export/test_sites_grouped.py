@@ -144,6 +144,65 @@ def test_norm(library: str) -> None:
             np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=f"{name} {item.label}")
 
 
+BIASES = {  # key j of row i at position p: where it is hidden, and whether the node hides as much by itself
+    "causal": ("later = Greater(j, p)", True),
+    "causal, and the first key": ("after = Greater(j, p); first = Less(j, one_); later = Or(after, first)", False),
+    "before the row": ("later = GreaterOrEqual(j, p)", False),
+    "window": ("after = Greater(j, p); far = Sub(p, two_); before = Less(j, far); later = Or(after, before)", False),
+    "from the first key": ("later = Greater(j, i)", False),
+}
+
+
+def with_computed_bias(model: onnx.ModelProto, hidden: str) -> onnx.ModelProto:
+    """The model with attention_bias computed from the sizes of mask and query instead of an input."""
+    text = f"""<ir_version: 10, opset_import: ["": 21]> g (float[B,S,W] query, float[B,T] mask) => (float[1,1,S,T] bias)
+    <int64 zero_ = {{0}}, int64 one_ = {{1}}, int64 two_ = {{2}}, float none = {{0}}, float huge = {{-3e38}},
+     int64[1] at = {{1}}, int64[2] both = {{0, 1}}> {{
+    rows = Shape<start = 1, end = 2>(query)
+    row = Squeeze(rows)
+    keys = Shape<start = 1>(mask)
+    key = Squeeze(keys)
+    j = Range(zero_, key, one_)
+    count = Range(zero_, row, one_)
+    i = Unsqueeze(count, at)
+    past = Sub(key, row)
+    p = Add(i, past)
+    {hidden.replace("; ", chr(10))}
+    bias_2d = Where(later, huge, none)
+    bias = Unsqueeze(bias_2d, both)
+    }}"""
+    made = onnx.parser.parse_model(text).graph
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    nodes = [*made.node, *changed.graph.node]
+    del changed.graph.node[:]
+    changed.graph.node.extend(nodes)
+    changed.graph.initializer.extend(made.initializer)
+    inputs = [value for value in changed.graph.input if value.name != "bias"]
+    del changed.graph.input[:]
+    changed.graph.input.extend(inputs)
+    return changed
+
+
+@pytest.mark.parametrize(("hidden", "is_dropped"), BIASES.values(), ids=BIASES.keys())
+def test_a_causal_bias_says_nothing_that_the_node_does_not(hidden: str, is_dropped: bool, library: str) -> None:
+    model = with_computed_bias(model_of(Form(bias=True, mask=True, rotary=True)), hidden)
+    fused, facts = fuse(model)
+    (node,) = [n for n in fused.graph.node if n.op_type == "FlashAttention"]
+    words = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    assert (b"attn_bias" in words["optional_inputs"]) is not is_dropped
+    assert ("attention_bias hides no more keys than the node does" in facts) is is_dropped
+    decoder, sets = sets_of(model)
+    names = [output.name for output in model.graph.output]
+    for item in sets[:6]:
+        expected, found = (
+            decoder.settled(dict(zip(names, outputs, strict=True)), item.tensors)
+            for outputs in (run(model, item.tensors), run(fused, item.tensors, library))
+        )
+        for name in names:
+            np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=f"{name} {item.label}")
+
+
 # ------------------------------------------------------------------------------------------ verification
 
 

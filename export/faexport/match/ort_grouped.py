@@ -13,12 +13,24 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.match import Context, matcher
+from faexport.match.masks import understand
 from faexport.match.onnx_attention import used_output
 from faexport.match.ort_cached import Cached, outcome_of
 from faexport.match.ort_contrib import Unfit
 from faexport.nodes import attribute, name_of, op, producer
-from faexport.spec import Alignment, AttentionSpec, Candidate, Fact, Mask, Operand
-from faexport.understand.shapes.dims import plain
+from faexport.spec import (
+    Alignment,
+    AttentionSpec,
+    Candidate,
+    Fact,
+    Mask,
+    MaskTerm,
+    Operand,
+    Refusal,
+    ScoreShape,
+    TermKind,
+)
+from faexport.understand.shapes.dims import Dim, plain
 
 SOURCE = "ort_contrib"
 SLOTS = (
@@ -45,7 +57,7 @@ class _Grouped(Cached):
     def spec(self, candidate: Candidate) -> AttentionSpec:
         self.refuse({**self._obstacles(), **(self._obstacles_of_cache() if any(self.past) else self._without_cache())})
         operands = self._operands(candidate)
-        mask = self._mask()
+        mask = self._mask(self._bias(operands))
         self._cache()
         self.norm()
         if self.rotary() and (positions := self.given("position_ids")) is not None:
@@ -101,7 +113,27 @@ class _Grouped(Cached):
         )
         return self.operands(query, self.given("key"), self.given("value"), width)
 
-    def _mask(self) -> Mask:
+    def _bias(self, operands: list[Operand]) -> ir.Value | None:
+        """attention_bias, where it says more than the node does by itself: exporters write a causal mask there."""
+        bias = self.given("bias")
+        query, shape = self.a.shape(self.given("query")), self.a.shape(bias)
+        if bias is None or query is None or shape is None or len(shape) != 4 or shape[3] == 1:
+            return bias
+        sizes = (query[0], Dim.of(self.heads), query[1], shape[3])
+        term = MaskTerm(TermKind.ADD, bias, self.node, "BHST", sizes)
+        scores = ScoreShape(operands[0], operands[1], self.node, self.context.graph, *sizes, self.dtype)
+        found = understand([term], scores, self.context)
+        if isinstance(found, Refusal) or any(x is not None for x in (*found.values, found.empty_rows)):
+            return bias
+        # Rows of an entry stand no later than those of the longest one, so the node hides at least what the bias hides.
+        is_open = found.window_left < 0 and found.window_right < 0
+        is_causal = found.window_left < 0 and found.is_causal and found.alignment is Alignment.BOTTOM_RIGHT
+        if not is_open and not is_causal:
+            return bias
+        self.fact("attention_bias hides no more keys than the node does" if is_causal else "attention_bias is 0")
+        return None
+
+    def _mask(self, bias: ir.Value | None) -> Mask:
         """Causal, and the keys of an entry end at seqlens_k + 1. A local window counts the row's own key."""
         name = (name_of(self.node),)
         facts = [Fact("causal", name)]
@@ -115,7 +147,7 @@ class _Grouped(Cached):
             window_right=0,
             alignment=Alignment.TOP_LEFT if self.past[0] is None else Alignment.ONNX,
             kv_lengths=lengths,
-            attn_bias=self.given("bias"),
+            attn_bias=bias,
             facts=tuple(facts),
         )
 
