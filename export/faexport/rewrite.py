@@ -158,6 +158,7 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     replaced = [v for v in old if v is not None]
     for value, fresh in (*zip(replaced, outputs, strict=True), *spec.other_outputs):
         take_over(value, fresh)
+    replaced += [named for present in node.outputs[1:] if (named := _own_output(present)) is not None]
     for shape, instead in spec.shape_uses:
         _replace_shape(shape, instead, node.name, names)
     for gone, alike in spec.same_shapes:
@@ -170,6 +171,17 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
         owner.sort()  # what reads a present that was a Concat's may stand in front of the node that makes it now
     candidate.fused_node = node
     return node
+
+
+def _own_output(present: ir.Value) -> ir.Value | None:
+    """Makes a present itself an output of the graph where a copy of it is one, so that it may be the past's buffer.
+    Returns the copy."""
+    copies = (use.node.outputs[0] for use in present.uses() if op(use.node) == "Identity")
+    copy = next((value for value in copies if value.is_graph_output()), None)
+    if copy is not None and not present.is_graph_output():
+        take_over(copy, present)
+        return copy
+    return None
 
 
 def _replace_shape(shape: ir.Node, instead: Sequence[ir.Node], base: str, names: Names) -> None:
