@@ -74,7 +74,7 @@ def _pack(model: ir.Model, node: ir.Node, a: Analysis, names: Names) -> tuple[li
     if node.graph is not model.graph:
         raise _Apart("they stand in the body of another node")
     if {"past_key", "past_value"} & set(node.attributes.get_string("optional_inputs", "").split(",")):
-        raise _Apart("a cache stands between them and the operator")
+        raise _Apart("the operator has a cache, whose new rows are read by themselves")
     if {"present_key", "present_value"} & set(node.attributes.get_string("optional_outputs", "").split(",")):
         raise _Apart("a cache is made of their results")
     heads = [node.attributes.get_int(f"{kind}_num_heads", 0) for kind in ("q", "kv", "kv")]
