@@ -28,10 +28,13 @@ class Workspace {
 };
 
 /// Are D wanted without the rounding of the output? Gradients of biases and sinks are sums over many rows in which what is exact
-/// cancels almost all; and with few keys that rounding isn't the mean of many.
+/// cancels almost all; and where no row sees more than a few keys, that rounding isn't the mean of many.
 inline bool needs_exact_deltas(const AttentionParams& params, const Gradients& gradients) {
   constexpr int64_t kFewKeys = 32;
-  return gradients.d_bias.present || gradients.d_sinks.present || params.key.shape[2] <= kFewKeys;
+  const bool has_window = params.window_left >= 0 && params.window_right >= 0;
+  const bool sees_few = params.key.shape[2] <= kFewKeys ||
+                        (has_window && params.window_left < kFewKeys && params.window_left + params.window_right < kFewKeys);
+  return gradients.d_bias.present || gradients.d_sinks.present || sees_few;
 }
 
 /// Arrays for a kernel with tiles of so many rows. `natural`: with `rest`.

@@ -86,7 +86,7 @@ bool plan(const StepParams& p, const Gradients& gradients, BackwardPlan* plan, s
                std::string("takes float16 and bfloat16 only, the tensors are ") + name_of(p.query.dtype));
   if (!suits_scores(p, why_not) || !suits_memory(p, gradients, why_not)) return false;
   FA_REFUSE_IF(needs_exact_deltas(p, gradients),
-               "computes D from the rounded output, which is not exact enough for d_sinks and for few keys");
+               "computes D from the rounded output, which is not exact enough for d_sinks and for rows of few keys");
   const Instance* instance = find_instance(p);
   FA_REFUSE_IF(instance == nullptr, "head_dim or head_dim_v is above 128");
   plan->instance = static_cast<int>(instance - kInstances);

@@ -85,16 +85,24 @@ def test_a_refused_field_is_told_on_stderr(host, plugin, quick_cases):
 
 
 def gpu_cases() -> list[cases.Case]:
-    """Decoding, then kinds, dtypes and head sizes of the enumeration, then random ones; none large to compare."""
+    """Decoding, wide heads, float8, then kinds, dtypes and head sizes of the enumeration, then random ones; none large
+    to compare."""
     decode = [
         cases.Case(dtype, 2, 8, 2, rows, 2048, head_dim, is_causal=True, alignment="bottom_right")
         for dtype in cases.DTYPES
         for rows in (1, 2, 4)
         for head_dim in (64, 128)
     ]
+    wide = [
+        cases.Case(dtype, 1, 2, 1, rows, 200, head_dim, is_causal=rows > 100)
+        for dtype in ("float16", "bfloat16")
+        for rows in (64, 129, 150)
+        for head_dim in (264, 384, 512)
+    ]
+    float8 = [case for case in cases.float8() if cases.fits_float8_kernel(case) and case.work <= 2_000_000]
     small = [case for case in cases.systematic() if case.work <= 2_000_000]
     step = max(1, 2 * len(small) // NUM_GPU_CASES)
-    return [*decode, *small[::step], *cases.randomized(NUM_GPU_CASES // 2, seed=3)]
+    return [*decode, *wide, *float8, *small[::step], *cases.randomized(NUM_GPU_CASES // 2, seed=3)]
 
 
 def drive_gpu(
