@@ -8,7 +8,6 @@ on.
 
 from __future__ import annotations
 
-import collections
 import json
 import os
 import pathlib
@@ -22,7 +21,6 @@ from model_table import MODELS, Inputs, Model
 FILES = ("unfused", "onnxruntime", "onnxscript", "ours")
 DTYPES = ("float16", "float32")
 LONGEST_EXAMPLE = 512  # tokens
-FUSED_DOMAINS = ("com.microsoft", "faexport")
 
 
 class _Wrapped(torch.nn.Module):
@@ -86,11 +84,9 @@ def _export(wrapped: _Wrapped, model: Model, how: str, path: pathlib.Path) -> No
 
 def write_files(name: str, how: str, folder: pathlib.Path, layers: int) -> None:
     """Writes what is missing of "MODEL EXPORT DTYPE FILE.onnx" as skeletons (skeletons.py), and "MODEL EXPORT.json"
-    with the fused operators of each file and the sentences of those that could not be made."""
+    with the sentences of those that could not be made."""
     model = MODELS[name]
-    listed, said = folder / f"{name} {how}.json", {"fused": {}, "failed": {}}
-    if listed.exists():
-        said["fused"] = json.loads(listed.read_text())["fused"]
+    listed, said = folder / f"{name} {how}.json", {"failed": {}}
     wrapped, known = _model(model, how, layers)
     known.write(folder / f"{name}.weights.json")
     with tempfile.TemporaryDirectory(prefix="encoder-") as temporary:
@@ -112,9 +108,6 @@ def write_files(name: str, how: str, folder: pathlib.Path, layers: int) -> None:
             try:
                 MAKERS[file](exported, full, model, dtype == "float16")
                 known.strip(full, path)
-                nodes = onnx.load(path, load_external_data=False).graph.node
-                counts = collections.Counter(node.op_type for node in nodes if node.domain in FUSED_DOMAINS)
-                said["fused"][title] = dict(sorted(counts.items()))
             except Exception as error:  # each tool fails in its own way
                 said["failed"][title] = _sentence(error)
     listed.write_text(json.dumps(said, indent=1))

@@ -55,7 +55,7 @@ def _export_all(options: argparse.Namespace) -> None:
             )
         said = options.models / f"{name} {how}.json"
         if not said.exists():
-            said.write_text(json.dumps({"fused": {}, "failed": {"all": f"the process ended with {done.returncode}"}}))
+            said.write_text(json.dumps({"failed": {"all": f"the process ended with {done.returncode}"}}))
         failed = json.loads(said.read_text())["failed"]
         print(f"{name} {how}: {time.monotonic() - start:.0f} s", *(f"{k}: {v}" for k, v in failed.items()), sep="\n  ")
 
@@ -332,8 +332,10 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
     document["rows"] = all_rows
     for encoder in options.encoders:
         for how in MODELS[encoder].exports:
-            said = options.models / f"{encoder} {how}.json"
-            document["fused"][f"{encoder} {how}"] = json.loads(said.read_text())["fused"] if said.exists() else {}
+            document["fused"][f"{encoder} {how}"] = {
+                path.stem.removeprefix(f"{encoder} {how} "): skeletons.fused_operators(path)
+                for path in sorted(options.models.glob(f"{encoder} {how} *.onnx"))
+            }
     return results_file.write(name, document, options.record)
 
 

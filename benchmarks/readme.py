@@ -279,19 +279,22 @@ def _times_as_fast(row: dict) -> str:
 
 
 def fused_by_optimizer(data: dict) -> str:
-    """What onnxruntime's optimizer fused of each encoder and export."""
-    lines = [
-        "What onnxruntime's optimizer makes of these exports:",
-        "",
-        f"| | {' | '.join(ENCODER_EXPORTS)} |",
-        "|---" * (len(ENCODER_EXPORTS) + 1) + "|",
-    ]
+    """What onnxruntime's optimizer fused of each encoder and export, of those whose files were counted."""
+    lines = []
     for encoder in dict.fromkeys(row["encoder"] for row in data["rows"]):
-        counts = [data["fused"].get(f"{encoder} {how}", {}).get("float32 onnxruntime", {}) for how in ENCODER_EXPORTS]
-        cells = [", ".join(f"{number} {op}" for op, number in count.items()) or "–" for count in counts]
+        exports = [data["fused"].get(f"{encoder} {how}", {}) for how in ENCODER_EXPORTS]
+        counts = [found.get("float32 onnxruntime", found.get("float16 onnxruntime")) for found in exports]
+        cells = [
+            "not counted" if count is None else ", ".join(f"{number} {op}" for op, number in count.items()) or "–"
+            for count in counts
+        ]
         title = next(row["row"] for row in data["rows"] if row["encoder"] == encoder).rsplit(" b", 1)[0]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        if any(count is not None for count in counts):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    header = [f"| | {' | '.join(ENCODER_EXPORTS)} |", "|---" * (len(ENCODER_EXPORTS) + 1) + "|"]
+    return "\n".join(["What onnxruntime's optimizer makes of these exports:", "", *header, *lines])
 
 
 def cpu_table(data: dict) -> str:

@@ -8,6 +8,7 @@ machine, without PyTorch, draws them again (Weights.restored). Files made on one
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ SMALLEST = 1e-6  # magnitude; converters to float16 treat smaller ones each in i
 SMALL = 1024  # elements; smaller tensors stay in the file
 LARGEST_KEPT = 1 << 18  # elements of a tensor that nobody knows, e.g. a table of positions
 FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16}
+FUSED_DOMAINS = ("com.microsoft", "faexport")
 KEY = "weights"  # of a tensor's external data: a list of [name, transposed], which stand side by side
 
 
@@ -43,6 +45,12 @@ def fill(module: torch.nn.Module) -> dict[str, dict]:
             recipes[name] = {"shape": list(array.shape), "mean": float(array.mean()), "deviation": float(array.std())}
             tensor.copy_(torch.from_numpy(_drawn(name, recipes[name])))
     return recipes
+
+
+def fused_operators(path: pathlib.Path) -> dict[str, int]:
+    """How many nodes of each operator that is not of ONNX a file has."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    return dict(sorted(collections.Counter(node.op_type for node in nodes if node.domain in FUSED_DOMAINS).items()))
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
