@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -315,21 +316,28 @@ def cpu_table(data: dict) -> str:
     return "\n".join(lines)
 
 
+def _tables(*tables: tuple[str, Callable[[dict], str]]) -> str:
+    """Those whose results are there, from one file each."""
+    there = ((RESULTS / name, table) for name, table in tables if (RESULTS / name).exists())
+    made = (table(json.loads(path.read_text("utf-8"))) for path, table in there)
+    return "\n\n".join(filter(None, made)) + "\n"
+
+
 def section() -> str:
-    parts = []
-    tables = (
+    """The README's: whole models, and attention beside its peers."""
+    return _tables(
         ("encoders.json", encoder_tables),
-        ("encoders.json", fused_by_optimizer),
         ("encoders_cpu.json", encoder_tables),
-        ("attention.json", ort_table),
-        ("attention.json", float32_table),
         ("attention.json", gpu_table),
         ("cpu.json", cpu_table),
     )
-    for name, table in tables:
-        if (RESULTS / name).exists():
-            parts.append(table(json.loads((RESULTS / name).read_text("utf-8"))))
-    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def numbers_section() -> str:
+    """The tables of docs/numbers.md, which the README has no room for."""
+    return _tables(
+        ("encoders.json", fused_by_optimizer), ("attention.json", ort_table), ("attention.json", float32_table)
+    )
 
 
 def zoo_section() -> str:
@@ -407,6 +415,11 @@ def updated_kernels(text: str) -> str:
     return replaced(text, FLOAT8_BEGIN, FLOAT8_END, float8_section())
 
 
+def updated_numbers(text: str) -> str:
+    """docs/numbers.md, likewise."""
+    return replaced(text, BEGIN, END, numbers_section())
+
+
 def updated_llm(text: str) -> str:
     """docs/llm.md, likewise."""
     return replaced(text, LLM_BEGIN, LLM_END, llm_section())
@@ -418,6 +431,7 @@ PAGES = {
     "docs/decoding.md": updated_decoding,
     "docs/kernels.md": updated_kernels,
     "docs/llm.md": updated_llm,
+    "docs/numbers.md": updated_numbers,
 }
 
 if __name__ == "__main__":

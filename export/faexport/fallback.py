@@ -226,9 +226,9 @@ def rows_see_a_key(roles: Collection[str], windows: bool, left: int, alignment: 
 def _key(call: _Call, *, words: bool) -> tuple:
     form = call.form
     fixed = tuple(sorted(set(form.inputs) - set(NEUTRAL)))
-    key = (form.layouts, fixed, form.outputs, form.packed, form.float8, call.dtype, form.numbers, form.heads)
-    key = (*key, form.rotary, form.cache_layout, form.writes)
-    return (*key, form.alignment, form.empty_row) if words else key
+    shapes = (form.layouts, fixed, form.outputs, form.packed, form.heads, form.cache_layout)
+    numbers = (form.float8, call.dtype, form.numbers, form.rotary, form.writes)
+    return (*shapes, *numbers, *((form.alignment, form.empty_row) if words else ()))
 
 
 def _grouped(calls: list[_Call]) -> list[list[_Call]]:
