@@ -239,6 +239,9 @@ class _Model(Builder):
         k, v = self._repeat(k), self._repeat(v)
         scores = self.op("MatMul", q, self.op("Transpose", k, perm=[0, 1, 3, 2]))
         scores = self.op("Mul", scores, self.number(form.dim**-0.5))
+        if form.flaw == "scale of the length":
+            length = self.op("Cast", self.op("Shape", k, start=2, end=3), to=TensorProto.FLOAT)
+            scores = self.op("Div", scores, length)
         mask = self._causal(q, k) if form.causal else "mask"
         scores = self.op("Where", mask, scores, self.number(-1e4))
         y = self.op("MatMul", self.op("Softmax", scores, axis=-1), v)

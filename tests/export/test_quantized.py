@@ -88,6 +88,22 @@ def test_float8_weights_are_left_to_the_operator(type: str, wide: bool, tmp_path
         assert row.ok and row.tolerance < 0.03  # not that of float8: the bound is that of all sites
 
 
+@pytest.mark.parametrize("weights", [0.001, 4e-5, 1e6])
+def test_float8_that_cuts_weights_off_or_loses_them_needs_consent(weights: float) -> None:
+    """448 * 0.001 is the largest weight then; and of 1e6 the smallest that isn't 0 is 977."""
+    model = model_of(modelopt("e4m3", weights))
+    _, report = faexport.fuse(model)
+    assert "the attention weights are quantized inside the block" in str(report.sites[0].refusal)
+    _, report = faexport.fuse(model, options=AGREED)
+    assert report.num_fused == 1 and "as was asked" in " ".join(facts(report))
+
+
+@pytest.mark.parametrize("weights", [1 / 448, 0.95 / 448, 1.0])
+def test_float8_that_reaches_from_0_to_1_needs_none(weights: float) -> None:
+    _, report = faexport.fuse(model_of(modelopt("e4m3", weights)))
+    assert report.num_fused == 1
+
+
 def scaled(model: onnx.ModelProto) -> None:
     (node,) = (node for node in model.graph.node if node.domain == "faexport")
     (scale,) = (attribute for attribute in node.attribute if attribute.name == "scale")

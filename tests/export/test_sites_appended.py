@@ -157,6 +157,7 @@ STAYS = {
     "norm over rows": (Form(flaw="norm over rows", norm="rsqrt"), {"past_key", "cos_cache"}),
     "new rows first": (Form(flaw="new rows first"), set()),
     **({"lengths of one row": (Form(cache="lengths", flaw="one row"), set())} if NEWER else {}),
+    "a scale that the length decides": (Form(flaw="scale of the length"), set()),
     "causal from the first key": (Form(flaw="aligned at the top", causal=True), set()),
 }
 

@@ -144,6 +144,32 @@ def test_norm(library: str) -> None:
             np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=f"{name} {item.label}")
 
 
+def turned_in_front(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with query and key turned before the node gets them."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    changed.opset_import[0].version = 23
+    (node,) = changed.graph.node
+    angles = np.arange(64)[:, None] / 10 ** np.arange(DIM // 2)
+    for name, array in (("cosines", np.cos(angles)), ("sines", np.sin(angles))):
+        changed.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    positions = helper.make_tensor_value_info("positions", onnx.TensorProto.INT64, ["B", "S"])
+    changed.graph.input.append(positions)
+    for place, heads in ((0, HEADS), (1, KV_HEADS)):
+        given, turned = node.input[place], f"{node.input[place]}_turned"
+        inputs = [given, "cosines", "sines", "positions"]
+        changed.graph.node.insert(0, helper.make_node("RotaryEmbedding", inputs, [turned], num_heads=heads))
+        changed.graph.node[-1].input[place] = turned
+    return changed
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_rotation_in_front_of_the_nodes_own_norm_stays(norm: bool) -> None:
+    """The operator turns what it has normalized, not the other way round."""
+    fused, _ = fuse(turned_in_front(model_of(Form(packed=False, norm=norm))))
+    assert ("RotaryEmbedding" in {node.op_type for node in fused.graph.node}) is norm
+
+
 BIASES = {  # key j of row i at position p: where it is hidden, and whether the node hides as much by itself
     "causal": ("later = Greater(j, p)", True),
     "causal, and the first key": ("after = Greater(j, p); first = Less(j, one_); later = Or(after, first)", False),

@@ -37,7 +37,7 @@ class _Joined:
 def with_past(spec: AttentionSpec, context: Context) -> AttentionSpec:
     """Past and new rows apart, where the node can make of both what the graph makes."""
     a, layout = context.analysis, spec.key.layout
-    if layout != spec.value.layout or spec.key.column_start is not None:
+    if layout != spec.value.layout or spec.key.column_start is not None or a.shape(spec.query.value) is None:
         return spec
     for read in (_appended, _scattered, _assigned):
         key, value = (read(side, context) for side in (spec.key, spec.value))

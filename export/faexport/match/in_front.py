@@ -27,6 +27,7 @@ from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import constant_ints, resolve_axis
 
 _REPEATABLE = ("Cos", "Sin", "Cast", "Mul", "Concat", "Gather", "Slice", "Squeeze", "Unsqueeze", "Transpose")
+_NORMS = {"q_norm_weight", "k_norm_weight"}
 _FAR = 24  # nodes between a norm or a rotation's operand and what they lead to
 
 
@@ -53,6 +54,8 @@ def taken_in(spec: AttentionSpec, context: Context) -> AttentionSpec:
 def _with_rotation(spec: AttentionSpec, context: Context) -> AttentionSpec:
     """Queries and new keys as they are before both are turned by the same angles."""
     a, shared = context.analysis, context.masks.nodes(context.graph)
+    if _NORMS & spec.further_inputs.keys():  # the node's own norm stands behind the rotation, the operator's in front
+        return spec
     found = [_turned(side, a, shared) for side in (spec.query, spec.key)]
     query, key = found
     if query is None or key is None or query.rotary.turns != key.rotary.turns:
@@ -225,7 +228,7 @@ def _with_norms(spec: AttentionSpec, ends: set[ir.Value], a: Analysis) -> Attent
     inputs, words = dict(spec.further_inputs), dict(spec.further_attributes)
     shapes, names, sides = list(spec.same_shapes), [], []
     for operand, letter in ((spec.query, "q"), (spec.key, "k")):
-        found = _norm(operand, ends, a)
+        found = None if f"{letter}_norm_weight" in inputs else _norm(operand, ends, a)
         if found is None:
             sides.append(operand)
             continue

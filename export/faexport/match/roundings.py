@@ -3,8 +3,8 @@
 by match/softmax_core.py.
 
 The operator computes scores and weights in one pass and never rounds them to a few bits. Weights in float8 are left to
-it: what it does is nearer to the model before it was quantized. Anything coarser may have changed what a model does, so
-a user has to agree.
+it: what it does is nearer to the model before it was quantized. Anything coarser, and float8 with a scale that cuts
+weights off, may have changed what a model does, so a user has to agree.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Roundings:
         """Why the site has to stay as it is, if it does."""
         if context.options.assume_scores_unquantized:
             return None
-        coarse = [one for one in self.weights if self.scores or not one.is_float8]
+        coarse = [one for one in self.weights if self.scores or not one.holds_weights]
         for what, roundings in (("scores", self.scores), ("attention weights", coarse)):
             for one in roundings:
                 why = f"the {what} are quantized inside the block (QuantizeLinear to {one.dtype.name.lower()})"
@@ -53,7 +53,7 @@ class Roundings:
         for what, roundings in (("scores", self.scores), ("masks", self.masks), ("attention weights", self.weights)):
             for one in roundings:
                 text = f"the {what} are not rounded to {one.dtype.name.lower()} as the original does"
-                if what == "attention weights" and one.is_float8:
+                if what == "attention weights" and one.holds_weights:
                     found.append(Fact(text, one.names))
                 else:
                     found.append(Assumption(f"{text}, as was asked", one.names))

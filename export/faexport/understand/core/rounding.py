@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -38,6 +39,7 @@ class Rounding:
     dequantize: ir.Node
     dtype: ir.DataType  # of the quantized numbers
     is_float8: bool = False  # and the scale is a constant that can be one (some tools write 0 and infinity)
+    holds_weights: bool = False  # float8 numbers from 0 to 1, with nothing lost but their last bits
 
     @property
     def names(self) -> tuple[str, str]:
@@ -68,7 +70,17 @@ def _pair(quantize: ir.Node, dequantize: ir.Node, a: Analysis) -> Rounding | Non
         return None
     dtype, factor = _dtype(quantize, zero, a), a.constant(scale)
     is_scale = factor is not None and bool((np.isfinite(factor) & (factor > 0)).all())
-    return None if dtype is None else Rounding(quantize, dequantize, dtype, dtype in _FLOAT8 and is_scale)
+    if dtype is None or factor is None or dtype not in _FLOAT8 or not is_scale:
+        return None if dtype is None else Rounding(quantize, dequantize, dtype)
+    return Rounding(quantize, dequantize, dtype, True, _reaches_from_0_to_1(dtype, factor))
+
+
+def _reaches_from_0_to_1(dtype: ir.DataType, scale: np.ndarray) -> bool:
+    """Are numbers up to 1 cut off by no more than they are rounded by, and their smallest steps those of float8 itself
+    at most? A scale that is too small cuts large weights off, and one that is too large loses all small ones."""
+    limits = ml_dtypes.finfo(dtype.numpy())
+    reached = scale.astype(np.float64) * float(limits.max)
+    return bool((reached >= 1 - float(limits.eps) / 2).all() and (scale <= 1).all())
 
 
 def _dtype(quantize: ir.Node, zero: ir.Value | None, a: Analysis) -> ir.DataType | None:
