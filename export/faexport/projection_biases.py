@@ -4,7 +4,7 @@ onnxruntime, which makes a kernel of each such addition (Options.joins_rest). Ca
 
 - The queries' bias becomes the operator's input query_bias, which kernels add where they hold the queries anyway.
 - The keys' bias is dropped: q · (k + b) is q · k plus a number that is the same for all keys of a row, and softmax does
-  not see what is added to all scores of a row.
+  not see what is added to all scores of a row, unless a huge number is added to all of them too.
 - The values' bias is moved behind the operator: the weights of a row sum to 1, so that bias is added to each row of the
   output; what follows there is a product with a stored weight and the addition of a stored bias, into which it goes as
   bias · weight. A row that attends no key and gives 0 now gives -bias (empty_row_value), so that 0 is projected again.
@@ -31,6 +31,9 @@ from faexport.understand.shapes.analysis import Analysis
 _HARMLESS = {"attn_mask", "attn_bias", "nonpad_kv_seqlen", "query_offset", "alibi_slopes"}
 _WIDEST = 256  # columns of a head; the CUDA kernels for wider ones add no bias
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+_ROUNDS = "where a mask hides all keys of a row by adding to their scores, it decides what rounding leaves of them"
 
 
 class _Stays(Exception):
@@ -125,20 +128,23 @@ class _Site:
     """One operator with biases in front of it."""
 
     def __init__(self, node: ir.Node, spec: AttentionSpec, biased: Sequence[_Biased | None], a: Analysis):
-        self.node, self.spec, self.biased, self.a = node, spec, biased, a
+        self.node, self.spec, self.biased, self.a = node, spec, list(biased), a
         self.inputs = list(filter(None, node.attributes.get_string("optional_inputs", "").split(",")))
         self.q_heads, self.kv_heads = (node.attributes.get_int(f"{kind}_num_heads", 0) for kind in ("q", "kv"))
 
     def move(self, names: Names) -> list[str]:
         """Sentences about what is done then. Raises _Stays, and changes nothing then."""
         self._check()
+        texts = []
+        if self.biased[1] is not None and self._loses_scores():
+            texts.append(f"the keys' bias stays: {_ROUNDS}")
+            self.biased[1] = None
         query, key, value = (self._by_head(n) for n in range(3))
         behind = self._output_projection() if value is not None else None
         old = [one.sum.producer() for one in self.biased if one is not None]
         for n, one in enumerate(self.biased):
             if one is not None:
                 self.node.replace_input_with(n, one.product)
-        texts = []
         if query is not None:
             self._add_input("query_bias", query, names)
             texts.append("the queries' bias is added by the operator")
@@ -168,6 +174,16 @@ class _Site:
             raise _Stays("rows that see no key give something else than 0 or the mean of all values")
         if mask.empty_row is EmptyRow.MEAN and not self._has_keys():
             raise _Stays("there may be no keys, whose values have no mean")
+
+    def _loses_scores(self) -> bool:
+        """May a row have nothing but keys to whose scores so much is added that only their first bits count? What is
+        added to all scores of a row decides which bits these are then. Raises _Stays where the bias of keys is one with
+        that of queries or values."""
+        if "attn_bias" not in self.inputs or self.spec.mask.bias_keeps_scores:
+            return False
+        if self.node.attributes.get_ints("packed_columns", ()):
+            raise _Stays(_ROUNDS)
+        return True
 
     def _may_give_zero(self) -> bool:
         """May a row attend no key, and give 0 then?"""

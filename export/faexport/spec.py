@@ -182,6 +182,8 @@ class Mask:
     empty_row: EmptyRow = EmptyRow.ZERO
     empty_rows: EmptyRows | None = None  # where empty_row alone doesn't say it
     rows_see_a_key: bool = False  # proven of every row: then empty_row doesn't matter
+    # Proven: attn_bias is so small that scores keep their last bits beside it, at least in rows that see no other key.
+    bias_keeps_scores: bool = False
     new_nodes: Sequence[ir.Node] = ()  # nodes that compute the values above, in order; not yet in the graph
     facts: tuple[Fact, ...] = ()
 

@@ -32,6 +32,7 @@ from faexport.understand.mask.terms import (
     cases_of,
     fills,
     is_moderate,
+    keeps_scores,
     leaves,
     rows_see_a_key,
     summands,
@@ -83,9 +84,19 @@ class Problem:
     @functools.cached_property
     def is_moderate(self) -> bool:
         """Are all biases numbers like scores? Beside one that is itself a mask, a finite fill isn't sure to mask."""
+        return all(is_moderate(e) for e in self._added if e.op != "float")
+
+    @functools.cached_property
+    def keeps_scores(self) -> bool:
+        """Is what is added to scores so small that they keep their last bits, or so huge that nothing is left of them,
+        wherever a row may see no other key? Else what rounding leaves of scores depends on the scores themselves."""
+        return self.rows_are_full or all(map(keeps_scores, self._added))
+
+    @functools.cached_property
+    def _added(self) -> list[Expr]:
+        """What is added to scores, all cases apart."""
         added = [t for t in self.site.terms if t.kind is spec.TermKind.ADD]
-        found = (e for t in added for _, leaf in leaves(self.site.element(t, t.value)) for e in summands(leaf))
-        return all(is_moderate(e) for e in found if e.op != "float")
+        return [e for t in added for _, leaf in leaves(self.site.element(t, t.value)) for e in summands(leaf)]
 
     def draft(self) -> Draft:
         return Draft(self.emitter, self.site, self.options)
@@ -114,7 +125,9 @@ def mask_of(emitter: Emitter, site: Site, options: MaskOptions) -> spec.Mask:
     """The mask by the first strategy that the site is for. Raises NotAMask with the reason where it can't be said, and
     Unknown where a part of it can't be written."""
     problem = Problem(emitter, site, options)
-    return next(mask for strategy in STRATEGIES.values() if (mask := strategy(problem)) is not None)
+    mask = next(mask for strategy in STRATEGIES.values() if (mask := strategy(problem)) is not None)
+    mask.bias_keeps_scores = mask.rows_see_a_key or problem.keeps_scores
+    return mask
 
 
 # ------------------------------------------------------------------------------------------ float masks of any values

@@ -26,6 +26,7 @@ from faexport.understand.shapes.dims import Dim
 
 # A fill above this is a number like any other; at or below it a softmax weight is 0 beside any usual score.
 MASKING = -1e4
+_FINE = 2.0**14  # beside smaller numbers, float32 keeps 2^-10 of a score
 ABSORBS = {ir.DataType.FLOAT16: -6e4, ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.DOUBLE: -1e30}
 _MAX_CASES = 24
 _AXES = {"T": "keys", "B": "batch entries", "M": "batch entries", "W": "batch entries", "S": "rows", "H": "heads"}
@@ -442,15 +443,25 @@ def _holds_for_weights(test: Expr) -> bool:
 def is_moderate(e: Expr) -> bool:
     """Is a bias a number like a score, far from any fill? Not if it has a huge constant in it, or comes from the
     user."""
-    for number in ia.atoms(e, "float"):
-        if not abs(il.number_of(number)) < -MASKING:
-            return False
+    numbers = (abs(il.number_of(number)) for number in ia.atoms(e, "float"))
+    return all(number < -MASKING for number in numbers) and _are_tables_below(e, -MASKING)
+
+
+def keeps_scores(e: Expr) -> bool:
+    """Do scores keep their last bits beside a bias, or nothing at all? Not beside what comes from the user."""
+    numbers = (abs(il.number_of(number)) for number in ia.atoms(e, "float"))
+    absorbing = -ABSORBS[ir.DataType.FLOAT]
+    return all(n == 0 or 1 / _FINE <= n < _FINE or n >= absorbing for n in numbers) and _are_tables_below(e, _FINE)
+
+
+def _are_tables_below(e: Expr, limit: float) -> bool:
+    """Are all float numbers that a bias is read from stored ones, and smaller?"""
     for atom in ia.atoms(e, "load"):
         if atom.kind == "float":
             constant = tensor_of(atom.args[0])
             if atom.args[0].is_graph_input():
                 return False
-            if constant is not None and not np.abs(constant.numpy().astype(np.float64)).max(initial=0) < -MASKING:
+            if constant is not None and not np.abs(constant.numpy().astype(np.float64)).max(initial=0) < limit:
                 return False
     return True
 
