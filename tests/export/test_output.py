@@ -71,7 +71,14 @@ def test_a_link_is_followed(model: pathlib.Path) -> None:
     assert names(model.parent / "real") == ["not_there_yet.onnx", "old.onnx"]
 
 
-@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "link to a device", "link to itself", "socket"])
+def test_a_folder_gets_a_file_of_the_model_s_name(model: pathlib.Path) -> None:
+    place = model.with_name("out.onnx")
+    place.mkdir()
+    assert here(model, "-o", place, *UNVERIFIED).returncode == 0
+    assert names(place) == [model.name]
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "link to a device", "link to itself", "socket"])
 def test_what_is_no_file_is_refused(model: pathlib.Path, kind: str) -> None:
     import socket
 
@@ -80,8 +87,6 @@ def test_what_is_no_file_is_refused(model: pathlib.Path, kind: str) -> None:
         target = pathlib.Path("/dev/null")
     elif kind == "pipe":
         os.mkfifo(target)
-    elif kind == "folder":
-        target.mkdir()
     elif kind == "socket":
         with socket.socket(socket.AF_UNIX) as bound:
             bound.bind(os.fspath(target))
