@@ -37,7 +37,7 @@ def join(model: ir.Model, a: Analysis, names: Names) -> dict[str, int]:
     before, unread, types = counts(model), _unread(model), _types_in_stand_ins(model)
     embeddings.join(model, a, names)
     _leave_out_casts(model)
-    turned = list(_put_biases_second(model))
+    turned = [*_put_biases_second(model), *_put_biased_second(model)]
     for rules in _rules():
         rules.apply_to_model(model)
     for node in turned:
@@ -171,18 +171,38 @@ def _put_biases_second(model: ir.Model) -> Iterator[ir.Node]:
     for node in model.graph:
         if op(node) != "Add":
             continue
-        first, second = map(_is_stored, node.inputs)
-        if first and not second:
+        first, second = map(_stored, node.inputs)
+        if first is not None and second is None:
             _turn(node)
             yield node
 
 
-def _is_stored(value: ir.Value | None) -> bool:
-    """In the file, perhaps under another name: TorchScript's exporter writes equal weights once."""
+def _put_biased_second(model: ir.Model) -> Iterator[ir.Node]:
+    """Where both inputs of a residual are sums, as behind embeddings, the rules look for the bias in the second alone.
+    Gives the nodes that were turned."""
+    for node in model.graph:
+        if op(node) != "Add" or op(producer(node.inputs[1])) != "Add":
+            continue
+        if _is_biased(node.inputs[0]) and not _is_biased(node.inputs[1]):
+            _turn(node)
+            yield node
+
+
+def _is_biased(value: ir.Value | None) -> bool:
+    """Is it a sum of a tensor and a stored vector?"""
+    made_by = producer(value)
+    bias = made_by.inputs[1] if made_by is not None and op(made_by) == "Add" else None
+    # projection_biases.py writes a Constant.
+    stored = bias if op(producer(bias)) == "Constant" else _stored(bias)
+    return stored is not None and stored.shape is not None and len(stored.shape) == 1
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The tensor of the file that it is, perhaps by another name: TorchScript's exporter writes equal weights once."""
     made_by = producer(value)
     if made_by is not None and op(made_by) == "Identity":
         value = made_by.inputs[0]
-    return value is not None and value.const_value is not None
+    return value if value is not None and value.const_value is not None else None
 
 
 def _turn(node: ir.Node) -> None:

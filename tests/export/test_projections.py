@@ -306,6 +306,29 @@ def test_the_rest_is_joined_where_asked(norm: str, tmp_path: pathlib.Path) -> No
     assert {"normalized", "sum"} <= {row.value for row in checked.sites}
 
 
+@pytest.mark.parametrize("order", [("biased", "placed"), ("placed", "biased")], ids=str)
+def test_a_bias_is_joined_beside_another_sum(order: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    """The residual of a first layer is a sum of embeddings, whose second summand is no bias."""
+    model = normalized_first("layer")
+    graph, random = model.graph, np.random.default_rng(1)
+    graph.initializer.extend(
+        numpy_helper.from_array(random.standard_normal(shape, np.float32), name)
+        for name, shape in (("output_bias", E), ("place", (1, 1, E)))
+    )
+    (residual,) = (node for node in graph.node if list(node.output) == ["sum"])
+    residual.input[:] = order
+    position = list(graph.node).index(residual)
+    graph.node.insert(position, helper.make_node("Add", ["projected", "output_bias"], ["biased"]))
+    graph.node.insert(position, helper.make_node("Add", ["x", "place"], ["placed"]))
+    source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(model, source)
+    result, _ = faexport.fuse(source)
+    model_io.save(result, target, source=source)
+    (joined,) = (node for node in onnx.load(target).graph.node if node.op_type == "SkipLayerNormalization")
+    assert len(joined.input) == 5 and joined.input[1] == "placed"
+    assert verify.verify(source, target).status == "passed"
+
+
 def test_a_wrong_normalization_would_be_found(tmp_path: pathlib.Path) -> None:
     source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
     onnx.save(normalized_first("layer"), source)

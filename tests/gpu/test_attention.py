@@ -122,12 +122,25 @@ def test_mask_in_wide_rows(case: cases.Case, expected) -> None:
     check(case.problem(), expected(case))
 
 
+FEW_KEYS = ((77, 77, 64), (128, 128, 128), (120, 72, 32), (129, 129, 64), (200, 128, 256))
+CAUSAL = {"mask": "B11K", "is_causal": True}
+WINDOWS_OF_MASKED = (CAUSAL, CAUSAL | {"empty": True}, CAUSAL | {"sinks": True}, {"mask": "B11K", "window_left": 3})
+
+
 def hidden_entries() -> list[cases.Case]:
-    """Whole batch entries without a key to see, whose rows become the mean of their values or a given value."""
+    """Whole batch entries without a key to see, whose rows become the mean of their values or a given value; and rows
+    in front of the first key that a mask of keys shows: with up to 128 keys a kernel writes them itself."""
     return [
-        cases.Case(("float16", "bfloat16")[i % 2], 4, 11, (11, 1)[i // 2 % 2], *shape, **options, empty_row=word)
-        for i, shape in enumerate((*ALIGNED, *MANY_ROWS))
-        for options, word in itertools.product([{"mask": "B11K", "empty": True}], ("mean", "value"))
+        *(
+            cases.Case(("float16", "bfloat16")[i % 2], 4, 11, (11, 1)[i // 2 % 2], *shape, **options, empty_row=word)
+            for i, shape in enumerate((*ALIGNED, *MANY_ROWS))
+            for options, word in itertools.product([{"mask": "B11K", "empty": True}], ("mean", "value"))
+        ),
+        *(
+            cases.Case(("float16", "bfloat16")[i % 2], 4, 12, (12, 4)[i % 2], *shape, **options, empty_row=word)
+            for i, shape in enumerate(FEW_KEYS)
+            for options, word in itertools.product(WINDOWS_OF_MASKED, ("mean", "value"))
+        ),
     ]
 
 

@@ -342,9 +342,10 @@ struct Consumer {
     }
   }
 
-  /// Do the thread's two rows attend no key, and are they to become something else than 0? Sequences' rows are alike then.
+  /// Does one of the thread's two rows attend no key, and is it to become something else than 0?
   __device__ __forceinline__ bool awaits_filling(const Tile& tile, int row) const {
-    return args.problem.empty_row != EmptyRow::kZero && rows.sum[0] == 0.0f && is_row<C>(row, tile.query_length);
+    return args.problem.empty_row != EmptyRow::kZero && ((rows.sum[0] == 0.0f && is_row<C>(row, tile.query_length)) ||
+                                                         (rows.sum[1] == 0.0f && is_row<C>(row + 8, tile.query_length)));
   }
 
   /// Normalises the tile's rows and sees to it that they leave.

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tiles with rows that hold values of hidden keys (common/hidden_values.cuh), in prefill_sm90 and prefill_sm90_f32: consumers
 // mark such a tile in its slot, the scheduling warp keeps a list of them in the workspace, and after the block's last tile they
-// are mended. Likewise tiles whose rows attend no key, where they are to become the mean of the values, or a given value, and all
-// rows of a sequence see the same keys (writes_empty_rows in prefill_sm90.cpp). NOTE: in the loop over tiles, mend_row() cost the
-// products 20 registers, in line as much as out of line; so did, in the short instances, a list that consumers keep.
+// are mended. Likewise tiles with rows that attend no key, where these are to become the mean of the values, or a given value,
+// and this kernel writes them (writes_empty_rows in prefill_sm90.cpp). NOTE: in the loop over tiles, mend_row() cost the products
+// 20 registers, in line as much as out of line; so did, in the short instances, a list that consumers keep.
 #pragma once
 
 #include "kernels/common/hidden_values.cuh"

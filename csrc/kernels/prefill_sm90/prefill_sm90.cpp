@@ -124,13 +124,16 @@ size_t workspace_bytes(const AttentionParams& p) {
   return kCounterBytes + static_cast<size_t>(tiles) * sizeof(SpoiltTile);
 }
 
-/// Does the kernel itself write what rows that attend no key yield, if that is not 0? Where a mask for each batch entry alone
-/// decides which keys its rows see; elsewhere such rows may be many, and a second kernel computes the mean of a head once for all
-/// of them.
+constexpr int64_t kKeysOfQuickMean = 128;  // a warp adds up so many in the time of a launch or two
+
+/// Does the kernel itself write what rows that attend no key yield, if that is not 0? Where a mask for each batch entry decides
+/// which keys its rows see, alone or with a window over few keys; elsewhere such rows may be many, and a second kernel computes
+/// the mean of a head once for all of them.
 bool writes_empty_rows(const AttentionParams& p) {
   const bool rows_alike = p.mask.present && (p.mask.shape[2] == 1 || p.mask.stride[2] == 0);
+  const bool has_window = p.window_left >= 0 || p.window_right >= 0;
   const bool nothing_else = !p.bias.present && !p.kv_lengths.present && !p.query_lengths.present && !p.cu_seqlens_q.present &&
-                            p.window_left < 0 && p.window_right < 0;
+                            !p.sinks.present && (!has_window || p.key.shape[2] <= kKeysOfQuickMean);
   return p.empty_row != EmptyRow::kZero && rows_alike && nothing_else;
 }
 
