@@ -10,6 +10,7 @@
 #include "kernels/backward_sm80/instances.h"
 #include "kernels/common/aligned_rows.h"
 #include "kernels/common/launch.h"
+#include "kernels/common/smallest_instance.h"
 
 namespace fa::backward_sm80 {
 namespace {
@@ -53,12 +54,8 @@ bool needs_modified(const AttentionParams& p, const Gradients& g) {
 int64_t head_dim_of(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
 
 const Instance* find(const AttentionParams& p, Variant variant) {
-  const Instance* smallest = nullptr;
-  for (const Instance& instance : kInstances) {
-    if (instance.dtype != p.query.dtype || instance.variant != variant || instance.head_dim < head_dim_of(p)) continue;
-    if (smallest == nullptr || instance.head_dim < smallest->head_dim) smallest = &instance;
-  }
-  return smallest;
+  return smallest_instance(
+      kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype && instance.variant == variant; });
 }
 
 /// Tiles of keys of the longest sequence, or where packed of one of mean length.

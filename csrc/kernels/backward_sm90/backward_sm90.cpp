@@ -8,6 +8,7 @@
 
 #include "dispatch.h"
 #include "kernels/backward_sm90/instances.h"
+#include "kernels/common/smallest_instance.h"
 #include "kernels/common/tensor_map.h"
 
 namespace fa::backward_sm90 {
@@ -28,14 +29,8 @@ const Instance kInstances[] = {
 #undef FA_INSTANCE
 };
 
-/// The smallest that takes the heads; null where they are too wide for any.
 const Instance* find_instance(const AttentionParams& p) {
-  const Instance* best = nullptr;
-  for (const Instance& instance : kInstances) {
-    if (instance.dtype != p.query.dtype || instance.head_dim < std::max(p.query.shape[3], p.value.shape[3])) continue;
-    if (best == nullptr || instance.head_dim < best->head_dim) best = &instance;
-  }
-  return best;
+  return smallest_instance(kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype; });
 }
 
 /// What the kernel does with scores: a scale, key lengths and windows, and no more.

@@ -19,12 +19,15 @@ inline int driver_version() {
 
 /// kernel<<<blocks, threads, shared_bytes, stream>>>(args), early, `cluster` neighbouring blocks on multiprocessors that reach
 /// each other's shared memory. While the stream is captured, only under drivers of CUDA 13 and later: which nodes of a graph may
-/// stand before such a kernel depends on the driver.
+/// stand before such a kernel depends on the driver. The multiprocessors' memory is divided so that shared memory has most of it,
+/// for every kernel alike: blocks of two kernels can't be on one multiprocessor where they want it divided differently.
 template <class Args>
 cudaError_t launch_early(void (*kernel)(Args), int blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                          const Args& args, int cluster = 1) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  const cudaError_t error = cudaStreamIsCapturing(stream, &capture);
+  cudaError_t error = cudaStreamIsCapturing(stream, &capture);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};

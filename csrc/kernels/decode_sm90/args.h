@@ -79,7 +79,8 @@ struct KernelArgs {
   int num_spans;       // batch entries, or packed sequences and the rows outside of them
   int tile_rows;       // (row, head) pairs that share a read of the keys: 16, 32 or 64 …
   int tile_bits;       // … and its logarithm
-  int stages;          // of the ring
+  int stages;          // of the ring …
+  int stages_at_once;  // … and those under way at a time, if the block has much to read
   int merge_rows;      // rows of a warp that take part in the merge of a block's warps, at most 16
   int partial_rows;    // rows of a slot for partial results
   bool uniform;        // all spans see the same keys, and the host knows which: …

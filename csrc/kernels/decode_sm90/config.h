@@ -18,7 +18,8 @@ inline constexpr int kMaxScannedMasks = 256;     // batch entries whose masks ev
 
 // If every block has so much to read that the memory is busy all along, it is faster with less under way.
 inline constexpr int kMinBytesOfLongShare = 640 << 10;  // of a block's keys and values
-inline constexpr int kBytesAtOnce = 64 << 10;           // under way to a block
+inline constexpr int kBytesAtOnce = 64 << 10;           // under way to a block …
+inline constexpr int kBytesAtOnceOfPages = 80 << 10;    // … and where keys and values lie in pages
 
 // Where the keys are cut. Units are key tiles.
 inline constexpr int kMinReadOfPart = 16;    // times the bytes of its partial results, or the merge would cost more than its keys

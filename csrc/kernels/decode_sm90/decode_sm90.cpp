@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "dispatch.h"
+#include "kernels/common/smallest_instance.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/decode_sm90/instances.h"
 #include "kernels/decode_sm90/merge_counters.h"
@@ -34,14 +35,8 @@ const Instance kInstances[] = {
 #undef FA_INSTANCE
 };
 
-/// The smallest that takes heads of this size; null where none does.
 const Instance* find_instance(const AttentionParams& p) {
-  const Instance* best = nullptr;
-  for (const Instance& instance : kInstances) {
-    if (instance.dtype != p.query.dtype || instance.head_dim < bucket_size(p)) continue;
-    if (best == nullptr || instance.head_dim < best->head_dim) best = &instance;
-  }
-  return best;
+  return smallest_instance(kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype; });
 }
 
 /// Two neighbouring elements of the queries are read at once.

@@ -47,12 +47,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm)
   // 3. Both roles end with the item that is not valid.
   if (threadIdx.x / 32 < C::kWarps) {
     Consumer<C>(args, shared, ring).run();
-  } else if (threadIdx.x % 32 == 0) {
-    if (args.uniform ? args.cut.heads > 0 : shared.cut_tiles > 0) {
-      produce<C>(args, shared, ring, DrawnPieces<C>(args, shared));
-    } else {
-      produce<C>(args, shared, ring, Range<C>(args, shared));
-    }
+  } else if (args.uniform ? args.cut.heads > 0 : shared.cut_tiles > 0) {
+    produce<C>(args, shared, ring, DrawnPieces<C>(args, shared));
+  } else {
+    produce<C>(args, shared, ring, Range<C>(args, shared));
   }
 }
 

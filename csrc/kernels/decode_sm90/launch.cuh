@@ -96,6 +96,12 @@ void cut_keys(const StepParams& p, int blocks, KernelArgs* args) {
   args->cut.row_tiles = Divisor(std::max<int64_t>(row_tiles, 1));
 }
 
+/// Of a block's shared memory.
+template <class C>
+constexpr int bytes_beside_ring(int merge_rows) {
+  return plan_bytes<C::kWarps>() + merge_bytes(C::kHeadDim, merge_rows);
+}
+
 /// All of the arguments but tensor maps and workspace.
 template <class C>
 KernelArgs describe_problem(const StepParams& p, int blocks) {
@@ -111,7 +117,8 @@ KernelArgs describe_problem(const StepParams& p, int blocks) {
   args.read_once = mean_rows(p) * group_size(p) <= args.tile_rows;
   args.merge_rows = merge_rows(p);
   args.partial_rows = most_rows(p);
-  args.stages = num_stages(C::kHeadDim, plan_bytes<C::kWarps>() + merge_bytes(C::kHeadDim, args.merge_rows));
+  args.stages = num_stages(C::kHeadDim, bytes_beside_ring<C>(args.merge_rows));
+  args.stages_at_once = ((in_pages(p) ? kBytesAtOnceOfPages : kBytesAtOnce) - 1) / C::kStageBytes + 1;
   args.scan_mask = scans_mask(p, blocks);
   args.uniform = p.cache.mode == CacheMode::kAppend && !p.kv_lengths.present && !p.query_lengths.present &&
                  !p.query_offsets.present && !p.cu_seqlens_q.present && !args.scan_mask;
@@ -142,7 +149,7 @@ template <typename T, int kHeadDim, Variant>
 Status launch_instance(const Plan& plan, const StepParams& p, const ExecutionContext& context) {
   using C = Traits<T, kHeadDim>;
   constexpr int kSharedBytes = C::kTile.shared_bytes();
-  static_assert(plan_bytes<C::kWarps>() + merge_bytes(kHeadDim, kRowsPerWarp) + kTilesBeforeItem * C::kStageBytes <= kSharedBytes,
+  static_assert(bytes_beside_ring<C>(kRowsPerWarp) + kTilesBeforeItem * C::kStageBytes <= kSharedBytes,
                 "The ring must hold the tiles that are loaded before their item is published, else nobody would ever empty it.");
   int blocks = num_blocks(p, plan.device, C::kTile);
   const auto kernel = decode_sm90_kernel<C>;
@@ -157,8 +164,9 @@ Status launch_instance(const Plan& plan, const StepParams& p, const ExecutionCon
   error = find_merge_counters(context, &args.counters);
   args.draws = &args.counters[kMaxBlocks].parts_done;
   if (args.uniform && args.cut.heads > 0) blocks = std::min(blocks, args.cut.pieces);
+  const int shared_bytes = bytes_beside_ring<C>(args.merge_rows) + args.stages * C::kStageBytes;
   if (error == cudaSuccess)
-    error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, stream, args, std::max(args.cut.cluster, 1));
+    error = launch_early(kernel, blocks, C::kThreads, shared_bytes, stream, args, std::max(args.cut.cluster, 1));
   return cuda_status(error, "decode_sm90 could not be launched");
 }
 

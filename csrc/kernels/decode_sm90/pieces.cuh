@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pieces of a block's work, one after the other, for the producer's one thread: either what the schedule's range of the block
-// has of each head, or, where all heads are cut alike, a piece that is the block's own and others that it draws as it goes. Which
-// block has a piece changes no bit of the result.
+// The pieces of a block's work, one after the other, for the producer's warp, whose lanes all know them: either what the
+// schedule's range of the block has of each head, or, where all heads are cut alike, a piece that is the block's own and others
+// that it draws as it goes. Which block has a piece changes no bit of the result.
 #pragma once
 
 #include "kernels/decode_sm90/schedule.cuh"
@@ -167,15 +167,22 @@ struct DrawnPieces {
     }
   }
 
-  /// Finds out which piece comes after the last one. Called before that one's copies start, which hide the way to the counter.
+  /// Finds out which piece comes after the last one: in the first lane. Called before that one's copies start, which hide the way
+  /// to the counter.
   __device__ __forceinline__ void draw() {
     number = cut.pieces;
-    if (cut.pieces > static_cast<int>(gridDim.x))
+    if (cut.pieces > static_cast<int>(gridDim.x) && threadIdx.x % 32 == 0)
       number = static_cast<int>(gridDim.x + atomicInc(args.draws, cut.pieces - 1));  // 0 again after the last block's last
   }
 
-  /// False: there is no more.
+  /// A warp. False: there is no more.
   __device__ __forceinline__ bool next(Piece& piece) {
+    number = __shfl_sync(kAllLanes, number, 0);
+    return take(piece);
+  }
+
+  /// Piece `number`.
+  __device__ __forceinline__ bool take(Piece& piece) {
     if (number >= cut.pieces) return false;
     const int parts = static_cast<int>(cut.parts.divisor);
     head = static_cast<int>(cut.parts.quotient(number));
@@ -213,7 +220,7 @@ template <class C>
 __device__ __forceinline__ void tell_first_piece(const KernelArgs& args, SharedPlan<C::kWarps>& shared) {
   DrawnPieces<C> pieces(args, shared);
   Piece piece;
-  if (!pieces.next(piece)) return;
+  if (!pieces.take(piece)) return;
   Item& item = shared.item[0];
   item = describe<C>(args, shared, pieces.work, pieces.idx, piece);
   item.first_warp = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The producer of decode_sm90: one thread that finds the block's items and keeps the copy engine busy with their keys and values,
-// as far ahead as the ring reaches, across items.
+// The producer of decode_sm90: one warp that finds the block's items and keeps the copy engine busy with their keys and values,
+// as far ahead as the ring reaches, across items. Its lanes do the same, but that each looks up other pages.
 #pragma once
 
 #include "kernels/common/launch_early.h"
@@ -21,48 +21,87 @@ struct RingPlace {
   }
 };
 
-/// A row of keys and values: its page, or batch entry, and where it is there.
-struct PlaceInPages {
-  int page, row;
+/// Where the keys of the tiles to come lie. Each lane of the producer knows it of some neighbouring keys: of a tile, or of half a
+/// tile where pages have halves, whose copies it then starts. So a warp has 32 or 16 tiles ahead, and nothing is looked up
+/// between a stage's becoming free and its copies.
+template <class C>
+struct KeyPlaces {
+  const KernelArgs& args;
+  const SequenceWork& work;         // of the sequence
+  const uint32_t* table = nullptr;  // its row of the block table
+  int first_tile = 0, end_tile = 0;
+  int page = 0, row = 0;  // of the lane's keys: page, or batch entry, and row in it
+  uint32_t low = 0;       // the entry of the block table for the lane's keys of the tiles from end_tile on …
+  uint32_t high = 0;      // … of which, where the table is int64, this is the other half
+
+  __device__ __forceinline__ KeyPlaces(const KernelArgs& args_, const SequenceWork& work_) : args(args_), work(work_) {}
+
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+  __device__ __forceinline__ int half_bits() const { return args.pages.halves; }
+  /// Of the lane's tile.
+  __device__ __forceinline__ int half() const { return lane() & half_bits(); }
+  __device__ __forceinline__ bool is_for(int tile) const { return lane() >> half_bits() == tile - first_tile; }
+
+  /// From `tile` of a sequence on.
+  __device__ __forceinline__ void begin(int sequence, int tile) {
+    end_tile = tile;
+    if (args.pages.table == nullptr) return;
+    table = static_cast<const uint32_t*>(args.pages.table) + (sequence * args.pages.sequence_stride << args.pages.wide);
+    look_up();
+  }
+
+  /// The tiles from end_tile on. Their pages were read when the tiles before them began, so that nothing waits for them here.
+  __device__ __forceinline__ void go_on() {
+    first_tile = end_tile;
+    row = first_row();
+    end_tile += 32 >> half_bits();
+    if (args.pages.table == nullptr) {
+      page = static_cast<int>(work.sequence.batch_idx);
+      row += static_cast<int>(work.sequence.first_key);
+      return;
+    }
+    row -= static_cast<int>(args.pages.rows.quotient(row) * args.pages.rows.divisor);
+    page = high == 0 && low < static_cast<uint32_t>(args.pages.count) ? static_cast<int>(low) : -1;
+    look_up();
+  }
+
+ private:
+  /// Of the lane's keys of the tiles from end_tile on, in the sequence.
+  __device__ __forceinline__ int first_row() const { return end_tile * C::kTileN + lane() * (C::kTileN >> half_bits()); }
+
+  /// Reads their page's entry, by halves: whoever chose between two widths would wait for the first. From the sequence's end on
+  /// nobody looks up a page.
+  __device__ __forceinline__ void look_up() {
+    low = ~0u;
+    high = 0;
+    if (first_row() >= work.key_end) return;
+    const uint32_t* entry = table + (args.pages.rows.quotient(first_row()) * args.pages.page_stride << args.pages.wide);
+    low = entry[0];
+    if (args.pages.wide) high = entry[1];
+  }
 };
 
-/// Where a sequence's row `row` lies; from row `end` on, and in a page that does not exist, outside of the tensors.
-__device__ __forceinline__ PlaceInPages place_in_pages(const Pages& pages, int sequence, int row, int end) {
-  if (row >= end) return {-1, 0};
-  const int idx = static_cast<int>(pages.rows.quotient(row));
-  const int64_t at = sequence * pages.sequence_stride + idx * pages.page_stride;
-  const int64_t page = pages.wide ? static_cast<const int64_t*>(pages.table)[at] : static_cast<const int32_t*>(pages.table)[at];
-  return {page < 0 || page >= pages.count ? -1 : static_cast<int>(page), row - idx * static_cast<int>(pages.rows.divisor)};
-}
-
-/// Starts the copies of one stage, whose 16 keys of each half lie at `first` and `second`; all of them at `first`, unless pages
-/// have halves.
+/// The lanes that have a tile's keys: starts the copies of its stage. What lies in no page is outside of the tensors.
 template <class C>
 __device__ __forceinline__ void load_stage(const KernelArgs& args, unsigned char* stage, Mbarrier<1>& full,
-                                           const PlaceInPages& first, const PlaceInPages& second, int key_head, uint64_t policy) {
-  full.arrive_expect(C::kStageBytes);
-  PlaceInPages place = first;
-#pragma unroll 1
-  for (int halves = args.pages.halves ? 2 : 1;;) {
-    if (args.whole_rows) {
-      tma_load_panels(stage, &args.key, &full.word, place.row, key_head, place.page, policy);
-      tma_load_panels(stage + C::kValueOffset, &args.value, &full.word, place.row, key_head, place.page, policy);
-    } else {
+                                           const KeyPlaces<C>& keys, int key_head, uint64_t policy) {
+  if (keys.half() == 0) full.arrive_expect(C::kStageBytes);
+  stage += keys.half() * args.layout.half;
+  if (args.whole_rows) {
+    tma_load_panels(stage, &args.key, &full.word, keys.row, key_head, keys.page, policy);
+    tma_load_panels(stage + C::kValueOffset, &args.value, &full.word, keys.row, key_head, keys.page, policy);
+    return;
+  }
 #pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        unsigned char* target = stage + panel * C::kPanelBytes;
-        tma_load(target, &args.key, &full.word, panel * kPanelColumns, place.row, key_head, place.page, policy);
-        tma_load(target + C::kValueOffset, &args.value, &full.word, panel * kPanelColumns, place.row, key_head, place.page,
-                 policy);
-      }
-    }
-    if (--halves == 0) return;
-    stage += args.layout.half;
-    place = second;
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+    unsigned char* target = stage + panel * C::kPanelBytes;
+    const int column = panel * kPanelColumns;
+    tma_load(target, &args.key, &full.word, column, keys.row, key_head, keys.page, policy);
+    tma_load(target + C::kValueOffset, &args.value, &full.word, column, keys.row, key_head, keys.page, policy);
   }
 }
 
-/// Pieces: DrawnPieces or Range, the block's pieces one after the other.
+/// A warp. Pieces: DrawnPieces or Range, the block's pieces one after the other.
 template <class C, class Pieces>
 __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kWarps>& shared, unsigned char* ring,
                                         Pieces pieces) {
@@ -70,21 +109,16 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
   RingPlace place, landed;
   const int share = args.uniform ? args.share : shared.schedule.per_block;
   int to_start = args.stages;  // before one of those under way must have landed
-  if (share >= kMinBytesOfLongShare / C::kStageBytes) to_start = min(to_start, (kBytesAtOnce - 1) / C::kStageBytes + 1);
+  if (share >= kMinBytesOfLongShare / C::kStageBytes) to_start = min(to_start, args.stages_at_once);
   const uint64_t policy = l2_policy(args.read_once);
   RingPosition<kItemSlots> slot;
+  const bool leads = threadIdx.x % 32 == 0;
+  KeyPlaces<C> keys(args, pieces.work);
   const auto load_until = [&](const Piece& piece, int tile, int end) {
-    const int first_key = static_cast<int>(pieces.work.sequence.first_key);
-    const int batch = static_cast<int>(pieces.work.sequence.batch_idx);
 #pragma unroll 1
     for (; tile < end; ++tile) {
+      if (tile == keys.end_tile) keys.go_on();
       const int stage = place.stage(args.stages);
-      PlaceInPages first{batch, first_key + tile * C::kTileN}, second{};
-      if (args.pages.table != nullptr) {  // looked up before the stage is waited for
-        const int row = tile * C::kTileN, keys = pieces.work.key_end;
-        first = place_in_pages(args.pages, pieces.idx, row, keys);
-        if (args.pages.halves) second = place_in_pages(args.pages, pieces.idx, row + C::kTileN / 2, keys);
-      }
       if (to_start > 0) {
         --to_start;
       } else {
@@ -92,34 +126,41 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
         landed.advance(1, args.stages);
       }
       mbarrier_wait(&shared.empty[stage], place.phase(args.stages) ^ 1);
-      load_stage<C>(args, ring + stage * C::kStageBytes, shared.full[stage], first, second, piece.key_head, policy);
+      if (keys.is_for(tile)) load_stage<C>(args, ring + stage * C::kStageBytes, shared.full[stage], keys, piece.key_head, policy);
+      __syncwarp();  // or a lane might come to a barrier so late that it takes a later phase for the one that it waits for
       place.advance(1, args.stages);
     }
   };
   const auto tell = [&](const Piece& piece, int first_warp) {
     shared.item_empty[slot.stage].wait(slot.phase ^ 1);
-    Item& item = shared.item[slot.stage];
-    item = describe<C>(args, shared, pieces.work, pieces.idx, piece);
-    item.first_warp = first_warp;
-    pieces.place(item);
+    if (leads) {
+      Item& item = shared.item[slot.stage];
+      item = describe<C>(args, shared, pieces.work, pieces.idx, piece);
+      item.first_warp = first_warp;
+      pieces.place(item);
+    }
+    __syncwarp();
   };
   bool is_told = pieces.first_is_told;
   for (Piece piece; pieces.next(piece); is_told = false) {
     int tile = piece.begin;
+    keys.begin(pieces.idx, tile);
     if (!is_told) {
       const int first_warp = place.turn & (key_warps - 1);
       tile = min(piece.end, tile + kTilesBeforeItem);
       load_until(piece, piece.begin, tile);
       tell(piece, first_warp);
     }
-    shared.item_full[slot.stage].arrive();
+    if (leads) shared.item_full[slot.stage].arrive();
     slot.advance();
     pieces.draw();
     load_until(piece, tile, piece.end);
   }
   shared.item_empty[slot.stage].wait(slot.phase ^ 1);
-  shared.item[slot.stage].valid = 0;
-  shared.item_full[slot.stage].arrive();
+  if (leads) {
+    shared.item[slot.stage].valid = 0;
+    shared.item_full[slot.stage].arrive();
+  }
   let_next_kernel_start();
 }
 

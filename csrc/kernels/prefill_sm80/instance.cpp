@@ -10,6 +10,7 @@
 #include "dispatch.h"
 #include "kernels/common/aligned_rows.h"
 #include "kernels/common/launch.h"
+#include "kernels/common/smallest_instance.h"
 #include "kernels/common/spoilt_rows.h"
 #include "kernels/prefill_sm80/instances.h"
 #include "kernels/prefill_sm80/tile_grid.h"
@@ -48,13 +49,9 @@ int widest(DType dtype, Variant variant) {
 }  // namespace
 
 const TileInstance* find_instance(const AttentionParams& params, Variant variant) {
-  const int64_t head_dim = std::max(params.query.shape[3], params.value.shape[3]);
-  const TileInstance* smallest = nullptr;
-  for (const TileInstance& instance : kInstances) {
-    if (instance.dtype != params.query.dtype || instance.variant != variant || instance.head_dim < head_dim) continue;
-    if (smallest == nullptr || instance.head_dim < smallest->head_dim) smallest = &instance;
-  }
-  return smallest;
+  return smallest_instance(kInstances, params, [&](const TileInstance& instance) {
+    return instance.dtype == params.query.dtype && instance.variant == variant;
+  });
 }
 
 bool plan_instance(const AttentionParams& params, Variant variant, Plan* plan, std::string* why_not) {

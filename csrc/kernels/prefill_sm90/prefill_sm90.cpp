@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "dispatch.h"
+#include "kernels/common/smallest_instance.h"
 #include "kernels/common/spoilt_rows.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/prefill_sm90/args.h"
@@ -86,15 +87,11 @@ Variant choose_variant(const AttentionParams& p, const Device& device) {
   return head_dim > 192 && few_keys ? Variant::kShort : Variant::kPlain;
 }
 
-/// The smallest instance of the fastest variant; null where the heads are too wide for any.
+/// Of the fastest variant.
 const Instance* find_instance(const AttentionParams& p, const Device& device) {
-  const Instance* best = nullptr;
   const Variant variant = choose_variant(p, device);
-  for (const Instance& instance : kInstances) {
-    if (instance.dtype != p.query.dtype || instance.variant != variant || instance.head_dim < bucket_size(p)) continue;
-    if (best == nullptr || instance.head_dim < best->head_dim) best = &instance;
-  }
-  return best;
+  return smallest_instance(
+      kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype && instance.variant == variant; });
 }
 
 }  // namespace

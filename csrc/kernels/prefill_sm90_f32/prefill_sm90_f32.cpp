@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "kernels/common/smallest_instance.h"
 #include "kernels/prefill_sm90/prefill_sm90.h"
 #include "kernels/prefill_sm90_f32/instances.h"
 
@@ -24,15 +25,8 @@ const Instance kInstances[] = {
 #undef FA_INSTANCE
 };
 
-/// The smallest instance that takes the heads; null where they are too wide for any.
 const Instance* find_instance(const AttentionParams& p) {
-  const Instance* best = nullptr;
-  for (const Instance& instance : kInstances) {
-    if (instance.precision != p.float32_precision) continue;
-    if (instance.head_dim < std::max(p.query.shape[3], p.value.shape[3])) continue;
-    if (best == nullptr || instance.head_dim < best->head_dim) best = &instance;
-  }
-  return best;
+  return smallest_instance(kInstances, p, [&](const Instance& instance) { return instance.precision == p.float32_precision; });
 }
 
 }  // namespace
