@@ -52,7 +52,7 @@ def fuse(
     `model` is an onnx_ir.Model, which is changed in place, an onnx.ModelProto, which is not, or the path of a file,
     which gives an onnx_ir.Model (weights stay on disk until they are read). Returns the model, in the type that was
     given, and the report of every site: fused or refused, and why. Raises ValueError with one sentence where a file is
-    no usable model, or where the options ask for fp16, which optimize() does.
+    no usable model, or where the options ask for fp16 or bf16, which optimize() does.
     """
     import onnx
     import onnx_ir as ir
@@ -60,8 +60,8 @@ def fuse(
     from faexport import diagnosis, model_io, pipeline
 
     options = options or pipeline.Options()
-    if options.fp16:
-        raise ValueError("fp16 takes measuring on inputs, which fuse() doesn't have; use optimize()")
+    if options.half:
+        raise ValueError("fp16 and bf16 take measuring on inputs, which fuse() doesn't have; use optimize()")
     if isinstance(model, ir.Model):
         return pipeline.run(model, options)
     if isinstance(model, onnx.ModelProto):

@@ -145,11 +145,16 @@ def app() -> None:
     "--fp16", is_flag=True, help="Convert the whole model to float16; nodes that would overflow stay float32."
 )
 @click.option(
+    "--bf16",
+    is_flag=True,
+    help="Convert the whole model to bfloat16, for GPUs; nodes that onnxruntime doesn't run in it stay float32.",
+)
+@click.option(
     "--keep-io-types/--no-keep-io-types",
     "keep_io_types",
     default=True,
     show_default=True,
-    help="With --fp16: inputs and outputs of the model stay float32.",
+    help="With --fp16 or --bf16: inputs and outputs of the model stay float32.",
 )
 @click.option(
     "--float32",
@@ -194,6 +199,7 @@ def fuse(
     assume: tuple[str, ...],
     dtype: str | None,
     fp16: bool,
+    bf16: bool,
     keep_io_types: bool,
     float32: str | None,
     fallback: bool,
@@ -206,10 +212,10 @@ def fuse(
 
     MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
     other folder all models are rewritten, and several models or folders may be given."""
-    if dtype and fp16:
-        raise click.UsageError("--dtype is of attention alone, --fp16 of the whole model; give one of them")
-    if not keep_io_types and not fp16:
-        raise click.UsageError("--no-keep-io-types needs --fp16")
+    if (dtype is not None) + fp16 + bf16 > 1:
+        raise click.UsageError("--dtype is of attention alone, --fp16 and --bf16 of the whole model; give one of them")
+    if not keep_io_types and not (fp16 or bf16):
+        raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
     if rest and target != "onnxruntime":
         raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
     with _failing_early(models[0], as_json):
@@ -229,6 +235,7 @@ def fuse(
         dtype=types[dtype] if dtype else None,
         float32=float32 or "",
         fp16=fp16,
+        bf16=bf16,
         keep_io_types=keep_io_types,
         opset=opset,
     )

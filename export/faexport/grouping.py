@@ -143,7 +143,7 @@ def common_name(names: Sequence[str]) -> str:
 
 
 def kept_sentence(half: HalfPrecision) -> str:
-    """What of a float16 model is float32: nodes of one reason together, numbers in the reasons aside."""
+    """What of a model in half precision is float32: nodes of one reason together, numbers in the reasons aside."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for name, why in half.kept.items():
         groups.setdefault(re.sub(r"[\d.e+-]*\d", "0", why), []).append((name, why))

@@ -4,14 +4,16 @@ Called by half_check.py.
 
 The converter decides by the types that the file declares, so these are completed first. What it is told to keep it
 keeps, but it puts Casts to float16 between two such nodes, through which a large number becomes infinite: these go.
-Inputs of our operator that are float32 by definition stay so.
+Inputs of our operator that are float32 by definition stay so. It writes float16 only: for bfloat16 the types that it
+wrote are changed, and stored numbers are rounded anew.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
+import ml_dtypes
 import onnx_ir as ir
 import onnx_ir.external_data
 import onnx_ir.passes.common as passes
@@ -22,6 +24,7 @@ from .fallback import add_fallback, remove_fallback
 from .spec import DOMAIN, OP_TYPE
 from .surgery import Builder
 from .understand.shapes.analysis import Analysis
+from .widen import HALF, TYPE_ATTRIBUTES, in_float32
 
 _NUM_REQUIRED = schema.NUM_REQUIRED  # inputs of the operator that have no name of their own in optional_inputs
 
@@ -43,7 +46,8 @@ def prepared(source: os.PathLike[str] | str) -> ir.Model:
         if node.graph is not model.graph and any(value.dtype == ir.DataType.FLOAT for value in node.outputs):
             raise ModelError(
                 f"{os.fspath(source)}: a body of an If, Loop or Scan computes with float32 ('{node.name}'), which the "
-                "converter to float16 doesn't support; leave out --fp16 (--dtype fp16 computes attention alone in it)"
+                "converter to half precision doesn't support; leave out --fp16 or --bf16 (--dtype computes attention "
+                "alone in it)"
             )
     analysis = Analysis(model)
     for node in model.graph:
@@ -57,19 +61,28 @@ def is_ours(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type == OP_TYPE
 
 
-def convert(model: ir.Model, kept: Collection[str], *, keep_io_types: bool, fallback: bool) -> ir.Model:
-    """The model in float16.
+def convert(
+    model: ir.Model,
+    kept: Collection[str],
+    *,
+    keep_io_types: bool,
+    fallback: bool,
+    dtype: ir.DataType = ir.DataType.FLOAT16,
+) -> ir.Model:
+    """The model in half precision.
 
     Args:
         model: from prepared(); it is changed, and of no use afterwards.
         kept: names of nodes that stay in float32.
         keep_io_types: inputs and outputs of the model stay float32.
         fallback: carry the operator's function in standard operators.
+        dtype: FLOAT16 or BFLOAT16.
     """
     from onnxruntime.transformers import float16  # slow to import
 
     guards = _guard_float32_inputs(model, kept)
     onnx_ir.external_data.load_to_model(model)
+    stored = _stored(model)
     proto = float16.convert_float_to_float16(
         ir.to_proto(model),
         keep_io_types=keep_io_types,
@@ -78,6 +91,8 @@ def convert(model: ir.Model, kept: Collection[str], *, keep_io_types: bool, fall
     )
     made = ir.from_proto(proto)
     _join_casts(made)
+    if dtype == ir.DataType.BFLOAT16:
+        _to_bfloat16(made, stored)
     for node in list(made.graph):
         if node.name in guards:
             ir.convenience.replace_all_uses_with(node.outputs[0], _input(node))
@@ -87,6 +102,38 @@ def convert(model: ir.Model, kept: Collection[str], *, keep_io_types: bool, fall
     if fallback:
         add_fallback(made)
     return made
+
+
+def _stored(model: ir.Model) -> dict[tuple[str, str], ir.TensorProtocol]:
+    """The numbers of a model: initializers by ("", name), tensors in attributes by the names of node and attribute."""
+    found = {("", name): value.const_value for name, value in model.graph.initializers.items()}
+    for node in model.graph:
+        for name, attribute in node.attributes.items():
+            if attribute.type == ir.AttributeType.TENSOR:
+                found[node.name or "", name] = attribute.as_tensor()
+    return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+
+def _to_bfloat16(model: ir.Model, stored: Mapping[tuple[str, str], ir.TensorProtocol]) -> None:
+    """Changes what the converter made float16, which the model had none of. `stored`: the numbers before."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16:
+            value.const_value = _rounded(stored["", name])
+            value.dtype = ir.DataType.BFLOAT16
+    for value in (*model.graph.inputs, *(value for node in model.graph for value in node.outputs)):
+        if value.dtype == ir.DataType.FLOAT16:
+            value.dtype = ir.DataType.BFLOAT16
+    for node in model.graph:
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.FLOAT16:
+                node.attributes[name] = ir.AttrTensor(name, _rounded(stored[node.name or "", name]))
+            elif name in TYPE_ATTRIBUTES and attribute.value == ir.DataType.FLOAT16:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.BFLOAT16))
+
+
+def _rounded(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """In bfloat16."""
+    return ir.tensor(tensor.numpy().astype(ml_dtypes.bfloat16), name=tensor.name)
 
 
 def _input(node: ir.Node) -> ir.Value:
@@ -138,12 +185,11 @@ def _casts_to(node: ir.Node, dtype: ir.DataType) -> bool:
     return node.op_type == "Cast" and node.attributes.get_int("to", 0) == int(dtype)
 
 
-def rounding(model: ir.Model) -> ir.Model:
-    """The arithmetic of a float16 model on GPUs, in float32 on any machine: every tensor that is float16 in the file is
-    computed in float32, as GPUs sum, and rounded to float16 (above 65504 it is infinite). onnxruntime's CPU provider
-    runs most float16 nodes in float32 and leaves these roundings out. Our operator itself stays float16."""
-    from .widen import HALF, in_float32
-
+def rounding(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> ir.Model:
+    """The arithmetic of a model in half precision on GPUs, in float32 on any machine: every tensor that is of this
+    `dtype` in the file is computed in float32, as GPUs sum, and rounded to it (float16 is infinite above 65504).
+    onnxruntime's CPU provider runs most float16 nodes in float32 and leaves these roundings out, and it runs hardly any
+    bfloat16 ones. Our operator itself stays in half precision."""
     remove_fallback(model)
     graph = model.graph
     half = {
@@ -157,15 +203,15 @@ def rounding(model: ir.Model) -> ir.Model:
         for index in halves.get(node, ()):
             value = node.inputs[index]
             assert value is not None
-            node.replace_input_with(index, build.cast(value, ir.DataType.FLOAT16))
+            node.replace_input_with(index, build.cast(value, dtype))
         graph.insert_before(node, build.nodes)
         build = Builder(model.opset_imports.get("", 0))
         for value in node.outputs:
             if value not in half:
                 continue
             uses = list(value.uses())
-            narrow = value if ours else build.cast(value, ir.DataType.FLOAT16)
-            value.dtype = ir.DataType.FLOAT16 if ours else ir.DataType.FLOAT
+            narrow = value if ours else build.cast(value, dtype)
+            value.dtype = dtype if ours else ir.DataType.FLOAT
             wide = build.cast(narrow, ir.DataType.FLOAT)
             for user, index in uses:
                 user.replace_input_with(index, wide)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the float16 form of a rewritten model, and compares it with the float32 original. Called by jobs.py and the
-zoo benchmark.
+"""Makes the float16 or bfloat16 form of a rewritten model, and compares it with the float32 original. Called by jobs.py
+and the zoo benchmark.
 
 The rule is that of FlashAttention's tests: it may be twice as far from the original as the original is when it is
 converted by the same converter, with the nodes in float32 that it needs. Both are run as GPUs compute them, each tensor
-rounded to float16; ours is run as onnxruntime's CPU provider runs the file, too.
+rounded to half precision. A float16 file is run as onnxruntime's CPU provider runs it, too; it runs no bfloat16 ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import pathlib
 import tempfile
 from collections.abc import Generator, Mapping
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -27,49 +26,60 @@ from .reference import Amount, Outputs, Reference, needs_library
 from .report import HalfOutput, HalfPrecision, VerificationStatus
 from .site_check import ROUNDING_FACTOR, TOO_NOISY
 
-# Of an output's magnitude; more is allowed only where the original's own conversion is farther away.
-ALLOWED = compare.RELATIVE_TOLERANCE["float16"]
-
 
 @dataclasses.dataclass
 class Half:
-    """The model in float16, and what is said of it."""
+    """The model in half precision, and what is said of it."""
 
     model: ir.Model
     said: HalfPrecision
 
 
 def make(
-    reference: Reference, rewritten: os.PathLike[str] | str, *, keep_io_types: bool = True, fallback: bool = True
+    reference: Reference,
+    rewritten: os.PathLike[str] | str,
+    *,
+    keep_io_types: bool = True,
+    fallback: bool = True,
+    dtype: ir.DataType = ir.DataType.FLOAT16,
 ) -> Half:
-    """Converts a rewritten model file, whose original is the reference's.
+    """Converts a rewritten model file, whose original is the reference's, to FLOAT16 or BFLOAT16.
 
     Raises ModelError with one sentence where it can't be converted.
     """
+    cannot = f"{reference.path}: can't become {_name(dtype)}"
     if reference.problem:
-        raise ModelError(f"{reference.path}: can't become float16: {reference.problem}")
+        raise ModelError(f"{cannot}: {reference.problem}")
     if compare.least_precise(reference.model) != "float32":
-        raise ModelError(f"{reference.path}: has half precision already; --fp16 is for float32 models")
-    model, kept = _converted(rewritten, reference, keep_io_types=keep_io_types, fallback=fallback)
+        raise ModelError(f"{reference.path}: has half precision already; --fp16 and --bf16 are for float32 models")
+    opset, least = model_io.load(rewritten).opset_imports.get("", 0), half_nodes.OPSET_OF_BFLOAT16
+    if dtype == ir.DataType.BFLOAT16 and opset < least:
+        raise ModelError(f"{cannot}: it has opset {opset}, and that takes {least} or later; add --opset 18")
+    model, kept = _converted(rewritten, reference, dtype, keep_io_types=keep_io_types, fallback=fallback)
     there = {node.name for node in model.graph}
-    said = HalfPrecision(keep_io_types, {name: why for name, why in kept.items() if name in there})
-    return Half(model, said)
+    kept = {name: why for name, why in kept.items() if name in there}
+    return Half(model, HalfPrecision(keep_io_types, kept, dtype=_name(dtype)))
+
+
+def _name(dtype: ir.DataType) -> str:
+    return dtype.name.lower()
 
 
 def _converted(
-    path: os.PathLike[str] | str, reference: Reference, *, keep_io_types: bool, fallback: bool
+    path: os.PathLike[str] | str, reference: Reference, dtype: ir.DataType, *, keep_io_types: bool, fallback: bool
 ) -> tuple[ir.Model, dict[str, str]]:
+    cannot = f"{reference.path}: can't become {_name(dtype)}"
     try:
-        kept = half_nodes.find(path, reference)
+        kept = half_nodes.find(path, reference, dtype)
         model = half.prepared(path)
-        return half.convert(model, kept, keep_io_types=keep_io_types, fallback=fallback), kept
+        return half.convert(model, kept, keep_io_types=keep_io_types, fallback=fallback, dtype=dtype), kept
     except (ModelFailure, CannotRun) as error:
-        raise ModelError(f"{reference.path}: can't become float16: its numbers can't be measured: {error}") from error
+        raise ModelError(f"{cannot}: its numbers can't be measured: {error}") from error
     except ModelError:
         raise
     except Exception as error:  # the converter raises whatever it stumbles over
         sentence = f"onnxruntime's converter fails: {type(error).__name__}: {ort_session.one_line(str(error))}"
-        raise ModelError(f"{reference.path}: can't become float16: {sentence}") from error
+        raise ModelError(f"{cannot}: {sentence}") from error
 
 
 def check(
@@ -78,44 +88,53 @@ def check(
     written: os.PathLike[str] | str,
     on_amount: Amount = lambda done, total: None,
 ) -> HalfPrecision:
-    """Compares the written float16 file with the float32 original. Returns `said`, completed; never raises for a model
-    that can't be run."""
-    library, narrow = ort_session.has_library(), not said.keep_io_types
+    """Compares the written file with the float32 original. Returns `said`, completed; never raises for a model that
+    can't be run."""
+    dtype = ir.DataType[said.dtype.upper()]
+    library, narrow = ort_session.has_library(), None if said.keep_io_types else dtype.numpy()
+    if dtype == ir.DataType.BFLOAT16 and not library:
+        reason = "bfloat16 is compared with the operator's library alone, which faplugin brings"
+        return dataclasses.replace(said, status=VerificationStatus.NOT_RUN, reason=reason)
     with tempfile.TemporaryDirectory(prefix="faexport-fp16-") as folder:
         plain, plain_rounded, ours_rounded = (pathlib.Path(folder) / name for name in ("plain", "plain_r", "ours_r"))
         # Each with its measure: the original's own conversion, run in the same way.
-        pairs = [(_Runs(reference, written, narrow, library=library), _Runs(reference, plain, narrow))]
+        pairs = []
+        if dtype == ir.DataType.FLOAT16:
+            pairs.append((_Runs(reference, written, narrow, library=library), _Runs(reference, plain, narrow)))
         if library:
             runs = [_Runs(reference, path, narrow, rounded=True) for path in (ours_rounded, plain_rounded)]
             pairs.append((runs[0], runs[1]))
         try:
             with contextlib.suppress(ModelError):
-                model, _ = _converted(reference.path, reference, keep_io_types=said.keep_io_types, fallback=False)
+                model, _ = _converted(
+                    reference.path, reference, dtype, keep_io_types=said.keep_io_types, fallback=False
+                )
                 model_io.save(model, plain)
-                model_io.save(half.rounding(model), plain_rounded)
+                model_io.save(half.rounding(model, dtype), plain_rounded)
             if library:
-                model_io.save(half.rounding(model_io.load(written)), ours_rounded)
+                model_io.save(half.rounding(model_io.load(written), dtype), ours_rounded)
             return _compared(reference, said, pairs, on_amount)
         except (ModelFailure, CannotRun) as error:
-            return dataclasses.replace(said, status=VerificationStatus.FAILED, reason=f"the float16 model: {error}")
+            reason = f"the {said.dtype} model: {error}"
+            return dataclasses.replace(said, status=VerificationStatus.FAILED, reason=reason)
         except (ModelError, OSError) as error:
             return dataclasses.replace(said, status=VerificationStatus.NOT_RUN, reason=str(error))
 
 
 class _Runs:
-    """A float16 model file, and how the reference's inputs are given to it."""
+    """A model file in half precision, and how the reference's inputs are given to it."""
 
     def __init__(
         self,
         reference: Reference,
         path: os.PathLike[str] | str,
-        narrow: bool,
+        narrow: np.dtype | None,
         *,
         library: bool = True,
         rounded: bool = False,
     ):
         self.reference, self.path, self.library, self.rounded = reference, path, library, rounded
-        self.narrow = narrow  # inputs are float16, too
+        self.narrow = narrow  # of inputs, where they don't stay float32
 
     def outputs(self) -> Generator[Outputs | str]:
         """On each set that the original runs on."""
@@ -129,11 +148,11 @@ class _Runs:
                 yield self.reference.outputs_or_sentence(session, self._given(self.reference.sets[index].tensors))
 
     def _given(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self.narrow is None:
+            return dict(tensors)
         with np.errstate(over="ignore"):
-            narrow = {
-                n: x.astype(np.float16) if x.dtype == np.float32 and self.narrow else x for n, x in tensors.items()
-            }
-        return {n: x.astype(np.float32) if x.dtype == np.float16 and self.rounded else x for n, x in narrow.items()}
+            given = {n: x.astype(self.narrow) if x.dtype == np.float32 else x for n, x in tensors.items()}
+        return {n: x.astype(np.float32) if x.dtype == self.narrow and self.rounded else x for n, x in given.items()}
 
 
 def _compared(
@@ -155,11 +174,11 @@ def _compared(
             assert not isinstance(want, str)
             for outputs in found:
                 if isinstance(outputs, str):
-                    sentence = f"the float16 model does not run on {label}: {outputs}"
+                    sentence = f"the {said.dtype} model does not run on {label}: {outputs}"
                     return dataclasses.replace(said, status=VerificationStatus.FAILED, reason=sentence)
             for way, (outputs, measure) in enumerate(zip(found, measures, strict=True)):
                 for name in (name for name in want if want[name].size):
-                    row = _row(name, want[name], outputs[name], measure, label)
+                    row = _row(name, want[name], outputs[name], measure, said.dtype, label)
                     if isinstance(row, str):
                         notes[row] = None
                         drowned.setdefault((name, way), row)
@@ -171,7 +190,7 @@ def _compared(
     bad = next((row for row in worst.values() if not row.ok), None)
     if bad is not None:
         reason = (
-            f"in float16 output '{bad.name}' differs by {bad.max_abs_diff:.3g}, allowed is {bad.tolerance:.3g}, "
+            f"in {said.dtype} output '{bad.name}' differs by {bad.max_abs_diff:.3g}, allowed is {bad.tolerance:.3g}, "
             f"on {bad.inputs}"
         )
         return dataclasses.replace(said, status=VerificationStatus.FAILED, reason=reason)
@@ -181,9 +200,11 @@ def _compared(
     return dataclasses.replace(said, status=VerificationStatus.PASSED)
 
 
-def _row(name: str, want: np.ndarray, got: np.ndarray, plain: Outputs | str, label: str) -> HalfOutput | str:
-    """One output on one set of inputs; a sentence where the original's own conversion is
-    no measure there."""
+def _row(
+    name: str, want: np.ndarray, got: np.ndarray, plain: Outputs | str, precision: str, label: str
+) -> HalfOutput | str:
+    """One output on one set of inputs; a sentence where the original's own conversion is no measure there. Of an
+    output's magnitude the precision's tolerance is allowed; more only where that conversion is farther away."""
     dtype = str(want.dtype)
     if got.shape != want.shape:
         return HalfOutput(name, dtype, np.inf, 0.0, 0.0, False, label)
@@ -192,8 +213,8 @@ def _row(name: str, want: np.ndarray, got: np.ndarray, plain: Outputs | str, lab
     difference = away(want, _rounded(got, want))
     own = away(want, _rounded(plain[name], want)) if not isinstance(plain, str) and name in plain else 0.0
     if own > TOO_NOISY * size and away is compare.distance and size:
-        return f"output '{name}' of the original itself is mostly noise in float16 on {label}: not compared there"
-    tolerance = max(ALLOWED * size, ROUNDING_FACTOR * own)
+        return f"output '{name}' of the original itself is mostly noise in {precision} on {label}: not compared there"
+    tolerance = max(compare.RELATIVE_TOLERANCE[precision] * size, ROUNDING_FACTOR * own)
     return HalfOutput(name, dtype, difference, own, tolerance, difference <= tolerance, label)
 
 
@@ -202,7 +223,5 @@ def _counted(want: np.ndarray, got: np.ndarray) -> float:
 
 
 def _rounded(got: np.ndarray, want: np.ndarray) -> np.ndarray:
-    """What was rounded to float16 in the file may be float32 here."""
-    if got.dtype == ml_dtypes.bfloat16 or want.dtype != np.float32:
-        return got
-    return got.astype(np.float32)
+    """What was rounded to half precision in the file may be float32 here."""
+    return got.astype(np.float32) if want.dtype == np.float32 else got

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which nodes of a float32 model stay in float32 when it becomes float16. Called by half_check.py.
+"""Which nodes of a float32 model stay in float32 when it becomes float16 or bfloat16. Called by half_check.py.
 
-By measurement: nodes that read or write a number above float16's range, on the inputs that the models are compared on,
+By measurement: nodes that read or write a number above the type's range, on the inputs that the models are compared on,
 with a margin since others may be larger. By what they compute: positions and what is made of them (the arguments of
-sines, the buckets of relative positions), since float16 counts to 2,048 only, which short inputs don't show.
+sines, the buckets of relative positions), since float16 counts to 2,048 only, and bfloat16 to 256, which short inputs
+don't show. By what onnxruntime runs: it has kernels in bfloat16 for some operators only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .ort_session import Job, ModelFailure, has_library
 from .reference import Reference, needs_library
 from .side_by_side_math import Emit
 
-LARGEST = 65504.0  # of float16
+LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895e38}
 MARGIN = 4.0  # a computed number may be this much larger on other inputs
 # Operators that add their inputs before they do anything else; the sum is no tensor of the file.
 SUMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "BiasGelu", "FastGelu")
@@ -34,33 +35,54 @@ _FOLLOWS = {  # what keeps a position a position
     "Identity", "Log", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "Range", "Reciprocal", "Reshape", "Round", "Sin",
     "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
+# What onnxruntime's CUDA provider has kernels for in bfloat16, by its list of kernels, from OPSET_OF_BFLOAT16 on.
+_IN_BFLOAT16 = {
+    "Abs", "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Dropout", "Erf", "Exp", "Expand", "Flatten", "Gather",
+    "GatherElements", "GatherND", "Gelu", "Gemm", "Identity", "IsNaN", "LayerNormalization", "MatMul", "Max", "Min",
+    "Mul", "Neg", "Pow", "RMSNormalization", "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "ScatterElements",
+    "ScatterND", "Shape", "Sigmoid", "SimplifiedLayerNormalization", "Size", "Slice", "Softmax", "Split", "Sqrt",
+    "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where", "com.microsoft::BiasGelu",
+    "com.microsoft::FastGelu", "com.microsoft::FusedMatMul", "com.microsoft::Gelu", "com.microsoft::QuickGelu",
+    "com.microsoft::RotaryEmbedding", "com.microsoft::SkipLayerNormalization",
+    "com.microsoft::SkipSimplifiedLayerNormalization",
+}  # fmt: skip
+OPSET_OF_BFLOAT16 = 16
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT16, ir.DataType.INT8, ir.DataType.UINT8)
 
 
-def find(path: os.PathLike[str] | str, reference: Reference) -> dict[str, str]:
+def find(
+    path: os.PathLike[str] | str, reference: Reference, dtype: ir.DataType = ir.DataType.FLOAT16
+) -> dict[str, str]:
     """Names of the nodes of prepared(path), each with the reason as the end of a sentence.
 
     Args:
         reference: has the inputs to measure on.
+        dtype: what the model becomes, FLOAT16 or BFLOAT16.
     Raises ModelFailure or CannotRun where the model can't be run.
     """
     model = prepared(path)
     kept = dict.fromkeys(positions(model), "computes positions")
     sizes = {**_weights(model), **_measured(path, reference)}
     for node in model.graph:
-        if node.name and (size := _too_large(node, sizes)):
+        if node.name and (size := _largest(node, sizes)) > LARGEST[dtype]:
             kept[node.name] = f"has numbers up to {size:.3g}"
+        elif node.name and dtype == ir.DataType.BFLOAT16 and not _runs_in_bfloat16(node):
+            kept[node.name] = f"is {node.op_type}, which onnxruntime doesn't run in bfloat16"
         elif node.name and is_ours(node) and "lse" in node.attributes.get_string("optional_outputs", "").split(","):
             kept[node.name] = "returns its log-sum-exp, which is float32"
     return kept
 
 
-def _too_large(node: ir.Node, sizes: dict[str, float]) -> float:
-    """The largest number that a node reads, writes or sums, where that is too large for float16; else 0."""
+def _runs_in_bfloat16(node: ir.Node) -> bool:
+    floats = any(v is not None and v.dtype == ir.DataType.FLOAT for v in (*node.inputs, *node.outputs))
+    return not floats or is_ours(node) or op(node) in _IN_BFLOAT16
+
+
+def _largest(node: ir.Node, sizes: dict[str, float]) -> float:
+    """The largest number that a node reads, writes or sums."""
     read = node.inputs[:_CORE_INPUTS] if is_ours(node) else node.inputs
     names = [value.name for value in (*read, *node.outputs) if value is not None and value.name]
-    size = max((sizes.get(name, 0.0) for name in (*names, _sum_of(node))), default=0.0)
-    return size if size > LARGEST else 0.0
+    return max((sizes.get(name, 0.0) for name in (*names, _sum_of(node))), default=0.0)
 
 
 def _sum_of(node: ir.Node) -> str:

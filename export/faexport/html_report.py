@@ -232,7 +232,7 @@ def _float8(said: Float8) -> str:
 
 
 def _half(half: HalfPrecision) -> str:
-    """The float16 model beside the float32 original."""
+    """The model in half precision beside the float32 original."""
     good = "good" if half.status == "passed" else "bad"
     reason = f": {_text(half.reason)}" if half.reason else "."
     rows = [
@@ -240,9 +240,9 @@ def _half(half: HalfPrecision) -> str:
         for row in half.outputs
     ]
     heads = ("output", "type", "largest difference", "the original's, converted itself", "allowed")
-    table = _table("Float16 against the float32 original", heads, rows, 2) if rows else ""
+    table = _table(f"{half.dtype.capitalize()} against the float32 original", heads, rows, 2) if rows else ""
     return (
-        f'<h2>In float16</h2>\n<p class="{good}">{_text(half.status.capitalize())}{reason}</p>\n{table}'
+        f'<h2>In {half.dtype}</h2>\n<p class="{good}">{_text(half.status.capitalize())}{reason}</p>\n{table}'
         f"<p>In float32 still: {_text(kept_sentence(half))}.</p>\n{_list(half.notes)}"
     )
 

@@ -90,14 +90,14 @@ def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
         with origin.timed("write"):
             stage = stack.enter_context(_staged(fused, job, watcher))
         with origin.timed("verify"):
-            measures = job.options.fp16 or job.options.float8
+            measures = job.options.half or job.options.float8
             reference = _reference(job, given, watcher) if job.check or measures else None
             if job.check:
                 report.verification = _verify(job, stage, reference, watcher)
                 if why := _failure(report.verification, job):
                     raise NotVerifiedError(why)
-        if job.options.fp16:
-            with origin.timed("fp16"):
+        if job.options.half:
+            with origin.timed("bf16" if job.options.bf16 else "fp16"):
                 fused, stage = _in_half(job, stage, reference, report, stack, watcher)
         if job.options.float8:
             with origin.timed("float8"):
@@ -256,19 +256,25 @@ def _in_half(
     stack: contextlib.ExitStack,
     watcher: Watcher,
 ) -> tuple[ir.Model, model_io.Stage]:
-    """The staged model in float16, staged as well, and what the report says of it. Raises as run() does."""
+    """The staged model in half precision, staged as well, and what the report says of it. Raises as run() does."""
     from . import half_check
 
+    dtype = ir.DataType[job.options.half]
+    name = dtype.name.lower()
     if reference is None:
-        raise ModelError(f"{job.model}: can't become float16: {ort_session.missing_packages()}")
-    watcher.step("converting to float16")
+        raise ModelError(f"{job.model}: can't become {name}: {ort_session.missing_packages()}")
+    watcher.step(f"converting to {name}")
     made = half_check.make(
-        reference, stage.model_path, keep_io_types=job.options.keep_io_types, fallback=job.options.fallback
+        reference,
+        stage.model_path,
+        keep_io_types=job.options.keep_io_types,
+        fallback=job.options.fallback,
+        dtype=dtype,
     )
     report.half_precision, report.nodes_after = made.said, count_nodes(made.model)
     stage = stack.enter_context(_staged(made.model, job, watcher))
     if job.check:
-        watcher.step("comparing float16 with the original")
+        watcher.step(f"comparing {name} with the original")
         report.half_precision = said = half_check.check(reference, made.said, stage.model_path, watcher.amount)
         if said.status is not VerificationStatus.PASSED:
             why = "verification failed" if said.status is VerificationStatus.FAILED else "could not be verified"

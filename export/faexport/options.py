@@ -30,7 +30,8 @@ class Options:
         None  # join what stands around attention into onnxruntime's operators; None: where it's the target
     )
     fp16: bool = False  # the whole model in float16; a run from file to file only, since it takes measuring
-    keep_io_types: bool = True  # with fp16: inputs and outputs of the model stay float32
+    bf16: bool = False  # likewise in bfloat16
+    keep_io_types: bool = True  # with fp16 or bf16: inputs and outputs of the model stay float32
     assume_full_rows: bool = False  # each query attends a key, or what it yields is never used
     assume_zeros_and_ones: bool = False  # masks made of numbers hold 0 and 1: the comparison draws nothing else
     assume_scores_unquantized: bool = False  # attention that was quantized inside may be computed without that
@@ -42,10 +43,17 @@ class Options:
             raise ValueError(f"float32 is '{self.float32}'; expected tf32, tf32x3, or nothing")
         if isinstance(self.dtype, str):
             raise ValueError(f"dtype is '{self.dtype}'; expected an onnx_ir.DataType, such as DataType.FLOAT16")
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 are both of the whole model; leave one of them out")
         if self.rest and self.target != "onnxruntime":
             raise ValueError(
                 f"rest writes operators of onnxruntime, which {self.target} doesn't run; leave one of them out"
             )
+
+    @property
+    def half(self) -> str:
+        """What the whole model becomes, as the name of an onnx_ir.DataType; "" where it keeps its types."""
+        return "FLOAT16" if self.fp16 else "BFLOAT16" if self.bf16 else ""
 
     @property
     def float8(self) -> bool:

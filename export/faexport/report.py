@@ -115,7 +115,7 @@ class Verification:
 
 @dataclasses.dataclass(frozen=True)
 class HalfOutput:
-    """One output of the float16 model against the float32 original, on the set of inputs where it came out worst."""
+    """One output of the model in half precision against the float32 original, on the inputs where it came out worst."""
 
     name: str
     dtype: str  # of the original's output
@@ -132,7 +132,7 @@ class HalfOutput:
 
 @dataclasses.dataclass(frozen=True)
 class HalfPrecision:
-    """The whole model in float16: what stayed in float32, and how it compares with the float32 original."""
+    """The whole model in half precision: what stayed in float32, and how it compares with the float32 original."""
 
     keep_io_types: bool  # inputs and outputs of the model are float32
     kept: Mapping[str, str]  # names of nodes in float32, and why, as the end of a sentence
@@ -140,6 +140,7 @@ class HalfPrecision:
     reason: str = ""  # why it failed or was not run
     outputs: tuple[HalfOutput, ...] = ()
     notes: tuple[str, ...] = ()
+    dtype: str = "float16"  # or "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +248,7 @@ class Report:
     model: str | None = None  # path read
     output: str | None = None  # path written
     verification: Verification | None = None  # None: not asked for
-    half_precision: HalfPrecision | None = None  # of --fp16
+    half_precision: HalfPrecision | None = None  # of --fp16 or --bf16
     float8: Float8 | None = None  # of --dtype fp8
     error: str | None = None  # the sentence that the command ended with, where it failed
     provenance: Provenance | None = None  # of a model that was, or would be, written

@@ -130,9 +130,10 @@ def verification_view(verification: Verification) -> Iterator[rich.console.Rende
 
 
 def half_view(half: HalfPrecision) -> Iterator[rich.console.RenderableType]:
-    """The float16 model beside the float32 original, and what stayed in float32."""
+    """The model in half precision beside the float32 original, and what stayed in float32."""
     if half.outputs:
-        yield "Float16 against the float32 original: the largest difference, ours and of the original converted itself"
+        kind = half.dtype.capitalize()
+        yield f"{kind} against the float32 original: the largest difference, ours and of the original converted itself"
         table = _table("output", "dtype", numbers=("difference", "original's", "allowed"))
         for row in half.outputs:
             numbers = (f"{x:.3g}" for x in (row.max_abs_diff, row.plain_abs_diff, row.tolerance))
@@ -143,7 +144,7 @@ def half_view(half: HalfPrecision) -> Iterator[rich.console.RenderableType]:
         yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
     colour = "green" if half.status is VerificationStatus.PASSED else "red"
     reason = f": {rich.markup.escape(half.reason)}" if half.reason else ""
-    yield f"[{colour}]verification in float16 {half.status}[/]{reason}"
+    yield f"[{colour}]verification in {half.dtype} {half.status}[/]{reason}"
 
 
 def float8_view(said: Float8) -> Iterator[rich.console.RenderableType]:

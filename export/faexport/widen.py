@@ -17,7 +17,7 @@ import onnx_ir as ir
 from .nodes import outermost_graphs
 
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
+TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
 def in_float32(model: ir.Model) -> ir.Model:
@@ -63,7 +63,7 @@ def widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 def _widen_attribute(node: ir.Node, attribute: ir.Attr) -> None:
     if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALF:
         node.attributes[attribute.name] = ir.AttrTensor(attribute.name, widened(attribute.value))
-    elif attribute.type == ir.AttributeType.INT and attribute.name in _TYPE_ATTRIBUTES and attribute.value in HALF:
+    elif attribute.type == ir.AttributeType.INT and attribute.name in TYPE_ATTRIBUTES and attribute.value in HALF:
         node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
     elif attribute.type == ir.AttributeType.GRAPH:
         _widen_values(attribute.value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--fp16: the whole model in float16, what stays float32, and the comparison with the float32 original."""
+"""--fp16 and --bf16: the whole model in half precision, what stays float32, and the comparison with the original."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import json
 import pathlib
 
 import faexport
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from faexport import half, half_check, half_nodes, jobs, model_io, ort_session, pipeline, verify
 from faexport.report import HalfPrecision, VerificationStatus
@@ -18,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.export.commands import here
 from tests.export.test_projections import HEADS, D, E, attention, with_gelu
 
-FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 
 
 def behind(model: onnx.ModelProto, *nodes: onnx.NodeProto, **weights: object) -> onnx.ModelProto:
@@ -65,12 +67,18 @@ def with_positions() -> onnx.ModelProto:
 class Converted:
     """A model, its fused form and that in float16, in a folder."""
 
-    def __init__(self, model: onnx.ModelProto, folder: pathlib.Path, keep_io_types: bool = True):
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        folder: pathlib.Path,
+        keep_io_types: bool = True,
+        dtype: ir.DataType = ir.DataType.FLOAT16,
+    ):
         self.source, self.fused, self.target = (folder / f"{name}.onnx" for name in ("model", "fused", "half"))
         onnx.save(model, self.source)
         model_io.save(pipeline.run(model_io.load(self.source))[0], self.fused)
         self.reference = verify.make_reference(self.source, open_session=ort_session.SessionHere)
-        self.made = half_check.make(self.reference, self.fused, keep_io_types=keep_io_types)
+        self.made = half_check.make(self.reference, self.fused, keep_io_types=keep_io_types, dtype=dtype)
         model_io.save(self.made.model, self.target)
         self.proto = onnx.load(self.target)
 
@@ -217,8 +225,10 @@ def test_a_float16_model_that_fails_is_not_written(
         ((True, True), "mostly noise"),
     ):  # ours; the original too
 
-        def nothing(path: object, reference: verify.Reference, broken: tuple[bool, bool] = broken) -> dict[str, str]:
-            return {} if broken[path == reference.path] else find(path, reference)
+        def nothing(
+            path: object, reference: verify.Reference, dtype: ir.DataType, broken: tuple[bool, bool] = broken
+        ) -> dict[str, str]:
+            return {} if broken[path == reference.path] else find(path, reference, dtype)
 
         monkeypatch.setattr(half_nodes, "find", nothing)
         with pytest.raises(faexport.NotVerifiedError, match=words):
@@ -273,3 +283,105 @@ def test_without_the_library_the_stand_in_is_measured(tmp_path: pathlib.Path, mo
     half_model = Converted(squares(), tmp_path)
     assert "squares" in half_model.made.said.kept
     assert half_model.check().status == "passed"
+
+
+def of_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    model.opset_import[0].version = opset
+    return model
+
+
+@pytest.mark.parametrize("keep_io_types", [True, False])
+def test_the_whole_model_becomes_bfloat16(keep_io_types: bool, library: str, tmp_path: pathlib.Path) -> None:
+    model = attention()
+    half_model = Converted(model, tmp_path, keep_io_types, ir.DataType.BFLOAT16)
+    types, said = half_model.types(), half_model.made.said
+    assert types["x"] == types["y"] == (FLOAT if keep_io_types else BFLOAT16)
+    assert not said.kept and said.dtype == "bfloat16" and FLOAT16 not in types.values()
+    wanted = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    weights = [tensor for tensor in half_model.proto.graph.initializer if tensor.data_type == BFLOAT16]
+    assert weights
+    for tensor in weights:
+        rounded = wanted[tensor.name].astype(ml_dtypes.bfloat16)
+        assert np.array_equal(numpy_helper.to_array(tensor).astype(np.float32), rounded.astype(np.float32))
+    said = half_model.check()
+    assert said.status == "passed", said.reason
+    (row,) = said.outputs
+    assert 0 < row.max_abs_diff <= row.tolerance and row.plain_abs_diff > 0
+
+
+def test_bfloat16_has_the_range_of_float32(library: str, tmp_path: pathlib.Path) -> None:
+    """Numbers that float16 can't hold, stored ones and attributes too, come out as they are; not the end of float32's
+    range, which bfloat16 would round to infinity."""
+    stored = helper.make_tensor("value", FLOAT, [1], [1e6])
+    model = behind(
+        of_opset(attention(), 18),
+        helper.make_node("ConstantOfShape", ["no_axis"], ["large"], name="large", value=stored),
+        helper.make_node("Mul", ["context", "large"], ["by_attribute"], name="by attribute"),
+        helper.make_node("Mul", ["by_attribute", "million"], ["by_weight"], name="by weight"),
+        helper.make_node("Div", ["by_weight", "billions"], ["small"], name="small"),
+        helper.make_node("Max", ["small", "least"], ["y"], name="above the least"),
+        million=np.float32(1e6), billions=np.float32(1e12), least=np.float32(np.finfo(np.float32).min),
+        no_axis=np.zeros(0, np.int64),
+    )  # fmt: skip
+    half_model = Converted(model, tmp_path, dtype=ir.DataType.BFLOAT16)
+    assert half_model.made.said.kept.keys() == {"above the least"}
+    said = half_model.check()
+    assert said.status == "passed", said.reason
+
+
+def test_what_onnxruntime_has_no_kernel_for_stays_float32(library: str, tmp_path: pathlib.Path) -> None:
+    model = behind(of_opset(attention(), 18), helper.make_node("Sin", ["context"], ["y"], name="sine"))
+    half_model = Converted(model, tmp_path, dtype=ir.DataType.BFLOAT16)
+    assert half_model.made.said.kept == {"sine": "is Sin, which onnxruntime doesn't run in bfloat16"}
+    (cast,) = (
+        node for node in half_model.proto.graph.node if node.op_type == "Cast" and node.output[0] in sine_of(half_model)
+    )
+    assert onnx.helper.get_node_attr_value(cast, "to") == FLOAT
+    assert half_model.check().status == "passed"
+
+
+def sine_of(half_model: Converted) -> list[str]:
+    (sine,) = (node for node in half_model.proto.graph.node if node.op_type == "Sin")
+    return list(sine.input)
+
+
+def test_positions_stay_float32_beside_bfloat16(library: str, tmp_path: pathlib.Path) -> None:
+    kept = Converted(with_positions(), tmp_path, dtype=ir.DataType.BFLOAT16).made.said.kept
+    assert {"position", "angle", "wave"} <= kept.keys() and "sum" not in kept
+
+
+def test_wrong_weights_in_bfloat16_are_found(library: str, tmp_path: pathlib.Path) -> None:
+    half_model = Converted(attention(), tmp_path, dtype=ir.DataType.BFLOAT16)
+    weight = next(t for t in half_model.proto.graph.initializer if t.name == "value_weight")
+    wrong = (numpy_helper.to_array(weight).astype(np.float32) * 1.1).astype(ml_dtypes.bfloat16)
+    weight.CopyFrom(ir.to_proto(ir.tensor(wrong, name=weight.name)))
+    onnx.save(half_model.proto, half_model.target)
+    said = half_model.check()
+    assert said.status == "failed" and "in bfloat16 output 'y' differs" in said.reason
+
+
+def test_command_for_bfloat16(library: str, tmp_path: pathlib.Path) -> None:
+    source, target = tmp_path / "model.onnx", tmp_path / "model.fa.onnx"
+    onnx.save(with_gelu("TorchScript"), source)
+    done = here(source, "--bf16", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["half_precision"]["status"] == "passed" and said["half_precision"]["dtype"] == "bfloat16"
+    assert said["provenance"]["options"]["bf16"] and "BiasGelu" in {n.op_type for n in onnx.load(target).graph.node}
+    shown = here(source, "--bf16", "--dry-run")
+    assert "verification in bfloat16 passed" in shown.stdout
+
+
+def test_usage_of_bfloat16(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "model.onnx"
+    onnx.save(of_opset(attention(), 15), source)
+    done = here(source, "--bf16")
+    assert done.returncode == 2 and "add --opset 18" in done.stderr, done.stderr
+    assert here(source, "--bf16", "--fp16").returncode == 2
+    assert here(source, "--bf16", "--dtype", "bf16").returncode == 2
+    with pytest.raises(ValueError, match="leave one of them out"):
+        faexport.Options(fp16=True, bf16=True)
+    for module in (ort_session, half_nodes):
+        monkeypatch.setattr(module, "has_library", lambda: False)
+    said = Converted(attention(), tmp_path, dtype=ir.DataType.BFLOAT16).check()
+    assert said.status == "not run" and "the operator's library" in said.reason
