@@ -4,6 +4,7 @@ lies, and entries of the table beyond a sequence's pages that point anywhere."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -154,9 +155,11 @@ def test_equal_lengths(batch: int, length: int, page_rows: int) -> None:
 def test_pages_that_do_not_exist_are_zeros() -> None:
     """As for the kernels that gather pages."""
     torch.manual_seed(0)
-    for page_rows in (16, 64):
-        problem = Problem(page_rows, [1000, 700], [1, 2], poison=0.0)
+    for page_rows, index in itertools.product((16, 64), (torch.int32, torch.int64)):
+        problem = Problem(page_rows, [1000, 700], [1, 2], poison=0.0, index=index)
         problem.given["block_table"][0, 3] = -1
+        if index == torch.int64:
+            problem.given["block_table"][0, 5] = 2**32 + 1  # its lower half would be a page
         problem.given["block_table"][1, 5] = len(problem.pools[0])
         kernels = arrays.kernels_for(problem.given, {})
         outputs = [attention(problem, kernel=kernel).double() for kernel in kernels]
