@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the documentation's tables from the committed results; run it after a new measurement.
 
-The README's tables of speed, docs/faexport.md's table of the zoo, docs/decoding.md's of decoding and docs/llm.md's of
-decoder layers. A test compares the pages with what this makes.
+The README's tables of speed, docs/faexport.md's table of the zoo, docs/decoding.md's of decoding, docs/llm.md's of
+decoder layers and docs/models.md's of whole models (model_pages.py). A test compares the pages with what this makes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+from model_pages import encoder_tables, fused_by_optimizer, models_tables
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
@@ -21,6 +23,7 @@ FLOAT8_BEGIN, FLOAT8_END = "<!-- float8: written by benchmarks/readme.py -->\n",
 DECODE_BEGIN, DECODE_END = "<!-- decode: written by benchmarks/readme.py -->\n", "<!-- end of decode -->\n"
 STEP_BEGIN, STEP_END = "<!-- steps: written by benchmarks/readme.py -->\n", "<!-- end of steps -->\n"
 LLM_BEGIN, LLM_END = "<!-- llm: written by benchmarks/readme.py -->\n", "<!-- end of llm -->\n"
+MODELS_BEGIN, MODELS_END = "<!-- models: written by benchmarks/readme.py -->\n", "<!-- end of models -->\n"
 ZOO_BEGIN, ZOO_END = "<!-- zoo: written by benchmarks/readme.py -->\n", "<!-- end of zoo -->\n"
 OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")
 GROUPS = {
@@ -220,84 +223,6 @@ def _largest_error(rows: list[dict], name: str) -> float:
     return max((row["contestants"][name]["error"] for row in rows if name in row["contestants"]), default=math.nan)
 
 
-ENCODER_FILES = {
-    "ours": "faexport",
-    "onnxruntime": "onnxruntime's optimizer",
-    "onnxscript": "onnxscript",
-    "unfused": "unfused",
-}
-ENCODER_EXPORTS = ("eager", "sdpa", "dynamo")
-
-
-def encoder_tables(data: dict) -> str:
-    """Whole encoders, a table a dtype: a cell has the times of the three exports."""
-    runtime = next(data["versions"][name] for name in ("onnxruntime-gpu", "onnxruntime") if name in data["versions"])
-    where = data.get("gpu") or f"CPU, {data['threads']} threads ({data['cpu']})"
-    parts = []
-    for dtype in dict.fromkeys(row["dtype"] for row in data["rows"]):
-        lines = [
-            f"Whole encoders, {dtype}, in onnxruntime {runtime}, {where}: milliseconds of the files made "
-            f"from three exports of PyTorch {data['versions'].get('torch', '')} "
-            f"({', '.join(ENCODER_EXPORTS)}; – failed, ! wrong). "
-            "The last column: how many times as fast as the fastest of all other files, from the worst of the three:",
-            "",
-            f"| batch × length | {' | '.join(ENCODER_FILES.values())} | times as fast |",
-            "|---" * (len(ENCODER_FILES) + 2) + "|",
-        ]
-        for row in (row for row in data["rows"] if row["dtype"] == dtype):
-            cells = [" / ".join(_cell(row, file, how) for how in ENCODER_EXPORTS) for file in ENCODER_FILES]
-            cells.append(_times_as_fast(row))
-            title = row["row"].rsplit(" b", 1)[0]
-            lines.append(f"| {title} {row['batch_size']} × {row['length']} | {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def _is_right(found: dict, row: dict) -> bool:
-    """Near the float32 original, which itself is multiplied in TF32 on GPUs."""
-    return found["difference"] is not None and found["difference"] < (0.05 if row["dtype"] == "float16" else 0.01)
-
-
-def _cell(row: dict, file: str, how: str) -> str:
-    found = row["contestants"].get(f"{file}, {how}")
-    if found is None:
-        return "–"
-    digits = 3 if found["median_ms"] < 1 else 2 if found["median_ms"] < 100 else 0
-    return f"{found['median_ms']:.{digits}f}" + ("" if _is_right(found, row) else " !")
-
-
-def _times_as_fast(row: dict) -> str:
-    """The fastest other file's time over our slowest."""
-    ours = [row["contestants"].get(f"ours, {how}") for how in ENCODER_EXPORTS]
-    others = [
-        found["median_ms"]
-        for name, found in row["contestants"].items()
-        if not name.startswith("ours") and _is_right(found, row)
-    ]
-    if not others or not all(found and _is_right(found, row) for found in ours):
-        return "–"
-    return f"{min(others) / max(found['median_ms'] for found in ours if found):.2f}"
-
-
-def fused_by_optimizer(data: dict) -> str:
-    """What onnxruntime's optimizer fused of each encoder and export, of those whose files were counted."""
-    lines = []
-    for encoder in dict.fromkeys(row["encoder"] for row in data["rows"]):
-        exports = [data["fused"].get(f"{encoder} {how}", {}) for how in ENCODER_EXPORTS]
-        counts = [found.get("float32 onnxruntime", found.get("float16 onnxruntime")) for found in exports]
-        cells = [
-            "not counted" if count is None else ", ".join(f"{number} {op}" for op, number in count.items()) or "–"
-            for count in counts
-        ]
-        title = next(row["row"] for row in data["rows"] if row["encoder"] == encoder).rsplit(" b", 1)[0]
-        if any(count is not None for count in counts):
-            lines.append(f"| {title} | {' | '.join(cells)} |")
-    if not lines:
-        return ""
-    header = [f"| | {' | '.join(ENCODER_EXPORTS)} |", "|---" * (len(ENCODER_EXPORTS) + 1) + "|"]
-    return "\n".join(["What onnxruntime's optimizer makes of these exports:", "", *header, *lines])
-
-
 def cpu_table(data: dict) -> str:
     """Medians and memory beside onnxruntime's own operator and the unfused graph."""
     names = {"faexport": "ours", "MultiHeadAttention": "MultiHeadAttention", "unfused": "unfused"}
@@ -425,12 +350,19 @@ def updated_llm(text: str) -> str:
     return replaced(text, LLM_BEGIN, LLM_END, llm_section())
 
 
+def updated_models(text: str) -> str:
+    """docs/models.md, likewise."""
+    made = _tables(("models.json", models_tables))
+    return replaced(text, MODELS_BEGIN, MODELS_END, made if made.strip() else "Not recorded yet.\n")
+
+
 PAGES = {
     "README.md": updated,
     "docs/faexport.md": updated_zoo,
     "docs/decoding.md": updated_decoding,
     "docs/kernels.md": updated_kernels,
     "docs/llm.md": updated_llm,
+    "docs/models.md": updated_models,
     "docs/numbers.md": updated_numbers,
 }
 

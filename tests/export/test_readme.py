@@ -55,6 +55,34 @@ def test_tables_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPat
         assert update(text) == text, f"{name}: run python benchmarks/readme.py"
 
 
+def test_models_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest export of each tool counts, of those that are right."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import model_pages
+
+    def contestant(time: float, memory: float, difference: float = 1e-3) -> dict:
+        return {"median_ms": time, "memory_mb": memory, "difference": difference}
+
+    long, alone = (
+        {"encoder": "long_range", "row": f"{title} b1 s4096", "dtype": "float16", "batch_size": 1, "length": 4096}
+        for title in ("Long", "Alone")
+    )
+    long["contestants"] = {
+        "unfused, eager": contestant(8.0, 2000),
+        "unfused, dynamo": contestant(9.0, 2000),
+        "onnxruntime, eager": contestant(3.0, 300),
+        "onnxscript, dynamo": contestant(0.5, 50, difference=0.3),
+        "ours, eager": contestant(2.5, 110),
+        "ours, dynamo": contestant(2.0, 100),
+    }
+    alone["contestants"] = {"ours, dynamo": contestant(1.0, 10)}
+    environment = {"gpu": "GPU", "versions": {"onnxruntime-gpu": "1"}, "commit": "abc", "date": "2026-01-01"}
+    lines = model_pages.models_tables({**environment, "rows": [long, alone]}).splitlines()
+    assert "| Long 1 × 4096 | 2.000 | 3.000 | – | 8.000 | 4.00 | 1.50 | 2000 | 100 | 1e-03 | 1e-03 |" in lines
+    assert "| Alone 1 × 4096 | 1.000 | – | – | – | – | – | – | 10 | – | 1e-03 |" in lines
+    assert lines[-1].endswith("| 100 MB at 4096 (20.0 times less) |") and "4.00 at 4096" in lines[-2]
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for page in ALL_PAGES:

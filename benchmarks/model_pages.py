@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of whole models from the results of encoders.py and models.py. Called by readme.py."""
+
+from __future__ import annotations
+
+import math
+
+FILES = {
+    "ours": "faexport",
+    "onnxruntime": "onnxruntime's optimizer",
+    "onnxscript": "onnxscript",
+    "unfused": "unfused",
+}
+EXPORTS = ("eager", "sdpa", "dynamo")
+
+
+def encoder_tables(data: dict) -> str:
+    """Whole encoders, a table a dtype: a cell has the times of the three exports."""
+    runtime = next(data["versions"][name] for name in ("onnxruntime-gpu", "onnxruntime") if name in data["versions"])
+    where = data.get("gpu") or f"CPU, {data['threads']} threads ({data['cpu']})"
+    parts = []
+    for dtype in dict.fromkeys(row["dtype"] for row in data["rows"]):
+        lines = [
+            f"Whole encoders, {dtype}, in onnxruntime {runtime}, {where}: milliseconds of the files made "
+            f"from three exports of PyTorch {data['versions'].get('torch', '')} "
+            f"({', '.join(EXPORTS)}; – failed, ! wrong). "
+            "The last column: how many times as fast as the fastest of all other files, from the worst of the three:",
+            "",
+            f"| batch × length | {' | '.join(FILES.values())} | times as fast |",
+            "|---" * (len(FILES) + 2) + "|",
+        ]
+        for row in (row for row in data["rows"] if row["dtype"] == dtype):
+            cells = [" / ".join(_cell(row, file, how) for how in EXPORTS) for file in FILES]
+            cells.append(_times_as_fast(row))
+            title = row["row"].rsplit(" b", 1)[0]
+            lines.append(f"| {title} {row['batch_size']} × {row['length']} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _is_right(found: dict, row: dict) -> bool:
+    """Near the float32 original, which itself is multiplied in TF32 on GPUs."""
+    return found["difference"] is not None and found["difference"] < (0.05 if row["dtype"] == "float16" else 0.01)
+
+
+def _cell(row: dict, file: str, how: str) -> str:
+    found = row["contestants"].get(f"{file}, {how}")
+    if found is None:
+        return "–"
+    digits = 3 if found["median_ms"] < 1 else 2 if found["median_ms"] < 100 else 0
+    return f"{found['median_ms']:.{digits}f}" + ("" if _is_right(found, row) else " !")
+
+
+def _times_as_fast(row: dict) -> str:
+    """The fastest other file's time over our slowest."""
+    ours = [row["contestants"].get(f"ours, {how}") for how in EXPORTS]
+    others = [
+        found["median_ms"]
+        for name, found in row["contestants"].items()
+        if not name.startswith("ours") and _is_right(found, row)
+    ]
+    if not others or not all(found and _is_right(found, row) for found in ours):
+        return "–"
+    return f"{min(others) / max(found['median_ms'] for found in ours if found):.2f}"
+
+
+def fused_by_optimizer(data: dict) -> str:
+    """What onnxruntime's optimizer fused of each encoder and export, of those whose files were counted."""
+    lines = []
+    for encoder in dict.fromkeys(row["encoder"] for row in data["rows"]):
+        exports = [data["fused"].get(f"{encoder} {how}", {}) for how in EXPORTS]
+        counts = [found.get("float32 onnxruntime", found.get("float16 onnxruntime")) for found in exports]
+        cells = [
+            "not counted" if count is None else ", ".join(f"{number} {op}" for op, number in count.items()) or "–"
+            for count in counts
+        ]
+        title = next(row["row"] for row in data["rows"] if row["encoder"] == encoder).rsplit(" b", 1)[0]
+        if any(count is not None for count in counts):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    header = [f"| | {' | '.join(EXPORTS)} |", "|---" * (len(EXPORTS) + 1) + "|"]
+    return "\n".join(["What onnxruntime's optimizer makes of these exports:", "", *header, *lines])
+
+
+def models_tables(data: dict) -> str:
+    """docs/models.md's: each model with the best of its exports for each tool, then FlashAttention's claims."""
+    rows = [row for row in data["rows"] if _best(row, "ours")]
+    columns = (
+        *("model, batch × length", *FILES.values(), "over unfused", "over the best other"),
+        *("memory, unfused", "memory, faexport", "difference, unfused", "difference, faexport"),
+    )
+    lines = [
+        f"{data['gpu']}, onnxruntime {data['versions']['onnxruntime-gpu']}, commit {data['commit']}, "
+        f"{data['date'][:10]}; {', '.join(dict.fromkeys(row['dtype'] for row in rows))}. Milliseconds of a run on the "
+        "GPU, of each tool's\nfastest export that is right (`benchmarks/models.py`; – none). Memory is what runs take "
+        "beside weights, in MB; the difference\nis that from the float32 original, relative in the 2-norm:",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    for row in rows:
+        both = [_best(row, file) for file in ("unfused", "ours")]
+        cells = [
+            f"{row['row'].rsplit(' b', 1)[0]} {row['batch_size']} × {row['length']}",
+            *(_number(_best(row, file), "median_ms", 3) for file in FILES),
+            *(_number({"ratio": _over(row, files)}, "ratio", 2) for files in (("unfused",), OTHERS)),
+            *(_number(one, "memory_mb", 0) for one in both),
+            *(f"{one['difference']:.0e}" if one else "–" for one in both),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _summary(rows), "", *_claims(rows)])
+
+
+OTHERS = ("unfused", "onnxruntime", "onnxscript")
+
+
+def _best(row: dict, file: str) -> dict | None:
+    """The fastest that is right of a tool's files."""
+    found = [row["contestants"].get(f"{file}, {how}") for how in EXPORTS]
+    right = [one for one in found if one is not None and _is_right(one, row)]
+    return min(right, key=lambda one: one["median_ms"], default=None)
+
+
+def _number(found: dict | None, key: str, digits: int) -> str:
+    number = found.get(key) if found else None
+    return f"{number:.{digits}f}" if number else "–"
+
+
+def _over(row: dict, files: tuple[str, ...]) -> float | None:
+    """The best of these files' time over ours; None where none is right."""
+    times = [one["median_ms"] for one in (_best(row, file) for file in files) if one is not None]
+    ours = _best(row, "ours")
+    return min(times) / ours["median_ms"] if times and ours else None
+
+
+def _range(numbers: list[float]) -> str:
+    mean = math.exp(sum(map(math.log, numbers)) / len(numbers))
+    return f"{min(numbers):.2f} to {max(numbers):.2f} times as fast, in geometric mean {mean:.2f}"
+
+
+def _summary(rows: list[dict]) -> str:
+    found = ((row["row"], _over(row, OTHERS)) for row in rows)
+    ratios = {name: ratio for name, ratio in found if ratio is not None}
+    slower = [name for name, ratio in ratios.items() if ratio < 1]
+    return f"Over the best other way: {_range([*ratios.values()])}; slower: {', '.join(slower) or 'nowhere'}."
+
+
+def _claims(rows: list[dict]) -> list[str]:
+    """What FlashAttention's papers say beside what is measured here, against the unfused graph."""
+    found = ((row, _over(row, ("unfused",))) for row in rows)
+    speeds = [(row, ratio) for row, ratio in found if ratio is not None]
+    long = sorted((pair for pair in speeds if pair[0]["encoder"] == "long_range"), key=lambda pair: pair[0]["length"])
+    if not speeds:
+        return []
+    lengths = [(row["length"], ratio) for row, ratio in long]
+    return [
+        "FlashAttention's claims, against an unfused graph:",
+        "",
+        "| claim | here |",
+        "|---|---|",
+        f"| models 2 to 4 times as fast | {_range([ratio for _, ratio in speeds])} |",
+        "| more than 5 times as fast at 4K (long-range encoder) | "
+        f"{', '.join(f'{ratio:.2f} at {length}' for length, ratio in lengths)} |",
+        "| memory linear in the length, 20 times less at 4K (long-range encoder) | "
+        f"{', '.join(_memory(row) for row, _ in long)} |",
+    ]
+
+
+def _memory(row: dict) -> str:
+    theirs, ours = ((_best(row, file) or {}).get("memory_mb") for file in ("unfused", "ours"))
+    less = f" ({theirs / ours:.1f} times less)" if theirs and ours else ""
+    return f"{ours or 0:.0f} MB at {row['length']}{less}"
