@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times whole encoders in onnxruntime, by exporter and by tool: BERT, DistilBERT, ViT, CLIP text, Whisper, T5.
+"""Times whole encoders in onnxruntime, by exporter and by tool: BERT, MiniLM, DistilBERT, ViT, CLIP text, Whisper, T5.
 
 First the files (encoder_models.py), where --models has none: `--export-only` stops there. They are graphs without their
 weights, which are drawn again when a file is loaded (skeletons.py), so the folder may go to another machine. Then the

@@ -149,6 +149,7 @@ def _whisper(title: str, layers: int, width: int, heads: int, inputs: Callable, 
 
 ENCODERS = {
     "bert": _bert("BERT-base", 12, 768, 12, TEXT, cpu_sizes=((1, 128), (1, 512))),
+    "minilm": _bert("MiniLM-L6 sentence encoder", 6, 384, 12, TEXT, cpu_sizes=((1, 128), (1, 512))),
     "distilbert": Model(
         "DistilBERT",
         6,
