@@ -7,7 +7,8 @@ stand-in function (fallback_body.py) are made with it. Nodes are made, not inser
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,23 @@ FIRST_OPSET = {"Where": 9, "ConstantOfShape": 9, "Expand": 8, "Range": 11, "CumS
 AXES_AS_INPUT = dict.fromkeys(("Squeeze", "Unsqueeze", "ReduceSum"), 13)
 AXES_AS_INPUT |= dict.fromkeys(("ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd"), 18)
 NEGATED = {"GreaterOrEqual": "Less", "LessOrEqual": "Greater"}  # not there before opset 12
+
+
+_ATTRIBUTE_TYPES = {
+    int: ir.AttributeType.INT,
+    float: ir.AttributeType.FLOAT,
+    str: ir.AttributeType.STRING,
+    ir.Tensor: ir.AttributeType.TENSOR,
+}
+
+
+def attributes_of(values: Mapping[str, Any]) -> list[ir.Attr]:
+    """Attributes of a new node. onnx_ir finds a type by asking protocols, which takes longer than all else about a
+    small node; so it is told the common ones."""
+    return [
+        ir.convenience.convert_attribute(name, value, _ATTRIBUTE_TYPES.get(type(value)))
+        for name, value in values.items()
+    ]
 
 
 class Missing(Exception):
@@ -72,7 +90,7 @@ class Writer:
         if self.opset < 9 and array.dtype == np.int64:  # Constant then holds floats only
             value = self.add("Cast", [self.constant(array.astype(np.float32))], ir.DataType.INT64, to=7)
         else:
-            tensor = ir.tensor(array)
+            tensor = ir.Tensor(array)
             value = self.add("Constant", (), value=tensor)
             value.dtype = tensor.dtype
         self._arrays[value] = array
@@ -92,7 +110,7 @@ class Builder(Writer):
     def _made(
         self, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict, dtype: ir.DataType | None
     ) -> ir.Value:
-        node = self._named(ir.node(op_type, inputs, attributes or None))
+        node = self._named(ir.Node("", op_type, inputs, attributes_of(attributes)))
         if dtype is not None:
             node.outputs[0].dtype = dtype
         self.nodes.append(node)

@@ -74,15 +74,16 @@ def declared_output(value: ir.Value, layout: Layout, sizes, dtype: ir.DataType |
 
 def _furthest(value: ir.Value, view: View, sizes, dtype, sources, a: Analysis) -> Output | None:
     found: Output | None = None
-    passed: list[ShapeUse] = []
+    passed: tuple[ShapeUse, ...] = ()
     for _ in range(MAX_CHAIN):
         layout = _layout_of(view, sizes)
         if layout is not None and a.dtype(value) in (dtype, None):
-            found = Output(value, layout, shape_uses=tuple(passed))
+            found = Output(value, layout, shape_uses=passed)
         users = data_users(value)
-        passed += uses_of(value, view.shape)
-        if any(isinstance(rebuild(use, sources, a), Refusal) for use in passed):
+        uses = uses_of(value, view.shape)
+        if any(isinstance(rebuild(use, sources, a), Refusal) for use in uses):
             break
+        passed += tuple(uses)
         if value.is_graph_output() or len(users) != 1 or users[0].inputs[0] is not value:
             break
         node = users[0]

@@ -170,10 +170,11 @@ def _with_heads(sides, values: Values, heads: Dim, a: Analysis) -> Structure | R
     if not dtypes:
         return Refusal("query, key and value are not float32, float16 or bfloat16", name_of(values.product.node))
     for dtype in dtypes:
+        outputs: dict[tuple[ir.Value, ...], Output | Refusal] = {}
         for grouped, packed in ((True, True), (True, False), (False, True), (False, False)):
             if packed and any(side.numbers for side in sides):
                 continue
-            found = _try(sides, values, heads, (grouped, packed, dtype), a)
+            found = _try(sides, values, heads, (grouped, packed, dtype), outputs, a)
             if isinstance(found, Refusal):
                 problem = found
             elif best is None or found.num_new_nodes < best.num_new_nodes:
@@ -193,7 +194,10 @@ def _dtypes(sides, a: Analysis) -> list[ir.DataType | None]:
     return [ir.DataType.FLOAT] if all(k & set(TYPES) for k in kinds) else []
 
 
-def _try(sides, values: Values, heads: Dim, how, a: Analysis) -> Structure | Refusal:
+def _try(
+    sides, values: Values, heads: Dim, how, outputs: dict[tuple[ir.Value, ...], Output | Refusal], a: Analysis
+) -> Structure | Refusal:
+    """`outputs`: what was read of the output before, by the sources of query, key and value."""
     grouped, packed, dtype = how
     readings = []
     for side in sides:
@@ -210,7 +214,10 @@ def _try(sides, values: Values, heads: Dim, how, a: Analysis) -> Structure | Ref
     in_columns = [r.operand.column_start is not None for r in readings]
     if any(in_columns) and not _all_in_columns(readings):
         return Refusal("only a part of query, key and value is packed", name_of(values.product.node))
-    output = read_output(values, heads, dtype, [r.source for r in readings], sides[0].factor, a)
+    sources = tuple(r.source for r in readings)
+    if sources not in outputs:
+        outputs[sources] = read_output(values, heads, dtype, sources, sides[0].factor, a)
+    output = outputs[sources]
     return output if isinstance(output, Refusal) else Structure(query, key, value, output, heads)
 
 

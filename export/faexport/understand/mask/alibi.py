@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.understand.index import logic as il
+from faexport.understand.index.linear import linear_in
 from faexport.understand.mask.terms import Site
 from faexport.understand.mask.window import Window
 from faexport.understand.shapes import algebra as ia
@@ -73,7 +74,7 @@ def _slope(e: Expr, site: Site, window: Window) -> float | None:
 def _steps(position: Expr, site: Site, window: Window) -> int | None:
     """c where `position` is c * j + (a number of the row), or -c * |j - p| + (a number of the row) with p the row's
     position."""
-    linear = ia.linear_in(position, "j")
+    linear = linear_in(position, "j")
     if linear is not None:
         return linear[0] if window.right == 0 else None
     for m, c in position.args:
@@ -95,7 +96,7 @@ def _slope_of_table(e: Expr, window: Window) -> float | None:
     moving = [k for k, x in enumerate(index) if "j" in ia.variables(x)]
     if len(moving) != 1 or any(ia.value_of(x) is None for k, x in enumerate(index) if k not in moving):
         return None
-    linear = ia.linear_in(index[moving[0]], "j")
+    linear = linear_in(index[moving[0]], "j")
     if linear is None or linear[0] != 1:
         return None
     table = constant.numpy()

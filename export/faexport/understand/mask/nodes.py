@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from faexport.surgery import Missing, Writer
+from faexport.surgery import Missing, Writer, attributes_of
 from faexport.understand.index.tensor import Unknown
 
 
@@ -48,7 +48,7 @@ class Nodes(Writer):
         key = (op_type, tuple(inputs), repr(sorted((k, repr(v)) for k, v in attributes.items())), number)
         if key not in self._cache:
             name = f"faexport_mask_{self._hint or op_type.lower()}_{next(self._count)}"
-            made = ir.node(op_type, inputs, attributes, name=name, outputs=[ir.Value(name=name)])
+            made = ir.Node("", op_type, inputs, attributes_of(attributes), name=name, outputs=[ir.Value(name=name)])
             if dtype is not None:
                 made.outputs[0].dtype = dtype
             before = dict.fromkeys(n for v in inputs if v is not None for n in self.nodes.get(v, ()))

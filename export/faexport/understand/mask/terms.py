@@ -18,6 +18,7 @@ import onnx_ir as ir
 from faexport import spec
 from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Interpreter
+from faexport.understand.index.linear import linear_in
 from faexport.understand.index.tensor import Tensor, Unknown, broadcast_index
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
@@ -480,7 +481,7 @@ def rows_see_a_key(site: Site, seen: Expr) -> bool:
     last = [ia.sub(size, ia.ONE) for size in site.sizes["T"]]
     candidates = [ia.ZERO, *last, site.i]
     for part in seen.args if seen.op == "and" else (seen,):
-        linear = ia.linear_in(part.args[0], "j") if part.op == "ge0" else None
+        linear = linear_in(part.args[0], "j") if part.op == "ge0" else None
         if linear is not None and abs(linear[0]) == 1:
             candidates.append(ia.scale(linear[1], -linear[0]))
     for key in candidates:

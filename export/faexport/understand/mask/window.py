@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 from faexport.understand.index import logic as il
+from faexport.understand.index.linear import linear_in
 from faexport.understand.mask.terms import Site
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
@@ -51,8 +52,8 @@ def _diagonal(part: Expr) -> tuple[int, Expr] | None:
     """(1, r) for j <= i + r; (-1, l) for j >= i - l, where r and l don't depend on i, j, h."""
     if part.op != "ge0":
         return None
-    in_j = ia.linear_in(part.args[0], "j")
-    in_i = ia.linear_in(in_j[1], "i") if in_j is not None else None
+    in_j = linear_in(part.args[0], "j")
+    in_i = linear_in(in_j[1], "i") if in_j is not None else None
     if in_j is None or in_i is None or abs(in_j[0]) != 1 or in_i[0] != -in_j[0] or ia.variables(in_i[1]) - {"b"}:
         return None
     return in_i[0], in_i[1]
@@ -60,7 +61,7 @@ def _diagonal(part: Expr) -> tuple[int, Expr] | None:
 
 def _last_keys(site: Site, part: Expr) -> tuple[int, Expr] | None:
     """(-1, l) for j >= -l where the query has one row: a window of that row, as a decoder's step has it."""
-    linear = ia.linear_in(part.args[0], "j") if part.op == "ge0" else None
+    linear = linear_in(part.args[0], "j") if part.op == "ge0" else None
     if linear is None or linear[0] != 1 or ia.variables(linear[1]) - {"b"}:
         return None
     return (-1, linear[1]) if any(ia.value_of(rows) == 1 for rows in site.sizes["S"]) else None
@@ -109,7 +110,7 @@ def corners(site: Site) -> list[Expr]:
 
 def length_of(part: Expr) -> Expr | None:
     """n for a condition j < n where n is a number of the batch entry alone, else None."""
-    linear = ia.linear_in(part.args[0], "j") if part.op == "ge0" else None
+    linear = linear_in(part.args[0], "j") if part.op == "ge0" else None
     if linear is None or linear[0] != -1 or ia.variables(linear[1]) - {"b"}:
         return None
     return ia.add(linear[1], ia.ONE)

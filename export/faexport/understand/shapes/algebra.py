@@ -47,10 +47,12 @@ Monomial = tuple[Expr, ...]  # atoms in order of serial; () is the constant
 
 def _poly(terms: dict[Monomial, int]) -> Expr:
     items = [item for item in terms.items() if item[1]]
-    items.sort(key=lambda item: [a.serial for a in item[0]])
+    if len(items) > 1:
+        items.sort(key=lambda item: [a.serial for a in item[0]])
     return make("poly", tuple(items), "int")
 
 
+@functools.lru_cache(maxsize=1024)
 def const(value: int) -> Expr:
     return make("poly", (((), int(value)),) if value else (), "int")
 
@@ -74,6 +76,9 @@ def constant_part(expr: Expr) -> int:
 
 
 def add(*exprs: Expr) -> Expr:
+    exprs = tuple(e for e in exprs if e.args)  # without zeros
+    if len(exprs) <= 1:
+        return exprs[0] if exprs else ZERO
     terms: dict[Monomial, int] = {}
     for expr in exprs:
         for m, c in expr.args:
@@ -82,7 +87,9 @@ def add(*exprs: Expr) -> Expr:
 
 
 def scale(expr: Expr, factor: int) -> Expr:
-    return expr if factor == 1 else _poly({m: c * factor for m, c in expr.args})
+    if factor == 1:
+        return expr
+    return make("poly", tuple((m, c * factor) for m, c in expr.args), "int") if factor else ZERO
 
 
 def neg(expr: Expr) -> Expr:
@@ -94,12 +101,14 @@ def sub(a: Expr, b: Expr) -> Expr:
 
 
 def _join(a: Monomial, b: Monomial) -> Monomial:
-    return tuple(sorted(a + b, key=lambda atom: atom.serial))
+    return tuple(sorted(a + b, key=lambda atom: atom.serial)) if a and b else a or b
 
 
 def mul(a: Expr, b: Expr) -> Expr:
-    if a is ONE:
-        return b
+    for factor, other in ((a, b), (b, a)):
+        number = value_of(factor)
+        if number is not None:
+            return scale(other, number)
     terms: dict[Monomial, int] = {}
     for (m1, c1), (m2, c2) in itertools.product(a.args, b.args):
         m = _join(m1, m2)
@@ -232,7 +241,7 @@ def at_least_one(size: Expr) -> set[Expr]:
 
 def replace(size: Expr, known: Mapping[Expr, Expr]) -> Expr:
     """A size with atoms replaced as `known` tells, simplified again."""
-    if size.op != "poly" or not known:
+    if size.op != "poly" or all(a.op == "sym" and a not in known for m, _ in size.args for a in m):
         return size
     total = ZERO
     for monomial, coefficient in size.args:
@@ -399,11 +408,16 @@ _nonnegative: weakref.WeakKeyDictionary[Expr, bool] = weakref.WeakKeyDictionary(
 
 def is_nonnegative(expr: Expr) -> bool:
     """True where `expr` >= 0 is proven for all indices and sizes; False where it is not proven."""
-    known = _nonnegative.get(expr)
+    known = True if _is_sum_of_sizes(expr) else _nonnegative.get(expr)
     if known is None:
         known = any(_sizes_nonnegative(bound) for bound in _extremes(expr, -1, 6)) or _in_each_case(expr)
         _nonnegative[expr] = known
     return known
+
+
+def _is_sum_of_sizes(expr: Expr) -> bool:
+    """Most that is asked about is: products of sizes, added up."""
+    return all(c >= 0 and all(a.op == "sym" and a.args[1] >= 0 for a in m) for m, c in expr.args)
 
 
 def _in_each_case(expr: Expr) -> bool:
@@ -482,15 +496,3 @@ def atoms(expr: Expr, op: str) -> set[Expr]:
             found.add(e)
         stack += children(e)
     return found
-
-
-def linear_in(expr: Expr, name: str) -> tuple[int, Expr] | None:
-    """(coefficient, rest) with expr = coefficient * name + rest, the rest free of `name`; None where it isn't so."""
-    coefficient, rest = 0, {}
-    for m, c in expr.args:
-        if len(m) == 1 and m[0].op == "var" and m[0].args[0] == name:
-            coefficient += c
-        else:
-            rest[m] = c
-    rest_expr = _poly(rest)
-    return None if name in variables(rest_expr) else (coefficient, rest_expr)

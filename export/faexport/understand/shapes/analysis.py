@@ -261,36 +261,37 @@ class Analysis:
         if node is None:
             tensor = constants.tensor_of(value)
             return tensor.dtype if tensor is not None else None
-        if op(node) == "Cast":
+        kind = op(node)
+        if kind == "Cast":
             return ir.DataType(attribute(node, "to"))
-        if op(node) == "EyeLike" and attribute(node, "dtype"):
+        if kind == "EyeLike" and attribute(node, "dtype"):
             return ir.DataType(attribute(node, "dtype"))
-        if op(node) in DTYPE_OF:
-            return DTYPE_OF[op(node)]
-        if op(node) == "If":
+        if kind in DTYPE_OF:
+            return DTYPE_OF[kind]
+        if kind == "If":
             return self.dtype(attribute(node, "then_branch").outputs[node.outputs.index(value)])
-        if op(node) in ("Loop", "Scan"):
+        if kind in ("Loop", "Scan"):
             return None
-        if op(node) == "Constant":
+        if kind == "Constant":
             tensor = constants.tensor_of(value)
             return None if tensor is None else tensor.dtype
-        if op(node) == "ConstantOfShape":
+        if kind == "ConstantOfShape":
             tensor = attribute(node, "value")
             return ir.DataType.FLOAT if tensor is None else tensor.dtype
-        if op(node) == "DynamicQuantizeLinear":
+        if kind == "DynamicQuantizeLinear":
             return ir.DataType.FLOAT if value is node.outputs[1] else ir.DataType.UINT8
-        if op(node) in ("QuantizeLinear", "com.microsoft::QuantizeLinear"):
+        if kind in ("QuantizeLinear", "com.microsoft::QuantizeLinear"):
             stated = attribute(node, "output_dtype") or ir.DataType.UINT8
             return self.dtype(operand(node, 2)) or ir.DataType(stated)
-        if op(node) == "trt::TRT_FP8QuantizeLinear":
+        if kind == "trt::TRT_FP8QuantizeLinear":
             return ir.DataType.FLOAT8E4M3FN
-        is_sum = op(node) in SKIPS and value is node.outputs[-1] and len(node.outputs) == 4
-        if value is not node.outputs[0] and op(node) not in ALL_TYPED and not is_sum:
+        is_sum = kind in SKIPS and value is node.outputs[-1] and len(node.outputs) == 4
+        if value is not node.outputs[0] and kind not in ALL_TYPED and not is_sum:
             return None
-        if op(node) == f"{DOMAIN}::{OP_TYPE}":
+        if kind == f"{DOMAIN}::{OP_TYPE}":
             query = self.dtype(operand(node, 0))
             return None if query is None else output_dtype(query, attribute(node, "output_dtype") or "")
-        return self.dtype(operand(node, TYPED_BY.get(op(node), 0)))
+        return self.dtype(operand(node, TYPED_BY.get(kind, 0)))
 
     def _declared(self, value: ir.Value) -> Shape | None:
         if value.shape is None:
