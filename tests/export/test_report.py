@@ -62,7 +62,7 @@ REPORT = {
                       "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str}],
                       "sites": [COMPARISON], "notes": [str]}, types.NoneType),
     "half_precision": ({"keep_io_types": bool, "kept": {...: str}, "status": str, "reason": str, "notes": [str],
-                        "outputs": [{"name": str, "dtype": str, "max_abs_diff": (float, str), "plain_abs_diff": float,
+                        "dtype": str, "outputs": [{"name": str, "dtype": str, "max_abs_diff": (float, str), "plain_abs_diff": float,
                                      "tolerance": float, "ok": bool, "inputs": str}]}, types.NoneType),
     "float8": ({"sites": [{"name": str, "left": str, "own_factors": bool, "error": (float, types.NoneType)}],
                 "outputs": [{"name": str, "error": float, "max_abs_diff": float}], "inputs": str, "status": str,
