@@ -168,7 +168,6 @@ def attention(
         RuntimeError: no kernel can run this, or CUDA failed.
     """
     arguments = dict(locals())
-    stream = current_stream(query) if stream is None else stream
     call = bind(arguments, stream)
     out = out or {}
     if unknown := out.keys() - {name for name, _, _ in call.outputs}:
@@ -178,11 +177,11 @@ def attention(
         for name, shape, dtype in call.outputs
     ]
     num_bytes = call.prepare([readable(array) for array in outputs], kernel)
-    call.run(workspace(query, num_bytes, call.device, stream), num_threads)
+    call.run(workspace(query, num_bytes, call.device, stream), num_bytes, num_threads)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def workspace(like: Any, num_bytes: int, device: str, stream: int) -> Any:
+def workspace(like: Any, num_bytes: int, device: str, stream: int | None) -> Any:
     """Memory from the framework of `like`, where that can be asked; None: the call allocates its own."""
     if not num_bytes or not allocates(like):
         return None
@@ -213,15 +212,16 @@ def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: 
     Raises:
         ValueError, TypeError: as attention().
     """
-    return bind({"query": query, "key": key, "value": value, **arguments}, 0).explain(device)
+    return bind({"query": query, "key": key, "value": value, **arguments}, None).explain(device)
 
 
 REQUIRED = ("query", "key", "value")
 _NOT_ATTRIBUTES = {"return_present", "return_lse", "out", "stream", "kernel", "num_threads"}
 
 
-def bind(arguments: dict[str, Any], stream: int) -> Call:
-    """A call bound to its inputs. The compiled library knows the names of inputs and attributes."""
+def bind(arguments: dict[str, Any], stream: int | None) -> Call:
+    """A call bound to its inputs. The compiled library knows the names of inputs and attributes. `stream`: None: the
+    current one of the query's framework."""
     names = inputs()
     given = [name for name in names if arguments.get(name) is not None or name in REQUIRED]
     outputs = ["present_key", "present_value"] if arguments.get("return_present") else []
@@ -237,4 +237,6 @@ def bind(arguments: dict[str, Any], stream: int) -> Call:
         attributes["optional_inputs"] = ",".join(given[len(REQUIRED) :])
     if outputs:
         attributes["optional_outputs"] = ",".join(outputs)
-    return Call(attributes, [(name, readable(arguments[name])) for name in given], stream)
+    is_current = stream is None
+    stream = current_stream(arguments["query"]) if stream is None else stream
+    return Call(attributes, [(name, readable(arguments[name])) for name in given], stream, is_current)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._attention import bind, workspace
-from ._frameworks import current_stream, empty, readable
+from ._frameworks import empty, readable
 
 # Arguments that may have a gradient besides query, key and value, and how FaGradient calls it.
 OTHERS = {"attn_bias": "d_bias", "attn_mask": "d_bias", "sinks": "d_sinks"}
@@ -73,7 +73,6 @@ def attention_backward(
             raise ValueError("the gradient of attn_mask is wanted beside an attn_bias; expected attn_bias alone")
         if "bool" in str(getattr(given["attn_mask"], "dtype", "")):
             raise ValueError("the gradient of a bool attn_mask is wanted; expected a float one")
-    stream = current_stream(query) if stream is None else stream
     call = bind({**given, "return_lse": True}, stream)
     names = dict.fromkeys(("query", "key", "value", *wanted, *out))
     dtype = next(dtype for name, _, dtype in call.outputs if name == "output")
@@ -86,5 +85,5 @@ def attention_backward(
     arrays = {"output": output, "lse": lse, "d_output": d_output, "d_lse": d_lse}
     arrays |= {OTHERS.get(name, f"d_{name}"): array for name, array in results.items()}
     num_bytes = call.prepare_backward({n: None if a is None else readable(a) for n, a in arrays.items()}, kernel)
-    call.run(workspace(query, num_bytes, call.device, stream), num_threads)
+    call.run(workspace(query, num_bytes, call.device, stream), num_bytes, num_threads)
     return results

@@ -38,8 +38,13 @@ def allocates(array: Any) -> bool:
     return framework_of(array) in ("torch", "cupy")
 
 
-def empty(like: Any, shape: tuple[int, ...], dtype: str, device: str, stream: int) -> Any:
-    """Uninitialised memory from the framework of `like`, on its device, for use on `stream`.
+def address(array: Any) -> int:
+    """Of an array of such a framework."""
+    return array.data_ptr() if framework_of(array) == "torch" else array.data.ptr
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: str, device: str, stream: int | None) -> Any:
+    """Uninitialised memory from the framework of `like`, on its device, for use on `stream` (None: its current one).
 
     Raises:
         TypeError: the framework is not known and the array is not on the CPU.
@@ -47,11 +52,12 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str, device: str, stream: in
     framework = framework_of(like)
     if framework == "torch":
         torch = sys.modules["torch"]
-        other = device == "cuda" and stream != current_stream(like)
+        other = device == "cuda" and stream is not None and stream != current_stream(like)
         with torch.cuda.stream(torch.cuda.ExternalStream(stream, like.device)) if other else contextlib.nullcontext():
             return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     if framework == "cupy":
         cupy = sys.modules["cupy"]
+        stream = current_stream(like) if stream is None else stream
         with cupy.cuda.Device(like.device.id), cupy.cuda.ExternalStream(stream):
             return cupy.empty(shape, dtype=dtype)
     if device != "cpu":

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ._frameworks import address
 from ._library import find_library
 
 # Devices of the DLPack specification.
@@ -25,6 +27,8 @@ class _Array(ctypes.Structure):
     """FaArray."""
 
     _fields_ = [
+        ("object", ctypes.c_void_p),
+        ("api", ctypes.c_void_p),
         ("dlpack", ctypes.c_void_p),
         ("numpy", ctypes.c_void_p),
         ("dtype", ctypes.c_char_p),
@@ -64,30 +68,42 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fa_python_input": (_TEXT, [_I32]),
     "fa_python_attribute": (_TEXT, [_I32, _P]),
     "fa_python_set_device": (_I32, [_I32, _P]),
-    "fa_python_call_new": (_I32, [_P, _SIZE, _P, _SIZE, _SIZE, _P, _P, _P, _P]),
+    "fa_python_node_new": (_I32, [_P, _SIZE, _P]),
+    "fa_python_node_delete": (None, [_P]),
+    "fa_python_call_new": (_I32, [_P, _P, _SIZE, _SIZE, _P, _P, _P, _P]),
     "fa_python_call_delete": (None, [_P]),
     "fa_python_call_prepare": (_I32, [_P, _P, _SIZE, _TEXT, _P]),
     "fa_python_call_prepare_backward": (_I32, [_P, _P, _P, _TEXT]),
-    "fa_python_call_run": (_I32, [_P, _P, ctypes.c_int64]),
+    "fa_python_call_run": (_I32, [_P, _P, _SIZE, ctypes.c_int64]),
     "fa_python_call_explain": (_I32, [_P, _TEXT, _P]),
+    "fa_python_exchange_known": (_I32, [_P]),
+    "fa_python_exchange_begin": (_I32, [_P, _P, _P, _SIZE, _SIZE, _I32, _P]),
+    "fa_python_exchange_run": (_I32, [_P, ctypes.c_int64]),
 }
+# With the interpreter's lock: they read Python objects.
+_LOCKED = (
+    *("fa_python_call_new", "fa_python_call_prepare", "fa_python_call_prepare_backward"),
+    "fa_python_exchange_begin",
+)
 # The arrays of a backward pass, in the order of FaGradient.
 GRADIENTS = ("output", "lse", "d_output", "d_lse", "d_query", "d_key", "d_value", "d_bias", "d_sinks")
 _ERRORS = {1: ValueError, 2: TypeError, 3: RuntimeError, 4: MemoryError}  # FaError
 
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype = ctypes.c_void_p
-_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+capsule_pointer.restype = ctypes.c_void_p
+capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 @functools.cache
 def library() -> Any:
     """libfa_python.so, with its functions declared. Raises ImportError."""
     try:
-        loaded = ctypes.CDLL(str(find_library("libfa_python.so")))
+        path = str(find_library("libfa_python.so"))
+        loaded, locked = ctypes.CDLL(path), ctypes.PyDLL(path)
         for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(loaded, name)
+            function = getattr(locked if name in _LOCKED else loaded, name)
             function.restype, function.argtypes = result, arguments
+            setattr(loaded, name, function)
     except (OSError, AttributeError) as error:  # AttributeError: a library of another version
         raise ImportError(f"faplugin's compiled part can't be loaded: {error}") from error
     return loaded
@@ -116,31 +132,64 @@ def _rows(function: Callable[[int], Any]) -> Callable[[], Any]:
     return lambda: function(next(numbers))
 
 
+class Node:
+    """The operator with its attributes, checked; many calls may share it.
+
+    Args:
+        attributes: by name. Raises TypeError for one that attributes.def lacks, or of another type.
+    """
+
+    def __init__(self, attributes: Mapping[str, Any]) -> None:
+        self.pointer = ctypes.c_void_p()
+        self._delete = library().fa_python_node_delete  # may be needed when this module is gone
+        given = [_attribute(name, value) for name, value in attributes.items()]
+        check(library().fa_python_node_new((_Attribute * len(given))(*given), len(given), ctypes.byref(self.pointer)))
+
+    def __del__(self) -> None:
+        if self.pointer:
+            self._delete(self.pointer)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _known_node(*attributes: Any) -> Node:
+    """Names and values in turn."""
+    return Node(dict(zip(attributes[::2], attributes[1::2], strict=True)))
+
+
+def _node(attributes: Mapping[str, Any]) -> Node:
+    try:
+        return _known_node(*itertools.chain.from_iterable(attributes.items()))
+    except TypeError:  # a value that can't be looked up, as a list, or one that is wrong
+        return Node(attributes)
+
+
 class Call:
     """One call of the operator, bound to its inputs.
 
     Args:
-        attributes: by name. Raises TypeError for one that attributes.def lacks, or of another type.
+        attributes: as of Node.
         arrays: names and arrays in the order of the node's slots: NumPy arrays (bfloat16 of ml_dtypes too), anything
             with `__dlpack__`, or pairs (shape, dtype name) where only a plan is made.
         stream: a CUDA stream on which the data is to be ready.
+        is_current: is it the one on which the arrays' framework works now? Then nothing has to wait for the data.
 
     Attributes:
         outputs: name, shape and dtype name of each output, in the node's order.
         device: where the query is, "cpu" or "cuda".
     """
 
-    def __init__(self, attributes: Mapping[str, Any], arrays: Sequence[tuple[str, Any]], stream: int) -> None:
+    def __init__(
+        self, attributes: Mapping[str, Any], arrays: Sequence[tuple[str, Any]], stream: int, is_current: bool
+    ) -> None:
         self._pointer = ctypes.c_void_p()
-        self._stream = _integer("stream", stream)
+        self._stream, self._is_current = _integer("stream", stream), is_current
         self._owners: list[Any] = []  # they keep the memory of inputs and outputs
-        given = [_attribute(name, value) for name, value in attributes.items()]
+        node = _node(attributes)
         bound, outputs = self._arrays(arrays), (_Output * 4)()
         count, is_cuda = ctypes.c_size_t(), ctypes.c_int32()
-        _check(
+        check(
             library().fa_python_call_new(
-                (_Attribute * len(given))(*given),
-                len(given),
+                node.pointer,
                 bound,
                 len(arrays),
                 self._stream,
@@ -164,7 +213,7 @@ class Call:
         """Binds the outputs' memory and chooses the kernel: the bytes of workspace that run() needs."""
         arrays = self._arrays([(name, array) for (name, _, _), array in zip(self.outputs, outputs, strict=True)])
         num_bytes = ctypes.c_size_t()
-        _check(
+        check(
             library().fa_python_call_prepare(
                 self._pointer, arrays, len(outputs), _text("kernel", kernel), ctypes.byref(num_bytes)
             )
@@ -181,21 +230,22 @@ class Call:
             if arrays.get(name) is not None:
                 self._fill(filled, name, arrays[name])
         num_bytes = ctypes.c_size_t()
-        _check(
+        check(
             library().fa_python_call_prepare_backward(
                 self._pointer, bound, ctypes.byref(num_bytes), _text("kernel", kernel)
             )
         )
         return num_bytes.value
 
-    def run(self, workspace: Any, num_threads: int) -> None:
-        """After prepare() or prepare_backward(). Without a workspace the library allocates it, in stream order."""
-        array = None if workspace is None else self._arrays([("the workspace", workspace)])
-        _check(library().fa_python_call_run(self._pointer, array, _integer("num_threads", num_threads)))
+    def run(self, workspace: Any, num_bytes: int, num_threads: int) -> None:
+        """After prepare() or prepare_backward(). `workspace`: an array whose framework tells its address; without one
+        the library allocates, in stream order."""
+        memory = None if workspace is None else address(workspace)
+        check(library().fa_python_call_run(self._pointer, memory, num_bytes, _integer("num_threads", num_threads)))
 
     def explain(self, device: str) -> str:
         text = ctypes.c_char_p()
-        _check(library().fa_python_call_explain(self._pointer, _text("device", device), ctypes.byref(text)))
+        check(library().fa_python_call_explain(self._pointer, _text("device", device), ctypes.byref(text)))
         assert text.value is not None
         return text.value.decode()
 
@@ -206,22 +256,33 @@ class Call:
         return arrays
 
     def _fill(self, filled: _Array, name: str, array: Any) -> None:
+        kind: Any = type(array)
         if isinstance(array, np.ndarray):
             capsule = array.__array_struct__  # it keeps the array
-            filled.numpy, filled.dtype = _capsule_pointer(capsule, None), _dtype_name(array.dtype)
+            filled.numpy, filled.dtype = capsule_pointer(capsule, None), _dtype_name(array.dtype)
         elif isinstance(array, tuple) and len(array) == 2:
             sizes = [_integer(f"a size of {name}", size) for size in array[0]]
             filled.dtype = _text(f"the dtype of {name}", array[1])
             filled.rank, filled.shape = len(sizes), tuple(sizes[:4])
             return
+        elif self._is_current and (api := exchange_api(kind)):
+            filled.object, filled.api, capsule = id(array), api, array
         elif hasattr(array, "__dlpack__"):
             capsule = _dlpack(name, array, self._stream)  # it keeps its name: its own destructor gives the tensor back
-            filled.dlpack = _capsule_pointer(capsule, b"dltensor")
+            filled.dlpack = capsule_pointer(capsule, b"dltensor")
         else:
             raise TypeError(
                 f"{name} is a {type(array).__name__}; expected an array with __dlpack__ (NumPy, PyTorch, CuPy …)"
             )
         self._owners.append(capsule)
+
+
+@functools.cache
+def exchange_api(kind: Any) -> int | None:
+    """The address of DLPack's C exchange API of a type of arrays, not of types derived from it; None: it has none."""
+    capsule = vars(kind).get("__dlpack_c_exchange_api__")
+    api = None if capsule is None else capsule_pointer(capsule, b"dlpack_exchange_api")
+    return api if api and library().fa_python_exchange_known(api) else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -246,7 +307,7 @@ def _dlpack(name: str, array: Any, stream: int) -> Any:
 
 def _set_device(ordinal: int) -> int:
     previous = ctypes.c_int32()
-    _check(library().fa_python_set_device(ordinal, ctypes.byref(previous)))
+    check(library().fa_python_set_device(ordinal, ctypes.byref(previous)))
     return previous.value
 
 
@@ -288,6 +349,6 @@ def _text(name: str, value: Any) -> bytes:
     return value.encode()
 
 
-def _check(error: int) -> None:
+def check(error: int) -> None:
     if error:
         raise _ERRORS[error](library().fa_python_error().decode())

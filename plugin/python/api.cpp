@@ -6,7 +6,7 @@
 #include <memory>
 #include <new>
 
-#include "bound_call.h"
+#include "exchange.h"
 
 namespace fa::plugin {
 namespace {
@@ -83,10 +83,20 @@ FaError fa_python_set_device(int32_t ordinal, int32_t* previous) {
   });
 }
 
-FaError fa_python_call_new(const FaAttribute* attributes, size_t num_attributes, const FaArray* inputs, size_t num_inputs,
-                           uintptr_t stream, BoundCall** call, FaOutput* outputs, size_t* num_outputs, int32_t* is_cuda) {
+FaError fa_python_node_new(const FaAttribute* attributes, size_t num_attributes, Node** node) {
   return guarded([&] {
-    auto made = std::make_unique<BoundCall>(attributes_from(attributes, num_attributes), inputs, num_inputs, stream);
+    auto made = std::make_unique<Node>();
+    check(make_node(attributes_from(attributes, num_attributes), made.get()));
+    *node = made.release();
+  });
+}
+
+void fa_python_node_delete(Node* node) { delete node; }
+
+FaError fa_python_call_new(const Node* node, const FaArray* inputs, size_t num_inputs, uintptr_t stream, BoundCall** call,
+                           FaOutput* outputs, size_t* num_outputs, int32_t* is_cuda) {
+  return guarded([&] {
+    auto made = std::make_unique<BoundCall>(*node, inputs, num_inputs, stream);
     const std::vector<FaOutput> found = made->outputs();
     std::copy(found.begin(), found.end(), outputs);
     *num_outputs = found.size();
@@ -103,15 +113,11 @@ FaError fa_python_call_prepare(BoundCall* call, const FaArray* outputs, size_t n
 }
 
 FaError fa_python_call_prepare_backward(BoundCall* call, const FaArray* arrays, size_t* workspace_bytes, const char* kernel) {
-  return guarded([&] {
-    FaArray given[kFaNumGradients];
-    std::copy(arrays, arrays + kFaNumGradients, given);
-    *workspace_bytes = call->prepare_backward(given, kernel);
-  });
+  return guarded([&] { *workspace_bytes = call->prepare_backward(arrays, kernel); });
 }
 
-FaError fa_python_call_run(BoundCall* call, const FaArray* workspace, int64_t num_threads) {
-  return guarded([&] { call->run(workspace, num_threads); });
+FaError fa_python_call_run(BoundCall* call, void* workspace, size_t workspace_bytes, int64_t num_threads) {
+  return guarded([&] { call->run(workspace, workspace_bytes, num_threads); });
 }
 
 FaError fa_python_call_explain(const BoundCall* call, const char* device, const char** text) {
@@ -119,4 +125,23 @@ FaError fa_python_call_explain(const BoundCall* call, const char* device, const 
     last_text = call->explain(device);
     *text = last_text.c_str();
   });
+}
+
+int32_t fa_python_exchange_known(const dlpack::ExchangeApi* api) {
+  return api->version.major == 1 && api->allocate != nullptr && api->tensor_from_object != nullptr;
+}
+
+FaError fa_python_exchange_begin(const Node* node, const dlpack::ExchangeApi* api, void* const* objects, size_t num_inputs,
+                                 size_t num_others, int32_t is_backward, ObjectCall** call) {
+  return guarded([&] {
+    auto made = std::make_unique<ObjectCall>(*node, api, objects, num_inputs, num_others, is_backward != 0);
+    if (made->is_cuda())
+      made->run(0);
+    else
+      *call = made.release();
+  });
+}
+
+FaError fa_python_exchange_run(ObjectCall* call, int64_t num_threads) {
+  return guarded([&] { std::unique_ptr<ObjectCall>(call)->run(num_threads); });
 }

@@ -11,7 +11,9 @@
 
 namespace fa::plugin {
 class BoundCall;
-}
+class ObjectCall;
+struct Node;
+}  // namespace fa::plugin
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -32,11 +34,14 @@ struct FaNumpyArray {
   void* description;
 };
 
-/// An array of Python's: one of DLPack's, one of NumPy's, or, with neither, a specification without memory.
+/// An array of Python's: an object of a type that has DLPack's C exchange API, a tensor of DLPack's, an array of NumPy's, or,
+/// with none of these, a specification without memory.
 struct FaArray {
+  void* object;
+  const fa::plugin::dlpack::ExchangeApi* api;  // of the object's type
   const fa::plugin::dlpack::DLManagedTensor* dlpack;
   const FaNumpyArray* numpy;
-  const char* dtype;  // as NumPy writes it; not read with dlpack
+  const char* dtype;  // as NumPy writes it; not read with an object or dlpack
   int32_t rank;       // of a specification; beyond 4 it is refused
   int64_t shape[4];   // likewise
 };
@@ -60,7 +65,7 @@ struct FaOutput {
 };
 
 /// The arrays of a backward pass, each in the shape and dtype that the forward's array of that name has; d_bias and d_sinks are
-/// float32. One that is absent (no dlpack, numpy or dtype) is not given or not wanted; d_lse, d_bias and d_sinks may be.
+/// float32. One that is absent (no object, dlpack, numpy or dtype) is not given or not wanted; d_lse, d_bias and d_sinks may be.
 enum FaGradient : int32_t {
   kFaOutput,
   kFaLse,
@@ -83,10 +88,14 @@ const char* fa_python_attribute(int32_t index, const char** type);
 /// Makes a CUDA device current and tells which one was.
 FaError fa_python_set_device(int32_t ordinal, int32_t* previous);
 
-/// Binds a call to its inputs, whose memory must outlive it; fills `outputs` (room for 4) and their number.
-FaError fa_python_call_new(const FaAttribute* attributes, size_t num_attributes, const FaArray* inputs, size_t num_inputs,
-                           uintptr_t stream, fa::plugin::BoundCall** call, FaOutput* outputs, size_t* num_outputs,
-                           int32_t* is_cuda);
+/// The operator with its attributes, checked. Calls copy what they need of it.
+FaError fa_python_node_new(const FaAttribute* attributes, size_t num_attributes, fa::plugin::Node** node);
+void fa_python_node_delete(fa::plugin::Node* node);
+
+/// Binds a call to its inputs, whose memory must outlive it; fills `outputs` (room for 4) and their number. This and the next two
+/// are called with the interpreter's lock; where an object can't be read, its exception is set there.
+FaError fa_python_call_new(const fa::plugin::Node* node, const FaArray* inputs, size_t num_inputs, uintptr_t stream,
+                           fa::plugin::BoundCall** call, FaOutput* outputs, size_t* num_outputs, int32_t* is_cuda);
 void fa_python_call_delete(fa::plugin::BoundCall* call);
 /// Binds the outputs' memory and chooses the kernel, the one called `kernel` where that is not empty.
 FaError fa_python_call_prepare(fa::plugin::BoundCall* call, const FaArray* outputs, size_t num_outputs, const char* kernel,
@@ -95,10 +104,22 @@ FaError fa_python_call_prepare(fa::plugin::BoundCall* call, const FaArray* outpu
 /// where that is not empty. `arrays` by FaGradient.
 FaError fa_python_call_prepare_backward(fa::plugin::BoundCall* call, const FaArray* arrays, size_t* workspace_bytes,
                                         const char* kernel);
-/// After prepare. `workspace` may be null: what is needed is allocated then, in the order of the stream.
-FaError fa_python_call_run(fa::plugin::BoundCall* call, const FaArray* workspace, int64_t num_threads);
+/// After prepare, without the interpreter's lock. `workspace` may be null: what is needed is allocated then, in the order of the
+/// stream.
+FaError fa_python_call_run(fa::plugin::BoundCall* call, void* workspace, size_t workspace_bytes, int64_t num_threads);
 /// `text` is valid until this thread's next call of this function.
 FaError fa_python_call_explain(const fa::plugin::BoundCall* call, const char* device, const char** text);
+
+/// Can the functions below be used with it?
+int32_t fa_python_exchange_known(const fa::plugin::dlpack::ExchangeApi* api);
+/// Begins a call on objects of the type that has the exchange API, `num_inputs` of the node's inputs and then `num_others`, null
+/// where one is absent: its outputs or, for a backward pass, the arrays by FaGradient. On CUDA that launches it; on the CPU
+/// `call` is what remains to be run, else null. With the interpreter's lock; where an object can't be read, its exception is set
+/// there.
+FaError fa_python_exchange_begin(const fa::plugin::Node* node, const fa::plugin::dlpack::ExchangeApi* api, void* const* objects,
+                                 size_t num_inputs, size_t num_others, int32_t is_backward, fa::plugin::ObjectCall** call);
+/// Runs what remains, without the interpreter's lock, and deletes it, in any case.
+FaError fa_python_exchange_run(fa::plugin::ObjectCall* call, int64_t num_threads);
 
 }  // extern "C"
 #pragma GCC visibility pop

@@ -58,6 +58,15 @@ Array from_dlpack(const char* name, const dlpack::DLTensor& t) {
   return result;
 }
 
+Array from_object(const char* name, const FaArray& given) {
+  dlpack::DLTensor tensor{};
+  if (given.api->tensor_from_object(given.object, &tensor) != 0) refuse(name, "can't be read");
+  const int32_t device = tensor.device.device_type;
+  if (device != dlpack::kCpu && device != dlpack::kCudaHost && device != dlpack::kCuda && device != dlpack::kCudaManaged)
+    refuse(name, "is neither in the CPU's nor in a CUDA device's memory (DLPack device " + std::to_string(device) + ")");
+  return from_dlpack(name, tensor);
+}
+
 Array from_numpy(const char* name, const char* dtype, const FaNumpyArray& array) {
   constexpr int kNotSwapped = 0x200, kWriteable = 0x400;
   if (!(array.flags & kNotSwapped)) refuse(name, "has another byte order than this machine");
@@ -84,7 +93,12 @@ Array from_spec(const char* name, const FaArray& spec) {
 
 }  // namespace
 
+void check(const Status& status) {
+  if (!status.ok()) throw Error(status.code == StatusCode::kInvalidArgument ? kFaValueError : kFaRuntimeError, status.sentence);
+}
+
 Array array_from(const char* name, const FaArray& given) {
+  if (given.object) return from_object(name, given);
   if (given.dlpack) return from_dlpack(name, given.dlpack->dl_tensor);
   if (given.numpy) return from_numpy(name, given.dtype, *given.numpy);
   return from_spec(name, given);

@@ -24,6 +24,9 @@ struct Array {
   bool read_only = false;  // known of NumPy arrays only; others don't export such memory
 };
 
+/// Throws what isn't ok.
+void check(const Status& status);
+
 /// Throws an Error with `name` in the sentence.
 Array array_from(const char* name, const FaArray& given);
 

@@ -3,17 +3,12 @@
 #include "bound_call.h"
 
 #include <algorithm>
-#include <optional>
 #include <thread>
 
 #include "fa/threads.h"
 
 namespace fa::plugin {
 namespace {
-
-void check(const Status& status) {
-  if (!status.ok()) throw Error(status.code == StatusCode::kInvalidArgument ? kFaValueError : kFaRuntimeError, status.sentence);
-}
 
 /// What explain() knows of a GPU that need not be there. SMs and the opt-in shared memory of A100, RTX 3090, RTX 4090, H100
 /// (CUDA C++ programming guide, "Technical Specifications per Compute Capability").
@@ -101,8 +96,8 @@ void check_apart(const std::vector<Named>& written, const std::vector<Named>& re
 
 }  // namespace
 
-BoundCall::BoundCall(const Attributes& attributes, const FaArray* inputs, size_t num_inputs, uintptr_t stream) : stream_(stream) {
-  check(make_node(attributes, &node_));
+BoundCall::BoundCall(Node node, const FaArray* inputs, size_t num_inputs, uintptr_t stream)
+    : node_(std::move(node)), stream_(stream) {
   std::vector<Tensor> tensors;
   for (size_t i = 0; i < num_inputs; ++i) {
     const char* name = i < node_.inputs.size() ? name_of(node_.inputs[i]) : "a surplus input";
@@ -138,9 +133,10 @@ size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const std:
 
 /// Binds what the forward pass has written, and the gradients: the bytes of workspace that run() needs to compute them. Gradients
 /// of inputs have the layout of those inputs, so they are bound as such, by the rules of bind().
-size_t BoundCall::prepare_backward(const FaArray (&arrays)[kFaNumGradients], const std::string& kernel) {
+size_t BoundCall::prepare_backward(const FaArray* arrays, const std::string& kernel) {
   const auto is_given = [&](FaGradient which) {
-    return arrays[which].dlpack != nullptr || arrays[which].numpy != nullptr || arrays[which].dtype != nullptr;
+    const FaArray& array = arrays[which];
+    return array.object != nullptr || array.dlpack != nullptr || array.numpy != nullptr || array.dtype != nullptr;
   };
   std::vector<Named> read, written;
   for (const Output output : {Output::kOutput, Output::kLse}) {
@@ -187,21 +183,21 @@ size_t BoundCall::prepare_backward(const FaArray (&arrays)[kFaNumGradients], con
 }
 
 /// After prepare(). Without a workspace, where one is needed, it is allocated here, in the order of the stream.
-void BoundCall::run(const FaArray* workspace, int64_t num_threads) {
+void BoundCall::run(void* workspace, size_t workspace_bytes, int64_t num_threads) {
   if (num_threads < 0) throw Error(kFaValueError, "num_threads is " + std::to_string(num_threads) + "; expected 0 (all) or more");
   const bool is_backward = backward_.kernel != nullptr;
   CudaDeviceGuard guard;
   device_of_query(&guard);
   ExecutionContext context;
   context.stream = reinterpret_cast<void*>(stream_);
-  Threads threads{num_threads > 0 ? static_cast<size_t>(num_threads) : std::max(1u, std::thread::hardware_concurrency())};
+  Threads threads{static_cast<size_t>(num_threads)};
+  if (num_threads == 0) threads.count = is_cuda() ? 1 : std::max(1u, std::thread::hardware_concurrency());  // asking takes time
   context.parallel_for = Threads::run;
   context.pool = &threads;
   OwnMemory own(is_cuda(), context.stream);
-  if (workspace) {
-    const Tensor memory = array_from("the workspace", *workspace).tensor;
-    context.workspace = memory.data;
-    context.workspace_bytes = static_cast<size_t>(memory.shape[0] * size_of(memory.dtype));
+  if (workspace != nullptr) {
+    context.workspace = workspace;
+    context.workspace_bytes = workspace_bytes;
   } else if (const size_t bytes = is_backward ? backward_.workspace_bytes : plan_.workspace_bytes; bytes > 0) {
     check(own.allocate(bytes, &context.workspace));
     context.workspace_bytes = bytes;

@@ -3,6 +3,7 @@
 // and hands them over as arrays; nothing is copied. Behind the C interface of api.cpp. What fails throws an Error.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,14 +16,14 @@ namespace fa::plugin {
 
 class BoundCall {
  public:
-  BoundCall(const Attributes& attributes, const FaArray* inputs, size_t num_inputs, uintptr_t stream);
+  BoundCall(Node node, const FaArray* inputs, size_t num_inputs, uintptr_t stream);
 
   std::vector<FaOutput> outputs() const;  // in the node's order
   bool is_cuda() const { return arrays_[0].device == DeviceType::kCuda; }
 
   size_t prepare(const FaArray* outputs, size_t num_outputs, const std::string& kernel);
-  size_t prepare_backward(const FaArray (&arrays)[kFaNumGradients], const std::string& kernel);
-  void run(const FaArray* workspace, int64_t num_threads);
+  size_t prepare_backward(const FaArray* arrays, const std::string& kernel);  // by FaGradient
+  void run(void* workspace, size_t workspace_bytes, int64_t num_threads);
   std::string explain(const std::string& device) const;
 
  private:

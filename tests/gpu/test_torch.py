@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -50,6 +52,16 @@ def test_a_cuda_graph_captures_it() -> None:
     with torch.cuda.graph(graph):
         output = fatorch.flash_attn_func(q, q, q, causal=True)
     graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(output, expected)
+
+
+def test_a_thread_that_has_not_used_cuda_before() -> None:
+    q = draw(1, 64, 2, 64)
+    expected = fatorch.flash_attn_func(q, q, q, causal=True)
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        output = pool.submit(fatorch.flash_attn_func, q, q, q, causal=True).result()
     torch.cuda.synchronize()
     assert torch.equal(output, expected)
 

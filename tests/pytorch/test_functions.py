@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from faplugin import torch as fatorch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 
 def draw(*shape: int, dtype=torch.float32) -> torch.Tensor:
@@ -186,6 +187,47 @@ def test_activation_checkpointing():
     again = checkpoint(fatorch.flash_attn_func, q, k, v, use_reentrant=False)
     for got, want in zip(torch.autograd.grad(again.square().sum(), (q, k, v)), plain, strict=True):
         assert torch.equal(got, want)
+
+
+def ops_of(call) -> list[str]:
+    """The operator's ops that PyTorch's dispatcher sees in a call."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.extend([function.name()] if function.namespace == "faplugin" else [])
+            return function(*arguments, **(keywords or {}))
+
+    with Watch():
+        call()
+    return seen
+
+
+def test_both_passes_are_ops_where_somebody_watches_and_give_the_same():
+    q = draw(1, 9, 2, 8)
+    expected = torch.autograd.grad(fatorch.flash_attn_func(q, q, q, causal=True).sum(), q)[0]
+    found = []
+    seen = ops_of(lambda: found.extend(torch.autograd.grad(fatorch.flash_attn_func(q, q, q, causal=True).sum(), q)))
+    assert seen == ["faplugin::attention", "faplugin::attention_backward"]
+    assert torch.equal(found[0], expected)
+
+
+def test_tensors_without_memory_have_shapes():
+    q = torch.empty(1, 9, 2, 8, device="meta")
+    assert fatorch.flash_attn_func(q, q, q).shape == q.shape
+
+
+def test_what_no_array_can_be_is_refused():
+    q = draw(1, 4, 2, 8)
+    with pytest.raises((RuntimeError, TypeError)):
+        fatorch.flash_attn_func(q, q, q.detach().numpy())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient = torch.autograd.grad((fatorch.flash_attn_func(q, q, q) ** 2).sum(), q, create_graph=True)[0]
+        gradient.sum().backward()
+    with pytest.raises(TypeError, match="query has a dtype that the operator does not know"):
+        fatorch.flash_attn_func(*[q.detach().to(torch.complex64)] * 3)
+    with pytest.raises(ValueError, match="key has shape"):
+        fatorch.flash_attn_func(q, q[..., :4], q)
 
 
 def test_compile_makes_one_graph_forward_and_backward():

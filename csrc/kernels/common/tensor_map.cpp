@@ -49,6 +49,12 @@ CUtensorMapDataType type_in_map(DType dtype) {
   return dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
+/// A thread that hasn't used CUDA's runtime yet (autograd's, for one) has no context, which the driver's functions want.
+bool make_context_current() {
+  int ordinal = 0;
+  return cudaGetDevice(&ordinal) == cudaSuccess && cudaSetDevice(ordinal) == cudaSuccess;
+}
+
 /// Axes from the fastest on; stride_bytes are those of all but the first.
 template <int kAxes>
 Status encode(const TensorView& tensor, const cuuint64_t (&sizes)[kAxes], const cuuint64_t (&stride_bytes)[kAxes - 1],
@@ -59,9 +65,12 @@ Status encode(const TensorView& tensor, const cuuint64_t (&sizes)[kAxes], const 
   cuuint32_t element_strides[kAxes];
   for (cuuint32_t& stride : element_strides) stride = 1;
   const auto promotion = fetch == L2Fetch::kLine ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
-  const CUresult result =
-      encoder(map, type_in_map(tensor.dtype), kAxes, tensor.data, sizes, stride_bytes, box, element_strides,
-              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto call = [&] {
+    return encoder(map, type_in_map(tensor.dtype), kAxes, tensor.data, sizes, stride_bytes, box, element_strides,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = call();
+  if (result == CUDA_ERROR_INVALID_CONTEXT && make_context_current()) result = call();
   if (result == CUDA_SUCCESS) return {};
   return {StatusCode::kCudaError,
           "cuTensorMapEncodeTiled failed with CUresult " + std::to_string(static_cast<int>(result)) + "."};

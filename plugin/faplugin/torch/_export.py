@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._op import EXTRAS, LAYOUTS, OPTIONAL, SETTINGS
+from ._call import EXTRAS, LAYOUTS, OPTIONAL, SETTINGS, Tensors
 
 
 def _attributes(names: list[str], settings: tuple) -> dict[str, Any]:
@@ -16,16 +16,17 @@ def _attributes(names: list[str], settings: tuple) -> dict[str, Any]:
     return {**LAYOUTS, **attributes, "optional_inputs": ",".join(names)}
 
 
-def exported(query: Any, key: Any, value: Any, bias: Any, sinks: Any, extras: tuple, settings: tuple) -> Any:
+def exported(operands: Tensors, optional: Tensors, settings: tuple) -> Any:
     """The output of a node."""
+    query, _, value = operands
     if torch.jit.is_tracing():  # with the operator's own values
         with torch.no_grad():
-            return torch.ops.faplugin.attention_output(query, key, value, bias, sinks, *extras, *settings)
-    optional = {n: t for n, t in zip(OPTIONAL, (bias, sinks, *extras), strict=True) if t is not None}
+            return torch.ops.faplugin.attention_output(*operands, *optional, *settings)
+    given = {n: t for n, t in zip(OPTIONAL, optional, strict=True) if t is not None}
     return torch.onnx.ops.symbolic(
         "faexport::FlashAttention",
-        [query, key, value, *optional.values()],
-        _attributes(list(optional), settings),
+        [*operands, *given.values()],
+        _attributes(list(given), settings),
         dtype=query.dtype,
         shape=(*query.shape[:3], value.shape[-1]),
         version=1,

@@ -10,37 +10,36 @@ from typing import Any
 
 import torch
 
-import faplugin
-
-from ._op import LAYOUTS, attend
-
-
-def _result(found: Any, return_attn_probs: bool) -> Any:
-    return (*found, None) if return_attn_probs else found
+from ._call import ABSENT, step
+from ._op import compute, is_eager
 
 
-def _options(
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    slopes: Any,
-) -> dict[str, Any]:
+def _settings(
+    q: torch.Tensor, dropout_p: float, scale: float | None, causal: bool, window: tuple[int, int], softcap: float
+) -> tuple:
+    """By SETTINGS."""
     if dropout_p != 0:
         raise ValueError(
             f"dropout_p is {dropout_p}; expected 0: dropout of attention weights is not offered (in evaluation pass 0, "
             "for training set the model's attention dropout to 0)"
         )
-    left, right = window_size
-    window = (max(left, -1), max(right, -1))
-    return {
-        "scale": softmax_scale,
-        "causal": causal,
-        "window": window,
-        "softcap": softcap,
-        "alibi_slopes": slopes,
-    }
+    if scale == 0:
+        raise ValueError("softmax_scale is 0; expected another number, or None for 1/√D")
+    left, right = window
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return scale, float(softcap), bool(causal), max(left, -1), max(right, -1), "bottom_right"
+
+
+def _optional(slopes: Any = None, kv_lengths: Any = None, cu_q: Any = None, cu_kv: Any = None) -> tuple:
+    """By OPTIONAL."""
+    if slopes is None and kv_lengths is None and cu_q is None:
+        return ABSENT
+    return None, None, None, slopes, None, kv_lengths, cu_q, cu_kv
+
+
+def _attend(q: Any, k: Any, v: Any, packed: int, slopes: Any, settings: tuple, probs: bool) -> Any:
+    found = compute(q, k, v, packed, _optional(slopes), settings, probs)
+    return (*found, None) if probs else found
 
 
 def flash_attn_func(
@@ -77,8 +76,8 @@ def flash_attn_func(
     Raises:
         ValueError: an argument has a wrong shape, dtype or value.
     """
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _result(attend(q, k, v, **options, return_lse=return_attn_probs), return_attn_probs)
+    settings = _settings(q, dropout_p, softmax_scale, causal, window_size, softcap)
+    return _attend(q, k, v, 0, alibi_slopes, settings, return_attn_probs)
 
 
 def flash_attn_qkvpacked_func(
@@ -93,9 +92,8 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """flash_attn_func of qkv [B, S, 3, H, D]; its gradient has that form, too, and is written without a copy."""
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    found = attend(qkv, None, None, packed=3, **options, return_lse=return_attn_probs)
-    return _result(found, return_attn_probs)
+    settings = _settings(qkv, dropout_p, softmax_scale, causal, window_size, softcap)
+    return _attend(qkv, None, None, 3, alibi_slopes, settings, return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -111,20 +109,22 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """flash_attn_func of q [B, S_q, H_q, D] and kv [B, S_kv, 2, H_kv, D]."""
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    found = attend(q, kv, None, packed=2, **options, return_lse=return_attn_probs)
-    return _result(found, return_attn_probs)
+    settings = _settings(q, dropout_p, softmax_scale, causal, window_size, softcap)
+    return _attend(q, kv, None, 2, alibi_slopes, settings, return_attn_probs)
 
 
 def _attend_packed_sequences(
-    tensors: tuple[torch.Tensor | None, ...], packed: int, cu_q: Any, cu_kv: Any, options: dict, probs: bool
+    tensors: tuple[torch.Tensor | None, ...],
+    packed: int,
+    slopes: Any,
+    cu_q: Any,
+    cu_kv: Any,
+    settings: tuple,
+    probs: bool,
 ) -> Any:
     """Tensors [total rows, …] as a batch of 1."""
     query, key, value = (None if t is None else t.unsqueeze(0) for t in tensors)
-    assert query is not None
-    found = attend(
-        query, key, value, packed=packed, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, **options, return_lse=probs
-    )  # fmt: skip
+    found: Any = compute(query, key, value, packed, _optional(slopes, None, cu_q, cu_kv), settings, probs)
     return (found[0].squeeze(0), found[1].squeeze(0), None) if probs else found.squeeze(0)
 
 
@@ -175,8 +175,8 @@ def flash_attn_varlen_func(
         The output, [total rows, H_q, D_v].
     """
     _whole(block_table)
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _attend_packed_sequences((q, k, v), 0, cu_seqlens_q, cu_seqlens_k, options, return_attn_probs)
+    settings = _settings(q, dropout_p, softmax_scale, causal, window_size, softcap)
+    return _attend_packed_sequences((q, k, v), 0, alibi_slopes, cu_seqlens_q, cu_seqlens_k, settings, return_attn_probs)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -193,8 +193,10 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """flash_attn_varlen_func of qkv [total rows, 3, H, D]."""
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _attend_packed_sequences((qkv, None, None), 3, cu_seqlens, cu_seqlens, options, return_attn_probs)
+    settings = _settings(qkv, dropout_p, softmax_scale, causal, window_size, softcap)
+    return _attend_packed_sequences(
+        (qkv, None, None), 3, alibi_slopes, cu_seqlens, cu_seqlens, settings, return_attn_probs
+    )
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -214,8 +216,10 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """flash_attn_varlen_func of q [total rows, H_q, D] and kv [total keys, 2, H_kv, D]."""
-    options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _attend_packed_sequences((q, kv, None), 2, cu_seqlens_q, cu_seqlens_k, options, return_attn_probs)
+    settings = _settings(q, dropout_p, softmax_scale, causal, window_size, softcap)
+    return _attend_packed_sequences(
+        (q, kv, None), 2, alibi_slopes, cu_seqlens_q, cu_seqlens_k, settings, return_attn_probs
+    )
 
 
 def flash_attn_with_kvcache(
@@ -280,58 +284,25 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None and q.shape[1] > 1 and not causal and tuple(window_size) == (-1, -1):
         raise ValueError("rotary_cos is given for several queries without causal or a window; expected one of these, "
                          "so that each query has a position of its own")  # fmt: skip
-    options = _options(0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
+    settings = _settings(q, 0.0, softmax_scale, causal, window_size, softcap)
     lengths = _lengths(cache_seqlens, q)
     with torch.no_grad():
-        if k is None:
-            output, lse = attend(q, k_cache, v_cache, kv_lengths=lengths, **options, return_lse=True)
+        if k is None or v is None:
+            optional = _optional(alibi_slopes, lengths)
+            output, lse = compute(q, k_cache, v_cache, 0, optional, settings, True)
         else:
-            output, lse = _step(q, k_cache, v_cache, k, v, lengths, rotary_cos, rotary_sin, rotary_interleaved, options)
+            inputs = {"past_key": k_cache, "past_value": v_cache, "nonpad_kv_seqlen": lengths + k.shape[1]}
+            extras = {"alibi_slopes": alibi_slopes, "cos_cache": rotary_cos, "sin_cache": rotary_sin}
+            inputs |= {name: tensor for name, tensor in extras.items() if tensor is not None}
+            if not is_eager(q, k, v, *inputs.values()):
+                raise RuntimeError(
+                    "flash_attn_with_kvcache writes to its cache; it can't be compiled, traced or transformed"
+                )
+            output, lse = step(q, k, v, inputs, settings, rotary_interleaved)
     return (output, lse) if return_softmax_lse else output
 
 
-def _lengths(cache_seqlens: int | torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+def _lengths(cache_seqlens: Any, q: torch.Tensor) -> Any:
     if cache_seqlens is None or isinstance(cache_seqlens, torch.Tensor):
         return cache_seqlens
     return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
-
-
-def _step(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    k: Any,
-    v: Any,
-    lengths: Any,
-    cos: Any,
-    sin: Any,
-    interleaved: bool,
-    options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    optional = {"alibi_slopes": options["alibi_slopes"], "cos_cache": cos, "sin_cache": sin}
-    arguments: dict[str, Any] = {**LAYOUTS, **{name: tensor for name, tensor in optional.items() if tensor is not None}}
-    left, right = options["window"]
-    output, _, _, lse = faplugin.attention(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        past_key=k_cache,
-        past_value=v_cache,
-        nonpad_kv_seqlen=lengths + k.shape[1],
-        cache="write",
-        cache_layout="BSHD",
-        alignment="bottom_right",
-        rotary_interleaved=interleaved,
-        scale=options["scale"] or 0.0,
-        is_causal=options["causal"],
-        left_window_size=left,
-        right_window_size=right,
-        softcap=options["softcap"],
-        return_present=True,
-        return_lse=True,
-        out={"present_key": k_cache, "present_value": v_cache},
-        num_threads=torch.get_num_threads(),
-        **arguments,
-    )
-    torch.autograd.graph.increment_version((k_cache, v_cache))
-    return output, lse

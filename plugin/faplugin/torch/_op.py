@@ -10,23 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-import faplugin
+from . import _call
+from ._call import ABSENT, EXTRAS, OPTIONAL, SETTINGS, Tensors, unpacked
 
-LAYOUTS = {"query_layout": "BSHD", "key_layout": "BSHD", "value_layout": "BSHD"}
-# The optional arguments of the ops, in their order, as faplugin.attention and the operator in a file call them:
-# tensors that may have a gradient, other tensors, and what is no tensor.
-DIFFERENTIATED = ("attn_bias", "sinks")
-EXTRAS = ("attn_mask", "alibi_slopes", "query_lengths", "nonpad_kv_seqlen", "cu_seqlens_q", "cu_seqlens_kv")
-SETTINGS = {
-    "scale": "float",
-    "softcap": "float",
-    "is_causal": "bool",
-    "left_window_size": "int",
-    "right_window_size": "int",
-    "alignment": "str",
-}
-OPTIONAL = (*DIFFERENTIATED, *EXTRAS)
 _INPUTS = ", ".join(
     [
         *(f"Tensor {name}" for name in ("query", "key", "value")),
@@ -44,24 +32,13 @@ _library.define(
 )
 
 
-def _arguments(*optional: Any) -> dict[str, Any]:
-    """The arguments of faplugin.attention besides query, key and value."""
-    tensors = zip(OPTIONAL, optional[: len(OPTIONAL)], strict=True)
-    return {
-        **LAYOUTS,
-        **{name: tensor for name, tensor in tensors if tensor is not None},
-        **dict(zip(SETTINGS, optional[len(OPTIONAL) :], strict=True)),
-        "num_threads": torch.get_num_threads(),
-    }
+def _split(rest: tuple) -> tuple[Tensors, tuple]:
+    """What follows query, key and value in the ops: by OPTIONAL, and by SETTINGS."""
+    return rest[: len(OPTIONAL)], rest[len(OPTIONAL) :]
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with a contiguous last axis: other strides are read in place."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _forward(query: Any, key: Any, value: Any, *optional: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return faplugin.attention(_rows(query), _rows(key), _rows(value), return_lse=True, **_arguments(*optional))
+def _forward(query: Any, key: Any, value: Any, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _call.forward((query, key, value), *_split(rest))
 
 
 def _forward_output(*inputs: Any) -> torch.Tensor:
@@ -69,62 +46,31 @@ def _forward_output(*inputs: Any) -> torch.Tensor:
 
 
 def _forward_shapes(query: Any, key: Any, value: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, rows, heads, _head_dim = query.shape
-    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
-    return query.new_empty((batch, rows, heads, value.shape[-1])), lse
+    return _call.results(query, value)
+
+
+def _whole(gradients: Tensors, like: torch.Tensor) -> Tensors:
+    """An op's results: none of them is absent."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _backward(
     d_output: Any, d_lse: Any, output: Any, lse: Any, d_bias: bool, d_sinks: bool, packed: int, *inputs: Any
-) -> tuple[torch.Tensor, ...]:
-    query, key, value, *optional = inputs
-    results = _backward_shapes(d_output, d_lse, output, lse, d_bias, d_sinks, packed, *inputs)
-    out = dict(zip(("query", "key", "value"), _unpacked(results[:3], packed), strict=True))
-    out |= {"attn_bias": results[3]} if d_bias else {}
-    out |= {"sinks": results[4]} if d_sinks else {}
-    faplugin.attention_backward(
-        d_output.contiguous(),
-        output,
-        lse,
-        _rows(query),
-        _rows(key),
-        _rows(value),
-        d_lse=None if d_lse is None else d_lse.contiguous(),
-        out=out,
-        **_arguments(*optional),
-    )
-    return results
-
-
-def _unpacked(gradients: Any, packed: int) -> Any:
-    """Of the gradients of query, key and value, or of what they are packed in, those of each."""
-    if packed == 3:
-        return gradients[0].unbind(2)
-    return (gradients[0], *gradients[1].unbind(2)) if packed == 2 else gradients
+) -> Tensors:
+    optional, settings = _split(inputs[3:])
+    gradients = _call.backward(
+        d_output, d_lse, output, lse, d_bias, d_sinks, packed, inputs[:3], optional, settings
+    )  # fmt: skip
+    return _whole(gradients, d_output)
 
 
 def _backward_shapes(
     d_output: Any, d_lse: Any, output: Any, lse: Any, d_bias: bool, d_sinks: bool, packed: int, *inputs: Any
-) -> tuple[torch.Tensor, ...]:
-    query, key, value, bias, sinks = inputs[:5]
-
-    def empty(*shape: int, dtype: torch.dtype = query.dtype) -> torch.Tensor:
-        return query.new_empty(shape, dtype=dtype)
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        return empty(*tensor.shape[:2], packed, *tensor.shape[2:])
-
-    if packed == 3:
-        operands = (pack(query), empty(0), empty(0))
-    elif packed == 2:
-        operands = (empty(*query.shape), pack(key), empty(0))
-    else:
-        operands = (empty(*query.shape), empty(*key.shape), empty(*value.shape))
-    return (
-        *operands,
-        empty(*(bias.shape if d_bias else (0,)), dtype=torch.float32),
-        empty(*(sinks.shape if d_sinks else (0,)), dtype=torch.float32),
-    )
+) -> Tensors:
+    operands, (bias, sinks) = inputs[:3], inputs[3:5]
+    others = (bias if d_bias else None, sinks if d_sinks else None)
+    d_others = (tensor if tensor is None else _call.empty_like(tensor, torch.float32) for tensor in others)
+    return _whole((*_call.operand_gradients(operands, packed), *d_others), d_output)
 
 
 for _device in ("CPU", "CUDA"):
@@ -134,35 +80,104 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake("faplugin::attention", _forward_shapes, lib=_library)
 torch.library.register_fake("faplugin::attention_backward", _backward_shapes, lib=_library)
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_eager(*tensors: Any) -> bool:
+    """Are these tensors with memory on which PyTorch runs nothing but the call itself? Then it needn't go through
+    PyTorch's dispatcher, which takes longer than the call."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or not (tensor.is_cuda or tensor.is_cpu)):
+            return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _wants_gradients(*tensors: Any) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _gradients(ctx: Any, d_output: Any, d_lse: Any) -> tuple:
+    query, key, value, output, lse, *given = ctx.saved_tensors
+    if d_output is None:
+        d_output = torch.zeros_like(output)
+    optional = given or ABSENT
+    d_bias, d_sinks = ctx.needs_input_grad[_FIRST : _FIRST + 2] if given else (False, False)
+    operands = unpacked((query, key, value), ctx.packed)
+    arguments = (d_output, d_lse, output, lse, d_bias, d_sinks, ctx.packed)
+    if is_eager(d_output, d_lse, query, key, value, *given):
+        gradients = _call.backward(*arguments, operands, optional, ctx.settings)
+    else:
+        gradients = torch.ops.faplugin.attention_backward(*arguments, *operands, *optional, *ctx.settings)
+    d_query, d_key, d_value, *d_others = gradients
+    d_operands = (d_query, d_key if key is not None else None, d_value if value is not None else None)
+    if not given:
+        return None, None, *d_operands, *_NO_SETTINGS
+    others = (d_others[0].to(given[0].dtype) if d_bias else None, d_others[1] if d_sinks else None)
+    return None, None, *d_operands, *_NO_SETTINGS, *others, *[None] * len(EXTRAS)
+
+
+_refused_twice = torch.autograd.function.once_differentiable(_gradients)
+
 
 class _Attention(torch.autograd.Function):
-    """`packed`: 3 where query, key and value are parts of the first tensor, 2 where key and value are of the second."""
+    """The call as a node of autograd's graph.
+
+    `eager`: may it pass by the dispatcher? `packed`: 3 where query, key and value are parts of the first tensor, 2
+    where key and value are parts of the second. `rest`: the settings, then the optional tensors unless all are absent.
+    """
 
     @staticmethod
-    def forward(ctx: Any, packed: int, query: Any, key: Any, value: Any, bias: Any, sinks: Any, *rest: Any) -> Any:
-        operands = _unpacked((query, key, value), packed)
-        output, lse = torch.ops.faplugin.attention(*operands, bias, sinks, *rest)
-        ctx.save_for_backward(query, key, value, bias, sinks, output, lse, *rest[: len(EXTRAS)])
-        ctx.packed, ctx.settings = packed, rest[len(EXTRAS) :]
+    def forward(ctx: Any, eager: bool, packed: int, query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        settings, given = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
+        operands = unpacked((query, key, value), packed)
+        if eager:
+            output, lse = _call.forward(operands, given or ABSENT, settings)
+        else:
+            output, lse = torch.ops.faplugin.attention(*operands, *(given or ABSENT), *settings)
+        ctx.save_for_backward(query, key, value, output, lse, *given)
+        ctx.packed, ctx.settings = packed, settings
         ctx.set_materialize_grads(False)
         return output, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_output: Any, d_lse: Any) -> Any:
-        query, key, value, bias, sinks, output, lse, *extras = ctx.saved_tensors
-        if d_output is None:
-            d_output = torch.zeros_like(output)
-        wants_bias, wants_sinks = ctx.needs_input_grad[4], ctx.needs_input_grad[5]
-        operands = _unpacked((query, key, value), ctx.packed)
-        *d_operands, d_bias, d_sinks = torch.ops.faplugin.attention_backward(
-            d_output, d_lse, output, lse, wants_bias, wants_sinks, ctx.packed, *operands, bias, sinks, *extras,
-            *ctx.settings,
-        )  # fmt: skip
-        given = (query, key, value)
-        d_operands = [d if tensor is not None else None for d, tensor in zip(d_operands, given, strict=True)]
-        d_bias = d_bias.to(bias.dtype) if wants_bias else None
-        return None, *d_operands, d_bias, d_sinks if wants_sinks else None, *[None] * (len(EXTRAS) + len(SETTINGS))
+        # Where no graph of the gradients is wanted, what refuses to differentiate them is time lost.
+        function = _refused_twice if torch.is_grad_enabled() else _gradients
+        return function(ctx, d_output, d_lse)
+
+
+_NO_SETTINGS = (None,) * len(SETTINGS)
+_FIRST = 5 + len(SETTINGS)  # of the optional tensors among the arguments of forward()
+
+
+def compute(
+    query: Any, key: Any, value: Any, packed: int, optional: Tensors, settings: tuple, return_lse: bool
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """attend() without its checks: `optional` by OPTIONAL (ABSENT where all are None), `settings` by SETTINGS."""
+    kind = query.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (None if t is None else t.to(dtype) for t in (query, key, value))
+    given = () if optional is ABSENT else optional
+    eager = is_eager(query, key, value, *given)
+    if not eager and torch.onnx.is_in_onnx_export():
+        from ._export import exported
+
+        if return_lse:
+            raise RuntimeError("the log-sum-exp is wanted during an ONNX export; expected a call for the output alone")
+        return exported(unpacked((query, key, value), packed), optional, settings)
+    if eager and not (torch.is_grad_enabled() and _wants_gradients(query, key, value, *given)):
+        output, lse = _call.forward(unpacked((query, key, value), packed), optional, settings)
+    else:
+        output, lse = _Attention.apply(eager, packed, query, key, value, *settings, *given)
+    return (output, lse) if return_lse else output
 
 
 def attend(
@@ -216,20 +231,14 @@ def attend(
     """
     if scale == 0:
         raise ValueError("scale is 0; expected another number, or None for 1/√D")
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = (None if t is None else t.to(dtype) for t in (query, key, value))
     sinks = None if sinks is None else sinks.float()
-    extras = (mask, alibi_slopes, query_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv)
-    head_dim = query.shape[-1]
-    settings = (head_dim**-0.5 if scale is None else float(scale), float(softcap), bool(causal), *window, alignment)
-    if torch.onnx.is_in_onnx_export():
-        from ._export import exported
-
-        if return_lse:
-            raise RuntimeError("the log-sum-exp is wanted during an ONNX export; expected a call for the output alone")
-        query, key, value = _unpacked((query, key, value), packed)
-        return exported(query, key, value, bias, sinks, extras, settings)
-    output, lse = _Attention.apply(packed, query, key, value, bias, sinks, *extras, *settings)
-    return (output, lse) if return_lse else output
+    given = (bias, sinks, mask, alibi_slopes, query_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv)
+    optional: Tensors = ABSENT if all(tensor is None for tensor in given) else given
+    settings = (
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        float(softcap),
+        bool(causal),
+        *window,
+        alignment,
+    )
+    return compute(query, key, value, packed, optional, settings, return_lse)

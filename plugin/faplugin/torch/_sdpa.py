@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._op import EXTRAS, _backward, _forward
+from ._call import EXTRAS, backward, forward
 
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,8 +26,8 @@ def _settings(query: torch.Tensor, dropout_p: float, is_causal: bool, scale: flo
     return (query.shape[-1] ** -0.5 if scale is None else scale, 0.0, is_causal, -1, -1, "top_left")
 
 
-def _operands(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor.transpose(1, 2) for tensor in tensors]
+def _operands(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.transpose(1, 2) for tensor in tensors)
 
 
 def _masks(attn_mask: torch.Tensor | None) -> tuple[Any, Any]:
@@ -44,7 +44,7 @@ def _sdpa(
         return _by_pytorch(_OP, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
     bias, mask = _masks(attn_mask)
     settings = _settings(query, dropout_p, is_causal, scale)
-    output, lse = _forward(*_operands(query, key, value), bias, None, mask, *_NO_MORE, *settings)
+    output, lse = forward(_operands(query, key, value), (bias, None, mask, *_NO_MORE), settings)
     return output.transpose(1, 2), lse
 
 
@@ -57,9 +57,10 @@ def _sdpa_backward(
         return _by_pytorch(f"{_OP}_backward", *given, attn_mask=attn_mask, scale=scale)
     bias, mask = _masks(attn_mask)
     settings = _settings(query, dropout_p, is_causal, scale)
-    d_output, output, query, key, value = _operands(d_output, output, query, key, value)
-    inputs = (query, key, value, bias, None, mask, *_NO_MORE, *settings)
-    gradients = _backward(d_output, None, output.contiguous(), lse.contiguous(), False, False, 0, *inputs)
+    d_output, output, *operands = _operands(d_output, output, query, key, value)
+    optional = (bias, None, mask, *_NO_MORE)
+    before = (d_output, None, output.contiguous(), lse.contiguous(), False, False, 0)
+    gradients = backward(*before, tuple(operands), optional, settings)
     return tuple(gradient.transpose(1, 2) for gradient in gradients[:3])
 
 

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls on the tensors of a framework that has DLPack's C exchange API, PyTorch's: the compiled library reads them and
+allocates workspace without a line of Python, which saves most of what a call costs the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+from ._native import Node, check, exchange_api, library
+
+_MOST = 40  # objects of a call: inputs, and outputs or the arrays of a backward pass
+_Objects = ctypes.c_void_p * _MOST
+
+
+def run(
+    kind: type, node: Node, inputs: Sequence[Any], others: Sequence[Any], is_backward: bool, num_threads: int
+) -> None:
+    """Runs a call. On CUDA it is enqueued on the framework's current stream and not waited for.
+
+    Args:
+        kind: the type of all arrays, which may be of classes beneath it.
+        node: names the inputs and outputs.
+        inputs: the node's, in the order of its slots.
+        others: the node's outputs, row-major; for a backward pass the arrays of GRADIENTS, None where one is absent.
+        is_backward: is it one?
+        num_threads: on the CPU; 0: all.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as faplugin.attention and faplugin.attention_backward.
+    """
+    api = exchange_api(kind)
+    if api is None:
+        raise ImportError(f"{kind.__name__} has no DLPack exchange API; expected that of PyTorch 2.10 or later")
+    objects = _Objects(*[None if array is None else id(array) for array in (*inputs, *others)])
+    call, compiled = ctypes.c_void_p(), library()
+    check(
+        compiled.fa_python_exchange_begin(
+            node.pointer, api, objects, len(inputs), len(others), is_backward, ctypes.byref(call)
+        )
+    )
+    if call:  # on the CPU
+        check(compiled.fa_python_exchange_run(call, num_threads))

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both passes on PyTorch tensors that have memory, by the compiled library; results are PyTorch's memory."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from faplugin._exchange import run
+from faplugin._native import Node
+
+LAYOUTS = {"query_layout": "BSHD", "key_layout": "BSHD", "value_layout": "BSHD"}
+# The optional arguments of a call, in their order, as the operator calls them: tensors that may have a gradient, other
+# tensors, and what is no tensor.
+DIFFERENTIATED = ("attn_bias", "sinks")
+EXTRAS = ("attn_mask", "alibi_slopes", "query_lengths", "nonpad_kv_seqlen", "cu_seqlens_q", "cu_seqlens_kv")
+OPTIONAL = (*DIFFERENTIATED, *EXTRAS)
+ABSENT = (None,) * len(OPTIONAL)
+SETTINGS = {
+    "scale": "float",
+    "softcap": "float",
+    "is_causal": "bool",
+    "left_window_size": "int",
+    "right_window_size": "int",
+    "alignment": "str",
+}
+Tensors = tuple[Any, ...]  # of tensors and None
+
+
+@functools.lru_cache(maxsize=256)
+def _node(given: tuple[str, ...], settings: tuple) -> Node:
+    """With log-sum-exp, and inputs beside query, key and value."""
+    named = dict(zip(SETTINGS, settings, strict=True))
+    return Node({**LAYOUTS, **named, "optional_inputs": ",".join(given), "optional_outputs": "lse"})
+
+
+def _inputs(operands: Tensors, optional: Tensors, settings: tuple) -> tuple[Node, list[torch.Tensor]]:
+    inputs = [rows(tensor) for tensor in operands]
+    given: tuple[str, ...] = ()
+    if optional is not ABSENT:
+        given = tuple(name for name, tensor in zip(OPTIONAL, optional, strict=True) if tensor is not None)
+        inputs += [tensor for tensor in optional if tensor is not None]
+    return _node(given, settings), inputs
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with a contiguous last axis: other strides are read in place."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the output and the log-sum-exp."""
+    batch, length, heads, head_dim = query.shape
+    head_dim_v = value.shape[-1]
+    output = empty_like(query) if head_dim_v == head_dim else query.new_empty((batch, length, heads, head_dim_v))
+    return output, query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def operand_gradients(operands: Tensors, packed: int) -> Tensors:
+    """Memory for the gradients of what was given: None for tensors that are parts of one before them."""
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty((*tensor.shape[:2], packed, *tensor.shape[2:]))
+
+    query, key, value = operands
+    if packed == 3:
+        return pack(query), None, None
+    if packed == 2:
+        return empty_like(query), pack(key), None
+    return empty_like(query), empty_like(key), empty_like(value)
+
+
+def unpacked(tensors: Tensors, packed: int) -> Tensors:
+    """Of query, key and value, or of what they are packed in, each."""
+    if packed == 3:
+        return tensors[0].unbind(2)
+    return (tensors[0], *tensors[1].unbind(2)) if packed == 2 else tensors
+
+
+def forward(operands: Tensors, optional: Tensors, settings: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the log-sum-exp; `operands`: query, key, value; `optional` by OPTIONAL, `settings` by SETTINGS."""
+    node, inputs = _inputs(operands, optional, settings)
+    outputs = results(operands[0], operands[2])
+    run(torch.Tensor, node, inputs, outputs, False, torch.get_num_threads())
+    return outputs
+
+
+@functools.lru_cache(maxsize=64)
+def _step_node(given: tuple[str, ...], settings: tuple, interleaved: bool) -> Node:
+    """Rows are written to a cache in place; with the log-sum-exp."""
+    named = {**LAYOUTS, **dict(zip(SETTINGS, settings, strict=True)), "rotary_interleaved": interleaved}
+    outputs = "present_key,present_value,lse"
+    cache = {"cache": "write", "cache_layout": "BSHD"}
+    return Node({**named, **cache, "optional_inputs": ",".join(given), "optional_outputs": outputs})
+
+
+def step(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, optional: dict[str, torch.Tensor], settings: tuple,
+    interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The output and the log-sum-exp of a step that writes to its cache, past_key and past_value of `optional`."""
+    output, lse = results(query, value)
+    cache = (optional["past_key"], optional["past_value"])
+    inputs = [rows(query), rows(key), rows(value), *optional.values()]
+    node = _step_node(tuple(optional), settings, interleaved)
+    run(torch.Tensor, node, inputs, (output, *cache, lse), False, torch.get_num_threads())
+    torch.autograd.graph.increment_version(cache)
+    return output, lse
+
+
+def backward(
+    d_output: torch.Tensor, d_lse: torch.Tensor | None, output: torch.Tensor, lse: torch.Tensor,
+    wants_bias: bool, wants_sinks: bool, packed: int,
+    operands: Tensors, optional: Tensors, settings: tuple,
+) -> Tensors:  # fmt: skip
+    """Gradients of what query, key and value are packed in (`operand_gradients`), in float32 of the bias and the sinks;
+    None where one isn't wanted."""
+    node, inputs = _inputs(operands, optional, settings)
+    d_operands = operand_gradients(operands, packed)
+    d_bias = empty_like(optional[0], torch.float32) if wants_bias else None
+    d_sinks = empty_like(optional[1], torch.float32) if wants_sinks else None
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    arrays = (output, lse, d_output.contiguous(), d_lse, *unpacked(d_operands, packed), d_bias, d_sinks)
+    run(torch.Tensor, node, inputs, arrays, True, torch.get_num_threads())
+    return *d_operands, d_bias, d_sinks
