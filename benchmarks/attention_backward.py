@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contestants of the backward pass: the operator, each of its backward kernels, and PyTorch's SDPA backends.
+"""Contestants of the backward pass: the operator, each of its kernels, PyTorch's SDPA backends, FlashAttention-4.
 
-Timed is the backward pass alone: the forward pass of each set of tensors is done once, before the clock starts.
+Timed is the backward pass alone, after a forward pass that is done once, or both, by the row. FlashAttention-4 compiles
+for most of a minute; benchmarks/compile_fa4.py does that ahead.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import attention_peers
@@ -17,55 +19,119 @@ from torch.nn.functional import scaled_dot_product_attention
 
 KERNELS = ("backward_sm90", "backward_sm80")  # ours, forced
 LAYOUTS = {f"{name}_layout": "BSHD" for name in ("query", "key", "value")}
-Gradients = tuple[torch.Tensor, ...]
+OPERANDS = ("query", "key", "value")
+Gradients = tuple[torch.Tensor, ...]  # of query, key, value and the bias, where the row has one
 Contestant = Callable[[Tensors], Gradients]
+Forward = Callable[[Gradients], torch.Tensor]  # of the operands, to the output [B, S, H, D]
+
+
+def operands_of(tensors: Tensors) -> Gradients:
+    bias = () if tensors.bias is None else (tensors.bias,)
+    return tensors.query, tensors.key, tensors.value, *bias
 
 
 def ours(row: Row, kernel: str = "") -> Contestant:
-    results: dict[int, tuple] = {}
+    """By faplugin.attention and faplugin.attention_backward, into memory that is there."""
+    kept: dict[int, tuple[dict, dict]] = {}
+    options = {"is_causal": row.is_causal, "left_window_size": row.window, **LAYOUTS}
 
     def call(tensors: Tensors) -> Gradients:
-        operands = (tensors.query, tensors.key, tensors.value)
-        if id(tensors) not in results:
-            forward = faplugin.attention(*operands, is_causal=row.is_causal, return_lse=True, **LAYOUTS)
-            memory = {n: torch.empty_like(t) for n, t in zip(("query", "key", "value"), operands, strict=True)}
-            results[id(tensors)] = (*forward, memory)
-        output, lse, out = results[id(tensors)]
-        arguments = {"is_causal": row.is_causal, "out": out, "kernel": kernel, **LAYOUTS}
-        return tuple(faplugin.attention_backward(tensors.d_out, output, lse, *operands, **arguments).values())
+        query, key, value, *bias = operands_of(tensors)
+        arguments = options | ({"attn_bias": bias[0]} if bias else {})
+
+        def forward(out: dict | None) -> dict:
+            found = faplugin.attention(query, key, value, return_lse=True, out=out, **arguments)
+            return dict(zip(("output", "lse"), found, strict=True))
+
+        if id(tensors) not in kept:
+            memory = {name: torch.empty_like(t) for name, t in zip(OPERANDS, (query, key, value), strict=True)}
+            memory |= {"attn_bias": torch.empty_like(bias[0], dtype=torch.float32)} if bias else {}
+            kept[id(tensors)] = (forward(None), memory)
+        results, memory = kept[id(tensors)]
+        if row.both:
+            forward(results)
+        before = (tensors.d_out, results["output"], results["lse"])
+        found = faplugin.attention_backward(*before, query, key, value, out=memory, kernel=kernel, **arguments)
+        return tuple(found.values())
+
+    return call
+
+
+def by_autograd(row: Row, forward: Forward) -> Contestant:
+    kept: dict[int, tuple] = {}
+
+    def call(tensors: Tensors) -> Gradients:
+        if id(tensors) not in kept:
+            leaves = tuple(t.detach().requires_grad_() for t in operands_of(tensors))
+            kept[id(tensors)] = (leaves, None if row.both else forward(leaves))
+        leaves, output = kept[id(tensors)]
+        output = forward(leaves) if row.both else output
+        return torch.autograd.grad(output, leaves, tensors.d_out, retain_graph=not row.both)
 
     return call
 
 
 def sdpa(row: Row, name: str) -> Contestant:
-    results: dict[int, tuple] = {}
+    def forward(leaves: Gradients) -> torch.Tensor:
+        query, key, value, *bias = leaves
+        operands = (t.transpose(1, 2) for t in (query, key, value))
+        options = {"attn_mask": bias[0] if bias else None, "is_causal": row.is_causal}
+        with sdpa_kernel(attention_peers.BACKENDS[name]):
+            return scaled_dot_product_attention(*operands, **options).transpose(1, 2)
 
-    def call(tensors: Tensors) -> Gradients:
-        if id(tensors) not in results:
-            leaves = [t.detach().requires_grad_() for t in (tensors.query, tensors.key, tensors.value)]
-            with sdpa_kernel(attention_peers.BACKENDS[name]):
-                output = scaled_dot_product_attention(*(t.transpose(1, 2) for t in leaves), is_causal=row.is_causal)
-            results[id(tensors)] = (output.transpose(1, 2), leaves)
-        output, leaves = results[id(tensors)]
-        return torch.autograd.grad(output, leaves, tensors.d_out, retain_graph=True)
+    return by_autograd(row, forward)
 
-    return call
+
+def fa4(row: Row, function: Callable) -> Contestant:
+    window = {"window_size": (row.window, 0)} if row.window >= 0 else {}
+
+    def forward(leaves: Gradients) -> torch.Tensor:
+        found = function(*leaves, causal=row.is_causal, **window)
+        return found[0] if isinstance(found, tuple) else found
+
+    return by_autograd(row, forward)
 
 
 def contestants(row: Row, tensors: Tensors, wanted: set[str]) -> dict[str, Contestant]:
     """By name, those wanted (all where empty). Whether each can run the row shows when it is called."""
     found: dict[str, Contestant] = {"ours": ours(row)} | {kernel: ours(row, kernel) for kernel in KERNELS}
-    found |= {name: sdpa(row, name) for name in ("FA2", "cuDNN")}
+    if row.window < 0:  # PyTorch has no argument for it
+        found |= {name: sdpa(row, name) for name in (("FA2", "cuDNN", "efficient") if row.mask else ("FA2", "cuDNN"))}
+    if not row.mask:
+        with contextlib.suppress(ImportError):
+            import flash_attn.cute
+
+            found["FA4"] = fa4(row, flash_attn.cute.flash_attn_func)
     return {name: call for name, call in found.items() if not wanted or name in wanted}
 
 
+def _hidden(row: Row) -> torch.Tensor:
+    """bool [S, S]"""
+    places = torch.arange(row.seqlen, device="cuda")
+    distance = places[:, None] - places[None]
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    hidden |= (distance < 0) if row.is_causal else hidden
+    return hidden | (distance > row.window) if row.window >= 0 else hidden
+
+
 def relative_error(row: Row, tensors: Tensors, found: Gradients) -> float:
-    """The largest of the three gradients' ||d - d64|| / ||d64||, of the last head of the first batch entry."""
-    leaves = [t[0, :, -1].double().requires_grad_() for t in (tensors.query, tensors.key, tensors.value)]
-    query, key, value = leaves
-    scores = query @ key.T * row.head_dim**-0.5
-    if row.is_causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
-    want = torch.autograd.grad(scores.softmax(-1) @ value, leaves, tensors.d_out[0, :, -1].double())
-    pairs = zip(found, want, strict=True)
-    return max(((d[0, :, -1].double() - w).norm() / w.norm()).item() for d, w in pairs)
+    """The largest of the gradients' ||d - d64|| / ||d64||, of the last head: of the first batch entry, and of the bias,
+    which all entries share."""
+    hidden, wanted, got = _hidden(row), [], []
+    bias = None if tensors.bias is None else tensors.bias[0, -1].double().requires_grad_()
+    d_bias = 0.0
+    for entry in range(1 if bias is None else row.batch_size):
+        operands = (tensors.query, tensors.key, tensors.value)
+        leaves = [t[entry, :, -1].double().requires_grad_() for t in operands] + ([] if bias is None else [bias])
+        query, key, value = leaves[:3]
+        scores = query @ key.T * row.head_dim**-0.5 + (0.0 if bias is None else bias)
+        output = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value
+        gradients = torch.autograd.grad(output, leaves, tensors.d_out[entry, :, -1].double())
+        d_bias += 0.0 if bias is None else gradients[3]
+        if entry == 0:
+            wanted, got = list(gradients[:3]), [d[0, :, -1] for d in found[:3]]
+    if bias is not None:
+        wanted.append(d_bias)
+        got.append(found[3][0, -1])
+    pairs = zip(got, wanted, strict=True)
+    return max(((d.double() - w).norm() / w.norm()).item() for d, w in pairs)

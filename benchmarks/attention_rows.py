@@ -29,7 +29,8 @@ class Row:
     dtype: str = "bfloat16"
     in_ort: bool = False  # measured inside onnxruntime
     unfused: bool = False  # PyTorch's MatMul, Softmax, MatMul is a peer too
-    backward: bool = False  # the backward pass alone, not the forward
+    backward: bool = False  # the backward pass, of the bias too; not the forward, unless `both`
+    both: bool = False  # with backward
 
     @property
     def kv_heads(self) -> int:
@@ -47,7 +48,7 @@ class Row:
         words += ["causal"] * self.is_causal + ([f"window{self.window}"] if self.window >= 0 else []) + [self.mask]
         words += ["from 1"] * (self.mask in ("lengths", "mask") and self.shortest == 0)
         words += ["float32"] * (self.dtype == "float32") + ["float8"] * (self.dtype == "float8_e4m3fn")
-        words += ["backward"] * self.backward
+        words += [("forward and " if self.both else "") + "backward"] * self.backward
         return " ".join(filter(None, words))
 
     @property
@@ -61,7 +62,7 @@ class Row:
     @property
     def flops(self) -> float:
         """Of two products; of the backward pass's five."""
-        products = 5 if self.backward else 2
+        products = (5 if self.backward else 0) + (2 if self.both or not self.backward else 0)
         return 2.0 * products * self.batch_size * self.num_heads * self.pairs * self.head_dim
 
     @property
@@ -241,7 +242,11 @@ def _float32(in_ort: bool) -> list[Row]:
 
 
 def _backward() -> list[Row]:
-    return [dataclasses.replace(row, backward=True) for row in _plain((64, 128, 256))]
+    rows = [dataclasses.replace(row, backward=True) for row in _plain((64, 128, 256))]
+    rows += [dataclasses.replace(row, both=True) for row in rows if row.seqlen in (512, 2048, 8192)]
+    rows += [_tokens(16384, num_heads=16, head_dim=128, is_causal=True, window=4095, backward=True)]
+    biased = [Row(b, 16, s, 64, mask="bias_1HSS", backward=True) for b, s in ((8, 1024), (1, 4096))]
+    return rows + biased
 
 
 SUITES: dict[str, list[Row]] = {
