@@ -280,10 +280,11 @@ def empty() -> list[Case]:
 
 
 def _float8_options(i: int) -> dict:
-    """Descales of each shape and outputs of each type, in turn."""
+    """Each shape of descale and type of output in turn, some with log-sum-exp, which has instances of its own."""
     output = ("float32", "float16", "", "float8_e4m3fn")[i % 4]
     scale = ("1", "", "H", "BH")[i // 4 % 4] if output == "float8_e4m3fn" else ""
-    return {"descale": ("H", "", "BH", "1")[i // 2 % 4], "output_dtype": output, "output_scale": scale}
+    descale = ("H", "", "BH", "1")[i // 2 % 4]
+    return {"descale": descale, "output_dtype": output, "output_scale": scale, "lse": i % 3 == 0}
 
 
 def float8() -> list[Case]:

@@ -33,10 +33,16 @@ struct WgmmaF8;
     }                                                                                                                        \
   }
 
+#define FA_L36 FA_L32 ",%32,%33,%34,%35"
+#define FA_D36 FA_D32, "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
+
 FA_WGMMA_F8(64, 32, 32, 33, 34, 35, 36, 37);
+FA_WGMMA_F8(72, 36, 36, 37, 38, 39, 40, 41);
 FA_WGMMA_F8(96, 48, 48, 49, 50, 51, 52, 53);
 FA_WGMMA_F8(128, 64, 64, 65, 66, 67, 68, 69);
 
 #undef FA_WGMMA_F8
+#undef FA_D36
+#undef FA_L36
 
 }  // namespace fa

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A consumer warpgroup of prefill_sm90_f8: 64 query rows of each tile. In its turn a warpgroup issues the product of its last
-// weights with their values and the next scores; while it is at their softmax, the tensor cores work for the other.
+// A consumer warpgroup of prefill_sm90_f8: 64 query rows of each tile. In its turn a warpgroup takes the product of its last
+// weights with their values and the next scores; while it is at their softmax, the tensor cores work for the others.
 #pragma once
 
 #include "kernels/prefill_sm90/scores.cuh"
@@ -11,6 +11,12 @@
 
 namespace fa::prefill_sm90_f8 {
 
+/// A part of a key tile, for hide_keys.
+struct KeyGroup {
+  static constexpr int kTileN = 32;
+  static constexpr bool kStagedOnly = false, kModified = true;
+};
+
 /// Registers and ring positions of one consumer warpgroup.
 template <class C>
 struct Consumer {
@@ -19,18 +25,16 @@ struct Consumer {
   const KernelArgs& args;
   SharedPlan<C>& shared;
   int warpgroup;
-  bool modified;  // softcap, bias, ALiBi: scores are natural
   RingPosition<C::kQueryStages> q;
   RingPosition<C::kKeyStages> k;
   RingPosition<C::kValueStages> v;
-  float o[Multiply::kOut];                              // output fragment, times 2^kWeightBits
-  float s[Multiply::kScores];                           // scores, then weights
-  float sum[C::kSharesRegisters ? 1 : Multiply::kSum];  // of one key tile, on its way to the output
-  uint32_t weights[Multiply::kWeights];                 // as A operand
+  float o[Multiply::kOut];               // output fragment, times 2^kWeightBits
+  float s[Multiply::kScores];            // scores, then weights
+  uint32_t weights[Multiply::kWeights];  // as A operand
   RowPair rows;
   RowsView view;
   float scale;   // of scores
-  bool natural;  // modified, or a scale <= 0
+  bool natural;  // scores are multiplied by the scale at once: modified ones, or a scale <= 0
 
   __device__ __forceinline__ void take_turn() {
     if constexpr (C::kTakesTurns) named_barrier_sync(kTurnBarrier + warpgroup, 2 * kWarpgroupThreads);
@@ -77,108 +81,83 @@ struct Consumer {
     Multiply::start_scores(s, queries(), shared.key[k.stage]);
   }
 
-  /// Waits for the scores, and not for kPending later products.
-  template <int kPending>
   __device__ __forceinline__ void finish_scores() {
-    wgmma_wait<kPending>();
+    wgmma_wait<0>();
     wgmma_pin(s);
     release(shared.key_empty[k.stage]);
     k.advance();
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void start_sum(float (&target)[kCount], int part) {
-    wgmma_pin(target);
+  /// Part kPart of P V, in registers that `sum` names, and on to the output.
+  template <int kPart>
+  __device__ __forceinline__ void add_part(float (&sum)[Multiply::template kSum<kPart>]) {
+    wgmma_pin(sum);
     wgmma_pin(weights);
     wgmma_fence();
-    Multiply::start_sum(target, weights, shared.value[v.stage], part);
-  }
-
-  /// Waits for a sum, and not for kPending later products, and adds it to the output.
-  template <int kPending = 0, int kCount>
-  __device__ __forceinline__ void finish_sum(float (&target)[kCount], int part) {
-    wgmma_wait<kPending>();
-    wgmma_pin(target);
+    Multiply::template start_sum<kPart>(sum, weights, shared.value[v.stage]);
+    wgmma_wait<0>();
+    wgmma_pin(sum);
     wgmma_pin(weights);
-    Multiply::add_sum(o, target, rows.factor, part);
+    Multiply::template add_sum<kPart>(o, sum, rows.factor);
+    if constexpr (C::kSumsWeights && kPart + 1 == C::kSums) {  // one of the four threads has them, the others have zeros
+      rows.sum[0] += sum[C::kSumColumns / 2];
+      rows.sum[1] += sum[C::kSumColumns / 2 + 2];
+    }
   }
 
-  __device__ __forceinline__ void release_value() {
-    release(shared.value_empty[v.stage]);
-    v.advance();
-  }
-
-  /// out += P V; on return it is there.
+  /// out = factor out + P V, from part kPart on.
+  template <int kPart = 0>
   __device__ __forceinline__ void add_values() {
-    rows.factor[0] = rows.factor[1] = 1.0f;
-#pragma unroll
-    for (int part = 0; part < C::kSums; ++part) {
-      if constexpr (C::kSharesRegisters) {
-        start_sum(s, part);
-        finish_sum(s, part);
-      } else {
-        start_sum(sum, part);
-        finish_sum(sum, part);
-      }
-    }
-    release_value();
-  }
-
-  /// Issues out += P V and the next scores; on return the scores are there.
-  __device__ __forceinline__ void multiply() {
-    shared.key_full[k.stage].wait(k.phase);
-    shared.value_full[v.stage].wait(v.phase);
-    take_turn();
+    constexpr int kSum = Multiply::template kSum<kPart>;
     if constexpr (C::kSharesRegisters) {
-      add_values();
-      start_scores();
-      pass_turn();
-      finish_scores<0>();
-    } else if constexpr (C::kOverlaps) {
-      start_scores();
-      start_sum(sum, 0);
-      pass_turn();
-      finish_scores<1>();
+      add_part<kPart>(reinterpret_cast<float (&)[kSum]>(s));
     } else {
-      rows.factor[0] = rows.factor[1] = 1.0f;
-      start_sum(sum, 0);
-      start_scores();
-      pass_turn();
-      finish_sum<1>(sum, 0);
-      release_value();
-      finish_scores<0>();
+      float sum[kSum];
+      add_part<kPart>(sum);
+    }
+    if constexpr (kPart + 1 < C::kSums) {
+      add_values<kPart + 1>();
+    } else {
+      release(shared.value_empty[v.stage]);
+      v.advance();
     }
   }
 
-  /// Where kPending, the sum that multiply() has issued joins the output.
-  template <bool kPending>
-  __device__ __forceinline__ void finish_values() {
-    if constexpr (kPending && C::kOverlaps) {
-      finish_sum(sum, 0);
-      release_value();
+  /// In the warpgroup's turn, out = factor out + P V and the next scores.
+  __device__ __forceinline__ void multiply() {
+    shared.value_full[v.stage].wait(v.phase);
+    shared.key_full[k.stage].wait(k.phase);
+    take_turn();
+    add_values();
+    start_scores();
+    finish_scores();
+    pass_turn();
+  }
+
+  /// Scores that the rows don't see become -inf, 32 keys at a time: what of all is visible takes more registers than there are.
+  __device__ __forceinline__ void hide_keys(const Tile& tile, int block) {
+#pragma unroll
+    for (int group = 0; group < C::kTileN / 32; ++group) {
+      prefill_sm90::hide_keys<KeyGroup>(reinterpret_cast<float (&)[16]>(s[16 * group]), args.problem, tile,
+                                        tile.first_row + first_row_in_tile(), block * C::kTileN + 32 * group);
     }
   }
 
-  /// From raw products to weights; the output comes to a new reference.
-  template <bool kPending>
+  /// From raw products to weights, and rows.factor for the output so far.
   __device__ __forceinline__ void take_weights(const Tile& tile, int block) {
-    const AttentionParams& p = args.problem;
-    const bool masked = block >= view.full_end || block < view.full_begin;
-    if (natural) {
-      rows.factor[0] = rows.factor[1] = 1.0f;
-      finish_values<kPending>();  // for its registers
-      const int first_key = block * C::kTileN + threadIdx.x % 4 * 2;
-      prefill_sm90::modify_scores<C>(s, p, scale, tile, nullptr, first_row_in_tile(), first_key);
-    }
-    if (masked) prefill_sm90::hide_keys<C>(s, p, tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
-    const float unit = natural ? kLog2E : scale * kLog2E;
-    if (raise_references(s, rows, unit)) prefill_sm90::rescale_rows(o, rows.factor);
-    if (natural) {
-      prefill_sm90_f8::take_weights<true>(s, rows, unit);
+    if constexpr (C::kPlain) {
+      if (natural) {
+#pragma unroll
+        for (float& x : s) x *= scale;
+      }
     } else {
-      prefill_sm90_f8::take_weights<false>(s, rows, unit);
-      finish_values<kPending>();
+      const int first_key = block * C::kTileN + threadIdx.x % 4 * 2;
+      prefill_sm90::modify_scores<C>(s, args.problem, scale, tile, nullptr, first_row_in_tile(), first_key);
     }
+    if (block >= view.full_end || block < view.full_begin) hide_keys(tile, block);
+    const float unit = natural ? kLog2E : scale * kLog2E;
+    raise_references(s, rows, unit);
+    prefill_sm90_f8::take_weights<!C::kPlain, !C::kSumsWeights>(s, rows, unit);
     Multiply::pack_weights(weights, s);
   }
 
@@ -186,11 +165,11 @@ struct Consumer {
   __device__ __forceinline__ void run_blocks(const Tile& tile) {
     shared.key_full[k.stage].wait(k.phase);
     start_scores();
-    finish_scores<0>();
-    take_weights<false>(tile, view.block_end - 1);
-    for (int block = view.block_end - 2; block >= view.block_begin; --block) {
+    finish_scores();
+    for (int block = view.block_end - 1;; --block) {
+      take_weights(tile, block);
+      if (block == view.block_begin) break;
       multiply();
-      take_weights<true>(tile, block);
     }
     shared.value_full[v.stage].wait(v.phase);
     add_values();
@@ -228,7 +207,7 @@ struct Consumer {
       const Tile& tile = shared.tile[slot.stage];
       if (!tile.valid) break;
       scale = descaled_softmax_scale(args.problem, tile.sequence, tile.head, args.heads_per_kv.quotient(tile.head));
-      natural = modified || !(scale > 0.0f);
+      natural = !C::kPlain || !(scale > 0.0f);
       shared.query_full[q.stage].wait(q.phase);
       view = shared.view[slot.stage][warpgroup];
       rows = RowPair{};

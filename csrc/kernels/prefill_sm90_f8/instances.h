@@ -3,10 +3,11 @@
 #pragma once
 
 #include "fa/attention.h"
+#include "kernels/prefill_sm90_f8/shape.h"
 
 namespace fa::prefill_sm90_f8 {
 
-template <int kHeadDim>
+template <int kHeadDim, Variant kVariant>
 Status launch_instance(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
 
 }  // namespace fa::prefill_sm90_f8

@@ -22,9 +22,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) prefill_sm90_f8_kernel(const _
   } else {
     acquire_registers<C::kConsumerRegisters>();
     prefill_sm90::announce_barriers<C>(warpgroup);
-    const AttentionParams& p = args.problem;
-    const bool modified = p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f;
-    Consumer<C> consumer{args, shared, warpgroup, modified};
+    Consumer<C> consumer{args, shared, warpgroup};
     consumer.run();
   }
 }

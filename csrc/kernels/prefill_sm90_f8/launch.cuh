@@ -25,9 +25,9 @@ Status encode_tensors(const AttentionParams& p, KernelArgs* args) {
   return {};
 }
 
-template <int kHeadDim>
+template <int kHeadDim, Variant kVariant>
 Status launch_instance(const Plan& plan, const AttentionParams& params, const ExecutionContext& context) {
-  using C = Traits<kHeadDim>;
+  using C = Traits<kHeadDim, kVariant>;
   KernelArgs args{};
   if (Status status = encode_tensors<C>(params, &args); !status.ok()) return status;
   const int64_t tiles = prefill_sm90::num_tiles(params, C::kTileM);

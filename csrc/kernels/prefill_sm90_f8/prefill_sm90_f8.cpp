@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "kernels/common/smallest_instance.h"
 #include "kernels/prefill_sm90/prefill_sm90.h"
 #include "kernels/prefill_sm90_f8/instances.h"
 
@@ -13,23 +14,21 @@ namespace {
 
 struct Instance {
   int head_dim;  // bucket: the largest head_dim and head_dim_v it takes
+  Variant variant;
   Status (*launch)(const Plan& plan, const AttentionParams& params, const ExecutionContext& context);
 };
 
 const Instance kInstances[] = {
-#define FA_INSTANCE(T, dtype, head_dim, variant) {head_dim, launch_instance<head_dim>},
+#define FA_INSTANCE(T, dtype, head_dim, variant) {head_dim, Variant::variant, launch_instance<head_dim, Variant::variant>},
 #include "kernels/prefill_sm90_f8/instances.def"
 #undef FA_INSTANCE
 };
 
-/// The smallest instance that takes the heads; null where they are too wide for any.
+/// Null where the heads are too wide for any.
 const Instance* find_instance(const AttentionParams& p) {
-  const Instance* best = nullptr;
-  for (const Instance& instance : kInstances) {
-    if (instance.head_dim < std::max(p.query.shape[3], p.value.shape[3])) continue;
-    if (best == nullptr || instance.head_dim < best->head_dim) best = &instance;
-  }
-  return best;
+  const bool modified = p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.lse.present;
+  const Variant variant = modified ? Variant::kModified : Variant::kPlain;
+  return smallest_instance(kInstances, p, [&](const Instance& instance) { return instance.variant == variant; });
 }
 
 }  // namespace

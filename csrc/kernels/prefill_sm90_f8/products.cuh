@@ -11,7 +11,7 @@ namespace fa::prefill_sm90_f8 {
 
 template <class C>
 struct Products {
-  static constexpr int kScores = C::kTileN / 2, kSum = C::kSumColumns / 2, kOut = C::kHeadDim / 2;  // registers of a thread
+  static constexpr int kScores = C::kTileN / 2, kOut = C::kHeadDim / 2;  // registers of a thread
   static constexpr int kWeights = C::kTileN / 8;
 
   /// Issues scores = Q K^T. `query`: the warpgroup's first row.
@@ -24,23 +24,29 @@ struct Products {
     wgmma_commit();
   }
 
-  /// Issues sum = P V, of columns kSumColumns part ….
-  static __device__ __forceinline__ void start_sum(float (&sum)[kSum], const uint32_t (&weights)[kWeights], const uint8_t* value,
-                                                   int part) {
-    const uint64_t b = wgmma_descriptor_k_major(shared_address(value)) + ((part * C::kSumColumns * 128) >> 4);
+  /// Registers for the sum of part kPart: the columns from kSumColumns kPart on, and in the last part those of the ones.
+  template <int kPart>
+  static constexpr int kSum = (C::kSumColumns + (kPart + 1 == C::kSums ? C::kOnesRows : 0)) / 2;
+
+  /// Issues sum = P V, of part kPart.
+  template <int kPart>
+  static __device__ __forceinline__ void start_sum(float (&sum)[kSum<kPart>], const uint32_t (&weights)[kWeights],
+                                                   const uint8_t* value) {
+    const uint64_t b = wgmma_descriptor_k_major(shared_address(value)) + ((kPart * C::kSumColumns * 128) >> 4);
 #pragma unroll
     for (int step = 0; step < C::kTileN / 32; ++step) {
       const uint32_t* w = weights + 4 * step;
-      WgmmaF8<C::kSumColumns>::rs(sum, w[0], w[1], w[2], w[3], b + step_offset(step, C::kHeadDim), step > 0);
+      WgmmaF8<2 * kSum<kPart>>::rs(sum, w[0], w[1], w[2], w[3], b + ((step * 32) >> 4), step > 0);
     }
     wgmma_commit();
   }
 
-  /// out += factor * sum
-  static __device__ __forceinline__ void add_sum(float (&out)[kOut], const float (&sum)[kSum], const float (&factor)[2],
-                                                 int part) {
+  /// out = factor * out + sum
+  template <int kPart>
+  static __device__ __forceinline__ void add_sum(float (&out)[kOut], const float (&sum)[kSum<kPart>], const float (&factor)[2]) {
+    constexpr int kFirst = kPart * C::kSumColumns / 2;
 #pragma unroll
-    for (int i = 0; i < kSum; ++i) out[part * kSum + i] = fmaf(sum[i], factor[(i >> 1) & 1], out[part * kSum + i]);
+    for (int i = 0; i < C::kSumColumns / 2; ++i) out[kFirst + i] = fmaf(out[kFirst + i], factor[(i >> 1) & 1], sum[i]);
   }
 
   /// Weights as A operand: of each 32 keys the thread has pairs of four groups of eight, of which two make four neighbours

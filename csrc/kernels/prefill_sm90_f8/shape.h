@@ -4,18 +4,25 @@
 
 namespace fa::prefill_sm90_f8 {
 
+/// kModified: softcap, bias, ALiBi; and log-sum-exp, which wants sums of weights before they are rounded.
+enum class Variant { kPlain, kModified };
+
 struct TileShape {
-  int warpgroups;  // that multiply, each 64 query rows
-  int tile_n;      // keys: at most 128, those of one row of transposed values
+  int warpgroups;   // that multiply, each 64 query rows
+  int tile_n;       // keys: those of one row of transposed values
+  int sum_columns;  // of the product with the values, at a time
   int key_stages, raw_stages, value_stages, query_stages;
-  bool takes_turns;  // warpgroups issue their products in turn
-  bool overlaps;     // a warpgroup's product with values runs beside its softmax of the next scores
+  bool takes_turns;   // warpgroups issue their products in turn
+  bool sums_weights;  // by the tensor cores
 };
 
-constexpr TileShape tile_shape(int head_dim) {
-  if (head_dim <= 64) return {2, 128, 3, 2, 3, 2, true, true};
-  if (head_dim <= 128) return {2, 128, 3, 2, 3, 2, true, false};
-  return {2, 128, 2, 1, 2, 1, false, false};
+/// The tile table, found by measurement (docs/kernels.md).
+constexpr TileShape tile_shape(int head_dim, Variant variant) {
+  const bool plain = variant == Variant::kPlain;
+  if (head_dim <= 64) return {plain ? 3 : 2, 128, 64, 3, 2, 3, 2, true, plain};
+  if (head_dim <= 128 && plain) return {3, 128, 64, 3, 2, 3, 2, true, false};
+  if (head_dim <= 128) return {2, 128, 128, 3, 2, 3, 2, true, false};
+  return {2, 128, 128, 2, 2, 2, 1, true, false};
 }
 
 }  // namespace fa::prefill_sm90_f8

@@ -12,14 +12,15 @@
 
 namespace fa::prefill_sm90_f8 {
 
-template <int kHeadDim_>
+template <int kHeadDim_, Variant kVariant>
 struct Traits {
   using T = Float8;
-  static constexpr TileShape kShape = tile_shape(kHeadDim_);
+  static constexpr TileShape kShape = tile_shape(kHeadDim_, kVariant);
 
   // What the instance can do.
-  static constexpr bool kStagedOnly = false;  // any bias and any mask
-  static constexpr bool kModified = true;     // when a tile ends, references are natural scores
+  static constexpr bool kStagedOnly = false;                   // any bias and any mask
+  static constexpr bool kModified = true;                      // when a tile ends, references are natural scores
+  static constexpr bool kPlain = kVariant == Variant::kPlain;  // neither softcap nor bias nor ALiBi
 
   // Tiles.
   static constexpr int kHeadDim = kHeadDim_;              // the copy engine pads narrower heads with zeros
@@ -32,19 +33,19 @@ struct Traits {
 
   // Sums. A product with the values of one tile has a sum of its own, of so many columns at a time, and is added to the output
   // by the FP32 unit.
-  static constexpr int kSumColumns = kHeadDim < 128 ? kHeadDim : 128;
+  static constexpr int kSumColumns = kShape.sum_columns;
   static constexpr int kSums = kHeadDim / kSumColumns;
   static constexpr bool kSharesRegisters = kSums > 1;  // scores and such a sum stand in the same registers, one after the other
-
-  static constexpr bool kOverlaps = kShape.overlaps;
-  static_assert(!kOverlaps || !kSharesRegisters);
+  // The tensor cores add up the rows' weights, too, as rounded: transposed values have eight more rows, the first of ones.
+  static constexpr bool kSumsWeights = kShape.sums_weights;
+  static constexpr int kOnesRows = kSumsWeights ? 8 : 0;
 
   // Buffers in shared memory.
   static constexpr int kKeyStages = kShape.key_stages, kRawStages = kShape.raw_stages, kValueStages = kShape.value_stages;
   static constexpr int kQueryStages = kShape.query_stages;
   static constexpr uint32_t kQueryBytes = kTileM * 128 * kPanels;
-  static constexpr uint32_t kTileBytes = kTileN * 128 * kPanels;  // of keys, or values as they come
-  static constexpr uint32_t kValueBytes = kHeadDim * 128;         // of values, transposed
+  static constexpr uint32_t kTileBytes = kTileN * 128 * kPanels;         // of keys, or values as they come
+  static constexpr uint32_t kValueBytes = (kHeadDim + kOnesRows) * 128;  // of values, transposed
 
   // Roles.
   static constexpr bool kSmall = false;  // producers are a warpgroup of their own
@@ -55,8 +56,8 @@ struct Traits {
 
   // Registers of a thread.
   static constexpr int kEntryRegisters = prefill_sm90::registers_at_entry(kThreads, 1);
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
   static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <= (1 + kWarpgroups) * kEntryRegisters,
                 "setmaxnreg hands registers from one warpgroup to another; consumers can't get more than producers give.");
 };
