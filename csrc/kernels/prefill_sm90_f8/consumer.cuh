@@ -93,15 +93,22 @@ struct Consumer {
   __device__ __forceinline__ void add_part(float (&sum)[Multiply::template kSum<kPart>]) {
     wgmma_pin(sum);
     wgmma_pin(weights);
+    float ones[4];
     wgmma_fence();
-    Multiply::template start_sum<kPart>(sum, weights, shared.value[v.stage]);
+    Multiply::template start_sum<kPart>(sum, weights, shared.value[v.stage], ones);
     wgmma_wait<0>();
     wgmma_pin(sum);
+    if constexpr (C::kSums > 1 && kPart + 1 == C::kSums) wgmma_pin(ones);
     wgmma_pin(weights);
     Multiply::template add_sum<kPart>(o, sum, rows.factor);
     if constexpr (C::kSumsWeights && kPart + 1 == C::kSums) {  // one of the four threads has them, the others have zeros
-      rows.sum[0] += sum[C::kSumColumns / 2];
-      rows.sum[1] += sum[C::kSumColumns / 2 + 2];
+      if constexpr (C::kSums == 1) {
+        rows.sum[0] += sum[C::kSumColumns / 2];
+        rows.sum[1] += sum[C::kSumColumns / 2 + 2];
+      } else {
+        rows.sum[0] += ones[0];
+        rows.sum[1] += ones[2];
+      }
     }
   }
 

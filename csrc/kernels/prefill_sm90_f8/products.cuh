@@ -26,17 +26,25 @@ struct Products {
 
   /// Registers for the sum of part kPart: the columns from kSumColumns kPart on, and in the last part those of the ones.
   template <int kPart>
-  static constexpr int kSum = (C::kSumColumns + (kPart + 1 == C::kSums ? C::kOnesRows : 0)) / 2;
+  static constexpr int kSum = (C::kSumColumns + (C::kSums == 1 ? C::kOnesRows : 0)) / 2;
 
   /// Issues sum = P V, of part kPart.
   template <int kPart>
   static __device__ __forceinline__ void start_sum(float (&sum)[kSum<kPart>], const uint32_t (&weights)[kWeights],
-                                                   const uint8_t* value) {
+                                                   const uint8_t* value, float (&ones)[4]) {
     const uint64_t b = wgmma_descriptor_k_major(shared_address(value)) + ((kPart * C::kSumColumns * 128) >> 4);
 #pragma unroll
     for (int step = 0; step < C::kTileN / 32; ++step) {
       const uint32_t* w = weights + 4 * step;
       WgmmaF8<2 * kSum<kPart>>::rs(sum, w[0], w[1], w[2], w[3], b + ((step * 32) >> 4), step > 0);
+    }
+    if constexpr (C::kOnesRows > 0 && C::kSums > 1 && kPart + 1 == C::kSums) {
+      const uint64_t c = wgmma_descriptor_k_major(shared_address(value)) + ((C::kHeadDim * 128) >> 4);
+#pragma unroll
+      for (int step = 0; step < C::kTileN / 32; ++step) {
+        const uint32_t* w = weights + 4 * step;
+        WgmmaF8<8>::rs(ones, w[0], w[1], w[2], w[3], c + ((step * 32) >> 4), step > 0);
+      }
     }
     wgmma_commit();
   }

@@ -20,7 +20,7 @@ struct TileShape {
 constexpr TileShape tile_shape(int head_dim, Variant variant) {
   const bool plain = variant == Variant::kPlain;
   if (head_dim <= 64) return {plain ? 3 : 2, 128, 64, 3, 2, 3, 2, true, plain};
-  if (head_dim <= 128 && plain) return {3, 128, 64, 3, 2, 3, 2, true, false};
+  if (head_dim <= 128 && plain) return {3, 128, 64, 3, 2, 3, 2, true, true};
   if (head_dim <= 128) return {2, 128, 128, 3, 2, 3, 2, true, false};
   return {2, 128, 128, 2, 2, 2, 1, true, false};
 }
