@@ -20,6 +20,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
 EXPORTS_BEGIN, EXPORTS_END = "<!-- exports: written by benchmarks/readme.py -->\n", "<!-- end of exports -->\n"
 FLOAT8_BEGIN, FLOAT8_END = "<!-- float8: written by benchmarks/readme.py -->\n", "<!-- end of float8 -->\n"
+BACKWARD_BEGIN = "<!-- backward: written by benchmarks/readme.py -->\n"
+BACKWARD_END = "<!-- end of backward -->\n"
 DECODE_BEGIN, DECODE_END = "<!-- decode: written by benchmarks/readme.py -->\n", "<!-- end of decode -->\n"
 STEP_BEGIN, STEP_END = "<!-- steps: written by benchmarks/readme.py -->\n", "<!-- end of steps -->\n"
 LLM_BEGIN, LLM_END = "<!-- llm: written by benchmarks/readme.py -->\n", "<!-- end of llm -->\n"
@@ -93,31 +95,57 @@ def decode_section() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _speed_table(rows: list[dict], brackets: list[str]) -> list[str]:
+    """TFLOP/s of ours by kind and length, those of the contestants `brackets` behind it."""
+    by_kind: dict[str, dict[int, str]] = {}
+    for row in rows:
+        _, _, length, head_dim, *words = row["row"].split()
+        speeds = {name: one["tflops"] for name, one in row["contestants"].items()}
+        cell = f"{speeds['ours']:.0f} ({', '.join(f'{speeds[name]:.0f}' for name in brackets)})"
+        kind = f"{head_dim} {'causal' if 'causal' in words else 'full'}"
+        by_kind.setdefault(kind, {})[int(length.removeprefix("s"))] = cell
+    lengths = sorted(next(iter(by_kind.values())))
+    return [
+        f"| | {' | '.join(f'S {length}' for length in lengths)} |",
+        f"|---|{'---|' * len(lengths)}",
+        *(f"| {kind} | {' | '.join(cells[n] for n in lengths)} |" for kind, cells in by_kind.items()),
+        "",
+    ]
+
+
+def _ratios(rows: list[dict]) -> str:
+    ratios = [row["ours_over_best_peer"] for row in rows]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
 def float8_section() -> str:
     """docs/kernels.md's table of float8: TFLOP/s by head size and length, the peers' in brackets."""
     data = json.loads((RESULTS / "fp8.json").read_text("utf-8"))
-    rows = {row["row"]: {name: one["tflops"] for name, one in row["contestants"].items()} for row in data["rows"]}
-    names = [name for name in next(iter(rows.values())) if name != "ours"]
-    by_kind: dict[str, dict[int, str]] = {}
-    for row, speeds in rows.items():
-        _, _, length, head_dim, *causal, _ = row.split()
-        cell = f"{speeds['ours']:.0f} ({', '.join(f'{speeds[name]:.0f}' for name in names)})"
-        kind = f"{head_dim} {'causal' if causal else 'full'}"
-        by_kind.setdefault(kind, {})[int(length.removeprefix("s"))] = cell
-    lengths = sorted(next(iter(by_kind.values())))
-    ratios = [row["ours_over_best_peer"] for row in data["rows"]]
-    return "\n".join(
-        [
-            f"{data['gpu']}, driver {data['driver']}, commit {data['commit']}, {data['date'][:10]}; TFLOP/s, 16k "
-            f"tokens (`benchmarks/attention.py fp8 --name fp8`), in\nbrackets {', '.join(names)}; relative to the "
-            f"fastest float8 peer {min(ratios):.2f} to {max(ratios):.2f}:",
-            "",
-            f"| | {' | '.join(f'S {length}' for length in lengths)} |",
-            f"|---|{'---|' * len(lengths)}",
-            *(f"| {kind} | {' | '.join(cells[n] for n in lengths)} |" for kind, cells in by_kind.items()),
-            "",
-        ]
+    names = [name for name in data["rows"][0]["contestants"] if name != "ours"]
+    head = (
+        f"{data['gpu']}, driver {data['driver']}, commit {data['commit']}, {data['date'][:10]}; TFLOP/s, 16k "
+        f"tokens (`benchmarks/attention.py fp8 --name fp8`), in\nbrackets {', '.join(names)}; relative to the "
+        f"fastest float8 peer {_ratios(data['rows'])}:"
     )
+    return "\n".join([head, "", *_speed_table(data["rows"], names)])
+
+
+def backward_section() -> str:
+    """docs/backward.md's tables: TFLOP/s of the backward pass, and of both passes, the peers' in brackets."""
+    data = json.loads((RESULTS / "backward.json").read_text("utf-8"))
+    names = ["cuDNN", "FA2", "FA4"]
+    plain = [row for row in data["rows"] if "window" not in row["row"] and "bias" not in row["row"]]
+    parts = [
+        f"{data['gpu']}, driver {data['driver']}, PyTorch {data['versions']['torch']}, commit {data['commit']}, "
+        f"{data['date'][:10]}; bfloat16, 16k tokens, TFLOP/s\n(`benchmarks/attention.py backward --name backward`; the "
+        f"backward pass counts as 2.5 times the forward's work), in brackets {', '.join(names)}."
+    ]
+    for title, both in (("The backward pass", False), ("Forward and backward", True)):
+        rows = [row for row in plain if ("forward and" in row["row"]) == both]
+        groups = {d: [row for row in rows if f" {d} " in row["row"]] for d in ("d64", "d128", "d256")}
+        ratios = ", ".join(f"{d} {_ratios(group)}" for d, group in groups.items())
+        parts += ["", f"{title}; relative to the fastest peer: {ratios}.", "", *_speed_table(rows, names)[:-1]]
+    return "\n".join([*parts, ""])
 
 
 def _measured_with(data: dict) -> str:
@@ -340,6 +368,11 @@ def updated_kernels(text: str) -> str:
     return replaced(text, FLOAT8_BEGIN, FLOAT8_END, float8_section())
 
 
+def updated_backward(text: str) -> str:
+    """docs/backward.md, likewise."""
+    return replaced(text, BACKWARD_BEGIN, BACKWARD_END, backward_section())
+
+
 def updated_numbers(text: str) -> str:
     """docs/numbers.md, likewise."""
     return replaced(text, BEGIN, END, numbers_section())
@@ -358,6 +391,7 @@ def updated_models(text: str) -> str:
 
 PAGES = {
     "README.md": updated,
+    "docs/backward.md": updated_backward,
     "docs/faexport.md": updated_zoo,
     "docs/decoding.md": updated_decoding,
     "docs/kernels.md": updated_kernels,
