@@ -80,9 +80,10 @@ struct KernelArgs {
 
   int batch_size, num_query_tiles, num_key_tiles;
   int heads_per_key_head;
-  int num_items;      // key tiles of all batch entries and key heads
-  TileOrder order;    // in which items are drawn
-  bool rows_shorten;  // later key tiles are seen by fewer rows, the last of each head
+  int num_items;          // key tiles of all batch entries and key heads
+  TileOrder order;        // in which items are drawn
+  bool rows_start_later;  // the first row that sees a key tile is later for later key tiles
+  bool rows_shorten;      // likewise, and all are seen by the last rows: later key tiles are seen by fewer
   float scale, scale_log2;
 
   /// The number of a query tile among those of all heads and batch entries, as RowTiles counts them.

@@ -42,7 +42,8 @@ void describe_problem(const AttentionParams& p, const Gradients& gradients, cons
   args->num_items = static_cast<int>(args->num_key_tiles * p.key.shape[1] * p.query.shape[0]);
   // As many heads together as give each multiprocessor one item: the first key tiles of all of them start, then the second …
   const int64_t together = std::max(1, num_sms / args->num_key_tiles);
-  args->rows_shorten = p.window_right >= 0 && p.window_left < 0;
+  args->rows_start_later = p.window_right >= 0;
+  args->rows_shorten = args->rows_start_later && (p.window_left < 0 || p.window_left >= p.key.shape[2]);
   args->order = TileOrder(p.query.shape[0], p.key.shape[1], args->num_key_tiles, together,
                           args->rows_shorten ? 2 * together : together, false);
   args->scale = p.softmax_scale;

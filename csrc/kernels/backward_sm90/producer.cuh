@@ -9,15 +9,16 @@
 namespace fa::backward_sm90 {
 
 /// The item of this index. Blocks add to a query tile's gradient in the order in which items are drawn, so that none waits for
-/// one that has not been drawn. Where later key tiles are seen by fewer rows, they are drawn first, and all begin with their
-/// first row: those that start together then meet each query tile one after another. Only the last items to be drawn come the
-/// longest first, for the blocks to end together; these begin with the last row.
+/// one that has not been drawn. Where later key tiles are first seen by later rows, they are drawn first, and all begin with
+/// their first row, which no earlier key tile has met by then: those that start together meet each query tile one after another.
+/// Where later key tiles are also seen by fewer rows, the last items to be drawn come the longest first, for the blocks to end
+/// together; these begin with the last row.
 template <class C>
 __device__ __forceinline__ void decode_item(const KernelArgs& args, unsigned index, Item& item) {
   item.valid = index < static_cast<unsigned>(args.num_items);
   if (!item.valid) return;
   const bool at_the_end = index >= args.order.num_groups_before_last * args.order.tiles_per_group.divisor;
-  const bool descending = args.rows_shorten && !at_the_end;
+  const bool descending = args.rows_start_later && !(args.rows_shorten && at_the_end);
   const TilePlace place = args.order.at(index);
   const int key_tile = descending ? args.num_key_tiles - 1 - place.tile : place.tile;
   item.descending = descending;
