@@ -27,7 +27,17 @@ def sample() -> list[cases.Case]:
         shape = (2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], head_dim)
         chosen.append(cases.Case("float32", *shape, **fields, float32_precision=precision))
     hidden = [case for case in cases.systematic() if case.nan in ("value", "hidden")]
-    return chosen + cases.wide()[::9] + hidden[::23]
+    return chosen + cases.wide()[::9] + hidden[::23] + in_circles()
+
+
+def in_circles() -> list[cases.Case]:
+    """So many tiles of rows, and once so many of keys, that backward_sm90's buffers are used again."""
+    band = {"is_causal": True, "window_left": 150}
+    return [
+        cases.Case("bfloat16", 1, 4, 2, 450, 450, 64, **band),
+        cases.Case("float16", 1, 4, 2, 450, 450, 128, **band),
+        cases.Case("bfloat16", 35, 4, 4, 70, 130, 128),
+    ]
 
 
 def play_caches() -> int:

@@ -53,6 +53,8 @@ struct Consumer {
   uint32_t p16[C::kTileM / 4];   // P^T as A operand
   uint32_t ds16[C::kTileM / 4];  // dS^T as A operand
 
+  /// For what only tensor cores and lane 0 have read, or lanes that a __syncwarp() has joined. Who reads shared memory itself
+  /// arrives itself.
   template <int kArrivals>
   __device__ __forceinline__ void release(Mbarrier<kArrivals>& barrier) {
     if (threadIdx.x % 32 == 0) barrier.arrive();
@@ -245,7 +247,7 @@ struct Consumer {
     wgmma_pin(dq);
     wgmma_pin(p16);
     wgmma_pin(d_value);
-    release(shared.out_empty[o.stage]);
+    shared.out_empty[o.stage].arrive();
     if (kLast) release(shared.key_empty);
     add_query_gradient(item, head, tile);
     auto& query_done = shared.query_empty[q.stage];
@@ -258,7 +260,7 @@ struct Consumer {
     wgmma_pin(s);
     wgmma_pin(ds16);
     wgmma_pin(d_key);
-    release(query_done);
+    query_done.arrive();
   }
 
   /// The item's keys are there, and those beyond the length are 0.
@@ -311,8 +313,7 @@ struct Consumer {
       }
       store_key_gradient(item, args.d_value, d_value, 1.0f);
       store_key_gradient(item, args.d_key, d_key, args.scale);
-      __syncwarp();
-      release(shared.item_empty[slot.stage]);
+      shared.item_empty[slot.stage].arrive();
       slot.advance();
     }
   }

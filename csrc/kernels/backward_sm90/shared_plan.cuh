@@ -16,6 +16,11 @@
 //   turn_full    poll                               consume              the key tiles before this one have added to d_query
 //   turn_done    consume                            signal               this block has added to it
 //   turn_empty   signal                             poll                 … and others have been told
+//
+// For "consume" lane 0 of each warp arrives where only tensor cores have read (key_empty, value_empty) and where device memory
+// is ordered (turn_done, after a __syncwarp()). Every lane arrives where lanes read shared memory themselves: the item, and the
+// numbers that come with tiles of Q and dO. For these the order would hold with lane 0 alone, since all consumers meet at
+// kConsumeBarrier after they have read and before it arrives; but compute-sanitizer's racecheck does not see that order.
 #pragma once
 
 #include <cstdint>
@@ -79,11 +84,11 @@ struct SharedPlan {
 
   // The barriers of the table above, with the number of arrivals that end a phase.
   Mbarrier<1> item_full[kItemSlots];
-  Mbarrier<C::kConsumerWarps + 2> item_empty[kItemSlots];
+  Mbarrier<C::kConsumerThreads + 2> item_empty[kItemSlots];
   Mbarrier<1> key_full, value_full;
   Mbarrier<C::kConsumerWarps> key_empty, value_empty;
   Mbarrier<1> query_full[C::kStages], out_full[C::kStages];
-  Mbarrier<C::kConsumerWarps> query_empty[C::kStages], out_empty[C::kStages];
+  Mbarrier<C::kConsumerThreads> query_empty[C::kStages], out_empty[C::kStages];
   Mbarrier<1> turn_full[kTurnSlots], turn_empty[kTurnSlots];
   Mbarrier<C::kConsumerWarps> turn_done[kTurnSlots];
 

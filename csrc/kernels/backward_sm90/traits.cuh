@@ -28,8 +28,8 @@ struct Traits {
   // dS is made of P as it was rounded for dV: so many scores in registers leave no room for both.
   static constexpr bool kRoundedWeights = kTileM == 128;
 
-  static constexpr int kConsumerWarps = 4 * kWarpgroups;
-  static constexpr int kThreads = 32 * kConsumerWarps + kWarpgroupThreads;
+  static constexpr int kConsumerWarps = 4 * kWarpgroups, kConsumerThreads = 32 * kConsumerWarps;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
