@@ -140,6 +140,11 @@ def _with(poly: Expr, atom: Expr, value: Expr) -> Expr:
     return total
 
 
+def _content(expr: Expr) -> int:
+    """The greatest common divisor of the coefficients, the constant left out."""
+    return math.gcd(*(c for m, c in expr.args if m)) if any(m for m, _ in expr.args) else 0
+
+
 def ge0(p: Expr) -> Expr:
     """p >= 0."""
     if ia.is_nonnegative(p):
@@ -158,7 +163,7 @@ def ge0(p: Expr) -> Expr:
         if len(m) == 1 and m[0].op in ("min", "max") and abs(c) == 1:
             both = tuple(ge0(_with(p, m[0], a)) for a in m[0].args)
             return all_of(both) if (m[0].op == "min") == (c > 0) else any_of(both)
-    g = ia.content(p)
+    g = _content(p)
     if g > 1:
         p = ia.add(*(make("poly", ((m, c // g),), "int") for m, c in p.args if m), ia.const(ia.constant_part(p) // g))
     return make("ge0", (p,), "bool")

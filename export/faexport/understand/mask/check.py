@@ -124,7 +124,7 @@ class _Trial:
     def _build(self) -> ReferenceEvaluator:
         model = onnx.ModelProto(ir_version=10)
         model.opset_import.append(onnx.helper.make_opsetid("", self.ctx.opset))
-        model.graph.node.extend(ir.to_proto(n) for n in self.nodes)
+        model.graph.node.extend(ir.serde.serialize_node(n) for n in self.nodes)
         inner = {v for n in self.nodes for v in n.outputs}
         used = {v for n in self.nodes for v in n.inputs if v is not None} | set(self.outputs)
         for value in used - inner - set(self.leaves):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -97,7 +96,12 @@ def neg(expr: Expr) -> Expr:
 
 
 def sub(a: Expr, b: Expr) -> Expr:
-    return add(a, neg(b))
+    if a is b or not b.args:
+        return ZERO if a is b else a
+    terms = dict(a.args)
+    for m, c in b.args:
+        terms[m] = terms.get(m, 0) - c
+    return _poly(terms)
 
 
 def _join(a: Monomial, b: Monomial) -> Monomial:
@@ -443,11 +447,6 @@ def _sizes_nonnegative(expr: Expr) -> bool:
 
 def is_positive(expr: Expr) -> bool:
     return is_nonnegative(sub(expr, ONE))
-
-
-def content(expr: Expr) -> int:
-    """The greatest common divisor of the coefficients, the constant left out."""
-    return math.gcd(*(c for m, c in expr.args if m)) if any(m for m, _ in expr.args) else 0
 
 
 # ---------------------------------------------------------------------------------------------- walks
