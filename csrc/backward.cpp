@@ -69,35 +69,17 @@ Status check_optional(const StepParams& p, const Gradients& g) {
   return {};
 }
 
-/// The first tensor that has elements but no memory; null: there is none.
-const char* missing_memory(const StepParams& p, const Gradients& g) {
-  const std::pair<const char*, const TensorView*> tensors[] = {
-      {"query", &p.query},
-      {"key", &p.key},
-      {"value", &p.value},
-      {"out", &p.out},
-      {"lse", &p.lse},
-      {"mask", &p.mask},
-      {"bias", &p.bias},
-      {"kv_lengths", &p.kv_lengths},
-      {"query_lengths", &p.query_lengths},
-      {"query_offsets", &p.query_offsets},
-      {"cu_seqlens_q", &p.cu_seqlens_q},
-      {"cu_seqlens_kv", &p.cu_seqlens_kv},
-      {"alibi_slopes", &p.alibi_slopes},
-      {"sinks", &p.sinks},
-      {"d_out", &g.d_out},
-      {"d_lse", &g.d_lse},
-      {"d_query", &g.d_query},
-      {"d_key", &g.d_key},
-      {"d_value", &g.d_value},
-      {"d_bias", &g.d_bias},
-      {"d_sinks", &g.d_sinks},
-  };
-  for (const auto& [name, t] : tensors) {
-    if (t->present && t->data == nullptr && !t->empty()) return name;
-  }
-  return nullptr;
+/// The gradients; the rest is check_memory's of the problem.
+Status check_memory(const Gradients& g) {
+  return fa::check_memory({
+      {"d_out", g.d_out},
+      {"d_lse", g.d_lse},
+      {"d_query", g.d_query},
+      {"d_key", g.d_key},
+      {"d_value", g.d_value},
+      {"d_bias", g.d_bias},
+      {"d_sinks", g.d_sinks},
+  });
 }
 
 }  // namespace
@@ -148,8 +130,8 @@ Status launch_backward(const BackwardPlan& plan, const StepParams& params, const
                                               std::to_string(plan.workspace_bytes) + " bytes, but the context has " +
                                               std::to_string(context.workspace_bytes)};
   }
-  if (const char* name = missing_memory(params, gradients))
-    return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
+  FA_CHECK(check_memory(params));
+  FA_CHECK(check_memory(gradients));
   return plan.kernel->launch(plan, params, gradients, context);
 }
 

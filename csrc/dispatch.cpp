@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cpu/attention_cpu.h"
+#include "rules.h"
 #include "semantics/cache.h"
 #ifdef FA_WITH_CUDA
 #include "kernels/cache_step/cache_step.h"
@@ -120,50 +121,6 @@ std::string refusals(const StepParams& params, const Device& device, const char*
   return text;
 }
 
-/// The first tensor that has elements but no memory; null: there is none.
-const char* missing_memory(const StepParams& p) {
-  const std::pair<const char*, const TensorView*> tensors[] = {{"query", &p.query},
-                                                               {"key", &p.key},
-                                                               {"value", &p.value},
-                                                               {"out", &p.out},
-                                                               {"lse", &p.lse},
-                                                               {"mask", &p.mask},
-                                                               {"bias", &p.bias},
-                                                               {"kv_lengths", &p.kv_lengths},
-                                                               {"query_lengths", &p.query_lengths},
-                                                               {"query_offsets", &p.query_offsets},
-                                                               {"cu_seqlens_q", &p.cu_seqlens_q},
-                                                               {"cu_seqlens_kv", &p.cu_seqlens_kv},
-                                                               {"alibi_slopes", &p.alibi_slopes},
-                                                               {"sinks", &p.sinks},
-                                                               {"query_bias", &p.query_bias},
-                                                               {"empty_row_value", &p.empty_row_value},
-                                                               {"query_descale", &p.query_descale},
-                                                               {"key_descale", &p.key_descale},
-                                                               {"value_descale", &p.value_descale},
-                                                               {"output_scale", &p.output_scale},
-                                                               {"cos_cache", &p.rotary.cos},
-                                                               {"sin_cache", &p.rotary.sin},
-                                                               {"position_ids", &p.rotary.position_ids},
-                                                               {"q_norm_weight", &p.norm.query_weight},
-                                                               {"k_norm_weight", &p.norm.key_weight},
-                                                               {"new_key", &p.cache.new_key},
-                                                               {"new_value", &p.cache.new_value},
-                                                               {"past_key", &p.cache.past_key},
-                                                               {"past_value", &p.cache.past_value},
-                                                               {"present_key", &p.cache.present_key},
-                                                               {"present_value", &p.cache.present_value},
-                                                               {"write_indices", &p.cache.write_indices},
-                                                               {"block_table", &p.cache.block_table},
-                                                               {"slot_mapping", &p.cache.slot_mapping},
-                                                               {"k_scale", &p.cache.key_scale},
-                                                               {"v_scale", &p.cache.value_scale}};
-  for (const auto& [name, t] : tensors) {
-    if (t->present && t->data == nullptr && !t->empty()) return name;
-  }
-  return nullptr;
-}
-
 /// In place or not: keys and values alike. Pages are always in place.
 Status check_places(const StepParams& p) {
   const CacheParams& c = p.cache;
@@ -230,8 +187,7 @@ Status launch(const Plan& plan, const StepParams& params, const ExecutionContext
                                               std::to_string(plan.workspace_bytes) + " bytes, but the context has " +
                                               std::to_string(context.workspace_bytes)};
   }
-  if (const char* name = missing_memory(params))
-    return {StatusCode::kInvalidArgument, std::string(name) + " has elements but no data"};
+  if (Status status = check_memory(params); !status.ok()) return status;
   if (Status status = check_places(params); !status.ok()) return status;
 #ifdef FA_WITH_CUDA
   if (plan.device.type == DeviceType::kCuda) return launch_on_cuda(plan, params, context);

@@ -2,6 +2,7 @@
 // Rules that tensors of the forward and of the backward pass have in common: what validate.cpp and backward.cpp are written with.
 #pragma once
 
+#include <initializer_list>
 #include <string>
 
 #include "fa/attention.h"
@@ -62,5 +63,19 @@ inline Status check_written(const char* name, const TensorView& t, int rank) {
   }
   return {};
 }
+
+struct NamedTensor {
+  const char* name;
+  const TensorView& tensor;
+};
+
+/// What has elements has memory.
+inline Status check_memory(std::initializer_list<NamedTensor> tensors) {
+  for (const auto& [name, t] : tensors)
+    FA_RULE(!t.present || t.data != nullptr || t.empty(), std::string(name) + " has elements but no data");
+  return {};
+}
+/// All tensors of a problem (validate.cpp). Called by launch and launch_backward: a plan is made before there is memory.
+Status check_memory(const StepParams& params);
 
 }  // namespace fa
