@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import faplugin
 import torch
+from attention_backward import LAYOUTS
 from faplugin.torch import flash_attn_func
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 CALLS = 50  # before the GPU is waited for, so that its queue never fills
-LAYOUTS = {f"{name}_layout": "BSHD" for name in ("query", "key", "value")}
 
 
 def microseconds(call: Callable[[], object], rounds: int) -> float:

@@ -10,16 +10,12 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from attention_peers import BACKENDS
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LETTERS = 4096  # of the sequences
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # [B, S, H, D] each, to [B, S, H, D]
-BACKENDS = {
-    "FA2": SDPBackend.FLASH_ATTENTION,
-    "cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 
 
 @dataclasses.dataclass(frozen=True)

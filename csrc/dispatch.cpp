@@ -187,8 +187,8 @@ Status launch(const Plan& plan, const StepParams& params, const ExecutionContext
                                               std::to_string(plan.workspace_bytes) + " bytes, but the context has " +
                                               std::to_string(context.workspace_bytes)};
   }
-  if (Status status = check_memory(params); !status.ok()) return status;
-  if (Status status = check_places(params); !status.ok()) return status;
+  FA_CHECK(check_memory(params));
+  FA_CHECK(check_places(params));
 #ifdef FA_WITH_CUDA
   if (plan.device.type == DeviceType::kCuda) return launch_on_cuda(plan, params, context);
 #endif

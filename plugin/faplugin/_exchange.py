@@ -11,9 +11,6 @@ from typing import Any
 
 from ._native import Node, check, exchange_api, library
 
-_MOST = 40  # objects of a call: inputs, and outputs or the arrays of a backward pass
-_Objects = ctypes.c_void_p * _MOST
-
 
 def run(
     kind: type, node: Node, inputs: Sequence[Any], others: Sequence[Any], is_backward: bool, num_threads: int
@@ -34,7 +31,8 @@ def run(
     api = exchange_api(kind)
     if api is None:
         raise ImportError(f"{kind.__name__} has no DLPack exchange API; expected that of PyTorch 2.10 or later")
-    objects = _Objects(*[None if array is None else id(array) for array in (*inputs, *others)])
+    addresses = [None if array is None else id(array) for array in (*inputs, *others)]
+    objects = (ctypes.c_void_p * len(addresses))(*addresses)
     call, compiled = ctypes.c_void_p(), library()
     check(
         compiled.fa_python_exchange_begin(

@@ -82,7 +82,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 # With the interpreter's lock: they read Python objects.
 _LOCKED = (
-    *("fa_python_call_new", "fa_python_call_prepare", "fa_python_call_prepare_backward"),
+    "fa_python_call_new",
+    "fa_python_call_prepare",
+    "fa_python_call_prepare_backward",
     "fa_python_exchange_begin",
 )
 # The arrays of a backward pass, in the order of FaGradient.

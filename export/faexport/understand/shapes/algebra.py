@@ -420,7 +420,7 @@ def is_nonnegative(expr: Expr) -> bool:
 
 
 def _is_sum_of_sizes(expr: Expr) -> bool:
-    """Most that is asked about is: products of sizes, added up."""
+    """Is it a sum of products of sizes, which cannot be negative? Most expressions that are asked about are."""
     return all(c >= 0 and all(a.op == "sym" and a.args[1] >= 0 for a in m) for m, c in expr.args)
 
 
