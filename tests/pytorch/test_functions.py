@@ -166,8 +166,25 @@ def test_refusals():
         fatorch.flash_attn_with_kvcache(q, q, q, cache_leftpad=q)
     with pytest.raises(ValueError, match="k is given without cache_seqlens"):
         fatorch.flash_attn_with_kvcache(q, q, q, q, q)
+    with pytest.raises(ValueError, match="query has 3 axes; expected 4"):
+        fatorch.flash_attn_func(q[0], q[0], q[0])
+    with pytest.raises(ValueError, match="head_dim 0"):
+        fatorch.flash_attn_func(q[..., :0], q[..., :0], q[..., :0])
+    with pytest.raises(ValueError, match=r"the packed tensor has shape \[1, 2, 2, 4\]; expected \[B, S, 3, H, D\]"):
+        fatorch.flash_attn_qkvpacked_func(q)
     with pytest.raises(ValueError, match=r"key has shape \[1, 2, 2, 3\]"):
         fatorch.flash_attn_func(q, q[..., :3].contiguous(), q)
+
+
+def test_refusals_of_a_step_name_its_own_arguments():
+    q, cache = torch.zeros(1, 1, 2, 8), torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"k_cache has shape \[1, 4, 2, 7\]"):
+        fatorch.flash_attn_with_kvcache(q, cache[..., :7], cache, q, q, cache_seqlens=1)
+    for lengths in (4, torch.tensor([4], dtype=torch.int32)):
+        with pytest.raises(
+            ValueError, match="cache_seqlens is up to 4; expected at most 3: k_cache has 4 rows and k has 1"
+        ):
+            fatorch.flash_attn_with_kvcache(q, cache, cache.clone(), q, q, cache_seqlens=lengths)
 
 
 def test_autocast():
@@ -240,6 +257,23 @@ def test_compile_makes_one_graph_forward_and_backward():
     for got, want in zip(
         torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(loss(*inputs), inputs), strict=True
     ):
+        torch.testing.assert_close(got, want)
+
+
+def test_compile_takes_a_tensor_twice():
+    x, packed = draw(1, 8, 2, 16), draw(8, 3, 2, 16)
+    lengths = torch.tensor([0, 3, 8], dtype=torch.int32)
+
+    def twice(tensor):
+        return fatorch.flash_attn_func(tensor, tensor, tensor).square().sum()
+
+    def lengths_twice(tensor):
+        return fatorch.flash_attn_varlen_qkvpacked_func(tensor, lengths, 5, causal=True).square().sum()
+
+    for function, tensor in ((twice, x), (lengths_twice, packed)):
+        found = torch.compile(function, backend="aot_eager", fullgraph=True)(tensor)
+        torch.testing.assert_close(found, function(tensor))
+        got, want = torch.autograd.grad(found, tensor), torch.autograd.grad(function(tensor), tensor)
         torch.testing.assert_close(got, want)
 
 

@@ -45,6 +45,11 @@ def _inputs(operands: Tensors, optional: Tensors, settings: tuple) -> tuple[Node
     return _node(given, settings), inputs
 
 
+def scale_of(query: torch.Tensor, scale: float | None) -> float:
+    """The scale of a call: 1/√D where none is given (heads of no columns are refused later)."""
+    return max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+
+
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with a contiguous last axis: other strides are read in place."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -56,6 +61,8 @@ def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.
 
 def results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for the output and the log-sum-exp."""
+    if query.dim() != 4:
+        raise ValueError(f"query has {query.dim()} axes; expected 4: batch, rows, heads, head_dim")
     batch, length, heads, head_dim = query.shape
     head_dim_v = value.shape[-1]
     output = empty_like(query) if head_dim_v == head_dim else query.new_empty((batch, length, heads, head_dim_v))
@@ -78,9 +85,15 @@ def operand_gradients(operands: Tensors, packed: int) -> Tensors:
 
 def unpacked(tensors: Tensors, packed: int) -> Tensors:
     """Of query, key and value, or of what they are packed in, each."""
-    if packed == 3:
-        return tensors[0].unbind(2)
-    return (tensors[0], *tensors[1].unbind(2)) if packed == 2 else tensors
+    if not packed:
+        return tensors
+    *apart, whole = tensors[: 4 - packed]
+    if whole.dim() != 5 or whole.shape[2] != packed:
+        shape = f"[B, S, {packed}, H, D]"
+        raise ValueError(
+            f"the packed tensor has shape {list(whole.shape)}; expected {shape}, without B in varlen forms"
+        )
+    return (*apart, *whole.unbind(2))
 
 
 def forward(operands: Tensors, optional: Tensors, settings: tuple) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,11 +6,12 @@ Causal masks and windows are aligned to the last key, and rows that attend no ke
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 
-from ._call import ABSENT, step
+from ._call import ABSENT, scale_of, step
 from ._op import compute, is_eager
 
 
@@ -26,8 +27,7 @@ def _settings(
     if scale == 0:
         raise ValueError("softmax_scale is 0; expected another number, or None for 1/√D")
     left, right = window
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return scale, float(softcap), bool(causal), max(left, -1), max(right, -1), "bottom_right"
+    return scale_of(q, scale), float(softcap), bool(causal), max(left, -1), max(right, -1), "bottom_right"
 
 
 def _optional(slopes: Any = None, kv_lengths: Any = None, cu_q: Any = None, cu_kv: Any = None) -> tuple:
@@ -255,7 +255,8 @@ def flash_attn_with_kvcache(
         v: new values [B, S, H_kv, D_v].
         rotary_cos: [positions, rotary_dim / 2]; q and k are rotated by it, k first being written.
         rotary_sin: as rotary_cos.
-        cache_seqlens: rows in use before the new ones, int32 [B] or one for all; None: all rows, without k.
+        cache_seqlens: rows in use before the new ones, int32 [B] or one for all; None: all rows, without k. Rows that
+            would lie beyond the cache are refused on the CPU, and not written on a GPU: the host can't see its lengths.
         cache_batch_idx: None; anything else is refused, as the next two are.
         cache_leftpad: None.
         block_table: None.
@@ -270,6 +271,9 @@ def flash_attn_with_kvcache(
 
     Returns:
         The output, [B, S, H_q, D_v].
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value.
     """
     refused = {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "block_table": block_table}
     for name, given in refused.items():
@@ -291,14 +295,19 @@ def flash_attn_with_kvcache(
             optional = _optional(alibi_slopes, lengths)
             output, lse = compute(q, k_cache, v_cache, 0, optional, settings, True)
         else:
-            inputs = {"past_key": k_cache, "past_value": v_cache, "nonpad_kv_seqlen": lengths + k.shape[1]}
+            lengths = lengths + k.shape[1]
+            inputs = {"past_key": k_cache, "past_value": v_cache, "nonpad_kv_seqlen": lengths}
             extras = {"alibi_slopes": alibi_slopes, "cos_cache": rotary_cos, "sin_cache": rotary_sin}
             inputs |= {name: tensor for name, tensor in extras.items() if tensor is not None}
             if not is_eager(q, k, v, *inputs.values()):
                 raise RuntimeError(
                     "flash_attn_with_kvcache writes to its cache; it can't be compiled, traced or transformed"
                 )
-            output, lse = step(q, k, v, inputs, settings, rotary_interleaved)
+            _check_room(lengths, k, k_cache)
+            try:
+                output, lse = step(q, k, v, inputs, settings, rotary_interleaved)
+            except ValueError as error:
+                raise ValueError(_in_words_of_flash_attn(str(error))) from None
     return (output, lse) if return_softmax_lse else output
 
 
@@ -306,3 +315,26 @@ def _lengths(cache_seqlens: Any, q: torch.Tensor) -> Any:
     if cache_seqlens is None or isinstance(cache_seqlens, torch.Tensor):
         return cache_seqlens
     return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+
+
+def _check_room(lengths: torch.Tensor, new: torch.Tensor, cache: torch.Tensor) -> None:
+    used = int(lengths.max()) - new.shape[1] if lengths.is_cpu and lengths.numel() else 0
+    if used + new.shape[1] > cache.shape[1]:
+        raise ValueError(
+            f"cache_seqlens is up to {used}; expected at most {cache.shape[1] - new.shape[1]}: "
+            f"k_cache has {cache.shape[1]} rows and k has {new.shape[1]}"
+        )
+
+
+# The operator's names for arguments of flash_attn_with_kvcache.
+_NAMES = {
+    "past_key": "k_cache",
+    "past_value": "v_cache",
+    "cos_cache": "rotary_cos",
+    "sin_cache": "rotary_sin",
+    "nonpad_kv_seqlen": "cache_seqlens",
+}
+
+
+def _in_words_of_flash_attn(sentence: str) -> str:
+    return re.sub("|".join(_NAMES), lambda found: _NAMES[found[0]], sentence)

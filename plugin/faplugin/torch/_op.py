@@ -7,13 +7,14 @@ costs a third of what an autograd formula of a custom op does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from . import _call
-from ._call import ABSENT, EXTRAS, OPTIONAL, SETTINGS, Tensors, unpacked
+from ._call import ABSENT, EXTRAS, OPTIONAL, SETTINGS, Tensors, scale_of, unpacked
 
 _INPUTS = ", ".join(
     [
@@ -165,7 +166,7 @@ def compute(
     if kind != "meta" and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (None if t is None else t.to(dtype) for t in (query, key, value))
-    given = () if optional is ABSENT else optional
+    given: Sequence[Any] = () if optional is ABSENT else optional
     eager = is_eager(query, key, value, *given)
     if not eager and torch.onnx.is_in_onnx_export():
         from ._export import exported
@@ -176,8 +177,19 @@ def compute(
     if eager and not (torch.is_grad_enabled() and _wants_gradients(query, key, value, *given)):
         output, lse = _call.forward(unpacked((query, key, value), packed), optional, settings)
     else:
+        if torch.compiler.is_compiling():
+            query, key, value, *given = _apart(query, key, value, *given)
         output, lse = _Attention.apply(eager, packed, query, key, value, *settings, *given)
     return (output, lse) if return_lse else output
+
+
+def _apart(*tensors: Any) -> list[Any]:
+    """The tensors, a view in the place of one that is there already: torch.compile takes none twice into a Function."""
+    found: list[Any] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if again else tensor)
+    return found
 
 
 def attend(
@@ -235,7 +247,7 @@ def attend(
     given = (bias, sinks, mask, alibi_slopes, query_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv)
     optional: Tensors = ABSENT if all(tensor is None for tensor in given) else given
     settings = (
-        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        scale_of(query, scale),
         float(softcap),
         bool(causal),
         *window,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._call import EXTRAS, backward, forward
+from ._call import EXTRAS, backward, forward, scale_of
 
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,7 +23,7 @@ def _by_pytorch(name: str, *arguments: Any, **keywords: Any) -> Any:
 def _settings(query: torch.Tensor, dropout_p: float, is_causal: bool, scale: float | None) -> tuple:
     if dropout_p != 0:
         raise ValueError(f"dropout_p is {dropout_p}; expected 0 while faplugin computes attention")
-    return (query.shape[-1] ** -0.5 if scale is None else scale, 0.0, is_causal, -1, -1, "top_left")
+    return (scale_of(query, scale), 0.0, is_causal, -1, -1, "top_left")
 
 
 def _operands(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
