@@ -142,12 +142,15 @@ def app() -> None:
     "GPUs of compute capability 9.0) takes the factors of its numbers from --inputs, or those that the model has.",
 )
 @click.option(
-    "--fp16", is_flag=True, help="Convert the whole model to float16; nodes that would overflow stay float32."
+    "--fp16",
+    is_flag=True,
+    help="Convert the whole model to float16 where attention in it is fused; nodes that would overflow stay float32.",
 )
 @click.option(
     "--bf16",
     is_flag=True,
-    help="Convert the whole model to bfloat16, for GPUs; nodes that onnxruntime doesn't run in it stay float32.",
+    help="Convert the whole model to bfloat16, for GPUs, where attention in it is fused; nodes that onnxruntime "
+    "doesn't run in it stay float32.",
 )
 @click.option(
     "--keep-io-types/--no-keep-io-types",
