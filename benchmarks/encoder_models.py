@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 import onnx
 import skeletons
@@ -82,9 +83,9 @@ def _export(wrapped: _Wrapped, model: Model, how: str, path: pathlib.Path) -> No
     )
 
 
-def write_files(name: str, how: str, folder: pathlib.Path, layers: int) -> None:
+def write_files(name: str, how: str, folder: pathlib.Path, layers: int, only: Sequence[str] = ()) -> None:
     """Writes what is missing of "MODEL EXPORT DTYPE FILE.onnx" as skeletons (skeletons.py), and "MODEL EXPORT.json"
-    with the sentences of those that could not be made."""
+    with the sentences of those that could not be made. `only`: these of "DTYPE FILE", where not all are wanted."""
     model = MODELS[name]
     listed, said = folder / f"{name} {how}.json", {"failed": {}}
     wrapped, known = _model(model, how, layers)
@@ -103,6 +104,8 @@ def write_files(name: str, how: str, folder: pathlib.Path, layers: int) -> None:
             said["failed"] = dict.fromkeys((f"{dtype} {file}" for dtype in DTYPES for file in FILES), _sentence(error))
             exported.unlink(missing_ok=True)
         for title, path in missing(name, how, folder).items() if exported.exists() else ():
+            if only and title not in only:
+                continue
             dtype, file = title.split()
             full = pathlib.Path(temporary) / "made.onnx"
             try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of whole models from the results of encoders.py and models.py. Called by readme.py."""
+"""Tables of whole models from the results of encoders.py, models.py and bench_models.py. Called by readme.py."""
 
 from __future__ import annotations
 
@@ -171,3 +171,34 @@ def _memory(row: dict) -> str:
     theirs, ours = ((_best(row, file) or {}).get("memory_mb") for file in ("unfused", "ours"))
     less = f" ({theirs / ours:.1f} times less)" if theirs and ours else ""
     return f"{ours or 0:.0f} MB at {row['length']}{less}"
+
+
+def bench_tables(data: dict) -> str:
+    """docs/faexport.md's: what `faexport bench` printed of each model, and its picture."""
+    where = data.get("gpu") or f"CPU ({data['cpu']})"
+    runtime = next(data["versions"][name] for name in ("onnxruntime-gpu", "onnxruntime") if name in data["versions"])
+    made = f"commit {data['commit']}, {data['date'][:10]} (`benchmarks/bench_models.py`)"
+    lines = [f"{where}, onnxruntime {runtime}, {made}; exports of PyTorch with random weights:"]
+    for model in data["models"]:
+        title = f"{model['title']}, {model['dtype']}" + (", entries of several lengths" if model["padded"] else "")
+        said = " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in (*model["notes"], model["conclusion"]))
+        seen = f"{model['title']}: time and memory of a run, original and fused, against the size of the input"
+        lines += [
+            "",
+            f"{title}. {said}",
+            "",
+            "| input | original, ms | fused, ms | times as fast | memory of a run, MB: original | fused |",
+            "|---" * 6 + "|",
+            *map(_bench_row, model["rows"]),
+            "",
+            f"![{seen}](../benchmarks/results/{model['picture']})",
+        ]
+    return "\n".join(lines)
+
+
+def _bench_row(row: dict) -> str:
+    both = (row["original"], row["fused"])
+    size = "×".join(map(str, next(iter(row["sizes"].values()))))
+    times = " | ".join(f"{1e3 * one['seconds']['median']:.3g}" for one in both)
+    memory = " | ".join("?" if one["bytes"] is None else f"{one['bytes'] / 1e6:.0f}" for one in both)
+    return f"| {size} | {times} | {row['times_as_fast']:.2f}{'' if row['gained'] else ' (even)'} | {memory} |"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the documentation's tables from the committed results; run it after a new measurement.
 
-The README's tables of speed, docs/faexport.md's table of the zoo, docs/decoding.md's of decoding, docs/llm.md's of
-decoder layers and docs/models.md's of whole models (model_pages.py). A test compares the pages with what this makes.
+The README's tables of speed, docs/faexport.md's of the zoo and of `faexport bench`, docs/decoding.md's of decoding,
+docs/llm.md's of decoder layers and docs/models.md's of whole models (model_pages.py). A test compares the pages with
+what this makes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from model_pages import encoder_tables, fused_by_optimizer, models_tables
+from model_pages import bench_tables, encoder_tables, fused_by_optimizer, models_tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,6 +27,7 @@ DECODE_BEGIN, DECODE_END = "<!-- decode: written by benchmarks/readme.py -->\n",
 STEP_BEGIN, STEP_END = "<!-- steps: written by benchmarks/readme.py -->\n", "<!-- end of steps -->\n"
 LLM_BEGIN, LLM_END = "<!-- llm: written by benchmarks/readme.py -->\n", "<!-- end of llm -->\n"
 MODELS_BEGIN, MODELS_END = "<!-- models: written by benchmarks/readme.py -->\n", "<!-- end of models -->\n"
+BENCH_BEGIN, BENCH_END = "<!-- bench: written by benchmarks/readme.py -->\n", "<!-- end of bench -->\n"
 ZOO_BEGIN, ZOO_END = "<!-- zoo: written by benchmarks/readme.py -->\n", "<!-- end of zoo -->\n"
 OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")
 GROUPS = {
@@ -353,8 +355,10 @@ def updated(text: str) -> str:
     return replaced(replaced(text, EXPORTS_BEGIN, EXPORTS_END, exports_section()), BEGIN, END, section())
 
 
-def updated_zoo(text: str) -> str:
+def updated_faexport(text: str) -> str:
     """docs/faexport.md, likewise."""
+    benches = _tables(("bench.json", bench_tables))
+    text = replaced(text, BENCH_BEGIN, BENCH_END, benches if benches.strip() else "Not recorded yet.\n")
     return replaced(text, ZOO_BEGIN, ZOO_END, zoo_section())
 
 
@@ -392,7 +396,7 @@ def updated_models(text: str) -> str:
 PAGES = {
     "README.md": updated,
     "docs/backward.md": updated_backward,
-    "docs/faexport.md": updated_zoo,
+    "docs/faexport.md": updated_faexport,
     "docs/decoding.md": updated_decoding,
     "docs/kernels.md": updated_kernels,
     "docs/llm.md": updated_llm,

@@ -26,7 +26,7 @@ from .output import check_input, check_report, write_file
 
 if TYPE_CHECKING:
     from .blocks import Block
-    from .inputs import InputSpec
+    from .inputs import Drawing, InputSpec
     from .report import Report
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
@@ -35,6 +35,7 @@ EXAMPLES = """\b
 Examples:
   faexport bench model.onnx                          a ladder of lengths
   faexport bench model.onnx --shape input_ids:8x512  one size
+  faexport bench model.onnx --padded                 batches of several lengths
   faexport bench model.onnx --device cpu             not on the GPU
   faexport bench model.onnx --json --svg b.svg       for programs, a picture
 """
@@ -50,6 +51,9 @@ Examples:
     metavar="NAME:SHAPE",
     multiple=True,
     help="A shape to measure at, e.g. input_ids:8x512; the other inputs follow. Repeatable, for more sizes.",
+)
+@click.option(
+    "--padded", is_flag=True, help="Give all entries of a batch but the first random lengths, padded on the right."
 )
 @click.option(
     "--runs", type=click.IntRange(min=5), default=20, show_default=True, help="Runs of each model at each size."
@@ -78,6 +82,7 @@ Examples:
 def bench(
     model: pathlib.Path,
     shapes: tuple[str, ...],
+    padded: bool,
     runs: int,
     device: str | None,
     threads: int,
@@ -98,7 +103,7 @@ def bench(
     with terminal.progress(quiet) as progress:
         device = device or default_device()
         limits = Limits(device, runs, threads, timeout)
-        found = measure(model, shapes, limits, progress.step)
+        found = measure(model, shapes, limits, progress.step, padded)
     rows, sentence = found.rows, conclusion(found.rows)
     picture = bench_view.picture(rows, model.name)
     if svg is not None:
@@ -110,7 +115,7 @@ def bench(
         text = html_report.page(found.report, found.blocks, html_report.bench(picture, [*found.notes, sentence]))
         write_file(html_file, text.encode())
     if as_json:
-        data = {"model": str(model), "device": device, "rows": [_as_data(row) for row in rows]}
+        data = {"model": str(model), "device": device, "padded": padded, "rows": [_as_data(row) for row in rows]}
         data |= {"notes": found.notes, "conclusion": sentence}
         with terminal.printing():
             click.echo(json.dumps(data, indent=2))
@@ -166,8 +171,9 @@ def measure(
     shapes: Sequence[str] = (),
     limits: Limits = Limits(),
     on_step: Callable[[str], None] = lambda text: None,
+    padded: bool = False,
 ) -> Result:
-    """Raises ModelError."""
+    """`padded`: all entries of a batch but the first have random lengths. Raises ModelError."""
     from . import blocks, inputs, model_io, operator_library, ort_session, pipeline
 
     if missing := ort_session.missing_packages():
@@ -177,6 +183,7 @@ def measure(
     specs = inputs.input_specs(original)
     for text in shapes:  # what is wrong with them is said before the work begins
         _bound(specs, *parse_shape(text))
+    drawing = _drawing(specs, padded)
     on_step("fusing")
     fused, report = pipeline.run(model_io.load(model), Options())
     if not report.num_fused:
@@ -189,7 +196,7 @@ def measure(
         path = folder / "fused.onnx"
         model_io.save(fused, path, source=model)
         both = (str(model.resolve()), str(path))
-        for tensors in _settings(specs, shapes):
+        for tensors in _settings(specs, shapes, drawing):
             sizes = {name: list(array.shape) for name, array in tensors.items()}
             on_step(f"measuring {bench_label(sizes)}")
             try:
@@ -219,7 +226,18 @@ def _rest(limits: Limits, model: str, tensors: dict[str, Any], attention: set[st
     return used, inside / total if total else None
 
 
-def _settings(specs: Sequence[InputSpec], shapes: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _drawing(specs: Sequence[InputSpec], padded: bool) -> Drawing:
+    """Raises ModelError where the model has no input that tells which entries are shorter."""
+    from .inputs import Drawing, MaskPattern, Role
+
+    told_by = {Role.MASK, Role.WEIGHT, Role.VALID_KEYS, Role.LAST_KEY, Role.LENGTHS}
+    if padded and not any(spec.role in told_by for spec in specs):
+        names = ", ".join(spec.name for spec in specs)
+        raise ModelError(f"--padded: the model has no mask and no lengths; its inputs are {names}")
+    return Drawing(MaskPattern.RIGHT_PADDED if padded else MaskPattern.ONES)
+
+
+def _settings(specs: Sequence[InputSpec], shapes: Sequence[str], drawing: Drawing) -> Iterator[dict[str, Any]]:
     """Inputs for each size: those asked for, else a ladder of lengths, or the one that the model has."""
     import numpy as np
 
@@ -228,7 +246,7 @@ def _settings(specs: Sequence[InputSpec], shapes: Sequence[str]) -> Iterator[dic
     def drawn(given: dict[str, int], length: int) -> dict[str, Any]:
         bound = inputs.bind(specs, inputs.Sizes(batch=given.pop("", 1), length=length, past=length), given)
         try:
-            return inputs.draw(specs, bound, inputs.Drawing(), np.random.default_rng(0))
+            return inputs.draw(specs, bound, drawing, np.random.default_rng(0))
         except inputs.UnsupportedInput as error:
             raise ModelError(str(error)) from error
 

@@ -12,9 +12,10 @@ import xml.etree.ElementTree
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
-from faexport import bench, bench_view, ort_session
+from faexport import bench, bench_view, inputs, ort_session
 from faexport.bench_data import Measured, Row, Timing
 from onnx import TensorProto, helper
 
@@ -92,6 +93,18 @@ def test_a_gpu_that_is_not_there_is_one_line(model: pathlib.Path) -> None:
     assert_bad_input(here("bench", model, "--shape", SHAPE, "--device", "cuda"), "--device cpu measures on the CPU")
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_entries_are_padded_where_it_is_asked(padded: bool) -> None:
+    values = [helper.make_tensor_value_info(n, TensorProto.INT64, ["b", "s"]) for n in ("ids", "attention_mask", "y")]
+    add = helper.make_node("Add", ["ids", "attention_mask"], ["y"])
+    model = ir.from_proto(helper.make_model(helper.make_graph([add], "g", values[:2], values[2:]), ir_version=9))
+    specs = inputs.input_specs(model)
+    (tensors,) = bench._settings(specs, ["ids:8x64"], bench._drawing(specs, padded))
+    lengths = tensors["attention_mask"].sum(1)
+    assert lengths[0] == 64 and (lengths.min() < 64) == padded
+    assert (np.diff(tensors["attention_mask"]) <= 0).all(), "padding is on the right"
+
+
 def timing(median: float, spread: float = 0.001) -> Timing:
     return Timing(median, median - spread, median + spread, 20)
 
@@ -118,6 +131,7 @@ def test_what_can_t_be_measured_is_one_line(model: pathlib.Path, tmp_path: pathl
     assert_bad_input(here("bench", model, "--shape", "ids:1x2"), "no input 'ids'", "hidden_states")
     assert_bad_input(here("bench", model, "--shape", "hidden_states:1x2x3"), "does not fit the model's ?x?x64")
     assert_bad_input(here("bench", model, "--shape", "hidden_states"), "is not a shape")
+    assert_bad_input(here("bench", model, "--padded"), "the model has no mask", "hidden_states")
     assert_bad_input(here("bench", tmp_path / "nowhere.onnx"), "no such file")
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])

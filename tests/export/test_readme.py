@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
@@ -12,6 +13,8 @@ import sys
 
 import onnx
 import pytest
+from faexport import bench
+from faexport.bench_data import Measured, Row, Timing
 from faexport.cli import app
 
 from tests.export import big_model
@@ -53,6 +56,27 @@ def test_tables_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPat
     for name, update in readme.PAGES.items():
         text = (ROOT / name).read_text()
         assert update(text) == text, f"{name}: run python benchmarks/readme.py"
+
+
+def test_bench_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `faexport bench --json` gives, by model, is what the tables are made of."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import model_pages
+
+    def measured(milliseconds: float, memory: int | None) -> Measured:
+        return Measured(Timing(milliseconds / 1e3, milliseconds / 1.1e3, milliseconds / 0.9e3, 20), memory, None)
+
+    rows = [
+        Row({"input_ids": [8, length]}, measured(theirs, 3 * 10**6), measured(ours, memory))
+        for length, theirs, ours, memory in ((128, 1.0, 1.01, None), (512, 9.0, 3.0, 10**6))
+    ]
+    data = json.loads(json.dumps([bench._as_data(row) for row in rows]))
+    model = {"title": "Model", "dtype": "float16", "padded": True, "notes": [], "picture": "bench_model.svg"}
+    environment = {"gpu": "GPU", "versions": {"onnxruntime-gpu": "1"}, "commit": "abc", "date": "2026-01-01"}
+    models = [model | {"rows": data, "conclusion": bench.conclusion(rows)}]
+    page = model_pages.bench_tables({**environment, "models": models})
+    assert "| 8×128 | 1 | 1.01 | 0.99 (even) | 3 | ? |" in page and "| 8×512 | 9 | 3 | 3.00 | 3 | 1 |" in page
+    assert "entries of several lengths. It pays from input_ids 8x512 on" in page and "results/bench_model.svg)" in page
 
 
 def test_models_tables(monkeypatch: pytest.MonkeyPatch) -> None:
