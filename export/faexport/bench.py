@@ -35,7 +35,7 @@ EXAMPLES = """\b
 Examples:
   faexport bench model.onnx                          a ladder of lengths
   faexport bench model.onnx --shape input_ids:8x512  one size
-  faexport bench model.onnx --padded                 batches of several lengths
+  faexport bench model.onnx --padded                 padded batches
   faexport bench model.onnx --device cpu             not on the GPU
   faexport bench model.onnx --json --svg b.svg       for programs, a picture
 """
