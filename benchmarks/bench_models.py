@@ -36,8 +36,8 @@ EXAMPLES = (
 )
 
 
-def whole_model(name: str, folder: pathlib.Path, target: pathlib.Path, layers: int) -> str:
-    """Writes the model with its weights, and returns how it was exported. Raises SystemExit with why it wasn't."""
+def whole_model(name: str, folder: pathlib.Path, target: pathlib.Path, layers: int) -> tuple[str, str]:
+    """Writes the model with its weights, and returns how it was exported, and by what. Raises SystemExit."""
     skeletons_by_export = {how: folder / f"{name} {how} {FILE}.onnx" for how in EXPORTS}
     how = next((how for how, path in skeletons_by_export.items() if path.exists()), EXPORTS[0])
     if not skeletons_by_export[how].exists():
@@ -48,7 +48,7 @@ def whole_model(name: str, folder: pathlib.Path, target: pathlib.Path, layers: i
     if not skeletons_by_export[how].exists():
         raise SystemExit((folder / f"{name} {how}.json").read_text())
     target.write_bytes(skeletons.Weights(folder / f"{name}.weights.json").restored(skeletons_by_export[how]))
-    return how
+    return how, skeletons.exporters([skeletons_by_export[how]])[0]
 
 
 def run(example: Example, model: pathlib.Path, picture: pathlib.Path, options: argparse.Namespace) -> dict:
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write to benchmarks/results, not to build/benchmarks")
     options = parser.parse_args()
     packages = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime")
-    document = results_file.environment(*packages, commit=options.commit) | {"models": []}
+    document = results_file.environment(*packages, commit=options.commit) | {"models": [], "exported_by": []}
     if options.device == "cuda":
         import torch
 
@@ -85,7 +85,7 @@ def main() -> None:
         folder = options.models or pathlib.Path(temporary)
         for example in EXAMPLES:
             model = pathlib.Path(temporary) / f"{example.name}.onnx"
-            how = whole_model(example.name, folder, model, options.layers)
+            how, exporter = whole_model(example.name, folder, model, options.layers)
             sizes = tuple(size for size in example.sizes if size[1] <= options.longest)
             picture = pathlib.Path(temporary) / f"{example.name}.svg"
             found = run(dataclasses.replace(example, sizes=sizes), model, picture, options)
@@ -96,6 +96,7 @@ def main() -> None:
                 "picture": f"bench_{picture.name}",
             }
             document["models"].append(said | found | {"model": model.name})
+            document["exported_by"] = sorted({*document["exported_by"], exporter})
             path = results_file.write("bench", document, options.record)
             path.with_name(said["picture"]).write_text(picture.read_text())
             model.unlink()

@@ -324,7 +324,7 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
     if path.exists():
         before = json.loads(path.read_text())
         if all(before.get(key) == document.get(key) for key in ("commit", "cpu", "gpu", "layers", "threads")):
-            document |= {"fused": before["fused"], "rows": before["rows"]}
+            document |= {key: before[key] for key in ("fused", "rows", "exported_by")}
     new = {(row["row"], row["dtype"]) for row in rows}
     all_rows = [row for row in document["rows"] if (row["row"], row["dtype"]) not in new] + rows
     place = {name: number for number, name in enumerate(MODELS)}
@@ -336,6 +336,8 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
                 path.stem.removeprefix(f"{encoder} {how} "): skeletons.fused_operators(path)
                 for path in sorted(options.models.glob(f"{encoder} {how} *.onnx"))
             }
+    exported = (path for row in rows for path in options.models.glob(f"{row['encoder']} * unfused.onnx"))
+    document["exported_by"] = sorted({*document.get("exported_by", []), *skeletons.exporters(exported)})
     return results_file.write(name, document, options.record)
 
 

@@ -22,8 +22,7 @@ def encoder_tables(data: dict) -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in data["rows"]):
         lines = [
             f"Whole encoders, {dtype}, in onnxruntime {runtime}, {where}: milliseconds of the files made "
-            f"from three exports of PyTorch {data['versions'].get('torch', '')} "
-            f"({', '.join(EXPORTS)}; – failed, ! wrong). "
+            f"from three exports of {_exporters(data)} ({', '.join(EXPORTS)}; – failed, ! wrong). "
             "The last column: how many times as fast as the fastest of all other files, from the worst of the three:",
             "",
             f"| batch × length | {' | '.join(FILES.values())} | times as fast |",
@@ -36,6 +35,10 @@ def encoder_tables(data: dict) -> str:
             lines.append(f"| {title} {row['batch_size']} × {row['length']} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _exporters(data: dict) -> str:
+    return " and ".join(data["exported_by"]).replace("pytorch", "PyTorch")
 
 
 def _is_right(found: dict, row: dict) -> bool:
@@ -178,7 +181,7 @@ def bench_tables(data: dict) -> str:
     where = data.get("gpu") or f"CPU ({data['cpu']})"
     runtime = next(data["versions"][name] for name in ("onnxruntime-gpu", "onnxruntime") if name in data["versions"])
     made = f"commit {data['commit']}, {data['date'][:10]} (`benchmarks/bench_models.py`)"
-    lines = [f"{where}, onnxruntime {runtime}, {made}; exports of PyTorch with random weights:"]
+    lines = [f"{where}, onnxruntime {runtime}, {made}; exports of {_exporters(data)} with random weights:"]
     for model in data["models"]:
         title = f"{model['title']}, {model['dtype']}" + (", entries of several lengths" if model["padded"] else "")
         said = " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in (*model["notes"], model["conclusion"]))

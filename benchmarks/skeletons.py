@@ -16,7 +16,7 @@ import os
 import pathlib
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,6 +51,12 @@ def fused_operators(path: pathlib.Path) -> dict[str, int]:
     """How many nodes of each operator that is not of ONNX a file has."""
     nodes = onnx.load(path, load_external_data=False).graph.node
     return dict(sorted(collections.Counter(node.op_type for node in nodes if node.domain in FUSED_DOMAINS).items()))
+
+
+def exporters(paths: Iterable[pathlib.Path]) -> list[str]:
+    """What wrote these files, e.g. "pytorch 2.13.0"; they needn't have been made where they are timed."""
+    models = (onnx.load(path, load_external_data=False) for path in paths)
+    return sorted({f"{model.producer_name} {model.producer_version.partition('+')[0]}" for model in models})
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -74,7 +74,8 @@ def test_bench_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"title": "Model", "dtype": "float16", "padded": True, "notes": [], "picture": "bench_model.svg"}
     environment = {"gpu": "GPU", "versions": {"onnxruntime-gpu": "1"}, "commit": "abc", "date": "2026-01-01"}
     models = [model | {"rows": data, "conclusion": bench.conclusion(rows)}]
-    page = model_pages.bench_tables({**environment, "models": models})
+    page = model_pages.bench_tables({**environment, "exported_by": ["pytorch 2.13.0"], "models": models})
+    assert "exports of PyTorch 2.13.0" in page
     assert "| 8×128 | 1 | 1.01 | 0.99 (even) | 3 | ? |" in page and "| 8×512 | 9 | 3 | 3.00 | 3 | 1 |" in page
     assert "entries of several lengths. It pays from input_ids 8x512 on" in page and "results/bench_model.svg)" in page
 
