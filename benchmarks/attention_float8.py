@@ -2,12 +2,13 @@
 """Contestants on float8 tensors: the operator, also on the same numbers in bfloat16, FlashAttention-3 and cuDNN.
 
 cuDNN is called through its own frontend (nvidia-cudnn-frontend), since PyTorch offers no float8 attention. On Hopper it
-writes float8 only. All factors are 1, which changes no peer's time.
+writes float8 only. Where times are measured all factors are 1, which changes no peer's time.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import attention_torch
 import faplugin
@@ -62,7 +63,15 @@ def flash_attention_3(row: Row) -> Contestant:
 
 
 def cudnn(row: Row, first: Tensors) -> Contestant:
-    """A graph of one sdpa_fp8 node, planned for the row's shapes."""
+    run = cudnn_graph(first.query, first.key, first.value, row.head_dim**-0.5, row.is_causal)
+    return lambda tensors: run(tensors.query, tensors.key, tensors.value, {})
+
+
+def cudnn_graph(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool
+) -> Callable[..., torch.Tensor]:
+    """A graph of one sdpa_fp8 node, planned for these shapes, [B, S, H, D]. It is called with such tensors and with
+    those of cuDNN's factors by name (descale_q, scale_o …) that aren't 1; each call writes the same output."""
     import cudnn as frontend
 
     kinds = frontend.data_type
@@ -76,31 +85,28 @@ def cudnn(row: Row, first: Tensors) -> Contestant:
 
     operands = {
         name: graph.tensor(name=name, **shape_of(tensor), data_type=kinds.FP8_E4M3)
-        for name, tensor in (("q", first.query), ("k", first.key), ("v", first.value))
+        for name, tensor in (("q", query), ("k", key), ("v", value))
     }
     names = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
     one = {"dim": [1, 1, 1, 1], "stride": [1, 1, 1, 1]}
     factors = {name: graph.tensor(name=name, **one, data_type=kinds.FLOAT) for name in names}
-    options = {"is_inference": True, "attn_scale": row.head_dim**-0.5, "use_causal_mask": row.is_causal}
+    options = {"is_inference": True, "attn_scale": scale, "use_causal_mask": is_causal}
     output, _, *largest = graph.sdpa_fp8(**operands, **factors, **options, name="sdpa")
     output.set_output(True).set_data_type(kinds.FP8_E4M3)
-    output.set_dim(shape_of(first.query)["dim"]).set_stride(shape_of(first.query)["stride"])
+    output.set_dim(shape_of(query)["dim"]).set_stride(shape_of(query)["stride"])
     for tensor in largest:
         tensor.set_output(True).set_data_type(kinds.FLOAT).set_dim(one["dim"]).set_stride(one["stride"])
     graph.build([frontend.heur_mode.A])
     scalars = {tensor: torch.ones(1, 1, 1, 1, device="cuda") for tensor in (*factors.values(), *largest)}
-    written = torch.empty(first.query.shape, dtype=torch.uint8, device="cuda").view(FLOAT8)
+    written = torch.empty(query.shape, dtype=torch.uint8, device="cuda").view(FLOAT8)
     workspace = torch.empty(max(1, graph.get_workspace_size()), dtype=torch.uint8, device="cuda")
     handle = frontend.create_handle()
 
-    def call(tensors: Tensors) -> torch.Tensor:
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scales: dict) -> torch.Tensor:
+        for name, scale in scales.items():
+            scalars[factors[name]].fill_(scale)
         frontend.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
-        given = {
-            operands["q"]: tensors.query,
-            operands["k"]: tensors.key,
-            operands["v"]: tensors.value,
-            output: written,
-        }
+        given = {operands["q"]: query, operands["k"]: key, operands["v"]: value, output: written}
         graph.execute(given | scalars, workspace, handle=handle)
         return written
 
