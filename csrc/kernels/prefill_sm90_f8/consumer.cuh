@@ -12,15 +12,17 @@
 namespace fa::prefill_sm90_f8 {
 
 /// A part of a key tile, for hide_keys.
+template <class C>
 struct KeyGroup {
   static constexpr int kTileN = 32;
-  static constexpr bool kStagedOnly = false, kModified = true;
+  static constexpr bool kStagedOnly = C::kStagedOnly, kModified = true;
 };
 
 /// Registers and ring positions of one consumer warpgroup.
 template <class C>
 struct Consumer {
   using Multiply = Products<C>;
+  using Sum = float[Multiply::kSum];  // of a product with values, in registers
 
   const KernelArgs& args;
   SharedPlan<C>& shared;
@@ -88,65 +90,83 @@ struct Consumer {
     k.advance();
   }
 
-  /// Part kPart of P V, in registers that `sum` names, and on to the output.
+  /// Issues part kPart of P V.
   template <int kPart>
-  __device__ __forceinline__ void add_part(float (&sum)[Multiply::template kSum<kPart>]) {
+  __device__ __forceinline__ void start_part(Sum& sum, float (&ones)[4]) {
     wgmma_pin(sum);
     wgmma_pin(weights);
-    float ones[4];
     wgmma_fence();
     Multiply::template start_sum<kPart>(sum, weights, shared.value[v.stage], ones);
-    wgmma_wait<0>();
-    wgmma_pin(sum);
-    if constexpr (C::kSums > 1 && kPart + 1 == C::kSums) wgmma_pin(ones);
-    wgmma_pin(weights);
-    Multiply::template add_sum<kPart>(o, sum, rows.factor);
-    if constexpr (C::kSumsWeights && kPart + 1 == C::kSums) {  // one of the four threads has them, the others have zeros
-      if constexpr (C::kSums == 1) {
-        rows.sum[0] += sum[C::kSumColumns / 2];
-        rows.sum[1] += sum[C::kSumColumns / 2 + 2];
-      } else {
-        rows.sum[0] += ones[0];
-        rows.sum[1] += ones[2];
-      }
-    }
   }
 
-  /// out = factor out + P V, from part kPart on.
-  template <int kPart = 0>
-  __device__ __forceinline__ void add_values() {
-    constexpr int kSum = Multiply::template kSum<kPart>;
-    if constexpr (C::kSharesRegisters) {
-      add_part<kPart>(reinterpret_cast<float (&)[kSum]>(s));
-    } else {
-      float sum[kSum];
-      add_part<kPart>(sum);
+  /// Waits for part kPart, behind which kPending others are on their way, and adds it to the output.
+  template <int kPart, int kPending>
+  __device__ __forceinline__ void finish_part(Sum& sum, float (&ones)[4]) {
+    constexpr bool kLast = kPart + 1 == C::kSums;
+    wgmma_wait<kPending>();
+    wgmma_pin(sum);
+    if constexpr (kLast) wgmma_pin(weights);
+    if constexpr (kLast && C::kOnesApart) wgmma_pin(ones);
+    Multiply::template add_sum<kPart>(o, sum, rows.factor);
+    if constexpr (kLast && C::kSumsWeights) {  // one of the four threads has them, the others have zeros
+      rows.sum[0] += C::kOnesApart ? ones[0] : sum[C::kSumColumns / 2];
+      rows.sum[1] += C::kOnesApart ? ones[2] : sum[C::kSumColumns / 2 + 2];
     }
-    if constexpr (kPart + 1 < C::kSums) {
-      add_values<kPart + 1>();
-    } else {
+    if constexpr (kLast) {
       release(shared.value_empty[v.stage]);
       v.advance();
     }
   }
 
+  /// Part kPart is on its way in `sum`; the next one is issued, into `other`, before this one is added.
+  template <int kPart>
+  __device__ __forceinline__ void stream_parts(Sum& sum, Sum& other, float (&ones)[4]) {
+    if constexpr (kPart + 1 < C::kSums) {
+      start_part<kPart + 1>(other, ones);
+      finish_part<kPart, 1>(sum, ones);
+      stream_parts<kPart + 1>(other, sum, ones);
+    } else {
+      finish_part<kPart, 0>(sum, ones);
+    }
+  }
+
+  /// out = factor out + P V
+  __device__ __forceinline__ void add_values() {
+    // NOTE: the sums are no parts of `s`, though they stand in its registers: ptxas runs products one after the other if it is
+    // told that one of 128 columns shares registers with two of 64 (C7511).
+    float ones[4];
+    if constexpr (C::kSumColumns == C::kTileN) {
+      start_part<0>(s, ones);
+      finish_part<0, 0>(s, ones);
+    } else {
+      Sum sum, other;
+      start_part<0>(sum, ones);
+      stream_parts<0>(sum, other, ones);
+    }
+  }
+
   /// In the warpgroup's turn, out = factor out + P V and the next scores.
   __device__ __forceinline__ void multiply() {
+    // NOTE: where there are parts, waits for the keys behind them: this branch keeps the compiler from adding the last part after
+    // the scores have been issued, for which it would need more registers.
+    constexpr bool kKeysFirst = C::kSums == 1;
     shared.value_full[v.stage].wait(v.phase);
-    shared.key_full[k.stage].wait(k.phase);
+    if constexpr (kKeysFirst) shared.key_full[k.stage].wait(k.phase);
     take_turn();
     add_values();
+    if constexpr (!kKeysFirst) shared.key_full[k.stage].wait(k.phase);
     start_scores();
+    if constexpr (C::kPassesEarly) pass_turn();
     finish_scores();
-    pass_turn();
+    if constexpr (!C::kPassesEarly) pass_turn();
   }
 
   /// Scores that the rows don't see become -inf, 32 keys at a time: what of all is visible takes more registers than there are.
   __device__ __forceinline__ void hide_keys(const Tile& tile, int block) {
 #pragma unroll
     for (int group = 0; group < C::kTileN / 32; ++group) {
-      prefill_sm90::hide_keys<KeyGroup>(reinterpret_cast<float (&)[16]>(s[16 * group]), args.problem, tile,
-                                        tile.first_row + first_row_in_tile(), block * C::kTileN + 32 * group);
+      prefill_sm90::hide_keys<KeyGroup<C>>(reinterpret_cast<float (&)[16]>(s[16 * group]), args.problem, tile,
+                                           tile.first_row + first_row_in_tile(), block * C::kTileN + 32 * group);
     }
   }
 

@@ -26,7 +26,7 @@ const Instance kInstances[] = {
 
 /// Null where the heads are too wide for any.
 const Instance* find_instance(const AttentionParams& p) {
-  const bool modified = p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.lse.present;
+  const bool modified = p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || p.lse.present;
   const Variant variant = modified ? Variant::kModified : Variant::kPlain;
   return smallest_instance(kInstances, p, [&](const Instance& instance) { return instance.variant == variant; });
 }

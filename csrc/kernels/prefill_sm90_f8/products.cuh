@@ -24,21 +24,20 @@ struct Products {
     wgmma_commit();
   }
 
-  /// Registers for the sum of part kPart: the columns from kSumColumns kPart on, and in the last part those of the ones.
-  template <int kPart>
-  static constexpr int kSum = (C::kSumColumns + (C::kSums == 1 ? C::kOnesRows : 0)) / 2;
+  /// Registers for the sum of one part, kSumColumns columns, and those of the ones unless they are apart.
+  static constexpr int kSum = (C::kSumColumns + (C::kOnesApart ? 0 : C::kOnesRows)) / 2;
 
   /// Issues sum = P V, of part kPart.
   template <int kPart>
-  static __device__ __forceinline__ void start_sum(float (&sum)[kSum<kPart>], const uint32_t (&weights)[kWeights],
-                                                   const uint8_t* value, float (&ones)[4]) {
+  static __device__ __forceinline__ void start_sum(float (&sum)[kSum], const uint32_t (&weights)[kWeights], const uint8_t* value,
+                                                   float (&ones)[4]) {
     const uint64_t b = wgmma_descriptor_k_major(shared_address(value)) + ((kPart * C::kSumColumns * 128) >> 4);
 #pragma unroll
     for (int step = 0; step < C::kTileN / 32; ++step) {
       const uint32_t* w = weights + 4 * step;
-      WgmmaF8<2 * kSum<kPart>>::rs(sum, w[0], w[1], w[2], w[3], b + ((step * 32) >> 4), step > 0);
+      WgmmaF8<2 * kSum>::rs(sum, w[0], w[1], w[2], w[3], b + ((step * 32) >> 4), step > 0);
     }
-    if constexpr (C::kOnesRows > 0 && C::kSums > 1 && kPart + 1 == C::kSums) {
+    if constexpr (C::kOnesApart && kPart + 1 == C::kSums) {
       const uint64_t c = wgmma_descriptor_k_major(shared_address(value)) + ((C::kHeadDim * 128) >> 4);
 #pragma unroll
       for (int step = 0; step < C::kTileN / 32; ++step) {
@@ -51,7 +50,7 @@ struct Products {
 
   /// out = factor * out + sum
   template <int kPart>
-  static __device__ __forceinline__ void add_sum(float (&out)[kOut], const float (&sum)[kSum<kPart>], const float (&factor)[2]) {
+  static __device__ __forceinline__ void add_sum(float (&out)[kOut], const float (&sum)[kSum], const float (&factor)[2]) {
     constexpr int kFirst = kPart * C::kSumColumns / 2;
 #pragma unroll
     for (int i = 0; i < C::kSumColumns / 2; ++i) out[kFirst + i] = fmaf(out[kFirst + i], factor[(i >> 1) & 1], sum[i]);

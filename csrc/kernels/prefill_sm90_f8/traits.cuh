@@ -18,9 +18,9 @@ struct Traits {
   static constexpr TileShape kShape = tile_shape(kHeadDim_, kVariant);
 
   // What the instance can do.
-  static constexpr bool kStagedOnly = false;                   // any bias and any mask
-  static constexpr bool kModified = true;                      // when a tile ends, references are natural scores
-  static constexpr bool kPlain = kVariant == Variant::kPlain;  // neither softcap nor bias nor ALiBi
+  static constexpr bool kStagedOnly = kVariant == Variant::kPlain;  // no mask but what becomes a range
+  static constexpr bool kModified = true;                           // when a tile ends, references are natural scores
+  static constexpr bool kPlain = kVariant == Variant::kPlain;       // neither softcap nor bias nor ALiBi
 
   // Tiles.
   static constexpr int kHeadDim = kHeadDim_;              // the copy engine pads narrower heads with zeros
@@ -35,10 +35,10 @@ struct Traits {
   // by the FP32 unit.
   static constexpr int kSumColumns = kShape.sum_columns;
   static constexpr int kSums = kHeadDim / kSumColumns;
-  static constexpr bool kSharesRegisters = kSums > 1;  // scores and such a sum stand in the same registers, one after the other
   // The tensor cores add up the rows' weights, too, as rounded: transposed values have eight more rows, the first of ones.
   static constexpr bool kSumsWeights = kShape.sums_weights;
   static constexpr int kOnesRows = kSumsWeights ? 8 : 0;
+  static constexpr bool kOnesApart = kSumsWeights && kHeadDim > 64;  // in a product of their own
 
   // Buffers in shared memory.
   static constexpr int kKeyStages = kShape.key_stages, kRawStages = kShape.raw_stages, kValueStages = kShape.value_stages;
@@ -51,6 +51,7 @@ struct Traits {
   static constexpr bool kSmall = false;  // producers are a warpgroup of their own
   static constexpr int kConverters = 2;  // warps that transpose values
   static constexpr bool kTakesTurns = kShape.takes_turns;
+  static constexpr bool kPassesEarly = kShape.passes_early;
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kThreads = 32 * kConsumerWarps + kWarpgroupThreads;
 
