@@ -125,6 +125,7 @@ target_sources(fa_core PRIVATE
   kernels/cache_step/cache_step.cpp
   kernels/cache_step/plain_step.cpp
   kernels/decode_splitkv/decode_splitkv.cpp
+  kernels/common/kernel_attributes.cpp
   kernels/device.cpp
   kernels/prefill_sm80/instance.cpp
   kernels/prefill_sm80/prefill_sm80.cpp)

@@ -203,7 +203,7 @@ void BoundCall::run(void* workspace, size_t workspace_bytes, int64_t num_threads
     context.workspace_bytes = bytes;
   }
   check(is_backward ? launch_backward(backward_, problem_.params, gradients_, context)
-                    : plugin::launch(plan_, problem_, context));
+                    : plugin::launch(plan_, &problem_, context));
 }
 
 std::string BoundCall::explain(const std::string& name) const {
@@ -287,7 +287,7 @@ int BoundCall::slot_of_bias() const {
 bool BoundCall::is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const {
   const bool is_pair = (output == Output::kPresentKey && input == Input::kPastKey) ||
                        (output == Output::kPresentValue && input == Input::kPastValue);
-  bool is_same = is_pair && node_.attributes.cache != "append" && present.data == past.data;
+  bool is_same = is_pair && node_.words.cache != CacheMode::kAppend && present.data == past.data;
   for (int i = 0; is_same && i < present.rank; ++i)
     is_same = present.shape[i] == past.shape[i] && (present.shape[i] <= 1 || present.stride[i] == past.stride[i]);
   return is_same;

@@ -9,6 +9,7 @@
 #include "kernels/backward_sm90/backward_sm90.h"
 #include "kernels/backward_sm90/instances.h"
 #include "kernels/backward_sm90/kernel.cuh"
+#include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
 #include "kernels/common/tensor_map.h"
@@ -64,7 +65,7 @@ Status launch_config(const BackwardPlan& plan, const AttentionParams& p, const G
   static_assert(kSharedBytes <= kSharedLimit, "plan() asks the device for kSharedLimit bytes, so no block may need more.");
   const auto kernel = backward_sm90_kernel<C>;
   const int blocks = std::min(args.num_items, plan.device.num_sms);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  cudaError_t error = allow_shared_memory(kernel, kSharedBytes);
   if (error == cudaSuccess)
     error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, static_cast<cudaStream_t>(context.stream), args);
   if (error != cudaSuccess || !gradients.d_sinks.present) return cuda_status(error, "backward_sm90 could not be launched");
