@@ -26,6 +26,8 @@ def sample() -> list[cases.Case]:
         precision, head_dim = ("tf32", "tf32x3")[i % 2], (64, 128, 40, 256, 96)[i % 5]
         shape = (2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], head_dim)
         chosen.append(cases.Case("float32", *shape, **fields, float32_precision=precision))
+    odd_rows = {"mask": "B11K", "bias": "1HQK", "softcap": 20.0}
+    chosen.append(cases.Case("bfloat16", 3, 2, 2, 130, 1023, 64, **odd_rows))
     hidden = [case for case in cases.systematic() if case.nan in ("value", "hidden")]
     return chosen + cases.wide()[::9] + hidden[::23] + in_circles()
 
