@@ -23,7 +23,7 @@ def test_sample(tool: str) -> None:
     options = ["--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=2fa"]
     environment = dict(os.environ)
     if tool == "memcheck":  # PyTorch's cache would hide an access beyond a tensor; bytes between allocations show it
-        options += ["--padding", "64"]
+        options += ["--padding", "512"]
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     command = [sanitizer, *options, sys.executable, "-m", "tests.gpu.sanitizer_sample"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
