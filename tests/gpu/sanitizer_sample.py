@@ -42,7 +42,9 @@ def in_circles() -> list[cases.Case]:
     return [
         cases.Case("bfloat16", 1, 4, 2, 450, 450, 64, **band),
         cases.Case("float16", 1, 4, 2, 450, 450, 128, **band),
+        cases.Case("bfloat16", 1, 4, 2, 450, 450, 256, **band),
         cases.Case("bfloat16", 35, 4, 4, 70, 130, 128),
+        cases.Case("float16", 35, 2, 2, 70, 130, 192),
     ]
 
 
