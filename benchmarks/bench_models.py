@@ -31,8 +31,8 @@ class Example:
 
 
 EXAMPLES = (
-    Example("bert", ((8, 128), (8, 256), (8, 512), (8, 1024), (8, 2048)), padded=True),
-    Example("gpt3", ((1, 256), (1, 512), (1, 1024), (1, 2048))),
+    Example("bert", ((8, 128), (8, 512), (8, 2048)), padded=True),
+    Example("gpt3", ((1, 512), (1, 1024), (1, 2048))),
 )
 
 

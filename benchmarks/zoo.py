@@ -320,8 +320,9 @@ def summary(results: list[dict], options: Options) -> dict:
     }
 
 
-def record(results: list[dict], options: Options, seconds: float) -> pathlib.Path:
-    """Writes benchmarks/results/zoo.json: machine, versions, commit; slices, families, what was not fused."""
+def record(results: list[dict], options: Options, seconds: float, folder: pathlib.Path) -> pathlib.Path:
+    """Writes benchmarks/results/zoo.json: machine, versions, commit; slices, families, what was not fused. Sentences
+    name files of `folder` as they lie in it."""
     families = sorted({result["family"] for result in results})
     by_family = {name: [result for result in results if result["family"] == name] for name in families}
     refused = collections.Counter(r["reason"] for result in results for r in result["ours"].get("refusals", []))
@@ -333,7 +334,11 @@ def record(results: list[dict], options: Options, seconds: float) -> pathlib.Pat
             name: _counts(group, options) | {"kinds": dict(Tally.of(group).kinds)} for name, group in by_family.items()
         },
         "refused": dict(refused.most_common()),
-        "not_run": {r["name"]: r["ours"]["detail"] for r in results if r["ours"]["outcome"] == "not run"},
+        "not_run": {
+            r["name"]: r["ours"]["detail"].replace(f"{folder}/", "")
+            for r in results
+            if r["ours"]["outcome"] == "not run"
+        },
     }
     return write("zoo", document, record=True)
 
@@ -376,7 +381,7 @@ def main() -> int:
     show_reasons(results, screen)
     show_slices(results, options.peers, screen)
     seconds = time.monotonic() - start
-    files = [arguments.json, *([record(results, options, seconds)] if arguments.record else [])]
+    files = [arguments.json, *([record(results, options, seconds, arguments.folder)] if arguments.record else [])]
     print(f"{len(results)} models in {seconds:.0f} s; results: {', '.join(map(str, files))}")
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in totals["without_library"].items())
     print(f"rewritten models in plain onnxruntime {importlib.metadata.version('onnxruntime')}: {outcomes}")

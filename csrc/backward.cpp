@@ -82,6 +82,33 @@ Status check_memory(const Gradients& g) {
   });
 }
 
+/// Does the kernel take the problem? On success the plan is complete; else *why_not, where given, says why not.
+bool plan_with(const BackwardKernel& kernel, const StepParams& params, const Gradients& gradients, const Device& device,
+               BackwardPlan* plan, std::string* why_not) {
+  FA_REFUSE_IF(kernel.device != device.type,
+               kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only");
+  *plan = {};
+  plan->device = device;
+  if (!kernel.plan(params, gradients, plan, why_not)) return false;
+  plan->kernel = &kernel;
+  return true;
+}
+
+/// Why no kernel, or not the one of this name, takes the problem.
+std::string refusals(const StepParams& params, const Gradients& gradients, const Device& device, const char* name) {
+  std::string text, names;
+  for (const BackwardKernel& kernel : kTable) {
+    names += std::string(" ") + kernel.name;
+    if (name != nullptr ? std::strcmp(name, kernel.name) != 0 : kernel.device != device.type) continue;
+    BackwardPlan unused;
+    std::string sentence;
+    plan_with(kernel, params, gradients, device, &unused, &sentence);
+    text += (text.empty() ? "" : "; ") + std::string(kernel.name) + ": " + sentence;
+  }
+  if (!text.empty()) return text;
+  return name == nullptr ? kNoCuda : "there is no backward kernel '" + std::string(name) + "'; there are" + names;
+}
+
 }  // namespace
 
 Status validate_backward(const StepParams& params, const Gradients& gradients) {
@@ -101,24 +128,12 @@ Status plan_backward(const StepParams& params, const Gradients& gradients, const
                      const char* kernel) {
   *plan = {};
   if (Status status = validate_backward(params, gradients); !status.ok()) return status;
-  std::string refusals, names;
   for (const BackwardKernel& row : kTable) {
-    names += std::string(" ") + row.name;
-    if (kernel != nullptr ? std::strcmp(kernel, row.name) != 0 : row.device != device.type) continue;
-    *plan = {};
-    plan->device = device;
-    std::string sentence = row.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only";
-    if (row.device == device.type && row.plan(params, gradients, plan, &sentence)) {
-      plan->kernel = &row;
-      return {};
-    }
-    refusals += (refusals.empty() ? "" : "; ") + std::string(row.name) + ": " + sentence;
+    if (kernel != nullptr && std::strcmp(kernel, row.name) != 0) continue;
+    if (plan_with(row, params, gradients, device, plan, nullptr)) return {};
   }
   *plan = {};
-  if (refusals.empty() && kernel != nullptr)
-    refusals = "there is no backward kernel '" + std::string(kernel) + "'; there are" + names;
-  if (refusals.empty()) refusals = kNoCuda;
-  return {StatusCode::kUnsupported, refusals};
+  return {StatusCode::kUnsupported, refusals(params, gradients, device, kernel)};
 }
 
 Status launch_backward(const BackwardPlan& plan, const StepParams& params, const Gradients& gradients,

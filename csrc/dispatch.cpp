@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "cpu/attention_cpu.h"
@@ -52,16 +53,17 @@ class AttentionStep {
  public:
 #ifdef FA_WITH_CUDA
   AttentionStep(const StepParams& params, const Device& device, void* workspace, bool reads_cache) : params_(params) {
-    if (device.type == DeviceType::kCuda) step_ = cache_step::prepare(params, workspace, reads_cache);
+    if (device.type == DeviceType::kCuda && cache_step::is_needed(params))
+      step_ = cache_step::prepare(params, workspace, reads_cache);
   }
-  const StepParams& problem() const { return step_.is_needed ? step_.problem : params_; }
-  size_t bytes() const { return step_.bytes; }
+  const StepParams& problem() const { return step_ ? step_->problem : params_; }
+  size_t bytes() const { return step_ ? step_->bytes : 0; }
   Status store(const Device& device, const ExecutionContext& context) const {
-    return step_.is_needed ? cache_step::launch(params_, step_, device, context) : Status{};
+    return step_ ? cache_step::launch(params_, *step_, device, context) : Status{};
   }
 
  private:
-  cache_step::Step step_;
+  std::optional<cache_step::Step> step_;
 #else
   AttentionStep(const StepParams& params, const Device&, void*, bool) : params_(params) {}
   const StepParams& problem() const { return params_; }
@@ -72,13 +74,32 @@ class AttentionStep {
   const StepParams& params_;
 };
 
+/// A problem on a device as kernels are given it: with the cache as it is, or without. Each form is made where it is wanted
+/// first.
+class Forms {
+ public:
+  Forms(const StepParams& params, const Device& device) : params_(params), device_(device) {}
+  const StepParams& params() const { return params_; }
+  const Device& device() const { return device_; }
+  const AttentionStep& form(bool reads_cache) {
+    std::optional<AttentionStep>& step = steps_[reads_cache];
+    if (!step) step.emplace(params_, device_, nullptr, reads_cache);
+    return *step;
+  }
+
+ private:
+  const StepParams& params_;
+  const Device& device_;
+  std::optional<AttentionStep> steps_[2];
+};
+
 /// plan_with, for a kernel that is given the cache as it is, or one that is not.
-bool plan_in_form(const Kernel& kernel, const StepParams& params, const Device& device, bool reads_cache, Plan* plan,
-                  std::string* why_not) {
+bool plan_in_form(const Kernel& kernel, Forms* forms, bool reads_cache, Plan* plan, std::string* why_not) {
+  const AttentionStep& step = forms->form(reads_cache);
+  const Device& device = forms->device();
   *plan = {};
   plan->device = device;
   plan->reads_cache = reads_cache;
-  const AttentionStep step(params, device, nullptr, reads_cache);
   const StepParams& problem = step.problem();
   const bool has_columns = problem.query.shape[1] > 0 && problem.query.shape[3] > 0 && problem.out.shape[3] > 0;
   if (has_columns && !kernel.plan(problem, plan, why_not)) return false;  // else launch() doesn't call the kernel
@@ -92,26 +113,27 @@ bool plan_in_form(const Kernel& kernel, const StepParams& params, const Device& 
 }
 
 /// Does the kernel take the problem? On success the plan is complete; else *why_not, where given, says why not.
-bool plan_with(const Kernel& kernel, const StepParams& params, const Device& device, Plan* plan, std::string* why_not) {
-  FA_REFUSE_IF(kernel.device != device.type,
+bool plan_with(const Kernel& kernel, Forms* forms, Plan* plan, std::string* why_not) {
+  FA_REFUSE_IF(kernel.device != forms->device().type,
                kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only");
-  const CacheParams& c = params.cache;
+  const CacheParams& c = forms->params().cache;
   const bool is_plain = !c.key_scale.present && !c.value_scale.present && c.new_key.present;
   const bool stays_in_place = is_plain && (c.mode == CacheMode::kPaged || c.mode == CacheMode::kWrite);
-  if (kernel.reads_caches && stays_in_place && plan_in_form(kernel, params, device, true, plan, nullptr)) return true;
-  return plan_in_form(kernel, params, device, false, plan, why_not);
+  if (kernel.reads_caches && stays_in_place && plan_in_form(kernel, forms, true, plan, nullptr)) return true;
+  return plan_in_form(kernel, forms, false, plan, why_not);
 }
 
 /// Why no kernel, or not the one of this name, takes the problem.
 std::string refusals(const StepParams& params, const Device& device, const char* name) {
   std::string text;
   bool known = false;
+  Forms forms(params, device);
   for (const Kernel& kernel : kTable) {
     if (name != nullptr ? std::strcmp(name, kernel.name) != 0 : kernel.device != device.type) continue;
     known = true;
     Plan unused;
     std::string sentence;
-    plan_with(kernel, params, device, &unused, &sentence);
+    plan_with(kernel, &forms, &unused, &sentence);
     text += (text.empty() ? "" : "; ") + std::string(kernel.name) + ": " + sentence;
   }
   if (known) return text;
@@ -172,9 +194,10 @@ Status launch_on_cuda(const Plan& plan, const StepParams& params, const Executio
 Status plan(const StepParams& params, const Device& device, Plan* plan, const char* kernel) {
   *plan = {};
   if (Status status = validate(params); !status.ok()) return status;
+  Forms forms(params, device);
   for (const Kernel& row : kTable) {
     if (kernel != nullptr && std::strcmp(kernel, row.name) != 0) continue;
-    if (plan_with(row, params, device, plan, nullptr)) return {};
+    if (plan_with(row, &forms, plan, nullptr)) return {};
   }
   *plan = {};
   return {StatusCode::kUnsupported, refusals(params, device, kernel)};
@@ -198,7 +221,8 @@ Status launch(const Plan& plan, const StepParams& params, const ExecutionContext
 size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
   if (!validate(largest).ok()) return 0;
   size_t bytes = 0;
-  const AttentionStep step(largest, device, nullptr, false);  // a cache that is read as it is needs less
+  Forms forms(largest, device);
+  const AttentionStep& step = forms.form(false);  // a cache that is read as it is needs less
   const StepParams& problem = step.problem();
   for (const Kernel& kernel : kTable) {
     Plan plan;
@@ -206,7 +230,7 @@ size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
     if (kernel.max_workspace_bytes != nullptr) {
       const size_t own = kernel.max_workspace_bytes(problem, device);
       bytes = std::max(bytes, align(own) + lse_bytes(problem, fills_empty_rows(problem, device)) + step.bytes());
-    } else if (plan_with(kernel, largest, device, &plan, nullptr)) {
+    } else if (plan_with(kernel, &forms, &plan, nullptr)) {
       bytes =
           std::max(bytes, align(plan.workspace_bytes) + lse_bytes(problem, plan.writes_empty_rows));  // smaller ones may differ
     }
@@ -225,10 +249,11 @@ std::string explain(const StepParams& params, const Device& device) {
   if (Status status = validate(params); !status.ok()) return "no kernel: " + status.sentence;
   std::string text;
   const Kernel* chosen = nullptr;
+  Forms forms(params, device);
   for (const Kernel& kernel : kTable) {
     Plan plan;
     std::string sentence;
-    const bool can = plan_with(kernel, params, device, &plan, &sentence);
+    const bool can = plan_with(kernel, &forms, &plan, &sentence);
     if (can) sentence = chosen == nullptr ? "runs this problem" : "could run it, but comes later in the table";
     text += std::string(text.empty() ? "" : "\n") + kernel.name + ": " + sentence;
     if (chosen == nullptr && can) chosen = &kernel;

@@ -39,8 +39,7 @@ inline int64_t count_elements(const int64_t (&shape)[4]) {
   constexpr int64_t kMostElements = int64_t{1} << 56;
   int64_t count = 1;
   for (int64_t size : shape) {
-    if (size > kMostElements / count) return -1;
-    if (size > 0) count *= size;
+    if (size > 0 && (__builtin_mul_overflow(count, size, &count) || count > kMostElements)) return -1;
   }
   return count;
 }

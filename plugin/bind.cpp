@@ -21,10 +21,10 @@ Status wrong_shape(Input input, const Tensor& tensor, const std::string& expecte
 
 /// More elements than any memory has. Empty axes count as 1, so that no product of an input's sizes overflows.
 bool exceeds_memory(const Tensor& tensor) {
-  int64_t room = kMostElements;
+  int64_t count = 1;
   for (int i = 0; i < std::min(tensor.rank, 4); ++i)
-    if (tensor.shape[i] > 1) room /= tensor.shape[i];
-  return room == 0;
+    if (tensor.shape[i] > 1 && (__builtin_mul_overflow(count, tensor.shape[i], &count) || count > kMostElements)) return true;
+  return false;
 }
 
 struct Numbers {
@@ -153,13 +153,12 @@ class Binder {
 
   /// A row-major tensor of the shape that the output has, or would have.
   Tensor tensor_of(Output output) const {
-    std::vector<Shape<int64_t>> shapes(inputs_.size());
-    for (size_t i = 0; i < inputs_.size(); ++i) {
-      shapes[i].rank = inputs_[i].rank;
-      std::copy(inputs_[i].shape, inputs_[i].shape + 4, shapes[i].dims);
-    }
+    const auto shape_of = [&](int slot) {
+      const Tensor& t = inputs_[slot];
+      return Shape<int64_t>{t.rank, {t.shape[0], t.shape[1], t.shape[2], t.shape[3]}};
+    };
     Numbers numbers;
-    const Shape<int64_t> shape = output_shape(node_, output, shapes, layouts_, numbers);
+    const Shape<int64_t> shape = output_shape<int64_t>(node_, output, shape_of, layouts_, numbers);
     return contiguous(nullptr, dtype_of(node_, output, params_.query.dtype, cache_dtype()), shape.dims, shape.rank);
   }
 
@@ -171,7 +170,7 @@ class Binder {
     if (lse.rank > 0) params_.lse = view_of(lse);
   }
 
-  bool is_paged() const { return attributes_.cache == "paged"; }
+  bool is_paged() const { return node_.words.cache == CacheMode::kPaged; }
 
   /// A past or present as [B, H, S, columns], of pages [blocks, H, rows, columns]. `fresh`: the new rows that go there.
   TensorView view_of_cache(const Tensor& t, const TensorView& fresh) const {
@@ -182,8 +181,6 @@ class Binder {
   Status check_past(Input input, const Tensor& past, const TensorView& fresh) const {
     const bool is_flat = layouts_.cache == Layout::kBSH && !is_paged(), packs = attributes_.kv_cache_bit_width == 4;
     const int64_t columns = packs ? (fresh.shape[3] + 1) / 2 : fresh.shape[3];
-    const std::string head_dim = (packs ? "bytes " : "head_dim ") + std::to_string(columns);
-    const std::string heads = "heads " + std::to_string(fresh.shape[1]), batch = "batch " + std::to_string(fresh.shape[0]);
     if ((past.dtype == DType::kUInt8) != packs)
       return invalid(std::string(name_of(input)) + " is " + name_of(past.dtype) + " and kv_cache_bit_width " +
                      std::to_string(attributes_.kv_cache_bit_width) + "; expected uint8 with 4, and another dtype with 8");
@@ -192,6 +189,8 @@ class Binder {
     if (has_rank && (is_paged() || view.shape[0] == fresh.shape[0]) && view.shape[1] == fresh.shape[1] &&
         view.shape[3] == columns)
       return {};
+    const std::string head_dim = (packs ? "bytes " : "head_dim ") + std::to_string(columns);
+    const std::string heads = "heads " + std::to_string(fresh.shape[1]), batch = "batch " + std::to_string(fresh.shape[0]);
     const std::string as = std::string(", as ") + name_of(input == Input::kPastKey ? Input::kKey : Input::kValue) + " has them";
     if (is_paged())
       return wrong_shape(input, past, "[any number of blocks, rows of a block, " + heads + ", " + head_dim + "]" + as);
@@ -229,11 +228,7 @@ class Binder {
   bool transforms_keys() const { return params_.norm.key_weight.present || params_.rotary.cos.present; }
 
   Status bind_cache() {
-    const std::string& mode = attributes_.cache;
-    params_.cache.mode = mode == "write"    ? CacheMode::kWrite
-                         : mode == "window" ? CacheMode::kWindow
-                         : mode == "paged"  ? CacheMode::kPaged
-                                            : CacheMode::kAppend;
+    params_.cache.mode = node_.words.cache;
     if (Status s = store(0, Input::kPastKey, Output::kPresentKey, &params_.key); !s.ok()) return s;
     if (Status s = store(1, Input::kPastValue, Output::kPresentValue, &params_.value); !s.ok()) return s;
     const CacheParams& cache = params_.cache;
@@ -350,12 +345,15 @@ class Binder {
     const Tensor* t = find(input);
     if (!t) return {};
     // The rows of a windowed cache are not all positions that there have been, which the columns of a mask count.
-    const int64_t keys = attributes_.cache == "window" && t->rank > 0 ? t->shape[t->rank - 1] : params_.key.shape[2];
+    const int64_t keys = node_.words.cache == CacheMode::kWindow && t->rank > 0 ? t->shape[t->rank - 1] : params_.key.shape[2];
     const int64_t target[4] = {params_.query.shape[0], params_.query.shape[1], params_.query.shape[2], keys};
-    const std::string expected = "something that broadcasts to [batch " + std::to_string(target[0]) + ", heads " +
-                                 std::to_string(target[1]) + ", query rows " + std::to_string(target[2]) + ", keys " +
-                                 std::to_string(target[3]) + "], rank 1 to 4";
-    if (t->rank < 1) return wrong_shape(input, *t, expected);
+    const auto refuse = [&] {
+      return wrong_shape(input, *t,
+                         "something that broadcasts to [batch " + std::to_string(target[0]) + ", heads " +
+                             std::to_string(target[1]) + ", query rows " + std::to_string(target[2]) + ", keys " +
+                             std::to_string(target[3]) + "], rank 1 to 4");
+    };
+    if (t->rank < 1) return refuse();
     view->data = t->data;
     view->dtype = t->dtype;
     view->present = true;
@@ -363,7 +361,7 @@ class Binder {
       const int from = axis - (4 - t->rank);
       const int64_t size = from < 0 ? 1 : t->shape[from];
       const bool shorter = axis == 3 && size < target[3] && size != 1;  // masks the keys beyond
-      if (size != target[axis] && size != 1 && !shorter) return wrong_shape(input, *t, expected);
+      if (size != target[axis] && size != 1 && !shorter) return refuse();
       view->shape[axis] = shorter ? size : target[axis];
       view->stride[axis] = size == target[axis] || shorter ? (from < 0 ? 0 : t->stride[from]) : 0;
     }
@@ -447,13 +445,14 @@ class Binder {
     params_.softcap = a.softcap;
     params_.window_left = a.left_window_size < kMostElements ? a.left_window_size : -1;
     params_.window_right = a.is_causal ? 0 : a.right_window_size < kMostElements ? a.right_window_size : -1;
-    params_.empty_row = a.empty_row == "mean"             ? EmptyRow::kMean
+    const Words& words = node_.words;
+    params_.empty_row = words.empty_rows_are_means        ? EmptyRow::kMean
                         : params_.empty_row_value.present ? EmptyRow::kValue
                                                           : EmptyRow::kZero;
-    if (a.float32_precision == "tf32") params_.float32_precision = Float32Precision::kTf32;
+    params_.float32_precision = words.float32_precision;
     const CacheParams& cache = params_.cache;
-    const bool counts_back = a.alignment == "onnx" && params_.kv_lengths.present && !cache.past_key.present;
-    params_.align_bottom_right = a.alignment == "bottom_right" || counts_back;
+    const bool counts_back = words.alignment == Alignment::kOnnx && params_.kv_lengths.present && !cache.past_key.present;
+    params_.align_bottom_right = words.alignment == Alignment::kBottomRight || counts_back;
     if (!params_.align_bottom_right && cache.mode == CacheMode::kAppend && cache.past_key.present)
       params_.query_offset = cache.past_key.shape[2];
   }
@@ -470,7 +469,6 @@ class Binder {
 }  // namespace
 
 Status bind(const Node& node, const std::vector<Tensor>& inputs, Problem* problem) {
-  *problem = Problem{};
   return Binder(node, inputs, problem).bind();
 }
 

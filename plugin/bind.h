@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,14 +50,31 @@ struct Attributes {
 #undef FA_FIELD_INTS
 };
 
-/// A node whose attributes are checked: what it is given and what it returns, in the order of its slots, without holes.
+enum class Layout : uint8_t { kBHSD, kBSHD, kBSH };
+enum class Alignment : uint8_t { kOnnx, kTopLeft, kBottomRight };
+
+/// Attributes that are words, read once, so that a call compares no text.
+struct Words {
+  std::optional<Layout> query, key, value, output;  // none: as ranks say; the output as the query
+  Layout cache_layout = Layout::kBHSD;
+  CacheMode cache = CacheMode::kAppend;
+  Alignment alignment = Alignment::kOnnx;
+  bool empty_rows_are_means = false;
+  Float32Precision float32_precision = Float32Precision::kTf32x3;
+};
+
+/// A node whose attributes are checked: what it is given and what it returns, in the order of its slots, without holes. Made by
+/// make_node().
 struct Node {
   Attributes attributes;
-  std::vector<Input> inputs = {Input::kQuery, Input::kKey, Input::kValue};
-  std::vector<Output> outputs = {Output::kOutput};
+  Words words;
+  std::vector<Input> inputs;
+  std::vector<Output> outputs;
+  int input_slots[kNumInputs] = {};    // places in inputs, -1 where absent
+  int output_slots[kNumOutputs] = {};  // places in outputs, likewise
 
-  int slot(Input input) const;    // index into inputs, -1 where absent
-  int slot(Output output) const;  // index into outputs, -1 where absent
+  int slot(Input input) const { return input_slots[static_cast<int>(input)]; }
+  int slot(Output output) const { return output_slots[static_cast<int>(output)]; }
 };
 
 /// Checks each attribute's value and the names in optional_inputs and optional_outputs. Once for a node, before any tensor.
@@ -94,7 +112,7 @@ struct Problem {
   TensorView fresh[2], present[2];  // key, value: an output that is a mere copy of the input, from there to there; else absent
 };
 
-/// Binds tensors (in the order of node.inputs) to a problem. The sentence names the input, what it has and what is expected.
+/// Binds tensors (in the order of node.inputs) to a new problem. The sentence names the input, what it has and what is expected.
 Status bind(const Node& node, const std::vector<Tensor>& inputs, Problem* problem);
 
 /// Gives an output its memory (row-major, of the shape in problem.outputs).
@@ -114,7 +132,8 @@ Status plan(const Problem& problem, const Device& device, Plan* plan, const char
 /// Memory that suffices for every problem of at most these sizes (batch, rows, keys), all else being equal.
 size_t max_workspace_bytes(const Problem& largest, const Device& device);
 
-/// Copies keys and values where asked, then stores new rows and computes attention.
-Status launch(const Plan& plan, Problem problem, const ExecutionContext& context);
+/// Copies keys and values where asked, then stores new rows and computes attention. What lies in the workspace is given its place
+/// in `problem`.
+Status launch(const Plan& plan, Problem* problem, const ExecutionContext& context);
 
 }  // namespace fa::plugin

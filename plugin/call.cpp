@@ -61,23 +61,23 @@ size_t max_workspace_bytes(const Problem& largest, const Device& device) {
   return stored_bytes(largest) + fa::max_workspace_bytes(largest.params, device);
 }
 
-Status launch(const Plan& plan, Problem problem, const ExecutionContext& context) {
+Status launch(const Plan& plan, Problem* problem, const ExecutionContext& context) {
   if (context.workspace_bytes < plan.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr))
     return invalid("the workspace has " + std::to_string(context.workspace_bytes) + " bytes; expected " +
                    std::to_string(plan.workspace_bytes));
   char* memory = static_cast<char*>(context.workspace);
   for (int which = 0; which < 2; ++which) {
-    if (problem.present[which].present)
-      if (Status s = copy(problem.fresh[which], problem.present[which], plan.attention.device, context); !s.ok()) return s;
-    if (!problem.in_workspace[which]) continue;
-    TensorView& stored = which == 0 ? problem.params.key : problem.params.value;
+    if (problem->present[which].present)
+      if (Status s = copy(problem->fresh[which], problem->present[which], plan.attention.device, context); !s.ok()) return s;
+    if (!problem->in_workspace[which]) continue;
+    TensorView& stored = which == 0 ? problem->params.key : problem->params.value;
     stored.data = memory;
     memory += bytes_of(stored);
   }
   ExecutionContext inner = context;
   inner.workspace = memory;
   inner.workspace_bytes -= plan.stored_bytes;
-  return fa::launch(plan.attention, problem.params, inner);
+  return fa::launch(plan.attention, problem->params, inner);
 }
 
 }  // namespace fa::plugin

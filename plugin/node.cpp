@@ -180,22 +180,49 @@ Status check_together(const Node& node) {
   return check_cache(node);
 }
 
-template <class Slot>
-int position(const std::vector<Slot>& slots, Slot slot) {
-  const auto it = std::find(slots.begin(), slots.end(), slot);
-  return it == slots.end() ? -1 : static_cast<int>(it - slots.begin());
+/// Where each slot stands in `slots`, of the first if it does so twice; -1 where it doesn't.
+template <class Slot, size_t kCount>
+void fill_table(const std::vector<Slot>& slots, int (*table)[kCount]) {
+  std::fill(*table, *table + kCount, -1);
+  for (size_t i = slots.size(); i-- > 0;) (*table)[static_cast<int>(slots[i])] = static_cast<int>(i);
 }
 
-Status resolve(Input input, const std::string& word, int rank, int64_t heads, bool packed, Layout* layout) {
-  const std::string name = name_of(input);
-  if (rank != 3 && rank != 4) return invalid(name + " has rank " + std::to_string(rank) + "; expected 3 or 4");
-  *layout = word == "BSHD" ? Layout::kBSHD : rank == 3 ? Layout::kBSH : Layout::kBHSD;
-  const int expected = word.empty() ? rank : word == "BSH" ? 3 : 4;
+std::optional<Layout> layout_of(const std::string& word) {
+  if (word.empty()) return std::nullopt;
+  return word == "BSH" ? Layout::kBSH : word == "BSHD" ? Layout::kBSHD : Layout::kBHSD;
+}
+
+Words read_words(const Attributes& a) {
+  Words words;
+  words.query = layout_of(a.query_layout);
+  words.key = layout_of(a.key_layout);
+  words.value = layout_of(a.value_layout);
+  words.output = layout_of(a.output_layout);
+  words.cache_layout = layout_of(a.cache_layout).value_or(Layout::kBHSD);
+  words.cache = a.cache == "write"    ? CacheMode::kWrite
+                : a.cache == "window" ? CacheMode::kWindow
+                : a.cache == "paged"  ? CacheMode::kPaged
+                                      : CacheMode::kAppend;
+  words.alignment = a.alignment == "onnx"       ? Alignment::kOnnx
+                    : a.alignment == "top_left" ? Alignment::kTopLeft
+                                                : Alignment::kBottomRight;
+  words.empty_rows_are_means = a.empty_row == "mean";
+  if (a.float32_precision == "tf32") words.float32_precision = Float32Precision::kTf32;
+  return words;
+}
+
+Status resolve(Input input, std::optional<Layout> word, int rank, int64_t heads, bool packed, Layout* layout) {
+  constexpr const char* kLayoutNames[] = {"BHSD", "BSHD", "BSH"};
+  const auto wrong = [&](const std::string& what) { return invalid(std::string(name_of(input)) + " has rank " + what); };
+  if (rank != 3 && rank != 4) return wrong(std::to_string(rank) + "; expected 3 or 4");
+  *layout = word.value_or(rank == 3 ? Layout::kBSH : Layout::kBHSD);
+  const int expected = *layout == Layout::kBSH ? 3 : 4;
   if (rank != expected)
-    return invalid(name + " has rank " + std::to_string(rank) + "; expected " + std::to_string(expected) + " in layout " + word);
-  if (packed && rank != 3) return invalid(name + " has rank 4; packed_columns expects 3");
+    return wrong(std::to_string(rank) + "; expected " + std::to_string(expected) + " in layout " +
+                 kLayoutNames[static_cast<int>(*layout)]);
+  if (packed && rank != 3) return wrong("4; packed_columns expects 3");
   if (rank == 3 && heads == 0)
-    return invalid(name + " has rank 3 and needs the attribute " + (input == Input::kQuery ? "q_num_heads" : "kv_num_heads"));
+    return wrong(std::string("3 and needs the attribute ") + (input == Input::kQuery ? "q_num_heads" : "kv_num_heads"));
   return {};
 }
 
@@ -211,12 +238,11 @@ std::string missing_in_tensorrt(const Node& node) {
 const char* name_of(Input input) { return kInputNames[static_cast<int>(input)]; }
 const char* name_of(Output output) { return kOutputNames[static_cast<int>(output)]; }
 
-int Node::slot(Input input) const { return position(inputs, input); }
-int Node::slot(Output output) const { return position(outputs, output); }
-
 Status make_node(const Attributes& attributes, Node* node) {
   *node = Node{};
   node->attributes = attributes;
+  node->inputs = {Input::kQuery, Input::kKey, Input::kValue};
+  node->outputs = {Output::kOutput};
   if (Status s = check_numbers(attributes); !s.ok()) return s;
   if (Status s = check_words(attributes); !s.ok()) return s;
   if (Status s = check_packed_columns(attributes); !s.ok()) return s;
@@ -225,18 +251,21 @@ Status make_node(const Attributes& attributes, Node* node) {
   if (Status s = parse_slots("optional_outputs", attributes.optional_outputs, kOutputNames, kNumOutputs, 1, &node->outputs);
       !s.ok())
     return s;
+  node->words = read_words(attributes);
+  fill_table(node->inputs, &node->input_slots);
+  fill_table(node->outputs, &node->output_slots);
   return check_together(*node);
 }
 
 Status resolve_layouts(const Node& node, int query_rank, int key_rank, int value_rank, Layouts* layouts) {
   const Attributes& a = node.attributes;
+  const Words& words = node.words;
   const bool packed = !a.packed_columns.empty();
-  if (Status s = resolve(Input::kQuery, a.query_layout, query_rank, a.q_num_heads, packed, &layouts->query); !s.ok()) return s;
-  if (Status s = resolve(Input::kKey, a.key_layout, key_rank, a.kv_num_heads, packed, &layouts->key); !s.ok()) return s;
-  if (Status s = resolve(Input::kValue, a.value_layout, value_rank, a.kv_num_heads, packed, &layouts->value); !s.ok()) return s;
-  const std::string &out = a.output_layout, &cache = a.cache_layout;
-  layouts->cache = cache == "BSH" ? Layout::kBSH : cache == "BSHD" ? Layout::kBSHD : Layout::kBHSD;
-  layouts->output = out.empty() ? layouts->query : out == "BSH" ? Layout::kBSH : out == "BSHD" ? Layout::kBSHD : Layout::kBHSD;
+  if (Status s = resolve(Input::kQuery, words.query, query_rank, a.q_num_heads, packed, &layouts->query); !s.ok()) return s;
+  if (Status s = resolve(Input::kKey, words.key, key_rank, a.kv_num_heads, packed, &layouts->key); !s.ok()) return s;
+  if (Status s = resolve(Input::kValue, words.value, value_rank, a.kv_num_heads, packed, &layouts->value); !s.ok()) return s;
+  layouts->cache = words.cache_layout;
+  layouts->output = words.output.value_or(layouts->query);
   return {};
 }
 

@@ -107,7 +107,7 @@ if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   string(REPLACE "AttentionParams" "StepParams" launch_decode_sm90 "${launch_decode_sm90}")
   fa_instantiate(fa_prefill_sm90 decode_sm90 kernels/decode_sm90/launch.cuh "${launch_decode_sm90}" "f16;bf16" "256;192;128;64" "kAny")
   set(launch_backward_sm90 "Status backward_sm90::launch_instance<@T@, @HEAD_DIM@, backward_sm90::Variant::@VARIANT@>(const BackwardPlan&, const AttentionParams&, const Gradients&, const ExecutionContext&)")
-  fa_instantiate(fa_prefill_sm90 backward_sm90 kernels/backward_sm90/launch.cuh "${launch_backward_sm90}" "f16;bf16" "128;64" "kPlain")
+  fa_instantiate(fa_prefill_sm90 backward_sm90 kernels/backward_sm90/launch.cuh "${launch_backward_sm90}" "f16;bf16" "256;128;64" "kPlain")
   target_sources(fa_core PRIVATE
     kernels/backward_sm90/backward_sm90.cpp
     kernels/common/tensor_map.cpp
@@ -125,6 +125,7 @@ target_sources(fa_core PRIVATE
   kernels/cache_step/cache_step.cpp
   kernels/cache_step/plain_step.cpp
   kernels/decode_splitkv/decode_splitkv.cpp
+  kernels/common/kernel_attributes.cpp
   kernels/device.cpp
   kernels/prefill_sm80/instance.cpp
   kernels/prefill_sm80/prefill_sm80.cpp)

@@ -18,7 +18,7 @@ import click
 
 from . import bench, build, deploy, terminal
 from .errors import ModelError, NotVerifiedError
-from .options import TARGETS, VERIFY_TIMEOUT, Options
+from .options import DEVICES, TARGETS, VERIFY_TIMEOUT, Options
 from .options_of_commands import (
     FILE,
     FILE_OR_FOLDER,
@@ -123,6 +123,14 @@ def app() -> None:
     help="How long loading a model in onnxruntime, and each run, may take.",
 )
 @click.option(
+    "--verify-on",
+    type=click.Choice(DEVICES),
+    metavar="DEVICE",
+    default="cpu",
+    show_default=True,
+    help="Where onnxruntime runs both models, cpu or cuda.",
+)
+@click.option(
     "--inputs",
     metavar="FILE",
     type=FILE,
@@ -193,6 +201,7 @@ def fuse(
     output: pathlib.Path | None,
     check: bool,
     timeout: float,
+    verify_on: str,
     inputs: pathlib.Path | None,
     dry_run: bool,
     as_json: bool,
@@ -247,7 +256,7 @@ def fuse(
         places = [output or jobs.target_of(sources[0])] if _is_one(sources, output) else many.targets(sources, output)
         _check_reports(sources, places, inputs, report_file, html_file)
     todo = [
-        jobs.Job(source, place, options, check, timeout, inputs, dry_run, report_file)
+        jobs.Job(source, place, options, check, timeout, inputs, dry_run, report_file, verify_on)
         for source, place in zip(sources, places, strict=True)
     ]
     if len(todo) > 1:

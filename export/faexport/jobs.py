@@ -18,7 +18,7 @@ from . import diagnosis, genai, model_io, ort_session, provenance, scratch
 from . import verify as verification
 from .errors import ModelError, NotVerifiedError
 from .graph_checks import external_tensors
-from .options import VERIFY_TIMEOUT, Options
+from .options import DEVICES, VERIFY_TIMEOUT, Options
 from .output import check_input, check_output, default_target
 from .reference import Reference, make_reference
 from .report import Report, Verification, VerificationStatus, count_nodes
@@ -46,6 +46,7 @@ class Job:
     inputs: pathlib.Path | None = None  # an .npz with an array for each input, to compare on as well
     dry_run: bool = False  # do everything but write the model
     report_file: pathlib.Path | None = None  # written by the caller afterwards: it may not be a file of weights
+    verify_on: str = "cpu"  # one of options.DEVICES: where both models are run
 
 
 def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
@@ -165,6 +166,7 @@ def optimize(
     inputs: str | os.PathLike[str] | None = None,
     timeout: float = VERIFY_TIMEOUT,
     dry_run: bool = False,
+    verify_on: str = "cpu",
 ) -> Report:
     """Fuses the attention of an .onnx file, compares both models in onnxruntime, and writes the result.
 
@@ -176,6 +178,7 @@ def optimize(
         inputs: an .npz with an array for each input, to compare on besides random ones.
         timeout: seconds that loading a model in onnxruntime, and each run, may take.
         dry_run: do everything but write the model.
+        verify_on: where both models are run, "cpu" or "cuda".
 
     Returns:
         The report. Its `output` is the path written, or None where there was nothing to fuse.
@@ -184,12 +187,15 @@ def optimize(
         ModelError: the model can't be used, or the result can't be written. One sentence, and nothing was written.
         NotVerifiedError: the models differ, or could not be compared; nothing was written. Its `report` tells more.
     """
+    if verify_on not in DEVICES:
+        raise ValueError(f"verify_on is '{verify_on}'; expected {' or '.join(DEVICES)}")
     source = pathlib.Path(model)
     target = pathlib.Path(out) if out is not None else target_of(source)
     own = pathlib.Path(inputs) if inputs is not None else None
     report = Report(model=str(source))
     try:
-        run_any(Job(source, target, options or Options(), verify, timeout, own, dry_run), report)
+        job = Job(source, target, options or Options(), verify, timeout, own, dry_run, verify_on=verify_on)
+        run_any(job, report)
     except NotVerifiedError as error:
         report.error = str(error)
         error.report = report
@@ -233,13 +239,16 @@ def _reference(job: Job, given: list[InputSet], watcher: Watcher) -> Reference |
         return None
     watcher.step("running the original")
     chosen = job.options
-    return make_reference(
+    reference = make_reference(
         job.model,
         extra_inputs=given,
         assumed=Assumed(chosen.assume_right_padding, chosen.assume_full_rows, chosen.assume_zeros_and_ones),
-        open_session=functools.partial(ort_session.Session, timeout=job.timeout),
+        open_session=functools.partial(ort_session.Session, timeout=job.timeout, device=job.verify_on),
         on_amount=watcher.amount,
     )
+    if job.verify_on != "cpu":
+        reference.notes.append("both models were run by onnxruntime's CUDA provider, float32 without TF32")
+    return reference
 
 
 def _verify(job: Job, stage: model_io.Stage, reference: Reference | None, watcher: Watcher) -> Verification:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # slow to import, and the command line reads this file
     import onnx_ir as ir
 
 TARGETS = ("onnxruntime", "tensorrt")
+DEVICES = ("cpu", "cuda")  # where onnxruntime can compare the models
 VERIFY_TIMEOUT = 600.0  # seconds for one run of a model, and for loading it
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, np.ndarray]
 CUDA = "CUDAExecutionProvider"
+NO_GPU = "onnxruntime can't use a GPU here; --verify-on cpu compares on the CPU"
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|failed to allocate memory|out of memory|available memory of", re.IGNORECASE)
 
 
@@ -55,14 +56,15 @@ class Crashed(CannotRun):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A model and how to run it. With `external_data`, the model is the serialized file, and that is the folder which
-    its external data lies in."""
+    """A model and how to run it: on `device`, "cpu" or "cuda". With `external_data`, the model is the serialized file,
+    and that is the folder which its external data lies in."""
 
     model: str | bytes
     inputs: Sequence[Tensors] = ()
     optimize: bool = True  # onnxruntime's graph optimizations
     library: bool = True  # register libfa_ort.so
     external_data: str = ""
+    device: str = "cpu"
 
 
 @dataclasses.dataclass
@@ -95,10 +97,11 @@ class Session(contextlib.AbstractContextManager):
     Args:
         job: the model; its `inputs` are not looked at.
         timeout: seconds that loading and each run may take; None: any.
+        device: where to run, instead of where the job says.
     Raises ModelFailure or CannotRun.
     """
 
-    def __init__(self, job: Job, timeout: float | None = None):
+    def __init__(self, job: Job, timeout: float | None = None, device: str = ""):
         self._timeout = timeout
         self._pipe, theirs = multiprocessing.Pipe()
         # NOTE: onnxruntime's telemetry would tell of the user's model, and leave a file (.ses) in the temporary folder.
@@ -118,7 +121,7 @@ class Session(contextlib.AbstractContextManager):
                     stderr=silent,
                 )
                 theirs.close()
-            self._ask(dataclasses.replace(job, inputs=()), "loading the model")
+            self._ask(dataclasses.replace(job, inputs=(), device=device or job.device), "loading the model")
         except BaseException:
             self.close()
             raise
@@ -219,7 +222,19 @@ def _load(job: Job) -> onnxruntime.InferenceSession:
             import faplugin
 
             faplugin.register(options)
-        return ort.InferenceSession(job.model, options, providers=["CPUExecutionProvider"])
+        if job.device == "cpu":
+            return ort.InferenceSession(job.model, options, providers=["CPUExecutionProvider"])
+        return _load_on_gpu(ort, job.model, options)
+
+
+def _load_on_gpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """With float32 matrices multiplied in float32: products in TF32 differ by more than what is allowed."""
+    if CUDA not in ort.get_available_providers():
+        raise CannotRun(NO_GPU)
+    session = ort.InferenceSession(model, options, providers=[(CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"])
+    if session.get_providers()[0] != CUDA:  # onnxruntime goes on without it
+        raise CannotRun(NO_GPU)
+    return session
 
 
 @contextlib.contextmanager

@@ -5,11 +5,21 @@ allocates workspace without a line of Python, which saves most of what a call co
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
+import functools
+import struct
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._native import Node, check, exchange_api, library
+
+
+@functools.cache
+def _packer(count: int) -> Callable[..., bytes]:
+    """What writes so many addresses and sizes one behind the other."""
+    return struct.Struct(f"{count}P").pack
+
+
+_NONE = id(None)
 
 
 def run(
@@ -31,13 +41,13 @@ def run(
     api = exchange_api(kind)
     if api is None:
         raise ImportError(f"{kind.__name__} has no DLPack exchange API; expected that of PyTorch 2.10 or later")
-    addresses = [None if array is None else id(array) for array in (*inputs, *others)]
-    objects = (ctypes.c_void_p * len(addresses))(*addresses)
-    call, compiled = ctypes.c_void_p(), library()
-    check(
-        compiled.fa_python_exchange_begin(
-            node.pointer, api, objects, len(inputs), len(others), is_backward, ctypes.byref(call)
-        )
+    num_inputs, num_others = len(inputs), len(others)
+    call = _packer(6 + num_inputs + num_others)(  # FaObjectCall
+        node.address, api, _NONE, num_inputs, num_others, is_backward, *map(id, inputs), *map(id, others)
     )
-    if call:  # on the CPU
-        check(compiled.fa_python_exchange_run(call, num_threads))
+    compiled = library()
+    remaining = compiled.fa_python_exchange_begin(call)
+    if remaining < 0:
+        check(-remaining)
+    elif remaining:  # on the CPU
+        check(compiled.fa_python_exchange_run(remaining, num_threads))

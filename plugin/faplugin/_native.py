@@ -77,7 +77,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fa_python_call_run": (_I32, [_P, _P, _SIZE, ctypes.c_int64]),
     "fa_python_call_explain": (_I32, [_P, _TEXT, _P]),
     "fa_python_exchange_known": (_I32, [_P]),
-    "fa_python_exchange_begin": (_I32, [_P, _P, _P, _SIZE, _SIZE, _I32, _P]),
+    "fa_python_exchange_begin": (ctypes.c_int64, [_P]),
     "fa_python_exchange_run": (_I32, [_P, ctypes.c_int64]),
 }
 # With the interpreter's lock: they read Python objects.
@@ -146,6 +146,7 @@ class Node:
         self._delete = library().fa_python_node_delete  # may be needed when this module is gone
         given = [_attribute(name, value) for name, value in attributes.items()]
         check(library().fa_python_node_new((_Attribute * len(given))(*given), len(given), ctypes.byref(self.pointer)))
+        self.address: int | None = self.pointer.value
 
     def __del__(self) -> None:
         if self.pointer:
@@ -186,7 +187,7 @@ class Call:
         self._pointer = ctypes.c_void_p()
         self._stream, self._is_current = _integer("stream", stream), is_current
         self._owners: list[Any] = []  # they keep the memory of inputs and outputs
-        node = _node(attributes)
+        self._node = node = _node(attributes)
         bound, outputs = self._arrays(arrays), (_Output * 4)()
         count, is_cuda = ctypes.c_size_t(), ctypes.c_int32()
         check(

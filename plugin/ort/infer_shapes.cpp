@@ -128,10 +128,11 @@ void infer(OrtShapeInferContext* context, bool optional_outputs) {
   const std::optional<DType> cache = past < 0 ? query : dtype_of(type_of(context, static_cast<size_t>(past)));
   if (!query || !cache) return;
   Symbols symbols;
+  const auto shape_of = [&](int slot) -> const Shape<Dim>& { return shapes[static_cast<size_t>(slot)]; };
   for (const Output output : node.outputs)
     if (output == Output::kOutput || optional_outputs)
       set_shape(context, output, element_type_of(dtype_of(node, output, *query, *cache)),
-                output_shape(node, output, shapes, layouts, symbols));
+                output_shape<Dim>(node, output, shape_of, layouts, symbols));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of one FlashAttention node: attributes read and checked once, then bind and run for each call. Compute is const and
 // is called from several threads at once. On CUDA it enqueues on the session's stream and waits for nothing.
+#include <algorithm>
 #include <memory>
 
 #include "cuda_device.h"
@@ -12,6 +13,7 @@ namespace {
 
 struct Kernel {
   Node node;
+  std::vector<DType> dtypes;  // of the inputs
   DeviceType device;
   StreamMemories memories;
 };
@@ -77,7 +79,8 @@ Status read_attributes(const OrtKernelInfo* info, Attributes* attributes) {
   return {};
 }
 
-Status check_types(const Ort::ConstKernelInfo& info, const Node& node) {
+/// The types of the inputs, which the runtime knows before any call.
+Status check_types(const Ort::ConstKernelInfo& info, const Node& node, std::vector<DType>* dtypes) {
   const size_t count = info.GetInputCount();
   if (count != node.inputs.size())
     return invalid("the node has " + std::to_string(count) + " inputs; expected " + std::to_string(node.inputs.size()) +
@@ -87,6 +90,7 @@ Status check_types(const Ort::ConstKernelInfo& info, const Node& node) {
     const Ort::TypeInfo type_info = info.GetInputTypeInfo(i);
     const std::optional<DType> dtype = dtype_of(type_info.GetTensorTypeAndShapeInfo().GetElementType());
     if (i == 0 && dtype) query = *dtype;
+    dtypes->push_back(dtype.value_or(DType::kFloat32));
     if (node.inputs[i] == Input::kUnused) continue;
     if (!dtype || !accepts(node.inputs[i], *dtype, query))
       return invalid(std::string(name_of(node.inputs[i])) + " is " + (dtype ? name_of(*dtype) : "of another dtype") +
@@ -125,15 +129,16 @@ Status create(const FlashAttentionOp& op, const Ort::ConstKernelInfo& info, std:
   Attributes attributes;
   if (Status s = read_attributes(info, &attributes); !s.ok()) return s;
   if (Status s = make_node(attributes, &(*kernel)->node); !s.ok()) return s;
-  if (Status s = check_types(info, (*kernel)->node); !s.ok()) return s;
+  if (Status s = check_types(info, (*kernel)->node, &(*kernel)->dtypes); !s.ok()) return s;
   return check_outputs(info, (*kernel)->node);
 }
 
-Tensor tensor_of(const Ort::ConstValue& value) {
+Tensor tensor_of(const Ort::ConstValue& value, DType dtype) {
   const Ort::TensorTypeAndShapeInfo info = value.GetTensorTypeAndShapeInfo();
-  const std::vector<int64_t> shape = info.GetShape();
-  void* data = const_cast<void*>(value.GetTensorRawData());
-  return contiguous(data, dtype_of(info.GetElementType()).value_or(DType::kFloat32), shape.data(), shape.size());
+  const size_t rank = info.GetDimensionsCount();
+  int64_t shape[4] = {};
+  Ort::ThrowOnError(Ort::GetApi().GetDimensions(info, shape, std::min<size_t>(rank, 4)));
+  return contiguous(const_cast<void*>(value.GetTensorRawData()), dtype, shape, rank);
 }
 
 void parallel_for(void* pool, size_t num_tasks, void (*task)(void* arg, size_t i), void* arg) {
@@ -152,8 +157,8 @@ Float32Precision session_precision(const OrtKernelContext* context) {
 
 Status compute(const Kernel& kernel, OrtKernelContext* raw_context) {
   const Ort::KernelContext context(raw_context);
-  std::vector<Tensor> inputs(context.GetInputCount());
-  for (size_t i = 0; i < inputs.size(); ++i) inputs[i] = tensor_of(context.GetInput(i));
+  std::vector<Tensor> inputs(kernel.node.inputs.size());
+  for (size_t i = 0; i < inputs.size(); ++i) inputs[i] = tensor_of(context.GetInput(i), kernel.dtypes[i]);
   Problem problem;
   if (Status s = plugin::bind(kernel.node, inputs, &problem); !s.ok()) return s;
   for (const Output output : kernel.node.outputs) {
@@ -173,14 +178,15 @@ Status compute(const Kernel& kernel, OrtKernelContext* raw_context) {
     if (Status s = guard.use(device_id); !s.ok()) return s;
     if (Status s = query_cuda_device(device_id, &device); !s.ok()) return s;
     execution.stream = context.GetGPUComputeStream();
-    if (kernel.node.attributes.float32_precision.empty()) problem.params.float32_precision = session_precision(raw_context);
+    const bool asks_session = kernel.node.attributes.float32_precision.empty() && kernel.dtypes[0] == DType::kFloat32;
+    if (asks_session) problem.params.float32_precision = session_precision(raw_context);
   }
   Plan plan;
   if (Status s = plugin::plan(problem, device, &plan); !s.ok()) return s;
   Workspace workspace;
   if (Status s = workspace.reserve(context, kernel.memories, device, device_id, plan.workspace_bytes, &execution); !s.ok())
     return s;
-  return launch(plan, std::move(problem), execution);
+  return launch(plan, &problem, execution);
 }
 
 }  // namespace

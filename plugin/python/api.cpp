@@ -50,6 +50,9 @@ Attributes attributes_from(const FaAttribute* given, size_t count) {
   return attributes;
 }
 
+/// Null where the name is empty.
+const char* kernel_named(const char* name) { return *name == '\0' ? nullptr : name; }
+
 struct Row {
   const char* name;
   const char* type;
@@ -97,6 +100,7 @@ FaError fa_python_call_new(const Node* node, const FaArray* inputs, size_t num_i
                            FaOutput* outputs, size_t* num_outputs, int32_t* is_cuda) {
   return guarded([&] {
     auto made = std::make_unique<BoundCall>(*node, inputs, num_inputs, stream);
+    made->validate();
     const std::vector<FaOutput> found = made->outputs();
     std::copy(found.begin(), found.end(), outputs);
     *num_outputs = found.size();
@@ -109,11 +113,11 @@ void fa_python_call_delete(BoundCall* call) { delete call; }
 
 FaError fa_python_call_prepare(BoundCall* call, const FaArray* outputs, size_t num_outputs, const char* kernel,
                                size_t* workspace_bytes) {
-  return guarded([&] { *workspace_bytes = call->prepare(outputs, num_outputs, kernel); });
+  return guarded([&] { *workspace_bytes = call->prepare(outputs, num_outputs, kernel_named(kernel)); });
 }
 
 FaError fa_python_call_prepare_backward(BoundCall* call, const FaArray* arrays, size_t* workspace_bytes, const char* kernel) {
-  return guarded([&] { *workspace_bytes = call->prepare_backward(arrays, kernel); });
+  return guarded([&] { *workspace_bytes = call->prepare_backward(arrays, kernel_named(kernel)); });
 }
 
 FaError fa_python_call_run(BoundCall* call, void* workspace, size_t workspace_bytes, int64_t num_threads) {
@@ -131,15 +135,16 @@ int32_t fa_python_exchange_known(const dlpack::ExchangeApi* api) {
   return api->version.major == 1 && api->allocate != nullptr && api->tensor_from_object != nullptr;
 }
 
-FaError fa_python_exchange_begin(const Node* node, const dlpack::ExchangeApi* api, void* const* objects, size_t num_inputs,
-                                 size_t num_others, int32_t is_backward, ObjectCall** call) {
-  return guarded([&] {
-    auto made = std::make_unique<ObjectCall>(*node, api, objects, num_inputs, num_others, is_backward != 0);
+int64_t fa_python_exchange_begin(const FaObjectCall* given) {
+  ObjectCall* remaining = nullptr;
+  const FaError error = guarded([&] {
+    auto made = std::make_unique<ObjectCall>(*given);
     if (made->is_cuda())
       made->run(0);
     else
-      *call = made.release();
+      remaining = made.release();
   });
+  return error == kFaOk ? reinterpret_cast<intptr_t>(remaining) : -error;
 }
 
 FaError fa_python_exchange_run(ObjectCall* call, int64_t num_threads) {

@@ -79,6 +79,17 @@ enum FaGradient : int32_t {
   kFaNumGradients
 };
 
+/// A call on objects of the type that has the exchange API. The objects follow this struct: the node's inputs, then its outputs
+/// or, for a backward pass, the arrays by FaGradient; one that is absent is `none`, Python's None.
+struct FaObjectCall {
+  const fa::plugin::Node* node;
+  const fa::plugin::dlpack::ExchangeApi* api;
+  void* none;
+  size_t num_inputs;
+  size_t num_others;
+  size_t is_backward;
+};
+
 /// The sentence of this thread's last error.
 const char* fa_python_error();
 /// The names in inputs.def, in order; null behind the last.
@@ -88,7 +99,7 @@ const char* fa_python_attribute(int32_t index, const char** type);
 /// Makes a CUDA device current and tells which one was.
 FaError fa_python_set_device(int32_t ordinal, int32_t* previous);
 
-/// The operator with its attributes, checked. Calls copy what they need of it.
+/// The operator with its attributes, checked. It must outlive its calls.
 FaError fa_python_node_new(const FaAttribute* attributes, size_t num_attributes, fa::plugin::Node** node);
 void fa_python_node_delete(fa::plugin::Node* node);
 
@@ -112,12 +123,9 @@ FaError fa_python_call_explain(const fa::plugin::BoundCall* call, const char* de
 
 /// Can the functions below be used with it?
 int32_t fa_python_exchange_known(const fa::plugin::dlpack::ExchangeApi* api);
-/// Begins a call on objects of the type that has the exchange API, `num_inputs` of the node's inputs and then `num_others`, null
-/// where one is absent: its outputs or, for a backward pass, the arrays by FaGradient. On CUDA that launches it; on the CPU
-/// `call` is what remains to be run, else null. With the interpreter's lock; where an object can't be read, its exception is set
-/// there.
-FaError fa_python_exchange_begin(const fa::plugin::Node* node, const fa::plugin::dlpack::ExchangeApi* api, void* const* objects,
-                                 size_t num_inputs, size_t num_others, int32_t is_backward, fa::plugin::ObjectCall** call);
+/// Begins a call. On CUDA that launches it, and 0 is returned; on the CPU the ObjectCall that remains to be run; a FaError with a
+/// minus. With the interpreter's lock; where an object can't be read, its exception is set there.
+int64_t fa_python_exchange_begin(const FaObjectCall* given);
 /// Runs what remains, without the interpreter's lock, and deletes it, in any case.
 FaError fa_python_exchange_run(fa::plugin::ObjectCall* call, int64_t num_threads);
 

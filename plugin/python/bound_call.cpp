@@ -96,9 +96,11 @@ void check_apart(const std::vector<Named>& written, const std::vector<Named>& re
 
 }  // namespace
 
-BoundCall::BoundCall(Node node, const FaArray* inputs, size_t num_inputs, uintptr_t stream)
-    : node_(std::move(node)), stream_(stream) {
+BoundCall::BoundCall(const Node& node, const FaArray* inputs, size_t num_inputs, uintptr_t stream)
+    : node_(node), stream_(stream) {
   std::vector<Tensor> tensors;
+  tensors.reserve(num_inputs);
+  arrays_.reserve(num_inputs);
   for (size_t i = 0; i < num_inputs; ++i) {
     const char* name = i < node_.inputs.size() ? name_of(node_.inputs[i]) : "a surplus input";
     arrays_.push_back(array_from(name, inputs[i]));
@@ -106,8 +108,9 @@ BoundCall::BoundCall(Node node, const FaArray* inputs, size_t num_inputs, uintpt
     check_device(name, arrays_.back());
   }
   check(plugin::bind(node_, tensors, &problem_));
-  check(validate(problem_.params));
 }
+
+void BoundCall::validate() const { check(fa::validate(problem_.params)); }
 
 std::vector<FaOutput> BoundCall::outputs() const {
   std::vector<FaOutput> result;
@@ -121,24 +124,26 @@ std::vector<FaOutput> BoundCall::outputs() const {
 
 /// Binds the outputs' memory, row-major arrays of the shapes that outputs() tells, and chooses the kernel: the bytes of workspace
 /// that run() needs.
-size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const std::string& kernel) {
+size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const char* kernel) {
   if (num_outputs != node_.outputs.size())
     throw Error(kFaValueError, "expected " + std::to_string(node_.outputs.size()) + " outputs");
   if (arrays_[0].is_spec) throw Error(kFaValueError, "query is a specification without memory; it can't be computed");
   for (size_t i = 0; i < num_outputs; ++i) take_output(node_.outputs[i], outputs[i]);
   CudaDeviceGuard guard;
-  check(plugin::plan(problem_, device_of_query(&guard), &plan_, kernel.empty() ? nullptr : kernel.c_str()));
+  check(plugin::plan(problem_, device_of_query(&guard), &plan_, kernel));
   return plan_.workspace_bytes;
 }
 
 /// Binds what the forward pass has written, and the gradients: the bytes of workspace that run() needs to compute them. Gradients
 /// of inputs have the layout of those inputs, so they are bound as such, by the rules of bind().
-size_t BoundCall::prepare_backward(const FaArray* arrays, const std::string& kernel) {
+size_t BoundCall::prepare_backward(const FaArray* arrays, const char* kernel) {
   const auto is_given = [&](FaGradient which) {
     const FaArray& array = arrays[which];
     return array.object != nullptr || array.dlpack != nullptr || array.numpy != nullptr || array.dtype != nullptr;
   };
   std::vector<Named> read, written;
+  read.reserve(kFaNumGradients);
+  written.reserve(kFaNumGradients);
   for (const Output output : {Output::kOutput, Output::kLse}) {
     const FaGradient which = output == Output::kLse ? kFaLse : kFaOutput;
     if (node_.slot(output) < 0 || !is_given(which))
@@ -148,6 +153,7 @@ size_t BoundCall::prepare_backward(const FaArray* arrays, const std::string& ker
     set_output(&problem_, output, read.back().second.data);
   }
   std::vector<Tensor> tensors;
+  tensors.reserve(arrays_.size());
   for (const Array& array : arrays_) tensors.push_back(array.tensor);
   for (int i = 0; i < 3; ++i) {
     const FaGradient which = static_cast<FaGradient>(kFaDQuery + i);
@@ -177,8 +183,7 @@ size_t BoundCall::prepare_backward(const FaArray* arrays, const std::string& ker
                 is_given(kFaDBias) ? bound.params.bias : TensorView{},
                 is_given(kFaDSinks) ? bound.params.sinks : TensorView{}};
   CudaDeviceGuard guard;
-  check(
-      plan_backward(problem_.params, gradients_, device_of_query(&guard), &backward_, kernel.empty() ? nullptr : kernel.c_str()));
+  check(plan_backward(problem_.params, gradients_, device_of_query(&guard), &backward_, kernel));
   return backward_.workspace_bytes;
 }
 
@@ -203,7 +208,7 @@ void BoundCall::run(void* workspace, size_t workspace_bytes, int64_t num_threads
     context.workspace_bytes = bytes;
   }
   check(is_backward ? launch_backward(backward_, problem_.params, gradients_, context)
-                    : plugin::launch(plan_, problem_, context));
+                    : plugin::launch(plan_, &problem_, context));
 }
 
 std::string BoundCall::explain(const std::string& name) const {
@@ -247,32 +252,34 @@ Array BoundCall::take_row_major(const char* name, const Tensor& want, const FaAr
 }
 
 void BoundCall::take_output(Output output, const FaArray& given) {
-  const std::string name = name_of(output);
-  const Array array = take_row_major(name.c_str(), problem_.outputs[static_cast<int>(output)], given);
+  const char* name = name_of(output);
+  const Array array = take_row_major(name, problem_.outputs[static_cast<int>(output)], given);
   const Tensor& got = array.tensor;
-  if (array.read_only) throw Error(kFaValueError, name + " is read-only");
+  if (array.read_only) throw Error(kFaValueError, std::string(name) + " is read-only");
   for (size_t i = 0; i < arrays_.size(); ++i)
     if (overlap(got, arrays_[i].tensor) && !is_in_place(output, got, node_.inputs[i], arrays_[i].tensor))
-      throw Error(kFaValueError, name + " shares memory with " + name_of(node_.inputs[i]) + "; give it memory of its own");
+      throw Error(kFaValueError,
+                  std::string(name) + " shares memory with " + name_of(node_.inputs[i]) + "; give it memory of its own");
   set_output(&problem_, output, got.data);
 }
 
 /// The gradient of the input in a slot: of its shape, with strides of its own. Gradients may share memory with one another (of
 /// one packed tensor), but not with an input.
 Tensor BoundCall::take_gradient(FaGradient which, int slot, const FaArray& given) const {
-  const std::string name = kGradientNames[which];
-  if (slot < 0) throw Error(kFaValueError, name + " is given, but the call has no such input");
-  const Array array = array_from(name.c_str(), given);
+  const char* name = kGradientNames[which];
+  const auto refuse = [&](const std::string& what) { throw Error(kFaValueError, std::string(name) + " " + what); };
+  if (slot < 0) refuse("is given, but the call has no such input");
+  const Array array = array_from(name, given);
   const Tensor &got = array.tensor, &want = arrays_[slot].tensor;
-  check_device(name.c_str(), array);
-  if (array.is_spec) throw Error(kFaValueError, name + " is a specification without memory");
-  if (array.read_only) throw Error(kFaValueError, name + " is read-only");
+  check_device(name, array);
+  if (array.is_spec) refuse("is a specification without memory");
+  if (array.read_only) refuse("is read-only");
   if (got.rank != want.rank || !std::equal(got.shape, got.shape + got.rank, want.shape))
-    throw Error(kFaValueError, name + " has shape " + shape_text(got.shape, got.rank) + "; expected that of " +
-                                   name_of(node_.inputs[slot]) + ", " + shape_text(want.shape, want.rank));
+    refuse("has shape " + shape_text(got.shape, got.rank) + "; expected that of " + name_of(node_.inputs[slot]) + ", " +
+           shape_text(want.shape, want.rank));
   for (size_t i = 0; i < arrays_.size(); ++i)
     if (overlap(got, arrays_[i].tensor))
-      throw Error(kFaValueError, name + " shares memory with " + name_of(node_.inputs[i]) + "; give it memory of its own");
+      refuse(std::string("shares memory with ") + name_of(node_.inputs[i]) + "; give it memory of its own");
   return got;
 }
 
@@ -287,7 +294,7 @@ int BoundCall::slot_of_bias() const {
 bool BoundCall::is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const {
   const bool is_pair = (output == Output::kPresentKey && input == Input::kPastKey) ||
                        (output == Output::kPresentValue && input == Input::kPastValue);
-  bool is_same = is_pair && node_.attributes.cache != "append" && present.data == past.data;
+  bool is_same = is_pair && node_.words.cache != CacheMode::kAppend && present.data == past.data;
   for (int i = 0; is_same && i < present.rank; ++i)
     is_same = present.shape[i] == past.shape[i] && (present.shape[i] <= 1 || present.stride[i] == past.stride[i]);
   return is_same;

@@ -16,13 +16,16 @@ namespace fa::plugin {
 
 class BoundCall {
  public:
-  BoundCall(Node node, const FaArray* inputs, size_t num_inputs, uintptr_t stream);
+  /// The node and the arrays' memory must outlive the call.
+  BoundCall(const Node& node, const FaArray* inputs, size_t num_inputs, uintptr_t stream);
 
+  /// Throws what prepare() would, before there are outputs.
+  void validate() const;
   std::vector<FaOutput> outputs() const;  // in the node's order
   bool is_cuda() const { return arrays_[0].device == DeviceType::kCuda; }
 
-  size_t prepare(const FaArray* outputs, size_t num_outputs, const std::string& kernel);
-  size_t prepare_backward(const FaArray* arrays, const std::string& kernel);  // by FaGradient
+  size_t prepare(const FaArray* outputs, size_t num_outputs, const char* kernel);  // null: any
+  size_t prepare_backward(const FaArray* arrays, const char* kernel);              // by FaGradient
   void run(void* workspace, size_t workspace_bytes, int64_t num_threads);
   std::string explain(const std::string& device) const;
 
@@ -35,7 +38,7 @@ class BoundCall {
   int slot_of_bias() const;
   bool is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const;
 
-  Node node_;
+  const Node& node_;
   std::vector<Array> arrays_;  // the inputs
   Problem problem_;
   Plan plan_;

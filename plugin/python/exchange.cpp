@@ -30,22 +30,22 @@ class Workspace {
 
 }  // namespace
 
-ObjectCall::ObjectCall(const Node& node, const dlpack::ExchangeApi* api, void* const* objects, size_t num_inputs,
-                       size_t num_others, bool is_backward)
-    : api_(api) {
-  std::vector<FaArray> arrays(num_inputs + num_others);
+ObjectCall::ObjectCall(const FaObjectCall& given) : api_(given.api) {
+  void* const* objects = reinterpret_cast<void* const*>(&given + 1);
+  std::vector<FaArray> arrays(given.num_inputs + given.num_others);
   for (size_t i = 0; i < arrays.size(); ++i) {
-    arrays[i].object = objects[i];
-    arrays[i].api = api;
+    arrays[i].object = objects[i] == given.none ? nullptr : objects[i];
+    arrays[i].api = api_;
   }
   const Array query = array_from("query", arrays[0]);
   device_ = {query.device == DeviceType::kCuda ? dlpack::kCuda : dlpack::kCpu, query.device_id};
   void* stream = nullptr;
-  if (query.device == DeviceType::kCuda && api->current_stream(device_.device_type, device_.device_id, &stream) != 0)
+  if (query.device == DeviceType::kCuda && api_->current_stream(device_.device_type, device_.device_id, &stream) != 0)
     throw Error(kFaRuntimeError, "the current stream is unknown");
-  call_.emplace(node, arrays.data(), num_inputs, reinterpret_cast<uintptr_t>(stream));
-  const FaArray* others = arrays.data() + num_inputs;
-  workspace_bytes_ = is_backward ? call_->prepare_backward(others, "") : call_->prepare(others, num_others, "");
+  call_.emplace(*given.node, arrays.data(), given.num_inputs, reinterpret_cast<uintptr_t>(stream));
+  const FaArray* others = arrays.data() + given.num_inputs;
+  workspace_bytes_ =
+      given.is_backward ? call_->prepare_backward(others, nullptr) : call_->prepare(others, given.num_others, nullptr);
 }
 
 void ObjectCall::run(int64_t num_threads) {

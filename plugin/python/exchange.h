@@ -9,10 +9,8 @@ namespace fa::plugin {
 
 class ObjectCall {
  public:
-  /// `objects` are the node's inputs, then the others, null where one is absent: its outputs, or the arrays of a backward pass by
-  /// FaGradient. On CUDA the call is for the framework's current stream. The caller holds the interpreter's lock.
-  ObjectCall(const Node& node, const dlpack::ExchangeApi* api, void* const* objects, size_t num_inputs, size_t num_others,
-             bool is_backward);
+  /// On CUDA the call is for the framework's current stream. The caller holds the interpreter's lock.
+  explicit ObjectCall(const FaObjectCall& given);
 
   bool is_cuda() const { return call_->is_cuda(); }
   /// Once; the lock isn't needed. The workspace is the framework's.

@@ -157,9 +157,10 @@ int32_t FlashAttentionPlugin::getOutputShapes(const DimsExprs* inputs, int32_t n
       for (int32_t axis = 0; axis < inputs[i].nbDims; ++axis) shapes[i].dims[axis] = inputs[i].d[axis];
     }
     ExpressionAlgebra algebra{builder};
+    const auto shape_of = [&](int slot) { return shapes[static_cast<size_t>(slot)]; };
     for (int32_t i = 0; i < num_outputs; ++i) {
       const plugin::Output output = node_.outputs[i];
-      const auto shape = plugin::output_shape(node_, output, shapes, layouts, algebra);
+      const auto shape = plugin::output_shape<const IDimensionExpr*>(node_, output, shape_of, layouts, algebra);
       if (Status status = write_shape(shape, output, &outputs[i]); !status.ok()) return status;
     }
     return {};
@@ -293,7 +294,7 @@ int32_t FlashAttentionPlugin::enqueue(const PluginTensorDesc* input_desc, const 
     // kernel is forced, has answered getWorkspaceSize for this very plan.
     const bool is_known = is_configured() && tactic_ == 0;
     context.workspace_bytes = is_known ? static_cast<size_t>(state_.reserved_workspace_bytes) : plan.workspace_bytes;
-    return plugin::launch(plan, std::move(problem), context);
+    return plugin::launch(plan, &problem, context);
   });
 }
 

@@ -15,7 +15,9 @@ import time
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+from faexport import ort_session
 from onnx import TensorProto, helper
 
 from tests.export import (
@@ -290,6 +292,27 @@ def test_what_could_not_be_compared_is_not_written(model: pathlib.Path) -> None:
     assert done.returncode == 1 and "the original does not run in onnxruntime" in done.stderr
     assert "Unheard" in done.stderr and names(model.parent) == ["model.onnx"]
     assert faexport(model, "--no-verify", "--quiet").returncode == 0
+    assert names(model.parent) == ["model.fa.onnx", "model.onnx"]
+
+
+HAS_GPU = ort_session.CUDA in onnxruntime.get_available_providers()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a CUDA provider")
+def test_a_gpu_that_is_not_there_compares_nothing(model: pathlib.Path) -> None:
+    done = faexport(model, "--verify-on", "cuda", "--json")
+    assert done.returncode == 1 and "can't use a GPU here; --verify-on cpu compares on the CPU" in done.stderr
+    assert json.loads(done.stdout)["verification"]["status"] == "not run" and names(model.parent) == ["model.onnx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no CUDA provider")
+@pytest.mark.parametrize("options", [[], ["--fp16"]], ids=str)
+def test_models_are_compared_on_a_gpu(model: pathlib.Path, options: list[str]) -> None:
+    done = faexport(model, "--verify-on", "cuda", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["verification"]
+    assert found["status"] == "passed" and any("CUDA provider" in note for note in found["notes"])
     assert names(model.parent) == ["model.fa.onnx", "model.onnx"]
 
 

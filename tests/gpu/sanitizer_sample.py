@@ -26,6 +26,12 @@ def sample() -> list[cases.Case]:
         precision, head_dim = ("tf32", "tf32x3")[i % 2], (64, 128, 40, 256, 96)[i % 5]
         shape = (2, 2, 1, (130, 7, 65)[i % 3], (129, 70, 200)[i % 3], head_dim)
         chosen.append(cases.Case("float32", *shape, **fields, float32_precision=precision))
+    # Rows that see no key, among them the first of a bias, in front of which nothing may be read.
+    band = {"is_causal": True, "window_left": 60, "alignment": "bottom_right", "bias": "1HQK"}
+    for seed in range(2):
+        chosen.append(
+            cases.Case("bfloat16", 3, 2, 2, 130, 70, 64, **band, kv_lengths=True, query_lengths=True, seed=seed)
+        )
     hidden = [case for case in cases.systematic() if case.nan in ("value", "hidden")]
     return chosen + cases.wide()[::9] + hidden[::23] + in_circles()
 
@@ -36,7 +42,9 @@ def in_circles() -> list[cases.Case]:
     return [
         cases.Case("bfloat16", 1, 4, 2, 450, 450, 64, **band),
         cases.Case("float16", 1, 4, 2, 450, 450, 128, **band),
+        cases.Case("bfloat16", 1, 4, 2, 450, 450, 256, **band),
         cases.Case("bfloat16", 35, 4, 4, 70, 130, 128),
+        cases.Case("float16", 35, 2, 2, 70, 130, 192),
     ]
 
 

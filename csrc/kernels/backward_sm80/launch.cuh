@@ -4,6 +4,7 @@
 
 #include "kernels/backward_sm80/instances.h"
 #include "kernels/backward_sm80/kernel.cuh"
+#include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
 
 namespace fa::backward_sm80 {
@@ -13,7 +14,7 @@ cudaError_t launch_tiles(const AttentionParams& params, const Gradients& gradien
                          unsigned num_row_tiles, cudaStream_t stream) {
   using Config = TileConfig<T, kHeadDim, kVariant>;
   const auto kernel = backward_tile_kernel<Config>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+  cudaError_t error = allow_shared_memory(kernel, Config::kSharedBytes);
   if (error != cudaSuccess) return error;
   error = launch_kernel(kernel, dim3(num_blocks), Config::kThreads, Config::kSharedBytes, stream, params, gradients, grid);
   if (error != cudaSuccess || grid.num_splits.divisor == 1 || num_row_tiles == 0) return error;

@@ -4,6 +4,7 @@
 
 #include "kernels/backward_sm80/instances.h"
 #include "kernels/backward_sm80/score_sums.cuh"
+#include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
 
 namespace fa::backward_sm80 {
@@ -13,7 +14,7 @@ cudaError_t launch_sums(const AttentionParams& params, const Gradients& gradient
                         unsigned num_blocks, cudaStream_t stream) {
   using Config = TileConfig<T, kHeadDim, Variant::kModified>;
   const auto kernel = score_sums_kernel<Config>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+  const cudaError_t error = allow_shared_memory(kernel, Config::kSharedBytes);
   if (error != cudaSuccess) return error;
   return launch_kernel(kernel, dim3(num_blocks), Config::kThreads, Config::kSharedBytes, stream, params, gradients, grid, sums);
 }

@@ -68,7 +68,7 @@ Memory take_memory(const AttentionParams& params, int head_dim, Workspace* works
   const int64_t tiles = memory.rows.tiles.of_head * params.query.shape[1];
   const bool several = params.key.shape[2] > kTileKeys;  // key tiles add to a row's gradient
   memory.sums = workspace->take<float>(several ? tiles * tile_rows(head_dim) * head_dim : 0);
-  memory.num_counters = tiles + 1;
+  memory.num_counters = blocks_of_item(head_dim) * tiles + 1;
   memory.counters = workspace->take<unsigned>(memory.num_counters);
   return memory;
 }
@@ -83,7 +83,7 @@ bool plan(const StepParams& p, const Gradients& gradients, BackwardPlan* plan, s
   FA_REFUSE_IF(needs_exact_deltas(p, gradients),
                "computes D from the rounded output, which is not exact enough for d_sinks and for rows of few keys");
   const Instance* instance = find_instance(p);
-  FA_REFUSE_IF(instance == nullptr, "head_dim or head_dim_v is above 128");
+  FA_REFUSE_IF(instance == nullptr, "head_dim or head_dim_v is above 256");
   plan->instance = static_cast<int>(instance - kInstances);
   Workspace workspace(nullptr);
   take_memory(p, instance->head_dim, &workspace);

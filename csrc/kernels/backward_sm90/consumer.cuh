@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "kernels/backward_sm90/query_sums.cuh"
 #include "kernels/backward_sm90/rows_out.cuh"
 #include "kernels/backward_sm90/shared_plan.cuh"
 #include "kernels/common/exp2.cuh"
@@ -15,25 +16,6 @@
 #include "kernels/common/wgmma.cuh"
 
 namespace fa::backward_sm90 {
-
-/// Four 8x8 matrices of 16-bit elements from the accumulator layout to shared memory, transposed; lane l gives row l % 8 of
-/// matrix l / 8.
-__device__ __forceinline__ void store_transposed(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(a), "r"(b), "r"(c),
-               "r"(d)
-               : "memory");
-}
-
-/// Writes zeros over rows used … kTileN - 1 of a tile of keys, by all consumers, for the tensor cores to read.
-template <class C>
-__device__ __forceinline__ void clear_keys(uint8_t* keys, int used, int thread) {
-#pragma unroll 1
-  for (int i = used * 8 + thread; i < C::kTileN * 8; i += 32 * C::kConsumerWarps) {
-#pragma unroll
-    for (int panel = 0; panel < C::kPanels; ++panel)
-      *reinterpret_cast<uint4*>(keys + panel * C::kTileN * 128 + i * 16) = make_uint4(0, 0, 0, 0);
-  }
-}
 
 template <class C>
 struct Consumer {
@@ -52,13 +34,6 @@ struct Consumer {
   float dq[32];                  // the warpgroup's part of dQ
   uint32_t p16[C::kTileM / 4];   // P^T as A operand
   uint32_t ds16[C::kTileM / 4];  // dS^T as A operand
-
-  /// For what only tensor cores and lane 0 have read, or lanes that a __syncwarp() has joined. Who reads shared memory itself
-  /// arrives itself.
-  template <int kArrivals>
-  __device__ __forceinline__ void release(Mbarrier<kArrivals>& barrier) {
-    if (threadIdx.x % 32 == 0) barrier.arrive();
-  }
 
   /// Issues out = A B^T, A being the warpgroup's rows of a tile of keys and B a tile of queries.
   __device__ __forceinline__ void issue_scores(float (&out)[C::kTileM / 2], const uint8_t* key_tile, const uint8_t* query_tile) {
@@ -106,8 +81,6 @@ struct Consumer {
     }
     wgmma_commit();
   }
-
-  __device__ __forceinline__ int first_row_of_thread() const { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
   /// P^T = exp(scale * S^T - lse).
   __device__ __forceinline__ void take_weights() {
@@ -184,32 +157,14 @@ struct Consumer {
   /// Adds the tile's dQ to what other key tiles have added. The first stores it, the last takes the sum to the tensor.
   __device__ __forceinline__ void add_query_gradient(const Item& item, int head, int tile) {
     const Turn place = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending);
-    const int row = args.query_tile(item.batch, head, tile);
-    float* sum = args.sums + (static_cast<int64_t>(row) * 2 + warpgroup) * 64 * 64 + threadIdx.x % kWarpgroupThreads * 4;
+    const int64_t part = static_cast<int64_t>(args.query_tile(item.batch, head, tile)) * 2 + warpgroup;
+    float* const sum = args.sums + part * kPartElements;
     shared.turn_full[turn.stage].wait(turn.phase);
-    if (place.place + 1 == place.count) {
-      if (place.place > 0) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float4 x = __ldcg(reinterpret_cast<const float4*>(sum + i * 4 * kWarpgroupThreads));
-          dq[4 * i] += x.x;
-          dq[4 * i + 1] += x.y;
-          dq[4 * i + 2] += x.z;
-          dq[4 * i + 3] += x.w;
-        }
-      }
-      store_query_gradient(item, head, tile * C::kTileM);
-    } else if (place.place == 0) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        __stcg(reinterpret_cast<float4*>(sum + i * 4 * kWarpgroupThreads),
-               make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
+    if (place.place + 1 < place.count) {
+      add_to_sum(dq, sum, place.place == 0);
     } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sum + i * 4 * kWarpgroupThreads),
-                     "f"(dq[4 * i]), "f"(dq[4 * i + 1]), "f"(dq[4 * i + 2]), "f"(dq[4 * i + 3])
-                     : "memory");
+      if (place.place > 0) add_sum(dq, sum);
+      store_query_gradient(item, head, tile * C::kTileM);
     }
     __syncwarp();
     release(shared.turn_done[turn.stage]);
@@ -270,8 +225,8 @@ struct Consumer {
     keys.advance();
     const int used = item.view.kv_length - item.key_tile * C::kTileN;
     if (used >= C::kTileN) return;
-    clear_keys<C>(shared.key, used, threadIdx.x);
-    clear_keys<C>(shared.value, used, threadIdx.x);
+    clear_keys<C::kTileN, C::kPanels>(shared.key, used, C::kConsumerThreads);
+    clear_keys<C::kTileN, C::kPanels>(shared.value, used, C::kConsumerThreads);
     fence_async_proxy();
     named_barrier_sync(kConsumeBarrier, 32 * C::kConsumerWarps);
   }

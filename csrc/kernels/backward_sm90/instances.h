@@ -17,6 +17,9 @@ enum class Variant : uint8_t { kPlain };
 constexpr int tile_rows(int head_dim) { return head_dim <= 64 ? 128 : 64; }
 inline constexpr int kTileKeys = 128;
 
+/// Thread blocks that have an item together.
+constexpr int blocks_of_item(int head_dim) { return head_dim <= 128 ? 1 : 2; }
+
 template <typename T, int kHeadDim, Variant kVariant>
 Status launch_instance(const BackwardPlan& plan, const AttentionParams& params, const Gradients& gradients,
                        const ExecutionContext& context);

@@ -9,6 +9,7 @@
 #include "kernels/backward_sm90/backward_sm90.h"
 #include "kernels/backward_sm90/instances.h"
 #include "kernels/backward_sm90/kernel.cuh"
+#include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
 #include "kernels/common/tensor_map.h"
@@ -20,8 +21,8 @@ template <class C>
 Status encode_maps(const AttentionParams& p, const Gradients& gradients, KernelArgs* args) {
   if (Status status = encode_tensor_map(p.query, C::kTileM, &args->query); !status.ok()) return status;
   if (Status status = encode_tensor_map(gradients.d_out, C::kTileM, &args->d_out); !status.ok()) return status;
-  if (Status status = encode_tensor_map(p.key, C::kTileN, &args->key); !status.ok()) return status;
-  return encode_tensor_map(p.value, C::kTileN, &args->value);
+  if (Status status = encode_tensor_map(p.key, C::kTileN / C::kBlocks, &args->key); !status.ok()) return status;
+  return encode_tensor_map(p.value, C::kTileN / C::kBlocks, &args->value);
 }
 
 /// All of the arguments but the tensor maps.
@@ -40,8 +41,8 @@ void describe_problem(const AttentionParams& p, const Gradients& gradients, cons
   args->num_key_tiles = static_cast<int>((p.key.shape[2] + C::kTileN - 1) / C::kTileN);
   args->heads_per_key_head = static_cast<int>(p.query.shape[1] / p.key.shape[1]);
   args->num_items = static_cast<int>(args->num_key_tiles * p.key.shape[1] * p.query.shape[0]);
-  // As many heads together as give each multiprocessor one item: the first key tiles of all of them start, then the second …
-  const int64_t together = std::max(1, num_sms / args->num_key_tiles);
+  // As many heads together as give all multiprocessors one item: the first key tiles of all of them start, then the second …
+  const int64_t together = std::max(1, num_sms / C::kBlocks / args->num_key_tiles);
   args->rows_start_later = p.window_right >= 0;
   args->rows_shorten = args->rows_start_later && (p.window_left < 0 || p.window_left >= p.key.shape[2]);
   args->order = TileOrder(p.query.shape[0], p.key.shape[1], args->num_key_tiles, together,
@@ -50,8 +51,9 @@ void describe_problem(const AttentionParams& p, const Gradients& gradients, cons
   args->scale_log2 = p.softmax_scale * kLog2E;
 }
 
-template <class C>
-Status launch_config(const BackwardPlan& plan, const AttentionParams& p, const Gradients& gradients,
+/// `kernel` takes items by C, with shared memory as `Plan` says.
+template <class C, class Plan>
+Status launch_config(void (*kernel)(KernelArgs), const BackwardPlan& plan, const AttentionParams& p, const Gradients& gradients,
                      const ExecutionContext& context) {
   Workspace workspace(context.workspace);
   const Memory memory = take_memory(p, C::kHeadDim, &workspace);
@@ -60,13 +62,12 @@ Status launch_config(const BackwardPlan& plan, const AttentionParams& p, const G
   describe_problem<C>(p, gradients, memory, plan.device.num_sms, &args);
   if (Status status = prepare_rows(p, gradients, memory.rows, memory.counters, memory.num_counters, context); !status.ok())
     return status;
-  constexpr int kSharedBytes = sizeof(SharedPlan<C>);
+  constexpr int kSharedBytes = sizeof(Plan);
   static_assert(kSharedBytes <= kSharedLimit, "plan() asks the device for kSharedLimit bytes, so no block may need more.");
-  const auto kernel = backward_sm90_kernel<C>;
-  const int blocks = std::min(args.num_items, plan.device.num_sms);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const int blocks = C::kBlocks * std::min(args.num_items, plan.device.num_sms / C::kBlocks);
+  cudaError_t error = allow_shared_memory(kernel, kSharedBytes);
   if (error == cudaSuccess)
-    error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, static_cast<cudaStream_t>(context.stream), args);
+    error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, static_cast<cudaStream_t>(context.stream), args, C::kBlocks);
   if (error != cudaSuccess || !gradients.d_sinks.present) return cuda_status(error, "backward_sm90 could not be launched");
   return d_sinks_of_rows(p, gradients, memory.rows, context);
 }
@@ -74,7 +75,13 @@ Status launch_config(const BackwardPlan& plan, const AttentionParams& p, const G
 template <typename T, int kHeadDim, Variant kVariant>
 Status launch_instance(const BackwardPlan& plan, const AttentionParams& params, const Gradients& gradients,
                        const ExecutionContext& context) {
-  return launch_config<Traits<T, kHeadDim>>(plan, params, gradients, context);
+  if constexpr (blocks_of_item(kHeadDim) == 2) {
+    using C = PairTraits<T>;
+    return launch_config<C, PairPlan<C>>(backward_sm90_pair_kernel<C>, plan, params, gradients, context);
+  } else {
+    using C = Traits<T, kHeadDim>;
+    return launch_config<C, SharedPlan<C>>(backward_sm90_kernel<C>, plan, params, gradients, context);
+  }
 }
 
 }  // namespace fa::backward_sm90

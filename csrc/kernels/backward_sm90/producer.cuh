@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/backward_sm90/shared_plan.cuh"
+#include "kernels/common/cluster.cuh"
 #include "kernels/common/tma.cuh"
 
 namespace fa::backward_sm90 {
@@ -101,16 +102,18 @@ __device__ __forceinline__ void load_items(const KernelArgs& args, SharedPlan<C>
   }
 }
 
-/// One lane: calls f(number of the query tile, this item's turn) for all steps of all items, as they are published.
-template <class C, class F>
-__device__ __forceinline__ void for_each_turn(const KernelArgs& args, SharedPlan<C>& shared, F f) {
+/// One lane: calls f(the query tile's counter of turns, this item's turn) for all steps of all items, as they are published.
+template <class Plan, class F>
+__device__ __forceinline__ void for_each_turn(const KernelArgs& args, Plan& shared, F f) {
+  using C = typename Plan::Config;
+  unsigned* const turns = args.turns + (C::kBlocks > 1 ? cluster_rank() : 0);
   RingPosition<kItemSlots> slot;
   for (;;) {
     shared.item_full[slot.stage].wait(slot.phase);
     const Item& item = shared.item[slot.stage];
     if (!item.valid) return;
     for_each_step(args, item, [&](int head, int tile) {
-      f(args.query_tile(item.batch, head, tile),
+      f(turns + args.query_tile(item.batch, head, tile) * C::kBlocks,
         turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending));
     });
     shared.item_empty[slot.stage].arrive();
@@ -119,15 +122,15 @@ __device__ __forceinline__ void for_each_turn(const KernelArgs& args, SharedPlan
 }
 
 /// One lane: waits until the key tiles before this one have added to a query tile's gradient.
-template <class C>
-__device__ __forceinline__ void poll_turns(const KernelArgs& args, SharedPlan<C>& shared) {
+template <class Plan>
+__device__ __forceinline__ void poll_turns(const KernelArgs& args, Plan& shared) {
   RingPosition<kTurnSlots> slot;
-  for_each_turn(args, shared, [&](int query_tile, Turn turn) {
+  for_each_turn(args, shared, [&](unsigned* turns, Turn turn) {
     shared.turn_empty[slot.stage].wait(slot.phase ^ 1);
     if (turn.place > 0) {
       unsigned passed;
       do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(passed) : "l"(args.turns + query_tile) : "memory");
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(passed) : "l"(turns) : "memory");
       } while (passed < static_cast<unsigned>(turn.place));
     }
     shared.turn_full[slot.stage].arrive();
@@ -136,13 +139,12 @@ __device__ __forceinline__ void poll_turns(const KernelArgs& args, SharedPlan<C>
 }
 
 /// One lane: tells the next key tile's block that this block has added to a query tile's gradient.
-template <class C>
-__device__ __forceinline__ void signal_turns(const KernelArgs& args, SharedPlan<C>& shared) {
+template <class Plan>
+__device__ __forceinline__ void signal_turns(const KernelArgs& args, Plan& shared) {
   RingPosition<kTurnSlots> slot;
-  for_each_turn(args, shared, [&](int query_tile, Turn turn) {
+  for_each_turn(args, shared, [&](unsigned* turns, Turn turn) {
     shared.turn_done[slot.stage].wait(slot.phase);
-    if (turn.place + 1 < turn.count)
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(args.turns + query_tile) : "memory");
+    if (turn.place + 1 < turn.count) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(turns) : "memory");
     shared.turn_empty[slot.stage].arrive();
     slot.advance();
   });

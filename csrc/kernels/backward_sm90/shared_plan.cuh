@@ -73,6 +73,8 @@ __device__ __forceinline__ int num_places(const Item& item, int heads_per_key_he
 
 template <class C>
 struct SharedPlan {
+  using Config = C;
+
   // Tiles of 128-byte rows under the 128-byte swizzle, whose pattern repeats every 1024 bytes.
   alignas(1024) uint8_t key[C::kKeyBytes];
   alignas(1024) uint8_t value[C::kKeyBytes];

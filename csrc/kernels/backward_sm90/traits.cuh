@@ -13,6 +13,7 @@ namespace fa::backward_sm90 {
 template <typename T_, int kHeadDim_>
 struct Traits {
   using T = T_;
+  static constexpr int kBlocks = 1;                   // that have an item together
   static constexpr int kHeadDim = kHeadDim_;          // 64 or 128; the copy engine pads narrower heads with zeros
   static constexpr int kWarpgroups = 2;               // that multiply
   static constexpr int kTileN = kTileKeys;            // keys: 64 of each warpgroup
@@ -31,6 +32,29 @@ struct Traits {
   static constexpr int kConsumerWarps = 4 * kWarpgroups, kConsumerThreads = 32 * kConsumerWarps;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+};
+
+/// For heads of up to 256 columns. Two blocks, a pair, have an item together: each takes P and dS of 64 keys, and hands them to
+/// the other, and the gradients of one half of the columns.
+template <typename T_>
+struct PairTraits {
+  using T = T_;
+  static constexpr int kBlocks = 2;
+  static constexpr int kHeadDim = 256, kHalfDim = 128;  // the copy engine pads narrower heads with zeros
+  static constexpr int kWarpgroups = 2;
+  static constexpr int kTileN = kTileKeys, kBlockN = 64;  // keys of the pair and of a block
+  static constexpr int kTileM = tile_rows(kHeadDim);
+  static constexpr int kPanels = 4, kHalfPanels = 2;
+  static_assert(kTileM == 64 && kTileN == 2 * kBlockN);
+
+  static constexpr int kStages = 2;  // buffers for a block's half of the columns of Q, and as many for dO; one for the other half
+  static constexpr uint32_t kPanelBytes = 64 * 128;
+  static constexpr uint32_t kHalfBytes = kHalfPanels * kPanelBytes, kKeyBytes = kPanels * kPanelBytes;
+  static constexpr uint32_t kRowBytes = kTileM * sizeof(float);  // of a number for each row of a tile
+
+  static constexpr int kConsumerWarps = 4 * kWarpgroups, kConsumerThreads = 32 * kConsumerWarps;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 };
 
 }  // namespace fa::backward_sm90

@@ -72,7 +72,6 @@ Step prepare(const StepParams& p, void* workspace, bool reads_cache) {
     std::swap(step.query.stride[1], step.query.stride[2]);
     left.query = step.query;
   }
-  step.is_needed = step.query.present || c.new_key.present;
   if (reads_cache) {
     step.problem.cache = c;
     step.bytes = memory.bytes();

@@ -12,9 +12,8 @@ namespace fa::cache_step {
 
 /// A step, and the memory that it makes beside the caller's tensors.
 struct Step {
-  StepParams problem;      // what is left to attend: no norm, no rotary embedding, and no cache, or one that has its new rows
-  bool is_needed = false;  // is there anything to do before?
-  size_t bytes = 0;        // of workspace
+  StepParams problem;  // what is left to attend: no norm, no rotary embedding, and no cache, or one that has its new rows
+  size_t bytes = 0;    // of workspace
 
   TensorView query;          // [B, H_q, S_q, D] normalised and rotated; absent: the caller's, as it is
   TensorView gathered[2];    // keys, values as float rows; absent: the cache is read where it is. Of pages: packed sequences
@@ -23,6 +22,11 @@ struct Step {
   TensorView query_offsets;  // … and where its first query stands among them
   TensorView cu_seqlens_kv;  // int32 [sequences + 1]: of gathered pages
 };
+
+/// Is there anything to do before the kernel attends?
+inline bool is_needed(const StepParams& params) {
+  return params.norm.query_weight.present || params.rotary.cos.present || params.cache.new_key.present;
+}
 
 /// All of a step but the values of tensors, which nobody reads here: for plan() with a workspace of null. `reads_cache`: the
 /// kernel that attends reads the cache as it is, in pages or written in place, and finds lengths and positions by its rule.

@@ -31,6 +31,21 @@ __device__ __forceinline__ uint32_t cluster_address(const void* pointer, int ran
   return address;
 }
 
+/// Writes to another block's shared memory; the bytes count on the barrier, which is in the same block. Both are
+/// cluster_addresses.
+__device__ __forceinline__ void store_cluster_async(uint32_t address, uint32_t x, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address), "r"(x), "r"(barrier)
+               : "memory");
+}
+
+/// Starts the copy of `bytes` neighbouring bytes of this block's shared memory, of which, as of both addresses, 16 is a divisor,
+/// to another block's. They count on the barrier, which is in that block; `address` and `barrier` are cluster_addresses.
+__device__ __forceinline__ void bulk_copy_to_cluster(uint32_t address, const void* shared, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+               "r"(shared_address(shared)), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 /// Reads another block's shared memory, at a cluster_address.
 __device__ __forceinline__ float4 load_cluster_float4(uint32_t address) {
   float4 x;

@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/common/kernel_attributes.h"
+
 namespace fa {
 
 /// Of the CUDA that the driver is of: 13020 is 13.2. 0: unknown.
@@ -19,15 +21,14 @@ inline int driver_version() {
 
 /// kernel<<<blocks, threads, shared_bytes, stream>>>(args), early, `cluster` neighbouring blocks on multiprocessors that reach
 /// each other's shared memory. While the stream is captured, only under drivers of CUDA 13 and later: which nodes of a graph may
-/// stand before such a kernel depends on the driver. The multiprocessors' memory is divided so that shared memory has most of it,
-/// for every kernel alike: blocks of two kernels can't be on one multiprocessor where they want it divided differently.
+/// stand before such a kernel depends on the driver.
 template <class Args>
 cudaError_t launch_early(void (*kernel)(Args), int blocks, int threads, size_t shared_bytes, cudaStream_t stream,
                          const Args& args, int cluster = 1) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  cudaError_t error = cudaStreamIsCapturing(stream, &capture);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  const bool always = driver_version() >= 13000;
+  cudaError_t error = always ? cudaSuccess : cudaStreamIsCapturing(stream, &capture);
+  if (error == cudaSuccess) error = prefer_shared_memory(kernel);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config{};
@@ -36,7 +37,7 @@ cudaError_t launch_early(void (*kernel)(Args), int blocks, int threads, size_t s
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = attributes;
-  if (capture == cudaStreamCaptureStatusNone || driver_version() >= 13000) {
+  if (always || capture == cudaStreamCaptureStatusNone) {
     cudaLaunchAttribute& early = attributes[config.numAttrs++];
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;

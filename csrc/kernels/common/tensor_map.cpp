@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "dispatch.h"
+#include "kernels/common/driver.h"
 
 namespace fa {
 namespace {
@@ -13,16 +14,6 @@ constexpr int64_t kStrideUnit = 16;                 // bytes: the engine wants s
 constexpr int64_t kStrideLimit = int64_t{1} << 40;  // bytes: … and below this
 constexpr int64_t kPanelBytes = 128;                // of a row: the widest that the swizzle takes
 constexpr int64_t kSizeLimit = int64_t{1} << 31;    // row numbers are 32-bit
-
-using EncodeFunction = decltype(&cuTensorMapEncodeTiled);
-
-EncodeFunction find_encoder() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeFunction>(function) : nullptr;
-}
 
 bool is_addressable(const TensorView& tensor, std::string* why_not) {
   FA_REFUSE_IF(reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0, "does not begin at a multiple of 16 bytes");
@@ -59,7 +50,7 @@ bool make_context_current() {
 template <int kAxes>
 Status encode(const TensorView& tensor, const cuuint64_t (&sizes)[kAxes], const cuuint64_t (&stride_bytes)[kAxes - 1],
               const cuuint32_t (&box)[kAxes], L2Fetch fetch, CUtensorMap* map) {
-  static const EncodeFunction encoder = find_encoder();
+  static const auto encoder = find_in_driver<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   if (encoder == nullptr)
     return {StatusCode::kCudaError, "The CUDA driver has no cuTensorMapEncodeTiled (it is older than 12.0)."};
   cuuint32_t element_strides[kAxes];

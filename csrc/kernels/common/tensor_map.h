@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host side of the copy engine: descriptions of strided tensors (CUtensorMap). The driver's encoder is found at run time, so that
-// nothing links against libcuda and the library loads where there is no GPU.
+// Host side of the copy engine: descriptions of strided tensors (CUtensorMap), which the driver encodes.
 #pragma once
 
 #include <cuda.h>

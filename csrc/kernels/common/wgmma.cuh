@@ -48,8 +48,8 @@ __device__ __forceinline__ void wgmma_pin(R (&registers)[kCount]) {
   }
 }
 
-/// One instruction, N columns. accumulate = 0 starts the sum. ss: A and B from shared memory, A along the summed axis; rs: A from
-/// registers. kMnMajor: B stands row-wise along the other axis (wgmma_descriptor_mn_major), else along the summed one.
+/// One instruction, N columns. accumulate = 0 starts the sum. ss: A and B from shared memory; rs: A from registers. kMnMajor,
+/// kAMnMajor: B, A stands row-wise along the other axis (wgmma_descriptor_mn_major), else along the summed one.
 template <int kN>
 struct Wgmma;
 
@@ -91,11 +91,11 @@ struct Wgmma;
 #define FA_D120 FA_D112, FA_REGISTERS8(112)
 #define FA_D128 FA_D120, FA_REGISTERS8(120)
 
-#define FA_WGMMA_SS(N, R, TYPE, i0, i1, i2, i3)                                                                               \
+#define FA_WGMMA_SS(N, R, TYPE, i0, i1, i2, i3, i4)                                                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
-               " {" FA_L##R "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, %" #i3 ";\n}"                                                 \
+               " {" FA_L##R "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i4 ", %" #i3 ";\n}"                                          \
                : FA_D##R                                                                                                      \
-               : "l"(a), "l"(b), "r"(accumulate), "n"(kMnMajor ? 1 : 0))
+               : "l"(a), "l"(b), "r"(accumulate), "n"(kMnMajor ? 1 : 0), "n"(kAMnMajor ? 1 : 0))
 #define FA_WGMMA_RS(N, R, TYPE, i0, i1, i2, i3, i4, i5, i6)                                                                   \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #i5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
                " {" FA_L##R "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n}"                       \
@@ -104,12 +104,12 @@ struct Wgmma;
 #define FA_WGMMA(N, R, i0, i1, i2, i3, i4, i5, i6)                                                                           \
   template <>                                                                                                                \
   struct Wgmma<N> {                                                                                                          \
-    template <typename T, bool kMnMajor = false>                                                                             \
+    template <typename T, bool kMnMajor = false, bool kAMnMajor = false>                                                     \
     static __device__ __forceinline__ void ss(float (&d)[R], uint64_t a, uint64_t b, int accumulate) {                       \
       if constexpr (std::is_same_v<T, __half>) {                                                                             \
-        FA_WGMMA_SS(N, R, "f16", i0, i1, i2, i3);                                                                            \
+        FA_WGMMA_SS(N, R, "f16", i0, i1, i2, i3, i4);                                                                        \
       } else {                                                                                                               \
-        FA_WGMMA_SS(N, R, "bf16", i0, i1, i2, i3);                                                                           \
+        FA_WGMMA_SS(N, R, "bf16", i0, i1, i2, i3, i4);                                                                       \
       }                                                                                                                      \
     }                                                                                                                        \
     template <typename T, bool kMnMajor = true>                                                                              \

@@ -8,6 +8,7 @@
 #include <array>
 #include <utility>
 
+#include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
 #include "kernels/common/tensor_map.h"
@@ -153,7 +154,7 @@ Status launch_instance(const Plan& plan, const StepParams& p, const ExecutionCon
                 "The ring must hold the tiles that are loaded before their item is published, else nobody would ever empty it.");
   int blocks = num_blocks(p, plan.device, C::kTile);
   const auto kernel = decode_sm90_kernel<C>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  cudaError_t error = allow_shared_memory(kernel, kSharedBytes);
   if (error != cudaSuccess) return cuda_status(error, "decode_sm90 could not be launched");
   KernelArgs args = describe_problem<C>(p, blocks);
   if (Status status = encode_keys_and_values<C>(p, &args); !status.ok()) return status;

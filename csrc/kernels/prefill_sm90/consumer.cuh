@@ -396,7 +396,11 @@ struct Consumer {
       shared.tile_full[slot.stage].wait(slot.phase);
       const Tile& tile = shared.tile[slot.stage];
       if (!tile.valid) break;
-      if constexpr (C::kFetchBias) fetch_bias(tile, shared.view[slot.stage][warpgroup].block_end - 1);
+      if constexpr (C::kFetchBias) {
+        const RowsView& next = shared.view[slot.stage][warpgroup];
+        // Of rows that see no key there is nothing to read: it could lie in front of the first key.
+        if (next.block_begin < next.block_end) fetch_bias(tile, next.block_end - 1);
+      }
       shared.query_full[q.stage].wait(q.phase);
       if constexpr (C::kAddsQueryBias)
         add_query_bias<C>(shared.query[q.stage] + warpgroup * 64 * 128, args.problem, tile.head, kWarpgroupBarrier + warpgroup);

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "fa/attention.h"
+#include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
 #include "kernels/common/spoilt_rows.h"
@@ -89,7 +90,7 @@ Status launch_config(const Plan& plan, const AttentionParams& p, const Execution
   static_assert(C::kBlocksPerSm * (kSharedBytes + kReservedShared) <= kSharedOfSm,
                 "As many blocks as the registers are planned for must fit into a multiprocessor's shared memory.");
   static_assert(kSharedBytes <= kSharedLimit, "supports() asks the device for kSharedLimit bytes, so no block may need more.");
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess) error = allow_shared_memory(kernel, kSharedBytes);
   if (error == cudaSuccess) error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, stream, args);
   return cuda_status(error, "prefill_sm90 could not be launched");
 }

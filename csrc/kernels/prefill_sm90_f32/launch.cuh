@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
 #include "kernels/common/tensor_map.h"
@@ -38,7 +39,7 @@ Status launch_instance(const Plan& plan, const AttentionParams& params, const Ex
   static_assert(kSharedBytes <= prefill_sm90::kSharedLimit, "plan() asks the device for no more.");
   cudaError_t error = cudaSuccess;
   if (unequal && tiles > blocks) error = prefill_sm90::find_tile_counter(context, &args.tile_counter);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error == cudaSuccess) error = allow_shared_memory(kernel, kSharedBytes);
   if (error == cudaSuccess)
     error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, static_cast<cudaStream_t>(context.stream), args);
   return cuda_status(error, "prefill_sm90_f32 could not be launched");

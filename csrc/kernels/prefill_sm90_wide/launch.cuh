@@ -6,6 +6,7 @@
 
 #include "fa/attention.h"
 #include "kernels/combine/combine.h"
+#include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
 #include "kernels/common/tensor_map.h"
@@ -38,7 +39,7 @@ Status launch_instance(const Plan& plan, const AttentionParams& p, const Executi
   args.partial_state = static_cast<float2*>(context.workspace);
   args.partial_out = reinterpret_cast<float*>(args.partial_state + plan.num_splits * num_rows(p));
   const auto kernel = prefill_sm90_wide_kernel<Config<T, kVariant == Variant::kModified>>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedMemory));
+  cudaError_t error = allow_shared_memory(kernel, sizeof(SharedMemory));
   if (error == cudaSuccess) {
     error = launch_early(kernel, args.num_tiles * 2 * plan.num_splits, kThreads, sizeof(SharedMemory),
                          static_cast<cudaStream_t>(context.stream), args, cluster);

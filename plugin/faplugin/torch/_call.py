@@ -30,19 +30,21 @@ Tensors = tuple[Any, ...]  # of tensors and None
 
 
 @functools.lru_cache(maxsize=256)
-def _node(given: tuple[str, ...], settings: tuple) -> Node:
-    """With log-sum-exp, and inputs beside query, key and value."""
+def _node(given: tuple[str, ...], settings: tuple, outputs: str) -> Node:
+    """With inputs beside query, key and value, and outputs beside the first."""
     named = dict(zip(SETTINGS, settings, strict=True))
-    return Node({**LAYOUTS, **named, "optional_inputs": ",".join(given), "optional_outputs": "lse"})
+    return Node({**LAYOUTS, **named, "optional_inputs": ",".join(given), "optional_outputs": outputs})
 
 
-def _inputs(operands: Tensors, optional: Tensors, settings: tuple) -> tuple[Node, list[torch.Tensor]]:
+def _inputs(
+    operands: Tensors, optional: Tensors, settings: tuple, outputs: str = "lse"
+) -> tuple[Node, list[torch.Tensor]]:
     inputs = [rows(tensor) for tensor in operands]
     given: tuple[str, ...] = ()
     if optional is not ABSENT:
         given = tuple(name for name, tensor in zip(OPTIONAL, optional, strict=True) if tensor is not None)
         inputs += [tensor for tensor in optional if tensor is not None]
-    return _node(given, settings), inputs
+    return _node(given, settings, outputs), inputs
 
 
 def scale_of(query: torch.Tensor, scale: float | None) -> float:
@@ -52,20 +54,31 @@ def scale_of(query: torch.Tensor, scale: float | None) -> float:
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with a contiguous last axis: other strides are read in place."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    # The first question is the one that PyTorch answers fastest.
+    if tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def _result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Memory for the output."""
+    shape = query.shape
+    if len(shape) != 4:
+        raise ValueError(f"query has {len(shape)} axes; expected 4: batch, rows, heads, head_dim")
+    head_dim_v = value.shape[-1]
+    if head_dim_v == 0:  # also without a log-sum-exp, beside which the operator refuses it
+        raise ValueError("value has head_dim 0; expected at least 1")
+    return empty_like(query) if head_dim_v == shape[3] else query.new_empty((*shape[:3], head_dim_v))
+
+
 def results(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for the output and the log-sum-exp."""
-    if query.dim() != 4:
-        raise ValueError(f"query has {query.dim()} axes; expected 4: batch, rows, heads, head_dim")
-    batch, length, heads, head_dim = query.shape
-    head_dim_v = value.shape[-1]
-    output = empty_like(query) if head_dim_v == head_dim else query.new_empty((batch, length, heads, head_dim_v))
+    output = _result(query, value)
+    batch, length, heads, _ = query.shape
     return output, query.new_empty((batch, heads, length), dtype=torch.float32)
 
 
@@ -102,6 +115,14 @@ def forward(operands: Tensors, optional: Tensors, settings: tuple) -> tuple[torc
     outputs = results(operands[0], operands[2])
     run(torch.Tensor, node, inputs, outputs, False, torch.get_num_threads())
     return outputs
+
+
+def forward_output(operands: Tensors, optional: Tensors, settings: tuple) -> torch.Tensor:
+    """The output alone, where nobody wants the log-sum-exp."""
+    node, inputs = _inputs(operands, optional, settings, "")
+    output = _result(operands[0], operands[2])
+    run(torch.Tensor, node, inputs, (output,), False, torch.get_num_threads())
+    return output
 
 
 @functools.lru_cache(maxsize=64)

@@ -42,8 +42,8 @@ def _forward(query: Any, key: Any, value: Any, *rest: Any) -> tuple[torch.Tensor
     return _call.forward((query, key, value), *_split(rest))
 
 
-def _forward_output(*inputs: Any) -> torch.Tensor:
-    return _forward(*inputs)[0]
+def _forward_output(query: Any, key: Any, value: Any, *rest: Any) -> torch.Tensor:
+    return _call.forward_output((query, key, value), *_split(rest))
 
 
 def _forward_shapes(query: Any, key: Any, value: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,27 +101,31 @@ def is_eager(*tensors: Any) -> bool:
 
 
 def _wants_gradients(*tensors: Any) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    for tensor in tensors:  # any() would take longer
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
 
 
-def _gradients(ctx: Any, d_output: Any, d_lse: Any) -> tuple:
+def _gradients(ctx: Any, d_output: Any, d_lse: Any = None) -> tuple:
     query, key, value, output, lse, *given = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(output)
     optional = given or ABSENT
     d_bias, d_sinks = ctx.needs_input_grad[_FIRST : _FIRST + 2] if given else (False, False)
-    operands = unpacked((query, key, value), ctx.packed)
-    arguments = (d_output, d_lse, output, lse, d_bias, d_sinks, ctx.packed)
+    _, packed, settings, _ = ctx.how
+    operands = unpacked((query, key, value), packed)
+    arguments = (d_output, d_lse, output, lse, d_bias, d_sinks, packed)
     if is_eager(d_output, d_lse, query, key, value, *given):
-        gradients = _call.backward(*arguments, operands, optional, ctx.settings)
+        gradients = _call.backward(*arguments, operands, optional, settings)
     else:
-        gradients = torch.ops.faplugin.attention_backward(*arguments, *operands, *optional, *ctx.settings)
+        gradients = torch.ops.faplugin.attention_backward(*arguments, *operands, *optional, *settings)
     d_query, d_key, d_value, *d_others = gradients
     d_operands = (d_query, d_key if key is not None else None, d_value if value is not None else None)
     if not given:
-        return None, None, *d_operands, *_NO_SETTINGS
+        return None, *d_operands
     others = (d_others[0].to(given[0].dtype) if d_bias else None, d_others[1] if d_sinks else None)
-    return None, None, *d_operands, *_NO_SETTINGS, *others, *[None] * len(EXTRAS)
+    return None, *d_operands, *others, *[None] * len(EXTRAS)
 
 
 _refused_twice = torch.autograd.function.once_differentiable(_gradients)
@@ -130,44 +134,44 @@ _refused_twice = torch.autograd.function.once_differentiable(_gradients)
 class _Attention(torch.autograd.Function):
     """The call as a node of autograd's graph.
 
-    `eager`: may it pass by the dispatcher? `packed`: 3 where query, key and value are parts of the first tensor, 2
-    where key and value are parts of the second. `rest`: the settings, then the optional tensors unless all are absent.
+    `how`: may it pass by the dispatcher; how the operands are packed, 3 where query, key and value are parts of the
+    first tensor, 2 where key and value are parts of the second, else 0; the settings; is the log-sum-exp wanted. One
+    argument, because each costs time, as each result does. `given`: the optional tensors, unless all are absent.
     """
 
     @staticmethod
-    def forward(ctx: Any, eager: bool, packed: int, query: Any, key: Any, value: Any, *rest: Any) -> Any:
-        settings, given = rest[: len(SETTINGS)], rest[len(SETTINGS) :]
+    def forward(ctx: Any, how: tuple[bool, int, tuple, bool], query: Any, key: Any, value: Any, *given: Any) -> Any:
+        eager, packed, settings, return_lse = how
         operands = unpacked((query, key, value), packed)
         if eager:
             output, lse = _call.forward(operands, given or ABSENT, settings)
         else:
             output, lse = torch.ops.faplugin.attention(*operands, *(given or ABSENT), *settings)
         ctx.save_for_backward(query, key, value, output, lse, *given)
-        ctx.packed, ctx.settings = packed, settings
+        ctx.how = how
         ctx.set_materialize_grads(False)
-        return output, lse
+        return (output, lse) if return_lse else output
 
     @staticmethod
-    def backward(ctx: Any, d_output: Any, d_lse: Any) -> Any:
+    def backward(ctx: Any, *d_results: Any) -> Any:
         # Where no graph of the gradients is wanted, what refuses to differentiate them is time lost.
         function = _refused_twice if torch.is_grad_enabled() else _gradients
-        return function(ctx, d_output, d_lse)
+        return function(ctx, *d_results)
 
 
-_NO_SETTINGS = (None,) * len(SETTINGS)
-_FIRST = 5 + len(SETTINGS)  # of the optional tensors among the arguments of forward()
+_FIRST = 4  # of the optional tensors among the arguments of forward()
+# What Function.apply does where no functorch transform is active; finding that out again takes it as long as the rest.
+_apply_eagerly = super(torch.autograd.Function, _Attention).apply
 
 
 def compute(
     query: Any, key: Any, value: Any, packed: int, optional: Tensors, settings: tuple, return_lse: bool
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """attend() without its checks: `optional` by OPTIONAL (ABSENT where all are None), `settings` by SETTINGS."""
-    kind = query.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = (None if t is None else t.to(dtype) for t in (query, key, value))
     given: Sequence[Any] = () if optional is ABSENT else optional
     eager = is_eager(query, key, value, *given)
+    if not eager or torch._C._is_any_autocast_enabled():
+        query, key, value = _autocast(query, key, value)
     if not eager and torch.onnx.is_in_onnx_export():
         from ._export import exported
 
@@ -175,12 +179,21 @@ def compute(
             raise RuntimeError("the log-sum-exp is wanted during an ONNX export; expected a call for the output alone")
         return exported(unpacked((query, key, value), packed), optional, settings)
     if eager and not (torch.is_grad_enabled() and _wants_gradients(query, key, value, *given)):
-        output, lse = _call.forward(unpacked((query, key, value), packed), optional, settings)
-    else:
-        if torch.compiler.is_compiling():
-            query, key, value, *given = _apart(query, key, value, *given)
-        output, lse = _Attention.apply(eager, packed, query, key, value, *settings, *given)
-    return (output, lse) if return_lse else output
+        forward = _call.forward if return_lse else _call.forward_output
+        return forward(unpacked((query, key, value), packed), optional, settings)
+    if torch.compiler.is_compiling():
+        query, key, value, *given = _apart(query, key, value, *given)
+    apply = _apply_eagerly if eager else _Attention.apply
+    return apply((eager, packed, settings, return_lse), query, key, value, *given)
+
+
+def _autocast(query: Any, *others: Any) -> Tensors:
+    """The tensors in the dtype of torch.autocast, where it is on for their device."""
+    kind = query.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return query, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (query, *others))
 
 
 def _apart(*tensors: Any) -> list[Any]:
