@@ -21,6 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
 EXPORTS_BEGIN, EXPORTS_END = "<!-- exports: written by benchmarks/readme.py -->\n", "<!-- end of exports -->\n"
 FLOAT8_BEGIN, FLOAT8_END = "<!-- float8: written by benchmarks/readme.py -->\n", "<!-- end of float8 -->\n"
+ACCURACY_BEGIN = "<!-- float8 accuracy: written by benchmarks/readme.py -->\n"
+ACCURACY_END = "<!-- end of float8 accuracy -->\n"
 BACKWARD_BEGIN = "<!-- backward: written by benchmarks/readme.py -->\n"
 BACKWARD_END = "<!-- end of backward -->\n"
 DECODE_BEGIN, DECODE_END = "<!-- decode: written by benchmarks/readme.py -->\n", "<!-- end of decode -->\n"
@@ -130,6 +132,25 @@ def float8_section() -> str:
         f"fastest float8 peer {_ratios(data['rows'])}:"
     )
     return "\n".join([head, "", *_speed_table(data["rows"], names)])
+
+
+def accuracy_section() -> str:
+    """docs/kernels.md's table of float8's errors."""
+    data = json.loads((RESULTS / "fp8_accuracy.json").read_text("utf-8"))
+    names = list(data["rows"][0]["contestants"])
+    lines = [
+        f"{data['gpu']}, commit {data['commit']}, {data['date'][:10]} (`benchmarks/attention_accuracy.py`), "
+        f"d{data['head_dim']}; errors to float64 of the float8\ntensors in percent of the root mean square of the "
+        "output (in brackets to the tensors before they were rounded with a factor for each head):",
+        "",
+        f"| data | S | {' | '.join(names)} |",
+        f"|---|---|{'---|' * len(names)}",
+    ]
+    for row in data["rows"]:
+        errors = [row["contestants"][name] for name in names]
+        cells = [f"{x['error_percent']:.2f} ({x['error_before_rounding_percent']:.2f})" for x in errors]
+        lines.append(f"| {row['data']} | {row['seqlen']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def backward_section() -> str:
@@ -369,6 +390,7 @@ def updated_decoding(text: str) -> str:
 
 def updated_kernels(text: str) -> str:
     """docs/kernels.md, likewise."""
+    text = replaced(text, ACCURACY_BEGIN, ACCURACY_END, accuracy_section())
     return replaced(text, FLOAT8_BEGIN, FLOAT8_END, float8_section())
 
 

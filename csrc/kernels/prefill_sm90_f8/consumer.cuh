@@ -135,7 +135,7 @@ struct Consumer {
     // NOTE: the sums are no parts of `s`, though they stand in its registers: ptxas runs products one after the other if it is
     // told that one of 128 columns shares registers with two of 64 (C7511).
     float ones[4];
-    if constexpr (C::kSumColumns == C::kTileN) {
+    if constexpr (C::kSumColumns == C::kTileN) {  // a product as wide as that of the scores
       start_part<0>(s, ones);
       finish_part<0, 0>(s, ones);
     } else {

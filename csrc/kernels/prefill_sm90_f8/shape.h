@@ -4,7 +4,8 @@
 
 namespace fa::prefill_sm90_f8 {
 
-/// kModified: softcap, bias, ALiBi; and log-sum-exp, which wants sums of weights before they are rounded.
+/// kModified: softcap, bias, ALiBi, masks; and log-sum-exp, which wants sums of weights before they are rounded. kPlain has none
+/// of their code, whose registers would be taken from its loop.
 enum class Variant { kPlain, kModified };
 
 struct TileShape {

@@ -18,7 +18,7 @@ struct Traits {
   static constexpr TileShape kShape = tile_shape(kHeadDim_, kVariant);
 
   // What the instance can do.
-  static constexpr bool kStagedOnly = kVariant == Variant::kPlain;  // no mask but what becomes a range
+  static constexpr bool kStagedOnly = kVariant == Variant::kPlain;  // no mask
   static constexpr bool kModified = true;                           // when a tile ends, references are natural scores
   static constexpr bool kPlain = kVariant == Variant::kPlain;       // neither softcap nor bias nor ALiBi
 
