@@ -49,7 +49,7 @@ class Step:
 STEPS = (
     *(Step(b, s) for b, s in ((1, 512), (1, 4096), (1, 32768), (8, 4096), (16, 2048), (64, 2048), (8, 32768))),
     *(Step(b, s, paged=True) for b, s in ((1, 4096), (8, 4096), (16, 2048), (64, 2048))),
-    *(Step(b, s, quantized=name) for b, s in ((1, 4096), (8, 4096)) for name in QUANTIZED),
+    *(Step(b, s, quantized=name) for b, s in ((1, 4096), (8, 4096), (16, 2048), (8, 32768)) for name in QUANTIZED),
 )
 
 

@@ -2,8 +2,9 @@
 """Model files without their weights: a graph of some kilobytes, which says of each weight how it is made again.
 
 The weights of a PyTorch module are drawn by NumPy, seeded by their names (fill). So whatever a tool stores of them (as
-they are, transposed, in float16, several side by side) is recognized, and left out of the file (Known.strip); another
-machine, without PyTorch, draws them again (Weights.restored). Files made on one machine are so timed on another.
+they are, transposed, in float16, several side by side, also head by head) is recognized, and left out of the file
+(Known.strip); another machine, without PyTorch, draws them again (Weights.restored). Files made on one machine are so
+timed on another.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ LARGEST_KEPT = 1 << 18  # elements of a tensor that nobody knows, e.g. a table o
 FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16}
 FUSED_DOMAINS = ("com.microsoft", "faexport")
 KEY = "weights"  # of a tensor's external data: a list of [name, transposed], which stand side by side
+HEADS = "heads"  # likewise: into how many groups of columns each is cut; groups take turns
+MOST_HEADS = 64
 
 
 def fill(module: torch.nn.Module) -> dict[str, dict]:
@@ -93,18 +96,19 @@ class Known:
                 continue
             found = self._parts(numpy_helper.to_array(tensor)) if tensor.data_type in FLOATS else None
             if found is not None:
-                _leave_out(tensor, found)
+                _leave_out(tensor, *found)
             elif np.prod(tensor.dims) > LARGEST_KEPT:
                 raise ValueError(f"{source.name}: where {tensor.name} {list(tensor.dims)} comes from is not known")
         onnx.save(model, target)
 
-    def _parts(self, array: np.ndarray) -> list[tuple[str, bool]] | None:
-        """One weight, or equal parts of the last axis."""
+    def _parts(self, array: np.ndarray) -> tuple[list[tuple[str, bool]], int] | None:
+        """One weight, or several of equal width: whole, or cut into as many groups of columns as the number says."""
         for count in (1, 3, 2):
-            if array.shape[-1] % count == 0:
-                found = [self._found.get(_digest(part)) for part in np.split(array, count, axis=-1)]
-                if None not in found:
-                    return found
+            for heads in range(1, MOST_HEADS + 1 if count == 3 and array.ndim == 2 else 2):
+                if array.shape[-1] % (count * heads) == 0:
+                    found = [self._found.get(_digest(part)) for part in _apart(array, count, heads)]
+                    if None not in found:
+                        return found, heads
         return None
 
 
@@ -113,12 +117,25 @@ def _digest(array: np.ndarray) -> bytes:
     return hashlib.blake2b(f"{array.dtype}{shape}".encode() + array.tobytes(), digest_size=16).digest()
 
 
-def _leave_out(tensor: onnx.TensorProto, parts: list[tuple[str, bool]]) -> None:
+def _apart(array: np.ndarray, count: int, heads: int) -> list[np.ndarray]:
+    """The parts of which _together made the array."""
+    whole = array.reshape(*array.shape[:-1], heads, count, -1)
+    return [whole[..., part, :].reshape(*array.shape[:-1], -1) for part in range(count)]
+
+
+def _together(parts: list[np.ndarray], heads: int) -> np.ndarray:
+    """Side by side: the first group of columns of each, then the second of each, and so on."""
+    rows = parts[0].shape[:-1]
+    return np.stack([part.reshape(*rows, heads, -1) for part in parts], axis=-2).reshape(*rows, -1)
+
+
+def _leave_out(tensor: onnx.TensorProto, parts: list[tuple[str, bool]], heads: int) -> None:
     for field in ("raw_data", "float_data", "int32_data"):
         tensor.ClearField(field)
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=KEY)
     tensor.external_data.add(key=KEY, value=json.dumps(parts))
+    tensor.external_data.add(key=HEADS, value=str(heads))
 
 
 class Weights:
@@ -143,7 +160,8 @@ class Weights:
             if KEY not in said:
                 continue
             parts = [self._weight(name).T if turned else self._weight(name) for name, turned in json.loads(said[KEY])]
-            whole = (parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)).astype(FLOATS[tensor.data_type])
+            whole = parts[0] if len(parts) == 1 else _together(parts, int(said.get(HEADS, 1)))
+            whole = whole.astype(FLOATS[tensor.data_type])
             tensor.ClearField("external_data")
             tensor.data_location = onnx.TensorProto.DEFAULT
             tensor.raw_data = whole.tobytes()

@@ -117,9 +117,9 @@ bool plan_with(const Kernel& kernel, Forms* forms, Plan* plan, std::string* why_
   FA_REFUSE_IF(kernel.device != forms->device().type,
                kernel.device == DeviceType::kCpu ? "runs on the CPU only" : "runs on CUDA devices only");
   const CacheParams& c = forms->params().cache;
-  const bool is_plain = !c.key_scale.present && !c.value_scale.present && c.new_key.present;
-  const bool stays_in_place = is_plain && (c.mode == CacheMode::kPaged || c.mode == CacheMode::kWrite);
-  if (kernel.reads_caches && stays_in_place && plan_in_form(kernel, forms, true, plan, nullptr)) return true;
+  const bool is_quantized = c.key_scale.present || c.value_scale.present;
+  const bool stays_in_place = c.mode == CacheMode::kPaged || c.mode == CacheMode::kWrite || is_quantized;
+  if (kernel.reads_caches && c.new_key.present && stays_in_place && plan_in_form(kernel, forms, true, plan, nullptr)) return true;
   return plan_in_form(kernel, forms, false, plan, why_not);
 }
 

@@ -61,9 +61,12 @@ class _Output(ctypes.Structure):
     ]
 
 
+# Of api.h as it is declared here, as fa_python_interface() gives it.
+INTERFACE = "5e960cd6a2f730f4"
 _P, _SIZE, _I32, _TEXT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int32, ctypes.c_char_p
 # Result and arguments. Pointers to what is declared above are plain addresses, which ctypes passes fastest.
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "fa_python_interface": (_TEXT, []),
     "fa_python_error": (_TEXT, []),
     "fa_python_input": (_TEXT, [_I32]),
     "fa_python_attribute": (_TEXT, [_I32, _P]),
@@ -106,8 +109,14 @@ def library() -> Any:
             function = getattr(locked if name in _LOCKED else loaded, name)
             function.restype, function.argtypes = result, arguments
             setattr(loaded, name, function)
-    except (OSError, AttributeError) as error:  # AttributeError: a library of another version
+        if loaded.fa_python_interface() != INTERFACE.encode():
+            raise AttributeError("fa_python_interface is not the package's")
+    except OSError as error:
         raise ImportError(f"faplugin's compiled part can't be loaded: {error}") from error
+    except AttributeError as error:
+        raise ImportError(
+            f"{path} was compiled from another version of faplugin than this package ({error}); install it again"
+        ) from error
     return loaded
 
 

@@ -69,6 +69,8 @@ constexpr int kNumAttributes = sizeof(kAttributes) / sizeof(kAttributes[0]);
 
 using namespace fa::plugin;
 
+const char* fa_python_interface() { return FA_PYTHON_INTERFACE; }
+
 const char* fa_python_error() { return last_error.c_str(); }
 
 const char* fa_python_input(int32_t index) { return index < kNumInputs ? name_of(static_cast<Input>(index)) : nullptr; }

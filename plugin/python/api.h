@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The functions of libfa_python.so and their data, in C: what faplugin/_native.py declares to ctypes, field by field. The library
-// and the package are installed together, so this is no interface to others. Every function that returns a FaError sets the
-// sentence of fa_python_error, which is the calling thread's.
+// and the package are installed together, so this is no interface to others: the package refuses a library that another form of
+// this file has made. Every function that returns a FaError sets the sentence of fa_python_error, which is the calling thread's.
 #pragma once
 
 #include <cstddef>
@@ -90,6 +90,8 @@ struct FaObjectCall {
   size_t is_backward;
 };
 
+/// Which form of this file the library was compiled from: the first 16 digits of its SHA-256.
+const char* fa_python_interface();
 /// The sentence of this thread's last error.
 const char* fa_python_error();
 /// The names in inputs.def, in order; null behind the last.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measuring programs: the zoo on a folder made here, ONNX's node tests in a small part."""
+"""The measuring programs: the zoo on a folder made here, ONNX's node tests in a small part, models without weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import onnx
@@ -81,3 +82,44 @@ def counts(text: str) -> tuple[int, int, int]:
     words = text.splitlines()[-1].replace(",", "").split()
     assert words[1:4] == ["fused", "and", "right"] and words[5] == "refused" and words[7] == "wrong"
     return int(words[0]), int(words[4]), int(words[6])
+
+
+class Weight:
+    """As much of a PyTorch tensor as is asked for."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.numpy, self.numel = lambda: array, lambda: array.size
+
+    def detach(self) -> Weight:
+        return self
+
+
+def test_weights_are_drawn_again_in_whatever_form_a_tool_stored_them(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import skeletons
+
+    recipes = {name: {"shape": [48, 32], "mean": 0.1, "deviation": 2.0} for name in "qkv"}
+    drawn = {name: skeletons._drawn(name, recipe) for name, recipe in recipes.items()}
+    module = types.SimpleNamespace(named_parameters=lambda: [(name, Weight(array)) for name, array in drawn.items()])
+    heads = [array.reshape(48, 4, 8) for array in drawn.values()]
+    forms = {
+        "plain": drawn["q"],
+        "transposed, half": drawn["k"].T.astype(np.float16),
+        "side by side": np.concatenate([*drawn.values()], axis=-1),
+        "by heads": np.concatenate([part[:, head] for head in range(4) for part in heads], axis=-1),
+        "unknown": np.ones((40, 40), np.float32),
+    }
+    tensors = [onnx.numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in forms.items()]
+    graph = onnx.helper.make_graph([], "g", [], [], tensors)
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "whole.onnx")
+    known = skeletons.Known(module, recipes)
+    known.write(tmp_path / "weights.json")
+    known.strip(tmp_path / "whole.onnx", tmp_path / "stripped.onnx")
+    assert (tmp_path / "stripped.onnx").stat().st_size < 10_000
+    restored = skeletons.Weights(tmp_path / "weights.json").restored(tmp_path / "stripped.onnx")
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.ModelProto.FromString(restored).graph.initializer}
+    assert found.keys() == forms.keys()
+    for name, array in forms.items():
+        np.testing.assert_array_equal(found[name], array, name)

@@ -32,6 +32,8 @@ SAMPLE = [
     decoding.Decoder("write", "float16", rotary="half", norm=True, head_dim=64, head_dim_v=64),
     decoding.Decoder("write", "bfloat16", layout="BHSD", in_place=False, mask=True, sinks=True, head_dim=64),
     decoding.Decoder("write", "bfloat16", quantized="int8", cache_layout="BSHD", rotary="interleaved", head_dim_v=7),
+    decoding.Decoder("write", "float16", quantized="int8", rotary="half", head_dim=128, head_dim_v=64, num_q_heads=8),
+    decoding.Decoder("write", "bfloat16", quantized="float8", per_channel=True, head_dim=32, head_dim_v=256),
     decoding.Decoder(
         "write", "float32", quantized="int4", per_channel=True, in_place=False, head_dim=40, head_dim_v=40
     ),
@@ -46,6 +48,12 @@ SAMPLE = [
     ),
     decoding.Decoder(
         "paged", "bfloat16", rotary="interleaved-partial", page_rows=32, capacity=64, head_dim=40, batch_size=3
+    ),
+    decoding.Decoder(
+        "paged", "bfloat16", quantized="float8", per_channel=True, rotary="half", page_rows=16, capacity=64, head_dim=64
+    ),
+    decoding.Decoder(
+        "append", "float16", in_place=False, quantized="int8", per_channel=True, head_dim=64, window_left=5
     ),
     decoding.Decoder("paged", "bfloat16", quantized="int4", rotary="half-rows", page_rows=1, softcap=5.0, head_dim_v=7),
     decoding.Decoder("paged", "float32", quantized="float8", per_channel=True, window_left=3, index_dtype="int32"),

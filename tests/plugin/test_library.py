@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import inspect
 import pathlib
 import re
@@ -44,6 +45,20 @@ ATTRIBUTES = {
     "optional_inputs": ("STRING", ""),
     "optional_outputs": ("STRING", ""),
 }
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from faplugin import _native
+
+    declared = (ROOT / "plugin/python/api.h").read_bytes()
+    assert hashlib.sha256(declared).hexdigest()[:16] == _native.INTERFACE, "declare what api.h says now, and its digits"
+    monkeypatch.setattr(_native, "INTERFACE", "another")
+    _native.library.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=r"libfa_python\.so was compiled from another version of faplugin"):
+            _native.library()
+    finally:
+        _native.library.cache_clear()
 
 
 def dynamic_symbols(library: str) -> list[tuple[str, str]]:

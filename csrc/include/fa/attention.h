@@ -171,7 +171,7 @@ struct Kernel;
 struct Plan {
   const Kernel* kernel = nullptr;  // null: plan() has not succeeded
   Device device;
-  bool reads_cache = false;        // on CUDA: the kernel is given the cache as it is, and reads pages where they are
+  bool reads_cache = false;        // on CUDA: the kernel is given the cache as it is: in pages, quantized
   int instance = 0;                // which of the kernel's own instances (element type, head size, tile shape)
   int num_splits = 1;              // parts of the keys that are worked off side by side and then merged
   size_t workspace_bytes = 0;      // memory that launch() needs beside the tensors; depends on no data

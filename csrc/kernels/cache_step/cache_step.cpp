@@ -72,13 +72,18 @@ Step prepare(const StepParams& p, void* workspace, bool reads_cache) {
     std::swap(step.query.stride[1], step.query.stride[2]);
     left.query = step.query;
   }
-  if (reads_cache) {
+  if (reads_cache && (paged || c.mode == CacheMode::kWrite)) {
     step.problem.cache = c;
     step.bytes = memory.bytes();
     return step;
   }
-  if (paged || c.key_scale.present) left.key = step.gathered[0] = gathered(p, 0, &memory);
-  if (paged || c.value_scale.present) left.value = step.gathered[1] = gathered(p, 1, &memory);
+  if (reads_cache) {
+    step.problem.cache.key_scale = c.key_scale;
+    step.problem.cache.value_scale = c.value_scale;
+  } else {
+    if (paged || c.key_scale.present) left.key = step.gathered[0] = gathered(p, 0, &memory);
+    if (paged || c.value_scale.present) left.value = step.gathered[1] = gathered(p, 1, &memory);
+  }
   if (c.mode == CacheMode::kWindow && p.mask.present) left.mask = step.mask = shifted(p.mask, p.key.shape[2], &memory);
   if (c.mode == CacheMode::kWindow && p.bias.present) left.bias = step.bias = shifted(p.bias, p.key.shape[2], &memory);
   if (c.mode != CacheMode::kAppend) {

@@ -29,7 +29,8 @@ inline bool is_needed(const StepParams& params) {
 }
 
 /// All of a step but the values of tensors, which nobody reads here: for plan() with a workspace of null. `reads_cache`: the
-/// kernel that attends reads the cache as it is, in pages or written in place, and finds lengths and positions by its rule.
+/// kernel that attends reads the cache as it is: in pages or written in place, where it finds lengths and positions by its rule,
+/// and quantized.
 Step prepare(const StepParams& params, void* workspace, bool reads_cache);
 
 /// Enqueues it. One launch, and a second one where rows are gathered or a windowed cache keeps only some of several new ones.

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kMostColumns = 256;  // two groups of four for each lane of a warp
 
-/// Rows of groups of four columns that begin at multiples of two.
+/// Rows of groups of four columns that begin at multiples of two elements.
 bool has_groups(const TensorView& t) {
   bool fits = t.shape[3] % 4 == 0 && t.shape[3] <= kMostColumns && reinterpret_cast<uintptr_t>(t.data) % 4 == 0;
   for (int axis = 0; axis < 3; ++axis) fits = fits && (t.shape[axis] == 1 || t.stride[axis] % 2 == 0);
@@ -31,6 +31,12 @@ RowMove move_of(const TensorView& from, const TensorView& to, int64_t rotated_co
           to.stride[2],
           static_cast<unsigned>(from.shape[3] / 4),
           static_cast<unsigned>(rotated_columns / 4)};
+}
+
+/// Are keys and values stored alike: as they are, or both as int8 or float8?
+bool is_of_one_kind(const StepParams& p) {
+  const bool has_scale = p.cache.key_scale.present, has_bytes = p.key.dtype == DType::kInt8 || p.key.dtype == DType::kFloat8E4M3;
+  return has_scale == p.cache.value_scale.present && p.key.dtype == p.value.dtype && has_scale == has_bytes;
 }
 
 /// Rows of pages that 32 bits can number.
@@ -56,8 +62,9 @@ bool make_plain_args(const StepParams& p, const Step& step, PlainArgs* args) {
   const bool is_half = p.query.dtype == DType::kFloat16 || p.query.dtype == DType::kBFloat16;
   const bool is_paged = c.mode == CacheMode::kPaged, is_written_in_place = c.new_key.present && c.new_value.present &&
                                                                            c.past_key.present && c.past_key.data == p.key.data;
-  if (!is_half || !is_written_in_place || c.new_key.empty() || c.key_scale.present || c.value_scale.present) return false;
+  if (!is_half || !is_written_in_place || c.new_key.empty() || !is_of_one_kind(p)) return false;
   if (is_paged ? step.cu_seqlens_kv.present || !has_few_slots(p) : c.mode != CacheMode::kWrite) return false;
+  if (step.gathered[0].present || step.gathered[1].present) return false;
   if (p.norm.query_weight.present || p.norm.key_weight.present) return false;
   if (rotary.cos.present && (rotary.by_row || rotary.position_ids.present || !has_angles(rotary.cos, p.query.dtype) ||
                              !has_angles(rotary.sin, p.query.dtype)))
@@ -89,6 +96,9 @@ bool make_plain_args(const StepParams& p, const Step& step, PlainArgs* args) {
   }
   args->interleaved = rotary.interleaved;
   args->bfloat16 = p.query.dtype == DType::kBFloat16;
+  args->scales[0] = c.key_scale;
+  args->scales[1] = c.value_scale;
+  args->float8 = p.key.dtype == DType::kFloat8E4M3;
   args->kv_lengths = static_cast<int64_t*>(step.kv_lengths.data);
   args->query_offsets = static_cast<int64_t*>(step.query_offsets.data);
   return true;

@@ -4,8 +4,10 @@
 #include <cuda_fp16.h>
 
 #include "kernels/cache_step/plain_step.h"
+#include "kernels/common/convert.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
+#include "kernels/common/scales.h"
 #include "semantics/transform.h"
 
 namespace fa::cache_step {
@@ -41,17 +43,35 @@ struct Group {
   uint32_t low, high;      // elements
 };
 
+/// The numbers of a group.
+struct Numbers {
+  float2 low, high;
+};
+
+template <class T>
+__device__ __forceinline__ Numbers numbers_of(const Group& group) {
+  return {T::floats(group.low), T::floats(group.high)};
+}
+
 /// Rotates its two pairs: (low, high) where they are paired by halves, else the two of low and the two of high.
 template <class T>
-__device__ __forceinline__ void rotate(Group& group, uint32_t cos_bits, uint32_t sin_bits, bool interleaved) {
-  const float2 cos = T::floats(cos_bits), sin = T::floats(sin_bits), low = T::floats(group.low), high = T::floats(group.high);
-  if (interleaved) {
-    group.low = T::bits(rotated_first(low.x, low.y, cos.x, sin.x), rotated_second(low.x, low.y, cos.x, sin.x));
-    group.high = T::bits(rotated_first(high.x, high.y, cos.y, sin.y), rotated_second(high.x, high.y, cos.y, sin.y));
-  } else {
-    group.low = T::bits(rotated_first(low.x, high.x, cos.x, sin.x), rotated_first(low.y, high.y, cos.y, sin.y));
-    group.high = T::bits(rotated_second(low.x, high.x, cos.x, sin.x), rotated_second(low.y, high.y, cos.y, sin.y));
-  }
+__device__ __forceinline__ Numbers rotated(const Group& group, uint32_t cos_bits, uint32_t sin_bits, bool interleaved) {
+  const float2 cos = T::floats(cos_bits), sin = T::floats(sin_bits);
+  const auto [low, high] = numbers_of<T>(group);
+  if (interleaved)
+    return {{rotated_first(low.x, low.y, cos.x, sin.x), rotated_second(low.x, low.y, cos.x, sin.x)},
+            {rotated_first(high.x, high.y, cos.y, sin.y), rotated_second(high.x, high.y, cos.y, sin.y)}};
+  return {{rotated_first(low.x, high.x, cos.x, sin.x), rotated_first(low.y, high.y, cos.y, sin.y)},
+          {rotated_second(low.x, high.x, cos.x, sin.x), rotated_second(low.y, high.y, cos.y, sin.y)}};
+}
+
+/// Two columns of a quantized cache: to_float8 and to_int8 of semantics/quantize.h in the GPU's own instructions, since each that
+/// is fetched counts.
+__device__ __forceinline__ void store_2(uint8_t* target, float2 numbers, float2 scales, bool float8) {
+  const float first = numbers.x / scales.x, second = numbers.y / scales.y;
+  if (float8) return store_pair(reinterpret_cast<Float8*>(target), first, second);
+  const int low = min(max(__float2int_rn(first), -128), 127), high = min(max(__float2int_rn(second), -128), 127);
+  *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>((low & 0xff) | high << 8);
 }
 
 /// The rule of all modes, for this one only. New rows of packed sequences lie as their queries do, so nothing else is packed.
@@ -106,7 +126,7 @@ __device__ __forceinline__ void store_lengths(const PlainArgs& args, int64_t seq
   args.query_offsets[sequence] = mask.query_offset;
 }
 
-template <class T, bool kPaged>
+template <class T, bool kPaged, bool kQuantized>
 __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_constant__ PlainArgs args) {
   // 1. Which row is this warp's. Nothing here waits for memory.
   const unsigned idx = blockIdx.x * kPlainWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -134,6 +154,16 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
     groups[i].low = load_2(source, groups[i].first);
     groups[i].high = load_2(source, groups[i].second);
   }
+  Numbers scales[kHeld];
+  if (kQuantized && which > 0) {
+    const Scales its = scales_of(args.scales[which - 1], head);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (lane + 32 * i >= move.groups) continue;
+      const unsigned first = groups[i].first, second = groups[i].second;
+      scales[i] = {{its.at(first), its.at(first + 1)}, {its.at(second), its.at(second + 1)}};
+    }
+  }
   const int64_t sequence = kPaged ? sequence_of(args.rule.sequences, row, lane) : batch_idx;
   const CacheStep step = step_of<kPaged>(args.rule, sequence);
   const int64_t i = row - step.sequence.first_row;  // among the rows of its sequence
@@ -142,6 +172,11 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
       which == 0 ? batch_idx * move.to_batch + row * move.to_row : target_of<kPaged>(args, move, step, sequence, row);
   if (place < 0) return;
   // 3. Rotated by its position, there.
+  Numbers numbers[kHeld];
+  if constexpr (kQuantized) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) numbers[i] = numbers_of<T>(groups[i]);
+  }
   if (move.rotated_groups > 0) {
     const int64_t position = which == 0 ? position_of_query(step, i) : position_of_new_row(args.rule, step, i);
     const int64_t angle = SequenceRule::clamp(position, 0, args.last_angle);
@@ -150,8 +185,21 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const unsigned g = lane + 32 * i;
-      if (g < move.rotated_groups) rotate<T>(groups[i], load_2(cos, 2 * g), load_2(sin, 2 * g), args.interleaved);
+      if (g >= move.rotated_groups) continue;
+      numbers[i] = rotated<T>(groups[i], load_2(cos, 2 * g), load_2(sin, 2 * g), args.interleaved);
+      groups[i].low = T::bits(numbers[i].low.x, numbers[i].low.y);
+      groups[i].high = T::bits(numbers[i].high.x, numbers[i].high.y);
     }
+  }
+  if (kQuantized && which > 0) {
+    auto* target = static_cast<uint8_t*>(move.to) + (head * move.to_head + place);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (lane + 32 * i >= move.groups) continue;
+      store_2(target + groups[i].first, numbers[i].low, scales[i].low, args.float8);
+      store_2(target + groups[i].second, numbers[i].high, scales[i].high, args.float8);
+    }
+    return;
   }
   auto* target = static_cast<uint16_t*>(move.to) + (head * move.to_head + place);
 #pragma unroll
@@ -164,10 +212,14 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
 
 }  // namespace
 
+template <class T>
+static auto plain_kernel_for(const PlainArgs& args) {
+  if (args.scales[0].present) return args.is_paged ? plain_kernel<T, true, true> : plain_kernel<T, false, true>;
+  return args.is_paged ? plain_kernel<T, true, false> : plain_kernel<T, false, false>;
+}
+
 cudaError_t launch_plain(const PlainArgs& args, bool early, cudaStream_t stream) {
-  const auto kernel = args.is_paged   ? args.bfloat16 ? plain_kernel<BFloat, true> : plain_kernel<Half, true>
-                      : args.bfloat16 ? plain_kernel<BFloat, false>
-                                      : plain_kernel<Half, false>;
+  const auto kernel = args.bfloat16 ? plain_kernel_for<BFloat>(args) : plain_kernel_for<Half>(args);
   const auto lengths = args.kv_lengths != nullptr ? static_cast<unsigned>((args.rule.sequences.num_sequences + 31) / 32) : 0;
   const unsigned blocks = (args.count + lengths + kPlainWarps - 1) / kPlainWarps;
   if (early) return launch_early(kernel, static_cast<int>(blocks), kPlainThreads, 0, stream, args);

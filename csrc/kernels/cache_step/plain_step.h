@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The step that decoders take most, by a kernel of its own: new rows of half precision written in place, in one piece or in
-// pages, with or without rotary embedding by their own positions. A step is so short that fetching code and arguments is most of
-// it: this kernel has a few hundred instructions where that for all steps has 10,264. Used by cache_step.cpp.
+// The step that decoders take most, by a kernel of its own: new rows of half precision written in place, as they are or quantized
+// to 8 bits, in one piece or in pages, with or without rotary embedding by their own positions. A step is so short that fetching
+// code and arguments is most of it: this kernel has a few hundred instructions where that for all steps has 10,264. Used by
+// cache_step.cpp.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -45,6 +46,8 @@ struct PlainArgs {
   bool interleaved;
   bool bfloat16;                        // else float16
   int64_t *kv_lengths, *query_offsets;  // null: the attention kernel finds them itself
+  TensorView scales[2];                 // of keys and values, where those are quantized: float32 [H_kv, D]
+  bool float8;                          // quantized: else int8
 };
 
 /// The arguments of a step that this kernel can take; false: it can't.

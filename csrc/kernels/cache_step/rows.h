@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "kernels/cache_step/threads.h"
+#include "kernels/common/scales.h"
 #include "semantics/quantize.h"
 #include "semantics/transform.h"
 
@@ -83,19 +84,6 @@ FA_HD FreshRow transformed_row(const StepParams& p, const TensorView& weight, fl
   fresh.cos_first = angles_of(p.rotary, p.rotary.cos, batch_idx, row, position);
   fresh.sin_first = angles_of(p.rotary, p.rotary.sin, batch_idx, row, position);
   return fresh;
-}
-
-/// The scales of one head of a quantized cache.
-struct Scales {
-  const float* data;  // null: the cache is not quantized
-  int64_t stride;
-
-  FA_HD float at(int64_t column) const { return data[column * stride]; }
-};
-
-FA_HD Scales scales_of(const TensorView& t, int64_t head) {
-  if (!t.present) return {nullptr, 0};
-  return {static_cast<const float*>(t.data) + head * (t.shape[0] > 1 ? t.stride[0] : 0), t.shape[1] > 1 ? t.stride[1] : 0};
 }
 
 /// For a whole warp: the row as the cache has it, two columns at a time.

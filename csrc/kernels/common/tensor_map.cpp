@@ -36,7 +36,7 @@ cuuint32_t panel_columns(const TensorView& tensor) { return static_cast<cuuint32
 
 CUtensorMapDataType type_in_map(DType dtype) {
   if (dtype == DType::kFloat32) return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  if (dtype == DType::kFloat8E4M3) return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  if (size_of(dtype) == 1) return CU_TENSOR_MAP_DATA_TYPE_UINT8;
   return dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 

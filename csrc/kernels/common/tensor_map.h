@@ -10,7 +10,7 @@
 
 namespace fa {
 
-/// Can the copy engine address this [B, H, S, D] tensor of float32, float16 or bfloat16?
+/// Can the copy engine address this [B, H, S, D] tensor of float32, float16, bfloat16, float8 or int8?
 bool has_tensor_map(const TensorView& tensor);
 
 /// Why it can't: a sentence's end ("has …").

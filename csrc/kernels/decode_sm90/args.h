@@ -98,6 +98,8 @@ struct KernelArgs {
   float2* partial_state;   // [slots, partial_rows]: maximum and sum (SoftmaxState)
   float* partial_out;      // [slots, partial_rows, D_v], relative to that maximum, not normalized
   MergeCounter* counters;  // parts_done 0 before the launch and after it
+
+  TensorView key_scale, value_scale;  // of a quantized cache: float32 [H_kv, D], see CacheParams
 };
 
 /// A piece of work: some rows of one key head, and all or a part of their keys.

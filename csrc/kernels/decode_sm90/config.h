@@ -9,7 +9,9 @@ namespace fa::decode_sm90 {
 
 inline constexpr int kRowsPerWarp = 16;          // of a matrix instruction: (query row, query head) pairs
 inline constexpr int kMostTileRows = 64;         // of the pairs that share a read of keys and values
-inline constexpr int kPanelColumns = 64;         // 128 bytes, the width of the copy engine's swizzle
+inline constexpr int kPanelRowBytes = 128;       // the width of the copy engine's swizzle
+inline constexpr int kMergeColumns = 64;         // of a row, that a warp merges from all parts of a head at once
+inline constexpr int kBytesTogether = 16 << 10;  // of keys and values, whose copies the lanes of the producer start side by side
 inline constexpr int kMaxStages = 16;            // of the ring of key and value tiles
 inline constexpr int kTilesBeforeItem = 1;       // whose copies start before the consumers are told what for; at most a ring
 inline constexpr int kItemSlots = 4;             // pieces of work that the producer may be ahead
@@ -53,8 +55,8 @@ constexpr TileShape tile_shape(int head_dim) {
   return {4, 32};
 }
 
-/// Keys and values of a stage, 16-bit elements.
-constexpr int stage_bytes(int head_dim) { return 2 * 2 * head_dim * tile_shape(head_dim).tile_n; }
+/// Of a row of keys or values.
+constexpr int num_panels(int row_bytes) { return (row_bytes + kPanelRowBytes - 1) / kPanelRowBytes; }
 
 /// float32 output of one warp in the merge of a block's warps; rows are padded so that neighbours use different banks.
 constexpr int merge_stride(int head_dim) { return head_dim + 8; }

@@ -59,7 +59,8 @@ struct Consumer {
 
   __device__ __forceinline__ void work_off(const Item& item) {
     typename Products::Queries queries;
-    load_queries(item, queries);
+    float factors[2];  // that make scores of products, of each of the lane's rows
+    load_queries(item, queries, factors);
     typename Products::Out out = {};
     RowState<1> state;
     const int key_warps = C::kWarps >> row_bits(args), tiles = item.end - item.begin;
@@ -73,9 +74,9 @@ struct Consumer {
         const int tile = item.begin + i;
         const uint32_t keys = shared_address(ring) + stage * C::kStageBytes;
         if (tile >= item.full_begin && tile < item.full_end) {
-          process_tile<false>(item, queries, tile, keys, out, state);
+          process_tile<false>(item, queries, factors, tile, keys, out, state);
         } else {
-          process_tile<true>(item, queries, tile, keys, out, state);
+          process_tile<true>(item, queries, factors, tile, keys, out, state);
         }
       }
       __syncwarp();
@@ -86,7 +87,7 @@ struct Consumer {
     finish(item, out, state);
   }
 
-  __device__ __forceinline__ void load_queries(const Item& item, typename Products::Queries& queries) {
+  __device__ __forceinline__ void load_queries(const Item& item, typename Products::Queries& queries, float (&factors)[2]) {
     const TensorView& query = args.problem.query;
     const T* data[2];
 #pragma unroll
@@ -96,18 +97,25 @@ struct Consumer {
       data[r] = row.in_use ? head + (item.row_base + row.row) * query.stride[2] : nullptr;
     }
     Products::load_queries(queries, data, static_cast<int>(query.shape[3]));
+    if constexpr (C::kIsQuantized) {
+      const Scales scales = scales_of(args.key_scale, item.key_head);
+      Products::scale_queries(queries, factors, first_row() + 8 < item.num_rows, static_cast<int>(query.shape[3]), scales);
+      for (float& factor : factors) factor *= args.problem.softmax_scale;
+    }
   }
 
   /// Scores, softmax and the product with the values. kTest: some rows may not see all keys of the tile, or scores need more than
   /// a scale.
   template <bool kTest>
-  __device__ __forceinline__ void process_tile(const Item& item, const typename Products::Queries& queries, int tile,
-                                               uint32_t stage, typename Products::Out& out, RowState<1>& state) {
+  __device__ __forceinline__ void process_tile(const Item& item, const typename Products::Queries& queries,
+                                               const float (&factors)[2], int tile, uint32_t stage, typename Products::Out& out,
+                                               RowState<1>& state) {
     typename Products::Scores scores;
     typename Products::Weights weights;
     Products::multiply_keys(scores, queries, stage + Products::key_lane(), args.layout);
 #pragma unroll
-    for (int i = 0; i < 4 * C::kKeyBlocks; ++i) scores[0][i / 4][i % 4] *= args.problem.softmax_scale;
+    for (int i = 0; i < 4 * C::kKeyBlocks; ++i)
+      scores[0][i / 4][i % 4] *= C::kIsQuantized ? factors[i % 4 / 2] : args.problem.softmax_scale;
     SeenKeys seen;
     if constexpr (kTest) {
       const LaneRow rows[2] = {own_row(item, 0), own_row(item, 1)};  // NOTE: kept, they would cost the loop its registers
@@ -115,7 +123,7 @@ struct Consumer {
       seen = hide_keys<C>(scores, args.problem, item, rows, tile * C::kTileN);
     }
     move_reference(scores, out, state, kLog2E);
-    exponentials<T, true>(scores, weights, state, kLog2E);
+    exponentials<typename C::Operand, true>(scores, weights, state, kLog2E);
     const uint32_t values = stage + C::kValueOffset + Products::value_lane();
     if constexpr (kTest) {
       Products::multiply_seen_values(out, weights, values, args.layout, seen);
@@ -134,10 +142,9 @@ struct Consumer {
       const int row = g + 8 * r;
       if (row >= args.merge_rows) continue;
       if (t == 0) shared.state[warp][row] = make_float2(state.reference[0][r], sum);
-      float* data = merged() + (warp * args.merge_rows + row) * merge_stride(C::kHeadDim) + 2 * t;
+      float* data = merged() + (warp * args.merge_rows + row) * merge_stride(C::kHeadDim);
 #pragma unroll
-      for (int d = 0; d < C::kDimBlocks; ++d)
-        *reinterpret_cast<float2*>(data + 8 * d) = make_float2(out[0][d][2 * r], out[0][d][2 * r + 1]);
+      for (int i = 0; i < C::kHeadDim / (4 * Products::kRun); ++i) Products::store_run(data, out, i, r);
     }
     named_barrier_sync(kConsumerBarrier, 32 * C::kWarps);
     weigh_warps<C>(args, shared, item);

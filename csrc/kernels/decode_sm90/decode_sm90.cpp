@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "dispatch.h"
+#include "kernels/common/scales.h"
 #include "kernels/common/smallest_instance.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/decode_sm90/instances.h"
@@ -25,18 +26,24 @@ constexpr int64_t kPageRows = 16;  // of half a key tile; a copy of fewer takes 
 
 struct Instance {
   DType dtype;
-  int head_dim;  // bucket: the largest head_dim and head_dim_v it takes
+  Variant stored;  // of keys and values
+  int head_dim;    // bucket: the largest head_dim and head_dim_v it takes
   Status (*launch)(const Plan& plan, const StepParams& params, const ExecutionContext& context);
 };
 
 const Instance kInstances[] = {
-#define FA_INSTANCE(T, dtype, head_dim, variant) {dtype, head_dim, launch_instance<T, head_dim, Variant::variant>},
+#define FA_INSTANCE(T, dtype, head_dim, variant) \
+  {dtype, Variant::variant, head_dim, launch_instance<T, head_dim, Variant::variant>},
 #include "kernels/decode_sm90/instances.def"
 #undef FA_INSTANCE
 };
 
-const Instance* find_instance(const AttentionParams& p) {
-  return smallest_instance(kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype; });
+bool is_quantized(const StepParams& p) { return p.cache.key_scale.present || p.cache.value_scale.present; }
+
+const Instance* find_instance(const StepParams& p) {
+  const Variant stored = !is_quantized(p) ? Variant::kAsQuery : p.key.dtype == DType::kInt8 ? Variant::kInt8 : Variant::kFloat8;
+  return smallest_instance(
+      kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype && instance.stored == stored; });
 }
 
 /// Two neighbouring elements of the queries are read at once.
@@ -62,6 +69,11 @@ bool has_few_rows(const StepParams& p, const Device& device, std::string* why_no
 /// Pages hold whole boxes of the copy engine.
 bool can_read_cache(const StepParams& p, std::string* why_not) {
   FA_REFUSE_IF(p.empty_row != EmptyRow::kZero, "rows that attend no key are filled by a kernel that takes no cache");
+  FA_REFUSE_IF(is_quantized(p) && (p.key.dtype != p.value.dtype || p.key.dtype == DType::kUInt8),
+               std::string("reads quantized caches of int8 or float8, keys and values alike; the tensors are ") +
+                   name_of(p.key.dtype) + " and " + name_of(p.value.dtype));
+  FA_REFUSE_IF(is_quantized(p) && !(are_by_four(p.cache.key_scale) && are_by_four(p.cache.value_scale)),
+               "the scales of four columns are not at multiples of 16 bytes");
   if (!in_pages(p)) return true;
   FA_REFUSE_IF(p.key.shape[2] % kPageRows != 0,
                "pages have " + std::to_string(p.key.shape[2]) + " rows, expected a multiple of " + std::to_string(kPageRows));
@@ -85,7 +97,7 @@ bool plan(const StepParams& p, Plan* plan, std::string* why_not) {
                    " must be multiples of 8: the copy engine (TMA) moves 16 bytes");
   FA_REFUSE_IF(num_keys(p) == 0, "there are no keys");
   FA_REFUSE_IF(p.query.shape[2] > kMaxRows / group_size(p) || num_keys(p) > kMaxRows, "more than 2^29 rows or keys");
-  if (p.cache.mode != CacheMode::kAppend && !can_read_cache(p, why_not)) return false;
+  if ((p.cache.mode != CacheMode::kAppend || is_quantized(p)) && !can_read_cache(p, why_not)) return false;
   const std::pair<const char*, const TensorView*> tensors[] = {{"key", &p.key}, {"value", &p.value}};
   for (const auto& [name, tensor] : tensors) {
     FA_REFUSE_IF(!has_tensor_map(*tensor),

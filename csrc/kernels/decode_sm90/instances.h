@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The compiled instances of decode_sm90: one for each element type and head_dim bucket that instantiate.cmake lists. Defined in
+// The compiled instances of decode_sm90: one for each element type of queries and of caches and
+// each head_dim bucket that instantiate.cmake lists. Defined in
 // launch.cuh.
 #pragma once
 
@@ -12,9 +13,10 @@
 
 namespace fa::decode_sm90 {
 
-enum class Variant : uint8_t { kAny };
+/// What keys and values are stored as: elements like the queries', or numbers of a quantized cache.
+enum class Variant : uint8_t { kAsQuery, kInt8, kFloat8 };
 
-template <typename T, int kHeadDim, Variant kVariant>
+template <typename T, int kHeadDim, Variant kStored>
 Status launch_instance(const Plan& plan, const StepParams& params, const ExecutionContext& context);
 
 }  // namespace fa::decode_sm90

@@ -81,14 +81,14 @@ inline Pages describe_pages(const StepParams& p, int tile_keys) {
 template <class C>
 void cut_keys(const StepParams& p, int blocks, KernelArgs* args) {
   const int64_t part_bytes = slot_floats(args->partial_rows, p.value.shape[3]) * int64_t{sizeof(float)};
-  const int least_tiles = least_tiles_of_part(C::kStageBytes, part_bytes);
+  const int least_tiles = least_tiles_of_part(C::kTileBytes, part_bytes);
   const int64_t rows = p.query.shape[2] * group_size(p);  // of a sequence; of packed ones each is taken to have one tile
   const int64_t row_tiles = p.cu_seqlens_q.present ? 1 : (rows + args->tile_rows - 1) / args->tile_rows;
   const int64_t heads_of_span = row_tiles * p.key.shape[1], heads = heads_of_span * num_sequences(p);
   if (args->uniform && args->num_spans > 0) {
     args->work = work_of<C>(*args, 0, {0, args->num_keys});
     args->share = static_cast<int>(heads * args->work.units_of_item / blocks);
-    args->cut = cut_heads(heads, args->work.units_of_item, C::kStageBytes, least_tiles, blocks, most_clusters<C>);
+    args->cut = cut_heads(heads, args->work.units_of_item, C::kTileBytes, least_tiles, blocks, most_clusters<C>);
     args->schedule = cut(args->work.units * args->num_spans, blocks);
   } else if (!args->uniform) {
     args->cut = cut_unknown_heads(heads, args->num_keys / C::kTileN + 2, least_tiles, blocks);
@@ -118,14 +118,16 @@ KernelArgs describe_problem(const StepParams& p, int blocks) {
   args.read_once = mean_rows(p) * group_size(p) <= args.tile_rows;
   args.merge_rows = merge_rows(p);
   args.partial_rows = most_rows(p);
-  args.stages = num_stages(C::kHeadDim, bytes_beside_ring<C>(args.merge_rows));
-  args.stages_at_once = ((in_pages(p) ? kBytesAtOnceOfPages : kBytesAtOnce) - 1) / C::kStageBytes + 1;
+  args.stages = num_stages(C::kTile, C::kStageBytes, bytes_beside_ring<C>(args.merge_rows));
+  args.stages_at_once = ((in_pages(p) ? kBytesAtOnceOfPages : kBytesAtOnce) - 1) / C::kTileBytes + 1;
   args.scan_mask = scans_mask(p, blocks);
   args.uniform = p.cache.mode == CacheMode::kAppend && !p.kv_lengths.present && !p.query_lengths.present &&
                  !p.query_offsets.present && !p.cu_seqlens_q.present && !args.scan_mask;
   cut_keys<C>(p, blocks, &args);
   args.modified = p.softcap != 0.0f || p.bias.present || p.alibi_slopes.present;
   args.out_by_4 = has_rows_by_4(p.out);
+  args.key_scale = p.cache.key_scale;
+  args.value_scale = p.cache.value_scale;
   return args;
 }
 
@@ -134,7 +136,7 @@ KernelArgs describe_problem(const StepParams& p, int blocks) {
 template <class C>
 Status encode_keys_and_values(const StepParams& p, KernelArgs* args) {
   const int box_rows = args->pages.halves ? C::kTileN / 2 : C::kTileN;
-  args->whole_rows = C::kPanels > 1 && p.key.shape[3] % kPanelColumns == 0 && p.value.shape[3] % kPanelColumns == 0;
+  args->whole_rows = C::kPanels > 1 && p.key.shape[3] % C::kPanelColumns == 0 && p.value.shape[3] % C::kPanelColumns == 0;
   const int half = C::kPanelBytes / 2;  // of a tile's keys
   args->layout = args->whole_rows && args->pages.halves ? TileLayout{half, C::kPanels * half} : TileLayout{C::kPanelBytes, half};
   const std::pair<const TensorView&, CUtensorMap*> tensors[] = {{p.key, &args->key}, {p.value, &args->value}};
@@ -146,12 +148,15 @@ Status encode_keys_and_values(const StepParams& p, KernelArgs* args) {
   return {};
 }
 
-template <typename T, int kHeadDim, Variant>
+template <typename T, int kHeadDim, Variant kStored>
 Status launch_instance(const Plan& plan, const StepParams& p, const ExecutionContext& context) {
-  using C = Traits<T, kHeadDim>;
+  using C = Traits<T, kHeadDim, kStored>;
   constexpr int kSharedBytes = C::kTile.shared_bytes();
   static_assert(bytes_beside_ring<C>(kRowsPerWarp) + kTilesBeforeItem * C::kStageBytes <= kSharedBytes,
                 "The ring must hold the tiles that are loaded before their item is published, else nobody would ever empty it.");
+  constexpr int kLeastStages = num_stages(C::kTile, C::kStageBytes, bytes_beside_ring<C>(kRowsPerWarp));
+  static_assert(sizeof(float) * kMostTileRows * PartInShared<C>::kStride <= kLeastStages * C::kStageBytes,
+                "The ring must hold a block's part of a head, which a cluster merges there.");
   int blocks = num_blocks(p, plan.device, C::kTile);
   const auto kernel = decode_sm90_kernel<C>;
   cudaError_t error = allow_shared_memory(kernel, kSharedBytes);

@@ -54,8 +54,7 @@ struct Partial {
 template <class C>
 struct PartInShared {
   static constexpr int kStride = C::kHeadDim + 4;
-  static_assert(kMostTileRows * kStride * 4 <= C::kWarps * C::kStageBytes, "The ring has at least one stage a warp.");
-  float* data;  // [kMostTileRows, kStride]
+  float* data;  // [kMostTileRows, kStride]; NOTE: launch.cuh asserts that the ring has room for it
 
   __device__ __forceinline__ float* row(int row) const { return data + row * kStride; }
 };
@@ -101,7 +100,11 @@ __device__ __forceinline__ void write_row(const KernelArgs& args, const Item& it
   const bool has_keys = row.in_use && state.sum != 0.0f;
   const float factor = has_keys ? rescale_factor(state.max, all.max) * normalizer(all) : 0.0f;
   const int64_t row_in_tensor = item.row_base + row.row;
-  const float values[4] = {x.x, x.y, x.z, x.w};
+  float values[4] = {x.x, x.y, x.z, x.w};
+  if constexpr (C::kIsQuantized) {
+    const float4 scale = four_scales(scales_of(args.value_scale, item.key_head), column);
+    values[0] *= scale.x, values[1] *= scale.y, values[2] *= scale.z, values[3] *= scale.w;
+  }
   uint32_t pairs[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -184,26 +187,26 @@ __device__ __forceinline__ void merge_warps(const KernelArgs& args, const Shared
   }
 }
 
-/// A warp: kPanels panels of 64 columns of one row from all parts of its head, kTogether of them under way to a lane. A half of
+/// A warp: kPieces times 64 columns of one row from all parts of its head, kTogether of them under way to a lane. A half of
 /// the lanes has the even parts, the other the odd ones.
-template <class C, int kPanels, int kTogether, class Parts>
-__device__ __forceinline__ void merge_parts(const KernelArgs& args, const Item& item, int row, int first_panel,
+template <class C, int kPieces, int kTogether, class Parts>
+__device__ __forceinline__ void merge_parts(const KernelArgs& args, const Item& item, int row, int first_piece,
                                             const Parts& parts) {
-  const int lane = threadIdx.x % 32, column = first_panel * kPanelColumns + lane % 16 * 4;
+  const int lane = threadIdx.x % 32, column = first_piece * kMergeColumns + lane % 16 * 4;
   const int head_dim_v = static_cast<int>(args.problem.value.shape[3]);
-  Partial<kPanels> x;
+  Partial<kPieces> x;
 #pragma unroll 1
   for (int first = lane / 16; first < item.num_parts; first += 2 * kTogether) {
     float2 state[kTogether];
-    float4 out[kTogether][kPanels];
+    float4 out[kTogether][kPieces];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int part = first + 2 * i;
       const auto place = parts.place(part, row);
       state[i] = part < item.num_parts ? parts.state(place) : make_float2(-INFINITY, 0.0f);
 #pragma unroll
-      for (int j = 0; j < kPanels; ++j) {
-        const int its = column + j * kPanelColumns;
+      for (int j = 0; j < kPieces; ++j) {
+        const int its = column + j * kMergeColumns;
         out[i][j] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (part < item.num_parts && its < head_dim_v) out[i][j] = parts.out(place, its);
       }
@@ -212,16 +215,16 @@ __device__ __forceinline__ void merge_parts(const KernelArgs& args, const Item& 
   }
   __syncwarp();
   const float2 state[1] = {{__shfl_down_sync(kAllLanes, x.state.max, 16), __shfl_down_sync(kAllLanes, x.state.sum, 16)}};
-  float4 odd[1][kPanels];
+  float4 odd[1][kPieces];
 #pragma unroll
-  for (int j = 0; j < kPanels; ++j) {
+  for (int j = 0; j < kPieces; ++j) {
     odd[0][j] = {__shfl_down_sync(kAllLanes, x.out[j].x, 16), __shfl_down_sync(kAllLanes, x.out[j].y, 16),
                  __shfl_down_sync(kAllLanes, x.out[j].z, 16), __shfl_down_sync(kAllLanes, x.out[j].w, 16)};
   }
   x.add(state, odd);
 #pragma unroll
-  for (int j = 0; j < kPanels; ++j) {
-    const int its = column + j * kPanelColumns;
+  for (int j = 0; j < kPieces; ++j) {
+    const int its = column + j * kMergeColumns;
     if (lane < 16 && its < head_dim_v) write_row<C>(args, item, row, its, x.state, x.out[j]);
   }
 }
@@ -229,9 +232,9 @@ __device__ __forceinline__ void merge_parts(const KernelArgs& args, const Item& 
 /// Four warps: the whole merge of a head.
 template <class C>
 __device__ __forceinline__ void merge_alone(const KernelArgs& args, const Item& item) {
-  constexpr int kPanels = C::kPanels < 2 ? 1 : 2, kPieces = (C::kPanels + kPanels - 1) / kPanels;  // of a row
-  for (int i = threadIdx.x / 32; i < item.num_rows * kPieces; i += C::kWarps)
-    merge_parts<C, kPanels, kPartsTogether>(args, item, i / kPieces, i % kPieces * kPanels, PartsInWorkspace{args, item});
+  constexpr int kPieces = C::kMergePieces < 2 ? 1 : 2, kTurns = (C::kMergePieces + kPieces - 1) / kPieces;  // of a row
+  for (int i = threadIdx.x / 32; i < item.num_rows * kTurns; i += C::kWarps)
+    merge_parts<C, kPieces, kPartsTogether>(args, item, i / kTurns, i % kTurns * kPieces, PartsInWorkspace{args, item});
 }
 
 /// The same together with other blocks: each warp takes piece after piece, as long as there are any.
@@ -241,9 +244,9 @@ __device__ __forceinline__ void merge_together(const KernelArgs& args, const Ite
     int piece = 0;
     if (threadIdx.x % 32 == 0) piece = static_cast<int>(atomicAdd(&counter.claims, 1u));
     piece = __shfl_sync(kAllLanes, piece, 0);
-    if (piece >= item.num_rows * C::kPanels) return;
+    if (piece >= item.num_rows * C::kMergePieces) return;
     const PartsInWorkspace parts{args, item};
-    merge_parts<C, 1, kPartsTogether>(args, item, piece / C::kPanels, piece % C::kPanels, parts);
+    merge_parts<C, 1, kPartsTogether>(args, item, piece / C::kMergePieces, piece % C::kMergePieces, parts);
   }
 }
 
@@ -276,9 +279,9 @@ template <class C>
 __device__ __forceinline__ void merge_in_cluster(const KernelArgs& args, const Item& item, const PartInShared<C>& own) {
   cluster_arrive();
   cluster_wait();
-  const int warps = C::kWarps * item.num_parts, pieces = item.num_rows * C::kPanels;
+  const int warps = C::kWarps * item.num_parts, pieces = item.num_rows * C::kMergePieces;
   for (int i = static_cast<int>(threadIdx.x / 32) * item.num_parts + item.part; i < pieces; i += warps)
-    merge_parts<C, 1, kMostClusterBlocks / 2>(args, item, i / C::kPanels, i % C::kPanels, PartsInCluster<C>{own});
+    merge_parts<C, 1, kMostClusterBlocks / 2>(args, item, i / C::kMergePieces, i % C::kMergePieces, PartsInCluster<C>{own});
   cluster_arrive_relaxed();  // no block ends while another reads its shared memory
   cluster_wait();
 }

@@ -19,6 +19,10 @@ struct RingPlace {
     turn += by;
     if (turn >= 2 * stages) turn -= 2 * stages;
   }
+  /// `by` stages behind, at most all.
+  __device__ __forceinline__ RingPlace behind(int by, int stages) const {
+    return {turn >= by ? turn - by : turn + 2 * stages - by};
+  }
 };
 
 /// Where the keys of the tiles to come lie. Each lane of the producer knows it of some neighbouring keys: of a tile, or of half a
@@ -41,6 +45,8 @@ struct KeyPlaces {
   /// Of the lane's tile.
   __device__ __forceinline__ int half() const { return lane() & half_bits(); }
   __device__ __forceinline__ bool is_for(int tile) const { return lane() >> half_bits() == tile - first_tile; }
+  /// Which tile the lane's keys are of, counted from `tile` on.
+  __device__ __forceinline__ int ahead_of(int tile) const { return (lane() >> half_bits()) - (tile - first_tile); }
 
   /// From `tile` of a sequence on.
   __device__ __forceinline__ void begin(int sequence, int tile) {
@@ -95,7 +101,7 @@ __device__ __forceinline__ void load_stage(const KernelArgs& args, unsigned char
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     unsigned char* target = stage + panel * C::kPanelBytes;
-    const int column = panel * kPanelColumns;
+    const int column = panel * C::kPanelColumns;
     tma_load(target, &args.key, &full.word, column, keys.row, key_head, keys.page, policy);
     tma_load(target + C::kValueOffset, &args.value, &full.word, column, keys.row, key_head, keys.page, policy);
   }
@@ -109,26 +115,46 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
   RingPlace place, landed;
   const int share = args.uniform ? args.share : shared.schedule.per_block;
   int to_start = args.stages;  // before one of those under way must have landed
-  if (share >= kMinBytesOfLongShare / C::kStageBytes) to_start = min(to_start, args.stages_at_once);
+  if (share >= kMinBytesOfLongShare / C::kTileBytes) to_start = min(to_start, args.stages_at_once);
+  const int at_once = to_start;
   const uint64_t policy = l2_policy(args.read_once);
   RingPosition<kItemSlots> slot;
   const bool leads = threadIdx.x % 32 == 0;
   KeyPlaces<C> keys(args, pieces.work);
+  const auto start = [&](int stage, const Piece& piece) {
+    load_stage<C>(args, ring + stage * C::kStageBytes, shared.full[stage], keys, piece.key_head, policy);
+  };
   const auto load_until = [&](const Piece& piece, int tile, int end) {
 #pragma unroll 1
-    for (; tile < end; ++tile) {
+    for (int count = 1; tile < end; tile += count) {
       if (tile == keys.end_tile) keys.go_on();
-      const int stage = place.stage(args.stages);
-      if (to_start > 0) {
-        --to_start;
+      if constexpr (C::kTilesTogether == 1) {
+        const int stage = place.stage(args.stages);
+        if (to_start > 0) {
+          --to_start;
+        } else {
+          shared.full[landed.stage(args.stages)].wait(landed.phase(args.stages));
+          landed.advance(1, args.stages);
+        }
+        mbarrier_wait(&shared.empty[stage], place.phase(args.stages) ^ 1);
+        if (keys.is_for(tile)) start(stage, piece);
       } else {
-        shared.full[landed.stage(args.stages)].wait(landed.phase(args.stages));
-        landed.advance(1, args.stages);
+        count = min(C::kTilesTogether, min(end, keys.end_tile) - tile);
+        const int own = keys.ahead_of(tile);
+        if (own >= 0 && own < count) {
+          RingPlace its = place;
+          its.advance(own, args.stages);
+          if (own >= to_start) {
+            const RingPlace first = its.behind(at_once, args.stages);
+            shared.full[first.stage(args.stages)].wait(first.phase(args.stages));
+          }
+          mbarrier_wait(&shared.empty[its.stage(args.stages)], its.phase(args.stages) ^ 1);
+          start(its.stage(args.stages), piece);
+        }
+        to_start = max(to_start - count, 0);
       }
-      mbarrier_wait(&shared.empty[stage], place.phase(args.stages) ^ 1);
-      if (keys.is_for(tile)) load_stage<C>(args, ring + stage * C::kStageBytes, shared.full[stage], keys, piece.key_head, policy);
       __syncwarp();  // or a lane might come to a barrier so late that it takes a later phase for the one that it waits for
-      place.advance(1, args.stages);
+      place.advance(count, args.stages);
     }
   };
   const auto tell = [&](const Piece& piece, int first_warp) {

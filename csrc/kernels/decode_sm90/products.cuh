@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // One warp's two matrix products of decode_sm90: 16 rows of queries, which stay in registers, with the keys and values of a stage
-// as the copy engine lays them down (panels of 64 columns, 128-byte swizzle).
+// as the copy engine lays them down (panels of 128 bytes of a row, 128-byte swizzle). Keys and values of a quantized cache become
+// float16 on their way to an operand, as they are: the scales of keys multiply the queries, those of values the output. An
+// ldmatrix brings a lane four neighbouring bytes where it would bring two elements, so columns stand in another order: see
+// query_column() and out_column().
 #pragma once
 
 #include "kernels/common/convert.cuh"
 #include "kernels/common/mma.cuh"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/tma.cuh"
+#include "kernels/common/widen.cuh"
 #include "kernels/decode_sm90/scores.cuh"
 #include "kernels/decode_sm90/traits.cuh"
 
@@ -15,26 +19,73 @@ namespace fa::decode_sm90 {
 template <class C>
 struct Products {
   using T = typename C::T;
+  using Operand = typename C::Operand;
   using Scores = float[1][C::kKeyBlocks][4];
   using Weights = uint32_t[1][C::kKeyBlocks][2];
   using Out = float[1][C::kDimBlocks][4];
-  static constexpr int kSteps = C::kHeadDim / 16;   // of the sum over columns
-  static constexpr int kPairs = C::kKeyBlocks / 2;  // of key blocks, which one ldmatrix brings
-  static constexpr int kTogether = 4;               // of these in flight, since each takes as long as several products
+  static constexpr int kSteps = C::kHeadDim / 16;       // of the sum over columns
+  static constexpr int kLoads = C::kRowBytes / 32;      // of a row, 32 bytes each, as one ldmatrix brings them …
+  static constexpr int kStepsOfLoad = kSteps / kLoads;  // … and the steps that these have
+  static constexpr int kPairs = C::kKeyBlocks / 2;      // of key blocks, which one ldmatrix brings
+  static constexpr int kTogether = 4;                   // ldmatrix in flight, since each takes as long as several products
   using Queries = uint32_t[kSteps][4];
 
   /// The lane's elements of the warp's queries; 0 for rows and columns that do not exist. `row`: the lane's two rows, null for
   /// none.
   static __device__ __forceinline__ void load_queries(Queries& queries, const T* const (&row)[2], int head_dim) {
-    const int t = threadIdx.x % 4;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int column = 16 * step + i / 2 * 8 + 2 * t;
+        const int column = query_column(step, i);
         const bool exists = row[i % 2] != nullptr && column < head_dim;
         queries[step][i] = exists ? *reinterpret_cast<const uint32_t*>(row[i % 2] + column) : 0;
       }
+    }
+  }
+
+  /// Makes operands of the queries, for keys with `scales`. Each row's largest number becomes one below 2^15, so that float16
+  /// holds them all as exactly as their own type, and factor[row] is what products are to be multiplied by. The second of the
+  /// lane's rows is left out where the warp has none: it is 0.
+  static __device__ __forceinline__ void scale_queries(Queries& queries, float (&factor)[2], bool has_second, int head_dim,
+                                                       const Scales& scales) {
+    float4 scale[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      scale[step] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (query_column(step, 0) < head_dim) scale[step] = four_scales(scales, query_column(step, 0));
+    }
+    constexpr uint32_t kTop = 14, kBias = 127;  // exponents
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = 0.0f;
+      if (r == 1 && !has_second) continue;
+      float2 x[2 * kSteps];
+      float top = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 2 * kSteps; ++i) {
+        const float4& its = scale[i / 2];
+        x[i] = unpack2(queries[i / 2][i % 2 * 2 + r], __is_same(T, __half));
+        x[i] = i % 2 == 0 ? make_float2(x[i].x * its.x, x[i].y * its.y) : make_float2(x[i].x * its.z, x[i].y * its.w);
+        top = fmaxf(top, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
+      }
+      const uint32_t exponent = min(max(__float_as_uint(quad_max(top)) >> 23, kTop + 1), 2 * kBias - 1);
+      const float power = __uint_as_float((2 * kBias + kTop - exponent) << 23);
+      factor[r] = __uint_as_float((exponent - kTop) << 23);
+#pragma unroll
+      for (int i = 0; i < 2 * kSteps; ++i) queries[i / 2][i % 2 * 2 + r] = pack2<Operand>(x[i].x * power, x[i].y * power);
+    }
+  }
+
+  /// Of a row's output, kRun neighbouring columns from out_column(i) on.
+  static constexpr int kRun = C::kIsQuantized ? 4 : 2;
+  static __device__ __forceinline__ int out_column(int i) { return 4 * kRun * i + kRun * static_cast<int>(threadIdx.x % 4); }
+  static __device__ __forceinline__ void store_run(float* row, const Out& out, int i, int r) {
+    if constexpr (C::kIsQuantized) {
+      const float (&even)[4] = out[0][2 * i], (&odd)[4] = out[0][2 * i + 1];
+      *reinterpret_cast<float4*>(row + out_column(i)) = {even[2 * r], odd[2 * r], even[2 * r + 1], odd[2 * r + 1]};
+    } else {
+      *reinterpret_cast<float2*>(row + out_column(i)) = make_float2(out[0][i][2 * r], out[0][i][2 * r + 1]);
     }
   }
 
@@ -54,18 +105,20 @@ struct Products {
 #pragma unroll
     for (int i = 0; i < C::kKeyBlocks * 4; ++i) scores[0][i / 4][i % 4] = 0.0f;
 #pragma unroll
-    for (int first = 0; first < kSteps * kPairs; first += kTogether) {
+    for (int first = 0; first < kLoads * kPairs; first += kTogether) {
       uint32_t b[kTogether][4];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        const int step = (first + i) / kPairs, pair = (first + i) % kPairs;
-        ldmatrix_x4(b[i], swizzled_step(keys, step % 4) + step / 4 * layout.panel + pair * layout.half);
+        const int load = (first + i) / kPairs, pair = (first + i) % kPairs;
+        ldmatrix_x4(b[i], swizzled_step(keys, load % 4) + load / 4 * layout.panel + pair * layout.half);
       }
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int step = (first + i) / kPairs, pair = (first + i) % kPairs;
-        mma_m16n8k16<T>(scores[0][2 * pair], queries[step], b[i][0], b[i][1]);
-        mma_m16n8k16<T>(scores[0][2 * pair + 1], queries[step], b[i][2], b[i][3]);
+      for (int i = 0; i < kTogether * kStepsOfLoad; ++i) {
+        const int load = (first + i / kStepsOfLoad) / kPairs, pair = (first + i / kStepsOfLoad) % kPairs;
+        uint32_t x[4];
+        key_operands(x, b[i / kStepsOfLoad], i % kStepsOfLoad);
+        mma_m16n8k16<Operand>(scores[0][2 * pair], queries[load * kStepsOfLoad + i % kStepsOfLoad], x[0], x[1]);
+        mma_m16n8k16<Operand>(scores[0][2 * pair + 1], queries[load * kStepsOfLoad + i % kStepsOfLoad], x[2], x[3]);
       }
     }
   }
@@ -73,16 +126,17 @@ struct Products {
   /// out += P V. `values`: the address of the stage's values + value_lane().
   static __device__ __forceinline__ void multiply_values(Out& out, const Weights& weights, uint32_t values,
                                                          const TileLayout& layout) {
-    for_values(values, layout, [&](int k, int d, const uint32_t (&b)[4]) { multiply(out, weights, k, d, b); });
+    for_values(values, layout, [&](int k, int d, uint32_t (&b)[4]) { multiply(out, weights, k, d, b); });
   }
 
   /// The same where some rows don't see some keys. A weight of 0 keeps a value out of a sum only if that is finite: values that
   /// no row sees are taken as 0; if one that some rows see and others don't is not finite, each row is multiplied alone.
   static __device__ __forceinline__ void multiply_seen_values(Out& out, const Weights& weights, uint32_t values,
                                                               const TileLayout& layout, const SeenKeys& seen) {
+    if constexpr (__is_same(typename C::Stored, int8_t)) return multiply_values(out, weights, values, layout);
     if (__any_sync(kAllLanes, seen.by_some != 0)) {
       bool found = false;
-      for_values(values, layout, [&](int k, int, const uint32_t (&b)[4]) {
+      for_values(values, layout, [&](int k, int, uint32_t (&b)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) found |= has_nonfinite(b[i] & halves(seen.by_some, k, i));
       });
@@ -102,27 +156,60 @@ struct Products {
   }
 
  private:
-  /// Calls use(k, d, b) for each 16 keys (k) and 16 columns (d, in blocks of 8): b are the operands of two instructions.
+  /// Of four neighbours t = lane % 4 of a quad, a lane has columns 2 t and 2 t + 1 of each 8, or of bytes 4 t … 4 t + 3 of
+  /// each 16.
+  static __device__ __forceinline__ int query_column(int step, int i) {
+    const int t = static_cast<int>(threadIdx.x % 4);
+    return 16 * step + (C::kIsQuantized ? 4 * t + i / 2 * 2 : i / 2 * 8 + 2 * t);
+  }
+
+  /// Of what ldmatrix brought of 16 keys, the operands of their two blocks for step `step` of its columns.
+  static __device__ __forceinline__ void key_operands(uint32_t (&x)[4], const uint32_t (&b)[4], int step) {
+    if constexpr (C::kIsQuantized) {
+      widen<typename C::Stored, BytePairs::kNeighbours>(b[step], x[0], x[1]);
+      widen<typename C::Stored, BytePairs::kNeighbours>(b[2 + step], x[2], x[3]);
+    } else {
+      x[0] = b[0], x[1] = b[1], x[2] = b[2], x[3] = b[3];
+    }
+  }
+
+  /// Of what a transposing ldmatrix brought, the operands of 16 columns: as they are the first 8 and the last 8, of bytes the
+  /// even ones and the odd ones.
+  static __device__ __forceinline__ void value_operands(uint32_t (&x)[4], const uint32_t (&b)[4], int step) {
+    if constexpr (C::kIsQuantized) {
+      widen<typename C::Stored, BytePairs::kAlternating>(b[2 * step], x[0], x[2]);
+      widen<typename C::Stored, BytePairs::kAlternating>(b[2 * step + 1], x[1], x[3]);
+    } else {
+      x[0] = b[0], x[1] = b[1], x[2] = b[2], x[3] = b[3];
+    }
+  }
+
+  /// Calls use(k, d, x) for each 16 keys (k) and 16 columns (d, in blocks of 8): x are the operands of two instructions.
   template <class Use>
   static __device__ __forceinline__ void for_values(uint32_t values, const TileLayout& layout, Use use) {
+    constexpr int kValueLoads = kLoads < 4 ? kLoads : 4;  // in flight
 #pragma unroll
     for (int k = 0; k < C::kTileN / 16; ++k) {
 #pragma unroll
-      for (int panel = 0; panel < C::kPanels; ++panel) {
-        uint32_t b[4][4];
+      for (int first = 0; first < kLoads; first += kValueLoads) {
+        uint32_t b[kValueLoads][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          ldmatrix_x4_transposed(b[i], swizzled_step(values, i) + panel * layout.panel + k * layout.half);
+        for (int i = 0; i < kValueLoads; ++i)
+          ldmatrix_x4_transposed(b[i], swizzled_step(values, i) + first / 4 * layout.panel + k * layout.half);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) use(k, 8 * panel + 2 * i, b[i]);
+        for (int i = 0; i < kValueLoads * kStepsOfLoad; ++i) {
+          uint32_t x[4];
+          value_operands(x, b[i / kStepsOfLoad], i % kStepsOfLoad);
+          use(k, 2 * (first * kStepsOfLoad + i), x);
+        }
       }
     }
   }
 
   static __device__ __forceinline__ void multiply(Out& out, const Weights& weights, int k, int d, const uint32_t (&b)[4]) {
     const uint32_t a[4] = {weights[0][2 * k][0], weights[0][2 * k][1], weights[0][2 * k + 1][0], weights[0][2 * k + 1][1]};
-    mma_m16n8k16<T>(out[0][d], a, b[0], b[1]);
-    mma_m16n8k16<T>(out[0][d + 1], a, b[2], b[3]);
+    mma_m16n8k16<Operand>(out[0][d], a, b[0], b[1]);
+    mma_m16n8k16<Operand>(out[0][d + 1], a, b[2], b[3]);
   }
 
   static __device__ __forceinline__ void copy_out(Out& to, const Out& from) {
@@ -157,7 +244,7 @@ struct Products {
 
   /// Is one of the two elements infinite or NaN?
   static __device__ __forceinline__ bool has_nonfinite(uint32_t pair) {
-    constexpr uint32_t kExponent = __is_same(T, __half) ? 0x7c00 : 0x7f80;
+    constexpr uint32_t kExponent = __is_same(Operand, __half) ? 0x7c00 : 0x7f80;
     return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent;
   }
 

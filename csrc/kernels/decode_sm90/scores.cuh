@@ -6,6 +6,7 @@
 #include "kernels/common/convert.cuh"
 #include "kernels/common/exp2.cuh"
 #include "kernels/common/reduce.cuh"
+#include "kernels/common/scales.h"
 #include "kernels/decode_sm90/args.h"
 #include "kernels/decode_sm90/traits.cuh"
 #include "semantics/score.h"
@@ -29,6 +30,12 @@ __device__ __forceinline__ LaneRow lane_row(const KernelArgs& args, const Item& 
   const int row = args.group_size.quotient(packed);
   const bool exists = row_in_tile < item.num_rows;
   return {row, item.key_head * group + packed - row * group, exists && row < item.query_length, exists};
+}
+
+/// Of a quantized cache (are_by_four): the scales of four columns.
+__device__ __forceinline__ float4 four_scales(const Scales& scales, int column) {
+  if (scales.stride == 0) return {scales.data[0], scales.data[0], scales.data[0], scales.data[0]};
+  return *reinterpret_cast<const float4*>(scales.data + column);
 }
 
 /// Row (b, h, i) of mask or bias: the offset of its key 0.

@@ -57,9 +57,8 @@ inline int merge_rows(const AttentionParams& p) { return std::min(most_rows(p), 
 /// As many stages as shared memory holds beside `other_bytes`, a multiple of the warps: so a warp comes back to its own stages
 /// only. Where it came to another's, it might find the copies of the round before still under way, which finish in any order, and
 /// take the parity of the round before that one for its own.
-inline int num_stages(int head_dim, int other_bytes) {
-  const TileShape tile = tile_shape(head_dim);
-  const int stages = std::min((tile.shared_bytes() - other_bytes) / stage_bytes(head_dim), kMaxStages);
+constexpr int num_stages(const TileShape& tile, int stage_bytes, int other_bytes) {
+  const int stages = std::min((tile.shared_bytes() - other_bytes) / stage_bytes, kMaxStages);
   return stages / tile.warps * tile.warps;
 }
 
