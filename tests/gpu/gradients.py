@@ -48,9 +48,11 @@ def gradients(problem: Problem, inputs: dict, arguments: dict, given: dict, kern
     return found
 
 
-def given_for(case: Case, problem: Problem, inputs: dict, arguments: dict) -> dict[str, torch.Tensor]:
+def given_for(
+    case: Case, problem: Problem, inputs: dict, arguments: dict, forward_kernel: str = ""
+) -> dict[str, torch.Tensor]:
     """What a backward pass is given beside the inputs: the forward pass's results, and their gradients."""
-    output, lse = faplugin.attention(**inputs, **arguments, return_lse=True)
+    output, lse = faplugin.attention(**inputs, **arguments, kernel=forward_kernel, return_lse=True)
     d_out, d_lse = reference_backward.draw(case, problem)
     attributes = reference.DEFAULTS | problem.attributes
     d_output = reference.to_layout(d_out, attributes, problem.inputs["query"].ndim)

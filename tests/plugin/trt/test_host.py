@@ -121,11 +121,12 @@ def compare(item: tuple[cases.Case, dict[int, bytes]]) -> list[str]:
     case, outputs = item
     problem = case.problem()
     problem.attributes = {"float32_precision": "tf32"} | problem.attributes  # TensorRT's default
+    expected = tolerances.expectation(problem, float8_weights=True)
     wrong = []
     for content in set(outputs.values()):
         tactics = [tactic for tactic, other in outputs.items() if other == content]
         try:
-            tolerances.check(case_file.split_outputs(content, case, problem), problem)
+            tolerances.check(case_file.split_outputs(content, case, problem), expected)
         except AssertionError as error:
             wrong.append(f"{case.id}, tactics {tactics}: {error}")
     return wrong
