@@ -2,8 +2,8 @@
 """Writes the documentation's tables from the committed results; run it after a new measurement.
 
 The README's tables of speed, docs/faexport.md's of the zoo and of `faexport bench`, docs/decoding.md's of decoding,
-docs/llm.md's of decoder layers and docs/models.md's of whole models (model_pages.py). A test compares the pages with
-what this makes.
+docs/llm.md's of decoder layers, docs/models.md's of whole models (model_pages.py) and docs/torch.md's of training. A
+test compares the pages with what this makes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 
 from model_pages import bench_tables, encoder_tables, fused_by_optimizer, models_tables
+from training_table import training_tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,6 +30,7 @@ DECODE_BEGIN, DECODE_END = "<!-- decode: written by benchmarks/readme.py -->\n",
 STEP_BEGIN, STEP_END = "<!-- steps: written by benchmarks/readme.py -->\n", "<!-- end of steps -->\n"
 LLM_BEGIN, LLM_END = "<!-- llm: written by benchmarks/readme.py -->\n", "<!-- end of llm -->\n"
 MODELS_BEGIN, MODELS_END = "<!-- models: written by benchmarks/readme.py -->\n", "<!-- end of models -->\n"
+TRAINING_BEGIN, TRAINING_END = "<!-- training: written by benchmarks/readme.py -->\n", "<!-- end of training -->\n"
 BENCH_BEGIN, BENCH_END = "<!-- bench: written by benchmarks/readme.py -->\n", "<!-- end of bench -->\n"
 ZOO_BEGIN, ZOO_END = "<!-- zoo: written by benchmarks/readme.py -->\n", "<!-- end of zoo -->\n"
 OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")
@@ -415,6 +417,11 @@ def updated_models(text: str) -> str:
     return replaced(text, MODELS_BEGIN, MODELS_END, made if made.strip() else "Not recorded yet.\n")
 
 
+def updated_torch(text: str) -> str:
+    """docs/torch.md, likewise."""
+    return replaced(text, TRAINING_BEGIN, TRAINING_END, _tables(("training.json", training_tables)))
+
+
 PAGES = {
     "README.md": updated,
     "docs/backward.md": updated_backward,
@@ -424,6 +431,7 @@ PAGES = {
     "docs/llm.md": updated_llm,
     "docs/models.md": updated_models,
     "docs/numbers.md": updated_numbers,
+    "docs/torch.md": updated_torch,
 }
 
 if __name__ == "__main__":
