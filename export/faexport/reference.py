@@ -260,6 +260,10 @@ def open_optimized(reference: Reference, path: str, library: bool) -> ort_sessio
             raise first from None
 
 
+def has_empty(tensors: ort_session.Tensors) -> bool:
+    return any(tensor.size == 0 for tensor in tensors.values())
+
+
 def outputs_or_sentence(
     session: ort_session.Session | ort_session.SessionHere, tensors: ort_session.Tensors
 ) -> Outputs | str:

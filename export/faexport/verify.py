@@ -30,6 +30,7 @@ from .reference import (
     Outputs,
     Reference,
     advice,
+    has_empty,
     make_reference,
     needs_library,
     open_optimized,
@@ -151,7 +152,7 @@ def _run_rewritten(reference: Reference, path: str, library: bool, on_amount: Am
 def _try_plainly(reference: Reference, path: str, library: bool, found: list[Outputs | str]) -> None:
     """Empty inputs on which the model fails are tried without onnxruntime's optimizations: some of these write sizes of
     -1, which are open where there are no elements. What then runs counts, and a note says so."""
-    failed = [i for i in reference.compared if isinstance(found[i], str) and _has_empty(reference.sets[i].tensors)]
+    failed = [i for i in reference.compared if isinstance(found[i], str) and has_empty(reference.sets[i].tensors)]
     if not failed:
         return
     try:
@@ -166,10 +167,6 @@ def _try_plainly(reference: Reference, path: str, library: bool, found: list[Out
                     )
     except (ModelFailure, CannotRun):
         return
-
-
-def _has_empty(tensors: ort_session.Tensors) -> bool:
-    return any(tensor.size == 0 for tensor in tensors.values())
 
 
 def _relative_tolerance(original: ir.Model, rewritten: ir.Model) -> float:
