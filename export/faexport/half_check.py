@@ -135,6 +135,7 @@ class _Runs:
     ):
         self.reference, self.path, self.library, self.rounded = reference, path, library, rounded
         self.narrow = narrow  # of inputs, where they don't stay float32
+        self.notes: list[str] = []  # what is to be known of how the model was run
 
     def outputs(self) -> Generator[Outputs | str]:
         """On each set that the original runs on."""
@@ -151,7 +152,7 @@ class _Runs:
             return self.reference.open_session(Job(path, optimize=False, library=library))
         # onnxruntime 1.32 crashes where it joins a float16 Transpose to the float32 product that its CPU provider makes
         # of a float16 one.
-        return open_optimized(self.reference, path, library)
+        return open_optimized(self.reference, path, library, "the model in half precision", self.notes)
 
     def _given(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self.narrow is None:
@@ -195,6 +196,7 @@ def _compared(
                     compared.add((name, way))
                     if name not in worst or row.badness > worst[name].badness:
                         worst[name] = row
+    notes |= dict.fromkeys(note for ours, _ in pairs for note in ours.notes)
     said = dataclasses.replace(said, outputs=tuple(worst.values()), notes=tuple(notes))
     bad = next((row for row in worst.values() if not row.ok), None)
     if bad is not None:

@@ -205,7 +205,8 @@ def _run_original(reference: Reference, sets: Sequence[InputSet], on_amount: Amo
     start, todo, running = time.monotonic(), list(sets), False
     while todo:
         try:
-            with open_optimized(reference, reference.path, needs_library(reference.model)) as session:
+            library = needs_library(reference.model)
+            with open_optimized(reference, reference.path, library, "the original", reference.notes) as session:
                 while todo:
                     on_amount(len(sets) - len(todo), len(sets))
                     if doubts and time.monotonic() - start > PATIENCE:
@@ -249,15 +250,24 @@ def _depends_on_padding(reference: Reference, session: ort_session.Session | ort
     return ""
 
 
-def open_optimized(reference: Reference, path: str, library: bool) -> ort_session.Session | ort_session.SessionHere:
-    """With onnxruntime's optimizations; without them where these fail: a defect of theirs, not of the model."""
+def open_optimized(
+    reference: Reference, path: str, library: bool, model: str, notes: list[str]
+) -> ort_session.Session | ort_session.SessionHere:
+    """With onnxruntime's optimizations; without them where these fail: a defect of theirs, not of the model, of which a
+    note tells. `model`: what the note calls it."""
     try:
         return reference.open_session(Job(path, library=library))
     except (ModelFailure, ort_session.Crashed) as first:
         try:
-            return reference.open_session(Job(path, optimize=False, library=library))
+            session = reference.open_session(Job(path, optimize=False, library=library))
         except (ModelFailure, ort_session.Crashed):
             raise first from None
+        note = (
+            f"onnxruntime loads {model} only without its own graph optimizations (graph_optimization_level = "
+            f"ORT_DISABLE_ALL); with them: {first}"
+        )
+        notes += [note] if note not in notes else []
+        return session
 
 
 def has_empty(tensors: ort_session.Tensors) -> bool:

@@ -125,6 +125,7 @@ def test_what_onnxruntime_alone_gets_wrong_is_no_fault_of_the_model(library: str
     said = half_model.check()
     assert said.status == "passed", said.reason
     assert any("nothing to compute: a size of -1" in note for note in said.notes)
+    assert any("only without its own graph optimizations (graph_optimization_level" in note for note in said.notes)
 
 
 def test_what_overflows_stays_float32(library: str, tmp_path: pathlib.Path) -> None:
