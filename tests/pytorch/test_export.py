@@ -74,6 +74,17 @@ def export(kind: str, dynamo: bool, path: pathlib.Path) -> torch.nn.Module:
     return model
 
 
+def test_a_trace_warns_of_nothing_in_our_code(tmp_path):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = Block("causal").eval()
+        torch.onnx.export(model, inputs_of("causal", 2, 10), tmp_path / "m.onnx", dynamo=False, opset_version=17)
+    ours = str(pathlib.Path(fatorch.__file__).parent)
+    traced = [one for one in said if issubclass(one.category, torch.jit.TracerWarning)]
+    assert not [str(one.message) for one in traced if one.filename.startswith(ours)]
+    assert not [str(one.message) for one in traced if "Python float" in str(one.message)]  # the scale was a tensor
+
+
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_has_the_node_and_runs(kind, dynamo, tmp_path):

@@ -158,6 +158,37 @@ def test_with_kvcache():
     assert lse.shape == (2, 4, 3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"window_size": 3}, "window_size is 3; expected two whole numbers"),
+        ({"window_size": (3, 2, 1)}, r"window_size is \(3, 2, 1\); expected two whole numbers"),
+        ({"window_size": (None, None)}, r"window_size is \(None, None\); expected two whole numbers"),
+        ({"window_size": ("a", "b")}, r"window_size is \('a', 'b'\); expected two whole numbers"),
+        ({"causal": "x"}, "causal is 'x'; expected True or False"),
+        ({"causal": None}, "causal is None; expected True or False"),
+        ({"softcap": "x"}, "softcap is 'x'; expected a number"),
+        ({"softmax_scale": "x"}, "softmax_scale is 'x'; expected a number, or None"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_kind_are_named(arguments, sentence):
+    q = torch.zeros(1, 2, 2, 4)
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        fatorch.flash_attn_func(q, q, q, **arguments)
+    if "softcap" not in arguments:
+        with pytest.raises(ValueError, match=f"^{sentence}"):
+            fatorch.flash_attn_with_kvcache(q, q, q, **arguments)
+
+
+def test_arguments_that_count_as_truth_values_are_taken():
+    q = draw(1, 3, 2, 4)
+    assert torch.equal(fatorch.flash_attn_func(q, q, q, causal=1), fatorch.flash_attn_func(q, q, q, causal=True))
+    assert torch.equal(
+        fatorch.flash_attn_func(q, q, q, window_size=[1, 0]), fatorch.flash_attn_func(q, q, q, window_size=(1, 0))
+    )
+
+
 def test_refusals():
     q = torch.zeros(1, 2, 2, 4)
     with pytest.raises(ValueError, match=r"dropout_p is 0\.1; expected 0"):

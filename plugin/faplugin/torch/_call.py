@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -49,7 +50,14 @@ def _inputs(
 
 def scale_of(query: torch.Tensor, scale: float | None) -> float:
     """The scale of a call: 1/√D where none is given (heads of no columns are refused later)."""
-    return max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    if scale is not None:
+        return float(scale)
+    size = query.shape[-1]
+    if type(size) is torch.Tensor:  # in a trace of torch.onnx
+        with warnings.catch_warnings():  # that the trace has this size as a number: a model's heads have one size
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            size = int(size)
+    return max(size, 1) ** -0.5
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,26 @@ def _settings(
         )
     if scale == 0:
         raise ValueError("softmax_scale is 0; expected another number, or None for 1/√D")
-    left, right = window
-    return scale_of(q, scale), float(softcap), bool(causal), max(left, -1), max(right, -1), "bottom_right"
+    if causal not in (True, False):
+        raise ValueError(f"causal is {causal!r}; expected True or False")
+    try:
+        left, right = window
+        return scale_of(q, scale), float(softcap), bool(causal), max(left, -1), max(right, -1), "bottom_right"
+    except (TypeError, ValueError):
+        raise _no_number(scale, softcap, window) from None
+
+
+def _no_number(scale: Any, softcap: Any, window: Any) -> ValueError:
+    """What to say where one of these is no number, or where the window is not two of them."""
+    for name, given, what in (("softmax_scale", scale, "a number, or None for 1/√D"), ("softcap", softcap, "a number")):
+        try:
+            float(0 if given is None and name == "softmax_scale" else given)
+        except (TypeError, ValueError):
+            return ValueError(f"{name} is {given!r}; expected {what}")
+    return ValueError(
+        f"window_size is {window!r}; expected two whole numbers: keys seen before and after the own position, "
+        "-1 where there is no bound"
+    )
 
 
 def _optional(slopes: Any = None, kv_lengths: Any = None, cu_q: Any = None, cu_kv: Any = None) -> tuple:
