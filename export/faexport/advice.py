@@ -67,10 +67,25 @@ KINDS = (
         "Export with fixed head sizes and named dynamic axes; onnx.shape_inference or a newer exporter may tell more.",
     ),
     Advice(
+        r"heads or batch entries are mixed|has rows and keys already",
+        "the weights of different heads or batch entries are mixed after the softmax",
+        "Scores or weights go through a layer of their own, over the heads as in talking-heads attention or over "
+        "features as in additive attention. A fused operator never has all of them at once.",
+        "Nothing, where the model means it: the block has to stay. Where it doesn't, look at the transposes around it.",
+    ),
+    Advice(
         r"not divided by their sum|exponentials|does not run over the keys|does not sum over|normalises over axes",
         "the product after the softmax does not sum over the softmax's axis",
         "A softmax between two matrix products that is not attention: pooling, routing, a distribution over classes.",
         "Nothing: it has to stay. Where it was meant to be attention, look at the axis of the softmax.",
+    ),
+    Advice(
+        r"queries, keys and values may have different numbers",
+        "queries, keys and values may have different numbers of batch entries or heads, and the file states one for "
+        "the result",
+        "Their sizes have different names in the file, as Dim.DYNAMIC gives them; it is not said that they are equal.",
+        "Give the sizes that are equal one name when exporting: the same torch.export.Dim for both in dynamic_shapes, "
+        "in place of Dim.DYNAMIC, or the same word in dynamic_axes.",
     ),
     Advice(
         r"would then take its size|states one|(may have|the scores) more|numbers? of (batch entries|heads)",

@@ -169,7 +169,8 @@ class _Site:
         if node.attributes.get_float("softcap", 0.0):
             raise _Stays("softcap sees what is added to all scores of a row")
         if not self.q_heads or not self.kv_heads:
-            raise _Stays("the number of heads isn't known")
+            which = "keys and values" if self.q_heads else "queries"
+            raise _Stays(f"{which} come to the operator with an axis for heads, and not as a product leaves them")
         if mask.empty_rows is not None:
             raise _Stays("rows that see no key give something else than 0 or the mean of all values")
         if mask.empty_row is EmptyRow.MEAN and not self._has_keys():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faexport
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from faexport import inputs, settings
@@ -105,6 +106,17 @@ def test_fused_and_right(name: str, library: str) -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_near_misses(name: str, library: str) -> None:
     check(WRONG[name], library)
+
+
+def test_batches_of_two_names_where_the_file_states_one_say_what_to_do() -> None:
+    """As an export with Dim.DYNAMIC everywhere has them; under one name they fuse."""
+    body = f"{PRODUCT} p = Softmax<axis = -1>(s) o = MatMul(p, v) y = Identity(o)"
+    for name, reason in (("E", "file states one for the result: give sizes that are equal one name"), ("B", "")):
+        model = Form(QKV.replace("float[B, 3, S, 8]", f"float[{name}, 3, S, 8]"), body).model()
+        stated = onnx.helper.make_tensor_value_info("o", onnx.TensorProto.FLOAT, ["B", 3, "T", 8])
+        model.graph.value_info.append(stated)
+        (site,) = faexport.fuse(model)[1].sites
+        assert reason in str(site.refusal) and site.fused is not bool(reason)
 
 
 @pytest.mark.parametrize("op", ["Identity", "Relu"])

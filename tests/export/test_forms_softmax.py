@@ -11,6 +11,15 @@ from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 
 LAST = "last = Constant<value = int64[1] {-1}>()"
 TWO = f"{QKV}, float[B, 3, S, 5] u"
+MIXER = "w = Constant<value = float[3, 3] {1, 2, 3, 4, 5, 6, 7, 8, 9}>()"
+MIXED = "heads or batch entries are mixed after the softmax"
+PAIRS = "the scores are a product of what has rows and keys already"
+
+
+def over_heads(source: str, target: str) -> str:
+    """A layer over the heads, as nn.Linear is exported."""
+    return f"""{MIXER} turned = Transpose<perm = [0, 2, 3, 1]>({source}) mixed = MatMul(turned, w)
+    {target} = Transpose<perm = [0, 3, 1, 2]>(mixed)"""
 
 
 def old(axis: str, q: str = "B, 3, T, 8", opset: int = 11, **more: object) -> Form:
@@ -178,6 +187,39 @@ WRONG = {
         f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) pt = Transpose<perm = [0, 1, 3, 2]>(p)
         b = MatMul(pt, v) y = Add(a, b)""",
         reason="does not sum over the softmax's axis",
+    ),
+    "heads mixed after the softmax": Form(
+        QKV, f"{PRODUCT} p = Softmax<axis = -1>(s) {over_heads('p', 'u')} y = MatMul(u, v)", reason=MIXED
+    ),
+    "heads mixed after the softmax by Einsum": Form(
+        f"{QKV}, float[3, 3] w",
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) u = Einsum<equation = "bhts,hg->bgts">(p, w) y = MatMul(u, v)""",
+        reason=MIXED,
+    ),
+    "batch entries mixed after the softmax": Form(
+        QKV.replace("B", "4") + ", float[4, 4] w",
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) u = Einsum<equation = "bhts,bc->chts">(p, w) y = MatMul(u, v)""",
+        reason=MIXED,
+    ),
+    "heads mixed before the softmax": Form(
+        QKV, f"{PRODUCT} {over_heads('s', 'x')} p = Softmax<axis = -1>(x) y = MatMul(p, v)", reason=PAIRS
+    ),
+    "heads mixed before the softmax by Einsum": Form(
+        QKV,
+        f"""{MIXER} {PRODUCT} x = Einsum<equation = "hg,bhts->bgts">(w, s) p = Softmax<axis = -1>(x)
+        y = MatMul(p, v)""",
+        reason=PAIRS,
+    ),
+    "additive attention": Form(
+        "float[B, T, 1, 8] q, float[B, 1, S, 8] k, float[8, 3] w, float[B, 3, S, 8] v",
+        """a = Add(q, k) t = Tanh(a) m = MatMul(t, w) x = Transpose<perm = [0, 3, 1, 2]>(m)
+        p = Softmax<axis = -1>(x) y = MatMul(p, v)""",
+        reason=PAIRS,
+    ),
+    "over the rows": Form(
+        "float[B, 3, T, 8] q, float[B, 3, T, 8] k, float[B, 3, T, 8] v",
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) pt = Transpose<perm = [0, 1, 3, 2]>(p) y = MatMul(pt, v)""",
+        reason="does not sum over the softmax's axis, but over the rows",
     ),
     "exponentials above 1 that are cut, divided late": late(
         """one = Constant<value = float {1.0}>() e = Exp(s) t = ReduceSum(e, last) above = Greater(e, one)

@@ -33,6 +33,7 @@ CASES = {  # keyword arguments of `projected`
 MAY_GIVE_ZERO = ("cross attention", "padding that may leave nothing")  # memory may have no rows
 STAYS = {  # keyword arguments of `projected` -> words of the reason
     "softcap": ({"mask": "softcap"}, "softcap"),
+    "a factor of the rows": ({"mask": "factor"}, "queries come to the operator with an axis for heads"),
     "a mean of no values": ({"mask": "min", "memory": True}, "there may be no keys"),
     "used twice": ({"after": "used twice"}, "the output goes elsewhere"),
     "an output of the model": ({"after": "output"}, "the output goes elsewhere"),
@@ -71,6 +72,9 @@ def _mask(m: Model, kind: str) -> None:
     if kind == "softcap":
         cap = m.const(np.array(2, m.dtype))
         softmax.input[0] = m.op("Mul", cap, m.op("Tanh", m.op("Div", scores, cap)))
+    elif kind == "factor":
+        column = m.op("Slice", "x", *(m.const(np.array([k])) for k in (0, 1, 2)))
+        softmax.input[0] = m.op("Mul", scores, m.op("Unsqueeze", column, m.const(np.array([1]))))
     elif kind == "causal":
         size = m.op("Squeeze", m.op("Shape", "x", start=1, end=2))
         rows = m.op("Range", m.const(np.int64(0)), size, m.const(np.int64(1)))

@@ -107,7 +107,8 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal
         return Refusal("the shape of query, key or value is not known", name_of(scores.product.node))
     if len(leads) == len(value_sizes) and _is_contradicted(known, a):
         why = "queries, keys and values may have different numbers of batch entries or heads, and the file states one"
-        return Refusal(f"{why} for the result", name_of(values.product.node))
+        advice = "give sizes that are equal one name when exporting"
+        return Refusal(f"{why} for the result: {advice}", name_of(values.product.node))
     rows = shape[scores.product.labels.index("row")]
     if scores.wider and rows != _size_along(known[0].factor, "row", a):
         known[0] = dataclasses.replace(known[0], rows=rows)

@@ -242,13 +242,16 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
     axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
     column, row = (_atom_axis(scores.product, label, shape) for label in ("column", "row"))
     if axes["sum"] != column:
-        return Refusal("the product after the softmax does not sum over the softmax's axis", name_of(node))
+        return Refusal(_wrong_sum(scores.product, axes["sum"], row, shape), name_of(node))
     if axes["row"] != row:
         other = next((x for x in product.leads if axes.get(x) == row and x not in product.right.labels), None)
         if other is not None:
             product = with_row(product, other)
             axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
     if axes["row"] != row:
+        if _has_pairs(scores.product, axes["row"], shape):
+            why = "the scores are a product of what has rows and keys already, and not of queries with keys"
+            return Refusal(why, name_of(scores.product.node))
         return Refusal("the rows of the attention weights are not those of the scores", name_of(node))
     if a.is_static(product.right.value):
         return Refusal("the attention weights are multiplied by a constant instead of values", name_of(node))
@@ -281,6 +284,22 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
         walker.weights,
         walker.roundings,
     )
+
+
+def _wrong_sum(product: Product, summed: tuple, row: tuple, shape) -> str:
+    """What the product after the softmax does, which sums over other axes of the scores than the keys."""
+    leads = {atom for label in product.leads for atom in _atom_axis(product, label, shape)}
+    if summed and set(summed) <= leads:
+        return "the weights of different heads or batch entries are mixed after the softmax"
+    over = ", but over the rows" if summed == row else ""
+    return f"the product after the softmax does not sum over the softmax's axis{over}"
+
+
+def _has_pairs(product: Product, rows: tuple, shape) -> bool:
+    """Have both the keys and the rows of the weights their axes in one operand of the scores' product, as where heads
+    are mixed before the softmax, and in additive attention?"""
+    leads = {label for label in product.leads if _atom_axis(product, label, shape) == rows}
+    return bool(leads & set(product.right.labels)) and not leads & set(product.left.labels)
 
 
 def _guard_of(product: Product, walker: _Walker, a: Analysis) -> MaskTerm | None:
