@@ -103,7 +103,9 @@ def bench(
     with terminal.progress(quiet) as progress:
         device = device or default_device()
         limits = Limits(device, runs, threads, timeout)
-        found = measure(model, shapes, limits, progress.step, padded)
+        found = measure(
+            model, shapes, limits, progress.step, padded, lambda row: progress.finished(bench_view.line(row))
+        )
     rows, sentence = found.rows, conclusion(found.rows)
     picture = bench_view.picture(rows, model.name)
     if svg is not None:
@@ -172,8 +174,10 @@ def measure(
     limits: Limits = Limits(),
     on_step: Callable[[str], None] = lambda text: None,
     padded: bool = False,
+    on_row: Callable[[Row], None] = lambda row: None,
 ) -> Result:
-    """`padded`: all entries of a batch but the first have random lengths. Raises ModelError."""
+    """`padded`: all entries of a batch but the first have random lengths. `on_row` gets each row once it is measured.
+    Raises ModelError."""
     from . import blocks, inputs, model_io, operator_library, ort_session, pipeline
 
     if missing := ort_session.missing_packages():
@@ -209,6 +213,7 @@ def measure(
                 break
             measured = [Measured(_timing(t), *other) for t, other in zip(times, rest, strict=True)]
             rows.append(Row(sizes, *measured))
+            on_row(rows[-1])
             if not shapes and rows[-1].original.seconds.median > SLOW:
                 notes.append(f"the ladder ends where a run takes more than {SLOW:g} s; --shape goes on")
                 break

@@ -27,11 +27,24 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
         both = (row.original, row.fused)
         memory = " → ".join("?" if one.bytes is None else f"{one.bytes / 1e6:.0f}" for one in both)
         shares = " → ".join("?" if one.rewritten is None else f"{one.rewritten:.0%}" for one in both)
-        speed = f"{row.times_as_fast:.2f} ×" if row.gained else f"{row.times_as_fast:.2f} × (even)"
-        cells = (bench_label(row.sizes), *(_milliseconds(one.seconds) for one in both), speed, memory)
+        cells = (bench_label(row.sizes), *(_milliseconds(one.seconds) for one in both), _speed(row), memory)
         cells += (shares,) if with_shares else ()
         shown.add_row(*cells)
     return shown
+
+
+def line(row: Row) -> str:
+    """The times at one size, e.g. "input_ids 1x512: 12 ±0.3 ms, fused 8.1 ±0.2 ms, 1.48 ×"."""
+    return f"{_times(row)}, {_speed(row)}"
+
+
+def _times(row: Row) -> str:
+    original, fused = (_milliseconds(one.seconds) for one in (row.original, row.fused))
+    return f"{bench_label(row.sizes)}: {original} ms, fused {fused} ms"
+
+
+def _speed(row: Row) -> str:
+    return f"{row.times_as_fast:.2f} ×" if row.gained else f"{row.times_as_fast:.2f} × (even)"
 
 
 def _milliseconds(timing: Timing) -> str:
@@ -47,11 +60,7 @@ def picture(rows: Sequence[Row], title: str) -> str:
     if all(one.bytes is not None for row in rows for one in (row.original, row.fused)):
         memory = [[max(getattr(r, m).bytes, 1e5) / 1e6 for r in rows] for m in COLOURS]
         panels.append(("memory of a run, MB", memory))
-    spoken = "; ".join(
-        f"{bench_label(row.sizes)}: {_milliseconds(row.original.seconds)} ms, "
-        f"fused {_milliseconds(row.fused.seconds)} ms"
-        for row in rows
-    )
+    spoken = "; ".join(map(_times, rows))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{html.escape(f"{title}: {spoken}")}" '
         f'width="{2 * WIDTH}" height="{HEIGHT}" viewBox="0 0 {2 * WIDTH} {HEIGHT}" font-family="sans-serif" '

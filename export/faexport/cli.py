@@ -21,7 +21,7 @@ from .errors import ModelError, NotVerifiedError
 from .options import DEVICES, TARGETS, VERIFY_TIMEOUT, Options
 from .options_of_commands import (
     FILE,
-    FILE_OR_FOLDER,
+    PLACE,
     assume_option,
     html_option,
     json_option,
@@ -107,8 +107,9 @@ def app() -> None:
     "--output",
     "-o",
     metavar="FILE",
-    type=FILE_OR_FOLDER,
-    help="Where to write, for several models a folder; default: MODEL with the ending .fa.onnx, of a folder .fa.",
+    type=PLACE,
+    help="Where to write, for several models a folder, which may be new; default: MODEL with the ending .fa.onnx, of a "
+    "folder .fa.",
 )
 @click.option(
     "--verify/--no-verify", "check", default=True, show_default=True, help="Run both models in onnxruntime and compare."
@@ -198,7 +199,7 @@ def app() -> None:
 @quiet_option
 def fuse(
     models: tuple[pathlib.Path, ...],
-    output: pathlib.Path | None,
+    output: str | None,
     check: bool,
     timeout: float,
     verify_on: str,
@@ -224,8 +225,7 @@ def fuse(
 
     MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
     other folder all models are rewritten, and several models or folders may be given."""
-    if (dtype is not None) + fp16 + bf16 > 1:
-        raise click.UsageError("--dtype is of attention alone, --fp16 and --bf16 of the whole model; give one of them")
+    _check_one_precision(dtype, fp16, bf16)
     if not keep_io_types and not (fp16 or bf16):
         raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
     if rest and target != "onnxruntime":
@@ -253,26 +253,30 @@ def fuse(
     )
     with _failing_early(models[0], as_json):
         sources = many.models(models)
-        places = [output or jobs.target_of(sources[0])] if _is_one(sources, output) else many.targets(sources, output)
-        _check_reports(sources, places, inputs, report_file, html_file)
+        places, folder = many.places(models, sources, output)
+        _check_reports(sources, places, folder, inputs, report_file, html_file)
     todo = [
         jobs.Job(source, place, options, check, timeout, inputs, dry_run, report_file, verify_on)
         for source, place in zip(sources, places, strict=True)
     ]
-    if len(todo) > 1:
-        _fuse_many(todo, as_json, report_file, strict, quiet)
-    else:
-        _fuse_one(todo[0], as_json, html_file, strict, quiet)
+    with many.making(folder):
+        if len(todo) > 1:
+            _fuse_many(todo, as_json, report_file, strict, quiet)
+        else:
+            _fuse_one(todo[0], as_json, html_file, strict, quiet)
 
 
-def _is_one(sources: list[pathlib.Path], output: pathlib.Path | None) -> bool:
-    """Is `output` the name of what is written, and not a folder for it?"""
-    return len(sources) == 1 and (output is None or not output.is_dir() or sources[0].is_dir())
+def _check_one_precision(dtype: str | None, fp16: bool, bf16: bool) -> None:
+    given = [name for name, is_given in ((f"--dtype {dtype}", dtype), ("--fp16", fp16), ("--bf16", bf16)) if is_given]
+    if len(given) > 1:
+        why = "; --dtype is of attention alone, the others of the whole model" if dtype else ""
+        raise click.UsageError(f"{' and '.join(given)} exclude one another, give one of them{why}")
 
 
 def _check_reports(
     sources: list[pathlib.Path],
     places: list[pathlib.Path],
+    folder: pathlib.Path | None,
     inputs: pathlib.Path | None,
     report_file: pathlib.Path | None,
     html_file: pathlib.Path | None,
@@ -283,10 +287,9 @@ def _check_reports(
         for option, value in (("--inputs", inputs), ("--html", html_file)):
             if value is not None:
                 raise ModelError(f"{option} is for one model, and {len(sources)} are given; rewrite them one by one")
-        check_report(report_file, sources, "--report")
-        return
-    check_report(report_file, sources, "--report", places[0])
-    check_report(html_file, sources, "--html", places[0])
+    taken = [*places, *([folder] if folder is not None else [])]
+    check_report(report_file, sources, "--report", taken)
+    check_report(html_file, sources, "--html", taken)
     if report_file is not None and html_file is not None and final_path(report_file) == final_path(html_file):
         raise ModelError(f"{html_file}: is where --report is written; choose another name with --html")
 
@@ -315,19 +318,20 @@ def _fuse_many(
     todo: list[jobs.Job], as_json: bool, report_file: pathlib.Path | None, strict: bool, quiet: bool
 ) -> None:
     from . import many
+    from .report import Report
 
-    with terminal.progress(quiet) as progress:
-        outcomes = many.run(todo, strict, progress)
-    if report_file is not None:
-        write_file(report_file, f"{many.to_json(outcomes)}\n".encode())
-    with terminal.printing():
-        if as_json:
-            click.echo(many.to_json(outcomes))
-        elif not quiet:
-            terminal.console().print(many.summary(outcomes))
-    for outcome in outcomes:
-        if outcome.report.error:
-            terminal.print_error(outcome.report.error)
+    reports = [Report(model=str(job.model)) for job in todo]
+    with many.telling_what_was_written(reports):
+        with terminal.progress(quiet) as progress:
+            outcomes = many.run(todo, reports, strict, progress)
+        if report_file is not None:
+            write_file(report_file, f"{many.to_json(outcomes)}\n".encode())
+        with terminal.printing():
+            if as_json:
+                click.echo(many.to_json(outcomes))
+            elif not quiet:
+                terminal.console().print(many.summary(outcomes))
+    many.print_errors(reports)
     raise click.exceptions.Exit(many.exit_code(outcomes))
 
 

@@ -6,11 +6,12 @@ A model that can't be rewritten does not stop the others; the exit code is that 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import rich.markup
@@ -18,8 +19,9 @@ import rich.table
 
 from . import genai, jobs, terminal
 from .errors import ModelError, NotVerifiedError
-from .output import final_path
+from .output import final_path, writing
 from .report import Report
+from .signals import uninterrupted
 
 SUFFIX, OWN_SUFFIX = ".onnx", ".fa.onnx"
 # Of the whole call: the first of these that the code of one model is.
@@ -62,34 +64,115 @@ def only_model(path: pathlib.Path) -> pathlib.Path:
     return found[0]
 
 
-def targets(sources: Sequence[pathlib.Path], folder: pathlib.Path | None) -> list[pathlib.Path]:
+def places(
+    given: Sequence[pathlib.Path], sources: Sequence[pathlib.Path], output: str | None
+) -> tuple[list[pathlib.Path], pathlib.Path | None]:
+    """Where each of `sources`, which models(given) found, goes, and the folder for them that `output` (-o) names, which
+    may not be there yet. It names one for several models and for those of a folder, and where it is one or ends with a
+    slash; else it is the name of the file, or of the copy of a folder of genai. Raises ModelError."""
+    if output is None:
+        return _targets(sources, None), None
+    ends_with_slash = output.endswith(("/", os.sep))
+    is_file_name = output.endswith(SUFFIX) and not os.path.isdir(output)
+    if len(sources) == 1:
+        is_copy = sources[0].is_dir()
+        names_folder = ends_with_slash or os.path.isdir(output) or (given[0].is_dir() and not is_file_name)
+        if is_copy or not names_folder:
+            return [pathlib.Path(output)], None
+    elif is_file_name:
+        raise ModelError(f"{output}: is no folder; -o names the folder for all where several models are given")
+    folder = pathlib.Path(output)
+    _check_folder(folder)
+    return _targets(sources, folder), folder
+
+
+def _check_folder(folder: pathlib.Path) -> None:
+    """Raises ModelError where it is none and can't be made."""
+    if os.path.isdir(folder):
+        return
+    if os.path.lexists(folder):
+        raise ModelError(f"{folder}: is no folder; choose another place with -o")
+    if not os.path.isdir(folder.parent):
+        raise ModelError(f"{folder}: the folder {folder.parent} does not exist; create it or choose another with -o")
+    if not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise ModelError(f"{folder}: can't be made: no permission; choose another place with -o")
+
+
+@contextlib.contextmanager
+def making(folder: pathlib.Path | None) -> Iterator[None]:
+    """Makes the folder for the body, unless it is there, and removes it if nothing was written to it. Raises
+    ModelError."""
+    made = False
+    try:
+        if folder is not None and not folder.is_dir():
+            with writing(folder), uninterrupted():
+                folder.mkdir()
+                made = True
+        yield
+    finally:
+        if folder is not None and made:
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def _targets(sources: Sequence[pathlib.Path], folder: pathlib.Path | None) -> list[pathlib.Path]:
     """Where each goes: beside its source, or under its name into `folder`. Raises ModelError where two would meet."""
-    if folder is not None and not folder.is_dir():
-        raise ModelError(f"{folder}: is no folder; for several models -o names the folder for all, create it first")
-    made: dict[pathlib.Path, pathlib.Path] = {}
-    for source in sources:
-        target = jobs.target_of(source) if folder is None else folder / source.resolve().name
-        other = made.setdefault(final_path(target), source)
+    targets = [jobs.target_of(source) if folder is None else folder / source.resolve().name for source in sources]
+    taken: dict[pathlib.Path, pathlib.Path] = {}
+    for source, target in zip(sources, targets, strict=True):
+        other = taken.setdefault(final_path(target), source)
         if other != source:
             raise ModelError(f"{target}: both {other} and {source} would be written there; rewrite them one by one")
-    return list(made)
+    return targets
 
 
-def run(todo: Sequence[jobs.Job], strict: bool, progress: terminal.Progress) -> list[Outcome]:
-    """Does one job after the other. A job's model may be a folder of genai."""
+def run(
+    todo: Sequence[jobs.Job], reports: Sequence[Report], strict: bool, progress: terminal.Progress
+) -> list[Outcome]:
+    """Does one job after the other, and fills in its report. A job's model may be a folder of genai."""
     outcomes = []
-    for number, job in enumerate(todo, 1):
+    for number, (job, report) in enumerate(zip(todo, reports, strict=True), 1):
         which = f"{number} of {len(todo)}, {job.model.name}"
-        outcomes.append(_one(job, strict, jobs.Watcher(_saying(which, progress), progress.amount)))
+        outcomes.append(_one(job, report, strict, jobs.Watcher(_saying(which, progress), progress.amount)))
+        progress.finished(f"{which}: {'failed' if report.error else _result(report)}")
     return outcomes
+
+
+@contextlib.contextmanager
+def telling_what_was_written(reports: Sequence[Report]) -> Iterator[None]:
+    """Where the body is interrupted, or fails, stderr tells what went wrong and what was written before that."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print_errors(reports)
+        if written := _written(reports):
+            terminal.print_error(f"interrupted: {written}")
+        raise
+    except ModelError as error:
+        print_errors(reports)
+        if written := _written(reports):
+            raise ModelError(f"{error}; {written} before that") from error
+        raise
+
+
+def _written(reports: Sequence[Report]) -> str:
+    """Which models were written; "" where none was."""
+    paths = [report.output for report in reports if report.output]
+    verb = "was" if len(paths) == 1 else "were"
+    return f"{len(paths)} of {len(reports)} models {verb} written ({', '.join(paths)})" if paths else ""
+
+
+def print_errors(reports: Iterable[Report]) -> None:
+    for report in reports:
+        if report.error:
+            terminal.print_error(report.error)
 
 
 def _saying(which: str, progress: terminal.Progress) -> Callable[[str], None]:
     return lambda text: progress.step(f"{which}: {text}")
 
 
-def _one(job: jobs.Job, strict: bool, watcher: jobs.Watcher) -> Outcome:
-    report = Report(model=str(job.model))
+def _one(job: jobs.Job, report: Report, strict: bool, watcher: jobs.Watcher) -> Outcome:
     try:
         jobs.run_any(job, report, watcher)
     except NotVerifiedError as error:
@@ -124,15 +207,17 @@ def summary(outcomes: Sequence[Outcome]) -> rich.table.Table:
     for outcome in outcomes:
         report = outcome.report
         checked = report.verification.status.value if report.verification is not None else "-"
-        said = report.error or (f"wrote {report.output}" if report.output else _why_not(report))
+        said = report.error or _result(report)
         colour = "red" if report.error else "green" if report.output else "yellow"
         cells = (str(report.model), f"{report.num_fused} of {len(report.sites)}", checked)
         table.add_row(*map(rich.markup.escape, cells), f"[{colour}]{rich.markup.escape(said)}[/{colour}]")
     return table
 
 
-def _why_not(report: Report) -> str:
-    """Why no model was written, though nothing is wrong."""
+def _result(report: Report) -> str:
+    """What was written, or why nothing was, though nothing is wrong."""
+    if report.output:
+        return f"wrote {report.output}"
     if report.num_fused:
         return "no model was written"
     refused = next((str(site.refusal) for site in report.sites if site.refusal), "there is no attention to fuse")

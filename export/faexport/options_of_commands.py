@@ -26,11 +26,14 @@ class _FileOrFolder(_File):
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
-        return super().convert(pathlib.Path(value) if os.path.isdir(value) else value, param, ctx)
+        return (
+            click.Path.convert(self, value, param, ctx) if os.path.isdir(value) else super().convert(value, param, ctx)
+        )
 
 
 FILE = _File(path_type=pathlib.Path)  # what a file must be is checked by output.py, whose errors say what to do
 FILE_OR_FOLDER = _FileOrFolder(path_type=pathlib.Path)
+PLACE = click.Path(path_type=str)  # a file or a folder, which may be new: as it was given, since a slash says which
 
 model_argument = click.argument("model", type=FILE)
 models_argument = click.argument("models", metavar="MODEL...", type=FILE_OR_FOLDER, nargs=-1, required=True)

@@ -59,23 +59,23 @@ _REPORT_STARTS = {"--report": (b"{",), "--html": (b"<!doctype html>",), "--svg":
 
 
 def check_report(
-    path: pathlib.Path | None, models: Iterable[PathLike], option: str, target: pathlib.Path | None = None
+    path: pathlib.Path | None, models: Iterable[PathLike], option: str, targets: Iterable[pathlib.Path] = ()
 ) -> None:
     """Before anything is done: the report that `option` names can be written, and over nothing but an older one.
 
-    Raises ModelError. `models` are read, and `target` will be written.
+    Raises ModelError. `models` are read, and `targets` will be written.
     """
     if path is None:
         return
     check_output(path, models, option, streams=True)
-    if target is not None and final_path(path) == final_path(target):
+    if any(final_path(path) == final_path(target) for target in targets):
         raise ModelError(f"{path}: is where the model will be written; choose another name with {option}")
     if path.is_file():
         starts = _REPORT_STARTS[option]
         with path.open("rb") as file:
             begin = file.read(max(map(len, starts)))
         if begin and not begin.startswith(starts):
-            raise ModelError(f"{path}: is there already and no report; choose another name with {option}")
+            raise ModelError(f"{path}: is there already and is not a report; choose another name with {option}")
 
 
 def check_input(path: pathlib.Path, advice: str = "check the path") -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every command shares: the consoles, the progress display, and the end of a run that went wrong.
 
-Colours and progress appear on terminals only, and not where NO_COLOR is set. Messages go to stderr, results to stdout.
+Progress bars appear on terminals only, and so do colours, unless NO_COLOR is set. Messages go to stderr, results to
+stdout.
 """
 
 from __future__ import annotations
@@ -51,16 +52,22 @@ def console(stderr: bool = False, quiet: bool = False) -> rich.console.Console:
 
 def print_error(message: str) -> None:
     """One line on stderr; what would steer a terminal is shown escaped."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    _print_line(f"error: {message}", "red")
+
+
+def _print_line(text: str, style: str | None = None) -> None:
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     with contextlib.suppress(OSError):
-        console(stderr=True).print(f"error: {line}", style="red", markup=False, soft_wrap=True)
+        console(stderr=True).print(line, style=style, markup=False, soft_wrap=True)
 
 
 class Progress:
-    """Says what is being done, with a bar where the amount is known. Invisible where stderr is not a terminal."""
+    """Says what is being done, with a bar where the amount is known. Where stderr is not a terminal, only what
+    finished() is told is seen, unless `quiet`."""
 
-    def __init__(self, bar: rich.progress.Progress) -> None:
+    def __init__(self, bar: rich.progress.Progress, quiet: bool = False) -> None:
         self._bar = bar
+        self._prints = bar.disable and not quiet
         self._task = bar.add_task("", total=None)
 
     def step(self, text: str) -> None:
@@ -69,6 +76,11 @@ class Progress:
 
     def amount(self, done: float, total: float) -> None:
         self._bar.update(self._task, completed=done, total=total)
+
+    def finished(self, text: str) -> None:
+        """One of several parts is done, which on a terminal the next step() shows."""
+        if self._prints:
+            _print_line(text)
 
 
 @contextlib.contextmanager
@@ -86,7 +98,7 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
     with rich.progress.Progress(
         *columns, console=screen, transient=True, disable=quiet or not screen.is_terminal
     ) as bar:
-        yield Progress(bar)
+        yield Progress(bar, quiet)
 
 
 def run_app(app: Callable[..., object]) -> None:

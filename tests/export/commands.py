@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import pathlib
@@ -27,6 +28,14 @@ def environment() -> dict[str, str]:
 def faexport(*arguments: str | os.PathLike, cwd: pathlib.Path | None = None, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "faexport", *map(os.fspath, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment() | env, capture_output=True, text=True, timeout=600)
+
+
+def started(*arguments: str | os.PathLike, heeding: int, **env: str) -> subprocess.Popen[bytes]:
+    """As faexport(), not waited for. `heeding`: a signal, which a test that runs under nohup or behind & ignores."""
+    command = [sys.executable, "-m", "faexport", *map(os.fspath, arguments)]
+    heed = functools.partial(signal.signal, heeding, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment() | env, preexec_fn=heed, **pipes)
 
 
 def here(*arguments: str | os.PathLike) -> subprocess.CompletedProcess:

@@ -114,6 +114,18 @@ def row(length: int, original: float, fused: float, spread: float = 0.001) -> Ro
     return Row({"ids": [1, length]}, *measured)
 
 
+def test_a_row_is_told_as_soon_as_it_is_measured(model: pathlib.Path) -> None:
+    shapes = ("--shape", f"hidden_states:1x4x{SIZE.hidden}", "--shape", f"hidden_states:1x8x{SIZE.hidden}")
+    done = here("bench", model, *shapes, "--runs", "5", "--device", "cpu", "--json")
+    rows = json.loads(done.stdout)["rows"]
+    for row, line in zip(rows, done.stderr.splitlines(), strict=True):
+        sizes = "x".join(map(str, row["sizes"]["hidden_states"]))
+        assert line.startswith(f"hidden_states {sizes}: {row['original']['seconds']['median'] * 1e3:.3g} ±")
+        assert f" ms, fused {row['fused']['seconds']['median'] * 1e3:.3g} ±" in line
+        assert f"{row['times_as_fast']:.2f} ×" in line
+    assert here("bench", model, *shapes[:2], "--runs", "5", "--device", "cpu", "--quiet").stderr == ""
+
+
 def test_the_conclusion_says_where_it_pays_or_that_it_does_not() -> None:
     even, slower, faster, much = row(64, 0.1, 0.099), row(128, 0.1, 0.2), row(256, 0.1, 0.05), row(512, 0.4, 0.1)
     assert bench.conclusion([even, faster, much]) == "it pays from ids 1x256 on: 4.00 times as fast at ids 1x512"

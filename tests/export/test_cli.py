@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -203,15 +202,9 @@ def _children(pid: int) -> list[int]:
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_leaves_nothing(model: pathlib.Path, signal_number: int) -> None:
     """Interrupted while the written model is verified, in the temporary folder beside its place."""
-    command = [sys.executable, "-m", "faexport", os.fspath(model)]
     scratch = model.parent / "tmp"
     scratch.mkdir()
-    environment = commands.environment() | {"TMPDIR": os.fspath(scratch)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    heed = functools.partial(
-        signal.signal, signal_number, signal.SIG_DFL
-    )  # where the tests run under nohup, or behind &
-    with subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes) as process:
+    with commands.started(model, heeding=signal_number, TMPDIR=os.fspath(scratch)) as process:
         deadline = time.monotonic() + 60
         while not _children(process.pid) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -244,12 +237,31 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr
 
 
-@pytest.mark.parametrize("option", ["-o", "--report"])
-def test_a_slash_at_the_end_names_a_folder(model: pathlib.Path, option: str) -> None:
-    """Whether there is such a folder or not."""
-    done = faexport(model, option, f"{model.parent}/new/")
+def test_a_slash_at_the_end_names_a_folder(model: pathlib.Path) -> None:
+    """Whether there is such a folder or not. A report is no folder; the model goes into one, which may be the root."""
+    done = faexport(model, "--report", f"{model.parent}/new/")
     assert done.returncode == 2 and "new/ is a folder" in done.stderr and len(done.stderr.splitlines()) == 1
     assert names(model.parent) == ["model.onnx"]
+    assert commands.here(model, "-o", f"{model.parent}/new/", "--no-verify").returncode == 0
+    assert names(model.parent) == ["model.onnx", "new"] and names(model.parent / "new") == ["model.onnx"]
+    root = commands.here(model, "-o", "/", "--no-verify", "--dry-run")
+    assert root.returncode == 0 or "/model.onnx: cannot be written: no permission" in root.stderr
+    assert_bad_input(commands.here("/"), "/: is a folder without")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--fp16", "--bf16"), "--fp16 and --bf16 exclude one another, give one of them;"),
+        (("--dtype", "fp16", "--bf16"), "--dtype fp16 and --bf16 exclude one another, give one of them; --dtype is of"),
+        (("--dtype", "fp8", "--fp16", "--bf16"), "--dtype fp8 and --fp16 and --bf16 exclude one another"),
+    ],
+    ids=" ".join,
+)
+def test_precisions_that_exclude_one_another_are_named(model: pathlib.Path, given: tuple[str, ...], said: str) -> None:
+    done = commands.here(model, *given)
+    assert_bad_input(done, said)
+    assert ("--dtype" in done.stderr) == ("--dtype" in given)
 
 
 def test_a_failed_verification_writes_nothing_and_exits_with_1(model: pathlib.Path) -> None:

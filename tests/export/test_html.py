@@ -134,9 +134,9 @@ def test_the_command_writes_the_page_over_nothing_but_a_page(tmp_path: pathlib.P
     assert "model.fa.onnx" in Page(page.read_text()).text
     for other in ("{}", "<svg/>"):
         page.write_text(other)
-        assert_bad_input(here("inspect", model, "--html", page), "is there already and no report", "--html")
-        assert_bad_input(here("bench", model, "--html", page), "is there already and no report", "--html")
-    assert_bad_input(here("bench", model, "--svg", page), "is there already and no report", "--svg")
+        assert_bad_input(here("inspect", model, "--html", page), "is there already and is not a report", "--html")
+        assert_bad_input(here("bench", model, "--html", page), "is there already and is not a report", "--html")
+    assert_bad_input(here("bench", model, "--svg", page), "is there already and is not a report", "--svg")
     assert page.read_text() == "<svg/>"
     assert_bad_input(here("inspect", model, "--html", model), "overwrite", "--html")
 

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import json
 import pathlib
+import signal
+import time
 
 import onnx
 import pytest
 from faexport import ort_session
 
 from tests.export import big_model
-from tests.export.commands import assert_bad_input, here
+from tests.export.commands import assert_bad_input, here, started
 
 pytestmark = pytest.mark.skipif(not ort_session.has_library(), reason="the operator's library was not built")
 
@@ -59,6 +61,51 @@ def test_the_summary_names_each_and_the_worst_decides(
     assert here(folder / "a.onnx", folder / "plain.onnx", "-o", into, "--no-verify", "--strict").returncode == 4
 
 
+def test_each_finished_model_is_a_line_on_stderr(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (folder / "broken.onnx").write_bytes(b"\xff" * 64)
+    done = here(folder, "-o", tmp_path / "fast", "--no-verify", "--json")
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"1 of 4, a.onnx: wrote {tmp_path / 'fast' / 'a.onnx'}"
+    assert lines[2] == "3 of 4, broken.onnx: failed" and lines[3].startswith("4 of 4, plain.onnx: no model was written")
+    assert lines[4].startswith("error: ") and len(lines) == 5 and json.loads(done.stdout)["exit_code"] == 2
+    full = here(folder, "-o", tmp_path / "fast", "--no-verify", "--quiet", "--report", "/dev/full")
+    assert full.returncode == 2 and full.stderr.splitlines()[0] == lines[4]
+    assert f"; 2 of 4 models were written ({tmp_path / 'fast' / 'a.onnx'}, " in full.stderr.splitlines()[1]
+    quiet = here(folder, "-o", tmp_path / "fast", "--no-verify", "--quiet")
+    assert quiet.stderr.splitlines() == lines[4:] and quiet.stdout == ""
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_call_says_what_it_wrote(
+    folder: pathlib.Path, tmp_path: pathlib.Path, signal_number: int
+) -> None:
+    into = tmp_path / "fast"
+    with started(folder, "-o", into, "--quiet", heeding=signal_number) as process:
+        deadline = time.monotonic() + 60
+        while not (into / "a.onnx").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal_number)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == b""
+    assert errors.decode() == f"error: interrupted: 1 of 3 models was written ({into / 'a.onnx'})\n"
+    assert [path.name for path in into.iterdir()] == ["a.onnx"]
+
+
+def test_the_folder_is_made_where_something_is_written(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    both, into = (folder / "a.onnx", folder / "b.onnx"), tmp_path / "fast"
+    before = sorted(tmp_path.rglob("*"))
+    assert here(*both, "-o", into, "--no-verify", "--dry-run", "--quiet").returncode == 0
+    assert here(folder / "plain.onnx", "-o", f"{into}/").returncode == 0
+    assert_bad_input(here(*both, "-o", tmp_path / "new" / "fast"), f"{tmp_path / 'new'} does not exist; create it")
+    assert_bad_input(here(*both, "-o", into, "--report", into), "is where the model will be written")
+    assert_bad_input(here(folder / "a.onnx", "-o", f"{folder / 'b.onnx'}/"), "is no folder; choose another place")
+    assert sorted(tmp_path.rglob("*")) == before, "nothing was written, and the folder is gone"
+    assert here(*both, "-o", into, "--no-verify", "--quiet").returncode == 0
+    assert sorted(path.name for path in into.iterdir()) == ["a.onnx", "b.onnx"]
+    assert here(folder / "a.onnx", "-o", f"{tmp_path / 'one'}/", "--no-verify", "--quiet").returncode == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["a.onnx"]
+
+
 def test_wrong_usage_is_told_before_anything_is_done(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     both = (folder / "a.onnx", folder / "b.onnx")
     assert_bad_input(here(*both, "-o", tmp_path / "c.onnx"), "-o names the folder for all")
@@ -77,10 +124,12 @@ def test_wrong_usage_is_told_before_anything_is_done(folder: pathlib.Path, tmp_p
 def test_a_folder_of_one_model_is_that_model(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for name in ("b.onnx", "plain.onnx"):
         (folder / name).unlink()
-    into = tmp_path / "fast"
-    into.mkdir()
-    assert here(folder, "-o", into, "--no-verify", "--quiet").returncode == 0
-    assert [path.name for path in into.iterdir()] == ["a.onnx"]
+    for into in (tmp_path / "fast", tmp_path / "new"):
+        (tmp_path / "fast").mkdir(exist_ok=True)
+        assert here(folder, "-o", into, "--no-verify", "--quiet").returncode == 0
+        assert [path.name for path in into.iterdir()] == ["a.onnx"]
+    assert here(folder, "-o", tmp_path / "c.onnx", "--no-verify", "--quiet").returncode == 0
+    assert (tmp_path / "c.onnx").is_file()
     seen = here("inspect", folder, "--json")
     assert seen.returncode == 0 and json.loads(seen.stdout)["model"] == str(folder / "a.onnx")
     (folder / "b.onnx").write_bytes(b"")

@@ -161,7 +161,7 @@ def test_a_report_goes_through_a_pipe(model: pathlib.Path) -> None:
 def test_a_report_replaces_reports_only(model: pathlib.Path) -> None:
     report, notes = model.with_name("r.json"), model.with_name("notes.txt")
     notes.write_text("my notes")
-    assert_bad_input(here("inspect", model, "--report", notes), "no report")
+    assert_bad_input(here("inspect", model, "--report", notes), "is not a report")
     assert notes.read_text() == "my notes"
     for _ in range(2):
         assert here("inspect", model, "--quiet", "--report", report).returncode == 0
