@@ -11,20 +11,22 @@ import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import scratch, terminal
 from .bench_data import CLEARLY, Measured, Row, Timing, bench_label
-from .engine import parse_shape
+from .engine import parse_shapes, shape_text
 from .errors import ModelError
 from .options import Options
 from .options_of_commands import FILE, html_option, json_option, model_argument, quiet_option
 from .output import check_input, check_report, write_file
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from .blocks import Block
     from .inputs import Drawing, InputSpec
     from .report import Report
@@ -50,7 +52,8 @@ Examples:
     "shapes",
     metavar="NAME:SHAPE",
     multiple=True,
-    help="A shape to measure at, e.g. input_ids:8x512; the other inputs follow. Repeatable, for more sizes.",
+    help="A shape to measure at, e.g. ids:8x512, or of several inputs, e.g. ids:8x1,mask:8x513; the others follow. "
+    "Repeatable, for more sizes.",
 )
 @click.option(
     "--padded", is_flag=True, help="Give all entries of a batch but the first random lengths, padded on the right."
@@ -186,7 +189,7 @@ def measure(
     original = model_io.load(model)
     specs = inputs.input_specs(original)
     for text in shapes:  # what is wrong with them is said before the work begins
-        _bound(specs, *parse_shape(text))
+        _check_shapes(specs, dict(parse_shapes(text)))
     drawing = _drawing(specs, padded)
     on_step("fusing")
     fused, report = pipeline.run(model_io.load(model), Options())
@@ -200,6 +203,7 @@ def measure(
         path = folder / "fused.onnx"
         model_io.save(fused, path, source=model)
         both = (str(model.resolve()), str(path))
+        specs = _related(specs, original, model)
         for tensors in _settings(specs, shapes, drawing):
             sizes = {name: list(array.shape) for name, array in tensors.items()}
             on_step(f"measuring {bench_label(sizes)}")
@@ -208,7 +212,9 @@ def measure(
                 rest = [_rest(limits, one, tensors, attention) for one in both]
             except ModelError as error:
                 if not rows:
-                    raise ModelError(f"{model}: can't be measured at {bench_label(sizes)}: {error}") from error
+                    raise ModelError(
+                        f"{model}: can't be measured at {bench_label(sizes)}: {error}{_hint(sizes)}"
+                    ) from error
                 notes.append(f"not measured at {bench_label(sizes)}: {error}")
                 break
             measured = [Measured(_timing(t), *other) for t, other in zip(times, rest, strict=True)]
@@ -218,6 +224,12 @@ def measure(
                 notes.append(f"the ladder ends where a run takes more than {SLOW:g} s; --shape goes on")
                 break
     return result
+
+
+def _hint(sizes: Mapping[str, Sequence[int]]) -> str:
+    """How to give sizes, where those of several inputs may not fit one another."""
+    texts = [f"{name}:{shape_text(tuple(shape))}" for name, shape in list(sizes.items())[:2]]
+    return f"; if these sizes don't fit one another, give several: --shape {','.join(texts)}" if texts[1:] else ""
 
 
 def _rest(limits: Limits, model: str, tensors: dict[str, Any], attention: set[str]) -> tuple[int | None, float | None]:
@@ -257,8 +269,7 @@ def _settings(specs: Sequence[InputSpec], shapes: Sequence[str], drawing: Drawin
 
     if shapes:
         for text in shapes:
-            name, shape = parse_shape(text)
-            yield drawn(_bound(specs, name, shape), shape[1] if len(shape) > 1 else 128)
+            yield _asked(specs, dict(parse_shapes(text)), drawn)
     elif inputs.symbols(specs):
         for length in LENGTHS:
             yield drawn({}, length)
@@ -266,20 +277,51 @@ def _settings(specs: Sequence[InputSpec], shapes: Sequence[str], drawing: Drawin
         yield drawn({}, 1)
 
 
-def _bound(specs: Sequence[InputSpec], name: str, shape: Sequence[int]) -> dict[str, int]:
-    """What a shape says of the model's open sizes. Raises ModelError where it does not fit the input."""
-    spec = next((spec for spec in specs if spec.name == name), None)
-    if spec is None:
-        raise ModelError(f"--shape: the model has no input '{name}'; its inputs are {', '.join(s.name for s in specs)}")
-    fits = len(shape) == len(spec.dims)
-    if not fits or any(isinstance(dim, int) and dim != size for dim, size in zip(spec.dims, shape, strict=True)):
-        dims = "x".join("?" if not isinstance(dim, int) else str(dim) for dim in spec.dims)
-        raise ModelError(f"--shape {name}: {'x'.join(map(str, shape))} does not fit the model's {dims}")
-    bound = {"": shape[0]}
-    for dim, size in zip(spec.dims, shape, strict=True):
-        if not isinstance(dim, int) and [str(s) for s in dim.free_symbols()] == [str(dim.value)]:
-            bound[str(dim.value)] = size
-    return bound
+def _related(specs: list[InputSpec], original: ir.Model, path: pathlib.Path) -> list[InputSpec]:
+    """The inputs with sizes that belong together, where the model runs with such; else as the file has them."""
+    from . import inputs, ort_session, relations
+    from .reference import needs_library, outputs_or_sentence
+
+    if len(inputs.symbols(specs)) < 2:
+        return specs
+    try:
+        with ort_session.Session(ort_session.Job(str(path), library=needs_library(original))) as session:
+            found = relations.fitting(specs, original, lambda x: isinstance(outputs_or_sentence(session, x), dict))
+    except (ort_session.ModelFailure, ort_session.CannotRun):
+        return specs
+    return found or specs
+
+
+def _check_shapes(specs: Sequence[InputSpec], asked: Mapping[str, Sequence[int]]) -> None:
+    """Raises ModelError where one of the shapes does not fit its input."""
+    for name, shape in asked.items():
+        spec = next((spec for spec in specs if spec.name == name), None)
+        if spec is None:
+            names = ", ".join(s.name for s in specs)
+            raise ModelError(f"--shape: the model has no input '{name}'; its inputs are {names}")
+        fits = len(shape) == len(spec.dims)
+        if not fits or any(isinstance(dim, int) and dim != size for dim, size in zip(spec.dims, shape, strict=True)):
+            dims = "x".join("?" if not isinstance(dim, int) else str(dim) for dim in spec.dims)
+            raise ModelError(f"--shape {name}: {shape_text(tuple(shape))} does not fit the model's {dims}")
+
+
+def _asked(
+    specs: Sequence[InputSpec], asked: Mapping[str, Sequence[int]], drawn: Callable[[dict[str, int], int], Any]
+) -> Any:
+    """Inputs of these shapes, and others that fit them. Raises ModelError where there are none."""
+    from . import relations
+
+    bound, shape = relations.solve(asked, specs), next(iter(asked.values()))
+    tensors = drawn({"": shape[0] if shape else 1, **bound}, shape[1] if len(shape) > 1 else 128)
+    for name, wanted in asked.items():
+        if tuple(wanted) != tensors[name].shape:
+            texts = {spec.name: "x".join(map(str, spec.dims)) for spec in specs}
+            given = ",".join(f"{name}:{shape_text(tuple(shape))}" for name, shape in asked.items())
+            raise ModelError(
+                f"--shape {given}: '{name}' would be {shape_text(tensors[name].shape)}, since the model has "
+                f"{', '.join(f'{name}:{texts[name]}' for name in asked)}; name the shapes of more inputs, or others"
+            )
+    return tensors
 
 
 def _timing(seconds: Sequence[float]) -> Timing:

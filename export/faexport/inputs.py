@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -120,7 +121,7 @@ class UnsupportedInput(Exception):
 
 def input_specs(model: ir.Model) -> list[InputSpec]:
     """All inputs; those that needn't be given have a `default`. Raises UnsupportedInput."""
-    specs = []
+    specs, taken = [], {str(dim) for value in model.graph.inputs for dim in value.shape or ()}
     for value in model.graph.inputs:
         name, default = value.name or "", value.const_value
         optional = value.is_initializer()
@@ -134,11 +135,12 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
         if optional and model.ir_version < 4:
             continue  # every initializer is an input there, and can't be given
         dims = tuple(
-            dim if isinstance(dim, int) or _is_expression(dim) else ir.SymbolicDim(f"{value.name}_{axis}")
+            dim if isinstance(dim, int) or _is_expression(dim) else _made_up(name, axis, taken)
             for axis, dim in enumerate(value.shape)
         )
         uses = list(_uses(value))
         kind, limit = value.dtype.numpy().kind, _id_limit(uses)
+        grows = any(not isinstance(dim, int) for dim in dims[1:]) and _is_continued(value)
         specs.append(
             InputSpec(
                 name,
@@ -146,14 +148,24 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
                 dims,
                 _role(name.lower(), kind, len(dims), uses, limit),
                 limit,
-                _is_past(name) or any(_is_one_of(_CACHES, *use) for use in uses),
-                _is_past(name) or any(_is_one_of(_PASTS, *use) for use in uses),
+                grows or _is_past(name) or any(_is_one_of(_CACHES, *use) for use in uses),
+                grows or _is_past(name) or any(_is_one_of(_PASTS, *use) for use in uses),
                 any(_is_one_of(_MASKS, *use) for use in uses),
                 kind in "iu" and bool(uses) and _only_bool(value),
                 default.numpy() if optional and default is not None else None,
             )
         )
     return specs
+
+
+def _made_up(name: str, axis: int, taken: set[str]) -> ir.SymbolicDim:
+    """A name for a size without one, that no other size has."""
+    made = re.sub(r"\W", "_", f"{name}_{axis}")
+    made = made if made.isidentifier() else f"_{made}"
+    while made in taken:
+        made += "_"
+    taken.add(made)
+    return ir.SymbolicDim(made)
 
 
 def required(specs: Sequence[InputSpec]) -> list[InputSpec]:
@@ -193,28 +205,27 @@ def bind(specs: Sequence[InputSpec], sizes: Sizes, given: Mapping[str, int] | No
     new = rows if isinstance(rows, int) else bound.get(str(rows), sizes.length)
     pasts = {str(d) for s in specs if s.is_past and len(s.dims) > 2 for d in s.dims[-2:-1]}
     past = next((bound[name] for name in fixed if "past" in name.lower() or name in pasts), sizes.past)
-    for spec in specs:
-        for axis, dim in enumerate(spec.dims):
-            if isinstance(dim, int):
+    places = [(spec, axis, dim) for spec in specs for axis, dim in enumerate(spec.dims) if not isinstance(dim, int)]
+    # Sums last: what a name is shows where it stands alone.
+    for spec, axis, dim in sorted(places, key=lambda place: not str(place[2]).isidentifier()):
+        for symbol in dim.free_symbols():
+            name = str(symbol)
+            if name in fixed:
                 continue
-            for symbol in dim.free_symbols():
-                name = str(symbol)
-                if name in fixed:
-                    continue
-                from_end = len(spec.dims) - axis
-                if (axis == 0 and not (spec.of_scores and from_end <= 2)) or "batch" in name.lower():
-                    bound[name] = sizes.batch
-                elif "total" in name.lower() or (
-                    has_past
-                    and (from_end == 1 if spec.of_scores else "mask" in spec.name)
-                    and dim != rows
-                    and name not in bound
-                ):
-                    bound[name] = past + new
-                elif "past" in name.lower() or spec.is_past:
-                    bound.setdefault(name, sizes.past)
-                else:
-                    bound.setdefault(name, sizes.length)
+            from_end = len(spec.dims) - axis
+            if (axis == 0 and not (spec.of_scores and from_end <= 2)) or "batch" in name.lower():
+                bound[name] = sizes.batch
+            elif "total" in name.lower() or (
+                has_past
+                and (from_end == 1 if spec.of_scores else "mask" in spec.name)
+                and dim != rows
+                and name not in bound
+            ):
+                bound[name] = past + new
+            elif "past" in name.lower() or spec.is_past:
+                bound.setdefault(name, sizes.past)
+            else:
+                bound.setdefault(name, sizes.length)
     return bound
 
 
@@ -381,6 +392,23 @@ def _uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
                 if new not in seen:
                     seen.add(new)
                     queue.append(new)
+
+
+def _is_continued(value: ir.Value) -> bool:
+    """Is it a cache to which rows are appended: joined with what is computed, and handed out so?"""
+    if value.shape is None or len(value.shape) < 3:
+        return False
+    for node, _ in _uses(value):
+        if node.op_type != "Concat" or all(v is value or v is None or v.const_value is not None for v in node.inputs):
+            continue
+        made = node.outputs[0]
+        if made.is_graph_output() or any(out.is_graph_output() for use, _ in _uses(made) for out in _kept(use)):
+            return True
+    return False
+
+
+def _kept(node: ir.Node) -> Sequence[ir.Value]:
+    return node.outputs if node.op_type in _KEEPS_ELEMENTS else ()
 
 
 def _role(name: str, kind: str, rank: int, uses: Sequence[tuple[ir.Node, int]], limit: int | None) -> Role:

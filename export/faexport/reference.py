@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import compare, decoders, model_io, ort_session, settings, widen
+from . import compare, decoders, model_io, ort_session, relations, settings, widen
 from . import inputs as model_inputs
 from .nodes import all_nodes
 from .open_sizes import OpenSizes
@@ -24,6 +24,8 @@ from .settings import Assumed, InputSet
 from .spec import DOMAIN
 
 PATIENCE = 60.0  # seconds after which no more settings are tried on the original
+GIVE_INPUTS = "give inputs with --inputs file.npz"
+FIT_TOGETHER = f"Where the sizes of its inputs don't fit one another, {relations.NAME_THEM}"
 PERTURBATION = 1e-7  # by which inputs are moved to see how much the original moves
 
 Amount = Callable[[int, int], None]
@@ -43,6 +45,9 @@ class Reference:
     problem: str = ""  # why there is nothing to compare with
     notes: list[str] = dataclasses.field(default_factory=list)
 
+    # The inputs, with sizes that belong together; none where no values can be drawn for one of them.
+    specs: Sequence[model_inputs.InputSpec] = ()
+    num_given: int = 0  # sets, the first ones, that are the caller's
     decoder: decoders.Decoder | None = None  # what belongs together of the inputs and outputs of one
 
     _plain: list[Outputs | str] | None = None
@@ -73,6 +78,25 @@ class Reference:
     def num_telling(self) -> int:
         """Sets on which it gives something: empty outputs agree with any."""
         return sum(any(x.size for x in outputs.values()) for outputs in self.outputs if isinstance(outputs, dict))
+
+    def lacks(self, compared: Sequence[int]) -> str:
+        """A sentence where the model has caches, and none of these sets is a step on a filled one. The caller's own
+        sets are enough."""
+        if not any(spec.is_past for spec in self.specs) or any(index < self.num_given for index in compared):
+            return ""
+        if any(relations.is_full(self.specs, self.sets[index].tensors) for index in compared):
+            return ""
+        on = f": {'; '.join(self.sets[index].label for index in compared[:3])}" if compared else ""
+        refused = self.refused([i for i, item in enumerate(self.sets) if relations.is_full(self.specs, item.tensors)])
+        return (
+            "no step was compared that has rows in the caches, new rows and more than one batch entry "
+            f"({len(compared)} of {len(self.sets)} settings were compared{on}){refused}. {FIT_TOGETHER}"
+        )
+
+    def refused(self, indices: Sequence[int]) -> str:
+        """The first of these sets that it does not run on, and why: the end of a sentence, or ""."""
+        failed = ((self.sets[i].label, why) for i in indices if isinstance(why := self.outputs[i], str))
+        return next((f"; the original refuses {label}: {why}" for label, why in failed), "")
 
     def plain_outputs(self, index: int) -> Outputs:
         """The outputs without onnxruntime's optimizations, computed once somebody asks; {} where that fails."""
@@ -147,7 +171,7 @@ def make_reference(
     given, path, assumed = extra_inputs, os.fspath(path), assumed or Assumed()
     model = model_io.load(path)
     decoder = decoders.read(model)
-    reference = Reference(path, model, open_session, decoder=decoder)
+    reference = Reference(path, model, open_session, num_given=len(given), decoder=decoder)
     # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
     # there, but the mean of the values where float16 is added in float16. So no query loses all its keys: of two
     # neighbours one is kept, and the first.
@@ -157,23 +181,21 @@ def make_reference(
     random = np.random.default_rng(seed)
     try:
         specs = model_inputs.input_specs(reference.model)
-        sets = list(decoders.steps(decoder, specs, random)) if decoder else settings.plans(specs, assumed, random)
+        sets = list(decoders.steps(decoder, specs, random)) if decoder else []
     except model_inputs.UnsupportedInput as error:
         if not given:
-            reference.problem = f"{error}; give inputs with --inputs file.npz"
+            reference.problem = f"{error}; {GIVE_INPUTS}"
             return reference
         specs, sets = [], []
+    reference.specs = specs
     try:
         _run_original(reference, [*given, *sets], on_amount)
-        if specs and not decoder and not reference.compared[len(given) :]:
-            _try_lengths(reference, specs, assumed, random)
-        if specs and not decoder:
-            _run_original(
-                reference,
-                list(settings.doubts(specs, assumed, random, any_numbers=asked == Assumed())),
-                on_amount,
-                doubts=True,
-            )
+        if specs and not decoder and not reference.problem:
+            _run_drawn(reference, assumed, asked, random, on_amount)
+    except model_inputs.UnsupportedInput as error:
+        if not given:
+            reference.problem = f"{error}; {GIVE_INPUTS}"
+            return reference
     except CannotRun as error:
         reference.problem = f"the original can't be run: {error}{advice(str(error))}"
         return reference
@@ -183,14 +205,64 @@ def make_reference(
         sentence = next((why for why in reference.outputs if isinstance(why, str)), "")
         reference.problem = f"the original does not run in onnxruntime: {sentence}"
         if "NOT_IMPLEMENTED" not in sentence:  # a missing kernel is missing for any inputs
-            reference.problem += "; give inputs with --inputs file.npz"
+            reference.problem += f"; {GIVE_INPUTS}"
     elif not given and reference.num_telling < 2:
         label = reference.sets[reference.compared[0]].label
+        refused = reference.refused(range(len(reference.sets)))
         reference.problem = (
-            f"the original runs in one setting only ({label}), which shows too little; "
-            "give inputs with --inputs file.npz"
+            f"the original runs in one setting only ({label}), which shows too little{refused}. {FIT_TOGETHER}"
         )
     return reference
+
+
+def _run_drawn(
+    reference: Reference, assumed: Assumed, asked: Assumed, random: np.random.Generator, on_amount: Amount
+) -> None:
+    """Runs the original on what settings.py draws, with sizes that belong together drawn so. Raises CannotRun.
+
+    Args:
+        assumed: what the drawn inputs keep to.
+        asked: what of it the user said.
+    """
+    plain, model = reference.specs, reference.model
+    has_past = any(spec.is_past for spec in plain)
+    specs = relations.from_graph(plain, model) if has_past else list(plain)
+    before = len(reference.sets)
+    _run_original(reference, settings.plans(specs, assumed, random), on_amount)
+    if not _has_step(reference, before) if has_past else not reference.compared[reference.num_given :]:
+        found = _related(reference)
+        if found is not None and found != specs:
+            specs = found
+            del reference.sets[before:], reference.outputs[before:]
+            _run_original(reference, settings.plans(specs, assumed, random), on_amount)
+    reference.specs = specs
+    if not reference.compared[reference.num_given :]:
+        _try_lengths(reference, specs, assumed, random)
+    any_numbers = asked == Assumed()
+    doubts = list(settings.doubts(specs, assumed, random, any_numbers=any_numbers))
+    if specs != list(plain):  # that these sizes belong together is doubted, too
+        tried = [item.shapes for item in doubts]
+        others = settings.doubts(plain, assumed, random, any_numbers=any_numbers)
+        doubts += [item for item in others if item.shapes not in tried]
+    _run_original(reference, doubts, on_amount, doubts=True)
+
+
+def _has_step(reference: Reference, start: int) -> bool:
+    full = (relations.is_full(reference.specs, reference.sets[i].tensors) for i in reference.compared if i >= start)
+    return any(full)
+
+
+def _related(reference: Reference) -> list[model_inputs.InputSpec] | None:
+    """The inputs with their sizes related so that the original runs, where that can be found."""
+    try:
+        with open_optimized(reference, reference.path, needs_library(reference.model)) as session:
+            return relations.fitting(
+                reference.specs,
+                reference.model,
+                lambda tensors: isinstance(outputs_or_sentence(session, tensors), dict),
+            )
+    except (ModelFailure, CannotRun):
+        return None
 
 
 def advice(sentence: str) -> str:

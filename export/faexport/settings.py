@@ -40,6 +40,10 @@ class InputSet:
     # The same with other numbers where nothing is to be read (a decoder's padding); None where there is no such place.
     other_padding: Mapping[str, np.ndarray] | None = None
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Assumed:

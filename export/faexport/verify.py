@@ -116,7 +116,8 @@ def verify_against(
     """Compares the outputs of a rewritten model file with the reference's. Without the operator's library (also where
     `use_library` is false) its function in standard operators runs."""
     if reference.problem:
-        return Verification(VerificationStatus.NOT_RUN, reference.problem, notes=tuple(reference.notes))
+        runs = [_run_of_original(reference, index) for index in range(len(reference.sets))]
+        return Verification(VerificationStatus.NOT_RUN, reference.problem, tuple(runs), notes=tuple(reference.notes))
     model = model_io.load(rewritten)
     library = needs_library(model)
     by_stand_in = library and not (use_library and ort_session.has_library())
@@ -135,7 +136,11 @@ def verify_against(
     notes = list(reference.notes)
     if by_stand_in:
         notes.append("the operator's library is not installed: its function in standard operators was run instead")
-    return dataclasses.replace(_conclude(runs), notes=tuple(notes))
+    found = _conclude(runs)
+    lacking = reference.lacks([index for index, run in enumerate(runs) if run.outputs])
+    if found.status is VerificationStatus.PASSED and lacking:
+        found = dataclasses.replace(found, status=VerificationStatus.NOT_RUN, reason=lacking)
+    return dataclasses.replace(found, notes=tuple(notes))
 
 
 def _run_rewritten(reference: Reference, path: str, library: bool, on_amount: Amount) -> list[Outputs | str]:
@@ -284,15 +289,20 @@ _ROUNDS = {  # DequantizeLinear: onnxruntime may quantize the activations beside
 # ---------------------------------------------------------------------------------------------- outputs
 
 
+def _run_of_original(reference: Reference, index: int) -> VerificationRun:
+    """What became of a set where nothing is compared."""
+    item, outputs = reference.sets[index], reference.outputs[index]
+    why = f"the original does not run on {item.label}: {outputs}" if outputs and isinstance(outputs, str) else ""
+    return VerificationRun(item.shapes, skipped=why or "not compared: the original runs on it", label=item.label)
+
+
 def _compare_run(reference: Reference, actual: Sequence[Outputs | str], index: int, relative: float) -> VerificationRun:
     """`relative` is the tolerance."""
     item = reference.sets[index]
-    shapes = {name: tuple(tensor.shape) for name, tensor in item.tensors.items()}
     expected, got = reference.outputs[index], actual[index]
     if isinstance(expected, str):
-        return VerificationRun(
-            shapes, skipped=f"the original does not run on {item.label}: {expected}", label=item.label
-        )
+        return _run_of_original(reference, index)
+    shapes = item.shapes
     if isinstance(got, str):
         if sentence := reference.open_sizes.sentence(item.tensors):
             return VerificationRun(shapes, skipped=f"{sentence}, on {item.label}", label=item.label)
