@@ -255,7 +255,8 @@ def _has_step(reference: Reference, start: int) -> bool:
 def _related(reference: Reference) -> list[model_inputs.InputSpec] | None:
     """The inputs with their sizes related so that the original runs, where that can be found."""
     try:
-        with open_optimized(reference, reference.path, needs_library(reference.model)) as session:
+        library = needs_library(reference.model)
+        with open_optimized(reference, reference.path, library, "the original", reference.notes) as session:
             return relations.fitting(
                 reference.specs,
                 reference.model,
