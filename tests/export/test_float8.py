@@ -34,7 +34,7 @@ SOFTCAP = """c = Constant<value = float {0.25}>() cap = Constant<value = float {
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models run in this process, which takes less time than starting others."""
-    monkeypatch.setattr(ort_session, "Session", lambda job, timeout: ort_session.SessionHere(job))
+    monkeypatch.setattr(ort_session, "Session", lambda job, timeout, device="": ort_session.SessionHere(job))
 
 
 def model_of(body: str, inputs: str = "", type: str = "float", opset: int = 19) -> onnx.ModelProto:
