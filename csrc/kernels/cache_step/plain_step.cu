@@ -8,6 +8,7 @@
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
 #include "kernels/common/scales.h"
+#include "semantics/quantize.h"
 #include "semantics/transform.h"
 
 namespace fa::cache_step {
@@ -69,7 +70,15 @@ __device__ __forceinline__ Numbers rotated(const Group& group, uint32_t cos_bits
 /// is fetched counts.
 __device__ __forceinline__ void store_2(uint8_t* target, float2 numbers, float2 scales, bool float8) {
   const float first = numbers.x / scales.x, second = numbers.y / scales.y;
-  if (float8) return store_pair(reinterpret_cast<Float8*>(target), first, second);
+  if (float8) {
+#if __CUDA_ARCH__ >= 890
+    store_pair(reinterpret_cast<Float8*>(target), first, second);
+#else  // earlier GPUs have no such instruction
+    target[0] = to_float8(numbers.x, scales.x);
+    target[1] = to_float8(numbers.y, scales.y);
+#endif
+    return;
+  }
   const int low = min(max(__float2int_rn(first), -128), 127), high = min(max(__float2int_rn(second), -128), 127);
   *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>((low & 0xff) | high << 8);
 }
