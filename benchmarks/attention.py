@@ -175,9 +175,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--match", default="", help="only rows whose name contains this, e.g. 'd64 causal'")
     parser.add_argument("--rounds", type=int, default=15, help="times each contestant's turn comes")
-    parser.add_argument("--commit", default="", help="of the sources, where this is no checkout of it")
-    parser.add_argument("--name", default="attention", help="of the JSON file that is written")
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/results, not to build/benchmarks")
+    results_file.add_options(parser, name="attention")
     options = parser.parse_args()
     if unknown := set(options.suites) - {*SUITES, "memory", "all"}:
         parser.error(f"unknown suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}, memory and all")

@@ -70,8 +70,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="of each model, to try this out; 0: all (%(default)s)")
     parser.add_argument("--longest", type=int, default=1 << 20, help="leave longer ones out, to try this out")
     parser.add_argument("--runs", type=int, default=20, help="of each model at each size (default: %(default)s)")
-    parser.add_argument("--commit", default="", help="of the sources, where this is no checkout of it")
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/results, not to build/benchmarks")
+    results_file.add_options(parser)
     options = parser.parse_args()
     packages = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime")
     document = results_file.environment(*packages, commit=options.commit) | {"models": [], "exported_by": []}

@@ -106,9 +106,7 @@ def show(console: rich.console.Console, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="turns of the contestants (%(default)s)")
-    parser.add_argument("--commit", default="", help="of the sources, where this is no checkout of it")
-    parser.add_argument("--name", default="decode_quantized", help="of the JSON file that is written")
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/results, not to build/benchmarks")
+    results_file.add_options(parser, name="decode_quantized")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device")

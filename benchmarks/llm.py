@@ -170,9 +170,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of each model")
     parser.add_argument("--match", default="", help="only rows whose name contains this, e.g. 'step b1 '")
     parser.add_argument("--rounds", type=int, default=9, help="turns of the two")
-    parser.add_argument("--commit", default="", help="of the sources, where this is no checkout of it")
-    parser.add_argument("--name", default="llm", help="of the JSON file that is written")
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/results, not to build/benchmarks")
+    results_file.add_options(parser, name="llm")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -17,6 +18,14 @@ from collections.abc import Callable, Mapping
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).with_name("results")  # committed; the documentation's tables are made from it
 SCRATCH = ROOT / "build" / "benchmarks"
+
+
+def add_options(parser: argparse.ArgumentParser, name: str = "") -> None:
+    """--commit, for a tree that is no checkout, --record, and where the benchmark has a name --name."""
+    parser.add_argument("--commit", default="", help="of the sources, where this is no checkout of it")
+    if name:
+        parser.add_argument("--name", default=name, help="of the JSON file that is written")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/results, not to build/benchmarks")
 
 
 def cpu_model() -> str:

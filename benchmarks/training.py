@@ -143,8 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="*", default=[], help="ours eager FA2 cuDNN efficient FA4; all if none")
     parser.add_argument("--steps", type=int, default=50, help="of the runs whose losses are compared")
     parser.add_argument("--timed", type=int, default=7, help="steps whose median counts")
-    parser.add_argument("--commit", default="", help="of the sources, where this is no checkout of it")
-    parser.add_argument("--record", action="store_true", help="write to benchmarks/results, not to build/benchmarks")
+    results_file.add_options(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device")

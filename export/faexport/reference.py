@@ -255,8 +255,7 @@ def _has_step(reference: Reference, start: int) -> bool:
 def _related(reference: Reference) -> list[model_inputs.InputSpec] | None:
     """The inputs with their sizes related so that the original runs, where that can be found."""
     try:
-        library = needs_library(reference.model)
-        with open_optimized(reference, reference.path, library, "the original", reference.notes) as session:
+        with _open_original(reference) as session:
             return relations.fitting(
                 reference.specs,
                 reference.model,
@@ -278,8 +277,7 @@ def _run_original(reference: Reference, sets: Sequence[InputSet], on_amount: Amo
     start, todo, running = time.monotonic(), list(sets), False
     while todo:
         try:
-            library = needs_library(reference.model)
-            with open_optimized(reference, reference.path, library, "the original", reference.notes) as session:
+            with _open_original(reference) as session:
                 while todo:
                     on_amount(len(sets) - len(todo), len(sets))
                     if doubts and time.monotonic() - start > PATIENCE:
@@ -341,6 +339,11 @@ def open_optimized(
         )
         notes += [note] if note not in notes else []
         return session
+
+
+def _open_original(reference: Reference) -> ort_session.Session | ort_session.SessionHere:
+    library = needs_library(reference.model)
+    return open_optimized(reference, reference.path, library, "the original", reference.notes)
 
 
 def has_empty(tensors: ort_session.Tensors) -> bool:
