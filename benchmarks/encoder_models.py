@@ -35,7 +35,7 @@ class _Wrapped(torch.nn.Module):
         return self.model(**dict(zip(self.names, tensors, strict=True)))[0]
 
 
-def _model(model: Model, how: str, layers: int) -> tuple[_Wrapped, skeletons.Known]:
+def drawn_model(model: Model, how: str, layers: int) -> tuple[_Wrapped, skeletons.Known]:
     """With equal weights for each way; and what its weights are known by."""
     config = model.config(layers or model.layers)
     config._attn_implementation = "eager" if how == "eager" else "sdpa"
@@ -88,7 +88,7 @@ def write_files(name: str, how: str, folder: pathlib.Path, layers: int, only: Se
     with the sentences of those that could not be made. `only`: these of "DTYPE FILE", where not all are wanted."""
     model = MODELS[name]
     listed, said = folder / f"{name} {how}.json", {"failed": {}}
-    wrapped, known = _model(model, how, layers)
+    wrapped, known = drawn_model(model, how, layers)
     known.write(folder / f"{name}.weights.json")
     with tempfile.TemporaryDirectory(prefix="encoder-") as temporary:
         exported = pathlib.Path(temporary) / "exported.onnx"

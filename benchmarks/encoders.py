@@ -33,6 +33,7 @@ import skeletons
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 CALLS = 20  # that the host's time is taken of
+COMPILED = "compiled, sdpa"
 
 
 def _export_all(options: argparse.Namespace) -> None:
@@ -122,10 +123,15 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _bound(made, tensors: dict[str, np.ndarray], device: str) -> tuple[Callable[[int], None], Callable[[], np.ndarray]]:
-    """One run on bound inputs, which waits for nothing on CUDA, and the output of the last one in float32."""
+def _bound(
+    made, tensors: dict[str, np.ndarray], device: str
+) -> tuple[Callable[[int], None], Callable[[], np.ndarray], Callable[[], None]]:
+    """One run on bound inputs, which waits for nothing on CUDA; the output of the last one in float32; and what gives
+    back the memory that runs took."""
     import onnxruntime as ort
 
+    if not isinstance(made, ort.InferenceSession):
+        return made.bound(tensors)
     binding = made.io_binding()
     for wanted in made.get_inputs():
         array = tensors[wanted.name]
@@ -135,9 +141,10 @@ def _bound(made, tensors: dict[str, np.ndarray], device: str) -> tuple[Callable[
         )
     for output in made.get_outputs():
         binding.bind_output(output.name, device)
-    how = ort.RunOptions()
+    how, releasing = ort.RunOptions(), ort.RunOptions()
     if device == "cuda":
         how.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        releasing.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
 
     def output() -> np.ndarray:
         if device == "cuda":
@@ -146,7 +153,14 @@ def _bound(made, tensors: dict[str, np.ndarray], device: str) -> tuple[Callable[
             torch.cuda.synchronize()
         return binding.copy_outputs_to_cpu()[0].astype(np.float32)
 
-    return lambda _: made.run_with_iobinding(binding, how), output
+    def release() -> None:
+        """By one more run: onnxruntime gives memory back at the end of one."""
+        binding.clear_binding_outputs()
+        for output in made.get_outputs():
+            binding.bind_output(output.name, "cpu")
+        made.run_with_iobinding(binding, releasing)
+
+    return lambda _: made.run_with_iobinding(binding, how), output, release
 
 
 def _difference(want: np.ndarray, got: np.ndarray) -> float | None:
@@ -207,17 +221,48 @@ def _measure(options: argparse.Namespace) -> None:
     with _turn(options.models, alone=False):
         weights = skeletons.Weights(options.models / f"{name}.weights.json")
         made, failed = _sessions(weights, options)
-        originals = (options.models / f"{name} {how} float32 unfused.onnx" for how in model.exports)
-        measure = _session(next(path for path in originals if path.exists()), weights, options)
+        if options.compiled and options.device == "cuda":
+            made[COMPILED] = _compiled(name, dtype, options)
+        kinds = (f"{how} float32 {file}" for file in ("unfused", "ours") for how in model.exports)
+        paths = {kind: options.models / f"{name} {kind}.onnx" for kind in kinds}
+        measures = {kind: _session(path, weights, options) for kind, path in paths.items() if path.exists()}
     with _turn(options.models, alone=True):
-        _measure_sizes(model, made, measure, failed, options)
+        _measure_sizes(model, made, measures, failed, options)
 
 
-def _measure_sizes(model, made: dict, measure, failed: dict[str, str], options: argparse.Namespace) -> None:
+def _compiled(name: str, dtype: str, options: argparse.Namespace):
+    """Compiled while others load, for the sizes that it will be timed at."""
+    import model_torch
+    from model_table import MODELS
+
+    made = model_torch.Compiled(name, options.layers, dtype)
+    model = MODELS[name]
+    for size in model.sizes:
+        with contextlib.suppress(Exception):  # it will fail again when its turn comes, and be written down
+            made.bound({n: x.numpy() for n, x in model.inputs(*size).items()})[0](0)
+    return made
+
+
+def _expected(measures: dict, tensors: dict[str, np.ndarray], device: str) -> tuple[str, np.ndarray]:
+    """Which float32 file results are compared with, and its output: an original, or where none has the memory to run,
+    faexport's of it."""
+    for kind, measure in measures.items():
+        try:
+            call, output, release = _bound(measure, tensors, device)
+            call(0)
+            found = output()
+            if device == "cuda":
+                release()
+            return kind, found
+        except Exception as error:
+            failure = error
+    raise failure
+
+
+def _measure_sizes(model, made: dict, measures: dict, failed: dict[str, str], options: argparse.Namespace) -> None:
     import torch
 
     name, dtype = options.time_one
-    taken = dict.fromkeys(made, 0)  # bytes that a session took for its runs, of all sizes until now
     for batch_size, length in model.cpu_sizes if options.device == "cpu" else model.sizes:
         if options.sizes and f"{batch_size}x{length}" not in options.sizes.split(","):
             continue
@@ -226,33 +271,49 @@ def _measure_sizes(model, made: dict, measure, failed: dict[str, str], options: 
         row = {"encoder": name, "row": f"{model.name} b{batch_size} s{length}", "dtype": dtype, "contestants": {}}
         row |= {"device": options.device, "batch_size": batch_size, "length": length, "failed": dict(failed)}
         try:
-            call, output = _bound(measure, tensors, options.device)
-            call(0)
+            row["compared_with"], expected = _expected(measures, tensors, options.device)
             used = tensors["attention_mask"].astype(bool) if model.is_text else ...
-            expected, calls, differences = output()[used], {}, {}
-        except Exception as error:
-            row["failed"]["all"] = _sentence(error)
-            print(json.dumps(row), flush=True)
-            continue
-        for contestant, session in made.items():
-            try:
-                call, output = _bound(session, tensors, options.device)
-                before = _memory_taken(options.device)
-                call(0)
-                found = output()
-                taken[contestant] += _memory_taken(options.device) - before
-                differences[contestant] = _difference(expected, found[used])
-                calls[contestant] = call
-            except Exception as error:
-                row["failed"][contestant] = _sentence(error)
-        try:
-            times = _times(calls, options)
-            row["contestants"] = {
-                c: found | {"difference": differences[c], "memory_mb": taken[c] / 1e6} for c, found in times.items()
-            }
+            said = _measure_together(made, tensors, expected[used], used, row, options)
+            for contestant in [title for title in said if title in made]:  # there may be room for one alone
+                alone = {contestant: made[contestant]}
+                row["failed"].update(_measure_together(alone, tensors, expected[used], used, row, options))
         except Exception as error:
             row["failed"]["all"] = _sentence(error)
         print(json.dumps(row), flush=True)
+
+
+def _measure_together(made: dict, tensors: dict, expected: np.ndarray, used, row: dict, options) -> dict[str, str]:
+    """Times these sessions in turn, adds them to the row, and gives back the memory that they took. Returns the
+    sentences of those that failed."""
+    calls, found, releases, failed = {}, {}, [], {}
+    for contestant, session in made.items():
+        try:
+            before = _memory_taken(options.device)
+            calls[contestant], output, release = _bound(session, tensors, options.device)
+            calls[contestant](0)
+            difference = _difference(expected, output()[used])
+            taken = _memory_taken(options.device) - before
+            found[contestant] = {"difference": difference, "memory_mb": taken / 1e6}
+            releases.append(release)
+        except Exception as error:
+            calls.pop(contestant, None)
+            failed[contestant] = _sentence(error)
+    if calls:
+        times = _times(calls, options)
+        row["contestants"] |= {title: times[title] | one for title, one in found.items()}
+        if options.device == "cuda":
+            _add_shares(row["contestants"], calls)
+    for release in releases if options.device == "cuda" else ():
+        release()
+    return failed
+
+
+def _add_shares(contestants: dict[str, dict], calls: dict[str, Callable[[int], None]]) -> None:
+    import model_torch
+
+    for title, call in calls.items():
+        if title.startswith("ours"):
+            contestants[title]["share_of_operator"] = model_torch.share_of_operator(call)
 
 
 def _memory_taken(device: str) -> int:
@@ -281,6 +342,7 @@ def _run_all(options: argparse.Namespace) -> list[dict]:
     def run(one: tuple[str, str]) -> tuple[str, str, int]:
         command = [sys.executable, __file__, "--models", options.models, "--device", options.device]
         command += ["--threads", str(options.threads), "--rounds", str(options.rounds), "--sizes", options.sizes]
+        command += ["--layers", str(options.layers), "--compiled" if options.compiled else "--no-compiled"]
         process = subprocess.Popen(
             [*command, "--time-one", *one], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -360,6 +422,10 @@ def main(table: str = "encoders", description: str = __doc__.splitlines()[0]) ->
         help="processes side by side (default: %(default)s)",
     )
     parser.add_argument("--layers", type=int, default=0, help="of each encoder, to try this out; 0: all (%(default)s)")
+    parser.add_argument(
+        "--compiled", action=argparse.BooleanOptionalAction, default=table == "models",
+        help="time what torch.compile makes of the same model, too (on CUDA; default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=9, help="times each contestant's turn comes (%(default)s)")
     parser.add_argument("--seconds", type=float, default=86400, help="after which no more is timed")
     results_file.add_options(parser)

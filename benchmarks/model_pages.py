@@ -11,6 +11,7 @@ FILES = {
     "onnxscript": "onnxscript",
     "unfused": "unfused",
 }
+COMPILED = "torch.compile"  # of the same model in PyTorch, which is no file
 EXPORTS = ("eager", "sdpa", "dynamo")
 
 
@@ -90,13 +91,14 @@ def models_tables(data: dict) -> str:
     """docs/models.md's: each model with the best of its exports for each tool, then FlashAttention's claims."""
     rows = [row for row in data["rows"] if _best(row, "ours")]
     columns = (
-        *("model, batch × length", *FILES.values(), "over unfused", "over the best other"),
-        *("memory, unfused", "memory, faexport", "difference, unfused", "difference, faexport"),
+        *("model, batch × length", *FILES.values(), COMPILED, "over unfused", "over the best other file"),
+        *("attention's share", "memory, unfused", "memory, faexport", "difference, unfused", "difference, faexport"),
     )
     lines = [
         f"{data['gpu']}, onnxruntime {data['versions']['onnxruntime-gpu']}, commit {data['commit']}, "
         f"{data['date'][:10]}; {', '.join(dict.fromkeys(row['dtype'] for row in rows))}. Milliseconds of a run on the "
-        "GPU, of each tool's\nfastest export that is right (`benchmarks/models.py`; – none). Memory is what runs take "
+        "GPU, of each tool's\nfastest export that is right (`benchmarks/models.py`; – none). Attention's share is "
+        "that of the operator's kernels in the time\nof faexport's file. Memory is what runs take "
         "beside weights, in MB; the difference\nis that from the float32 original, relative in the 2-norm:",
         "",
         f"| {' | '.join(columns)} |",
@@ -106,13 +108,25 @@ def models_tables(data: dict) -> str:
         both = [_best(row, file) for file in ("unfused", "ours")]
         cells = [
             f"{row['row'].rsplit(' b', 1)[0]} {row['batch_size']} × {row['length']}",
-            *(_number(_best(row, file), "median_ms", 3) for file in FILES),
+            *(_number(_best(row, file), "median_ms", 3) for file in (*FILES, "compiled")),
             *(_number({"ratio": _over(row, files)}, "ratio", 2) for files in (("unfused",), OTHERS)),
+            _percent((both[1] or {}).get("share_of_operator")),
             *(_number(one, "memory_mb", 0) for one in both),
             *(f"{one['difference']:.0e}" if one else "–" for one in both),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _summary(rows), "", *_claims(rows)])
+    return "\n".join([*lines, "", _summary(rows), *_without_original(rows), "", *_claims(rows)])
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
+
+
+def _without_original(rows: list[dict]) -> list[str]:
+    """Says of which rows no float32 original had the memory to run."""
+    names = [row["row"] for row in rows if row.get("compared_with", "").endswith("ours")]
+    said = f"No float32 original has the memory to run: {', '.join(names)}; compared with faexport's float32 file."
+    return [said] if names else []
 
 
 OTHERS = ("unfused", "onnxruntime", "onnxscript")

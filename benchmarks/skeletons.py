@@ -104,7 +104,7 @@ class Known:
     def _parts(self, array: np.ndarray) -> tuple[list[tuple[str, bool]], int] | None:
         """One weight, or several of equal width: whole, or cut into as many groups of columns as the number says."""
         for count in (1, 3, 2):
-            for heads in range(1, MOST_HEADS + 1 if count == 3 and array.ndim == 2 else 2):
+            for heads in range(1, MOST_HEADS + 1 if count > 1 and array.ndim == 2 else 2):
                 if array.shape[-1] % (count * heads) == 0:
                     found = [self._found.get(_digest(part)) for part in _apart(array, count, heads)]
                     if None not in found:

@@ -98,13 +98,17 @@ def test_models_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         "onnxruntime, eager": contestant(3.0, 300),
         "onnxscript, dynamo": contestant(0.5, 50, difference=0.3),
         "ours, eager": contestant(2.5, 110),
-        "ours, dynamo": contestant(2.0, 100),
+        "ours, dynamo": contestant(2.0, 100) | {"share_of_operator": 0.25},
+        "compiled, sdpa": contestant(2.2, 90),
     }
+    alone["compared_with"] = "dynamo float32 ours"
     alone["contestants"] = {"ours, dynamo": contestant(1.0, 10)}
     environment = {"gpu": "GPU", "versions": {"onnxruntime-gpu": "1"}, "commit": "abc", "date": "2026-01-01"}
     lines = model_pages.models_tables({**environment, "rows": [long, alone]}).splitlines()
-    assert "| Long 1 × 4096 | 2.000 | 3.000 | – | 8.000 | 4.00 | 1.50 | 2000 | 100 | 1e-03 | 1e-03 |" in lines
-    assert "| Alone 1 × 4096 | 1.000 | – | – | – | – | – | – | 10 | – | 1e-03 |" in lines
+    numbers = "2.000 | 3.000 | – | 8.000 | 2.200 | 4.00 | 1.50 | 25% | 2000 | 100 | 1e-03 | 1e-03"
+    assert f"| Long 1 × 4096 | {numbers} |" in lines
+    assert "| Alone 1 × 4096 | 1.000 | – | – | – | – | – | – | – | – | 10 | – | 1e-03 |" in lines
+    assert "No float32 original has the memory to run: Alone b1 s4096; compared with faexport's float32 file." in lines
     assert lines[-1].endswith("| 100 MB at 4096 (20.0 times less) |") and "4.00 at 4096" in lines[-2]
 
 
