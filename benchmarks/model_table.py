@@ -47,13 +47,14 @@ def latents(batch_size: int, length: int) -> Inputs:
 def image_and_prompt(batch_size: int, length: int) -> Inputs:
     """`length` tokens, 512 of them the prompt's."""
     side = int((length - 512) ** 0.5)
-    grid = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(side), torch.arange(side), indexing="ij"), -1)
+    places = torch.arange(side, dtype=torch.float32)
+    grid = torch.stack(torch.meshgrid(torch.zeros(1), places, places, indexing="ij"), -1)
     return {
         "hidden_states": torch.randn(batch_size, side * side, 64),
         "encoder_hidden_states": torch.randn(batch_size, 512, 4096),
         "pooled_projections": torch.randn(batch_size, 768),
         "timestep": torch.rand(batch_size),
-        "img_ids": grid.reshape(-1, 3).float(),
+        "img_ids": grid.reshape(-1, 3),
         "txt_ids": torch.zeros(512, 3),
     }
 
@@ -206,7 +207,9 @@ CLAIMS = {
         "SAM-B image encoder",
         12,
         lambda count: transformers.SamVisionConfig(
-            num_hidden_layers=count, global_attn_indexes=list(range(2, 12, 3)) if count == 12 else [count - 1]
+            num_hidden_layers=count,
+            global_attn_indexes=list(range(2, 12, 3)) if count == 12 else [count - 1],
+            initializer_range=0.02,  # by default 1e-10: weights that are as good as zero
         ),
         transformers.SamVisionModel,
         *(pixels, "vit", 12, 768, ((1, 1024),)),
@@ -253,7 +256,7 @@ CLAIMS = {
     ),
     "mistral": Model(
         "Mistral-7B",
-        2,
+        1,
         lambda count: transformers.MistralConfig(
             vocab_size=VOCABULARY, num_hidden_layers=count, sliding_window=4096, use_cache=False
         ),

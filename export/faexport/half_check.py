@@ -78,8 +78,16 @@ def _converted(
     except ModelError:
         raise
     except Exception as error:  # the converter raises whatever it stumbles over
-        sentence = f"onnxruntime's converter fails: {type(error).__name__}: {ort_session.one_line(str(error))}"
+        cause = _first_cause(error)
+        sentence = f"onnxruntime's converter fails: {type(cause).__name__}: {ort_session.one_line(str(cause))}"
         raise ModelError(f"{cannot}: {sentence}") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong first: libraries wrap an error in others that only say where it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def check(
