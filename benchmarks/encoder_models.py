@@ -35,13 +35,12 @@ class _Wrapped(torch.nn.Module):
         return self.model(**dict(zip(self.names, tensors, strict=True)))[0]
 
 
-def drawn_model(model: Model, how: str, layers: int) -> tuple[_Wrapped, skeletons.Known]:
-    """With equal weights for each way; and what its weights are known by."""
+def built(model: Model, how: str, layers: int) -> _Wrapped:
+    """With equal small weights for each way; the large ones are skeletons.py's."""
     config = model.config(layers or model.layers)
     config._attn_implementation = "eager" if how == "eager" else "sdpa"
     torch.manual_seed(0)
-    made = _Wrapped(model.model(config), list(example(model)))
-    return made, skeletons.Known(made.model, skeletons.fill(made.model))
+    return _Wrapped(model.model(config), list(example(model)))
 
 
 def example(model: Model) -> Inputs:
@@ -88,7 +87,8 @@ def write_files(name: str, how: str, folder: pathlib.Path, layers: int, only: Se
     with the sentences of those that could not be made. `only`: these of "DTYPE FILE", where not all are wanted."""
     model = MODELS[name]
     listed, said = folder / f"{name} {how}.json", {"failed": {}}
-    wrapped, known = drawn_model(model, how, layers)
+    wrapped = built(model, how, layers)
+    known = skeletons.Known(wrapped.model, skeletons.fill(wrapped.model))
     known.write(folder / f"{name}.weights.json")
     with tempfile.TemporaryDirectory(prefix="encoder-") as temporary:
         exported = pathlib.Path(temporary) / "exported.onnx"

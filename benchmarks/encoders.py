@@ -85,11 +85,11 @@ def _session(path: pathlib.Path, weights: skeletons.Weights, options: argparse.N
         faplugin.register(how)
     if options.device == "cpu":
         how.intra_op_num_threads = options.threads
-        return ort.InferenceSession(weights.restored(path), how, providers=[PROVIDERS["cpu"]])
+        return weights.session(path, how, [PROVIDERS["cpu"]])
     # No more memory is taken than a run asks for, so that what it took can be told.
     settings = {"user_compute_stream": str(options.stream), "arena_extend_strategy": "kSameAsRequested"}
     chosen = [(PROVIDERS["cuda"], settings), PROVIDERS["cpu"]]
-    made = ort.InferenceSession(weights.restored(path), how, providers=chosen)
+    made = weights.session(path, how, chosen)
     if made.get_providers()[0] != PROVIDERS["cuda"]:
         raise RuntimeError("onnxruntime has no CUDA provider here")
     return made
@@ -106,8 +106,9 @@ def _sessions(weights: skeletons.Weights, options: argparse.Namespace) -> tuple[
     def load(one: tuple[str, str, str]):
         _, how, file = one
         if not (options.models / f"{name} {how} {dtype} {file}.onnx").exists():
-            said = json.loads((options.models / f"{name} {how}.json").read_text())["failed"]
-            return said.get(f"{dtype} {file}", "was not made")
+            said = options.models / f"{name} {how}.json"
+            failed = json.loads(said.read_text())["failed"] if said.exists() else {}
+            return failed.get(f"{dtype} {file}", "was not made")
         try:
             return _session(options.models / f"{name} {how} {dtype} {file}.onnx", weights, options)
         except Exception as error:
@@ -222,7 +223,10 @@ def _measure(options: argparse.Namespace) -> None:
         weights = skeletons.Weights(options.models / f"{name}.weights.json")
         made, failed = _sessions(weights, options)
         if options.compiled and options.device == "cuda":
-            made[COMPILED] = _compiled(name, dtype, options)
+            try:
+                made[COMPILED] = _compiled(weights, options)
+            except Exception as error:
+                failed[COMPILED] = _sentence(error)
         kinds = (f"{how} float32 {file}" for file in ("unfused", "ours") for how in model.exports)
         paths = {kind: options.models / f"{name} {kind}.onnx" for kind in kinds}
         measures = {kind: _session(path, weights, options) for kind, path in paths.items() if path.exists()}
@@ -230,13 +234,14 @@ def _measure(options: argparse.Namespace) -> None:
         _measure_sizes(model, made, measures, failed, options)
 
 
-def _compiled(name: str, dtype: str, options: argparse.Namespace):
+def _compiled(weights: skeletons.Weights, options: argparse.Namespace):
     """Compiled while others load, for the sizes that it will be timed at."""
     import model_torch
     from model_table import MODELS
 
-    made = model_torch.Compiled(name, options.layers, dtype)
+    name, dtype = options.time_one
     model = MODELS[name]
+    made = model_torch.Compiled(model, weights, options.layers, dtype)
     for size in model.sizes:
         with contextlib.suppress(Exception):  # it will fail again when its turn comes, and be written down
             made.bound({n: x.numpy() for n, x in model.inputs(*size).items()})[0](0)
@@ -343,9 +348,9 @@ def _run_all(options: argparse.Namespace) -> list[dict]:
         command = [sys.executable, __file__, "--models", options.models, "--device", options.device]
         command += ["--threads", str(options.threads), "--rounds", str(options.rounds), "--sizes", options.sizes]
         command += ["--layers", str(options.layers), "--compiled" if options.compiled else "--no-compiled"]
-        process = subprocess.Popen(
-            [*command, "--time-one", *one], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        environment = os.environ | ({"OMP_NUM_THREADS": "4"} if options.device == "cuda" else {})
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+        process = subprocess.Popen([*command, "--time-one", *one], **pipes)
         try:
             return *process.communicate(timeout=max(1, end - time.monotonic())), process.returncode
         except subprocess.TimeoutExpired:

@@ -25,6 +25,7 @@ import onnx
 from onnx import numpy_helper
 
 if TYPE_CHECKING:
+    import onnxruntime
     import torch
 
 SMALLEST = 1e-6  # magnitude; converters to float16 treat smaller ones each in its own way
@@ -139,12 +140,21 @@ def _leave_out(tensor: onnx.TensorProto, parts: list[tuple[str, bool]], heads: i
 
 
 class Weights:
-    """The weights that a file of recipes tells how to draw; each is drawn once."""
+    """The weights that a file of recipes tells how to draw; each is drawn once, and each form of it made once."""
 
     def __init__(self, path: pathlib.Path):
         self._recipes = json.loads(path.read_text())
         self._drawn: dict[str, np.ndarray] = {}
+        self._formed: dict[tuple, np.ndarray] = {}
         self._lock = threading.Lock()
+
+    def fill(self, module: torch.nn.Module) -> None:
+        """Gives a module, made as for the files, their weights."""
+        import torch
+
+        with torch.no_grad():
+            for name, tensor in _tensors(module):
+                tensor.copy_(torch.from_numpy(self._weight(name)))
 
     def _weight(self, name: str) -> np.ndarray:
         with self._lock:
@@ -152,17 +162,36 @@ class Weights:
                 self._drawn[name] = _drawn(name, self._recipes[name])
             return self._drawn[name]
 
+    def _form(self, tensor: onnx.TensorProto) -> np.ndarray | None:
+        """What a tensor stood for; None where it is in the file."""
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        if KEY not in said:
+            return None
+        key = (said[KEY], said.get(HEADS, "1"), tensor.data_type)
+        if key not in self._formed:
+            parts = [self._weight(name).T if turned else self._weight(name) for name, turned in json.loads(said[KEY])]
+            whole = parts[0] if len(parts) == 1 else _together(parts, int(key[1]))
+            self._formed[key] = np.ascontiguousarray(whole, FLOATS[tensor.data_type])
+        return self._formed[key].reshape(tensor.dims)
+
+    def session(self, path: os.PathLike[str], options: onnxruntime.SessionOptions, providers: list):
+        """A session of a skeleton's model, whose weights are not copied before onnxruntime does so."""
+        import onnxruntime
+
+        model = onnx.load(path, load_external_data=False)
+        formed = ((tensor.name, self._form(tensor)) for tensor in model.graph.initializer)
+        arrays = {name: array for name, array in formed if array is not None}
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        options.add_external_initializers(list(arrays), values)
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+
     def restored(self, path: os.PathLike[str]) -> bytes:
         """The whole model of a skeleton, as bytes."""
         model = onnx.load(path, load_external_data=False)
         for tensor in model.graph.initializer:
-            said = {entry.key: entry.value for entry in tensor.external_data}
-            if KEY not in said:
-                continue
-            parts = [self._weight(name).T if turned else self._weight(name) for name, turned in json.loads(said[KEY])]
-            whole = parts[0] if len(parts) == 1 else _together(parts, int(said.get(HEADS, 1)))
-            whole = whole.astype(FLOATS[tensor.data_type])
-            tensor.ClearField("external_data")
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            tensor.raw_data = whole.tobytes()
+            array = self._form(tensor)
+            if array is not None:
+                tensor.ClearField("external_data")
+                tensor.data_location = onnx.TensorProto.DEFAULT
+                tensor.raw_data = array.tobytes()
         return model.SerializeToString()
