@@ -46,7 +46,7 @@ class Role(enum.StrEnum):
     """What the numbers of an input mean; of those that belong together, one is drawn to fit the others."""
 
     NUMBERS = "numbers"
-    WEIGHT = "weight"  # a float mask that 1 - mask turns into a bias: holds 0 and 1
+    WEIGHT = "weight"  # a float mask, which 1 - mask turns into a bias or exponentials are multiplied by: 0 and 1
     MASK = "mask"  # integer or bool, or a float mask of rank 2
     FLAGS = "flags"  # other bools
     IDS = "ids"
@@ -416,7 +416,8 @@ def _role(name: str, kind: str, rank: int, uses: Sequence[tuple[ir.Node, int]], 
     is_mask = "mask" in name and (kind in "iub" or rank == 2)
     if kind not in "iu":
         by_name = Role.MASK if is_mask else Role.FLAGS if kind == "b" else Role.NUMBERS
-        return Role.WEIGHT if by_name is Role.NUMBERS and any(_is_complement(*use) for use in uses) else by_name
+        is_weight = any(_is_complement(*use) or _hides_exponentials(*use) for use in uses)
+        return Role.WEIGHT if by_name is Role.NUMBERS and is_weight else by_name
     for node, position in uses:
         if role := _ROLES.get((node.op_identifier()[:2], position)):
             return role
@@ -444,6 +445,13 @@ def _is_complement(node: ir.Node, position: int) -> bool:
     if constant is None and made_by is not None and made_by.op_type == "Constant":
         constant = next((a.as_tensor() for a in made_by.attributes.values() if a.type == ir.AttributeType.TENSOR), None)
     return constant is not None and constant.size == 1 and float(constant.numpy().reshape(-1)[0]) == 1.0
+
+
+def _hides_exponentials(node: ir.Node, position: int) -> bool:
+    """Are exponentials multiplied by the value?"""
+    other = node.inputs[1 - position] if node.op_type == "Mul" else None
+    made_by = other.producer() if other is not None else None
+    return made_by is not None and made_by.op_type == "Exp"
 
 
 def _is_one_of(places: Mapping[tuple[str, str], tuple[int, ...]], node: ir.Node, position: int) -> bool:

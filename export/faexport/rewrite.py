@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from faexport.nodes import graphs_of, name_of, op, outermost_graphs, subgraphs
 from faexport.spec import (
+    DIVISORS,
     DOMAIN,
     LEFT_OUT,
     OP_TYPE,
@@ -138,6 +139,8 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
     node = fused_node(spec)
     if spec.left_out:
         node.metadata_props[LEFT_OUT] = json.dumps(spec.left_out)
+    if spec.divisors:
+        node.metadata_props[DIVISORS] = json.dumps(spec.divisors)
     anchor = spec.replaces or candidate.anchor
     node.name = names.fresh(f"{name_of(anchor)}_{OP_TYPE}")
     new = [n for n in (*spec.new_nodes, *spec.mask.new_nodes) if n.graph is None] + [node]

@@ -22,7 +22,7 @@ from . import stand_in_copy
 from .nodes import maker
 from .recompute import BODIES, DISCRETE, copied, recomputed, unrounded_sources
 from .side_by_side_math import NUM_STATISTICS, Emit, settled, statistics
-from .spec import DOMAIN, LEFT_OUT, OP_TYPE
+from .spec import DIVISORS, DOMAIN, LEFT_OUT, OP_TYPE
 from .understand.shapes.analysis import Analysis
 
 MINIMUM_OPSET = 9  # Where, IsNaN
@@ -155,6 +155,7 @@ class _Builder:
                 emit = Emit(scope.graph, self.old.graph)
                 sides = settled(emit, wanted, ours, twin)
                 bad = [self._bad(leaf, scope, emit) for leaf in leaves if self._dtype(leaf) not in DISCRETE]
+                bad += [emit.count_no_divisor(value) for value in _named_in(DIVISORS, site, scope)]
                 floats = None if unquantized is None else (unquantized, old)
                 stats = statistics(emit, *sides, bad, exact=dtype in DISCRETE, floats=floats)
                 word = str(dtype.numpy()) if dtype is not None else ""
@@ -277,7 +278,12 @@ class _Builder:
 
 def _left_out(site: ir.Node | None, scope: _Scope) -> set[ir.Value]:
     """Outputs of the original's DequantizeLinear in whose place a fused node has what was quantized."""
-    names = json.loads(site.metadata_props.get(LEFT_OUT, "[]")) if site is not None else []
+    return _named_in(LEFT_OUT, site, scope)
+
+
+def _named_in(entry: str, site: ir.Node | None, scope: _Scope) -> set[ir.Value]:
+    """The original's values that an entry of a fused node's metadata names."""
+    names = json.loads(site.metadata_props.get(entry, "[]")) if site is not None else []
     return {scope.visible[name] for name in names if name in scope.visible}
 
 

@@ -96,6 +96,12 @@ class Emit:
         infinity = self.constant(np.array(np.inf, np.float32))
         return self.count(self("Not", self("Less", self.cast(value, _FLOAT), infinity)))
 
+    def count_no_divisor(self, value: ir.Value) -> ir.Value:
+        """How many elements a number can't be divided by: NaN, infinite or 0."""
+        number, infinity = self.cast(value, _FLOAT), self.constant(np.array(np.inf, np.float32))
+        fit = self("And", self("Less", self("Abs", number), infinity), self("Cast", number, to=int(ir.DataType.BOOL)))
+        return self.count(self("Not", fit))
+
 
 def settled(
     emit: Emit, old: ir.Value, new: ir.Value, twin: ir.Value | None

@@ -18,7 +18,9 @@ DOMAIN = "faexport"
 OP_TYPE = "FlashAttention"
 VERSION = 1
 ROW_BLOCK = 64
-LEFT_OUT = "faexport.left_out"  # entry of a fused node's metadata: AttentionSpec.left_out, as JSON
+# Entries of a fused node's metadata: AttentionSpec.left_out and .divisors, as JSON.
+LEFT_OUT = "faexport.left_out"
+DIVISORS = "faexport.divisors"
 
 
 class Alignment(enum.StrEnum):
@@ -233,6 +235,8 @@ class AttentionSpec:
     other_outputs: Sequence[tuple[ir.Value, ir.Value]] = ()
     # names of DequantizeLinear outputs of the original in whose place the operator has what was quantized
     left_out: tuple[str, ...] = ()
+    # names of sums of exponentials in the original: where one overflows or is 0, that has NaN and the operator a number
+    divisors: tuple[str, ...] = ()
     facts: tuple[Fact, ...] = ()
 
 

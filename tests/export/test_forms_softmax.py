@@ -140,28 +140,6 @@ WRONG = {
         opset=11,
         reason=HEADS,
     ),
-    "a number beside the sum": late(
-        """small = Constant<value = float {1.0e-6}>() e = Exp(s) t0 = ReduceSum(e, last) t = Add(t0, small)
-        p = Div(e, t) y = MatMul(p, v)""",
-        reason="sum of the exponentials",
-    ),
-    "a number beside the sum, divided late": late(
-        """small = Constant<value = float {1.0}>() e = Exp(s) t0 = ReduceSum(e, last) t = Add(t0, small)
-        o = MatMul(e, v) y = Div(o, t)""",
-        reason="not divided by their sum",
-    ),
-    "exponentials that are masked, divided late": Form(
-        f"{QKV}, bool[B, 1, 1, S] m",
-        f"""{PRODUCT} {LAST} w = Cast<to = 1>(m) f = Exp(s) e = Mul(f, w) t = ReduceSum(e, last) o = MatMul(e, v)
-        y = Div(o, t)""",
-        reason="the exponentials are changed (Mul)",
-    ),
-    "exponentials that are masked": Form(
-        f"{QKV}, bool[B, 1, 1, S] m",
-        f"""{PRODUCT} {LAST} w = Cast<to = 1>(m) f = Exp(s) e = Mul(f, w) t = ReduceSum(e, last) p = Div(e, t)
-        y = MatMul(p, v)""",
-        reason="the exponentials or their sum are changed (Mul)",
-    ),
     "the sum as an integer": late(
         """e = Exp(s) t = ReduceSum(e, last) i = Cast<to = 7>(t) f = Cast<to = 1>(i) p = Div(e, f)
         y = MatMul(p, v)""",

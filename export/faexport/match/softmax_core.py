@@ -19,6 +19,7 @@ from faexport.match.roundings import Roundings
 from faexport.nodes import data_users, name_of, op
 from faexport.spec import Assumption, AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.surgery import Builder
+from faexport.understand.core.hiding import is_mask, with_hidden
 from faexport.understand.core.score_chain import (
     BY_WEIGHTS,
     Blocked,
@@ -96,6 +97,8 @@ def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: bo
     a = context.analysis
     candidate = Candidate(softmax.node, context.graph, SOURCE)
     scores = read_scores(path, softmax, a, gates, widen)
+    if isinstance(scores, Scores):
+        scores = with_hidden(scores, softmax, context.options.assume_zeros_and_ones, a)
     if isinstance(scores, Refusal):
         candidate.outcome = scores
         return [candidate]
@@ -207,7 +210,7 @@ def _score_shape(
         rows,
         columns,
         dtype=_dtype_of_masks(scores, a),
-        sinks=scores.sink is not None,
+        sinks=scores.sink is not None or softmax.logit is not None,
         nan_guard=values.nan_guard,
         same_keys=_rows_of_values(values, a) == columns,
     )
@@ -264,13 +267,10 @@ def _spec(
         head_dim_v=value.operand.head_dim,
         dtype=_dtype_name(a.dtype(query.operand.value)),
     )
-    sinks: ir.Value | None = None
-    sink_nodes: tuple[ir.Node, ...] = ()
-    if scores.sink is not None:
-        found = sinks_of(scores, structure.heads, a)
-        if isinstance(found, Refusal):
-            return found
-        sinks, sink_nodes = found
+    found = sinks_of(scores, softmax.logit, structure.heads, a)
+    if isinstance(found, Refusal):
+        return found
+    sinks, sink_nodes = found or (None, ())
     return AttentionSpec(
         query.operand,
         key.operand,
@@ -295,8 +295,10 @@ def _spec(
         softcap=scores.softcap,
         sinks=sinks,
         left_out=rounded.outputs,
+        divisors=() if softmax.divisor is None else (softmax.divisor.name or "",),
         facts=(
-            *_facts(structure, scores, values, a.dtype(query.operand.value)),
+            *_facts(structure, scores, values, sinks is not None, a.dtype(query.operand.value)),
+            *_assumed_of(softmax, a),
             *rounded.facts(),
         ),
     )
@@ -380,7 +382,17 @@ def _shape_uses(
     return tuple(found)
 
 
-def _facts(structure: Structure, scores: Scores, values: Values, dtype: ir.DataType | None) -> tuple[Fact, ...]:
+def _assumed_of(softmax: Softmax, a) -> tuple[Assumption, ...]:
+    hiding = softmax.hiding
+    if hiding is None or is_mask(hiding.value, a):
+        return ()
+    text = f"'{hiding.value.name}', which the exponentials are multiplied by, holds 0 and 1 only (assumed)"
+    return (Assumption(text, (name_of(hiding.node),)),)
+
+
+def _facts(
+    structure: Structure, scores: Scores, values: Values, has_sinks: bool, dtype: ir.DataType | None
+) -> tuple[Fact, ...]:
     facts = []
     query, key = structure.query, structure.key
     if key.heads != structure.heads and None not in (key.heads.const, structure.heads.const):
@@ -394,7 +406,7 @@ def _facts(structure: Structure, scores: Scores, values: Values, dtype: ir.DataT
         )
     if scores.softcap:
         facts.append(Fact(f"softcap {scores.softcap:g}"))
-    if scores.sink is not None:
+    if has_sinks:
         facts.append(Fact("attention sinks"))
     if values.nan_guard:
         facts.append(Assumption("no query or key is NaN, which the guard behind the softmax would hide (assumed)"))

@@ -61,7 +61,16 @@ def is_gate(value: ir.Value | None, a: Analysis, depth: int = 0) -> bool:
         return is_gate(node.inputs[0], a, depth + 1)
     if op(node) == "Sub":
         return a.scalar(node.inputs[0]) == 1 and is_gate(node.inputs[1], a, depth + 1)
-    return op(node) == "Mul" and all(is_gate(v, a, depth + 1) for v in node.inputs)
+    if op(node) == "ConstantOfShape":
+        tensor = attribute(node, "value")
+        return tensor is None or float(tensor.numpy().reshape(-1)[0]) in (0.0, 1.0)
+    chosen = {"Mul": node.inputs, "Trilu": node.inputs[:1], "Where": node.inputs[1:], "Concat": node.inputs}
+    return op(node) in chosen and all(_is_gate_or_number(v, a, depth + 1) for v in chosen[op(node)])
+
+
+def _is_gate_or_number(value: ir.Value | None, a: Analysis, depth: int) -> bool:
+    number = a.scalar(value)
+    return number in (0, 1) if number is not None else is_gate(value, a, depth)
 
 
 def folded(

@@ -14,11 +14,14 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, given, name_of, op, operand, producer
+from faexport.nodes import FLOATS, attribute, given, name_of, op, producer
 from faexport.spec import MaskTerm, Refusal, TermKind
+from faexport.understand.core.clamps import clamped_input
 from faexport.understand.core.factors import Weight, fits, is_gate, weighed
+from faexport.understand.core.fills import is_times_zero, padded_column
+from faexport.understand.core.reductions import subtracts_own_maximum
 from faexport.understand.core.rounding import rounding_at
-from faexport.understand.core.softmax import Softmax, subtracts_own_maximum
+from faexport.understand.core.softmax import Softmax
 from faexport.understand.core.split_bias import SplitBias
 from faexport.understand.core.widening import widened
 from faexport.understand.layout import view_ops
@@ -131,13 +134,16 @@ def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
     if name == "Where":
         return [Step(node, "where", i) for i in (2, 1) if a.scalar(node.inputs[i]) is None]
     if name in ("Max", "Clip"):
-        return _clamp_steps(node, a)
+        index = clamped_input(node, a)
+        return [] if index is None else [Step(node, "clamp", index)]
     if (
         name == "Concat"
         and len(node.inputs) == 2
         and resolve_axis(attribute(node, "axis"), a.rank(node.outputs[0]) or 0) == axis
     ):
         return [Step(node, "sink", 0), Step(node, "sink", 1)]
+    if name == "Pad" and padded_column(node, axis, a):
+        return [Step(node, "sink")]
     return []
 
 
@@ -162,21 +168,6 @@ def _by_size(node: ir.Node, a: Analysis) -> list[int]:
     whole = a.shape(node.outputs[0])
     order = [i for i in (0, 1) if not a.is_static(node.inputs[i])]
     return sorted(order, key=lambda i: a.shape(node.inputs[i]) != whole)
-
-
-def _clamp_steps(node: ir.Node, a: Analysis) -> list[Step]:
-    """max(scores, a hugely negative number), which only takes -inf away."""
-    if op(node) == "Max" and len(node.inputs) == 2:
-        candidates = [(0, 1), (1, 0)]
-    elif op(node) == "Clip" and operand(node, 1) is not None and operand(node, 2) is None:
-        candidates = [(0, 1)]
-    else:
-        return []
-    for index, bound in candidates:
-        low = a.scalar(node.inputs[bound])
-        if low is not None and low <= -65504.0:
-            return [Step(node, "clamp", index)]
-    return []
 
 
 @dataclasses.dataclass
@@ -250,8 +241,8 @@ class _Reader:
         elif step.kind == "tanh":
             return self._take_tanh(step, factor)
         elif step.kind == "sink":
-            self.sink, self.sink_axes = node.inputs[1 - step.index], self._axes() or ()
-            self.sink_first = step.index == 1
+            self.sink_axes, padded = self._axes() or (), padded_column(node, len(self.view.axes) - 1, self.a)
+            self.sink, self.sink_first = padded or (node.inputs[1 - step.index], step.index == 1)
             if self.path.steps[-1] is not step and any(s.kind not in UNCHANGED for s in self._after(step)):
                 return Refusal("the scores are changed after the attention sink was put beside them", name_of(node))
         elif step.kind not in UNCHANGED:
@@ -395,19 +386,6 @@ class _Reader:
 
     def _axes(self) -> tuple[str, ...] | None:
         return label_axes(self.view, self.names, self.shape)
-
-
-def is_times_zero(value: ir.Value, a: Analysis) -> bool:
-    """Is the value 0 times something, as torch.baddbmm(beta=0) leaves it?"""
-    node = producer(value)
-    while node is not None and op(node) in ("Cast", "Identity", "Expand", "Reshape", "Unsqueeze", "Transpose"):
-        node = producer(node.inputs[0])
-    if node is None:
-        return False
-    if op(node) == "ConstantOfShape":
-        fill = attribute(node, "value")
-        return fill is None or not np.any(fill.numpy())
-    return op(node) == "Mul" and any(a.scalar(v) == 0 for v in node.inputs)
 
 
 def _later_factors(steps: list[Step]) -> list[float]:

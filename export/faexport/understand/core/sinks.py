@@ -1,37 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention sinks: one more logit a head, put beside the scores as a column. Called by match/softmax_core.py."""
+"""Attention sinks: one more logit a head, put beside the scores as a column, or added to the sum of a softmax that is
+written out. Called by match/softmax_core.py."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import onnx_ir as ir
 
 from faexport.nodes import name_of, producer
 from faexport.spec import Refusal
 from faexport.surgery import Builder
-from faexport.understand.core.score_chain import Scores
+from faexport.understand.core.fills import fill_of
+from faexport.understand.core.one_more import Logit
+from faexport.understand.core.score_chain import Scores, label_axes, letters
 from faexport.understand.layout.heads import Link, chain_of
 from faexport.understand.layout.views import Atom, merged
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim
 
+Sinks = tuple[ir.Value, tuple[ir.Node, ...]]
 
-def sinks_of(scores: Scores, heads: Dim, a: Analysis) -> tuple[ir.Value, tuple[ir.Node, ...]] | Refusal:
-    """The logits as float32 [H] and the new nodes that make them so."""
-    assert scores.sink is not None
-    node = producer(scores.sink)
-    refusal = Refusal("a column beside the scores is not one logit for each head", name_of(node) if node else "")
-    shape = a.shape(scores.sink)
-    if shape is None or shape[-1] != 1 or "".join(scores.sink_axes) != "BHST":
+
+def sinks_of(scores: Scores, logit: Logit | None, heads: Dim, a: Analysis) -> Sinks | Refusal | None:
+    """The logits as float32 [H] and the new nodes that make them so; None where the softmax has none."""
+    if logit is not None and scores.sink is not None:
+        return Refusal("the softmax has a column beside the scores and one more exponential, too", name_of(logit.node))
+    if logit is not None:
+        return _added(logit, scores, heads, a)
+    return None if scores.sink is None else _column(scores, scores.sink, heads, a)
+
+
+def _added(logit: Logit, scores: Scores, heads: Dim, a: Analysis) -> Sinks | Refusal:
+    """A logit that is a number, or a tensor with one for each head, plus the logarithm of a number."""
+    why = "what is added to the sum of the exponentials is not one logit for each head"
+    refusal = Refusal(why, name_of(logit.node))
+    if logit.value is None:
+        return _alike(math.log(logit.number), heads, a) or refusal
+    axes, shape = label_axes(scores.view, letters(scores.product), scores.shape), a.shape(logit.value)
+    if axes is None or "".join(axes) != "BHST" or shape is None or len(shape) > 4 or logit.number != 1:
         return refusal
-    for link in reversed(chain_of(scores.sink, a)):
+    padded = (*(Dim.of(1),) * (4 - len(shape)), *shape)
+    if padded[1] != heads or any(size != 1 for i, size in enumerate(padded) if i != 1):
+        return refusal
+    return _as_vector(logit.value, a)
+
+
+def _alike(number: float, heads: Dim, a: Analysis) -> Sinks | None:
+    """The same logit for all heads."""
+    if heads.const is None:
+        return None
+    build = Builder(a.opset)
+    return build.constant(np.full(heads.const, number, np.float32)), tuple(build.nodes)
+
+
+def _as_vector(value: ir.Value, a: Analysis) -> Sinks:
+    build = Builder(a.opset)
+    if a.rank(value) != 1:
+        value = build.reshape(value, [-1])
+    if a.dtype(value) != ir.DataType.FLOAT:
+        value = build.add("Cast", [value], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
+    return value, tuple(build.nodes)
+
+
+def _column(scores: Scores, column: ir.Value, heads: Dim, a: Analysis) -> Sinks | Refusal:
+    node = producer(column)
+    refusal = Refusal("a column beside the scores is not one logit for each head", name_of(node) if node else "")
+    shape = a.shape(column)
+    if shape is None or (shape and shape[-1] != 1) or "".join(scores.sink_axes) != "BHST":
+        return refusal
+    number = fill_of(column, a)
+    if number is not None:
+        return _alike(number, heads, a) or refusal
+    for link in reversed(chain_of(column, a)):
         if link.scale == 1.0 and _is_one_for_each_head(link, heads, a):
-            build = Builder(a.opset)
-            value = link.value
-            if a.rank(value) != 1:
-                value = build.reshape(value, [-1])
-            if a.dtype(value) != ir.DataType.FLOAT:
-                value = build.add("Cast", [value], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
-            return value, tuple(build.nodes)
+            return _as_vector(link.value, a)
     return refusal
 
 

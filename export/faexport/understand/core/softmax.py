@@ -13,12 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.nodes import attribute, data_users, given, op, operand, producer
+from faexport.understand.core.one_more import Logit, one_more_of
+from faexport.understand.core.reductions import SUMS, Reduction, reduced_axes, reduction_of, subtracts_own_maximum
 from faexport.understand.layout.products import PRODUCT_OPS
-from faexport.understand.layout.view_ops import is_widening
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.rules import constant_ints, resolve_axis
+from faexport.understand.shapes.rules import resolve_axis
 
-SUMS = ("ReduceSum", "ReduceL1")  # of exponentials, which are not negative, they are the same
 FLATTENED = "this Softmax normalises over axes {first} to {last} together (opset {opset}), not over the keys alone"
 ALTERED = "the sum of the exponentials is changed ({op}) before they are divided by it"
 ALTERED_EACH = "the exponentials are changed ({op}) before they are summed"
@@ -26,6 +26,15 @@ CHANGING = ("Cast", "Identity", "Mul", "Add", "Where", "Max", "Clip", "Unsqueeze
 MAX_CHANGES = 4
 UNKNOWN_RANK = "the shape of the scores is not known, since that of '{}' isn't: not even how many axes it has"
 NOT_DIVIDED = "the exponentials are not divided by their sum in a way that is understood"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hiding:
+    """Exponentials are kept or become 0 in front of their sum: as if their scores were minus infinity."""
+
+    value: ir.Value  # bool, or to be proven to hold 0 and 1 only
+    node: ir.Node  # Mul or Where
+    keep_when: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,9 @@ class Softmax:
     inner: tuple[ir.Node, ...]  # all nodes that belong to it
     total: ir.Value | None = None  # the sums that the product with the values is yet to be divided by
     flaw: str = ""  # why this can't be the softmax of attention
+    hiding: Hiding | None = None  # what the exponentials are multiplied by before they are summed
+    logit: Logit | None = None  # one more exponential in the sum
+    divisor: ir.Value | None = None  # the sum, where it is written out: it may overflow, or be 0
 
 
 def softmax_of(node: ir.Node, a: Analysis) -> Softmax | None:
@@ -104,15 +116,52 @@ def _exponential(node: ir.Node, a: Analysis) -> Softmax | None:
 
 def _written_out(node, exp_value, total_value, more, a: Analysis) -> Softmax | None:
     """exp(x) / sum(exp(x))."""
-    exp = producer(exp_value)
-    if exp is None or op(exp) != "Exp":
+    exp, hiding = _exponentials(exp_value, a)
+    if exp is None:
         return _changed(node, exp_value, total_value, a)
-    total, changes = _sum_of(total_value, exp, a)
+    total, changes = _sum_of(total_value, a)
     if total is None or total.source is not exp_value or len(total.axes) != 1:
-        return _changed(node, exp_value, total_value, a)
-    inner = (exp, *total.nodes, *changes, *more, node)
-    flaw = ALTERED.format(op=op(changes[-1])) if changes and not _is_harmless(changes, exp, total, a) else ""
-    return Softmax(node, given(exp, 0), total.axes[0], node.outputs[0], inner, flaw=flaw)
+        return _with_one_more(node, exp_value, total_value, more, a) or _changed(node, exp_value, total_value, a)
+    inner = (exp, *_of(hiding), *total.nodes, *changes, *more, node)
+    axis, weights = total.axes[0], node.outputs[0]
+    found = Softmax(node, given(exp, 0), axis, weights, inner, hiding=hiding, divisor=total_value)
+    if not changes or (hiding is None and _is_harmless(changes, exp, total, a)):
+        return found
+    with_logit = _with_one_more(node, exp_value, total_value, more, a)
+    return with_logit or dataclasses.replace(found, flaw=ALTERED.format(op=op(changes[-1])))
+
+
+def _with_one_more(node, exp_value, total_value, more, a: Analysis) -> Softmax | None:
+    """exp(x) / (sum(exp(x)) + one more exponential)."""
+    exp, hiding = _exponentials(exp_value, a)
+    found = None if exp is None else one_more_of(exp, exp_value, total_value, a)
+    if exp is None or found is None:
+        return None
+    inner = (exp, *_of(hiding), *found.nodes, *more, node)
+    said = {"hiding": hiding, "logit": found.logit, "divisor": total_value}
+    return Softmax(node, found.scores, found.axis, node.outputs[0], inner, **said)
+
+
+def _of(hiding: Hiding | None) -> tuple[ir.Node, ...]:
+    return () if hiding is None else (hiding.node,)
+
+
+def _exponentials(value: ir.Value, a: Analysis) -> tuple[ir.Node | None, Hiding | None]:
+    """The Exp whose output this is, and what keeps or hides each of its elements."""
+    node = producer(value)
+    if node is None or op(node) == "Exp":
+        return node, None
+    if op(node) == "Mul":
+        ways = [(0, 1, True), (1, 0, True)]
+    elif op(node) == "Where" and any(a.scalar(v) == 0 for v in node.inputs[1:]):
+        ways = [(1, 0, True)] if a.scalar(node.inputs[2]) == 0 else [(2, 0, False)]
+    else:
+        return None, None
+    for kept, by, keep_when in ways:
+        exp = producer(node.inputs[kept])
+        if exp is not None and op(exp) == "Exp" and a.shape(node.outputs[0]) == a.shape(exp.outputs[0]):
+            return exp, Hiding(given(node, by), node, keep_when)
+    return None, None
 
 
 def _changed(node: ir.Node, exp_value: ir.Value, total_value: ir.Value, a: Analysis) -> Softmax | None:
@@ -146,23 +195,34 @@ def _behind(value: ir.Value | None, wanted: tuple[str, ...]) -> tuple[ir.Node | 
 
 def _divided_late(exp: ir.Node, a: Analysis) -> Softmax | None:
     """exp(x), whose sums divide what is made of it."""
-    users = data_users(exp.outputs[0])
+    users, value, hiding = data_users(exp.outputs[0]), exp.outputs[0], None
     if len(users) == 1 and op(users[0]) in CHANGING:
         later = data_users(users[0].outputs[0])
         if any(op(u) in SUMS for u in later) and any(op(u) in PRODUCT_OPS for u in later):
-            flaw, axis = ALTERED_EACH.format(op=op(users[0])), (a.rank(exp.outputs[0]) or 1) - 1
-            return Softmax(exp, given(exp, 0), axis, users[0].outputs[0], (exp, users[0]), flaw=flaw)
+            value = users[0].outputs[0]
+            hiding = _exponentials(value, a)[1]
+            if hiding is None:
+                flaw, axis = ALTERED_EACH.format(op=op(users[0])), (a.rank(exp.outputs[0]) or 1) - 1
+                return Softmax(exp, given(exp, 0), axis, value, (exp, users[0]), flaw=flaw)
+            users = later
     sums = [u for u in users if op(u) in SUMS]
     if not sums or all(op(u) in (*SUMS, "Div", "Mul") for u in users):  # divided in front of the product
         return None
-    axes, rank = reduced_axes(sums[0], a), a.rank(exp.outputs[0])
+    axes, rank, inner = reduced_axes(sums[0], a), a.rank(value), (exp, *_of(hiding), *sums)
     if len(sums) > 1 or axes is None or len(axes) != 1:
-        return Softmax(exp, given(exp, 0), (rank or 1) - 1, exp.outputs[0], (exp, *sums), flaw=NOT_DIVIDED)
-    return Softmax(exp, given(exp, 0), axes[0], exp.outputs[0], (exp, *sums), sums[0].outputs[0])
+        return Softmax(exp, given(exp, 0), (rank or 1) - 1, value, inner, flaw=NOT_DIVIDED)
+    total = sums[0].outputs[0]
+    added = data_users(total)
+    more = one_more_of(exp, value, added[0].outputs[0], a) if len(added) == 1 else None
+    if more is not None:
+        total, nodes = added[0].outputs[0], (exp, *_of(hiding), *more.nodes)
+        said = {"hiding": hiding, "logit": more.logit, "divisor": total}
+        return Softmax(exp, more.scores, more.axis, value, nodes, total, **said)
+    return Softmax(exp, given(exp, 0), axes[0], value, inner, total, hiding=hiding, divisor=total)
 
 
-def _sum_of(value: ir.Value, exp: ir.Node, a: Analysis) -> tuple[Reduction | None, tuple[ir.Node, ...]]:
-    """The value as sums of the exponentials, and the nodes that then change them."""
+def _sum_of(value: ir.Value, a: Analysis) -> tuple[Reduction | None, tuple[ir.Node, ...]]:
+    """The value as sums, and the nodes that then change them."""
     changes: list[ir.Node] = []
     while len(changes) < 3:
         found = reduction_of(value, a)
@@ -227,63 +287,3 @@ def _by_log_sum(exp: ir.Node, difference: ir.Node | None, a: Analysis) -> Softma
     elif total.source is not source:
         return None
     return Softmax(exp, source, total.axes[0], exp.outputs[0], (difference, *nodes, exp))
-
-
-@dataclasses.dataclass(frozen=True)
-class Reduction:
-    """A value that holds `source` reduced along `axes` (not negative), which are there with size 1."""
-
-    name: str  # the op's, or "log of ReduceSum"
-    source: ir.Value
-    axes: tuple[int, ...]
-    nodes: tuple[ir.Node, ...]  # from the reduction to the value
-
-
-def reduction_of(value: ir.Value | None, a: Analysis) -> Reduction | None:
-    """`value` as a reduction of another one; axes that it dropped may have been put back by other nodes."""
-    node, is_log = producer(value), False
-    nodes: list[ir.Node] = []
-    while node is not None and op(node) in ("Identity", "Cast", "Unsqueeze", "Reshape", "Log"):
-        if (op(node) == "Log" and is_log) or (op(node) == "Cast" and not is_widening(node, a)):
-            return None
-        is_log = is_log or op(node) == "Log"
-        nodes.append(node)
-        node = producer(node.inputs[0])
-    if value is None or node is None or not op(node).startswith("Reduce") or (is_log and op(node) != "ReduceSum"):
-        return None
-    source, gone = given(node, 0), reduced_axes(node, a)
-    if gone is None:
-        return None
-    kept = bool(attribute(node, "keepdims", 1)) and all(op(n) in ("Identity", "Cast", "Log") for n in nodes)
-    if not _is_in_place(value, source, gone, kept, a):
-        return None
-    return Reduction("log of ReduceSum" if is_log else op(node), source, tuple(gone), (node, *nodes[::-1]))
-
-
-def reduced_axes(node: ir.Node, a: Analysis) -> list[int] | None:
-    """The axes, not negative, that a reduction reduces."""
-    rank, axes = a.rank(node.inputs[0]), constant_ints(node, a, 1, "axes")
-    if rank is None or (axes is None and (operand(node, 1) is not None or attribute(node, "axes") is not None)):
-        return None
-    if not axes and attribute(node, "noop_with_empty_axes", 0):
-        return None
-    return sorted(resolve_axis(x, rank) for x in axes) if axes else list(range(rank))
-
-
-def _is_in_place(value: ir.Value, source: ir.Value, gone: list[int], kept: bool, a: Analysis) -> bool:
-    """Has `value` the source's axes, those of `gone` with size 1 (or is it a single number)?"""
-    if kept:
-        return True
-    shape, whole = a.shape(value), a.shape(source)
-    if shape is None or whole is None:
-        return False
-    wanted = [1 if k in gone else size for k, size in enumerate(whole)]
-    return all(size == 1 for size in shape) if len(gone) == len(whole) else list(shape) == wanted
-
-
-def subtracts_own_maximum(node: ir.Node, axis: int, a: Analysis) -> Reduction | None:
-    """The maximum of `x - max(x)` along the softmax axis (or more axes), which softmax doesn't notice; else None."""
-    maximum = reduction_of(node.inputs[1], a) if op(node) == "Sub" else None
-    if maximum is None or (maximum.name, maximum.source) != ("ReduceMax", node.inputs[0]):
-        return None
-    return maximum if axis in maximum.axes else None

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors whose elements are all the same number, as far as the graph tells. Called by score_chain.py and sinks.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from faexport.nodes import attribute, op, operand, producer
+from faexport.surgery import Builder
+from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.rules import constant_ints
+
+SPREADING = ("Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity")
+
+
+def fill_of(value: ir.Value, a: Analysis) -> float | None:
+    """The number that all elements are, whatever their number."""
+    while True:
+        if (array := a.constant(value)) is not None:
+            same = array.size > 0 and np.isfinite(array.flat[0]) and bool((array == array.flat[0]).all())
+            return float(array.flat[0]) if same else None
+        node = producer(value)
+        if node is None:
+            return None
+        if op(node) == "ConstantOfShape":
+            tensor = attribute(node, "value")
+            return 0.0 if tensor is None else float(tensor.numpy().reshape(-1)[0])
+        source = node.inputs[0] if op(node) in SPREADING else None
+        if source is None:
+            return None
+        value = source
+
+
+def is_times_zero(value: ir.Value, a: Analysis) -> bool:
+    """Is the value 0 times something, as torch.baddbmm(beta=0) leaves it?"""
+    node = producer(value)
+    while node is not None and op(node) in ("Cast", "Identity", "Expand", "Reshape", "Unsqueeze", "Transpose"):
+        node = producer(node.inputs[0])
+    if node is None:
+        return False
+    if op(node) == "ConstantOfShape":
+        fill = attribute(node, "value")
+        return fill is None or not np.any(fill.numpy())
+    return op(node) == "Mul" and any(a.scalar(v) == 0 for v in node.inputs)
+
+
+def padded_column(node: ir.Node, axis: int, a: Analysis) -> tuple[ir.Value, bool] | None:
+    """The number that a Pad puts beside the scores, as one more column of their last axis, and whether it stands in
+    front of them; None where the node does anything else."""
+    rank = a.rank(node.outputs[0])
+    if op(node) != "Pad" or rank is None or axis != rank - 1 or operand(node, 3) is not None:
+        return None
+    pads = constant_ints(node, a, 1, "pads")
+    if pads is None or len(pads) != 2 * rank or attribute(node, "mode", "constant") != "constant":
+        return None
+    if sum(map(abs, pads)) != 1 or pads[rank - 1] + pads[-1] != 1:
+        return None
+    fill = operand(node, 2) or Builder(a.opset).constant(np.float32(attribute(node, "value", 0.0)))
+    return fill, pads[rank - 1] == 1
