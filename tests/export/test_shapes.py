@@ -6,6 +6,8 @@ from __future__ import annotations
 import numpy as np
 import onnx.parser
 import onnx_ir as ir
+import onnxruntime
+import pytest
 from faexport.understand.shapes.analysis import Analysis
 from onnx.reference import ReferenceEvaluator
 
@@ -98,3 +100,32 @@ def test_what_is_constant_is_what_the_nodes_compute() -> None:
         assert found is not None, name
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
         np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+RESIZING = {
+    "a pool": "y = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2]> (x)",
+    "a pool with gaps": "y = MaxPool <kernel_shape = [2, 3], dilations = [3, 1], strides = [1, 2]> (x)",
+    "a mean": "y = AveragePool <kernel_shape = [2, 2], strides = [2, 2], pads = [0, 1, 1, 0]> (x)",
+    "a pool that rounds up what is even": "y = MaxPool <kernel_shape = [1, 2], strides = [1, 4], ceil_mode = 1> (x)",
+    "sizes": "n = Constant <value_ints = [2, 3, 5, 4]> () y = Resize (x, , , n)",
+    "scales": "s = Constant <value_floats = [1.0, 1.0, 0.3, 1.7]> () y = Resize (x, , s)",
+    "scales that are inexact": "s = Constant <value_floats = [1.0, 1.0, 0.36363637, 0.7]> () y = Resize (x, , s)",
+}
+
+
+@pytest.mark.parametrize("name", RESIZING)
+def test_pools_and_resizes_have_the_sizes_that_onnxruntime_gives_them(name: str) -> None:
+    header = '<ir_version: 8, opset_import: ["" : 17]> main (float[2, 3, 11, 10] x) => (float[a, b, c, d] y)'
+    proto = onnx.parser.parse_model(f"{header} {{ {RESIZING[name]} }}")
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": np.zeros((2, 3, 11, 10), np.float32)})
+    model = ir.serde.deserialize_model(proto)
+    assert [size.const for size in Analysis(model).shape(model.graph.outputs[0])] == list(y.shape)
+
+
+def test_resizing_keeps_the_sizes_that_it_does_not_change() -> None:
+    body = "s = Constant <value_floats = [1.0, 1.0, 2.0, 1.5]> () y = Resize (x, , s)"
+    header = '<ir_version: 8, opset_import: ["" : 17]> main (float[b, 3, h, w] x) => (float[b, 3, m, n] y)'
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(f"{header} {{ {body} }}"))
+    sizes = [str(size) for size in Analysis(model).shape(model.graph.node(1).outputs[0])]
+    assert sizes == ["b", "3", "2*h", "n"]

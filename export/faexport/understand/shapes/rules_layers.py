@@ -8,6 +8,8 @@ counts.
 
 from __future__ import annotations
 
+import numpy as np
+
 from faexport.nodes import attribute, operand
 from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.einsum import multiplied_order
@@ -53,13 +55,47 @@ def _reduce(node, a):
     return [tuple(Dim.of(1) if i in gone else d for i, d in enumerate(shape) if keep or i not in gone)]
 
 
-@shape_of("MaxPool", "AveragePool", "LpPool", "Resize", "Upsample")
+@shape_of("MaxPool", "AveragePool", "LpPool")
+def _pooled(node, a):
+    shape = a.shape(node.inputs[0])
+    if shape is None:
+        return None
+    kernel, count = attribute(node, "kernel_shape", []), len(shape) - 2
+    pads = attribute(node, "pads", [0] * 2 * count)
+    strides, dilations = attribute(node, "strides", [1] * count), attribute(node, "dilations", [1] * count)
+    out = list(shape[:2])
+    for i, size in enumerate(shape[2:]):
+        known = len(kernel) == count and size.const is not None and attribute(node, "auto_pad", "NOTSET") == "NOTSET"
+        span = size.const + pads[i] + pads[i + count] - dilations[i] * (kernel[i] - 1) - 1 if known else 0
+        exact = known and (not attribute(node, "ceil_mode", 0) or span % strides[i] == 0)
+        out.append(Dim.of(span // strides[i] + 1) if exact else Dim.unknown(node.op_type))
+    return [tuple(out)]
+
+
+@shape_of("Resize", "Upsample")
 def _resized(node, a):
     shape = a.shape(node.inputs[0])
     if shape is None:
         return None
-    keep = 0 if node.op_type in ("Resize", "Upsample") else 2
-    return [shape[:keep] + tuple(Dim.unknown(node.op_type) for _ in shape[keep:])]
+    unknown = [tuple(Dim.unknown(node.op_type) for _ in shape)]
+    if attribute(node, "axes") is not None or attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+        return unknown
+    if (sizes := operand(node, 3)) is not None:
+        found = a.contents(sizes)
+        return [found] if found is not None and len(found) == len(shape) else unknown
+    place = 2 if node.op_type == "Resize" and a.opset >= 11 else 1
+    scales = a.constant(operand(node, place))
+    given = attribute(node, "scales") if scales is None else scales.reshape(-1).tolist()
+    if given is None or len(given) != len(shape):
+        return unknown
+    return [tuple(_scaled(size, scale, node.op_type) for size, scale in zip(shape, given, strict=True))]
+
+
+def _scaled(size: Dim, scale: float, op_type: str) -> Dim:
+    """As runtimes compute it: a product of float32, cut off."""
+    if size.const is not None and 0 <= size.const < 1 << 24:
+        return Dim.of(int(np.float32(size.const) * np.float32(scale)))
+    return size * int(scale) if scale == int(scale) else Dim.unknown(op_type)
 
 
 @shape_of("GlobalAveragePool", "GlobalMaxPool")
