@@ -188,6 +188,11 @@ WRONG = {
         y = MatMul(p, v)""",
         reason=PAIRS,
     ),
+    "heads mixed after the softmax by a convolution": Form(
+        f"{QKV}, float[3, 3, 1, 1] w",
+        f"{PRODUCT} p = Softmax<axis = -1>(s) u = Conv<kernel_shape = [1, 1]>(p, w) y = MatMul(u, v)",
+        reason="pass through Conv after the softmax",
+    ),
     "additive attention": Form(
         "float[B, T, 1, 8] q, float[B, 1, S, 8] k, float[8, 3] w, float[B, 3, S, 8] v",
         """a = Add(q, k) t = Tanh(a) m = MatMul(t, w) x = Transpose<perm = [0, 3, 1, 2]>(m)

@@ -60,7 +60,7 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
     else:
         found = _understand(path, softmax, context)
     refused = any(isinstance(c.outcome, Refusal) for c in found)
-    return [] if refused and not feeds_product(softmax, a, constants=isinstance(path, Path)) else found
+    return [] if refused and not feeds_product(softmax, a, of_product=isinstance(path, Path)) else found
 
 
 def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:

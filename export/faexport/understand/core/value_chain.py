@@ -40,6 +40,7 @@ PASSING = frozenset(
     + tuple(f"com.microsoft::QLinear{name}" for name in ("Add", "Mul", "Concat", "Where"))
     + ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Erf", "Gelu", "Exp", "Log", "Neg", "Abs", "Sign", "Reciprocal", "Ceil")
 )
+LAYERS = ("Conv", *(f"{kind}Normalization" for kind in ("Batch", "Instance", "Group", "Layer")))
 _MOST_NODES = 4096  # that are looked at for a product
 
 
@@ -324,9 +325,9 @@ def _atom_axis(product: Product, label: str, shape) -> tuple:
     return View.whole(shape).axes[position]
 
 
-def feeds_product(softmax: Softmax, a: Analysis, constants: bool = False) -> bool:
-    """Do the probabilities run into a product with a computed tensor (with `constants`, with any)? Then attention was
-    probably meant."""
+def feeds_product(softmax: Softmax, a: Analysis, of_product: bool = False) -> bool:
+    """Do the probabilities run into a product with a computed tensor? Then attention was probably meant. Where the
+    scores are a product themselves (`of_product`), one with a constant counts as well, also behind a layer."""
     pending = collections.deque([softmax.probabilities])
     seen: set[ir.Node] = set()
     while pending and len(seen) < _MOST_NODES:
@@ -337,8 +338,8 @@ def feeds_product(softmax: Softmax, a: Analysis, constants: bool = False) -> boo
             seen.add(node)
             if op(node) in (*PRODUCT_OPS, *QUANTIZED):
                 multiplied = QUANTIZED.get(op(node), (0, 1))
-                if constants or not any(a.is_static(node.inputs[i]) for i in multiplied if i < len(node.inputs)):
+                if of_product or not any(a.is_static(node.inputs[i]) for i in multiplied if i < len(node.inputs)):
                     return True
-            elif op(node) in PASSING:
+            elif op(node) in PASSING or (of_product and op(node) in LAYERS):
                 pending += node.outputs
     return False
