@@ -104,6 +104,15 @@ class InputSpec:
     only_bool: bool = False  # integers that are only compared or cast to bool: any value is valid
     default: np.ndarray | None = None  # the initializer of an input that needn't be given
 
+    @property
+    def rows_axis(self) -> int:
+        """Of [B, S], [B, S, H * D], [B, H, S, D], [2, B, H, S, D] or, where only this size is open, [B, S, H, D]."""
+        rank = len(self.dims)
+        if rank < 4:
+            return 1
+        by_rows = isinstance(self.dims[-2], int) and not isinstance(self.dims[-3], int)
+        return rank - 3 if by_rows else rank - 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
@@ -203,7 +212,7 @@ def bind(specs: Sequence[InputSpec], sizes: Sizes, given: Mapping[str, int] | No
     if rows is None and any(s.of_scores for s in specs):
         rows = next((s.dims[-2] for s in new_ones), None)
     new = rows if isinstance(rows, int) else bound.get(str(rows), sizes.length)
-    pasts = {str(d) for s in specs if s.is_past and len(s.dims) > 2 for d in s.dims[-2:-1]}
+    pasts = {str(s.dims[s.rows_axis]) for s in specs if s.is_past and len(s.dims) > 2}
     past = next((bound[name] for name in fixed if "past" in name.lower() or name in pasts), sizes.past)
     places = [(spec, axis, dim) for spec in specs for axis, dim in enumerate(spec.dims) if not isinstance(dim, int)]
     # Sums last: what a name is shows where it stands alone.
@@ -247,10 +256,10 @@ class _Draw:
         if too_large := [n for n, s in self.shapes.items() if math.prod(s) > _LARGEST]:
             raise UnsupportedInput(f"input '{too_large[0]}' is too large to be tried")
         self.mask: np.ndarray | None = None  # the first mask [B, keys]
-        caches = [self.shapes[spec.name] for spec in specs if spec.is_cache and len(self.shapes[spec.name]) >= 3]
-        self.capacity = _rows_of(caches[0]) if caches else 0
+        caches = [spec for spec in specs if spec.is_cache and len(spec.dims) >= 3]
+        self.capacity = self.shapes[caches[0].name][caches[0].rows_axis] if caches else 0
         plain = [s for s in required(specs) if not s.is_cache and s.role is not Role.MASK and len(s.dims) >= 2]
-        self.new_rows = _rows_of(self.shapes[plain[0].name]) if plain else 1
+        self.new_rows = self.shapes[plain[0].name][plain[0].rows_axis] if plain else 1
         self.batch = self.shapes[plain[0].name][0] if plain else 1
         writes = any(spec.role is Role.WRITE_INDEX for spec in specs)
         # Rows in the cache before the new ones: all, or where new ones are written into it, as many as leave room.
@@ -327,11 +336,6 @@ class _Draw:
         if default.dtype.kind == "b":
             return self.random.random(default.shape) < 0.5
         return default + self.random.integers(0, 2, default.shape).astype(default.dtype)
-
-
-def _rows_of(shape: tuple[int, ...]) -> int:
-    """Tokens of [B, S], [B, S, H * D], [B, H, S, D] or [2, B, H, S, D]."""
-    return shape[1] if len(shape) < 4 else shape[-2]
 
 
 def _fits(number: int, dtype: np.dtype) -> bool:

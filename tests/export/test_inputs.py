@@ -74,6 +74,15 @@ def test_positions_without_a_mask_go_on_after_the_past() -> None:
     assert values["cache_position"].tolist() == [7, 8, 9, 10] and values["past_length"] == 7
 
 
+def test_positions_follow_a_past_whose_rows_stand_in_front_of_its_heads() -> None:
+    specs = specs_of(
+        "float[B,S,8] x, int64[S] cache_position, float[B,P,2,8] past_key, int64 past_length", "y = Identity (x)"
+    )
+    values = drawn(specs, B=3, S=4, P=7)
+    assert values["cache_position"].tolist() == [7, 8, 9, 10] and values["past_length"] == 7
+    assert inputs.bind(specs, inputs.Sizes(2, 3, 5), {"P": 6})["P"] == 6
+
+
 def test_lengths_that_are_compared_reach_beyond_one() -> None:
     specs = specs_of(
         "float[B,S,8] x, int64[B] n",
