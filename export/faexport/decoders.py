@@ -47,6 +47,8 @@ class Decoder:
     pasts: Mapping[str, Cache]
     presents: Mapping[str, str]  # outputs: the pasts that they continue
     windows: tuple[int, ...]  # of all layers, besides 0
+    tokens: str = ""  # an input with a row for each new token
+    states: frozenset[str] = frozenset()  # other outputs with no row for each: of an entry's last token, padding or not
 
     def keys(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """Keys in use of each entry, after the step."""
@@ -68,7 +70,12 @@ class Decoder:
             )
         new = np.asarray(tensors[self.query_lengths]).reshape(-1) if self.query_lengths in tensors else keys
         rows = np.minimum(new, keys)[:, None]  # of a prompt that is padded on the right, no more than its keys
+        for name in self.states & outputs.keys() if self.tokens in tensors else ():
+            array, whole = outputs[name], rows >= tensors[self.tokens].shape[1]
+            found[name] = np.where(whole.reshape(-1, *[1] * (array.ndim - 1)), array, 0).astype(array.dtype)
         for name, array in outputs.items():
+            if name in self.states:
+                continue
             if name not in self.presents and array.ndim > 1 and len(array) == len(rows):
                 used = np.arange(array.shape[1]) < rows
                 found[name] = np.where(used.reshape(*used.shape, *[1] * (array.ndim - 2)), array, 0).astype(array.dtype)
@@ -116,8 +123,17 @@ def read(model: ir.Model) -> Decoder | None:
             if present is not None and present.is_graph_output():
                 presents[present.name or ""] = past.name
     name, counted = lengths
-    found = tuple(sorted(windows - {0}))
-    return Decoder(name, counted, total, chunk.name or "" if chunk is not None else "", pasts, presents, found)
+    query_lengths, ordered = chunk.name or "" if chunk is not None else "", tuple(sorted(windows - {0}))
+    own = {name, total, query_lengths, *pasts}
+    tokens = next((v.name or "" for v in model.graph.inputs if v.name not in own and _has_rows(v)), "")
+    others = [v for v in model.graph.outputs if v.name not in presents and v.shape is not None and len(v.shape) > 1]
+    states = frozenset(v.name or "" for v in others if not _has_rows(v))
+    return Decoder(name, counted, total, query_lengths, pasts, presents, ordered, tokens, states)
+
+
+def _has_rows(value: ir.Value) -> bool:
+    """Is it [B, rows, …] with a number of rows that is open?"""
+    return value.shape is not None and len(value.shape) > 1 and not isinstance(value.shape[1], int)
 
 
 def _head_dim(node: ir.Node, a: Analysis) -> int | None:

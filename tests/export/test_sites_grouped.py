@@ -16,7 +16,7 @@ import onnxruntime as ort
 import pytest
 from faexport import decoders, inputs, ort_session, reference, verify
 from faexport.report import VerificationStatus
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.grouped import DIM, HEADS, KV_HEADS, Form, model_of, quantized, with_attributes
 from tests.export.test_sites import OPTIONS, run
@@ -420,3 +420,21 @@ def test_rows_that_hold_nothing_are_left_out_only_where_nothing_reads_them(read:
     onnx.save(model, path)
     problem = reference.make_reference(path, open_session=ort_session.SessionHere).problem
     assert "output 'sum' of the original depends on padding" in problem
+
+
+def test_a_state_of_the_last_token_is_compared_where_that_is_no_padding(tmp_path: pathlib.Path, library: str) -> None:
+    """As convolutions keep one beside the attention (LFM2): of an entry that is padded it holds what the padding is."""
+    model = model_of(Form(mask=True))
+    width = (HEADS + 2 * KV_HEADS) * DIM
+    model.graph.node.append(helper.make_node("Gather", ["query", "end"], ["state"], axis=1))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(-1), "end"))
+    model.graph.output.append(helper.make_tensor_value_info("state", TensorProto.FLOAT, ["B", width]))
+    onnx.save(model, tmp_path / "model.onnx")
+    report = faexport.optimize(tmp_path / "model.onnx", tmp_path / "fused.onnx")
+    assert report.num_fused == 1 and report.verification.status is VerificationStatus.PASSED
+    decoder, sets = sets_of(model)
+    assert decoder.states == {"state"} and decoder.tokens == "query"
+    padded = next(item for item in sets if (decoder.keys(item.tensors) < item.tensors["query"].shape[1]).any())
+    state = np.ones((len(padded.tensors["query"]), width), np.float32)
+    kept = decoder.settled({"state": state}, padded.tensors)["state"].any(1)
+    assert kept.tolist() == (decoder.keys(padded.tensors) == padded.tensors["query"].shape[1]).tolist()
