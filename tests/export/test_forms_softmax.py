@@ -182,6 +182,12 @@ WRONG = {
     "heads mixed before the softmax": Form(
         QKV, f"{PRODUCT} {over_heads('s', 'x')} p = Softmax<axis = -1>(x) y = MatMul(p, v)", reason=PAIRS
     ),
+    "heads mixed before and after the softmax": Form(
+        QKV,
+        f"""{PRODUCT} {over_heads("s", "x")} p = Softmax<axis = -1>(x) pt = Transpose<perm = [0, 2, 3, 1]>(p)
+        pw = MatMul(pt, w) u = Transpose<perm = [0, 3, 1, 2]>(pw) y = MatMul(u, v)""",
+        reason=PAIRS,
+    ),
     "heads mixed before the softmax by Einsum": Form(
         QKV,
         f"""{MIXER} {PRODUCT} x = Einsum<equation = "hg,bhts->bgts">(w, s) p = Softmax<axis = -1>(x)

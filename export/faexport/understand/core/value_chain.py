@@ -13,7 +13,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, data_users, given, maker, name_of, op
+from faexport.nodes import FLOATS, attribute, data_users, given, maker, name_of, op, producer
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.factors import Weight, division_by, fits
 from faexport.understand.core.nan_guard import nan_guard
@@ -41,6 +41,7 @@ PASSING = frozenset(
     + ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Erf", "Gelu", "Exp", "Log", "Neg", "Abs", "Sign", "Reciprocal", "Ceil")
 )
 LAYERS = ("Conv", *(f"{kind}Normalization" for kind in ("Batch", "Instance", "Group", "Layer")))
+PAIRS = "the scores are a product of what has rows and keys already, and not of queries with keys"
 _MOST_NODES = 4096  # that are looked at for a product
 
 
@@ -243,6 +244,8 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
     axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
     column, row = (_atom_axis(scores.product, label, shape) for label in ("column", "row"))
     if axes["sum"] != column:
+        if _is_of_scores(scores.product, a):
+            return Refusal(PAIRS, name_of(scores.product.node))
         return Refusal(_wrong_sum(scores.product, axes["sum"], row, shape), name_of(node))
     if axes["row"] != row:
         other = next((x for x in product.leads if axes.get(x) == row and x not in product.right.labels), None)
@@ -251,8 +254,7 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
             axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
     if axes["row"] != row:
         if _has_pairs(scores.product, axes["row"], shape):
-            why = "the scores are a product of what has rows and keys already, and not of queries with keys"
-            return Refusal(why, name_of(scores.product.node))
+            return Refusal(PAIRS, name_of(scores.product.node))
         return Refusal("the rows of the attention weights are not those of the scores", name_of(node))
     if a.is_static(product.right.value):
         return Refusal("the attention weights are multiplied by a constant instead of values", name_of(node))
@@ -301,6 +303,21 @@ def _has_pairs(product: Product, rows: tuple, shape) -> bool:
     are mixed before the softmax, and in additive attention?"""
     leads = {label for label in product.leads if _atom_axis(product, label, shape) == rows}
     return bool(leads & set(product.right.labels)) and not leads & set(product.left.labels)
+
+
+def _is_of_scores(product: Product, a: Analysis) -> bool:
+    """Does a layer of weights make these scores of a product of two computed tensors, as where heads are mixed before
+    the softmax?"""
+    by_weights = [a.is_static(factor.value) for factor in (product.left, product.right)]
+    if not any(by_weights):
+        return False
+    node = producer((product.right if by_weights[0] else product.left).value)
+    for _ in range(MAX_PATH):
+        if node is None or op(node) in PRODUCT_OPS or op(node) not in (*RESHAPES, "Mul", "Div", "Add", "Cast"):
+            break
+        node = producer(node.inputs[0])
+    made = None if node is None or op(node) not in PRODUCT_OPS else product_of(node, a)
+    return made is not None and not any(a.is_static(factor.value) for factor in (made.left, made.right))
 
 
 def _guard_of(product: Product, walker: _Walker, a: Analysis) -> MaskTerm | None:
