@@ -409,3 +409,20 @@ def test_usage_of_bfloat16(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, "has_library", lambda: False)
     said = Converted(attention(), tmp_path, dtype=ir.DataType.BFLOAT16).check()
     assert said.status == "not run" and "the operator's library" in said.reason
+
+
+def test_the_noise_of_the_original_is_that_of_its_farther_run() -> None:
+    """Each way of running its conversion rounds otherwise: where scores are large, one alone may come out near by
+    chance."""
+    want = np.linspace(-5, 5, 8, dtype=np.float32)
+    near, far, got = ({"y": want + x} for x in (0.01, 0.3, 0.5))
+
+    def row(*plain: dict[str, np.ndarray]) -> half_check.HalfOutput:
+        found = half_check._row("y", want, got["y"], plain, "float16", "large")
+        assert not isinstance(found, str)
+        return found
+
+    assert row(near, far).ok and row(far, near).ok and not row(near, near).ok
+    assert row(near, far).plain_abs_diff == pytest.approx(0.3)
+    said = half_check._row("y", want, got["y"], ({"y": want + 4}, near), "float16", "large")
+    assert isinstance(said, str) and "mostly noise" in said
