@@ -235,9 +235,7 @@ def _row(
     away = _counted if dtype not in compare.RELATIVE_TOLERANCE else compare.distance
     size = compare.magnitude(want) if away is compare.distance else 0.0
     difference = away(want, _rounded(got, want))
-    owns = [
-        away(want, _rounded(one[name], want)) if not isinstance(one, str) and name in one else 0.0 for one in plain
-    ]
+    owns = [away(want, _rounded(one[name], want)) if not isinstance(one, str) and name in one else 0.0 for one in plain]
     own = max(owns)
     if owns[0] > TOO_NOISY * size and away is compare.distance and size:
         return f"output '{name}' of the original itself is mostly noise in {precision} on {label}: not compared there"

@@ -29,4 +29,6 @@ def _cuts_off(clip: ir.Node, a: Analysis) -> bool:
     """Has it an upper bound that a number of its type may lie above?"""
     bound, dtype = operand(clip, 2), a.dtype(clip.outputs[0])
     high = a.scalar(bound)
-    return bound is not None and (high is None or dtype not in FLOATS or high < ml_dtypes.finfo(dtype.numpy()).max)
+    if bound is None:
+        return False
+    return high is None or dtype not in FLOATS or high < float(ml_dtypes.finfo(dtype.numpy()).max)

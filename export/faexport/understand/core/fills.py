@@ -56,5 +56,5 @@ def padded_column(node: ir.Node, axis: int, a: Analysis) -> tuple[ir.Value, bool
         return None
     if sum(map(abs, pads)) != 1 or pads[rank - 1] + pads[-1] != 1:
         return None
-    fill = operand(node, 2) or Builder(a.opset).constant(np.float32(attribute(node, "value", 0.0)))
+    fill = operand(node, 2) or Builder(a.opset).constant(np.asarray(attribute(node, "value", 0.0), np.float32))
     return fill, pads[rank - 1] == 1

@@ -138,8 +138,8 @@ def _with_one_more(node, exp_value, total_value, more, a: Analysis) -> Softmax |
     if exp is None or found is None:
         return None
     inner = (exp, *_of(hiding), *found.nodes, *more, node)
-    said = {"hiding": hiding, "logit": found.logit, "divisor": total_value}
-    return Softmax(node, found.scores, found.axis, node.outputs[0], inner, **said)
+    made = Softmax(node, found.scores, found.axis, node.outputs[0], inner, hiding=hiding, divisor=total_value)
+    return dataclasses.replace(made, logit=found.logit)
 
 
 def _of(hiding: Hiding | None) -> tuple[ir.Node, ...]:
@@ -216,8 +216,8 @@ def _divided_late(exp: ir.Node, a: Analysis) -> Softmax | None:
     more = one_more_of(exp, value, added[0].outputs[0], a) if len(added) == 1 else None
     if more is not None:
         total, nodes = added[0].outputs[0], (exp, *_of(hiding), *more.nodes)
-        said = {"hiding": hiding, "logit": more.logit, "divisor": total}
-        return Softmax(exp, more.scores, more.axis, value, nodes, total, **said)
+        found = Softmax(exp, more.scores, more.axis, value, nodes, total, hiding=hiding, divisor=total)
+        return dataclasses.replace(found, logit=more.logit)
     return Softmax(exp, given(exp, 0), axes[0], value, inner, total, hiding=hiding, divisor=total)
 
 
