@@ -44,6 +44,9 @@ NEAR_MISSES = (
     *["none"] * 24, "other axis", "second consumer", "second consumer of scores", "data scale", "post scale",
     "late cap", "sink scaled", "mixed heads",
 )  # fmt: skip
+# Written out: "sum" divides by it, "sum + 1" has a sink of 0, in "hidden" the last mask hides exponentials; "column" is
+# a Softmax with a column of 0 by Pad.
+SOFTMAXES = ("node", "node", "node", "node", "sum", "sum + 1", "hidden", "hidden late", "column")
 STRUCTURES = ("heads", "heads", "heads", "packed split", "packed slice", "bmm", "bmm with 4-D masks")
 
 
@@ -72,6 +75,7 @@ class Recipe:
     kv_heads: int = HEADS
     softcap: bool = False
     sinks: bool = False
+    softmax: str = "node"
     dtype: str = "float32"
     wide_softmax: bool = False  # float16 alone: the softmax in float32, between Casts
     layers: int = 1  # that share masks and bias
@@ -192,7 +196,7 @@ class _Builder(Conditions):
         scores = self._biased(scores) if r.bias_first else scores
         if self.parts is None:
             self.parts = self._masks()
-        for k, part in enumerate(self.parts):
+        for k, part in enumerate(self.parts[:-1] if self._hides() else self.parts):
             fill = r.fill if k or r.first_fill is None else r.first_fill
             scores = self._masked(scores, part, r.first_form if k == 0 and r.first_form else r.form, fill)
         scores = scores if r.bias_first else self._biased(scores)
@@ -218,7 +222,7 @@ class _Builder(Conditions):
 
     def _softmax(self, scores: str) -> str:
         g, r = self.g, self.r
-        sinks = r.sinks and not r.structure.startswith("bmm")
+        sinks = r.sinks and not r.structure.startswith("bmm") and r.softmax == "node"
         if sinks:
             column = g.const(np.asarray([0.5, -1.0]).reshape(1, HEADS, 1, 1), np.float32)
             column = g("Expand", column, g("Concat", g("Shape", scores, end=3), g.const([1]), axis=0))
@@ -228,11 +232,31 @@ class _Builder(Conditions):
         if r.wide_softmax:
             scores = g("Cast", scores, to=TensorProto.FLOAT)
             g.nodes[-1].name += WIDE
-        p = g("Softmax", scores, axis=-2 if r.near_miss == "other axis" else -1)
+        p = self._weights(scores, -2 if r.near_miss == "other axis" else -1)
         if r.wide_softmax:
             p = g("Cast", p, to=TensorProto.FLOAT)
         p = g("Slice", p, g.const([0]), g.const([-1]), g.const([3])) if sinks else p
         return g("Where", g("IsNaN", p), g.const(0.0, np.float32), p) if r.guard else p
+
+    def _hides(self) -> bool:
+        """Is the last mask one of the exponentials?"""
+        return self.r.softmax.startswith("hidden") and not self.r.structure.startswith("bmm") and bool(self.parts)
+
+    def _weights(self, scores: str, axis: int) -> str:
+        g, kind, last = self.g, self.r.softmax, self.g.const([-1])
+        if kind == "column" and not self.r.structure.startswith("bmm"):
+            padded = g("Pad", scores, g.const([0] * 7 + [1]), g.const(0.0, np.float32))
+            return g("Slice", g("Softmax", padded, axis=-1), g.const([0]), last, g.const([3]))
+        if kind in ("node", "column"):
+            return g("Softmax", scores, axis=axis)
+        top = g("ReduceMax", scores, last)
+        e = g("Exp", g("Sub", scores, top))
+        if self._hides():
+            e = g("Mul", e, g("Cast", self.parts[-1], to=TensorProto.FLOAT))
+        total = g("ReduceSum", e, last)
+        if kind == "sum + 1":
+            total = g("Add", total, g("Exp", g("Neg", top)))
+        return g("Mul", e, g("Reciprocal", total)) if kind == "hidden late" else g("Div", e, total)
 
     def _row_guarded(self, output: str) -> str:
         g, kind = self.g, self.r.row_guard

@@ -56,6 +56,7 @@ def recipes(draw: st.DrawFn) -> grammar.Recipe:
         kv_heads=draw(st.sampled_from((grammar.HEADS, grammar.HEADS, 1))),
         softcap=draw(st.sampled_from((False, False, False, True))),
         sinks=draw(st.sampled_from((False, False, False, True))),
+        softmax=draw(st.sampled_from(grammar.SOFTMAXES)),
         dtype=draw(st.sampled_from(("float32", "float32", "float32", "float16"))),
         wide_softmax=draw(st.booleans()),
         layers=draw(st.sampled_from((1, 1, 1, 2))),
@@ -122,7 +123,8 @@ def check_random_graph(recipe: grammar.Recipe, number: int) -> None:
         return
     library = ort_session.has_library()
     fused_one, wide_one = session_of(changed, library), None
-    large = recipe.dtype == "float32" and number % 4 == 0
+    # Where a maximum is hidden, exponentials far below it leave nothing of the others.
+    large = recipe.dtype == "float32" and number % 4 == 0 and not recipe.softmax.startswith("hidden")
     for k in range(3):
         feeds = mask_feeds.feeds(model, number + k, large and k == 0, odd=True)
         shapes = {n: a.shape for n, a in feeds.items()}
