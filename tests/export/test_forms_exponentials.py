@@ -34,11 +34,12 @@ def number(value: float, name: str = "c") -> str:
     return f"{name} = Constant<value = float {{{value!r}}}>()"
 
 
-def column(body: str, **words: object) -> Form:
+def column(body: str, more: str = "", **words: object) -> Form:
     """A column beside the scores, dropped behind the softmax: `body` makes x of s."""
     return form(
         f"""start = Constant<value = int64[1] {{0}}>() end = Constant<value = int64[1] {{-1}}>() {body}
         a = Softmax<axis = -1>(x) p = Slice(a, start, end, last) y = MatMul(p, v)""",
+        more,
         **words,
     )
 
@@ -154,6 +155,11 @@ WRONG = {
     ),
     "two columns by Pad": column(
         "pads = Constant<value = int64[8] {0, 0, 0, 0, 0, 0, 0, 2}>() x = Pad(s, pads)", reason="pass through Pad"
+    ),
+    "a column by Pad of a number that is an input": column(
+        "pads = Constant<value = int64[8] {0, 0, 0, 0, 0, 0, 0, 1}>() x = Pad(s, pads, c)",
+        "float c",
+        reason="is not one logit for each head",
     ),
     "a column by Pad that stays": form(
         """pads = Constant<value = int64[8] {0, 0, 0, 0, 0, 0, 0, 1}>() x = Pad(s, pads) p = Softmax<axis = -1>(x)

@@ -71,8 +71,8 @@ def _column(scores: Scores, column: ir.Value, heads: Dim, a: Analysis) -> Sinks 
     if shape is None or (shape and shape[-1] != 1) or "".join(scores.sink_axes) != "BHST":
         return refusal
     number = fill_of(column, a)
-    if number is not None:
-        return _alike(number, heads, a) or refusal
+    if number is not None or not shape:  # one number, of which a Pad makes a column
+        return refusal if number is None else _alike(number, heads, a) or refusal
     for link in reversed(chain_of(column, a)):
         if link.scale == 1.0 and _is_one_for_each_head(link, heads, a):
             return _as_vector(link.value, a)
