@@ -32,7 +32,7 @@ import results_file
 import skeletons
 
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
-CALLS = 20  # that the host's time is taken of
+CALLS = 10  # that the host's time is taken of
 COMPILED = "compiled, sdpa"
 
 

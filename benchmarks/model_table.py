@@ -192,7 +192,7 @@ def _two_layers_of_unet(config: SimpleNamespace) -> torch.nn.Module:
 def _flux(config: SimpleNamespace) -> torch.nn.Module:
     from diffusers import FluxTransformer2DModel
 
-    return FluxTransformer2DModel(num_layers=config.layers, num_single_layers=2 * config.layers)
+    return FluxTransformer2DModel(num_layers=config.layers, num_single_layers=0)
 
 
 # The models of FlashAttention's claims, and what people export beside them.
@@ -224,7 +224,7 @@ CLAIMS = {
         exports=TWO_EXPORTS,
     ),
     "flux": Model(
-        "Flux blocks",
+        "Flux block of two streams",
         1,
         lambda count: SimpleNamespace(layers=count),
         _flux,
