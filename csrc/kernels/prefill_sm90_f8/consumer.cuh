@@ -156,9 +156,13 @@ struct Consumer {
     add_values();
     if constexpr (!kKeysFirst) shared.key_full[k.stage].wait(k.phase);
     start_scores();
-    if constexpr (C::kPassesEarly) pass_turn();
+    if constexpr (C::kTurnEnd == TurnEnd::kScoresIssued) pass_turn();
+    if constexpr (C::kTurnEnd == TurnEnd::kLastStep) {
+      wgmma_wait<1>();
+      pass_turn();
+    }
     finish_scores();
-    if constexpr (!C::kPassesEarly) pass_turn();
+    if constexpr (C::kTurnEnd == TurnEnd::kScoresThere) pass_turn();
   }
 
   /// Scores that the rows don't see become -inf, 32 keys at a time: what of all is visible takes more registers than there are.

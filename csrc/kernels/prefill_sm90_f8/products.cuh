@@ -14,12 +14,13 @@ struct Products {
   static constexpr int kScores = C::kTileN / 2, kOut = C::kHeadDim / 2;  // registers of a thread
   static constexpr int kWeights = C::kTileN / 8;
 
-  /// Issues scores = Q K^T. `query`: the warpgroup's first row.
+  /// Issues scores = Q K^T, the last step as a group of its own where turns end there. `query`: the warpgroup's first row.
   static __device__ __forceinline__ void start_scores(float (&scores)[kScores], const uint8_t* query, const uint8_t* key) {
     const uint64_t a = wgmma_descriptor_k_major(shared_address(query)), b = wgmma_descriptor_k_major(shared_address(key));
 #pragma unroll
     for (int step = 0; step < C::kHeadDim / 32; ++step) {
       WgmmaF8<C::kTileN>::ss(scores, a + step_offset(step, C::kTileM), b + step_offset(step, C::kTileN), step > 0);
+      if (C::kTurnEnd == TurnEnd::kLastStep && step + 2 == C::kHeadDim / 32) wgmma_commit();
     }
     wgmma_commit();
   }

@@ -8,23 +8,30 @@ namespace fa::prefill_sm90_f8 {
 /// of their code, whose registers would be taken from its loop.
 enum class Variant { kPlain, kModified };
 
+/// When a warpgroup's turn ends.
+enum class TurnEnd {
+  kScoresIssued,  // the product of the next scores has been issued
+  kLastStep,      // it is there but for its last step, of 32 columns
+  kScoresThere,
+};
+
 struct TileShape {
   int warpgroups;   // that multiply, each 64 query rows
   int tile_n;       // keys: those of one row of transposed values
   int sum_columns;  // of the product with the values, at a time
   int key_stages, raw_stages, value_stages, query_stages;
-  bool takes_turns;   // warpgroups issue their products in turn
-  bool passes_early;  // a warpgroup's turn ends when its scores have been issued, not when they are there
+  bool takes_turns;  // warpgroups issue their products in turn
+  TurnEnd turn_end;
   bool sums_weights;  // by the tensor cores
 };
 
 /// The tile table, found by measurement (docs/kernels.md).
 constexpr TileShape tile_shape(int head_dim, Variant variant) {
   const bool plain = variant == Variant::kPlain;
-  if (head_dim <= 64) return {plain ? 3 : 2, 128, 64, 3, 2, 3, 2, true, false, plain};
-  if (head_dim <= 128 && plain) return {3, 128, 64, 3, 2, 3, 2, true, true, true};
-  if (head_dim <= 128) return {2, 128, 128, 3, 2, 3, 2, true, false, false};
-  return {2, 128, 64, 2, 2, 2, 1, true, false, plain};
+  if (head_dim <= 64) return {plain ? 3 : 2, 128, 64, 3, 2, 3, 2, true, TurnEnd::kScoresThere, plain};
+  if (head_dim <= 128 && plain) return {3, 128, 64, 3, 2, 3, 2, true, TurnEnd::kScoresIssued, true};
+  if (head_dim <= 128) return {2, 128, 128, 3, 2, 3, 2, true, TurnEnd::kScoresThere, false};
+  return {2, 128, 64, 2, 2, 2, 1, true, plain ? TurnEnd::kLastStep : TurnEnd::kScoresThere, plain};
 }
 
 }  // namespace fa::prefill_sm90_f8

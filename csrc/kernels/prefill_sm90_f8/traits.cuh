@@ -51,7 +51,7 @@ struct Traits {
   static constexpr bool kSmall = false;  // producers are a warpgroup of their own
   static constexpr int kConverters = 2;  // warps that transpose values
   static constexpr bool kTakesTurns = kShape.takes_turns;
-  static constexpr bool kPassesEarly = kShape.passes_early;
+  static constexpr TurnEnd kTurnEnd = kShape.turn_end;
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kThreads = 32 * kConsumerWarps + kWarpgroupThreads;
 
