@@ -103,19 +103,29 @@ struct Consumer {
   template <int kPart, int kPending>
   __device__ __forceinline__ void finish_part(Sum& sum, float (&ones)[4]) {
     constexpr bool kLast = kPart + 1 == C::kSums;
-    wgmma_wait<kPending>();
+    constexpr bool kOnesPending = C::kOnesBehind && kPart + kPending + 1 == C::kSums;
+    wgmma_wait<kPending + kOnesPending>();
     wgmma_pin(sum);
-    if constexpr (kLast) wgmma_pin(weights);
-    if constexpr (kLast && C::kOnesApart) wgmma_pin(ones);
     Multiply::template add_sum<kPart>(o, sum, rows.factor);
-    if constexpr (kLast && C::kSumsWeights) {  // one of the four threads has them, the others have zeros
-      rows.sum[0] += C::kOnesApart ? ones[0] : sum[C::kSumColumns / 2];
-      rows.sum[1] += C::kOnesApart ? ones[2] : sum[C::kSumColumns / 2 + 2];
+    if constexpr (kLast && C::kSumsWeights && !C::kOnesApart) add_ones(sum[C::kSumColumns / 2], sum[C::kSumColumns / 2 + 2]);
+    if constexpr (kLast && !C::kOnesBehind) finish_values(ones);
+  }
+
+  /// One of four threads has the sums of the weights, the others have zeros.
+  __device__ __forceinline__ void add_ones(float first, float second) {
+    rows.sum[0] += first;
+    rows.sum[1] += second;
+  }
+
+  /// All of a tile's products with the values have been waited for.
+  __device__ __forceinline__ void finish_values(float (&ones)[4]) {
+    wgmma_pin(weights);
+    if constexpr (C::kOnesApart) {
+      wgmma_pin(ones);
+      add_ones(ones[0], ones[2]);
     }
-    if constexpr (kLast) {
-      release(shared.value_empty[v.stage]);
-      v.advance();
-    }
+    release(shared.value_empty[v.stage]);
+    v.advance();
   }
 
   /// Part kPart is on its way in `sum`; the next one is issued, into `other`, before this one is added.
@@ -124,17 +134,18 @@ struct Consumer {
     if constexpr (kPart + 1 < C::kSums) {
       start_part<kPart + 1>(other, ones);
       finish_part<kPart, 1>(sum, ones);
+      // NOTE: a branch, which keeps the compiler from adding this part behind the next.
+      if constexpr (C::kOnesBehind && kPart + 2 == C::kSums) shared.value_full[v.stage].wait(v.phase);
       stream_parts<kPart + 1>(other, sum, ones);
     } else {
       finish_part<kPart, 0>(sum, ones);
     }
   }
 
-  /// out = factor out + P V
-  __device__ __forceinline__ void add_values() {
+  /// out = factor out + P V. kOnesBehind: `ones` are on their way; finish_values has to follow.
+  __device__ __forceinline__ void add_values(float (&ones)[4]) {
     // NOTE: the sums are no parts of `s`, though they stand in its registers: ptxas runs products one after the other if it is
     // told that one of 128 columns shares registers with two of 64 (C7511).
-    float ones[4];
     if constexpr (C::kSumColumns == C::kTileN) {  // a product as wide as that of the scores
       start_part<0>(s, ones);
       finish_part<0, 0>(s, ones);
@@ -153,7 +164,8 @@ struct Consumer {
     shared.value_full[v.stage].wait(v.phase);
     if constexpr (kKeysFirst) shared.key_full[k.stage].wait(k.phase);
     take_turn();
-    add_values();
+    float ones[4];
+    add_values(ones);
     if constexpr (!kKeysFirst) shared.key_full[k.stage].wait(k.phase);
     start_scores();
     if constexpr (C::kTurnEnd == TurnEnd::kScoresIssued) pass_turn();
@@ -162,6 +174,7 @@ struct Consumer {
       pass_turn();
     }
     finish_scores();
+    if constexpr (C::kOnesBehind) finish_values(ones);
     if constexpr (C::kTurnEnd == TurnEnd::kScoresThere) pass_turn();
   }
 
@@ -203,7 +216,12 @@ struct Consumer {
       multiply();
     }
     shared.value_full[v.stage].wait(v.phase);
-    add_values();
+    float ones[4];
+    add_values(ones);
+    if constexpr (C::kOnesBehind) {
+      wgmma_wait<0>();
+      finish_values(ones);
+    }
   }
 
   /// Normalises the tile's rows and writes them.

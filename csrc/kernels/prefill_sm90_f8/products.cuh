@@ -39,6 +39,7 @@ struct Products {
       WgmmaF8<2 * kSum>::rs(sum, w[0], w[1], w[2], w[3], b + ((step * 32) >> 4), step > 0);
     }
     if constexpr (C::kOnesApart && kPart + 1 == C::kSums) {
+      if (C::kOnesBehind) wgmma_commit();
       const uint64_t c = wgmma_descriptor_k_major(shared_address(value)) + ((C::kHeadDim * 128) >> 4);
 #pragma unroll
       for (int step = 0; step < C::kTileN / 32; ++step) {
@@ -55,6 +56,11 @@ struct Products {
     constexpr int kFirst = kPart * C::kSumColumns / 2;
 #pragma unroll
     for (int i = 0; i < C::kSumColumns / 2; ++i) out[kFirst + i] = fmaf(out[kFirst + i], factor[(i >> 1) & 1], sum[i]);
+    // NOTE: else the compiler adds behind the product of the ones, for which it needs more registers.
+    if constexpr (C::kOnesBehind) {
+#pragma unroll
+      for (int i = 0; i < C::kSumColumns / 2; ++i) asm volatile("" : "+f"(out[kFirst + i])::"memory");
+    }
   }
 
   /// Weights as A operand: of each 32 keys the thread has pairs of four groups of eight, of which two make four neighbours

@@ -22,14 +22,15 @@ struct TileShape {
   int key_stages, raw_stages, value_stages, query_stages;
   bool takes_turns;  // warpgroups issue their products in turn
   TurnEnd turn_end;
-  bool sums_weights;  // by the tensor cores
+  bool sums_weights;         // by the tensor cores
+  bool ones_behind = false;  // their product is waited for behind the next scores
 };
 
 /// The tile table, found by measurement (docs/kernels.md).
 constexpr TileShape tile_shape(int head_dim, Variant variant) {
   const bool plain = variant == Variant::kPlain;
   if (head_dim <= 64) return {plain ? 3 : 2, 128, 64, 3, 2, 3, 2, true, TurnEnd::kScoresThere, plain};
-  if (head_dim <= 128 && plain) return {3, 128, 64, 3, 2, 3, 2, true, TurnEnd::kScoresIssued, true};
+  if (head_dim <= 128 && plain) return {3, 128, 64, 3, 2, 3, 2, true, TurnEnd::kScoresIssued, true, true};
   if (head_dim <= 128) return {2, 128, 128, 3, 2, 3, 2, true, TurnEnd::kScoresThere, false};
   return {2, 128, 64, 2, 2, 2, 1, true, plain ? TurnEnd::kLastStep : TurnEnd::kScoresThere, plain};
 }

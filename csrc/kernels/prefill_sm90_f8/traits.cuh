@@ -39,6 +39,8 @@ struct Traits {
   static constexpr bool kSumsWeights = kShape.sums_weights;
   static constexpr int kOnesRows = kSumsWeights ? 8 : 0;
   static constexpr bool kOnesApart = kSumsWeights && kHeadDim > 64;  // in a product of their own
+  static constexpr bool kOnesBehind = kShape.ones_behind;
+  static_assert(!kOnesBehind || kOnesApart, "Nothing to wait for.");
 
   // Buffers in shared memory.
   static constexpr int kKeyStages = kShape.key_stages, kRawStages = kShape.raw_stages, kValueStages = kShape.value_stages;
