@@ -111,6 +111,9 @@ if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   endforeach()
   set(launch_backward_sm90 "Status backward_sm90::launch_instance<@T@, @HEAD_DIM@, backward_sm90::Variant::@VARIANT@>(const BackwardPlan&, const AttentionParams&, const Gradients&, const ExecutionContext&)")
   fa_instantiate(fa_prefill_sm90 backward_sm90 kernels/backward_sm90/launch.cuh "${launch_backward_sm90}" "f16;bf16" "256;128;64" "kPlain")
+  fa_instantiate(fa_prefill_sm90 backward_sm90 kernels/backward_sm90/launch.cuh "${launch_backward_sm90}" "f16;bf16" "128;64" "kBias")
+  set(launch_bias_gradient "Status backward_sm90::launch_bias_gradient<@T@, @HEAD_DIM@>(const BackwardPlan&, const AttentionParams&, const Gradients&, const RowNumbers&, const ExecutionContext&)")
+  fa_instantiate(fa_prefill_sm90 backward_sm90_bias kernels/backward_sm90/launch_bias.cuh "${launch_bias_gradient}" "f16;bf16" "128;64" "kAny")
   target_sources(fa_core PRIVATE
     kernels/backward_sm90/backward_sm90.cpp
     kernels/common/tensor_map.cpp

@@ -15,6 +15,7 @@ import faplugin  # noqa: E402
 
 from tests.gpu import arrays  # noqa: E402
 from tests.gpu import gradients as on_gpu  # noqa: E402
+from tests.gpu.test_dispatch import is_hopper  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -58,27 +59,77 @@ LARGE = [
     Case("bfloat16", 2, 16, 16, 1024, 1024, 32, kv_lengths=True),
 ]
 
+# Biases that the copy engine brings: each way to share one, ends inside tiles, keys that lengths and windows hide.
+BIASED = [
+    Case("bfloat16", 3, 4, 2, 300, 520, 64, bias="1HQK", is_causal=True, alignment="bottom_right"),
+    Case("float16", 2, 6, 2, 700, 1104, 128, layout="BSHD", bias="B1QK", kv_lengths=True),
+    Case("bfloat16", 5, 4, 4, 257, 264, 40, bias="11QK", window_left=70, window_right=30),
+    Case("float16", 2, 3, 1, 130, 1024, 96, 64, layout="BSH", bias="BHQK"),
+    Case("bfloat16", 5, 8, 8, 600, 640, 64, bias="1HQK"),
+    Case("float16", 3, 8, 8, 500, 512, 128, bias="1HQK", kv_lengths=True, is_causal=True),
+    Case("float16", 2, 4, 2, 200, 200, 64, bias="B1QK", bias_values="inf", empty=True),
+    Case("bfloat16", 2, 4, 2, 200, 200, 128, bias="B1QK", bias_values="min", empty=True),
+    Case("bfloat16", 2, 4, 2, 304, 304, 64, layout="QKV", bias="QK", is_causal=True),
+]
 
-@pytest.mark.parametrize("case", [*LARGE, *filter(in_16_bits, [*cases.full(), *cases.empty()])], ids=str)
+
+@pytest.mark.parametrize("case", [*LARGE, *BIASED, *filter(in_16_bits, [*cases.full(), *cases.empty()])], ids=str)
 def test_case(case: Case, expected_gradients) -> None:
     check(case, expected_gradients(case))
 
 
+def refusal_by_hopper(case: Case) -> str | None:
+    """None where backward_sm90 takes the case."""
+    problem = case.problem()
+    inputs, arguments = on_gpu.arguments_of(problem)
+    given = on_gpu.given_for(case, problem, inputs, arguments)
+    try:
+        on_gpu.gradients(problem, inputs, arguments, given, "backward_sm90")
+    except RuntimeError as refusal:
+        return str(refusal)
+    return None
+
+
+@pytest.mark.parametrize("case", BIASED, ids=str)
+def test_a_bias_runs_on_the_fast_kernel(case: Case) -> None:
+    assert (refusal_by_hopper(case) is None) == is_hopper()
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    (
+        ({"bias": "B11K"}, "takes a bias of query's dtype, with rows of its own"),
+        ({"bias": "BHQK", "bias_dtype": "float32"}, "takes a bias of query's dtype, with rows of its own"),
+        ({"bias": "BHQK", "seqlen_kv": 129}, "takes a bias of query's dtype, with rows of its own"),
+        ({"bias": "BHQK", "mask": "B11K"}, "takes no mask, alibi_slopes and softcap"),
+        ({"bias": "BHQK", "head_dim": 192}, "head_dim or head_dim_v is above 128, with a bias"),
+    ),
+)
+def test_other_biases_are_refused_there_with_a_sentence(fields: dict, sentence: str) -> None:
+    refusal = refusal_by_hopper(Case(**({"dtype": "bfloat16", "seqlen_kv": 136} | fields)))
+    assert refusal is not None and (sentence in refusal or not is_hopper())
+
+
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
 @pytest.mark.parametrize("is_causal", (False, True))
-def test_many_launches_give_the_same_bits(head_dim: int, is_causal: bool) -> None:
+@pytest.mark.parametrize("has_bias", (False, True))
+def test_many_launches_give_the_same_bits(head_dim: int, is_causal: bool, has_bias: bool) -> None:
     """Blocks add to the gradient of the queries in turn: one out of turn is seen now and then only."""
     torch.manual_seed(head_dim)
     query, key, value, d_output = (
-        torch.randn(4, 11, 1500, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+        torch.randn(4, 11, 1504, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)
     )
-    output, lse = faplugin.attention(query, key, value, is_causal=is_causal, return_lse=True)
+    options: dict = {"is_causal": is_causal}
+    wanted = ("attn_bias",) if has_bias else ()
+    if has_bias:
+        options["attn_bias"] = torch.randn(1, 11, 1504, 1504, device="cuda", dtype=torch.bfloat16)
+    output, lse = faplugin.attention(query, key, value, **options, return_lse=True)
     for kernel in on_gpu.KERNELS:
         first = None
         for _ in range(30):
             try:
                 found = faplugin.attention_backward(
-                    d_output, output, lse, query, key, value, is_causal=is_causal, kernel=kernel
+                    d_output, output, lse, query, key, value, **options, wanted=wanted, kernel=kernel
                 )
             except RuntimeError:
                 break

@@ -27,14 +27,19 @@ class Workspace {
   size_t bytes_ = 0;
 };
 
-/// Are D wanted without the rounding of the output? Gradients of biases and sinks are sums over many rows in which what is exact
-/// cancels almost all; and where no row sees more than a few keys, that rounding isn't the mean of many.
+/// Is the gradient of a bias a sum over this axis?
+inline bool is_summed(const TensorView& d_bias, int axis) { return d_bias.shape[axis] > 1 && d_bias.stride[axis] == 0; }
+
+/// Are D wanted without the rounding of the output? In sums over the keys of a row, the gradients of sinks and of a bias that all
+/// keys share, what is exact cancels almost all; and where no row sees more than a few keys, that rounding isn't the mean of
+/// many. In sums over rows it is one error among others of many elements, of which the products' own are the larger.
 inline bool needs_exact_deltas(const AttentionParams& params, const Gradients& gradients) {
   constexpr int64_t kFewKeys = 32;
   const bool has_window = params.window_left >= 0 && params.window_right >= 0;
   const bool sees_few = params.key.shape[2] <= kFewKeys ||
                         (has_window && params.window_left < kFewKeys && params.window_left + params.window_right < kFewKeys);
-  return gradients.d_bias.present || gradients.d_sinks.present || sees_few;
+  const bool keys_share_bias = gradients.d_bias.present && is_summed(gradients.d_bias, 3);
+  return keys_share_bias || gradients.d_sinks.present || sees_few;
 }
 
 /// Arrays for a kernel with tiles of so many rows. `natural`: with `rest`.

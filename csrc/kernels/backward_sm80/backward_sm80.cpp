@@ -151,7 +151,7 @@ Status sum_bias(const Instance& instance, const AttentionParams& p, const Gradie
   sums.sum = g.d_bias;
   int64_t count[4];
   for (int axis = 0; axis < 4; ++axis) {
-    sums.shared[axis] = sums.sum.stride[axis] == 0 && sums.sum.shape[axis] != 1;
+    sums.shared[axis] = is_summed(sums.sum, axis);
     count[axis] = sums.shared[axis] ? 1 : sums.sum.shape[axis];
   }
   sums.heads = static_cast<unsigned>(count[1]);

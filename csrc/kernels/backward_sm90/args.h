@@ -69,6 +69,7 @@ struct KernelArgs {
   CUtensorMap d_out;  // [B, H_q, S_q, D_v], likewise
   CUtensorMap key;    // [B, H_kv, S_kv, D], boxes of kTileN rows x 64 columns
   CUtensorMap value;  // [B, H_kv, S_kv, D_v], likewise
+  CUtensorMap bias;   // [B or 1, H_q or 1, S_q, S_kv], boxes of kTileM rows x 64 keys; where the instance adds one
   TensorView d_query, d_key, d_value;
 
   SequenceRule sequences;
@@ -80,10 +81,11 @@ struct KernelArgs {
 
   int batch_size, num_query_tiles, num_key_tiles;
   int heads_per_key_head;
-  int num_items;          // key tiles of all batch entries and key heads
-  TileOrder order;        // in which items are drawn
-  bool rows_start_later;  // the first row that sees a key tile is later for later key tiles
-  bool rows_shorten;      // likewise, and all are seen by the last rows: later key tiles are seen by fewer
+  int num_items;                 // key tiles of all batch entries and key heads
+  TileOrder order;               // in which items are drawn
+  bool rows_start_later;         // the first row that sees a key tile is later for later key tiles
+  bool rows_shorten;             // likewise, and all are seen by the last rows: later key tiles are seen by fewer
+  int bias_batches, bias_heads;  // 1 where batch entries or heads have a bias of their own, 0 where they share one
   float scale, scale_log2;
 
   /// The number of a query tile among those of all heads and batch entries, as RowTiles counts them.

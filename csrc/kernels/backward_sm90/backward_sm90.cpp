@@ -8,6 +8,8 @@
 
 #include "dispatch.h"
 #include "kernels/backward_sm90/instances.h"
+#include "kernels/common/aligned_rows.h"
+#include "kernels/common/bias_tiles.h"
 #include "kernels/common/smallest_instance.h"
 #include "kernels/common/tensor_map.h"
 
@@ -19,25 +21,44 @@ constexpr int64_t kMaxRows = int64_t{1} << 29;  // positions and sums of two fit
 struct Instance {
   DType dtype;
   int head_dim;  // bucket: the largest head_dim and head_dim_v it takes
+  Variant variant;
   Status (*launch)(const BackwardPlan& plan, const AttentionParams& params, const Gradients& gradients,
                    const ExecutionContext& context);
 };
 
 const Instance kInstances[] = {
-#define FA_INSTANCE(T, dtype, head_dim, variant) {dtype, head_dim, launch_instance<T, head_dim, Variant::variant>},
+#define FA_INSTANCE(T, dtype, head_dim, variant) \
+  {dtype, head_dim, Variant::variant, launch_instance<T, head_dim, Variant::variant>},
 #include "kernels/backward_sm90/instances.def"
 #undef FA_INSTANCE
 };
 
 const Instance* find_instance(const AttentionParams& p) {
-  return smallest_instance(kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype; });
+  const Variant variant = p.bias.present ? Variant::kBias : Variant::kPlain;
+  return smallest_instance(
+      kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype && instance.variant == variant; });
 }
 
-/// What the kernel does with scores: a scale, key lengths and windows, and no more.
+/// What the kernel does with scores: a scale, a bias, key lengths and windows, and no more.
 bool suits_scores(const AttentionParams& p, std::string* why_not) {
-  FA_REFUSE_IF(p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f,
-               "takes no mask, bias, alibi_slopes and softcap");
+  FA_REFUSE_IF(p.mask.present || p.alibi_slopes.present || p.softcap != 0.0f, "takes no mask, alibi_slopes and softcap");
   FA_REFUSE_IF(p.cu_seqlens_q.present || p.query_lengths.present, "takes no packed sequences and query_lengths");
+  return true;
+}
+
+/// Biases that the copy engine brings, and gradients of them that are sums over whole tiles.
+bool suits_bias(const AttentionParams& p, const Gradients& g, std::string* why_not) {
+  if (!p.bias.present) return true;
+  FA_REFUSE_IF(!bias_has_tiles(p),
+               "takes a bias of query's dtype, with rows of its own that the copy engine (TMA) can address, and no other");
+  FA_REFUSE_IF(p.bias.shape[3] != p.key.shape[2], "takes no bias that ends before the keys");
+  if (!g.d_bias.present) return true;
+  for (int axis = 0; axis < 2; ++axis) {
+    FA_REFUSE_IF(is_summed(g.d_bias, axis) && bias_tensor(p.bias).shape[axis] > 1,
+                 "computes no d_bias that is shared where the bias is not");
+  }
+  FA_REFUSE_IF(is_summed(g.d_bias, 2) || g.d_bias.stride[3] != 1 || !rows_aligned_to(g.d_bias, 2 * sizeof(float)),
+               "writes d_bias by rows of their own that begin at multiples of 8 bytes, and no other");
   return true;
 }
 
@@ -64,7 +85,7 @@ bool suits_memory(const AttentionParams& p, const Gradients& g, std::string* why
 
 Memory take_memory(const AttentionParams& params, int head_dim, Workspace* workspace) {
   Memory memory{};
-  memory.rows = row_numbers(params, tile_rows(head_dim), false, workspace);
+  memory.rows = row_numbers(params, tile_rows(head_dim), params.bias.present, workspace);
   const int64_t tiles = memory.rows.tiles.of_head * params.query.shape[1];
   const bool several = params.key.shape[2] > kTileKeys;  // key tiles add to a row's gradient
   memory.sums = workspace->take<float>(several ? tiles * tile_rows(head_dim) * head_dim : 0);
@@ -79,11 +100,14 @@ bool plan(const StepParams& p, const Gradients& gradients, BackwardPlan* plan, s
                "needs " + std::to_string(kSharedLimit) + " bytes of shared memory in a thread block");
   FA_REFUSE_IF(size_of(p.query.dtype) != 2,
                std::string("takes float16 and bfloat16 only, the tensors are ") + name_of(p.query.dtype));
-  if (!suits_scores(p, why_not) || !suits_memory(p, gradients, why_not)) return false;
-  FA_REFUSE_IF(needs_exact_deltas(p, gradients),
-               "computes D from the rounded output, which is not exact enough for d_sinks and for rows of few keys");
+  if (!suits_scores(p, why_not) || !suits_bias(p, gradients, why_not) || !suits_memory(p, gradients, why_not)) return false;
+  FA_REFUSE_IF(
+      needs_exact_deltas(p, gradients),
+      "computes D from the rounded output, which is not exact enough for d_sinks, a d_bias that all keys share, and rows "
+      "of few keys");
   const Instance* instance = find_instance(p);
-  FA_REFUSE_IF(instance == nullptr, "head_dim or head_dim_v is above 256");
+  FA_REFUSE_IF(instance == nullptr,
+               std::string("head_dim or head_dim_v is above ") + (p.bias.present ? "128, with a bias" : "256"));
   plan->instance = static_cast<int>(instance - kInstances);
   Workspace workspace(nullptr);
   take_memory(p, instance->head_dim, &workspace);

@@ -11,9 +11,11 @@
 #include "kernels/backward_sm90/rows_out.cuh"
 #include "kernels/backward_sm90/shared_plan.cuh"
 #include "kernels/common/exp2.cuh"
+#include "kernels/common/mma.cuh"
 #include "kernels/common/shared_memory.cuh"
 #include "kernels/common/tma.cuh"
 #include "kernels/common/wgmma.cuh"
+#include "semantics/softmax.h"
 
 namespace fa::backward_sm90 {
 
@@ -26,7 +28,7 @@ struct Consumer {
   RingPosition<C::kStages> q, o;  // tiles of Q and dO
   RingPosition<kTurnSlots> turn;
   RingPosition<1> keys;
-  int buffer = 0;  // of d_scores
+  RingPosition<kScoreBuffers> buffer;  // of d_scores
   float d_key[C::kHeadDim / 2];
   float d_value[C::kHeadDim / 2];
   float s[C::kTileM / 2];        // S^T, then P^T
@@ -69,7 +71,7 @@ struct Consumer {
   __device__ __forceinline__ void issue_query_gradient() {
     constexpr bool kByColumns = C::kPanels == 2;
     const uint64_t a =
-        wgmma_descriptor_k_major(shared_address(shared.d_scores[buffer][0]) + (kByColumns ? 0 : warpgroup * 64 * 128));
+        wgmma_descriptor_k_major(shared_address(shared.d_scores[buffer.stage][0]) + (kByColumns ? 0 : warpgroup * 64 * 128));
     const uint64_t b =
         wgmma_descriptor_mn_major(shared_address(shared.key) + (kByColumns ? warpgroup * C::kTileN * 128 : 0), C::kTileN * 128);
     wgmma_pin(dq);
@@ -92,6 +94,35 @@ struct Consumer {
       s[4 * j + 1] = exp2_approx(fmaf(s[4 * j + 1], args.scale_log2, -row.y));
       s[4 * j + 2] = exp2_approx(fmaf(s[4 * j + 2], args.scale_log2, -row.x));
       s[4 * j + 3] = exp2_approx(fmaf(s[4 * j + 3], args.scale_log2, -row.y));
+    }
+  }
+
+  /// Where the lane's row of 16 bytes lies of the first four 8 x 8 elements of the warp's keys and the tile's queries, in the
+  /// order in which the accumulator has them: keys 0 … 7 and 8 … 15 of queries 0 … 7, then of queries 8 … 15.
+  __device__ __forceinline__ uint32_t scores_of_lane() const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    return shared_address(shared.d_scores[buffer.stage][warpgroup]) +
+           swizzled_offset(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+  }
+
+  /// P^T = exp(scale * S^T + bias - lse). The bias stands where the warp will store dS^T, so that no other warp is waited for.
+  __device__ __forceinline__ void take_biased_weights() {
+    shared.bias_full[buffer.stage].wait(buffer.phase);
+    const float *lse = shared.lse[q.stage] + threadIdx.x % 4 * 2, *rest = shared.rest[buffer.stage] + threadIdx.x % 4 * 2;
+    const uint32_t from = scores_of_lane();
+#pragma unroll
+    for (int step = 0; step < C::kTileM / 16; ++step) {
+      uint32_t pairs[4];
+      ldmatrix_x4_transposed(pairs, from + step * 16 * 128);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 bias = unpack2(pairs[i], std::is_same_v<T, __half>);
+        const float2 row = *reinterpret_cast<const float2*>(lse + (2 * step + i / 2) * 8);
+        const float2 more = *reinterpret_cast<const float2*>(rest + (2 * step + i / 2) * 8);
+        float &x = s[8 * step + 2 * i], &y = s[8 * step + 2 * i + 1];
+        x = exp2_approx(fmaf(fmaf(x, args.scale, bias.x) - row.x, kLog2E, -more.x));
+        y = exp2_approx(fmaf(fmaf(y, args.scale, bias.y) - row.y, kLog2E, -more.y));
+      }
     }
   }
 
@@ -134,9 +165,7 @@ struct Consumer {
       ds16[2 * j] = pack2<T>(low.x * (dp[4 * j] - row.x), low.y * (dp[4 * j + 1] - row.y));
       ds16[2 * j + 1] = pack2<T>(high.x * (dp[4 * j + 2] - row.x), high.y * (dp[4 * j + 3] - row.y));
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const uint32_t to =
-        shared_address(shared.d_scores[buffer][warpgroup]) + swizzled_offset(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+    const uint32_t to = scores_of_lane();
 #pragma unroll
     for (int step = 0; step < C::kTileM / 16; ++step)
       store_transposed(to + step * 16 * 128, ds16[4 * step], ds16[4 * step + 1], ds16[4 * step + 2], ds16[4 * step + 3]);
@@ -184,7 +213,11 @@ struct Consumer {
     shared.out_full[o.stage].wait(o.phase);
     issue_scores(dp, shared.value, shared.d_out[o.stage]);
     // 2. P^T, and dV += P^T dO.
-    take_weights();
+    if constexpr (C::kHasBias) {
+      take_biased_weights();
+    } else {
+      take_weights();
+    }
     if (!all_visible(item, first_key, first_row)) hide_keys(item, first_key, first_row);
 #pragma unroll
     for (int i = 0; i < C::kTileM / 4; ++i) p16[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
@@ -203,12 +236,13 @@ struct Consumer {
     wgmma_pin(p16);
     wgmma_pin(d_value);
     shared.out_empty[o.stage].arrive();
+    if constexpr (C::kHasBias) shared.bias_empty[buffer.stage].arrive();
     if (kLast) release(shared.key_empty);
     add_query_gradient(item, head, tile);
     auto& query_done = shared.query_empty[q.stage];
     q.advance();
     o.advance();
-    buffer ^= 1;
+    buffer.advance();
     // 5. The next tile's S^T behind dK, whose end gives back its queries.
     if constexpr (!kLast) start_scores();
     wgmma_wait<0>();

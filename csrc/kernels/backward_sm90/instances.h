@@ -6,12 +6,16 @@
 #include <cuda_fp16.h>
 
 #include "fa/backward.h"
+#include "kernels/backward_rows/row_numbers.h"
 
 namespace fa::backward_sm90 {
 
 inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory that an instance may take
 
-enum class Variant : uint8_t { kPlain };
+enum class Variant : uint8_t {
+  kPlain,
+  kBias,  // adds a bias, which the copy engine brings
+};
 
 /// Query rows and keys of a tile.
 constexpr int tile_rows(int head_dim) { return head_dim <= 64 ? 128 : 64; }
@@ -23,5 +27,10 @@ constexpr int blocks_of_item(int head_dim) { return head_dim <= 128 ? 1 : 2; }
 template <typename T, int kHeadDim, Variant kVariant>
 Status launch_instance(const BackwardPlan& plan, const AttentionParams& params, const Gradients& gradients,
                        const ExecutionContext& context);
+
+/// The gradient of the bias (bias_gradient.cuh), behind prepare_rows().
+template <typename T, int kHeadDim>
+Status launch_bias_gradient(const BackwardPlan& plan, const AttentionParams& params, const Gradients& gradients,
+                            const RowNumbers& rows, const ExecutionContext& context);
 
 }  // namespace fa::backward_sm90

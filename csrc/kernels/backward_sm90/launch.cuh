@@ -9,6 +9,7 @@
 #include "kernels/backward_sm90/backward_sm90.h"
 #include "kernels/backward_sm90/instances.h"
 #include "kernels/backward_sm90/kernel.cuh"
+#include "kernels/common/bias_tiles.h"
 #include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
 #include "kernels/common/launch_early.h"
@@ -22,6 +23,9 @@ Status encode_maps(const AttentionParams& p, const Gradients& gradients, KernelA
   if (Status status = encode_tensor_map(p.query, C::kTileM, &args->query); !status.ok()) return status;
   if (Status status = encode_tensor_map(gradients.d_out, C::kTileM, &args->d_out); !status.ok()) return status;
   if (Status status = encode_tensor_map(p.key, C::kTileN / C::kBlocks, &args->key); !status.ok()) return status;
+  if (C::kHasBias) {
+    if (Status status = encode_tensor_map(bias_tensor(p.bias), C::kTileM, &args->bias); !status.ok()) return status;
+  }
   return encode_tensor_map(p.value, C::kTileN / C::kBlocks, &args->value);
 }
 
@@ -46,7 +50,10 @@ void describe_problem(const AttentionParams& p, const Gradients& gradients, cons
   args->rows_start_later = p.window_right >= 0;
   args->rows_shorten = args->rows_start_later && (p.window_left < 0 || p.window_left >= p.key.shape[2]);
   args->order = TileOrder(p.query.shape[0], p.key.shape[1], args->num_key_tiles, together,
-                          args->rows_shorten ? 2 * together : together, false);
+                          args->rows_shorten ? 2 * together : together, batch_shares_bias(p));
+  const TensorView bias = bias_tensor(p.bias);
+  args->bias_batches = bias.shape[0] > 1;
+  args->bias_heads = bias.shape[1] > 1;
   args->scale = p.softmax_scale;
   args->scale_log2 = p.softmax_scale * kLog2E;
 }
@@ -68,8 +75,12 @@ Status launch_config(void (*kernel)(KernelArgs), const BackwardPlan& plan, const
   cudaError_t error = allow_shared_memory(kernel, kSharedBytes);
   if (error == cudaSuccess)
     error = launch_early(kernel, blocks, C::kThreads, kSharedBytes, static_cast<cudaStream_t>(context.stream), args, C::kBlocks);
-  if (error != cudaSuccess || !gradients.d_sinks.present) return cuda_status(error, "backward_sm90 could not be launched");
-  return d_sinks_of_rows(p, gradients, memory.rows, context);
+  if (error != cudaSuccess) return cuda_status(error, "backward_sm90 could not be launched");
+  if constexpr (C::kHasBias) {
+    if (gradients.d_bias.present)
+      return launch_bias_gradient<typename C::T, C::kHeadDim>(plan, p, gradients, memory.rows, context);
+  }
+  return gradients.d_sinks.present ? d_sinks_of_rows(p, gradients, memory.rows, context) : Status{};
 }
 
 template <typename T, int kHeadDim, Variant kVariant>
@@ -79,7 +90,7 @@ Status launch_instance(const BackwardPlan& plan, const AttentionParams& params, 
     using C = PairTraits<T>;
     return launch_config<C, PairPlan<C>>(backward_sm90_pair_kernel<C>, plan, params, gradients, context);
   } else {
-    using C = Traits<T, kHeadDim>;
+    using C = Traits<T, kHeadDim, kVariant>;
     return launch_config<C, SharedPlan<C>>(backward_sm90_kernel<C>, plan, params, gradients, context);
   }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of backward_sm90 that don't multiply: one lane draws items and keeps the copy engine ahead of the consumers, two see
-// to it that blocks add to a query tile's gradient one after another, in an order that depends on nothing but the problem.
+// The warps of backward_sm90 that don't multiply: one lane draws items and keeps the copy engine ahead of the consumers (another
+// does so for a bias), two see to it that blocks add to a query tile's gradient one after another, in an order that depends on
+// nothing but the problem.
 #pragma once
 
 #include "kernels/backward_sm90/shared_plan.cuh"
@@ -102,23 +103,50 @@ __device__ __forceinline__ void load_items(const KernelArgs& args, SharedPlan<C>
   }
 }
 
-/// One lane: calls f(the query tile's counter of turns, this item's turn) for all steps of all items, as they are published.
+/// One lane: calls f(item, query head, query tile) for all steps of all items, as they are published.
 template <class Plan, class F>
-__device__ __forceinline__ void for_each_turn(const KernelArgs& args, Plan& shared, F f) {
-  using C = typename Plan::Config;
-  unsigned* const turns = args.turns + (C::kBlocks > 1 ? cluster_rank() : 0);
+__device__ __forceinline__ void for_each_published_step(const KernelArgs& args, Plan& shared, F f) {
   RingPosition<kItemSlots> slot;
   for (;;) {
     shared.item_full[slot.stage].wait(slot.phase);
     const Item& item = shared.item[slot.stage];
     if (!item.valid) return;
-    for_each_step(args, item, [&](int head, int tile) {
-      f(turns + args.query_tile(item.batch, head, tile) * C::kBlocks,
-        turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending));
-    });
+    for_each_step(args, item, [&](int head, int tile) { f(item, head, tile); });
     shared.item_empty[slot.stage].arrive();
     slot.advance();
   }
+}
+
+/// One lane: copies the bias of each step's queries and keys, and what is left of the rows' references, to where the gradients of
+/// its scores will stand.
+template <class C>
+__device__ __forceinline__ void load_biases(const KernelArgs& args, SharedPlan<C>& shared) {
+  RingPosition<kScoreBuffers> ring;
+  const uint64_t policy = l2_policy(args.bias_batches != 0 && args.bias_heads != 0);
+  for_each_published_step(args, shared, [&](const Item& item, int head, int tile) {
+    Mbarrier<1>& full = shared.bias_full[ring.stage];
+    shared.bias_empty[ring.stage].wait(ring.phase ^ 1);
+    full.arrive_expect(sizeof(shared.d_scores[0]) + C::kRowBytes);
+#pragma unroll
+    for (int panel = 0; panel < C::kWarpgroups; ++panel) {
+      tma_load(shared.d_scores[ring.stage][panel], &args.bias, &full.word, item.key_tile * C::kTileN + panel * 64,
+               tile * C::kTileM, head * args.bias_heads, item.batch * args.bias_batches, policy);
+    }
+    const int64_t first_row = static_cast<int64_t>(args.query_tile(item.batch, head, tile)) * C::kTileM;
+    bulk_load(shared.rest[ring.stage], args.rows.rest + first_row, C::kRowBytes, &full.word);
+    ring.advance();
+  });
+}
+
+/// One lane: calls f(the query tile's counter of turns, this item's turn) for all steps of all items, as they are published.
+template <class Plan, class F>
+__device__ __forceinline__ void for_each_turn(const KernelArgs& args, Plan& shared, F f) {
+  using C = typename Plan::Config;
+  unsigned* const turns = args.turns + (C::kBlocks > 1 ? cluster_rank() : 0);
+  for_each_published_step(args, shared, [&](const Item& item, int head, int tile) {
+    f(turns + args.query_tile(item.batch, head, tile) * C::kBlocks,
+      turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending));
+  });
 }
 
 /// One lane: waits until the key tiles before this one have added to a query tile's gradient.
@@ -157,6 +185,9 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& s
   if (warp == 0) load_items(args, shared);
   if (warp == 1) poll_turns(args, shared);
   if (warp == 2) signal_turns(args, shared);
+  if constexpr (C::kHasBias) {
+    if (warp == 3) load_biases(args, shared);
+  }
 }
 
 }  // namespace fa::backward_sm90

@@ -2,17 +2,20 @@
 // The shared memory of a thread block of backward_sm90, and all barriers by which its roles hand over to each other.
 //
 // Roles (producer.cuh, consumer.cuh): "load" is the lane that draws items and starts copies into shared memory, "poll" the lane
-// that waits for other blocks' turns, "signal" the lane that passes the turn on, "consume" each of the warps that multiply.
+// that waits for other blocks' turns, "signal" the lane that passes the turn on, "bias", where there is one, the lane that copies
+// it, "consume" each of the warps that multiply.
 //
 //   barrier      who arrives, and so ends a phase   who waits            what the phase's end says
 //   item_full    load                               all others           the item can be read
-//   item_empty   poll, signal, consume              load                 nobody reads the item any more
+//   item_empty   poll, signal, bias, consume        load                 nobody reads the item any more
 //   key_full     the copy engine                    consume              the item's tile of K is there (value_full: of V)
 //   key_empty    consume                            load                 its buffer may be filled again (value_empty)
 //   query_full   the copy engine                    consume              a tile of Q and its log-sum-exp are there
 //   query_empty  consume                            load                 its buffer may be filled again
 //   out_full     the copy engine                    consume              a tile of dO and its delta are there
 //   out_empty    consume                            load                 its buffer may be filled again
+//   bias_full    the copy engine                    consume              a tile of the bias is there, and the rest of its rows'
+//   references bias_empty   consume                            bias                 dQ has read dS, which has taken its place
 //   turn_full    poll                               consume              the key tiles before this one have added to d_query
 //   turn_done    consume                            signal               this block has added to it
 //   turn_empty   signal                             poll                 … and others have been told
@@ -31,8 +34,9 @@
 
 namespace fa::backward_sm90 {
 
-inline constexpr int kItemSlots = 2;  // items that are drawn and not yet done
-inline constexpr int kTurnSlots = 2;  // query tiles whose turn has come and not yet been passed on
+inline constexpr int kItemSlots = 2;     // items that are drawn and not yet done
+inline constexpr int kScoreBuffers = 2;  // for gradients of scores
+inline constexpr int kTurnSlots = 2;     // query tiles whose turn has come and not yet been passed on
 
 /// The hardware's numbered barriers; 0 is that of __syncthreads().
 enum NamedBarrier : int {
@@ -80,17 +84,21 @@ struct SharedPlan {
   alignas(1024) uint8_t value[C::kKeyBytes];
   alignas(1024) uint8_t query[C::kStages][C::kQueryBytes];
   alignas(1024) uint8_t d_out[C::kStages][C::kQueryBytes];
-  alignas(1024) uint8_t d_scores[2][C::kWarpgroups][C::kTileM * 128];  // rows of queries, a panel for each warpgroup's keys
+  // Rows of queries, a panel for each warpgroup's keys. A bias comes where the gradients of its scores will stand.
+  alignas(1024) uint8_t d_scores[kScoreBuffers][C::kWarpgroups][C::kTileM * 128];
   alignas(128) float lse[C::kStages][C::kTileM];
   alignas(128) float delta[C::kStages][C::kTileM];
+  alignas(128) float rest[C::kHasBias ? kScoreBuffers : 1][C::kHasBias ? C::kTileM : 4];  // of lse; comes with the bias
 
   // The barriers of the table above, with the number of arrivals that end a phase.
   Mbarrier<1> item_full[kItemSlots];
-  Mbarrier<C::kConsumerThreads + 2> item_empty[kItemSlots];
+  Mbarrier<C::kConsumerThreads + 2 + C::kHasBias> item_empty[kItemSlots];
   Mbarrier<1> key_full, value_full;
   Mbarrier<C::kConsumerWarps> key_empty, value_empty;
   Mbarrier<1> query_full[C::kStages], out_full[C::kStages];
   Mbarrier<C::kConsumerThreads> query_empty[C::kStages], out_empty[C::kStages];
+  Mbarrier<1> bias_full[kScoreBuffers];
+  Mbarrier<C::kConsumerThreads> bias_empty[kScoreBuffers];
   Mbarrier<1> turn_full[kTurnSlots], turn_empty[kTurnSlots];
   Mbarrier<C::kConsumerWarps> turn_done[kTurnSlots];
 
@@ -105,6 +113,7 @@ struct SharedPlan {
     value_empty.init();
     init_ring(query_full, query_empty);
     init_ring(out_full, out_empty);
+    if (C::kHasBias) init_ring(bias_full, bias_empty);
     init_ring(turn_full, turn_empty);
     for (auto& barrier : turn_done) barrier.init();
     mbarrier_init_fence();

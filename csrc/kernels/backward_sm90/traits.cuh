@@ -10,9 +10,10 @@
 
 namespace fa::backward_sm90 {
 
-template <typename T_, int kHeadDim_>
+template <typename T_, int kHeadDim_, Variant kVariant>
 struct Traits {
   using T = T_;
+  static constexpr bool kHasBias = kVariant == Variant::kBias;
   static constexpr int kBlocks = 1;                   // that have an item together
   static constexpr int kHeadDim = kHeadDim_;          // 64 or 128; the copy engine pads narrower heads with zeros
   static constexpr int kWarpgroups = 2;               // that multiply
@@ -39,6 +40,7 @@ struct Traits {
 template <typename T_>
 struct PairTraits {
   using T = T_;
+  static constexpr bool kHasBias = false;
   static constexpr int kBlocks = 2;
   static constexpr int kHeadDim = 256, kHalfDim = 128;  // the copy engine pads narrower heads with zeros
   static constexpr int kWarpgroups = 2;

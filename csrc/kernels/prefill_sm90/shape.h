@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "fa/attention.h"
-#include "kernels/common/tensor_map.h"
+#include "kernels/common/bias_tiles.h"
 #include "kernels/prefill_sm90/instances.h"
 #include "semantics/sequence.h"
 
@@ -54,21 +54,6 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
 /// products one after another.
 constexpr bool adds_query_bias(int head_dim, Variant variant) {
   return variant != Variant::kShort || head_dim <= 64 || head_dim > 96;
-}
-
-/// The bias as the copy engine sees it: an axis that is broadcast has size 1.
-inline TensorView bias_tensor(TensorView bias) {
-  for (int axis = 0; axis < 2; ++axis) {
-    if (bias.stride[axis] == 0) bias.shape[axis] = 1;
-  }
-  return bias;
-}
-
-/// Can the copy engine bring tiles of the bias? Else threads read it element by element.
-inline bool bias_has_tiles(const AttentionParams& p) {
-  const TensorView& bias = p.bias;
-  return bias.present && bias.dtype == p.query.dtype && bias.shape[2] > 1 && bias.stride[2] != 0 && bias.shape[3] > 1 &&
-         bias.stride[3] == 1 && has_tensor_map(bias_tensor(bias));
 }
 
 /// Do scores need more than a scale > 0, lengths, windows and a mask that is the same for all rows, which a producer reads?
