@@ -14,8 +14,8 @@
 //   query_empty  consume                            load                 its buffer may be filled again
 //   out_full     the copy engine                    consume              a tile of dO and its delta are there
 //   out_empty    consume                            load                 its buffer may be filled again
-//   bias_full    the copy engine                    consume              a tile of the bias is there, and the rest of its rows'
-//   references bias_empty   consume                            bias                 dQ has read dS, which has taken its place
+//   bias_full    the copy engine                    consume              a step's bias and the rest of its references are there
+//   bias_empty   consume                            bias                 dQ has been computed from dS, which took its place
 //   turn_full    poll                               consume              the key tiles before this one have added to d_query
 //   turn_done    consume                            signal               this block has added to it
 //   turn_empty   signal                             poll                 … and others have been told
