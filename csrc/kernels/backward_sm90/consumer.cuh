@@ -166,6 +166,7 @@ struct Consumer {
       ds16[2 * j + 1] = pack2<T>(high.x * (dp[4 * j + 2] - row.x), high.y * (dp[4 * j + 3] - row.y));
     }
     const uint32_t to = scores_of_lane();
+    if constexpr (C::kHasBias) __syncwarp();  // all lanes have the bias that stood there
 #pragma unroll
     for (int step = 0; step < C::kTileM / 16; ++step)
       store_transposed(to + step * 16 * 128, ds16[4 * step], ds16[4 * step + 1], ds16[4 * step + 2], ds16[4 * step + 3]);
