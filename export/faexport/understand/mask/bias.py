@@ -13,7 +13,8 @@ from faexport import spec
 from faexport.understand.index import logic as il
 from faexport.understand.mask.alibi import in_words, slopes_of
 from faexport.understand.mask.draft import Draft
-from faexport.understand.mask.terms import Case, is_moderate
+from faexport.understand.mask.magnitudes import is_moderate
+from faexport.understand.mask.terms import Case, sum_of
 from faexport.understand.mask.window import Window
 from faexport.understand.mask.words import axes_of
 from faexport.understand.shapes import algebra as ia
@@ -34,24 +35,16 @@ def write_bias(draft: Draft, cases: list[Case], window: Window) -> None:
     expr = il.assume(expr, il.all_of(window.parts)) if window.parts else expr
     draft.mask.attn_bias = draft.value(expr)
     draft.fact(f"bias {axes_of(expr)}", expr)
+    draft.note_infinite(e for case in cases for e, _ in case.bias)
 
 
 def _added(draft: Draft, case: Case) -> Expr:
     """What a case adds to its scores; beside a hugely negative number the rest vanishes."""
     dtype = draft.site.scores.dtype
     if case.mask is None:
-        return _sum_of(draft, case.bias)
+        return sum_of(case.bias, dtype)
     fill = il.floating(case.mask, dtype)
-    return fill if case.mask <= -1e30 else il.float_op("Add", dtype, _sum_of(draft, case.bias), fill)
-
-
-def _sum_of(draft: Draft, bias: tuple[tuple[Expr, float], ...]) -> Expr:
-    dtype = draft.site.scores.dtype
-    total = il.floating(0.0, dtype)
-    for e, factor in bias:
-        scaled = il.float_op("Mul", dtype, e, il.floating(factor, dtype)) if factor != 1 else e
-        total = il.float_op("Add", dtype, total, scaled)
-    return total
+    return fill if case.mask <= -1e30 else il.float_op("Add", dtype, sum_of(case.bias, dtype), fill)
 
 
 def _kept_bias(draft: Draft, bias: tuple[tuple[Expr, float], ...], window: Window) -> None:
@@ -71,6 +64,7 @@ def _kept_bias(draft: Draft, bias: tuple[tuple[Expr, float], ...], window: Windo
         return
     draft.sum([(_bias_value(draft, expr), factor) for expr, factor in moving])
     draft.assume_order(bias)
+    draft.note_infinite(e for e, _ in moving)
     for expr, factor in moving:
         slopes = _counted_slopes(draft, expr, factor, window)
         more = "" if slopes is None else f": {in_words(slopes)}, times positions counted from a mask"

@@ -7,7 +7,7 @@ condition is an expression over (b, h, i, j); new nodes are made by emit.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,12 +17,15 @@ from faexport.nodes import name_of, producer
 from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.emit import Emitter
+from faexport.understand.mask.magnitudes import is_moderate, may_be_infinite
 from faexport.understand.mask.options import MaskOptions
-from faexport.understand.mask.terms import Site, is_moderate
+from faexport.understand.mask.terms import Site
 from faexport.understand.mask.window import Window, corners, length_of, split
 from faexport.understand.mask.words import axes_of, kind_of, window_text
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
+
+INFINITE_ROW = "a row whose bias is -inf at every key gives 0 (NaN before)"
 
 
 class Draft:
@@ -79,6 +82,17 @@ class Draft:
         text = "where a float mask hides every key of a row, nothing depends on what rounding leaves of their scores"
         if self.site.scores.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or len(parts) > 1 or parts[0][1] != 1:
             self.assume(text)
+
+    def note_infinite(self, added: Iterable[Expr]) -> None:
+        """The operator takes a bias of -inf for a key that is hidden."""
+        if not self.gives_zero() and any(may_be_infinite(e) for e in added):
+            self.fact(INFINITE_ROW)
+
+    def gives_zero(self) -> bool:
+        """Does the graph itself make 0 of a row without a visible key?"""
+        zeroed = (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW)
+        scores = self.site.scores
+        return scores.nan_guard or scores.sinks or any(t.kind in zeroed for t in self.terms)
 
     # -------------------------------------------------------------------------------------- windows, lengths, bool mask
 

@@ -19,6 +19,7 @@ from faexport.understand.index import transfer_layout, transfer_math  # noqa: F4
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Unknown
 from faexport.understand.mask.check import Checker
+from faexport.understand.mask.draft import INFINITE_ROW
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.options import MaskOptions
@@ -110,7 +111,7 @@ def _as_it_stands(site: Site, terms: Sequence[spec.MaskTerm]) -> spec.Mask:
     if len(terms) > 1 or stands != (spec.TermKind.ADD, "BHST", 1.0, True):
         raise Unknown
     fact = spec.Fact("bias, broadcast as it is: how it is computed is not understood", (name_of(term.node),))
-    return spec.Mask(attn_bias=term.value, facts=(fact,))
+    return spec.Mask(attn_bias=term.value, facts=(fact, spec.Fact(INFINITE_ROW, fact.nodes)))
 
 
 UNKNOWN_SHAPE = "the shape of its mask can't be found out"

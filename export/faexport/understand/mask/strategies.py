@@ -22,17 +22,15 @@ from faexport.understand.mask.bias import write_bias
 from faexport.understand.mask.draft import Draft
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.empty_rows import TwoMasks, empty_rows, lower_of_two, two_masks
+from faexport.understand.mask.magnitudes import ABSORBS, MASKING, is_moderate, keeps_scores
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.terms import (
-    ABSORBS,
-    MASKING,
     Case,
     NotAMask,
     Site,
     cases_of,
+    check_clamp,
     fills,
-    is_moderate,
-    keeps_scores,
     leaves,
     rows_see_a_key,
     summands,
@@ -53,6 +51,7 @@ _BOTH_MASKS = (
     "a float mask is added to scores that another mask replaced by a number: rows of padding only would come out "
     "differently (--assume full-rows or right-padding rules them out)"
 )
+_SCALED_BETWEEN = "its scores are scaled between a bias and the number that they are clamped at"
 _OTHER_ORDER = (
     "beside {:g} little is left of scores in a row that sees no key, and what, depends on the order of its additions, "
     "which the operator does not keep (--assume full-rows rules such rows out)"
@@ -177,6 +176,8 @@ def float_masks_as_they_are(problem: Problem) -> spec.Mask | None:
             else:
                 value = draft.value(il.choose(kept, zero, fill))
             parts = [(value, term.factor)]
+        elif term.kind is spec.TermKind.CLAMP:
+            parts = _clamped(draft, term, parts)
         else:
             raise NotAMask(_BOTH_MASKS)
     weak = _weak_fills(site)
@@ -185,8 +186,25 @@ def float_masks_as_they_are(problem: Problem) -> spec.Mask | None:
         raise NotAMask(_OTHER_ORDER.format(max(weak)))
     draft.sum(parts)
     draft.fact("a finite mask beside a float mask: both stay a bias")
-    draft.assume_order([(site.element(t, t.value), t.factor) for t in site.terms if t.kind is spec.TermKind.ADD])
+    added = [(site.element(t, t.value), t.factor) for t in site.terms if t.kind is spec.TermKind.ADD]
+    draft.assume_order(added)
+    if site.terms[-1].kind is not spec.TermKind.CLAMP:
+        draft.note_infinite(e for e, _ in added)
     return draft.finished()
+
+
+def _clamped(draft: Draft, term: spec.MaskTerm, parts: list[tuple[ir.Value, float]]) -> list[tuple[ir.Value, float]]:
+    """What was added so far, behind max(scores, a number)."""
+    floor = il.float_value(draft.site.element(term, term.value))
+    if floor is None:
+        raise NotAMask(_BOTH_MASKS)
+    if not parts:
+        return parts
+    check_clamp(term, floor, draft.site.scores.dtype)
+    if any(factor != term.factor for _, factor in parts):
+        raise NotAMask(_SCALED_BETWEEN)
+    value = draft.emitter.node("Max", [draft.total([(value, 1.0) for value, _ in parts]), draft.number(floor)])
+    return [(value, term.factor)]
 
 
 # ------------------------------------------------------------------------------------------ two masks
@@ -254,6 +272,7 @@ def lower_of_window_and_given(problem: Problem) -> spec.Mask | None:
     draft.fact(f"bias {axes_of(found.given)}", found.given)
     if rows is not None:
         draft.fact("a row that sees no key gives the mean of all values above -inf, written behind the operator")
+    draft.note_infinite([found.given])
     return draft.finished()
 
 
@@ -348,8 +367,7 @@ def _deepest(site: Site, soft: list[Case], cases: list[Case]) -> list[Case]:
 
 
 def _note_empty_rows(draft: Draft) -> None:
-    zeroed = (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW)
-    if not draft.site.scores.nan_guard and not any(t.kind in zeroed for t in draft.terms):
+    if not draft.gives_zero():
         draft.fact("a row that sees no key gives 0 (NaN before)")
 
 

@@ -12,28 +12,31 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
+from faexport.nodes import operand
 from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.linear import linear_in
 from faexport.understand.index.tensor import Tensor, Unknown, broadcast_index
+from faexport.understand.mask.magnitudes import ABSORBS, MASKING, is_moderate, magnitude
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.constants import tensor_of
 from faexport.understand.shapes.dims import Dim
 
-# A fill above this is a number like any other; at or below it a softmax weight is 0 beside any usual score.
-MASKING = -1e4
-_FINE = 2.0**14  # beside smaller numbers, float32 keeps 2^-10 of a score
-ABSORBS = {ir.DataType.FLOAT16: -6e4, ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.DOUBLE: -1e30}
 _MAX_CASES = 24
 _AXES = {"T": "keys", "B": "batch entries", "M": "batch entries", "W": "batch entries", "S": "rows", "H": "heads"}
 _TOO_LARGE = (
     "its mask may have more {} than the scores, which would then take its size: both sizes have names of their own"
 )
+
+
+_CLAMPED_BIAS = (
+    "its scores are clamped at {:g} after a bias was added that may be lower, and this number does not absorb scores"
+)
+_CUT_OFF_BIAS = "its scores are cut off above after a bias was added that may be infinite"
 
 
 class NotAMask(Exception):
@@ -372,9 +375,31 @@ def _clamp(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
     if floor is None or floor * term.factor > MASKING:
         raise NotAMask("its scores are clamped at a number that real scores can reach")
     floor *= term.factor
-    if case.mask is None or case.mask > floor:
+    if case.mask is not None:
+        return [case if case.mask > floor else dataclasses.replace(case, mask=floor, replaced=True, exact=True)]
+    if sum(magnitude(e) * abs(factor) for e, factor in case.bias) < -floor / 2:
         return [case]
-    return [dataclasses.replace(case, mask=floor, replaced=True, exact=True)]
+    check_clamp(term, floor, site.scores.dtype)
+    dtype = site.scores.dtype
+    bias = il.float_op("Max", dtype, sum_of(case.bias, dtype), il.floating(floor, dtype))
+    return [dataclasses.replace(case, bias=((bias, 1.0),))]
+
+
+def check_clamp(term: spec.MaskTerm, floor: float, dtype: ir.DataType) -> None:
+    """max(score + bias, floor) is score + max(bias, floor) where the floor absorbs scores; else raises NotAMask."""
+    if dtype not in (ir.DataType.FLOAT, ir.DataType.BFLOAT16) or not floor <= ABSORBS[dtype]:
+        raise NotAMask(_CLAMPED_BIAS.format(floor))
+    if term.node.op_type == "Clip" and operand(term.node, 2) is not None:
+        raise NotAMask(_CUT_OFF_BIAS)
+
+
+def sum_of(bias: Iterable[tuple[Expr, float]], dtype: ir.DataType) -> Expr:
+    """What the expressions of a Case add to its scores."""
+    total = il.floating(0.0, dtype)
+    for e, factor in bias:
+        scaled = il.float_op("Mul", dtype, e, il.floating(factor, dtype)) if factor != 1 else e
+        total = il.float_op("Add", dtype, total, scaled)
+    return total
 
 
 def _gate(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
@@ -439,32 +464,6 @@ def _holds_for_weights(test: Expr) -> bool:
     table = gather.inputs[0]
     constant = tensor_of(table)
     return constant is not None and bool((constant.numpy() > il.number_of(bound)).all())
-
-
-def is_moderate(e: Expr) -> bool:
-    """Is a bias a number like a score, far from any fill? Not if it has a huge constant in it, or comes from the
-    user."""
-    numbers = (abs(il.number_of(number)) for number in ia.atoms(e, "float"))
-    return all(number < -MASKING for number in numbers) and _are_tables_below(e, -MASKING)
-
-
-def keeps_scores(e: Expr) -> bool:
-    """Do scores keep their last bits beside a bias, or nothing at all? Not beside what comes from the user."""
-    numbers = (abs(il.number_of(number)) for number in ia.atoms(e, "float"))
-    absorbing = -ABSORBS[ir.DataType.FLOAT]
-    return all(n == 0 or 1 / _FINE <= n < _FINE or n >= absorbing for n in numbers) and _are_tables_below(e, _FINE)
-
-
-def _are_tables_below(e: Expr, limit: float) -> bool:
-    """Are all float numbers that a bias is read from stored ones, and smaller?"""
-    for atom in ia.atoms(e, "load"):
-        if atom.kind == "float":
-            constant = tensor_of(atom.args[0])
-            if atom.args[0].is_graph_input():
-                return False
-            if constant is not None and not np.abs(constant.numpy().astype(np.float64)).max(initial=0) < limit:
-                return False
-    return True
 
 
 def visible(cases: Iterable[Case]) -> Expr:
