@@ -3,8 +3,8 @@
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> biases of projections, for
-onnxruntime -> projections -> the stand-in function -> shapes that are proven -> GELU as onnxruntime knows it -> what
-stands around, for onnxruntime.
+onnxruntime -> projections -> the stand-in function -> computed sizes that stay so -> shapes that are proven -> GELU as
+onnxruntime knows it -> what stands around, for onnxruntime.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from faexport.precision import FLOAT32_PRECISION, float32_note, in_precision
 from faexport.projection_biases import move_biases
 from faexport.projections import pack_projections
 from faexport.report import Report, count_nodes
+from faexport.reshape_targets import keep_computed
 from faexport.rewrite import Names, add_opset, drop_drafts, is_current, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.mask.proof import Masks
@@ -63,6 +64,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     missing = add_fallback(model, full_rows, masks.analysis) if fused and options.fallback else ""
     if fused:
         masks.analysis.extend(model)
+        keep_computed(model, masks.analysis, names)
         declare_shapes(model, masks.analysis)
     notes = [f"the file runs with our library only: {missing}"] if missing else []
     if fused and (moved := put_half_last(model, masks.analysis, names)):

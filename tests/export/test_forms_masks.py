@@ -25,7 +25,34 @@ def biased(body: str, fill: float, **more: object) -> Form:
     return Form(f"{QKV}, float[1, 3, T, S] bias, bool[B, 1, 1, S] m", f"{PRODUCT} {low} {body} {END}", **more)
 
 
+def clamped(body: str, **more: object) -> Form:
+    """The plain block with a bias `b` that overflows to -inf in places, and numbers to hide keys by and to clamp at."""
+    return Form(
+        f"{QKV}, float[1, 3, T, S] bias, bool[B, 1, 1, S] m",
+        f"""{PRODUCT} {LOWEST} none = Constant<value = float {{-inf}}>() away = Abs(bias) b = Mul(away, lowest)
+        {body} {END}""",
+        **more,
+    )
+
+
+LOWEST = "lowest = Constant<value = float {-3.4028235e38}>()"
+INFINITE = frozenset({"a row whose bias is -inf at every key gives 0 (NaN before)"})
+
 RIGHT = {
+    "a clamp behind a bias that overflows": clamped("a = Add(s, b) x = Max(a, lowest)", gone=frozenset()),
+    "a clamp by Clip, and then hidden keys": clamped("a = Add(s, b) c = Clip(a, lowest) x = Where(m, c, none)"),
+    "hidden keys between a bias and its clamp": clamped("a = Add(s, b) c = Where(m, a, none) x = Max(c, lowest)"),
+    "a fill, a bias that overflows, and a clamp": clamped("a = Where(m, s, lowest) c = Add(a, b) x = Max(c, lowest)"),
+    "a clamp between two biases, and half of it all": clamped(
+        "a = Add(s, b) c = Max(lowest, a) d = Add(c, bias) half = Constant<value = float {0.5}>() x = Mul(d, half)"
+    ),
+    "a clamp in front of a bias that overflows": clamped("a = Max(s, lowest) x = Add(a, b)", facts=INFINITE),
+    "a bias that overflows": clamped("x = Add(s, b)", facts=INFINITE),
+    "a clamp behind a bias that is never so low": clamped(
+        """table = Constant<value = float[1, 3, 1, 1] {1.0, -2.0, 0.5}>() t = Tanh(bias) c = Mul(t, table)
+        a = Add(s, c) x = Max(a, lowest)""",
+        gone=frozenset({"Softmax", "Max"}),
+    ),
     "padded by a constant, and causal": Form(
         f"{SELF}, float[B, 5] m",
         f"""{PRODUCT} {LOW} one = Constant<value = float {{1.0}}>() i = Sub(one, m) b = Mul(i, low)
@@ -106,7 +133,27 @@ RIGHT = {
 
 OTHER_ORDER = "what, depends on the order of its additions"
 
+CLAMPED = "after a bias was added that may be lower, and this number does not absorb scores"
+
 WRONG = {
+    "a clamp that absorbs nothing behind a bias of the user's": biased(
+        "a = Add(s, bias) x = Max(a, low)", -65504.0, reason=CLAMPED
+    ),
+    "a clamp that absorbs nothing behind a mask and a bias": biased(
+        "a = Where(m, s, low) c = Add(a, bias) x = Clip(c, low)", -1.0e9, reason=CLAMPED
+    ),
+    "a clamp in half precision": Form(
+        "float16[B, 3, T, 8] q, float16[B, 3, S, 8] k, float16[B, 3, S, 8] v, float16[1, 3, T, S] bias",
+        f"""{PRODUCT} f = Constant<value = float {{-65504.0}}>() low = Cast<to = 10>(f) a = Add(s, bias)
+        x = Max(a, low) {END}""",
+        reason=CLAMPED,
+        type="float16",
+    ),
+    "both ends cut off behind a bias of the user's": biased(
+        "high = Constant<value = float {3.4028235e38}>() a = Add(s, bias) x = Clip(a, low, high)",
+        -3.4028235e38,
+        reason="its scores are cut off above after a bias was added that may be infinite",
+    ),
     "a bias, and then a weak fill added": biased(f"{WEAK} a = Add(s, bias) x = Add(a, w)", -1.0e9, reason=OTHER_ORDER),
     "a weak fill added, and then a bias": biased(f"{WEAK} a = Add(s, w) x = Add(a, bias)", -1.0e4, reason=OTHER_ORDER),
     "a bias of the model's, and then a weak fill": biased(

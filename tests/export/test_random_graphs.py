@@ -153,6 +153,9 @@ FOUND = {
     "a bias of the query beside a sink": grammar.Recipe((), bias="query", sinks=True, bias_first=False),
     "a causal mask of constants": grammar.Recipe(("j <= i",), fixed=(5, 0)),
     "integers cast to fewer bits": grammar.Recipe(("i < j + w", "int32"), window=2, negate_first=True),
+    "a clamp behind a bias that overflows": grammar.Recipe(
+        ("j <= i", "i >= j"), 0, -math.inf, first_form="max clamp", apart=True, bias="lower of two"
+    ),
     "slopes beside a sink": grammar.Recipe(("trilu", "always"), bias="alibi j", sinks=True, row_guard="whole"),
 }
 
