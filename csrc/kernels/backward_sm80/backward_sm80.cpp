@@ -25,8 +25,9 @@ struct Instance {
   Variant variant;
   cudaError_t (*launch)(const AttentionParams&, const Gradients&, const Grid&, unsigned, unsigned, cudaStream_t);
 
-  TileShape tile() const { return tile_shape(head_dim, variant); }
-  int shared_bytes() const { return shared_memory_bytes(head_dim, tile()); }
+  int element_bytes() const { return static_cast<int>(size_of(dtype)); }
+  TileShape tile() const { return tile_shape(element_bytes(), head_dim, variant); }
+  int shared_bytes() const { return shared_memory_bytes(element_bytes(), head_dim, tile()); }
 };
 
 const Instance kInstances[] = {
@@ -56,6 +57,12 @@ int64_t head_dim_of(const AttentionParams& p) { return std::max(p.query.shape[3]
 const Instance* find(const AttentionParams& p, Variant variant) {
   return smallest_instance(
       kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype && instance.variant == variant; });
+}
+
+/// Of a problem without modified scores.
+Variant plain_variant(const AttentionParams& p) {
+  const bool one_product = p.query.dtype == DType::kFloat32 && p.float32_precision == Float32Precision::kTf32;
+  return one_product ? Variant::kTf32 : Variant::kPlain;
 }
 
 /// Tiles of keys of the longest sequence, or where packed of one of mean length.
@@ -168,10 +175,9 @@ bool plan(const StepParams& params, const Gradients& gradients, BackwardPlan* pl
   const int capability = plan->device.compute_capability, shared_bytes = plan->device.shared_memory_bytes;
   FA_REFUSE_IF(capability < 80, "needs compute capability 8.0 or newer, the device has " + std::to_string(capability / 10) + "." +
                                     std::to_string(capability % 10));
-  FA_REFUSE_IF(params.query.dtype == DType::kFloat32, "takes float16 and bfloat16 only, the tensors are float32");
   FA_REFUSE_IF(params.query.shape[2] > kMaxRows || params.key.shape[2] > kMaxRows, "more than 2^29 rows or keys");
   const bool modified = needs_modified(params, gradients);
-  const Instance* instance = modified ? nullptr : find(params, Variant::kPlain);
+  const Instance* instance = modified ? nullptr : find(params, plain_variant(params));
   if (instance == nullptr || instance->shared_bytes() > shared_bytes) instance = find(params, Variant::kModified);
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(head_dim_of(params)) + " is above 256");
   FA_REFUSE_IF(instance->shared_bytes() > shared_bytes, "needs " + std::to_string(instance->shared_bytes()) +

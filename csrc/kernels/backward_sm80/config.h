@@ -10,8 +10,9 @@ namespace fa::backward_sm80 {
 /// What a tile of scores is to the kernel.
 enum class Variant : uint8_t {
   kPlain,     // scale, lengths, windows
-  kModified,  // on top of it softcap, bias, mask, ALiBi, and gradients of biases and sinks; fits sm_86's and sm_89's 99 KB to D
-              // 128
+  kModified,  // on top of it softcap, bias, mask, ALiBi, and gradients of biases and sinks; in 16 bits fits sm_86's and sm_89's
+              // 99 KB to D 128
+  kTf32,      // float32 as kPlain, in one TF32 product in place of three
 };
 
 /// A thread block owns a tile of keys, of which each warp has key_blocks * 16, and walks over tiles of query rows.
@@ -26,16 +27,22 @@ struct TileShape {
   constexpr int threads() const { return warps * 32; }
 };
 
-constexpr TileShape tile_shape(int head_dim, Variant variant) {
-  const bool plain = variant == Variant::kPlain;
+constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant) {
+  const bool plain = variant != Variant::kModified;
+  if (element_bytes == 4) {
+    if (head_dim <= 64) return {4, 1, 32, 2};
+    if (head_dim <= 128) return plain ? TileShape{8, 1, 32, 1} : TileShape{4, 1, 32, 1};
+    return {4, 1, 16, 1, 2};
+  }
   if (head_dim <= 64) return plain ? TileShape{4, 2, 32, 2} : TileShape{8, 1, 32, 1};
   if (head_dim <= 128) return plain ? TileShape{8, 1, 64, 1} : TileShape{4, 1, 32, 2};
   return {8, 1, 32, 1, 2};
 }
 
 /// Keys, values, and two stages of queries, gradients of the output, the rows' numbers, and gradients of a tile of scores.
-constexpr int shared_memory_bytes(int head_dim, const TileShape& tile) {
-  return 4 * (tile.tile_k() * head_dim + 2 * tile.tile_q * head_dim + tile.tile_k() * tile.tile_q) + 2 * 3 * 4 * tile.tile_q;
+constexpr int shared_memory_bytes(int element_bytes, int head_dim, const TileShape& tile) {
+  const int elements = 2 * (tile.tile_k() * head_dim + 2 * tile.tile_q * head_dim + tile.tile_k() * tile.tile_q);
+  return element_bytes * elements + 2 * 3 * 4 * tile.tile_q;
 }
 
 }  // namespace fa::backward_sm80

@@ -35,6 +35,8 @@ struct Grid {
   bool query_by_16, key_by_16, value_by_16, d_out_by_16;  // rows are whole 16-byte chunks at 16-byte addresses
   bool d_query_by_16, d_key_by_16, d_value_by_16;
   bool may_spoil;  // a NaN or infinity of a key and a row that don't see each other could reach a sum
+
+  FA_HD bool copies_by_16() const { return query_by_16 && key_by_16 && value_by_16 && d_out_by_16; }
 };
 
 /// What the kernel of sums over tiles of scores adds up (score_sums.cuh).

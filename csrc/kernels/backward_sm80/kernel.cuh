@@ -6,7 +6,10 @@
 // for anybody. Launched by launch.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/backward_sm80/config.h"
+#include "kernels/backward_sm80/float_products.cuh"
 #include "kernels/backward_sm80/products.cuh"
 #include "kernels/backward_sm80/scores.cuh"
 #include "kernels/backward_sm80/tiles.cuh"
@@ -16,14 +19,18 @@ namespace fa::backward_sm80 {
 template <class T_, int kHeadDim_, Variant kVariant>
 struct TileConfig {
   using T = T_;
-  static constexpr TileShape kTile = tile_shape(kHeadDim_, kVariant);
-  static constexpr bool kModified = kVariant == Variant::kModified;
+  static constexpr int kElementBytes = sizeof(T);
+  static constexpr TileShape kTile = tile_shape(kElementBytes, kHeadDim_, kVariant);
+  static constexpr bool kModified = kVariant == Variant::kModified, kOneProduct = kVariant == Variant::kTf32;
   static constexpr int kHeadDim = kHeadDim_, kThreads = kTile.threads(), kWarps = kTile.warps, kKeyBlocks = kTile.key_blocks;
   static constexpr int kTileQ = kTile.tile_q, kTileK = kTile.tile_k(), kColumns = kHeadDim / kTile.column_groups;
-  using LayoutK = TileLayout<kTileK, kHeadDim * 2, RowOrder::kNeighbours>;
-  using LayoutQ = TileLayout<kTileQ, kHeadDim * 2, RowOrder::kNeighbours>;
-  using LayoutS = TileLayout<kTileK, kTileQ * 2, RowOrder::kNeighbours>;
-  using Products = backward_sm80::Products<TileConfig>;
+  using LayoutK = TileLayout<kTileK, kHeadDim * kElementBytes, RowOrder::kNeighbours>;
+  using LayoutQ = TileLayout<kTileQ, kHeadDim * kElementBytes, RowOrder::kNeighbours>;
+  // Gradients of scores: by keys, or in float32, which ldmatrix doesn't transpose, by rows.
+  using LayoutS = std::conditional_t<kElementBytes == 2, TileLayout<kTileK, kTileQ * 2, RowOrder::kNeighbours>,
+                                     TileLayout<kTileQ, kTileK * 4, RowOrder::kNeighbours>>;
+  using Products =
+      std::conditional_t<kElementBytes == 2, backward_sm80::Products<TileConfig>, backward_sm80::FloatProducts<TileConfig>>;
 
   static constexpr int kKeyWarps = kWarps / kTile.column_groups;
   static __device__ __forceinline__ int first_key() { return threadIdx.x / 32 % kKeyWarps * 16 * kKeyBlocks; }  // of the warp
@@ -33,7 +40,7 @@ struct TileConfig {
   static constexpr int kValue = LayoutK::kBytes, kStages = 2 * LayoutK::kBytes, kStage = 2 * LayoutQ::kBytes;
   static constexpr int kScores = kStages + 2 * kStage, kNumbers = kScores + 2 * LayoutS::kBytes, kNumbersOfStage = 3 * 4 * kTileQ;
   static constexpr int kSharedBytes = kNumbers + 2 * kNumbersOfStage;
-  static_assert(kSharedBytes == shared_memory_bytes(kHeadDim, kTile));
+  static_assert(kSharedBytes == shared_memory_bytes(kElementBytes, kHeadDim, kTile));
 };
 
 /// A step of the walk: a tile of rows of a head. Stages of shared memory take turns.
@@ -90,13 +97,25 @@ struct Block {
     if constexpr (Config::kModified) load_floats<Config::kTileQ>(numbers + 8 * Config::kTileQ, grid.numbers.rest + entry);
   }
 
+  /// Tiles in one TF32 product: each element becomes the nearest TF32 number, by the thread that copied it.
+  __device__ __forceinline__ void round_keys() const {
+    using Copy = prefill_sm80::TileCopy<float, typename Config::LayoutK, Config::kTileK, Config::kThreads>;
+    round_copied<Copy>(address(0)), round_copied<Copy>(address(Config::kValue));
+  }
+  __device__ __forceinline__ void round_queries(int stage) const {
+    using Copy = prefill_sm80::TileCopy<float, typename Config::LayoutQ, Config::kTileQ, Config::kThreads>;
+    const uint32_t tile = address(Config::kStages + stage * Config::kStage);
+    round_copied<Copy>(tile), round_copied<Copy>(tile + Config::LayoutQ::kBytes);
+  }
+
   /// Rows whose weights are NaN for the keys that they see become 0 in shared memory, so that they give nothing to other keys.
   /// Each warp does it for itself.
   __device__ __forceinline__ void clear_spoilt_rows(int stage) const {
     const float* reference = reinterpret_cast<const float*>(shared + Config::kNumbers + stage * Config::kNumbersOfStage);
 #pragma unroll
     for (int first = 0; first < Config::kTileQ; first += 32) {
-      unsigned spoilt = __ballot_sync(kAllLanes, isnan(reference[first + threadIdx.x % 32]));
+      const int row = first + threadIdx.x % 32;
+      unsigned spoilt = __ballot_sync(kAllLanes, row < Config::kTileQ && isnan(reference[row]));
       for (; spoilt != 0; spoilt &= spoilt - 1) {
         unsigned char* tile = shared + Config::kStages + stage * Config::kStage;
         clear_tile_row<typename Config::LayoutQ, Config::kTileQ>(tile, first + __ffs(spoilt) - 1);
@@ -113,18 +132,16 @@ __device__ __forceinline__ void weights_of(typename Config::Products::Packed& we
                                            typename Config::Products::Packed& d_scores, const Block<Config>& block,
                                            const Step& step) {
   using Products = typename Config::Products;
-  using T = typename Config::T;
   constexpr int kKeyBlocks = Products::kKeyBlocks, kRowBlocks = Products::kRowBlocks;
   const int lane = threadIdx.x % 32;
-  const uint32_t left = block.address(0) + Products::left_lane(Config::first_key());
-  const uint32_t right = block.address(Config::kStages + step.stage * Config::kStage) + Products::right_lane();
+  const uint32_t keys = block.address(0), rows = block.address(Config::kStages + step.stage * Config::kStage);
   const TileCorner corner{block.first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
   const NumbersOfRows numbers = block.numbers(step.stage);
   const bool is_whole = sees_all(block.work, step.row_tile, Config::kTileQ, block.first_key, Config::kTileK);
   typename Products::Scores scores, products;
-  Products::multiply(scores, left, right, [](int) { return make_float2(0.0f, 0.0f); });
+  Products::multiply(scores, keys, rows, [](int) { return make_float2(0.0f, 0.0f); });
   // The plain sum begins with -D. With few keys (Variant::kModified) what is exact cancels, so D is subtracted from all of it.
-  Products::multiply(products, left + Config::kValue, right + Config::LayoutQ::kBytes, [&](int n) {
+  Products::multiply(products, keys + Config::kValue, rows + Config::LayoutQ::kBytes, [&](int n) {
     const float2 delta = Config::kModified ? make_float2(0.0f, 0.0f) : NumbersOfRows::pair(numbers.delta, n);
     return make_float2(-delta.x, -delta.y);
   });
@@ -141,12 +158,8 @@ __device__ __forceinline__ void weights_of(typename Config::Products::Packed& we
     if (!is_whole) hide(scores, block.work, corner, 0.0f);
     for_elements<kKeyBlocks, kRowBlocks>(corner, [&](int m, int n, int i, int, int) { products[m][n][i] *= scores[m][n][i]; });
   }
-#pragma unroll
-  for (int i = 0; i < kKeyBlocks * kRowBlocks * 2; ++i) {
-    const int m = i / (2 * kRowBlocks), n = i / 2 % kRowBlocks, r = i % 2;
-    weights[m][n][r] = pack2<T>(scores[m][n][2 * r], scores[m][n][2 * r + 1]);
-    d_scores[m][n][r] = pack2<T>(products[m][n][2 * r], products[m][n][2 * r + 1]);
-  }
+  Products::pack(weights, scores);
+  Products::pack(d_scores, products);
 }
 
 /// A tile of dQ that the block adds to.
@@ -189,26 +202,14 @@ __device__ __forceinline__ void write_queries(const typename Config::Products::Q
                                               const Step& step) {
   using Products = typename Config::Products;
   using T = typename Config::T;
-  constexpr int kBlocks = Products::kQueryBlocks, kColumnBlocks = Products::kQueryColumnBlocks;
   const TensorView& d = block.g.d_query;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = static_cast<int>(d.shape[3]);
-  const float scale = block.p.softmax_scale;
 #pragma unroll
-  for (int i = 0; i < kBlocks * 2; ++i) {
-    const int row = step.row_tile * Config::kTileQ + (warp % Products::kQueryWarps * kBlocks + i / 2) * 16 + i % 2 * 8 + lane / 4;
+  for (int i = 0; i < Products::kQueryBlocks * 2; ++i) {
+    const int row = step.row_tile * Config::kTileQ + Products::query_row() + 8 * i + threadIdx.x % 32 / 4;
     if (row >= block.work.sequence.query_length) continue;
-    const int first = warp / Products::kQueryWarps * 8 * kColumnBlocks + lane % 4 * 2;
-    T* data = row_at<T>(d, block.work.sequence.batch_idx, step.head, block.work.sequence.first_row + row) + first;
-#pragma unroll
-    for (int c = 0; c < kColumnBlocks; ++c) {
-      const float x = sums[i / 2][c][i % 2 * 2] * scale, y = sums[i / 2][c][i % 2 * 2 + 1] * scale;
-      if (block.grid.d_query_by_16) {
-        if (first + 8 * c < columns) store_pair(data + 8 * c, x, y);
-      } else {
-        if (first + 8 * c < columns) data[8 * c] = from_float<T>(x);
-        if (first + 8 * c + 1 < columns) data[8 * c + 1] = from_float<T>(y);
-      }
-    }
+    write_pairs(row_at<T>(d, block.work.sequence.batch_idx, step.head, block.work.sequence.first_row + row),
+                Products::query_column(), static_cast<int>(d.shape[3]), block.grid.d_query_by_16, sums[i / 2], i % 2,
+                block.p.softmax_scale);
   }
 }
 
@@ -236,11 +237,7 @@ template <class Config>
 __device__ __forceinline__ void end_queries(typename Config::Products::QuerySums& sums, const Block<Config>& block,
                                             const QueryTile& tile) {
   using Products = typename Config::Products;
-  const int warp = threadIdx.x / 32, first_row = warp % Products::kQueryWarps * 2 * Products::kQueryBlocks;
-  const int first_column = warp / Products::kQueryWarps * Products::kQueryColumnBlocks;
-  Products::accumulate_keys(
-      sums, block.address(Config::kScores + tile.step.stage * Config::LayoutS::kBytes) + Products::scores_lane(first_row),
-      block.address(0) + Products::template transposed_lane<typename Config::LayoutK>(first_column));
+  Products::accumulate_keys(sums, block.address(Config::kScores + tile.step.stage * Config::LayoutS::kBytes), block.address(0));
   if (tile.is_last) {
     write_queries(sums, block, tile.step);
   } else {
@@ -266,6 +263,11 @@ __device__ __forceinline__ void work_off(Block<Config>& block, int i) {
   cp_async_commit();
   for (int steps = num_steps; steps > 0; --steps) {
     cp_async_wait<0>();
+    if constexpr (Config::kOneProduct) {
+      if (!block.grid.copies_by_16()) __syncthreads();  // others have loaded what this thread rounds
+      if (steps == num_steps) block.round_keys();
+      block.round_queries(step.stage);
+    }
     __syncthreads();  // the step's tiles and the gradients of the scores of the step before are there
     if (block.grid.may_spoil && steps == num_steps) {
       clean_tile<typename Config::T, Config::kThreads>(block.shared, Config::kStages);
@@ -280,14 +282,10 @@ __device__ __forceinline__ void work_off(Block<Config>& block, int i) {
 
     typename Products::Packed weights, d_scores;
     weights_of(weights, d_scores, block, step);
-    if (Config::column_group() == 0) {
-      const uint32_t place = block.address(Config::kScores + step.stage * Config::LayoutS::kBytes);
-      Products::store_scores(d_scores, place + Products::store_lane(Config::first_key()));
-    }
+    if (Config::column_group() == 0)
+      Products::store_scores(d_scores, block.address(Config::kScores + step.stage * Config::LayoutS::kBytes));
     pending = begin_queries(d_query, block, step, i);
-    const uint32_t queries =
-        block.address(Config::kStages + step.stage * Config::kStage) +
-        Products::template transposed_lane<typename Config::LayoutQ>(Config::column_group() * (Config::kColumns / 8));
+    const uint32_t queries = block.address(Config::kStages + step.stage * Config::kStage);
     Products::accumulate(d_value, weights, queries + Config::LayoutQ::kBytes);
     Products::accumulate(d_key, d_scores, queries);
     step = next;

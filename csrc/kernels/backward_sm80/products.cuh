@@ -1,64 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
-// One warp's matrix products of the backward pass, operands in shared memory as TileLayout puts them, sums in registers. A
-// warp owns keys: its tile of scores is transposed, [keys, query rows], so that weights and gradients of scores are, as they
-// stand in registers, the left operand of dV += P^T dO and dK += dS^T Q.
+// One warp's matrix products of the backward pass for 16-bit elements, operands in shared memory as TileLayout puts them, sums in
+// registers (product_shapes.cuh). float32 in float_products.cuh.
 #pragma once
 
+#include "kernels/backward_sm80/product_shapes.cuh"
 #include "kernels/common/convert.cuh"
-#include "kernels/common/mma.cuh"
-#include "kernels/common/shared_memory.cuh"
-#include "kernels/common/swizzle.cuh"
 
 namespace fa::backward_sm80 {
 
 template <class Config>
-struct Products {
+struct Products : ProductShapes<Config> {
+  using Shapes = ProductShapes<Config>;
+  using typename Shapes::LayoutK, typename Shapes::LayoutQ, typename Shapes::LayoutS;
+  using typename Shapes::QuerySums, typename Shapes::Scores, typename Shapes::Sums;
+  using Shapes::kColumnBlocks, Shapes::kKeyBlocks, Shapes::kQueryBlocks, Shapes::kQueryColumnBlocks, Shapes::kRowBlocks;
   using T = typename Config::T;
-  using LayoutK = typename Config::LayoutK;
-  using LayoutQ = typename Config::LayoutQ;
-  using LayoutS = typename Config::LayoutS;
-  static constexpr int kKeyBlocks = Config::kKeyBlocks, kRowBlocks = Config::kTileQ / 8, kColumnBlocks = Config::kColumns / 8;
-  static constexpr int kDepthSteps = Config::kHeadDim / 16;
-  using Scores = float[kKeyBlocks][kRowBlocks][4];  // (key g, row 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
   using Packed = uint32_t[kKeyBlocks][kRowBlocks][2];
-  using Sums = float[kKeyBlocks][kColumnBlocks][4];  // dK or dV of the warp's keys
+  static constexpr int kDepthSteps = Config::kHeadDim / 16;
 
-  // Of dQ a warp has 16 * kQueryBlocks rows and 8 * kQueryColumnBlocks columns.
-  static constexpr int kQueryWarps = 2, kQueryBlocks = Config::kTileQ / 16 / kQueryWarps;
-  static constexpr int kQueryColumnBlocks = Config::kHeadDim / 8 / (Config::kWarps / kQueryWarps);
-  using QuerySums = float[kQueryBlocks][kQueryColumnBlocks][4];
-
-  /// Lanes' offsets for ldmatrix. Keys or values as left operand: rows 0-7 and 8-15 of a chunk, then of the next.
-  static __device__ __forceinline__ uint32_t left_lane(int first_row) {
-    return LayoutK::offset(first_row + threadIdx.x % 16, threadIdx.x % 32 / 16);
-  }
-  /// Rows of queries, or of gradients of the output, as columns of the right operand.
-  static __device__ __forceinline__ uint32_t right_lane() {
-    return LayoutQ::offset(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2);
-  }
-  /// … as rows of the right operand, transposed on the way; of keys alike.
-  template <class Layout>
-  static __device__ __forceinline__ uint32_t transposed_lane(int first_chunk) {
-    return Layout::offset(threadIdx.x % 16, first_chunk + threadIdx.x % 32 / 16);
-  }
-  /// Gradients of scores as left operand, transposed on the way.
-  static __device__ __forceinline__ uint32_t scores_lane(int first_chunk) {
-    return LayoutS::offset(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, first_chunk + threadIdx.x / 8 % 2);
-  }
-
-  /// scores = A B^T + C, A being the warp's keys or values and B the rows of queries or gradients of the output. C has two
-  /// numbers for each block of rows: init(n), those of the lane's rows.
-  template <class Init>
-  static __device__ __forceinline__ void multiply(Scores& scores, uint32_t left, uint32_t right, const Init& init) {
+  static __device__ __forceinline__ void pack(Packed& packed, const Scores& scores) {
 #pragma unroll
-    for (int n = 0; n < kRowBlocks; ++n) {
-      const float2 of_rows = init(n);
-#pragma unroll
-      for (int m = 0; m < kKeyBlocks; ++m) {
-        scores[m][n][0] = scores[m][n][2] = of_rows.x;
-        scores[m][n][1] = scores[m][n][3] = of_rows.y;
-      }
+    for (int i = 0; i < kKeyBlocks * kRowBlocks * 2; ++i) {
+      const int m = i / (2 * kRowBlocks), n = i / 2 % kRowBlocks, r = i % 2;
+      packed[m][n][r] = pack2<T>(scores[m][n][2 * r], scores[m][n][2 * r + 1]);
     }
+  }
+
+  /// scores = A B^T + C, A being the warp's keys or values and B the rows of queries or gradients of the output, tiles at these
+  /// addresses. C has two numbers for each block of rows: init(n), those of the lane's rows.
+  template <class Init>
+  static __device__ __forceinline__ void multiply(Scores& scores, uint32_t keys, uint32_t rows, const Init& init) {
+    const uint32_t left = keys + Shapes::keys_lane(), right = rows + Shapes::rows_lane();
+    Shapes::start(scores, init);
 #pragma unroll
     for (int step = 0; step < kDepthSteps; ++step) {
       uint32_t a[kKeyBlocks][4];
@@ -77,8 +50,9 @@ struct Products {
     }
   }
 
-  /// sums += left B, B being the rows of queries or gradients of the output; `right`: transposed_lane.
-  static __device__ __forceinline__ void accumulate(Sums& sums, const Packed& left, uint32_t right) {
+  /// sums += left B, B being the rows of queries or gradients of the output, a tile at `rows`.
+  static __device__ __forceinline__ void accumulate(Sums& sums, const Packed& left, uint32_t rows) {
+    const uint32_t right = rows + transposed_lane<LayoutQ>(Config::column_group() * kColumnBlocks);
 #pragma unroll
     for (int n = 0; n < kRowBlocks; n += 2) {
 #pragma unroll
@@ -95,8 +69,9 @@ struct Products {
     }
   }
 
-  /// Gradients of scores to shared memory, for all warps. `place`: of the warp's first key.
-  static __device__ __forceinline__ void store_scores(const Packed& d_scores, uint32_t place) {
+  /// Gradients of scores to shared memory, for all warps.
+  static __device__ __forceinline__ void store_scores(const Packed& d_scores, uint32_t tile) {
+    const uint32_t place = tile + LayoutS::offset(Config::first_key() + threadIdx.x % 32 / 4, 0) + 4 * (threadIdx.x % 4);
 #pragma unroll
     for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll
@@ -106,12 +81,11 @@ struct Products {
       }
     }
   }
-  static __device__ __forceinline__ uint32_t store_lane(int first_key) {
-    return LayoutS::offset(first_key + threadIdx.x % 32 / 4, 0) + 4 * (threadIdx.x % 4);
-  }
-
   /// sums += dS K over all keys of the tile.
-  static __device__ __forceinline__ void accumulate_keys(QuerySums& sums, uint32_t left, uint32_t right) {
+  static __device__ __forceinline__ void accumulate_keys(QuerySums& sums, uint32_t d_scores, uint32_t keys) {
+    const int lane = threadIdx.x % 32;  // gradients are transposed on the way, as keys are
+    const uint32_t left = d_scores + LayoutS::offset(lane % 8 + lane / 16 * 8, Shapes::query_row() / 8 + lane / 8 % 2);
+    const uint32_t right = keys + transposed_lane<LayoutK>(Shapes::query_column() / 8);
 #pragma unroll
     for (int step = 0; step < Config::kTileK / 16; ++step) {
       uint32_t a[kQueryBlocks][4];
@@ -128,6 +102,13 @@ struct Products {
         }
       }
     }
+  }
+
+ private:
+  /// The lane's offset for ldmatrix in a tile of which rows are depth, transposed on the way.
+  template <class Layout>
+  static __device__ __forceinline__ uint32_t transposed_lane(int first_chunk) {
+    return Layout::offset(threadIdx.x % 16, first_chunk + threadIdx.x % 32 / 16);
   }
 };
 

@@ -16,17 +16,16 @@ __device__ __forceinline__ void add_tile(typename Config::Products::Scores& tota
                                          const Block<Config>& block, const Step& step, bool of_rows) {
   using Products = typename Config::Products;
   const int lane = threadIdx.x % 32;
-  const uint32_t left = block.address(0) + Products::left_lane(Config::first_key());
-  const uint32_t right = block.address(Config::kStages) + Products::right_lane();
+  const uint32_t keys = block.address(0), rows = block.address(Config::kStages);
   const TileCorner corner{block.first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
   const NumbersOfRows numbers = block.numbers(0);
   typename Products::Scores scores, products, tanh;
   const auto none = [](int) { return make_float2(0.0f, 0.0f); };
-  Products::multiply(scores, left, right, none);
+  Products::multiply(scores, keys, rows, none);
   modify(scores, tanh, block.p, block.work, step.head, corner);
   hide(scores, block.work, corner, -INFINITY);
   exponentials<true>(scores, numbers, 0.0f);
-  Products::multiply(products, left + Config::kValue, right + Config::LayoutQ::kBytes, none);
+  Products::multiply(products, keys + Config::kValue, rows + Config::LayoutQ::kBytes, none);
 #pragma unroll
   for (int n = 0; n < Products::kRowBlocks; ++n) {
     const float2 delta = of_rows ? make_float2(0.0f, 0.0f) : NumbersOfRows::pair(numbers.delta, n);

@@ -6,6 +6,7 @@
 #include "kernels/common/convert.cuh"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/shared_memory.cuh"
+#include "kernels/common/tf32.cuh"
 #include "kernels/prefill_sm80/load_tile.cuh"
 
 namespace fa::backward_sm80 {
@@ -39,10 +40,20 @@ __device__ __forceinline__ void load_floats(uint32_t shared, const float* data) 
   if (threadIdx.x < kCount / 4) cp_async_16(shared + 16 * threadIdx.x, data + 4 * threadIdx.x, true);
 }
 
+/// The elements of a tile that the thread has copied become the nearest TF32 numbers.
+template <class Copy>
+__device__ __forceinline__ void round_copied(uint32_t tile) {
+  Copy::for_chunks(tile + Copy::place(), [](uint32_t place) {
+    float4 x = load_shared4(place);
+    const auto rounded = [](float number) { return __uint_as_float(round_tf32_away(__float_as_uint(number))); };
+    store_shared(place, make_float4(rounded(x.x), rounded(x.y), rounded(x.z), rounded(x.w)));
+  });
+}
+
 /// Where a tile of `bytes` bytes has infinity or NaN, they become 0, by the whole block.
 template <class T, int kThreads>
 __device__ __forceinline__ void clean_tile(unsigned char* tile, int bytes) {
-  constexpr uint32_t kExponent = __is_same(T, __half) ? 0x7c00u : 0x7f80u;
+  constexpr uint32_t kExponent = __is_same(T, float) ? 0x7f800000u : __is_same(T, __half) ? 0x7c00u : 0x7f80u;
 #pragma unroll 4
   for (int i = threadIdx.x; i < bytes / 16; i += kThreads) {
     uint4& chunk = reinterpret_cast<uint4*>(tile)[i];
@@ -51,8 +62,12 @@ __device__ __forceinline__ void clean_tile(unsigned char* tile, int bytes) {
 #pragma unroll
     for (uint32_t& word : words) {
       uint32_t keep = 0xffffffffu;
-      if ((word & kExponent) == kExponent) keep = 0xffff0000u;
-      if ((word >> 16 & kExponent) == kExponent) keep &= 0x0000ffffu;
+      if constexpr (sizeof(T) == 4) {
+        if ((word & kExponent) == kExponent) keep = 0;
+      } else {
+        if ((word & kExponent) == kExponent) keep = 0xffff0000u;
+        if ((word >> 16 & kExponent) == kExponent) keep &= 0x0000ffffu;
+      }
       found |= ~keep;
       word &= keep;
     }
@@ -67,10 +82,46 @@ __device__ __forceinline__ void clear_tile_row(unsigned char* tile, int row) {
     *reinterpret_cast<uint4*>(tile + Layout::offset(row, i)) = make_uint4(0, 0, 0, 0);
 }
 
-/// A warp's sums of its keys, times a factor, to rows of `view`; through its part of `tile`, so that they are written in whole
-/// 16-byte chunks. Keys that aren't in use become 0.
+/// The lane's pairs of a row of an accumulator, times a factor, from `first_column` of the row on. `half`: 0 for the rows g of its
+/// blocks, 1 for g + 8.
+template <class T, int kColumnBlocks>
+__device__ __forceinline__ void write_pairs(T* row, int first_column, int columns, bool by_16, const float (&sums)[kColumnBlocks][4],
+                                            int half, float factor) {
+  const int first = first_column + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int c = 0; c < kColumnBlocks; ++c) {
+    const int column = first + 8 * c;
+    const float x = sums[c][2 * half] * factor, y = sums[c][2 * half + 1] * factor;
+    if (by_16) {
+      if (column < columns) store_pair(row + column, x, y);
+    } else {
+      if (column < columns) row[column] = from_float<T>(x);
+      if (column + 1 < columns) row[column + 1] = from_float<T>(y);
+    }
+  }
+}
+
+/// A warp's float32 sums of its keys, times a factor, to rows of `view`: four lanes write 32 bytes. Keys that aren't in use become
+/// 0.
 template <class Config>
-__device__ __forceinline__ void write_keys(const typename Config::Products::Sums& sums, float factor, unsigned char* tile,
+__device__ __forceinline__ void write_float_keys(const typename Config::Products::Sums& sums, float factor, const TensorView& view,
+                                                 const TileWork& work, int first_key, bool by_16) {
+  constexpr int kColumnBlocks = Config::Products::kColumnBlocks;
+#pragma unroll
+  for (int i = 0; i < 2 * Config::kKeyBlocks; ++i) {
+    const int row = first_key + Config::first_key() + 8 * i + threadIdx.x % 32 / 4;
+    if (row >= work.sequence.num_keys) continue;
+    float used[kColumnBlocks][4];
+#pragma unroll
+    for (int c = 0; c < kColumnBlocks * 4; ++c) used[c / 4][c % 4] = row < work.num_keys ? sums[i / 2][c / 4][c % 4] : 0.0f;
+    write_pairs(row_at<float>(view, work.sequence.batch_idx, work.kv_head, work.sequence.first_key + row),
+                Config::column_group() * Config::kColumns, static_cast<int>(view.shape[3]), by_16, used, i % 2, factor);
+  }
+}
+
+/// The same for 16-bit elements; through the warp's part of `tile`, so that they are written in whole 16-byte chunks.
+template <class Config>
+__device__ __forceinline__ void write_short_keys(const typename Config::Products::Sums& sums, float factor, unsigned char* tile,
                                            const TensorView& view, const TileWork& work, int first_key, bool by_16) {
   using T = typename Config::T;
   using Layout = typename Config::LayoutK;
@@ -105,6 +156,16 @@ __device__ __forceinline__ void write_keys(const typename Config::Products::Sums
         for (int i = 8 * chunk; i < min(8 * chunk + 8, columns); ++i) data[i] = reinterpret_cast<const T*>(source)[i - 8 * chunk];
       }
     }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void write_keys(const typename Config::Products::Sums& sums, float factor, unsigned char* tile,
+                                           const TensorView& view, const TileWork& work, int first_key, bool by_16) {
+  if constexpr (Config::kElementBytes == 4) {
+    write_float_keys<Config>(sums, factor, view, work, first_key, by_16);
+  } else {
+    write_short_keys<Config>(sums, factor, tile, view, work, first_key, by_16);
   }
 }
 

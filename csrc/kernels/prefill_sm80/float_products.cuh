@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// One warp's two matrix products for float32 tensors, by TF32 tensor cores: one product of operands rounded to nearest
-// (kOneProduct), or three of operands split in two (3xTF32: high·high + high·low + low·high; low·low is below float32's
-// rounding). Operands are in shared memory as TileLayout puts them. Used by products.cuh.
+// One warp's two matrix products for float32 tensors, by TF32 tensor cores: one product (kOneProduct) or three (common/tf32.cuh).
+// Operands are in shared memory as TileLayout puts them. Used by products.cuh.
 #pragma once
 
-#include "kernels/common/mma.cuh"
+#include "kernels/common/shared_memory.cuh"
 #include "kernels/common/swizzle.cuh"
+#include "kernels/common/tf32.cuh"
 
 namespace fa {
 
@@ -15,36 +15,15 @@ struct FloatProducts {
   using LayoutKv = typename Config::LayoutKv;
   static constexpr bool kOneProduct = Config::kOneProduct;
   static constexpr int kRowBlocks = Config::kRowBlocks, kKeyBlocks = Config::kTileKv / 8, kDimBlocks = Config::kHeadDim / 8;
-  // NOTE: tensor cores round sums toward zero. Exact sums are therefore short: each starts from 0 and is added by the FP32 unit,
-  // else their error would grow with head_dim and the number of keys.
-  static constexpr int kStepsPerSum = kOneProduct ? kDimBlocks : 4;
+  static constexpr int kStepsPerSum = kOneProduct ? kDimBlocks : kStepsOfShortSum;
 
   using Scores = float[kRowBlocks][kKeyBlocks][4];
   using Out = float[kRowBlocks][kDimBlocks][4];
   using Weights = uint32_t[kRowBlocks][kKeyBlocks][4];
 
-  /// kCount registers of an operand. low is unused where kOneProduct.
+  using Tf32s = Tf32Products<kOneProduct ? Tf32::kOne : Tf32::kThree>;
   template <int kCount>
-  struct Operand {
-    uint32_t high[kCount], low[kOneProduct ? 1 : kCount];
-
-    __device__ __forceinline__ void set(int i, uint32_t x) {
-      if constexpr (kOneProduct) {
-        high[i] = round_tf32_away(x);
-      } else {
-        split_tf32(x, high[i], low[i]);
-      }
-    }
-  };
-
-  /// c += a b, the small products first.
-  static __device__ __forceinline__ void multiply(float (&c)[4], const Operand<4>& a, const Operand<2>& b) {
-    if constexpr (!kOneProduct) {
-      mma_m16n8k8_tf32(c, a.low, b.high[0], b.high[1]);
-      mma_m16n8k8_tf32(c, a.high, b.low[0], b.low[1]);
-    }
-    mma_m16n8k8_tf32(c, a.high, b.high[0], b.high[1]);
-  }
+  using Operand = typename Tf32s::template Operand<kCount>;
 
   /// scores += Q K^T. `query` and `key` are this lane's addresses for ldmatrix.
   static __device__ __forceinline__ void add_scores(Scores& scores, uint32_t query, uint32_t key) {
@@ -83,7 +62,7 @@ struct FloatProducts {
 #pragma unroll
         for (int e = 0; e < 2; ++e) values.set(e, load_value(value, n, e, d));
 #pragma unroll
-        for (int m = 0; m < kRowBlocks; ++m) multiply(kOneProduct ? out[m][d] : sum[m], weights[m][n], values);
+        for (int m = 0; m < kRowBlocks; ++m) Tf32s::multiply(kOneProduct ? out[m][d] : sum[m], weights[m][n], values);
       }
       if constexpr (!kOneProduct) {
 #pragma unroll
@@ -114,8 +93,8 @@ struct FloatProducts {
         for (int i = 0; i < 4; ++i) keys[i / 2].set(i % 2, b[i]);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
-          multiply(sum[m][n], queries[m], keys[0]);
-          multiply(sum[m][n + 1], queries[m], keys[1]);
+          Tf32s::multiply(sum[m][n], queries[m], keys[0]);
+          Tf32s::multiply(sum[m][n + 1], queries[m], keys[1]);
         }
       }
     }
@@ -124,11 +103,7 @@ struct FloatProducts {
   /// Key 2t + e of n-block n, column g of 8 d … + 7.
   static __device__ __forceinline__ uint32_t load_value(uint32_t value, int n, int e, int d) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    uint32_t x;
-    asm volatile("ld.shared.b32 %0, [%1];\n"
-                 : "=r"(x)
-                 : "r"(value + LayoutKv::offset(key_in_tile(n, t, e), 2 * d + g / 4) + 4 * (g % 4)));
-    return x;
+    return load_shared(value + LayoutKv::offset(key_in_tile(n, t, e), 2 * d + g / 4) + 4 * (g % 4));
   }
 };
 

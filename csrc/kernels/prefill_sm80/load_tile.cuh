@@ -31,6 +31,14 @@ struct TileCopy {
       cp_async_16(Layout::advance(place, pass * kRowsPerPass, block * kPerBlock), data + block * kBlockElements, valid);
     }
   }
+
+  /// Calls work(address) for each chunk of this thread, `place` being that of its first one.
+  template <class Work>
+  static __device__ __forceinline__ void for_chunks(uint32_t place, const Work& work) {
+    if (kRows < kRowsPerPass && row() >= kRows) return;
+#pragma unroll
+    for (int i = 0; i < kPasses * kBlocks; ++i) work(Layout::advance(place, i / kBlocks * kRowsPerPass, i % kBlocks * kPerBlock));
+  }
 };
 
 /// The whole tile element by element; row_data(row) is the address of a row's first element.

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+// One warp's matrix products of the backward pass for float32 tensors, by TF32 tensor cores (common/tf32.cuh); the same as
+// products.cuh has for 16-bit elements. In one product (Variant::kTf32) all operands have been rounded before: tiles in shared
+// memory when they came, weights and gradients of scores by pack().
+#pragma once
+
+#include "kernels/backward_sm80/product_shapes.cuh"
+#include "kernels/common/tf32.cuh"
+
+namespace fa::backward_sm80 {
+
+template <class Config>
+struct FloatProducts : ProductShapes<Config> {
+  using Shapes = ProductShapes<Config>;
+  using typename Shapes::LayoutK, typename Shapes::LayoutQ, typename Shapes::LayoutS;
+  using typename Shapes::QuerySums, typename Shapes::Scores, typename Shapes::Sums;
+  using Shapes::kColumnBlocks, Shapes::kKeyBlocks, Shapes::kQueryBlocks, Shapes::kQueryColumnBlocks, Shapes::kRowBlocks;
+  using Packed = uint32_t[kKeyBlocks][kRowBlocks][4];
+  // Steps of 8 columns or keys, in groups of 32: a block of a tile's rows. What lies between weights and products leaves
+  // Variant::kModified no registers for steps of several groups at once.
+  static constexpr int kStepsOfGroup = kStepsOfShortSum, kDepthGroups = Config::kHeadDim / 32, kKeyGroups = Config::kTileK / 32;
+  static constexpr int kUnroll = Config::kModified ? 1 : 8;
+
+  using Tf32s = Tf32Products<Config::kOneProduct ? Tf32::kOneOfRounded : Tf32::kThree>;
+  using Left = typename Tf32s::template Operand<4>;
+  using Right = typename Tf32s::template Operand<2>;
+
+  static __device__ __forceinline__ void pack(Packed& packed, const Scores& scores) {
+#pragma unroll
+    for (int i = 0; i < kKeyBlocks * kRowBlocks * 4; ++i) {
+      const uint32_t x = __float_as_uint(scores[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4]);
+      packed[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4] = Config::kOneProduct ? round_tf32_away(x) : x;
+    }
+  }
+
+  /// scores = A B^T + C, A being the warp's keys or values and B the rows of queries or gradients of the output, tiles at these
+  /// addresses. C has two numbers for each block of rows: init(n), those of the lane's rows.
+  template <class Init>
+  static __device__ __forceinline__ void multiply(Scores& scores, uint32_t keys, uint32_t rows, const Init& init) {
+    const uint32_t left = keys + Shapes::keys_lane(), right = rows + Shapes::rows_lane();
+    Shapes::start(scores, init);
+#pragma unroll(kUnroll)
+    for (int group = 0; group < kDepthGroups; ++group) {
+      const uint32_t a = left + group * (LayoutK::kBytes / kDepthGroups), b = right + group * (LayoutQ::kBytes / kDepthGroups);
+      if constexpr (!Tf32s::kThree) {
+        add_group(scores, a, b);
+      } else {
+        Scores sum = {};
+        add_group(sum, a, b);
+#pragma unroll
+        for (int i = 0; i < kKeyBlocks * kRowBlocks * 4; ++i)
+          scores[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4] += sum[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4];
+      }
+    }
+  }
+
+  /// sums += left B, B being the rows of queries or gradients of the output, a tile at `rows`. Depth place t is column 2t of the
+  /// scores' accumulator and t + 4 column 2t + 1, so that no lane gives elements away.
+  static __device__ __forceinline__ void accumulate(Sums& sums, const Packed& left, uint32_t rows) {
+    const uint32_t right = rows + right_lane<LayoutQ>(Config::column_group() * Config::kColumns);
+    constexpr int kSteps = kRowBlocks < kStepsOfGroup ? kRowBlocks : kStepsOfGroup;
+#pragma unroll
+    for (int first = 0; first < kRowBlocks; first += kSteps) {
+      Left weights[kKeyBlocks][kSteps];
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+        for (int n = 0; n < kSteps; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) weights[m][n].set(i, left[m][first + n][i % 2 * 2 + i / 2]);
+        }
+      }
+      add_products<LayoutQ>(sums, weights, right + first * (8 * LayoutQ::kBlockBytes));
+    }
+  }
+
+  /// Gradients of scores to shared memory, for all warps.
+  static __device__ __forceinline__ void store_scores(const Packed& d_scores, uint32_t tile) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t place = tile + LayoutS::offset(2 * t, Config::first_key() / 4 + g % 2) + 4 * (g / 2);
+#pragma unroll
+    for (int m = 0; m < kKeyBlocks; ++m) {
+#pragma unroll
+      for (int n = 0; n < kRowBlocks; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          store_shared(LayoutS::advance(place, 8 * n + i % 2, 4 * m + i / 2 * 2), d_scores[m][n][i]);
+      }
+    }
+  }
+
+  /// sums += dS K over all keys of the tile. Depth places t and t + 4 are keys 2t and 2t + 1 of eight.
+  static __device__ __forceinline__ void accumulate_keys(QuerySums& sums, uint32_t d_scores, uint32_t keys) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t left = d_scores + LayoutS::offset(Shapes::query_row() + lane % 16, lane / 16);
+    const uint32_t right = keys + right_lane<LayoutK>(Shapes::query_column());
+#pragma unroll(kUnroll)
+    for (int group = 0; group < kKeyGroups; ++group) {
+      Left gradients[kQueryBlocks][kStepsOfGroup];
+#pragma unroll
+      for (int m = 0; m < kQueryBlocks; ++m) {
+#pragma unroll
+        for (int step = 0; step < kStepsOfGroup; ++step)
+          load_left(gradients[m][step], LayoutS::advance(left, 16 * m, 2 * step) + group * (LayoutS::kBytes / kKeyGroups));
+      }
+      add_products<LayoutK>(sums, gradients, right + group * (32 * LayoutK::kBlockBytes));
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void load_left(Left& left, uint32_t address) {
+    uint32_t a[4];
+    ldmatrix_x4(a, address);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) left.set(i, a[i]);
+  }
+
+  /// The lane's offset in a tile of which rows are depth: row 2t, column g of those from `first_column` on.
+  template <class Layout>
+  static __device__ __forceinline__ uint32_t right_lane(int first_column) {
+    const int lane = threadIdx.x % 32, g = lane / 4;
+    return Layout::offset(lane % 4 * 2, first_column / 4 + g / 4) + 4 * (g % 4);
+  }
+
+  /// scores += A B^T over a group of columns.
+  static __device__ __forceinline__ void add_group(Scores& scores, uint32_t left, uint32_t right) {
+#pragma unroll
+    for (int step = 0; step < kStepsOfGroup; ++step) {
+      Left a[kKeyBlocks];
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) load_left(a[m], LayoutK::advance(left, 16 * m, 2 * step));
+#pragma unroll
+      for (int n = 0; n < kRowBlocks; n += 2) {
+        uint32_t loaded[4];
+        ldmatrix_x4(loaded, LayoutQ::advance(right, 8 * n, 2 * step));
+        Right b[2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, loaded[i]);
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) {
+          Tf32s::multiply(scores[m][n], a[m], b[0]);
+          Tf32s::multiply(scores[m][n + 1], a[m], b[1]);
+        }
+      }
+    }
+  }
+
+  /// sums += left B over kSteps steps of 8 rows of B.
+  template <class Layout, int kBlocks, int kBlocksOfColumns, int kSteps>
+  static __device__ __forceinline__ void add_products(float (&sums)[kBlocks][kBlocksOfColumns][4],
+                                                      const Left (&left)[kBlocks][kSteps], uint32_t right) {
+#pragma unroll
+    for (int d = 0; d < kBlocksOfColumns; d += 2) {
+      float sum[2][kBlocks][4] = {};
+#pragma unroll
+      for (int n = 0; n < kSteps; ++n) {
+        Right b[2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          b[i / 2].set(i % 2, load_shared(Layout::advance(right, 8 * n + i % 2, 2 * (d + i / 2))));
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+          Tf32s::multiply(Tf32s::kThree ? sum[0][m] : sums[m][d], left[m][n], b[0]);
+          Tf32s::multiply(Tf32s::kThree ? sum[1][m] : sums[m][d + 1], left[m][n], b[1]);
+        }
+      }
+      if constexpr (Tf32s::kThree) {
+#pragma unroll
+        for (int i = 0; i < 2 * kBlocks * 4; ++i)
+          sums[i / 4 % kBlocks][d + i / (4 * kBlocks)][i % 4] += sum[i / (4 * kBlocks)][i / 4 % kBlocks][i % 4];
+      }
+    }
+  }
+};
+
+}  // namespace fa::backward_sm80
