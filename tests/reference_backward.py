@@ -41,6 +41,8 @@ def gradients(
     rounding = reference._Rounding()
     if unfused:
         rounding.result = lambda x: x.astype(query.dtype).astype(np.float32)
+        if attributes["float32_precision"] == "tf32" and query.dtype == np.float32:
+            rounding.operand = reference._tf32
     found = {"query": np.zeros(query.shape, working), "key": np.zeros(key.shape, working)}
     found["value"] = np.zeros(value.shape, working)
     scores = np.zeros((*query.shape[:3], key.shape[2]), working) if bias_name(problem) else None
@@ -56,7 +58,7 @@ def gradients(
             do = d_out[batch_idx, h, rows].astype(working)
             dl = 0 if d_lse is None else d_lse[batch_idx, h, rows].astype(working)[:, None]
             used = _finite(s.value[h // group, : s.kv_length].astype(working))
-            dq, dk, dv, ds, sink = _rows(s, attributes, rounding.result, h, q, _finite(k), masked, used, do, dl)
+            dq, dk, dv, ds, sink = _rows(s, attributes, rounding, h, q, _finite(k), masked, used, do, dl)
             found["query"][batch_idx, h, rows] = dq
             found["key"][batch_idx, h // group, keys] += dk
             found["value"][batch_idx, h // group, keys] += dv
@@ -76,23 +78,27 @@ def _finite(x: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(x), x, 0)
 
 
-def _rows(s, attributes: dict, round_to, h: int, q, k, masked, v, do, dl):
+def _rows(s, attributes: dict, rounding: reference._Rounding, h: int, q, k, masked, v, do, dl):
     """Of some rows of a head: dQ, their shares of dK and dV, the gradients of the scores, their share of the sink's."""
-    working = masked.dtype.type
+    working, round_to = masked.dtype.type, rounding.result
+
+    def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return rounding.operand(a) @ rounding.operand(b)
+
     weights, total, safe = reference._exponentials(masked, s, h)
     total = np.where(total == 0, 1, total)[:, None]
     p = round_to(weights / total)
-    dp = round_to(do @ v.T)
+    dp = round_to(product(do, v.T))
     delta = (p * dp).sum(axis=1, keepdims=True) - dl
     ds = d_masked = round_to(p * (dp - delta))
     if attributes["softcap"]:
-        tanh = round_to(np.tanh(round_to(q @ k.T) / working(attributes["softcap"])))
+        tanh = round_to(np.tanh(round_to(product(q, k.T)) / working(attributes["softcap"])))
         ds = round_to(ds * (1 - tanh * tanh))
     scale = working(attributes["scale"] or 1.0 / np.sqrt(q.shape[1]))
     sink = 0
     if s.sinks is not None:
         sink = -(np.exp(working(s.sinks[h]) - safe)[:, None] / total * delta).sum()
-    return round_to(ds @ k) * scale, ds.T @ q, p.T @ do, d_masked, sink
+    return round_to(product(ds, k)) * scale, product(ds.T, q), product(p.T, do), d_masked, sink
 
 
 def _reduce(scores: np.ndarray, bias: np.ndarray) -> np.ndarray:

@@ -44,10 +44,6 @@ def check(case: Case, expected: reference_backward.Expectation) -> None:
     assert took or max(case.head_dim, case.dim_v) > WIDEST, "no kernel takes the problem"
 
 
-def in_16_bits(case: Case) -> bool:
-    return has_gradients(case) and case.dtype != "float32"
-
-
 # Many tiles of rows and of keys, and more thread blocks than a GPU has room for.
 LARGE = [
     Case("bfloat16", 2, 8, 8, 2100, 2100, 64, is_causal=True),
@@ -57,6 +53,13 @@ LARGE = [
     Case("bfloat16", 9, 4, 2, 500, 600, 128, packed=True, is_causal=True, alignment="bottom_right"),
     Case("float16", 2, 4, 1, 600, 700, 48, softcap=5.0, bias="B1QK", kv_lengths=True, query_lengths=True, sinks=True),
     Case("bfloat16", 2, 16, 16, 1024, 1024, 32, kv_lengths=True),
+    Case("float32", 2, 8, 8, 1100, 1100, 64, is_causal=True),
+    Case("float32", 1, 6, 2, 1513, 1300, 128, layout="BSHD", is_causal=True, window_left=300, alignment="bottom_right"),
+    Case("float32", 2, 3, 1, 900, 1515, 80, 96, layout="BSH", mask="B11K", bias="1HQK"),
+    Case("float32", 3, 4, 2, 300, 700, 256, is_causal=True, alignment="bottom_right"),
+    Case("float32", 9, 4, 2, 500, 600, 128, packed=True, is_causal=True, alignment="bottom_right"),
+    Case("float32", 2, 8, 8, 1100, 1100, 64, is_causal=True, float32_precision="tf32"),
+    Case("float32", 2, 4, 2, 1100, 900, 128, kv_lengths=True, float32_precision="tf32"),
 ]
 
 # Biases that the copy engine brings: each way to share one, ends inside tiles, keys that lengths and windows hide.
@@ -73,7 +76,7 @@ BIASED = [
 ]
 
 
-@pytest.mark.parametrize("case", [*LARGE, *BIASED, *filter(in_16_bits, [*cases.full(), *cases.empty()])], ids=str)
+@pytest.mark.parametrize("case", [*LARGE, *BIASED, *filter(has_gradients, [*cases.full(), *cases.empty()])], ids=str)
 def test_case(case: Case, expected_gradients) -> None:
     check(case, expected_gradients(case))
 
@@ -113,16 +116,15 @@ def test_other_biases_are_refused_there_with_a_sentence(fields: dict, sentence: 
 @pytest.mark.parametrize("head_dim", (64, 128, 256))
 @pytest.mark.parametrize("is_causal", (False, True))
 @pytest.mark.parametrize("has_bias", (False, True))
-def test_many_launches_give_the_same_bits(head_dim: int, is_causal: bool, has_bias: bool) -> None:
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_many_launches_give_the_same_bits(dtype: torch.dtype, head_dim: int, is_causal: bool, has_bias: bool) -> None:
     """Blocks add to the gradient of the queries in turn: one out of turn is seen now and then only."""
     torch.manual_seed(head_dim)
-    query, key, value, d_output = (
-        torch.randn(4, 11, 1504, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)
-    )
+    query, key, value, d_output = (torch.randn(4, 11, 1504, head_dim, device="cuda", dtype=dtype) for _ in range(4))
     options: dict = {"is_causal": is_causal}
     wanted = ("attn_bias",) if has_bias else ()
     if has_bias:
-        options["attn_bias"] = torch.randn(1, 11, 1504, 1504, device="cuda", dtype=torch.bfloat16)
+        options["attn_bias"] = torch.randn(1, 11, 1504, 1504, device="cuda", dtype=dtype)
     output, lse = faplugin.attention(query, key, value, **options, return_lse=True)
     for kernel in on_gpu.KERNELS:
         first = None
@@ -137,14 +139,17 @@ def test_many_launches_give_the_same_bits(head_dim: int, is_causal: bool, has_bi
             assert all(arrays.same_bits(found[name], first[name]) for name in found), kernel
 
 
-def test_a_nan_reaches_only_the_rows_and_keys_that_see_it() -> None:
-    query, key, value, d_output = (torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.float16) for _ in range(4))
+@pytest.mark.parametrize("precision", ("", "tf32", "tf32x3"))  # "": float16
+def test_a_nan_reaches_only_the_rows_and_keys_that_see_it(precision: str) -> None:
+    dtype = torch.float32 if precision else torch.float16
+    query, key, value, d_output = (torch.randn(1, 2, 300, 64, device="cuda", dtype=dtype) for _ in range(4))
     value[0, 0, 250] = float("nan")
     d_output[0, 1, 40, 3] = float("inf")
     query[0, 1, 280] = float("nan")
-    output, lse = faplugin.attention(query, key, value, is_causal=True, return_lse=True)
+    arguments = {"is_causal": True, "float32_precision": precision}
+    output, lse = faplugin.attention(query, key, value, return_lse=True, **arguments)
     found = faplugin.attention_backward(
-        d_output, output, lse, query, key, value, is_causal=True, kernel="backward_sm80"
+        d_output, output, lse, query, key, value, kernel="backward_sm80", **arguments
     )
     finite = {name: gradient.isfinite().all(-1)[0].cpu() for name, gradient in found.items()}
     assert finite["query"][0, :250].all() and not finite["query"][0, 250:].any()
@@ -153,8 +158,19 @@ def test_a_nan_reaches_only_the_rows_and_keys_that_see_it() -> None:
     assert torch.equal(finite["value"][1], rows > 280) and torch.equal(finite["key"][1], rows > 280)
 
 
-def test_float32_is_refused_with_a_sentence() -> None:
-    query = torch.randn(1, 2, 8, 64, device="cuda")
-    output, lse = faplugin.attention(query, query, query, return_lse=True)
-    with pytest.raises(RuntimeError, match="takes float16 and bfloat16 only, the tensors are float32"):
-        faplugin.attention_backward(output, output, lse, query, query, query, kernel="backward_sm80")
+@pytest.mark.parametrize(("head_dim", "modified"), [(64, False), (64, True), (128, False), (128, True), (256, False)])
+def test_one_tf32_product_is_less_exact_than_three(head_dim: int, modified: bool) -> None:
+    """Each precision has its own instances; with modified scores, and above 128 columns, both have those of three."""
+    query, key, value, d_output = (torch.randn(1, 2, 300, head_dim, device="cuda") for _ in range(4))
+    options = {"softcap": 50.0} if modified else {}
+    output, lse = faplugin.attention(query, key, value, return_lse=True, **options)
+
+    def gradients(**arguments: object) -> dict[str, torch.Tensor]:
+        operands = (d_output, output, lse, query, key, value)
+        return faplugin.attention_backward(*operands, kernel="backward_sm80", **options, **arguments)
+
+    one, three = gradients(float32_precision="tf32"), gradients(float32_precision="tf32x3")
+    assert all(torch.equal(x, three[name]) for name, x in gradients().items())
+    for name in three:
+        distance = ((one[name] - three[name]).norm() / three[name].norm()).item()
+        assert distance == 0 if modified or head_dim > 128 else 1e-5 < distance < 2e-3

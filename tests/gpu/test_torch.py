@@ -66,18 +66,19 @@ def test_a_thread_that_has_not_used_cuda_before() -> None:
     assert torch.equal(output, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_backward(head_dim: int) -> None:
+def test_backward(head_dim: int, dtype) -> None:
     """Gradients by FlashAttention's rule."""
-    inputs = [draw(2, rows, heads, head_dim) for rows, heads in ((300, 4), (400, 2), (401, 2))]
+    inputs = [draw(2, rows, heads, head_dim, dtype=dtype) for rows, heads in ((300, 4), (400, 2), (401, 2))]
     inputs[2] = inputs[2][:, :400]
-    d_output = draw(2, 300, 4, head_dim)
+    d_output = draw(2, 300, 4, head_dim, dtype=dtype)
     leaves = [t.detach().requires_grad_() for t in inputs]
     found = torch.autograd.grad(fatorch.flash_attn_func(*leaves, causal=True), leaves, d_output)
     wanted = []
-    for dtype in (torch.float64, torch.bfloat16):
-        on_cpu = [t.cpu().to(dtype).requires_grad_() for t in inputs]
-        wanted.append(torch.autograd.grad(eager(*on_cpu, causal=True), on_cpu, d_output.cpu().to(dtype)))
+    for precision in (torch.float64, dtype):
+        on_cpu = [t.cpu().to(precision).requires_grad_() for t in inputs]
+        wanted.append(torch.autograd.grad(eager(*on_cpu, causal=True), on_cpu, d_output.cpu().to(precision)))
     for gradient, exact, unfused in zip(found, *wanted, strict=True):
         assert (gradient.cpu() - exact).abs().max() <= 2 * (unfused - exact).abs().max() + 1e-5
 
@@ -89,7 +90,7 @@ def gradients(function, *tensors: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad((output * weights).sum(), leaves))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_gradient_of_a_packed_tensor(dtype) -> None:
     qkv = draw(2, 200, 3, 4, 64, dtype=dtype)
     found = gradients(lambda x: fatorch.flash_attn_qkvpacked_func(x, causal=True), qkv)[0].unbind(2)
@@ -103,8 +104,9 @@ def test_the_gradient_of_a_packed_tensor(dtype) -> None:
         assert (got.cpu() - want).abs().max() <= 2 * (rounded - want).abs().max() + 1e-5
 
 
-def test_a_cuda_graph_captures_both_passes() -> None:
-    q = draw(1, 640, 2, 64).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cuda_graph_captures_both_passes(dtype) -> None:
+    q = draw(1, 640, 2, 64, dtype=dtype).requires_grad_()
 
     def step() -> torch.Tensor:
         output = fatorch.flash_attn_func(q, q, q, causal=True)
@@ -125,7 +127,24 @@ def test_a_cuda_graph_captures_both_passes() -> None:
         assert torch.equal(gradient, expected)
 
 
-def test_gradients_of_float32_are_refused_with_a_sentence() -> None:
-    q = draw(1, 8, 2, 64, dtype=torch.float32).requires_grad_()
-    with pytest.raises(RuntimeError, match="takes float16 and bfloat16 only, the tensors are float32"):
-        fatorch.flash_attn_func(q, q, q).sum().backward()
+def test_a_float32_tensor_trains() -> None:
+    """Steps of an optimizer on the GPU and, by eager attention, on the CPU: the same losses."""
+    weights = draw(3, 64, 64, dtype=torch.float32) / 8
+    tokens, target = draw(2, 100, 4, 64, dtype=torch.float32), draw(2, 100, 4, 64, dtype=torch.float32)
+
+    def losses(attention, device: str) -> torch.Tensor:
+        projection = weights.detach().to(device).clone().requires_grad_()
+        optimizer = torch.optim.SGD([projection], lr=0.5)
+        found = []
+        for _ in range(10):
+            q, k, v = (tokens.to(device) @ part for part in projection)
+            loss = (attention(q, k, v, causal=True) - target.to(device)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach().cpu())
+        return torch.stack(found)
+
+    ours = losses(fatorch.flash_attn_func, "cuda")
+    assert ours[-1] < ours[0]
+    torch.testing.assert_close(ours, losses(eager, "cpu"), rtol=1e-5, atol=0)
