@@ -7,14 +7,14 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
-#include <thread>
 
 #include "fa/attention.h"
+#include "fa/threads.h"
 
 namespace fa::cpu {
 
 inline int64_t num_threads(const ExecutionContext& context) {
-  return context.parallel_for == nullptr ? 1 : std::max<int64_t>(1, std::thread::hardware_concurrency());
+  return context.parallel_for == nullptr ? 1 : static_cast<int64_t>(hardware_threads());
 }
 
 struct FreeDeleter {

@@ -3,7 +3,6 @@
 #include "bound_call.h"
 
 #include <algorithm>
-#include <thread>
 
 #include "fa/threads.h"
 
@@ -196,7 +195,7 @@ void BoundCall::run(void* workspace, size_t workspace_bytes, int64_t num_threads
   ExecutionContext context;
   context.stream = reinterpret_cast<void*>(stream_);
   Threads threads{static_cast<size_t>(num_threads)};
-  if (num_threads == 0) threads.count = is_cuda() ? 1 : std::max(1u, std::thread::hardware_concurrency());  // asking takes time
+  if (num_threads == 0) threads.count = is_cuda() ? 1 : hardware_threads();
   context.parallel_for = Threads::run;
   context.pool = &threads;
   OwnMemory own(is_cuda(), context.stream);

@@ -10,7 +10,7 @@ import pytest
 from tests import cases
 
 torch = pytest.importorskip("torch")
-from tests.gpu import arrays  # noqa: E402
+from tests.gpu import arrays, gradients  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -87,3 +87,15 @@ FEW_ROWS = {"seqlen_q": 4, "seqlen_kv": 3000, "head_dim": 128, "num_q_heads": 8,
 def test_every_kind_of_mask_decodes_on_the_fast_kernel(kind: str, dtype: str) -> None:
     kernels = kernels_of(cases.Case(dtype, **FEW_ROWS, layout="BSHD", **cases.MASKS[kind]))
     assert kernels[0] == (DECODE[dtype] if is_hopper() else ANY_DECODE)
+
+
+@pytest.mark.parametrize("precision", ("tf32", "tf32x3"))
+@pytest.mark.parametrize("head_dim", (33, 64, 128, 256))
+@pytest.mark.parametrize("kind", ("none", "causal", "bias", "everything", "packed_causal"))
+def test_float32_gradients_have_a_kernel(kind: str, head_dim: int, precision: str) -> None:
+    case = cases.Case("float32", 2, 4, 2, 130, 150, head_dim, **cases.MASKS[kind], float32_precision=precision)
+    problem = case.problem()
+    inputs, arguments = gradients.arguments_of(problem)
+    given = gradients.given_for(case, problem, inputs, arguments)
+    taking = [name for name in gradients.KERNELS if gradients.takes(name, problem, inputs, arguments, given)]
+    assert taking == ["backward_sm80"]

@@ -11,6 +11,12 @@
 
 namespace fa {
 
+/// Of the machine. Asking the system reads a file, so it is asked once.
+inline size_t hardware_threads() {
+  static const size_t count = std::max(1u, std::thread::hardware_concurrency());
+  return count;
+}
+
 /// ExecutionContext::parallel_for = Threads::run, pool = a Threads. Where the system refuses threads, fewer do the work.
 struct Threads {
   size_t count;

@@ -69,6 +69,9 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def empty_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Row-major memory."""
+    if dtype is None and tensor.is_contiguous():  # the shortest way
+        return torch.empty_like(tensor)
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
