@@ -148,9 +148,7 @@ def test_a_nan_reaches_only_the_rows_and_keys_that_see_it(precision: str) -> Non
     query[0, 1, 280] = float("nan")
     arguments = {"is_causal": True, "float32_precision": precision}
     output, lse = faplugin.attention(query, key, value, return_lse=True, **arguments)
-    found = faplugin.attention_backward(
-        d_output, output, lse, query, key, value, kernel="backward_sm80", **arguments
-    )
+    found = faplugin.attention_backward(d_output, output, lse, query, key, value, kernel="backward_sm80", **arguments)
     finite = {name: gradient.isfinite().all(-1)[0].cpu() for name, gradient in found.items()}
     assert finite["query"][0, :250].all() and not finite["query"][0, 250:].any()
     rows = torch.arange(300)

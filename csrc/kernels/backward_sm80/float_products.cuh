@@ -12,9 +12,9 @@ namespace fa::backward_sm80 {
 template <class Config>
 struct FloatProducts : ProductShapes<Config> {
   using Shapes = ProductShapes<Config>;
+  using Shapes::kColumnBlocks, Shapes::kKeyBlocks, Shapes::kQueryBlocks, Shapes::kQueryColumnBlocks, Shapes::kRowBlocks;
   using typename Shapes::LayoutK, typename Shapes::LayoutQ, typename Shapes::LayoutS;
   using typename Shapes::QuerySums, typename Shapes::Scores, typename Shapes::Sums;
-  using Shapes::kColumnBlocks, Shapes::kKeyBlocks, Shapes::kQueryBlocks, Shapes::kQueryColumnBlocks, Shapes::kRowBlocks;
   using Packed = uint32_t[kKeyBlocks][kRowBlocks][4];
   // Steps of 8 columns or keys, in groups of 32: a block of a tile's rows. What lies between weights and products leaves
   // Variant::kModified no registers for steps of several groups at once.
@@ -83,8 +83,7 @@ struct FloatProducts : ProductShapes<Config> {
 #pragma unroll
       for (int n = 0; n < kRowBlocks; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          store_shared(LayoutS::advance(place, 8 * n + i % 2, 4 * m + i / 2 * 2), d_scores[m][n][i]);
+        for (int i = 0; i < 4; ++i) store_shared(LayoutS::advance(place, 8 * n + i % 2, 4 * m + i / 2 * 2), d_scores[m][n][i]);
       }
     }
   }
@@ -156,8 +155,7 @@ struct FloatProducts : ProductShapes<Config> {
       for (int n = 0; n < kSteps; ++n) {
         Right b[2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          b[i / 2].set(i % 2, load_shared(Layout::advance(right, 8 * n + i % 2, 2 * (d + i / 2))));
+        for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, load_shared(Layout::advance(right, 8 * n + i % 2, 2 * (d + i / 2))));
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
           Tf32s::multiply(Tf32s::kThree ? sum[0][m] : sums[m][d], left[m][n], b[0]);

@@ -11,9 +11,9 @@ namespace fa::backward_sm80 {
 template <class Config>
 struct Products : ProductShapes<Config> {
   using Shapes = ProductShapes<Config>;
+  using Shapes::kColumnBlocks, Shapes::kKeyBlocks, Shapes::kQueryBlocks, Shapes::kQueryColumnBlocks, Shapes::kRowBlocks;
   using typename Shapes::LayoutK, typename Shapes::LayoutQ, typename Shapes::LayoutS;
   using typename Shapes::QuerySums, typename Shapes::Scores, typename Shapes::Sums;
-  using Shapes::kColumnBlocks, Shapes::kKeyBlocks, Shapes::kQueryBlocks, Shapes::kQueryColumnBlocks, Shapes::kRowBlocks;
   using T = typename Config::T;
   using Packed = uint32_t[kKeyBlocks][kRowBlocks][2];
   static constexpr int kDepthSteps = Config::kHeadDim / 16;

@@ -82,11 +82,11 @@ __device__ __forceinline__ void clear_tile_row(unsigned char* tile, int row) {
     *reinterpret_cast<uint4*>(tile + Layout::offset(row, i)) = make_uint4(0, 0, 0, 0);
 }
 
-/// The lane's pairs of a row of an accumulator, times a factor, from `first_column` of the row on. `half`: 0 for the rows g of its
-/// blocks, 1 for g + 8.
+/// The lane's pairs of a row of an accumulator, times a factor, from `first_column` of the row on. `half`: 0 for the rows g of
+/// its blocks, 1 for g + 8.
 template <class T, int kColumnBlocks>
-__device__ __forceinline__ void write_pairs(T* row, int first_column, int columns, bool by_16, const float (&sums)[kColumnBlocks][4],
-                                            int half, float factor) {
+__device__ __forceinline__ void write_pairs(T* row, int first_column, int columns, bool by_16,
+                                            const float (&sums)[kColumnBlocks][4], int half, float factor) {
   const int first = first_column + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int c = 0; c < kColumnBlocks; ++c) {
@@ -101,11 +101,11 @@ __device__ __forceinline__ void write_pairs(T* row, int first_column, int column
   }
 }
 
-/// A warp's float32 sums of its keys, times a factor, to rows of `view`: four lanes write 32 bytes. Keys that aren't in use become
-/// 0.
+/// A warp's float32 sums of its keys, times a factor, to rows of `view`: four lanes write 32 bytes. Keys that aren't in use
+/// become 0.
 template <class Config>
-__device__ __forceinline__ void write_float_keys(const typename Config::Products::Sums& sums, float factor, const TensorView& view,
-                                                 const TileWork& work, int first_key, bool by_16) {
+__device__ __forceinline__ void write_float_keys(const typename Config::Products::Sums& sums, float factor,
+                                                 const TensorView& view, const TileWork& work, int first_key, bool by_16) {
   constexpr int kColumnBlocks = Config::Products::kColumnBlocks;
 #pragma unroll
   for (int i = 0; i < 2 * Config::kKeyBlocks; ++i) {
@@ -122,7 +122,7 @@ __device__ __forceinline__ void write_float_keys(const typename Config::Products
 /// The same for 16-bit elements; through the warp's part of `tile`, so that they are written in whole 16-byte chunks.
 template <class Config>
 __device__ __forceinline__ void write_short_keys(const typename Config::Products::Sums& sums, float factor, unsigned char* tile,
-                                           const TensorView& view, const TileWork& work, int first_key, bool by_16) {
+                                                 const TensorView& view, const TileWork& work, int first_key, bool by_16) {
   using T = typename Config::T;
   using Layout = typename Config::LayoutK;
   const int lane = threadIdx.x % 32, own = Config::first_key();
