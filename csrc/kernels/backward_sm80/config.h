@@ -10,8 +10,7 @@ namespace fa::backward_sm80 {
 /// What a tile of scores is to the kernel.
 enum class Variant : uint8_t {
   kPlain,     // scale, lengths, windows
-  kModified,  // on top of it softcap, bias, mask, ALiBi, and gradients of biases and sinks; in 16 bits fits sm_86's and sm_89's
-              // 99 KB to D 128
+  kModified,  // on top of it softcap, bias, mask, ALiBi, and gradients of biases and sinks; also where kPlain has no room
   kTf32,      // float32 as kPlain, in one TF32 product in place of three
 };
 
@@ -44,5 +43,15 @@ constexpr int shared_memory_bytes(int element_bytes, int head_dim, const TileSha
   const int elements = 2 * (tile.tile_k() * head_dim + 2 * tile.tile_q * head_dim + tile.tile_k() * tile.tile_q);
   return element_bytes * elements + 2 * 3 * 4 * tile.tile_q;
 }
+
+constexpr bool fits(int element_bytes, int head_dim, Variant variant, int kilobytes) {
+  return shared_memory_bytes(element_bytes, head_dim, tile_shape(element_bytes, head_dim, variant)) <= 1024 * kilobytes;
+}
+
+// Of a block's shared memory, compute capability 8.0 gives 163 KB, 8.6 and 8.9 give 99, 9.0 and 10.0 227 (docs/backward.md).
+static_assert(fits(2, 128, Variant::kModified, 99) && fits(4, 64, Variant::kModified, 99) && fits(4, 64, Variant::kTf32, 99));
+static_assert(fits(2, 256, Variant::kModified, 163) && fits(4, 128, Variant::kModified, 163) &&
+              fits(4, 256, Variant::kModified, 163));
+static_assert(fits(2, 128, Variant::kPlain, 227) && fits(2, 256, Variant::kPlain, 227) && fits(4, 128, Variant::kPlain, 227));
 
 }  // namespace fa::backward_sm80
