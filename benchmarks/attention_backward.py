@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contestants of the backward pass: the operator, each of its kernels, PyTorch's SDPA backends, FlashAttention-4.
+"""Contestants of the backward pass: the operator, each of its kernels, PyTorch's SDPA backends, FlashAttention-4. In
+float32 the operator in both precisions, and PyTorch's memory-efficient backend and unfused graph with and without TF32.
 
 Timed is the backward pass alone, after a forward pass that is done once, or both, by the row. FlashAttention-4 compiles
 for most of a minute; benchmarks/compile_fa4.py does that ahead.
@@ -14,6 +15,7 @@ import attention_peers
 import faplugin
 import torch
 from attention_rows import Row, Tensors
+from attention_torch import PRECISIONS
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -30,10 +32,10 @@ def operands_of(tensors: Tensors) -> Gradients:
     return tensors.query, tensors.key, tensors.value, *bias
 
 
-def ours(row: Row, kernel: str = "") -> Contestant:
+def ours(row: Row, kernel: str = "", **attributes: str) -> Contestant:
     """By faplugin.attention and faplugin.attention_backward, into memory that is there."""
     kept: dict[int, tuple[dict, dict]] = {}
-    options = {"is_causal": row.is_causal, "left_window_size": row.window, **LAYOUTS}
+    options = {"is_causal": row.is_causal, "left_window_size": row.window, **LAYOUTS, **attributes}
 
     def call(tensors: Tensors) -> Gradients:
         query, key, value, *bias = operands_of(tensors)
@@ -57,7 +59,7 @@ def ours(row: Row, kernel: str = "") -> Contestant:
     return call
 
 
-def by_autograd(row: Row, forward: Forward) -> Contestant:
+def by_autograd(row: Row, forward: Forward, allow_tf32: bool = False) -> Contestant:
     kept: dict[int, tuple] = {}
 
     def call(tensors: Tensors) -> Gradients:
@@ -66,7 +68,8 @@ def by_autograd(row: Row, forward: Forward) -> Contestant:
             kept[id(tensors)] = (leaves, None if row.both else forward(leaves))
         leaves, output = kept[id(tensors)]
         output = forward(leaves) if row.both else output
-        return torch.autograd.grad(output, leaves, tensors.d_out, retain_graph=not row.both)
+        with attention_peers.tf32(allow_tf32):
+            return torch.autograd.grad(output, leaves, tensors.d_out, retain_graph=not row.both)
 
     return call
 
@@ -82,6 +85,21 @@ def sdpa(row: Row, name: str) -> Contestant:
     return by_autograd(row, forward)
 
 
+def in_float32(row: Row) -> dict[str, Contestant]:
+    """PyTorch's contestants of the forward pass, differentiated."""
+
+    def differentiated(contestant: attention_peers.Contestant, allow_tf32: bool) -> Contestant:
+        def forward(leaves: Gradients) -> torch.Tensor:
+            query, key, value, *bias = leaves
+            return contestant(Tensors(query, key, value, out=query, bias=bias[0] if bias else None))
+
+        return by_autograd(row, forward, allow_tf32)
+
+    peers = attention_peers.contestants(row)
+    found = {f"ours {precision}": ours(row, float32_precision=precision) for precision in PRECISIONS}
+    return found | {name: differentiated(peer, name.endswith("TF32")) for name, peer in peers.items()}
+
+
 def fa4(row: Row, function: Callable) -> Contestant:
     window = {"window_size": (row.window, 0)} if row.window >= 0 else {}
 
@@ -94,6 +112,8 @@ def fa4(row: Row, function: Callable) -> Contestant:
 
 def contestants(row: Row, tensors: Tensors, wanted: set[str]) -> dict[str, Contestant]:
     """By name, those wanted (all where empty). Whether each can run the row shows when it is called."""
+    if row.dtype == "float32":
+        return {name: call for name, call in in_float32(row).items() if not wanted or name in wanted}
     found: dict[str, Contestant] = {"ours": ours(row)} | {kernel: ours(row, kernel) for kernel in KERNELS}
     if row.window < 0:  # PyTorch has no argument for it
         found |= {name: sdpa(row, name) for name in (("FA2", "cuDNN", "efficient") if row.mask else ("FA2", "cuDNN"))}

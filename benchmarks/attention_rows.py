@@ -246,7 +246,14 @@ def _backward() -> list[Row]:
     rows += [dataclasses.replace(row, both=True) for row in rows if row.seqlen in (512, 2048, 8192)]
     rows += [_tokens(16384, num_heads=16, head_dim=128, is_causal=True, window=4095, backward=True)]
     biased = [Row(b, 16, s, 64, mask="bias_1HSS", backward=True) for b, s in ((8, 1024), (1, 4096))]
-    return rows + biased
+    return rows + biased + _float32_backward()
+
+
+def _float32_backward() -> list[Row]:
+    options = {"dtype": "float32", "backward": True}
+    shapes = itertools.product(((8, 16, 1024), (2, 16, 4096)), (64, 128), (False, True))
+    rows = [Row(*shape, head_dim, is_causal=is_causal, **options) for shape, head_dim, is_causal in shapes]
+    return [*rows, Row(2, 8, 4096, 256, **options), Row(8, 16, 1024, 64, mask="bias_1HSS", **options)]
 
 
 SUITES: dict[str, list[Row]] = {

@@ -159,7 +159,8 @@ def backward_section() -> str:
     """docs/backward.md's tables: TFLOP/s of the backward pass, and of both passes, the peers' in brackets."""
     data = json.loads((RESULTS / "backward.json").read_text("utf-8"))
     names = ["cuDNN", "FA2", "FA4"]
-    plain = [row for row in data["rows"] if "window" not in row["row"] and "bias" not in row["row"]]
+    in_float32 = [row for row in data["rows"] if row["dtype"] == "float32"]
+    plain = [row for row in data["rows"] if not any(word in row["row"] for word in ("window", "bias", "float32"))]
     parts = [
         f"{data['gpu']}, driver {data['driver']}, PyTorch {data['versions']['torch']}, commit {data['commit']}, "
         f"{data['date'][:10]}; bfloat16, 16k tokens, TFLOP/s\n(`benchmarks/attention.py backward --name backward`; the "
@@ -170,7 +171,20 @@ def backward_section() -> str:
         groups = {d: [row for row in rows if f" {d} " in row["row"]] for d in ("d64", "d128", "d256")}
         ratios = ", ".join(f"{d} {_ratios(group)}" for d, group in groups.items())
         parts += ["", f"{title}; relative to the fastest peer: {ratios}.", "", *_speed_table(rows, names)[:-1]]
-    return "\n".join([*parts, ""])
+    return "\n".join([*parts, *_float32_backward(in_float32), ""])
+
+
+def _float32_backward(rows: list[dict]) -> list[str]:
+    """The backward pass of float32: TFLOP/s of ours and of the peers, in each precision."""
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for row in rows for name in row["contestants"]))
+    lines = ["", "float32, TFLOP/s by the precision of the products:", "", f"| | {' | '.join(names)} |"]
+    lines.append(f"|---|{'---|' * len(names)}")
+    for row in rows:
+        cells = [f"{row['contestants'][name]['tflops']:.1f}" if name in row["contestants"] else "–" for name in names]
+        lines.append(f"| {row['row'].replace(' float32 backward', '')} | {' | '.join(cells)} |")
+    return lines
 
 
 def _measured_with(data: dict) -> str:
