@@ -30,16 +30,20 @@ class Workspace {
 /// Is the gradient of a bias a sum over this axis?
 inline bool is_summed(const TensorView& d_bias, int axis) { return d_bias.shape[axis] > 1 && d_bias.stride[axis] == 0; }
 
+/// No more than these are too few for the rounding of an output to be the mean of many.
+constexpr int64_t kFewKeys = 32;
+
 /// Are D wanted without the rounding of the output? In sums over the keys of a row, the gradients of sinks and of a bias that all
 /// keys share, what is exact cancels almost all; and where no row sees more than a few keys, that rounding isn't the mean of
-/// many. In sums over rows it is one error among others of many elements, of which the products' own are the larger.
+/// many. In sums over rows it is one error among others of many elements, of which the products' own are the larger,
+/// but in float32.
 inline bool needs_exact_deltas(const AttentionParams& params, const Gradients& gradients) {
-  constexpr int64_t kFewKeys = 32;
   const bool has_window = params.window_left >= 0 && params.window_right >= 0;
   const bool sees_few = params.key.shape[2] <= kFewKeys ||
                         (has_window && params.window_left < kFewKeys && params.window_left + params.window_right < kFewKeys);
-  const bool keys_share_bias = gradients.d_bias.present && is_summed(gradients.d_bias, 3);
-  return keys_share_bias || gradients.d_sinks.present || sees_few;
+  const bool has_long_sums =
+      gradients.d_bias.present && (is_summed(gradients.d_bias, 3) || params.query.dtype == DType::kFloat32);
+  return has_long_sums || gradients.d_sinks.present || sees_few;
 }
 
 /// Arrays for a kernel with tiles of so many rows. `natural`: with `rest`.

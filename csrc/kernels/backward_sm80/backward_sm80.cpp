@@ -48,8 +48,19 @@ LaunchSums sums_of(const Instance& instance) {
   return nullptr;
 }
 
+bool is_of_one_product(const AttentionParams& p) {
+  return p.query.dtype == DType::kFloat32 && p.float32_precision == Float32Precision::kTf32;
+}
+
+/// Does every row see all keys, and so many that the rounding of the output is the mean of many?
+bool sees_all_of_many(const AttentionParams& p) {
+  const bool has_lengths = p.kv_lengths.present || p.query_lengths.present || p.cu_seqlens_q.present || p.cu_seqlens_kv.present;
+  return p.key.shape[2] > kFewKeys && !hides_keys(p) && !has_lengths;
+}
+
 bool needs_modified(const AttentionParams& p, const Gradients& g) {
-  return p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || needs_exact_deltas(p, g);
+  return p.mask.present || p.bias.present || p.alibi_slopes.present || p.softcap != 0.0f || needs_exact_deltas(p, g) ||
+         (is_of_one_product(p) && !sees_all_of_many(p));
 }
 
 int64_t head_dim_of(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
@@ -61,8 +72,7 @@ const Instance* find(const AttentionParams& p, Variant variant) {
 
 /// Of a problem without modified scores.
 Variant plain_variant(const AttentionParams& p) {
-  const bool one_product = p.query.dtype == DType::kFloat32 && p.float32_precision == Float32Precision::kTf32;
-  return one_product ? Variant::kTf32 : Variant::kPlain;
+  return is_of_one_product(p) ? Variant::kTf32 : Variant::kPlain;
 }
 
 /// Tiles of keys of the longest sequence, or where packed of one of mean length.
@@ -145,6 +155,11 @@ Status launch_sums_of(const Instance& instance, const AttentionParams& p, const 
                      "Sums of the backward pass could not be launched");
 }
 
+/// Are D wanted, summed up over the keys of each row? Also where the output given is of one product and the gradients are of three.
+bool needs_row_sums(const Instance& instance, const AttentionParams& p, const Gradients& g) {
+  return needs_exact_deltas(p, g) || (is_of_one_product(p) && instance.variant == Variant::kModified);
+}
+
 /// D of each row, summed up over its keys.
 Status sum_rows(const Instance& instance, const AttentionParams& p, const Gradients& g, const Grid& grid, cudaStream_t stream) {
   ScoreSums sums{};
@@ -196,7 +211,7 @@ Status launch(const BackwardPlan& plan, const StepParams& params, const Gradient
   const int64_t pairs = num_sequences(params) * params.key.shape[1];
   const bool has_keys = pairs > 0 && params.key.shape[2] > 0;
   const Grid grid = has_keys ? grid_of(instance, params, gradients, arrays) : Grid{};
-  if (has_keys && needs_exact_deltas(params, gradients)) {
+  if (has_keys && needs_row_sums(instance, params, gradients)) {
     Status status = sum_rows(instance, params, gradients, grid, stream);
     if (!status.ok()) return status;
   }

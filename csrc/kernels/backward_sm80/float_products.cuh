@@ -20,6 +20,9 @@ struct FloatProducts : ProductShapes<Config> {
   // Variant::kModified no registers for steps of several groups at once.
   static constexpr int kStepsOfGroup = kStepsOfShortSum, kDepthGroups = Config::kHeadDim / 32, kKeyGroups = Config::kTileK / 32;
   static constexpr int kUnroll = Config::kModified ? 1 : 8;
+  // Long rows of gradients of the output and values have large products, of which what is exact cancels against D: their small
+  // products have sums of their own.
+  static constexpr bool kHasSmallSums = Config::kHeadDim > 128;
 
   using Tf32s = Tf32Products<Config::kOneProduct ? Tf32::kOneOfRounded : Tf32::kThree>;
   using Left = typename Tf32s::template Operand<4>;
@@ -43,13 +46,15 @@ struct FloatProducts : ProductShapes<Config> {
     for (int group = 0; group < kDepthGroups; ++group) {
       const uint32_t a = left + group * (LayoutK::kBytes / kDepthGroups), b = right + group * (LayoutQ::kBytes / kDepthGroups);
       if constexpr (!Tf32s::kThree) {
-        add_group(scores, a, b);
+        add_group(scores, scores, a, b);
       } else {
-        Scores sum = {};
-        add_group(sum, a, b);
+        Scores sum = {}, small = {};
+        add_group(sum, kHasSmallSums ? small : sum, a, b);
 #pragma unroll
-        for (int i = 0; i < kKeyBlocks * kRowBlocks * 4; ++i)
-          scores[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4] += sum[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4];
+        for (int i = 0; i < kKeyBlocks * kRowBlocks * 4; ++i) {
+          const int m = i / (kRowBlocks * 4), n = i / 4 % kRowBlocks, e = i % 4;
+          scores[m][n][e] += kHasSmallSums ? sum[m][n][e] + small[m][n][e] : sum[m][n][e];
+        }
       }
     }
   }
@@ -121,8 +126,8 @@ struct FloatProducts : ProductShapes<Config> {
     return Layout::offset(lane % 4 * 2, first_column / 4 + g / 4) + 4 * (g % 4);
   }
 
-  /// scores += A B^T over a group of columns.
-  static __device__ __forceinline__ void add_group(Scores& scores, uint32_t left, uint32_t right) {
+  /// scores += A B^T over a group of columns; the small of three products are added to `small`.
+  static __device__ __forceinline__ void add_group(Scores& scores, Scores& small, uint32_t left, uint32_t right) {
 #pragma unroll
     for (int step = 0; step < kStepsOfGroup; ++step) {
       Left a[kKeyBlocks];
@@ -137,8 +142,8 @@ struct FloatProducts : ProductShapes<Config> {
         for (int i = 0; i < 4; ++i) b[i / 2].set(i % 2, loaded[i]);
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
-          Tf32s::multiply(scores[m][n], a[m], b[0]);
-          Tf32s::multiply(scores[m][n + 1], a[m], b[1]);
+          Tf32s::multiply_apart(scores[m][n], small[m][n], a[m], b[0]);
+          Tf32s::multiply_apart(scores[m][n + 1], small[m][n + 1], a[m], b[1]);
         }
       }
     }

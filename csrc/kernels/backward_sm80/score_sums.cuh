@@ -133,12 +133,14 @@ __device__ __forceinline__ void write_sums(const typename Config::Products::Scor
 }
 
 /// D of the tile's rows, less the gradients of their log-sum-exps. Rows with a reference of +inf or NaN keep their 0, and those
-/// whose output is of more keys than are here the D that they have.
+/// whose output is of more keys than are here the D that they have. A log-sum-exp of one TF32 product is off by more than one of
+/// these three: it is corrected, so that the row's weights add up to 1.
 template <class Config>
 __device__ __forceinline__ void write_deltas(const typename Config::Products::Scores& total,
                                              const typename Config::Products::Scores& shares, const Block<Config>& block,
                                              const Step& step, unsigned char* shared) {
-  constexpr float kAlone = 1.0f - 0x1p-12f;
+  const bool is_coarse = Config::kElementBytes == 4 && block.p.float32_precision == Float32Precision::kTf32;
+  const float alone = is_coarse ? 1.0f - 0x1p-6f : 1.0f - 0x1p-12f;
   float* const of_rows = reinterpret_cast<float*>(shared);
   float* const weights = of_rows + Config::kTileQ;
   __syncthreads();
@@ -154,10 +156,11 @@ __device__ __forceinline__ void write_deltas(const typename Config::Products::Sc
     const float sink = static_cast<const float*>(block.p.sinks.data)[step.head * block.p.sinks.stride[0]];
     share += exp2_approx(fmaf(sink - reference, kLog2E, -block.grid.numbers.rest[entry]));
   }
-  if (!(share > kAlone)) return;
+  if (!(share > alone)) return;
   const Sequence& s = block.work.sequence;
   const float d_lse = block.g.d_lse.present ? *row_at<float>(block.g.d_lse, s.batch_idx, step.head, s.first_row + row) : 0.0f;
   block.grid.numbers.delta[entry] = of_rows[threadIdx.x] / share - d_lse;
+  if (is_coarse) block.grid.numbers.rest[entry] += log2f(share);
 }
 
 /// Adds the tiles of scores of one head of one sequence that belong to the block's tile of the result.

@@ -35,9 +35,15 @@ struct Tf32Products {
 
   /// c += a b, the small products first.
   static __device__ __forceinline__ void multiply(float (&c)[4], const Operand<4>& a, const Operand<2>& b) {
+    multiply_apart(c, c, a, b);
+  }
+
+  /// The same, the small products into a sum of their own: then c is rounded once, not three times.
+  static __device__ __forceinline__ void multiply_apart(float (&c)[4], float (&small)[4], const Operand<4>& a,
+                                                        const Operand<2>& b) {
     if constexpr (kThree) {
-      mma_m16n8k8_tf32(c, a.low, b.high[0], b.high[1]);
-      mma_m16n8k8_tf32(c, a.high, b.low[0], b.low[1]);
+      mma_m16n8k8_tf32(small, a.low, b.high[0], b.high[1]);
+      mma_m16n8k8_tf32(small, a.high, b.low[0], b.low[1]);
     }
     mma_m16n8k8_tf32(c, a.high, b.high[0], b.high[1]);
   }
