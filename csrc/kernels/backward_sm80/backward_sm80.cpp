@@ -71,9 +71,7 @@ const Instance* find(const AttentionParams& p, Variant variant) {
 }
 
 /// Of a problem without modified scores.
-Variant plain_variant(const AttentionParams& p) {
-  return is_of_one_product(p) ? Variant::kTf32 : Variant::kPlain;
-}
+Variant plain_variant(const AttentionParams& p) { return is_of_one_product(p) ? Variant::kTf32 : Variant::kPlain; }
 
 /// Tiles of keys of the longest sequence, or where packed of one of mean length.
 int64_t key_tiles(const AttentionParams& p, int tile_k) {
@@ -155,7 +153,8 @@ Status launch_sums_of(const Instance& instance, const AttentionParams& p, const 
                      "Sums of the backward pass could not be launched");
 }
 
-/// Are D wanted, summed up over the keys of each row? Also where the output given is of one product and the gradients are of three.
+/// Are D wanted, summed up over the keys of each row? Also where the output given is of one product and the gradients are of
+/// three.
 bool needs_row_sums(const Instance& instance, const AttentionParams& p, const Gradients& g) {
   return needs_exact_deltas(p, g) || (is_of_one_product(p) && instance.variant == Variant::kModified);
 }

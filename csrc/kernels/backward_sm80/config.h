@@ -31,7 +31,7 @@ constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant)
   if (element_bytes == 4) {
     if (head_dim <= 64) return {4, 1, 32, 2};
     if (head_dim <= 128) return plain ? TileShape{8, 1, 32, 1} : TileShape{4, 1, 32, 1};
-    return {4, 1, 16, 1, 2};
+    return plain ? TileShape{8, 1, 16, 1, 2} : TileShape{4, 1, 16, 1, 2};
   }
   if (head_dim <= 64) return plain ? TileShape{4, 2, 32, 2} : TileShape{8, 1, 32, 1};
   if (head_dim <= 128) return plain ? TileShape{8, 1, 64, 1} : TileShape{4, 1, 32, 2};
@@ -52,6 +52,7 @@ constexpr bool fits(int element_bytes, int head_dim, Variant variant, int kiloby
 static_assert(fits(2, 128, Variant::kModified, 99) && fits(4, 64, Variant::kModified, 99) && fits(4, 64, Variant::kTf32, 99));
 static_assert(fits(2, 256, Variant::kModified, 163) && fits(4, 128, Variant::kModified, 163) &&
               fits(4, 256, Variant::kModified, 163));
-static_assert(fits(2, 128, Variant::kPlain, 227) && fits(2, 256, Variant::kPlain, 227) && fits(4, 128, Variant::kPlain, 227));
+static_assert(fits(2, 128, Variant::kPlain, 227) && fits(2, 256, Variant::kPlain, 227) && fits(4, 128, Variant::kPlain, 227) &&
+              fits(4, 256, Variant::kPlain, 227));
 
 }  // namespace fa::backward_sm80

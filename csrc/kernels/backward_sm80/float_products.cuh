@@ -17,9 +17,9 @@ struct FloatProducts : ProductShapes<Config> {
   using typename Shapes::QuerySums, typename Shapes::Scores, typename Shapes::Sums;
   using Packed = uint32_t[kKeyBlocks][kRowBlocks][4];
   // Steps of 8 columns or keys, in groups of 32: a block of a tile's rows. What lies between weights and products leaves
-  // Variant::kModified no registers for steps of several groups at once.
+  // Variant::kModified no registers for steps of several groups at once, nor do the sums of long heads.
   static constexpr int kStepsOfGroup = kStepsOfShortSum, kDepthGroups = Config::kHeadDim / 32, kKeyGroups = Config::kTileK / 32;
-  static constexpr int kUnroll = Config::kModified ? 1 : 8;
+  static constexpr int kUnroll = Config::kModified || Config::kHeadDim > 128 ? 1 : 8;
   // Long rows of gradients of the output and values have large products, of which what is exact cancels against D: their small
   // products have sums of their own.
   static constexpr bool kHasSmallSums = Config::kHeadDim > 128;
