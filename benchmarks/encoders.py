@@ -231,7 +231,16 @@ def _measure(options: argparse.Namespace) -> None:
         paths = {kind: options.models / f"{name} {kind}.onnx" for kind in kinds}
         measures = {kind: _session(path, weights, options) for kind, path in paths.items() if path.exists()}
     with _turn(options.models, alone=True):
+        _await_memory(options.device)
         _measure_sizes(model, made, measures, failed, options)
+
+
+def _await_memory(device: str) -> None:
+    """Returns when the process whose turn was before has given back its memory."""
+    before = -1
+    while device == "cuda" and (taken := _memory_taken(device)) != before:
+        before = taken
+        time.sleep(1)
 
 
 def _compiled(weights: skeletons.Weights, options: argparse.Namespace):

@@ -140,8 +140,8 @@ def _best(row: dict, file: str) -> dict | None:
 
 
 def _number(found: dict | None, key: str, digits: int) -> str:
-    number = found.get(key) if found else None
-    return f"{number:.{digits}f}" if number else "–"
+    number = (found.get(key) or 0) if found else 0
+    return f"{number:.{digits}f}" if number > 0 else "–"
 
 
 def _over(row: dict, files: tuple[str, ...]) -> float | None:
