@@ -47,8 +47,8 @@ demo-train: $(KIND_OF_DEMOS) $(VENV)/.demo-train ## train 20 steps with the oper
 test: $(KIND_OF_TESTS) ## all tests; those that need a GPU are skipped where there is none
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-gpu: $(KIND_OF_TESTS) ## the tests that need a GPU, none of which may be skipped, in a process a core
-	FA_REQUIRE_GPU=1 $(BIN)/python -m pytest -n auto -q -m gpu tests
+test-gpu: $(KIND_OF_TESTS) ## the tests that need a GPU, none of which may be skipped, in a process a core, of one thread
+	FA_REQUIRE_GPU=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m gpu tests
 
 nightly: $(KIND_OF_TESTS) ## 10,000 random attention graphs and decoders, compared; 5,000 models with wrong bytes (an hour)
 	RANDOM_GRAPHS=10000 MUTATIONS=5000 RANDOM_DECODERS=10000 $(BIN)/python -m pytest -n 2 -v --no-header \
