@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport import around, dequantize, float8
+from faexport import around, dequantize, float8, gemms
 from faexport.cuda_heads import cpu_only_note, gathered_note, has_kernel
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
@@ -56,6 +56,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     dequantize.settle(model, expanded, candidates)
     drop_drafts(model)
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
+    if fused and options.joins_rest:
+        gemms.write_as_products(model, masks.analysis, names)
     moves = options.joins_rest and not options.float8  # the operator adds no bias to a float8 query
     apart = move_biases(model, fused, masks.analysis, names) if moves else []
     apart += pack_projections(model, fused, masks.analysis, names)
