@@ -228,11 +228,13 @@ def _measure(options: argparse.Namespace) -> None:
             except Exception as error:
                 failed[COMPILED] = _sentence(error)
         kinds = (f"{how} float32 {file}" for file in ("unfused", "ours") for how in model.exports)
-        paths = {kind: options.models / f"{name} {kind}.onnx" for kind in kinds}
-        measures = {kind: _session(path, weights, options) for kind, path in paths.items() if path.exists()}
+        references = [kind for kind in kinds if (options.models / f"{name} {kind}.onnx").exists()]
+        load = functools.cache(lambda kind: _session(options.models / f"{name} {kind}.onnx", weights, options))
+        for kind in references[:1]:  # the others only where it does not run
+            load(kind)
     with _turn(options.models, alone=True):
         _await_memory(options.device)
-        _measure_sizes(model, made, measures, failed, options)
+        _measure_sizes(model, made, (references, load), failed, options)
 
 
 def _await_memory(device: str) -> None:
@@ -257,23 +259,30 @@ def _compiled(weights: skeletons.Weights, options: argparse.Namespace):
     return made
 
 
-def _expected(measures: dict, tensors: dict[str, np.ndarray], device: str) -> tuple[str, np.ndarray]:
+References = tuple[list[str], Callable]  # float32 files, and what loads one
+
+
+def _expected(references: References, tensors: dict[str, np.ndarray], device: str) -> tuple[str, np.ndarray]:
     """Which float32 file results are compared with, and its output: an original, or where none has the memory to run,
-    faexport's of it."""
-    for kind, measure in measures.items():
+    faexport's of it. Raises the last one's error."""
+    kinds, load = references
+    for kind in kinds:
         try:
-            call, output, release = _bound(measure, tensors, device)
+            call, output, release = _bound(load(kind), tensors, device)
             call(0)
             found = output()
             if device == "cuda":
                 release()
             return kind, found
-        except Exception as error:
-            failure = error
-    raise failure
+        except Exception:
+            if kind == kinds[-1]:
+                raise
+    raise ValueError("there is no float32 file to compare with")
 
 
-def _measure_sizes(model, made: dict, measures: dict, failed: dict[str, str], options: argparse.Namespace) -> None:
+def _measure_sizes(
+    model, made: dict, references: References, failed: dict[str, str], options: argparse.Namespace
+) -> None:
     import torch
 
     name, dtype = options.time_one
@@ -285,10 +294,10 @@ def _measure_sizes(model, made: dict, measures: dict, failed: dict[str, str], op
         row = {"encoder": name, "row": f"{model.name} b{batch_size} s{length}", "dtype": dtype, "contestants": {}}
         row |= {"device": options.device, "batch_size": batch_size, "length": length, "failed": dict(failed)}
         try:
-            row["compared_with"], expected = _expected(measures, tensors, options.device)
+            row["compared_with"], expected = _expected(references, tensors, options.device)
             used = tensors["attention_mask"].astype(bool) if model.is_text else ...
             said = _measure_together(made, tensors, expected[used], used, row, options)
-            for contestant in [title for title in said if title in made]:  # there may be room for one alone
+            for contestant in said:  # there may be room for one alone
                 alone = {contestant: made[contestant]}
                 row["failed"].update(_measure_together(alone, tensors, expected[used], used, row, options))
         except Exception as error:
@@ -298,7 +307,7 @@ def _measure_sizes(model, made: dict, measures: dict, failed: dict[str, str], op
 
 def _measure_together(made: dict, tensors: dict, expected: np.ndarray, used, row: dict, options) -> dict[str, str]:
     """Times these sessions in turn, adds them to the row, and gives back the memory that they took. Returns the
-    sentences of those that failed."""
+    sentences of those that failed. `used`: which part of an output is `expected`."""
     calls, found, releases, failed = {}, {}, [], {}
     for contestant, session in made.items():
         try:

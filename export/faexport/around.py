@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from faexport import embeddings
-from faexport.nodes import attribute, op, operand, producer
+from faexport.nodes import RUNTIME_FLOATS, attribute, op, operand, producer
 from faexport.rewrite import Names, remove_dead
 from faexport.spec import DOMAIN as OWN_DOMAIN
 from faexport.understand.shapes.analysis import Analysis
@@ -29,7 +29,6 @@ MISPLACED = "SimplifiedLayerNormalization"  # an operator of onnxruntime that li
 NORMALIZATIONS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 JOINED = (MISPLACED, *NORMALIZATIONS, "Gelu", "FastGelu", "BiasGelu")
 TENSORS, WEIGHTS = ("x", "input", "skip"), ("bias", "scale", "gamma", "beta")  # as the rules call them
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # bfloat16 and double have no kernels on some providers
 
 
 def join(model: ir.Model, a: Analysis, names: Names) -> dict[str, int]:
@@ -146,7 +145,7 @@ def _is_sure(bound: Mapping[str, Any]) -> bool:
     """Of what a rule found: one type; where there are weights or a residual, known sizes that fit each other."""
     tensors, weights = ([bound[name] for name in names if bound.get(name)] for names in (TENSORS, WEIGHTS))
     types = {value.dtype for value in (*tensors, *weights)}
-    if len(types) != 1 or not types <= {*FLOATS}:
+    if len(types) != 1 or not types <= {*RUNTIME_FLOATS}:
         return False
     if not weights:
         return True

@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, given, op, operand, producer
+from faexport.nodes import RUNTIME_FLOATS, attribute, given, op, operand, producer
 from faexport.rewrite import Names, name_node, remove_dead, take_over
 from faexport.surgery import Builder
 from faexport.understand.index import transfer_layout, transfer_math  # noqa: F401  (registers the transfer functions)
@@ -26,7 +26,6 @@ from faexport.understand.shapes.dims import Dim
 
 DOMAIN = "com.microsoft"
 OPERATOR = "SkipLayerNormalization"
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ def _read(node: ir.Node, ctx: Interpreter) -> tuple[_Embedding, _Embedding, list
         return None
     types = {a.dtype(value) for value in (*(one.table for one in found), *weights)}
     widths = [a.shape(value) for value in weights]
-    if len(types) != 1 or not types <= {*_FLOATS} or any(width != sizes[2:] for width in widths):
+    if len(types) != 1 or not types <= {*RUNTIME_FLOATS} or any(width != sizes[2:] for width in widths):
         return None
     return tokens, positions, rows
 

@@ -10,6 +10,13 @@ class ModelError(ValueError):
     """Bad input or a failed write. The text is one line: where, what, and what to do about it."""
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What went wrong first: libraries wrap an error in others that only say where it was."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 class NotVerifiedError(Exception):
     """The rewritten model differs from the original, or could not be compared with it, and was not written. The text is
     one line; `report` is what faexport.optimize() found, a faexport.report.Report."""

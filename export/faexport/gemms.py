@@ -11,29 +11,29 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport.nodes import attribute, given, graphs_of, op, operand, producer
+from faexport.nodes import RUNTIME_FLOATS, attribute, given, graphs_of, op, operand, producer
 from faexport.rewrite import Names, name_node, remove_dead, take_over
 from faexport.understand.shapes.analysis import Analysis
-
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 def write_as_products(model: ir.Model, a: Analysis, names: Names) -> None:
     """Changes the model in place, and has the analysis know the new nodes."""
-    a.extend(model)
-    for node in [node for graph, _ in graphs_of(model) for node in graph if op(node) == "Gemm"]:
-        _rewrite(node, a, names)
-    a.extend(model)
+    gemms = [node for graph, _ in graphs_of(model) for node in graph if op(node) == "Gemm"]
+    if gemms:
+        a.extend(model)  # it doesn't know the operator's nodes yet
+    rewritten = [_rewrite(node, a, names) for node in gemms]
+    if any(rewritten):
+        a.extend(model)
 
 
-def _rewrite(gemm: ir.Node, a: Analysis, names: Names) -> None:
+def _rewrite(gemm: ir.Node, a: Analysis, names: Names) -> bool:
     together, apart = producer(gemm.inputs[0]), _only_user(gemm.outputs[0])
     if op(together) != "Reshape" or op(apart) != "Reshape" or not _is_plain(gemm, a):
-        return
+        return False
     assert together is not None and apart is not None
     x, result = given(together, 0), apart.outputs[0]
     if apart.inputs[0] is not gemm.outputs[0] or not _keeps_rows(x, gemm, result, a):
-        return
+        return False
     made = [ir.node("MatMul", [x, given(gemm, 1)])]
     if (bias := operand(gemm, 2)) is not None:
         made.append(ir.node("Add", [made[0].outputs[0], bias]))
@@ -44,6 +44,7 @@ def _rewrite(gemm: ir.Node, a: Analysis, names: Names) -> None:
     apart.graph.insert_before(apart, made)
     take_over(result, made[-1].outputs[0])
     remove_dead([apart])
+    return True
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:
@@ -57,7 +58,7 @@ def _is_plain(gemm: ir.Node, a: Analysis) -> bool:
     if any(attribute(gemm, name, default) != default for name, default in plain.items()):
         return False
     bias, columns = operand(gemm, 2), a.shape(gemm.inputs[1])
-    if columns is None or a.dtype(gemm.outputs[0]) not in FLOATS:
+    if columns is None or a.dtype(gemm.outputs[0]) not in RUNTIME_FLOATS:
         return False
     return bias is None or (a.is_static(bias) and a.shape(bias) == columns[1:])
 
@@ -67,8 +68,6 @@ def _keeps_rows(x: ir.Value, gemm: ir.Node, result: ir.Value, a: Analysis) -> bo
     before, rows, columns, after = (a.shape(value) for value in (x, gemm.inputs[0], gemm.inputs[1], result))
     if before is None or rows is None or columns is None or after is None or len(rows) != 2 or len(before) < 3:
         return False
-    if (
-        not before[-1].const or not columns[1].const
-    ):  # known, and not 0: the number of rows follows from that of elements
-        return False
-    return rows[1] == before[-1] and after == (*before[:-1], columns[1])
+    # With widths that are known and not 0, the number of rows follows from that of elements.
+    has_widths = bool(before[-1].const) and bool(columns[1].const)
+    return has_widths and rows[1] == before[-1] and after == (*before[:-1], columns[1])

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from . import compare, half, half_nodes, model_io, ort_session
-from .errors import ModelError
+from .errors import ModelError, first_cause
 from .ort_session import CannotRun, Job, ModelFailure
 from .reference import Amount, Outputs, Reference, has_empty, needs_library, open_optimized
 from .report import HalfOutput, HalfPrecision, VerificationStatus
@@ -78,16 +78,9 @@ def _converted(
     except ModelError:
         raise
     except Exception as error:  # the converter raises whatever it stumbles over
-        cause = _first_cause(error)
+        cause = first_cause(error)
         sentence = f"onnxruntime's converter fails: {type(cause).__name__}: {ort_session.one_line(str(cause))}"
         raise ModelError(f"{cannot}: {sentence}") from error
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong first: libraries wrap an error in others that only say where it was."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def check(

@@ -24,7 +24,7 @@ import onnx
 import onnx_ir as ir
 
 from . import scratch
-from .errors import ModelError
+from .errors import ModelError, first_cause
 from .graph_checks import check_model, external_tensors
 from .output import check_input, check_output, final_path, writing
 from .proto_checks import check_proto
@@ -324,6 +324,5 @@ def _varint(number: int) -> bytes:
 
 
 def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    cause = first_cause(error)
+    return (str(cause).splitlines() or [type(cause).__name__])[0][:300]

@@ -12,6 +12,8 @@ from faexport.spec import DOMAIN
 
 ONNX_DOMAINS = ("", "ai.onnx")
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+# Those for which onnxruntime has its own operators on every provider.
+RUNTIME_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 LEAVES = frozenset(
     ("Constant", "Unsqueeze", "Concat", "Gather", "Shape", "Reshape", "Transpose", "Cast", "MatMul", "Mul", "Add")
 )  # for speed

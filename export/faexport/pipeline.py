@@ -2,9 +2,9 @@
 """The ordered list of passes from a model to the rewritten model and its report. The only file that knows the order.
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
-empty rows -> precision -> rewrite, which also removes what nothing needs any more -> biases of projections, for
-onnxruntime -> projections -> the stand-in function -> computed sizes that stay so -> shapes that are proven -> GELU as
-onnxruntime knows it -> what stands around, for onnxruntime.
+empty rows -> precision -> rewrite, which also removes what nothing needs any more -> Gemms between Reshapes and biases
+of projections, for onnxruntime -> projections -> the stand-in function -> computed sizes that stay so -> shapes that
+are proven -> GELU as onnxruntime knows it -> what stands around, for onnxruntime.
 """
 
 from __future__ import annotations
