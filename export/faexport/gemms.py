@@ -32,7 +32,8 @@ def _rewrite(gemm: ir.Node, a: Analysis, names: Names) -> bool:
         return False
     assert together is not None and apart is not None
     x, result = given(together, 0), apart.outputs[0]
-    if apart.inputs[0] is not gemm.outputs[0] or not _keeps_rows(x, gemm, result, a):
+    is_here = apart.inputs[0] is gemm.outputs[0] and apart.graph is gemm.graph  # a body of a Loop computes it often
+    if not is_here or not _keeps_rows(x, gemm, result, a):
         return False
     made = [ir.node("MatMul", [x, given(gemm, 1)])]
     if (bias := operand(gemm, 2)) is not None:

@@ -75,8 +75,8 @@ def _converted(
         return half.convert(model, kept, keep_io_types=keep_io_types, fallback=fallback, dtype=dtype), kept
     except (ModelFailure, CannotRun) as error:
         raise ModelError(f"{cannot}: its numbers can't be measured: {error}") from error
-    except ModelError:
-        raise
+    except ModelError as error:  # the file that was given, and not the one between
+        raise ModelError(str(error).replace(os.fspath(path), reference.path)) from error
     except Exception as error:  # the converter raises whatever it stumbles over
         cause = first_cause(error)
         sentence = f"onnxruntime's converter fails: {type(cause).__name__}: {ort_session.one_line(str(cause))}"

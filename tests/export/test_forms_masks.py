@@ -41,6 +41,10 @@ INFINITE = frozenset({"a row whose bias is -inf at every key gives 0 (NaN before
 RIGHT = {
     "a clamp behind a bias that overflows": clamped("a = Add(s, b) x = Max(a, lowest)", gone=frozenset()),
     "a clamp by Clip, and then hidden keys": clamped("a = Add(s, b) c = Clip(a, lowest) x = Where(m, c, none)"),
+    "a clamp by Clip behind a bias that overflows to +inf": clamped("up = Neg(b) a = Add(s, up) x = Clip(a, lowest)"),
+    "a mask, a bias that overflows to +inf, and a clamp by Clip": clamped(
+        "a = Where(m, s, lowest) up = Neg(b) c = Add(a, up) x = Clip(c, lowest)"
+    ),
     "hidden keys between a bias and its clamp": clamped("a = Add(s, b) c = Where(m, a, none) x = Max(c, lowest)"),
     "a fill, a bias that overflows, and a clamp": clamped("a = Where(m, s, lowest) c = Add(a, b) x = Max(c, lowest)"),
     "a clamp between two biases, and half of it all": clamped(

@@ -21,7 +21,7 @@ TEXT = """
 <ir_version: 8, opset_import: ["": 17]>
 block (float[batch, rows, 16] x) => (float[batch, rows, 16] y)
 <int64[4] heads = {0, 0, 2, 8}, int64[3] joined = {0, 0, 16}, int64[2] flat = {-1, 16}, int64[1] inner = {24},
- int64[1] width = {16}, int64[2] flat_inner = {-1, 24}, float scale = {0.35355338}>
+ int64[6] ends = {0, 0, 0, 0, 0, 8}, int64[1] width = {16}, int64[2] flat_inner = {-1, 24}, float scale = {0.35355338}>
 {
   split = Reshape (x, heads)
   q = Transpose <perm = [0, 2, 1, 3]> (split)
@@ -44,6 +44,19 @@ block (float[batch, rows, 16] x) => (float[batch, rows, 16] y)
   y = Reshape (lowered, to_width)
 }
 """
+
+
+# The second Reshape in a body that runs three times: the product must not go there, to be computed three times.
+IN_A_LOOP = """times = Constant <value_int = 3> ()
+  go = Cast <to = 9> (times)
+  none = Sub (attended, attended)
+  wide = Pad (none, ends)
+  hidden = Loop (times, go, wide) <body = step (int64 i, bool on, float[batch, rows, 24] before)
+      => (bool still, float[batch, rows, 24] after) {
+    still = Identity (on)
+    each = Reshape (raised, to_inner)
+    after = Add (before, each)
+  }>"""
 
 
 def model(*, gemm: dict | None = None, bias: tuple[int, ...] = (INNER,), replacing: tuple[str, str] = ("", "")):
@@ -99,10 +112,25 @@ def test_gemms_become_products(library: str) -> None:
         {"replacing": ("active = Relu (hidden)", "again = Relu (raised)\n  active = Reshape (again, to_inner)")},
         {"replacing": ("sizes = Shape <start = 0, end = 2> (attended)", "sizes = Constant <value_ints = [-1, 1]> ()")},
     ],
-    ids=["alpha", "beta", "transposed", "one bias", "a row of biases", "given bias", "read otherwise", "other rows"],
+    ids=[
+        "alpha",
+        "beta",
+        "transposed",
+        "one bias",
+        "a row of biases",
+        "given bias",
+        "read otherwise",
+        "other rows",
+    ],
 )
 def test_others_stay(arguments: dict, library: str) -> None:
     assert fused(model(**arguments), library)[1]["Gemm"] >= 1
+
+
+def test_a_product_stays_outside_of_a_loop(library: str) -> None:
+    changed, counts = fused(model(replacing=("hidden = Reshape (raised, to_inner)", IN_A_LOOP)), library)
+    (loop,) = (node for node in changed.graph.node if node.op_type == "Loop")
+    assert [node.op_type for node in loop.attribute[0].g.node] == ["Identity", "Reshape", "Add"] and counts["Gemm"]
 
 
 def test_the_rewritten_model_is_verified(tmp_path: pathlib.Path) -> None:

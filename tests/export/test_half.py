@@ -299,6 +299,7 @@ def test_bodies_are_refused(tmp_path: pathlib.Path) -> None:
     onnx.save(model, tmp_path / "model.onnx")
     done = here(tmp_path / "model.onnx", "--fp16")
     assert done.returncode == 2 and "a body of an If, Loop or Scan" in done.stderr, done.stderr
+    assert str(tmp_path / "model.onnx") in done.stderr and ".faexport-" not in done.stderr
 
 
 def test_without_the_library_the_stand_in_is_measured(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,8 +50,13 @@ def magnitude(e: Expr) -> float:
     """What the absolute value of a float element is proven not to exceed; infinity where nothing is."""
     found = _magnitude(e)
     dtype = e.args[1] if e.op in ("fop", "cast", "float") else None
-    fits = found <= (float(ml_dtypes.finfo(dtype.numpy()).max) if dtype is not None else math.inf)
+    fits = found <= (largest(dtype) if dtype is not None else math.inf)
     return found if fits else math.inf  # what overflows on the way, and NaN
+
+
+def largest(dtype: ir.DataType) -> float:
+    """The largest number of a float type."""
+    return float(ml_dtypes.finfo(dtype.numpy()).max)
 
 
 def _magnitude(e: Expr) -> float:

@@ -22,7 +22,7 @@ from faexport.understand.mask.bias import write_bias
 from faexport.understand.mask.draft import Draft
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.empty_rows import TwoMasks, empty_rows, lower_of_two, two_masks
-from faexport.understand.mask.magnitudes import ABSORBS, MASKING, is_moderate, keeps_scores
+from faexport.understand.mask.magnitudes import ABSORBS, MASKING, is_moderate, keeps_scores, largest
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.terms import (
     Case,
@@ -204,6 +204,8 @@ def _clamped(draft: Draft, term: spec.MaskTerm, parts: list[tuple[ir.Value, floa
     if any(factor != term.factor for _, factor in parts):
         raise NotAMask(_SCALED_BETWEEN)
     value = draft.emitter.node("Max", [draft.total([(value, 1.0) for value, _ in parts]), draft.number(floor)])
+    if term.node.op_type == "Clip":  # without an upper end, it cuts off at the largest number
+        value = draft.emitter.node("Min", [value, draft.number(largest(draft.site.scores.dtype))])
     return [(value, term.factor)]
 
 

@@ -20,7 +20,7 @@ from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.linear import linear_in
 from faexport.understand.index.tensor import Tensor, Unknown, broadcast_index
-from faexport.understand.mask.magnitudes import ABSORBS, MASKING, is_moderate, magnitude
+from faexport.understand.mask.magnitudes import ABSORBS, MASKING, is_moderate, largest, magnitude
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.constants import tensor_of
@@ -382,6 +382,8 @@ def _clamp(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
     check_clamp(term, floor, site.scores.dtype)
     dtype = site.scores.dtype
     bias = il.float_op("Max", dtype, sum_of(case.bias, dtype), il.floating(floor, dtype))
+    if term.node.op_type == "Clip":  # without an upper end, it cuts off at the largest number
+        bias = il.float_op("Min", dtype, bias, il.floating(largest(dtype) * term.factor, dtype))
     return [dataclasses.replace(case, bias=((bias, 1.0),))]
 
 
