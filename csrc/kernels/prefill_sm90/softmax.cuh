@@ -13,10 +13,9 @@ inline constexpr float kRescaleThreshold = 8.0f;  // log2 units: unnormalised we
 
 /// The thread's two rows.
 struct RowPair {
-  float reference[2] = {-INFINITY,
-                        -INFINITY};  // what exponents are taken against: the maximum, or less by at most kRescaleThreshold
-  float sum[2] = {0.0f, 0.0f};       // this thread's part
-  float factor[2];                   // what the output gathered so far must be multiplied with
+  float reference[2] = {-INFINITY, -INFINITY};  // exponents are taken against the maximum, or less: by the threshold at most
+  float sum[2] = {0.0f, 0.0f};                  // this thread's part
+  float factor[2];                              // what the output gathered so far must be multiplied with
 };
 
 /// What softmax_step does with the maxima of rows whose keys no other warp has.
@@ -25,9 +24,11 @@ struct NothingToCombine {
 };
 
 /// Scores become weights relative to the rows' reference; score times `unit` is in log2 units. Returns whether the output must be
-/// rescaled by rows.factor. `combine` is given the maxima of the two rows, and may raise them to those of other warps.
+/// rescaled by rows.factor, which is put off while maxima grow by less than `threshold` (log2 units). `combine` is given the
+/// maxima of the two rows, and may raise them to those of other warps.
 template <class C, int kCount, class Combine = NothingToCombine>
-__device__ __forceinline__ bool softmax_step(float (&s)[kCount], RowPair& rows, float unit, Combine combine = {}) {
+__device__ __forceinline__ bool softmax_step(float (&s)[kCount], RowPair& rows, float unit, float threshold = kRescaleThreshold,
+                                             Combine combine = {}) {
   float highest[2] = {rows.reference[0], rows.reference[1]};
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
@@ -37,8 +38,7 @@ __device__ __forceinline__ bool softmax_step(float (&s)[kCount], RowPair& rows, 
   highest[0] = quad_max(highest[0]);
   highest[1] = quad_max(highest[1]);
   combine(highest);
-  const bool far =
-      (highest[0] - rows.reference[0]) * unit > kRescaleThreshold || (highest[1] - rows.reference[1]) * unit > kRescaleThreshold;
+  const bool far = (highest[0] - rows.reference[0]) * unit > threshold || (highest[1] - rows.reference[1]) * unit > threshold;
   const bool rescale = __any_sync(kAllLanes, far);
   if (rescale) {
 #pragma unroll

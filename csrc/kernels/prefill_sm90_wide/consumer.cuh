@@ -146,7 +146,8 @@ struct Consumer {
     if (step >= shared.view.full_end || step < shared.view.full_begin)
       prefill_sm90::hide_keys<P>(s, args.problem, tile, row, first_key);
     const float unit = C::kModified ? kLog2E : args.problem.softmax_scale * kLog2E;
-    rescale = prefill_sm90::softmax_step<P>(s, rows, unit, CombineMaxima{shared.top[step % 2], warpgroup, row_in_block()});
+    rescale = prefill_sm90::softmax_step<P>(s, rows, unit, prefill_sm90::kRescaleThreshold,
+                                            CombineMaxima{shared.top[step % 2], warpgroup, row_in_block()});
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) weights[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
