@@ -65,6 +65,19 @@ def is_live(node: ir.Node, _depth: int = 0) -> bool:
     return any(v.is_graph_output() or any(is_live(u.node, _depth + 1) for u in v.uses()) for v in node.outputs)
 
 
+def always_runs(node: ir.Node) -> bool:
+    """Does an output of the node's graph depend on it, by nodes of that graph? Then no run of that graph omits it."""
+    pending, seen = [node], {node}
+    while pending:
+        values = pending.pop().outputs
+        if any(v.is_graph_output() for v in values):
+            return True
+        users = {u.node for v in values for u in v.uses() if u.node.graph is node.graph} - seen
+        seen |= users
+        pending += users
+    return False
+
+
 def live_users(value: ir.Value) -> list[ir.Node]:
     """The nodes whose results matter and that read `value`, each once, in the order of their use."""
     return list(dict.fromkeys(use.node for use in value.uses() if is_live(use.node)))

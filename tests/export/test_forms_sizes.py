@@ -39,6 +39,35 @@ MADE_OF_A_MASK = """one = Constant<value_float = 1.0>() f = Cast<to = 1>(m) away
 kept = Mul(s, f) x = Add(kept, lows)"""
 
 
+def behind_a_buffer(triangle: int) -> Form:
+    """GPT-Neo's layers, as PyTorch's exporter writes them: new rows behind a cache, a mask cut from a triangle
+    and one of the whole sizes, and the second layer's queries as many as rows were cut, by minima and maxima."""
+    layer = """rows{0} = Sub(C{0}, R{0}) more{0} = Max(zero, rows{0})
+        from{0} = Reshape(p, any) to{0} = Reshape(whole{0}, any)
+        high{0} = Slice(triangle, from{0}, to{0}, two) mask{0} = Slice(high{0}, none, to{0}, three)
+        kt{0} = Transpose<perm = [0, 1, 3, 2]>(k{0}) s{0} = MatMul(q{0}, kt{0}) x{0} = Where(mask{0}, s{0}, low)
+        a{0} = Add(x{0}, later) w{0} = Softmax<axis = -1>(a{0}) o{0} = MatMul(w{0}, k{0})"""
+    cut = "whole{0} = Add(p, {1}) C{0} = Min(limit, whole{0}) R{0} = Min(limit, p)"
+    return Form(
+        "float[B, 3, T, 8] q1, float[B, 3, P, 8] past",
+        f"""{LOW} zero = Constant<value_int = 0>() one = Constant<value_int = 1>() none = Constant<value_ints = [0]>()
+        any = Constant<value_ints = [-1]>() last = Constant<value_ints = [1]>() two = Constant<value_ints = [2]>()
+        three = Constant<value_ints = [3]>() limit = Constant<value_int = {triangle}>()
+        sides = Constant<value_ints = [1, 1, {triangle}, {triangle}]>()
+        ones = ConstantOfShape<value = int64[1] {{1}}>(sides) lower = Trilu<upper = 0>(ones)
+        triangle = Cast<to = 9>(lower)
+        t1 = Shape<start = 2, end = 3>(q1) p1 = Shape<start = 2, end = 3>(past) t = Squeeze(t1) p = Squeeze(p1)
+        all = Add(p, t) keys = Range(zero, all, one) rows = Range(p, all, one) column = Unsqueeze(rows, last)
+        seen = LessOrEqual(keys, column) nil = Constant<value_float = 0.0>() later = Where(seen, nil, low)
+        k1 = Concat<axis = 2>(past, q1) {cut.format(1, "t")} {layer.format(1)}
+        b = Shape<start = 0, end = 1>(past) heads = Constant<value_ints = [3]>() size = Constant<value_ints = [8]>()
+        again = Reshape(more1, any) shape = Concat<axis = 0>(b, heads, again, size) q2 = Reshape(o1, shape)
+        k2 = Concat<axis = 2>(past, q2) {cut.format(2, "more1")} {layer.format(2)} y = Identity(o2)""",
+        facts=frozenset({"causal from position P"}),
+        fused=2,
+    )
+
+
 def reshaped(opset: int) -> Form:
     """An output that is reshaped as it lies, heads in front of rows: onnxruntime must not leave that size open."""
     return Form(
@@ -54,6 +83,8 @@ def reshaped(opset: int) -> Form:
 
 
 RIGHT = {
+    "layers behind a buffer that is longer than any input": behind_a_buffer(20),
+    "layers behind a buffer that cuts inputs off": behind_a_buffer(7),
     "reshaped as it lies": reshaped(17),
     "reshaped as it lies, before Reshape had allowzero": reshaped(13),
     "a mask's own batch": masked("bool[M, 1, 1, S]", output=RESULT),

@@ -129,3 +129,46 @@ def test_resizing_keeps_the_sizes_that_it_does_not_change() -> None:
     model = ir.serde.deserialize_model(onnx.parser.parse_model(f"{header} {{ {body} }}"))
     sizes = [str(size) for size in Analysis(model).shape(model.graph.node(1).outputs[0])]
     assert sizes == ["b", "3", "2*h", "n"]
+
+
+CUT_OFF = """six = Constant <value_ints = [6]> () zero = Constant <value_ints = [0]> ()
+    axis = Constant <value_ints = [1]> () minus = Constant <value_ints = [-1]> ()
+    size = Shape <start = 1, end = 2> (x) other = Shape <start = 1, end = 2> (z)
+    scalar = Squeeze (size) limit = Squeeze (LIMIT) least = Min (scalar, limit) cut = Reshape (least, minus)
+    sum = Add (size, other) part = Slice (table, zero, size, axis) apart = Slice (table, zero, sum, axis)
+    from = Slice (x, zero, cut, axis)"""
+
+
+def the_cut_off_size(body: str, limit: str = "six", table: int = 6) -> str:
+    """What the analysis calls the second size of `from`, which was cut off at a number."""
+    inputs = f"float[b, s] x, float[b, t] z, float[b, {table}] table, bool c"
+    text = f'<ir_version: 8, opset_import: ["" : 17]> main ({inputs}) => (float[m, n] y, float[p, q] w) {{'
+    text += f" one = Constant <value_ints = [1]> () {CUT_OFF.replace('LIMIT', limit)} w = Identity (from) {body} }}"
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    analysis = Analysis(model)
+    assert not analysis.defects
+    (node,) = (node for node in model.graph if node.outputs[0].name == "from")
+    return str(analysis.known_shape(node.outputs[0])[1])
+
+
+def test_a_size_that_meets_itself_cut_off_is_not_cut_off() -> None:
+    """The model doesn't run with more: its 6 columns meet more than 6, and neither is 1."""
+    assert the_cut_off_size("y = Add (x, part)") == "s"
+    assert the_cut_off_size("y = Where (c, part, x)") == "s"
+    assert the_cut_off_size("more = Concat <axis = 1> (x, z) y = Add (more, apart)") == "s", "s + t is at most 6"
+
+
+@pytest.mark.parametrize(
+    "body, limit, table",
+    [
+        ("y = Add (z, part)", "six", 6),  # another size
+        ("y = Neg (part)", "six", 6),  # they don't meet
+        ("part1 = Add (x, part) y = Neg (z)", "six", 6),  # nobody asks for the sum: runtimes leave it out
+        ("y = Add (x, part)", "one", 1),  # a size of 1 meets any other
+        ("y = Add (x, part)", "six", 7),  # at most 7 of 7 columns, and cut off at 6
+        ("y = If (c) <then_branch = t () => (float[m, n] a) { a = Add (x, part) }, "
+         "else_branch = e () => (float[m, n] a) { a = Neg (x) }>", "six", 6),  # some runs only
+    ],
+)  # fmt: skip
+def test_otherwise_it_stays_cut_off(body: str, limit: str, table: int) -> None:
+    assert the_cut_off_size(body, limit, table).startswith("min(")

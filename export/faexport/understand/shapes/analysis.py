@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, name_of, op, operand, own_graphs, producer, subgraphs
+from faexport.nodes import always_runs, attribute, name_of, op, operand, own_graphs, producer, subgraphs
 from faexport.spec import DOMAIN, OP_TYPE
 from faexport.understand.shapes import (  # noqa: F401 (some only register their rules)
     constants,
@@ -28,7 +28,8 @@ from faexport.understand.shapes import (  # noqa: F401 (some only register their
 from faexport.understand.shapes.algebra import Expr, atoms, only_atom
 from faexport.understand.shapes.dims import Dim, named
 from faexport.understand.shapes.known import Shape
-from faexport.understand.shapes.rules import CONTENT_RULES, SHAPE_RULES
+from faexport.understand.shapes.limits import Limits, limits_of
+from faexport.understand.shapes.rules import BROADCASTING, CONTENT_RULES, SHAPE_RULES
 from faexport.understand.shapes.rules_operator import output_dtype
 
 MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
@@ -66,9 +67,11 @@ class Analysis:
         self.defects: list[str] = []  # nodes whose rules failed, and how
         self._learnt: dict[Expr, Expr] = {}  # what sizes are at the site that is being looked at
         self._names: dict[Expr, Expr] = {}  # sizes that the file has names of its own for
+        self._limits = Limits()  # what minima are wherever the model runs
         graphs = own_graphs(model)
         inputs = (self.shape(v) or () for graph in graphs for v in graph.inputs)
         self._results = set(model.graph.outputs)
+        self._main = model.graph
         self._given = {atom for shape in inputs for d in shape for atom in atoms(d.expr, "sym")}
         for graph in graphs:
             self._visit(graph)
@@ -95,7 +98,9 @@ class Analysis:
         return shape
 
     def simplified(self, sizes: Shape) -> Shape:
-        """With what was learnt put in."""
+        """With what was learnt put in, of the whole model and of the site that is being looked at."""
+        if self._limits:
+            sizes = tuple(d.substitute(self._limits) for d in sizes)
         return tuple(d.substitute(self._learnt) for d in sizes) if self._learnt else sizes
 
     def learn(self, value: ir.Value, sizes: Shape) -> None:
@@ -253,6 +258,10 @@ class Analysis:
         for value, elements in zip(node.outputs, known, strict=False):
             if elements is not None and len(elements) <= MAX_CONTENTS:
                 self._contents[value] = elements
+        if op(node) in BROADCASTING and node.graph is self._main:
+            limits = limits_of([self.shape(v) for v in node.inputs])
+            if limits and always_runs(node):
+                self._limits.learn(limits)
         shape_rule = SHAPE_RULES.get(op(node))
         return shape_rule(node, self) if shape_rule else None
 
