@@ -97,6 +97,7 @@ class TermKind(enum.StrEnum):
     # scores * value, a weight: a mask if it holds only 0 and 1 (and an ADD of a huge negative number follows)
     GATE = "gate"
     CLAMP = "clamp"  # max(scores, factor * value), value a constant that is hugely negative: keeps -inf away
+    HIDDEN = "hidden"  # after exp: where(value == keep_when, exponentials, 0)
     ZERO = "zero"  # after softmax: where(value == keep_when, probabilities, 0)
     EMPTY_ROW = "empty_row"  # after the product with the values: 0 in rows where no element of value (bool) is true
 
@@ -118,7 +119,7 @@ class MaskTerm:
     node: ir.Node  # the Add, Where, Attention … that it came from
     axes: str = "BHST"
     dims: tuple[Dim, ...] = ()
-    keep_when: bool = True  # WHERE and ZERO only
+    keep_when: bool = True  # WHERE, HIDDEN and ZERO only
     fill: ir.Value | None = None  # WHERE only: what replaces the scores; a constant or any value
     factor: float = 1.0  # what the term is multiplied by on its way to the softmax (scale applied after the addition)
 

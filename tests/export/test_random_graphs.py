@@ -153,11 +153,44 @@ FOUND = {
     "a bias of the query beside a sink": grammar.Recipe((), bias="query", sinks=True, bias_first=False),
     "a causal mask of constants": grammar.Recipe(("j <= i",), fixed=(5, 0)),
     "integers cast to fewer bits": grammar.Recipe(("i < j + w", "int32"), window=2, negate_first=True),
+    "exponentials hidden behind a mask that hides": grammar.Recipe(
+        ("j <= i", "unsqueeze"),
+        0,
+        -math.inf,
+        "where add",
+        first_fill=grammar.MINIMUM,
+        apart=True,
+        guard=True,
+        softmax="hidden",
+    ),
     "a clamp behind a bias that overflows": grammar.Recipe(
         ("j <= i", "i >= j"), 0, -math.inf, first_form="max clamp", apart=True, bias="lower of two"
     ),
     "slopes beside a sink": grammar.Recipe(("trilu", "always"), bias="alibi j", sinks=True, row_guard="whole"),
 }
+
+
+# Exponentials that a mask hides, of scores that something else may have pushed so low that all that stay are 0.
+HIDDEN = {
+    "a float mask": grammar.Recipe(("j <= i",), bias="padding", guard=True, softmax="hidden"),
+    "a clamp": grammar.Recipe(
+        ("j <= i", "unsqueeze"), 0, -math.inf, first_form="max clamp", apart=True, negate_first=True, guard=True,
+        softmax="hidden",
+    ),
+    "a mask with empty rows": grammar.Recipe(
+        ("j <= i", "i >= j"), 0, -math.inf, "where add", first_fill=grammar.MINIMUM, apart=True, negate_first=True,
+        guard=True, softmax="hidden",
+    ),
+    "the lower of two": grammar.Recipe(
+        ("j > i - w",), 0, -math.inf, "where add", bias="lower of two", guard=True, softmax="hidden"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_exponentials_hidden_beside(name: str) -> None:
+    _, report = pipeline.run(ir.from_proto(grammar.build(HIDDEN[name])), pipeline.Options())
+    assert "exponentials that stay may be 0" in str(report.sites[0].refusal)
 
 
 @pytest.mark.parametrize("name", FOUND)

@@ -219,7 +219,7 @@ def _score_shape(
 def _dtype_of_masks(scores: Scores, a) -> ir.DataType:
     """The type in which masks meet the scores. It isn't that of the product where scores in half precision are cast
     in front of them: the masks are numbers of the wider type then."""
-    behind = (TermKind.ZERO, TermKind.EMPTY_ROW)  # these meet the probabilities
+    behind = (TermKind.HIDDEN, TermKind.ZERO, TermKind.EMPTY_ROW)  # these meet exponentials or probabilities
     found = {a.dtype(term.node.outputs[0]) for term in scores.terms if term.kind not in behind}
     dtype = found.pop() if len(found) == 1 else None
     return dtype or a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT
@@ -384,10 +384,15 @@ def _shape_uses(
 
 def _assumed_of(softmax: Softmax, a) -> tuple[Assumption, ...]:
     hiding = softmax.hiding
-    if hiding is None or is_mask(hiding.value, a):
+    if hiding is None:
         return ()
-    text = f"'{hiding.value.name}', which the exponentials are multiplied by, holds 0 and 1 only (assumed)"
-    return (Assumption(text, (name_of(hiding.node),)),)
+    texts = [
+        "where a mask sets exponentials to 0, a score that stays is less than 80 below the row's largest, hidden ones "
+        "among them (assumed)"
+    ]
+    if not is_mask(hiding.value, a):
+        texts.append(f"'{hiding.value.name}', which the exponentials are multiplied by, holds 0 and 1 only (assumed)")
+    return tuple(Assumption(text, (name_of(hiding.node),)) for text in texts)
 
 
 def _facts(

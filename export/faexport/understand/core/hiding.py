@@ -35,7 +35,7 @@ def with_hidden(scores: Scores, softmax: Softmax, assumed: bool, a: Analysis) ->
         return Refusal(NOT_A_MASK, name_of(hiding.node))
     dims = tuple(scores.view.shape)
     term = MaskTerm(
-        TermKind.BOOL, _as_condition(hiding, a), hiding.node, "".join(axes), dims, keep_when=hiding.keep_when
+        TermKind.HIDDEN, _as_condition(hiding, a), hiding.node, "".join(axes), dims, keep_when=hiding.keep_when
     )
     return dataclasses.replace(scores, terms=[*scores.terms, term], nodes=[*scores.nodes, hiding.node])
 

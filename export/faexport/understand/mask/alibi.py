@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from faexport.understand.index import logic as il
 from faexport.understand.index.linear import linear_in
-from faexport.understand.mask.terms import Site
+from faexport.understand.mask.site import Site
 from faexport.understand.mask.window import Window
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr

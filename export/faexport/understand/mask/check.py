@@ -22,8 +22,8 @@ from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import kind_of
 from faexport.understand.mask.magnitudes import MASKING
 from faexport.understand.mask.options import MaskOptions
+from faexport.understand.mask.site import Site
 from faexport.understand.mask.softmax import Skip, highest, original, proven
-from faexport.understand.mask.terms import Site
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.constants import tensor_of
 from faexport.understand.shapes.evaluate import evaluate

@@ -19,7 +19,7 @@ from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.magnitudes import is_moderate, may_be_infinite
 from faexport.understand.mask.options import MaskOptions
-from faexport.understand.mask.terms import Site
+from faexport.understand.mask.site import Site
 from faexport.understand.mask.window import Window, corners, length_of, split
 from faexport.understand.mask.words import axes_of, kind_of, window_text
 from faexport.understand.shapes import algebra as ia

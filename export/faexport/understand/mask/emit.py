@@ -18,7 +18,7 @@ from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.nodes import Nodes
-from faexport.understand.mask.terms import Site
+from faexport.understand.mask.site import Site
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
 

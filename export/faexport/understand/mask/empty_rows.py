@@ -20,7 +20,8 @@ from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Unknown
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.magnitudes import ABSORBS, MASKING
-from faexport.understand.mask.terms import Case, Site, rows_see_a_key, visible
+from faexport.understand.mask.site import Site
+from faexport.understand.mask.terms import Case, rows_see_a_key, visible
 from faexport.understand.mask.window import Window, conjuncts, split
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr

@@ -23,8 +23,8 @@ from faexport.understand.mask.draft import INFINITE_ROW
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.options import MaskOptions
+from faexport.understand.mask.site import NotAMask, Site
 from faexport.understand.mask.strategies import mask_of
-from faexport.understand.mask.terms import NotAMask, Site
 from faexport.understand.shapes.algebra import Expr, at_least_one
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from faexport import spec
 from faexport.understand.mask.magnitudes import largest
-from faexport.understand.mask.terms import Site
+from faexport.understand.mask.site import Site
 
 
 class Skip(Exception):
@@ -21,6 +21,7 @@ class Skip(Exception):
 
 
 Arrays = Mapping[ir.Value, np.ndarray]
+_BEHIND = (spec.TermKind.HIDDEN, spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW)  # these don't meet the scores
 
 
 def original(
@@ -35,7 +36,7 @@ def original(
     are [1, H, 1, 1]."""
     s = _masked(site, terms, arrays, scores)
     with np.errstate(all="ignore"):
-        p = _softmax(s.astype(np.float64), sinks)
+        p = _softmax(s.astype(np.float64), sinks, _kept(terms, arrays, scores.shape))
     if mask.empty_row is spec.EmptyRow.ZERO:
         p = np.nan_to_num(p)
     for term in terms:
@@ -52,9 +53,19 @@ def _masked(site: Site, terms: Sequence[spec.MaskTerm], arrays: Arrays, scores: 
     s = scores.astype(site.scores.dtype.numpy())
     with np.errstate(all="ignore"):
         for term in terms:
-            if term.kind not in (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW):
+            if term.kind not in _BEHIND:
                 s = _merged(_apply(term, arrays, _split(term, s, arrays)), term, scores.shape)
     return s
+
+
+def _kept(terms: Sequence[spec.MaskTerm], arrays: Arrays, shape: tuple[int, ...]) -> np.ndarray:
+    """What the exponentials are multiplied by: 0 where a term hides them, else 1."""
+    kept = np.ones(shape)
+    for term in terms:
+        if term.kind is spec.TermKind.HIDDEN:
+            stays = arrays[term.value].astype(bool) == term.keep_when
+            kept = _merged(np.where(stays, _split(term, kept, arrays), 0), term, shape)
+    return kept
 
 
 def highest(site: Site, terms: Sequence[spec.MaskTerm], arrays: Arrays, scores: np.ndarray) -> np.ndarray:
@@ -114,10 +125,10 @@ def _merged(s: np.ndarray, term: spec.MaskTerm, shape: tuple[int, ...]) -> np.nd
     return s.reshape(shape)
 
 
-def _softmax(s: np.ndarray, sinks: np.ndarray | None) -> np.ndarray:
+def _softmax(s: np.ndarray, sinks: np.ndarray | None, kept: np.ndarray | float = 1.0) -> np.ndarray:
     highest = s.max(axis=-1, keepdims=True)
     highest = highest if sinks is None else np.maximum(highest, sinks)
-    e = np.exp(s - highest)
+    e = np.exp(s - highest) * kept
     return e / (e.sum(axis=-1, keepdims=True) + (0 if sinks is None else np.exp(sinks - highest)))
 
 

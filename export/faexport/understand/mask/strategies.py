@@ -24,10 +24,9 @@ from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.empty_rows import TwoMasks, empty_rows, lower_of_two, two_masks
 from faexport.understand.mask.magnitudes import ABSORBS, MASKING, is_moderate, keeps_scores, largest
 from faexport.understand.mask.options import MaskOptions
+from faexport.understand.mask.site import NotAMask, Site
 from faexport.understand.mask.terms import (
     Case,
-    NotAMask,
-    Site,
     cases_of,
     check_clamp,
     fills,
