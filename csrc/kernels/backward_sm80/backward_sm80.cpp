@@ -153,10 +153,11 @@ Status launch_sums_of(const Instance& instance, const AttentionParams& p, const 
                      "Sums of the backward pass could not be launched");
 }
 
-/// Are D wanted, summed up over the keys of each row? Also where the output given is of one product and the gradients are of
-/// three.
+/// Are D and the log-sum-exp wanted anew, summed up over the keys of each row? Also where the output given is of one product and
+/// the gradients are of three, and for long heads in float32.
 bool needs_row_sums(const Instance& instance, const AttentionParams& p, const Gradients& g) {
-  return needs_exact_deltas(p, g) || (is_of_one_product(p) && instance.variant == Variant::kModified);
+  return needs_exact_deltas(p, g) || (is_of_one_product(p) && instance.variant == Variant::kModified) ||
+         has_long_products(instance.element_bytes(), instance.head_dim);
 }
 
 /// D of each row, summed up over its keys.

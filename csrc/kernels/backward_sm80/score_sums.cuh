@@ -133,8 +133,8 @@ __device__ __forceinline__ void write_sums(const typename Config::Products::Scor
 }
 
 /// D of the tile's rows, less the gradients of their log-sum-exps. Rows with a reference of +inf or NaN keep their 0, and those
-/// whose output is of more keys than are here the D that they have. A log-sum-exp of one TF32 product is off by more than one of
-/// these three: it is corrected, so that the row's weights add up to 1.
+/// whose output is of more keys than are here the D that they have. A log-sum-exp of one TF32 product, or of other long ones, is
+/// off by more than these three products: it is corrected, so that the row's weights add up to 1.
 template <class Config>
 __device__ __forceinline__ void write_deltas(const typename Config::Products::Scores& total,
                                              const typename Config::Products::Scores& shares, const Block<Config>& block,
@@ -160,7 +160,7 @@ __device__ __forceinline__ void write_deltas(const typename Config::Products::Sc
   const Sequence& s = block.work.sequence;
   const float d_lse = block.g.d_lse.present ? *row_at<float>(block.g.d_lse, s.batch_idx, step.head, s.first_row + row) : 0.0f;
   block.grid.numbers.delta[entry] = of_rows[threadIdx.x] / share - d_lse;
-  if (is_coarse) block.grid.numbers.rest[entry] += log2f(share);
+  if (is_coarse || has_long_products(Config::kElementBytes, Config::kHeadDim)) block.grid.numbers.rest[entry] += log2f(share);
 }
 
 /// Adds the tiles of scores of one head of one sequence that belong to the block's tile of the result.
