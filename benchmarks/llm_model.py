@@ -40,8 +40,6 @@ class Shape:
             "qkv": (self.hidden, self.qkv),
             "o": (self.heads * self.head_dim, self.hidden),
         }
-        if self.sinks:
-            found["sinks"] = (self.heads,)
         if self.intermediate:
             found |= {"norm_mlp": (self.hidden,), "down": (self.intermediate, self.hidden)}
             found |= dict.fromkeys(("gate", "up"), (self.hidden, self.intermediate))
@@ -79,6 +77,9 @@ def decoder(shape: Shape, layers: int, positions: int) -> onnx.ModelProto:
     angles = np.arange(positions)[:, None] / shape.rope_theta ** (np.arange(shape.head_dim // 2) * 2 / shape.head_dim)
     tables = {"cos_cache": np.cos(angles).astype(np.float16), "sin_cache": np.sin(angles).astype(np.float16)}
     constants = {"one": np.array(1), "ones": np.array([1])} | tables
+    if shape.sinks:  # part of the file, as those of a model are: whatever a session casts them to, it casts once
+        drawn = np.random.default_rng(0).standard_normal((layers, shape.heads)).astype(np.float16)
+        constants |= {f"layer{layer}.sinks": drawn[layer] for layer in range(layers)}
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     nodes = [*_lengths()]
     states, residual = "hidden_states", ""

@@ -272,7 +272,7 @@ WRONG = {
     "another scale": (RICH, {"scale": 0.26}),
     "interleaved": (RICH, {"rotary_interleaved": 1}),
     "tables changed": (RICH, {"cos_cache": "sin"}),
-    "other lengths": (RICH, {"nonpad_kv_seqlen": "seqlens_k"}),
+    "other lengths": (dataclasses.replace(RICH, mask=False), {"nonpad_kv_seqlen": "seqlens_k"}),
     "another window of the cache": (RING, {"left_window_size": 2}),
     "the whole cache": (RING, {"cache": "write"}),
 }
@@ -352,6 +352,19 @@ def test_total_that_is_no_size_goes_along_as_a_shape() -> None:
     fused, _ = fuse(model_of(Form(mask=True)))
     (node,) = (n for n in fused.graph.node if n.domain == "faexport")
     assert "mask" in node.input and not any(n.op_type == "ConstantOfShape" for n in fused.graph.node)
+
+
+def test_sums_of_the_mask_are_the_lengths_themselves() -> None:
+    """The builder's models subtract 1 from them, which isn't added again."""
+    fused, _ = fuse(model_of(Form(mask=True)))
+    (node,) = (n for n in fused.graph.node if n.domain == "faexport")
+    names = helper.get_attribute_value(next(a for a in node.attribute if a.name == "optional_inputs")).decode()
+    lengths = node.input[3 + names.split(",").index("nonpad_kv_seqlen")]
+    made = {output: n for n in fused.graph.node for output in n.output}
+    assert made[lengths].op_type in ("Squeeze", "ReduceSum")
+    assert not {"Sub", "Cast", "Add"} & {n.op_type for n in fused.graph.node}
+    fused, _ = fuse(model_of(Form()))
+    assert any(n.op_type == "Add" for n in fused.graph.node)
 
 
 # ------------------------------------------------------------------------------------------ generation

@@ -140,8 +140,7 @@ class _Grouped(Cached):
         if self.window > 0:
             facts.append(Fact(f"window ({self.window - 1}, 0)", name))
         facts.append(Fact("padding as lengths", name))
-        last = self._vector(self.required("last_key"))
-        lengths = self.shared.node("Add", [last, self.shared.constant(np.array([1], np.int32))], hint="lengths")
+        lengths = self._lengths()
         return Mask(
             window_left=max(self.window - 1, -1),
             window_right=0,
@@ -150,6 +149,20 @@ class _Grouped(Cached):
             attn_bias=bias,
             facts=tuple(facts),
         )
+
+    def _lengths(self) -> ir.Value:
+        """seqlens_k + 1. The builder's models subtract 1 from the sums of their mask, which are the lengths then."""
+        last = self.required("last_key")
+        node = producer(last)
+        if node is not None and op(node) == "Cast":
+            node = producer(node.inputs[0])
+        if node is not None and op(node) == "Sub" and self.a.scalar(node.inputs[1]) == 1:
+            sums = node.inputs[0]
+            is_whole = self.a.dtype(sums) in (ir.DataType.INT32, ir.DataType.INT64)
+            if sums is not None and is_whole and self.a.rank(sums) == self.a.rank(last):
+                return self._vector(sums)
+        one = self.shared.constant(np.array([1], np.int32))
+        return self.shared.node("Add", [self._vector(last), one], hint="lengths")
 
     def _vector(self, value: ir.Value) -> ir.Value:
         """Lengths of the batch entries, of which onnxruntime takes any shape, as [B]."""
