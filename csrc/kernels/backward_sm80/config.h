@@ -38,8 +38,7 @@ constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant)
   return {8, 1, 32, 1, 2};
 }
 
-/// Are products of float32 rows so long that their rounding shows where they cancel, against D or the log-sum-exp? These are then
-/// made of the same products (score_sums.cuh).
+/// Are products of float32 rows so long that their rounding shows where they cancel, against D or the log-sum-exp?
 constexpr bool has_long_products(int element_bytes, int head_dim) { return element_bytes == 4 && head_dim > 128; }
 
 /// Keys, values, and two stages of queries, gradients of the output, the rows' numbers, and gradients of a tile of scores.

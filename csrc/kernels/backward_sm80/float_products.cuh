@@ -20,8 +20,8 @@ struct FloatProducts : ProductShapes<Config> {
   // Variant::kModified no registers for steps of several groups at once, nor do the sums of long heads.
   static constexpr int kStepsOfGroup = kStepsOfShortSum, kDepthGroups = Config::kHeadDim / 32, kKeyGroups = Config::kTileK / 32;
   static constexpr int kUnroll = Config::kModified || Config::kHeadDim > 128 ? 1 : 8;
-  // Long rows of gradients of the output and values have large products, of which what is exact cancels against D: their small
-  // products have sums of their own.
+  // Long rows have large products, of which most cancels, against D or the log-sum-exp: the small ones of three products have
+  // sums of their own, and the large ones are added eight columns at a time.
   static constexpr bool kHasSmallSums = Config::kHeadDim > 128;
 
   using Tf32s = Tf32Products<Config::kOneProduct ? Tf32::kOneOfRounded : Tf32::kThree>;
@@ -46,15 +46,17 @@ struct FloatProducts : ProductShapes<Config> {
     for (int group = 0; group < kDepthGroups; ++group) {
       const uint32_t a = left + group * (LayoutK::kBytes / kDepthGroups), b = right + group * (LayoutQ::kBytes / kDepthGroups);
       if constexpr (!Tf32s::kThree) {
-        add_group(scores, scores, a, b);
+        add_steps<kStepsOfGroup>(scores, scores, a, b, 0);
       } else {
-        Scores sum = {}, small = {};
-        add_group(sum, kHasSmallSums ? small : sum, a, b);
+        constexpr int kSteps = kHasSmallSums ? 1 : kStepsOfGroup;
+        Scores small = {};
 #pragma unroll
-        for (int i = 0; i < kKeyBlocks * kRowBlocks * 4; ++i) {
-          const int m = i / (kRowBlocks * 4), n = i / 4 % kRowBlocks, e = i % 4;
-          scores[m][n][e] += kHasSmallSums ? sum[m][n][e] + small[m][n][e] : sum[m][n][e];
+        for (int first = 0; first < kStepsOfGroup; first += kSteps) {
+          Scores sum = {};
+          add_steps<kSteps>(sum, kHasSmallSums ? small : sum, a, b, first);
+          add(scores, sum);
         }
+        if constexpr (kHasSmallSums) add(scores, small);
       }
     }
   }
@@ -126,10 +128,17 @@ struct FloatProducts : ProductShapes<Config> {
     return Layout::offset(lane % 4 * 2, first_column / 4 + g / 4) + 4 * (g % 4);
   }
 
-  /// scores += A B^T over a group of columns; the small of three products are added to `small`.
-  static __device__ __forceinline__ void add_group(Scores& scores, Scores& small, uint32_t left, uint32_t right) {
+  static __device__ __forceinline__ void add(Scores& scores, const Scores& others) {
 #pragma unroll
-    for (int step = 0; step < kStepsOfGroup; ++step) {
+    for (int i = 0; i < kKeyBlocks * kRowBlocks * 4; ++i)
+      scores[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4] += others[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4];
+  }
+
+  /// scores += A B^T over steps of a group of columns; the small of three products are added to `small`.
+  template <int kSteps>
+  static __device__ __forceinline__ void add_steps(Scores& scores, Scores& small, uint32_t left, uint32_t right, int first) {
+#pragma unroll
+    for (int step = first; step < first + kSteps; ++step) {
       Left a[kKeyBlocks];
 #pragma unroll
       for (int m = 0; m < kKeyBlocks; ++m) load_left(a[m], LayoutK::advance(left, 16 * m, 2 * step));
