@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from faexport import embeddings
+from faexport.formulas import FORMULAS
 from faexport.nodes import RUNTIME_FLOATS, attribute, op, operand, producer
 from faexport.rewrite import Names, remove_dead
 from faexport.spec import DOMAIN as OWN_DOMAIN
@@ -31,8 +32,8 @@ JOINED = (MISPLACED, *NORMALIZATIONS, "Gelu", "FastGelu", "BiasGelu")
 TENSORS, WEIGHTS = ("x", "input", "skip"), ("bias", "scale", "gamma", "beta")  # as the rules call them
 
 
-def join(model: ir.Model, a: Analysis, names: Names) -> dict[str, int]:
-    """Changes the model in place. Returns how many operators of onnxruntime it has now that it had not before."""
+def join(model: ir.Model, a: Analysis, names: Names) -> None:
+    """Changes the model in place."""
     before, unread, types = counts(model), _unread(model), _types_in_stand_ins(model)
     embeddings.join(model, a, names)
     _leave_out_casts(model)
@@ -42,8 +43,7 @@ def join(model: ir.Model, a: Analysis, names: Names) -> dict[str, int]:
     for node in turned:
         if node.graph is not None:  # it was of no use
             _turn(node)
-    made = counts(model) - before
-    if made:
+    if counts(model) - before:
         model.opset_imports.setdefault(DOMAIN, 1)
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN and node.op_type in NORMALIZATIONS:
@@ -51,7 +51,6 @@ def join(model: ir.Model, a: Analysis, names: Names) -> dict[str, int]:
     remove_dead(list(_unread(model) - unread))
     for value, kind, shape in types:  # the rules declare more in functions, too
         value.type, value.shape = kind, shape
-    return dict(sorted(made.items()))
 
 
 def _types_in_stand_ins(model: ir.Model) -> list[tuple[ir.Value, ir.TypeProtocol | None, ir.Shape | None]]:
@@ -70,19 +69,21 @@ def _unread(model: ir.Model) -> set[ir.Node]:
 def note(joined: Mapping[str, int]) -> str:
     """A sentence for the report."""
     names = ", ".join(f"{number} {name}" for name, number in joined.items())
+    only = [name for name in joined if name in FORMULAS]
+    on_gpus = f"; of {', '.join(only)} there are CUDA kernels alone, so it runs on GPUs" if only else ""
     return (
         f"joined around attention: {names}; these are operators of onnxruntime, and other runtimes don't run the file "
-        "(--target tensorrt, or --no-rest, leaves them out)"
+        f"(--target tensorrt, or --no-rest, leaves them out){on_gpus}"
     )
 
 
 def counts(model: ir.Model) -> collections.Counter[str]:
-    """onnxruntime's operators among those that join() writes, in all graphs of a model."""
+    """onnxruntime's operators among those that join() and cuda_operators.py write, in all graphs of a model."""
     nodes = model.graph.all_nodes()
     return collections.Counter(
         node.op_type
         for node in nodes
-        if node.op_type in JOINED and (node.domain == DOMAIN or node.op_type == MISPLACED)
+        if node.op_type in (*JOINED, *FORMULAS) and (node.domain == DOMAIN or node.op_type == MISPLACED)
     )
 
 

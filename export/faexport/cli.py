@@ -187,7 +187,8 @@ def app() -> None:
     metavar="RUNTIME",
     default=TARGETS[0],
     show_default=True,
-    help="The runtime to write for, onnxruntime or tensorrt.",
+    help="The runtime to write for: onnxruntime, cuda (onnxruntime on GPUs only, with operators that have no CPU "
+    "kernels) or tensorrt.",
 )
 @click.option(
     "--rest/--no-rest",
@@ -228,7 +229,7 @@ def fuse(
     _check_one_precision(dtype, fp16, bf16)
     if not keep_io_types and not (fp16 or bf16):
         raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
-    if rest and target != "onnxruntime":
+    if rest and target == "tensorrt":
         raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
     with _failing_early(models[0], as_json):
         for path in models:

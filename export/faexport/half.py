@@ -11,7 +11,7 @@ wrote are changed, and stored numbers are rounded anew.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import ml_dtypes
 import onnx_ir as ir
@@ -90,6 +90,9 @@ def convert(
         node_block_list=[*kept, *guards],
     )
     made = ir.from_proto(proto)
+    for value in made.graph.initializers.values():  # the converter declares each float16, what it kept float32, too
+        if value.const_value is not None:
+            value.dtype = value.const_value.dtype
     _join_casts(made)
     if dtype == ir.DataType.BFLOAT16:
         _to_bfloat16(made, stored)
@@ -144,32 +147,49 @@ def _input(node: ir.Node) -> ir.Value:
 
 
 def _guard_float32_inputs(model: ir.Model, kept: Collection[str]) -> list[str]:
-    """Puts an Identity, which is to be kept in float32, in front of those inputs of our operator that must be float32,
-    and of masks and tables that are computed in it; returns their names. They go after the conversion."""
-    always = {row.name for row in schema.inputs() if row.dtypes == "FLOAT32"}
-    either = {row.name for row in schema.inputs() if row.dtypes in ("FLOAT", "MASK")}
+    """Puts an Identity, which is to be kept in float32, in front of those inputs that must be float32; returns their
+    names. They go after the conversion."""
     guards: list[str] = []
-    for node in [node for node in model.graph if is_ours(node) and node.name not in kept]:
-        words = node.attributes.get_string("optional_inputs", "").split(",")
-        for index, word in enumerate(filter(None, words), start=_NUM_REQUIRED):
+    for node in [node for node in model.graph if node.name not in kept]:
+        for index in _float32_inputs(node, kept):
             value = node.inputs[index]
             if value is None or value.dtype != ir.DataType.FLOAT:
                 continue
-            made_by = value.producer()
-            if word in always or (word in either and made_by is not None and made_by.name in kept):
-                guard = ir.node("Identity", [value], name=f"faexport_float32_{len(guards)}")
-                guard.outputs[0].name = guard.name
-                model.graph.insert_before(node, guard)
-                node.replace_input_with(index, guard.outputs[0])
-                assert guard.name is not None
-                guards.append(guard.name)
+            guard = ir.node("Identity", [value], name=f"faexport_float32_{len(guards)}")
+            guard.outputs[0].name = guard.name
+            model.graph.insert_before(node, guard)
+            node.replace_input_with(index, guard.outputs[0])
+            assert guard.name is not None
+            guards.append(guard.name)
     return guards
 
 
+def _float32_inputs(node: ir.Node, kept: Collection[str]) -> Iterator[int]:
+    """The weights of a GroupNorm; of our operator what is float32 by definition, and masks and tables that are computed
+    in it."""
+    if node.op_type == "GroupNorm":
+        yield from (1, 2)
+    if not is_ours(node):
+        return
+    always = {row.name for row in schema.inputs() if row.dtypes == "FLOAT32"}
+    either = {row.name for row in schema.inputs() if row.dtypes in ("FLOAT", "MASK")}
+    words = node.attributes.get_string("optional_inputs", "").split(",")
+    for index, word in enumerate(filter(None, words), start=_NUM_REQUIRED):
+        value = node.inputs[index]
+        made_by = value.producer() if value is not None else None
+        if word in always or (word in either and made_by is not None and made_by.name in kept):
+            yield index
+
+
 def _join_casts(model: ir.Model) -> None:
-    """Where float32 is cast to float16 and back, the second Cast reads what the first one did."""
+    """Where float32 is cast to float16 and back, the second Cast reads what the first one did; and stored numbers that
+    are float32 are not cast to it."""
     for node in list(model.graph):
         if not _casts_to(node, ir.DataType.FLOAT):
+            continue
+        stored = _input(node).const_value  # the converter takes it for float16 where the file tells its type
+        if stored is not None and stored.dtype == ir.DataType.FLOAT and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], _input(node))
             continue
         before = _input(node).producer()
         if before is not None and _casts_to(before, ir.DataType.FLOAT16):

@@ -28,7 +28,14 @@ from .side_by_side_math import Emit
 LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895e38}
 MARGIN = 4.0  # a computed number may be this much larger on other inputs
 # Operators that add their inputs before they do anything else; the sum is no tensor of the file.
-SUMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "BiasGelu", "FastGelu")
+SUMS = (
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "BiasGelu",
+    "FastGelu",
+    "BiasSplitGelu",
+    "BiasAdd",
+)
 _CORE_INPUTS = 3  # queries, keys and values: our operator takes masks and biases of any float type
 _FOLLOWS = {  # what keeps a position a position
     "Abs", "Add", "Cast", "Ceil", "Clip", "Concat", "Cos", "Div", "Exp", "Expand", "Flatten", "Floor", "Gather",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from . import diagnosis, genai, model_io, ort_session, provenance, scratch
+from . import diagnosis, formulas, genai, model_io, ort_session, provenance, scratch
 from . import verify as verification
 from .errors import ModelError, NotVerifiedError
 from .graph_checks import external_tensors
@@ -252,9 +252,11 @@ def _reference(job: Job, given: list[InputSet], watcher: Watcher) -> Reference |
 
 
 def _verify(job: Job, stage: model_io.Stage, reference: Reference | None, watcher: Watcher) -> Verification:
-    return verification.verify(
+    found = verification.verify(
         job.model, stage.model_path, reference=reference, on_step=watcher.step, on_amount=watcher.amount
     )
+    said = formulas.note(model_io.load(stage.model_path)) if job.verify_on == "cpu" else ""
+    return dataclasses.replace(found, notes=(*found.notes, said)) if said else found
 
 
 def _in_half(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs that a model runs on in onnxruntime, but for which ONNX leaves open what comes out. Called by verify.py and
-site_check.py."""
+"""Inputs that a model runs on in onnxruntime, but on which a rewritten one need not run: ONNX leaves open what comes
+out, or an operator takes no tensors without elements. Called by verify.py and site_check.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from .formulas import cuda_only
 from .nodes import all_nodes, attribute, operand
 from .understand.shapes import algebra
 from .understand.shapes.analysis import Analysis
@@ -50,6 +51,16 @@ class OpenSizes:
             if any(_is_zero(size, sizes) for size in beside):
                 return f"node '{name}' reshapes to a size of 0 beside one of -1, which ONNX leaves open"
         return ""
+
+
+def excuse(open_sizes: OpenSizes, rewritten: ir.Model, tensors: Mapping[str, np.ndarray]) -> str:
+    """Why a rewritten model need not run with these inputs, or "". `open_sizes` is of the original."""
+    if all(tensor.size for tensor in tensors.values()):
+        return ""
+    if sentence := open_sizes.sentence(tensors):
+        return sentence
+    names = sorted({node.op_type for node in cuda_only(rewritten)})
+    return f"onnxruntime's kernels of {', '.join(names)} take no tensors without elements" if names else ""
 
 
 def _is_zero(size: Dim, sizes: Mapping[str, int]) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # slow to import, and the command line reads this file
     import onnx_ir as ir
 
-TARGETS = ("onnxruntime", "tensorrt")
+TARGETS = ("onnxruntime", "cuda", "tensorrt")  # cuda: onnxruntime with its CUDA provider
 DEVICES = ("cpu", "cuda")  # where onnxruntime can compare the models
 VERIFY_TIMEOUT = 600.0  # seconds for one run of a model, and for loading it
 
@@ -46,7 +46,7 @@ class Options:
             raise ValueError(f"dtype is '{self.dtype}'; expected an onnx_ir.DataType, such as DataType.FLOAT16")
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16 are both of the whole model; leave one of them out")
-        if self.rest and self.target != "onnxruntime":
+        if self.rest and self.target == "tensorrt":
             raise ValueError(
                 f"rest writes operators of onnxruntime, which {self.target} doesn't run; leave one of them out"
             )
@@ -64,4 +64,9 @@ class Options:
     @property
     def joins_rest(self) -> bool:
         """Are operators of onnxruntime written for what stands around attention?"""
-        return self.target == "onnxruntime" if self.rest is None else self.rest
+        return self.target != "tensorrt" if self.rest is None else self.rest
+
+    @property
+    def joins_cuda(self) -> bool:
+        """Also those that have CUDA kernels only? They know float32 and float16."""
+        return self.target == "cuda" and self.joins_rest and not self.bf16

@@ -223,8 +223,24 @@ def _load(job: Job) -> onnxruntime.InferenceSession:
 
             faplugin.register(options)
         if job.device == "cpu":
-            return ort.InferenceSession(job.model, options, providers=["CPUExecutionProvider"])
+            return _load_on_cpu(ort, job.model, options)
         return _load_on_gpu(ort, job.model, options)
+
+
+def _load_on_cpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """With the formulas of those operators that have CUDA kernels only."""
+    providers = ["CPUExecutionProvider"]
+    try:
+        return ort.InferenceSession(model, options, providers=providers)
+    except Exception as error:
+        from . import formulas
+
+        if not formulas.are_missing(str(error)):
+            raise
+    model, folder = formulas.written_out(model)
+    if folder:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    return ort.InferenceSession(model, options, providers=providers)
 
 
 def _load_on_gpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:

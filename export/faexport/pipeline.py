@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport import around, dequantize, float8, gemms
+from faexport import around, cuda_operators, dequantize, float8, gemms
 from faexport.cuda_heads import cpu_only_note, gathered_note, has_kernel
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
@@ -71,9 +71,13 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     notes = [f"the file runs with our library only: {missing}"] if missing else []
     if fused and (moved := put_half_last(model, masks.analysis, names)):
         notes.append(moved)
-    joined = around.join(model, masks.analysis, names) if fused and options.joins_rest else {}
-    if joined:
-        notes.append(around.note(joined))
+    before_joining = around.counts(model)
+    if fused and options.joins_rest:
+        around.join(model, masks.analysis, names)
+    if fused and options.joins_cuda:
+        cuda_operators.join(model, masks.analysis, names)
+    joined = dict(sorted((around.counts(model) - before_joining).items()))
+    notes += [around.note(joined)] if joined else []
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
     report.joined = joined
     in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float")

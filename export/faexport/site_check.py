@@ -20,7 +20,7 @@ import onnx_ir as ir
 from . import model_io, ort_session, side_by_side
 from .dequantize import DEQUANTIZED, expand
 from .normalize import convert_opset, inline_functions
-from .open_sizes import OpenSizes
+from .open_sizes import OpenSizes, excuse
 from .ort_session import CannotRun, Job, ModelFailure
 from .reference import Opener
 from .report import SiteComparison
@@ -83,7 +83,7 @@ def check(
             part, part_failed = checker.attempt(*kinds)
             _add(result, part)
             failed |= part_failed
-    open_ones = {index: why for index in failed if (why := open_sizes.sentence(sets[index].tensors))}
+    open_ones = {index: why for index in failed if (why := excuse(open_sizes, rewritten, sets[index].tensors))}
     running = checker.original_runs_on([index for index in failed if index not in open_ones])
     for index, sentence in failed.items():
         if index in open_ones:

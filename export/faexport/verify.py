@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from . import compare, model_io, operator_library, ort_session, side_by_side, site_check
 from .nodes import all_nodes
+from .open_sizes import excuse
 from .options import VERIFY_TIMEOUT
 from .ort_session import CannotRun, ModelFailure
 from .reference import (
@@ -132,7 +133,7 @@ def verify_against(
     except CannotRun as error:
         return Verification(VerificationStatus.NOT_RUN, f"{_BROKEN} can't be run: {error}{advice(str(error))}")
     relative = _relative_tolerance(reference.model, model)
-    runs = [_compare_run(reference, actual, index, relative) for index in range(len(reference.sets))]
+    runs = [_compare_run(reference, model, actual, index, relative) for index in range(len(reference.sets))]
     notes = list(reference.notes)
     if by_stand_in:
         notes.append("the operator's library is not installed: its function in standard operators was run instead")
@@ -296,7 +297,9 @@ def _run_of_original(reference: Reference, index: int) -> VerificationRun:
     return VerificationRun(item.shapes, skipped=why or "not compared: the original runs on it", label=item.label)
 
 
-def _compare_run(reference: Reference, actual: Sequence[Outputs | str], index: int, relative: float) -> VerificationRun:
+def _compare_run(
+    reference: Reference, rewritten: ir.Model, actual: Sequence[Outputs | str], index: int, relative: float
+) -> VerificationRun:
     """`relative` is the tolerance."""
     item = reference.sets[index]
     expected, got = reference.outputs[index], actual[index]
@@ -304,7 +307,7 @@ def _compare_run(reference: Reference, actual: Sequence[Outputs | str], index: i
         return _run_of_original(reference, index)
     shapes = item.shapes
     if isinstance(got, str):
-        if sentence := reference.open_sizes.sentence(item.tensors):
+        if sentence := excuse(reference.open_sizes, rewritten, item.tensors):
             return VerificationRun(shapes, skipped=f"{sentence}, on {item.label}", label=item.label)
         return VerificationRun(shapes, skipped=f"{_BROKEN} does not run on {item.label}: {got}", label=item.label)
     differences = []

@@ -37,7 +37,7 @@ def taken_in(spec: AttentionSpec, context: Context) -> AttentionSpec:
     options, a = context.options, context.analysis
     dtype = a.dtype(spec.query.value)
     keeps_type = options.dtype is None or dtype != ir.DataType.FLOAT  # else Casts stand around a core without caches
-    if options.target != "onnxruntime" or options.float8 or not keeps_type or dtype is None:
+    if options.target == "tensorrt" or options.float8 or not keeps_type or dtype is None:
         return spec
     if "cos_cache" in spec.further_inputs:
         return spec

@@ -36,6 +36,7 @@ SHAPE_OF_FIRST_INPUT = (
     "com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu com.microsoft::BiasGelu "
     "com.microsoft::RotaryEmbedding SimplifiedLayerNormalization com.microsoft::QuantizeLinear "
     "com.microsoft::DequantizeLinear trt::TRT_FP8QuantizeLinear trt::TRT_FP8DequantizeLinear "
+    "com.microsoft::GroupNorm com.microsoft::BiasAdd "
 ).split()
 BROADCASTING = (
     "Add Sub Mul Div Pow Mod Equal Less LessOrEqual Greater GreaterOrEqual And Or Xor Where Max Min Mean Sum "

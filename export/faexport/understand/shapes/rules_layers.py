@@ -55,6 +55,13 @@ def _reduce(node, a):
     return [tuple(Dim.of(1) if i in gone else d for i, d in enumerate(shape) if keep or i not in gone)]
 
 
+@shape_of("com.microsoft::BiasSplitGelu")
+def _gated(node, a):
+    shape = a.shape(node.inputs[0])
+    half = shape[-1].divide(2) if shape else None
+    return [(*shape[:-1], half)] if half is not None else None
+
+
 @shape_of("MaxPool", "AveragePool", "LpPool")
 def _pooled(node, a):
     shape = a.shape(node.inputs[0])
