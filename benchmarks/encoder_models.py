@@ -158,7 +158,7 @@ def _onnxscript(source: pathlib.Path, target: pathlib.Path, model: Model, half: 
 
 
 def _ours(source: pathlib.Path, target: pathlib.Path, model: Model, half: bool) -> None:
-    """With the command's defaults, and for `--target cuda` in float16, which GPUs are timed with. To become float16 it is
+    """With the command's defaults, in float16 with `--target cuda`, as GPUs are timed with it. To become float16 it is
     measured on one set of inputs here and not on the command's many, which would take minutes; encoders.py compares
     what comes out."""
     import faexport
