@@ -178,8 +178,8 @@ def _put_biases_second(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def _put_biased_second(model: ir.Model) -> Iterator[ir.Node]:
-    """Where both inputs of a residual are sums, as behind embeddings, the rules look for the bias in the second alone.
-    Gives the nodes that were turned."""
+    """Where both inputs of a residual are sums, as behind embeddings or a projection, the rules look for the bias in
+    the second alone. Gives the nodes that were turned."""
     for node in model.graph:
         if op(node) != "Add" or op(producer(node.inputs[1])) != "Add":
             continue
@@ -189,8 +189,10 @@ def _put_biased_second(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def _is_biased(value: ir.Value | None) -> bool:
-    """Is it a sum of a tensor and a stored vector?"""
+    """Is it a sum of a tensor and a stored vector, which nothing else reads?"""
     made_by = producer(value)
+    if value is None or len(value.uses()) != 1 or value.is_graph_output():
+        return False
     bias = made_by.inputs[1] if made_by is not None and op(made_by) == "Add" else None
     # projection_biases.py writes a Constant.
     stored = bias if op(producer(bias)) == "Constant" else _stored(bias)

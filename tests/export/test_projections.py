@@ -307,19 +307,24 @@ def test_the_rest_is_joined_where_asked(norm: str, tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.parametrize("order", [("biased", "placed"), ("placed", "biased")], ids=str)
-def test_a_bias_is_joined_beside_another_sum(order: tuple[str, str], tmp_path: pathlib.Path) -> None:
-    """The residual of a first layer is a sum of embeddings, whose second summand is no bias."""
+@pytest.mark.parametrize("place", [(1, 1, E), (E,)], ids=["a sum of embeddings", "a projection that is read again"])
+def test_a_bias_is_joined_beside_another_sum(order: tuple[str, str], place: tuple, tmp_path: pathlib.Path) -> None:
+    """The residual of a first layer is a sum whose second summand is no bias, or one that can't be joined."""
     model = normalized_first("layer")
     graph, random = model.graph, np.random.default_rng(1)
     graph.initializer.extend(
         numpy_helper.from_array(random.standard_normal(shape, np.float32), name)
-        for name, shape in (("output_bias", E), ("place", (1, 1, E)))
+        for name, shape in (("output_bias", E), ("place", place))
     )
     (residual,) = (node for node in graph.node if list(node.output) == ["sum"])
     residual.input[:] = order
     position = list(graph.node).index(residual)
     graph.node.insert(position, helper.make_node("Add", ["projected", "output_bias"], ["biased"]))
     graph.node.insert(position, helper.make_node("Add", ["x", "place"], ["placed"]))
+    if len(place) == 1:
+        (last,) = (node for node in graph.node if list(node.output) == ["y"])
+        last.input[:] = ["changed", "both"]
+        graph.node.insert(len(graph.node) - 1, helper.make_node("Add", ["sum", "placed"], ["both"]))
     source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
     onnx.save(model, source)
     result, _ = faexport.fuse(source)
