@@ -36,7 +36,7 @@ def join(model: ir.Model, a: Analysis, names: Names) -> None:
     """Changes the model in place."""
     before, unread, types = counts(model), _unread(model), _types_in_stand_ins(model)
     embeddings.join(model, a, names)
-    _leave_out_casts(model)
+    _leave_out_what_changes_nothing(model, a)
     turned = [*_put_biases_second(model), *_put_biased_second(model)]
     for rules in _rules():
         rules.apply_to_model(model)
@@ -155,14 +155,21 @@ def _is_sure(bound: Mapping[str, Any]) -> bool:
     return known and all(value.shape is not None and list(value.shape) == [shapes[0][-1]] for value in weights)
 
 
-def _leave_out_casts(model: ir.Model) -> None:
-    """To the type that a value has already, as T5's normalizations begin with: the rules look for none there."""
+def _leave_out_what_changes_nothing(model: ir.Model, a: Analysis) -> None:
+    """Casts to the type that a value has already, as T5's normalizations begin with, and divisions by 1, as diffusers'
+    attention ends with: the rules look for none there."""
     for node in list(model.graph):
-        value = operand(node, 0) if op(node) == "Cast" else None
-        if value is None or value.dtype != attribute(node, "to") or node.outputs[0].is_graph_output():
+        value = operand(node, 0) if op(node) in ("Cast", "Div") else None
+        if value is None or node.outputs[0].is_graph_output():
             continue
-        ir.convenience.replace_all_uses_with(node.outputs[0], value)
-        model.graph.remove(node, safe=True)
+        if op(node) == "Div":
+            by = node.inputs[1]
+            changes = a.dtype(value) not in RUNTIME_FLOATS or a.rank(by) != 0 or a.scalar(by) != 1
+        else:
+            changes = value.dtype != attribute(node, "to")
+        if not changes:
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            model.graph.remove(node, safe=True)
 
 
 def _put_biases_second(model: ir.Model) -> Iterator[ir.Node]:

@@ -334,6 +334,28 @@ def test_a_bias_is_joined_beside_another_sum(order: tuple[str, str], place: tupl
     assert verify.verify(source, target).status == "passed"
 
 
+@pytest.mark.parametrize("divisor, joined", [(1.0, 1), (2.0, 0)])
+def test_a_division_by_one_stands_in_no_one_s_way(divisor: float, joined: int, tmp_path: pathlib.Path) -> None:
+    """diffusers ends its attention with one."""
+    model = normalized_first("layer")
+    graph = model.graph
+    graph.initializer.append(numpy_helper.from_array(np.random.default_rng(1).standard_normal(E, np.float32), "bias"))
+    graph.initializer.append(numpy_helper.from_array(np.float32(divisor), "divisor"))
+    (residual,) = (node for node in graph.node if list(node.output) == ["sum"])
+    residual.input[:] = ["divided", "x"]
+    position = list(graph.node).index(residual)
+    graph.node.insert(position, helper.make_node("Div", ["biased", "divisor"], ["divided"]))
+    graph.node.insert(position, helper.make_node("Add", ["bias", "projected"], ["biased"]))
+    source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(model, source)
+    result, _ = faexport.fuse(source)
+    model_io.save(result, target, source=source)
+    (norm,) = (node for node in onnx.load(target).graph.node if node.op_type == "SkipLayerNormalization")
+    assert (len(norm.input) == 5 and bool(norm.input[4])) == bool(joined)
+    assert counts(onnx.load(target))["Div"] == 1 - joined
+    assert verify.verify(source, target).status == "passed"
+
+
 def test_a_wrong_normalization_would_be_found(tmp_path: pathlib.Path) -> None:
     source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
     onnx.save(normalized_first("layer"), source)
