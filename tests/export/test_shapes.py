@@ -8,7 +8,10 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from faexport.understand.shapes import algebra
 from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import named
+from faexport.understand.shapes.evaluate import evaluate
 from onnx.reference import ReferenceEvaluator
 
 BEHIND_A_TABLE = """<ir_version: 8, opset_import: ["" : 17, "other" : 1]>
@@ -172,3 +175,16 @@ def test_a_size_that_meets_itself_cut_off_is_not_cut_off() -> None:
 )  # fmt: skip
 def test_otherwise_it_stays_cut_off(body: str, limit: str, table: int) -> None:
     assert the_cut_off_size(body, limit, table).startswith("min(")
+
+
+ROUNDED_UP = "((n//2)) + (Mod(4 - (Mod((n//2), 4)), 4))"  # as PyTorch's exporter calls what is padded to a multiple of 4
+
+
+def test_names_with_remainders_are_read() -> None:
+    padded = named(ROUNDED_UP)
+    windows = named(f"({ROUNDED_UP})//4")
+    assert windows * 4 == padded and named(f"({ROUNDED_UP})//(({ROUNDED_UP})//4)") == 4
+    assert named(f"PythonMod(-2, {ROUNDED_UP})").is_known
+    for n in range(40):
+        known = {atom: n for atom in algebra.atoms(padded.expr, "sym")}
+        assert evaluate(padded.expr, known) == -(-(n // 2) // 4) * 4

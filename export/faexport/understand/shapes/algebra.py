@@ -322,7 +322,7 @@ def floordiv(a: Expr, b: Expr) -> Expr:
     if known is not None:
         c = constant_part(rest)
         quotient, rest = add(quotient, const(c // known)), add(rest, const(c % known - c))
-    if is_nonnegative(rest) and is_nonnegative(sub(sub(b, ONE), rest)):
+    if not rest.args or (is_nonnegative(rest) and is_nonnegative(sub(sub(b, ONE), rest))):
         return quotient
     return add(quotient, of_atom(make("floordiv", (rest, b), "int")))
 

@@ -130,7 +130,12 @@ def _read(e: ast.expr) -> Expr:
         ast.Mult: algebra.mul,
         ast.FloorDiv: algebra.floordiv,
     }
-    extremes = {"Max": algebra.maximum, "Min": algebra.minimum}
+    functions = {
+        "Max": algebra.maximum,
+        "Min": algebra.minimum,
+        "Mod": algebra.modulo,  # of SymPy and of PyTorch, both with the sign of the divisor, which is a size
+        "PythonMod": algebra.modulo,
+    }
     if isinstance(e, ast.Name):
         return algebra.sym(e.id)
     if isinstance(e, ast.Constant) and isinstance(e.value, int) and not isinstance(e.value, bool):
@@ -139,8 +144,9 @@ def _read(e: ast.expr) -> Expr:
         return algebra.neg(_read(e.operand))
     if isinstance(e, ast.BinOp) and type(e.op) in operators:
         return operators[type(e.op)](_read(e.left), _read(e.right))
-    if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id in extremes and len(e.args) >= 2:
-        return functools.reduce(extremes[e.func.id], map(_read, e.args))
+    if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and e.func.id in functions:
+        if len(e.args) == 2 or (e.func.id in ("Max", "Min") and len(e.args) > 2):
+            return functools.reduce(functions[e.func.id], map(_read, e.args))
     raise ValueError(f"{ast.dump(e)} is no size")
 
 
