@@ -177,7 +177,10 @@ def test_otherwise_it_stays_cut_off(body: str, limit: str, table: int) -> None:
     assert the_cut_off_size(body, limit, table).startswith("min(")
 
 
-ROUNDED_UP = "((n//2)) + (Mod(4 - (Mod((n//2), 4)), 4))"  # as PyTorch's exporter calls what is padded to a multiple of 4
+# As PyTorch's exporter calls what is padded to a multiple of 4.
+ROUNDED_UP = "((n//2)) + (Mod(4 - (Mod((n//2), 4)), 4))"
+    "((n//2)) + (Mod(4 - (Mod((n//2), 4)), 4))"  # as PyTorch's exporter calls what is padded to a multiple of 4
+)
 
 
 def test_names_with_remainders_are_read() -> None:
@@ -186,5 +189,5 @@ def test_names_with_remainders_are_read() -> None:
     assert windows * 4 == padded and named(f"({ROUNDED_UP})//(({ROUNDED_UP})//4)") == 4
     assert named(f"PythonMod(-2, {ROUNDED_UP})").is_known
     for n in range(40):
-        known = {atom: n for atom in algebra.atoms(padded.expr, "sym")}
+        known = dict.fromkeys(algebra.atoms(padded.expr, "sym"), n)
         assert evaluate(padded.expr, known) == -(-(n // 2) // 4) * 4
