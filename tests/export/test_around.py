@@ -6,6 +6,7 @@ from __future__ import annotations
 import pathlib
 
 import faexport
+import faplugin
 import numpy as np
 import onnx
 import onnxruntime

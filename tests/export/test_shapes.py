@@ -179,8 +179,6 @@ def test_otherwise_it_stays_cut_off(body: str, limit: str, table: int) -> None:
 
 # As PyTorch's exporter calls what is padded to a multiple of 4.
 ROUNDED_UP = "((n//2)) + (Mod(4 - (Mod((n//2), 4)), 4))"
-    "((n//2)) + (Mod(4 - (Mod((n//2), 4)), 4))"  # as PyTorch's exporter calls what is padded to a multiple of 4
-)
 
 
 def test_names_with_remainders_are_read() -> None:
