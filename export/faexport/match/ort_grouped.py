@@ -140,7 +140,7 @@ class _Grouped(Cached):
         if self.window > 0:
             facts.append(Fact(f"window ({self.window - 1}, 0)", name))
         facts.append(Fact("padding as lengths", name))
-        lengths = self._lengths()
+        lengths = self._key_lengths()
         return Mask(
             window_left=max(self.window - 1, -1),
             window_right=0,
@@ -150,7 +150,7 @@ class _Grouped(Cached):
             facts=tuple(facts),
         )
 
-    def _lengths(self) -> ir.Value:
+    def _key_lengths(self) -> ir.Value:
         """seqlens_k + 1. The builder's models subtract 1 from the sums of their mask, which are the lengths then."""
         last = self.required("last_key")
         node = producer(last)
