@@ -120,6 +120,7 @@ struct alignas(16) Item {
   int part, num_parts;                   // this piece among those of the head, in the order of the keys
   int counter;                           // of the head
   int first_slot, late_slot, slot_step;  // part 0 has first_slot, part i late_slot + slot_step * i
+  int in_cluster;                        // the head's parts are those of a cluster, and the slots unused
   int last_of_block;                     // the block has nothing to do afterwards
 };
 

@@ -12,7 +12,7 @@ inline constexpr int kMostTileRows = 64;         // of the pairs that share a re
 inline constexpr int kPanelRowBytes = 128;       // the width of the copy engine's swizzle
 inline constexpr int kMergeColumns = 64;         // of a row, that a warp merges from all parts of a head at once
 inline constexpr int kBytesTogether = 16 << 10;  // of keys and values, whose copies the lanes of the producer start side by side
-inline constexpr int kMaxStages = 16;            // of the ring of key and value tiles
+inline constexpr int kMaxStages = 24;            // of the ring of key and value tiles
 inline constexpr int kTilesBeforeItem = 1;       // whose copies start before the consumers are told what for; at most a ring
 inline constexpr int kItemSlots = 4;             // pieces of work that the producer may be ahead
 inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory of a block
@@ -54,6 +54,10 @@ constexpr TileShape tile_shape(int head_dim) {
   if (head_dim <= 64) return {8, 32};
   return {4, 32};
 }
+
+/// Stages of the ring at most. Tiles of a quantized cache are small, and while a head's end is merged only what the ring holds is
+/// read on. Other rings are no faster for more, and a block of the next kernel finds room beside a small one.
+constexpr int most_stages(bool is_quantized) { return is_quantized ? kMaxStages : 16; }
 
 /// Of a row of keys or values.
 constexpr int num_panels(int row_bytes) { return (row_bytes + kPanelRowBytes - 1) / kPanelRowBytes; }

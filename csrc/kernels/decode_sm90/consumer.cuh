@@ -151,7 +151,7 @@ struct Consumer {
     named_barrier_sync(kConsumerBarrier, 32 * C::kWarps);
     merge_warps<C>(args, shared, item, merged(), part_in_shared());
     if (item.num_parts == 1) return;
-    if (args.cut.cluster > 0) {
+    if (item.in_cluster) {
       merge_in_cluster<C>(args, item, part_in_shared());
     } else {
       finish_head<C>(args, shared, item);

@@ -17,8 +17,18 @@ inline int least_tiles_of_part(int64_t tile_bytes, int64_t part_bytes) {
   return static_cast<int>(std::max<int64_t>(kMinUnitsPerBlock, kMinReadOfPart * part_bytes / tile_bytes));
 }
 
+/// Blocks that are a cluster and share a head, of the `parts` that could share it; 0: none. `tiles`: of a head, at most.
+/// most_clusters(blocks): how many clusters of so many blocks the device holds at a time.
+template <class MostClusters>
+int cluster_of_head(int64_t heads, int64_t parts, int64_t tiles, int tile_bytes, MostClusters most_clusters) {
+  int cluster = kMostClusterBlocks;
+  while (cluster > parts) cluster /= 2;
+  const bool nearly_all = 10 * cluster >= 9 * parts || tiles * tile_bytes <= int64_t{kMostClusterBytes} * cluster;
+  return cluster > 1 && nearly_all && heads <= most_clusters(cluster) ? cluster : 0;
+}
+
 /// `heads` of `tiles` each, `tile_bytes` of keys and values in a tile, at least `least_tiles` for a part. heads 0 in the result:
-/// a Schedule does better. most_clusters(blocks): how many clusters of so many blocks the device holds at a time.
+/// a Schedule does better.
 template <class MostClusters>
 HeadCut cut_heads(int64_t heads, int tiles, int tile_bytes, int least_tiles, int blocks, MostClusters most_clusters) {
   HeadCut cut{};
@@ -30,11 +40,9 @@ HeadCut cut_heads(int64_t heads, int tiles, int tile_bytes, int least_tiles, int
     const int most = blocks / static_cast<int>(heads);
     const int few = std::min(kMostClusterBlocks, tiles / kMinUnitsPerBlock);  // whose merge costs little in a cluster
     parts = std::max(std::min(most, std::max(tiles / least_tiles, few)), 1);
-    int cluster = kMostClusterBlocks;
-    while (cluster > parts) cluster /= 2;
-    const bool nearly_all = 10 * cluster >= 9 * parts || int64_t{tiles} * tile_bytes <= int64_t{kMostClusterBytes} * cluster;
-    if (cluster > 1 && nearly_all && heads <= most_clusters(cluster)) {
-      cut.cluster = parts = cluster;
+    cut.cluster = cluster_of_head(heads, parts, tiles, tile_bytes, most_clusters);
+    if (cut.cluster > 0) {
+      parts = cut.cluster;
     } else if (parts == most && 10 * most * heads < 9 * blocks) {
       return cut;  // too many blocks would have nothing to do
     }
@@ -48,12 +56,21 @@ HeadCut cut_heads(int64_t heads, int tiles, int tile_bytes, int least_tiles, int
 
 /// The same where only the device learns how many tiles the heads have: the cut, but for its tiles, of heads that all have at
 /// least cut.least_tiles of them, and at most `most_tiles`.
-inline HeadCut cut_unknown_heads(int64_t heads, int64_t most_tiles, int least_tiles, int blocks) {
+template <class MostClusters>
+HeadCut cut_unknown_heads(int64_t heads, int64_t most_tiles, int tile_bytes, int least_tiles, int blocks,
+                          MostClusters most_clusters) {
   HeadCut cut{};
   if (heads == 0 || most_tiles * blocks >= INT32_MAX) return cut;
   const bool are_drawn = heads > blocks;
-  const int64_t parts = are_drawn ? 1 : blocks / heads;
-  if (are_drawn ? heads < int64_t{kMinHeadsToDraw} * blocks : 10 * parts * heads < 9 * blocks) return cut;
+  int64_t parts = are_drawn ? 1 : blocks / heads;
+  const int64_t few = std::min(parts, most_tiles / kMinUnitsPerBlock);
+  if (const int cluster = cluster_of_head(heads, few, most_tiles, tile_bytes, most_clusters); cluster > 0) {
+    cut.cluster = cluster;
+    parts = cluster;
+    least_tiles = kMinUnitsPerBlock;
+  } else if (are_drawn ? heads < int64_t{kMinHeadsToDraw} * blocks : 10 * parts * heads < 9 * blocks) {
+    return cut;
+  }
   cut.heads = static_cast<int>(heads);
   cut.parts = Divisor(parts);
   cut.pieces = static_cast<int>(heads * parts);

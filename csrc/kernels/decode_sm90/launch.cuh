@@ -91,7 +91,8 @@ void cut_keys(const StepParams& p, int blocks, KernelArgs* args) {
     args->cut = cut_heads(heads, args->work.units_of_item, C::kTileBytes, least_tiles, blocks, most_clusters<C>);
     args->schedule = cut(args->work.units * args->num_spans, blocks);
   } else if (!args->uniform) {
-    args->cut = cut_unknown_heads(heads, args->num_keys / C::kTileN + 2, least_tiles, blocks);
+    const int most_tiles = (args->num_keys + C::kTileN - 1) / C::kTileN;
+    args->cut = cut_unknown_heads(heads, most_tiles, C::kTileBytes, least_tiles, blocks, most_clusters<C>);
   }
   args->cut.heads_of_span = Divisor(std::max<int64_t>(heads_of_span, 1));
   args->cut.row_tiles = Divisor(std::max<int64_t>(row_tiles, 1));
@@ -118,7 +119,7 @@ KernelArgs describe_problem(const StepParams& p, int blocks) {
   args.read_once = mean_rows(p) * group_size(p) <= args.tile_rows;
   args.merge_rows = merge_rows(p);
   args.partial_rows = most_rows(p);
-  args.stages = num_stages(C::kTile, C::kStageBytes, bytes_beside_ring<C>(args.merge_rows));
+  args.stages = num_stages(C::kTile, C::kMostStages, C::kStageBytes, bytes_beside_ring<C>(args.merge_rows));
   args.stages_at_once = ((in_pages(p) ? kBytesAtOnceOfPages : kBytesAtOnce) - 1) / C::kTileBytes + 1;
   args.scan_mask = scans_mask(p, blocks);
   args.uniform = p.cache.mode == CacheMode::kAppend && !p.kv_lengths.present && !p.query_lengths.present &&
@@ -154,7 +155,7 @@ Status launch_instance(const Plan& plan, const StepParams& p, const ExecutionCon
   constexpr int kSharedBytes = C::kTile.shared_bytes();
   static_assert(bytes_beside_ring<C>(kRowsPerWarp) + kTilesBeforeItem * C::kStageBytes <= kSharedBytes,
                 "The ring must hold the tiles that are loaded before their item is published, else nobody would ever empty it.");
-  constexpr int kLeastStages = num_stages(C::kTile, C::kStageBytes, bytes_beside_ring<C>(kRowsPerWarp));
+  constexpr int kLeastStages = num_stages(C::kTile, C::kMostStages, C::kStageBytes, bytes_beside_ring<C>(kRowsPerWarp));
   static_assert(sizeof(float) * kMostTileRows * PartInShared<C>::kStride <= kLeastStages * C::kStageBytes,
                 "The ring must hold a block's part of a head, which a cluster merges there.");
   int blocks = num_blocks(p, plan.device, C::kTile);
@@ -169,7 +170,11 @@ Status launch_instance(const Plan& plan, const StepParams& p, const ExecutionCon
   const auto stream = static_cast<cudaStream_t>(context.stream);
   error = find_merge_counters(context, &args.counters);
   args.draws = &args.counters[kMaxBlocks].parts_done;
-  if (args.uniform && args.cut.heads > 0) blocks = std::min(blocks, args.cut.pieces);
+  if (args.uniform && args.cut.heads > 0) {
+    blocks = std::min(blocks, args.cut.pieces);
+  } else if (args.cut.cluster > 0) {  // whole clusters, all of them at a time, also if lengths turn out to differ
+    blocks = std::min(blocks / args.cut.cluster, most_clusters<C>(args.cut.cluster)) * args.cut.cluster;
+  }
   const int shared_bytes = bytes_beside_ring<C>(args.merge_rows) + args.stages * C::kStageBytes;
   if (error == cudaSuccess)
     error = launch_early(kernel, blocks, C::kThreads, shared_bytes, stream, args, std::max(args.cut.cluster, 1));

@@ -175,7 +175,7 @@ __device__ __forceinline__ void merge_warps(const KernelArgs& args, const Shared
     const float2 state = shared.row_state[row];
     if (item.num_parts == 1) {
       write_row<C>(args, item, row, column, {state.x, state.y}, x);
-    } else if (args.cut.cluster > 0) {
+    } else if (item.in_cluster) {
       *reinterpret_cast<float4*>(part_in_shared.row(row) + column) = x;
       if (column == 0) *reinterpret_cast<float2*>(part_in_shared.row(row) + C::kHeadDim) = state;
     } else {

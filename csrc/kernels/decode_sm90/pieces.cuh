@@ -125,6 +125,7 @@ struct Range {
     item.first_slot = 2 * first_block + 1;
     item.late_slot = 2 * first_block;
     item.slot_step = 2;
+    item.in_cluster = 0;
     item.last_of_block = end <= head_end;
   }
 
@@ -210,6 +211,7 @@ struct DrawnPieces {
     item.num_parts = parts;
     item.first_slot = item.late_slot = head * parts;
     item.slot_step = 1;
+    item.in_cluster = cut.cluster > 0;
     item.last_of_block = true;  // with draws there is nothing to merge
   }
 };

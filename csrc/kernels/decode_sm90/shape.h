@@ -54,11 +54,11 @@ inline int num_blocks(const StepParams& p, const Device& device, const TileShape
 /// Rows of one warp that a block's merge keeps.
 inline int merge_rows(const AttentionParams& p) { return std::min(most_rows(p), kRowsPerWarp); }
 
-/// As many stages as shared memory holds beside `other_bytes`, a multiple of the warps: so a warp comes back to its own stages
-/// only. Where it came to another's, it might find the copies of the round before still under way, which finish in any order, and
-/// take the parity of the round before that one for its own.
-constexpr int num_stages(const TileShape& tile, int stage_bytes, int other_bytes) {
-  const int stages = std::min((tile.shared_bytes() - other_bytes) / stage_bytes, kMaxStages);
+/// As many stages as shared memory holds beside `other_bytes`, at most `most`, a multiple of the warps: so a warp comes back to
+/// its own stages only. Where it came to another's, it might find the copies of the round before still under way, which finish in
+/// any order, and take the parity of the round before that one for its own.
+constexpr int num_stages(const TileShape& tile, int most, int stage_bytes, int other_bytes) {
+  const int stages = std::min((tile.shared_bytes() - other_bytes) / stage_bytes, most);
   return stages / tile.warps * tile.warps;
 }
 

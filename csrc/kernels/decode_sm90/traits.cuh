@@ -23,6 +23,7 @@ struct Traits {
   static constexpr int kPanels = num_panels(kRowBytes), kPanelColumns = kPanelRowBytes / static_cast<int>(sizeof(Stored));
   static constexpr int kPanelBytes = kTileN * kPanelRowBytes;                                    // of keys, and of values
   static constexpr int kStageBytes = 2 * kPanels * kPanelBytes, kValueOffset = kStageBytes / 2;  // a panel may have idle columns
+  static constexpr int kMostStages = most_stages(kIsQuantized);                                  // of the ring
   static constexpr int kKeyBlocks = kTileN / 8, kDimBlocks = kHeadDim / 8;                       // of matrix instructions
   static constexpr int kMergePieces = kHeadDim / kMergeColumns;                                  // of a row
 };
