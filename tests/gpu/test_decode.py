@@ -75,6 +75,7 @@ SHAPES = (
     (9, 32, 8, 4, 3333, 80),
     (300, 4, 1, 2, 500, 96),
     (1, 71, 1, 2, 4000, 64),
+    (8, 32, 8, 1, 4096, 128),
 )
 
 
@@ -203,6 +204,34 @@ def test_a_graph_follows_lengths_on_the_device() -> None:
             replayed = out.clone()
             assert arrays.same_bits(faplugin.attention(**inputs, **CAUSAL), replayed)
             lengths += 1
+
+
+@pytest.mark.parametrize(("batch", "capacity"), [(8, 4096), (4, 2000), (1, 512)])
+def test_a_graph_whose_heads_are_cut_alike_or_not(batch: int, capacity: int) -> None:
+    """One capture: clusters share the heads while these are equally long, else each block has a range of its own."""
+    import faplugin
+
+    torch.manual_seed(batch)
+    inputs = draw(batch, 32, 8, 1, capacity, 128)
+    lengths = torch.full((batch,), capacity, device="cuda")
+    given = inputs | {"nonpad_kv_seqlen": lengths}
+    out = torch.empty_like(inputs["query"])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        faplugin.attention(**given, **CAUSAL, out={"output": out})
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            faplugin.attention(**given, **CAUSAL, out={"output": out})
+        alike = [torch.full_like(lengths, n) for n in (capacity, capacity // 3, 40, 1)]
+        for now in (*alike, torch.randint_like(lengths, 1, capacity + 1), alike[0]):
+            lengths.copy_(now)
+            out.fill_(math.nan)
+            graph.replay()
+            stream.synchronize()
+            replayed = out.clone()
+            check(replayed, expected(inputs, visible_keys(1, capacity, now)), now)
+            assert arrays.same_bits(faplugin.attention(**given, **CAUSAL), replayed)
 
 
 def test_many_launches_in_a_row_and_side_by_side() -> None:

@@ -141,6 +141,7 @@ SHAPES = (
     (9, (32, 8), 4, 3333),
     (300, (4, 1), 2, 300),
     (1, (71, 1), 2, 4000),
+    (4, (32, 8), 1, 16384),
 )
 
 
@@ -177,6 +178,30 @@ def test_scales_far_from_one(stored: torch.dtype, power: int) -> None:
     step.new["value"] *= 2.0**-power
     step.scales[1] *= 2.0**-power
     check(step)
+
+
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("rows", (1, 8))
+def test_queries_that_are_not_finite(rows: int, stored: torch.dtype) -> None:
+    """What float arithmetic makes of them, and nothing of it in another row."""
+    torch.manual_seed(3)
+    step = Step(2, (8, 2), rows, 700, 128, stored)
+    step.lengths.fill_(700)
+    step.caches = [step._filled(scale) for scale in step.scales]
+    clean = step.run()
+    query = step.new["query"]
+    query[0, 1, 0, 5] = math.nan
+    query[0, 2, 0, 7] = math.inf  # times keys of both signs
+    query[1, 6, 0, 9] = math.inf  # times keys below 0: every score is -inf, as if no key were seen
+    step.caches[0].view(torch.uint8)[1, 1, :, 9] = store(torch.tensor([-5.0], device="cuda"), stored).view(torch.uint8)
+    step.new["key"][1, 1, :, 9] = -1
+    output = step.run()
+    assert output[0, 1:3, 0].isnan().all()
+    assert (output[1, 6, 0] == 0).all()
+    others = torch.ones(output.shape[:3], dtype=torch.bool, device="cuda")
+    others[0, 1:3, 0] = others[1, 4:] = False  # heads 4 to 7 have the keys that were changed
+    test_decode.check(output[others], clean[others].double(), rows)
+    assert output.isfinite()[others].all()
 
 
 @pytest.mark.parametrize("stored", STORED, ids=str)

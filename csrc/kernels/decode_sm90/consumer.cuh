@@ -60,7 +60,16 @@ struct Consumer {
   __device__ __forceinline__ void work_off(const Item& item) {
     typename Products::Queries queries;
     float factors[2];  // that make scores of products, of each of the lane's rows
-    load_queries(item, queries, factors);
+    if constexpr (Products::kIsWhole) {
+      if (__builtin_expect(load_queries<true>(item, queries, factors), 1)) return attend<true>(item, queries, factors);
+    }
+    load_queries<false>(item, queries, factors);
+    attend<false>(item, queries, factors);
+  }
+
+  /// The warp's tiles of the item and its end. kWhole: as load_queries was told. NOTE: one end for both would cost 30 registers.
+  template <bool kWhole>
+  __device__ __forceinline__ void attend(const Item& item, const typename Products::Queries& queries, const float (&factors)[2]) {
     typename Products::Out out = {};
     RowState<1> state;
     const int key_warps = C::kWarps >> row_bits(args), tiles = item.end - item.begin;
@@ -74,9 +83,9 @@ struct Consumer {
         const int tile = item.begin + i;
         const uint32_t keys = shared_address(ring) + stage * C::kStageBytes;
         if (tile >= item.full_begin && tile < item.full_end) {
-          process_tile<false>(item, queries, factors, tile, keys, out, state);
+          process_tile<false, kWhole>(item, queries, factors, tile, keys, out, state);
         } else {
-          process_tile<true>(item, queries, factors, tile, keys, out, state);
+          process_tile<true, kWhole>(item, queries, factors, tile, keys, out, state);
         }
       }
       __syncwarp();
@@ -87,7 +96,9 @@ struct Consumer {
     finish(item, out, state);
   }
 
-  __device__ __forceinline__ void load_queries(const Item& item, typename Products::Queries& queries, float (&factors)[2]) {
+  /// The warp's operands; kWhole: as whole numbers. False: queries are infinite or NaN, so these are nothing to go by.
+  template <bool kWhole>
+  __device__ __forceinline__ bool load_queries(const Item& item, typename Products::Queries& queries, float (&factors)[2]) {
     const TensorView& query = args.problem.query;
     const T* data[2];
 #pragma unroll
@@ -96,23 +107,32 @@ struct Consumer {
       const T* head = static_cast<const T*>(query.data) + item.batch * query.stride[0] + row.head * query.stride[1];
       data[r] = row.in_use ? head + (item.row_base + row.row) * query.stride[2] : nullptr;
     }
-    Products::load_queries(queries, data, static_cast<int>(query.shape[3]));
+    const int head_dim = static_cast<int>(query.shape[3]);
+    Products::load_queries(queries, data, head_dim);
+    bool is_finite = true;
     if constexpr (C::kIsQuantized) {
       const Scales scales = scales_of(args.key_scale, item.key_head);
-      Products::scale_queries(queries, factors, first_row() + 8 < item.num_rows, static_cast<int>(query.shape[3]), scales);
+      const bool has_second = first_row() + 8 < item.num_rows;
+      is_finite = Products::template scale_queries<kWhole>(queries, factors, has_second, head_dim, scales);
       for (float& factor : factors) factor *= args.problem.softmax_scale;
     }
+    if constexpr (kWhole) return __all_sync(kAllLanes, is_finite);
+    return true;
   }
 
   /// Scores, softmax and the product with the values. kTest: some rows may not see all keys of the tile, or scores need more than
   /// a scale.
-  template <bool kTest>
+  template <bool kTest, bool kWhole>
   __device__ __forceinline__ void process_tile(const Item& item, const typename Products::Queries& queries,
                                                const float (&factors)[2], int tile, uint32_t stage, typename Products::Out& out,
                                                RowState<1>& state) {
     typename Products::Scores scores;
     typename Products::Weights weights;
-    Products::multiply_keys(scores, queries, stage + Products::key_lane(), args.layout);
+    if constexpr (kWhole) {
+      Products::multiply_whole_keys(scores, queries, stage + Products::key_lane(), args.layout);
+    } else {
+      Products::multiply_keys(scores, queries, stage + Products::key_lane(), args.layout);
+    }
 #pragma unroll
     for (int i = 0; i < 4 * C::kKeyBlocks; ++i)
       scores[0][i / 4][i % 4] *= C::kIsQuantized ? factors[i % 4 / 2] : args.problem.softmax_scale;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One warp's two matrix products of decode_sm90: 16 rows of queries, which stay in registers, with the keys and values of a stage
 // as the copy engine lays them down (panels of 128 bytes of a row, 128-byte swizzle). Keys and values of a quantized cache become
-// float16 on their way to an operand, as they are: the scales of keys multiply the queries, those of values the output. An
-// ldmatrix brings a lane four neighbouring bytes where it would bring two elements, so columns stand in another order: see
-// query_column() and out_column().
+// float16 on their way to an operand, as they are: the scales of keys multiply the queries, those of values the output. int8 keys
+// are operands as they lie, where queries are whole numbers of two bytes. An ldmatrix brings a lane four neighbouring bytes where
+// it would bring two elements, so columns stand in another order: see query_column() and out_column().
 #pragma once
 
 #include "kernels/common/convert.cuh"
@@ -28,6 +28,7 @@ struct Products {
   static constexpr int kStepsOfLoad = kSteps / kLoads;  // … and the steps that these have
   static constexpr int kPairs = C::kKeyBlocks / 2;      // of key blocks, which one ldmatrix brings
   static constexpr int kTogether = 4;                   // ldmatrix in flight, since each takes as long as several products
+  static constexpr bool kIsWhole = __is_same(typename C::Stored, int8_t);  // keys are whole numbers, and queries become such
   using Queries = uint32_t[kSteps][4];
 
   /// The lane's elements of the warp's queries; 0 for rows and columns that do not exist. `row`: the lane's two rows, null for
@@ -45,9 +46,11 @@ struct Products {
   }
 
   /// Makes operands of the queries, for keys with `scales`. Each row's largest number becomes one below 2^15, so that float16
-  /// holds them all as exactly as their own type, and factor[row] is what products are to be multiplied by. The second of the
-  /// lane's rows is left out where the warp has none: it is 0.
-  static __device__ __forceinline__ void scale_queries(Queries& queries, float (&factor)[2], bool has_second, int head_dim,
+  /// holds them all as exactly as their own type; kWhole: one from 2^13 to 2^14, and all are rounded to whole numbers.
+  /// factor[row] is what products are to be multiplied by. The second of the lane's rows is left out where the warp has none: it
+  /// is 0. False: a number is infinite or NaN, which no whole number stands for.
+  template <bool kWhole>
+  static __device__ __forceinline__ bool scale_queries(Queries& queries, float (&factor)[2], bool has_second, int head_dim,
                                                        const Scales& scales) {
     float4 scale[kSteps];
 #pragma unroll
@@ -55,7 +58,8 @@ struct Products {
       scale[step] = {0.0f, 0.0f, 0.0f, 0.0f};
       if (query_column(step, 0) < head_dim) scale[step] = four_scales(scales, query_column(step, 0));
     }
-    constexpr uint32_t kTop = 14, kBias = 127;  // exponents
+    constexpr uint32_t kTop = kWhole ? 13 : 14, kBias = 127;  // exponents
+    bool is_finite = true;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       factor[r] = 0.0f;
@@ -67,14 +71,22 @@ struct Products {
         const float4& its = scale[i / 2];
         x[i] = unpack2(queries[i / 2][i % 2 * 2 + r], __is_same(T, __half));
         x[i] = i % 2 == 0 ? make_float2(x[i].x * its.x, x[i].y * its.y) : make_float2(x[i].x * its.z, x[i].y * its.w);
-        top = fmaxf(top, fmaxf(fabsf(x[i].x), fabsf(x[i].y)));
+        top = max_or_nan(top, max_or_nan(fabsf(x[i].x), fabsf(x[i].y)));
       }
-      const uint32_t exponent = min(max(__float_as_uint(quad_max(top)) >> 23, kTop + 1), 2 * kBias - 1);
+      top = quad_max_or_nan(top);
+      is_finite = is_finite && top < INFINITY;
+      const uint32_t exponent = min(max(__float_as_uint(top) >> 23, kTop + 1), 2 * kBias);
       const float power = __uint_as_float((2 * kBias + kTop - exponent) << 23);
       factor[r] = __uint_as_float((exponent - kTop) << 23);
+      if constexpr (kWhole) {
 #pragma unroll
-      for (int i = 0; i < 2 * kSteps; ++i) queries[i / 2][i % 2 * 2 + r] = pack2<Operand>(x[i].x * power, x[i].y * power);
+        for (int i = 0; i < kSteps; ++i) store_whole_numbers(queries, i, r, x[2 * i], x[2 * i + 1], power);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2 * kSteps; ++i) queries[i / 2][i % 2 * 2 + r] = pack2<Operand>(x[i].x * power, x[i].y * power);
+      }
     }
+    return is_finite;
   }
 
   /// Of a row's output, kRun neighbouring columns from out_column(i) on.
@@ -121,6 +133,32 @@ struct Products {
         mma_m16n8k16<Operand>(scores[0][2 * pair + 1], queries[load * kStepsOfLoad + i % kStepsOfLoad], x[2], x[3]);
       }
     }
+  }
+
+  /// The same for queries that are whole numbers.
+  static __device__ __forceinline__ void multiply_whole_keys(Scores& scores, const Queries& queries, uint32_t keys,
+                                                             const TileLayout& layout) {
+    int high[C::kKeyBlocks][4] = {}, low[C::kKeyBlocks][4] = {};
+#pragma unroll
+    for (int first = 0; first < kLoads * kPairs; first += kTogether) {
+      uint32_t b[kTogether][4];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int load = (first + i) / kPairs, pair = (first + i) % kPairs;
+        ldmatrix_x4(b[i], swizzled_step(keys, load % 4) + load / 4 * layout.panel + pair * layout.half);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int load = (first + i) / kPairs, pair = (first + i) % kPairs;
+        mma_m16n8k32_int8(high[2 * pair], queries[2 * load], b[i][0], b[i][1]);
+        mma_m16n8k32_int8(high[2 * pair + 1], queries[2 * load], b[i][2], b[i][3]);
+        mma_m16n8k32_int8(low[2 * pair], queries[2 * load + 1], b[i][0], b[i][1]);
+        mma_m16n8k32_int8(low[2 * pair + 1], queries[2 * load + 1], b[i][2], b[i][3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < C::kKeyBlocks * 4; ++i)  // below 2^30 for 256 columns
+      scores[0][i / 4][i % 4] = __int2float_rn(high[i / 4][i % 4] * 256 + low[i / 4][i % 4]);
   }
 
   /// out += P V. `values`: the address of the stage's values + value_lane().
@@ -182,6 +220,24 @@ struct Products {
     } else {
       x[0] = b[0], x[1] = b[1], x[2] = b[2], x[3] = b[3];
     }
+  }
+
+  /// Of row r of the lane's two, the four neighbours of step `step`, times `power`, which makes them at most 2^14: as whole
+  /// numbers 256 high + low, both of a byte. Of two steps, which one instruction multiplies, high goes to where the first one's
+  /// numbers are, and low to the second one's.
+  static __device__ __forceinline__ void store_whole_numbers(Queries& queries, int step, int r, float2 first, float2 second,
+                                                             float power) {
+    constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: the last bits of a sum are the whole number, in two's complement
+    const float x[4] = {first.x, first.y, second.x, second.y};
+    uint32_t low[4], high[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      low[i] = __float_as_uint(fmaf(x[i], power, kRounds));
+      high[i] = low[i] + 128;  // whose second byte counts
+    }
+    const int place = step % 2 * 2 + r, at = step / 2 * 2;
+    queries[at][place] = __byte_perm(__byte_perm(high[0], high[1], 0x0051), __byte_perm(high[2], high[3], 0x0051), 0x5410);
+    queries[at + 1][place] = __byte_perm(__byte_perm(low[0], low[1], 0x0040), __byte_perm(low[2], low[3], 0x0040), 0x5410);
   }
 
   /// Calls use(k, d, x) for each 16 keys (k) and 16 columns (d, in blocks of 8): x are the operands of two instructions.
