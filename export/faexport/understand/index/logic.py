@@ -26,6 +26,7 @@ _MAX_CHOICES = 64  # a lifted operation with more leaves than this stays as it i
 # ---------------------------------------------------------------------------------------------- and, or, not
 
 
+@remembered
 def negate(a: Expr) -> Expr:
     if a is TRUE:
         return FALSE
@@ -42,6 +43,7 @@ def negate(a: Expr) -> Expr:
     return make("not", (a,), "bool")
 
 
+@remembered
 def implies(a: Expr, b: Expr) -> bool:
     """True where a ⇒ b is proven."""
     if a is b or a is FALSE or b is TRUE:
@@ -271,11 +273,17 @@ def rewrite(expr: Expr, known: dict[Expr, Expr]) -> Expr:
         if e in known:
             return known[e]
         if e not in memo:
-            memo[e] = _rebuild(e, go)
+            is_changed = any(not _is_same(part, go(part)) for part in ia.children(e))
+            memo[e] = _rebuild(e, go) if is_changed else e
         return memo[e]
 
     with kept():
         return go(expr)
+
+
+def _is_same(before: Expr, after: Expr) -> bool:
+    """Was a part left as it is? An integer's atom may have become the polynomial that is just that atom."""
+    return after is before or (before.kind == "int" and before.op != "poly" and after is ia.of_atom(before))
 
 
 def _rebuild(e: Expr, go: Callable[[Expr], Expr]) -> Expr:
