@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 
 import numpy as np
 import onnx
@@ -106,7 +107,9 @@ class Numbers:
 
     def _opaque_int(self, e: Expr) -> int:
         args = [self(a) for a in e.args[1:]]
-        return {"to INT64": int, "Div": lambda a, b: int(a / b), "Mod": lambda a, b: a % b}[e.args[0]](*args)
+        functions = {"to INT64": int, "Div": lambda a, b: int(a / b), "Mod": operator.mod}
+        functions |= {"fmod": math.fmod, "rounded down": operator.floordiv}
+        return int(functions[e.args[0]](*args))
 
 
 # Each case: lines "result = Op(inputs) {attributes}" over INPUTS and integer constants written as numbers or lists.
@@ -169,6 +172,15 @@ CASES = {
     "Div": "i = Range(0, 9, 1); r = Div(i, 4)",
     "Div of any sign": "a = Neg(x); r = Div(a, 2)",
     "Mod": "i = Range(0, 9, 1); r = Mod(i, 4)",
+    "Mod of any sign": "a = Sub(x, y); r = Mod(a, 3)",
+    "fmod of any sign": "a = Sub(x, y); r = Mod(a, 3) {'fmod': 1}",
+    "floor division": "a = Sub(x, y); i = Sign(a); n = Equal(i, 1); o = Not(n); c = Mod(a, 2); e = Cast(c) {'to': 9}; "
+    "b = And(o, e); d = Div(a, 2); w = Cast(b) {'to': 7}; r = Sub(d, w)",
+    "floor division by a negative number": "i = Less(x, 0); n = Less(-3, 0); o = Xor(i, n); "
+    "c = Mod(x, -3) {'fmod': 1}; e = Equal(c, 0); v = Not(e); b = And(o, v); d = Div(x, -3); w = Cast(b) {'to': 7}; "
+    "r = Sub(d, w)",
+    "floor division by a tensor": "z = Add(y, 1); i = Sign(x); n = Sign(z); o = Equal(i, n); a = Not(o); "
+    "c = Mod(x, z); e = Cast(c) {'to': 9}; b = And(a, e); d = Div(x, z); w = Cast(b) {'to': 7}; r = Sub(d, w)",
     "Neg": "r = Neg(x)",
     "Abs": "a = Sub(x, y); r = Abs(a)",
     "Min": "r = Min(x, y)",

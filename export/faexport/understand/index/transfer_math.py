@@ -17,6 +17,7 @@ from faexport.understand.index.tensor import Index, Unknown, attribute, kind_of
 from faexport.understand.index.transfer_layout import axis_of
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr, make
+from faexport.understand.shapes.floor_division import floor_division
 
 
 def elementwise(ctx: Interpreter, node: ir.Node, combine: Callable[..., Expr]) -> Element:
@@ -159,9 +160,25 @@ def _divide(a: Expr, b: Expr) -> Expr:
 
 
 def _remainder(a: Expr, b: Expr) -> Expr:
-    if ia.is_nonnegative(a) and ia.is_positive(b):
+    """With the divisor's sign."""
+    if ia.is_positive(b):
         return ia.modulo(a, b)
     return ia.of_atom(make("opaque_int", ("Mod", a, b), "int"))
+
+
+def _remainder_of_division(a: Expr, b: Expr) -> Expr:
+    """With the dividend's sign."""
+    if ia.is_nonnegative(a) and ia.is_positive(b):
+        return ia.modulo(a, b)
+    return ia.of_atom(make("opaque_int", ("fmod", a, b), "int"))
+
+
+def _rounded_down(a: Expr, b: Expr) -> Expr:
+    if ia.is_positive(b):
+        return ia.floordiv(a, b)
+    if ia.is_positive(ia.neg(b)):
+        return ia.floordiv(ia.neg(a), ia.neg(b))
+    return ia.of_atom(make("opaque_int", ("rounded down", a, b), "int"))
 
 
 _INTEGER: dict[str, Callable[..., Expr]] = {
@@ -182,7 +199,12 @@ def arithmetic(ctx: Interpreter, node: ir.Node) -> Element:
         return elementwise(ctx, node, lambda *x: il.float_op(op, dtype, *x))
     if kind_of(dtype) != "int":
         raise Unknown
-    whole = elementwise(ctx, node, lambda *x: _integer(_INTEGER[op], x))
+    divided = floor_division(node, ctx.analysis)
+    if divided:
+        above, below = map(ctx.tensor, divided)
+        return lambda index: _integer(_rounded_down, (above.at_right(index), below.at_right(index)))
+    combine = _remainder_of_division if attribute(node, "fmod", 0) else _INTEGER[op]
+    whole = elementwise(ctx, node, lambda *x: _integer(combine, x))
     return whole if dtype is ir.DataType.INT64 else lambda index: _unwrapped(whole(index), dtype)
 
 

@@ -350,9 +350,11 @@ def _upper(atom: Expr) -> Sequence[Expr]:
         return [sub(size, ONE) for size in atom.args[1]]
     if atom.op == "min":
         return atom.args
-    if atom.op == "floordiv" and is_nonnegative(atom.args[0]):
-        known = value_of(atom.args[1])
-        if not known:
+    if atom.op == "floordiv":
+        known, below_zero = value_of(atom.args[1]), neg(atom.args[0])
+        if is_nonnegative(below_zero):  # any quotient of a number below 0 is at most -1 when rounded down
+            return [const(-1) if is_positive(below_zero) else ZERO]
+        if not known or not is_nonnegative(atom.args[0]):
             return []
         return [const(b // known) for b in map(value_of, upper_bounds(atom.args[0])) if b is not None]
     if atom.op == "choose":

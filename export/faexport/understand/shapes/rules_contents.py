@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from faexport.nodes import attribute, op, operand
 from faexport.understand.shapes.dims import Dim, product
+from faexport.understand.shapes.floor_division import floor_division
 from faexport.understand.shapes.known import Known, Shape
 from faexport.understand.shapes.rules import constant_ints, contents_of, quotient, shape_window, split_sizes
 
@@ -97,20 +98,29 @@ def _contents_split(node, a):
     return [data[end - count : end] for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
 
 
-@contents_of("Add", "Sub", "Mul", "Div")
+@contents_of("Add", "Sub", "Mul", "Div", "Mod")
 def _contents_arithmetic(node, a):
-    x, y = (a.contents(v) for v in node.inputs)
+    """Numbers and numbers, or the quotient that a Sub makes of what Div rounded towards 0."""
+    divided = floor_division(node, a)
+    x, y = (a.contents(v) for v in divided or node.inputs)
     if x is None or y is None or (len(x) != len(y) and 1 not in (len(x), len(y))):
         return None
     count = max(len(x), len(y))
     x, y = (p * count if len(p) == 1 else p for p in (x, y))
-    result = tuple(_arithmetic(node.op_type, p, q) for p, q in zip(x, y, strict=True))
+    name = "floor" if divided else "fmod" if attribute(node, "fmod", 0) else node.op_type
+    result = tuple(_arithmetic(name, p, q) for p, q in zip(x, y, strict=True))
     return None if None in result else result
 
 
 def _arithmetic(name: str, x: Dim, y: Dim) -> Dim | None:
-    if name == "Div":
-        return _divided(x, y)
+    if name == "floor":
+        return _floored(x, y)
+    if name in ("Div", "fmod"):  # the remainder belongs to the quotient
+        whole = _divided(x, y)
+        return whole if name == "Div" or whole is None else x - whole * y
+    if name == "Mod":
+        whole = _floored(x, y)
+        return None if whole is None else x - whole * y
     return {"Add": x + y, "Sub": x - y, "Mul": x * y}[name]
 
 
@@ -122,6 +132,13 @@ def _divided(x: Dim, y: Dim) -> Dim | None:
     if x.divide(y) is not None:
         return x.divide(y)
     return quotient(x, y) if x.is_at_least(0) and y.is_at_least(0) else None
+
+
+def _floored(x: Dim, y: Dim) -> Dim | None:
+    """x / y rounded down, for integers of any sign; y is not 0, or the model fails."""
+    if y.is_at_least(0):
+        return quotient(x, y)
+    return quotient(-x, -y) if (-y).is_at_least(0) else x.divide(y)
 
 
 @contents_of("Min", "Max")
