@@ -4,6 +4,10 @@ read for them beyond the user's mask."""
 
 from __future__ import annotations
 
+import faexport
+import pytest
+from faexport.understand.mask.emit import Emitter
+
 from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 
 SELF = "float[B, 3, 9, 8] q, float[B, 3, 9, 8] k, float[B, 3, 9, 8] v"
@@ -17,6 +21,9 @@ INDICES = """rows = Shape<start = 2, end = 3>(q) last = Squeeze(rows) keys = Sha
 WEAK = "zero = Constant<value = float {0.0}>() w = Where(m, zero, low)"
 BESIDE_1E9 = "in a row that sees no key scores are rounded to steps of 64 beside -1e+09, as before"
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
+OF_BOTH = f"{QKV}, bool[B, 1, 1, S] m, bool[B, 1, T, 1] n"  # masks of keys and of rows
+TIMES_MASK = f"""{PRODUCT} low = Constant<value = float {{-1.0e30}}>() both = And(m, n) x = Where(both, s, low)
+    p = Softmax<axis = -1>(x) f = Cast<to = 1>(both) w = Mul(p, f) y = MatMul(w, v)"""
 
 
 def biased(body: str, fill: float, **more: object) -> Form:
@@ -69,6 +76,25 @@ RIGHT = {
         more = Pad(m, pads, none) axes = Constant<value = int64[2] {{1, 2}}>() b4 = Unsqueeze(more, axes)
         low = Constant<value = float {{-3.4e38}}>() x = Where(b4, s, low) {END}""",
     ),
+    "two masks, padded for a key of the model's own": Form(
+        f"{QKV}, bool[B, S] m, bool[T, S] n",
+        """below = Constant<value = int64[8] {0, 0, 0, 0, 0, 0, 1, 0}>() k1 = Pad(k, below) v1 = Pad(v, below)
+        kt = Transpose<perm = [0, 1, 3, 2]>(k1) s = MatMul(q, kt) none = Constant<value = float {-inf}>()
+        zero = Constant<value = float {0.0}>() a = Where(m, none, zero) b = Where(n, none, zero)
+        behind = Constant<value = int64[4] {0, 0, 0, 1}>() a1 = Pad(a, behind) b1 = Pad(b, behind)
+        axes = Constant<value = int64[2] {1, 2}>() a4 = Unsqueeze(a1, axes) both = Add(a4, b1) x = Add(s, both)
+        p = Softmax<axis = -1>(x) y = MatMul(p, v1)""",
+    ),
+    "two masks, padded as far as there are keys": Form(
+        "float[B, 3, 2, 8] q, float[B, 3, K, 8] k, float[B, 3, K, 8] v, bool[B, M] m, bool[2, M] n",
+        f"""{PRODUCT} none = Constant<value = float {{-inf}}>() zero = Constant<value = float {{0.0}}>()
+        a = Where(m, none, zero) b = Where(n, none, zero) keys = Shape<start = 2, end = 3>(k)
+        own = Shape<start = 1, end = 2>(m) missing = Sub(keys, own) zeros = Constant<value = int64[3] {{0, 0, 0}}>()
+        behind = Concat<axis = 0>(zeros, missing) a1 = Pad(a, behind) b1 = Pad(b, behind)
+        axes = Constant<value = int64[2] {{1, 2}}>() a4 = Unsqueeze(a1, axes) both = Add(a4, b1) x = Add(s, both)
+        {END}""",
+    ),
+    "weights times the mask of their scores": Form(OF_BOTH, TIMES_MASK, gone=frozenset({"Softmax", "Mul"})),
     "as many zeros as rows are missing": Form(
         "float[B, 3, T, 8] q, float[B, 3, T, 8] k, float[B, 3, T, 8] v, float[B, M] m",
         f"""{PRODUCT} {LOW} one = Constant<value = float {{1.0}}>() i = Sub(one, m) b = Mul(i, low)
@@ -163,6 +189,11 @@ WRONG = {
     "a bias of the model's, and then a weak fill": biased(
         f"{WEAK} b = LpNormalization<axis = -1>(bias) a = Add(s, b) x = Add(a, w)", -1.0e9, reason=OTHER_ORDER
     ),
+    "weights times more than the mask of their scores": Form(
+        OF_BOTH,
+        TIMES_MASK.replace("Where(both", "Where(m"),
+        reason="probabilities are set to 0 after its softmax, where they aren't masked before it",
+    ),
     "two weak fills": Form(
         f"{QKV}, bool[B, 1, 1, S] m, bool[1, 1, T, S] n",
         f"""{PRODUCT} low = Constant<value = float {{-1.0e9}}>() {WEAK} a = Add(s, w) w2 = Where(n, zero, low)
@@ -187,3 +218,10 @@ WRONG = {
 
 test_fused_and_right = checks_of(RIGHT)
 test_near_misses = checks_of(WRONG)
+
+
+def test_a_proof_whose_nodes_fail_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own nodes run, and those that were written for the mask don't: that is no reason to look away."""
+    monkeypatch.setattr(Emitter, "_is_size", staticmethod(lambda site, size, axis, x: True))
+    _, report = faexport.fuse(RIGHT["two masks, padded as far as there are keys"].model())
+    assert report.num_fused == 0 and "please report" in str(report.sites[0].refusal)

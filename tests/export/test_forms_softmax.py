@@ -160,6 +160,12 @@ WRONG = {
         m = ReduceMean(p) y = Add(c, m)""",
         reason="used twice: also by ReduceMean",
     ),
+    "a sum of exponentials that is read again": Form(
+        QKV,
+        f"""{PRODUCT} l = ReduceLogSumExp<axes = [-1], keepdims = 1>(s) d = Sub(s, l) p = Exp(d) o = MatMul(p, v)
+        y = Add(o, l)""",
+        reason="what the softmax's ReduceLogSumExp gives is used twice: also by Add",
+    ),
     "two products, one over the rows": Form(
         "float[B, 3, T, 8] q, float[B, 3, T, 8] k, float[B, 3, T, 8] v",
         f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) pt = Transpose<perm = [0, 1, 3, 2]>(p)

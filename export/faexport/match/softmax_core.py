@@ -181,13 +181,14 @@ def _private(scores: Scores, values: list[Values], softmax: Softmax) -> Refusal 
     go away."""
     inside = {*scores.nodes, *softmax.inner, *(node for one in values for node in one.nodes)}
     for node in (*scores.nodes, *softmax.inner):
+        what = "the attention scores are" if node in scores.nodes else f"what the softmax's {op(node)} gives is"
         for value in node.outputs:
             if value.is_graph_output():
-                return Refusal("the attention scores are also an output of the model", name_of(node))
+                return Refusal(f"{what} also an output of the model", name_of(node))
             for user in data_users(value):
                 twice = sum(given is value for given in user.inputs) > 1  # what is added to scores is the scores
                 if (user not in inside or twice) and value is not softmax.probabilities:
-                    return Refusal(f"the attention scores are used twice: also by {op(user)}", name_of(user))
+                    return Refusal(f"{what} used twice: also by {op(user)}", name_of(user))
     return None
 
 

@@ -13,7 +13,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, data_users, given, maker, name_of, op, producer
+from faexport.nodes import FLOATS, attribute, data_users, given, maker, name_of, op, operand, producer
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.factors import Weight, division_by, fits
 from faexport.understand.core.nan_guard import nan_guard
@@ -178,6 +178,11 @@ class _Walker:
         one_way = weight is not self.value and (op(node) == "Mul" or (index == 0 and self.a.scalar(weight)))
         whole = self.view == View.whole(self.shape) and not self.has_sink
         if not one_way or not whole or not fits(weight, self.shape, self.a) or not self._skips_rows(weight):
+            cast = producer(weight)
+            condition = operand(cast, 0) if cast is not None and op(cast) == "Cast" and op(node) == "Mul" else None
+            if condition is not None and self.a.dtype(condition) is ir.DataType.BOOL:
+                if self._zeroed(node, condition, keep_when=True):
+                    return None
             return Refusal(
                 f"the attention weights pass through {op(node)} after the softmax, and what they are multiplied by "
                 "is not known to be the same for all rows",
@@ -203,15 +208,22 @@ class _Walker:
 
     def _zero(self, node: ir.Node) -> Refusal | None:
         """Where(condition, p, 0) or Where(condition, 0, p)."""
-        axes = label_axes(self.view, self.names, self.shape)
         index = 1 if node.inputs[1] is self.value else 2
-        if axes is None or self.a.scalar(node.inputs[3 - index]) != 0 or node.inputs[0] is self.value:
+        is_zero = self.a.scalar(node.inputs[3 - index]) == 0 and node.inputs[0] is not self.value
+        if not is_zero or not self._zeroed(node, given(node, 0), keep_when=index == 1):
             return Refusal("the attention weights are replaced by other numbers after the softmax", name_of(node))
+        return None
+
+    def _zeroed(self, node: ir.Node, condition: ir.Value, keep_when: bool) -> bool:
+        """Notes that `node` puts 0 where a condition doesn't hold; False where the weights' axes have no names."""
+        axes = label_axes(self.view, self.names, self.shape)
+        if axes is None:
+            return False
         dims = tuple(self.view.shape)
-        self.terms.append(MaskTerm(TermKind.ZERO, given(node, 0), node, "".join(axes), dims, keep_when=index == 1))
+        self.terms.append(MaskTerm(TermKind.ZERO, condition, node, "".join(axes), dims, keep_when=keep_when))
         if not self.has_sink:
             self.a.learn(node.outputs[0], self.view.shape)
-        return None
+        return True
 
 
 def find_values(scores: Scores, softmax: Softmax, names: list[str], a: Analysis) -> list[Values] | Refusal:

@@ -279,9 +279,11 @@ class Emitter:
 
     @staticmethod
     def _is_size(site: Site, size: Expr, axis: int, x: Expr) -> bool:
-        """May an axis of this size, read at `x`, stay as it is? It has the site's size, or it is 1 or the site's size,
-        which the index tells."""
-        return site.simplified(size) in site.sizes["BHST"[axis]] or x is not site.index[axis]
+        """May an axis of this size, read at `x`, stay as it is? It has the site's size; or the index tells that it may
+        be 1, and it is known to be that or the site's size (an axis that was padded afterwards may be shorter)."""
+        if site.simplified(size) in site.sizes["BHST"[axis]]:
+            return True
+        return x is not site.index[axis] and site.is_broadcast("BHST"[axis], size)
 
     def _split_heads(self, value: ir.Value, at: int, heads: int) -> ir.Value:
         """[… B * H …] as [… B, H …]. NOTE: without -1, which can't be told where a tensor has no elements."""
