@@ -158,19 +158,44 @@ class Builder(Writer):
         both = self.add("Mul", [self._size(value, 0), self._size(value, 1)], ir.DataType.INT64)
         return self.squeeze(self._reshaped(value, [both, self.ints([1, 0, 0])]), 1)
 
+    def _merge_two(self, value: ir.Value, rank: int) -> ir.Value:
+        """The first two axes as one, without `allowzero`. Where the second has no elements, the first gets none either:
+        its size is what a 0 copies."""
+        both = self.add("Mul", [self._size(value, 0), self._size(value, 1)], ir.DataType.INT64)
+        value = self.add("Slice", [value, self.ints([0]), both, self.ints([0])], value.dtype)
+        return self.squeeze(self._reshaped(value, [both, self.ints([1, *(0,) * (rank - 2)])], rank), 1)
+
+    def split_leads(self, value: ir.Value, leads: ir.Value, count: int) -> ir.Value:
+        """[B, H, S, D] to [leads, S, D], `count` leading axes whose sizes are an int64 vector, without `allowzero`:
+        a Gather takes any sizes, from opset 11 on."""
+        sizes = [self.slice(leads, k, k + 1) for k in range(count)]
+        place: ir.Value | None = None  # of each of them in the merged axis
+        for k, size in enumerate(sizes):
+            ends = [self.constant(np.int64(0)), self.squeeze(size, 0), self.constant(np.int64(1))]
+            line = self.add("Range", ends, ir.DataType.INT64)
+            line = self.unsqueeze(line, *(i for i in range(count) if i != k)) if count > 1 else line
+            outer = None if place is None else self.add("Mul", [place, size], ir.DataType.INT64)
+            place = line if outer is None else self.add("Add", [outer, line], ir.DataType.INT64)
+        assert place is not None
+        return self.add("Gather", [self.merge_first_axes(value), place], value.dtype, axis=0)
+
     def _size(self, value: ir.Value, axis: int) -> ir.Value:
         """int64 [1]."""
         return self.slice(self.add("Shape", [value], ir.DataType.INT64), axis, axis + 1)
 
-    def _reshaped(self, value: ir.Value, sizes: Sequence[ir.Value], **attributes: int) -> ir.Value:
+    def _reshaped(self, value: ir.Value, sizes: Sequence[ir.Value], rank: int = 4, **attributes: int) -> ir.Value:
         """To sizes that are computed, not left to Reshape: -1 fails for a tensor without elements. The Gather keeps
         onnxruntime from putting -1 in the place of a computed size."""
         target = self.add("Concat", sizes, ir.DataType.INT64, axis=0)
-        target = self.add("Gather", [target, self.ints(range(4))], ir.DataType.INT64, axis=0)
+        target = self.add("Gather", [target, self.ints(range(rank))], ir.DataType.INT64, axis=0)
         return self.add("Reshape", [value, target], value.dtype, **attributes)
 
-    def to_four_axes(self, value: ir.Value, rank: int, heads: int) -> ir.Value:
-        """[…, S, D] of `rank` axes to [B, heads, S, D]."""
+    def to_four_axes(self, value: ir.Value, rank: int, heads: int, num_open: int) -> ir.Value:
+        """[…, S, D] of `rank` axes to [B, heads, S, D]. `num_open` of its sizes aren't constants."""
+        if 11 <= self.opset < 14 and num_open > 1:
+            for left in range(rank, 3, -1):
+                value = self._merge_two(value, left)
+            return self.split_first_axis(value, heads)
         sizes = self.add("Shape", [value], ir.DataType.INT64)
         tail = self.slice(sizes, rank - 2, rank)
         if self.opset >= 14:  # allowzero

@@ -108,9 +108,32 @@ def shifted_windows(condition: str) -> Form:
     )
 
 
+def five_axes(opset: int, body: str = "x = Add(s, bias)", sizes: tuple[str, str, str] = ("T", "S", "S")) -> Form:
+    """Two axes of batch entries in front of the heads, each of which may be without elements."""
+    operands = ", ".join(f"float[A, B, 3, {rows}, 8] {name}" for rows, name in zip(sizes, "qkv", strict=True))
+    return Form(
+        f"{operands}, float[A, B, 3, T, S] bias",
+        f"""kt = Transpose<perm = [0, 1, 2, 4, 3]>(k) s = MatMul(q, kt) {body} p = Softmax<axis = 4>(x)
+        y = MatMul(p, v)""",
+        opset=opset,
+    )
+
+
 RIGHT = {
     "layers behind a buffer that is longer than any input": behind_a_buffer(20),
     "layers behind a buffer that cuts inputs off": behind_a_buffer(7),
+    "five axes": five_axes(14),
+    "five axes, before Reshape had allowzero": five_axes(13),
+    "five axes in opset 11": five_axes(11),
+    "five axes in opset 11, without a bias": five_axes(11, "x = Identity(s)"),
+    "five axes in opset 11, and rows and keys of several names": five_axes(11, sizes=("Q", "K", "K")),
+    "columns of an image, in front of the heads": Form(
+        ", ".join(f"float[B, {rows}, W, 3, 8] {name}" for rows, name in zip("TSS", "qkv", strict=True)),
+        """s = Einsum<equation = "bhwnd,bgwnd->bnwhg">(q, k) p = Softmax<axis = -1>(s)
+        y = Einsum<equation = "bnwhg,bgwnd->bhwnd">(p, v)""",
+        gone=frozenset({"Softmax", "Einsum"}),
+        empty=False,
+    ),
     "reshaped as it lies": reshaped(17),
     "reshaped as it lies, before Reshape had allowzero": reshaped(13),
     "a mask's own batch": masked("bool[M, 1, 1, S]", output=RESULT),

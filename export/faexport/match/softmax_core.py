@@ -338,7 +338,8 @@ def _with_four_axes(terms: list[MaskTerm], heads: Dim, a) -> MaskTerm | None:
     if not all(x or y for x, y in zip(full, none, strict=True)):
         return None
     build = Builder(a.opset)
-    value = build.to_four_axes(term.value, 5, heads.const if full[1] else 1)
+    num_open = sum(size.const is None for size in sizes)
+    value = build.to_four_axes(term.value, 5, heads.const if full[1] else 1, num_open)
     for count, node in enumerate(build.nodes):
         node.outputs[0].name = f"{term.node.outputs[0].name}_faexport_{count}"
     batch = product(sizes[i] for i in groups[0])

@@ -155,5 +155,7 @@ def _split_leads(build: Builder, fused: ir.Value, values: Values, query: Factor,
     if build.opset >= 14:  # nothing is left to -1, nor to 0 as a copy: both are wrong for a tensor without elements
         own_columns = build.slice(build.add("Shape", [fused], ir.DataType.INT64), 3, 4)
         return build.reshape_to(fused, first, own_columns if dims[-1] is None else build.ints([dims[-1]]))
+    if build.opset >= 11:
+        return build.split_leads(fused, first, len(names))
     target = build.add("Concat", [first, build.ints([-1 if dims[-1] is None else dims[-1]])], ir.DataType.INT64, axis=0)
     return build.add("Reshape", [fused, target], fused.dtype)

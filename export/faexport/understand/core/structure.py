@@ -217,9 +217,15 @@ def _try(
         return Refusal("only a part of query, key and value is packed", name_of(values.product.node))
     sources = tuple(r.source for r in readings)
     if sources not in outputs:
-        outputs[sources] = read_output(values, heads, dtype, sources, sides[0].factor, a)
+        outputs[sources] = read_output(values, heads, dtype, sources, _numbered(sides[0]), a)
     output = outputs[sources]
     return output if isinstance(output, Refusal) else Structure(query, key, value, output, heads)
+
+
+def _numbered(query: _Side) -> Factor:
+    """Its leading axes called lead0, lead1 … in the operator's order: an Einsum may have them in another one."""
+    names = {label: f"lead{i}" for i, label in enumerate(query.labels[:-2])}
+    return Factor(query.factor.value, tuple(names.get(x, x) for x in query.factor.labels))
 
 
 def _all_in_columns(readings: list[Reading]) -> bool:
@@ -263,7 +269,7 @@ def _rebuilt(side: _Side, wanted: Wanted, sides: Sequence[_Side], a: Analysis) -
         if parts is None:
             return None
     heads = size_of(parts.heads)
-    placed, layout = _to_layout(build, value, len(own), heads, parts.group)
+    placed, layout = _to_layout(build, value, shape, heads)
     if placed is None:
         return None
     operand = Operand(placed, layout, heads=heads.const, head_dim=size_of(parts.columns).const)
@@ -344,7 +350,8 @@ def _inputs_of(value: ir.Value) -> list[ir.Value]:
     return list(graph.inputs) if graph is not None else []
 
 
-def _to_layout(build: Builder, value: ir.Value, rank: int, heads: Dim, group: Dim) -> tuple[ir.Value | None, Layout]:
+def _to_layout(build: Builder, value: ir.Value, shape: Sequence[Dim], heads: Dim) -> tuple[ir.Value | None, Layout]:
+    rank = len(shape)
     if rank == 4:
         return value, Layout.BHSD
     if rank == 3 and heads == 1:
@@ -354,5 +361,6 @@ def _to_layout(build: Builder, value: ir.Value, rank: int, heads: Dim, group: Di
     if rank == 2 and heads == 1:
         return build.unsqueeze(value, 0), Layout.BSH
     if rank > 4 and heads.const is not None:
-        return build.to_four_axes(value, rank, heads.const), Layout.BHSD
+        num_open = sum(size.const is None for size in shape)
+        return build.to_four_axes(value, rank, heads.const, num_open), Layout.BHSD
     return None, Layout.BHSD

@@ -157,8 +157,8 @@ class Emitter:
             values = [self.emit(site, a) for a in e.args]
             if e.op == "floordiv" and ia.value_of(e.args[1]) is None and ia.is_nonnegative(e.args[1]):
                 # A size may be 0. The tensor that is indexed has no elements then, yet the index is computed.
-                values[1] = self.node("Max", [values[1], self.constant(np.ones((1, 1, 1, 1), np.int64))])
-            return self.node(name, values)
+                values[1] = self.made.extreme("Max", [values[1], self.constant(np.ones((1, 1, 1, 1), np.int64))])
+            return self.made.extreme(name, values) if name in ("Min", "Max") else self.node(name, values)
         if e.op == "cast":
             return self.node("Cast", [self.emit(site, e.args[0])], {"to": int(e.args[1])})
         if e.op == "fop":

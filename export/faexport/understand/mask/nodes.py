@@ -34,6 +34,17 @@ class Nodes(Writer):
         except Missing as what:
             raise Unknown from what
 
+    def extreme(self, op_type: str, values: Sequence[ir.Value]) -> ir.Value:
+        """Max or Min of integers, which these operators don't take before opset 12."""
+        result = values[0]
+        for value in values[1:]:
+            if self.opset >= 12:
+                result = self.node(op_type, [result, value])
+            else:
+                chosen = [value, result] if op_type == "Max" else [result, value]
+                result = self.node("Where", [self.node("Less", [result, value]), *chosen])
+        return result
+
     def constant(self, array: np.ndarray | Sequence[int]) -> ir.Value:
         array = np.asarray(array)
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
