@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from faexport.fallback_ops import Ops
+from faexport.fallback_ops import READS_ATTRIBUTES, Ops
 from faexport.fallback_rows import Rotary, Transform, first_position, written
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 
@@ -184,7 +184,9 @@ class _Attention:
         columns = ops.ref("packed_columns", ir.AttributeType.INTS)
         start, stride = (ops("Gather", columns, ops.const(2 * n + part)) for part in (0, 1))
         width = ops.number("head_dim")
-        if n == 2:
+        if n == 2 and ops.opset < READS_ATTRIBUTES:
+            width = ops.const(ops.numbers["head_dim_v"] or ops.numbers["head_dim"])
+        elif n == 2:
             other = ops.number("head_dim_v")
             width = ops("Where", ops("Equal", other, ops.const(0)), width, other)
         first = ops("Add", ops("Mul", ops.arange(heads), stride), start)

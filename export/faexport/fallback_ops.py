@@ -79,4 +79,8 @@ class Ops(Builder):
         return self("Cast", x, to=int(ir.DataType.FLOAT))
 
     def arange(self, size: ir.Value) -> ir.Value:
+        """0, 1 … up to a scalar. Of a fixed number it is a constant: there is no Range before opset 11."""
+        known = self._arrays.get(size)
+        if known is not None:
+            return self.const(np.arange(int(known)))
         return self("Range", self.const(0), size, self.const(1))

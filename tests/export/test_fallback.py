@@ -303,6 +303,24 @@ def test_tensors_without_elements(layout: str, rows: int, keys: int) -> None:
     assert y.shape == tuple(sizes["q"]) and not y.any()
 
 
+@pytest.mark.parametrize("opset", [7, 9, 10, 11])
+def test_packed_columns_of_old_opsets(opset: int) -> None:
+    """The columns are the node's numbers, so that no Range is needed."""
+    values = [helper.make_tensor_value_info(*what) for what in (("x", TensorProto.FLOAT, [2, 5, 40]),)]
+    words = {f"{name}_layout": "BSH" for name in ("query", "key", "value", "output")}
+    columns = {"packed_columns": [0, 8, 16, 8, 32, 4], "head_dim": 8, "head_dim_v": 4}
+    node = operator("n", ["x"] * 3, "y", scale=0.5, q_num_heads=2, kv_num_heads=2, **words, **columns)
+    graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=5))
+    assert fallback.add_fallback(model) == ""
+    feeds = random_feeds(model)
+    q, k, v = (x.reshape(2, 5, 2, -1).swapaxes(1, 2) for x in np.split(feeds["x"], [16, 32], axis=2))
+    e = np.exp(q @ k.swapaxes(-1, -2) / 2)
+    want = (e / e.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(2, 5, 8)
+    np.testing.assert_allclose(run(ir.to_proto(model), feeds)[0], want, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("opset", [7, 8, 9, 10, 11, 12])
 @pytest.mark.parametrize("form", ["plain", "groups", "bias", "mask", "causal"])
 def test_old_opsets(form: str, opset: int) -> None:
