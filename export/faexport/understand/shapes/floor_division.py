@@ -38,9 +38,11 @@ class _Unclear(Exception):
 def floor_division(node: ir.Node, a: Known) -> tuple[ir.Value, ir.Value] | None:
     """The dividend and the divisor where what this node computes is their quotient, rounded down."""
     division = producer(operand(node, 0))
-    if op(node) != "Sub" or op(division) != "Div" or a.dtype(node.outputs[0]) not in _SIGNED:
+    if op(node) != "Sub" or division is None or op(division) != "Div" or a.dtype(node.outputs[0]) not in _SIGNED:
         return None
-    dividend, divisor = division.inputs
+    dividend, divisor = operand(division, 0), operand(division, 1)
+    if dividend is None or divisor is None:
+        return None
     may_rest = (False,) if _is_exact(dividend, divisor, a) else (False, True)
     try:
         exact = all(
@@ -84,7 +86,11 @@ class _Case(NamedTuple):
         if value is self.divisor:
             return self.sign_below
         node = producer(value)
-        if op(node) == "Mod" and all(map(self._are_same, node.inputs, (self.dividend, self.divisor))):
+        if (
+            node is not None
+            and op(node) == "Mod"
+            and all(map(self._are_same, node.inputs, (self.dividend, self.divisor)))
+        ):
             return self.has_rest * (self.sign_above if attribute(node, "fmod", 0) else self.sign_below)
         return int(np.sign(self.number(value, depth)))
 
@@ -112,8 +118,8 @@ class _Case(NamedTuple):
         raise _Unclear
 
     def _are_same(self, left: ir.Value | None, right: ir.Value | None) -> bool:
-        numbers = self.a.constant(left), self.a.constant(right)
-        return left is right or (numbers[0] is not None and np.array_equal(*numbers))
+        one, other = self.a.constant(left), self.a.constant(right)
+        return left is right or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def _number_of(value: ir.Value | None, a: Known) -> int | None:
