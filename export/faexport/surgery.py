@@ -171,7 +171,7 @@ class Builder(Writer):
         sizes = [self.slice(leads, k, k + 1) for k in range(count)]
         place: ir.Value | None = None  # of each of them in the merged axis
         for k, size in enumerate(sizes):
-            ends = [self.constant(np.int64(0)), self.squeeze(size, 0), self.constant(np.int64(1))]
+            ends = [self.constant(np.array(0)), self.squeeze(size, 0), self.constant(np.array(1))]
             line = self.add("Range", ends, ir.DataType.INT64)
             line = self.unsqueeze(line, *(i for i in range(count) if i != k)) if count > 1 else line
             outer = None if place is None else self.add("Mul", [place, size], ir.DataType.INT64)
