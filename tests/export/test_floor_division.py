@@ -7,6 +7,10 @@ import numpy as np
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from faexport.understand.index.interpreter import Interpreter
+from faexport.understand.index.tensor import Unknown
+from faexport.understand.mask.emit import Emitter
+from faexport.understand.mask.nodes import Nodes
 from faexport.understand.shapes import algebra
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim
@@ -145,3 +149,36 @@ def test_bounds_of_what_is_rounded_down() -> None:
     more = algebra.neg(algebra.floordiv(algebra.neg(algebra.sym("m", 1)), algebra.const(4)))
     assert algebra.is_positive(more)
     assert not algebra.is_nonnegative(algebra.floordiv(algebra.sub(n, algebra.ONE), algebra.const(4)))
+
+
+def emitter(opset: int) -> tuple[ir.Model, Emitter]:
+    text = (
+        f"""<ir_version: 8, opset_import: ["" : {opset}]> main (float[n, d] x) => (float[n, d] y) {{ y = Relu(x) }}"""
+    )
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    return model, Emitter(Interpreter(Analysis(model)), model.graph, Nodes(opset))
+
+
+@pytest.mark.parametrize("opset", [10, 17, 20])
+def test_quotients_of_sizes_are_written(opset: int) -> None:
+    """A mask that is written anew asks for sizes that the model has divided."""
+    n, d, three = algebra.sym("n"), algebra.sym("d"), algebra.const(3)
+    down = algebra.floordiv(n, three)
+    up = algebra.neg(algebra.floordiv(algebra.neg(n), three))
+    by_each_other = algebra.floordiv(algebra.sub(n, algebra.const(5)), d)
+    for size in (algebra.sub(algebra.mul(down, d), algebra.ONE), algebra.add(up, d), by_each_other):
+        model, emit = emitter(opset)
+        made = emit.scalar(size)
+        model.graph.extend(emit.nodes[made])
+        model.graph.outputs.append(made)
+        run = ReferenceEvaluator(ir.serde.serialize_model(model)).run
+        for shape in ((7, 2), (6, 1), (3, 4), (1, 2), (0, 3)):
+            got = run(None, {"x": np.zeros(shape, np.float32)})[1]
+            known = dict(zip(map(algebra.only_atom, (n, d)), shape, strict=True))
+            assert got.tolist() == [evaluate(size, known)]
+
+
+def test_a_quotient_below_0_is_not_written_where_there_is_no_mod() -> None:
+    up = algebra.floordiv(algebra.neg(algebra.sym("n")), algebra.const(3))
+    with pytest.raises(Unknown):
+        emitter(9)[1].scalar(up)

@@ -322,11 +322,13 @@ class Emitter:
             return self.constant([known])
         terms = []
         for m, c in expr.args:
-            factors = [self._size_of_input(a) for a in m] + ([self.constant([c])] if c != 1 or not m else [])
+            factors = [self._size(a) for a in m] + ([self.constant([c])] if c != 1 or not m else [])
             terms.append(self._fold("Mul", factors))
         return self._fold("Add", terms)
 
-    def _size_of_input(self, atom: Expr) -> ir.Value:
+    def _size(self, atom: Expr) -> ir.Value:
+        if atom.op == "floordiv":
+            return self._rounded_down(*atom.args)
         if atom.op == "meet":  # of sizes that meet, those are the same that aren't 1
             first, *others = (self.scalar(x) for x in atom.args)
             for other in others:
@@ -338,3 +340,14 @@ class Emitter:
                 if ia.only_atom(s) is atom:
                     return self.node("Shape", [value], {"start": k, "end": k + 1})
         raise Unknown
+
+    def _rounded_down(self, above: Expr, below: Expr) -> ir.Value:
+        """A quotient of sizes. Div rounds towards 0, and Mod has the sign of the divisor."""
+        dividend, divisor = self.scalar(above), self.scalar(below)
+        if ia.value_of(below) is None:  # a size may be 0: nothing has elements then, yet this is computed
+            divisor = self.made.extreme("Max", [divisor, self.constant([1])])
+        if not ia.is_nonnegative(above):
+            if self.ctx.opset < 10:  # without Mod
+                raise Unknown
+            dividend = self.node("Sub", [dividend, self.node("Mod", [dividend, divisor])])
+        return self.node("Div", [dividend, divisor])
