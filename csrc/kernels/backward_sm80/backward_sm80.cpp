@@ -154,7 +154,7 @@ Status launch_sums_of(const Instance& instance, const AttentionParams& p, const 
 }
 
 /// Are D and the log-sum-exp wanted anew, summed up over the keys of each row? Also where the output given is of one product and
-/// the gradients are of three, and for long heads in float32; the plain instance has no room for what corrects a log-sum-exp.
+/// the gradients are of three, and for long heads in float32.
 bool needs_row_sums(const Instance& instance, const AttentionParams& p, const Gradients& g) {
   const bool is_approximate = is_of_one_product(p) || has_long_products(instance.element_bytes(), instance.head_dim);
   return needs_exact_deltas(p, g) || (is_approximate && instance.variant == Variant::kModified);

@@ -31,14 +31,15 @@ constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant)
   if (element_bytes == 4) {
     if (head_dim <= 64) return {4, 1, 32, 2};
     if (head_dim <= 128) return plain ? TileShape{8, 1, 32, 1} : TileShape{4, 1, 32, 1};
-    return plain ? TileShape{8, 1, 16, 1, 2} : TileShape{4, 1, 16, 1, 2};
+    return {4, 1, 16, 1, 2};
   }
   if (head_dim <= 64) return plain ? TileShape{4, 2, 32, 2} : TileShape{8, 1, 32, 1};
   if (head_dim <= 128) return plain ? TileShape{8, 1, 64, 1} : TileShape{4, 1, 32, 2};
   return {8, 1, 32, 1, 2};
 }
 
-/// Are products of float32 rows so long that their rounding shows where they cancel, against D or the log-sum-exp?
+/// Are products of float32 rows so long that their rounding shows where they cancel, against D or the log-sum-exp? Both are then
+/// made of the same products (score_sums.cuh). There is no plain instance: it has no room for what corrects a log-sum-exp.
 constexpr bool has_long_products(int element_bytes, int head_dim) { return element_bytes == 4 && head_dim > 128; }
 
 /// Keys, values, and two stages of queries, gradients of the output, the rows' numbers, and gradients of a tile of scores.
@@ -55,7 +56,6 @@ constexpr bool fits(int element_bytes, int head_dim, Variant variant, int kiloby
 static_assert(fits(2, 128, Variant::kModified, 99) && fits(4, 64, Variant::kModified, 99) && fits(4, 64, Variant::kTf32, 99));
 static_assert(fits(2, 256, Variant::kModified, 163) && fits(4, 128, Variant::kModified, 163) &&
               fits(4, 256, Variant::kModified, 163));
-static_assert(fits(2, 128, Variant::kPlain, 227) && fits(2, 256, Variant::kPlain, 227) && fits(4, 128, Variant::kPlain, 227) &&
-              fits(4, 256, Variant::kPlain, 227));
+static_assert(fits(2, 128, Variant::kPlain, 227) && fits(2, 256, Variant::kPlain, 227) && fits(4, 128, Variant::kPlain, 227));
 
 }  // namespace fa::backward_sm80
