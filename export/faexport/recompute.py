@@ -135,8 +135,9 @@ def _widened_leaf(value: ir.Value, emit: Emit, type_of: TypeOf) -> ir.Value:
 
 
 def copied(node: ir.Node, inputs: list[ir.Value | None]) -> ir.Node:
-    """The same node on other inputs, in no graph yet."""
-    return ir.Node(
+    """The same node on other inputs, in no graph yet. Its outputs have names that no value has, in whatever body it will
+    stand: names that a graph gives itself may be those of the graphs around it."""
+    copy = ir.Node(
         node.domain,
         node.op_type,
         inputs,
@@ -145,3 +146,6 @@ def copied(node: ir.Node, inputs: list[ir.Value | None]) -> ir.Node:
         num_outputs=len(node.outputs),
         name=f"beside_{next(_fresh)} {node.name or node.op_type}",
     )
+    for index, output in enumerate(copy.outputs):
+        output.name = f"{copy.name} {index}"
+    return copy

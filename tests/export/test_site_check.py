@@ -120,18 +120,19 @@ def test_a_quantized_model_that_does_not_load_has_not_passed(tmp_path: pathlib.P
 
 
 def in_if(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same attention in a branch; the other one gives the queries."""
+    """The same attention in a branch; the other one gives the queries. Values outside have names as onnx_ir gives them,
+    which are those of what is copied into the branch, if it is left without names."""
     inner = model.graph
     then = helper.make_graph(inner.node, "then", [], [helper.make_tensor_value_info("o", 1, None)], inner.initializer)
     other = helper.make_graph(
         [helper.make_node("Identity", ["q"], ["other"])], "else", [], [helper.make_tensor_value_info("other", 1, None)]
     )
     nodes = [
-        helper.make_node("ReduceSum", ["q"], ["sum"], keepdims=0),
-        helper.make_node("Greater", ["sum", "least"], ["long"]),
-        helper.make_node("If", ["long"], ["y"], then_branch=then, else_branch=other),
+        helper.make_node("ReduceSum", ["q"], ["val_0"], keepdims=0),
+        helper.make_node("Greater", ["val_0", "val_2"], ["val_1"]),
+        helper.make_node("If", ["val_1"], ["y"], then_branch=then, else_branch=other),
     ]
-    least = numpy_helper.from_array(np.array(-1e9, np.float32), "least")
+    least = numpy_helper.from_array(np.array(-1e9, np.float32), "val_2")
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", 2, "S", 8])
     graph = helper.make_graph(nodes, "g", inner.input, [output], [least])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
