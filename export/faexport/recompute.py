@@ -135,8 +135,8 @@ def _widened_leaf(value: ir.Value, emit: Emit, type_of: TypeOf) -> ir.Value:
 
 
 def copied(node: ir.Node, inputs: list[ir.Value | None]) -> ir.Node:
-    """The same node on other inputs, in no graph yet. Its outputs have names that no value has, in whatever body it will
-    stand: names that a graph gives itself may be those of the graphs around it."""
+    """The same node on other inputs, in no graph yet. Its outputs have names that no value has, whatever body it will
+    stand in: names that a graph gives by itself may be those of the graphs around it."""
     copy = ir.Node(
         node.domain,
         node.op_type,
