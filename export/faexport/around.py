@@ -17,15 +17,14 @@ import onnx_ir as ir
 
 from faexport import embeddings
 from faexport.formulas import FORMULAS
-from faexport.nodes import RUNTIME_FLOATS, attribute, op, operand, producer
+from faexport.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, op, operand, producer
 from faexport.rewrite import Names, remove_dead
-from faexport.spec import DOMAIN as OWN_DOMAIN
+from faexport.spec import DOMAIN
 from faexport.understand.shapes.analysis import Analysis
 
 if TYPE_CHECKING:  # slow to import
     from onnxscript.rewriter import pattern
 
-DOMAIN = "com.microsoft"
 MISPLACED = "SimplifiedLayerNormalization"  # an operator of onnxruntime that lies in ONNX's own domain
 NORMALIZATIONS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 JOINED = (MISPLACED, *NORMALIZATIONS, "Gelu", "FastGelu", "BiasGelu")
@@ -44,9 +43,9 @@ def join(model: ir.Model, a: Analysis, names: Names) -> None:
         if node.graph is not None:  # it was of no use
             _turn(node)
     if counts(model) - before:
-        model.opset_imports.setdefault(DOMAIN, 1)
+        model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)
     for node in model.graph.all_nodes():
-        if node.domain == DOMAIN and node.op_type in NORMALIZATIONS:
+        if node.domain == RUNTIME_DOMAIN and node.op_type in NORMALIZATIONS:
             _leave_out_unused(node)
     remove_dead(list(_unread(model) - unread))
     for value, kind, shape in types:  # the rules declare more in functions, too
@@ -55,7 +54,7 @@ def join(model: ir.Model, a: Analysis, names: Names) -> None:
 
 def _types_in_stand_ins(model: ir.Model) -> list[tuple[ir.Value, ir.TypeProtocol | None, ir.Shape | None]]:
     """What the values of the operator's stand-in are declared as."""
-    functions = [function for (domain, _, _), function in model.functions.items() if domain == OWN_DOMAIN]
+    functions = [function for (domain, _, _), function in model.functions.items() if domain == DOMAIN]
     values = (value for function in functions for node in function for value in node.outputs)
     return [(value, value.type, value.shape) for value in values]
 
@@ -83,7 +82,7 @@ def counts(model: ir.Model) -> collections.Counter[str]:
     return collections.Counter(
         node.op_type
         for node in nodes
-        if node.op_type in (*JOINED, *FORMULAS) and (node.domain == DOMAIN or node.op_type == MISPLACED)
+        if node.op_type in (*JOINED, *FORMULAS) and (node.domain == RUNTIME_DOMAIN or node.op_type == MISPLACED)
     )
 
 

@@ -2,7 +2,7 @@
 """Joins what stands around attention into those of onnxruntime's operators that have CUDA kernels only
 (Options.joins_cuda): diffusion models are full of such places. Called by pipeline.py.
 
-Each kernel takes some sizes only; which, is said here. formulas.py has what the operators compute.
+Each kernel takes certain sizes only, which stand here; what the operators compute stands in formulas.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from faexport.formulas import DOMAIN, cuda_only
-from faexport.nodes import RUNTIME_FLOATS, attribute, data_users, graphs_of, op, operand, producer
+from faexport.formulas import cuda_only
+from faexport.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, data_users, graphs_of, op, operand, producer
 from faexport.rewrite import Names, name_node, remove_dead, take_over
 from faexport.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
@@ -23,7 +23,7 @@ from faexport.understand.shapes.rules import slice_of
 GATED_WIDTHS = (2560, 5120, 10240)
 BIASED_WIDTHS = (320, 640, 1280)
 WIDEST_GROUP = 512  # channels; their number is even
-LAST, FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # what brings the channels of an image behind its rows, and back
+LAST, FIRST = [0, 2, 3, 1], [0, 3, 1, 2]  # the permutations that make an image's channels its last axis, and back
 
 
 def join(model: ir.Model, a: Analysis, names: Names) -> None:
@@ -32,10 +32,10 @@ def join(model: ir.Model, a: Analysis, names: Names) -> None:
     for write in (_group_norm, _bias_split_gelu, _bias_add):
         for graph, _ in graphs_of(model):
             for node in list(graph):
-                if node.graph is not None:  # no part of a place that was found before
+                if node.graph is not None:  # else it was part of a place that was found before
                     write(_Place(node, a, names))
     if cuda_only(model):
-        model.opset_imports.setdefault(DOMAIN, 1)
+        model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)
 
 
 class _Place:
@@ -50,7 +50,7 @@ class _Place:
         return [] if first is None or second is None else [(first, second), (second, first)]
 
     def before(self, value: ir.Value | None, *kinds: str) -> ir.Node | None:
-        """The node that makes a value, where it is of this kind and nothing else reads the value."""
+        """The node that makes a value, where it is of one of these kinds and the value has one reader."""
         node = producer(value)
         if node is None or value is None or op(node) not in kinds or value.is_graph_output():
             return None
@@ -65,7 +65,7 @@ class _Place:
         return self.a.rank(value) == rank and self.a.dtype(value) in RUNTIME_FLOATS
 
     def biased(self, value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-        """Rows, and the stored bias that is added to each, where a value is the sum of both and of no other use."""
+        """Rows, and the stored bias that is added to each, where a value is the sum of both."""
         added = producer(value)
         shape = self.a.shape(value)
         if added is None or op(added) != "Add" or not shape or added.graph is not self.node.graph:
@@ -77,7 +77,7 @@ class _Place:
 
     def write(self, op_type: str, inputs: list[ir.Value], result: ir.Value, **attributes: int | float) -> None:
         """Puts the operator in the place of what made `result`."""
-        node = ir.node(op_type, inputs, attributes, domain=DOMAIN)
+        node = ir.node(op_type, inputs, attributes, domain=RUNTIME_DOMAIN)
         self.insert([node])
         take_over(result, node.outputs[0])
         remove_dead([producer(result)])
@@ -90,7 +90,7 @@ class _Place:
         turned = producer(image)
         last = turned.inputs[0] if turned is not None and _is_transposed(turned, FIRST) else None
         last = before.transpose(image, LAST) if last is None else last
-        node = ir.node(op_type, [last, *others], attributes, domain=DOMAIN)
+        node = ir.node(op_type, [last, *others], attributes, domain=RUNTIME_DOMAIN)
         y = node.outputs[0]
         y.type, y.shape = image.type, None if image.shape is None else ir.Shape([image.shape[i] for i in LAST])
         self.insert([*before.nodes, node])
@@ -120,7 +120,7 @@ def _is_transposed(node: ir.Node, perm: list[int]) -> bool:
 
 
 def _bias_split_gelu(place: _Place) -> None:
-    """left * gelu(right), where x + bias is cut in halves."""
+    """left * gelu(right), where left and right are the halves of x + bias."""
     for left, active in place.sides(place.node) if op(place.node) == "Mul" else ():
         gelu = place.before(active, "com.microsoft::Gelu", "Gelu")
         if gelu is None or attribute(gelu, "approximate", "none") not in ("none", b"none"):
@@ -172,7 +172,7 @@ def _bias_add(place: _Place) -> None:
 
 
 def _group_norm(place: _Place) -> None:
-    """Of images, with what scales and moves each channel, and with SiLU where that follows."""
+    """Group normalization of an image, with the scale and bias of each channel, and with SiLU where that follows."""
     node, a = place.node, place.a
     found = _normalized(place) if op(node) == "Add" else _named(place)
     if found is None:
@@ -209,7 +209,7 @@ class _Normalized:
 
 
 def _normalized(place: _Place) -> _Normalized | None:
-    """What exporters write for it: an InstanceNormalization of the groups, between Reshapes."""
+    """Group normalization as exporters write it: an InstanceNormalization between Reshapes."""
     a = place.a
     for product, bias in place.sides(place.node):
         scaled = place.before(product, "Mul")
@@ -238,14 +238,14 @@ def _is_plain(normalization: ir.Node, a: Analysis) -> bool:
 
 
 def _of_channels(value: ir.Value, a: Analysis) -> np.ndarray | None:
-    """Stored numbers that differ from channel to channel of an image alone: [C, 1, 1]."""
+    """Stored numbers, one for each channel of an image: [C, 1, 1] or [1, C, 1, 1]."""
     numbers = a.constant(value)
-    is_one = numbers is not None and numbers.ndim in (3, 4) and numbers.size == numbers.shape[-3]
-    return numbers if is_one else None
+    fits = numbers is not None and numbers.ndim in (3, 4) and numbers.size == numbers.shape[-3]
+    return numbers if fits else None
 
 
 def _named(place: _Place) -> _Normalized | None:
-    """ONNX's own operator, which has a weight for each channel since opset 21."""
+    """Group normalization as ONNX's own operator, which has a weight for each channel since opset 21."""
     node, a = place.node, place.a
     if op(node) != "GroupNormalization" or a.opset < 21 or node.inputs[0] is None:
         return None

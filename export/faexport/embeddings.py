@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import RUNTIME_FLOATS, attribute, given, op, operand, producer
+from faexport.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, given, op, operand, producer
 from faexport.rewrite import Names, name_node, remove_dead, take_over
 from faexport.surgery import Builder
 from faexport.understand.index import transfer_layout, transfer_math  # noqa: F401  (registers the transfer functions)
@@ -24,7 +24,6 @@ from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim
 
-DOMAIN = "com.microsoft"
 OPERATOR = "SkipLayerNormalization"
 
 
@@ -130,7 +129,7 @@ def _write(
         skip.shape = positions.value.shape
     inputs = [tokens.value, skip, *node.inputs[1:3]]
     epsilon = float(attribute(node, "epsilon", 1e-5))
-    joined = ir.node(OPERATOR, inputs, {"epsilon": epsilon}, domain=DOMAIN)
+    joined = ir.node(OPERATOR, inputs, {"epsilon": epsilon}, domain=RUNTIME_DOMAIN)
     build.nodes.append(joined)
     graph = node.graph
     assert graph is not None

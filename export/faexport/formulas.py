@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators of onnxruntime that faexport writes and that have CUDA kernels only, in standard operators, as their
-documentation defines them. Called by ort_session.py where a model with such operators is run on the CPU.
+"""Formulas, in standard operators, of the operators of onnxruntime that faexport writes and that have CUDA kernels
+only, as their documentation defines them. Called by ort_session.py where a model with such operators is run on the CPU.
 
-So what is written for GPUs is compared without one, too; what no CPU shows is what the kernels themselves compute.
+So a file for GPUs is compared without one, too, but for what the kernels themselves compute.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from .nodes import all_nodes, attribute, given
+from .nodes import RUNTIME_DOMAIN, all_nodes, attribute, given
 from .surgery import Builder
 from .understand.shapes.constants import tensor_of
 
-DOMAIN = "com.microsoft"
 _NO_KERNEL = re.compile(r"(?:Could not find an implementation|Failed to find kernel) for (?:com\.microsoft\.)?(\w+)\(")
 Formula = Callable[[ir.Node, Builder], ir.Value]
 
@@ -68,7 +67,7 @@ FORMULAS: dict[str, Formula] = {
 
 def cuda_only(model: ir.Model) -> list[ir.Node]:
     """The nodes of these operators, in all graphs."""
-    return [node for node in all_nodes(model) if node.domain == DOMAIN and node.op_type in FORMULAS]
+    return [node for node in all_nodes(model) if node.domain == RUNTIME_DOMAIN and node.op_type in FORMULAS]
 
 
 def note(model: ir.Model) -> str:
@@ -107,7 +106,7 @@ def written_out(source: str | bytes) -> tuple[bytes, str]:
 
 
 def _length(vector: ir.Value) -> int:
-    """Of a stored one."""
+    """The length of a stored vector."""
     tensor = tensor_of(vector)
     if tensor is None:
         raise ValueError(f"'{vector.name}' is not stored")
@@ -119,7 +118,7 @@ def _widened(value: ir.Value, build: Builder) -> ir.Value:
 
 
 def _narrowed(value: ir.Value, node: ir.Node, build: Builder) -> ir.Value:
-    """In the type of the node's output."""
+    """The value in the element type of the node's tensors."""
     dtype = given(node, 0).dtype or node.outputs[0].dtype
     return value if dtype is None else build.cast(value, dtype)
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from faexport.spec import DOMAIN
 
 ONNX_DOMAINS = ("", "ai.onnx")
+RUNTIME_DOMAIN = "com.microsoft"  # of onnxruntime's own operators
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 # Those for which onnxruntime has its own operators on every provider.
 RUNTIME_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

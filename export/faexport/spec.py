@@ -101,6 +101,11 @@ class TermKind(enum.StrEnum):
     ZERO = "zero"  # after softmax: where(value == keep_when, probabilities, 0)
     EMPTY_ROW = "empty_row"  # after the product with the values: 0 in rows where no element of value (bool) is true
 
+    @property
+    def meets_scores(self) -> bool:
+        """False for what meets exponentials, probabilities or the output."""
+        return self not in (TermKind.HIDDEN, TermKind.ZERO, TermKind.EMPTY_ROW)
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskTerm:

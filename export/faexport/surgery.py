@@ -159,17 +159,17 @@ class Builder(Writer):
         return self.squeeze(self._reshaped(value, [both, self.ints([1, 0, 0])]), 1)
 
     def _merge_two(self, value: ir.Value, rank: int) -> ir.Value:
-        """The first two axes as one, without `allowzero`. Where the second has no elements, the first gets none either:
-        its size is what a 0 copies."""
+        """The first two axes as one, for opsets whose Reshape has no `allowzero`: a 0 there copies the size of the same
+        axis. So where the second axis has no elements, the Slice leaves none in the first, and the 0 copies a 0."""
         both = self.add("Mul", [self._size(value, 0), self._size(value, 1)], ir.DataType.INT64)
         value = self.add("Slice", [value, self.ints([0]), both, self.ints([0])], value.dtype)
         return self.squeeze(self._reshaped(value, [both, self.ints([1, *(0,) * (rank - 2)])], rank), 1)
 
     def split_leads(self, value: ir.Value, leads: ir.Value, count: int) -> ir.Value:
-        """[B, H, S, D] to [leads, S, D], `count` leading axes whose sizes are an int64 vector, without `allowzero`:
-        a Gather takes any sizes, from opset 11 on."""
+        """[B, H, S, D] to [leads, S, D], `count` leading axes whose sizes are an int64 vector. It is for opsets from 11
+        on whose Reshape has no `allowzero`: a Gather of the merged axis takes any sizes."""
         sizes = [self.slice(leads, k, k + 1) for k in range(count)]
-        place: ir.Value | None = None  # of each of them in the merged axis
+        place: ir.Value | None = None  # of each element of the leading axes in the merged axis
         for k, size in enumerate(sizes):
             ends = [self.constant(np.array(0)), self.squeeze(size, 0), self.constant(np.array(1))]
             line = self.add("Range", ends, ir.DataType.INT64)
@@ -190,9 +190,10 @@ class Builder(Writer):
         target = self.add("Gather", [target, self.ints(range(rank))], ir.DataType.INT64, axis=0)
         return self.add("Reshape", [value, target], value.dtype, **attributes)
 
-    def to_four_axes(self, value: ir.Value, rank: int, heads: int, num_open: int) -> ir.Value:
-        """[…, S, D] of `rank` axes to [B, heads, S, D]. `num_open` of its sizes aren't constants."""
-        if 11 <= self.opset < 14 and num_open > 1:
+    def to_four_axes(self, value: ir.Value, shape: Sequence[int | None], heads: int) -> ir.Value:
+        """[…, S, D] of a shape, None for a size that isn't constant, to [B, heads, S, D]."""
+        rank = len(shape)
+        if 11 <= self.opset < 14 and shape.count(None) > 1:
             for left in range(rank, 3, -1):
                 value = self._merge_two(value, left)
             return self.split_first_axis(value, heads)

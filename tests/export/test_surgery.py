@@ -10,6 +10,7 @@ import pytest
 from faexport.surgery import AXES_AS_INPUT, Builder, Missing
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+FIVE = [1, 1, None, None, None]  # a shape of five axes of which three sizes are open
 
 
 def run(opset: int, make) -> np.ndarray:
@@ -37,8 +38,8 @@ WANTED = {
     "reshape": (lambda b, x: b.reshape(x, [0, -1]), X.reshape(2, -1)),
     "at least": (lambda b, x: b.add("GreaterOrEqual", [x, b.constant(np.float32(5))], ir.DataType.BOOL), X >= 5),
     "at most": (lambda b, x: b.add("LessOrEqual", [x, b.constant(np.float32(5))], ir.DataType.BOOL), X <= 5),
-    "four axes": (lambda b, x: b.to_four_axes(x, 3, 2, num_open=1), X.reshape(1, 2, 3, 4)),
-    "four axes of five": (lambda b, x: b.to_four_axes(b.unsqueeze(x, 0, 1), 5, 2, num_open=3), X.reshape(1, 2, 3, 4)),
+    "four axes": (lambda b, x: b.to_four_axes(x, [2, 3, None], 2), X.reshape(1, 2, 3, 4)),
+    "four axes of five": (lambda b, x: b.to_four_axes(b.unsqueeze(x, 0, 1), FIVE, 2), X.reshape(1, 2, 3, 4)),
     "split": (lambda b, x: b.split_first_axis(x, 2), X.reshape(1, 2, 3, 4)),
     "merge": (lambda b, x: b.merge_first_axes(b.split_first_axis(x, 2)), X),
     "sum": (lambda b, x: b.add("ReduceSum", [x, b.ints([1])], keepdims=0), X.sum(1)),

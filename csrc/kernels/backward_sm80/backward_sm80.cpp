@@ -153,8 +153,8 @@ Status launch_sums_of(const Instance& instance, const AttentionParams& p, const 
                      "Sums of the backward pass could not be launched");
 }
 
-/// Are D and the log-sum-exp wanted anew, summed up over the keys of each row? Also where the output given is of one product and
-/// the gradients are of three, and for long heads in float32.
+/// Are D and the log-sum-exp to be computed anew, as sums over the keys of each row? So they are also where the output given is
+/// of one product and the gradients are of three, and for long heads in float32.
 bool needs_row_sums(const Instance& instance, const AttentionParams& p, const Gradients& g) {
   const bool is_approximate = is_of_one_product(p) || has_long_products(instance.element_bytes(), instance.head_dim);
   return needs_exact_deltas(p, g) || (is_approximate && instance.variant == Variant::kModified);

@@ -38,8 +38,9 @@ constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant)
   return {8, 1, 32, 1, 2};
 }
 
-/// Are products of float32 rows so long that their rounding shows where they cancel, against D or the log-sum-exp? Both are then
-/// made of the same products (score_sums.cuh). There is no plain instance: it has no room for what corrects a log-sum-exp.
+/// Are the products of float32 rows so long that their rounding shows where they cancel against D or the log-sum-exp? Both are
+/// then made of the same products (score_sums.cuh). These head sizes have no plain instance: it has no room for what corrects a
+/// log-sum-exp.
 constexpr bool has_long_products(int element_bytes, int head_dim) { return element_bytes == 4 && head_dim > 128; }
 
 /// Keys, values, and two stages of queries, gradients of the output, the rows' numbers, and gradients of a tile of scores.

@@ -20,8 +20,8 @@ struct FloatProducts : ProductShapes<Config> {
   // Variant::kModified no registers for steps of several groups at once, nor do the sums of long heads.
   static constexpr int kStepsOfGroup = kStepsOfShortSum, kDepthGroups = Config::kHeadDim / 32, kKeyGroups = Config::kTileK / 32;
   static constexpr int kUnroll = Config::kModified || Config::kHeadDim > 128 ? 1 : 8;
-  // Long rows have large products, of which most cancels, against D or the log-sum-exp: the small ones of three products have
-  // sums of their own, and the large ones are added eight columns at a time.
+  // Most of the products of long rows cancels against D or the log-sum-exp. So the two small ones of three products have sums of
+  // their own, and the large ones are added eight columns at a time.
   static constexpr bool kHasSmallSums = Config::kHeadDim > 128;
 
   using Tf32s = Tf32Products<Config::kOneProduct ? Tf32::kOneOfRounded : Tf32::kThree>;
@@ -134,7 +134,8 @@ struct FloatProducts : ProductShapes<Config> {
       scores[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4] += others[i / (kRowBlocks * 4)][i / 4 % kRowBlocks][i % 4];
   }
 
-  /// scores += A B^T over steps of a group of columns; the small of three products are added to `small`.
+  /// scores += A B^T over kSteps steps of a group of columns, from `first` on; the small ones of three products are added to
+  /// `small`.
   template <int kSteps>
   static __device__ __forceinline__ void add_steps(Scores& scores, Scores& small, uint32_t left, uint32_t right, int first) {
 #pragma unroll

@@ -133,8 +133,9 @@ __device__ __forceinline__ void write_sums(const typename Config::Products::Scor
 }
 
 /// D of the tile's rows, less the gradients of their log-sum-exps. Rows with a reference of +inf or NaN keep their 0, and those
-/// whose output is of more keys than are here the D that they have. A log-sum-exp of one TF32 product, or of other long ones, is
-/// off by more than these three products: it is corrected, so that the row's weights add up to 1.
+/// whose output is of more keys than are here the D that they have. A log-sum-exp that was
+/// made of one TF32 product, or of long products summed otherwise, is off by more than the three products here: it is corrected,
+/// so that the row's weights add up to 1.
 template <class Config>
 __device__ __forceinline__ void write_deltas(const typename Config::Products::Scores& total,
                                              const typename Config::Products::Scores& shares, const Block<Config>& block,

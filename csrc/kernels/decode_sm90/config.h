@@ -55,8 +55,9 @@ constexpr TileShape tile_shape(int head_dim) {
   return {4, 32};
 }
 
-/// Stages of the ring at most. Tiles of a quantized cache are small, and while a head's end is merged only what the ring holds is
-/// read on. Other rings are no faster for more, and a block of the next kernel finds room beside a small one.
+/// How many stages the ring has at most. Tiles of a quantized cache are small, and while the end of a head is merged, the memory
+/// reads no more than fits the ring. For other caches more stages save no time, and a smaller ring leaves room for a block of the
+/// next kernel.
 constexpr int most_stages(bool is_quantized) { return is_quantized ? kMaxStages : 16; }
 
 /// Of a row of keys or values.

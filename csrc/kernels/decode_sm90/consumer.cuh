@@ -67,7 +67,8 @@ struct Consumer {
     attend<false>(item, queries, factors);
   }
 
-  /// The warp's tiles of the item and its end. kWhole: as load_queries was told. NOTE: one end for both would cost 30 registers.
+  /// Multiplies the warp's tiles of the item and ends it. kWhole: the queries are whole numbers. NOTE: one end for both kinds of
+  /// queries would cost 30 registers.
   template <bool kWhole>
   __device__ __forceinline__ void attend(const Item& item, const typename Products::Queries& queries, const float (&factors)[2]) {
     typename Products::Out out = {};
@@ -96,7 +97,8 @@ struct Consumer {
     finish(item, out, state);
   }
 
-  /// The warp's operands; kWhole: as whole numbers. False: queries are infinite or NaN, so these are nothing to go by.
+  /// Loads the warp's operands, with kWhole as whole numbers. Returns false where these don't hold the queries, of which one is
+  /// infinite or NaN.
   template <bool kWhole>
   __device__ __forceinline__ bool load_queries(const Item& item, typename Products::Queries& queries, float (&factors)[2]) {
     const TensorView& query = args.problem.query;
@@ -121,7 +123,7 @@ struct Consumer {
   }
 
   /// Scores, softmax and the product with the values. kTest: some rows may not see all keys of the tile, or scores need more than
-  /// a scale.
+  /// a scale. kWhole: the queries are whole numbers.
   template <bool kTest, bool kWhole>
   __device__ __forceinline__ void process_tile(const Item& item, const typename Products::Queries& queries,
                                                const float (&factors)[2], int tile, uint32_t stage, typename Products::Out& out,

@@ -17,7 +17,7 @@ inline int least_tiles_of_part(int64_t tile_bytes, int64_t part_bytes) {
   return static_cast<int>(std::max<int64_t>(kMinUnitsPerBlock, kMinReadOfPart * part_bytes / tile_bytes));
 }
 
-/// Blocks that are a cluster and share a head, of the `parts` that could share it; 0: none. `tiles`: of a head, at most.
+/// How many blocks share a head as a cluster, at most `parts`; 0 where it is not shared so. A head has at most `tiles` tiles.
 /// most_clusters(blocks): how many clusters of so many blocks the device holds at a time.
 template <class MostClusters>
 int cluster_of_head(int64_t heads, int64_t parts, int64_t tiles, int tile_bytes, MostClusters most_clusters) {

@@ -172,7 +172,7 @@ Status launch_instance(const Plan& plan, const StepParams& p, const ExecutionCon
   args.draws = &args.counters[kMaxBlocks].parts_done;
   if (args.uniform && args.cut.heads > 0) {
     blocks = std::min(blocks, args.cut.pieces);
-  } else if (args.cut.cluster > 0) {  // whole clusters, all of them at a time, also if lengths turn out to differ
+  } else if (args.cut.cluster > 0) {  // whole clusters only, and all of them run at a time: lengths may turn out to differ
     blocks = std::min(blocks / args.cut.cluster, most_clusters<C>(args.cut.cluster)) * args.cut.cluster;
   }
   const int shared_bytes = bytes_beside_ring<C>(args.merge_rows) + args.stages * C::kStageBytes;

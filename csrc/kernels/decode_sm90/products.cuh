@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// One warp's two matrix products of decode_sm90: 16 rows of queries, which stay in registers, with the keys and values of a stage
-// as the copy engine lays them down (panels of 128 bytes of a row, 128-byte swizzle). Keys and values of a quantized cache become
-// float16 on their way to an operand, as they are: the scales of keys multiply the queries, those of values the output. int8 keys
-// are operands as they lie, where queries are whole numbers of two bytes. An ldmatrix brings a lane four neighbouring bytes where
-// it would bring two elements, so columns stand in another order: see query_column() and out_column().
+// One warp's two matrix products of decode_sm90: 16 rows of queries, which stay in registers, with the keys and values of a
+// stage as the copy engine lays them down (panels of 128 bytes of a row, 128-byte swizzle). Keys and values of a quantized cache
+// become float16 on their way to an operand, as they are: the scales of keys multiply the queries, those of values the output.
+// But int8 keys are operands as they lie where the queries are made whole numbers of two bytes. An ldmatrix brings a lane four
+// neighbouring bytes where it would bring two elements, so columns stand in another order: see query_column() and out_column().
 #pragma once
 
 #include "kernels/common/convert.cuh"
@@ -28,7 +28,7 @@ struct Products {
   static constexpr int kStepsOfLoad = kSteps / kLoads;  // … and the steps that these have
   static constexpr int kPairs = C::kKeyBlocks / 2;      // of key blocks, which one ldmatrix brings
   static constexpr int kTogether = 4;                   // ldmatrix in flight, since each takes as long as several products
-  static constexpr bool kIsWhole = __is_same(typename C::Stored, int8_t);  // keys are whole numbers, and queries become such
+  static constexpr bool kIsWhole = __is_same(typename C::Stored, int8_t);  // keys are, and queries become so too
   using Queries = uint32_t[kSteps][4];
 
   /// The lane's elements of the warp's queries; 0 for rows and columns that do not exist. `row`: the lane's two rows, null for
@@ -46,9 +46,9 @@ struct Products {
   }
 
   /// Makes operands of the queries, for keys with `scales`. Each row's largest number becomes one below 2^15, so that float16
-  /// holds them all as exactly as their own type; kWhole: one from 2^13 to 2^14, and all are rounded to whole numbers.
-  /// factor[row] is what products are to be multiplied by. The second of the lane's rows is left out where the warp has none: it
-  /// is 0. False: a number is infinite or NaN, which no whole number stands for.
+  /// holds them all as exactly as their own type. With kWhole it becomes one from 2^13 to 2^14, and all are rounded to whole
+  /// numbers. factor[row] is what products are to be multiplied by. The second of the lane's rows is left out where the warp has
+  /// none: it is 0. Returns false where a number is infinite or NaN, which no whole number stands for.
   template <bool kWhole>
   static __device__ __forceinline__ bool scale_queries(Queries& queries, float (&factor)[2], bool has_second, int head_dim,
                                                        const Scales& scales) {
@@ -135,7 +135,7 @@ struct Products {
     }
   }
 
-  /// The same for queries that are whole numbers.
+  /// scores = Q K^T like multiply_keys, for queries that store_whole_numbers made.
   static __device__ __forceinline__ void multiply_whole_keys(Scores& scores, const Queries& queries, uint32_t keys,
                                                              const TileLayout& layout) {
     int high[C::kKeyBlocks][4] = {}, low[C::kKeyBlocks][4] = {};
@@ -157,7 +157,7 @@ struct Products {
       }
     }
 #pragma unroll
-    for (int i = 0; i < C::kKeyBlocks * 4; ++i)  // below 2^30 for 256 columns
+    for (int i = 0; i < C::kKeyBlocks * 4; ++i)  // the sums are below 2^30 for 256 columns
       scores[0][i / 4][i % 4] = __int2float_rn(high[i / 4][i % 4] * 256 + low[i / 4][i % 4]);
   }
 
@@ -222,9 +222,9 @@ struct Products {
     }
   }
 
-  /// Of row r of the lane's two, the four neighbours of step `step`, times `power`, which makes them at most 2^14: as whole
-  /// numbers 256 high + low, both of a byte. Of two steps, which one instruction multiplies, high goes to where the first one's
-  /// numbers are, and low to the second one's.
+  /// Stores four neighbours of row r of the lane's two, those of step `step`, as whole numbers 256 high + low, of which each is a
+  /// signed byte; `power` brings them to at most 2^14. One instruction multiplies two steps: the bytes `high` of both go to where
+  /// the first one's numbers are, the bytes `low` to where the second one's are.
   static __device__ __forceinline__ void store_whole_numbers(Queries& queries, int step, int r, float2 first, float2 second,
                                                              float power) {
     constexpr float kRounds = 12582912.0f;  // 1.5 * 2^23: the last bits of a sum are the whole number, in two's complement
@@ -233,7 +233,7 @@ struct Products {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       low[i] = __float_as_uint(fmaf(x[i], power, kRounds));
-      high[i] = low[i] + 128;  // whose second byte counts
+      high[i] = low[i] + 128;  // of which the second byte is used: low's is signed
     }
     const int place = step % 2 * 2 + r, at = step / 2 * 2;
     queries[at][place] = __byte_perm(__byte_perm(high[0], high[1], 0x0051), __byte_perm(high[2], high[3], 0x0051), 0x5410);

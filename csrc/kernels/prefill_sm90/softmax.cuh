@@ -13,7 +13,7 @@ inline constexpr float kRescaleThreshold = 8.0f;  // log2 units: unnormalised we
 
 /// The thread's two rows.
 struct RowPair {
-  float reference[2] = {-INFINITY, -INFINITY};  // exponents are taken against the maximum, or less: by the threshold at most
+  float reference[2] = {-INFINITY, -INFINITY};  // of exponents: the maximum, or at most a threshold less
   float sum[2] = {0.0f, 0.0f};                  // this thread's part
   float factor[2];                              // what the output gathered so far must be multiplied with
 };

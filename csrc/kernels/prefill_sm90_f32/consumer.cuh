@@ -67,7 +67,7 @@ struct Consumer {
       prefill_sm90::modify_scores<C>(s, p, p.softmax_scale, tile, nullptr, first_row_in_tile(), first_key);
     }
     if (masked) prefill_sm90::hide_keys<C>(s, p, tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
-    // `tf32` rounds the weights: it follows each maximum at once, so that a row's largest weight is 1, which TF32 holds exactly.
+    // `tf32` rounds the weights, so the reference is always the maximum: a row's largest weight is then 1, which TF32 holds.
     constexpr float kThreshold = C::kSplit ? prefill_sm90::kRescaleThreshold : 0.0f;
     if (modified) return prefill_sm90::softmax_step<NaturalScores>(s, rows, kLog2E, kThreshold);
     return prefill_sm90::softmax_step<RawScores>(s, rows, p.softmax_scale * kLog2E, kThreshold);

@@ -151,7 +151,8 @@ class _Grouped(Cached):
         )
 
     def _key_lengths(self) -> ir.Value:
-        """seqlens_k + 1. The builder's models subtract 1 from the sums of their mask, which are the lengths then."""
+        """seqlens_k + 1. Where the model subtracts 1 from the sums of a mask to make seqlens_k, as those of
+        onnxruntime-genai's builder do, the sums are the lengths, and no node is added."""
         last = self.required("last_key")
         node = producer(last)
         if node is not None and op(node) == "Cast":

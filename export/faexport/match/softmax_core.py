@@ -220,8 +220,7 @@ def _score_shape(
 def _dtype_of_masks(scores: Scores, a) -> ir.DataType:
     """The type in which masks meet the scores. It isn't that of the product where scores in half precision are cast
     in front of them: the masks are numbers of the wider type then."""
-    behind = (TermKind.HIDDEN, TermKind.ZERO, TermKind.EMPTY_ROW)  # these meet exponentials or probabilities
-    found = {a.dtype(term.node.outputs[0]) for term in scores.terms if term.kind not in behind}
+    found = {a.dtype(term.node.outputs[0]) for term in scores.terms if term.kind.meets_scores}
     dtype = found.pop() if len(found) == 1 else None
     return dtype or a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT
 
@@ -338,8 +337,7 @@ def _with_four_axes(terms: list[MaskTerm], heads: Dim, a) -> MaskTerm | None:
     if not all(x or y for x, y in zip(full, none, strict=True)):
         return None
     build = Builder(a.opset)
-    num_open = sum(size.const is None for size in sizes)
-    value = build.to_four_axes(term.value, 5, heads.const if full[1] else 1, num_open)
+    value = build.to_four_axes(term.value, [d.const for d in sizes], heads.const if full[1] else 1)
     for count, node in enumerate(build.nodes):
         node.outputs[0].name = f"{term.node.outputs[0].name}_faexport_{count}"
     batch = product(sizes[i] for i in groups[0])

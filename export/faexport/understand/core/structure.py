@@ -223,7 +223,8 @@ def _try(
 
 
 def _numbered(query: _Side) -> Factor:
-    """Its leading axes called lead0, lead1 … in the operator's order: an Einsum may have them in another one."""
+    """The factor of the query with its leading axes called lead0, lead1 … in the operator's order: an Einsum may have
+    them in another one."""
     names = {label: f"lead{i}" for i, label in enumerate(query.labels[:-2])}
     return Factor(query.factor.value, tuple(names.get(x, x) for x in query.factor.labels))
 
@@ -361,6 +362,5 @@ def _to_layout(build: Builder, value: ir.Value, shape: Sequence[Dim], heads: Dim
     if rank == 2 and heads == 1:
         return build.unsqueeze(value, 0), Layout.BSH
     if rank > 4 and heads.const is not None:
-        num_open = sum(size.const is None for size in shape)
-        return build.to_four_axes(value, rank, heads.const, num_open), Layout.BHSD
+        return build.to_four_axes(value, [d.const for d in shape], heads.const), Layout.BHSD
     return None, Layout.BHSD

@@ -160,14 +160,14 @@ def _divide(a: Expr, b: Expr) -> Expr:
 
 
 def _remainder(a: Expr, b: Expr) -> Expr:
-    """With the divisor's sign."""
+    """The remainder that has the divisor's sign."""
     if ia.is_positive(b):
         return ia.modulo(a, b)
     return ia.of_atom(make("opaque_int", ("Mod", a, b), "int"))
 
 
 def _remainder_of_division(a: Expr, b: Expr) -> Expr:
-    """With the dividend's sign."""
+    """The remainder that has the dividend's sign."""
     if ia.is_nonnegative(a) and ia.is_positive(b):
         return ia.modulo(a, b)
     return ia.of_atom(make("opaque_int", ("fmod", a, b), "int"))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The place of a chain of mask terms: their elements over (b, h, i, j), and what meets the axes of the scores. Used by
-terms.py, proof.py and the strategies."""
+"""The place of a chain of mask terms: their elements over (b, h, i, j), and which sizes meet the axes of the scores.
+Every other file of this folder that reads elements of terms does so through a Site."""
 
 from __future__ import annotations
 
@@ -122,9 +122,9 @@ class Site:
         """Is it proven that an axis of `size` has the size of the scores' axis, or size 1?"""
         if size is whole or ia.value_of(size) == 1:
             return True
-        atom = ia.only_atom(whole) if whole is not None else None
         if whole is None:
             return False
+        atom = ia.only_atom(whole)
         if ia.meet(size, whole) is whole or (atom is not None and atom.op == "meet" and size in atom.args):
             return True
         for other in self._meeting_keys():

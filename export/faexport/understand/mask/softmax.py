@@ -21,7 +21,6 @@ class Skip(Exception):
 
 
 Arrays = Mapping[ir.Value, np.ndarray]
-_BEHIND = (spec.TermKind.HIDDEN, spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW)  # these don't meet the scores
 
 
 def original(
@@ -53,7 +52,7 @@ def _masked(site: Site, terms: Sequence[spec.MaskTerm], arrays: Arrays, scores: 
     s = scores.astype(site.scores.dtype.numpy())
     with np.errstate(all="ignore"):
         for term in terms:
-            if term.kind not in _BEHIND:
+            if term.kind.meets_scores:
                 s = _merged(_apply(term, arrays, _split(term, s, arrays)), term, scores.shape)
     return s
 

@@ -24,7 +24,7 @@ from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.constants import tensor_of
 
 _MAX_CASES = 24
-_NARROW = 16.0  # a bias within this moves exponentials, and makes 0 of none
+_NARROW = 16.0  # a bias within this makes no exponential 0 (docs/masks.md)
 
 _CLAMPED_BIAS = (
     "its scores are clamped at {:g} after a bias was added that may be lower, and this number does not absorb scores"
@@ -192,9 +192,9 @@ def _kept(site: Site, term: spec.MaskTerm) -> Expr:
 
 
 def _hidden(site: Site, term: spec.MaskTerm, cases: list[Case]) -> list[Case]:
-    """Exponentials that a mask sets to 0. The maximum they were taken against may be that of a hidden score, so the
-    others are right only where no number that was added to the scores makes 0 of them, too; what an earlier mask hides
-    is 0 where the row has a score without it."""
+    """The cases after a mask has set exponentials to 0. These were taken against the row's maximum, which may be a
+    hidden score's: the others are right only where nothing that was added to the scores makes them 0 as well. Where a
+    row has a score that no mask met, the exponentials that an earlier mask hides are 0 anyway."""
     kept, seen = _kept(site, term), rows_see_a_key(site, visible(cases))
     result = [Case(il.negate(kept), -math.inf, True)]
     for case in cases:

@@ -43,14 +43,14 @@ def floor_division(node: ir.Node, a: Known) -> tuple[ir.Value, ir.Value] | None:
     dividend, divisor = operand(division, 0), operand(division, 1)
     if dividend is None or divisor is None:
         return None
-    may_rest = (False,) if _is_exact(dividend, divisor, a) else (False, True)
+    may_leave = (False,) if _is_exact(dividend, divisor, a) else (False, True)
     try:
         exact = all(
-            _Case(dividend, divisor, above, below, rest, a).number(operand(node, 1)) == (rest and above != below)
+            _Case(dividend, divisor, above, below, remains, a).number(operand(node, 1)) == (remains and above != below)
             for above in _signs(dividend, a)
             for below in _signs(divisor, a)
             if below  # a divisor of 0 is an error when the model runs
-            for rest in (may_rest if above else (False,))
+            for remains in (may_leave if above else (False,))
         )
     except _Unclear:
         return None
@@ -58,7 +58,7 @@ def floor_division(node: ir.Node, a: Known) -> tuple[ir.Value, ir.Value] | None:
 
 
 def _is_exact(dividend: ir.Value, divisor: ir.Value, a: Known) -> bool:
-    """Is it known that nothing is left? Then the file's remainder is the constant 0."""
+    """Is it known that the division leaves no remainder? The file may then have the constant 0 in its place."""
     above, below = a.contents(dividend), a.contents(divisor)
     return above is not None and below is not None and all(x.divide(y) is not None for x in above for y in below)
 
@@ -70,32 +70,29 @@ def _signs(value: ir.Value, a: Known) -> list[int]:
 
 
 class _Case(NamedTuple):
-    """Two integers, of which is known what signs they have and whether the division leaves a remainder."""
+    """What is supposed of two integers: their signs, and whether their division leaves a remainder."""
 
     dividend: ir.Value
     divisor: ir.Value
     sign_above: int
     sign_below: int
-    has_rest: bool
+    has_remainder: bool
     a: Known
 
     def sign(self, value: ir.Value | None, depth: int = 0) -> int:
-        """The sign of an integer."""
+        """The sign of a value that is computed from the two integers. Raises _Unclear where the case leaves it open."""
         if value is self.dividend:
             return self.sign_above
         if value is self.divisor:
             return self.sign_below
         node = producer(value)
-        if (
-            node is not None
-            and op(node) == "Mod"
-            and all(map(self._are_same, node.inputs, (self.dividend, self.divisor)))
-        ):
-            return self.has_rest * (self.sign_above if attribute(node, "fmod", 0) else self.sign_below)
+        divided = (self.dividend, self.divisor)
+        if node is not None and op(node) == "Mod" and all(map(self._are_same, node.inputs, divided)):
+            return self.has_remainder * (self.sign_above if attribute(node, "fmod", 0) else self.sign_below)
         return int(np.sign(self.number(value, depth)))
 
     def number(self, value: ir.Value | None, depth: int = 0) -> int:
-        """The integer itself, 1 for true and 0 for false. Raises _Unclear where the case leaves it open."""
+        """The value itself, 1 for true and 0 for false. Raises _Unclear where the case leaves it open."""
         constant, node = _number_of(value, self.a), producer(value)
         if constant is not None:
             return constant
@@ -123,6 +120,6 @@ class _Case(NamedTuple):
 
 
 def _number_of(value: ir.Value | None, a: Known) -> int | None:
-    """The constant that it is, of one element."""
+    """The number, where the value is a constant of one element."""
     constant = a.constant(value)
     return int(constant.item()) if constant is not None and constant.size == 1 and constant.dtype.kind in "ib" else None

@@ -16,11 +16,14 @@ from faexport.understand.shapes.known import Shape
 
 
 class Limits(Mapping[Expr, Expr]):
-    """Minima, and what they are in every run in which the model doesn't fail. Empty as long as nothing was learnt."""
+    """Minima, and what they are in every run in which the model doesn't fail; it is false while nothing was learnt.
+
+    NOTE: `replace` asks for one minimum after another, and most of them are not known beforehand. So a minimum is
+    worked out when it is asked for, and what iterating gives is the sizes that have a limit."""
 
     def __init__(self) -> None:
         self._most: dict[Expr, Expr] = {}  # a size, and what it never exceeds
-        self._found: dict[Expr, Expr] = {}  # what minima were found to be, also where that is themselves
+        self._found: dict[Expr, Expr] = {}  # what each minimum asked for is; itself where nothing is known
 
     def learn(self, limits: Mapping[Expr, Expr]) -> None:
         if limits.items() - self._most.items():

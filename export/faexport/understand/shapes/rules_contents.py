@@ -100,7 +100,7 @@ def _contents_split(node, a):
 
 @contents_of("Add", "Sub", "Mul", "Div", "Mod")
 def _contents_arithmetic(node, a):
-    """Numbers and numbers, or the quotient that a Sub makes of what Div rounded towards 0."""
+    """The node applied to numbers that are known, or the quotient that a Sub makes of what Div rounded towards 0."""
     divided = floor_division(node, a)
     x, y = (a.contents(v) for v in divided or node.inputs)
     if x is None or y is None or (len(x) != len(y) and 1 not in (len(x), len(y))):
@@ -115,7 +115,7 @@ def _contents_arithmetic(node, a):
 def _arithmetic(name: str, x: Dim, y: Dim) -> Dim | None:
     if name == "floor":
         return _floored(x, y)
-    if name in ("Div", "fmod"):  # the remainder belongs to the quotient
+    if name in ("Div", "fmod"):  # this remainder belongs to the quotient that is rounded towards 0
         whole = _divided(x, y)
         return whole if name == "Div" or whole is None else x - whole * y
     if name == "Mod":
