@@ -165,8 +165,8 @@ def _guard_float32_inputs(model: ir.Model, kept: Collection[str]) -> list[str]:
 
 
 def _float32_inputs(node: ir.Node, kept: Collection[str]) -> Iterator[int]:
-    """The inputs that must be float32: the weights of a GroupNorm; of our operator those that are float32 by definition,
-    and masks and tables that are computed in float32."""
+    """The inputs that must be float32: the weights of a GroupNorm; of our operator those that are float32 by
+    definition, and masks and tables that are computed in float32."""
     if node.op_type == "GroupNorm":
         yield from (1, 2)
     if not is_ours(node):
