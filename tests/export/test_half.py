@@ -18,7 +18,8 @@ from faexport.report import HalfPrecision, VerificationStatus
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.commands import here
-from tests.export.test_projections import HEADS, D, E, attention, with_gelu
+from tests.export.test_around import with_gelu
+from tests.export.test_projections import HEADS, D, E, attention
 
 FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 
