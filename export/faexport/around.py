@@ -32,8 +32,8 @@ TENSORS, WEIGHTS = ("x", "input", "skip"), ("bias", "scale", "gamma", "beta")  #
 
 
 def join(model: ir.Model, a: Analysis, names: Names) -> None:
-    """Changes the model in place."""
-    before, unread, types = counts(model), _unread(model), _types_in_stand_ins(model)
+    """Changes the model in place, but for the operators' domain among its imports."""
+    unread, types = _unread(model), _types_in_stand_ins(model)
     embeddings.join(model, a, names)
     _leave_out_what_changes_nothing(model, a)
     turned = [*_put_biases_second(model), *_put_biased_second(model)]
@@ -42,8 +42,6 @@ def join(model: ir.Model, a: Analysis, names: Names) -> None:
     for node in turned:
         if node.graph is not None:  # it was of no use
             _turn(node)
-    if counts(model) - before:
-        model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)
     for node in model.graph.all_nodes():
         if node.domain == RUNTIME_DOMAIN and node.op_type in NORMALIZATIONS:
             _leave_out_unused(node)

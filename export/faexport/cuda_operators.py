@@ -12,8 +12,18 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from faexport.formulas import cuda_only
-from faexport.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, data_users, graphs_of, op, operand, producer
+from faexport.nodes import (
+    RUNTIME_DOMAIN,
+    RUNTIME_FLOATS,
+    attribute,
+    data_users,
+    graphs_of,
+    is_read_once,
+    is_transpose,
+    op,
+    operand,
+    producer,
+)
 from faexport.rewrite import Names, name_node, remove_dead, take_over
 from faexport.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
@@ -34,8 +44,6 @@ def join(model: ir.Model, a: Analysis, names: Names) -> None:
             for node in list(graph):
                 if node.graph is not None:  # else it was part of a place that was found before
                     write(_Place(node, a, names))
-    if cuda_only(model):
-        model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)
 
 
 class _Place:
@@ -52,9 +60,9 @@ class _Place:
     def before(self, value: ir.Value | None, *kinds: str) -> ir.Node | None:
         """The node that makes a value, where it is of one of these kinds and the value has one reader."""
         node = producer(value)
-        if node is None or value is None or op(node) not in kinds or value.is_graph_output():
+        if node is None or value is None or op(node) not in kinds:
             return None
-        return node if node.graph is self.node.graph and len(data_users(value)) == 1 else None
+        return node if node.graph is self.node.graph and is_read_once(value) else None
 
     def vector(self, value: ir.Value, size: int) -> bool:
         """Is it a stored tensor with one number for each place of an axis?"""
@@ -88,7 +96,7 @@ class _Place:
         image, *others = inputs
         before, after = Builder(self.a.opset), Builder(self.a.opset)
         turned = producer(image)
-        last = turned.inputs[0] if turned is not None and _is_transposed(turned, FIRST) else None
+        last = turned.inputs[0] if turned is not None and is_transpose(turned, FIRST) else None
         last = before.transpose(image, LAST) if last is None else last
         node = ir.node(op_type, [last, *others], attributes, domain=RUNTIME_DOMAIN)
         y = node.outputs[0]
@@ -97,7 +105,7 @@ class _Place:
         for user in [use.node for use in result.uses() if op(use.node) == "Shape"]:
             user.replace_input_with(0, image)
         here = (use.node for use in result.uses() if use.node.graph is self.node.graph)
-        back = next((user for user in here if _is_transposed(user, LAST)), None)
+        back = next((user for user in here if is_transpose(user, LAST)), None)
         if back is not None:
             take_over(back.outputs[0], y)
             remove_dead([back])
@@ -113,10 +121,6 @@ class _Place:
         for node in nodes:
             name_node(node, self.node.name or "joined", self.names)
         self.node.graph.insert_before(self.node, nodes)
-
-
-def _is_transposed(node: ir.Node, perm: list[int]) -> bool:
-    return op(node) == "Transpose" and list(attribute(node, "perm") or ()) == perm
 
 
 def _bias_split_gelu(place: _Place) -> None:
@@ -141,7 +145,7 @@ def _halved(place: _Place, left: ir.Value, right: ir.Value | None) -> ir.Value |
     whole, shape = first.inputs[0], a.shape(first.inputs[0])
     if second.inputs[0] is not whole or not shape or not shape[-1].const or whole.is_graph_output():
         return None
-    if any(value.is_graph_output() or len(data_users(value)) != 1 for value in (left, right)):
+    if not (is_read_once(left) and is_read_once(right)):
         return None
     if set(data_users(whole)) != {first, second}:
         return None

@@ -66,6 +66,16 @@ def is_live(node: ir.Node, _depth: int = 0) -> bool:
     return any(v.is_graph_output() or any(is_live(u.node, _depth + 1) for u in v.uses()) for v in node.outputs)
 
 
+def is_read_once(value: ir.Value) -> bool:
+    """Does one node alone read it, but for its shape?"""
+    return not value.is_graph_output() and len(data_users(value)) == 1
+
+
+def is_transpose(node: ir.Node | None, perm: list[int]) -> bool:
+    """Is it the Transpose with this permutation?"""
+    return node is not None and op(node) == "Transpose" and list(attribute(node, "perm") or ()) == perm
+
+
 def always_runs(node: ir.Node) -> bool:
     """Does an output of the node's graph depend on it, by nodes of that graph? Then no run of that graph omits it."""
     pending, seen = [node], {node}

@@ -18,7 +18,7 @@ from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
 from faexport.gelu import put_half_last
 from faexport.match import Context, find_sites
-from faexport.nodes import graphs_of
+from faexport.nodes import RUNTIME_DOMAIN, graphs_of
 from faexport.normalize import convert_opset, inline_functions
 from faexport.options import Options
 from faexport.precision import FLOAT32_PRECISION, float32_note, in_precision
@@ -77,7 +77,9 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     if fused and options.joins_cuda:
         cuda_operators.join(model, masks.analysis, names)
     joined = dict(sorted((around.counts(model) - before_joining).items()))
-    notes += [around.note(joined)] if joined else []
+    if joined:
+        model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)
+        notes.append(around.note(joined))
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
     report.joined = joined
     in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float")

@@ -19,10 +19,10 @@ struct FloatProducts : ProductShapes<Config> {
   // Steps of 8 columns or keys, in groups of 32: a block of a tile's rows. What lies between weights and products leaves
   // Variant::kModified no registers for steps of several groups at once, nor do the sums of long heads.
   static constexpr int kStepsOfGroup = kStepsOfShortSum, kDepthGroups = Config::kHeadDim / 32, kKeyGroups = Config::kTileK / 32;
-  static constexpr int kUnroll = Config::kModified || Config::kHeadDim > 128 ? 1 : 8;
+  static constexpr int kUnroll = Config::kModified ? 1 : 8;
   // Most of the products of long rows cancels against D or the log-sum-exp. So the two small ones of three products have sums of
   // their own, and the large ones are added eight columns at a time.
-  static constexpr bool kHasSmallSums = Config::kHeadDim > 128;
+  static constexpr bool kHasSmallSums = has_long_products(Config::kElementBytes, Config::kHeadDim);
 
   using Tf32s = Tf32Products<Config::kOneProduct ? Tf32::kOneOfRounded : Tf32::kThree>;
   using Left = typename Tf32s::template Operand<4>;

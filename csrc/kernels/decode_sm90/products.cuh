@@ -111,6 +111,16 @@ struct Products {
     return swizzled_offset(lane / 8 % 2 * 8 + lane % 8, lane / 16);
   }
 
+  /// Loads first … first + kTogether - 1 of a tile's keys. `keys`: the stage's shared address + key_lane().
+  static __device__ __forceinline__ void load_keys(uint32_t (&b)[kTogether][4], uint32_t keys, const TileLayout& layout,
+                                                   int first) {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int load = (first + i) / kPairs, pair = (first + i) % kPairs;
+      ldmatrix_x4(b[i], swizzled_step(keys, load % 4) + load / 4 * layout.panel + pair * layout.half);
+    }
+  }
+
   /// scores = Q K^T. `keys`: the stage's shared address + key_lane().
   static __device__ __forceinline__ void multiply_keys(Scores& scores, const Queries& queries, uint32_t keys,
                                                        const TileLayout& layout) {
@@ -119,11 +129,7 @@ struct Products {
 #pragma unroll
     for (int first = 0; first < kLoads * kPairs; first += kTogether) {
       uint32_t b[kTogether][4];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int load = (first + i) / kPairs, pair = (first + i) % kPairs;
-        ldmatrix_x4(b[i], swizzled_step(keys, load % 4) + load / 4 * layout.panel + pair * layout.half);
-      }
+      load_keys(b, keys, layout, first);
 #pragma unroll
       for (int i = 0; i < kTogether * kStepsOfLoad; ++i) {
         const int load = (first + i / kStepsOfLoad) / kPairs, pair = (first + i / kStepsOfLoad) % kPairs;
@@ -142,11 +148,7 @@ struct Products {
 #pragma unroll
     for (int first = 0; first < kLoads * kPairs; first += kTogether) {
       uint32_t b[kTogether][4];
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int load = (first + i) / kPairs, pair = (first + i) % kPairs;
-        ldmatrix_x4(b[i], swizzled_step(keys, load % 4) + load / 4 * layout.panel + pair * layout.half);
-      }
+      load_keys(b, keys, layout, first);
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         const int load = (first + i) / kPairs, pair = (first + i) % kPairs;

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.match import Context
-from faexport.nodes import attribute, name_of, op, operand, producer, subgraphs
+from faexport.nodes import attribute, is_transpose, name_of, op, operand, producer, subgraphs
 from faexport.spec import Alignment, Assumption, AttentionSpec, Fact, Layout, Mask, Operand
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.shapes.analysis import Analysis
@@ -138,7 +138,7 @@ def _assigned(side: Operand, context: Context) -> _Joined | None:
     front = [rows, *(i for i in range(len(side.layout)) if i != rows)]
     back = [front.index(i) for i in range(len(front))]
     outer, node = producer(side.value), None
-    if outer is not None and op(outer) == "Transpose" and list(attribute(outer, "perm") or ()) == back:
+    if outer is not None and is_transpose(outer, back):
         node = producer(outer.inputs[0])
     if node is None or op(node) != "ScatterND" or attribute(node, "reduction", "none") != "none":
         return None
@@ -151,8 +151,7 @@ def _assigned(side: Operand, context: Context) -> _Joined | None:
 
 def _transposed(value: ir.Value | None, perm: list[int]) -> ir.Value | None:
     node = producer(value)
-    is_moved = node is not None and op(node) == "Transpose" and list(attribute(node, "perm") or ()) == perm
-    return node.inputs[0] if node is not None and is_moved else None
+    return node.inputs[0] if node is not None and is_transpose(node, perm) else None
 
 
 def _start_of(indices: ir.Value | None, a: Analysis) -> ir.Value | None:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from faexport.match import Context, refiner
 from faexport.match.caches import maker_name, size_of, with_past
-from faexport.nodes import attribute, data_users, live_users, op, producer
+from faexport.nodes import attribute, is_read_once, live_users, op, producer
 from faexport.spec import AttentionSpec, Fact, Layout, Operand
 from faexport.understand.core.head_norm import HeadNorm, head_norm_of
 from faexport.understand.core.rotary import Angles, Rotary, rotary_of
@@ -108,7 +108,7 @@ class _Turned:
 def _turned(operand: Operand, a: Analysis, shared: Nodes) -> _Turned | None:
     """The operand, or what is transposed for it, as a rotation that nothing else needs."""
     for side in (operand, _before_transpose(operand)):
-        rotary = rotary_of(side.value, side.layout, a) if side is not None and _is_private(side.value) else None
+        rotary = rotary_of(side.value, side.layout, a) if side is not None and is_read_once(side.value) else None
         if side is None or rotary is None or not _fits(rotary, side, a) or not _leads_to(rotary.source, {side.value}):
             continue
         tables = _tables(rotary, side.layout, a, shared)
@@ -125,11 +125,6 @@ def _before_transpose(operand: Operand) -> Operand | None:
         return None
     is_alone = len(live_users(operand.value)) == 1
     return dataclasses.replace(operand, value=node.inputs[0], layout=layouts[operand.layout]) if is_alone else None
-
-
-def _is_private(value: ir.Value) -> bool:
-    """Is it read by the site alone, but for its shape?"""
-    return not value.is_graph_output() and len(data_users(value)) == 1
 
 
 def _leads_to(value: ir.Value, ends: set[ir.Value], far: int = _FAR) -> bool:

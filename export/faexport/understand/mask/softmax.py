@@ -78,12 +78,10 @@ def _apply(term: spec.MaskTerm, arrays: Arrays, s: np.ndarray) -> np.ndarray:
     if term.kind is spec.TermKind.ADD:
         return (((s / factor).astype(s.dtype) + value.astype(s.dtype)).astype(s.dtype) * factor).astype(s.dtype)
     if term.kind is spec.TermKind.CLAMP:
-        s = np.maximum(s, (value * factor).astype(s.dtype))
-        return (
-            np.minimum(s, np.asarray(largest(ir.DataType.from_numpy(s.dtype)) * factor, s.dtype))
-            if term.node.op_type == "Clip"
-            else s
-        )
+        above = np.maximum(s, (value * factor).astype(s.dtype))
+        if term.node.op_type != "Clip":
+            return above
+        return np.minimum(above, np.asarray(largest(ir.DataType.from_numpy(s.dtype)) * factor, s.dtype))
     if term.kind is spec.TermKind.GATE:
         return s * value.astype(s.dtype)
     fill = np.asarray(-np.inf) if term.fill is None else arrays[term.fill] * factor
