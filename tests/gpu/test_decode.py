@@ -206,7 +206,7 @@ def test_a_graph_follows_lengths_on_the_device() -> None:
             lengths += 1
 
 
-@pytest.mark.parametrize(("batch", "capacity"), [(8, 4096), (4, 2000), (1, 512)])
+@pytest.mark.parametrize(("batch", "capacity"), [(8, 4096), (4, 2000), (1, 512), (1, 4096), (40, 600)])
 def test_a_graph_whose_heads_are_cut_alike_or_not(batch: int, capacity: int) -> None:
     """One capture: clusters share the heads while these are equally long, else each block has a range of its own."""
     import faplugin

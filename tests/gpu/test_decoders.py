@@ -193,8 +193,13 @@ def test_a_graph_decodes_with_lengths_on_the_device(mode: str, quantized: str) -
             lengths += 1
 
 
-def test_many_steps_in_a_row() -> None:
-    """Each launch may come while the one before still ends: the result is that of waiting for each."""
+@pytest.mark.parametrize("name", ("write_indices", "nonpad_kv_seqlen"))
+@pytest.mark.parametrize("apart", (0, 50))
+def test_many_steps_in_a_row(apart: int, name: str) -> None:
+    """Each launch may come while the one before still ends: the result is that of waiting for each.
+
+    A kernel right in front of each step changes the lengths.
+    """
     import faplugin
 
     torch.manual_seed(3)
@@ -203,12 +208,12 @@ def test_many_steps_in_a_row() -> None:
         torch.manual_seed(4)
         caches = [torch.zeros(8, 4, 700, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         angles = torch.rand(700, 64, device="cuda")
-        lengths = torch.arange(8, device="cuda") * 50
+        lengths = torch.arange(8, device="cuda") * apart + (name == "nonpad_kv_seqlen")
         query = torch.randn(8, 16, 1, 128, device="cuda", dtype=torch.bfloat16)
         for _ in range(200):
             query = faplugin.attention(
                 query, query[:, :4].contiguous(), query[:, 4:8].contiguous(), past_key=caches[0], past_value=caches[1],
-                cache="write", write_indices=lengths, is_causal=True, cos_cache=angles.cos(), sin_cache=angles.sin(),
+                cache="write", **{name: lengths}, is_causal=True, cos_cache=angles.cos(), sin_cache=angles.sin(),
                 return_present=True, out={"present_key": caches[0], "present_value": caches[1]},
             )[0]  # fmt: skip
             query = query / query.float().std().to(query.dtype)

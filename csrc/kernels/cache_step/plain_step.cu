@@ -137,19 +137,20 @@ __device__ __forceinline__ void store_lengths(const PlainArgs& args, int64_t seq
 
 template <class T, bool kPaged, bool kQuantized>
 __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_constant__ PlainArgs args) {
-  // 1. Which row is this warp's. Nothing here waits for memory.
+  // 1. The attention kernel may come: the sooner, the better. What is below waits for arguments and memory.
+#if __CUDA_ARCH__ >= 900
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+#endif
+  // 2. Which row is this warp's.
   const unsigned idx = blockIdx.x * kPlainWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   const unsigned any_row = args.heads.quotient(idx), any_head = idx - any_row * args.heads.divisor;
   const unsigned batch_idx = args.rows.quotient(any_row), row = any_row - batch_idx * args.rows.divisor;
   const int which = any_head < args.first_head[1] ? 0 : any_head < args.first_head[2] ? 1 : 2;
   const RowMove& move = args.moves[which];
   const int64_t head = any_head - args.first_head[which];
-#if __CUDA_ARCH__ >= 900
-  wait_for_earlier_kernels();
-  let_next_kernel_start();
-#endif
   if (idx >= args.count) return store_lengths<kPaged>(args, int64_t{idx - args.count} * 32 + lane);
-  // 2. The row, and at the same time the lengths that tell where it goes.
+  // 3. The row, and at the same time the lengths that tell where it goes.
   const char* source =
       static_cast<const char*>(move.from) + 2 * (batch_idx * move.from_batch + head * move.from_head + row * move.from_row);
   Group groups[kHeld];
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
   const int64_t place =
       which == 0 ? batch_idx * move.to_batch + row * move.to_row : target_of<kPaged>(args, move, step, sequence, row);
   if (place < 0) return;
-  // 3. Rotated by its position, there.
+  // 4. Rotated by its position, there.
   Numbers numbers[kHeld];
   if constexpr (kQuantized) {
 #pragma unroll

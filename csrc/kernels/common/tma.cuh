@@ -55,6 +55,20 @@ __device__ __forceinline__ void tma_load_panels(void* shared, const CUtensorMap*
       : "memory");
 }
 
+/// The L2 cache fetches a box.
+__device__ __forceinline__ void tma_fetch(const CUtensorMap* map, int column, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(column), "r"(row),
+               "r"(head), "r"(batch)
+               : "memory");
+}
+
+/// The same by a map of panels.
+__device__ __forceinline__ void tma_fetch_panels(const CUtensorMap* map, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %1, %3, %4}];" ::"l"(map), "r"(0), "r"(row),
+               "r"(head), "r"(batch)
+               : "memory");
+}
+
 /// The same for what others will soon read: the L2 cache gives up other lines first.
 __device__ __forceinline__ void tma_load_shared_by_blocks(void* shared, const CUtensorMap* map, uint64_t* barrier, int column,
                                                           int row, int head, int batch) {

@@ -41,7 +41,7 @@ struct Schedule {
 /// How heads that all have equally many key tiles are cut into pieces.
 struct HeadCut {
   int heads;        // 0: they are not cut so, but by a Schedule
-  int tiles;        // of each
+  int tiles;        // of each; where only the device knows them, at most
   int least_tiles;  // where only the device knows the tiles: with fewer, heads are not cut so
   Divisor parts;    // of each
   int pieces;       // of all
@@ -90,6 +90,7 @@ struct KernelArgs {
   HeadCut cut;         // or all heads are cut alike, and the schedule is not used; not uniform: if they turn out to be so
   unsigned* draws;     // pieces of a cut that were drawn beyond the first of each block, 0 before the launch and after it
   bool scan_mask;      // the mask is the same for all heads and short beside the keys: each block looks for its true keys
+  bool only_lengths;   // not uniform: nothing but lengths and positions makes spans differ, and heads may be cut alike
   bool modified;       // softcap, bias or ALiBi: scores need more than a scale
   bool out_by_4;       // four elements of a row of out are an aligned 8 bytes
 

@@ -72,6 +72,7 @@ HeadCut cut_unknown_heads(int64_t heads, int64_t most_tiles, int tile_bytes, int
     return cut;
   }
   cut.heads = static_cast<int>(heads);
+  cut.tiles = static_cast<int>(most_tiles);
   cut.parts = Divisor(parts);
   cut.pieces = static_cast<int>(heads * parts);
   cut.least_tiles = are_drawn ? kMinTilesToDraw : static_cast<int>(parts) * least_tiles;

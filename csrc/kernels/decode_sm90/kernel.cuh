@@ -35,22 +35,34 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm)
   unsigned char* ring = bytes + plan_bytes<C::kWarps>();
   // 1. What does not depend on earlier kernels.
   init_barriers<C>(args, shared);
+  __syncthreads();
   if (threadIdx.x == 32 * C::kWarps) {
     tma_prefetch_map(&args.key);
     tma_prefetch_map(&args.value);
-    if (args.uniform && args.cut.heads > 0) tell_first_piece<C>(args, shared);
   }
-  wait_for_earlier_kernels();
-  // 2. Which keys are this block's.
-  if (!args.uniform) make_schedule<C>(args, shared);
-  __syncthreads();
+  if (threadIdx.x == 0 && args.only_lengths) fetch_likely_tile<C>(args);
+  // 2. Which keys are this block's. What the host knows is worked out while earlier kernels end.
+  EqualHeads heads{args.cut.tiles, 0, args.work};
+  if (!args.uniform) {
+    wait_for_earlier_kernels();
+    find_equal_heads<C>(args, heads);
+  }
+  const bool is_told = heads.tiles > 0;
+  if (is_told) {
+    if (threadIdx.x == 0) tell_first_piece<C>(args, shared, heads);
+  } else if (!args.uniform) {
+    make_schedule<C>(args, shared);
+    __syncthreads();
+    heads = {shared.cut_tiles, shared.first_sequence, shared.first_work};
+  }
+  if (args.uniform) wait_for_earlier_kernels();
   // 3. Both roles end with the item that is not valid.
   if (threadIdx.x / 32 < C::kWarps) {
     Consumer<C>(args, shared, ring).run();
-  } else if (args.uniform ? args.cut.heads > 0 : shared.cut_tiles > 0) {
-    produce<C>(args, shared, ring, DrawnPieces<C>(args, shared));
+  } else if (heads.tiles == 0) {
+    produce<C>(args, shared, ring, Range<C>(args, shared), false);
   } else {
-    produce<C>(args, shared, ring, Range<C>(args, shared));
+    produce<C>(args, shared, ring, DrawnPieces<C>(args, shared, heads), is_told);
   }
 }
 

@@ -104,6 +104,12 @@ constexpr int bytes_beside_ring(int merge_rows) {
   return plan_bytes<C::kWarps>() + merge_bytes(C::kHeadDim, merge_rows);
 }
 
+/// Are lengths all that tells one sequence from another?
+inline bool varies_by_length_only(const StepParams& p) {
+  return !in_pages(p) && !p.query_lengths.present && !p.query_offsets.present && !p.cu_seqlens_q.present && !p.mask.present &&
+         !p.bias.present;
+}
+
 /// All of the arguments but tensor maps and workspace.
 template <class C>
 KernelArgs describe_problem(const StepParams& p, int blocks) {
@@ -125,6 +131,7 @@ KernelArgs describe_problem(const StepParams& p, int blocks) {
   args.uniform = p.cache.mode == CacheMode::kAppend && !p.kv_lengths.present && !p.query_lengths.present &&
                  !p.query_offsets.present && !p.cu_seqlens_q.present && !args.scan_mask;
   cut_keys<C>(p, blocks, &args);
+  args.only_lengths = !args.uniform && args.cut.heads > 0 && varies_by_length_only(p);
   args.modified = p.softcap != 0.0f || p.bias.present || p.alibi_slopes.present;
   args.out_by_4 = has_rows_by_4(p.out);
   args.key_scale = p.cache.key_scale;

@@ -18,6 +18,9 @@ __device__ __forceinline__ int row_of(const KernelArgs& args, int pair) {
   return static_cast<int>(args.group_size.quotient(pair));
 }
 
+template <class C>
+inline constexpr int kMinTilesOfLongShare = kMinBytesOfLongShare / C::kTileBytes;  // of a block: the memory is busy all along
+
 /// Tiles from … to - 1 of the head's, if any row of the piece sees keys.
 __device__ __forceinline__ void set_tiles(const KernelArgs& args, const SequenceWork& work, Piece& piece, int from, int to) {
   const bool used = row_of(args, piece.first_row) < work.sequence.query_length && work.begin < work.end;
@@ -65,7 +68,11 @@ struct Range {
   int head_unit;        // of the last piece: its head's first
   bool is_first = true;
   SequenceWork work;
-  static constexpr bool first_is_told = false;
+
+  /// Is the block's share long?
+  __device__ __forceinline__ bool is_long() const {
+    return (args.uniform ? args.share : schedule.per_block) >= kMinTilesOfLongShare<C>;
+  }
 
   __device__ __forceinline__ Range(const KernelArgs& args_, const SharedPlan<C::kWarps>& shared_)
       : args(args_), shared(shared_), schedule(args_.uniform ? args_.schedule : shared_.schedule) {
@@ -149,23 +156,17 @@ struct DrawnPieces {
   const HeadCut& cut;
   const int tiles;                            // of each head
   int number = static_cast<int>(blockIdx.x);  // of the next piece
-  int idx = 0;                                // the sequence
+  int idx;                                    // the sequence
   int head, part;                             // of the last piece
   SequenceWork work;
-  const bool first_is_told;  // by tell_first_piece
 
-  __device__ __forceinline__ DrawnPieces(const KernelArgs& args_, SharedPlan<C::kWarps>& shared_)
-      : args(args_),
-        shared(shared_),
-        cut(args_.cut),
-        tiles(args_.uniform ? args_.cut.tiles : shared_.cut_tiles),
-        first_is_told(args_.uniform) {
-    if (args.uniform) {
-      work = args.work;
-    } else {
-      idx = shared.first_sequence;
-      work = shared.first_work;
-    }
+  /// heads: of the block's first piece.
+  __device__ __forceinline__ DrawnPieces(const KernelArgs& args_, SharedPlan<C::kWarps>& shared_, const EqualHeads& heads)
+      : args(args_), shared(shared_), cut(args_.cut), tiles(heads.tiles), idx(heads.sequence), work(heads.work) {}
+
+  __device__ __forceinline__ bool is_long() const {
+    if (args.uniform) return args.share >= kMinTilesOfLongShare<C>;
+    return tiles * cut.heads >= kMinTilesOfLongShare<C> * static_cast<int>(gridDim.x);
   }
 
   /// Finds out which piece comes after the last one: in the first lane. Called before that one's copies start, which hide the way
@@ -185,22 +186,33 @@ struct DrawnPieces {
   /// Piece `number`.
   __device__ __forceinline__ bool take(Piece& piece) {
     if (number >= cut.pieces) return false;
+    const int its = find(piece);
+    if (args.uniform) {
+      work.sequence.batch_idx = its;
+    } else if (__builtin_expect(its != idx, 0)) {
+      work = work_of<C>(args, shared, its);
+    }
+    idx = its;
+    set_tiles(piece);
+    return true;
+  }
+
+  /// Which rows of which head piece `number` has. Returns their sequence.
+  __device__ __forceinline__ int find(Piece& piece) {
     const int parts = static_cast<int>(cut.parts.divisor);
     head = static_cast<int>(cut.parts.quotient(number));
     part = number - head * parts;
     const int its = static_cast<int>(cut.heads_of_span.quotient(head));
-    if (args.uniform) {
-      work.sequence.batch_idx = its;
-    } else if (its != idx) {
-      work = work_of<C>(args, shared, its);
-    }
-    idx = its;
-    const int item = head - idx * static_cast<int>(cut.heads_of_span.divisor);
+    const int item = head - its * static_cast<int>(cut.heads_of_span.divisor);
     piece.key_head = static_cast<int>(cut.row_tiles.quotient(item));
     piece.first_row = (item - piece.key_head * static_cast<int>(cut.row_tiles.divisor)) * args.tile_rows;
+    return its;
+  }
+
+  /// Its tiles.
+  __device__ __forceinline__ void set_tiles(Piece& piece) const {
     const int from = static_cast<int>(cut.parts.quotient(tiles * part));
-    set_tiles(args, work, piece, from, static_cast<int>(cut.parts.quotient(tiles * (part + 1))));
-    return true;
+    decode_sm90::set_tiles(args, work, piece, from, static_cast<int>(cut.parts.quotient(tiles * (part + 1))));
   }
 
   /// The place of the last piece among those of its head.
@@ -216,17 +228,19 @@ struct DrawnPieces {
   }
 };
 
-/// One thread of each block, before earlier kernels have ended: describes the block's first piece of a HeadCut, which depends on
-/// nothing in memory.
+/// A thread of the consumers tells them of the block's first piece of a HeadCut, while the producer already starts its copies.
 template <class C>
-__device__ __forceinline__ void tell_first_piece(const KernelArgs& args, SharedPlan<C::kWarps>& shared) {
-  DrawnPieces<C> pieces(args, shared);
+__device__ __forceinline__ void tell_first_piece(const KernelArgs& args, SharedPlan<C::kWarps>& shared, const EqualHeads& heads) {
+  DrawnPieces<C> pieces(args, shared, heads);
+  if (pieces.number >= args.cut.pieces) return;
   Piece piece;
-  if (!pieces.take(piece)) return;
+  pieces.work.sequence.batch_idx = pieces.idx = pieces.find(piece);
+  pieces.set_tiles(piece);
   Item& item = shared.item[0];
   item = describe<C>(args, shared, pieces.work, pieces.idx, piece);
   item.first_warp = 0;
   pieces.place(item);
+  shared.item_full[0].arrive();
 }
 
 }  // namespace fa::decode_sm90

@@ -51,7 +51,7 @@ struct KeyPlaces {
   /// From `tile` of a sequence on.
   __device__ __forceinline__ void begin(int sequence, int tile) {
     end_tile = tile;
-    if (args.pages.table == nullptr) return;
+    if (__builtin_expect(args.pages.table == nullptr, 1)) return;
     table = static_cast<const uint32_t*>(args.pages.table) + (sequence * args.pages.sequence_stride << args.pages.wide);
     look_up();
   }
@@ -61,7 +61,7 @@ struct KeyPlaces {
     first_tile = end_tile;
     row = first_row();
     end_tile += 32 >> half_bits();
-    if (args.pages.table == nullptr) {
+    if (__builtin_expect(args.pages.table == nullptr, 1)) {
       page = static_cast<int>(work.sequence.batch_idx);
       row += static_cast<int>(work.sequence.first_key);
       return;
@@ -93,7 +93,7 @@ __device__ __forceinline__ void load_stage(const KernelArgs& args, unsigned char
                                            const KeyPlaces<C>& keys, int key_head, uint64_t policy) {
   if (keys.half() == 0) full.arrive_expect(C::kStageBytes);
   stage += keys.half() * args.layout.half;
-  if (args.whole_rows) {
+  if (__builtin_expect(args.whole_rows, C::kPanels > 1)) {
     tma_load_panels(stage, &args.key, &full.word, keys.row, key_head, keys.page, policy);
     tma_load_panels(stage + C::kValueOffset, &args.value, &full.word, keys.row, key_head, keys.page, policy);
     return;
@@ -107,15 +107,34 @@ __device__ __forceinline__ void load_stage(const KernelArgs& args, unsigned char
   }
 }
 
-/// A warp. Pieces: DrawnPieces or Range, the block's pieces one after the other.
+/// One thread, before earlier kernels have ended and where only the device knows the lengths: the first tile of the block's first
+/// piece, if all heads are as long as can be, to L2. Even where they are shorter, the tile lies near the one that will be read,
+/// and what finds its place in memory is at hand then.
+template <class C>
+__device__ __forceinline__ void fetch_likely_tile(const KernelArgs& args) {
+  const HeadCut& cut = args.cut;
+  const int number = static_cast<int>(blockIdx.x), head = static_cast<int>(cut.parts.quotient(number));
+  const int part = number - head * static_cast<int>(cut.parts.divisor);
+  const int batch = static_cast<int>(cut.heads_of_span.quotient(head));
+  const int key_head = static_cast<int>(cut.row_tiles.quotient(head - batch * static_cast<int>(cut.heads_of_span.divisor)));
+  const int row = static_cast<int>(cut.parts.quotient(cut.tiles * part)) * C::kTileN;
+  if (args.whole_rows) {
+    tma_fetch_panels(&args.key, row, key_head, batch);
+    tma_fetch_panels(&args.value, row, key_head, batch);
+  } else {
+    tma_fetch(&args.key, 0, row, key_head, batch);
+    tma_fetch(&args.value, 0, row, key_head, batch);
+  }
+}
+
+/// A warp. Pieces: DrawnPieces or Range, the block's pieces one after the other. is_told: tell_first_piece tells of the first.
 template <class C, class Pieces>
-__device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kWarps>& shared, unsigned char* ring,
-                                        Pieces pieces) {
+__device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kWarps>& shared, unsigned char* ring, Pieces pieces,
+                                        bool is_told) {
   const int key_warps = C::kWarps >> row_bits(args);
   RingPlace place, landed;
-  const int share = args.uniform ? args.share : shared.schedule.per_block;
   int to_start = args.stages;  // before one of those under way must have landed
-  if (share >= kMinBytesOfLongShare / C::kTileBytes) to_start = min(to_start, args.stages_at_once);
+  if (pieces.is_long()) to_start = min(to_start, args.stages_at_once);
   const int at_once = to_start;
   const uint64_t policy = l2_policy(args.read_once);
   RingPosition<kItemSlots> slot;
@@ -167,7 +186,6 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
     }
     __syncwarp();
   };
-  bool is_told = pieces.first_is_told;
   for (Piece piece; pieces.next(piece); is_told = false) {
     int tile = piece.begin;
     keys.begin(pieces.idx, tile);
@@ -176,8 +194,8 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
       tile = min(piece.end, tile + kTilesBeforeItem);
       load_until(piece, piece.begin, tile);
       tell(piece, first_warp);
+      if (leads) shared.item_full[slot.stage].arrive();
     }
-    if (leads) shared.item_full[slot.stage].arrive();
     slot.advance();
     pieces.draw();
     load_until(piece, tile, piece.end);

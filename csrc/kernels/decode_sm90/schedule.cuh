@@ -19,17 +19,25 @@ FA_HD int64_t most_keys(const KernelArgs& args) {
   return keys;
 }
 
-/// Of span `idx`, of whose keys the user's mask leaves `span`.
-template <class C>
+/// Of span `idx`, of whose keys the user's mask leaves `span`. kOnlyLengths: args.only_lengths, and the compiler leaves out the
+/// code for all else.
+template <class C, bool kOnlyLengths = false>
 FA_HD SequenceWork work_of(const KernelArgs& args, int idx, KeyRange span) {
   const AttentionParams& p = args.problem;
   CacheRule rule = args.rule;
   if (rule.mode == CacheMode::kWindow) rule.mode = CacheMode::kAppend;  // never so, which spares the kernel the code for it
+  if constexpr (kOnlyLengths) {
+    SequenceRule& s = rule.sequences;
+    for (IndexView* absent : {&s.query_lengths, &s.query_offsets, &s.cu_seqlens_q, &s.cu_seqlens_kv}) absent->data = nullptr;
+    if (rule.mode != CacheMode::kAppend) rule.mode = CacheMode::kWrite;
+    s.num_sequences = INT64_MAX;
+  }
   SequenceWork work{rule.at(idx).sequence};
   const Sequence& s = work.sequence;
   const int rows = static_cast<int>(s.num_rows) * static_cast<int>(args.group_size.divisor);
   work.row_tiles = (rows + args.tile_rows - 1) >> args.tile_bits;
-  work.key_end = static_cast<int>(min(min(s.mask.kv_length, span.end), most_keys(args)));
+  const int64_t most = kOnlyLengths ? int64_t{args.num_keys} : most_keys(args);
+  work.key_end = static_cast<int>(min(min(s.mask.kv_length, span.end), most));
   work.key_begin = min(static_cast<int>(span.begin), work.key_end);
   const RowBand band = s.mask.band();
   const int begin = band.first(0, work.key_begin), end = band.end(static_cast<int>(s.query_length) - 1, work.key_end);
@@ -114,6 +122,33 @@ __device__ __forceinline__ SequenceWork work_of(const KernelArgs& args, const Sh
   return work_of<C>(args, idx, keys);
 }
 
+/// Heads that all have equally many key tiles and are cut by args.cut.
+struct EqualHeads {
+  int tiles;          // 0: they are not so
+  int sequence;       // of the block's first piece …
+  SequenceWork work;  // … and its work
+};
+
+/// A warp, where only the device knows the lengths: are all heads alike? Not asked where anything else than lengths may make
+/// spans differ. This takes a third of make_schedule's instructions, and no warp waits for another. All warps must find the same.
+template <class C>
+__device__ __forceinline__ void find_equal_heads(const KernelArgs& args, EqualHeads& heads) {
+  heads.tiles = 0;
+  if (!args.only_lengths) return;
+  const int last = args.num_spans - 1, rounds = last == 0 ? 0 : last / 32 + 1;  // and one more for the block's own span
+  const int first = static_cast<int>(args.cut.heads_of_span.quotient(args.cut.parts.quotient(blockIdx.x)));
+  heads.sequence = min(first, last);
+  int tiles = 0;
+#pragma unroll 1
+  for (int i = 0; i <= rounds; ++i) {
+    const int idx = i < rounds ? min(32 * i + static_cast<int>(threadIdx.x % 32), last) : heads.sequence;
+    heads.work = work_of<C, true>(args, idx, {0, args.num_keys});
+    if (i == 0) tiles = __shfl_sync(kAllLanes, heads.work.units_of_item, 0);
+    if (!__all_sync(kAllLanes, heads.work.units_of_item == tiles)) return;
+  }
+  if (args.cut.parts.divisor > 1 || tiles >= args.cut.least_tiles) heads.tiles = tiles;
+}
+
 /// Does the mask hide keys within the span of a sequence's keys?
 template <class C>
 __device__ __forceinline__ bool mask_has_holes(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, int idx) {
@@ -157,7 +192,7 @@ __device__ __forceinline__ int tiles_if_alike(const KernelArgs& args, const Sequ
 /// and most of its time instructions are fetched: so what finds a sequence's work is here once.
 template <class C>
 __device__ __forceinline__ void make_schedule(const KernelArgs& args, SharedPlan<C::kWarps>& shared) {
-  if (args.scan_mask) scan_masks<C>(args, shared);
+  if (__builtin_expect(args.scan_mask, 0)) scan_masks<C>(args, shared);
   // 1. Each thread adds up some neighbouring sequences, …
   const int per_thread = (args.num_spans + C::kThreads - 1) / C::kThreads, first = threadIdx.x * per_thread;
   const int last = min(first + per_thread, args.num_spans), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
