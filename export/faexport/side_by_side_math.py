@@ -38,6 +38,7 @@ class Statistics:
     # Distances from the same without quantization, of its root mean square: of the original and of ours
     unquantized_to_old: float
     unquantized_to_new: float
+    num_flipped: float  # numbers of a quantized cache that are neighbours of the original's
 
     @classmethod
     def read(cls, array: np.ndarray) -> Statistics:
@@ -143,6 +144,25 @@ def _rows_of_ring(emit: Emit, keys: ir.Value, capacity: ir.Value, window: int) -
     return emit("Sub", keys, emit("Mul", group, times))
 
 
+def bits_of(value: ir.Value) -> int:
+    """Of a number of the quantized cache that a node gives on; 0 where the value is none."""
+    node, bits = value.producer(), {ir.DataType.INT8: 8, ir.DataType.UINT8: 4}
+    is_cache = (
+        node is not None and node.op_type in ("GroupQueryAttention", "PagedAttention") and value.index() in (1, 2)
+    )
+    return bits.get(value.dtype, 0) if is_cache and value.dtype is not None else 0
+
+
+def _apart(emit: Emit, a: ir.Value, b: ir.Value, bits: int) -> ir.Value:
+    """How far two int64 tensors of quantized numbers are apart. A byte of two numbers is as far as the farther one."""
+    if bits == 8:
+        return emit("Abs", emit("Sub", a, b))
+    sixteen = emit.constant(np.array(16))
+    high = [emit("Div", x, sixteen) for x in (a, b)]
+    low = [emit("Sub", x, emit("Mul", y, sixteen)) for x, y in zip((a, b), high, strict=True)]
+    return emit("Max", *(emit("Abs", emit("Sub", *pair)) for pair in (high, low)))
+
+
 def statistics(
     emit: Emit,
     old: ir.Value,
@@ -151,6 +171,7 @@ def statistics(
     num_bad: Sequence[ir.Value],
     *,
     exact: bool,
+    bits: int = 0,
     floats: tuple[ir.Value, ir.Value] | None = None,
 ) -> ir.Value:
     """Appends the comparison of `new` with `old`; the vector that Statistics.read takes.
@@ -159,6 +180,7 @@ def statistics(
         twin: `old` in float32.
         num_bad: counts for each tensor that they are made from.
         exact: integers or bools; they are compared as they are.
+        bits: of the numbers of a quantized cache (bits_of), where neighbours are counted by themselves.
         floats: the same without quantization, in float32, and the original's own.
     """
     infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
@@ -168,8 +190,11 @@ def statistics(
     other_sizes = emit.count(emit("Not", emit("Equal", emit("Shape", a), emit("Shape", b))))
     if exact:
         equal = emit("Equal", a, b)
-        broken, numbers = emit.count(emit("Not", equal)), emit.count(emit("Equal", equal, equal))
-        parts = [none, none, broken, none, none, numbers, none, other_sizes, *[none] * 4]
+        unequal, numbers, flipped = emit("Not", equal), emit.count(emit("Equal", equal, equal)), none
+        if bits:
+            neighbours = emit("Equal", _apart(emit, a, b, bits), emit.constant(np.array(1)))
+            unequal, flipped = emit("Xor", unequal, neighbours), emit.count(neighbours)
+        parts = [none, none, emit.count(unequal), none, none, numbers, none, other_sizes, *[none] * 4, flipped]
         return _vector(emit, parts)
     size_a, size_b = emit("Abs", a), emit("Abs", b)
     number_a, number_b = emit("Less", size_a, infinity), emit("Less", size_b, infinity)
@@ -199,7 +224,7 @@ def statistics(
         known = emit("And", both, emit("Less", emit("Abs", exact_value), infinity))
         twins = [difference(exact_value, a, known), difference(exact_value, b, known)]
     distances = [none, none] if floats is None else _distances(emit, floats[0], (floats[1], b))
-    return _vector(emit, [*parts, *twins, *distances])
+    return _vector(emit, [*parts, *twins, *distances, none])
 
 
 def _distances(emit: Emit, exact: ir.Value, others: Sequence[ir.Value]) -> list[ir.Value]:

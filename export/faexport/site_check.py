@@ -32,6 +32,9 @@ from .spec import DOMAIN
 ROUNDING_FACTOR = 2.0  # times as far from the same in float32 as the original is: the rule of FlashAttention's tests
 # Of the magnitude: an original that is so far from itself in float32 says nothing, and its error allows none of ours.
 TOO_NOISY = 0.1
+# Of the numbers of a quantized cache so many times the relative tolerance may be neighbours of the original's, since a
+# rounding in front of it may move a number over a boundary; rounding in another direction moves half of them.
+FLIPS, MOST_FLIPS = 32, 0.25
 
 
 @dataclasses.dataclass
@@ -221,6 +224,8 @@ def judge(point: Point, found: Statistics, allowed: float, label: str) -> SiteCo
         fault = "has another shape"
     elif found.num_broken and not point.dtype.startswith(("float", "bfloat")):
         fault = f"differs in {found.num_broken:.0f} elements"
+    elif found.num_flipped > min(FLIPS * allowed, MOST_FLIPS) * found.num_numbers:
+        fault = f"differs by one in {found.num_flipped:.0f} of {found.num_numbers:.0f} elements of a quantized cache"
     elif found.num_broken:
         fault = (
             f"is NaN or infinite in {found.num_broken:.0f} elements where the original is not, or the other way round"

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from . import compare, model_io, operator_library, ort_session, side_by_side, site_check
-from .nodes import all_nodes
+from .nodes import all_nodes, attribute
 from .open_sizes import excuse
 from .options import VERIFY_TIMEOUT
 from .ort_session import CannotRun, ModelFailure
@@ -277,7 +277,12 @@ def _lost_numbers(runs: Sequence[VerificationRun], excused: set[int]) -> str:
 
 def is_quantized(model: ir.Model) -> bool:
     """Does it round activations to few bits, so that a tiny difference may become a large one?"""
-    return any(node.op_type in _ROUNDS or node.op_type.startswith("QLinear") for node in all_nodes(model))
+    return any(
+        node.op_type in _ROUNDS
+        or node.op_type.startswith("QLinear")
+        or attribute(node, "k_quant_type", "NONE") != "NONE"
+        for node in all_nodes(model)
+    )
 
 
 _ROUNDS = {  # DequantizeLinear: onnxruntime may quantize the activations beside quantized weights

@@ -123,6 +123,20 @@ RIGHT = {
         fused=2,
         facts=frozenset({"padding mask [B, 1, 1, S_kv]"}),
     ),
+    "one product, two softmaxes": Form(
+        f"{QKV}, bool[B, 1, T, S] m",
+        f"""{PRODUCT} c = Constant<value = float {{0.5}}>() z = Mul(s, c) low = Constant<value = float {{-1e30}}>()
+        x = Where(m, z, low) p = Softmax<axis = -1>(x) a = MatMul(p, v) r = Softmax<axis = -1>(z) b = MatMul(r, v)
+        y = Add(a, b)""",
+        fused=2,
+    ),
+    "one product, softmaxes over its columns and its rows": Form(
+        f"{QKV}, float[B, 3, T, 8] u, bool[B, 1, 1, S] m, bool[B, 1, 1, T] n",
+        f"""{PRODUCT} st = Transpose<perm = [0, 1, 3, 2]>(s) low = Constant<value = float {{-1e30}}>()
+        x = Where(m, s, low) p = Softmax<axis = -1>(x) a = MatMul(p, v) z = Where(n, st, low)
+        r = Softmax<axis = -1>(z) b = MatMul(r, u) c = Concat<axis = 2>(a, b) y = Identity(c)""",
+        fused=2,
+    ),
 }
 
 HEADS = "together (opset"
@@ -159,6 +173,18 @@ WRONG = {
         f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) b = MatMul(p, u) c = Concat<axis = -1>(a, b)
         m = ReduceMean(p) y = Add(c, m)""",
         reason="used twice: also by ReduceMean",
+    ),
+    "one product, two softmaxes, one of which is read again": Form(
+        QKV,
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) n = Neg(s) x = Softmax<axis = -1>(n) b = MatMul(x, v)
+        m = ReduceMean(n) c = Add(a, b) y = Add(c, m)""",
+        reason="used twice",
+    ),
+    "a mask of the scores themselves": Form(
+        QKV,
+        f"""{PRODUCT} zero = Constant<value = float {{0.0}}>() low = Constant<value = float {{-1e30}}>()
+        above = Greater(s, zero) x = Where(above, s, low) p = Softmax<axis = -1>(x) y = MatMul(p, v)""",
+        reason="used twice: also by Greater",
     ),
     "a sum of exponentials that is read again": Form(
         QKV,

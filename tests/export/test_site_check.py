@@ -234,6 +234,8 @@ def statistics(**given: float) -> Statistics:
         ({"num_lost": 3.0, "num_lost_to_numbers": 1.0}, "number in 1 elements where the original is NaN"),
         ({"num_lost": 3.0, "num_lost_to_numbers": 1.0, "num_bad_inputs": 1.0}, ""),  # a hidden key's NaN
         ({"num_other_sizes": 1.0}, "another shape"),
+        ({"num_flipped": 3.0, "num_numbers": 1000.0}, ""),
+        ({"num_flipped": 4.0, "num_numbers": 1000.0}, "differs by one in 4 of 1000 elements"),
     ],
 )
 def test_what_is_wrong_with_a_comparison_is_said(given: dict, words: str) -> None:

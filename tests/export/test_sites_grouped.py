@@ -253,6 +253,12 @@ CHECKED = {
     "position ids": Form(rotary=True, position_ids=True, mask=True),
     "no cache": Form("", rotary=True),
     "sinks, softcap, window": RICH,
+    "float16 on a cache of int8": Form(
+        "int8", rotary=True, mask=True, half=True, attributes=quantized("PER_CHANNEL", 8)
+    ),
+    "float16 on a cache of int4": Form(
+        "int4", rotary=True, mask=True, half=True, attributes=quantized("PER_TENSOR", 4)
+    ),
 }
 
 
@@ -275,6 +281,8 @@ WRONG = {
     "other lengths": (dataclasses.replace(RICH, mask=False), {"nonpad_kv_seqlen": "seqlens_k"}),
     "another window of the cache": (RING, {"left_window_size": 2}),
     "the whole cache": (RING, {"cache": "write"}),
+    "interleaved on a cache of int8": (CHECKED["float16 on a cache of int8"], {"rotary_interleaved": 1}),
+    "another scale of int4": (CHECKED["float16 on a cache of int4"], {"k_scale": "v_scale"}),
 }
 
 

@@ -22,6 +22,7 @@ from faexport.surgery import Builder
 from faexport.understand.core.hiding import is_mask, with_hidden
 from faexport.understand.core.score_chain import (
     BY_WEIGHTS,
+    MAX_PATH,
     Blocked,
     Path,
     Scores,
@@ -35,6 +36,7 @@ from faexport.understand.core.softmax import Softmax, softmax_of
 from faexport.understand.core.structure import Structure, new_producers, structure_of
 from faexport.understand.core.value_chain import Values, feeds_product, find_values
 from faexport.understand.core.widening import widened
+from faexport.understand.layout.products import PRODUCT_OPS
 from faexport.understand.layout.shape_uses import rebuild
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.dims import Dim, plain, product
@@ -136,7 +138,7 @@ def _values(scores: Scores, softmax: Softmax, a) -> list[Values] | Refusal:
     values = find_values(scores, softmax, letters(scores.product), a)
     if isinstance(values, Refusal):
         return values
-    return _private(scores, values, softmax) or values
+    return _private(scores, values, softmax, a) or values
 
 
 def _with_guard(scores: Scores, values: Values, softmax, candidate, context: Context) -> AttentionSpec | Refusal:
@@ -176,9 +178,9 @@ def _dtype_name(dtype: ir.DataType | None) -> str | None:
     return None if dtype is None else dtype.name.lower()
 
 
-def _private(scores: Scores, values: list[Values], softmax: Softmax) -> Refusal | None:
-    """The scores may be read by nothing else: they would be computed a second time, and outputs of the model may not
-    go away."""
+def _private(scores: Scores, values: list[Values], softmax: Softmax, a) -> Refusal | None:
+    """The scores may be read by nothing else but further attention: they would be computed a second time, and outputs
+    of the model may not go away."""
     inside = {*scores.nodes, *softmax.inner, *(node for one in values for node in one.nodes)}
     for node in (*scores.nodes, *softmax.inner):
         what = "the attention scores are" if node in scores.nodes else f"what the softmax's {op(node)} gives is"
@@ -187,9 +189,37 @@ def _private(scores: Scores, values: list[Values], softmax: Softmax) -> Refusal 
                 return Refusal(f"{what} also an output of the model", name_of(node))
             for user in data_users(value):
                 twice = sum(given is value for given in user.inputs) > 1  # what is added to scores is the scores
-                if (user not in inside or twice) and value is not softmax.probabilities:
+                if user in inside and not twice or value is softmax.probabilities:
+                    continue
+                if twice or node not in scores.nodes or not _is_for_another_site(user, scores.product.node, softmax, a):
                     return Refusal(f"{what} used twice: also by {op(user)}", name_of(user))
     return None
+
+
+def _is_for_another_site(node: ir.Node, scores: ir.Node, own: Softmax, a) -> bool:
+    """Is `node`, which reads what this product gives, on the way to another softmax of it that weighs values, and to
+    nothing else, such as a mask for its own?
+
+    Exporters merge equal products, and attention in both directions has one product for its two softmaxes.
+    """
+    found, pending, seen = False, [node], {node}
+    while pending and len(seen) < MAX_PATH:
+        node = pending.pop()
+        softmax = softmax_of(node, a)
+        if softmax is not None:
+            path = find_scores(softmax, a)
+            if not isinstance(path, Path) or path.product.node is not scores:
+                return False
+            if softmax.flaw or softmax.node is own.node or not feeds_product(softmax, a, of_product=True):
+                return False
+            found = True
+            continue
+        users = [user for value in node.outputs for user in data_users(value)]
+        if op(node) in PRODUCT_OPS or not users or any(value.is_graph_output() for value in node.outputs):
+            return False
+        pending += [user for user in users if user not in seen]
+        seen.update(users)
+    return found and not pending
 
 
 def _score_shape(
