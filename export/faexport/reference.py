@@ -245,6 +245,8 @@ def _run_drawn(
         others = settings.doubts(plain, assumed, random, any_numbers=any_numbers)
         doubts += [item for item in others if item.shapes not in tried]
     _run_original(reference, doubts, on_amount, doubts=True)
+    if reference.compared[reference.num_given :] and reference.num_telling < 2:
+        _try_lengths(reference, specs, assumed, random)
 
 
 def _has_step(reference: Reference, start: int) -> bool:
@@ -363,8 +365,9 @@ def _try_lengths(
     reference: Reference, specs: Sequence[model_inputs.InputSpec], assumed: Assumed, random: np.random.Generator
 ) -> None:
     """Adds the first plans of another length that the original runs on, if there are any."""
+    tried = [item.shapes for item in reference.sets]
     for length in settings.FALLBACK_LENGTHS:
-        sets = settings.plans(specs, assumed, random, length)
+        sets = [item for item in settings.plans(specs, assumed, random, length) if item.shapes not in tried]
         before = len(reference.sets)
         _run_original(reference, sets, lambda done, total: None)
         if any(index >= before for index in reference.compared):

@@ -24,7 +24,7 @@ PLANS = (
     (Sizes(batch=3, length=33, past=8), MaskPattern.RANDOM),
     (Sizes(batch=1, length=7, past=12), MaskPattern.ONES),
 )
-FALLBACK_LENGTHS = (32, 64, 224, 400, 518)  # image sides, audio samples: where the original refuses the plan's length
+FALLBACK_LENGTHS = (32, 64, 224, 400, 518)  # image sides, audio samples: where the original refuses shorter ones
 LARGE = 12.0  # times the usual inputs: scores around 1e3
 MOST_DOUBTS = 40
 ANY_NUMBERS = "not only 0 and 1"  # what the label of a set with such masks says of them

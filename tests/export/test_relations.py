@@ -161,6 +161,16 @@ def test_one_setting_is_too_few_and_the_sentence_says_why_and_what_to_do(tmp_pat
     assert sum("does not run on" in run.skipped for run in result.runs) == len(result.runs) - 1 > 5
 
 
+def test_longer_inputs_are_tried_where_one_setting_alone_is_long_enough(tmp_path: pathlib.Path) -> None:
+    """As in models of sound, whose convolutions need some samples."""
+    text = """<ir_version: 9, opset_import: ["" : 17]> g (float[b, n] x) => (float[b] y) <int64 last = {19}>
+    { y = Gather <axis = 1> (x, last) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
+    result = verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    assert result.status is VerificationStatus.PASSED
+    assert {"b=3, n=33", "b=2, n=32"} <= {run.label for run in result.runs if run.outputs}
+
+
 # ---------------------------------------------------------------------------------------------- bench
 
 
