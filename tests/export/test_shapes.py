@@ -189,3 +189,23 @@ def test_names_with_remainders_are_read() -> None:
     for n in range(40):
         known = dict.fromkeys(algebra.atoms(padded.expr, "sym"), n)
         assert evaluate(padded.expr, known) == -(-(n // 2) // 4) * 4
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "y = Transpose <perm = [0, 1, 2]> (x)",
+        "y = Transpose <perm = [0]> (x)",
+        "y = Unsqueeze (x, five)",
+        "y = Unsqueeze (x, twice)",
+        "y = Slice (x, two, five)",
+        "y = Slice (x, five, five, five)",
+        "y = Slice (x, five, five, none, twice)",
+    ],
+)
+def test_a_node_that_is_impossible_is_no_defect_of_ours(node: str) -> None:
+    """onnxruntime loads a file with such a node where it can't infer the shapes in front of it."""
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> main (float[b, s] x) => (float y)
+    <int64[1] five = {{5}}, int64[2] two = {{0, 0}}, int64[2] twice = {{1, 1}}> {{ {node} }}""".replace(", none", ", ")
+    analysis = Analysis(ir.serde.deserialize_model(onnx.parser.parse_model(text)))
+    assert not analysis.defects

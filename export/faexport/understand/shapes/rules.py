@@ -161,6 +161,8 @@ def _transpose(node, a):
     if shape is None:
         return [tuple(Dim.unknown("transpose") for _ in perm)] if perm else None
     perm = perm or range(len(shape))[::-1]
+    if len(perm) != len(shape):
+        return None
     return [tuple(shape[i] for i in perm)]
 
 
@@ -220,6 +222,8 @@ def _unsqueeze(node, a):
     if rank > MAX_RANK:
         return None
     new = {resolve_axis(x, rank) for x in axes}
+    if len(new & set(range(rank))) != len(axes):
+        return None
     rest = iter(shape)
     return [tuple(ONE if i in new else next(rest) for i in range(rank))]
 
@@ -336,9 +340,12 @@ def slice_of(node: ir.Node, a: Known, shape: Shape) -> list[tuple[int, Dim, Dim,
     steps = constant_ints(node, a, 4, "steps") or [1] * len(starts)
     if axes is None and operand(node, 3) is not None:
         return None
+    axes = [resolve_axis(axis, len(shape)) for axis in axes or range(len(starts))]
+    is_possible = set(axes) <= set(range(len(shape))) and len({len(x) for x in (starts, ends, axes, steps)}) == 1
+    if not is_possible:
+        return None
     result = []
-    for start, end, axis, step in zip(starts, ends, axes or range(len(starts)), steps, strict=True):
-        axis = resolve_axis(axis, len(shape))
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         piece = _slice_axis(start, end, shape[axis], step)
         if piece is None:
             return None
@@ -382,9 +389,8 @@ def _slice(node, a):
             dims[axis] = size
         return [tuple(dims)]
     axes = constant_ints(node, a, 3, "axes")
-    for axis in range(len(shape)) if axes is None else axes:
-        dims[resolve_axis(axis, len(shape))] = Dim.unknown("slice")
-    return [tuple(dims)]
+    changed = range(len(shape)) if axes is None else {resolve_axis(axis, len(shape)) for axis in axes}
+    return [tuple(Dim.unknown("slice") if axis in changed else d for axis, d in enumerate(dims))]
 
 
 @shape_of("Gather")
