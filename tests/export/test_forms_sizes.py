@@ -119,6 +119,11 @@ def five_axes(opset: int, body: str = "x = Add(s, bias)", sizes: tuple[str, str,
     )
 
 
+# Where the rows of a table begin of which there are as many as queries, counted from its end.
+LAST_ROWS = """rows = Shape<start = 2, end = 3>(q) from = Neg(rows)
+end = Constant<value = int64[1] {9223372036854775807}>()
+first = Constant<value = int64[1] {0}>() one = Constant<value = int64[1] {1}>()"""
+
 RIGHT = {
     "layers behind a buffer that is longer than any input": behind_a_buffer(20),
     "layers behind a buffer that cuts inputs off": behind_a_buffer(7),
@@ -180,6 +185,21 @@ RIGHT = {
     "uint8 below 0": cast(
         "uint8",
         "c = Constant<value = uint8 {1}>() a = Sub(m, c) d = Constant<value = uint8 {200}>() keep = Greater(a, d)",
+    ),
+    "a bias cut to its last rows, which are all": Form(
+        f"{QKV.replace('S', 'T')}, float[3, T, T] b",
+        f"{LAST_ROWS} {PRODUCT} r = Slice(b, from, end, one) x = Add(s, r) p = Softmax<axis = -1>(x) y = MatMul(p, v)",
+        gone=frozenset({"Softmax", "Expand"}),
+    ),
+    "a bias cut to the rows behind a past": Form(
+        f"{QKV.replace('S', 'T')}, float[B, 3, P, 8] pk, float[B, 3, P, 8] pv",
+        f"""{LAST_ROWS} kk = Concat<axis = 2>(pk, k) vv = Concat<axis = 2>(pv, v)
+        kt = Transpose<perm = [0, 1, 3, 2]>(kk) s = MatMul(q, kt) keys = Shape<start = 2, end = 3>(kk)
+        n = Squeeze(keys) zero = Constant<value = int64 {{0}}>()
+        step = Constant<value = int64 {{1}}>() j = Range(zero, n, step) i = Unsqueeze(j, one) d = Sub(i, j)
+        f = Cast<to = 1>(d) c = Cos(f) r = Slice(c, from, end, first) x = Add(s, r) p = Softmax<axis = -1>(x)
+        y = MatMul(p, vv)""",
+        gone=frozenset({"Softmax", "Expand"}),
     ),
 }
 

@@ -51,6 +51,9 @@ class Numbers:
     def _max(self, e: Expr) -> int:
         return max(map(self, e.args))
 
+    def _last(self, e: Expr) -> int:
+        return self(e.args[0]) or self(e.args[1])
+
     def _meet(self, e: Expr) -> int:
         return max(map(self, e.args))
 
@@ -112,6 +115,12 @@ class Numbers:
         return int(functions[e.args[0]](*args))
 
 
+# All places of some rows i and columns q, as TorchScript lists them for x[:, q] = …; s is the shape of the part.
+PLACES = "n = Shape(x) {'end': 1}; m = Squeeze(n); i = Range(0, m, 1); p = Unsqueeze(i, [1]);"
+LISTED = (
+    "a = Expand(p, s); b = Expand(q, s); d = Unsqueeze(a, [2]); e = Unsqueeze(b, [2]); c = Concat(d, e) {'axis': 2};"
+)
+
 # Each case: lines "result = Op(inputs) {attributes}" over INPUTS and integer constants written as numbers or lists.
 CASES = {
     "Identity": "a = Neg(x); r = Identity(a)",
@@ -137,6 +146,11 @@ CASES = {
     "GatherElements": "i = Mul(x, 0); r = GatherElements(x, i) {'axis': 1}",
     "GatherND": "i = Range(0, 2, 1); a = Unsqueeze(i, [1]); r = GatherND(y, a)",
     "ScatterND": "z = Mul(x, 0); s = Slice(z, [0], [1], [0]); r = ScatterND(x, [[1]], s)",
+    "ScatterND of all places": f"{PLACES} s = Shape(x); w = Gather(s, 1); q = Range(0, w, 1); {LISTED} "
+    "u = Neg(x); r = ScatterND(x, c, u)",
+    "ScatterND of a part": f"{PLACES} s = Concat(n, [2]) {{'axis': 0}}; q = Range(1, 3, 1); {LISTED} "
+    "z = Neg(x); u = Slice(z, [1], [3], [1]); r = ScatterND(x, c, u)",
+    "Slice from a size to the end": "t = Shape(x) {'end': 1}; n = Neg(t); r = Slice(x, n, [9223372036854775807], [1])",
     "Trilu lower": "r = Trilu(past) {'upper': 0}",
     "Trilu upper": "r = Trilu(past, 1)",
     "Range": "n = Size(x); r = Range(2, n, 3)",
@@ -199,7 +213,7 @@ def parse(text: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
         output, call = line.split(" = ", 1)
         op_type, rest = call.split("(", 1)
         inner, _, attributes = rest.rpartition(")")
-        given = eval(f"[{inner}]", {name: name for name in [*INPUTS, *"rstuaboncziwdev"]})
+        given = eval(f"[{inner}]", {name: name for name in [*INPUTS, *"rstuaboncziwdevmpq"]})
         names = []
         for item in given:
             if isinstance(item, str):

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from faexport.nodes import operand
 from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Element, Interpreter, transfer
-from faexport.understand.index.tensor import Index, Shape, Unknown, attribute, from_list
+from faexport.understand.index.tensor import Index, Shape, Tensor, Unknown, attribute, from_list
 from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.rules import constant_ints, slice_of, split_sizes
@@ -313,12 +313,17 @@ def gather_nd(ctx: Interpreter, node: ir.Node) -> Element:
 
 @transfer("ScatterND")
 def scatter_nd(ctx: Interpreter, node: ir.Node) -> Element:
-    """An update of whole rows at constant places, as the exporters write `x[k] = y`; else opaque."""
+    """An update of whole rows at constant places, as the exporters write `x[k] = y`, or of a part that is cut out along
+    some axes, `x[:, a : a + n] = y`, of which TorchScript lists all places; else opaque."""
     x, indices, updates = (ctx.input(node, k) for k in range(3))
-    if attribute(node, "reduction", "none") != "none" or indices.rank != 2 or ia.value_of(indices.shape[1]) != 1:
+    depth = ia.value_of(indices.shape[-1])
+    if attribute(node, "reduction", "none") != "none" or depth is None:
         raise Unknown
+    starts = _starts_of_part(indices, depth) if indices.rank == depth + 1 else None
+    if starts is not None:
+        return _with_part(x, updates, starts)
     rows = ia.value_of(indices.shape[0])
-    if rows is None or rows > 8:
+    if indices.rank != 2 or depth != 1 or rows is None or rows > 8:
         raise Unknown
 
     def element(index: Index) -> Expr:
@@ -329,6 +334,32 @@ def scatter_nd(ctx: Interpreter, node: ir.Node) -> Element:
                 return il.load(node.outputs[0], index, x.kind)
             result = il.choose(il.eq0(ia.sub(index[0], row)), updates.at((ia.const(k), *index[1:])), result)
         return result
+
+    return element
+
+
+def _starts_of_part(indices: Tensor, depth: int) -> Index | None:
+    """Where the element at u has the place u + start, for all u, the start; None where that isn't so."""
+    at = tuple(ia.var(f"updated {axis}", (size,)) for axis, size in enumerate(indices.shape[:-1]))
+    places = [indices.at((*at, ia.const(k))) for k in range(depth)]
+    if any(place.kind != "int" for place in places):
+        return None
+    starts = tuple(ia.sub(place, u) for place, u in zip(places, at, strict=True))
+    is_start = (not ia.variables(x) and not ia.atoms(x, "load") and ia.is_nonnegative(x) for x in starts)
+    return starts if all(is_start) else None
+
+
+def _with_part(x: Tensor, updates: Tensor, starts: Index) -> Element:
+    """`x` with the updates from these places on."""
+
+    def element(index: Index) -> Expr:
+        own = tuple(ia.sub(i, start) for i, start in zip(index, starts, strict=False))
+        inside = il.TRUE
+        for i, start, size, whole in zip(own, starts, updates.shape, x.shape, strict=False):
+            if start is not ia.ZERO or size is not whole:
+                inside = il.all_of([inside, il.ge0(i), il.ge0(ia.sub(ia.sub(size, ia.ONE), i))])
+        new = updates.at((*own, *index[len(own) :]))
+        return new if inside is il.TRUE else il.choose(inside, new, x.at(index))
 
     return element
 

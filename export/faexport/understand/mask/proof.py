@@ -25,9 +25,10 @@ from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.site import NotAMask, Site
 from faexport.understand.mask.strategies import mask_of
-from faexport.understand.shapes.algebra import Expr, at_least_one
+from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim
+from faexport.understand.shapes.limits import at_least_one
 
 
 class _Shared:

@@ -163,6 +163,14 @@ def _extreme(op: str, a: Expr, b: Expr, ahead: Expr) -> Expr:
     return of_atom(make(op, tuple(sorted((a, b), key=lambda e: e.serial)), "int"))
 
 
+def last(count: Expr, whole: Expr) -> Expr:
+    """The number of elements of axis[-count:] where the axis has `whole`, count >= 0: all for 0, as -0 is the start."""
+    kept = minimum(count, whole)
+    if kept is whole or value_of(kept) == 0:
+        return whole
+    return kept if is_positive(kept) else of_atom(make("last", (kept, whole), "int"))
+
+
 def absolute(a: Expr) -> Expr:
     if is_nonnegative(a):
         return a
@@ -229,18 +237,6 @@ def pushed(expr: Expr) -> Expr:
     rest = sub(expr, scale(of_atom(atom), c))
     a, b = (pushed(add(rest, scale(pushed(x), c))) for x in atom.args)
     return minimum(a, b) if (atom.op == "min") == (c > 0) else maximum(a, b)
-
-
-def at_least_one(size: Expr) -> set[Expr]:
-    """The atoms that are 1 or more where an axis of this size has an element."""
-    if len(size.args) != 1:
-        return set()
-    found: set[Expr] = set()
-    for atom in size.args[0][0]:
-        found.add(atom)
-        if atom.op in ("meet", "min"):  # 1 or more only where each part is
-            found.update(a for x in atom.args for a in at_least_one(x))
-    return found
 
 
 def replace(size: Expr, known: Mapping[Expr, Expr]) -> Expr:
@@ -336,6 +332,7 @@ def modulo(a: Expr, b: Expr) -> Expr:
 SIZE_ATOMS: dict[str, Callable[..., Expr]] = {
     "min": minimum,
     "max": maximum,
+    "last": last,
     "abs": absolute,
     "floordiv": floordiv,
     "meet": lambda *x: meet_all(x),
@@ -350,6 +347,8 @@ def _upper(atom: Expr) -> Sequence[Expr]:
         return [sub(size, ONE) for size in atom.args[1]]
     if atom.op == "min":
         return atom.args
+    if atom.op == "last":
+        return atom.args[1:]
     if atom.op == "floordiv":
         known, below_zero = value_of(atom.args[1]), neg(atom.args[0])
         if is_nonnegative(below_zero):  # any quotient of a number below 0 is at most -1 when rounded down
@@ -371,6 +370,8 @@ def _lower(atom: Expr) -> Sequence[Expr]:
         return [ZERO]
     if atom.op == "max":
         return atom.args
+    if atom.op == "last":
+        return atom.args[:1]
     if atom.op in ("min", "meet"):
         return [ONE] if all(map(is_positive, atom.args)) else [ZERO] if all(map(is_nonnegative, atom.args)) else []
     if atom.op == "floordiv":

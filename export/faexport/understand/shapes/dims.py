@@ -83,6 +83,10 @@ class Dim:
     def maximum(self, other: int | Dim) -> Dim:
         return Dim(algebra.maximum(self.expr, Dim.of(other).expr))
 
+    def last(self, count: Dim) -> Dim:
+        """How many elements an axis of this size has from `-count` on, where that is a number above or equal to 0."""
+        return Dim(algebra.last(count.expr, self.expr))
+
     def is_at_least(self, other: int | Dim) -> bool:
         """Is it proven that this is never below `other`?"""
         return algebra.is_nonnegative(algebra.sub(self.expr, Dim.of(other).expr))

@@ -10,6 +10,7 @@ from faexport.understand.shapes.algebra import Expr
 _OPERATIONS: dict[str, Callable[..., int]] = {
     "min": min,
     "max": max,
+    "last": lambda count, whole: count or whole,
     "abs": abs,
     "floordiv": lambda a, b: a // b,
 }

@@ -65,3 +65,15 @@ def limits_of(shapes: Sequence[Shape | None]) -> dict[Expr, Expr]:
                 if size in met and is_nonnegative(sub(most, const(2))):
                     found[size] = most
     return found
+
+
+def at_least_one(size: Expr) -> set[Expr]:
+    """The atoms that are 1 or more where an axis of this size has an element."""
+    if len(size.args) != 1:
+        return set()
+    found: set[Expr] = set()
+    for atom in size.args[0][0]:
+        found.add(atom)
+        if atom.op in ("meet", "min"):  # 1 or more only where each part is
+            found.update(a for x in atom.args for a in at_least_one(x))
+    return found

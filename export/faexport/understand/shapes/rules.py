@@ -360,6 +360,9 @@ def _slice_axis(start: Dim, end: Dim, size: Dim, step: int) -> tuple[Dim, Dim] |
         whole = whole or start == size - 1
         return (size - 1, size) if step == -1 and whole and end.const is not None and end.const <= -_HUGE else None
     begin, stop = _clamped(start, size), _clamped(end, size)
+    if begin is None and step == 1 and stop == size and (-start).is_at_least(0):
+        length = size.last(-start)
+        return size - length, length
     if begin is None or stop is None:
         return None
     length = Dim(algebra.pushed((stop - begin).expr)).maximum(0)
