@@ -180,7 +180,7 @@ def make_reference(
         assumed = dataclasses.replace(assumed, full_rows=True)
     random = np.random.default_rng(seed)
     try:
-        specs = model_inputs.input_specs(reference.model)
+        specs = relations.with_channels(model_inputs.input_specs(reference.model), reference.model)
         sets = list(decoders.steps(decoder, specs, random)) if decoder else []
     except model_inputs.UnsupportedInput as error:
         if not given:

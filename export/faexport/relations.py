@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from . import inputs
 from .inputs import Drawing, InputSpec, Sizes
-from .nodes import all_nodes, attribute, op, operand
+from .nodes import all_nodes, attribute, op, operand, producer
 from .understand.shapes import algebra
 from .understand.shapes.algebra import Expr
 from .understand.shapes.analysis import Analysis
@@ -37,6 +37,25 @@ _TRIED = Sizes(batch=2, length=6, past=3)  # all different, and so is the sum
 _PRODUCTS = ("MatMul", "MatMulInteger")
 
 Runs = Callable[[Mapping[str, np.ndarray]], bool]
+
+
+def with_channels(specs: Sequence[InputSpec], model: ir.Model) -> list[InputSpec]:
+    """The inputs with as many channels as the convolutions that read them have weights for, where a file names these
+    too, as optimum's do of images."""
+    known: dict[str, int] = {}
+    dims = {spec.name: spec.dims for spec in specs}
+    for node in model.graph:
+        if op(node) != "Conv" or not (value := operand(node, 0)) or not (weight := operand(node, 1)):
+            continue
+        while (before := producer(value)) is not None and op(before) in ("Cast", "Identity") and before.inputs[0]:
+            value = before.inputs[0]
+        shape = weight.shape
+        if value.is_graph_input() and shape is not None and isinstance(shape[1], int) and value.name in dims:
+            known[str(dims[value.name][1])] = shape[1] * attribute(node, "group", 1)
+    return [
+        dataclasses.replace(spec, dims=tuple(known.get(str(dim), dim) for dim in spec.dims)) if known else spec
+        for spec in specs
+    ]
 
 
 def fitting(specs: Sequence[InputSpec], model: ir.Model, runs: Runs) -> list[InputSpec] | None:

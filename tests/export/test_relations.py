@@ -171,6 +171,16 @@ def test_longer_inputs_are_tried_where_one_setting_alone_is_long_enough(tmp_path
     assert {"b=3, n=33", "b=2, n=32"} <= {run.label for run in result.runs if run.outputs}
 
 
+def test_an_image_has_the_channels_of_its_convolution(tmp_path: pathlib.Path) -> None:
+    """optimum names each size of an image; without this one, hundreds of channels are tried, and none fits."""
+    text = """<ir_version: 9, opset_import: ["" : 17]> g (float[b, c, h, w] x) => (float[b, 2, i, j] y)
+    <float[2, 3, 1, 1] weight = {1, 2, 3, 4, 5, 6}> { z = Identity (x) y = Conv (z, weight) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
+    result = verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    assert result.status is VerificationStatus.PASSED
+    assert {run.inputs["x"][1] for run in result.runs} == {3}
+
+
 # ---------------------------------------------------------------------------------------------- bench
 
 
