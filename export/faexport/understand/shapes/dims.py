@@ -84,7 +84,7 @@ class Dim:
         return Dim(algebra.maximum(self.expr, Dim.of(other).expr))
 
     def last(self, count: Dim) -> Dim:
-        """How many elements an axis of this size has from `-count` on, where that is a number above or equal to 0."""
+        """How many elements axis[-count:] takes of an axis of this size, count >= 0."""
         return Dim(algebra.last(count.expr, self.expr))
 
     def is_at_least(self, other: int | Dim) -> bool:
