@@ -2,7 +2,8 @@
 // Values of hidden keys never reach a result. Tensor cores multiply a value that a row must not see by a weight of 0, which keeps
 // it out of the sum unless the value is infinite or NaN: then the output becomes NaN, although the row's weights are numbers.
 // Where keys are hidden within a tile, kernels search their output for such rows (has_spoilt_row), and once it is written they
-// call mend_row(), which computes a row anew from the keys that it sees: slow, and as rare as such values.
+// call mend_row(), which computes a row anew from the keys that it sees: slow, and as rare as such values. NOTE: every instance of
+// every kernel has a copy of it, so its loops are not unrolled: the compiler would spend a third of its time on them.
 #pragma once
 
 #include "fa/attention.h"
@@ -55,7 +56,9 @@ struct RowView {
     }
     return !p.bias.present || key < p.bias.shape[3];
   }
-  __device__ __forceinline__ int64_t key_head() const { return head / (p.query.shape[1] / p.key.shape[1]); }
+  __device__ __forceinline__ int64_t key_head() const {  // in 32 bits: a 64-bit division is a hundred instructions
+    return head / (static_cast<int>(p.query.shape[1]) / static_cast<int>(p.key.shape[1]));
+  }
   __device__ __forceinline__ T* row_of(const TensorView& view, int64_t its_head, int64_t its_row) const {
     return static_cast<T*>(view.data) + sequence.batch_idx * view.stride[0] + its_head * view.stride[1] +
            its_row * view.stride[2];
@@ -68,7 +71,7 @@ struct RowView {
     const T* q = row_of(p.query, head, sequence.first_row + row);
     const T* k = row_of(p.key, key_head(), sequence.first_key + key);
     float dot = 0.0f;
-#pragma unroll 4
+#pragma unroll 1
     for (int column = 0; column < p.query.shape[3]; ++column) dot = fmaf(query(q, column), to_float(k[column]), dot);
     float scale = p.softmax_scale;
     if constexpr (__is_same(T, Float8)) scale = descaled_softmax_scale(p, sequence_idx, head, key_head());
@@ -81,8 +84,8 @@ struct RowView {
   }
 };
 
-/// Of the widest heads, those of a lane.
-inline constexpr int kColumnsOfLane = 512 / 32;
+/// Columns that a lane mends at a time.
+inline constexpr int kColumnsOfLane = 4;
 
 /// Softmax over the keys that the row sees. columns: of the sum of values, weighted by exp(score - max), the columns first_column
 /// + lane + 32 i below end_column. For a whole warp.
@@ -163,7 +166,7 @@ struct OutputRow<Float8> {
   }
 };
 
-/// Computes those of the columns first_column … end_column - 1 of a row's output anew that are NaN. For a whole warp.
+/// Computes those of the columns first_column … end_column - 1 of a row's output anew that are NaN, 128 at a time. For a whole warp.
 template <class T>
 __device__ __noinline__ void mend_row(const AttentionParams& p, const SequenceRule& sequences, int sequence_idx, int head,
                                       int row, int first_column, int end_column) {
@@ -171,18 +174,25 @@ __device__ __noinline__ void mend_row(const AttentionParams& p, const SequenceRu
   if (row < 0 || row >= sequence.query_length) return;
   const RowView<T> view{p, sequence, sequence_idx, head, row};
   const OutputRow<T> out(view, p.out);
-  bool is_nan = false;
-  for (int i = first_column + threadIdx.x % 32; i < end_column; i += 32) is_nan |= out.is_nan(i);
-  if (!__any_sync(kAllLanes, is_nan)) return;
-  float columns[kColumnsOfLane];
-  const SoftmaxState keys = attend_seen(view, first_column, end_column, columns);
   const float sink = p.sinks.present ? static_cast<const float*>(p.sinks.data)[head * p.sinks.stride[0]] : -INFINITY;
-  const SoftmaxState all = add_sink(keys, sink);
-  const float factor = rescale_factor(keys.max, all.max) * normalizer(all) * out.factor(view);
+#pragma unroll 1
+  for (; first_column < end_column; first_column += 32 * kColumnsOfLane) {
+    bool is_nan[kColumnsOfLane], any = false;
 #pragma unroll
-  for (int j = 0; j < kColumnsOfLane; ++j) {
-    const int column = first_column + threadIdx.x % 32 + 32 * j;
-    if (column < end_column && out.is_nan(column)) out.store(column, columns[j] * factor);
+    for (int j = 0; j < kColumnsOfLane; ++j) {
+      const int column = first_column + threadIdx.x % 32 + 32 * j;
+      is_nan[j] = column < end_column && out.is_nan(column);
+      any |= is_nan[j];
+    }
+    if (!__any_sync(kAllLanes, any)) continue;
+    float columns[kColumnsOfLane];
+    const SoftmaxState keys = attend_seen(view, first_column, end_column, columns);
+    const SoftmaxState all = add_sink(keys, sink);
+    const float factor = rescale_factor(keys.max, all.max) * normalizer(all) * out.factor(view);
+#pragma unroll
+    for (int j = 0; j < kColumnsOfLane; ++j) {
+      if (is_nan[j]) out.store(first_column + threadIdx.x % 32 + 32 * j, columns[j] * factor);
+    }
   }
 }
 

@@ -18,19 +18,27 @@ __host__ __device__ __forceinline__ bool is_alike_for_rows(const TensorView& mas
   return mask.shape[2] == 1 || mask.stride[2] == 0;
 }
 
+/// A bit for each of four bytes that is not 0.
+__device__ __forceinline__ uint32_t bits_of_bytes(uint32_t bytes) {
+  return ((__vcmpne4(bytes, 0) & 0x01010101u) * 0x01020408u) >> 24;
+}
+/// … for each of 16 bytes.
+__device__ __forceinline__ uint32_t bits_of_bytes(const uint4& bytes) {
+  return bits_of_bytes(bytes.x) | bits_of_bytes(bytes.y) << 4 | bits_of_bytes(bytes.z) << 8 | bits_of_bytes(bytes.w) << 12;
+}
+
 /// True keys among those looked at so far: the first, one past the last, how many. first > end: there is none.
 struct TrueKeys {
   int first, end, count;
 
   static __device__ __forceinline__ TrueKeys none(int num_keys) { return {num_keys, 0, 0}; }
 
-  /// Four mask bytes, the lowest for `key`.
-  __device__ __forceinline__ void add4(uint32_t bytes, int key) {
-    const uint32_t set = __vcmpne4(bytes, 0);
-    if (set == 0) return;
-    first = min(first, key + (__ffs(set) - 1) / 8);
-    end = max(end, key + 4 - __clz(set) / 8);
-    count += __popc(set) / 8;
+  /// Bit i: key + i.
+  __device__ __forceinline__ void add(uint32_t bits, int key) {
+    if (bits == 0) return;
+    first = min(first, key + __ffs(bits) - 1);
+    end = max(end, key + 32 - __clz(bits));
+    count += __popc(bits);
   }
 
   /// Those of all lanes.
@@ -48,21 +56,23 @@ struct TrueKeys {
 };
 
 /// The part of thread `thread` of kThreads in keys 0 … num_keys - 1 of mask row `data`: 16 bytes at a time where they are
-/// aligned.
+/// aligned, else 4.
 template <int kThreads>
 __device__ __forceinline__ TrueKeys scan_mask_row(const uint8_t* data, int64_t stride, int num_keys, int thread) {
   TrueKeys keys = TrueKeys::none(num_keys);
   const bool wide = stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   const int num_wide = wide ? num_keys / 16 * 16 : 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int key = thread * 16; key < num_wide; key += kThreads * 16) {
-    const uint4 bytes = *reinterpret_cast<const uint4*>(data + key);
-    keys.add4(bytes.x, key);
-    keys.add4(bytes.y, key + 4);
-    keys.add4(bytes.z, key + 8);
-    keys.add4(bytes.w, key + 12);
+    keys.add(bits_of_bytes(*reinterpret_cast<const uint4*>(data + key)), key);
   }
-  for (int key = num_wide + thread; key < num_keys; key += kThreads) keys.add4(data[key * stride], key);
+#pragma unroll 1
+  for (int key = num_wide + thread * 4; key < num_keys; key += kThreads * 4) {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits |= (key + i < num_keys && data[(key + i) * stride] != 0 ? 1u : 0u) << i;
+    keys.add(bits, key);
+  }
   return keys;
 }
 

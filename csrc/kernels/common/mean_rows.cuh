@@ -13,6 +13,7 @@ template <class T>
 __device__ __forceinline__ bool sees_a_key(const RowView<T>& view) {
   const KeyRange keys = view.sequence.mask.key_range(view.row, view.row);
   bool sees = false;
+#pragma unroll 1
   for (int64_t key = keys.begin + threadIdx.x % 32; key < keys.end; key += 32) sees |= view.may_see(key);
   return __any_sync(kAllLanes, sees);
 }
@@ -28,14 +29,12 @@ __device__ __noinline__ void write_empty_rows(const AttentionParams& p, const Se
   if (begin >= end) return;
   const RowView<T> view{p, sequence, sequence_idx, head, begin};
   // 1. Which of the rows, a bit each, see no key? Without windows one stands for all.
+  const bool rows_alike = p.window_left < 0 && p.window_right < 0;
   uint64_t empty = 0;
-  if (p.window_left < 0 && p.window_right < 0) {
-    empty = sees_a_key(view) ? 0 : ~uint64_t{0};
-  } else {
-    for (int row = begin; row < end; ++row) {
-      const RowView<T> its{p, sequence, sequence_idx, head, row};
-      if (!sees_a_key(its)) empty |= uint64_t{1} << (row - begin);
-    }
+#pragma unroll 1
+  for (int row = begin; row < (rows_alike ? begin + 1 : end); ++row) {
+    const RowView<T> its{p, sequence, sequence_idx, head, row};
+    if (!sees_a_key(its)) empty |= rows_alike ? ~uint64_t{0} : uint64_t{1} << (row - begin);
   }
   if (empty == 0) return;
   // 2. The mean, of one row where that is given: each lane has every 32nd column.
@@ -44,12 +43,14 @@ __device__ __noinline__ void write_empty_rows(const AttentionParams& p, const Se
   const T* values = given ? static_cast<const T*>(p.empty_row_value.data) + head * p.empty_row_value.stride[0]
                           : view.row_of(p.value, view.key_head(), sequence.first_key);
   const int64_t count = given ? 1 : sequence.num_keys;
+#pragma unroll 1
   for (int column = lane; column < columns; column += 32) {
     float sum = 0.0f;
 #pragma unroll 8
     for (int64_t key = 0; key < count; ++key) sum += to_float(values[key * p.value.stride[2] + column]);
     const float mean = sum / static_cast<float>(count);
     // 3. To these rows.
+#pragma unroll 1
     for (int row = begin; row < end; ++row) {
       if ((empty >> (row - begin) & 1) == 0) continue;
       const RowView<T> its{p, sequence, sequence_idx, head, row};

@@ -5,6 +5,7 @@
 
 #include "kernels/common/convert.cuh"
 #include "kernels/common/exp2.cuh"
+#include "kernels/common/mask_span.cuh"
 #include "kernels/common/mma.cuh"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/tma.cuh"
@@ -162,11 +163,6 @@ __device__ __forceinline__ KeyBits<kTileN> key_span(int begin, int end) {
   return span;
 }
 
-/// A bit for each of four bytes that is not 0.
-__device__ __forceinline__ uint32_t bits_of_bytes(uint32_t bytes) {
-  return ((__vcmpne4(bytes, 0) & 0x01010101u) * 0x01020408u) >> 24;
-}
-
 /// Are the rows of a mask 16-byte aligned throughout?
 __device__ __forceinline__ bool mask_is_aligned(const TensorView& mask) {
   const uint64_t all = reinterpret_cast<uint64_t>(mask.data) | mask.stride[0] | mask.stride[1] | mask.stride[2];
@@ -184,9 +180,7 @@ __device__ __forceinline__ KeyBits<kTileN> mask_bits(const TensorView& mask, int
 #pragma unroll
     for (int i = 0; i < seen.kWords; ++i) {
       if (i % 2 != lane / 2) continue;  // lanes 0 and 1 read the even words, 2 and 3 the odd ones
-      const uint4 bytes = *reinterpret_cast<const uint4*>(data + first_key + 32 * i + lane % 2 * 16);
-      const uint32_t bits =
-          bits_of_bytes(bytes.x) | bits_of_bytes(bytes.y) << 4 | bits_of_bytes(bytes.z) << 8 | bits_of_bytes(bytes.w) << 12;
+      const uint32_t bits = bits_of_bytes(*reinterpret_cast<const uint4*>(data + first_key + 32 * i + lane % 2 * 16));
       seen.word[i] = bits << lane % 2 * 16;
     }
 #pragma unroll
