@@ -32,6 +32,12 @@ __device__ __forceinline__ bool has_spoilt_row(const float (&out)[kCount], const
   return found;
 }
 
+/// Sequence `idx`, for code that rarely runs: SequenceRule::at() is 300 instructions.
+template <class Rule>
+__device__ __noinline__ Sequence sequence_at(const Rule& rule, int idx) {
+  return rule.at(idx);
+}
+
 /// One query row, and what it has to do with a key.
 template <class T>
 struct RowView {
@@ -170,7 +176,7 @@ struct OutputRow<Float8> {
 template <class T>
 __device__ __noinline__ void mend_row(const AttentionParams& p, const SequenceRule& sequences, int sequence_idx, int head,
                                       int row, int first_column, int end_column) {
-  const Sequence sequence = sequences.at(sequence_idx);
+  const Sequence sequence = sequence_at(sequences, sequence_idx);
   if (row < 0 || row >= sequence.query_length) return;
   const RowView<T> view{p, sequence, sequence_idx, head, row};
   const OutputRow<T> out(view, p.out);

@@ -23,7 +23,7 @@ __device__ __forceinline__ bool sees_a_key(const RowView<T>& view) {
 template <class T>
 __device__ __noinline__ void write_empty_rows(const AttentionParams& p, const SequenceRule& sequences, int sequence_idx, int head,
                                               int first_row, int num_rows) {
-  const Sequence sequence = sequences.at(sequence_idx);
+  const Sequence sequence = sequence_at(sequences, sequence_idx);
   const int lane = threadIdx.x % 32, begin = max(first_row, 0);
   const int end = min(first_row + num_rows, static_cast<int>(sequence.query_length));
   if (begin >= end) return;

@@ -202,6 +202,19 @@ __device__ __forceinline__ KeyBits<kTileN> mask_bits(const TensorView& mask, int
   return seen;
 }
 
+/// What a mask that is the same for all rows leaves of a tile's keys, in any row. For a whole warp, whose lanes read neighbours.
+template <int kTileN>
+__device__ __forceinline__ KeyBits<kTileN> common_mask_bits(const TensorView& mask, const Tile& tile, int first_key) {
+  const auto* data = static_cast<const uint8_t*>(mask.data) + tile.batch * mask.stride[0] + tile.head * mask.stride[1];
+  KeyBits<kTileN> seen;
+#pragma unroll
+  for (int i = 0; i < seen.kWords; ++i) {
+    const int key = first_key + 32 * i + threadIdx.x % 32;
+    seen.word[i] = __ballot_sync(kAllLanes, key < mask.shape[3] && data[key * mask.stride[3]] != 0);
+  }
+  return seen;
+}
+
 /// Scores that the thread's rows, `row` and the one 8 below, don't see become -inf. `first_key`: of the key tile. One bit a key,
 /// since a test of a bit is one instruction.
 template <class C>
@@ -214,11 +227,15 @@ __device__ __forceinline__ void hide_keys(float (&s)[C::kTileN / 2], const Atten
                                      tile.band.end(row + 8 * r, tile.key_end) - first_key);
   }
   if (!C::kStagedOnly && tile.test_mask) {
-    const RowOffsets offsets = row_offsets(p.mask, tile, row);
-    const KeyBits<C::kTileN> first = mask_bits<C::kTileN>(p.mask, offsets.row[0], first_key);
-    visible[0] &= first;
-    visible[1] &=
-        C::kModified ? mask_bits<C::kTileN>(p.mask, offsets.row[1], first_key) : first;  // NOTE: elsewhere rows are alike
+    if constexpr (C::kModified) {
+      const RowOffsets offsets = row_offsets(p.mask, tile, row);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) visible[r] &= mask_bits<C::kTileN>(p.mask, offsets.row[r], first_key);
+    } else {
+      const KeyBits<C::kTileN> common = common_mask_bits<C::kTileN>(p.mask, tile, first_key);
+      visible[0] &= common;
+      visible[1] &= common;
+    }
   }
 #pragma unroll
   for (int i = 0; i < C::kTileN / 2; ++i) {  // of every eight keys the thread has two neighbours
