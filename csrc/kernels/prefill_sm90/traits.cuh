@@ -54,8 +54,8 @@ struct Traits {
   static constexpr bool kSmall = kWarpgroups == 1;
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   // NOTE: that the consumer warpgroup is number 0 saves it a register, without which the compiler runs the products of 80 and 96
-  // columns one after another; with 64 columns and less it does so if it knows.
-  static constexpr bool kOnlyWarpgroup = kSmall && kHeadDim > 64;
+  // columns, and of 64 in bfloat16, one after another; other short instances of up to 64 columns it runs so if it knows.
+  static constexpr bool kOnlyWarpgroup = kSmall && (kHeadDim > 64 || (kHeadDim > 48 && __is_same(T, __nv_bfloat16)));
   static constexpr int kThreads = 32 * kConsumerWarps + (kSmall ? 32 : kWarpgroupThreads);
   static constexpr int kBlocksPerSm = kShape.blocks_per_sm;
 
