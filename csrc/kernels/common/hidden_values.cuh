@@ -2,8 +2,8 @@
 // Values of hidden keys never reach a result. Tensor cores multiply a value that a row must not see by a weight of 0, which keeps
 // it out of the sum unless the value is infinite or NaN: then the output becomes NaN, although the row's weights are numbers.
 // Where keys are hidden within a tile, kernels search their output for such rows (has_spoilt_row), and once it is written they
-// call mend_row(), which computes a row anew from the keys that it sees: slow, and as rare as such values. NOTE: every instance of
-// every kernel has a copy of it, so its loops are not unrolled: the compiler would spend a third of its time on them.
+// call mend_row(), which computes a row anew from the keys that it sees: slow, and as rare as such values. NOTE: every instance
+// of every kernel has a copy of it, so its loops are not unrolled: the compiler would spend a third of its time on them.
 #pragma once
 
 #include "fa/attention.h"
@@ -172,7 +172,8 @@ struct OutputRow<Float8> {
   }
 };
 
-/// Computes those of the columns first_column … end_column - 1 of a row's output anew that are NaN, 128 at a time. For a whole warp.
+/// Computes those of the columns first_column … end_column - 1 of a row's output anew that are NaN, 128 at a time. For a whole
+/// warp.
 template <class T>
 __device__ __noinline__ void mend_row(const AttentionParams& p, const SequenceRule& sequences, int sequence_idx, int head,
                                       int row, int first_column, int end_column) {

@@ -20,8 +20,8 @@ __device__ __forceinline__ int64_t row_offset(const TensorView& view, int64_t b,
   return b * view.stride[0] + h * view.stride[1] + i * view.stride[2];
 }
 
-/// Eight numbers from `data` on, `stride` elements apart, of which there are `count`; in the place of others -inf. NOTE: a function
-/// of its own, like the next: there are sixteen places in a kernel that read rows which aren't aligned.
+/// Eight numbers from `data` on, `stride` elements apart, of which there are `count`; in the place of others -inf. NOTE: a
+/// function of its own, like the next: there are sixteen places in a kernel that read rows which aren't aligned.
 struct Eight {
   float value[8];
 };
