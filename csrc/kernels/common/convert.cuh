@@ -79,4 +79,17 @@ __device__ __forceinline__ float load_float(const void* data, DType dtype, int64
   return to_float(static_cast<const __nv_bfloat16*>(data)[index]);
 }
 
+/// load_float() for places that are unrolled far: what depends on the type alone is computed once.
+struct FloatReader {
+  bool is_float, is_half;
+
+  __device__ __forceinline__ explicit FloatReader(DType dtype)
+      : is_float(dtype == DType::kFloat32), is_half(dtype == DType::kFloat16) {}
+  __device__ __forceinline__ int64_t bytes(int64_t count) const { return count << (is_float ? 2 : 1); }
+  __device__ __forceinline__ float read(const void* at) const {
+    if (is_float) return *static_cast<const float*>(at);
+    return unpack2(*static_cast<const uint16_t*>(at), is_half).x;
+  }
+};
+
 }  // namespace fa

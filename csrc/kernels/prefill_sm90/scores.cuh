@@ -84,15 +84,15 @@ __device__ __forceinline__ void add_bias(float (&s)[kCount], const TensorView& b
     }
     return;
   }
+  const FloatReader reader(bias.dtype);
   const int limit = static_cast<int>(bias.shape[3]) - 1;
-  const int64_t stride = limit == 0 ? 0 : bias.stride[3];
+  const int64_t stride = limit == 0 ? 0 : reader.bytes(bias.stride[3]);
+  const uint8_t* rows[2] = {static_cast<const uint8_t*>(bias.data) + reader.bytes(offsets.row[0]),
+                            static_cast<const uint8_t*>(bias.data) + reader.bytes(offsets.row[1])};
 #pragma unroll
-  for (int j = 0; j < kCount / 4; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = min(first_key + 8 * j + i % 2, limit);
-      s[4 * j + i] += load_float(bias.data, bias.dtype, offsets.row[i / 2] + key * stride);
-    }
+  for (int i = 0; i < kCount; ++i) {
+    const int key = min(first_key + i / 4 * 8 + i % 2, limit);
+    s[i] += reader.read(rows[i / 2 % 2] + key * stride);
   }
 }
 
