@@ -6,7 +6,6 @@
 #include "kernels/backward_sm80/tile_work.cuh"
 #include "kernels/common/convert.cuh"
 #include "kernels/common/exp2.cuh"
-#include "semantics/score.h"
 #include "semantics/softmax.h"
 
 namespace fa::backward_sm80 {
@@ -60,12 +59,13 @@ __device__ __forceinline__ void hide(float (&values)[kKeyBlocks][kRowBlocks][4],
   }
 }
 
-template <class B, int kKeyBlocks, int kRowBlocks>
+/// `convert`: from B to float.
+template <class B, int kKeyBlocks, int kRowBlocks, class Convert>
 __device__ __forceinline__ void add_bias_of(float (&scores)[kKeyBlocks][kRowBlocks][4], const TensorView& bias, const B* data,
-                                            int num_rows, TileCorner corner) {
+                                            int num_rows, TileCorner corner, const Convert& convert) {
   for_elements<kKeyBlocks, kRowBlocks>(corner, [&](int m, int n, int i, int key, int row) {
     if (row >= num_rows) return;
-    scores[m][n][i] += key < bias.shape[3] ? to_float(__ldg(data + row * bias.stride[2] + key * bias.stride[3])) : -INFINITY;
+    scores[m][n][i] += key < bias.shape[3] ? convert(__ldg(data + row * bias.stride[2] + key * bias.stride[3])) : -INFINITY;
   });
 }
 
@@ -74,11 +74,11 @@ __device__ __forceinline__ void add_bias(float (&scores)[kKeyBlocks][kRowBlocks]
                                          int num_rows, TileCorner corner) {
   const int64_t first = b * bias.stride[0] + head * bias.stride[1];
   if (bias.dtype == DType::kFloat32) {
-    add_bias_of(scores, bias, static_cast<const float*>(bias.data) + first, num_rows, corner);
-  } else if (bias.dtype == DType::kFloat16) {
-    add_bias_of(scores, bias, static_cast<const __half*>(bias.data) + first, num_rows, corner);
+    add_bias_of(scores, bias, static_cast<const float*>(bias.data) + first, num_rows, corner, [](float x) { return x; });
   } else {
-    add_bias_of(scores, bias, static_cast<const __nv_bfloat16*>(bias.data) + first, num_rows, corner);
+    const bool is_half = bias.dtype == DType::kFloat16;
+    add_bias_of(scores, bias, static_cast<const uint16_t*>(bias.data) + first, num_rows, corner,
+                [&](uint16_t x) { return unpack2(x, is_half).x; });
   }
 }
 
@@ -104,9 +104,11 @@ __device__ __forceinline__ void modify(float (&scores)[kKeyBlocks][kRowBlocks][4
   if (p.alibi_slopes.present) {
     const int64_t at = work.sequence_idx * p.alibi_slopes.stride[0] + head * p.alibi_slopes.stride[1];
     const float slope = static_cast<const float*>(p.alibi_slopes.data)[at];
-    const int64_t offset = work.sequence.mask.query_offset;
-    for_elements<kKeyBlocks, kRowBlocks>(
-        corner, [&](int m, int n, int i, int key, int row) { scores[m][n][i] += alibi_bias(slope, row + offset, key); });
+    const float distance = static_cast<float>(corner.row + work.sequence.mask.query_offset - corner.key);  // in the corner
+    for_elements<kKeyBlocks, kRowBlocks>(corner, [&](int m, int n, int i, int key, int row) {
+      const float further = static_cast<float>((row - corner.row) - (key - corner.key));
+      scores[m][n][i] = fmaf(-slope, fabsf(distance + further), scores[m][n][i]);
+    });
   }
   if (p.mask.present) {
     const TensorView& mask = p.mask;
