@@ -12,13 +12,17 @@ namespace fa {
 
 struct ScoreRule {
   float softmax_scale;
-  float softcap;  // 0 = none
+  float softcap;      // 0 = none
+  float per_softcap;  // 1 / softcap, divided once: GPU compilers did it for each score
+
+  FA_HD ScoreRule(float softmax_scale, float softcap)
+      : softmax_scale(softmax_scale), softcap(softcap), per_softcap(softcap == 0.0f ? 0.0f : 1.0f / softcap) {}
 
   /// scale, then softcap. `tanh` is the caller's way to compute it.
   template <class Tanh>
   FA_HD float capped(float dot, Tanh tanh) const {
     const float s = dot * softmax_scale;
-    return softcap == 0.0f ? s : softcap * tanh(s * (1.0f / softcap));
+    return softcap == 0.0f ? s : softcap * tanh(s * per_softcap);
   }
   FA_HD float capped(float dot) const {
     return capped(dot, [](float x) { return tanhf(x); });
