@@ -62,7 +62,7 @@ __device__ __forceinline__ TrueKeys scan_mask_row(const uint8_t* data, int64_t s
   TrueKeys keys = TrueKeys::none(num_keys);
   const bool wide = stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   const int num_wide = wide ? num_keys / 16 * 16 : 0;
-#pragma unroll 2
+#pragma unroll 1
   for (int key = thread * 16; key < num_wide; key += kThreads * 16) {
     keys.add(bits_of_bytes(*reinterpret_cast<const uint4*>(data + key)), key);
   }

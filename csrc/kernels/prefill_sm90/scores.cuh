@@ -227,10 +227,12 @@ __device__ __forceinline__ void hide_keys(float (&s)[C::kTileN / 2], const Atten
                                      tile.band.end(row + 8 * r, tile.key_end) - first_key);
   }
   if (!C::kStagedOnly && tile.test_mask) {
-    if constexpr (C::kModified) {
+    if constexpr (!C::kVotesOnMasks) {
       const RowOffsets offsets = row_offsets(p.mask, tile, row);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) visible[r] &= mask_bits<C::kTileN>(p.mask, offsets.row[r], first_key);
+      const KeyBits<C::kTileN> first = mask_bits<C::kTileN>(p.mask, offsets.row[0], first_key);
+      visible[0] &= first;
+      visible[1] &=
+          C::kModified ? mask_bits<C::kTileN>(p.mask, offsets.row[1], first_key) : first;  // NOTE: elsewhere rows are alike
     } else {
       const KeyBits<C::kTileN> common = common_mask_bits<C::kTileN>(p.mask, tile, first_key);
       visible[0] &= common;

@@ -53,9 +53,9 @@ struct Traits {
   // large one has a warpgroup for it, of which setmaxnreg gives registers to the consumers.
   static constexpr bool kSmall = kWarpgroups == 1;
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
-  // NOTE: that the consumer warpgroup is number 0 saves it a register, without which the compiler runs the products of 80 and 96
-  // columns, and of 64 in bfloat16, one after another; other short instances of up to 64 columns it runs so if it knows.
-  static constexpr bool kOnlyWarpgroup = kSmall && (kHeadDim > 64 || (kHeadDim > 48 && __is_same(T, __nv_bfloat16)));
+  // NOTE: that the consumer warpgroup is number 0 saves it a register, without which the compiler runs the products of 64, 80 and 96
+  // columns one after another (it says so: C7511).
+  static constexpr bool kOnlyWarpgroup = kSmall && kHeadDim > 48;
   static constexpr int kThreads = 32 * kConsumerWarps + (kSmall ? 32 : kWarpgroupThreads);
   static constexpr int kBlocksPerSm = kShape.blocks_per_sm;
 
@@ -65,6 +65,9 @@ struct Traits {
   static constexpr bool kFetchBias = kSmall && kModified;  // threads read a bias before the product that hides the way to it
   static constexpr bool kFewApart =
       kSmall && !kModified && kHeadDim > 48;  // a last key tile of very few keys goes its own, shorter way
+  // Masks that are the same for all rows are read by a warp together. NOTE: short instances lose the registers for their products
+  // by it.
+  static constexpr bool kVotesOnMasks = !kModified && !kSmall;
   // The output leaves through the buffer in which the tile's queries stood, unless that would keep the next queries waiting
   // (there is one such buffer) and shared memory has room for buffers of its own (wide heads).
   static constexpr bool kOwnOutput = kQueryStages == 1 && !kModified && kHeadDim > 128;

@@ -20,6 +20,7 @@ struct Traits {
   static constexpr bool kSplit = kPrecision == Float32Precision::kTf32x3;  // each operand is the sum of two TF32 numbers
   static constexpr bool kStagedOnly = false;                               // any bias and any mask
   static constexpr bool kModified = true;                                  // when a tile ends, references are natural scores
+  static constexpr bool kVotesOnMasks = false;
 
   // Tiles.
   static constexpr int kHeadDim = kHeadDim_;                 // the copy engine pads narrower heads with zeros

@@ -15,7 +15,7 @@ namespace fa::prefill_sm90_f8 {
 template <class C>
 struct KeyGroup {
   static constexpr int kTileN = 32;
-  static constexpr bool kStagedOnly = C::kStagedOnly, kModified = true;
+  static constexpr bool kStagedOnly = C::kStagedOnly, kModified = true, kVotesOnMasks = false;
 };
 
 /// Registers and ring positions of one consumer warpgroup.

@@ -45,7 +45,7 @@ inline constexpr int kPanelBytes = kRows * 128;   // of queries, weights and out
 template <class C, int kColumns_ = kColumns>
 struct Part {
   using T = typename C::T;
-  static constexpr bool kModified = C::kModified, kStagedOnly = false, kRowsBelowZero = false;
+  static constexpr bool kModified = C::kModified, kVotesOnMasks = !kModified, kStagedOnly = false, kRowsBelowZero = false;
   static constexpr int kTileM = kRows, kTileN = kKeys, kHeadDim = kColumns_;
 };
 
