@@ -53,7 +53,7 @@ struct Traits {
   // large one has a warpgroup for it, of which setmaxnreg gives registers to the consumers.
   static constexpr bool kSmall = kWarpgroups == 1;
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
-  // NOTE: that the consumer warpgroup is number 0 saves it a register, without which the compiler runs the products of 64, 80 and 96
+  // NOTE: that the consumer warpgroup is number 0 saves it a register, without which the compiler runs the products of 64 to 96
   // columns one after another (it says so: C7511).
   static constexpr bool kOnlyWarpgroup = kSmall && kHeadDim > 48;
   static constexpr int kThreads = 32 * kConsumerWarps + (kSmall ? 32 : kWarpgroupThreads);
