@@ -18,6 +18,7 @@ import click
 
 from . import bench, build, deploy, terminal
 from .errors import ModelError, NotVerifiedError
+from .help_texts import EXAMPLES, EXAMPLES_OF_FUSE, EXAMPLES_OF_INSPECT, SUMMARY
 from .options import DEVICES, TARGETS, VERIFY_TIMEOUT, Options
 from .options_of_commands import (
     FILE,
@@ -39,31 +40,6 @@ if TYPE_CHECKING:
 
     from . import jobs
     from .report import Report
-
-SUMMARY = """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the
-result.
-
-faexport model.onnx writes model.fa.onnx beside the model, for onnxruntime with the library of the faplugin package; it
-runs without the library too (slower) unless --no-fallback is given. For TensorRT: --target tensorrt, or faexport build.
-
-Exit codes: 0 done, or nothing to fuse; 1 not verified, nothing written; 2 bad input; 3 internal error; 4 with
---strict: a site is left, or nothing was fused."""
-EXAMPLES = """\b
-Examples:
-  faexport model.onnx                     write model.fa.onnx, verified
-  faexport inspect model.onnx             only show what would be fused
-  faexport model.onnx -o fast.onnx        write elsewhere
-  faexport models/llama                   rewrite a copy of a genai folder
-  faexport a.onnx b.onnx -o fast          several models, or all of a folder
-  faexport model.onnx --inputs real.npz   verify on your own inputs as well
-  faexport model.onnx --fp16              the whole model in half precision
-  faexport model.onnx --dtype fp16        attention alone in half precision
-  faexport model.onnx --json --dry-run    a report for programs
-
-\b
-Completion of names and options, for bash (or zsh):
-  eval "$(faexport --completion bash)"
-"""
 
 
 def _show_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -101,7 +77,11 @@ def app() -> None:
     pass  # the help is SUMMARY
 
 
-@app.command(short_help="Fuse the attention of MODEL; this name may be left out.")
+@app.command(
+    epilog=EXAMPLES_OF_FUSE,
+    context_settings=terminal.CONTEXT_SETTINGS,
+    short_help="Fuse the attention of MODEL; this name may be left out.",
+)
 @models_argument
 @click.option(
     "--output",
@@ -336,7 +316,11 @@ def _fuse_many(
     raise click.exceptions.Exit(many.exit_code(outcomes))
 
 
-@app.command(short_help="Show the attention sites of MODEL and what would be fused.")
+@app.command(
+    epilog=EXAMPLES_OF_INSPECT,
+    context_settings=terminal.CONTEXT_SETTINGS,
+    short_help="Show the attention sites of MODEL and what would be fused.",
+)
 @model_or_folder_argument
 @json_option
 @report_option

@@ -19,6 +19,14 @@ from .report import (
     VerificationRun,
 )
 
+# What a matcher looks for, by the name that it has in the JSON.
+_FORMS = {
+    "softmax_core": "a Softmax between two products",
+    "onnx_attention": "ONNX's own Attention",
+    "ort_contrib": "an attention operator of onnxruntime",
+    "unread": "an operator of onnxruntime that is not read",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -33,6 +41,10 @@ class Group:
     @property
     def name(self) -> str:
         return common_name([site.name for site in self.sites])
+
+    @property
+    def form(self) -> str:
+        return _FORMS[self.first.source]
 
     @property
     def proven(self) -> list[str]:

@@ -26,7 +26,7 @@ from .grouping import (
     quantization_rows,
     sizes_text,
 )
-from .report import Float8, HalfPrecision, Report, SiteReport, Verification
+from .report import Float8, HalfPrecision, Report, Verification
 
 MOST_BOXES = 80  # of a drawing: a larger one is no picture any more
 STYLE = """
@@ -114,7 +114,7 @@ def _group(group: Group, blocks: Mapping[str, tuple[Block, Block]]) -> str:
     site, num = group.first, len(group.sites)
     result = '<span class="good">fused</span>' if site.fused else '<span class="bad">left as it is</span>'
     many = f"{num} equal layers, " if num > 1 else ""
-    content = [f"<h3>{_text(group.name)}: {many}{result}</h3>\n", _sizes(site)]
+    content = [f"<h3>{_text(group.name)}: {many}{result}</h3>\n", _sizes(group)]
     if site.refusal is None:
         content += [_facts(group), _drawings(group, blocks)]
     else:
@@ -129,9 +129,10 @@ def _group(group: Group, blocks: Mapping[str, tuple[Block, Block]]) -> str:
     return f'<section class="site">{"".join(content)}</section>\n'
 
 
-def _sizes(site: SiteReport) -> str:
+def _sizes(group: Group) -> str:
+    site = group.first
     rows = {
-        "found as": site.source,
+        "found as": group.form,
         "batch": sizes_text(site.batch_size, None),
         "heads": sizes_text(site.num_q_heads, site.num_kv_heads),
         "queries / keys": sizes_text(site.seqlen_q, site.seqlen_kv),

@@ -67,7 +67,7 @@ def sites_view(sites: Sequence[SiteReport]) -> Iterator[rich.console.RenderableT
     footnotes: dict[str, int] = {}
     for group in group_sites(sites):
         site = group.first
-        sentence = group.reason or f"found as {site.source}; proven: {', '.join(group.proven) or 'nothing more'}"
+        sentence = group.reason or f"found as {group.form}; proven: {'; '.join(group.proven) or 'nothing more'}"
         number = footnotes.setdefault(sentence, len(footnotes) + 1)
         sizes = (
             sizes_text(site.batch_size, None),
@@ -121,7 +121,8 @@ def verification_view(verification: Verification) -> Iterator[rich.console.Rende
     for sentence in skipped[:MOST_SENTENCES]:
         yield f"[dim]not compared:[/dim] {rich.markup.escape(sentence)}"
     if len(skipped) > MOST_SENTENCES:
-        yield f"[dim]not compared:[/dim] {len(skipped) - MOST_SENTENCES} more sets of inputs (--json lists them)"
+        more = len(skipped) - MOST_SENTENCES
+        yield f"[dim]not compared:[/dim] {more} more set{'s' * (more > 1)} of inputs (--json lists all)"
     for note in verification.notes:
         yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
     colour = "green" if verification.status is VerificationStatus.PASSED else "red"

@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 from faexport import ort_session
+from faexport.cli import app
 from onnx import TensorProto, helper
 
 from tests.export import (
@@ -389,7 +390,13 @@ def test_help_teaches_by_examples() -> None:
         "inspect",
     ):
         assert word in done.stdout, word
-    assert faexport("inspect", "--help").returncode == 0
+
+
+@pytest.mark.parametrize("command", sorted(app.commands))
+def test_help_of_each_command_has_examples(command: str) -> None:
+    done = faexport(command, "--help", COLUMNS="120")
+    assert done.returncode == 0 and "Examples:" in done.stdout, done.stdout
+    assert f"faexport {'model.onnx' if command == 'fuse' else command}" in done.stdout
 
 
 def test_version() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 import rich.console
-from faexport import grouping, model_io, pipeline
+from faexport import grouping, match, model_io, pipeline
 from faexport.report import (
     HalfOutput,
     HalfPrecision,
@@ -193,10 +193,19 @@ def test_equal_layers_are_one_row_of_80_columns() -> None:
         ("1", "/layers.7/Softmax", ["fused", "[3]"]),
         ("1", "/layers.20/Softmax", ["left", "[4]"]),
     ]
-    assert "[1] found as softmax_core; proven: causal, sliding window of 256" in text
+    assert "[1] found as a Softmax between two products; proven: causal; sliding window of 256" in " ".join(
+        text.split()
+    )
     assert "[2] the attention weights are also an output of the model" in text
     assert text.count("present.") == 1 and "present.0…23.key" in text and "2.3e-05" in text
     assert text.count("library") == 1 and "0.00023" in text, "of equal sites the worst"
+
+
+def test_every_form_that_is_found_has_words() -> None:
+    pipeline.run(model_io.load(big_model.encoder(big_model.EncoderSize())))  # registers the matchers
+    for entry in match.MATCHERS:
+        group = grouping.Group((SiteReport("a", entry.source),))
+        assert " " in group.form, entry.source
 
 
 def test_what_does_not_agree_is_a_row_of_its_own() -> None:
