@@ -11,9 +11,10 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import onnx
 import pytest
-from faexport import bench
+from faexport import bench, optimize
 from faexport.bench_data import Measured, Row, Timing
 from faexport.cli import app
 
@@ -40,6 +41,28 @@ def test_commands_run_as_printed(page: str, tmp_path: pathlib.Path) -> None:
         )
         assert done.returncode == 0, f"{code}\n{done.stderr}"
     assert blocks(page, "python"), "the page shows the library too"
+
+
+@pytest.mark.parametrize("page", ["docs/onnxruntime.md", "docs/operator.md", "docs/torch.md"])
+def test_python_runs_as_printed(page: str, tmp_path: pathlib.Path) -> None:
+    """The `python` blocks of a page, one after the other, in a folder with a fused model and inputs of it."""
+    if page == "docs/torch.md":
+        pytest.importorskip("torch")
+    onnx.save(big_model.encoder(big_model.EncoderSize()), tmp_path / "model.onnx")
+    optimize(tmp_path / "model.onnx", tmp_path / "model.fa.onnx", verify=False)
+    np.savez(tmp_path / "inputs.npz", hidden_states=np.ones((2, 5, big_model.EncoderSize().hidden), np.float32))
+    code = "\n".join(blocks(page, "python"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert code and done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+def test_the_matrix_of_versions_is_that_of_the_makefile() -> None:
+    found = re.search(r"^ORT_VERSIONS := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert found
+    *most, last = found[1].split()
+    assert f"under {', '.join(most)} and {last}." in (ROOT / "docs/onnxruntime.md").read_text()
 
 
 @pytest.mark.parametrize("page", ALL_PAGES)

@@ -40,6 +40,16 @@ def test_attributes_are_those_of_the_table() -> None:
     assert made["alignment"].default_value.s == b"onnx"
 
 
+def test_the_documentation_has_the_table_of_attributes() -> None:
+    page = (ROOT / "docs/operator.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| `?([^|`]+)`? \| ([^|]+) \|$", page.partition("## Attributes")[2], re.M)
+    expected = []
+    for row in schema.attributes():
+        default = f"{row.default:g}" if isinstance(row.default, float) else str(row.default)
+        expected.append((row.name, row.type.name, default if row.default not in ("", []) else "empty", row.meaning))
+    assert rows == expected
+
+
 def test_inputs_are_those_of_the_table() -> None:
     table = (ROOT / "csrc/include/fa/inputs.def").read_text()
     rows = re.findall(r"^FA_INPUT\(\w+, (\w+), (\w+),", table, re.M)
