@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import io
 import os
 import signal
@@ -130,6 +131,8 @@ def run_app(app: Callable[..., object]) -> None:
             traceback.print_exc()
         print_error(internal_error(error))
         code = EXIT_INTERNAL_ERROR
+    # The interpreter's last search for cycles would go through SymPy and the model: a second after the last line.
+    gc.freeze()
     raise SystemExit(code or 0)
 
 

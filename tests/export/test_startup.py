@@ -33,6 +33,14 @@ try:
 finally:
     print(json.dumps([name for name in {slow} if name in sys.modules]), file=sys.stderr)
 """
+FROZEN = """
+import gc
+from faexport.__main__ import main
+try:
+    main()
+finally:
+    print(gc.get_freeze_count(), len(gc.get_objects()))
+"""
 
 
 @pytest.mark.parametrize(
@@ -53,6 +61,15 @@ def test_what_is_slow_is_imported_by_a_command_that_needs_it(tmp_path) -> None:
     command = [sys.executable, "-c", IMPORTED.format(slow=SLOW), "inspect", str(tmp_path / "model.onnx")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert {"onnx", "onnx_ir", "sympy", "numpy"} <= set(json.loads(done.stderr.splitlines()[-1]))
+
+
+def test_the_end_of_a_command_searches_nothing_for_cycles(tmp_path) -> None:
+    """The interpreter's last collection passes over what is frozen; it took a second."""
+    (tmp_path / "model.onnx").write_bytes(b"")
+    command = [sys.executable, "-c", FROZEN, "inspect", str(tmp_path / "model.onnx")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    frozen, left = map(int, done.stdout.split())
+    assert frozen > 10_000 > left
 
 
 def completions(line: str) -> set[str]:
