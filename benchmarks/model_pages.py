@@ -160,7 +160,7 @@ def _summary(rows: list[dict]) -> str:
     found = ((row["row"], _over(row, OTHERS)) for row in rows)
     ratios = {name: ratio for name, ratio in found if ratio is not None}
     slower = [name for name, ratio in ratios.items() if ratio < 1]
-    return f"Over the best other way: {_range([*ratios.values()])}; slower: {', '.join(slower) or 'nowhere'}."
+    return f"Over the best other file: {_range([*ratios.values()])}; slower: {', '.join(slower) or 'nowhere'}."
 
 
 def _claims(rows: list[dict]) -> list[str]:

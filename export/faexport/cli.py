@@ -128,7 +128,8 @@ def app() -> None:
     type=click.Choice(["fp16", "bf16", "fp8"]),
     metavar="DTYPE",
     help="Compute attention in this precision, fp16, bf16 or fp8; the rest of the model keeps its own. fp8 (e4m3, for "
-    "GPUs of compute capability 9.0) takes the factors of its numbers from --inputs, or those that the model has.",
+    "the CPU and GPUs of compute capability 9.0) takes the factors of its numbers from --inputs, or those that the "
+    "model has.",
 )
 @click.option(
     "--fp16",

@@ -65,6 +65,13 @@ def test_the_matrix_of_versions_is_that_of_the_makefile() -> None:
     assert f"under {', '.join(most)} and {last}." in (ROOT / "docs/onnxruntime.md").read_text()
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    targets = set(
+        re.findall(r"\]\((docs/\w[\w-]*\.md)", (ROOT / "README.md").read_text().partition("## Documentation")[2])
+    )
+    assert targets == {page for page in ALL_PAGES if page.startswith("docs/")}
+
+
 @pytest.mark.parametrize("page", ALL_PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
