@@ -14,7 +14,6 @@ from .schema import table_rows
 from .spec import AttentionSpec, Candidate
 
 _ROW = re.compile(r"^FA_CUDA_HEADS\((\w+), (\d+)\)\s*$")
-_NAMES = {"float": "float32"}  # ONNX's name of the type: the table's
 
 
 @functools.cache
@@ -39,14 +38,14 @@ def cpu_only_note(candidates: Iterable[Candidate]) -> str:
 
 
 def gathered_note(candidates: Iterable[Candidate]) -> str:
-    """A sentence where fused sites have caches in pages, which the CUDA kernels do not read where they are."""
+    """A sentence where fused sites have caches in pages, which CUDA kernels do not always read where they are."""
     outcomes = (candidate.outcome for candidate in candidates)
     paged = [x for x in outcomes if isinstance(x, AttentionSpec) and x.further_attributes.get("cache") == "paged"]
     if not paged:
         return ""
     return (
-        "on a GPU each step first gathers the pages of a cache: there onnxruntime's PagedAttention is 1.7 to 5 times "
-        "as fast (docs/decoding.md); on CPUs they are read in place"
+        "on a GPU the pages of a cache are gathered first for prompts, and before compute capability 9.0 for every "
+        "step, which takes longer than onnxruntime's PagedAttention does; other steps, and CPUs, read them in place"
     )
 
 
@@ -63,8 +62,7 @@ def _why_cpu_only(candidate: Candidate, spec: AttentionSpec) -> str:
     """What a site has that no CUDA kernel takes, "" for nothing."""
     site = SiteReport.from_candidate(candidate)
     cast = spec.query.value.dtype  # another type than the model's, where the core has its own
-    name = cast.name.lower() if cast is not None else site.dtype or ""
-    name = _NAMES.get(name, name)
+    name = str(cast.numpy()) if cast is not None else site.dtype or ""
     columns = max((d for d in (site.head_dim, site.head_dim_v) if isinstance(d, int)), default=0)
     if name in widest() and columns > widest()[name]:
         return f"head_dim {columns} in {name}, at most {widest()[name]}"

@@ -82,7 +82,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         notes.append(around.note(joined))
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
     report.joined = joined
-    in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float")
+    in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float32")
     if not (options.half or options.float8) and any(map(has_kernel, in_float32)):
         report.notes.append(float32_note(options.float32))
     float8_note = "" if options.float8 or not fused else float8.note(model, masks.analysis)

@@ -121,6 +121,7 @@ def test_json_of_a_real_run_conforms() -> None:
     _, report = pipeline.run(model_io.load(big_model.encoder(big_model.EncoderSize())))
     data = json.loads(report.to_json())
     assert conforms(data, REPORT)
+    assert [site["dtype"] for site in data["sites"]] == ["float32", "float32"]
     assert data["num_fused"] == 2 and data["sites"][0]["head_dim"] == 16 and data["sites"][0]["num_q_heads"] == 4
     assert data["nodes_after"]["faexport::FlashAttention"] == 2 and "Softmax" not in data["nodes_after"]
 

@@ -162,7 +162,7 @@ def test_the_interface_stays() -> None:
 
 def test_the_report_tells_that_pages_are_gathered_on_a_gpu() -> None:
     _, report = faexport.fuse(paged.model_of(PLAIN, _tensors(PLAIN)), options=OPTIONS)
-    assert any("gathers the pages" in note for note in report.notes)
+    assert any("pages of a cache are gathered first" in note for note in report.notes)
 
 
 def test_a_model_without_a_kernel_on_the_cpu_is_not_verified(tmp_path: pathlib.Path) -> None:

@@ -242,7 +242,7 @@ block (int32[B, S] ids, float[20, 8] table, float[8] ones, float[8] zeros) => (f
 def test_behind_layers_that_onnxruntime_fused() -> None:
     """Shapes and types go through its own layers, in a file that states neither."""
     _, report = faexport.fuse(onnx.parser.parse_model(OPTIMIZED))
-    assert report.num_fused == 1 and report.sites[0].dtype == "float"
+    assert report.num_fused == 1 and report.sites[0].dtype == "float32"
 
 
 def test_a_defect_at_one_site_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

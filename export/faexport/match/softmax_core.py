@@ -175,7 +175,7 @@ def _note_sizes(candidate: Candidate, scores: Scores, a) -> None:
 
 
 def _dtype_name(dtype: ir.DataType | None) -> str | None:
-    return None if dtype is None else dtype.name.lower()
+    return None if dtype is None else str(dtype.numpy())
 
 
 def _private(scores: Scores, values: list[Values], softmax: Softmax, a) -> Refusal | None:
