@@ -4,7 +4,7 @@ cli.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import rich.box
 import rich.console
@@ -116,7 +116,7 @@ def verification_view(verification: Verification) -> Iterator[rich.console.Rende
         sets = f"{len(compared)} set{'s' * (len(compared) != 1)} of inputs"
         yield f"Original against rewritten, in onnxruntime on {sets}: the largest difference"
         yield differences_table(verification.runs)
-        yield f"[dim]compared on:[/dim] {rich.markup.escape(_listed([run.label for run in compared if run.label]))}"
+        yield f"[dim]compared on:[/dim] {rich.markup.escape(_listed(run.label for run in compared if run.label))}"
     skipped = list(dict.fromkeys(run.skipped for run in verification.runs if run.skipped))
     for sentence in skipped[:MOST_SENTENCES]:
         yield f"[dim]not compared:[/dim] {rich.markup.escape(sentence)}"
@@ -188,8 +188,9 @@ def differences_table(runs: Sequence[VerificationRun]) -> rich.table.Table:
     return table
 
 
-def _listed(labels: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
+def _listed(found: Iterable[str]) -> str:
+    """The first few of those that differ, and how many more there are."""
+    labels = list(dict.fromkeys(found))
     more = f"; and {len(labels) - MOST_SENTENCES} more" if len(labels) > MOST_SENTENCES else ""
     return "; ".join(labels[:MOST_SENTENCES]) + more
 

@@ -218,6 +218,15 @@ def test_what_does_not_agree_is_a_row_of_its_own() -> None:
     assert text.count("library") == 2 and "0.5" in text
 
 
+def test_equal_settings_are_named_once() -> None:
+    report = layers()
+    runs = [dataclasses.replace(report.verification.runs[0], label=f"batch={size}") for size in (2, 2, 3, 4, 5, 6, 6)]
+    verification = dataclasses.replace(report.verification, runs=tuple(runs))
+    text = printed(dataclasses.replace(report, verification=verification))
+    assert "on 7 sets of inputs" in text
+    assert "compared on: batch=2; batch=3; batch=4; batch=5; and 1 more" in " ".join(text.split())
+
+
 def test_groups_keep_every_site() -> None:
     groups = grouping.group_sites(layers().sites)
     assert sorted(site.name for group in groups for site in group.sites) == sorted(s.name for s in layers().sites)
