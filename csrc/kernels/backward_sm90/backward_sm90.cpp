@@ -33,8 +33,24 @@ const Instance kInstances[] = {
 #undef FA_INSTANCE
 };
 
+/// How many rows see a key, in the mean and about.
+int64_t rows_of_key(const AttentionParams& p) {
+  const int64_t rows = p.query.shape[2];
+  if (p.window_left < 0 && p.window_right < 0) return rows;
+  if (p.window_left < 0 || p.window_left >= rows || p.window_right < 0 || p.window_right >= rows) return rows / 2;
+  return std::min(rows / 2, p.window_left + p.window_right);
+}
+
+/// Tall tiles where rows are so many that the last one, partly empty, doesn't count.
+Variant variant_of(const AttentionParams& p) {
+  constexpr int64_t kManyRows = 1024;
+  if (p.bias.present) return Variant::kBias;
+  const int64_t head_dim = std::max(p.query.shape[3], p.value.shape[3]);
+  return head_dim > 64 && head_dim <= 128 && rows_of_key(p) >= kManyRows ? Variant::kTall : Variant::kPlain;
+}
+
 const Instance* find_instance(const AttentionParams& p) {
-  const Variant variant = p.bias.present ? Variant::kBias : Variant::kPlain;
+  const Variant variant = variant_of(p);
   return smallest_instance(
       kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype && instance.variant == variant; });
 }
@@ -83,12 +99,13 @@ bool suits_memory(const AttentionParams& p, const Gradients& g, std::string* why
 
 }  // namespace
 
-Memory take_memory(const AttentionParams& params, int head_dim, Workspace* workspace) {
+Memory take_memory(const AttentionParams& params, int head_dim, Variant variant, Workspace* workspace) {
+  const int rows = tile_rows(head_dim, variant);
   Memory memory{};
-  memory.rows = row_numbers(params, tile_rows(head_dim), params.bias.present, workspace);
+  memory.rows = row_numbers(params, rows, params.bias.present, workspace);
   const int64_t tiles = memory.rows.tiles.of_head * params.query.shape[1];
   const bool several = params.key.shape[2] > kTileKeys;  // key tiles add to a row's gradient
-  memory.sums = workspace->take<float>(several ? tiles * tile_rows(head_dim) * head_dim : 0);
+  memory.sums = workspace->take<float>(several ? tiles * rows * head_dim : 0);
   memory.num_counters = blocks_of_item(head_dim) * tiles + 1;
   memory.counters = workspace->take<unsigned>(memory.num_counters);
   return memory;
@@ -110,7 +127,7 @@ bool plan(const StepParams& p, const Gradients& gradients, BackwardPlan* plan, s
                std::string("head_dim or head_dim_v is above ") + (p.bias.present ? "128, with a bias" : "256"));
   plan->instance = static_cast<int>(instance - kInstances);
   Workspace workspace(nullptr);
-  take_memory(p, instance->head_dim, &workspace);
+  take_memory(p, instance->head_dim, instance->variant, &workspace);
   plan->workspace_bytes = workspace.bytes();
   return true;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A consumer warpgroup of backward_sm90: 64 keys of each item, whose gradients stay in registers. For each tile of queries it
 // computes S^T = K Q^T and dP^T = V dO^T, from them P^T and dS^T, then dV += P^T dO and dK += dS^T Q, and of dQ = dS K, for which
-// both warpgroups' dS meet in shared memory, a part of 64 x 64. Products are issued ahead of what needs no result of them, so
+// both warpgroups' dS meet in shared memory, a half. Products are issued ahead of what needs no result of them, so
 // that tensor cores work while other units take exponentials and add to dQ.
 #pragma once
 
@@ -27,15 +27,19 @@ struct Consumer {
   int warpgroup;
   RingPosition<C::kStages> q, o;  // tiles of Q and dO
   RingPosition<kTurnSlots> turn;
+  RingPosition<1> part;  // of dQ on its way
+  Place place;           // of the step
+  int tile;              // its queries
+  bool visible;          // all of its rows see all keys of the warpgroup
   RingPosition<1> keys;
   RingPosition<kScoreBuffers> buffer;  // of d_scores
   float d_key[C::kHeadDim / 2];
   float d_value[C::kHeadDim / 2];
-  float s[C::kTileM / 2];        // S^T, then P^T
-  float dp[C::kTileM / 2];       // dP^T
-  float dq[32];                  // the warpgroup's part of dQ
-  uint32_t p16[C::kTileM / 4];   // P^T as A operand
-  uint32_t ds16[C::kTileM / 4];  // dS^T as A operand
+  float s[C::kTileM / 2];                          // S^T, then P^T
+  float dp[C::kTileM / 2];                         // dP^T
+  float dq[C::kPartElements / kWarpgroupThreads];  // the warpgroup's part of dQ
+  uint32_t p16[C::kTileM / 4];                     // P^T as A operand
+  uint32_t ds16[C::kTileM / 4];                    // dS^T as A operand
 
   /// Issues out = A B^T, A being the warpgroup's rows of a tile of keys and B a tile of queries.
   __device__ __forceinline__ void issue_scores(float (&out)[C::kTileM / 2], const uint8_t* key_tile, const uint8_t* query_tile) {
@@ -52,9 +56,10 @@ struct Consumer {
     wgmma_commit();
   }
 
-  /// Issues sum += A B, A being P^T or dS^T and B a tile of queries.
+  /// Issues sum += A B, A being P^T or dS^T and B a tile of queries. `between(step)` is called behind each instruction.
+  template <class F>
   __device__ __forceinline__ void issue_key_gradient(float (&sum)[C::kHeadDim / 2], uint32_t (&a)[C::kTileM / 4],
-                                                     const uint8_t* query_tile) {
+                                                     const uint8_t* query_tile, F between) {
     const uint64_t b = wgmma_descriptor_mn_major(shared_address(query_tile), C::kTileM * 128);
     wgmma_pin(sum);
     wgmma_pin(a);
@@ -63,25 +68,44 @@ struct Consumer {
     for (int step = 0; step < C::kTileM / 16; ++step) {
       Wgmma<C::kHeadDim>::template rs<T>(sum, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
                                          b + ((step * 16 * 128) >> 4), 1);
+      between(step);
+    }
+    wgmma_commit();
+  }
+
+  /// Issues the warpgroup's part of dQ^T = K^T dS^T: 64 columns of all rows.
+  __device__ __forceinline__ void issue_transposed_query_gradient() {
+    const uint64_t a = wgmma_descriptor_mn_major(shared_address(shared.key) + warpgroup * C::kTileN * 128, C::kTileN * 128);
+    const uint64_t b = wgmma_descriptor_k_major(shared_address(shared.d_scores[buffer.stage][0]));
+    wgmma_pin(dq);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kTileN / 16; ++step) {
+      Wgmma<C::kTileM>::template ss<T, false, true>(dq, a + ((step * 16 * 128) >> 4),
+                                                    b + (((step / 4) * C::kTileM * 128 + (step % 4) * 32) >> 4), step > 0);
     }
     wgmma_commit();
   }
 
   /// Issues the warpgroup's part of dQ = dS K: 64 columns of all rows, or 64 rows of all columns.
   __device__ __forceinline__ void issue_query_gradient() {
-    constexpr bool kByColumns = C::kPanels == 2;
-    const uint64_t a =
-        wgmma_descriptor_k_major(shared_address(shared.d_scores[buffer.stage][0]) + (kByColumns ? 0 : warpgroup * 64 * 128));
-    const uint64_t b =
-        wgmma_descriptor_mn_major(shared_address(shared.key) + (kByColumns ? warpgroup * C::kTileN * 128 : 0), C::kTileN * 128);
-    wgmma_pin(dq);
-    wgmma_fence();
+    if constexpr (C::kTransposed)
+      return issue_transposed_query_gradient();
+    else {
+      constexpr bool kByColumns = C::kPanels == 2;
+      const uint64_t a =
+          wgmma_descriptor_k_major(shared_address(shared.d_scores[buffer.stage][0]) + (kByColumns ? 0 : warpgroup * 64 * 128));
+      const uint64_t b =
+          wgmma_descriptor_mn_major(shared_address(shared.key) + (kByColumns ? warpgroup * C::kTileN * 128 : 0), C::kTileN * 128);
+      wgmma_pin(dq);
+      wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < C::kTileN / 16; ++step) {
-      Wgmma<64>::template ss<T, true>(dq, a + (((step / 4) * C::kTileM * 128 + (step % 4) * 32) >> 4),
-                                      b + ((step * 16 * 128) >> 4), step > 0);
+      for (int step = 0; step < C::kTileN / 16; ++step) {
+        Wgmma<64>::template ss<T, true>(dq, a + (((step / 4) * C::kTileM * 128 + (step % 4) * 32) >> 4),
+                                        b + ((step * 16 * 128) >> 4), step > 0);
+      }
+      wgmma_commit();
     }
-    wgmma_commit();
   }
 
   /// P^T = exp(scale * S^T - lse).
@@ -126,13 +150,23 @@ struct Consumer {
     }
   }
 
+  __device__ __forceinline__ int first_key(const Item& item) const { return item.key_tile * C::kTileN + warpgroup * 64; }
+
+  /// Where the step is, of which `place` is known.
+  __device__ __forceinline__ void find_step(const Item& item) {
+    tile = place.tile(item);
+    const int first_row = tile * C::kTileM;
+    const KeySpan seen = item.view.band.seen_by_all(first_row, first_row + C::kTileM - 1, {0, item.view.kv_length});
+    visible = seen.begin <= first_key(item) && first_key(item) + 64 <= seen.end;
+  }
+
   /// Weights of keys that rows don't see become 0.
-  __device__ __forceinline__ void hide_keys(const Item& item, int first_key, int first_row) {
-    const int row = first_row + threadIdx.x % 4 * 2;
+  __device__ __forceinline__ void hide_keys(const Item& item) {
+    const int row = tile * C::kTileM + threadIdx.x % 4 * 2;
     int low[2], high[2];  // of the rows, in this thread's count, that see its two keys
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int key = first_key + first_row_of_thread() + 8 * r;
+      const int key = first_key(item) + first_row_of_thread() + 8 * r;
       low[r] = key < item.view.kv_length ? key - item.view.band.right + 1 - row : C::kTileM;
       high[r] = key - item.view.band.left - row;
     }
@@ -141,12 +175,6 @@ struct Consumer {
       const int column = i / 4 * 8 + i % 2, r = i / 2 % 2;
       if (column < low[r] || column > high[r]) s[i] = 0.0f;
     }
-  }
-
-  /// Do all rows of the tile see all keys of the warpgroup?
-  __device__ __forceinline__ bool all_visible(const Item& item, int first_key, int first_row) const {
-    const KeySpan seen = item.view.band.seen_by_all(first_row, first_row + C::kTileM - 1, {0, item.view.kv_length});
-    return seen.begin <= first_key && first_key + 64 <= seen.end;
   }
 
   /// P^T of two neighbouring rows of queries, in their group j of eight, and the thread's first or second key.
@@ -170,35 +198,65 @@ struct Consumer {
 #pragma unroll
     for (int step = 0; step < C::kTileM / 16; ++step)
       store_transposed(to + step * 16 * 128, ds16[4 * step], ds16[4 * step + 1], ds16[4 * step + 2], ds16[4 * step + 3]);
-    fence_async_proxy();
   }
 
   /// The row of dQ ends here: all key tiles have added to it.
-  __device__ __forceinline__ void store_query_gradient(const Item& item, int head, int first_row) {
+  __device__ __forceinline__ void store_query_gradient(const Item& item) {
     const TensorView& out = args.d_query;
     constexpr bool kByColumns = C::kPanels == 2;
     const int column = kByColumns ? warpgroup * 64 : 0;
-    T* first = static_cast<T*>(out.data) + item.batch * out.stride[0] + head * out.stride[1] + column;
-    const int row = first_row + (kByColumns ? 0 : warpgroup * 64) + first_row_of_thread();
-    store_fragment(dq, args.scale, first, out.stride[2], row, static_cast<int>(out.shape[2]),
-                   static_cast<int>(out.shape[3]) - column);
+    T* const first = static_cast<T*>(out.data) + item.batch * out.stride[0] + place.head * out.stride[1] + column;
+    const int num_rows = static_cast<int>(out.shape[2]), num_columns = static_cast<int>(out.shape[3]) - column;
+    if constexpr (C::kTransposed) {
+      store_transposed_fragment(dq, args.scale, first, out.stride[2], tile * C::kTileM, num_rows, num_columns);
+    } else {
+      const int row = tile * C::kTileM + (kByColumns ? 0 : warpgroup * 64) + first_row_of_thread();
+      store_fragment(dq, args.scale, first, out.stride[2], row, num_rows, num_columns);
+    }
+  }
+
+  /// Issues dK += dS^T Q, and between its instructions leaves dQ in shared memory, for the lane that adds it.
+  __device__ __forceinline__ void issue_key_gradient_and_hand_over() {
+    const uint32_t to = shared_address(shared.dq[warpgroup]) + threadIdx.x % kWarpgroupThreads * sizeof(float4);
+    issue_key_gradient(d_key, ds16, shared.query[q.stage], [&](int step) {
+      constexpr int kEach = C::kPartElements / kWarpgroupThreads / 4 / (C::kTileM / 16);
+#pragma unroll
+      for (int i = step * kEach; i < (step + 1) * kEach; ++i)
+        store_shared(to + i * kWarpgroupThreads * static_cast<uint32_t>(sizeof(float4)),
+                     make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
+    });
+    fence_async_proxy();
+    shared.dq_full[warpgroup].arrive();
+    part.advance();
+    turn.advance();
   }
 
   /// Adds the tile's dQ to what other key tiles have added. The first stores it, the last takes the sum to the tensor.
-  __device__ __forceinline__ void add_query_gradient(const Item& item, int head, int tile) {
-    const Turn place = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending);
-    const int64_t part = static_cast<int64_t>(args.query_tile(item.batch, head, tile)) * 2 + warpgroup;
-    float* const sum = args.sums + part * kPartElements;
+  __device__ __forceinline__ void add_query_gradient(const Item& item, Turn now) {
+    const bool last = now.place + 1 == now.count;
+    float* const sum = args.template sum_of_part<C::kPartElements>(item.batch, place.head, tile, warpgroup);
     shared.turn_full[turn.stage].wait(turn.phase);
-    if (place.place + 1 < place.count) {
-      add_to_sum(dq, sum, place.place == 0);
+    if (!C::kStaged && !last) {
+      add_to_sum(dq, sum, now.place == 0);
     } else {
-      if (place.place > 0) add_sum(dq, sum);
-      store_query_gradient(item, head, tile * C::kTileM);
+      if (now.place > 0) add_sum(dq, sum);
+      store_query_gradient(item);
     }
     __syncwarp();
     release(shared.turn_done[turn.stage]);
     turn.advance();
+  }
+
+  /// dQ and dV are there, though not what has been issued in kPending steps behind them.
+  template <bool kLast, int kPending>
+  __device__ __forceinline__ void finish_query_gradient() {
+    wgmma_wait<kPending>();
+    wgmma_pin(dq);
+    wgmma_pin(p16);
+    wgmma_pin(d_value);
+    shared.out_empty[o.stage].arrive();
+    if constexpr (C::kHasBias) shared.bias_empty[buffer.stage].arrive();
+    if constexpr (kLast) release(shared.key_empty);
   }
 
   __device__ __forceinline__ void start_scores() {
@@ -206,10 +264,9 @@ struct Consumer {
     issue_scores(s, shared.key, shared.query[q.stage]);
   }
 
-  /// One tile of queries of one head; `last`: of the item.
+  /// One tile of queries of one head; kLast: of the item, else the next is begun.
   template <bool kLast>
-  __device__ __forceinline__ void take_step(const Item& item, int head, int tile) {
-    const int first_key = item.key_tile * C::kTileN + warpgroup * 64, first_row = tile * C::kTileM;
+  __device__ __forceinline__ void take_step(const Item& item) {
     // 1. dP^T, behind S^T.
     shared.out_full[o.stage].wait(o.phase);
     issue_scores(dp, shared.value, shared.d_out[o.stage]);
@@ -219,33 +276,40 @@ struct Consumer {
     } else {
       take_weights();
     }
-    if (!all_visible(item, first_key, first_row)) hide_keys(item, first_key, first_row);
+    if (!visible) hide_keys(item);
 #pragma unroll
     for (int i = 0; i < C::kTileM / 4; ++i) p16[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
-    issue_key_gradient(d_value, p16, shared.d_out[o.stage]);
+    if constexpr (!C::kTransposed) issue_key_gradient(d_value, p16, shared.d_out[o.stage], [](int) {});
     // 3. dS^T, dQ = dS K and dK += dS^T Q.
-    wgmma_wait<1>();
+    wgmma_wait<C::kTransposed ? 0 : 1>();
     wgmma_pin(dp);
     if (kLast) release(shared.value_empty);
     take_score_gradients();
+    if constexpr (C::kTransposed) issue_key_gradient(d_value, p16, shared.d_out[o.stage], [](int) {});
+    fence_async_proxy();
     named_barrier_sync(kConsumeBarrier, 32 * C::kConsumerWarps);
     issue_query_gradient();
-    issue_key_gradient(d_key, ds16, shared.query[q.stage]);
     // 4. dQ goes where its sum is, while dK is under way.
-    wgmma_wait<1>();
-    wgmma_pin(dq);
-    wgmma_pin(p16);
-    wgmma_pin(d_value);
-    shared.out_empty[o.stage].arrive();
-    if constexpr (C::kHasBias) shared.bias_empty[buffer.stage].arrive();
-    if (kLast) release(shared.key_empty);
-    add_query_gradient(item, head, tile);
+    const Turn now = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending);
+    if (C::kStaged && now.place + 1 < now.count) {
+      shared.dq_empty[warpgroup].wait(part.phase ^ 1);
+      finish_query_gradient<kLast, 0>();
+      issue_key_gradient_and_hand_over();
+    } else {
+      issue_key_gradient(d_key, ds16, shared.query[q.stage], [](int) {});
+      finish_query_gradient<kLast, 1>();
+      add_query_gradient(item, now);
+    }
     auto& query_done = shared.query_empty[q.stage];
     q.advance();
     o.advance();
     buffer.advance();
     // 5. The next tile's S^T behind dK, whose end gives back its queries.
-    if constexpr (!kLast) start_scores();
+    if constexpr (!kLast) {
+      start_scores();
+      place.advance(item);
+      find_step(item);
+    }
     wgmma_wait<0>();
     wgmma_pin(s);
     wgmma_pin(ds16);
@@ -268,17 +332,14 @@ struct Consumer {
 
   /// All rows that see the item's keys.
   __device__ __forceinline__ void take_steps(const Item& item) {
-    Place place(item, args.heads_per_key_head);
-    int left = num_places(item, args.heads_per_key_head);
     start_scores();
+    place = Place(item, args.heads_per_key_head);
+    find_step(item);
     wgmma_wait<0>();
     wgmma_pin(s);
 #pragma unroll 1
-    while (--left > 0) {
-      take_step<false>(item, place.head, place.tile(item));
-      place.advance(item);
-    }
-    take_step<true>(item, place.head, place.tile(item));
+    for (int left = num_places(item, args.heads_per_key_head); left > 1; --left) take_step<false>(item);
+    take_step<true>(item);
   }
 
   __device__ __forceinline__ void store_key_gradient(const Item& item, const TensorView& out, const float (&x)[C::kHeadDim / 2],

@@ -14,11 +14,16 @@ inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory that 
 
 enum class Variant : uint8_t {
   kPlain,
+  kTall,  // tiles of more query rows, whose share of a step's waiting is smaller; between 64 and 128 columns
   kBias,  // adds a bias, which the copy engine brings
 };
 
 /// Query rows and keys of a tile.
-constexpr int tile_rows(int head_dim) { return head_dim <= 64 ? 128 : 64; }
+constexpr int tile_rows(int head_dim, Variant variant) {
+  if (head_dim <= 64) return 128;
+  return variant == Variant::kTall ? 80 : 64;
+}
+
 inline constexpr int kTileKeys = 128;
 
 /// Thread blocks that have an item together.

@@ -63,7 +63,7 @@ template <class C, class Plan>
 Status launch_config(void (*kernel)(KernelArgs), const BackwardPlan& plan, const AttentionParams& p, const Gradients& gradients,
                      const ExecutionContext& context) {
   Workspace workspace(context.workspace);
-  const Memory memory = take_memory(p, C::kHeadDim, &workspace);
+  const Memory memory = take_memory(p, C::kHeadDim, C::kOfVariant, &workspace);
   KernelArgs args{};
   if (Status status = encode_maps<C>(p, gradients, &args); !status.ok()) return status;
   describe_problem<C>(p, gradients, memory, plan.device.num_sms, &args);

@@ -171,7 +171,7 @@ struct PairConsumer {
   __device__ __forceinline__ void add_query_gradient(const Item& item, int head, int tile) {
     const Turn place = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending);
     const int64_t part = (static_cast<int64_t>(args.query_tile(item.batch, head, tile)) * 2 + rank) * 2 + warpgroup;
-    float* const sum = args.sums + part * kPartElements;
+    float* const sum = args.sums + part * C::kPartElements;
     shared.turn_full[turn.stage].wait(turn.phase);
     if (place.place + 1 < place.count) {
       add_to_sum(dq, sum, place.place == 0);

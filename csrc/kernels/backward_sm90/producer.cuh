@@ -160,6 +160,7 @@ __device__ __forceinline__ void poll_turns(const KernelArgs& args, Plan& shared)
       do {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(passed) : "l"(turns) : "memory");
       } while (passed < static_cast<unsigned>(turn.place));
+      if constexpr (Plan::Config::kStaged) fence_global_proxies();
     }
     shared.turn_full[slot.stage].arrive();
     slot.advance();
@@ -172,8 +173,43 @@ __device__ __forceinline__ void signal_turns(const KernelArgs& args, Plan& share
   RingPosition<kTurnSlots> slot;
   for_each_turn(args, shared, [&](unsigned* turns, Turn turn) {
     shared.turn_done[slot.stage].wait(slot.phase);
+    if constexpr (Plan::Config::kStaged) fence_global_proxies();
     if (turn.place + 1 < turn.count) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(turns) : "memory");
     shared.turn_empty[slot.stage].arrive();
+    slot.advance();
+  });
+}
+
+/// One lane: has the copy engine add each query tile's gradient to what others have added, in its turn; the first stores it. The
+/// last turn is the consumers'.
+template <class C>
+__device__ __forceinline__ void add_parts(const KernelArgs& args, SharedPlan<C>& shared) {
+  constexpr uint32_t kBytes = C::kPartElements * sizeof(float);
+  RingPosition<kTurnSlots> slot;
+  RingPosition<1> part;
+  for_each_published_step(args, shared, [&](const Item& item, int head, int tile) {
+    const Turn turn = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending);
+    if (turn.place + 1 < turn.count) {
+#pragma unroll
+      for (int w = 0; w < C::kWarpgroups; ++w) {
+        shared.dq_full[w].wait(part.phase);
+        if (w == 0) shared.turn_full[slot.stage].wait(slot.phase);  // NOTE: behind consumers, who wait for turns of their own
+        float* const sum = args.template sum_of_part<C::kPartElements>(item.batch, head, tile, w);
+        if (turn.place == 0) {
+          bulk_store(sum, shared.dq[w], kBytes);
+        } else {
+          bulk_add(sum, shared.dq[w], kBytes);
+        }
+        tma_store_commit();
+      }
+      tma_store_wait_read<1>();
+      shared.dq_empty[0].arrive();
+      tma_store_wait_read<0>();
+      shared.dq_empty[1].arrive();
+      tma_store_wait<0>();
+      part.advance();
+      shared.turn_done[slot.stage].arrive_for_all();
+    }
     slot.advance();
   });
 }
@@ -185,6 +221,9 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& s
   if (warp == 0) load_items(args, shared);
   if (warp == 1) poll_turns(args, shared);
   if (warp == 2) signal_turns(args, shared);
+  if constexpr (C::kStaged) {
+    if (warp == 3) add_parts(args, shared);
+  }
   if constexpr (C::kHasBias) {
     if (warp == 3) load_biases(args, shared);
   }

@@ -11,8 +11,6 @@
 
 namespace fa::backward_sm90 {
 
-inline constexpr int kPartElements = 64 * 64;  // of a query tile's gradient, in the hands of a warpgroup
-
 /// The first row of a 64-row accumulator of which the thread has elements; the other is 8 further.
 __device__ __forceinline__ int first_row_of_thread() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
@@ -24,10 +22,11 @@ __device__ __forceinline__ void release(Mbarrier<kArrivals>& barrier) {
 }
 
 /// Adds what others have added to a warpgroup's part.
-__device__ __forceinline__ void add_sum(float (&dq)[32], const float* sum) {
+template <int kCount>
+__device__ __forceinline__ void add_sum(float (&dq)[kCount], const float* sum) {
   sum += threadIdx.x % kWarpgroupThreads * 4;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kCount / 4; ++i) {
     const float4 x = __ldcg(reinterpret_cast<const float4*>(sum + i * 4 * kWarpgroupThreads));
     dq[4 * i] += x.x;
     dq[4 * i + 1] += x.y;
@@ -37,17 +36,18 @@ __device__ __forceinline__ void add_sum(float (&dq)[32], const float* sum) {
 }
 
 /// Adds a warpgroup's part to `sum`; `first`: stores it there.
-__device__ __forceinline__ void add_to_sum(const float (&dq)[32], float* sum, bool first) {
+template <int kCount>
+__device__ __forceinline__ void add_to_sum(const float (&dq)[kCount], float* sum, bool first) {
   sum += threadIdx.x % kWarpgroupThreads * 4;
   if (first) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
+    for (int i = 0; i < kCount / 4; ++i)
       __stcg(reinterpret_cast<float4*>(sum + i * 4 * kWarpgroupThreads),
              make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
+  for (int i = 0; i < kCount / 4; ++i)
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sum + i * 4 * kWarpgroupThreads),
                  "f"(dq[4 * i]), "f"(dq[4 * i + 1]), "f"(dq[4 * i + 2]), "f"(dq[4 * i + 3])
                  : "memory");

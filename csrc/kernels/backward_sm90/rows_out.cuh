@@ -20,6 +20,13 @@ __device__ __forceinline__ uint4 exchange_in_quad(const uint32_t (&parts)[4]) {
   return high ? make_uint4(x, y, upper_pair[0], upper_pair[1]) : make_uint4(low_pair[0], low_pair[1], x, y);
 }
 
+/// An 8x8 matrix of 16-bit elements, of which lane l has elements 2 (l % 4) and the next of row l / 4, transposed.
+__device__ __forceinline__ uint32_t transposed_matrix(uint32_t pair) {
+  uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+  return out;
+}
+
 /// Writes factor * x, of which the thread has parts of the two rows `row` and `row` + 8, as far as there are rows and columns.
 /// `first`: row 0's first element.
 template <class T, int kCount>
@@ -38,6 +45,25 @@ __device__ __forceinline__ void store_fragment(const float (&x)[kCount], float f
       if (row + 8 * r < num_rows && column < num_columns)
         *reinterpret_cast<uint4*>(first + (row + 8 * r) * row_stride + column) = group;
     }
+  }
+}
+
+/// Likewise of a transposed accumulator, whose rows are 64 neighbouring columns of the tensor and whose columns are rows of it,
+/// `row` the first.
+template <class T, int kCount>
+__device__ __forceinline__ void store_transposed_fragment(const float (&x)[kCount], float factor, T* first, int64_t row_stride,
+                                                          int row, int num_rows, int num_columns) {
+  static_assert(kCount % 8 == 0, "Sixteen rows are stored at a time.");
+  const int t = threadIdx.x % 4, in_group = threadIdx.x % 32 / 4;
+  const int column = threadIdx.x / 32 % 4 * 16 + t % 2 * 8;
+#pragma unroll
+  for (int i = 0; i < kCount / 8; ++i) {
+    uint32_t parts[4];  // rows 16 i … + 7 of the warp's columns 0 … 7 and 8 … 15, then rows 16 i + 8 … + 15
+#pragma unroll
+    for (int u = 0; u < 4; ++u) parts[u] = transposed_matrix(pack2<T>(x[8 * i + 2 * u] * factor, x[8 * i + 2 * u + 1] * factor));
+    const uint4 group = exchange_in_quad(parts);
+    const int to = row + 16 * i + 8 * (t / 2) + in_group;
+    if (to < num_rows && column < num_columns) *reinterpret_cast<uint4*>(first + to * row_stride + column) = group;
   }
 }
 

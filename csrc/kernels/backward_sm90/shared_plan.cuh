@@ -2,12 +2,13 @@
 // The shared memory of a thread block of backward_sm90, and all barriers by which its roles hand over to each other.
 //
 // Roles (producer.cuh, consumer.cuh): "load" is the lane that draws items and starts copies into shared memory, "poll" the lane
-// that waits for other blocks' turns, "signal" the lane that passes the turn on, "bias", where there is one, the lane that copies
-// it, "consume" each of the warps that multiply.
+// that waits for other blocks' turns, "signal" the lane that passes the turn on, "add" the lane that has the copy engine add to
+// d_query, or "bias", where there is one, the lane that copies it and consumers add themselves, "consume" each of the warps that
+// multiply.
 //
 //   barrier      who arrives, and so ends a phase   who waits            what the phase's end says
 //   item_full    load                               all others           the item can be read
-//   item_empty   poll, signal, bias, consume        load                 nobody reads the item any more
+//   item_empty   poll, signal, add, bias, consume   load                 nobody reads the item any more
 //   key_full     the copy engine                    consume              the item's tile of K is there (value_full: of V)
 //   key_empty    consume                            load                 its buffer may be filled again (value_empty)
 //   query_full   the copy engine                    consume              a tile of Q and its log-sum-exp are there
@@ -16,8 +17,11 @@
 //   out_empty    consume                            load                 its buffer may be filled again
 //   bias_full    the copy engine                    consume              a step's bias and the rest of its references are there
 //   bias_empty   consume                            bias                 dQ has been computed from dS, which took its place
-//   turn_full    poll                               consume              the key tiles before this one have added to d_query
-//   turn_done    consume                            signal               this block has added to it
+//   dq_full      consume                            add                  a warpgroup's part of a tile's dQ is there
+//   dq_empty     add                                consume              it has been read
+//   turn_full    poll                               add, consume         the key tiles before this one have added to d_query
+//   turn_done    add, or consume where they store   signal               this block has added to it
+//                d_query themselves
 //   turn_empty   signal                             poll                 … and others have been told
 //
 // For "consume" lane 0 of each warp arrives where only tensor cores have read (key_empty, value_empty) and where device memory
@@ -58,6 +62,7 @@ struct alignas(16) Item {
 struct Place {
   int head, count;
 
+  Place() = default;
   __device__ __forceinline__ explicit Place(const Item& item, int heads_per_key_head)
       : head(item.key_head * heads_per_key_head), count(0) {}
   __device__ __forceinline__ int tile(const Item& item) const {
@@ -86,19 +91,22 @@ struct SharedPlan {
   alignas(1024) uint8_t d_out[C::kStages][C::kQueryBytes];
   // Rows of queries, a panel for each warpgroup's keys. A bias comes where the gradients of its scores will stand.
   alignas(1024) uint8_t d_scores[kScoreBuffers][C::kWarpgroups][C::kTileM * 128];
+  alignas(128) float dq[C::kStaged ? C::kWarpgroups : 1][C::kStaged ? C::kPartElements : 4];  // in the order of registers
   alignas(128) float lse[C::kStages][C::kTileM];
   alignas(128) float delta[C::kStages][C::kTileM];
   alignas(128) float rest[C::kHasBias ? kScoreBuffers : 1][C::kHasBias ? C::kTileM : 4];  // of lse; comes with the bias
 
   // The barriers of the table above, with the number of arrivals that end a phase.
   Mbarrier<1> item_full[kItemSlots];
-  Mbarrier<C::kConsumerThreads + 2 + C::kHasBias> item_empty[kItemSlots];
+  Mbarrier<C::kConsumerThreads + 2 + (C::kStaged || C::kHasBias)> item_empty[kItemSlots];
   Mbarrier<1> key_full, value_full;
   Mbarrier<C::kConsumerWarps> key_empty, value_empty;
   Mbarrier<1> query_full[C::kStages], out_full[C::kStages];
   Mbarrier<C::kConsumerThreads> query_empty[C::kStages], out_empty[C::kStages];
   Mbarrier<1> bias_full[kScoreBuffers];
   Mbarrier<C::kConsumerThreads> bias_empty[kScoreBuffers];
+  Mbarrier<C::kConsumerThreads / C::kWarpgroups> dq_full[C::kWarpgroups];
+  Mbarrier<1> dq_empty[C::kWarpgroups];
   Mbarrier<1> turn_full[kTurnSlots], turn_empty[kTurnSlots];
   Mbarrier<C::kConsumerWarps> turn_done[kTurnSlots];
 
@@ -114,6 +122,7 @@ struct SharedPlan {
     init_ring(query_full, query_empty);
     init_ring(out_full, out_empty);
     if (C::kHasBias) init_ring(bias_full, bias_empty);
+    if (C::kStaged) init_ring(dq_full, dq_empty);
     init_ring(turn_full, turn_empty);
     for (auto& barrier : turn_done) barrier.init();
     mbarrier_init_fence();

@@ -109,6 +109,23 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* sh
                : "memory");
 }
 
+/// Starts the copy of `bytes` neighbouring bytes from shared to device memory, likewise.
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
+               "r"(bytes)
+               : "memory");
+}
+
+/// The same for float32 elements, which are added to what is there.
+__device__ __forceinline__ void bulk_add(float* global, const float* shared, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+
+/// Orders accesses to device memory by this thread, and what it has seen of others', and those of copy engines around them.
+__device__ __forceinline__ void fence_global_proxies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 /// Waits until the shared memory of this thread's stores has been read and may be written again, but for the last kPending
