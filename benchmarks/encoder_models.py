@@ -14,6 +14,7 @@ import pathlib
 import tempfile
 from collections.abc import Sequence
 
+import half_files
 import onnx
 import skeletons
 import torch
@@ -43,10 +44,10 @@ def built(model: Model, how: str, layers: int) -> _Wrapped:
     return _Wrapped(model.model(config), list(example(model)))
 
 
-def example(model: Model) -> Inputs:
-    """Two batch entries, no longer than a processor can take."""
+def example(model: Model, batch_size: int = 2) -> Inputs:
+    """No longer than a processor can take."""
     length = model.sizes[0][1]
-    return model.inputs(2, min(length, LONGEST_EXAMPLE) if model.is_text else length)
+    return model.inputs(batch_size, min(length, LONGEST_EXAMPLE) if model.is_text else length)
 
 
 def _dynamic_axes(model: Model, name: str) -> dict[int, str]:
@@ -126,15 +127,9 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def _in_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    from onnxruntime.transformers import float16
-
-    return float16.convert_float_to_float16(model, keep_io_types=False)
-
-
 def _unfused(source: pathlib.Path, target: pathlib.Path, model: Model, half: bool) -> None:
     exported = onnx.load(source)
-    onnx.save(_in_half(exported) if half else exported, target)
+    onnx.save(half_files.in_half(exported) if half else exported, target)
 
 
 def _onnxruntime(source: pathlib.Path, target: pathlib.Path, model: Model, half: bool) -> None:
@@ -144,7 +139,8 @@ def _onnxruntime(source: pathlib.Path, target: pathlib.Path, model: Model, half:
         os.fspath(source), model.optimizer, model.heads, model.width, opt_level=0, use_gpu=True
     )
     if half:
-        made.convert_float_to_float16(keep_io_types=False)
+        made.convert_float_to_float16(keep_io_types=False, node_block_list=half_files.angles(made.model))
+        half_files.join_casts(made.model)
     made.save_model_to_file(os.fspath(target))
 
 
@@ -154,7 +150,7 @@ def _onnxscript(source: pathlib.Path, target: pathlib.Path, model: Model, half: 
 
     made, _ = optimize_for_ort(ir.load(source))
     proto = ir.to_proto(made)
-    onnx.save(_in_half(proto) if half else proto, target)
+    onnx.save(half_files.in_half(proto) if half else proto, target)
 
 
 def _ours(source: pathlib.Path, target: pathlib.Path, model: Model, half: bool) -> None:
@@ -171,7 +167,7 @@ def _ours(source: pathlib.Path, target: pathlib.Path, model: Model, half: bool) 
     model_io.save(fused, target, source=source)
     if not half:
         return
-    tensors = {n: x.numpy() for n, x in example(model).items()}
+    tensors = {n: x.numpy() for n, x in example(model, 2 if model.is_text else 1).items()}
     job = ort_session.Job(os.fspath(source), [tensors])
     reference = Reference(os.fspath(source), model_io.load(source), ort_session.SessionHere)
     reference.sets.append(InputSet("one set", tensors))

@@ -115,7 +115,8 @@ def models_tables(data: dict) -> str:
             *(f"{one['difference']:.0e}" if one else "–" for one in both),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _summary(rows), *_without_original(rows), "", *_claims(rows)])
+    notes = [_summary(rows), *_without_original(rows), *_refused(data["rows"])]
+    return "\n".join([*lines, "", *notes, "", *_claims(rows)])
 
 
 def _percent(share: float | None) -> str:
@@ -129,6 +130,7 @@ def _without_original(rows: list[dict]) -> list[str]:
     return [said] if names else []
 
 
+PAPERS_MODELS = ("bert_large", "gpt3", "mistral")
 OTHERS = ("unfused", "onnxruntime", "onnxscript")
 
 
@@ -157,10 +159,44 @@ def _range(numbers: list[float]) -> str:
 
 
 def _summary(rows: list[dict]) -> str:
-    found = ((row["row"], _over(row, OTHERS)) for row in rows)
-    ratios = {name: ratio for name, ratio in found if ratio is not None}
-    slower = [name for name, ratio in ratios.items() if ratio < 1]
-    return f"Over the best other file: {_range([*ratios.values()])}; slower: {', '.join(slower) or 'nowhere'}."
+    found = ((row, _over(row, OTHERS)) for row in rows)
+    ratios = [(row, ratio) for row, ratio in found if ratio is not None]
+    slower = [_why_slower(row) for row, ratio in ratios if ratio < 1]
+    said = f"Over the best other file: {_range([ratio for _, ratio in ratios])}; slower: "
+    return f"{said}{'; '.join(slower) or 'nowhere'}."
+
+
+def _why_slower(row: dict) -> str:
+    """With what attention could bring at most: it takes a share of the time alone."""
+    share = (_best(row, "ours") or {}).get("share_of_operator")
+    why = (
+        f", where attention takes {share:.0%} of the time (free, it would bring {1 / (1 - share):.2f})" if share else ""
+    )
+    return f"{row['row']}{why}"
+
+
+def _refused(rows: list[dict]) -> list[str]:
+    """Says which rows have no file of faexport that is right, and why."""
+    said = [
+        f"{row['row']} ({'; '.join(dict.fromkeys(row['failed'].values())) or 'its results are wrong'})"
+        for row in rows
+        if not _best(row, "ours")
+    ]
+    return [f"Not in the table: {', '.join(said)}."] if said else []
+
+
+def verified_sentence(data: dict) -> str:
+    """What verify_models.py wrote of each model and export."""
+    found = data["models"]
+    passed = [said for said in found.values() if said["status"] == "passed"]
+    alike = sum(said["operators_as_timed"] for said in passed)
+    others = [f"{name} ({said['status']})" for name, said in found.items() if said["status"] != "passed"]
+    return (
+        f"`faexport MODEL --target cuda --verify-on cuda` (`benchmarks/verify_models.py`, {data['gpu']}, commit "
+        f"{data['commit']}, {data['date'][:10]}): {len(passed)} of {len(found)} exports pass, in "
+        f"{sum(said['settings'] for said in passed)} settings; {alike} have the fused operators of the timed file"
+        f"{'; not: ' + ', '.join(others) if others else ''}."
+    )
 
 
 def _claims(rows: list[dict]) -> list[str]:
@@ -176,12 +212,20 @@ def _claims(rows: list[dict]) -> list[str]:
         "",
         "| claim | here |",
         "|---|---|",
+        *_papers_models(speeds),
         f"| models 2 to 4 times as fast | {_range([ratio for _, ratio in speeds])} |",
         "| more than 5 times as fast at 4K (long-range encoder) | "
         f"{', '.join(f'{ratio:.2f} at {length}' for length, ratio in lengths)} |",
         "| memory linear in the length, 20 times less at 4K (long-range encoder) | "
         f"{', '.join(_memory(row) for row, _ in long)} |",
     ]
+
+
+def _papers_models(speeds: list[tuple[dict, float]]) -> list[str]:
+    """The models that the papers name, each at its longest that an unfused graph runs at."""
+    longest = {row["encoder"]: (row, ratio) for row, ratio in speeds if row["encoder"] in PAPERS_MODELS}
+    said = [f"{ratio:.2f} ({row['row']})" for row, ratio in longest.values()]
+    return [f"| the papers' models: BERT-large, GPT-3-like, Mistral 7B | {', '.join(said)} |"] if said else []
 
 
 def _memory(row: dict) -> str:

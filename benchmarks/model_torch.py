@@ -22,7 +22,7 @@ class Compiled:
         wrapped = encoder_models.built(model, "sdpa", layers)
         weights.fill(wrapped.model)
         self._dtype = getattr(torch, dtype)
-        self._model = torch.compile(wrapped.to("cuda", self._dtype))
+        self._model = torch.compile(_in(wrapped, self._dtype))
 
     @torch.no_grad()
     def bound(
@@ -43,6 +43,21 @@ class Compiled:
             torch.cuda.empty_cache()
 
         return call, lambda: last[0].float().cpu().numpy(), release
+
+
+def _in(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The module on the GPU in this type, as loading a checkpoint in it would make it: what isn't in a checkpoint, such
+    as the frequencies of rotary positions, stays float32."""
+    kept = {
+        (part, name): buffer
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name in part._non_persistent_buffers_set
+    }
+    module.to("cuda", dtype)
+    for (part, name), buffer in kept.items():
+        setattr(part, name, buffer.to("cuda"))
+    return module
 
 
 def share_of_operator(call: Callable[[int], None]) -> float | None:

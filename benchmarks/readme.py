@@ -14,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from model_pages import bench_tables, encoder_tables, fused_by_optimizer, models_tables
+from model_pages import bench_tables, encoder_tables, fused_by_optimizer, models_tables, verified_sentence
 from training_table import training_tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -427,7 +427,7 @@ def updated_llm(text: str) -> str:
 
 def updated_models(text: str) -> str:
     """docs/models.md, likewise."""
-    made = _tables(("models.json", models_tables))
+    made = _tables(("models.json", models_tables), ("models_verified.json", verified_sentence))
     return replaced(text, MODELS_BEGIN, MODELS_END, made if made.strip() else "Not recorded yet.\n")
 
 

@@ -10,14 +10,17 @@ timed on another.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 SMALLEST = 1e-6  # magnitude; converters to float16 treat smaller ones each in its own way
 SMALL = 1024  # elements; smaller tensors stay in the file
-LARGEST_KEPT = 1 << 18  # elements of a tensor that nobody knows, e.g. a table of positions
+LARGEST_KEPT = 1 << 23  # elements of a tensor that nobody knows, e.g. a table of positions
 FLOATS = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16}
 FUSED_DOMAINS = ("com.microsoft", "faexport")
 KEY = "weights"  # of a tensor's external data: a list of [name, transposed], which stand side by side
@@ -51,6 +54,7 @@ def fill(module: torch.nn.Module) -> dict[str, dict]:
     return recipes
 
 
+@functools.cache
 def fused_operators(path: pathlib.Path) -> dict[str, int]:
     """How many nodes of each operator that is not of ONNX a file has."""
     nodes = onnx.load(path, load_external_data=False).graph.node
@@ -139,14 +143,39 @@ def _leave_out(tensor: onnx.TensorProto, parts: list[tuple[str, bool]], heads: i
     tensor.external_data.add(key=HEADS, value=str(heads))
 
 
+def num_weights(path: pathlib.Path) -> int:
+    """How many numbers a file of recipes draws."""
+    return sum(math.prod(recipe["shape"]) for recipe in json.loads(path.read_text()).values())
+
+
+class _Once:
+    """Arrays by key, each made by the first that asks; others wait for it meanwhile."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, np.ndarray] = {}
+        self._locks: dict[Hashable, threading.Lock] = collections.defaultdict(threading.Lock)
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
+        with self._lock:
+            lock = self._locks[key]
+        with lock:
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
+
+
 class Weights:
     """The weights that a file of recipes tells how to draw; each is drawn once, and each form of it made once."""
 
     def __init__(self, path: pathlib.Path):
         self._recipes = json.loads(path.read_text())
-        self._drawn: dict[str, np.ndarray] = {}
-        self._formed: dict[tuple, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._drawn, self._formed = _Once(), _Once()
+
+    def draw(self, threads: int) -> None:
+        """All of them, several at a time; else each when it is needed."""
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            list(pool.map(self._weight, self._recipes))
 
     def fill(self, module: torch.nn.Module) -> None:
         """Gives a module, made as for the files, their weights."""
@@ -157,22 +186,20 @@ class Weights:
                 tensor.copy_(torch.from_numpy(self._weight(name)))
 
     def _weight(self, name: str) -> np.ndarray:
-        with self._lock:
-            if name not in self._drawn:
-                self._drawn[name] = _drawn(name, self._recipes[name])
-            return self._drawn[name]
+        return self._drawn.get(name, lambda: _drawn(name, self._recipes[name]))
 
     def _form(self, tensor: onnx.TensorProto) -> np.ndarray | None:
         """What a tensor stood for; None where it is in the file."""
         said = {entry.key: entry.value for entry in tensor.external_data}
         if KEY not in said:
             return None
-        key = (said[KEY], said.get(HEADS, "1"), tensor.data_type)
-        if key not in self._formed:
+        heads, dtype = int(said.get(HEADS, "1")), FLOATS[tensor.data_type]
+
+        def make() -> np.ndarray:
             parts = [self._weight(name).T if turned else self._weight(name) for name, turned in json.loads(said[KEY])]
-            whole = parts[0] if len(parts) == 1 else _together(parts, int(key[1]))
-            self._formed[key] = np.ascontiguousarray(whole, FLOATS[tensor.data_type])
-        return self._formed[key].reshape(tensor.dims)
+            return np.ascontiguousarray(parts[0] if len(parts) == 1 else _together(parts, heads), dtype)
+
+        return self._formed.get((said[KEY], heads, tensor.data_type), make).reshape(tensor.dims)
 
     def session(self, path: os.PathLike[str], options: onnxruntime.SessionOptions, providers: list):
         """A session of a skeleton's model, whose weights are not copied before onnxruntime does so."""

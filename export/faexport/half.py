@@ -14,6 +14,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 
 import ml_dtypes
+import onnx
 import onnx_ir as ir
 import onnx_ir.external_data
 import onnx_ir.passes.common as passes
@@ -89,7 +90,7 @@ def convert(
         disable_shape_infer=True,
         node_block_list=[*kept, *guards],
     )
-    made = ir.from_proto(proto)
+    made = ir.from_proto(without_twins(proto))
     for value in made.graph.initializers.values():  # the converter declares each float16, what it kept float32, too
         if value.const_value is not None:
             value.dtype = value.const_value.dtype
@@ -105,6 +106,19 @@ def convert(
     if fallback:
         add_fallback(made)
     return made
+
+
+def without_twins(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """onnxruntime before 1.32 writes a cast to float32 once for each node that reads it, all of one name."""
+    written: set[str] = set()
+    nodes = []
+    for node in proto.graph.node:
+        if node.op_type != "Cast" or node.output[0] not in written:
+            nodes.append(node)
+        written.update(node.output)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return proto
 
 
 def _stored(model: ir.Model) -> dict[tuple[str, str], ir.TensorProtocol]:

@@ -129,6 +129,20 @@ def test_what_onnxruntime_alone_gets_wrong_is_no_fault_of_the_model(library: str
     assert any("only without its own graph optimizations (graph_optimization_level" in note for note in said.notes)
 
 
+def test_casts_that_older_onnxruntime_writes_twice_are_one() -> None:
+    """As its converter does where two Resize read the same tensor."""
+    cast = helper.make_node("Cast", ["x"], ["x_cast_to_fp32"], "x_cast_to_fp32_node", to=FLOAT)
+    readers = [helper.make_node("Relu", ["x_cast_to_fp32"], [name], name) for name in ("a", "b")]
+    inputs = [helper.make_tensor_value_info("x", FLOAT16, [2])]
+    outputs = [helper.make_tensor_value_info(name, FLOAT, [2]) for name in ("a", "b")]
+    graph = helper.make_graph([cast, readers[0], cast, readers[1]], "twins", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    with pytest.raises(ir.serde.SerdeError):
+        ir.from_proto(model)
+    made = ir.from_proto(half.without_twins(model))
+    assert [node.op_type for node in made.graph] == ["Cast", "Relu", "Relu"]
+
+
 def test_what_overflows_stays_float32(library: str, tmp_path: pathlib.Path) -> None:
     half_model = Converted(squares(), tmp_path)
     kept = half_model.made.said.kept

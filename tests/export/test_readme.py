@@ -122,6 +122,7 @@ def test_models_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         {"encoder": "long_range", "row": f"{title} b1 s4096", "dtype": "float16", "batch_size": 1, "length": 4096}
         for title in ("Long", "Alone")
     )
+    long["failed"] = alone["failed"] = {}
     long["contestants"] = {
         "unfused, eager": contestant(8.0, 2000),
         "unfused, dynamo": contestant(9.0, 2000),
@@ -140,6 +141,31 @@ def test_models_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| Alone 1 × 4096 | 1.000 | – | – | – | – | – | – | – | – | 10 | – | 1e-03 |" in lines
     assert "No float32 original has the memory to run: Alone b1 s4096; compared with faexport's float32 file." in lines
     assert lines[-1].endswith("| 100 MB at 4096 (20.0 times less) |") and "4.00 at 4096" in lines[-2]
+
+
+def test_models_tables_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is slower, what has no row, and what was verified on CUDA (verified_sentence)."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import model_pages
+
+    row = {"dtype": "float16", "batch_size": 1, "length": 512, "failed": {}}
+    right = {"memory_mb": 10, "difference": 1e-3}
+    slow = row | {"encoder": "bert_large", "row": "Slow b1 s512", "contestants": {}}
+    slow["contestants"]["unfused, eager"] = right | {"median_ms": 1.0}
+    slow["contestants"]["ours, dynamo"] = right | {"median_ms": 1.25, "share_of_operator": 0.2}
+    broken = row | {"encoder": "flux", "row": "Broken b1 s512", "contestants": {}, "failed": {"all": "no memory"}}
+    environment = {"gpu": "GPU", "versions": {"onnxruntime-gpu": "1"}, "commit": "abc", "date": "2026-01-01"}
+    page = model_pages.models_tables({**environment, "rows": [slow, broken]})
+    assert "slower: Slow b1 s512, where attention takes 20% of the time (free, it would bring 1.25)." in page
+    assert "Not in the table: Broken b1 s512 (no memory)." in page
+    assert "| Broken" not in page and "Mistral 7B | 0.80 (Slow b1 s512) |" in page
+    models = {
+        "bert_large dynamo": {"status": "passed", "settings": 9, "operators_as_timed": True},
+        "bert_large eager": {"status": "unfinished after 9 s"},
+    }
+    verified = "1 of 2 exports pass, in 9 settings; 1 have the fused operators of the timed file"
+    said = model_pages.verified_sentence({**environment, "models": models})
+    assert said.endswith(f"{verified}; not: bert_large eager (unfinished after 9 s).")
 
 
 def test_make_targets_exist() -> None:
