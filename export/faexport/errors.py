@@ -10,6 +10,10 @@ class ModelError(ValueError):
     """Bad input or a failed write. The text is one line: where, what, and what to do about it."""
 
 
+class InvalidNodeError(Exception):
+    """A node that ONNX's rules do not allow. The text says what of it; it is caught where models are analysed."""
+
+
 def first_cause(error: BaseException) -> BaseException:
     """What went wrong first: libraries wrap an error in others that only say where it was."""
     while error.__cause__ is not None:

@@ -68,7 +68,7 @@ def page(report: Report, blocks: Mapping[str, tuple[Block, Block]] | None = None
         _half(report.half_precision) if report.half_precision else "",
         _float8(report.float8) if report.float8 else "",
         _nodes(report),
-        _notes([*report.notes, *(f"A defect of ours, please report it: {text}" for text in report.defects)]),
+        _notes([*report.notes, *_failures(report)]),
         _provenance(report),
     ]
     return (
@@ -108,6 +108,11 @@ def _sites(report: Report, blocks: Mapping[str, tuple[Block, Block]]) -> str:
     if not report.sites:
         return "<h2>Sites</h2>\n<p>The model has no attention.</p>\n"
     return "<h2>Sites</h2>\n" + "".join(_group(group, blocks) for group in group_sites(report.sites))
+
+
+def _failures(report: Report) -> list[str]:
+    invalid = [f"ONNX does not allow: {text}" for text in report.invalid_nodes]
+    return [*invalid, *(f"A defect of ours, please report it: {text}" for text in report.defects)]
 
 
 def _group(group: Group, blocks: Mapping[str, tuple[Block, Block]]) -> str:

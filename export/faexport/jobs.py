@@ -216,7 +216,8 @@ def fuse(source: ir.Model, options: Options, path: pathlib.Path, report: Report)
     """The rewritten model; fills in what the report says of its sites and nodes."""
     fused, found = diagnosis.fuse(source, options, path)
     report.sites, report.nodes_before, report.nodes_after = found.sites, found.nodes_before, found.nodes_after
-    report.notes, report.joined, report.defects = found.notes, found.joined, found.defects
+    report.notes, report.joined = found.notes, found.joined
+    report.defects, report.invalid_nodes = found.defects, found.invalid_nodes
     return fused
 
 

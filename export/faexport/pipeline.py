@@ -87,7 +87,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         report.notes.append(float32_note(options.float32))
     float8_note = "" if options.float8 or not fused else float8.note(model, masks.analysis)
     report.notes += [note for note in (cpu_only_note(candidates), gathered_note(candidates), float8_note) if note]
-    report.defects = masks.analysis.defects
+    report.defects, report.invalid_nodes = masks.analysis.defects, masks.analysis.invalid_nodes
     return model, report
 
 

@@ -245,6 +245,7 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)  # sentences about the model as a whole
     joined: dict[str, int] = dataclasses.field(default_factory=dict)  # operators of onnxruntime made around attention
     defects: list[str] = dataclasses.field(default_factory=list)  # failures of our analysis, of single nodes
+    invalid_nodes: list[str] = dataclasses.field(default_factory=list)  # that ONNX's rules don't allow
     model: str | None = None  # path read
     output: str | None = None  # path written
     verification: Verification | None = None  # None: not asked for

@@ -52,6 +52,8 @@ def view(report: Report) -> Iterator[rich.console.RenderableType]:
         yield from float8_view(report.float8)
     for note in report.notes:
         yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
+    for invalid in report.invalid_nodes:
+        yield f"[yellow]ONNX does not allow:[/yellow] {rich.markup.escape(invalid)}"
     for defect in report.defects:
         yield f"[red]a defect of ours, please report it:[/red] {rich.markup.escape(defect)}"
 

@@ -56,7 +56,7 @@ SITE = {
 FILE = {"path": str, "bytes": int, "sha256": str}
 REPORT = {
     "schema_version": int, "num_fused": int, "num_refused": int, "sites": [SITE], "nodes_before": {...: int},
-    "nodes_after": {...: int}, "notes": [str], "joined": {...: int}, "defects": [str],
+    "nodes_after": {...: int}, "notes": [str], "joined": {...: int}, "defects": [str], "invalid_nodes": [str],
     "model": (str, types.NoneType), "output": (str, types.NoneType),
     "verification": ({"status": str, "reason": str,
                       "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str}],

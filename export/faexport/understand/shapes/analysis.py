@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from faexport.errors import InvalidNodeError
 from faexport.nodes import always_runs, attribute, name_of, op, operand, own_graphs, producer, subgraphs
 from faexport.spec import DOMAIN, OP_TYPE
 from faexport.understand.shapes import (  # noqa: F401 (some only register their rules)
@@ -64,6 +65,7 @@ class Analysis:
         self._constants: dict[ir.Value, np.ndarray | None] = {}
         self._dtypes: dict[ir.Value, ir.DataType | None] = {}
         self._static: dict[ir.Value, bool] = {}
+        self.invalid_nodes: list[str] = []  # that ONNX's rules don't allow, and why
         self.defects: list[str] = []  # nodes whose rules failed, and how
         self._learnt: dict[Expr, Expr] = {}  # what sizes are at the site that is being looked at
         self._names: dict[Expr, Expr] = {}  # sizes that the file has names of its own for
@@ -226,9 +228,7 @@ class Analysis:
             try:
                 shapes = self._rules(node)
             except Exception as error:  # a node that breaks ONNX's rules, or a defect of ours: it costs this node only
-                if os.environ.get("FAEXPORT_TRACEBACK"):
-                    traceback.print_exc()
-                self.defects.append(f"node '{name_of(node)}' ({op(node)}): {type(error).__name__}: {error}")
+                self._note_failure(node, error)
                 shapes = None
                 self._dtypes.update((value, self._dtypes.get(value)) for value in node.outputs)
             for i, value in enumerate(node.outputs):
@@ -239,6 +239,15 @@ class Analysis:
                     self._contents.pop(value, None)
             if op(node) in constants.FOLD and node.outputs:
                 self.constant(node.outputs[0])
+
+    def _note_failure(self, node: ir.Node, error: Exception) -> None:
+        where = f"node '{name_of(node)}' ({op(node)})"
+        if isinstance(error, InvalidNodeError):
+            self.invalid_nodes.append(f"{where}: {error}")
+            return
+        if os.environ.get("FAEXPORT_TRACEBACK"):
+            traceback.print_exc()
+        self.defects.append(f"{where}: {type(error).__name__}: {error}")
 
     def _holds(self, value: ir.Value) -> bool:
         """Can a value's type hold the numbers among its contents? Else they wrap around, as constants.py computes."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from faexport.errors import InvalidNodeError
 from faexport.nodes import attribute, operand
 from faexport.understand.shapes import algebra
 from faexport.understand.shapes.dims import Dim, product
@@ -161,8 +162,8 @@ def _transpose(node, a):
     if shape is None:
         return [tuple(Dim.unknown("transpose") for _ in perm)] if perm else None
     perm = perm or range(len(shape))[::-1]
-    if len(perm) != len(shape):
-        return None
+    if sorted(perm) != list(range(len(shape))):
+        raise InvalidNodeError(f"perm is {list(perm)}, its input has {len(shape)} axes")
     return [tuple(shape[i] for i in perm)]
 
 
@@ -223,7 +224,7 @@ def _unsqueeze(node, a):
         return None
     new = {resolve_axis(x, rank) for x in axes}
     if len(new & set(range(rank))) != len(axes):
-        return None
+        raise InvalidNodeError(f"axes are {list(axes)}, its output has {rank} axes")
     rest = iter(shape)
     return [tuple(ONE if i in new else next(rest) for i in range(rank))]
 
