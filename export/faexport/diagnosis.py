@@ -36,9 +36,8 @@ def fuse(model: ir.Model, options: Options, path: pathlib.Path) -> tuple[ir.Mode
             fused, report = pipeline.run(model, options)
         except ConversionError as error:
             raise ModelError(f"{path}: {error}; choose another --opset, or leave it out") from error
-    suspect = report.defects or report.invalid_nodes
-    if not suspect:
-        suspect = any(site.refusal is not None and site.refusal.defect for site in report.sites)
+    defective = any(site.refusal is not None and site.refusal.defect for site in report.sites)
+    suspect = defective or report.defects or report.invalid_nodes
     if suspect and (fault := fault_of(path)):
         raise _malformed(path, fault)
     return fused, report
