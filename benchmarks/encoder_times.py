@@ -318,7 +318,7 @@ def _measure_together(
         short: inputs that each session can run on, if there are any.
         used: which part of an output is `expected`.
     """
-    calls, found, releases, failed = {}, {}, [], {}
+    calls, found, releases, failed = {}, {}, {}, {}
     for contestant, session in made.items():
         try:
             before = _memory_taken(options.device)
@@ -327,26 +327,35 @@ def _measure_together(
             difference = _difference(expected, output()[used])
             taken = _memory_taken(options.device) - before
             found[contestant] = {"difference": difference, "memory_mb": taken / 1e6}
-            releases.append(release)
+            releases[contestant] = release
         except Exception as error:
             calls.pop(contestant, None)
             failed[contestant] = _sentence(error)
-        if contestant in failed and short is not None and options.device == "cuda":
-            _give_back(session, short)
-    if calls:
-        times = _times(calls, options)
-        row["contestants"] |= {title: times[title] | one for title, one in found.items()}
+        if contestant in failed and options.device == "cuda":
+            _give_back(session, None, short)
+    try:
+        times = _times(calls, options) if calls else {}
+        row["contestants"] |= {title: times[title] | found[title] for title in calls}
         if options.device == "cuda":
             _add_shares(row["contestants"], calls)
-    for release in releases if options.device == "cuda" else ():
-        release()
+    except Exception as error:  # each ran once, but there is no room for all
+        failed |= dict.fromkeys(calls, _sentence(error))
+        for title in calls:
+            row["contestants"].pop(title, None)
+    for contestant, release in releases.items() if options.device == "cuda" else ():
+        _give_back(made[contestant], release, short)
     return failed
 
 
-def _give_back(session, short: dict[str, np.ndarray]) -> None:
-    """The memory that a session took for a run that failed."""
+def _give_back(session, release: Callable[[], None] | None, short: dict[str, np.ndarray] | None) -> None:
+    """The memory that a session took, by one more run, on short inputs where the last ones found no room."""
     with contextlib.suppress(Exception):
-        _bound(session, short, "cuda")[2]()
+        if release is not None:
+            release()
+            return
+    with contextlib.suppress(Exception):
+        if short is not None:
+            _bound(session, short, "cuda")[2]()
 
 
 def _add_shares(contestants: dict[str, dict], calls: dict[str, Callable[[int], None]]) -> None:

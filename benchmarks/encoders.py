@@ -134,7 +134,8 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
-    """With the rows of earlier parts of the same run: the same commit on the same machine."""
+    """With the rows of earlier parts of the same run: the same commit on the same machine, or with --add another one,
+    which its rows name."""
     from model_table import MODELS
 
     environment = results_file.environment(
@@ -149,8 +150,11 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
         document |= {"gpu": torch.cuda.get_device_name(), "num_gpus": options.gpus}
     if path.exists():
         before = json.loads(path.read_text())
-        if all(before.get(key) == document.get(key) for key in ("commit", "cpu", "gpu", "layers", "threads")):
-            document |= {key: before[key] for key in ("fused", "rows", "exported_by")}
+        alike = ("cpu", "gpu", "layers", "threads", *(() if options.add else ("commit",)))
+        if all(before.get(key) == document.get(key) for key in alike):
+            if before["commit"] != document["commit"]:
+                rows = [row | {"commit": document["commit"]} for row in rows]
+            document |= {key: before[key] for key in ("fused", "rows", "exported_by", "commit", "date")}
     new = {(row["row"], row["dtype"]) for row in rows}
     all_rows = [row for row in document["rows"] if (row["row"], row["dtype"]) not in new] + rows
     place = {name: number for number, name in enumerate(MODELS)}
@@ -191,6 +195,7 @@ def main(table: str = "encoders", description: str = __doc__.splitlines()[0]) ->
         "--compiled", action=argparse.BooleanOptionalAction, default=table == "models",
         help="time what torch.compile makes of the same model, too (on CUDA; default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--add", action="store_true", help="to the rows of an earlier commit, on such a machine")
     parser.add_argument("--rounds", type=int, default=9, help="times each contestant's turn comes (%(default)s)")
     parser.add_argument("--seconds", type=float, default=86400, help="after which no more is timed")
     results_file.add_options(parser)

@@ -22,7 +22,7 @@ def angles(model: onnx.ModelProto) -> list[str]:
     found: dict[str, None] = {}
     while waiting:
         node = waiting.pop()
-        if node.name not in found:
+        if node.name not in found and node.op_type != "Shape":
             found[node.name] = None
             waiting += [producers[name] for name in node.input if name in producers]
     return list(found)

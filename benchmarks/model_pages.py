@@ -95,7 +95,7 @@ def models_tables(data: dict) -> str:
         *("attention's share", "memory, unfused", "memory, faexport", "difference, unfused", "difference, faexport"),
     )
     lines = [
-        f"{data['gpu']}, onnxruntime {data['versions']['onnxruntime-gpu']}, commit {data['commit']}, "
+        f"{data['gpu']}, onnxruntime {data['versions']['onnxruntime-gpu']}, commit {data['commit']}{_later(rows)}, "
         f"{data['date'][:10]}; {', '.join(dict.fromkeys(row['dtype'] for row in rows))}. Milliseconds of a run on the "
         "GPU, of each tool's\nfastest export that is right (`benchmarks/models.py`; – none). Attention's share is "
         "that of the operator's kernels in the time\nof faexport's file. Memory is what runs take "
@@ -117,6 +117,12 @@ def models_tables(data: dict) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     notes = [_summary(rows), *_without_original(rows), *_refused(data["rows"])]
     return "\n".join([*lines, "", *notes, "", *_claims(rows)])
+
+
+def _later(rows: list[dict]) -> str:
+    """Which models were measured at another commit."""
+    said = dict.fromkeys((row["row"].rsplit(" b", 1)[0], row["commit"]) for row in rows if "commit" in row)
+    return "".join(f" ({name} at {commit})" for name, commit in said)
 
 
 def _percent(share: float | None) -> str:

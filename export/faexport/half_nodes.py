@@ -9,10 +9,11 @@ don't show. By what onnxruntime runs: it has kernels in bfloat16 for some operat
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -42,6 +43,7 @@ _FOLLOWS = {  # what keeps a position a position
     "Identity", "Log", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "Range", "Reciprocal", "Reshape", "Round", "Sin",
     "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
+_REPEATS = {"Expand", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 # What onnxruntime's CUDA provider has kernels for in bfloat16, by its list of kernels, from OPSET_OF_BFLOAT16 on.
 _IN_BFLOAT16 = {
     "Abs", "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Dropout", "Erf", "Exp", "Expand", "Flatten", "Gather",
@@ -96,25 +98,41 @@ def _sum_of(node: ir.Node) -> str:
     return f"the sum inside of {node.name}"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """A stored tensor that nodes move and repeat, as TorchScript writes frequencies of rotary positions for a batch."""
+
+    tensor: ir.TensorProtocol
+    nodes: tuple[str, ...]
+
+
+def _copy(value: ir.Value, copies: Mapping[ir.Value, _Copy]) -> _Copy | None:
+    return copies.get(value) or (None if value.const_value is None else _Copy(value.const_value, ()))
+
+
 def positions(model: ir.Model) -> Iterator[str]:
     """Names of the nodes that compute numbers from integers and constants alone."""
     made: set[ir.Value] = set()
+    copies: dict[ir.Value, _Copy] = {}
     for node in model.graph:
         floats = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
         begins = op(node) in ("Cast", "Range") and node.outputs[0].dtype == ir.DataType.FLOAT and not floats
         begins = begins and all(v.dtype in _INTEGERS for v in node.inputs if v is not None)
-        follows = any(v in made for v in floats) and all(v in made or v.const_value is not None for v in floats)
-        if begins or (follows and (op(node) in _FOLLOWS or _is_outer_product(node))):
+        follows = any(v in made for v in floats) and all(v in made or _copy(v, copies) is not None for v in floats)
+        copy = _copy(floats[0], copies) if len(floats) == 1 and op(node) in _REPEATS else None
+        if copy is not None:
+            copies[node.outputs[0]] = _Copy(copy.tensor, (*copy.nodes, node.name or ""))
+        elif begins or (follows and (op(node) in _FOLLOWS or _is_outer_product(node, copies))):
             made.update(v for v in node.outputs if v.dtype == ir.DataType.FLOAT)
-            if node.name:
-                yield node.name
+            names = [node.name, *(name for v in floats if v in copies for name in copies[v].nodes)]
+            yield from filter(None, names)
 
 
-def _is_outer_product(node: ir.Node) -> bool:
+def _is_outer_product(node: ir.Node, copies: Mapping[ir.Value, _Copy]) -> bool:
     """Each position times each of some constants: no sum, as in a linear layer."""
     if op(node) not in ("MatMul", "Einsum"):
         return False
-    constants = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
+    constants = [copy.tensor for v in node.inputs if v is not None and (copy := _copy(v, copies)) is not None]
     return any(tensor.size == max(tensor.shape.numpy(), default=0) for tensor in constants)
 
 

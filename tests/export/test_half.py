@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 
 import faexport
 import ml_dtypes
@@ -63,6 +64,19 @@ def with_positions() -> onnx.ModelProto:
         last=np.array([-1]),
         frequencies=np.linspace(0.01, 1, HEADS * D, dtype=np.float32)[None],
     )
+
+
+def with_expanded_frequencies() -> onnx.ModelProto:
+    """The same as TorchScript writes rotary positions: the stored frequencies are repeated for each batch entry."""
+    model = with_positions()
+    (place,) = (i for i, node in enumerate(model.graph.node) if node.name == "angle")
+    model.graph.node[place].input[1] = "repeated"
+    model.graph.node.insert(place, helper.make_node("Expand", ["frequencies", "batch"], ["repeated"], name="repeated"))
+    model.graph.node.insert(place, helper.make_node("Concat", ["entries", "any"], ["batch"], axis=0, name="batch"))
+    model.graph.node.insert(place, helper.make_node("Gather", ["sizes", "first"], ["entries"], name="entries"))
+    weights = {"first": np.array([0]), "any": np.array([1, 1])}
+    model.graph.initializer.extend(numpy_helper.from_array(x, name) for name, x in weights.items())
+    return model
 
 
 class Converted:
@@ -169,11 +183,13 @@ def test_large_numbers_pass_between_nodes_that_stay(tmp_path: pathlib.Path) -> N
     assert made_by[mean.input[0]].name == "squares"
 
 
-def test_positions_stay_float32(library: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("make", [with_positions, with_expanded_frequencies])
+def test_positions_stay_float32(make: Callable[[], onnx.ModelProto], library: str, tmp_path: pathlib.Path) -> None:
     """Short inputs would not show it: float16 counts to 2,048."""
-    half_model = Converted(with_positions(), tmp_path)
+    half_model = Converted(make(), tmp_path)
     kept = half_model.made.said.kept
     assert {"position", "angle", "wave"} <= kept.keys() and "sum" not in kept
+    assert ("repeated" in kept) == (make is with_expanded_frequencies)
     rows = 3000
     x = np.random.default_rng(0).standard_normal((1, rows, E)).astype(np.float32)
     outputs = [

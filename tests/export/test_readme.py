@@ -150,12 +150,13 @@ def test_models_tables_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
     row = {"dtype": "float16", "batch_size": 1, "length": 512, "failed": {}}
     right = {"memory_mb": 10, "difference": 1e-3}
-    slow = row | {"encoder": "bert_large", "row": "Slow b1 s512", "contestants": {}}
+    slow = row | {"encoder": "bert_large", "row": "Slow b1 s512", "contestants": {}, "commit": "def"}
     slow["contestants"]["unfused, eager"] = right | {"median_ms": 1.0}
     slow["contestants"]["ours, dynamo"] = right | {"median_ms": 1.25, "share_of_operator": 0.2}
     broken = row | {"encoder": "flux", "row": "Broken b1 s512", "contestants": {}, "failed": {"all": "no memory"}}
     environment = {"gpu": "GPU", "versions": {"onnxruntime-gpu": "1"}, "commit": "abc", "date": "2026-01-01"}
     page = model_pages.models_tables({**environment, "rows": [slow, broken]})
+    assert "commit abc (Slow at def), " in page
     assert "slower: Slow b1 s512, where attention takes 20% of the time (free, it would bring 1.25)." in page
     assert "Not in the table: Broken b1 s512 (no memory)." in page
     assert "| Broken" not in page and "Mistral 7B | 0.80 (Slow b1 s512) |" in page
