@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import dealing
 import results_file
@@ -57,8 +58,9 @@ def verified(name: str, how: str, folder: pathlib.Path, seconds: float) -> dict:
 Found = dict[tuple[str, str], dict]  # by model and export
 
 
-def verify_all(folder: pathlib.Path, models: list[str], gpus: int, jobs: int, seconds: float) -> Found:
-    """Several on each GPU at a time, the exports of PyTorch's present exporter first."""
+def verify_all(folder: pathlib.Path, models: list[str], gpus: int, jobs: int, seconds: float) -> Iterator[Found]:
+    """All that is known after each export that ends: several on each GPU at a time, the exports of PyTorch's present
+    exporter first."""
     end, free = time.monotonic() + seconds, queue.SimpleQueue()
     for _ in range(max(1, jobs // gpus)):
         for host in dealing.hosts(gpus):
@@ -68,16 +70,19 @@ def verify_all(folder: pathlib.Path, models: list[str], gpus: int, jobs: int, se
         host = free.get()
         try:
             left = end - time.monotonic()
-            found = _apart(*pair, folder, left, host.gpu) if left > 1 else {"status": NO_TIME}
+            return _apart(*pair, folder, left, host.gpu) if left > 1 else {"status": NO_TIME}
         finally:
             free.put(host)
-        print(*pair, found, flush=True)
-        return found
 
     pairs = [(name, how) for name in models for how in CLAIMS[name].exports]
     pairs.sort(key=lambda pair: (pair[1] != "dynamo", -skeletons.num_weights(folder / f"{pair[0]}.weights.json")))
+    found: Found = dict.fromkeys(pairs, {"status": NO_TIME})
     with concurrent.futures.ThreadPoolExecutor(free.qsize()) as pool:
-        return dict(zip(pairs, pool.map(one, pairs), strict=True))
+        running = {pool.submit(one, pair): pair for pair in pairs}
+        for done in concurrent.futures.as_completed(running):
+            found[running[done]] = done.result()
+            print(*running[done], done.result(), flush=True)
+            yield found
 
 
 def _apart(name: str, how: str, folder: pathlib.Path, seconds: float, gpu: str) -> dict:
@@ -115,8 +120,10 @@ def main() -> int:
     models = options.encoders.split(",") if options.encoders else list(CLAIMS)
     if wrong := sorted(set(models) - set(CLAIMS)):
         parser.error(f"there is no model {wrong[0]}; there are {', '.join(CLAIMS)}")
-    found = verify_all(options.models, models, options.gpus, options.jobs, options.seconds)
-    print(f"written: {results_file.write('models_verified', document(found, options.commit), options.record)}")
+    found: Found = {}
+    for found in verify_all(options.models, models, options.gpus, options.jobs, options.seconds):
+        path = results_file.write("models_verified", document(found, options.commit), options.record)
+    print(f"written: {path}")
     return 0 if all(said["status"] == "passed" for said in found.values()) else 1
 
 
