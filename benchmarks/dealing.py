@@ -2,8 +2,8 @@
 """Deals tasks to the GPUs of one host, a process a task: all of a GPU's load at the same time, then one after the other
 has the GPU for itself, so that it can take times and memory.
 
-A process says READY on its standard output when it has loaded, and waits for a line on its standard input; whoever is
-there by hand presses Enter. Its next turn comes when the process before it has ended, and given back its memory.
+A process says READY on its standard output when it has loaded, and waits for a line on its standard input; who starts
+one by hand presses Enter. Its turn comes when the process before it has ended, and so given back its memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import os
 import subprocess
 import tempfile
@@ -64,14 +65,15 @@ def deal(tasks: Sequence[Task], num_hosts: int) -> list[list[Task]]:
 
 
 def run(tasks: Sequence[Task], where: Sequence[Host], jobs: int, seconds: float, said: Said, ended: Ended) -> None:
-    """Runs all tasks. A task that fails, or is not finished after `seconds`, is one of which `ended` says so.
+    """Runs all tasks, and ends those that are not finished after `seconds`.
 
     Args:
         jobs: how many processes of one host may be there at the same time.
         said, ended: called by one thread at a time.
     """
     running = _Running(time.monotonic() + seconds, threading.Lock(), said, ended)
-    with running.ending(), concurrent.futures.ThreadPoolExecutor(len(where)) as pool:
+    # The pool waits for its threads, so what they wait for must have been killed before.
+    with concurrent.futures.ThreadPoolExecutor(len(where)) as pool, running.ending():
         list(pool.map(lambda pair: running.all_of(*pair, jobs), zip(where, deal(tasks, len(where)), strict=True)))
 
 
@@ -92,6 +94,7 @@ class _Running:
             yield
         finally:
             timer.cancel()
+            self.end = -math.inf  # no thread starts another process
             self._kill()
 
     def _kill(self) -> None:
@@ -99,7 +102,7 @@ class _Running:
             process.kill()
 
     def all_of(self, host: Host, tasks: Sequence[Task], jobs: int) -> None:
-        """In waves of as many as may load at the same time."""
+        """A host's tasks, in waves of as many as may load at the same time."""
         for first in range(0, len(tasks), jobs):
             with contextlib.ExitStack() as stack:
                 wave = [(task, stack.enter_context(self._started(task, host))) for task in tasks[first : first + jobs]]

@@ -65,14 +65,13 @@ def _session(path: pathlib.Path, weights: skeletons.Weights, options: argparse.N
 
 
 def _sessions(weights: skeletons.Weights, options: argparse.Namespace) -> tuple[dict, dict[str, str], str]:
-    """Of all files of a model and dtype, the sentences of those that can't be loaded, and how long each took to load;
-    several at a time."""
+    """Loads all files of a model and dtype, several at a time. Returns the sessions, the sentences of those that can't
+    be loaded, and how long each took, as a text."""
     from encoder_models import FILES
     from model_table import MODELS
 
     name, dtype = options.time_one
     wanted = [(f"{file}, {how}", how, file) for how in MODELS[name].exports for file in FILES]
-
     seconds = {}
 
     def load(one: tuple[str, str, str]):
@@ -116,8 +115,8 @@ def _bound(
         binding.bind_ortvalue_input(
             wanted.name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
         )
-    for output in made.get_outputs():
-        binding.bind_output(output.name, device)
+    for produced in made.get_outputs():
+        binding.bind_output(produced.name, device)
     how, releasing = ort.RunOptions(), ort.RunOptions()
     if device == "cuda":
         how.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -133,8 +132,8 @@ def _bound(
     def release() -> None:
         """By one more run: onnxruntime gives memory back at the end of one."""
         binding.clear_binding_outputs()
-        for output in made.get_outputs():
-            binding.bind_output(output.name, "cpu")
+        for produced in made.get_outputs():
+            binding.bind_output(produced.name, "cpu")
         made.run_with_iobinding(binding, releasing)
 
     return lambda _: made.run_with_iobinding(binding, how), output, release

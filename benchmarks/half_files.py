@@ -34,7 +34,7 @@ def join_casts(model: onnx.ModelProto) -> None:
     types = {}  # of casts, by output
     for node in model.graph.node:
         if node.op_type == "Cast":
-            types[node.output[0]] = (node.input[0], node.attribute[0].i)
+            types[node.output[0]] = (node.input[0], next(a.i for a in node.attribute if a.name == "to"))
     there_and_back = {
         output: types[source][0]
         for output, (source, to) in types.items()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs `faexport MODEL --target cuda --verify-on cuda` on the exports that models.py times, and writes what it says.
 
-The exports are float32 there, as the command takes them. The file that is timed is the same graph in float16: that it
-has the same fused operators is checked here, and how far its results are from the original's is in the rows.
+The exports are verified in float32. The file that models.py times is the same graph in float16: that it has the same
+fused operators is checked here, and how far its results are from the original's stands in the rows of models.json.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ Found = dict[tuple[str, str], dict]  # by model and export
 
 
 def verify_all(folder: pathlib.Path, models: list[str], gpus: int, jobs: int, seconds: float) -> Iterator[Found]:
-    """All that is known after each export that ends: several on each GPU at a time, the exports of PyTorch's present
-    exporter first."""
+    """Yields what is known of all exports each time that one ends; several run on each GPU at a time, the exports of
+    PyTorch's present exporter first."""
     end, free = time.monotonic() + seconds, queue.SimpleQueue()
     for _ in range(max(1, jobs // gpus)):
         for host in dealing.hosts(gpus):
@@ -86,7 +86,7 @@ def verify_all(folder: pathlib.Path, models: list[str], gpus: int, jobs: int, se
 
 
 def _apart(name: str, how: str, folder: pathlib.Path, seconds: float, gpu: str) -> dict:
-    """In a process of its own: each has a GPU of its own."""
+    """verified(), in a process of its own, which sees one GPU."""
     command = [sys.executable, __file__, "--models", folder, "--one", name, how, "--seconds", str(seconds)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

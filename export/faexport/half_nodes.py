@@ -43,6 +43,7 @@ _FOLLOWS = {  # what keeps a position a position
     "Identity", "Log", "Max", "Min", "Mod", "Mul", "Neg", "Pow", "Range", "Reciprocal", "Reshape", "Round", "Sin",
     "Slice", "Sqrt", "Squeeze", "Sub", "Tile", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
+# What moves and repeats numbers, and changes none.
 _REPEATS = {"Expand", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 # What onnxruntime's CUDA provider has kernels for in bfloat16, by its list of kernels, from OPSET_OF_BFLOAT16 on.
 _IN_BFLOAT16 = {
@@ -99,40 +100,43 @@ def _sum_of(node: ir.Node) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Copy:
-    """A stored tensor that nodes move and repeat, as TorchScript writes frequencies of rotary positions for a batch."""
+class _Stored:
+    """A stored tensor, and the names of the nodes that move and repeat it: TorchScript repeats frequencies of rotary
+    positions for each batch entry."""
 
     tensor: ir.TensorProtocol
-    nodes: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
 
 
-def _copy(value: ir.Value, copies: Mapping[ir.Value, _Copy]) -> _Copy | None:
-    return copies.get(value) or (None if value.const_value is None else _Copy(value.const_value, ()))
+def _stored(value: ir.Value, repeated: Mapping[ir.Value, _Stored]) -> _Stored | None:
+    """What is stored for a value, which may be one of those that are `repeated`."""
+    return repeated.get(value) or (None if value.const_value is None else _Stored(value.const_value))
 
 
 def positions(model: ir.Model) -> Iterator[str]:
-    """Names of the nodes that compute numbers from integers and constants alone."""
+    """Names of the nodes that compute numbers from integers and constants alone, and of those that repeat these
+    constants."""
     made: set[ir.Value] = set()
-    copies: dict[ir.Value, _Copy] = {}
+    repeated: dict[ir.Value, _Stored] = {}
     for node in model.graph:
         floats = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
         begins = op(node) in ("Cast", "Range") and node.outputs[0].dtype == ir.DataType.FLOAT and not floats
         begins = begins and all(v.dtype in _INTEGERS for v in node.inputs if v is not None)
-        follows = any(v in made for v in floats) and all(v in made or _copy(v, copies) is not None for v in floats)
-        copy = _copy(floats[0], copies) if len(floats) == 1 and op(node) in _REPEATS else None
-        if copy is not None:
-            copies[node.outputs[0]] = _Copy(copy.tensor, (*copy.nodes, node.name or ""))
-        elif begins or (follows and (op(node) in _FOLLOWS or _is_outer_product(node, copies))):
+        follows = any(v in made for v in floats) and all(v in made or _stored(v, repeated) is not None for v in floats)
+        source = _stored(floats[0], repeated) if len(floats) == 1 and op(node) in _REPEATS else None
+        if source is not None:
+            repeated[node.outputs[0]] = _Stored(source.tensor, (*source.nodes, node.name or ""))
+        elif begins or (follows and (op(node) in _FOLLOWS or _is_outer_product(node, repeated))):
             made.update(v for v in node.outputs if v.dtype == ir.DataType.FLOAT)
-            names = [node.name, *(name for v in floats if v in copies for name in copies[v].nodes)]
-            yield from filter(None, names)
+            repeating = (name for v in floats if v in repeated for name in repeated[v].nodes)
+            yield from filter(None, (node.name, *repeating))
 
 
-def _is_outer_product(node: ir.Node, copies: Mapping[ir.Value, _Copy]) -> bool:
+def _is_outer_product(node: ir.Node, repeated: Mapping[ir.Value, _Stored]) -> bool:
     """Each position times each of some constants: no sum, as in a linear layer."""
     if op(node) not in ("MatMul", "Einsum"):
         return False
-    constants = [copy.tensor for v in node.inputs if v is not None and (copy := _copy(v, copies)) is not None]
+    constants = [one.tensor for v in node.inputs if v is not None and (one := _stored(v, repeated)) is not None]
     return any(tensor.size == max(tensor.shape.numpy(), default=0) for tensor in constants)
 
 

@@ -75,6 +75,18 @@ def test_when_the_time_is_up_all_end(dealing, tmp_path: pathlib.Path) -> None:
     assert ends == {"a": dealing.TIME_IS_UP, "b": dealing.TIME_IS_UP}
 
 
+def test_an_exception_ends_what_still_runs(dealing) -> None:
+    def said(task, line: str) -> None:
+        raise RuntimeError("nobody listens")
+
+    codes = {"talks": "print('a line')", "sleeps": "import time; time.sleep(60)"}
+    tasks = [dealing.Task(name, [sys.executable, "-c", code], 1) for name, code in codes.items()]
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        dealing.run(tasks, 2 * dealing.hosts(0), 1, 60, said, lambda task, why: None)
+    assert time.monotonic() - start < 30
+
+
 def test_the_costliest_are_dealt_first(dealing) -> None:
     tasks = [dealing.Task(name, [], cost) for name, cost in (("a", 1), ("b", 5), ("c", 3), ("d", 2))]
     dealt = dealing.deal(tasks, 2)

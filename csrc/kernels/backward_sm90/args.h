@@ -91,7 +91,7 @@ struct KernelArgs {
   /// The number of a query tile among those of all heads and batch entries, as RowTiles counts them.
   FA_HD int query_tile(int batch, int head, int tile) const { return (head * batch_size + batch) * num_query_tiles + tile; }
 
-  /// The sum of a warpgroup's part, half, of a query tile's gradient.
+  /// The sum of that half of a query tile's gradient which is a warpgroup's part.
   template <int kPartElements>
   FA_HD float* sum_of_part(int batch, int head, int tile, int warpgroup) const {
     return sums + (static_cast<int64_t>(query_tile(batch, head, tile)) * 2 + warpgroup) * kPartElements;

@@ -33,7 +33,7 @@ const Instance kInstances[] = {
 #undef FA_INSTANCE
 };
 
-/// How many rows see a key, in the mean and about.
+/// About how many rows see a key, on average.
 int64_t rows_of_key(const AttentionParams& p) {
   const int64_t rows = p.query.shape[2];
   if (p.window_left < 0 && p.window_right < 0) return rows;

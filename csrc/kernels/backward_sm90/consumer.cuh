@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A consumer warpgroup of backward_sm90: 64 keys of each item, whose gradients stay in registers. For each tile of queries it
-// computes S^T = K Q^T and dP^T = V dO^T, from them P^T and dS^T, then dV += P^T dO and dK += dS^T Q, and of dQ = dS K, for which
-// both warpgroups' dS meet in shared memory, a half. Products are issued ahead of what needs no result of them, so
-// that tensor cores work while other units take exponentials and add to dQ.
+// computes S^T = K Q^T and dP^T = V dO^T, from them P^T and dS^T, then dV += P^T dO and dK += dS^T Q, and half of dQ = dS K, for
+// which both warpgroups' dS meet in shared memory. Products are issued ahead of what needs no result of them, so that tensor
+// cores work while other units take exponentials and add to dQ.
 #pragma once
 
 #include <type_traits>
@@ -228,10 +228,13 @@ struct Consumer {
     fence_async_proxy();
     shared.dq_full[warpgroup].arrive();
     part.advance();
+    // NOTE: the turn is not waited for. Still a parity never stands for an earlier turn of the slot: the one before it has come
+    // when dq_empty, or the wait of a last turn, lets the warpgroup go on.
     turn.advance();
   }
 
-  /// Adds the tile's dQ to what other key tiles have added. The first stores it, the last takes the sum to the tensor.
+  /// Adds the tile's dQ to what other key tiles have added, with C::kStaged in the last turn only. The first stores it, the last
+  /// takes the sum to the tensor.
   __device__ __forceinline__ void add_query_gradient(const Item& item, Turn now) {
     const bool last = now.place + 1 == now.count;
     float* const sum = args.template sum_of_part<C::kPartElements>(item.batch, place.head, tile, warpgroup);

@@ -193,7 +193,9 @@ __device__ __forceinline__ void add_parts(const KernelArgs& args, SharedPlan<C>&
 #pragma unroll
       for (int w = 0; w < C::kWarpgroups; ++w) {
         shared.dq_full[w].wait(part.phase);
-        if (w == 0) shared.turn_full[slot.stage].wait(slot.phase);  // NOTE: behind consumers, who wait for turns of their own
+        // NOTE: only now. The consumers have then passed the turns that they wait for themselves and this lane skips, so the
+        // parity can't be that of an earlier turn.
+        if (w == 0) shared.turn_full[slot.stage].wait(slot.phase);
         float* const sum = args.template sum_of_part<C::kPartElements>(item.batch, head, tile, w);
         if (turn.place == 0) {
           bulk_store(sum, shared.dq[w], kBytes);

@@ -3,8 +3,8 @@
 //
 // Roles (producer.cuh, consumer.cuh): "load" is the lane that draws items and starts copies into shared memory, "poll" the lane
 // that waits for other blocks' turns, "signal" the lane that passes the turn on, "add" the lane that has the copy engine add to
-// d_query, or "bias", where there is one, the lane that copies it and consumers add themselves, "consume" each of the warps that
-// multiply.
+// d_query, "consume" each of the warps that multiply. Where there is a bias, the lane "bias", which copies it, takes the place of
+// "add", and "consume" adds.
 //
 //   barrier      who arrives, and so ends a phase   who waits            what the phase's end says
 //   item_full    load                               all others           the item can be read
@@ -20,8 +20,8 @@
 //   dq_full      consume                            add                  a warpgroup's part of a tile's dQ is there
 //   dq_empty     add                                consume              it has been read
 //   turn_full    poll                               add, consume         the key tiles before this one have added to d_query
-//   turn_done    add, or consume where they store   signal               this block has added to it
-//                d_query themselves
+//   turn_done    add; consume in the last turn,     signal               this block has added to it
+//                and in all where there is a bias
 //   turn_empty   signal                             poll                 … and others have been told
 //
 // For "consume" lane 0 of each warp arrives where only tensor cores have read (key_empty, value_empty) and where device memory
