@@ -5,9 +5,8 @@ First the files (encoder_models.py), where --models has none: `--export-only` st
 weights, which are drawn again when a file is loaded (skeletons.py), so the folder may go to another machine. Then the
 times, on CUDA with bound inputs and outputs or on the CPU; results are compared with the float32 original's. Each
 encoder runs in a process of its own (encoder_times.py): they load at the same time, and are timed one after the other
-(dealing.py). What fails is
-written down. Rows go into the results as they come, and rows of an earlier part of the same run (--encoders) stay, so
-that the whole may be split over several commands, or over the GPUs of one host (--gpus).
+(dealing.py). What fails is written down. Rows go into the results as they come, and rows of an earlier part of the same
+run (--encoders) stay, so that the whole may be split over several commands, or over the GPUs of one host (--gpus).
 """
 
 from __future__ import annotations

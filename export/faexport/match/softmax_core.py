@@ -266,22 +266,11 @@ def _spec(
     a = context.analysis
     query, key, value = structure.query, structure.key, structure.value
     score_shape = _score_shape(scores, values, structure, softmax, context)
-    terms = _widened([*scores.terms, *values.terms], scores, values, a)
-    if not isinstance(terms, Refusal):
-        terms = _by_heads(terms, values.lead_sizes, structure.heads)
-    if isinstance(terms, Refusal):
-        return terms
-    mask = understand(terms, score_shape, context) if terms else Mask()
-    merged = _with_four_axes(terms, structure.heads, a) if isinstance(mask, Refusal) else None
-    if merged is not None:
-        as_bias = understand([merged], score_shape, context)
-        mask = as_bias if isinstance(as_bias, Mask) else mask
+    mask = _mask(scores, values, structure, score_shape, context)
     if isinstance(mask, Refusal):
         return mask
     scale = scores.scale * query.scale * key.scale
-    with np.errstate(over="ignore"):
-        stored = abs(float(np.float32(scale)))
-    if not 0 < stored < math.inf:  # 0 is the operator's word for 1 / sqrt(head_dim)
+    if not _is_stored(scale):
         return Refusal(f"its scale, {scale:g}, is no number of float32 other than 0", name_of(softmax.node))
     output = structure.output
     shape_uses = _shape_uses(scores, values, structure, a)
@@ -332,6 +321,30 @@ def _spec(
             *rounded.facts(),
         ),
     )
+
+
+def _mask(
+    scores: Scores, values: Values, structure: Structure, score_shape: ScoreShape, context: Context
+) -> Mask | Refusal:
+    """What is added to the scores. A lone bias of five axes that isn't understood as it is may be one of four axes."""
+    a = context.analysis
+    terms = _widened([*scores.terms, *values.terms], scores, values, a)
+    if not isinstance(terms, Refusal):
+        terms = _by_heads(terms, values.lead_sizes, structure.heads)
+    if isinstance(terms, Refusal):
+        return terms
+    mask = understand(terms, score_shape, context) if terms else Mask()
+    merged = _with_four_axes(terms, structure.heads, a) if isinstance(mask, Refusal) else None
+    if merged is not None:
+        as_bias = understand([merged], score_shape, context)
+        mask = as_bias if isinstance(as_bias, Mask) else mask
+    return mask
+
+
+def _is_stored(scale: float) -> bool:
+    """Can the operator's attribute hold it? It is float32, and 0 is the operator's word for 1 / sqrt(head_dim)."""
+    with np.errstate(over="ignore"):
+        return 0 < abs(float(np.float32(scale))) < math.inf
 
 
 def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a) -> list[MaskTerm] | Refusal:
