@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Iterable
 
+from .nodes import dtype_name
 from .report import SiteReport
 from .schema import table_rows
 from .spec import AttentionSpec, Candidate
@@ -62,7 +63,7 @@ def _why_cpu_only(candidate: Candidate, spec: AttentionSpec) -> str:
     """What a site has that no CUDA kernel takes, "" for nothing."""
     site = SiteReport.from_candidate(candidate)
     cast = spec.query.value.dtype  # another type than the model's, where the core has its own
-    name = str(cast.numpy()) if cast is not None else site.dtype or ""
+    name = dtype_name(cast) or site.dtype or ""
     columns = max((d for d in (site.head_dim, site.head_dim_v) if isinstance(d, int)), default=0)
     if name in widest() and columns > widest()[name]:
         return f"head_dim {columns} in {name}, at most {widest()[name]}"

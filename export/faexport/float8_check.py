@@ -22,7 +22,7 @@ from . import compare, float8, model_io, ort_session
 from .errors import ModelError
 from .fallback import add_fallback, remove_fallback
 from .float8 import Site, Spread
-from .nodes import all_nodes
+from .nodes import all_nodes, dtype_name
 from .ort_session import CannotRun, Job, ModelFailure
 from .reference import Amount, Reference
 from .report import Float8, Float8Output, Float8Site, VerificationStatus
@@ -185,7 +185,7 @@ class _Comparison:
         error = max(read[index].unquantized_to_new for index in measured if index in read)
         own = not site.to_measure
         dtype = self.a.dtype(site.node.inputs[0])
-        allowed = compare.RELATIVE_TOLERANCE[str(dtype.numpy()) if dtype is not None else "float32"]
+        allowed = compare.RELATIVE_TOLERANCE[dtype_name(dtype) or "float32"]
         for index, one in read.items():
             wrong = one.num_broken or one.num_other_sizes or not one.max_abs_diff <= allowed * one.magnitude
             if wrong:

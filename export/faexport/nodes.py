@@ -66,6 +66,11 @@ def is_live(node: ir.Node, _depth: int = 0) -> bool:
     return any(v.is_graph_output() or any(is_live(u.node, _depth + 1) for u in v.uses()) for v in node.outputs)
 
 
+def dtype_name(dtype: ir.DataType | None) -> str | None:
+    """By the name that NumPy has for it, as everywhere in a report; None where the type isn't known."""
+    return None if dtype is None else str(dtype.numpy())
+
+
 def is_read_once(value: ir.Value) -> bool:
     """Does one node alone read it, but for its shape?"""
     return not value.is_graph_output() and len(data_users(value)) == 1

@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .nodes import own_graphs
+from .nodes import dtype_name, own_graphs
 from .spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
 
 SCHEMA_VERSION = 1  # of to_json; raised when a key changes its meaning or goes away
@@ -331,19 +331,14 @@ def _spec_sizes(spec: AttentionSpec) -> dict[str, Any]:
         "seqlen_kv": _dim(key.value, key.layout.index("S")),
         "head_dim": _head_dim(query),
         "head_dim_v": _head_dim(value),
-        "dtype": _dtype(query.value),
+        "dtype": dtype_name(query.value.dtype),
     }
-
-
-def _dtype(value: ir.Value) -> str | None:
-    """By the name that NumPy has for it, as everywhere in a report."""
-    return None if value.dtype is None else str(value.dtype.numpy())
 
 
 def _score_sizes(anchor: ir.Node) -> dict[str, Any]:
     """Of a site that was refused: the scores tell [B, H, S_q, S_kv] where the anchor is their Softmax."""
     scores = anchor.inputs[0] if anchor.inputs else None
-    dtype = _dtype(scores) if scores is not None else None
+    dtype = dtype_name(scores.dtype) if scores is not None else None
     if anchor.op_type != "Softmax" or scores is None or scores.shape is None or len(scores.shape) != 4:
         return {"dtype": dtype}
     batch_size, heads, seqlen_q, seqlen_kv = (_dim(scores, axis) for axis in range(4))

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from . import stand_in_copy
-from .nodes import maker
+from .nodes import dtype_name, maker
 from .recompute import BODIES, DISCRETE, copied, recomputed, unrounded_sources
 from .side_by_side_math import NUM_STATISTICS, Emit, bits_of, settled, statistics
 from .spec import DIVISORS, DOMAIN, LEFT_OUT, OP_TYPE
@@ -158,7 +158,7 @@ class _Builder:
                 bad += [emit.count_no_divisor(value) for value in _named_in(DIVISORS, site, scope)]
                 floats = None if unquantized is None else (unquantized, old)
                 stats = statistics(emit, *sides, bad, exact=dtype in DISCRETE, bits=bits_of(old), floats=floats)
-                word = str(dtype.numpy()) if dtype is not None else ""
+                word = dtype_name(dtype) or ""
                 output = f"faexport_check_{len(self.points)}_{len(found)}_{new.name}_{int(by_stand_in)}"
                 found.append(
                     (Point(new.name or "", _named(site), word, output, by_stand_in, floats is not None), stats)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from faexport.match import Context, matcher, roundings
 from faexport.match.masks import understand
 from faexport.match.roundings import Roundings
-from faexport.nodes import data_users, name_of, op
+from faexport.nodes import data_users, dtype_name, name_of, op
 from faexport.spec import Assumption, AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.surgery import Builder
 from faexport.understand.core.hiding import is_mask, with_hidden
@@ -171,11 +171,7 @@ def _note_sizes(candidate: Candidate, scores: Scores, a) -> None:
     sizes = dict(zip(letters(scores.product), map(plain, shape), strict=True))
     names = {"B": "batch_size", "H": "num_q_heads", "S": "seqlen_q", "T": "seqlen_kv"}
     candidate.sizes.update({name: sizes[letter] for letter, name in names.items() if letter in sizes})
-    candidate.sizes["dtype"] = _dtype_name(a.dtype(scores.product.node.outputs[0]))
-
-
-def _dtype_name(dtype: ir.DataType | None) -> str | None:
-    return None if dtype is None else str(dtype.numpy())
+    candidate.sizes["dtype"] = dtype_name(a.dtype(scores.product.node.outputs[0]))
 
 
 def _private(scores: Scores, values: list[Values], softmax: Softmax, a) -> Refusal | None:
@@ -284,7 +280,7 @@ def _spec(
         seqlen_kv=plain(score_shape.seqlen_kv),
         head_dim=query.operand.head_dim,
         head_dim_v=value.operand.head_dim,
-        dtype=_dtype_name(a.dtype(query.operand.value)),
+        dtype=dtype_name(a.dtype(query.operand.value)),
     )
     found = sinks_of(scores, softmax.logit, structure.heads, a)
     if isinstance(found, Refusal):
