@@ -31,13 +31,13 @@ class Form:
     half: bool = False  # float16, angles too
     causal: bool = False  # by the positions of rows and keys instead of the mask
     # Concat; TensorScatter: each entry from its own start on; lengths: that, and ONNX's Attention with the lengths
-    # behind the step; ScatterND: all entries from one start on, as PyTorch writes it
+    # behind the step; ScatterND: all entries from one start on, as PyTorch writes it; none: keys are the new rows alone
     cache: str = "Concat"
     flaw: str = "none"  # see _Model
 
     @property
     def is_fixed(self) -> bool:
-        return self.cache != "Concat"
+        return self.cache not in ("Concat", "none")
 
 
 class _Model(Builder):
@@ -64,13 +64,12 @@ class _Model(Builder):
         width = form.heads * form.dim
         x = self.add_input("x", kind, ["batch", ROWS, width])
         self.add_input("positions", TensorProto.INT64, ["batch", ROWS])
-        caches = [
-            self.add_input(name, kind, ["batch", form.kv_heads, PAST, form.dim]) for name in ("past_key", "past_value")
-        ]
+        pasts = () if form.cache == "none" else ("past_key", "past_value")
+        caches = [self.add_input(name, kind, ["batch", form.kv_heads, PAST, form.dim]) for name in pasts]
         if form.is_fixed:
             self.add_input("start", TensorProto.INT64, [] if form.cache == "ScatterND" else ["batch"])
         if not form.causal and form.cache != "lengths":
-            self.add_input("mask", TensorProto.BOOL, ["batch", 1, ROWS, "total"])
+            self.add_input("mask", TensorProto.BOOL, ["batch", 1, ROWS, ROWS if form.cache == "none" else "total"])
         q, k, v = (self._heads(x, n) for n in (form.heads, form.kv_heads, form.kv_heads))
         q, k = self._norm(q), self._norm(k)
         tables = self._tables()
@@ -79,9 +78,9 @@ class _Model(Builder):
         q, k, v = (self._to_bhsd(t) for t in (q, k, v))
         if form.flaw == "key read elsewhere":
             self._export(self.op("ReduceSum", k, self.ints(2)), "elsewhere", kind)
-        keys, values = self._append(caches[0], k), self._append(caches[1], v)
-        y = self._attend(q, keys, values)
-        for value, name in ((y, "y"), (keys, "present_key"), (values, "present_value")):
+        presents = [self._append(past, new) for past, new in zip(caches, (k, v), strict=False)]
+        self._export(self._attend(q, *(presents or (k, v))), "y", kind)
+        for value, name in zip(presents, ("present_key", "present_value"), strict=False):
             self._export(value, name, kind)
         return self.model()
 
@@ -292,6 +291,7 @@ def feeds(
         place += rng.integers(0, 9, (batch, 1))
     size = past + rows + 2 if form.is_fixed else past  # of the cache
     cache, keys = (batch, form.kv_heads, size, form.dim), size if form.is_fixed else past + rows
+    keys = rows if form.cache == "none" else keys
     start = rng.integers(0, past + 1, () if form.cache == "ScatterND" else batch)
     return {
         "x": rng.standard_normal((batch, rows, form.heads * form.dim)).astype(kind),

@@ -4,6 +4,7 @@ of exporters become the operator's, for all positions, where they are the same; 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import faexport
@@ -55,7 +56,7 @@ def names_of(model: onnx.ModelProto) -> list[str]:
 
 
 def expected_names(form: Form) -> set[str]:
-    names = {"past_key", "past_value"}
+    names = set() if form.cache == "none" else {"past_key", "past_value"}
     if form.rotary != "none":
         names |= {"cos_cache", "sin_cache"} | ({"position_ids"} if "operator" in form.rotary else set())
     return names | ({"q_norm_weight", "k_norm_weight"} if form.norm != "none" else set())
@@ -144,6 +145,21 @@ def test_a_fixed_cache_is_written_in_place(library: str) -> None:
     for present, past in names.items():
         np.testing.assert_allclose(values[past].numpy(), expected[present], atol=1e-5)
     np.testing.assert_allclose(binding.get_outputs()[0].numpy(), expected["y"], atol=1e-5)
+
+
+ALONE = {
+    name: dataclasses.replace(form, cache="none") for name, form in {**FORMS, **HALF}.items() if name != "plain"
+}
+
+
+@pytest.mark.parametrize("form", ALONE.values(), ids=ALONE.keys())
+def test_without_a_cache(form: Form, library: str) -> None:
+    """Attention among the rows of a prompt: as with a cache."""
+    fused, report = faexport.fuse(model_of(form), options=Options(fallback=True))
+    assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
+    assert expected_names(form) <= set(names_of(fused))
+    assert not {"Sin", "Cos", "Neg", "Split"} & {n.op_type for n in fused.graph.node} or form.rotary != "operator"
+    compare(form, fused, (library, None), 4e-3 if form.half else 2e-5)
 
 
 STAYS = {

@@ -42,10 +42,11 @@ def taken_in(spec: AttentionSpec, context: Context) -> AttentionSpec:
     if "cos_cache" in spec.further_inputs:
         return spec
     spec = with_past(spec, context) if spec.past_key is None and spec.present_key is None else spec
-    if spec.past_key is None or spec.past_value is None or spec.query.column_start is not None:
+    if (spec.past_key is None) != (spec.past_value is None) or spec.query.column_start is not None:
         return spec
     ends = {spec.query.value, spec.key.value}
-    return _in_place(_with_norms(_with_rotation(spec, context), ends, a), a)
+    changed = _with_norms(_with_rotation(spec, context), ends, a)
+    return spec if changed is spec and spec.past_key is None else _in_place(changed, a)
 
 
 # ---------------------------------------------------------------------------------------------- rotary embedding
