@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Joins what stands around attention into onnxruntime's own operators (Options.joins_rest). Called by pipeline.py.
 
-onnxscript's rules find the places; that the shapes of both sides are equal they read from what declare.py wrote. What
-the rules leave to chance is checked here: that sizes are known, weights as long as a row, and types such that
-onnxruntime's operators take them everywhere. onnxruntime joins much of it by itself, but not a residual whose sum is
+onnxscript's rules find the places, but for root-mean-square normalizations, which understand/core reads; that the shapes
+of both sides are equal they read from what declare.py wrote. What the rules leave to chance is checked here: that sizes
+are known, weights as long as a row, and types such that onnxruntime's operators take them everywhere. onnxruntime joins much of it by itself, but not a residual whose sum is
 read again (in models that normalize first), and no root-mean-square normalizations of newer exports.
 """
 
@@ -17,9 +17,10 @@ import onnx_ir as ir
 
 from faexport import embeddings
 from faexport.formulas import FORMULAS
-from faexport.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, op, operand, producer
-from faexport.rewrite import Names, remove_dead
+from faexport.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, graphs_of, op, operand, producer
+from faexport.rewrite import Names, name_node, remove_dead, take_over
 from faexport.spec import DOMAIN
+from faexport.understand.core.head_norm import head_norm_of
 from faexport.understand.shapes.analysis import Analysis
 
 if TYPE_CHECKING:  # slow to import
@@ -36,6 +37,7 @@ def join(model: ir.Model, a: Analysis, names: Names) -> None:
     unread, types = _unread(model), _types_in_stand_ins(model)
     embeddings.join(model, a, names)
     _leave_out_what_changes_nothing(model, a)
+    _root_mean_squares(model, a, names)
     turned = [*_put_biases_second(model), *_put_biased_second(model)]
     for rules in _rules():
         rules.apply_to_model(model)
@@ -91,7 +93,6 @@ def _rules() -> Iterator[pattern.RewriteRuleSet]:
         bias_gelu,
         erfgelu,
         gelu,
-        rms_normalization,
         skip_normalization,
     )
 
@@ -102,30 +103,26 @@ def _rules() -> Iterator[pattern.RewriteRuleSet]:
     yield pattern.RewriteRuleSet([_sure(gelu.GeluTanhFusion), _sure(gelu.GeluErfFusion)])
     biased = [_sure(bias_gelu.BiasGeluFusion, f"{contrib}", contrib_op=contrib) for contrib in (False, True)]
     yield pattern.RewriteRuleSet([turned for rule in biased for turned in rule.commute()])
-    spelt = (rms_normalization.RmsNormFusion, _root_mean_square_of_torchscript(rms_normalization.RmsNormFusion))
-    yield pattern.RewriteRuleSet([_sure(kind, f"{way}", _mul_order=way) for kind in spelt for way in (False, True)])
     for kind in (skip_normalization.SkipLayerNormFusion, skip_normalization.SkipRmsNormFusion):
         with_bias = [_sure(kind, f"bias {first}", has_bias=True, bias_pre_add=first) for first in (True, False)]
         yield pattern.RewriteRuleSet([*with_bias, _sure(kind, "no bias")])
 
 
-def _root_mean_square_of_torchscript(kind: Any) -> Any:
-    """onnxscript's rule for what TorchScript's exporter writes: axes are an attribute up to opset 17, and 1 is divided
-    by the root."""
-    from onnxscript.rewriter import pattern
-
-    class OfTorchScript(kind):
-        def pattern(self, op: Any, x: Any, scale: Any, epsilon: Any, compute_dtype: Any, target_dtype: Any) -> Any:
-            x = pattern.OrValue([op.Cast(x, to=compute_dtype), x])
-            squares = op.Pow(x, 2.0)
-            means = [op.ReduceMean(squares, axes=[-1], keepdims=1), op.ReduceMean(squares, [-1], keepdims=1)]
-            root = op.Sqrt(op.Add(pattern.OrValue(means), epsilon))
-            normalized = op.Mul(x, op.Div(1.0, root))
-            normalized = pattern.OrValue([op.Cast(normalized, to=target_dtype), normalized])
-            scale = pattern.OrValue([op.Cast(scale, to=compute_dtype), scale])
-            return op.Mul(normalized, scale) if self._mul_order else op.Mul(scale, normalized)
-
-    return OfTorchScript
+def _root_mean_squares(model: ir.Model, a: Analysis, names: Names) -> None:
+    """Root-mean-square normalizations, in any of the spellings that are also read in front of attention."""
+    for graph, _ in graphs_of(model):
+        for node in list(graph):
+            if node.graph is None or op(node) not in ("Mul", "Cast"):  # else it was part of one that was found before
+                continue
+            norm, value = head_norm_of(node.outputs[0], a), node.outputs[0]
+            if norm is None or a.dtype(value) not in RUNTIME_FLOATS or a.dtype(norm.weight) != a.dtype(value):
+                continue
+            words = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
+            joined = ir.node(MISPLACED, [norm.source, norm.weight], words)
+            name_node(joined, node.name or "joined", names)
+            graph.insert_before(node, joined)
+            take_over(value, joined.outputs[0])
+            remove_dead([node])
 
 
 def _sure(kind: Any, *arguments: str, **settings: bool) -> pattern.RewriteRule:
