@@ -74,7 +74,8 @@ endfunction()
 
 fa_cuda_library(fa_backward_rows kernels/backward_rows/backward_rows.cu)
 fa_compile_through_sm_80(fa_backward_rows)
-fa_cuda_library(fa_cache_step kernels/cache_step/cache_step.cu kernels/cache_step/plain_step.cu)
+fa_cuda_library(fa_cache_step kernels/cache_step/cache_step.cu kernels/cache_step/plain_step.cu
+  kernels/cache_step/transform_rows.cu)
 fa_cuda_library(fa_prefill_sm80 kernels/append_kv/append_kv.cu kernels/combine/combine.cu kernels/empty_rows/empty_rows.cu)
 fa_compile_through_sm_80(fa_prefill_sm80)
 set(launch_tiles "cudaError_t prefill_sm80::launch_tiles<@T@, @HEAD_DIM@, prefill_sm80::Variant::@VARIANT@>(const AttentionParams&, const prefill_sm80::TileGrid&, unsigned, cudaStream_t)")
@@ -141,6 +142,7 @@ target_sources(fa_core PRIVATE
   kernels/backward_sm80/backward_sm80.cpp
   kernels/cache_step/cache_step.cpp
   kernels/cache_step/plain_step.cpp
+  kernels/cache_step/transform_rows.cpp
   kernels/decode_splitkv/decode_splitkv.cpp
   kernels/common/kernel_attributes.cpp
   kernels/device.cpp

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Joins what stands around attention into onnxruntime's own operators (Options.joins_rest). Called by pipeline.py.
 
-onnxscript's rules find the places, but for root-mean-square normalizations, which understand/core reads; that the shapes
-of both sides are equal they read from what declare.py wrote. What the rules leave to chance is checked here: that sizes
-are known, weights as long as a row, and types such that onnxruntime's operators take them everywhere. onnxruntime joins much of it by itself, but not a residual whose sum is
-read again (in models that normalize first), and no root-mean-square normalizations of newer exports.
+onnxscript's rules find the places, but for root-mean-square normalizations, which understand/core reads. That the
+shapes of both sides are equal the rules read from what declare.py wrote. What they leave to chance is checked here:
+that sizes are known, weights as long as a row, and types such that onnxruntime's operators take them everywhere.
+onnxruntime joins much of it by itself, but not a residual whose sum is read again (in models that normalize first), and
+no root-mean-square normalizations of newer exports.
 """
 
 from __future__ import annotations

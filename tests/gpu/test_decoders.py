@@ -129,6 +129,76 @@ def check_stored(found: np.ndarray, expected: np.ndarray, dtype: str, quantized:
     assert dtype == "float32" or (a != b).mean() < 1e-2
 
 
+# ------------------------------------------------------------------------------------------ no cache, and a past
+
+TRANSFORMS = {
+    "rows": {"angles": "rows"},
+    "positions": {"angles": "ids", "head_dim": 64},
+    "own positions": {"angles": "own", "head_dim": 256},
+    "pairs": {"interleaved": True, "dtype": "bfloat16"},
+    "pairs, a part of 80 columns": {"interleaved": True, "pairs": 20, "head_dim": 80},
+    "a part of 96 columns": {"pairs": 24, "head_dim": 96, "angles": "own"},
+    "pairs that are no multiple of four": {"pairs": 5, "head_dim": 40},
+    "norm": {"norm": True, "angles": "none", "dtype": "bfloat16"},
+    "norm and rotation": {"norm": True},
+    "norm and rotation in float32": {"norm": True, "dtype": "float32", "head_dim": 64},
+    "angles and weights in float32": {"norm": True, "table": "float32"},
+    "heads behind rows": {"layout": "BHSD", "norm": True},
+    "one batch entry's angles": {"shared": True},
+    "packed": {"angles": "ids", "packed": True},
+    "packed, own positions": {"angles": "own", "packed": True},
+    "a past": {"past": 37, "norm": True},
+    "a past, own positions": {"past": 5, "angles": "own", "head_dim": 64},
+    "a past, heads behind rows": {"past": 130, "layout": "BHSD", "head_dim": 96, "angles": "ids"},
+}
+
+
+@pytest.mark.parametrize("rows", (1, 75))
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_rows_are_transformed_as_on_the_cpu(kind: str, rows: int) -> None:
+    """Norms and rotary embeddings of rows that join no cache or are appended, of which columns a kernel takes eight at
+    a time: attention to them, and the present, are those of the CPU kernel."""
+    import faplugin
+
+    form = {"angles": "rows", "head_dim": 128, "interleaved": False, "dtype": "float16", "norm": False, "past": 0}
+    form |= {"layout": "BSHD", "shared": False, "packed": False, "table": "", **TRANSFORMS[kind]}
+    rng = np.random.default_rng(len(kind))
+    batch, heads, dim = 1 if form["packed"] else 3, (6, 2, 2), form["head_dim"]
+    element, table = cases.DTYPES[form["dtype"]], cases.DTYPES[form["table"] or form["dtype"]]
+
+    def normal(count: int, length: int, layout: str) -> np.ndarray:
+        shape = (batch, count, length, dim) if layout == "BHSD" else (batch, length, count, dim)
+        return rng.standard_normal(shape, np.float32).astype(element)
+
+    operands = [normal(count, rows, form["layout"]) for count in heads]
+    given: dict = {
+        "cache": "append",
+        "is_causal": True,
+        "rotary_interleaved": form["interleaved"],
+        "return_present": form["past"] > 0,
+    }
+    given |= {f"{name}_layout": form["layout"] for name in ("query", "key", "value")}
+    if form["angles"] != "none":
+        shape = (1 if form["shared"] else batch, rows) if form["angles"] == "rows" else (200,)
+        angles = rng.uniform(0, 6, (*shape, form.get("pairs", dim // 2)))
+        given |= {"cos_cache": np.cos(angles).astype(table), "sin_cache": np.sin(angles).astype(table)}
+    if form["angles"] == "ids":
+        given["position_ids"] = rng.integers(0, 200, (batch, rows))
+    if form["norm"]:
+        given |= {f"{x}_norm_weight": rng.uniform(0.5, 2, dim).astype(table) for x in "qk"}
+    if form["packed"]:
+        given |= {f"cu_seqlens_{x}": np.array([0, rows // 3, rows], np.int32) for x in ("q", "kv")}
+    if form["past"]:
+        given |= {f"past_{x}": normal(2, form["past"], "BHSD") for x in ("key", "value")}
+    found = [attention(*operands, **given) for attention in (faplugin.attention, decoders.OnCuda())]
+    outputs = [x if form["past"] else (x,) for x in found]
+    tolerance = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5}[form["dtype"]]
+    difference = np.abs(outputs[0][0].astype(np.float64) - outputs[1][0].astype(np.float64)).max()
+    assert difference <= tolerance, f"{difference:.3g}"
+    for expected, present in zip(outputs[0][1:], outputs[1][1:], strict=True):
+        check_stored(present, expected, form["dtype"], "")
+
+
 # ------------------------------------------------------------------------------------------ CUDA graphs
 
 

@@ -7,6 +7,7 @@
 
 #include "kernels/cache_step/make_args.h"
 #include "kernels/cache_step/plain_step.h"
+#include "kernels/cache_step/transform_rows.h"
 #include "kernels/common/launch.h"
 
 namespace fa::cache_step {
@@ -117,7 +118,13 @@ Status launch(const StepParams& params, const Step& step, const Device& device, 
   if (!make_args(params, step, &args))
     return {StatusCode::kUnsupported,
             "The cache step has more than 2^31 - 1 rows of queries, keys and values; take several steps."};
-  cudaError_t error = args.store_blocks() > 0 ? launch_store(args, early, stream) : cudaSuccess;
+  RowsArgs rows;
+  cudaError_t error = cudaSuccess;
+  if (make_rows_args(params, step, &rows)) {
+    args.query_blocks = args.new_blocks = 0;
+    error = launch_rows(rows, early, stream);
+  }
+  if (error == cudaSuccess && args.store_blocks() > 0) error = launch_store(args, early, stream);
   if (error == cudaSuccess && args.finish_blocks() > 0) error = launch_finish(args, early, stream);
   return cuda_status(error, kFailed);
 }
