@@ -12,6 +12,7 @@ namespace fa::cache_step {
 namespace {
 
 constexpr int64_t kMostColumns = 256;  // eight for each lane of a warp
+constexpr int64_t kFewRows = 2048;     // beside a past that is copied: what they save is less than a launch
 
 /// Rows of groups of eight columns, which are read four at a time.
 bool has_groups(const TensorView& t) {
@@ -83,6 +84,7 @@ bool make_rows_args(const StepParams& p, const Step& step, RowsArgs* args) {
     side.rotated_groups = static_cast<unsigned>(rotary_columns(rotary).num_pairs / 4);
   }
   const int64_t rows = p.query.shape[2], count = p.query.shape[0] * rows * heads;
+  if (c.past_key.present && count < kFewRows) return false;
   if (count == 0 || count > std::numeric_limits<int32_t>::max() / 32) return false;
   args->heads = Divisor(heads);
   args->rows = Divisor(rows);

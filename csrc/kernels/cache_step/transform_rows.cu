@@ -11,19 +11,29 @@ namespace fa::cache_step {
 namespace {
 
 constexpr int kRowsThreads = 256;
+constexpr int kRowsOfLane = 4;  // whose loads are under way at once
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Four {
   float x[4];
 };
 
-/// Four neighbouring elements, the first at a multiple of four of an aligned row.
-__device__ __forceinline__ Four load_4(const void* data, DType dtype, int64_t index) {
-  if (dtype == DType::kFloat32) {
-    const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(data) + index);
-    return {four.x, four.y, four.z, four.w};
-  }
-  const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(data) + index);
+/// Four elements as they are in memory, of which those of 16 bits fill two words.
+struct FourBits {
+  uint4 bits;
+};
+
+/// Begins to read four neighbouring elements, the first at a multiple of four of an aligned row.
+__device__ __forceinline__ FourBits load_4(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::kFloat32) return {*reinterpret_cast<const uint4*>(static_cast<const uint32_t*>(data) + index)};
+  const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(data) + index);
+  return {make_uint4(pairs.x, pairs.y, 0, 0)};
+}
+
+__device__ __forceinline__ Four numbers_of(const FourBits& four, DType dtype) {
+  const uint4& bits = four.bits;
+  if (dtype == DType::kFloat32)
+    return {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z), __uint_as_float(bits.w)};
   const float2 low = unpack2(bits.x, dtype == DType::kFloat16), high = unpack2(bits.y, dtype == DType::kFloat16);
   return {low.x, low.y, high.x, high.y};
 }
@@ -51,22 +61,82 @@ __device__ __forceinline__ void rotate(Four& low, Four& high, const Four& cos, c
   }
 }
 
+/// A lane's eight columns of a row, and the angles of their four pairs.
+struct Columns {
+  unsigned which, batch_idx, row;  // of the row: its tensor, batch entry and place
+  int64_t head;
+  bool is_there, is_rotated;
+  unsigned first, second;  // where each four begin
+  FourBits low, high, cos, sin;
+};
+
+/// Row `idx` of all; its lane g begins to read.
+__device__ __forceinline__ void begin_row(const RowsArgs& args, unsigned idx, unsigned g, Columns& own) {
+  const unsigned known = min(idx, args.count - 1), any_row = args.heads.quotient(known);
+  const unsigned any_head = known - any_row * args.heads.divisor;
+  own.batch_idx = args.rows.quotient(any_row);
+  own.row = any_row - own.batch_idx * args.rows.divisor;
+  own.which = any_head < args.first_head[1] ? 0 : any_head < args.first_head[2] ? 1 : 2;
+  const RowsSide& side = args.sides[own.which];
+  own.head = any_head - args.first_head[own.which];
+  own.is_there = idx < args.count && g < side.groups;
+  own.is_rotated = own.is_there && g < side.rotated_groups;
+  const bool by_halves = own.is_rotated && !args.rotary.interleaved;
+  own.first = by_halves ? 4 * g : 8 * g;
+  own.second = by_halves ? 4 * (side.rotated_groups + g) : 8 * g + 4;
+  own.low = own.high = {};
+  if (!own.is_there) return;
+  const int64_t source = own.batch_idx * side.from_batch + own.head * side.from_head + own.row * side.from_row;
+  own.low = load_4(side.from, args.dtype, source + own.first);
+  own.high = load_4(side.from, args.dtype, source + own.second);
+}
+
+/// Position in its sequence. Called from several places, and so not a copy for each.
+__device__ __noinline__ int64_t position_of(const CacheRule& rule, unsigned batch_idx, unsigned row, bool is_query) {
+  const CacheStep step = rule.at(batch_idx);
+  return is_query ? position_of_query(step, row) : position_of_new_row(rule, step, row);
+}
+
+/// Likewise the angles.
+__device__ __forceinline__ void begin_angles(const RowsArgs& args, unsigned g, Columns& own) {
+  const RotaryParams& rotary = args.rotary;
+  if (!own.is_rotated) return;
+  const bool by_position = !rotary.by_row && !rotary.position_ids.present;
+  const int64_t position = by_position ? position_of(args.rule, own.batch_idx, own.row, own.which == 0) : 0;
+  own.cos = load_4(rotary.cos.data, rotary.cos.dtype, angles_of(rotary, rotary.cos, own.batch_idx, own.row, position) + 4 * g);
+  own.sin = load_4(rotary.sin.data, rotary.sin.dtype, angles_of(rotary, rotary.sin, own.batch_idx, own.row, position) + 4 * g);
+}
+
 /// By all lanes of a row: its columns over their root mean square, times their weights.
-__device__ __forceinline__ void normalise(Four& low, Four& high, const RowsSide& side, unsigned first, unsigned second,
-                                          bool has_columns, unsigned lanes) {
+__device__ __forceinline__ void normalise(const Columns& own, const RowsSide& side, unsigned lanes, Four& low, Four& high) {
   float squares = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) squares += low.x[i] * low.x[i] + high.x[i] * high.x[i];
   for (unsigned other = lanes / 2; other > 0; other /= 2) squares += __shfl_xor_sync(kAllLanes, squares, other);
-  if (!has_columns || !side.weight.present) return;
+  if (!own.is_there || !side.weight.present) return;
   const float factor = norm_factor(squares / static_cast<float>(8 * side.groups), side.epsilon);
-  const Four weights[2] = {load_4(side.weight.data, side.weight.dtype, first),
-                           load_4(side.weight.data, side.weight.dtype, second)};
+  const DType dtype = side.weight.dtype;
+  const Four first = numbers_of(load_4(side.weight.data, dtype, own.first), dtype);
+  const Four second = numbers_of(load_4(side.weight.data, dtype, own.second), dtype);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    low.x[i] *= factor * weights[0].x[i];
-    high.x[i] *= factor * weights[1].x[i];
+    low.x[i] *= factor * first.x[i];
+    high.x[i] *= factor * second.x[i];
   }
+}
+
+/// Norm, rotation, and the way to where the row belongs.
+__device__ __forceinline__ void end_row(const RowsArgs& args, unsigned lanes, const Columns& own) {
+  const RowsSide& side = args.sides[own.which];
+  Four low = numbers_of(own.low, args.dtype), high = numbers_of(own.high, args.dtype);
+  if (args.has_norm) normalise(own, side, lanes, low, high);
+  if (!own.is_there) return;
+  const RotaryParams& rotary = args.rotary;
+  if (own.is_rotated)
+    rotate(low, high, numbers_of(own.cos, rotary.cos.dtype), numbers_of(own.sin, rotary.sin.dtype), rotary.interleaved);
+  const int64_t target = own.batch_idx * side.to_batch + own.head * side.to_head + own.row * side.to_row;
+  store_4(side.to, args.dtype, target + own.first, low);
+  store_4(side.to, args.dtype, target + own.second, high);
 }
 
 __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const __grid_constant__ RowsArgs args) {
@@ -74,43 +144,22 @@ __global__ void __launch_bounds__(kRowsThreads) rows_kernel(const __grid_constan
   wait_for_earlier_kernels();
   let_next_kernel_start();
 #endif
-  // 1. Which row is these lanes', and which columns are this lane's.
   const unsigned lanes = 1u << args.log2_lanes, g = threadIdx.x % lanes;
-  const unsigned own = (blockIdx.x * kRowsThreads + threadIdx.x) >> args.log2_lanes, idx = min(own, args.count - 1);
-  const unsigned any_row = args.heads.quotient(idx), any_head = idx - any_row * args.heads.divisor;
-  const unsigned batch_idx = args.rows.quotient(any_row), row = any_row - batch_idx * args.rows.divisor;
-  const int which = any_head < args.first_head[1] ? 0 : any_head < args.first_head[2] ? 1 : 2;
-  const RowsSide& side = args.sides[which];
-  const int64_t head = any_head - args.first_head[which];
-  const bool has_columns = own < args.count && g < side.groups, is_rotated = g < side.rotated_groups;
-  const bool by_halves = is_rotated && !args.rotary.interleaved;
-  const unsigned first = by_halves ? 4 * g : 8 * g, second = by_halves ? 4 * (side.rotated_groups + g) : 8 * g + 4;
-  // 2. The row.
-  const int64_t source = batch_idx * side.from_batch + head * side.from_head + row * side.from_row;
-  Four low{}, high{};
-  if (has_columns) low = load_4(side.from, args.dtype, source + first), high = load_4(side.from, args.dtype, source + second);
-  // 3. What becomes of it.
-  if (args.has_norm) normalise(low, high, side, first, second, has_columns, lanes);
-  if (!has_columns) return;
-  if (is_rotated) {
-    int64_t position = row;
-    if (!args.rotary.by_row && !args.rotary.position_ids.present) {
-      const CacheStep step = args.rule.at(batch_idx);
-      position = which == 0 ? position_of_query(step, row) : position_of_new_row(args.rule, step, row);
-    }
-    const TensorView &cos = args.rotary.cos, &sin = args.rotary.sin;
-    rotate(low, high, load_4(cos.data, cos.dtype, angles_of(args.rotary, cos, batch_idx, row, position) + 4 * g),
-           load_4(sin.data, sin.dtype, angles_of(args.rotary, sin, batch_idx, row, position) + 4 * g), args.rotary.interleaved);
-  }
-  const int64_t target = batch_idx * side.to_batch + head * side.to_head + row * side.to_row;
-  store_4(side.to, args.dtype, target + first, low);
-  store_4(side.to, args.dtype, target + second, high);
+  const unsigned first = ((blockIdx.x * kRowsThreads + threadIdx.x) >> args.log2_lanes) * kRowsOfLane;
+  Columns own[kRowsOfLane];
+#pragma unroll
+  for (int i = 0; i < kRowsOfLane; ++i) begin_row(args, first + i, g, own[i]);
+#pragma unroll
+  for (int i = 0; i < kRowsOfLane; ++i) begin_angles(args, g, own[i]);
+#pragma unroll
+  for (int i = 0; i < kRowsOfLane; ++i) end_row(args, lanes, own[i]);
 }
 
 }  // namespace
 
 cudaError_t launch_rows(const RowsArgs& args, bool early, cudaStream_t stream) {
-  const unsigned rows_of_block = kRowsThreads >> args.log2_lanes, blocks = (args.count + rows_of_block - 1) / rows_of_block;
+  const unsigned rows_of_block = (kRowsThreads >> args.log2_lanes) * kRowsOfLane;
+  const unsigned blocks = (args.count + rows_of_block - 1) / rows_of_block;
   if (early) return launch_early(rows_kernel, static_cast<int>(blocks), kRowsThreads, 0, stream, args);
   return launch_kernel(rows_kernel, dim3(blocks), kRowsThreads, 0, stream, args);
 }
