@@ -4,14 +4,15 @@
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> Gemms between Reshapes and biases
 of projections, for onnxruntime -> projections -> the stand-in function -> computed sizes that stay so -> shapes that
-are proven -> GELU as onnxruntime knows it -> what stands around, for onnxruntime, and for its CUDA provider alone.
+are proven -> GELU as onnxruntime knows it -> what stands around, for onnxruntime, and for its CUDA provider alone,
+and padding for that.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport import around, cuda_operators, dequantize, float8, gemms
+from faexport import around, cuda_operators, cuda_padding, dequantize, float8, gemms
 from faexport.cuda_heads import cpu_only_note, gathered_note, has_kernel
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
@@ -76,6 +77,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         around.join(model, masks.analysis, names)
     if fused and options.joins_cuda:
         cuda_operators.join(model, masks.analysis, names)
+        cuda_padding.join(model, masks.analysis, names)
     joined = dict(sorted((around.counts(model) - before_joining).items()))
     if joined:
         model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)

@@ -255,3 +255,48 @@ def test_in_float16(tmp_path: pathlib.Path, library: str) -> None:
     (norm,) = (node for node in made.graph.node if node.op_type == "GroupNorm")
     types = {tensor.name: tensor.data_type for tensor in made.graph.initializer}
     assert [types[name] for name in norm.input[1:]] == [onnx.TensorProto.FLOAT] * 2, "as the kernel takes them"
+
+
+PADDED = """
+<ir_version: 9, opset_import: ["": 18]>
+windows (float[batch, 3, 4, 8] x) => (float[batch, 5, 4, 8] y, float other)
+<int64[8] pads = {0, 1, 0, 0, 0, 1, 0, 0}, int64[8] none = {0, 0, 0, 0, 0, 0, 0, 0}, float number = {0.0}>
+{
+  same = Pad (x, none)
+  padded = Pad (same, pads, number)
+  k = Transpose <perm = [0, 1, 3, 2]> (padded)
+  products = MatMul (padded, k)
+  weights = Softmax <axis = -1> (products)
+  y = MatMul (weights, padded)
+  other = ReduceSum <keepdims = 0> (padded)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("replaced", "kept"),
+    [
+        ((), 0),
+        ((("number = {0.0}", "number = {2.5}"),), 0),
+        ((("(same, pads, number)", "(same, pads)"),), 0),
+        ((("0, 1, 0, 0, 0, 1, 0, 0}", "0, 2, 0, 0, 0, 0, 0, 0}"),), 0),
+        ((("0, 1, 0, 0, 0, 1, 0, 0}", "0, 1, 2, 0, 0, 1, 3, 1}"), ("[batch, 5, 4, 8] y", "[batch, 5, 9, 9] y")), 0),
+        ((("Pad (same", 'Pad <mode = "edge"> (same'),), 1),
+        ((("0, 1, 0, 0, 0, 1, 0, 0}", "0, 0, 1, 0, 0, 0, 1, 0}"), ("[batch, 5, 4, 8] y", "[batch, 3, 6, 8] y")), 1),
+        ((("0, 1, 0, 0, 0, 1, 0, 0}", "0, 0, 0, 0, 0, -1, 0, 0}"), ("[batch, 5, 4, 8] y", "[batch, 2, 4, 8] y")), 1),
+    ],
+    ids=["rows", "a number", "no number", "in front", "three axes", "copies", "images", "cut off"],
+)
+def test_padding_for_cuda(replaced: tuple, kept: int, library: str) -> None:
+    """Padding is joined on, but for what onnxruntime's kernel is fast at, and for what isn't a constant."""
+    text = PADDED
+    for old, new in replaced:
+        assert old in text
+        text = text.replace(old, new)
+    given = parser.parse_model(text)
+    made, _ = fused(given)
+    assert [node.op_type for node in made.graph.node].count("Pad") == kept
+    inputs = {"x": np.random.default_rng(1).standard_normal((2, 3, 4, 8)).astype(np.float32)}
+    for want, have in zip(run(given, inputs), run(made, inputs, library), strict=True):
+        np.testing.assert_allclose(have, want, rtol=0, atol=2e-5 * np.abs(want).max())
+    assert "Pad" in {node.op_type for node in faexport.fuse(given)[0].graph.node}
