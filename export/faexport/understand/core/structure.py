@@ -273,6 +273,9 @@ def _rebuilt(side: _Side, wanted: Wanted, sides: Sequence[_Side], a: Analysis) -
     placed, layout = _to_layout(build, value, shape, heads)
     if placed is None:
         return None
+    batch = product(shape[:-2]).divide(heads)
+    if layout is Layout.BHSD and placed is not value and batch is not None:
+        a.define(placed, (batch, heads, *shape[-2:]))
     operand = Operand(placed, layout, heads=heads.const, head_dim=size_of(parts.columns).const)
     return Reading(operand, heads, side.source, 1.0, tuple(build.nodes))
 

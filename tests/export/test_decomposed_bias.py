@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bias that is a sum over the rows and the columns of an image of keys becomes further columns of queries and keys,
+for CUDA; any other bias stays one."""
+
+from __future__ import annotations
+
+import faexport
+import numpy as np
+import onnx
+import pytest
+from faexport.options import Options
+from onnx import helper, numpy_helper, parser
+
+from tests.export.test_sites import node_of, run
+
+# Heads of 8 columns on an image of 32 x 40 tokens, by Segment Anything's spelling.
+TEXT = """
+<ir_version: 9, opset_import: ["": 18]>
+sam (float[batch, 2, 1280, 8] q, float[batch, 2, 1280, 8] k, float[batch, 2, 1280, 8] v, float[32, 32, 8] a,
+     float[40, 40, 8] b) => (float[batch, 2, 1280, 8] y)
+<int64[4] image = {-1, 32, 40, 8}, int64[1] last = {-1}, int64[1] before = {3}, int64[4] whole = {-1, 2, 1280, 1280},
+ float scale = {0.35}>
+{
+  tokens = Reshape (q, image)
+  rows = Einsum <equation = "bhwc,hkc->bhwk"> (tokens, a)
+  columns = Einsum <equation = "bhwc,wkc->bhwk"> (tokens, b)
+  tall = Unsqueeze (rows, last)
+  wide = Unsqueeze (columns, before)
+  both = Add (tall, wide)
+  bias = Reshape (both, whole)
+  turned = Transpose <perm = [0, 1, 3, 2]> (k)
+  products = MatMul (q, turned)
+  scaled = Mul (products, scale)
+  scores = Add (scaled, bias)
+  weights = Softmax <axis = -1> (scores)
+  y = MatMul (weights, v)
+}
+"""
+MERGED = (  # heads and batch are one axis, as TorchScript's exporter has them
+    (
+        "products = MatMul (q, turned)",
+        "q3 = Reshape (q, flat)\n t3 = Reshape (turned, across)\n products = MatMul (q3, t3)",
+    ),
+    ("bias = Reshape (both, whole)", "bias = Reshape (both, square)"),
+    ("y = MatMul (weights, v)", "v3 = Reshape (v, flat)\n y3 = MatMul (weights, v3)\n y = Reshape (y3, apart)"),
+    (
+        "float scale = {0.35}",
+        "float scale = {0.35}, int64[3] flat = {-1, 1280, 8}, int64[3] across = {-1, 8, 1280}, "
+        "int64[3] square = {-1, 1280, 1280}, int64[4] apart = {-1, 2, 1280, 8}",
+    ),
+)  # fmt: skip
+
+
+def model(*replaced: tuple[str, str]) -> onnx.ModelProto:
+    text = TEXT
+    for old, new in replaced:
+        assert old in text
+        text = text.replace(old, new)
+    return parser.parse_model(text)
+
+
+def optional(fused: onnx.ModelProto) -> list[str]:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node_of(fused).attribute}
+    return attributes.get("optional_inputs", b"").decode().split(",")
+
+
+def agree(given: onnx.ModelProto, fused: onnx.ModelProto, library: str) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"q": (2, 2, 1280, 8), "k": (2, 2, 1280, 8), "v": (2, 2, 1280, 8), "a": (32, 32, 8), "b": (40, 40, 8)}
+    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    expected, found = run(given, feeds), run(fused, feeds, library)
+    np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    [(), (("Add (tall, wide)", "Add (wide, tall)"),), (("Add (scaled, bias)", "Add (bias, scaled)"),), MERGED],
+    ids=["as it is", "columns first", "bias first", "merged heads"],
+)
+def test_it_becomes_columns(replaced: tuple, library: str) -> None:
+    """Nothing of the size of the scores is left, and results are the same."""
+    given = model(*replaced)
+    fused, report = faexport.fuse(given, options=Options(target="cuda"))
+    assert "attn_bias" not in optional(fused) and "further columns" in " ".join(f.text for f in report.sites[0].facts)
+    shapes = onnx.shape_inference.infer_shapes(fused).graph.value_info
+    sizes = [[d.dim_value for d in value.type.tensor_type.shape.dim] for value in shapes]
+    assert not any(size.count(1280) > 1 for size in sizes)
+    agree(given, fused, library)
+
+
+def test_other_biases_stay(library: str) -> None:
+    """Of keys in another order than the image's; and all where products are what takes time."""
+    turned = "other = Transpose <perm = [0, 1, 2, 4, 3]> (both)\n bias = Reshape (other, whole)"
+    given = model(("bias = Reshape (both, whole)", turned))
+    fused, _ = faexport.fuse(given, options=Options(target="cuda"))
+    assert "attn_bias" in optional(fused)
+    agree(given, fused, library)
+    for options in (Options(), Options(target="tensorrt")):
+        assert "attn_bias" in optional(faexport.fuse(model(), options=options)[0])
+
+
+def test_what_may_be_infinite_stays() -> None:
+    """Infinity times 0 is no number."""
+    given = model(
+        ("rows = Einsum", "raw = Einsum"),
+        ("tall = Unsqueeze (rows, last)", "rows = Where (hidden, raw, far)\n tall = Unsqueeze (rows, last)"),
+        ("float[40, 40, 8] b)", "float[40, 40, 8] b, bool[batch, 32, 40, 32] hidden)"),
+        ("float scale", "float far, float scale"),
+    )
+    given.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "far"))
+    fused, _ = faexport.fuse(given, options=Options(target="cuda"))
+    assert "attn_bias" in optional(fused)
