@@ -218,6 +218,8 @@ def _turn(node: ir.Node) -> None:
 def _leave_out_unused(node: ir.Node) -> None:
     """Outputs that nothing reads: the kernels for GPUs don't compute them."""
     used = [bool(value.uses()) or value.is_graph_output() for value in node.outputs]
+    if not any(used):  # the node is dead, and was so in the model that was given
+        return
     node.resize_outputs(max((index for index, wanted in enumerate(used) if wanted), default=0) + 1)
     for value, wanted in zip(node.outputs, used, strict=False):
         if not wanted:

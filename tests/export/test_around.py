@@ -82,6 +82,23 @@ def test_the_rest_is_joined_where_asked(norm: str, tmp_path: pathlib.Path) -> No
     assert {"normalized", "sum"} <= {row.value for row in checked.sites}
 
 
+def test_a_normalization_that_nothing_reads_stays_whole(tmp_path: pathlib.Path) -> None:
+    """A dead node of the model that was given, as onnxruntime-genai's builder may leave one, keeps its output."""
+    model = normalized_first("layer")
+    nodes = [node for node in model.graph.node if node.op_type != "Tanh" and "y" not in node.output]
+    dead = helper.make_node("SkipLayerNormalization", ["sum", "x", "gamma"], ["unread"], domain="com.microsoft")
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, dead, helper.make_node("Add", ["sum", "normalized"], ["y"])])
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(model, source)
+    result, found = faexport.fuse(source)
+    assert found.joined == {"SkipLayerNormalization": 1}
+    model_io.save(result, target, source=source)
+    assert all(any(node.output) for node in onnx.load(target).graph.node)
+    assert verify.verify(source, target).status == "passed"
+
+
 @pytest.mark.parametrize("order", [("biased", "placed"), ("placed", "biased")], ids=str)
 @pytest.mark.parametrize("place", [(1, 1, E), (E,)], ids=["a sum of embeddings", "a projection that is read again"])
 def test_a_bias_is_joined_beside_another_sum(order: tuple[str, str], place: tuple, tmp_path: pathlib.Path) -> None:
