@@ -25,7 +25,7 @@ from faexport.understand.mask.nodes import Nodes
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import product
 
-FEWEST_KEYS = 1024  # below, the bias is small and wider heads gain nothing
+FEWEST_KEYS = 128  # below, the bias is small and wider heads gain nothing
 ALIGNED = 8  # columns: rows of 16 bytes in half precision
 _RESHAPES = ("Reshape", "Unsqueeze", "Squeeze", "Identity")  # elements stay in their order
 _VIEWS = (*_RESHAPES, "Transpose", "Cast")
@@ -56,9 +56,9 @@ def bias_in_columns(spec: AttentionSpec, context: Context) -> AttentionSpec:
     if parts is None or shape is None or shape[3].const is None or spec.softmax_scale <= 0:
         return spec
     width = shape[3].const + parts.num_rows + parts.num_columns
-    if width % ALIGNED or width > widest().get(dtype_name(dtype) or "", 0) or a.dtype(parts.rows) != dtype:
+    if width + -width % ALIGNED > widest().get(dtype_name(dtype) or "", 0) or a.dtype(parts.rows) != dtype:
         return spec
-    return _in_columns(spec, parts, dtype, context)
+    return _in_columns(spec, parts, -width % ALIGNED, dtype, context)
 
 
 def _parts_of(spec: AttentionSpec, a: Analysis) -> _Parts | None:
@@ -89,7 +89,10 @@ def _is_product(value: ir.Value | None) -> bool:
     return node is not None and op(node) in _PRODUCTS
 
 
-def _in_columns(spec: AttentionSpec, parts: _Parts, dtype: ir.DataType, context: Context) -> AttentionSpec:
+def _in_columns(
+    spec: AttentionSpec, parts: _Parts, padding: int, dtype: ir.DataType, context: Context
+) -> AttentionSpec:
+    """With so many columns of zeros behind."""
     shared, a = context.masks.nodes(context.graph), context.analysis
     query, key, bias = spec.query.value, spec.key.value, spec.mask.attn_bias
     leads = _sizes(query, 3, shared)
@@ -99,13 +102,17 @@ def _in_columns(spec: AttentionSpec, parts: _Parts, dtype: ir.DataType, context:
         for value, count in zip((parts.rows, parts.columns), counts, strict=True)
     ]
     inverse = shared.constant(np.asarray(1 / spec.softmax_scale, dtype.numpy()))
-    scaled = [shared.add("Mul", [value, inverse], dtype) for value in apart]
+    further = [shared.add("Mul", [value, inverse], dtype) for value in apart]
+    if padding:
+        shape = shared.add("Concat", [leads, shared.constant([padding])], axis=0)
+        further.append(shared.add("Expand", [shared.constant(np.zeros((), dtype.numpy())), shape], dtype))
     units = np.concatenate([np.repeat(np.eye(counts[0]), counts[1], 0), np.tile(np.eye(counts[1]), (counts[0], 1))], 1)
+    units = np.pad(units, ((0, 0), (0, padding)))
     heads = shared.add("Concat", [_sizes(key, 2, shared), shared.constant([1, 1])], axis=0)
     places = shared.add("Expand", [shared.constant(units[None, None].astype(dtype.numpy())), heads], dtype)
-    wide = [shared.add("Concat", [query, *scaled], dtype, axis=3), shared.add("Concat", [key, places], dtype, axis=3)]
+    wide = [shared.add("Concat", [query, *further], dtype, axis=3), shared.add("Concat", [key, places], dtype, axis=3)]
     for value, old in zip(wide, (query, key), strict=True):
-        a.define(value, (*a.known_shape(old)[:3], a.known_shape(old)[3] + sum(counts)))
+        a.define(value, (*a.known_shape(old)[:3], a.known_shape(old)[3] + units.shape[1]))
     assert bias is not None
     made = dict.fromkeys(n for value in wide for n in shared.nodes[value])
     names = tuple(name_of(n) for v in (bias, parts.rows, parts.columns) if (n := producer(v)) is not None)
