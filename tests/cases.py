@@ -205,8 +205,14 @@ def wide() -> list[Case]:
     for dtype, sq, sk in itertools.product(("float16", "bfloat16"), (1, 64, 129, 700), (1, 128, 257, 1100)):
         found.append(Case(dtype, 1, 1, 1, sq, sk, 512))
         found.append(Case(dtype, 1, 2, 1, sq, sk, 512, is_causal=True, alignment="bottom_right"))
+    # Tiles that 2 or 4 pairs of blocks share over several steps, in each of the ways of prefill_sm90_wide (shape.h).
+    for i, kind in enumerate(("none", "lengths_both", "mask_padding", "bias", "packed_causal", "sinks_window")):
+        for j, (heads, sq, sk) in enumerate(((2, 130, 900), (10, 130, 600), (2, 130, 1300), (10, 130, 2100))):
+            head_dim = (512, 320, 448)[(i + j) % 3]
+            dtype, batch_size = ("float16", "bfloat16")[(i + j) % 2], 2 if heads == 2 else 1
+            found.append(Case(dtype, batch_size, heads, heads // 2, sq, sk, head_dim, **MASKS[kind]))
     nans = ({"nan": "value", "is_causal": True}, {"nan": "hidden", "mask": "B11K"}, {"nan": "infinite", "mask": "B1QK"})
-    for i, ((sq, sk), kind) in enumerate(itertools.product(((129, 129), (130, 1023), (3, 300)), nans)):
+    for i, ((sq, sk), kind) in enumerate(itertools.product(((129, 129), (130, 1023), (3, 300), (130, 1300)), nans)):
         found.append(Case(("float16", "bfloat16")[i % 2], 1 + i % 2, 2, 1, sq, sk, (512, 320)[i % 2], **kind))
     return found
 

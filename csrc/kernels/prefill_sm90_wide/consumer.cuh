@@ -20,16 +20,17 @@ template <class C>
 struct Consumer {
   using T = typename C::T;
   const KernelArgs& args;
-  SharedMemory& shared;
+  SharedMemory<C>& shared;
   const Tile& tile;
   Place place;
   int warpgroup;
-  int num_panels;             // of queries and keys
-  RingPosition<kSlots> next;  // the slot that the next product reads
-  int oldest = 0;             // the oldest slot that has not been given back,
-  bool pending = false;       // if there is one
-  float o[kColumns / 2];      // output fragment
-  float s[kKeys / 2];         // scores, then weights
+  int num_panels;                    // of queries and keys
+  RingPosition<C::kSlots> next;      // the slot that the next product reads
+  int oldest = 0;                    // the oldest slot that has not been given back,
+  bool pending = false;              // if there is one
+  uint32_t gathers = 0, shares = 0;  // how often numbers and weights have been exchanged
+  float o[C::kColumns / 2];          // output fragment
+  float s[kKeys / 2];                // scores, then weights
   uint32_t weights[kKeys / 4];
   prefill_sm90::RowPair rows;
   bool rescale;  // o must be multiplied by rows.factor before it takes these weights
@@ -39,8 +40,8 @@ struct Consumer {
   /// Tells the producers of both blocks that the oldest slot may be written again.
   __device__ __forceinline__ void give_back() {
     const int lane = threadIdx.x % 32;
-    if (lane < 2) shared.empty[warpgroup][oldest].arrive_at(place.pair + lane);
-    oldest = oldest + 1 == kSlots ? 0 : oldest + 1;
+    if (lane < 2) shared.empty[warpgroup][oldest].arrive_at(place.first + lane);
+    oldest = oldest + 1 == C::kSlots ? 0 : oldest + 1;
   }
 
   /// After the products of a slot have been issued: those of the slot before have ended.
@@ -89,10 +90,10 @@ struct Consumer {
 
   /// Zeros over values behind the last key in use, which their weights, all 0, would not keep out of a sum if they are NaN.
   __device__ __forceinline__ void clear_values(uint8_t* slot, int used) {
-    for (int i = max(used, 0) * 8 + threadIdx.x % kWarpgroupThreads; i < kSlotKeys * 8; i += kWarpgroupThreads) {
+    for (int i = max(used, 0) * 8 + threadIdx.x % kWarpgroupThreads; i < C::kSlotKeys * 8; i += kWarpgroupThreads) {
 #pragma unroll
-      for (int panel = 0; panel < kColumns / 64; ++panel) {
-        *reinterpret_cast<uint4*>(slot + panel * kValuePanelBytes + i * 16) = make_uint4(0, 0, 0, 0);
+      for (int panel = 0; panel < C::kSlotPanels; ++panel) {
+        *reinterpret_cast<uint4*>(slot + panel * C::kSlotKeys * 128 + i * 16) = make_uint4(0, 0, 0, 0);
       }
     }
     fence_async_proxy();
@@ -105,40 +106,68 @@ struct Consumer {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kValueSlots; ++i) {
-      const uint64_t weight = wgmma_descriptor_k_major(shared_address(shared.weights[i / (kKeys / kSlotKeys)])) +
-                              i % (kKeys / kSlotKeys) * (kSlotKeys * 2 / 16);
+      const int first_key = value_slot<C>(place, i) * C::kSlotKeys;
       uint8_t* slot = shared.ring[warpgroup][next.stage];
       shared.full[warpgroup][next.stage].wait(next.phase);
-      const int used = tile.used_keys - step * kStepKeys - i * kSlotKeys;
-      if (used < kSlotKeys) clear_values(slot, used);
+      const int used = tile.used_keys - step * C::kTileN - first_key;
+      if (used < C::kSlotKeys) clear_values(slot, used);
+      // NOTE: the first slots are those of the own pair's keys.
+      if (i > 0 && i % (kValueSlots / C::kPairs) == 0) shared.weights_there[first_key / kStepKeys].wait(shares % 2 ^ 1);
+      const uint64_t weight =
+          wgmma_descriptor_k_major(shared_address(shared.weights[first_key / kKeys])) + first_key % kKeys / 16 * (16 * 2 / 16);
+      const uint64_t value = wgmma_descriptor_mn_major(shared_address(slot), C::kSlotKeys * 128);
       wgmma_fence();
-      Wgmma<kColumns>::template ss<T, true>(o, weight, wgmma_descriptor_mn_major(shared_address(slot), kValuePanelBytes), 1);
+#pragma unroll
+      for (int j = 0; j < C::kSlotKeys / 16; ++j) {
+        Wgmma<C::kColumns>::template ss<T, true>(o, weight + j * (16 * 2 / 16), value + j * (16 * 128 / 16), 1);
+      }
       wgmma_commit();
       move_on();
     }
     wgmma_pin(s);
   }
 
-  /// The maxima of the rows over both warpgroups' keys.
+  /// Into `gathered`: a number of each of the thread's two rows, the same in four neighbouring threads, from all warpgroups that
+  /// have these rows.
+  /// NOTE: numbers may be written while others of the last exchange are still read only because weights are exchanged between.
+  __device__ __forceinline__ void gather(const float (&own)[2]) {
+    const int row = row_in_block(), lane = threadIdx.x % 4;
+    float* first = &shared.gathered[2 * place.pair + warpgroup][row];
+    if constexpr (C::kPairs == 1) {
+      if (lane == 0) first[0] = own[0], first[8] = own[1];
+      named_barrier_sync(kNumbersThere, kConsumerThreads);
+    } else {
+      if (threadIdx.x == 0) shared.numbers_there.arrive_expect(sizeof(shared.gathered));
+      if (lane < C::kPairs) {
+        const int rank = place.rank_in(lane);
+        const uint32_t theirs = cluster_address(first, rank), barrier = cluster_address(&shared.numbers_there.word, rank);
+        store_cluster_async(theirs, __float_as_uint(own[0]), barrier);
+        store_cluster_async(theirs + 8 * sizeof(float), __float_as_uint(own[1]), barrier);
+      }
+      shared.numbers_there.wait(gathers++ % 2);
+    }
+  }
+
+  /// The maxima of the rows over all keys of the step.
   struct CombineMaxima {
-    float (&top)[2][kRows];
-    int warpgroup, row;
+    Consumer& consumer;
 
     __device__ __forceinline__ void operator()(float (&highest)[2]) const {
-      if (threadIdx.x % 4 == 0) {
-        top[warpgroup][row] = highest[0];
-        top[warpgroup][row + 8] = highest[1];
+      consumer.gather(highest);
+#pragma unroll
+      for (int i = 0; i < 2 * C::kPairs; ++i) {
+        const float* theirs = &consumer.shared.gathered[i][consumer.row_in_block()];
+        highest[0] = fmaxf(highest[0], theirs[0]);
+        highest[1] = fmaxf(highest[1], theirs[8]);
       }
-      named_barrier_sync(kMaximaThere, kConsumerThreads);
-      highest[0] = fmaxf(highest[0], top[1 - warpgroup][row]);
-      highest[1] = fmaxf(highest[1], top[1 - warpgroup][row + 8]);
     }
   };
 
   /// From the raw products of a step to its weights.
   __device__ __forceinline__ void take_weights(int step) {
     using P = Part<C>;
-    const int row = tile.first_row + place.half * kRows + row_in_block(), first_key = step * kStepKeys + warpgroup * kKeys;
+    const int row = tile.first_row + place.half * kRows + row_in_block();
+    const int first_key = step * C::kTileN + (2 * place.pair + warpgroup) * kKeys;
     if constexpr (C::kModified) {
       prefill_sm90::modify_scores<P>(s, args.problem, args.problem.softmax_scale, tile, nullptr,
                                      place.half * kRows + row_in_block(), first_key + threadIdx.x % 4 * 2);
@@ -146,17 +175,27 @@ struct Consumer {
     if (step >= shared.view.full_end || step < shared.view.full_begin)
       prefill_sm90::hide_keys<P>(s, args.problem, tile, row, first_key);
     const float unit = C::kModified ? kLog2E : args.problem.softmax_scale * kLog2E;
-    rescale = prefill_sm90::softmax_step<P>(s, rows, unit, prefill_sm90::kRescaleThreshold,
-                                            CombineMaxima{shared.top[step % 2], warpgroup, row_in_block()});
+    rescale = prefill_sm90::softmax_step<P>(s, rows, unit, prefill_sm90::kRescaleThreshold, CombineMaxima{*this});
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) weights[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  /// Puts the weights where both warpgroups' products read them.
+  /// The warp's products with the last step's weights have ended: it tells all pairs.
+  __device__ __forceinline__ void free_weights() {
+    const int lane = threadIdx.x % 32;
+    if (C::kPairs > 1 && lane < C::kPairs) shared.weights_free.arrive_at(place.rank_in(lane));
+  }
+
+  /// Puts the weights where the products of both warpgroups, and those of the other pairs, read them.
   __device__ __forceinline__ void share_weights() {
     const int thread = threadIdx.x % kWarpgroupThreads, row = thread / 32 * 16 + thread % 16;
-    const uint32_t first = shared_address(shared.weights[warpgroup]) + swizzled_offset(row, thread % 32 / 16);
-    named_barrier_sync(kWeightsFree, kConsumerThreads);
+    uint8_t* own = shared.weights[2 * place.pair + warpgroup];
+    const uint32_t first = shared_address(own) + swizzled_offset(row, thread % 32 / 16);
+    if constexpr (C::kPairs == 1) {
+      named_barrier_sync(kWeightsFree, kConsumerThreads);
+    } else if (shares > 0) {
+      shared.weights_free.wait(shares % 2 ^ 1);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       prefill_sm90::store_matrices(swizzled_step(first, i), weights[4 * i], weights[4 * i + 1], weights[4 * i + 2],
@@ -164,6 +203,13 @@ struct Consumer {
     }
     fence_async_proxy();
     named_barrier_sync(kWeightsThere, kConsumerThreads);
+    if (C::kPairs > 1 && thread > 0 && thread < C::kPairs) {
+      const int other = (place.pair + C::kPairs - thread) % C::kPairs, rank = place.rank_in(other);
+      if (warpgroup == 0) shared.weights_there[other].arrive_expect(2 * kPanelBytes);
+      bulk_copy_to_cluster(cluster_address(own, rank), own, kPanelBytes,
+                           cluster_address(&shared.weights_there[place.pair].word, rank));
+    }
+    ++shares;
   }
 
   /// The block's share of the keys, from the last step to the first.
@@ -179,12 +225,19 @@ struct Consumer {
     take_weights(steps.end - 1);
     for (int step = steps.end - 1; step > steps.begin; --step) {
       finish_output();
-      issue_scores();
-      share_weights();
+      if constexpr (C::kPairs == 1) {
+        issue_scores();
+        share_weights();
+      } else {
+        if (shares > 0) free_weights();
+        share_weights();
+        issue_scores();
+      }
       issue_output(step);
       take_weights(step - 1);
     }
     finish_output();
+    if (shares > 0) free_weights();
     share_weights();
     issue_output(steps.begin);
     finish_products();
