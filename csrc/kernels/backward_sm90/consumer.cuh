@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A consumer warpgroup of backward_sm90: 64 keys of each item, whose gradients stay in registers. For each tile of queries it
 // computes S^T = K Q^T and dP^T = V dO^T, from them P^T and dS^T, then dV += P^T dO and dK += dS^T Q, and half of dQ = dS K, for
-// which both warpgroups' dS meet in shared memory. Products are issued ahead of what needs no result of them, so that tensor
-// cores work while other units take exponentials and add to dQ.
+// which both warpgroups' dS meet in shared memory. A warp that issues a product waits for most of the one before, so the
+// arithmetic that is to go on beside a product stands between the instructions of that product.
 #pragma once
 
 #include <type_traits>
@@ -41,8 +41,11 @@ struct Consumer {
   uint32_t p16[C::kTileM / 4];                     // P^T as A operand
   uint32_t ds16[C::kTileM / 4];                    // dS^T as A operand
 
-  /// Issues out = A B^T, A being the warpgroup's rows of a tile of keys and B a tile of queries.
-  __device__ __forceinline__ void issue_scores(float (&out)[C::kTileM / 2], const uint8_t* key_tile, const uint8_t* query_tile) {
+  /// Issues out = A B^T, A being the warpgroup's rows of a tile of keys and B a tile of queries. `between(step)` is called behind
+  /// each instruction.
+  template <class F>
+  __device__ __forceinline__ void issue_scores(float (&out)[C::kTileM / 2], const uint8_t* key_tile, const uint8_t* query_tile,
+                                               F between) {
     const uint64_t a = wgmma_descriptor_k_major(shared_address(key_tile) + warpgroup * 64 * 128);
     const uint64_t b = wgmma_descriptor_k_major(shared_address(query_tile));
     wgmma_pin(out);
@@ -52,8 +55,16 @@ struct Consumer {
       const uint32_t in_panel = (step % 4) * 32;
       Wgmma<C::kTileM>::template ss<T>(out, a + (((step / 4) * C::kTileN * 128 + in_panel) >> 4),
                                        b + (((step / 4) * C::kTileM * 128 + in_panel) >> 4), step > 0);
+      between(step);
     }
     wgmma_commit();
+  }
+
+  /// Issues the part of sum += A B of rows 16 step … 16 step + 15, A being P^T or dS^T and `b` the descriptor of a tile of queries.
+  __device__ __forceinline__ void issue_key_gradient_of(int step, float (&sum)[C::kHeadDim / 2], uint32_t (&a)[C::kTileM / 4],
+                                                        uint64_t b) {
+    Wgmma<C::kHeadDim>::template rs<T>(sum, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
+                                       b + ((step * 16 * 128) >> 4), 1);
   }
 
   /// Issues sum += A B, A being P^T or dS^T and B a tile of queries. `between(step)` is called behind each instruction.
@@ -66,8 +77,7 @@ struct Consumer {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::kTileM / 16; ++step) {
-      Wgmma<C::kHeadDim>::template rs<T>(sum, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
-                                         b + ((step * 16 * 128) >> 4), 1);
+      issue_key_gradient_of(step, sum, a, b);
       between(step);
     }
     wgmma_commit();
@@ -108,11 +118,11 @@ struct Consumer {
     }
   }
 
-  /// P^T = exp(scale * S^T - lse).
-  __device__ __forceinline__ void take_weights() {
+  /// P^T = exp(scale * S^T - lse) of rows 8 begin … 8 end - 1.
+  __device__ __forceinline__ void take_weights(int begin, int end) {
     const float* lse = shared.lse[q.stage] + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < C::kTileM / 8; ++j) {
+    for (int j = begin; j < end; ++j) {
       const float2 row = *reinterpret_cast<const float2*>(lse + 8 * j);
       s[4 * j] = exp2_approx(fmaf(s[4 * j], args.scale_log2, -row.x));
       s[4 * j + 1] = exp2_approx(fmaf(s[4 * j + 1], args.scale_log2, -row.y));
@@ -177,27 +187,66 @@ struct Consumer {
     }
   }
 
-  /// P^T of two neighbouring rows of queries, in their group j of eight, and the thread's first or second key.
-  __device__ __forceinline__ float2 weights(int j, int r) const {
-    if constexpr (C::kRoundedWeights) return unpack2(p16[2 * j + r], std::is_same_v<T, __half>);
-    return make_float2(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]);
+  /// P^T of rows 16 begin … 16 end - 1 as A operand.
+  __device__ __forceinline__ void pack_weights(int begin, int end) {
+#pragma unroll
+    for (int i = 4 * begin; i < 4 * end; ++i) {
+      p16[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+      asm volatile("" : "+r"(p16[i])::"memory");
+    }
   }
 
-  /// dS^T = P^T (dP^T - delta), to registers and to shared memory.
-  __device__ __forceinline__ void take_score_gradients() {
+  /// dS^T = P^T (dP^T - delta) of rows 16 step … 16 step + 15, to registers and to shared memory.
+  __device__ __forceinline__ void take_score_gradients(int step) {
     const float* delta = shared.delta[o.stage] + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < C::kTileM / 8; ++j) {
+    for (int j = 2 * step; j < 2 * step + 2; ++j) {
       const float2 row = *reinterpret_cast<const float2*>(delta + 8 * j);
-      const float2 low = weights(j, 0), high = weights(j, 1);
-      ds16[2 * j] = pack2<T>(low.x * (dp[4 * j] - row.x), low.y * (dp[4 * j + 1] - row.y));
-      ds16[2 * j + 1] = pack2<T>(high.x * (dp[4 * j + 2] - row.x), high.y * (dp[4 * j + 3] - row.y));
+      ds16[2 * j] = pack2<T>(s[4 * j] * (dp[4 * j] - row.x), s[4 * j + 1] * (dp[4 * j + 1] - row.y));
+      ds16[2 * j + 1] = pack2<T>(s[4 * j + 2] * (dp[4 * j + 2] - row.x), s[4 * j + 3] * (dp[4 * j + 3] - row.y));
     }
-    const uint32_t to = scores_of_lane();
-    if constexpr (C::kHasBias) __syncwarp();  // all lanes have the bias that stood there
+    store_transposed(scores_of_lane() + step * 16 * 128, ds16[4 * step], ds16[4 * step + 1], ds16[4 * step + 2],
+                     ds16[4 * step + 3]);
+  }
+
+  /// Tells the other warpgroup that this thread's dS is in shared memory.
+  __device__ __forceinline__ void publish_score_gradients() {
+    fence_async_proxy();
+    named_barrier_arrive(score_barrier(buffer.stage, 1 - warpgroup), C::kConsumerThreads);
+  }
+
+  /// Until both warpgroups' dS is there.
+  __device__ __forceinline__ void wait_score_gradients() {
+    named_barrier_sync(score_barrier(buffer.stage, warpgroup), C::kConsumerThreads);
+  }
+
+  /// dV += P^T dO is issued, and dS^T taken beside it: all of it beside the first half of the instructions, so that the other
+  /// warpgroup's is there when the last has been issued.
+  __device__ __forceinline__ void issue_value_gradient_and_take_score_gradients() {
+    constexpr int kSteps = C::kTileM / 16;
+    if constexpr (C::kTransposed) {
 #pragma unroll
-    for (int step = 0; step < C::kTileM / 16; ++step)
-      store_transposed(to + step * 16 * 128, ds16[4 * step], ds16[4 * step + 1], ds16[4 * step + 2], ds16[4 * step + 3]);
+      for (int step = 0; step < kSteps; ++step) take_score_gradients(step);
+      pack_weights(0, kSteps);
+      issue_key_gradient(d_value, p16, shared.d_out[o.stage], [&](int step) {
+        if (step == 0) publish_score_gradients();
+      });
+    } else {
+      const uint64_t b = wgmma_descriptor_mn_major(shared_address(shared.d_out[o.stage]), C::kTileM * 128);
+      wgmma_pin(d_value);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        pack_weights(step, step + 1);
+        wgmma_fence();
+        issue_key_gradient_of(step, d_value, p16, b);
+        if (step < kSteps / 2) {
+          take_score_gradients(2 * step);
+          take_score_gradients(2 * step + 1);
+        }
+        if (step == kSteps / 2 - 1) publish_score_gradients();
+      }
+      wgmma_commit();
+    }
   }
 
   /// The row of dQ ends here: all key tiles have added to it.
@@ -225,12 +274,16 @@ struct Consumer {
         store_shared(to + i * kWarpgroupThreads * static_cast<uint32_t>(sizeof(float4)),
                      make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
     });
-    fence_async_proxy();
-    shared.dq_full[warpgroup].arrive();
     part.advance();
     // NOTE: the turn is not waited for. Still a parity never stands for an earlier turn of the slot: the one before it has come
     // when dq_empty, or the wait of a last turn, lets the warpgroup go on.
     turn.advance();
+  }
+
+  /// What has been left there can be read.
+  __device__ __forceinline__ void publish_query_gradient() {
+    fence_async_proxy();
+    shared.dq_full[warpgroup].arrive();
   }
 
   /// Adds the tile's dQ to what other key tiles have added, with C::kStaged in the last turn only. The first stores it, the last
@@ -264,37 +317,35 @@ struct Consumer {
 
   __device__ __forceinline__ void start_scores() {
     shared.query_full[q.stage].wait(q.phase);
-    issue_scores(s, shared.key, shared.query[q.stage]);
+    issue_scores(s, shared.key, shared.query[q.stage], [](int) {});
   }
 
   /// One tile of queries of one head; kLast: of the item, else the next is begun.
   template <bool kLast>
   __device__ __forceinline__ void take_step(const Item& item) {
-    // 1. dP^T, behind S^T.
+    // 1. P^T, and dP^T beside it.
     shared.out_full[o.stage].wait(o.phase);
-    issue_scores(dp, shared.value, shared.d_out[o.stage]);
-    // 2. P^T, and dV += P^T dO.
+    issue_scores(dp, shared.value, shared.d_out[o.stage], [&](int step) {
+      constexpr int kGroups = C::kTileM / 8, kSteps = C::kHeadDim / 16;
+      if constexpr (!C::kHasBias) take_weights(step * kGroups / kSteps, (step + 1) * kGroups / kSteps);
+    });
     if constexpr (C::kHasBias) {
       take_biased_weights();
-    } else {
-      take_weights();
+      __syncwarp();  // all lanes have the bias that stands where dS will
     }
     if (!visible) hide_keys(item);
-#pragma unroll
-    for (int i = 0; i < C::kTileM / 4; ++i) p16[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
-    if constexpr (!C::kTransposed) issue_key_gradient(d_value, p16, shared.d_out[o.stage], [](int) {});
-    // 3. dS^T, dQ = dS K and dK += dS^T Q.
-    wgmma_wait<C::kTransposed ? 0 : 1>();
+    // 2. dS^T, and dV += P^T dO beside it.
+    wgmma_wait<0>();
     wgmma_pin(dp);
     if (kLast) release(shared.value_empty);
-    take_score_gradients();
-    if constexpr (C::kTransposed) issue_key_gradient(d_value, p16, shared.d_out[o.stage], [](int) {});
-    fence_async_proxy();
-    named_barrier_sync(kConsumeBarrier, 32 * C::kConsumerWarps);
+    issue_value_gradient_and_take_score_gradients();
+    // 3. dQ = dS K.
+    wait_score_gradients();
     issue_query_gradient();
-    // 4. dQ goes where its sum is, while dK is under way.
+    // 4. dK += dS^T Q, and dQ goes where its sum is.
     const Turn now = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending);
-    if (C::kStaged && now.place + 1 < now.count) {
+    const bool handed_over = C::kStaged && now.place + 1 < now.count;
+    if (handed_over) {
       shared.dq_empty[warpgroup].wait(part.phase ^ 1);
       finish_query_gradient<kLast, 0>();
       issue_key_gradient_and_hand_over();
@@ -308,8 +359,11 @@ struct Consumer {
     o.advance();
     buffer.advance();
     // 5. The next tile's S^T behind dK, whose end gives back its queries.
-    if constexpr (!kLast) {
-      start_scores();
+    if constexpr (!kLast) start_scores();
+    if (handed_over) publish_query_gradient();
+    if constexpr (kLast) {
+      store_key_gradient(item, args.d_value, d_value, 1.0f);
+    } else {
       place.advance(item);
       find_step(item);
     }
@@ -364,8 +418,9 @@ struct Consumer {
       if (item.query_tiles.begin < item.query_tiles.end) {
         wait_keys(item);
         take_steps(item);
+      } else {
+        store_key_gradient(item, args.d_value, d_value, 1.0f);
       }
-      store_key_gradient(item, args.d_value, d_value, 1.0f);
       store_key_gradient(item, args.d_key, d_key, args.scale);
       shared.item_empty[slot.stage].arrive();
       slot.advance();

@@ -45,8 +45,9 @@ void describe_problem(const AttentionParams& p, const Gradients& gradients, cons
   args->num_key_tiles = static_cast<int>((p.key.shape[2] + C::kTileN - 1) / C::kTileN);
   args->heads_per_key_head = static_cast<int>(p.query.shape[1] / p.key.shape[1]);
   args->num_items = static_cast<int>(args->num_key_tiles * p.key.shape[1] * p.query.shape[0]);
-  // As many heads together as give all multiprocessors one item: the first key tiles of all of them start, then the second …
-  const int64_t together = std::max(1, num_sms / C::kBlocks / args->num_key_tiles);
+  // As many heads together as give all multiprocessors one item, or two if it has up to 64 columns: the first key tiles of all of
+  // them start, then the second … Fewer key tiles of a head then wait for one another; with more, L2 would not hold all sums.
+  const int64_t together = std::max(1, num_sms * 128 / C::kHeadDim / args->num_key_tiles);
   args->rows_start_later = p.window_right >= 0;
   args->rows_shorten = args->rows_start_later && (p.window_left < 0 || p.window_left >= p.key.shape[2]);
   args->order = TileOrder(p.query.shape[0], p.key.shape[1], args->num_key_tiles, together,

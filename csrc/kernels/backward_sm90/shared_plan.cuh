@@ -45,7 +45,12 @@ inline constexpr int kTurnSlots = 2;     // query tiles whose turn has come and 
 /// The hardware's numbered barriers; 0 is that of __syncthreads().
 enum NamedBarrier : int {
   kConsumeBarrier = 1,  // all consumers
+  kScoreBarriers = 2,   // … and those behind it: score_barrier()
 };
+
+/// Where a warpgroup waits for both warpgroups' gradients of scores, of which the other only says that its own are there. Each
+/// buffer has its own, since the other may be a step ahead.
+__device__ __forceinline__ int score_barrier(int buffer, int warpgroup) { return kScoreBarriers + 2 * buffer + warpgroup; }
 
 /// The work between two stores of d_key and d_value: one tile of keys of one key head, with all rows of all query heads that
 /// see any of its keys.

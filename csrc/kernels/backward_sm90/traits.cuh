@@ -37,9 +37,6 @@ struct Traits {
   static constexpr uint32_t kKeyBytes = kTileN * 128 * kPanels;
   static constexpr uint32_t kRowBytes = kTileM * sizeof(float);  // of a number for each row of a tile
 
-  // dS is made of P as it was rounded for dV: so many scores in registers leave no room for both.
-  static constexpr bool kRoundedWeights = kTileM == 128;
-
   static constexpr int kConsumerWarps = 4 * kWarpgroups, kConsumerThreads = 32 * kConsumerWarps;
   static constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
