@@ -41,12 +41,12 @@ int64_t rows_of_key(const AttentionParams& p) {
   return std::min(rows / 2, p.window_left + p.window_right);
 }
 
-/// Tall tiles where rows are so many that the last one, partly empty, doesn't count.
+/// Tall tiles where rows are so many that their fewer steps count for more than the last one, partly empty.
 Variant variant_of(const AttentionParams& p) {
-  constexpr int64_t kManyRows = 1024;
+  constexpr int64_t kFewRows = 2048;
   if (p.bias.present) return Variant::kBias;
   const int64_t head_dim = std::max(p.query.shape[3], p.value.shape[3]);
-  return head_dim > 64 && head_dim <= 128 && rows_of_key(p) >= kManyRows ? Variant::kTall : Variant::kPlain;
+  return head_dim > 64 && head_dim <= 128 && rows_of_key(p) > kFewRows ? Variant::kTall : Variant::kPlain;
 }
 
 const Instance* find_instance(const AttentionParams& p) {

@@ -60,7 +60,8 @@ struct Consumer {
     wgmma_commit();
   }
 
-  /// Issues the part of sum += A B of rows 16 step … 16 step + 15, A being P^T or dS^T and `b` the descriptor of a tile of queries.
+  /// Issues the part of sum += A B of rows 16 step … 16 step + 15, A being P^T or dS^T and `b` the descriptor of a tile of
+  /// queries.
   __device__ __forceinline__ void issue_key_gradient_of(int step, float (&sum)[C::kHeadDim / 2], uint32_t (&a)[C::kTileM / 4],
                                                         uint64_t b) {
     Wgmma<C::kHeadDim>::template rs<T>(sum, a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3],
@@ -187,7 +188,7 @@ struct Consumer {
     }
   }
 
-  /// P^T of rows 16 begin … 16 end - 1 as A operand.
+  /// P^T of rows 16 begin … 16 end - 1 as A operand, here and no earlier: registers are few.
   __device__ __forceinline__ void pack_weights(int begin, int end) {
 #pragma unroll
     for (int i = 4 * begin; i < 4 * end; ++i) {
@@ -225,9 +226,9 @@ struct Consumer {
   __device__ __forceinline__ void issue_value_gradient_and_take_score_gradients() {
     constexpr int kSteps = C::kTileM / 16;
     if constexpr (C::kTransposed) {
+      pack_weights(0, kSteps);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) take_score_gradients(step);
-      pack_weights(0, kSteps);
       issue_key_gradient(d_value, p16, shared.d_out[o.stage], [&](int step) {
         if (step == 0) publish_score_gradients();
       });
@@ -361,9 +362,7 @@ struct Consumer {
     // 5. The next tile's S^T behind dK, whose end gives back its queries.
     if constexpr (!kLast) start_scores();
     if (handed_over) publish_query_gradient();
-    if constexpr (kLast) {
-      store_key_gradient(item, args.d_value, d_value, 1.0f);
-    } else {
+    if constexpr (!kLast) {
       place.advance(item);
       find_step(item);
     }
@@ -418,9 +417,8 @@ struct Consumer {
       if (item.query_tiles.begin < item.query_tiles.end) {
         wait_keys(item);
         take_steps(item);
-      } else {
-        store_key_gradient(item, args.d_value, d_value, 1.0f);
       }
+      store_key_gradient(item, args.d_value, d_value, 1.0f);
       store_key_gradient(item, args.d_key, d_key, args.scale);
       shared.item_empty[slot.stage].arrive();
       slot.advance();

@@ -26,8 +26,8 @@
 //
 // For "consume" lane 0 of each warp arrives where only tensor cores have read (key_empty, value_empty) and where device memory
 // is ordered (turn_done, after a __syncwarp()). Every lane arrives where lanes read shared memory themselves: the item, and the
-// numbers that come with tiles of Q and dO. For these the order would hold with lane 0 alone, since all consumers meet at
-// kConsumeBarrier after they have read and before it arrives; but compute-sanitizer's racecheck does not see that order.
+// numbers that come with tiles of Q and dO. For these the order would hold with lane 0 alone, since a warpgroup meets at its
+// score_barrier() after it has read and before it arrives; but compute-sanitizer's racecheck does not see that order.
 #pragma once
 
 #include <cstdint>
