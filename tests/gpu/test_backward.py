@@ -71,8 +71,8 @@ LARGE = [
 MANY_ROWS = [
     Case("bfloat16", 2, 4, 2, 2100, 1300, 128, kv_lengths=True),
     Case("float16", 2, 4, 4, 2080, 520, 104, 88),
-    Case("float16", 1, 4, 4, 4190, 4190, 96, layout="BSHD", is_causal=True),
-    Case("bfloat16", 1, 4, 2, 4200, 4300, 128, is_causal=True, window_left=2070, alignment="bottom_right"),
+    Case("float16", 1, 2, 2, 4190, 4190, 96, layout="BSHD", is_causal=True),
+    Case("bfloat16", 1, 2, 1, 4200, 4300, 128, is_causal=True, window_left=2070, alignment="bottom_right"),
 ]
 
 # Biases that the copy engine brings: each way to share one, ends inside tiles, keys that lengths and windows hide.
