@@ -19,7 +19,7 @@ import click
 from . import bench, build, deploy, terminal
 from .errors import ModelError, NotVerifiedError
 from .help_texts import EXAMPLES, EXAMPLES_OF_FUSE, EXAMPLES_OF_INSPECT, SUMMARY
-from .options import DEVICES, TARGETS, VERIFY_TIMEOUT, Options
+from .options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options
 from .options_of_commands import (
     FILE,
     PLACE,
@@ -125,7 +125,7 @@ def app() -> None:
 @assume_option
 @click.option(
     "--dtype",
-    type=click.Choice(["fp16", "bf16", "fp8"]),
+    type=click.Choice(list(DTYPES)),
     metavar="DTYPE",
     help="Compute attention in this precision, fp16, bf16 or fp8; the rest of the model keeps its own. fp8 (e4m3, for "
     "the CPU and GPUs of compute capability 9.0) takes the factors of its numbers from --inputs, or those that the "
@@ -207,11 +207,7 @@ def fuse(
 
     MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
     other folder all models are rewritten, and several models or folders may be given."""
-    _check_one_precision(dtype, fp16, bf16)
-    if not keep_io_types and not (fp16 or bf16):
-        raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
-    if rest and target == "tensorrt":
-        raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
+    _check_choices(dtype, fp16, bf16, keep_io_types, rest, target)
     with _failing_early(models[0], as_json):
         for path in models:
             if not path.is_dir():
@@ -220,13 +216,12 @@ def fuse(
 
     from . import jobs, many
 
-    types = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp8": ir.DataType.FLOAT8E4M3FN}
     options = dataclasses.replace(
         _assuming(assume),
         fallback=fallback,
         target=target,
         rest=rest,
-        dtype=types[dtype] if dtype else None,
+        dtype=ir.DataType[DTYPES[dtype]] if dtype else None,
         float32=float32 or "",
         fp16=fp16,
         bf16=bf16,
@@ -248,11 +243,18 @@ def fuse(
             _fuse_one(todo[0], as_json, html_file, strict, quiet)
 
 
-def _check_one_precision(dtype: str | None, fp16: bool, bf16: bool) -> None:
+def _check_choices(
+    dtype: str | None, fp16: bool, bf16: bool, keep_io_types: bool, rest: bool | None, target: str
+) -> None:
+    """Raises click.UsageError where options exclude one another, or one needs another."""
     given = [name for name, is_given in ((f"--dtype {dtype}", dtype), ("--fp16", fp16), ("--bf16", bf16)) if is_given]
     if len(given) > 1:
         why = "; --dtype is of attention alone, the others of the whole model" if dtype else ""
         raise click.UsageError(f"{' and '.join(given)} exclude one another, give one of them{why}")
+    if not keep_io_types and not (fp16 or bf16):
+        raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
+    if rest and target == "tensorrt":
+        raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
 
 
 def _check_reports(
