@@ -26,7 +26,6 @@ class Options:
     dtype: ir.DataType | None = None
     float32: str = ""  # how GPUs multiply float32 attention: "tf32", "tf32x3"; empty: as the runtime is set
     opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
-    sources: tuple[str, ...] = ()  # matchers to use; empty: all
     target: str = "onnxruntime"  # one of TARGETS: the runtime that the file is written for
     # Join what stands around attention into onnxruntime's operators; None: where that is the target.
     rest: bool | None = None

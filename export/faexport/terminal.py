@@ -45,10 +45,10 @@ class _Console(rich.console.Console):
         raise BrokenPipeError
 
 
-def console(stderr: bool = False, quiet: bool = False) -> rich.console.Console:
+def console(stderr: bool = False) -> rich.console.Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    return _Console(stderr=stderr, quiet=quiet, width=width, highlight=False)
+    return _Console(stderr=stderr, width=width, highlight=False)
 
 
 def print_error(message: str) -> None:
