@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from .errors import ModelError
 from .nodes import name_of, outermost_graphs, subgraphs
-from .validate import contradiction
+from .head_counts import contradiction
 
 AGAIN = "export or copy the model again"
 
