@@ -88,8 +88,8 @@ def app() -> None:
     "-o",
     metavar="FILE",
     type=PLACE,
-    help="Where to write, for several models a folder, which may be new; default: MODEL with the ending .fa.onnx, of a "
-    "folder .fa.",
+    help="Where to write: a file, or a folder, which may be new, for several models. Default: beside MODEL, with the "
+    "ending .fa.onnx, of a genai folder .fa.",
 )
 @click.option(
     "--verify/--no-verify", "check", default=True, show_default=True, help="Run both models in onnxruntime and compare."
@@ -115,7 +115,8 @@ def app() -> None:
     "--inputs",
     metavar="FILE",
     type=FILE,
-    help="Verify on these inputs as well: an .npz with an array for each input. --dtype fp8 measures on them.",
+    help="Verify on these inputs as well: an .npz with an array for each input. --dtype fp8 measures its factors on "
+    "them.",
 )
 @click.option("--dry-run", is_flag=True, help="Do everything but write the model.")
 @json_option
@@ -160,7 +161,7 @@ def app() -> None:
     "--fallback/--no-fallback",
     default=True,
     show_default=True,
-    help="Carry the operator's definition in standard ops, for runtimes without our library.",
+    help="Carry the operator's definition in standard operators, for runtimes without our library.",
 )
 @click.option(
     "--target",
@@ -174,8 +175,8 @@ def app() -> None:
 @click.option(
     "--rest/--no-rest",
     default=None,
-    help="Also join what stands around attention (GELU, residuals with their normalizations) into operators of "
-    "onnxruntime, or not; with --no-rest one file serves both runtimes. Default: joined for onnxruntime.",
+    help="Join what stands around attention (GELU, residuals with their normalizations) into operators of onnxruntime "
+    "too; with --no-rest one file serves onnxruntime and TensorRT. Default: --rest, for TensorRT --no-rest.",
 )
 @strict_option
 @quiet_option
