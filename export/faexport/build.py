@@ -266,16 +266,17 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
         self._bars = rich.progress.Progress(
             *columns, console=screen, transient=True, disable=quiet or not screen.is_terminal
         )
+        self._shown = contextlib.ExitStack()
         self._tasks: dict[str, Any] = {}
         self._depths: dict[str, int] = {}
         self._said = self._bars.add_task("", total=None)
 
     def __enter__(self) -> Bars:
-        self._bars.start()
+        self._shown.enter_context(terminal.shown(self._bars))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+        self._shown.close()
 
     def say(self, text: str) -> None:
         self._bars.update(self._said, description=text)
