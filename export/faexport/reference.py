@@ -229,11 +229,10 @@ def _run_drawn(reference: Reference, asked: Assumed, random: np.random.Generator
     reference.specs = specs
     if not reference.compared[reference.num_given :]:
         _try_lengths(reference, specs, assumed, random)
-    any_numbers = asked == Assumed()
-    doubts = list(settings.doubts(specs, assumed, random, any_numbers=any_numbers))
+    doubts = list(settings.doubts(specs, assumed, random, any_numbers=asked.any_numbers))
     if specs != list(plain):  # that these sizes belong together is doubted, too
         tried = [item.shapes for item in doubts]
-        others = settings.doubts(plain, assumed, random, any_numbers=any_numbers)
+        others = settings.doubts(plain, assumed, random, any_numbers=asked.any_numbers)
         doubts += [item for item in others if item.shapes not in tried]
     _run_original(reference, doubts, on_amount, doubts=True)
     if reference.compared[reference.num_given :] and reference.num_telling < 2:
