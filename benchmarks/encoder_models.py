@@ -140,7 +140,7 @@ def _onnxruntime(source: pathlib.Path, target: pathlib.Path, model: Model, half:
     )
     if half:
         made.convert_float_to_float16(keep_io_types=False, node_block_list=half_files.angles(made.model))
-        half_files.join_casts(made.model)
+        made.initialize(half_files.join_casts(made.model))
     made.save_model_to_file(os.fspath(target))
 
 

@@ -10,8 +10,7 @@ def in_half(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers import float16
 
     made = float16.convert_float_to_float16(model, keep_io_types=False, node_block_list=angles(model))
-    join_casts(made)
-    return made
+    return join_casts(made)
 
 
 def angles(model: onnx.ModelProto) -> list[str]:
@@ -28,18 +27,12 @@ def angles(model: onnx.ModelProto) -> list[str]:
     return list(found)
 
 
-def join_casts(model: onnx.ModelProto) -> None:
-    """What stays float32 is not rounded on its way to what stays float32, too: the converter writes each such node
-    between casts."""
-    types = {}  # of casts, by output
-    for node in model.graph.node:
-        if node.op_type == "Cast":
-            types[node.output[0]] = (node.input[0], next(a.i for a in node.attribute if a.name == "to"))
-    there_and_back = {
-        output: types[source][0]
-        for output, (source, to) in types.items()
-        if to == onnx.TensorProto.FLOAT and types.get(source, ("", 0))[1] == onnx.TensorProto.FLOAT16
-    }
-    for node in model.graph.node:
-        for position, name in enumerate(node.input):
-            node.input[position] = there_and_back.get(name, name)
+def join_casts(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What stays float32 is not rounded on its way to what stays float32, either: the converter writes each such node
+    between casts. The other tools' files get what faexport does for its own."""
+    import onnx_ir as ir
+    from faexport import half
+
+    made = ir.from_proto(model)
+    half.join_casts(made)
+    return ir.to_proto(made)

@@ -61,8 +61,9 @@ def draw_speed(document: dict, head_dim: int, path: pathlib.Path) -> bool:
     return True
 
 
-def draw_overview(document: dict, path: pathlib.Path, batch: int = 4, num_heads: int = 16, head_dim: int = 64) -> None:
+def draw_overview(document: dict, path: pathlib.Path) -> None:
     """Time and memory of one layer in onnxruntime against its length, in float16, without a mask."""
+    batch, num_heads, head_dim = 4, 16, 64
     names = {"unfused": "as exported", "Attention": "ONNX Attention", "ours": "faexport"}
     pattern = re.compile(rf"^b{batch} h{num_heads} s(\d+) d{head_dim}$")
     rows = {int(m[1]): row for row in document["rows"] if row["in_ort"] and (m := pattern.match(row["row"]))}

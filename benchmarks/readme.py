@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the documentation's tables from the committed results; run it after a new measurement.
 
-The README's tables of speed, docs/faexport.md's of the zoo and of `faexport bench`, docs/decoding.md's of decoding,
-docs/llm.md's of decoder layers, docs/models.md's of whole models (model_pages.py) and docs/torch.md's of training. A
-test compares the pages with what this makes.
+SECTIONS lists the pages and what is written into each, between two marks. A test compares the pages with what this
+makes.
 """
 
 from __future__ import annotations
@@ -11,28 +10,20 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Callable
 
-from model_pages import bench_tables, encoder_tables, fused_by_optimizer, models_tables, verified_sentence
+from model_pages import (
+    bench_tables,
+    encoder_tables,
+    fused_by_optimizer,
+    gains_table,
+    models_tables,
+    verified_sentence,
+)
 from training_table import training_tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- speed: written by benchmarks/readme.py -->\n", "<!-- end of speed -->\n"
-EXPORTS_BEGIN, EXPORTS_END = "<!-- exports: written by benchmarks/readme.py -->\n", "<!-- end of exports -->\n"
-FLOAT8_BEGIN, FLOAT8_END = "<!-- float8: written by benchmarks/readme.py -->\n", "<!-- end of float8 -->\n"
-ACCURACY_BEGIN = "<!-- float8 accuracy: written by benchmarks/readme.py -->\n"
-ACCURACY_END = "<!-- end of float8 accuracy -->\n"
-BACKWARD_BEGIN = "<!-- backward: written by benchmarks/readme.py -->\n"
-BACKWARD_END = "<!-- end of backward -->\n"
-DECODE_BEGIN, DECODE_END = "<!-- decode: written by benchmarks/readme.py -->\n", "<!-- end of decode -->\n"
-STEP_BEGIN, STEP_END = "<!-- steps: written by benchmarks/readme.py -->\n", "<!-- end of steps -->\n"
-LLM_BEGIN, LLM_END = "<!-- llm: written by benchmarks/readme.py -->\n", "<!-- end of llm -->\n"
-MODELS_BEGIN, MODELS_END = "<!-- models: written by benchmarks/readme.py -->\n", "<!-- end of models -->\n"
-TRAINING_BEGIN, TRAINING_END = "<!-- training: written by benchmarks/readme.py -->\n", "<!-- end of training -->\n"
-BENCH_BEGIN, BENCH_END = "<!-- bench: written by benchmarks/readme.py -->\n", "<!-- end of bench -->\n"
-ZOO_BEGIN, ZOO_END = "<!-- zoo: written by benchmarks/readme.py -->\n", "<!-- end of zoo -->\n"
 OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")
 GROUPS = {
     "no mask": lambda row: not any(word in row for word in ("s1x", "d512", "causal", "bias", "lengths", "mask")),
@@ -312,11 +303,16 @@ def _tables(*tables: tuple[str, Callable[[dict], str]]) -> str:
     """Those whose results are there, from one file each."""
     there = ((RESULTS / name, table) for name, table in tables if (RESULTS / name).exists())
     made = (table(json.loads(path.read_text("utf-8"))) for path, table in there)
-    return "\n\n".join(filter(None, made)) + "\n"
+    return ("\n\n".join(filter(None, made)) or "Not recorded yet.") + "\n"
 
 
-def section() -> str:
-    """The README's: whole models, and attention beside its peers."""
+def gains_section() -> str:
+    """The README's first table."""
+    return _tables(("models.json", gains_table))
+
+
+def speed_section() -> str:
+    """The README's: whole encoders, and attention beside its peers."""
     return _tables(
         ("encoders.json", encoder_tables),
         ("encoders_cpu.json", encoder_tables),
@@ -381,75 +377,45 @@ def exports_section() -> str:
     )
 
 
-def replaced(text: str, begin: str, end: str, section: str) -> str:
-    """The page with another section between its two marks."""
-    head, rest = text.split(begin)
-    return head + begin + section + end + rest.split(end)[1]
+def faexport_bench_section() -> str:
+    """docs/faexport.md's tables of `faexport bench`."""
+    return _tables(("bench.json", bench_tables))
 
 
-def updated(text: str) -> str:
-    """The README with the numbers of today's results."""
-    return replaced(replaced(text, EXPORTS_BEGIN, EXPORTS_END, exports_section()), BEGIN, END, section())
+def models_section() -> str:
+    """docs/models.md's tables, and what was verified on CUDA."""
+    return _tables(("models.json", models_tables), ("models_verified.json", verified_sentence))
 
 
-def updated_faexport(text: str) -> str:
-    """docs/faexport.md, likewise."""
-    benches = _tables(("bench.json", bench_tables))
-    text = replaced(text, BENCH_BEGIN, BENCH_END, benches if benches.strip() else "Not recorded yet.\n")
-    return replaced(text, ZOO_BEGIN, ZOO_END, zoo_section())
+def training_section() -> str:
+    """docs/torch.md's tables."""
+    return _tables(("training.json", training_tables))
 
 
-def updated_decoding(text: str) -> str:
-    """docs/decoding.md, likewise."""
-    return replaced(replaced(text, STEP_BEGIN, STEP_END, step_section()), DECODE_BEGIN, DECODE_END, decode_section())
-
-
-def updated_kernels(text: str) -> str:
-    """docs/kernels.md, likewise."""
-    text = replaced(text, ACCURACY_BEGIN, ACCURACY_END, accuracy_section())
-    return replaced(text, FLOAT8_BEGIN, FLOAT8_END, float8_section())
-
-
-def updated_backward(text: str) -> str:
-    """docs/backward.md, likewise."""
-    return replaced(text, BACKWARD_BEGIN, BACKWARD_END, backward_section())
-
-
-def updated_numbers(text: str) -> str:
-    """docs/numbers.md, likewise."""
-    return replaced(text, BEGIN, END, numbers_section())
-
-
-def updated_llm(text: str) -> str:
-    """docs/llm.md, likewise."""
-    return replaced(text, LLM_BEGIN, LLM_END, llm_section())
-
-
-def updated_models(text: str) -> str:
-    """docs/models.md, likewise."""
-    made = _tables(("models.json", models_tables), ("models_verified.json", verified_sentence))
-    return replaced(text, MODELS_BEGIN, MODELS_END, made if made.strip() else "Not recorded yet.\n")
-
-
-def updated_torch(text: str) -> str:
-    """docs/torch.md, likewise."""
-    return replaced(text, TRAINING_BEGIN, TRAINING_END, _tables(("training.json", training_tables)))
-
-
-PAGES = {
-    "README.md": updated,
-    "docs/backward.md": updated_backward,
-    "docs/faexport.md": updated_faexport,
-    "docs/decoding.md": updated_decoding,
-    "docs/kernels.md": updated_kernels,
-    "docs/llm.md": updated_llm,
-    "docs/models.md": updated_models,
-    "docs/numbers.md": updated_numbers,
-    "docs/torch.md": updated_torch,
+# What stands between a page's marks, by the marks' name.
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"gains": gains_section, "exports": exports_section, "speed": speed_section},
+    "docs/backward.md": {"backward": backward_section},
+    "docs/faexport.md": {"bench": faexport_bench_section, "zoo": zoo_section},
+    "docs/decoding.md": {"steps": step_section, "decode": decode_section},
+    "docs/kernels.md": {"float8 accuracy": accuracy_section, "float8": float8_section},
+    "docs/llm.md": {"llm": llm_section},
+    "docs/models.md": {"models": models_section},
+    "docs/numbers.md": {"speed": numbers_section},
+    "docs/torch.md": {"training": training_section},
 }
 
+
+def updated(name: str, text: str) -> str:
+    """A page with the numbers of today's results."""
+    for title, section in SECTIONS[name].items():
+        begin, end = f"<!-- {title}: written by benchmarks/readme.py -->\n", f"<!-- end of {title} -->\n"
+        head, rest = text.split(begin)
+        text = head + begin + section() + end + rest.split(end)[1]
+    return text
+
+
 if __name__ == "__main__":
-    for name, update in PAGES.items():
+    for name in SECTIONS:
         page = ROOT / name
-        page.write_text(update(page.read_text("utf-8")), "utf-8")
-    sys.exit(0)
+        page.write_text(updated(name, page.read_text("utf-8")), "utf-8")

@@ -47,10 +47,14 @@ bool accepts(Input input, DType dtype, DType query) {
 }
 
 std::string accepted_dtypes(Input input, DType query) {
-  std::string text;
+  std::string text, last;  // "float32, float16 or bfloat16"
   for (const DType dtype : {DType::kBool, DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64,
-                            DType::kInt8, DType::kUInt8, DType::kFloat8E4M3})
-    if (accepts(input, dtype, query)) text += (text.empty() ? "" : " or ") + std::string(name_of(dtype));
+                            DType::kInt8, DType::kUInt8, DType::kFloat8E4M3}) {
+    if (!accepts(input, dtype, query)) continue;
+    if (!last.empty()) text += (text.empty() ? "" : ", ") + last;
+    last = name_of(dtype);
+  }
+  text += (text.empty() ? "" : " or ") + last;
   return text + (input == Input::kKey || input == Input::kValue ? ", as query" : "");
 }
 

@@ -52,14 +52,21 @@ Examples:
     "shapes",
     metavar="NAME:SHAPE",
     multiple=True,
-    help="A shape to measure at, e.g. ids:8x512, or of several inputs, e.g. ids:8x1,mask:8x513; the others follow. "
-    "Repeatable, for more sizes.",
+    help="A size to measure at: the shape of an input, e.g. ids:8x512, or of several, e.g. ids:8x1,mask:8x513; the "
+    "others follow. May be repeated, for more sizes.",
 )
 @click.option(
-    "--padded", is_flag=True, help="Give all entries of a batch but the first random lengths, padded on the right."
+    "--padded",
+    is_flag=True,
+    help="Give every entry of a batch but the first a random length, and pad it on the right.",
 )
 @click.option(
-    "--runs", type=click.IntRange(min=5), default=20, show_default=True, help="Runs of each model at each size."
+    "--runs",
+    metavar="N",
+    type=click.IntRange(min=5),
+    default=20,
+    show_default=True,
+    help="Runs of each model at each size.",
 )
 @click.option(
     "--device",
@@ -68,7 +75,11 @@ Examples:
     help="Where to run, cpu or cuda; default: cuda where this onnxruntime has it.",
 )
 @click.option(
-    "--threads", type=click.IntRange(min=0), default=0, help="Of onnxruntime on the CPU; default: as it chooses."
+    "--threads",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Threads of onnxruntime on the CPU; default: as many as it chooses.",
 )
 @click.option(
     "--timeout",
@@ -76,7 +87,7 @@ Examples:
     type=click.FloatRange(min=1),
     default=300.0,
     show_default=True,
-    help="How long the measurements of one size may take, each.",
+    help="How long each measurement of a size may take.",
 )
 @click.option("--svg", metavar="FILE", type=FILE, help="Also draw time and memory against length to this file.")
 @html_option

@@ -65,25 +65,35 @@ def add_commands(app: click.Group) -> None:
     "least",
     metavar="NAME:SHAPE",
     multiple=True,
-    help="Smallest shape of an input, e.g. ids:1x1, or of several: ids:1x1,mask:1x1. Repeatable.",
+    help="Smallest shape of an input, e.g. ids:1x1, or of several: ids:1x1,mask:1x1. May be repeated.",
 )
-@click.option("--opt", "best", metavar="NAME:SHAPE", multiple=True, help="The shape to tune for. Repeatable.")
-@click.option("--max", "most", metavar="NAME:SHAPE", multiple=True, help="Largest shape. Repeatable.")
+@click.option("--opt", "best", metavar="NAME:SHAPE", multiple=True, help="Shape to tune for. May be repeated.")
+@click.option("--max", "most", metavar="NAME:SHAPE", multiple=True, help="Largest shape. May be repeated.")
 @click.option(
     "--profile",
     metavar="FILE",
     type=FILE,
     multiple=True,
-    help='More shapes, as JSON: {"ids": {"min": [1, 1], "opt": [1, 128], "max": [8, 512]}}. Repeatable.',
+    help='More shapes, as JSON: {"ids": {"min": [1, 1], "opt": [1, 128], "max": [8, 512]}}. May be repeated.',
 )
-@click.option("--workspace", metavar="MIB", type=click.IntRange(min=0), help="Scratch memory at most, in MiB.")
-@click.option("--timing-cache", metavar="FILE", type=FILE, help="Kernel timings, read if there and written after.")
+@click.option(
+    "--workspace",
+    metavar="MIB",
+    type=click.IntRange(min=0),
+    help="Most scratch memory that the engine may take, in MiB.",
+)
+@click.option(
+    "--timing-cache",
+    metavar="FILE",
+    type=FILE,
+    help="File of kernel timings: read where it is there, and written afterwards.",
+)
 @click.option("--version-compatible", is_flag=True, help="The engine runs in later minor versions of TensorRT too.")
 @click.option(
     "--hardware-compatible", is_flag=True, help="The engine runs on every GPU from Ampere on, not only this kind."
 )
 @click.option(
-    "--compute-capability", metavar="X.Y", multiple=True, help="TensorRT-RTX: a GPU to build for. Repeatable."
+    "--compute-capability", metavar="X.Y", multiple=True, help="For TensorRT-RTX: a GPU to build for. May be repeated."
 )
 @click.option("--fuse/--no-fuse", default=True, show_default=True, help="Put flash attention into the model first.")
 @json_option
@@ -256,16 +266,17 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
         self._bars = rich.progress.Progress(
             *columns, console=screen, transient=True, disable=quiet or not screen.is_terminal
         )
+        self._shown = contextlib.ExitStack()
         self._tasks: dict[str, Any] = {}
         self._depths: dict[str, int] = {}
         self._said = self._bars.add_task("", total=None)
 
     def __enter__(self) -> Bars:
-        self._bars.start()
+        self._shown.enter_context(terminal.shown(self._bars))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+        self._shown.close()
 
     def say(self, text: str) -> None:
         self._bars.update(self._said, description=text)

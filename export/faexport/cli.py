@@ -19,7 +19,7 @@ import click
 from . import bench, build, deploy, terminal
 from .errors import ModelError, NotVerifiedError
 from .help_texts import EXAMPLES, EXAMPLES_OF_FUSE, EXAMPLES_OF_INSPECT, SUMMARY
-from .options import DEVICES, TARGETS, VERIFY_TIMEOUT, Options
+from .options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options
 from .options_of_commands import (
     FILE,
     PLACE,
@@ -88,8 +88,8 @@ def app() -> None:
     "-o",
     metavar="FILE",
     type=PLACE,
-    help="Where to write, for several models a folder, which may be new; default: MODEL with the ending .fa.onnx, of a "
-    "folder .fa.",
+    help="Where to write: a file, or a folder, which may be new, for several models. Default: beside MODEL, with the "
+    "ending .fa.onnx, of a genai folder .fa.",
 )
 @click.option(
     "--verify/--no-verify", "check", default=True, show_default=True, help="Run both models in onnxruntime and compare."
@@ -115,7 +115,8 @@ def app() -> None:
     "--inputs",
     metavar="FILE",
     type=FILE,
-    help="Verify on these inputs as well: an .npz with an array for each input. --dtype fp8 measures on them.",
+    help="Verify on these inputs as well: an .npz with an array for each input. --dtype fp8 measures its factors on "
+    "them.",
 )
 @click.option("--dry-run", is_flag=True, help="Do everything but write the model.")
 @json_option
@@ -125,7 +126,7 @@ def app() -> None:
 @assume_option
 @click.option(
     "--dtype",
-    type=click.Choice(["fp16", "bf16", "fp8"]),
+    type=click.Choice(list(DTYPES)),
     metavar="DTYPE",
     help="Compute attention in this precision, fp16, bf16 or fp8; the rest of the model keeps its own. fp8 (e4m3, for "
     "the CPU and GPUs of compute capability 9.0) takes the factors of its numbers from --inputs, or those that the "
@@ -160,7 +161,7 @@ def app() -> None:
     "--fallback/--no-fallback",
     default=True,
     show_default=True,
-    help="Carry the operator's definition in standard ops, for runtimes without our library.",
+    help="Carry the operator's definition in standard operators, for runtimes without our library.",
 )
 @click.option(
     "--target",
@@ -174,8 +175,8 @@ def app() -> None:
 @click.option(
     "--rest/--no-rest",
     default=None,
-    help="Also join what stands around attention (GELU, residuals with their normalizations) into operators of "
-    "onnxruntime, or not; with --no-rest one file serves both runtimes. Default: joined for onnxruntime.",
+    help="Join what stands around attention (GELU, residuals with their normalizations) into operators of onnxruntime "
+    "too; with --no-rest one file serves onnxruntime and TensorRT. Default: --rest, for TensorRT --no-rest.",
 )
 @strict_option
 @quiet_option
@@ -207,11 +208,7 @@ def fuse(
 
     MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
     other folder all models are rewritten, and several models or folders may be given."""
-    _check_one_precision(dtype, fp16, bf16)
-    if not keep_io_types and not (fp16 or bf16):
-        raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
-    if rest and target == "tensorrt":
-        raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
+    _check_choices(dtype, fp16, bf16, keep_io_types, rest, target)
     with _failing_early(models[0], as_json):
         for path in models:
             if not path.is_dir():
@@ -220,13 +217,12 @@ def fuse(
 
     from . import jobs, many
 
-    types = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp8": ir.DataType.FLOAT8E4M3FN}
     options = dataclasses.replace(
         _assuming(assume),
         fallback=fallback,
         target=target,
         rest=rest,
-        dtype=types[dtype] if dtype else None,
+        dtype=ir.DataType[DTYPES[dtype]] if dtype else None,
         float32=float32 or "",
         fp16=fp16,
         bf16=bf16,
@@ -248,11 +244,18 @@ def fuse(
             _fuse_one(todo[0], as_json, html_file, strict, quiet)
 
 
-def _check_one_precision(dtype: str | None, fp16: bool, bf16: bool) -> None:
+def _check_choices(
+    dtype: str | None, fp16: bool, bf16: bool, keep_io_types: bool, rest: bool | None, target: str
+) -> None:
+    """Raises click.UsageError where options exclude one another, or one needs another."""
     given = [name for name, is_given in ((f"--dtype {dtype}", dtype), ("--fp16", fp16), ("--bf16", bf16)) if is_given]
     if len(given) > 1:
         why = "; --dtype is of attention alone, the others of the whole model" if dtype else ""
         raise click.UsageError(f"{' and '.join(given)} exclude one another, give one of them{why}")
+    if not keep_io_types and not (fp16 or bf16):
+        raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
+    if rest and target == "tensorrt":
+        raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
 
 
 def _check_reports(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far two tensors may be apart. Called by verify.py, sites.py and engine_run.py.
+"""How far two tensors may be apart. Called by verify.py, reference.py, engine_run.py and the checks of half precision
+and float8.
 
 The rule: the largest difference of a floating-point output may be `RELATIVE_TOLERANCE[dtype]` times the largest
 magnitude of the original's output, dtype being the least precise floating-point type in the model. Infinities must be

@@ -29,8 +29,15 @@ LIBRARY = "libfa_ort.so"
     epilog=EXAMPLES, context_settings=terminal.CONTEXT_SETTINGS, short_help="Write a Triton model repository."
 )
 @model_argument
-@click.option("--triton", "folder", metavar="DIR", type=FILE, required=True, help="The repository; made if missing.")
-@click.option("--name", metavar="NAME", help="Of the model in the server; default: that of the file.")
+@click.option(
+    "--triton",
+    "folder",
+    metavar="DIR",
+    type=FILE,
+    required=True,
+    help="Folder of the repository; it is made where it is missing.",
+)
+@click.option("--name", metavar="NAME", help="Name of the model in the server; default: that of the file.")
 @click.option(
     "--mounted-at",
     metavar="PATH",
@@ -40,12 +47,13 @@ LIBRARY = "libfa_ort.so"
     "--max-batch",
     metavar="N",
     type=click.IntRange(min=0),
-    help="Requests that the server may put together; 0: none. Default: 8 where axis 0 of all tensors allows it.",
+    help="How many requests the server may run as one batch; 0: none. Default: 8 where axis 0 of all tensors allows "
+    "it.",
 )
 @click.option(
-    "--instances", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Of the model."
+    "--instances", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Instances of the model."
 )
-@click.option("--gpu", is_flag=True, help="Serve on GPUs.")
+@click.option("--gpu", is_flag=True, help="Serve on GPUs, not on the CPU.")
 @quiet_option
 def deploy(
     model: pathlib.Path,

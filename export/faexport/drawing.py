@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws a block of a graph as SVG: layers from top to bottom, each node below all that it reads. Called by html.py.
+"""Draws a block of a graph as SVG: layers from top to bottom, each node below all that it reads. Called by
+html_report.py.
 
 The layout is Sugiyama's: layers by the longest path, points where an arrow passes a layer, order by the mean of the
 neighbours' places.

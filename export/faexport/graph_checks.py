@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from .errors import ModelError
+from .head_counts import contradiction
 from .nodes import name_of, outermost_graphs, subgraphs
-from .validate import contradiction
 
 AGAIN = "export or copy the model again"
 

@@ -94,7 +94,7 @@ def convert(
     for value in made.graph.initializers.values():  # the converter declares each float16, what it kept float32, too
         if value.const_value is not None:
             value.dtype = value.const_value.dtype
-    _join_casts(made)
+    join_casts(made)
     if dtype == ir.DataType.BFLOAT16:
         _to_bfloat16(made, stored)
     for node in list(made.graph):
@@ -195,7 +195,7 @@ def _float32_inputs(node: ir.Node, kept: Collection[str]) -> Iterator[int]:
             yield index
 
 
-def _join_casts(model: ir.Model) -> None:
+def join_casts(model: ir.Model) -> None:
     """Where float32 is cast to float16 and back, the second Cast reads what the first one did; and stored numbers that
     are float32 are not cast to it."""
     for node in list(model.graph):

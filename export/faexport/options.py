@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # slow to import, and the command line reads this file
 
 TARGETS = ("onnxruntime", "cuda", "tensorrt")  # cuda: onnxruntime with its CUDA provider
 DEVICES = ("cpu", "cuda")  # where onnxruntime can compare the models
+DTYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "fp8": "FLOAT8E4M3FN"}  # of --dtype: the names in onnx_ir.DataType
 VERIFY_TIMEOUT = 600.0  # seconds for one run of a model, and for loading it
 
 
@@ -25,11 +26,9 @@ class Options:
     dtype: ir.DataType | None = None
     float32: str = ""  # how GPUs multiply float32 attention: "tf32", "tf32x3"; empty: as the runtime is set
     opset: int | None = None  # convert the model to this opset of ONNX first; None keeps the model's
-    sources: tuple[str, ...] = ()  # matchers to use; empty: all
     target: str = "onnxruntime"  # one of TARGETS: the runtime that the file is written for
-    rest: bool | None = (
-        None  # join what stands around attention into onnxruntime's operators; None: where it's the target
-    )
+    # Join what stands around attention into onnxruntime's operators; None: where that is the target.
+    rest: bool | None = None
     fp16: bool = False  # the whole model in float16; a run from file to file only, since it takes measuring
     bf16: bool = False  # likewise in bfloat16
     keep_io_types: bool = True  # with fp16 or bf16: inputs and outputs of the model stay float32

@@ -59,6 +59,6 @@ assume_option = click.option(
     multiple=True,
     help="What a model can't tell; may be repeated. right-padding: every mask input keeps the first tokens of a row. "
     "full-rows: each query sees a key, or its output is never used. zeros-and-ones: mask inputs of numbers hold "
-    "nothing else, so that nothing else is compared. scores-unquantized: attention whose scores, masks or "
-    "weights are quantized may be computed without that: other than MODEL does, nearer to what it was before.",
+    "0 and 1 only, so that nothing else is compared. scores-unquantized: attention whose scores, masks or weights are "
+    "quantized may be computed without that rounding, nearer to the model before it was quantized.",
 )

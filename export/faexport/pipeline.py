@@ -120,9 +120,8 @@ def examine(
 ) -> list[Candidate]:
     """All sites with what was understood of them; nothing is changed."""
     masks = masks or Masks(Analysis(model))
-    found = []
-    for graph, root in graphs_of(model):
-        for candidate in find_sites(Context(graph, root, masks.analysis, masks, options)):
-            if not options.sources or candidate.source in options.sources:
-                found.append(candidate)
-    return found
+    return [
+        candidate
+        for graph, root in graphs_of(model)
+        for candidate in find_sites(Context(graph, root, masks.analysis, masks, options))
+    ]

@@ -157,7 +157,6 @@ def make_reference(
     *,
     extra_inputs: Sequence[InputSet] = (),
     assumed: Assumed | None = None,
-    seed: int = 0,
     open_session: Opener = ort_session.Session,
     on_amount: Amount = lambda done, total: None,
 ) -> Reference:
@@ -168,63 +167,55 @@ def make_reference(
         open_session: ort_session.Session, or SessionHere.
         on_amount: told how many runs are done, of how many.
     """
-    given, path, assumed = extra_inputs, os.fspath(path), assumed or Assumed()
+    path, assumed = os.fspath(path), assumed or Assumed()
     model = model_io.load(path)
     decoder = decoders.read(model)
-    reference = Reference(path, model, open_session, num_given=len(given), decoder=decoder)
-    # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
-    # there, but the mean of the values where float16 is added in float16. So no query loses all its keys: of two
-    # neighbours one is kept, and the first.
-    asked = assumed
-    if compare.least_precise(reference.model) == "float16":
-        assumed = dataclasses.replace(assumed, full_rows=True)
-    random = np.random.default_rng(seed)
+    reference = Reference(path, model, open_session, num_given=len(extra_inputs), decoder=decoder)
+    random = np.random.default_rng(0)
+    unsupported = ""
     try:
-        specs = relations.with_channels(model_inputs.input_specs(reference.model), reference.model)
-        sets = list(decoders.steps(decoder, specs, random)) if decoder else []
+        reference.specs = relations.with_channels(model_inputs.input_specs(model), model)
+        steps = list(decoders.steps(decoder, reference.specs, random)) if decoder else []
     except model_inputs.UnsupportedInput as error:
-        if not given:
-            reference.problem = f"{error}; {GIVE_INPUTS}"
-            return reference
-        specs, sets = [], []
-    reference.specs = specs
-    try:
-        _run_original(reference, [*given, *sets], on_amount)
-        if specs and not decoder and not reference.problem:
-            _run_drawn(reference, assumed, asked, random, on_amount)
-    except model_inputs.UnsupportedInput as error:
-        if not given:
-            reference.problem = f"{error}; {GIVE_INPUTS}"
-            return reference
-    except CannotRun as error:
-        reference.problem = f"the original can't be run: {error}{advice(str(error))}"
-        return reference
-    if reference.problem:
-        return reference
-    if not reference.compared:
-        sentence = next((why for why in reference.outputs if isinstance(why, str)), "")
-        reference.problem = f"the original does not run in onnxruntime: {sentence}"
-        if "NOT_IMPLEMENTED" not in sentence:  # a missing kernel is missing for any inputs
-            reference.problem += f"; {GIVE_INPUTS}"
-    elif not given and reference.num_telling < 2:
-        label = reference.sets[reference.compared[0]].label
-        refused = reference.refused(range(len(reference.sets)))
-        reference.problem = (
-            f"the original runs in one setting only ({label}), which shows too little{refused}. {FIT_TOGETHER}"
-        )
+        reference.specs, steps, unsupported = [], [], str(error)
+    if not unsupported or extra_inputs:
+        try:
+            _run_original(reference, [*extra_inputs, *steps], on_amount)
+            if reference.specs and not decoder and not reference.problem:
+                _run_drawn(reference, assumed, random, on_amount)
+        except model_inputs.UnsupportedInput as error:
+            unsupported = str(error)
+        except CannotRun as error:
+            reference.problem = f"the original can't be run: {error}{advice(str(error))}"
+    if unsupported and not extra_inputs:
+        reference.problem = f"{unsupported}; {GIVE_INPUTS}"
+    reference.problem = reference.problem or _tells_too_little(reference)
     return reference
 
 
-def _run_drawn(
-    reference: Reference, assumed: Assumed, asked: Assumed, random: np.random.Generator, on_amount: Amount
-) -> None:
-    """Runs the original on what settings.py draws, with sizes that belong together drawn so. Raises CannotRun.
+def _tells_too_little(reference: Reference) -> str:
+    """A sentence where the original ran on too few sets to compare anything with it."""
+    if not reference.compared:
+        sentence = next((why for why in reference.outputs if isinstance(why, str)), "")
+        # What lacks a kernel lacks it for any inputs.
+        advised = "" if "NOT_IMPLEMENTED" in sentence else f"; {GIVE_INPUTS}"
+        return f"the original does not run in onnxruntime: {sentence}{advised}"
+    if not reference.num_given and reference.num_telling < 2:
+        label = reference.sets[reference.compared[0]].label
+        refused = reference.refused(range(len(reference.sets)))
+        return f"the original runs in one setting only ({label}), which shows too little{refused}. {FIT_TOGETHER}"
+    return ""
 
-    Args:
-        assumed: what the drawn inputs keep to.
-        asked: what of it the user said.
-    """
+
+def _run_drawn(reference: Reference, asked: Assumed, random: np.random.Generator, on_amount: Amount) -> None:
+    """Runs the original on what settings.py draws, with sizes that belong together drawn so. `asked`: what the drawn
+    inputs keep to, as the user said. Raises CannotRun, UnsupportedInput."""
     plain, model = reference.specs, reference.model
+    # A float16 mask adds -65504, and the CPU adds it in float32: a query without keys gives the softmax of its scores
+    # there, but the mean of the values where float16 is added in float16. So no query loses all its keys: of two
+    # neighbours one is kept, and the first.
+    full_rows = asked.full_rows or compare.least_precise(model) == "float16"
+    assumed = dataclasses.replace(asked, full_rows=full_rows)
     has_past = any(spec.is_past for spec in plain)
     specs = relations.from_graph(plain, model) if has_past else list(plain)
     before = len(reference.sets)
@@ -238,11 +229,10 @@ def _run_drawn(
     reference.specs = specs
     if not reference.compared[reference.num_given :]:
         _try_lengths(reference, specs, assumed, random)
-    any_numbers = asked == Assumed()
-    doubts = list(settings.doubts(specs, assumed, random, any_numbers=any_numbers))
+    doubts = list(settings.doubts(specs, assumed, random, any_numbers=asked.any_numbers))
     if specs != list(plain):  # that these sizes belong together is doubted, too
         tried = [item.shapes for item in doubts]
-        others = settings.doubts(plain, assumed, random, any_numbers=any_numbers)
+        others = settings.doubts(plain, assumed, random, any_numbers=asked.any_numbers)
         doubts += [item for item in others if item.shapes not in tried]
     _run_original(reference, doubts, on_amount, doubts=True)
     if reference.compared[reference.num_given :] and reference.num_telling < 2:

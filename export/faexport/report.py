@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run found, did and checked: data that pipeline.py and verify.py fill in. `Report.from_candidates` makes it of
-the candidates of the pipeline; `to_json` is for programs, report_view.py and html.py show it to people.
+the candidates of the pipeline; `to_json` is for programs, report_view.py and html_report.py show it to people.
 """
 
 from __future__ import annotations

@@ -53,6 +53,11 @@ class Assumed:
     full_rows: bool = False
     zeros_and_ones: bool = False
 
+    @property
+    def any_numbers(self) -> bool:
+        """May masks that are made of numbers hold others than 0 and 1? What else is assumed is said of such masks."""
+        return not (self.right_padding or self.full_rows or self.zeros_and_ones)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Setting:

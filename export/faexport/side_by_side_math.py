@@ -183,19 +183,35 @@ def statistics(
         bits: of the numbers of a quantized cache (bits_of), where neighbours are counted by themselves.
         floats: the same without quantization, in float32, and the original's own.
     """
-    infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
-    none = zero
     # NOTE: onnxruntime has no Shape of float8 tensors, so it is asked for that of the numbers that are compared.
     a, b = (emit.cast(v, ir.DataType.INT64 if exact else _FLOAT) for v in (old, new))
-    other_sizes = emit.count(emit("Not", emit("Equal", emit("Shape", a), emit("Shape", b))))
+    other_sizes = emit("Not", emit("Equal", emit("Shape", a), emit("Shape", b)))
+    found = {"num_other_sizes": emit.count(other_sizes)}
     if exact:
-        equal = emit("Equal", a, b)
-        unequal, numbers, flipped = emit("Not", equal), emit.count(emit("Equal", equal, equal)), none
-        if bits:
-            neighbours = emit("Equal", _apart(emit, a, b, bits), emit.constant(np.array(1)))
-            unequal, flipped = emit("Xor", unequal, neighbours), emit.count(neighbours)
-        parts = [none, none, emit.count(unequal), none, none, numbers, none, other_sizes, *[none] * 4, flipped]
-        return _vector(emit, parts)
+        return _vector(emit, found | _of_integers(emit, a, b, bits))
+    found |= _of_floats(emit, a, b, twin)
+    if num_bad:
+        found["num_bad_inputs"] = emit("Sum", *num_bad)
+    if floats is not None:
+        distances = _distances(emit, floats[0], (floats[1], b))
+        found["unquantized_to_old"], found["unquantized_to_new"] = distances
+    return _vector(emit, found)
+
+
+def _of_integers(emit: Emit, a: ir.Value, b: ir.Value, bits: int) -> dict[str, ir.Value]:
+    """The fields of Statistics that two int64 tensors differ in."""
+    equal = emit("Equal", a, b)
+    unequal = emit("Not", equal)
+    found = {"num_numbers": emit.count(emit("Equal", equal, equal))}
+    if bits:
+        neighbours = emit("Equal", _apart(emit, a, b, bits), emit.constant(np.array(1)))
+        unequal, found["num_flipped"] = emit("Xor", unequal, neighbours), emit.count(neighbours)
+    return found | {"num_broken": emit.count(unequal)}
+
+
+def _of_floats(emit: Emit, a: ir.Value, b: ir.Value, twin: ir.Value | None) -> dict[str, ir.Value]:
+    """The fields of Statistics that two float32 tensors, the original's first, differ in."""
+    infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
     size_a, size_b = emit("Abs", a), emit("Abs", b)
     number_a, number_b = emit("Less", size_a, infinity), emit("Less", size_b, infinity)
     nan_a, nan_b = emit("IsNaN", a), emit("IsNaN", b)
@@ -208,23 +224,19 @@ def statistics(
     unequal = emit("Or", nan_b, emit("Or", emit("Less", a, b), emit("Greater", a, b)))
     broken = emit("Or", emit("And", infinite_a, unequal), emit("And", number_a, emit("Not", number_b)))
     lost = emit("And", nan_a, emit("Not", nan_b))
-    parts = [
-        difference(a, b, both),
-        emit.largest(emit("Where", number_a, size_a, zero)),
-        emit.count(broken),
-        emit.count(lost),
-        emit.count(emit("And", lost, emit("Greater", size_b, zero))),
-        emit.count(number_a),
-        emit("Sum", *num_bad) if num_bad else none,
-        other_sizes,
-    ]
-    twins = [none, none]
+    found = {
+        "max_abs_diff": difference(a, b, both),
+        "magnitude": emit.largest(emit("Where", number_a, size_a, zero)),
+        "num_broken": emit.count(broken),
+        "num_lost": emit.count(lost),
+        "num_lost_to_numbers": emit.count(emit("And", lost, emit("Greater", size_b, zero))),
+        "num_numbers": emit.count(number_a),
+    }
     if twin is not None:
-        exact_value = emit.cast(twin, _FLOAT)
-        known = emit("And", both, emit("Less", emit("Abs", exact_value), infinity))
-        twins = [difference(exact_value, a, known), difference(exact_value, b, known)]
-    distances = [none, none] if floats is None else _distances(emit, floats[0], (floats[1], b))
-    return _vector(emit, [*parts, *twins, *distances, none])
+        exact = emit.cast(twin, _FLOAT)
+        known = emit("And", both, emit("Less", emit("Abs", exact), infinity))
+        found |= {"twin_to_old": difference(exact, a, known), "twin_to_new": difference(exact, b, known)}
+    return found
 
 
 def _distances(emit: Emit, exact: ir.Value, others: Sequence[ir.Value]) -> list[ir.Value]:
@@ -242,8 +254,10 @@ def _distances(emit: Emit, exact: ir.Value, others: Sequence[ir.Value]) -> list[
     return [emit("Sqrt", emit("Div", square(emit("Sub", value, values[0])), whole)) for value in values[1:]]
 
 
-def _vector(emit: Emit, scalars: Sequence[ir.Value]) -> ir.Value:
-    shape = emit.constant(np.array([1], np.int64))
+def _vector(emit: Emit, found: dict[str, ir.Value]) -> ir.Value:
+    """The fields of Statistics, in their order; 0 for what was not found."""
+    shape, zero = emit.constant(np.array([1], np.int64)), emit.constant(np.array(0, np.float32))
+    scalars = [found.get(field.name, zero) for field in dataclasses.fields(Statistics)]
     vector = emit("Concat", *(emit("Reshape", scalar, shape) for scalar in scalars), axis=0)
     vector.type = ir.TensorType(_FLOAT)
     return vector

@@ -45,10 +45,10 @@ class _Console(rich.console.Console):
         raise BrokenPipeError
 
 
-def console(stderr: bool = False, quiet: bool = False) -> rich.console.Console:
+def console(stderr: bool = False) -> rich.console.Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    return _Console(stderr=stderr, quiet=quiet, width=width, highlight=False)
+    return _Console(stderr=stderr, width=width, highlight=False)
 
 
 def print_error(message: str) -> None:
@@ -96,10 +96,15 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
         rich.progress.TimeElapsedColumn(),
     )
     screen = console(stderr=True)
-    with rich.progress.Progress(
-        *columns, console=screen, transient=True, disable=quiet or not screen.is_terminal
-    ) as bar:
+    bar = rich.progress.Progress(*columns, console=screen, transient=True, disable=quiet or not screen.is_terminal)
+    with shown(bar):
         yield Progress(bar, quiet)
+
+
+def shown(bar: rich.progress.Progress) -> contextlib.AbstractContextManager[object]:
+    """Shows the bars while a `with` statement runs, unless they are disabled. NOTE: rich before 15 prints an empty line
+    at the end of a display that is disabled, so that one is not begun."""
+    return contextlib.nullcontext() if bar.disable else bar
 
 
 def run_app(app: Callable[..., object]) -> None:

@@ -49,6 +49,7 @@ ROUNDING_FACTOR = site_check.ROUNDING_FACTOR
 TOO_NOISY = site_check.TOO_NOISY  # of the output's magnitude: above it nothing can be said
 
 Step = Callable[[str], None]
+_open_session = functools.partial(ort_session.Session, timeout=VERIFY_TIMEOUT)
 _BROKEN = "the rewritten model"  # how the sentences begin that make a verification fail
 
 
@@ -57,12 +58,8 @@ def verify(
     rewritten: os.PathLike[str] | str,
     *,
     extra_inputs: Sequence[InputSet] = (),
-    right_padding: bool = False,
-    full_rows: bool = False,
-    zeros_and_ones: bool = False,
-    seed: int = 0,
-    timeout: float = VERIFY_TIMEOUT,
-    open_session: Opener | None = None,
+    assumed: Assumed | None = None,
+    open_session: Opener = _open_session,
     reference: Reference | None = None,
     on_step: Step = lambda text: None,
     on_amount: Amount = lambda done, total: None,
@@ -72,25 +69,19 @@ def verify(
     Args:
         original, rewritten: .onnx files.
         extra_inputs: to run on besides random inputs of several sizes.
-        right_padding: masks keep a prefix only, since the rewritten model assumes it.
-        full_rows: masks leave each query a key, likewise.
-        zeros_and_ones: masks made of numbers hold nothing else.
-        timeout: seconds that loading a model, and each run, may take.
-        open_session: how models are run; a child process with that timeout, if not given.
+        assumed: what the random inputs keep to, since the rewritten model assumes it.
+        open_session: how models are run; by default in child processes that are ended after VERIFY_TIMEOUT.
         reference: of the original, where the caller has it already; then what is above plays no part.
         on_step, on_amount: told what is being done and how much of it is, for a progress display.
     """
     if missing := ort_session.missing_packages():
         return Verification(VerificationStatus.NOT_RUN, missing)
     if reference is None:
-        open_session = open_session or functools.partial(ort_session.Session, timeout=timeout)
-        assumed = Assumed(right_padding, full_rows, zeros_and_ones)
         on_step("running the original")
         reference = make_reference(
             original,
             extra_inputs=extra_inputs,
             assumed=assumed,
-            seed=seed,
             open_session=open_session,
             on_amount=on_amount,
         )

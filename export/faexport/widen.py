@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A half-precision model computed in float32: what its own rounding is measured against. Called by verify.py and
-side_by_side.py.
+"""A half-precision model computed in float32: what its own rounding is measured against. Called by reference.py,
+recompute.py and half.py.
 
 The same nodes and the same weights, each float16 or bfloat16 tensor held as float32; constants keep their values, also
 the finite fill of a mask.

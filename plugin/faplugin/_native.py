@@ -340,7 +340,7 @@ def _attribute(name: str, value: Any) -> _Attribute:
         try:
             attribute.number = value
         except TypeError:
-            raise TypeError(f"{name} is {value!r}; expected FLOAT") from None
+            raise TypeError(f"{name} is {value!r}; expected a number") from None
     return attribute
 
 
@@ -349,15 +349,15 @@ def _integer(name: str, value: Any) -> int:
     try:
         integer = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} is {value!r}; expected INT") from None
+        raise TypeError(f"{name} is {value!r}; expected an integer") from None
     if not -(2**63) <= integer < 2**63:
-        raise TypeError(f"{name} is {value!r}; expected INT of 64 bits")
+        raise TypeError(f"{name} is {value!r}; expected an integer of 64 bits")
     return integer
 
 
 def _text(name: str, value: Any) -> bytes:
     if not isinstance(value, str):
-        raise TypeError(f"{name} is {value!r}; expected STRING")
+        raise TypeError(f"{name} is {value!r}; expected a string")
     return value.encode()
 
 

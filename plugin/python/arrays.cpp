@@ -2,16 +2,27 @@
 // Reads Python's arrays (arrays.h).
 #include "arrays.h"
 
+#include <iterator>
+
 namespace fa::plugin {
 namespace {
 
 [[noreturn]] void refuse(const char* name, const std::string& what) { throw Error(kFaTypeError, std::string(name) + " " + what); }
 
-/// "float32, float16, … or …"
-std::string known_dtypes() {
-  std::string text = name_of(DType{});
-  for (int i = 1; i < kNumDTypes; ++i) text += (i + 1 < kNumDTypes ? ", " : " or ") + std::string(name_of(static_cast<DType>(i)));
-  return text;
+/// For a dtype that no input of the operator has: what to convert it to depends on what the array is.
+[[noreturn]] void refuse_dtype(const char* name, const std::string& dtype) {
+  refuse(name,
+         "is " + dtype +
+             ", which the operator does not read; convert it: numbers to float32, float16 or bfloat16, positions and lengths to "
+             "int64 or int32, masks to bool");
+}
+
+/// "float64", also for what is no DType.
+std::string dtype_name(const dlpack::DataType& type) {
+  constexpr const char* kKinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  const std::string bits = std::to_string(type.bits), lanes = type.lanes == 1 ? "" : "x" + std::to_string(type.lanes);
+  return (type.code < std::size(kKinds) ? kKinds[type.code] : "DLPack type " + std::to_string(type.code) + " of bits ") + bits +
+         lanes;
 }
 
 Tensor empty_tensor(const char* name, DType dtype, int32_t rank) {
@@ -25,7 +36,7 @@ Tensor empty_tensor(const char* name, DType dtype, int32_t rank) {
 DType dtype_by_name(const char* name, const std::string& dtype) {
   for (int i = 0; i < kNumDTypes; ++i)
     if (dtype == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
-  refuse(name, "is " + dtype + "; expected " + known_dtypes());
+  refuse_dtype(name, dtype);
 }
 
 DType dtype_from_dlpack(const char* name, const dlpack::DataType& type) {
@@ -40,7 +51,7 @@ DType dtype_from_dlpack(const char* name, const dlpack::DataType& type) {
     if (type.code == dlpack::kUInt && type.bits == 8) return DType::kUInt8;
     if (type.code == dlpack::kFloat8E4M3 && type.bits == 8) return DType::kFloat8E4M3;
   }
-  refuse(name, "has a dtype that the operator does not know; expected " + known_dtypes());
+  refuse_dtype(name, dtype_name(type));
 }
 
 Array from_dlpack(const char* name, const dlpack::DLTensor& t) {

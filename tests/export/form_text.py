@@ -55,8 +55,8 @@ class Form:
         return model
 
 
-def combinations(symbols: list[str], empty: bool = True) -> list[dict[str, int]]:
-    """Sizes for the symbols: all combinations, or a fixed choice of them."""
+def combinations(symbols: list[str], empty: bool) -> list[dict[str, int]]:
+    """Sizes for the symbols, 0 among them where `empty`: all combinations, or a fixed choice of them."""
     whole = list(itertools.product(SIZES if empty else SIZES[:3], repeat=len(symbols)))
     if len(whole) > MAX_COMBINATIONS:
         chosen = np.random.default_rng(5).permutation(len(whole))[:MAX_COMBINATIONS]

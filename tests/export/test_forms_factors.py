@@ -15,14 +15,14 @@ END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
 LATE = "p = Softmax<axis = -1>(s) w = Mul(p, g) y = MatMul(w, v)"
 
 
-def factor(shape: str, body: str = "x = Mul(s, g)", before: str = "", kind: str = "float", **more: object) -> Form:
+def factor(shape: str, body: str = "x = Mul(s, g)", kind: str = "float", **more: object) -> Form:
     """Scores `s` and a factor `g` of this shape, which the nodes in `body` make the softmax's input `x` of."""
-    return Form(f"{QKV}, {kind}[{shape}] g".replace("[]", ""), f"{PRODUCT} {before} {body} {END}", **more)
+    return Form(f"{QKV}, {kind}[{shape}] g".replace("[]", ""), f"{PRODUCT} {body} {END}", **more)
 
 
-def late(shape: str, kind: str = "float", **more: object) -> Form:
+def late(shape: str, **more: object) -> Form:
     """Weights that are multiplied by `g` after the softmax."""
-    return Form(f"{QKV}, {kind}[{shape}] g".replace("[]", ""), f"{PRODUCT} {LATE}", **more)
+    return Form(f"{QKV}, float[{shape}] g".replace("[]", ""), f"{PRODUCT} {LATE}", **more)
 
 
 RIGHT = {

@@ -42,21 +42,28 @@ def test_angles_stay_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(found - np.cos(712.3)).max() < 2e-3
 
 
-def test_only_casts_to_float32_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cast to int64 is none, whatever its other attributes say."""
+@pytest.mark.parametrize(
+    ("source", "to", "joined"),
+    [
+        (TensorProto.FLOAT, TensorProto.FLOAT, True),
+        (TensorProto.DOUBLE, TensorProto.FLOAT, False),
+        (TensorProto.FLOAT, TensorProto.INT64, False),
+    ],
+)
+def test_only_casts_from_float32_and_back_are_joined(
+    source: int, to: int, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import half_files
 
     nodes = [
         helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
-        helper.make_node("Cast", ["half"], ["whole"], saturate=1, to=TensorProto.INT64),
+        helper.make_node("Cast", ["half"], ["whole"], saturate=1, to=to),
         helper.make_node("Identity", ["whole"], ["y"]),
     ]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
-    y = helper.make_tensor_value_info("y", TensorProto.INT64, [1])
-    model = helper.make_model(helper.make_graph(nodes, "casts", [x], [y]))
-    half_files.join_casts(model)
-    assert model.graph.node[-1].input == ["whole"]
+    x, y = helper.make_tensor_value_info("x", source, [1]), helper.make_tensor_value_info("y", to, [1])
+    made = half_files.join_casts(helper.make_model(helper.make_graph(nodes, "casts", [x], [y])))
+    assert made.graph.node[-1].input == ["x" if joined else "whole"]
 
 
 def test_weights_are_drawn_alike_by_any_number_of_threads(

@@ -132,8 +132,8 @@ def test_the_page_names_every_key() -> None:
         assert re.search(rf"`{key}`", page), f"docs/faexport.md does not describe {key}"
 
 
-def printed(report: Report, width: int = 80) -> str:
-    console = rich.console.Console(width=width, record=True, file=io.StringIO())
+def printed(report: Report) -> str:
+    console = rich.console.Console(width=80, record=True, file=io.StringIO())
     for part in view(report):
         console.print(part)
     return console.export_text()

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from faexport import compare, inputs, model_io, ort_session, pipeline, verify
 from faexport.report import VerificationStatus
+from faexport.settings import Assumed
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export import big_model
@@ -250,7 +251,7 @@ def test_what_only_other_numbers_than_0_and_1_contradict_can_be_assumed(tmp_path
     model_io.save(pipeline.run(model_io.load(path))[0], fused)
     result = verify.verify(path, fused)
     assert result.status is FAILED and "--assume zeros-and-ones" in result.reason
-    assert verify.verify(path, fused, zeros_and_ones=True).status is PASSED
+    assert verify.verify(path, fused, assumed=Assumed(zeros_and_ones=True)).status is PASSED
     target = tmp_path / "c.onnx"
     assert here(path, "-o", target).returncode == 1 and not target.exists()
     assert here(path, "-o", target, "--assume", "zeros-and-ones").returncode == 0 and target.exists()

@@ -144,8 +144,17 @@ def test_a_float8_query_gives_bfloat16() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
-        ({"key": KEY.astype(np.float64)}, TypeError, "key is float64; expected float32"),
+        (
+            {"key": KEY.astype(np.float64)},
+            TypeError,
+            "key is float64, which .* convert it: numbers to float32",
+        ),
         ({"key": KEY.astype(np.float16)}, ValueError, "key is float16; expected float32, as query"),
+        (
+            {"query": QUERY.astype(np.int32)},
+            ValueError,
+            "query is int32; expected float32, .*float16 or float8",
+        ),
         ({"key": KEY[:, :1, :, :8]}, ValueError, r"key has shape \[2, 1, 33, 8\]"),
         ({"value": "abc"}, TypeError, "value is a str; expected an array with __dlpack__"),
         ({"attn_mask": np.ones((9, 34), bool)}, ValueError, r"attn_mask has shape \[9, 34\]; expected something that"),
@@ -170,7 +179,7 @@ def test_a_float8_query_gives_bfloat16() -> None:
         ),
         (FLOAT8 | {"value": VALUE}, ValueError, "value is float32; expected float8_e4m3fn, as query"),
         ({"alignment": "left"}, ValueError, "alignment is 'left'; expected one of"),
-        ({"scale": "1"}, TypeError, "scale is '1'; expected FLOAT"),
+        ({"scale": "1"}, TypeError, "scale is '1'; expected a number"),
         ({"num_threads": -1}, ValueError, "num_threads is -1; expected 0"),
         ({"q_num_heads": 2**40}, ValueError, "q_num_heads is 1099511627776; expected 2147483647 at most"),
         ({"kernel": "fast"}, RuntimeError, "there is no kernel 'fast'; there are cpu"),

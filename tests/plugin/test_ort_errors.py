@@ -25,7 +25,7 @@ def past(key_rows: int, head_dim: int, value_rows: int, head_dim_v: int) -> dict
         ({"m": MASK}, {"optional_inputs": "query"}, "optional_inputs names 'query'"),
         ({"m": MASK}, {}, "the node has 4 inputs; expected 3: query, key, value and what optional_inputs names ('')"),
         ({}, {"optional_inputs": "attn_mask"}, "the node has 3 inputs; expected 4"),
-        ({"m": MASK.astype(np.int64)}, {"optional_inputs": "attn_mask"}, "attn_mask is int64; expected bool or"),
+        ({"m": MASK.astype(np.int64)}, {"optional_inputs": "attn_mask"}, "attn_mask is int64; expected bool, float32"),
         ({"m": normal(4).astype(np.float16)}, {"optional_inputs": "sinks"}, "sinks is float16; expected float32"),
         ({"m": MASK.astype(np.float64)}, {"optional_inputs": "attn_bias"}, "attn_bias is of another dtype"),
         ({"m": normal(2, 2, 3, 8)}, {"optional_inputs": "past_key"}, "past_key needs past_value beside it"),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """QuantizeLinear with the DequantizeLinear behind it: a tensor rounded to a few bits, and what of that the operator
-leaves out. Called by score_chain.py, value_chain.py and match/softmax_core.py.
+leaves out. Called by score_chain.py, value_chain.py, match/roundings.py and float8.py.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ def axis_of(axis: int, rank: int) -> int:
     return axis % rank
 
 
-def axes_argument(ctx: Interpreter, node: ir.Node, k: int = 1, name: str = "axes") -> list[int] | None:
+def axes_argument(ctx: Interpreter, node: ir.Node, k: int = 1) -> list[int] | None:
     """Axes given as an input (opset 13 on) or as an attribute (before); None where absent."""
-    found = constant_ints(node, ctx.analysis, k, name)
+    found = constant_ints(node, ctx.analysis, k, "axes")
     if found is None and operand(node, k) is not None:
         raise Unknown
     return found

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Splits a mask condition into what the operator has a name for (windows, lengths) and the rest.
 
-Called by proof.py with the condition under which key j is visible to query row i. A part `j <= i + right` bounds the
-window on the right, `j >= i - left` on the left; a part that bounds j by something of the batch entry alone is a
-length.
+Called by draft.py, strategies.py and empty_rows.py with the condition under which key j is visible to query row i. A
+part `j <= i + right` bounds the window on the right, `j >= i - left` on the left; a part that bounds j by something of
+the batch entry alone is a length.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Head counts of attention operators that contradict each other or their tensors: bad input, told at once.
+"""Head counts of attention operators that contradict each other or their tensors: bad input, told at once. Called by
+graph_checks.py.
 
 onnx.checker and onnx.shape_inference accept such models, runtimes refuse them when they load or, worse, when they run.
 """
