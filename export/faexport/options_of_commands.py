@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 
@@ -31,6 +32,20 @@ class _FileOrFolder(_File):
         )
 
 
+class _Seconds(click.FloatRange):
+    """A length of time that clocks can count."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0.001, max=1e7)
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):  # neither below the least nor above the most
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds()
 FILE = _File(path_type=pathlib.Path)  # what a file must be is checked by output.py, whose errors say what to do
 FILE_OR_FOLDER = _FileOrFolder(path_type=pathlib.Path)
 PLACE = click.Path(path_type=str)  # a file or a folder, which may be new: as it was given, since a slash says which
