@@ -38,8 +38,8 @@ class _Seconds(click.FloatRange):
     def __init__(self) -> None:
         super().__init__(min=0.001, max=1e7)
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds = float(super().convert(value, param, ctx))
+    def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = super().convert(value, param, ctx)
         if math.isnan(seconds):  # neither below the least nor above the most
             self.fail(f"{value} is no number of seconds", param, ctx)
         return seconds

@@ -84,8 +84,8 @@ SPELLINGS = {
         masked = Where(key_pad, inf, scores)
         p = Softmax<axis = -1>(masked)
         isnan = IsNaN(p)
-        size = Shape(p)
-        zeros = ConstantOfShape(size)
+        whole = Shape(p)
+        zeros = ConstantOfShape(whole)
         weights = Where(isnan, zeros, p)""",
     "nan_to_num, all tests on the first weights": """
         masked = Where(key_pad, inf, scores)
@@ -167,16 +167,25 @@ NEAR_MISSES = {
     "NaN replaced by as many ones": (
         """p = Softmax<axis = -1>(scores)
         isnan = IsNaN(p)
-        size = Shape(p)
-        ones = ConstantOfShape<value = float[1] {1}>(size)
+        whole = Shape(p)
+        ones = ConstantOfShape<value = float[1] {1}>(whole)
         weights = Where(isnan, ones, p)""",
+        "used twice",
+    ),
+    "NaN replaced by a 0 of more axes": (
+        """p = Softmax<axis = -1>(scores)
+        isnan = IsNaN(p)
+        five = Constant<value = float[1, 1, 1, 1, 1] {0}>()
+        weights5 = Where(isnan, five, p)
+        first = Constant<value = int64[1] {0}>()
+        weights = Squeeze(weights5, first)""",
         "used twice",
     ),
     "NaN replaced by zeros of another size": (
         """p = Softmax<axis = -1>(scores)
         isnan = IsNaN(p)
-        size = Constant<value = int64[5] {1, 1, 1, 1, 1}>()
-        zeros = ConstantOfShape(size)
+        five = Constant<value = int64[5] {1, 1, 1, 1, 1}>()
+        zeros = ConstantOfShape(five)
         weights5 = Where(isnan, zeros, p)
         first = Constant<value = int64[1] {0}>()
         weights = Squeeze(weights5, first)""",

@@ -70,10 +70,10 @@ def _next_where(current: ir.Value, copies: list[ir.Value], a: Analysis):
 
 def _is_zero(value: ir.Value | None, weights: ir.Value, a: Analysis) -> bool:
     """Is it 0, as one number or as many as there are weights?"""
-    if value is None or fill_of(value, a) != 0:
+    shape, whole = a.shape(value), a.shape(weights)
+    if value is None or shape is None or whole is None or fill_of(value, a) != 0:
         return False
-    shape = a.shape(value)
-    return a.scalar(value) is not None or (shape is not None and shape == a.shape(weights))
+    return shape == whole or (len(shape) <= len(whole) and all(size == 1 for size in shape))
 
 
 def _truth(value: ir.Value | None, weights: list[ir.Value], tests: dict[ir.Node, None], a: Analysis) -> Truth | None:

@@ -19,6 +19,7 @@ from faexport.understand.core.factors import Weight, division_by, fits
 from faexport.understand.core.nan_guard import nan_guard
 from faexport.understand.core.rounding import QUANTIZING, Rounding, rounding_at
 from faexport.understand.core.row_guard import row_guard
+from faexport.understand.core.rows_of_heads import with_heads_apart
 from faexport.understand.core.score_chain import RESHAPES, Scores, label_axes
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.layout import view_ops
@@ -259,6 +260,10 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
         if _is_of_scores(scores.product, a):
             return Refusal(PAIRS, name_of(scores.product.node))
         return Refusal(_wrong_sum(scores.product, axes["sum"], row, shape), name_of(node))
+    if axes["row"] != row and (apart := with_heads_apart(product, axes["row"], scores.product, shape, a)):
+        product = apart
+        split = [axis for x, axis in axes.items() for axis in ([(atom,) for atom in axis] if x == "row" else [axis])]
+        axes = dict(zip(product.left.labels, split, strict=True))
     if axes["row"] != row:
         other = next((x for x in product.leads if axes.get(x) == row and x not in product.right.labels), None)
         if other is not None:
