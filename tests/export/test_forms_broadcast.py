@@ -4,7 +4,7 @@ and sizes by two names, which are equal or one of them is 1 when the model runs.
 
 from __future__ import annotations
 
-from tests.export.form_text import PRODUCT, Form, checks_of
+from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 
 END = "p = Softmax<axis = -1>(s) y = MatMul(p, v)"
 LEARNT = "lat = Constant<value = float[1, 3, 2, 8] {" + ", ".join(str(i % 7 - 3) for i in range(48)) + "}>()"
@@ -100,6 +100,17 @@ WRONG = {
         "float[B, 3, T, 8] q, float[B, 3, 2, 8] v",
         f"{LEARNT} kt = Transpose<perm = [0, 1, 3, 2]>(lat) s = MatMul(q, kt) {END}",
         reason="weights",
+    ),
+    "scores that get a fifth axis": Form(
+        QKV,
+        f"c = Constant<value = float[1, 1, 1, 1, 1] {{0.3}}>() {PRODUCT.replace('s =', 's0 =')} s = Mul(s0, c) {END}",
+        reason="the scores get more axes",
+    ),
+    "weights that get a fifth axis": Form(
+        f"{QKV}, bool[1, B, 1, T, S] m",
+        f"none = Constant<value = float {{0}}>() {PRODUCT} p0 = Softmax<axis = -1>(s) p = Where(m, p0, none)"
+        " y = MatMul(p, v)",
+        reason="the attention weights get more axes",
     ),
 }
 

@@ -222,6 +222,8 @@ class _Reader:
             refusal = self._take(step, factor) if apart or step.kind != "pass" else None
             if refusal is not None:
                 return refusal
+            if apart and self.a.rank(step.node.outputs[0]) not in (len(self.view.axes), None):
+                return Refusal("the scores get more axes from what meets them", name_of(step.node))
             if self.sink is None:
                 self.shape_uses += uses_of(step.node.outputs[0], self.view.shape if apart else self.together)
         return self._not_understood(self.path.steps[-1].node) if self.split else None

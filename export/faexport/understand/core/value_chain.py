@@ -108,7 +108,7 @@ class _Walker:
                 return self._several(users)
             if op(users[0]) in PRODUCT_OPS:
                 return [(self, users[0])]
-            refusal = self._step(users[0])
+            refusal = self._step(users[0]) or self._widened(users[0])
             if refusal is not None:
                 return refusal
         why = f"more than {MAX_PATH} nodes stand between the softmax and a product with values"
@@ -119,11 +119,16 @@ class _Walker:
         ends: list[tuple[_Walker, ir.Node]] = []
         for user in users:
             way = self._copy()
-            found = [(way, user)] if op(user) in PRODUCT_OPS else way._step(user) or way.run()
+            found = [(way, user)] if op(user) in PRODUCT_OPS else way._step(user) or way._widened(user) or way.run()
             if isinstance(found, Refusal):
                 return Refusal(f"the attention weights are used twice: also by {op(user)}", name_of(user))
             ends += found
         return ends
+
+    def _widened(self, node: ir.Node) -> Refusal | None:
+        if self.a.rank(self.value) in (len(self.view.axes), None):
+            return None
+        return Refusal("the attention weights get more axes from what meets them", name_of(node))
 
     def _advance(self, node: ir.Node) -> None:
         self.nodes.append(node)
