@@ -213,7 +213,8 @@ def test_the_number_of_keys_may_be_asked_for(name: str, library: str) -> None:
     bias = """zero = Constant<value = int64 {0}>() one = Constant<value = int64 {1}>() count = Squeeze(n)
     at = Range(zero, count, one) places = Cast<to = 1>(at) bias = Cos(places)"""
     body = f"""two = Constant<value = int64[1] {{2}}>() kk = Concat<axis = 2>(pk, k) vv = Concat<axis = 2>(pv, v)
-    {ASKED[name]} {bias} kt = Transpose<perm = [0, 1, 3, 2]>(kk) s = MatMul(q, kt) x = Add(s, bias) p = Softmax<axis = -1>(x)
+    {ASKED[name]} {bias} kt = Transpose<perm = [0, 1, 3, 2]>(kk) s = MatMul(q, kt)
+    x = Add(s, bias) p = Softmax<axis = -1>(x)
     y = MatMul(p, vv)"""
     inputs = "float[B, 3, S, 8] q, float[B, 3, S, 8] k, float[B, 3, S, 8] v, float[B, 3, P, 8] pk, float[B, 3, P, 8] pv"
     facts = frozenset({"new rows are appended to the cache"})
