@@ -146,7 +146,7 @@ def _rows_of_ring(emit: Emit, keys: ir.Value, capacity: ir.Value, window: int) -
 
 def bits_of(value: ir.Value) -> int:
     """Of a number of the quantized cache that a node gives on; 0 where the value is none."""
-    node, bits = value.producer(), {ir.DataType.INT8: 8, ir.DataType.UINT8: 4}
+    node, bits = value.producer(), {ir.DataType.INT8: 8, ir.DataType.UINT8: 4, ir.DataType.FLOAT8E4M3FN: 8}
     is_cache = (
         node is not None and node.op_type in ("GroupQueryAttention", "PagedAttention") and value.index() in (1, 2)
     )
@@ -161,6 +161,16 @@ def _apart(emit: Emit, a: ir.Value, b: ir.Value, bits: int) -> ir.Value:
     high = [emit("Div", x, sixteen) for x in (a, b)]
     low = [emit("Sub", x, emit("Mul", y, sixteen)) for x, y in zip((a, b), high, strict=True)]
     return emit("Max", *(emit("Abs", emit("Sub", *pair)) for pair in (high, low)))
+
+
+def _are_neighbours(emit: Emit, a: ir.Value, b: ir.Value, sizes: Sequence[ir.Value]) -> ir.Value:
+    """Which numbers of e4m3, given as float32, are one step apart: 2^-9 where there is no leading 1, else between 1/16
+    and 1/9 of the larger one. Two steps are 1/8 of it at least."""
+    apart = emit("Abs", emit("Sub", a, b))
+    limit = emit("Mul", emit("Max", *sizes), emit.constant(np.array(0.124, np.float32)))
+    least = emit.constant(np.array(2.0**-9, np.float32))
+    unequal = emit("Greater", apart, emit.constant(np.array(0, np.float32)))
+    return emit("And", unequal, emit("Not", emit("Greater", apart, emit("Max", limit, least))))
 
 
 def statistics(
@@ -203,7 +213,10 @@ def statistics(
     def difference(x: ir.Value, y: ir.Value, where: ir.Value) -> ir.Value:
         return emit.largest(emit("Where", where, emit("Abs", emit("Sub", x, y)), zero))
 
-    both = emit("And", number_a, number_b)
+    both, flipped = emit("And", number_a, number_b), none
+    if bits:
+        neighbours = _are_neighbours(emit, a, b, (size_a, size_b))
+        both, flipped = emit("And", both, emit("Not", neighbours)), emit.count(neighbours)
     infinite_a = emit("And", emit("Not", number_a), emit("Not", nan_a))
     unequal = emit("Or", nan_b, emit("Or", emit("Less", a, b), emit("Greater", a, b)))
     broken = emit("Or", emit("And", infinite_a, unequal), emit("And", number_a, emit("Not", number_b)))
@@ -224,7 +237,7 @@ def statistics(
         known = emit("And", both, emit("Less", emit("Abs", exact_value), infinity))
         twins = [difference(exact_value, a, known), difference(exact_value, b, known)]
     distances = [none, none] if floats is None else _distances(emit, floats[0], (floats[1], b))
-    return _vector(emit, [*parts, *twins, *distances, none])
+    return _vector(emit, [*parts, *twins, *distances, flipped])
 
 
 def _distances(emit: Emit, exact: ir.Value, others: Sequence[ir.Value]) -> list[ir.Value]:
