@@ -16,6 +16,8 @@ class _File(click.Path):
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
+        if not str(value):  # as of a shell's variable that isn't set; it would be the folder that we are in
+            self.fail("the name is empty", param, ctx)
         if str(value).endswith(("/", os.sep)):
             self.fail(f"{value} is a folder; give the name of a file", param, ctx)
         return super().convert(value, param, ctx)
@@ -27,9 +29,8 @@ class _FileOrFolder(_File):
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
-        return (
-            click.Path.convert(self, value, param, ctx) if os.path.isdir(value) else super().convert(value, param, ctx)
-        )
+        folder = os.path.isdir(value)
+        return click.Path.convert(self, value, param, ctx) if folder else super().convert(value, param, ctx)
 
 
 class _Seconds(click.FloatRange):

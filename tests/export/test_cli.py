@@ -252,6 +252,14 @@ def test_the_input_of_this_process_is_no_model(model: pathlib.Path) -> None:
     assert_bad_input(done, "/dev/stdin: is another file in each process", "give the file's name")
 
 
+@pytest.mark.parametrize("command", ["fuse", "inspect"])
+def test_an_empty_name_is_no_folder(command: str, model: pathlib.Path) -> None:
+    """It is what a shell makes of a variable that isn't set, and not the folder that we are in."""
+    done = faexport(command, "", cwd=model.parent)
+    assert done.returncode == 2 and "the name is empty" in done.stderr
+    assert names(model.parent) == ["model.onnx"]
+
+
 def test_a_slash_at_the_end_names_a_folder(model: pathlib.Path) -> None:
     """Whether there is such a folder or not. A report is no folder; the model goes into one, which may be the root."""
     done = faexport(model, "--report", f"{model.parent}/new/")
