@@ -258,7 +258,7 @@ class _Reader:
     def _take_view(self, node: ir.Node) -> Refusal | None:
         view = view_ops.apply(node.outputs[0], self.view, self.a)
         if view is None:
-            return Refusal("the scores change their shape in a way that is not understood", name_of(node))
+            return self._lost(node)
         before, self.view = self.view, view
         if len(view.axes) == 4:
             self.splits.append(view.shape[1])
@@ -273,6 +273,19 @@ class _Reader:
                 )
                 self.split = None
         return None
+
+    def _lost(self, node: ir.Node) -> Refusal:
+        """Where the scores' shape is not followed any further."""
+        added = next((t for t in reversed(self.terms) if not self._is_known(t.value)), None)
+        if added is None:
+            return Refusal("the scores change their shape in a way that is not understood", name_of(node))
+        why = (
+            "the scores may take the size of what is added to them, which the file doesn't tell, and change their shape"
+        )
+        return Refusal(f"{why} behind it", name_of(added.node))
+
+    def _is_known(self, value: ir.Value) -> bool:
+        return all(size.is_known for size in self.a.shape(value) or ())
 
     def _take_scale(self, step: Step, factor: float) -> Refusal | None:
         """A number that the scores are multiplied by; with `from`, -1, since something is added to what is left."""
