@@ -76,6 +76,11 @@ RIGHT = {
     "what is no view of the queries": tokens(WHERE, product=COMPUTED),
     "what is no view of the queries, heads first": heads(WHERE, product=COMPUTED),
     "in an older opset": tokens(WHERE, product=COMPUTED, opset=13),
+    "as many rows as heads": Form(
+        "float[B, 3, 3, 8] q, float[B, S, 8] k, float[B, S, 8] v, bool[B, 1, 3, S] m",
+        f"{HEADS} {LOW} {PRODUCT} {WHERE} {SOFTMAX} {TURNED}",
+        facts=SHARED,
+    ),
     "two key heads": Form(
         "float[B, T, 48] q, float[B, 2, S, 8] k, float[B, 2, S, 8] v, bool[B, 1, T, 1, S] m",
         f"""{LOW} b = Shape<end = 1>(q) t = Shape<start = 1, end = 2>(q) n = Shape<start = 2, end = 3>(k)
@@ -117,7 +122,7 @@ LEFT = {
         Form(
             f"float[B, T, 24] q, {KEYS}, bool[B, T, 1, S] m", f"{TOKENS} {LOW} {PRODUCT} {WHERE} {SOFTMAX} y = Relu(o)"
         ),
-        "a shape that is not understood",
+        "the output's shape is not understood",
     ),
 }
 

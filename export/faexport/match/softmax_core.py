@@ -79,8 +79,7 @@ def _understand(path: Path, softmax: Softmax, context: Context) -> list[Candidat
     """A candidate for each product with values that reads the softmax."""
     found = _read_in_all_ways(path, softmax, context)
     if not _all_understood(found) and (apart := heads_apart(path, context.analysis)):
-        other = _read_in_all_ways(apart, softmax, context)
-        return other if _all_understood(other) else found
+        return _read_in_all_ways(apart, softmax, context)
     return found
 
 

@@ -84,8 +84,8 @@ def _parts(view: View, whole: View, position: int) -> Axis | None:
 
 
 def _position_of_heads(queries: Factor, parts: Axis, a: Analysis) -> int | None:
-    """Which of the two parts are the heads: the one that comes from the columns of a projection, else the one whose
-    size is a constant."""
+    """Which of the two parts are the heads: the one that comes from the columns of a projection, else the first whose
+    size is a constant. Either would be right."""
     for link in reversed(chain_of(queries.value, a)):
         rows, columns = (link.view.axes[queries.labels.index(label)] for label in ("row", "sum"))
         if len(rows) == 2 and columns and [x.size for x in rows] == [x.size for x in parts]:
@@ -93,7 +93,7 @@ def _position_of_heads(queries: Factor, parts: Axis, a: Analysis) -> int | None:
             if len(found) == 1:
                 return found[0]
     constant = [i for i, atom in enumerate(parts) if atom.size.const is not None]
-    return constant[0] if len(constant) == 1 else None
+    return constant[0] if constant else None
 
 
 def _split(queries: Factor, parts: Axis, heads: int, count: int, a: Analysis) -> Factor | None:
