@@ -23,6 +23,7 @@ from .options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options
 from .options_of_commands import (
     FILE,
     PLACE,
+    SECONDS,
     assume_option,
     html_option,
     json_option,
@@ -98,7 +99,7 @@ def app() -> None:
     "--verify-timeout",
     "timeout",
     metavar="SECONDS",
-    type=click.FloatRange(min=0.001),
+    type=SECONDS,
     default=VERIFY_TIMEOUT,
     show_default=True,
     help="How long loading a model in onnxruntime, and each run, may take.",
@@ -209,6 +210,14 @@ def fuse(
     MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
     other folder all models are rewritten, and several models or folders may be given."""
     _check_choices(dtype, fp16, bf16, keep_io_types, rest, target)
+    if not check and (timeout != VERIFY_TIMEOUT or verify_on != DEVICES[0]):
+        raise click.UsageError(
+            "--no-verify runs nothing, so that --verify-timeout and --verify-on say nothing; leave them out"
+        )
+    if float32 and dtype in ("fp16", "bf16"):
+        raise click.UsageError(
+            f"--float32 is of float32 attention, which --dtype {dtype} leaves none of; give one of them"
+        )
     with _failing_early(models[0], as_json):
         for path in models:
             if not path.is_dir():

@@ -37,13 +37,14 @@ MAX_PROTOBUF_BYTES = 2**31 - 1
 EXTERNAL_THRESHOLD_BYTES = 1024  # smaller tensors stay in the model file, where shape inference sees them
 STREAM_THRESHOLD_BYTES = 1 << 16  # smaller tensors are serialized together with the graph
 
-_LOOKS_LIKE = (
-    (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
-    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint?); export the model with torch.onnx.export first"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"\x89HDF", "an HDF5 file (a Keras model?); convert it with tf2onnx first"),
-    (b"ORTM", "onnxruntime's own format"),
-    (b"<", "a web page or XML; download the file again"),
+_LOOKS_LIKE = (  # how a file begins
+    (rb"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
+    (rb"PK\x03\x04", "a zip archive (a PyTorch checkpoint?); export the model with torch.onnx.export first"),
+    (rb"\x1f\x8b", "a gzip archive; unpack it first"),
+    (rb"\x89HDF", "an HDF5 file (a Keras model?); convert it with tf2onnx first"),
+    (rb"(?s:....)ORTM", "onnxruntime's own format; give the .onnx file that it was made of"),
+    (rb"<\s*ir_version", "ONNX's text; onnx.parser.parse_model reads it, and onnx.save writes a model"),
+    (rb"<", "a web page or XML; download the file again"),
 )
 
 
@@ -170,7 +171,7 @@ def _read_proto(path: pathlib.Path) -> onnx.ModelProto:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
     except google.protobuf.message.DecodeError as error:
         for start, what in _LOOKS_LIKE:
-            if head.startswith(start):
+            if re.match(start, head):
                 raise ModelError(f"{path}: not an ONNX model but {what}") from error
         text = head.isascii() and b"\x00" not in head and all(byte >= 32 or byte in b"\t\r\n\f" for byte in head)
         what = "a text file, not an ONNX model" if text else "not an ONNX model, or a truncated one"

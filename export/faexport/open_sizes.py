@@ -5,7 +5,7 @@ out, or an operator takes no tensors without elements. Called by verify.py and s
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,8 +19,9 @@ from .understand.shapes.evaluate import evaluate
 
 
 class OpenSizes:
-    """The Reshapes of a model with allowzero, which may have a size of 0 beside one of -1. ONNX calls that invalid,
-    since the size that -1 stands for is open, but onnxruntime runs some. There a rewritten model need not run."""
+    """The Reshapes of a model that onnxruntime runs where a rewritten one need not run. Those with allowzero may have a
+    size of 0 beside one of -1, which ONNX calls invalid, since the size that -1 stands for is open. And where there
+    are no elements, sizes that a Reshape finds equal in any other run may differ."""
 
     def __init__(self, model: ir.Model):
         self._model = model
@@ -37,6 +38,20 @@ class OpenSizes:
                 found.append((node.name or "?", [size for size in target if size != -1]))
         return found
 
+    @functools.cached_property
+    def _pairs(self) -> list[tuple[str, Dim, Dim]]:
+        """The name of each node that runs only where two sizes are equal, or where there are no elements."""
+        nodes = [n for n in all_nodes(self._model) if n.op_type == "Reshape"]
+        analysis, found = Analysis(self._model), []
+        for node in nodes:
+            before, target = analysis.shape(operand(node, 0)), analysis.contents(operand(node, 1))
+            if before is None or target is None or any(size in (0, -1) for size in target):
+                continue
+            left, right = _apart(before, target)
+            if len(left) == len(right) == 1:
+                found.append((node.name or "?", left[0], right[0]))
+        return found
+
     def sentence(self, tensors: Mapping[str, np.ndarray]) -> str:
         """Which size is open with these inputs, or ""."""
         if all(tensor.size for tensor in tensors.values()):
@@ -48,9 +63,29 @@ class OpenSizes:
                 named = zip(value.shape, tensor.shape, strict=False)
                 sizes.update((str(dim), size) for dim, size in named if not isinstance(dim, int) and dim.value)
         for name, beside in self._targets:
-            if any(_is_zero(size, sizes) for size in beside):
+            if any(_number(size, sizes) == 0 for size in beside):
                 return f"node '{name}' reshapes to a size of 0 beside one of -1, which ONNX leaves open"
+        for name, before, behind in self._pairs:
+            found = [_number(size, sizes) for size in (before, behind)]
+            if None not in found and found[0] != found[1]:
+                return f"node '{name}' makes a size of {found[1]} of one of {found[0]}, since there are no elements"
         return ""
+
+
+def _apart(before: Sequence[Dim], behind: Sequence[Dim]) -> tuple[list[Dim], list[Dim]]:
+    """The sizes before and behind a Reshape without those in front of both, alone or multiplied, that are the same."""
+    left, right = list(before), list(behind)
+    while left and right:
+        a, b, used = left[0], right[0], [1, 1]
+        while a != b:
+            if a.divide(b) is not None and used[1] < len(right):
+                b, used[1] = b * right[used[1]], used[1] + 1
+            elif b.divide(a) is not None and used[0] < len(left):
+                a, used[0] = a * left[used[0]], used[0] + 1
+            else:
+                return left, right
+        left, right = left[used[0] :], right[used[1] :]
+    return left, right
 
 
 def excuse(open_sizes: OpenSizes, rewritten: ir.Model, tensors: Mapping[str, np.ndarray]) -> str:
@@ -63,8 +98,9 @@ def excuse(open_sizes: OpenSizes, rewritten: ir.Model, tensors: Mapping[str, np.
     return f"onnxruntime's kernels of {', '.join(names)} take no tensors without elements" if names else ""
 
 
-def _is_zero(size: Dim, sizes: Mapping[str, int]) -> bool:
+def _number(size: Dim, sizes: Mapping[str, int]) -> int | None:
+    """None where it isn't known."""
     try:
-        return evaluate(size.expr, {atom: sizes[atom.args[0]] for atom in algebra.atoms(size.expr, "sym")}) == 0
+        return evaluate(size.expr, {atom: sizes[atom.args[0]] for atom in algebra.atoms(size.expr, "sym")})
     except (KeyError, ZeroDivisionError):
-        return False
+        return None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 
@@ -15,6 +16,8 @@ class _File(click.Path):
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
+        if not str(value):  # as of a shell's variable that isn't set; it would be the folder that we are in
+            self.fail("the name is empty", param, ctx)
         if str(value).endswith(("/", os.sep)):
             self.fail(f"{value} is a folder; give the name of a file", param, ctx)
         return super().convert(value, param, ctx)
@@ -26,11 +29,24 @@ class _FileOrFolder(_File):
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
-        return (
-            click.Path.convert(self, value, param, ctx) if os.path.isdir(value) else super().convert(value, param, ctx)
-        )
+        folder = os.path.isdir(value)
+        return click.Path.convert(self, value, param, ctx) if folder else super().convert(value, param, ctx)
 
 
+class _Seconds(click.FloatRange):
+    """A length of time that clocks can count."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0.001, max=1e7)
+
+    def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):  # neither below the least nor above the most
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds()
 FILE = _File(path_type=pathlib.Path)  # what a file must be is checked by output.py, whose errors say what to do
 FILE_OR_FOLDER = _FileOrFolder(path_type=pathlib.Path)
 PLACE = click.Path(path_type=str)  # a file or a folder, which may be new: as it was given, since a slash says which

@@ -80,7 +80,9 @@ def check_report(
 
 def check_input(path: pathlib.Path, advice: str = "check the path") -> None:
     """Raises ModelError where `path` is no regular file that can be read. A file is read more than once, so a pipe
-    won't do, and some devices never end."""
+    won't do, and some devices never end. So it is by other processes, which have other files open."""
+    if str(path).startswith(("/dev/stdin", "/dev/fd/", "/proc/")):
+        raise ModelError(f"{path}: is another file in each process, and several read the model; give the file's name")
     try:
         kind = path.stat().st_mode
         if stat.S_ISREG(kind):

@@ -27,7 +27,7 @@ from faexport.projection_biases import move_biases
 from faexport.projections import pack_projections
 from faexport.report import Report, count_nodes
 from faexport.reshape_targets import keep_computed
-from faexport.rewrite import Names, add_opset, drop_drafts, is_current, rewrite_site
+from faexport.rewrite import Names, add_opset, drop_drafts, is_current, is_gone, rewrite_site
 from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
@@ -48,7 +48,12 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     names = Names(model)
     full_rows: list[ir.Node] = []
     while pending:
-        stale = [c for c in pending if not _rewritten(c, options, masks, names, full_rows)]
+        stale = []
+        for c in pending:
+            if is_gone(c):  # nothing but its shape was read, by another site that is one node by now
+                candidates = [other for other in candidates if other is not c]
+            elif not _rewritten(c, options, masks, names, full_rows):
+                stale.append(c)
         if stale:  # their operands were read inside of a site that is one node by now
             masks = masks.renewed(Analysis(model))
             again = {c.anchor: c for c in examine(model, options, masks)}

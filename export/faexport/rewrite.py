@@ -121,6 +121,12 @@ def _layouts(spec: AttentionSpec) -> dict:
     return attributes
 
 
+def is_gone(candidate: Candidate) -> bool:
+    """Does what the site is to replace no longer stand in the graph?"""
+    spec = candidate.outcome
+    return isinstance(spec, AttentionSpec) and (spec.replaces or candidate.anchor).graph is None
+
+
 def is_current(spec: AttentionSpec) -> bool:
     """Are the operands still computed? Not where the site that computed them was rewritten since."""
     new = {*spec.new_nodes, *spec.mask.new_nodes}

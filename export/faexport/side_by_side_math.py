@@ -146,7 +146,7 @@ def _rows_of_ring(emit: Emit, keys: ir.Value, capacity: ir.Value, window: int) -
 
 def bits_of(value: ir.Value) -> int:
     """Of a number of the quantized cache that a node gives on; 0 where the value is none."""
-    node, bits = value.producer(), {ir.DataType.INT8: 8, ir.DataType.UINT8: 4}
+    node, bits = value.producer(), {ir.DataType.INT8: 8, ir.DataType.UINT8: 4, ir.DataType.FLOAT8E4M3FN: 8}
     is_cache = (
         node is not None and node.op_type in ("GroupQueryAttention", "PagedAttention") and value.index() in (1, 2)
     )
@@ -161,6 +161,16 @@ def _apart(emit: Emit, a: ir.Value, b: ir.Value, bits: int) -> ir.Value:
     high = [emit("Div", x, sixteen) for x in (a, b)]
     low = [emit("Sub", x, emit("Mul", y, sixteen)) for x, y in zip((a, b), high, strict=True)]
     return emit("Max", *(emit("Abs", emit("Sub", *pair)) for pair in (high, low)))
+
+
+def _are_neighbours(emit: Emit, a: ir.Value, b: ir.Value, sizes: Sequence[ir.Value]) -> ir.Value:
+    """Which numbers of e4m3, given as float32, are one step apart: 2^-9 where there is no leading 1, else between 1/16
+    and 1/9 of the larger one. Two steps are 1/8 of it at least."""
+    apart = emit("Abs", emit("Sub", a, b))
+    limit = emit("Mul", emit("Max", *sizes), emit.constant(np.array(0.124, np.float32)))
+    least = emit.constant(np.array(2.0**-9, np.float32))
+    unequal = emit("Greater", apart, emit.constant(np.array(0, np.float32)))
+    return emit("And", unequal, emit("Not", emit("Greater", apart, emit("Max", limit, least))))
 
 
 def statistics(
@@ -189,7 +199,7 @@ def statistics(
     found = {"num_other_sizes": emit.count(other_sizes)}
     if exact:
         return _vector(emit, found | _of_integers(emit, a, b, bits))
-    found |= _of_floats(emit, a, b, twin)
+    found |= _of_floats(emit, a, b, twin, bits)
     if num_bad:
         found["num_bad_inputs"] = emit("Sum", *num_bad)
     if floats is not None:
@@ -209,7 +219,7 @@ def _of_integers(emit: Emit, a: ir.Value, b: ir.Value, bits: int) -> dict[str, i
     return found | {"num_broken": emit.count(unequal)}
 
 
-def _of_floats(emit: Emit, a: ir.Value, b: ir.Value, twin: ir.Value | None) -> dict[str, ir.Value]:
+def _of_floats(emit: Emit, a: ir.Value, b: ir.Value, twin: ir.Value | None, bits: int) -> dict[str, ir.Value]:
     """The fields of Statistics that two float32 tensors, the original's first, differ in."""
     infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
     size_a, size_b = emit("Abs", a), emit("Abs", b)
@@ -219,12 +229,15 @@ def _of_floats(emit: Emit, a: ir.Value, b: ir.Value, twin: ir.Value | None) -> d
     def difference(x: ir.Value, y: ir.Value, where: ir.Value) -> ir.Value:
         return emit.largest(emit("Where", where, emit("Abs", emit("Sub", x, y)), zero))
 
-    both = emit("And", number_a, number_b)
+    both, found = emit("And", number_a, number_b), {}
+    if bits:
+        neighbours = _are_neighbours(emit, a, b, (size_a, size_b))
+        both, found["num_flipped"] = emit("And", both, emit("Not", neighbours)), emit.count(neighbours)
     infinite_a = emit("And", emit("Not", number_a), emit("Not", nan_a))
     unequal = emit("Or", nan_b, emit("Or", emit("Less", a, b), emit("Greater", a, b)))
     broken = emit("Or", emit("And", infinite_a, unequal), emit("And", number_a, emit("Not", number_b)))
     lost = emit("And", nan_a, emit("Not", nan_b))
-    found = {
+    found |= {
         "max_abs_diff": difference(a, b, both),
         "magnitude": emit.largest(emit("Where", number_a, size_a, zero)),
         "num_broken": emit.count(broken),

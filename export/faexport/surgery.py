@@ -148,10 +148,16 @@ class Builder(Writer):
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         return value if value.dtype == dtype else self.add("Cast", [value], dtype, to=int(dtype))
 
-    def split_first_axis(self, value: ir.Value, inner: int) -> ir.Value:
-        """[N, S, D] to [N / inner, inner, S, D] whatever S and D are."""
-        outer = self.add("Div", [self._size(value, 0), self.ints([inner])], ir.DataType.INT64)
-        return self._reshaped(self.unsqueeze(value, 1), [outer, self.ints([inner, 0, 0])])
+    def split_axis(self, value: ir.Value, axis: int, rank: int, count: int, outer: bool = False) -> ir.Value:
+        """One axis of size N as two, [N / count, count] or [count, N / count], whatever the sizes are: where N / count
+        is 0, Reshape copies the 0 that stands in its place."""
+        rest = self.add("Div", [self._size(value, axis), self.ints([count])], ir.DataType.INT64)
+        before, behind = [0] * axis, [0] * (rank - axis - 1)
+        if outer:
+            sizes = [self.ints([*before, count]), rest, *([self.ints(behind)] if behind else [])]
+        else:
+            sizes = [*([self.ints(before)] if before else []), rest, self.ints([count, *behind])]
+        return self._reshaped(self.unsqueeze(value, axis if outer else axis + 1), sizes, rank + 1)
 
     def merge_first_axes(self, value: ir.Value) -> ir.Value:
         """[B, H, S, D] to [B * H, S, D] whatever they are."""
@@ -196,7 +202,7 @@ class Builder(Writer):
         if 11 <= self.opset < 14 and shape.count(None) > 1:
             for left in range(rank, 3, -1):
                 value = self._merge_two(value, left)
-            return self.split_first_axis(value, heads)
+            return self.split_axis(value, 0, 3, heads)
         sizes = self.add("Shape", [value], ir.DataType.INT64)
         tail = self.slice(sizes, rank - 2, rank)
         if self.opset >= 14:  # allowzero

@@ -64,6 +64,16 @@ def compressed(path: pathlib.Path) -> None:
     path.write_bytes(gzip.compress(small().SerializeToString()))
 
 
+@bad("ONNX's text", "onnx.parser")
+def printed(path: pathlib.Path) -> None:
+    path.write_text(onnx.printer.to_text(small()))
+
+
+@bad("onnxruntime's own format", ".onnx file")
+def runtime_format(path: pathlib.Path) -> None:
+    path.write_bytes(b"\x14\x00\x00\x00ORTM\x0c\x00\x10\x00" + bytes(range(256)))
+
+
 @bad("a device")
 def endless(path: pathlib.Path) -> None:
     path.symlink_to("/dev/zero")

@@ -229,13 +229,35 @@ WRONG = (
     "inspect",
     "x.onnx --target tensorrt --rest",
     "x.onnx --target qnn",
+    "x.onnx --verify-timeout nan",
+    "x.onnx --verify-timeout inf",
+    "x.onnx --verify-timeout 1e18",
+    "x.onnx --no-verify --verify-on cuda",
+    "x.onnx --no-verify --verify-timeout 5",
+    "x.onnx --float32 tf32 --dtype bf16",
 )
 
 
 @pytest.mark.parametrize("arguments", [tuple(text.split()) for text in WRONG])
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     done = faexport(*arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "no such file" not in done.stderr and done.stderr
+
+
+def test_the_input_of_this_process_is_no_model(model: pathlib.Path) -> None:
+    """Verification reads the model in other processes, which have another input."""
+    with model.open("rb") as file:
+        command = [sys.executable, "-m", "faexport", "/dev/stdin"]
+        done = subprocess.run(command, stdin=file, capture_output=True, text=True, check=False, timeout=60)
+    assert_bad_input(done, "/dev/stdin: is another file in each process", "give the file's name")
+
+
+@pytest.mark.parametrize("command", ["fuse", "inspect"])
+def test_an_empty_name_is_no_folder(command: str, model: pathlib.Path) -> None:
+    """It is what a shell makes of a variable that isn't set, and not the folder that we are in."""
+    done = faexport(command, "", cwd=model.parent)
+    assert done.returncode == 2 and "the name is empty" in done.stderr
+    assert names(model.parent) == ["model.onnx"]
 
 
 def test_a_slash_at_the_end_names_a_folder(model: pathlib.Path) -> None:

@@ -4,7 +4,7 @@ and sizes by two names, which are equal or one of them is 1 when the model runs.
 
 from __future__ import annotations
 
-from tests.export.form_text import PRODUCT, Form, checks_of
+from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 
 END = "p = Softmax<axis = -1>(s) y = MatMul(p, v)"
 LEARNT = "lat = Constant<value = float[1, 3, 2, 8] {" + ", ".join(str(i % 7 - 3) for i in range(48)) + "}>()"
@@ -100,6 +100,28 @@ WRONG = {
         "float[B, 3, T, 8] q, float[B, 3, 2, 8] v",
         f"{LEARNT} kt = Transpose<perm = [0, 1, 3, 2]>(lat) s = MatMul(q, kt) {END}",
         reason="weights",
+    ),
+    "a bias of a size that the file doesn't tell": Form(
+        f"{QKV}, float[M, T, S] b, int64[1] n",
+        """zero = Constant<value_ints = [0]>() size = Shape<end = 1>(q) three = Constant<value_ints = [3]>()
+        all = Mul(size, three) eight = Constant<value_ints = [8]>() t = Shape<start = 2, end = 3>(q)
+        n_keys = Shape<start = 2, end = 3>(k) to_q = Concat<axis = 0>(all, t, eight) q3 = Reshape(q, to_q)
+        to_k = Concat<axis = 0>(all, n_keys, eight) k3 = Reshape(k, to_k) v3 = Reshape(v, to_k)
+        kt = Transpose<perm = [0, 2, 1]>(k3) s = MatMul(q3, kt) cut = Slice(b, zero, n, zero) x = Add(s, cut)
+        apart = Concat<axis = 0>(size, three, t, n_keys) x4 = Reshape(x, apart) p4 = Softmax<axis = -1>(x4)
+        flat = Concat<axis = 0>(all, t, n_keys) p = Reshape(p4, flat) y = MatMul(p, v3)""",
+        reason="the file doesn't tell, and change their shape behind it",
+    ),
+    "scores that get a fifth axis": Form(
+        QKV,
+        f"c = Constant<value = float[1, 1, 1, 1, 1] {{0.3}}>() {PRODUCT.replace('s =', 's0 =')} s = Mul(s0, c) {END}",
+        reason="the scores get more axes",
+    ),
+    "weights that get a fifth axis": Form(
+        f"{QKV}, bool[1, B, 1, T, S] m",
+        f"none = Constant<value = float {{0}}>() {PRODUCT} p0 = Softmax<axis = -1>(s) p = Where(m, p0, none)"
+        " y = MatMul(p, v)",
+        reason="the attention weights get more axes",
     ),
 }
 

@@ -104,6 +104,14 @@ RIGHT = {
         f"{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) b = MatMul(p, u) y = Concat<axis = -1>(a, b)",
         fused=2,
     ),
+    "two products, of one of which the shape alone is read": Form(
+        QKV,
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) b = MatMul(p, v)
+        batch = Shape<end = 1>(b) rows = Shape<start = 2, end = 3>(b) width = Constant<value_ints = [24]>()
+        to = Concat<axis = 0>(batch, rows, width) t = Transpose<perm = [0, 2, 1, 3]>(a)
+        y = Reshape<allowzero = 1>(t, to)""",
+        gone=frozenset({"Softmax", "MatMul"}),
+    ),
     "two products, one behind a Cast": Form(
         TWO,
         f"""{PRODUCT} p = Softmax<axis = -1>(s) w = Cast<to = 1>(p) a = MatMul(p, v) b = MatMul(w, u)

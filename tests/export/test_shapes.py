@@ -126,6 +126,16 @@ def test_pools_and_resizes_have_the_sizes_that_onnxruntime_gives_them(name: str)
     assert [size.const for size in Analysis(model).shape(model.graph.outputs[0])] == list(y.shape)
 
 
+@pytest.mark.parametrize(("axis", "sizes"), [(-1, "b 3 5*s"), (2, "b 3 5*s"), (0, "5*s b 3"), (-2, "b 5*s 3")])
+def test_one_hot_puts_an_axis_in(axis: int, sizes: str) -> None:
+    body = f"""n = Shape <start = 0, end = 1> (x) five = Constant <value_ints = [5]> () depth = Mul (n, five)
+    values = Constant <value_floats = [0.0, 1.0]> () y = OneHot <axis = {axis}> (ids, depth, values)"""
+    header = '<ir_version: 8, opset_import: ["" : 17]> main (int64[b, 3] ids, float[s] x) => (float[l, m, n] y)'
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(f"{header} {{ {body} }}"))
+    result = Analysis(model).shape(model.graph.node(4).outputs[0])
+    assert result is not None and " ".join(map(str, result)) == sizes
+
+
 def test_resizing_keeps_the_sizes_that_it_does_not_change() -> None:
     body = "s = Constant <value_floats = [1.0, 1.0, 2.0, 1.5]> () y = Resize (x, , s)"
     header = '<ir_version: 8, opset_import: ["" : 17]> main (float[b, 3, h, w] x) => (float[b, 3, m, n] y)'

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import pathlib
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
-from faexport import model_io, ort_session, pipeline, verify
+from faexport import model_io, ort_session, pipeline, side_by_side_math, verify
 from faexport.report import Verification, VerificationStatus
 from faexport.side_by_side import Point
-from faexport.side_by_side_math import NUM_STATISTICS, Statistics
+from faexport.side_by_side_math import NUM_STATISTICS, Emit, Statistics
 from faexport.site_check import judge
 from onnx import TensorProto, helper, numpy_helper
 
@@ -241,6 +243,29 @@ def statistics(**given: float) -> Statistics:
 def test_what_is_wrong_with_a_comparison_is_said(given: dict, words: str) -> None:
     row = judge(Point("v", "site", "float32", "out", False), statistics(**given), 1e-4, "B=1")
     assert words in row.fault and row.ok == (words == ""), row
+
+
+def test_a_cache_in_float8_may_differ_by_one_step() -> None:
+    """Of all pairs of e4m3's numbers neighbours are counted by themselves, and all others are a difference."""
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    numbers = np.unique(every[np.isfinite(every)])  # 0 is one of them, not two
+    steps = np.abs(np.subtract.outer(np.arange(len(numbers)), np.arange(len(numbers))))
+    for name, want in (("equal", steps == 0), ("neighbours", steps == 1), ("others", steps > 1)):
+        old, new = (numbers[i] for i in np.nonzero(want))
+        found = float8_comparison(old, new)
+        assert found.num_flipped == (want.sum() if name == "neighbours" else 0)
+        assert found.max_abs_diff == (np.abs(old - new).max() if name == "others" else 0)
+
+
+def float8_comparison(old: np.ndarray, new: np.ndarray) -> Statistics:
+    """Of the numbers of a cache, by the nodes that are put into a model for it."""
+    inputs = [ir.Value(name=name, shape=ir.Shape(["n"]), type=ir.TensorType(ir.DataType.FLOAT)) for name in "ab"]
+    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 18}, name="comparison")
+    result = side_by_side_math.statistics(Emit(graph, graph), *inputs, None, [], exact=False, bits=8)
+    graph.outputs.append(result)
+    model = ir.serde.serialize_model(ir.Model(graph, ir_version=9))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return Statistics.read(session.run(None, {"a": old, "b": new})[0])
 
 
 def test_a_loop_s_comparisons_count_as_one() -> None:

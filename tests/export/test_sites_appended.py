@@ -15,7 +15,9 @@ import pytest
 from faexport.options import Options
 from onnx import helper
 
+from tests.export import form_text
 from tests.export.appended import Form, feeds, model_of
+from tests.export.form_text import check
 from tests.export.test_sites import OPTIONS, node_of, run
 
 FORMS = {
@@ -193,6 +195,30 @@ def test_norms_that_stay_become_onnxruntimes(library: str) -> None:
     assert report.joined == {"SimplifiedLayerNormalization": 2}
     assert not {"Pow", "Sqrt", "ReduceMean"} & {node.op_type for node in fused.graph.node}
     compare(form, fused, (library,), 2e-5)
+
+
+ASKED = {
+    "one size": "n = Shape<start = 2, end = 3>(kk)",
+    "a size from the end": "n = Shape<start = -2, end = -1>(kk)",
+    "the values' size": "n = Shape<start = 2, end = 3>(vv)",
+    "all sizes": "whole = Shape(kk) n = Gather(whole, two)",
+    "all sizes of both": """whole = Shape(kk) n0 = Gather(whole, two) own = Shape(vv) n1 = Gather(own, two)
+    n = Min(n0, n1)""",
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_number_of_keys_may_be_asked_for(name: str, library: str) -> None:
+    """As T5 does for its bias: it is computed from the past and the new rows, which the node joins."""
+    bias = """zero = Constant<value = int64 {0}>() one = Constant<value = int64 {1}>() count = Squeeze(n)
+    at = Range(zero, count, one) places = Cast<to = 1>(at) bias = Cos(places)"""
+    body = f"""two = Constant<value = int64[1] {{2}}>() kk = Concat<axis = 2>(pk, k) vv = Concat<axis = 2>(pv, v)
+    {ASKED[name]} {bias} kt = Transpose<perm = [0, 1, 3, 2]>(kk) s = MatMul(q, kt)
+    x = Add(s, bias) p = Softmax<axis = -1>(x)
+    y = MatMul(p, vv)"""
+    inputs = "float[B, 3, S, 8] q, float[B, 3, S, 8] k, float[B, 3, S, 8] v, float[B, 3, P, 8] pk, float[B, 3, P, 8] pv"
+    facts = frozenset({"new rows are appended to the cache"})
+    check(form_text.Form(inputs, body, facts=facts, gone=frozenset({"Softmax", "Concat"})), library)
 
 
 def test_tensorrt_gets_rows_as_they_are() -> None:

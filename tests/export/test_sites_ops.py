@@ -66,6 +66,8 @@ MULTI_HEAD = {
     "projection bias": ([Q, K, V, floats(3 * H * D)], {}),
     "unidirectional": ([Q, SELF_K, SELF_V], {"unidirectional": 1}),
     "lengths": ([Q, K, V, None, np.array([3, 7], np.int32)], {}),
+    "lengths that hide little": ([Q, K, V, None, np.array([3, 6], np.int32)], {"mask_filter_value": -5.0}),
+    "a length of 0 that absorbs": ([Q, K, V, None, np.array([0, 6], np.int32)], {"mask_filter_value": -1e30}),
     "key mask": ([Q, K, V, None, PADDING], {}),
     "a mask of other numbers": ([Q, K, V, None, PADDING * 5 - 2], {}),
     "everything masked": ([Q, K, V, None, np.zeros_like(PADDING)], {}),
@@ -161,6 +163,13 @@ WITH_PROJECTION = {
     "lengths": ([X, WEIGHTS, BIAS, np.array([2, 5], np.int32)], {}),
     # Equal scores: behind -10000, which hides all keys alike, other ones would be rounded by the original.
     "a length of 0": ([X * np.float32([[[1]], [[0]]]), WEIGHTS, BIAS, np.array([2, 0], np.int32)], {}),
+    "lengths, few of them": ([X, WEIGHTS, BIAS, np.array([1, 2], np.int32)], {"unidirectional": 1}),
+    "lengths that hide little": ([X, WEIGHTS, BIAS, np.array([2, 4], np.int32)], {"mask_filter_value": -5.0}),
+    "a length of 0 that absorbs": ([X, WEIGHTS, BIAS, np.array([2, 0], np.int32)], {"mask_filter_value": -1e30}),
+    "a length of 0 that absorbs, causal": (
+        [X, WEIGHTS, BIAS, np.array([2, 0], np.int32)],
+        {"mask_filter_value": -1e30, "unidirectional": 1},
+    ),
     "own size of values": (
         [X, floats(H * D, 2 * H * D + 24) * 0.2, floats(2 * H * D + 24)],
         {"qkv_hidden_sizes": [H * D, H * D, 24]},
@@ -180,6 +189,7 @@ CACHED = {
     "unidirectional": ([X, WEIGHTS, BIAS, None, PAST], {"unidirectional": 1}),
     "key mask": ([X, WEIGHTS, BIAS, LONGER, PAST], {"unidirectional": 1}),
     "nothing cached yet": ([X, WEIGHTS, BIAS], {"unidirectional": 1}),
+    "nothing cached yet, lengths": ([X, WEIGHTS, BIAS, np.array([2, 4], np.int32)], {"unidirectional": 1}),
 }
 
 

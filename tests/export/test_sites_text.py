@@ -80,6 +80,13 @@ SPELLINGS = {
         below = Less(p2, zero)
         both2 = And(isinf2, below)
         weights = Where(both2, low, p2)""",
+    "NaN replaced by as many zeros": """
+        masked = Where(key_pad, inf, scores)
+        p = Softmax<axis = -1>(masked)
+        isnan = IsNaN(p)
+        whole = Shape(p)
+        zeros = ConstantOfShape(whole)
+        weights = Where(isnan, zeros, p)""",
     "nan_to_num, all tests on the first weights": """
         masked = Where(key_pad, inf, scores)
         p = Softmax<axis = -1>(masked)
@@ -155,6 +162,33 @@ NEAR_MISSES = {
         isnan = IsNaN(p)
         p1 = Where(isnan, zero, p)
         weights = Where(isnan, c, p1)""",
+        "used twice",
+    ),
+    "NaN replaced by as many ones": (
+        """p = Softmax<axis = -1>(scores)
+        isnan = IsNaN(p)
+        whole = Shape(p)
+        ones = ConstantOfShape<value = float[1] {1}>(whole)
+        weights = Where(isnan, ones, p)""",
+        "used twice",
+    ),
+    "NaN replaced by a 0 of more axes": (
+        """p = Softmax<axis = -1>(scores)
+        isnan = IsNaN(p)
+        five = Constant<value = float[1, 1, 1, 1, 1] {0}>()
+        weights5 = Where(isnan, five, p)
+        first = Constant<value = int64[1] {0}>()
+        weights = Squeeze(weights5, first)""",
+        "used twice",
+    ),
+    "NaN replaced by zeros of another size": (
+        """p = Softmax<axis = -1>(scores)
+        isnan = IsNaN(p)
+        five = Constant<value = int64[5] {1, 1, 1, 1, 1}>()
+        zeros = ConstantOfShape(five)
+        weights5 = Where(isnan, zeros, p)
+        first = Constant<value = int64[1] {0}>()
+        weights = Squeeze(weights5, first)""",
         "used twice",
     ),
     "NaN replaced by another number": (

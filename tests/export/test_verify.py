@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from faexport import compare, inputs, model_io, ort_session, pipeline, verify
+from faexport.open_sizes import OpenSizes
 from faexport.report import VerificationStatus
 from faexport.settings import Assumed
 from onnx import TensorProto, helper, numpy_helper
@@ -299,3 +301,51 @@ def test_where_onnx_leaves_a_size_open_the_rewritten_model_need_not_run(tmp_path
     assert verify.verify(rewritten, rewritten).status is PASSED
     onnx.save(onnx.parser.parse_model(copied.replace("[0]", "[5]")), rewritten)
     assert verify.verify(original, rewritten).status is FAILED
+
+
+ROWS_OF_HEADS = """<ir_version: 9, opset_import: ["" : 18]>
+a (float[B,S,24] q, float[B,P,8] past, float[B,S,8] new, bool[B,S,1,T] m) => (float[B,S,24] y, float[B,N,8] k) {
+  low = Constant<value = float {-1e9}>()
+  three = Constant<value_ints = [3]>()
+  width = Constant<value_ints = [8]>()
+  k = Concat<axis = 1>(past, new)
+  b = Shape<end = 1>(q)
+  s = Shape<start = 1, end = 2>(q)
+  n = Shape<start = 1, end = 2>(k)
+  rows = Mul(s, three)
+  to = Concat<axis = 0>(b, rows, width)
+  q3 = Reshape<allowzero = 1>(q, to)
+  kt = Transpose<perm = [0, 2, 1]>(k)
+  flat = MatMul(q3, kt)
+  four = Concat<axis = 0>(b, s, three, n)
+  scores = Reshape<allowzero = 1>(flat, four)
+  x = Where(m, scores, low)
+  p4 = Softmax<axis = -1>(x)
+  back = Concat<axis = 0>(b, rows, n)
+  p = Reshape<allowzero = 1>(p4, back)
+  o = MatMul(p, k)
+  size = Shape(q)
+  y = Reshape<allowzero = 1>(o, size)
+}"""
+
+
+SIZES = [
+    ((2, 0, 1, 3), True),
+    ((0, 1, 0, 6), True),
+    ((2, 0, 1, 1), False),
+    ((2, 2, 1, 3), False),
+    ((2, 0, 3, 3), False),
+]
+
+
+@pytest.mark.parametrize(("sizes", "excused"), SIZES)
+def test_sizes_that_only_the_lack_of_elements_makes_fit(sizes: tuple[int, ...], excused: bool) -> None:
+    """Without rows the original takes a mask with another number of keys than there are; a rewritten model need not."""
+    model = onnx.parser.parse_model(ROWS_OF_HEADS)
+    batch, rows, past, keys = sizes
+    shapes = {"q": (batch, rows, 24), "past": (batch, past, 8), "new": (batch, rows, 8), "m": (batch, rows, 1, keys)}
+    tensors = {name: np.ones(shape, bool if name == "m" else np.float32) for name, shape in shapes.items()}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, tensors)[0].shape == (batch, rows, 24)
+    sentence = OpenSizes(ir.from_proto(model)).sentence(tensors)
+    assert ("since there are no elements" in sentence) == excused

@@ -16,6 +16,8 @@ import onnx_ir as ir
 from faexport.match import Context
 from faexport.nodes import attribute, is_transpose, name_of, op, operand, producer, subgraphs
 from faexport.spec import Alignment, Assumption, AttentionSpec, Fact, Layout, Mask, Operand
+from faexport.surgery import Builder
+from faexport.understand.layout.shape_uses import shape_users
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim
@@ -48,7 +50,10 @@ def with_past(spec: AttentionSpec, context: Context) -> AttentionSpec:
         if len(pasts) > 1 or news != {size_of(spec.query, "S", a)} or key.start is not value.start:
             return spec
         grown = _grown(spec, key, value, context)
-        return spec if grown is None or _depends(grown, {key.whole, value.whole}, context) else grown
+        if grown is not None and _depends(grown, {key.whole, value.whole}, context):
+            grown = _with_sizes_said(grown, (key, value), rows, context)
+            grown = None if _depends(grown, {key.whole, value.whole}, context) else grown
+        return grown or spec
     return spec
 
 
@@ -95,6 +100,28 @@ def _grown(spec: AttentionSpec, key: _Joined, value: _Joined, context: Context) 
         further_attributes={**spec.further_attributes, **words},
         facts=(*spec.facts, *facts),
     )
+
+
+def _with_sizes_said(spec: AttentionSpec, both: tuple[_Joined, _Joined], rows: int, context: Context) -> AttentionSpec:
+    """The spec with the sizes of past and new rows together computed from both, for nodes that ask what the Concat has:
+    a bias may be made of the number of keys."""
+    uses: list[tuple[ir.Node, list[ir.Node]]] = []
+    for joined in both if both[0].whole is not both[1].whole else both[:1]:
+        shapes = [node for node in shape_users(joined.whole) if node.graph is context.graph]
+        uses += [(node, _shape_of(joined, node, rows, context.analysis)) for node in shapes]
+    return dataclasses.replace(spec, shape_uses=(*spec.shape_uses, *uses))
+
+
+def _shape_of(joined: _Joined, node: ir.Node, rows: int, a: Analysis) -> list[ir.Node]:
+    """What a Shape node of the whole gives, from the past and the new rows."""
+    build, shape = Builder(a.opset), a.known_shape(joined.whole)
+    bounds = {name: attribute(node, name) for name in ("start", "end") if attribute(node, name) is not None}
+    past = build.add("Shape", [joined.past], ir.DataType.INT64, **bounds)
+    if joined.start is None:
+        grows = [int(axis == rows) for axis in range(len(shape))][slice(bounds.get("start", 0), bounds.get("end"))]
+        new = build.add("Shape", [joined.new], ir.DataType.INT64, **bounds)
+        build.add("Add", [past, build.add("Mul", [new, build.ints(grows)], ir.DataType.INT64)], ir.DataType.INT64)
+    return build.nodes
 
 
 # ---------------------------------------------------------------------------------------------- how rows are joined
@@ -244,10 +271,12 @@ def _starts(key: _Joined, layout: Layout, shared: Nodes) -> ir.Value:
 
 def _depends(spec: AttentionSpec, wholes: set[ir.Value], context: Context) -> bool:
     """Is what the new node reads made of what it makes?"""
-    tainted = set(wholes)
+    tainted, computed = set(wholes), {shape for shape, _ in spec.shape_uses}
     for node in context.graph:
         if node is spec.replaces:
             break
+        if node in computed:
+            continue
         captured = (v for body in subgraphs(node) for inner in body.all_nodes() for v in inner.inputs)
         if any(v in tainted for v in (*node.inputs, *captured)):
             tainted.update(node.outputs)

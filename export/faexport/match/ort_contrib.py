@@ -35,6 +35,9 @@ from faexport.understand.mask.words import rounding_text
 from faexport.understand.shapes.dims import Dim, plain
 
 SOURCE = "ort_contrib"
+# A mask_filter_value in between hides keys as lengths do, and leaves scores as they are where it is added to all of a
+# row: a larger one lets keys be seen, a smaller one makes all scores of such a row one number.
+LENGTHS = (-65504.0, -5000.0)
 
 
 class Unfit(Exception):
@@ -81,12 +84,17 @@ class Contrib:
         if len(shape) == 1:
             if shape[0] != batch or has_past or bias is not None:
                 raise Unfit("its padding mask is neither one length for each batch entry nor a mask of the keys")
-            mask.kv_lengths, mask.alignment = self._lengths(padding), Alignment.TOP_LEFT
-            mask.facts += (Fact("padding as lengths", (name_of(self.node),)),)
-            return mask
-        if len(shape) not in (2, 3) or shape[-1] != keys:
+            if LENGTHS[0] <= self.filler <= LENGTHS[1]:
+                mask.kv_lengths, mask.alignment = self._lengths(padding), Alignment.TOP_LEFT
+                mask.facts += (Fact("padding as lengths", (name_of(self.node),)),)
+                return mask
+            keep = self._within(padding)
+        elif len(shape) in (2, 3) and shape[-1] == keys:
+            zero = self.build.add("Constant", (), ir.DataType.INT32, value=ir.tensor(np.array(0, np.int32)))
+            keep = self.build.add("Greater", [padding, zero], ir.DataType.BOOL)  # numbers below 0 hide, too
+        else:
             raise Unfit("its padding mask has a shape that is not understood")
-        added = self._padding_as_bias(padding, len(shape))
+        added = self._as_bias(keep, 3 if len(shape) == 3 else 2)
         mask.attn_bias = added if bias is None else self.build.add("Add", [added, bias])
         mask.facts += (Fact("padding mask", (name_of(self.node),)),)
         if -1e30 < self.filler < 0:
@@ -102,22 +110,32 @@ class Contrib:
     def _lengths(self, padding: ir.Value) -> ir.Value:
         """The number of visible keys: that in the mask, and all where it hides all of them, since what is added to all
         scores of a row changes nothing."""
-        build, (keys, axis) = self.build, self.holds_keys()
-        sizes = build.add("Shape", [keys], ir.DataType.INT64)
+        build = self.build
         lengths = build.cast(padding, ir.DataType.INT64)
         some = build.add("Greater", [lengths, build.ints([0])], ir.DataType.BOOL)
-        return build.add("Where", [some, lengths, build.slice(sizes, axis, axis + 1)], ir.DataType.INT64)
+        return build.add("Where", [some, lengths, self._count_of_keys()], ir.DataType.INT64)
+
+    def _within(self, padding: ir.Value) -> ir.Value:
+        """Which keys [B, T] the lengths let be seen."""
+        build = self.build
+        start, step = (build.constant(np.array(n, np.int64)) for n in (0, 1))
+        places = build.add("Range", [start, build.squeeze(self._count_of_keys(), 0), step], ir.DataType.INT64)
+        lengths = build.unsqueeze(build.cast(padding, ir.DataType.INT64), 1)
+        return build.add("Less", [places, lengths], ir.DataType.BOOL)
+
+    def _count_of_keys(self) -> ir.Value:
+        """int64 [1]."""
+        keys, axis = self.holds_keys()
+        return self.build.slice(self.build.add("Shape", [keys], ir.DataType.INT64), axis, axis + 1)
 
     def holds_keys(self) -> tuple[ir.Value, int]:
         """A tensor and its axis of as many elements as there are keys, without those of a cache."""
         raise NotImplementedError
 
-    def _padding_as_bias(self, padding: ir.Value, rank: int) -> ir.Value:
+    def _as_bias(self, keep: ir.Value, rank: int) -> ir.Value:
         build, dtype = self.build, self.dtype
         values = (np.array(x, dtype.numpy()) for x in (0.0, self.filler))
         numbers = [build.add("Constant", (), dtype, value=ir.tensor(x)) for x in values]
-        zero = build.add("Constant", (), ir.DataType.INT32, value=ir.tensor(np.array(0, np.int32)))
-        keep = build.add("Greater", [padding, zero], ir.DataType.BOOL)  # numbers below 0 hide, too
         value = build.add("Where", [keep, *numbers], dtype)
         for _ in range(4 - rank):
             value = build.unsqueeze(value, 1)
@@ -358,7 +376,7 @@ class _Attention(Contrib):
             *(Operand(x, Layout.BHSD, self.heads, size) for x in read),
         ]
         mask = self.mask(operand(self.node, 3), operand(self.node, 5), shape[0], keys, has_past=past is not None)
-        if mask.is_causal:
+        if mask.is_causal and mask.kv_lengths is None:  # lengths are counted from the first key, without a cache
             mask.alignment = Alignment.BOTTOM_RIGHT
         candidate.sizes.update(batch_size=plain(shape[0]), seqlen_q=plain(shape[1]), seqlen_kv=plain(keys))
         outputs = () if present is None else ((present, whole),)

@@ -20,6 +20,7 @@ from faexport.nodes import data_users, dtype_name, name_of, op
 from faexport.spec import Assumption, AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.surgery import Builder
 from faexport.understand.core.hiding import is_mask, with_hidden
+from faexport.understand.core.rows_of_heads import heads_apart
 from faexport.understand.core.score_chain import (
     BY_WEIGHTS,
     MAX_PATH,
@@ -76,6 +77,17 @@ def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:
 
 def _understand(path: Path, softmax: Softmax, context: Context) -> list[Candidate]:
     """A candidate for each product with values that reads the softmax."""
+    found = _read_in_all_ways(path, softmax, context)
+    if not _all_understood(found) and (apart := heads_apart(path, context.analysis)):
+        return _read_in_all_ways(apart, softmax, context)
+    return found
+
+
+def _all_understood(found: list[Candidate]) -> bool:
+    return all(isinstance(candidate.outcome, AttentionSpec) for candidate in found)
+
+
+def _read_in_all_ways(path: Path, softmax: Softmax, context: Context) -> list[Candidate]:
     a, shown = context.analysis, None
     has_factor = any(s.kind == "factor" for s in path.steps)
     for widen in (False, True):
@@ -86,7 +98,7 @@ def _understand(path: Path, softmax: Softmax, context: Context) -> list[Candidat
             shown = None  # sizes are no obstacle then
         for gates in (True, False) if has_factor else (True,):
             found = _read(path, softmax, context, gates, widen)
-            if all(isinstance(c.outcome, AttentionSpec) for c in found):
+            if _all_understood(found):
                 return found
             shown = shown or found
     assert shown is not None

@@ -32,8 +32,11 @@ def fill_of(value: ir.Value, a: Analysis) -> float | None:
         value = source
 
 
-def is_times_zero(value: ir.Value, a: Analysis) -> bool:
-    """Is the value 0 times something, as torch.baddbmm(beta=0) leaves it?"""
+def is_nothing(value: ir.Value, a: Analysis) -> bool:
+    """Is the value 0, or 0 times something, as torch.baddbmm(beta=0) leaves it?"""
+    array = a.constant(value)
+    if array is not None:
+        return not np.any(array)
     node = producer(value)
     while node is not None and op(node) in ("Cast", "Identity", "Expand", "Reshape", "Unsqueeze", "Transpose"):
         node = producer(node.inputs[0])

@@ -11,7 +11,8 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import live_users, maker, op, producer
+from faexport.nodes import data_users, live_users, maker, op, producer
+from faexport.understand.core.fills import fill_of
 from faexport.understand.shapes.analysis import Analysis
 
 COMPARISONS = {"Less": (False, False), "Greater": (True, False), "LessOrEqual": (False, True)}
@@ -48,7 +49,8 @@ def nan_guard(weights: ir.Value, a: Analysis) -> Guard | None:
     inner = [weights, *(value for node in nodes for value in node.outputs if value is not current)]
     if any(value.is_graph_output() for value in inner[1:]):
         return None
-    if any(user not in nodes for value in inner for user in live_users(value)):
+    users = [*data_users(weights), *(user for value in inner[1:] for user in live_users(value))]
+    if any(user not in nodes for user in users):
         return None
     last = maker(current)
     return Guard(last, tuple(node for node in nodes if node is not last), nan)
@@ -61,9 +63,17 @@ def _next_where(current: ir.Value, copies: list[ir.Value], a: Analysis):
             continue
         tests: dict[ir.Node, None] = {}
         truth = _truth(node.inputs[0], copies, tests, a)
-        if truth is not None and truth.numbers is False and (not truth.nan or a.scalar(node.inputs[1]) == 0):
+        if truth is not None and truth.numbers is False and (not truth.nan or _is_zero(node.inputs[1], current, a)):
             return node, tuple(tests), truth.nan
     return None
+
+
+def _is_zero(value: ir.Value | None, weights: ir.Value, a: Analysis) -> bool:
+    """Is it 0, as one number or as many as there are weights?"""
+    shape, whole = a.shape(value), a.shape(weights)
+    if value is None or shape is None or whole is None or fill_of(value, a) != 0:
+        return False
+    return shape == whole or (len(shape) <= len(whole) and all(size == 1 for size in shape))
 
 
 def _truth(value: ir.Value | None, weights: list[ir.Value], tests: dict[ir.Node, None], a: Analysis) -> Truth | None:

@@ -54,12 +54,15 @@ def read_output(
     if batch is None:
         return refusal
     labels = values.product.labels
-    sizes = (batch, heads, shape[labels.index("row")], shape[labels.index("column")])
+    by_label = values.product.shape or shape
+    sizes = (batch, heads, by_label[labels.index("row")], by_label[labels.index("column")])
     view = View.whole(sizes).reshape((*values.lead_sizes, *sizes[2:]))
     if view is None:
         return refusal
     order = [*values.product.leads, "row", "column"]
-    view = view.transpose([order.index(x) for x in labels])
+    view = view.transpose([order.index(x) for x in labels]).reshape(shape)
+    if view is None:
+        return refusal
     found = _furthest(y, view, sizes, dtype, sources, a)
     return found or _rebuilt(values, sizes, dtype, query, a) or refusal
 
@@ -112,6 +115,8 @@ def _layout_of(view: View, sizes) -> Layout | None:
 
 def _rebuilt(values: Values, sizes, dtype: ir.DataType | None, query: Factor, a: Analysis) -> Output | None:
     """The product's own output, made from the fused node's by new nodes."""
+    if values.product.shape:
+        return None
     value, labels = values.result, values.product.labels
     leads = len(labels) - 2
     entry = ir.Value(name=None, type=value.type)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import numpy as np
 import onnx_ir as ir
 
 from faexport.nodes import FLOATS, attribute, given, name_of, op, producer
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.clamps import clamped_input
 from faexport.understand.core.factors import Weight, fits, is_gate, weighed
-from faexport.understand.core.fills import is_times_zero, padded_column
+from faexport.understand.core.fills import is_nothing, padded_column
 from faexport.understand.core.reductions import subtracts_own_maximum
 from faexport.understand.core.rounding import rounding_at
 from faexport.understand.core.softmax import Softmax
@@ -56,6 +55,7 @@ class Step:
 class Path:
     product: Product
     steps: list[Step]  # from the product to the softmax
+    together: int = 0  # steps whose scores have two labels of the product in one axis (rows_of_heads.py)
 
 
 @dataclasses.dataclass
@@ -212,16 +212,20 @@ class _Reader:
         self.query_weights: list[Weight] = []
         self.key_weights: list[Weight] = []
         self.split: SplitBias | None = None  # biases added while rows or columns are split
-        self.shape_uses = uses_of(path.product.node.outputs[0], shape)
+        self.together = tuple(a.known_shape(path.product.node.outputs[0])) if path.product.shape else shape
+        self.shape_uses = uses_of(path.product.node.outputs[0], self.together)
 
     def run(self) -> Refusal | None:
-        for step, factor in zip(self.path.steps, self.factors, strict=True):
+        for count, (step, factor) in enumerate(zip(self.path.steps, self.factors, strict=True)):
             self.nodes += [step.node, *step.also]
-            refusal = self._take(step, factor)
+            apart = count >= self.path.together
+            refusal = self._take(step, factor) if apart or step.kind != "pass" else None
             if refusal is not None:
                 return refusal
+            if apart and self.a.rank(step.node.outputs[0]) not in (len(self.view.axes), None):
+                return Refusal("the scores get more axes from what meets them", name_of(step.node))
             if self.sink is None:
-                self.shape_uses += uses_of(step.node.outputs[0], self.view.shape)
+                self.shape_uses += uses_of(step.node.outputs[0], self.view.shape if apart else self.together)
         return self._not_understood(self.path.steps[-1].node) if self.split else None
 
     @staticmethod
@@ -254,7 +258,7 @@ class _Reader:
     def _take_view(self, node: ir.Node) -> Refusal | None:
         view = view_ops.apply(node.outputs[0], self.view, self.a)
         if view is None:
-            return Refusal("the scores change their shape in a way that is not understood", name_of(node))
+            return self._lost(node)
         before, self.view = self.view, view
         if len(view.axes) == 4:
             self.splits.append(view.shape[1])
@@ -269,6 +273,19 @@ class _Reader:
                 )
                 self.split = None
         return None
+
+    def _lost(self, node: ir.Node) -> Refusal:
+        """Where the scores' shape is not followed any further."""
+        added = next((t for t in reversed(self.terms) if not self._is_known(t.value)), None)
+        if added is None:
+            return Refusal("the scores change their shape in a way that is not understood", name_of(node))
+        why = (
+            "the scores may take the size of what is added to them, which the file doesn't tell, and change their shape"
+        )
+        return Refusal(f"{why} behind it", name_of(added.node))
+
+    def _is_known(self, value: ir.Value) -> bool:
+        return all(size.is_known for size in self.a.shape(value) or ())
 
     def _take_scale(self, step: Step, factor: float) -> Refusal | None:
         """A number that the scores are multiplied by; with `from`, -1, since something is added to what is left."""
@@ -336,7 +353,7 @@ class _Reader:
         letters = "".join(axes)
         if step.kind in ("add", "sub", "from"):
             value = given(node, 1 - step.index)
-            if self._is_zero(value):
+            if is_nothing(value, self.a):
                 return None
             sign = -1.0 if step.kind == "sub" else 1.0
             term = MaskTerm(TermKind.ADD, value, node, letters, dims, factor=sign * factor)
@@ -364,12 +381,6 @@ class _Reader:
             return self._not_understood(step.node)
         self.a.learn(step.node.outputs[0], self.view.shape)
         return None
-
-    def _is_zero(self, value: ir.Value) -> bool:
-        array = self.a.constant(value)
-        if array is not None:
-            return not np.any(array)
-        return is_times_zero(value, self.a)
 
     def _fits(self, term: MaskTerm) -> bool:
         """Does the operand leave the shape of the scores as it is?"""
@@ -442,7 +453,7 @@ def _name_parts(letters: list[str]) -> tuple[str, ...] | None:
 
 def view_of_scores(path: Path, a: Analysis) -> View | None:
     """The softmax's input as a view of the product, without the sink's column."""
-    shape = a.shape(path.product.node.outputs[0])
+    shape = path.product.shape_of(a)
     view = None if shape is None else View.whole(shape)
     for step in path.steps:
         if step.kind == "view" and view is not None:
@@ -453,7 +464,7 @@ def view_of_scores(path: Path, a: Analysis) -> View | None:
 def read_scores(path: Path, softmax: Softmax, a: Analysis, gates: bool = True, widen: bool = False) -> Scores | Refusal:
     """Replays the path from the product to the softmax. With `gates`, scores times 0 or 1 are taken for a part of a
     mask, else for scores with a factor. `widen`: scores may take the sizes of what meets them."""
-    if a.shape(path.product.node.outputs[0]) is None:
+    if path.product.shape_of(a) is None:
         return Refusal("the shape of the scores is not known", name_of(path.product.node))
     reader = _Reader(path, softmax, gates, widen, a)
     refusal = reader.run()

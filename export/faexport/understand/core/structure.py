@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from faexport.nodes import name_of
+from faexport.nodes import given, maker, name_of
 from faexport.spec import Layout, Operand, Refusal
 from faexport.surgery import Builder
 from faexport.understand.core.factors import Weight, folded, times
@@ -136,7 +136,10 @@ def _side(factor: Factor, weights: list[Weight], how, labels: tuple[str, ...], l
     numbers = tuple(w for w in weights if w.is_single(a))
     whole = folded(factor, [w for w in weights if w not in numbers], *how)
     links = [x for x in chain_of(whole.value, a) if labels[-1] == "sum" or x.scale == 1.0]
-    return _Side(whole, links, labels, lead_sizes, factor.value, numbers)
+    source = factor.value
+    while new_producers(source):
+        source = given(maker(source), 0)
+    return _Side(whole, links, labels, lead_sizes, source, numbers)
 
 
 def new_producers(value: ir.Value) -> tuple[ir.Node, ...]:
@@ -245,7 +248,10 @@ def _weighted(reading: Reading, side: _Side, a: Analysis) -> Reading:
     value, nodes = times(reading.operand.value, side.numbers, a)
     operand = dataclasses.replace(reading.operand, value=value)
     source = side.source if reading.source is side.factor.value else reading.source
-    before = new_producers(side.factor.value)
+    needed = new_producers(value)
+    before = tuple(
+        node for node in new_producers(side.factor.value) if node in needed and node not in reading.new_nodes
+    )
     return dataclasses.replace(reading, operand=operand, source=source, new_nodes=(*before, *reading.new_nodes, *nodes))
 
 
@@ -361,7 +367,7 @@ def _to_layout(build: Builder, value: ir.Value, shape: Sequence[Dim], heads: Dim
     if rank == 3 and heads == 1:
         return value, Layout.BSH
     if rank == 3 and heads.const is not None:
-        return build.split_first_axis(value, heads.const), Layout.BHSD
+        return build.split_axis(value, 0, 3, heads.const), Layout.BHSD
     if rank == 2 and heads == 1:
         return build.unsqueeze(value, 0), Layout.BSH
     if rank > 4 and heads.const is not None:

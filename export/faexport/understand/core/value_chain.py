@@ -19,6 +19,7 @@ from faexport.understand.core.factors import Weight, division_by, fits
 from faexport.understand.core.nan_guard import nan_guard
 from faexport.understand.core.rounding import QUANTIZING, Rounding, rounding_at
 from faexport.understand.core.row_guard import row_guard
+from faexport.understand.core.rows_of_heads import with_heads_apart
 from faexport.understand.core.score_chain import RESHAPES, Scores, label_axes
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.layout import view_ops
@@ -107,7 +108,7 @@ class _Walker:
                 return self._several(users)
             if op(users[0]) in PRODUCT_OPS:
                 return [(self, users[0])]
-            refusal = self._step(users[0])
+            refusal = self._step(users[0]) or self._widened(users[0])
             if refusal is not None:
                 return refusal
         why = f"more than {MAX_PATH} nodes stand between the softmax and a product with values"
@@ -118,11 +119,16 @@ class _Walker:
         ends: list[tuple[_Walker, ir.Node]] = []
         for user in users:
             way = self._copy()
-            found = [(way, user)] if op(user) in PRODUCT_OPS else way._step(user) or way.run()
+            found = [(way, user)] if op(user) in PRODUCT_OPS else way._step(user) or way._widened(user) or way.run()
             if isinstance(found, Refusal):
                 return Refusal(f"the attention weights are used twice: also by {op(user)}", name_of(user))
             ends += found
         return ends
+
+    def _widened(self, node: ir.Node) -> Refusal | None:
+        if self.a.rank(self.value) in (len(self.view.axes), None):
+            return None
+        return Refusal("the attention weights get more axes from what meets them", name_of(node))
 
     def _advance(self, node: ir.Node) -> None:
         self.nodes.append(node)
@@ -259,6 +265,10 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
         if _is_of_scores(scores.product, a):
             return Refusal(PAIRS, name_of(scores.product.node))
         return Refusal(_wrong_sum(scores.product, axes["sum"], row, shape), name_of(node))
+    if axes["row"] != row and (apart := with_heads_apart(product, axes["row"], scores.product, shape, a)):
+        product = apart
+        split = [axis for x, axis in axes.items() for axis in ([(atom,) for atom in axis] if x == "row" else [axis])]
+        axes = dict(zip(product.left.labels, split, strict=True))
     if axes["row"] != row:
         other = next((x for x in product.leads if axes.get(x) == row and x not in product.right.labels), None)
         if other is not None:

@@ -37,7 +37,7 @@ class Step(Protocol):
 def widened(product: Product, steps: Sequence[Step], a: Analysis) -> tuple[tuple[Dim, ...], tuple[Factor, ...]]:
     """The sizes of the scores once everything has met them that meets them in the shape in which they are multiplied,
     and the tensors that they may take them from: none where a Shape node tells what size they had before."""
-    shape = list(a.known_shape(product.node.outputs[0]))
+    shape = list(product.shape_of(a) or ())
     wider: dict[ir.Value, Factor] = {}
     if any(shape_users(node.outputs[0]) for node in (product.node, *(step.node for step in steps))):
         return tuple(shape), ()

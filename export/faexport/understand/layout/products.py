@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from faexport.nodes import attribute, op, operand
 from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.einsum import einsum_equation, multiplied_order
 
 FUSED = ("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
@@ -43,10 +44,15 @@ class Product:
     labels: tuple[str, ...]  # of the result
     scale: float = 1.0
     order: tuple[str, ...] = ()  # of the leading labels, batch first, where the result's axes stand in another one
+    shape: tuple[Dim, ...] = ()  # of the result by labels, where two of them are one axis of the node's output
 
     @property
     def leads(self) -> tuple[str, ...]:
         return self.order or tuple(label for label in self.labels if label not in ("row", "column"))
+
+    def shape_of(self, a: Analysis) -> tuple[Dim, ...] | None:
+        """The size of each label of the result."""
+        return self.shape or a.shape(self.node.outputs[0])
 
     def swapped(self) -> Product:
         """The same product with left and right (row and column) exchanged."""

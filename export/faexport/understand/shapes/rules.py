@@ -276,6 +276,15 @@ def _range(node, a):
     return [(quotient(span + (abs(by) - 1), Dim.of(abs(by))).maximum(0),)]
 
 
+@shape_of("OneHot")
+def _one_hot(node, a):
+    shape, depth = a.shape(node.inputs[0]), a.contents(node.inputs[1])
+    if shape is None:
+        return None
+    place = resolve_axis(attribute(node, "axis", -1), len(shape) + 1)
+    return [(*shape[:place], depth[0] if depth else Dim.unknown("depth"), *shape[place:])]
+
+
 @shape_of("Shape")
 def _shape(node, a):
     shape = a.shape(node.inputs[0])
