@@ -68,6 +68,18 @@ MULTI_HEAD = {
     "lengths": ([Q, K, V, None, np.array([3, 7], np.int32)], {}),
     "lengths that hide little": ([Q, K, V, None, np.array([3, 6], np.int32)], {"mask_filter_value": -5.0}),
     "a length of 0 that absorbs": ([Q, K, V, None, np.array([0, 6], np.int32)], {"mask_filter_value": -1e30}),
+    "the lowest number": (
+        [Q, K, V, None, (PADDING * [[0], [1]]).astype(np.int32)],
+        {"mask_filter_value": -3.4028235e38},
+    ),
+    "the lowest number and a bias": (
+        [Q, K, V, None, (PADDING * [[0], [1]]).astype(np.int32), floats(1, H, S, L)],
+        {"mask_filter_value": -3.4028235e38},
+    ),
+    "the lowest number, causal": (
+        [Q, SELF_K, SELF_V, None, np.array([[0] * S, [0, 0] + [1] * (S - 2)], np.int32)],
+        {"mask_filter_value": -3.4028235e38, "unidirectional": 1},
+    ),
     "key mask": ([Q, K, V, None, PADDING], {}),
     "a mask of other numbers": ([Q, K, V, None, PADDING * 5 - 2], {}),
     "everything masked": ([Q, K, V, None, np.zeros_like(PADDING)], {}),
@@ -156,6 +168,9 @@ def test_one_row_on_a_cache_is_refused_with_all_reasons() -> None:
 
 
 X, WEIGHTS, BIAS = floats(B, S, H * D), floats(H * D, 3 * H * D) * 0.2, floats(3 * H * D)
+LOWEST = float(np.finfo(np.float32).min)
+NOTHING, LEFT_PADDED = np.zeros((B, S), np.int32), np.ones((B, S), np.int32)
+LEFT_PADDED[1, :2] = 0
 WITH_PROJECTION = {
     "plain": ([X, WEIGHTS, BIAS], {}),
     "unidirectional": ([X, WEIGHTS, BIAS], {"unidirectional": 1}),
@@ -169,6 +184,19 @@ WITH_PROJECTION = {
     "a length of 0 that absorbs, causal": (
         [X, WEIGHTS, BIAS, np.array([2, 0], np.int32)],
         {"mask_filter_value": -1e30, "unidirectional": 1},
+    ),
+    "the lowest number, everything hidden": ([X, WEIGHTS, BIAS, NOTHING], {"mask_filter_value": LOWEST}),
+    "the lowest number, everything hidden, causal": (
+        [X, WEIGHTS, BIAS, NOTHING],
+        {"mask_filter_value": LOWEST, "unidirectional": 1},
+    ),
+    "the lowest number, a length of 0, causal": (
+        [X, WEIGHTS, BIAS, np.array([2, 0], np.int32)],
+        {"mask_filter_value": LOWEST, "unidirectional": 1},
+    ),
+    "the lowest number, padded on the left, causal": (
+        [X, WEIGHTS, BIAS, LEFT_PADDED],
+        {"mask_filter_value": LOWEST, "unidirectional": 1},
     ),
     "own size of values": (
         [X, floats(H * D, 2 * H * D + 24) * 0.2, floats(2 * H * D + 24)],

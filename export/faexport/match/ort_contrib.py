@@ -19,6 +19,7 @@ from faexport.spec import (
     Assumption,
     AttentionSpec,
     Candidate,
+    EmptyRow,
     Fact,
     Layout,
     Mask,
@@ -94,7 +95,15 @@ class Contrib:
             keep = self.build.add("Greater", [padding, zero], ir.DataType.BOOL)  # numbers below 0 hide, too
         else:
             raise Unfit("its padding mask has a shape that is not understood")
-        added = self._as_bias(keep, 3 if len(shape) == 3 else 2)
+        for _ in range(1 if len(shape) == 3 else 2):
+            keep = self.build.unsqueeze(keep, 1)
+        if self.dtype is ir.DataType.FLOAT and np.float32(self.filler) == np.finfo(np.float32).min:
+            # Keys that causality hides get the same number, so that all keys of such a row are alike, those ahead too.
+            mask.attn_mask, mask.attn_bias, mask.empty_row = keep, bias, EmptyRow.MEAN
+            text = f"a row that sees no key gives the mean of all values, as the fill {self.filler:g} does"
+            mask.facts += (Fact("padding mask", (name_of(self.node),)), Fact(text, (name_of(self.node),)))
+            return mask
+        added = self._as_bias(keep)
         mask.attn_bias = added if bias is None else self.build.add("Add", [added, bias])
         mask.facts += (Fact("padding mask", (name_of(self.node),)),)
         if -1e30 < self.filler < 0:
@@ -132,14 +141,11 @@ class Contrib:
         """A tensor and its axis of as many elements as there are keys, without those of a cache."""
         raise NotImplementedError
 
-    def _as_bias(self, keep: ir.Value, rank: int) -> ir.Value:
+    def _as_bias(self, keep: ir.Value) -> ir.Value:
         build, dtype = self.build, self.dtype
         values = (np.array(x, dtype.numpy()) for x in (0.0, self.filler))
         numbers = [build.add("Constant", (), dtype, value=ir.tensor(x)) for x in values]
-        value = build.add("Where", [keep, *numbers], dtype)
-        for _ in range(4 - rank):
-            value = build.unsqueeze(value, 1)
-        return value
+        return build.add("Where", [keep, *numbers], dtype)
 
     def finish(self, candidate: Candidate, operands: list[Operand], mask: Mask, **more) -> AttentionSpec:
         query, key, value = operands
@@ -233,7 +239,8 @@ class _MultiHead(Contrib):
         """What its attention_bias is, as of scores in any graph, where nothing else masks: exporters put the causal
         mask and the padding there. It stays a bias where that can't be said of keys behind a past."""
         bias, query = mask.attn_bias, self.node.inputs[0]
-        if query is None or bias is None or bias is not operand(self.node, 5) or mask.is_causal:
+        is_alone = bias is operand(self.node, 5) and mask.attn_mask is None and not mask.is_causal
+        if query is None or bias is None or not is_alone:
             return mask
         rows, heads = self.a.known_shape(query)[1], Dim.of(self.heads)
         term = MaskTerm(TermKind.ADD, bias, self.node, "BHST", (batch, heads, rows, keys))
