@@ -209,15 +209,13 @@ def fuse(
 
     MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
     other folder all models are rewritten, and several models or folders may be given."""
-    _check_choices(dtype, fp16, bf16, keep_io_types, rest, target)
+    _check_precision(dtype, fp16, bf16, keep_io_types, float32)
     if not check and (timeout != VERIFY_TIMEOUT or verify_on != DEVICES[0]):
         raise click.UsageError(
             "--no-verify runs nothing, so that --verify-timeout and --verify-on say nothing; leave them out"
         )
-    if float32 and dtype in ("fp16", "bf16"):
-        raise click.UsageError(
-            f"--float32 is of float32 attention, which --dtype {dtype} leaves none of; give one of them"
-        )
+    if rest and target == "tensorrt":
+        raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
     with _failing_early(models[0], as_json):
         for path in models:
             if not path.is_dir():
@@ -253,9 +251,7 @@ def fuse(
             _fuse_one(todo[0], as_json, html_file, strict, quiet)
 
 
-def _check_choices(
-    dtype: str | None, fp16: bool, bf16: bool, keep_io_types: bool, rest: bool | None, target: str
-) -> None:
+def _check_precision(dtype: str | None, fp16: bool, bf16: bool, keep_io_types: bool, float32: str | None) -> None:
     """Raises click.UsageError where options exclude one another, or one needs another."""
     given = [name for name, is_given in ((f"--dtype {dtype}", dtype), ("--fp16", fp16), ("--bf16", bf16)) if is_given]
     if len(given) > 1:
@@ -263,8 +259,10 @@ def _check_choices(
         raise click.UsageError(f"{' and '.join(given)} exclude one another, give one of them{why}")
     if not keep_io_types and not (fp16 or bf16):
         raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
-    if rest and target == "tensorrt":
-        raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
+    if float32 and dtype in ("fp16", "bf16"):
+        raise click.UsageError(
+            f"--float32 is of float32 attention, which --dtype {dtype} leaves none of; give one of them"
+        )
 
 
 def _check_reports(
