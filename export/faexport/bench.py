@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import scratch, terminal
-from .bench_data import CLEARLY, Measured, Row, Timing, bench_label
-from .engine import parse_shapes, shape_text
-from .errors import ModelError
-from .options import Options
-from .options_of_commands import FILE, html_option, json_option, model_argument, quiet_option
-from .output import check_input, check_report, write_file
+from faexport import scratch, terminal
+from faexport.bench_data import CLEARLY, Measured, Row, Timing, bench_label
+from faexport.engine import parse_shapes, shape_text
+from faexport.errors import ModelError
+from faexport.options import Options
+from faexport.options_of_commands import FILE, html_option, json_option, model_argument, quiet_option
+from faexport.output import check_input, check_report, write_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from .blocks import Block
-    from .inputs import Drawing, InputSpec
-    from .report import Report
+    from faexport.blocks import Block
+    from faexport.inputs import Drawing, InputSpec
+    from faexport.report import Report
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 SLOW = 5.0  # seconds of one run of the original, above which the ladder ends
@@ -109,7 +109,7 @@ def bench(
     """Time MODEL against its fused form in onnxruntime: median of runs in turn, memory, and on the CPU the share of
     what is rewritten in the time. On a GPU inputs and outputs stay there, and a run ends when the GPU has. The inputs
     are random; verify with `faexport MODEL`."""
-    from . import bench_view
+    from faexport import bench_view
 
     check_input(model)
     check_report(svg, [model], "--svg")
@@ -125,7 +125,7 @@ def bench(
     if svg is not None:
         write_file(svg, picture.encode())
     if html_file is not None:
-        from . import html_report
+        from faexport import html_report
 
         found.report.model = str(model)
         text = html_report.page(found.report, found.blocks, html_report.bench(picture, [*found.notes, sentence]))
@@ -155,14 +155,14 @@ class Limits:
 
     def ask(self, kind: str, models: Sequence[str], tensors: dict[str, Any]) -> Any:
         """The answer of a process of its own. Raises ModelError."""
-        from .bench_child import Question, measure
+        from faexport.bench_child import Question, measure
 
         question = Question(kind, tuple(models), tensors, self.runs, threads=self.threads, device=self.device)
         return measure(question, self.timeout)
 
 
 def default_device() -> str:
-    from . import ort_session
+    from faexport import ort_session
 
     if missing := ort_session.missing_packages():
         raise ModelError(missing)
@@ -192,7 +192,7 @@ def measure(
 ) -> Result:
     """`padded`: all entries of a batch but the first have random lengths. `on_row` gets each row once it is measured.
     Raises ModelError."""
-    from . import blocks, inputs, model_io, operator_library, ort_session, pipeline
+    from faexport import blocks, inputs, model_io, operator_library, ort_session, pipeline
 
     if missing := ort_session.missing_packages():
         raise ModelError(missing)
@@ -256,7 +256,7 @@ def _rest(limits: Limits, model: str, tensors: dict[str, Any], attention: set[st
 
 def _drawing(specs: Sequence[InputSpec], padded: bool) -> Drawing:
     """Raises ModelError where the model has no input that tells which entries are shorter."""
-    from .inputs import Drawing, MaskPattern, Role
+    from faexport.inputs import Drawing, MaskPattern, Role
 
     told_by = {Role.MASK, Role.WEIGHT, Role.VALID_KEYS, Role.LAST_KEY, Role.LENGTHS}
     if padded and not any(spec.role in told_by for spec in specs):
@@ -269,7 +269,7 @@ def _settings(specs: Sequence[InputSpec], shapes: Sequence[str], drawing: Drawin
     """Inputs for each size: those asked for, else a ladder of lengths, or the one that the model has."""
     import numpy as np
 
-    from . import inputs
+    from faexport import inputs
 
     def drawn(given: dict[str, int], length: int) -> dict[str, Any]:
         bound = inputs.bind(specs, inputs.Sizes(batch=given.pop("", 1), length=length, past=length), given)
@@ -290,8 +290,8 @@ def _settings(specs: Sequence[InputSpec], shapes: Sequence[str], drawing: Drawin
 
 def _related(specs: list[InputSpec], original: ir.Model, path: pathlib.Path) -> list[InputSpec]:
     """The inputs with sizes that belong together, where the model runs with such; else as the file has them."""
-    from . import inputs, ort_session, relations
-    from .reference import needs_library, outputs_or_sentence
+    from faexport import inputs, ort_session, relations
+    from faexport.reference import needs_library, outputs_or_sentence
 
     if len(inputs.symbols(specs)) < 2:
         return specs
@@ -320,7 +320,7 @@ def _asked(
     specs: Sequence[InputSpec], asked: Mapping[str, Sequence[int]], drawn: Callable[[dict[str, int], int], Any]
 ) -> Any:
     """Inputs of these shapes, and others that fit them. Raises ModelError where there are none."""
-    from . import relations
+    from faexport import relations
 
     bound, shape = relations.solve(asked, specs), next(iter(asked.values()))
     tensors = drawn({"": shape[0] if shape else 1, **bound}, shape[1] if len(shape) > 1 else 128)

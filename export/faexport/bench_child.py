@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import ort_session, scratch
-from .errors import ModelError
+from faexport import ort_session, scratch
+from faexport.errors import ModelError
 
 WARMUPS = {"cpu": 2, "cuda": 10}  # a GPU's clocks and libraries need more until a run is like the next
 LEAST_ROUNDS = 5

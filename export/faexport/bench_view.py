@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import rich.box
 import rich.table
 
-from .bench_data import Row, Timing, bench_label
+from faexport.bench_data import Row, Timing, bench_label
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 280, 60, 40, 50  # px of one of the two panels
 COLOURS = {"original": "#8a5a00", "fused": "#0b57d0"}

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from .nodes import graphs_of, name_of, op
-from .spec import DOMAIN, OP_TYPE
+from faexport.nodes import graphs_of, name_of, op
+from faexport.spec import DOMAIN, OP_TYPE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import engine, scratch, terminal
-from .engine import EngineReport, Range, Runtime, shape_text
-from .errors import ModelError
-from .options import Options
-from .options_of_commands import FILE, json_option, model_argument, quiet_option
-from .output import check_input, check_output, write_file
+from faexport import engine, scratch, terminal
+from faexport.engine import EngineReport, Range, Runtime, shape_text
+from faexport.errors import ModelError
+from faexport.options import Options
+from faexport.options_of_commands import FILE, json_option, model_argument, quiet_option
+from faexport.output import check_input, check_output, write_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -156,8 +156,8 @@ def prepared(
     model: pathlib.Path, kind: Runtime, fuse: bool, bars: Bars
 ) -> Iterator[tuple[pathlib.Path, int, list[str]]]:
     """The file to parse, how many of our nodes it has, what there is to say; the plugin is registered."""
-    from . import model_io, pipeline, stand_in_copy
-    from .spec import OP_TYPE
+    from faexport import model_io, pipeline, stand_in_copy
+    from faexport.spec import OP_TYPE
 
     bars.say(f"reading {model.name}")
     loaded = model_io.load(model)
@@ -200,15 +200,15 @@ def _register_plugin() -> None:
 
 def count_operators(model: ir.Model) -> int:
     """How many nodes of ours a model has, in all its graphs."""
-    from .nodes import all_nodes
-    from .spec import DOMAIN, OP_TYPE
+    from faexport.nodes import all_nodes
+    from faexport.spec import DOMAIN, OP_TYPE
 
     return sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in all_nodes(model))
 
 
 def _refuse_operators_of_onnxruntime(path: pathlib.Path, model: ir.Model) -> None:
     """Raises ModelError where a file was written for onnxruntime."""
-    from .around import counts
+    from faexport.around import counts
 
     if found := {name: number for name, number in counts(model).items() if name not in KNOWN_TO_TENSORRT}:
         names = ", ".join(f"{number} {name}" for name, number in sorted(found.items()))
@@ -296,7 +296,7 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
 def _show(report: EngineReport, target: pathlib.Path, num_nodes: int) -> None:
     import rich.table
 
-    from .spec import OP_TYPE
+    from faexport.spec import OP_TYPE
 
     table = rich.table.Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("engine", f"{target} ({_size_text(report.engine_bytes)})")
@@ -338,7 +338,7 @@ def run(
     quiet: bool,
 ) -> None:
     """Run ENGINE on inputs from a file; with --model, compare with onnxruntime (exit code 1 where they differ)."""
-    from . import engine_run, model_io
+    from faexport import engine_run, model_io
 
     tensors = model_io.read_arrays(inputs)
     if output is not None:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from . import bench, build, deploy, terminal
-from .errors import ModelError, NotVerifiedError
-from .help_texts import EXAMPLES, EXAMPLES_OF_FUSE, EXAMPLES_OF_INSPECT, SUMMARY
-from .options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options
-from .options_of_commands import (
+from faexport import bench, build, deploy, terminal
+from faexport.errors import ModelError, NotVerifiedError
+from faexport.help_texts import EXAMPLES, EXAMPLES_OF_FUSE, EXAMPLES_OF_INSPECT, SUMMARY
+from faexport.options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options
+from faexport.options_of_commands import (
     FILE,
     PLACE,
     SECONDS,
@@ -34,18 +34,18 @@ from .options_of_commands import (
     report_option,
     strict_option,
 )
-from .output import check_input, check_report, final_path, write_file
+from faexport.output import check_input, check_report, final_path, write_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from . import jobs
-    from .report import Report
+    from faexport import jobs
+    from faexport.report import Report
 
 
 def _show_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from .version import version
+        from faexport.version import version
 
         click.echo(f"faexport {version()}")
         context.exit()
@@ -209,22 +209,20 @@ def fuse(
 
     MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
     other folder all models are rewritten, and several models or folders may be given."""
-    _check_choices(dtype, fp16, bf16, keep_io_types, rest, target)
+    _check_precision(dtype, fp16, bf16, keep_io_types, float32)
     if not check and (timeout != VERIFY_TIMEOUT or verify_on != DEVICES[0]):
         raise click.UsageError(
             "--no-verify runs nothing, so that --verify-timeout and --verify-on say nothing; leave them out"
         )
-    if float32 and dtype in ("fp16", "bf16"):
-        raise click.UsageError(
-            f"--float32 is of float32 attention, which --dtype {dtype} leaves none of; give one of them"
-        )
+    if rest and target == "tensorrt":
+        raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
     with _failing_early(models[0], as_json):
         for path in models:
             if not path.is_dir():
                 check_input(path)
     import onnx_ir as ir
 
-    from . import jobs, many
+    from faexport import jobs, many
 
     options = dataclasses.replace(
         _assuming(assume),
@@ -253,9 +251,7 @@ def fuse(
             _fuse_one(todo[0], as_json, html_file, strict, quiet)
 
 
-def _check_choices(
-    dtype: str | None, fp16: bool, bf16: bool, keep_io_types: bool, rest: bool | None, target: str
-) -> None:
+def _check_precision(dtype: str | None, fp16: bool, bf16: bool, keep_io_types: bool, float32: str | None) -> None:
     """Raises click.UsageError where options exclude one another, or one needs another."""
     given = [name for name, is_given in ((f"--dtype {dtype}", dtype), ("--fp16", fp16), ("--bf16", bf16)) if is_given]
     if len(given) > 1:
@@ -263,8 +259,10 @@ def _check_choices(
         raise click.UsageError(f"{' and '.join(given)} exclude one another, give one of them{why}")
     if not keep_io_types and not (fp16 or bf16):
         raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
-    if rest and target == "tensorrt":
-        raise click.UsageError(f"--rest writes operators of onnxruntime, which {target} doesn't run")
+    if float32 and dtype in ("fp16", "bf16"):
+        raise click.UsageError(
+            f"--float32 is of float32 attention, which --dtype {dtype} leaves none of; give one of them"
+        )
 
 
 def _check_reports(
@@ -289,8 +287,8 @@ def _check_reports(
 
 
 def _fuse_one(job: jobs.Job, as_json: bool, html_file: pathlib.Path | None, strict: bool, quiet: bool) -> None:
-    from . import jobs
-    from .report import Report
+    from faexport import jobs
+    from faexport.report import Report
 
     report = Report(model=str(job.model))
     with _failures(report, as_json, job.report_file):
@@ -311,8 +309,8 @@ def _fuse_one(job: jobs.Job, as_json: bool, html_file: pathlib.Path | None, stri
 def _fuse_many(
     todo: list[jobs.Job], as_json: bool, report_file: pathlib.Path | None, strict: bool, quiet: bool
 ) -> None:
-    from . import many
-    from .report import Report
+    from faexport import many
+    from faexport.report import Report
 
     reports = [Report(model=str(job.model)) for job in todo]
     with many.telling_what_was_written(reports):
@@ -356,12 +354,12 @@ def inspect(
     with _failing_early(model, as_json):
         if not model.is_dir():
             check_input(model)
-        from . import jobs, many
+        from faexport import jobs, many
 
         model = jobs.model_file(many.only_model(model))
         check_report(report_file, [model], "--report")
         check_report(html_file, [model], "--html")
-    from .report import Report
+    from faexport.report import Report
 
     report = Report(model=str(model))
     with _failures(report, as_json, report_file), terminal.progress(quiet) as progress:
@@ -384,7 +382,7 @@ def _failing_early(model: pathlib.Path, as_json: bool) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        from .report import Report
+        from faexport.report import Report
 
         _write_json(Report(model=str(model), error=str(error)), as_json, None)
         raise
@@ -428,7 +426,7 @@ def _write_html(report: Report, path: pathlib.Path | None, fused: ir.Model | Non
     """The report as a page, with drawings where something was fused."""
     if path is None:
         return
-    from . import blocks, html_report, model_io
+    from faexport import blocks, html_report, model_io
 
     drawn = blocks.find_blocks(model_io.load(str(report.model)), fused) if fused is not None else {}
     write_file(path, html_report.page(report, drawn).encode())
@@ -437,7 +435,7 @@ def _write_html(report: Report, path: pathlib.Path | None, fused: ir.Model | Non
 def _show(report: Report, as_json: bool, report_file: pathlib.Path | None, quiet: bool) -> None:
     _write_json(report, as_json, report_file)
     if not as_json and not quiet:
-        from .report_view import view
+        from faexport.report_view import view
 
         with terminal.printing():
             screen = terminal.console()
@@ -463,7 +461,7 @@ def _conclusion(report: Report) -> str:
         return f"{counts} can be fused; no model was written"
     if report.sites:
         return "nothing was fused, so no model was written; the table says why"
-    from .spec import DOMAIN, OP_TYPE
+    from faexport.spec import DOMAIN, OP_TYPE
 
     already = report.nodes_before.get(f"{DOMAIN}::{OP_TYPE}", 0)
     if already:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from .nodes import outermost_graphs
-from .report import OutputDifference
+from faexport.nodes import outermost_graphs
+from faexport.report import OutputDifference
 
 # In half precision four roundings: unit roundoff is 2^-11 and 2^-8.
 RELATIVE_TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}

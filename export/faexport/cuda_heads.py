@@ -9,10 +9,10 @@ import functools
 import re
 from collections.abc import Iterable
 
-from .nodes import dtype_name
-from .report import SiteReport
-from .schema import table_rows
-from .spec import AttentionSpec, Candidate
+from faexport.nodes import dtype_name
+from faexport.report import SiteReport
+from faexport.schema import table_rows
+from faexport.spec import AttentionSpec, Candidate
 
 _ROW = re.compile(r"^FA_CUDA_HEADS\((\w+), (\d+)\)\s*$")
 

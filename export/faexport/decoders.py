@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import inputs
-from .inputs import Drawing, InputSpec, Role
-from .nodes import attribute, op, operand, producer
-from .settings import LARGE, InputSet
-from .understand.shapes.analysis import Analysis
+from faexport import inputs
+from faexport.inputs import Drawing, InputSpec, Role
+from faexport.nodes import attribute, op, operand, producer
+from faexport.settings import LARGE, InputSet
+from faexport.understand.shapes.analysis import Analysis
 
 GROUPED = "com.microsoft::GroupQueryAttention"
 _LONGEST = 600  # keys of a step that is to reach beyond a window

@@ -12,10 +12,10 @@ import shutil
 
 import click
 
-from . import terminal
-from .errors import ModelError
-from .options_of_commands import FILE, model_argument, quiet_option
-from .output import check_input, write_file, writing
+from faexport import terminal
+from faexport.errors import ModelError
+from faexport.options_of_commands import FILE, model_argument, quiet_option
+from faexport.output import check_input, write_file, writing
 
 EXAMPLES = """\b
 Examples:
@@ -67,8 +67,8 @@ def deploy(
 ) -> None:
     """Write MODEL (an output of faexport, or any ONNX model) as a model of a Triton repository: its files, the
     operator's library if the model needs it, and config.pbtxt with the model's own inputs and outputs."""
-    from . import model_io, operator_library, triton
-    from .build import count_operators
+    from faexport import model_io, operator_library, triton
+    from faexport.build import count_operators
 
     check_input(model)
     name = name or re.sub(r"[^\w.-]", "_", model.name.removesuffix(".onnx"))

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-from . import ort_session, pipeline
-from .errors import ModelError
-from .normalize import ConversionError
-from .options import Options
-from .report import Report
+from faexport import ort_session, pipeline
+from faexport.errors import ModelError
+from faexport.normalize import ConversionError
+from faexport.options import Options
+from faexport.report import Report
 
 TIMEOUT_SECONDS = 60.0
 

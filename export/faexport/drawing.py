@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from .blocks import Block
+from faexport.blocks import Block
 
 CHAR, PADDING, HEIGHT, GAP_X, GAP_Y = 7.0, 10.0, 26.0, 14.0, 26.0  # px; CHAR of a 12 px monospaced letter
 LONGEST = 28  # letters of a name

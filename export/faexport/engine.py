@@ -18,8 +18,8 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .errors import ModelError
-from .output import write_file
+from faexport.errors import ModelError
+from faexport.output import write_file
 
 Shape = tuple[int, ...]
 

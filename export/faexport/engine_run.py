@@ -21,12 +21,12 @@ import ml_dtypes
 import numpy as np
 import rich.table
 
-from . import compare as comparison
-from . import engine, model_io, ort_session
-from .engine import Runtime
-from .errors import ModelError
-from .output import check_input, write_file
-from .report import OutputDifference
+from faexport import compare as comparison
+from faexport import engine, model_io, ort_session
+from faexport.engine import Runtime
+from faexport.errors import ModelError
+from faexport.output import check_input, write_file
+from faexport.report import OutputDifference
 
 MAGIC = {Runtime.TENSORRT: b"ftrt", Runtime.TENSORRT_RTX: b"vtrt"}  # first bytes of an engine file
 

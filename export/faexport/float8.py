@@ -16,15 +16,15 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from .fallback import layouts_of, set_inputs
-from .nodes import op, operand
-from .rewrite import Names, name_node, remove_dead
-from .schema import NUM_REQUIRED
-from .spec import DOMAIN, OP_TYPE, Layout
-from .surgery import Builder
-from .understand.core.rounding import rounding_at
-from .understand.layout.view_ops import VIEW_OPS
-from .understand.shapes.analysis import Analysis
+from faexport.fallback import layouts_of, set_inputs
+from faexport.nodes import op, operand
+from faexport.rewrite import Names, name_node, remove_dead
+from faexport.schema import NUM_REQUIRED
+from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.surgery import Builder
+from faexport.understand.core.rounding import rounding_at
+from faexport.understand.layout.view_ops import VIEW_OPS
+from faexport.understand.shapes.analysis import Analysis
 
 MINIMUM_OPSET = 19  # the first with float8
 LARGEST = 448.0  # of e4m3

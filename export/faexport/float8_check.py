@@ -18,19 +18,19 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import compare, float8, model_io, ort_session
-from .errors import ModelError
-from .fallback import add_fallback, remove_fallback
-from .float8 import Site, Spread
-from .nodes import all_nodes, dtype_name
-from .ort_session import CannotRun, Job, ModelFailure
-from .reference import Amount, Reference
-from .report import Float8, Float8Output, Float8Site, VerificationStatus
-from .rewrite import Names, name_node
-from .side_by_side_math import Emit, Statistics, statistics
-from .spec import DOMAIN, OP_TYPE
-from .surgery import Builder
-from .understand.shapes.analysis import Analysis
+from faexport import compare, float8, model_io, ort_session
+from faexport.errors import ModelError
+from faexport.fallback import add_fallback, remove_fallback
+from faexport.float8 import Site, Spread
+from faexport.nodes import all_nodes, dtype_name
+from faexport.ort_session import CannotRun, Job, ModelFailure
+from faexport.reference import Amount, Reference
+from faexport.report import Float8, Float8Output, Float8Site, VerificationStatus
+from faexport.rewrite import Names, name_node
+from faexport.side_by_side_math import Emit, Statistics, statistics
+from faexport.spec import DOMAIN, OP_TYPE
+from faexport.surgery import Builder
+from faexport.understand.shapes.analysis import Analysis
 
 WHERE = "attention in float8 runs on CPUs and on GPUs of compute capability 9.0; on other GPUs the file does not run"
 MOST_ERROR = 0.25  # of a site; one that loses more keeps the model's precision

@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from .nodes import RUNTIME_DOMAIN, all_nodes, attribute, given
-from .surgery import Builder
-from .understand.shapes.constants import tensor_of
+from faexport.nodes import RUNTIME_DOMAIN, all_nodes, attribute, given
+from faexport.surgery import Builder
+from faexport.understand.shapes.constants import tensor_of
 
 _NO_KERNEL = re.compile(r"(?:Could not find an implementation|Failed to find kernel) for (?:com\.microsoft\.)?(\w+)\(")
 Formula = Callable[[ir.Node, Builder], ir.Value]

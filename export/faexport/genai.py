@@ -15,11 +15,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import model_io, operator_library, scratch
-from .errors import ModelError
-from .graph_checks import external_tensors
-from .output import check_input, writing
-from .signals import uninterrupted
+from faexport import model_io, operator_library, scratch
+from faexport.errors import ModelError
+from faexport.graph_checks import external_tensors
+from faexport.output import check_input, writing
+from faexport.signals import uninterrupted
 
 CONFIG = "genai_config.json"
 LIBRARY_OPTION = "custom_ops_library"

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from .errors import ModelError
-from .head_counts import contradiction
-from .nodes import name_of, outermost_graphs, subgraphs
+from faexport.errors import ModelError
+from faexport.head_counts import contradiction
+from faexport.nodes import name_of, outermost_graphs, subgraphs
 
 AGAIN = "export or copy the model again"
 

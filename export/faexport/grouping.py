@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-from .report import (
+from faexport.report import (
     Dim,
     Float8,
     Float8Site,

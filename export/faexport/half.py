@@ -19,13 +19,13 @@ import onnx_ir as ir
 import onnx_ir.external_data
 import onnx_ir.passes.common as passes
 
-from . import model_io, schema
-from .errors import ModelError
-from .fallback import add_fallback, remove_fallback
-from .spec import DOMAIN, OP_TYPE
-from .surgery import Builder
-from .understand.shapes.analysis import Analysis
-from .widen import HALF, TYPE_ATTRIBUTES, in_float32
+from faexport import model_io, schema
+from faexport.errors import ModelError
+from faexport.fallback import add_fallback, remove_fallback
+from faexport.spec import DOMAIN, OP_TYPE
+from faexport.surgery import Builder
+from faexport.understand.shapes.analysis import Analysis
+from faexport.widen import HALF, TYPE_ATTRIBUTES, in_float32
 
 _NUM_REQUIRED = schema.NUM_REQUIRED  # inputs of the operator that have no name of their own in optional_inputs
 

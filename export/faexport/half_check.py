@@ -19,12 +19,12 @@ from collections.abc import Generator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import compare, half, half_nodes, model_io, ort_session
-from .errors import ModelError, first_cause
-from .ort_session import CannotRun, Job, ModelFailure
-from .reference import Amount, Outputs, Reference, has_empty, needs_library, open_optimized
-from .report import HalfOutput, HalfPrecision, VerificationStatus
-from .site_check import ROUNDING_FACTOR, TOO_NOISY
+from faexport import compare, half, half_nodes, model_io, ort_session
+from faexport.errors import ModelError, first_cause
+from faexport.ort_session import CannotRun, Job, ModelFailure
+from faexport.reference import Amount, Outputs, Reference, has_empty, needs_library, open_optimized
+from faexport.report import HalfOutput, HalfPrecision, VerificationStatus
+from faexport.site_check import ROUNDING_FACTOR, TOO_NOISY
 
 
 @dataclasses.dataclass

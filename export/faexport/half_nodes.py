@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import model_io
-from .fallback import add_fallback
-from .half import is_ours, prepared
-from .nodes import op
-from .ort_session import Job, ModelFailure, has_library
-from .reference import Reference, needs_library
-from .side_by_side_math import Emit
+from faexport import model_io
+from faexport.fallback import add_fallback
+from faexport.half import is_ours, prepared
+from faexport.nodes import op
+from faexport.ort_session import Job, ModelFailure, has_library
+from faexport.reference import Reference, needs_library
+from faexport.side_by_side_math import Emit
 
 LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3895e38}
 MARGIN = 4.0  # a computed number may be this much larger on other inputs

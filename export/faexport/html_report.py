@@ -10,10 +10,10 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
-from .advice import advice
-from .blocks import Block
-from .drawing import svg
-from .grouping import (
+from faexport.advice import advice
+from faexport.blocks import Block
+from faexport.drawing import svg
+from faexport.grouping import (
     FLOAT8,
     QUANTIZED,
     Group,
@@ -26,7 +26,7 @@ from .grouping import (
     quantization_rows,
     sizes_text,
 )
-from .report import Float8, HalfPrecision, Report, Verification
+from faexport.report import Float8, HalfPrecision, Report, Verification
 
 MOST_BOXES = 80  # of a drawing: a larger one is no picture any more
 STYLE = """

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .understand.shapes.dims import Dim, named
+from faexport.understand.shapes.dims import Dim, named
 
 _KEEPS_ELEMENTS = {
     "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose",

@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from . import diagnosis, formulas, genai, model_io, ort_session, provenance, scratch
-from . import verify as verification
-from .errors import ModelError, NotVerifiedError
-from .graph_checks import external_tensors
-from .options import DEVICES, VERIFY_TIMEOUT, Options
-from .output import check_input, check_output, default_target
-from .reference import Reference, make_reference
-from .report import Report, Verification, VerificationStatus, count_nodes
-from .settings import Assumed, InputSet
-from .signals import uninterrupted
+from faexport import diagnosis, formulas, genai, model_io, ort_session, provenance, scratch
+from faexport import verify as verification
+from faexport.errors import ModelError, NotVerifiedError
+from faexport.graph_checks import external_tensors
+from faexport.options import DEVICES, VERIFY_TIMEOUT, Options
+from faexport.output import check_input, check_output, default_target
+from faexport.reference import Reference, make_reference
+from faexport.report import Report, Verification, VerificationStatus, count_nodes
+from faexport.settings import Assumed, InputSet
+from faexport.signals import uninterrupted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +269,7 @@ def _in_half(
     watcher: Watcher,
 ) -> tuple[ir.Model, model_io.Stage]:
     """The staged model in half precision, staged as well, and what the report says of it. Raises as run() does."""
-    from . import half_check
+    from faexport import half_check
 
     dtype = ir.DataType[job.options.half]
     name = dtype.name.lower()
@@ -305,7 +305,7 @@ def _in_float8(
 ) -> tuple[ir.Model, model_io.Stage]:
     """The staged model with attention in float8, staged as well, and what the report says of it. Raises as run()
     does."""
-    from . import float8_check
+    from faexport import float8_check
 
     if reference is None:
         raise ModelError(f"{job.model}: can't be computed in float8: {ort_session.missing_packages()}")

@@ -17,11 +17,11 @@ from typing import Any
 import rich.markup
 import rich.table
 
-from . import genai, jobs, terminal
-from .errors import ModelError, NotVerifiedError
-from .output import final_path, writing
-from .report import Report
-from .signals import uninterrupted
+from faexport import genai, jobs, terminal
+from faexport.errors import ModelError, NotVerifiedError
+from faexport.output import final_path, writing
+from faexport.report import Report
+from faexport.signals import uninterrupted
 
 SUFFIX, OWN_SUFFIX = ".onnx", ".fa.onnx"
 # Of the whole call: the first of these that the code of one model is.

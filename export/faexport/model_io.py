@@ -23,12 +23,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from . import scratch
-from .errors import ModelError, first_cause
-from .graph_checks import check_model, external_tensors
-from .output import check_input, check_output, final_path, writing
-from .proto_checks import check_proto
-from .signals import uninterrupted
+from faexport import scratch
+from faexport.errors import ModelError, first_cause
+from faexport.graph_checks import check_model, external_tensors
+from faexport.output import check_input, check_output, final_path, writing
+from faexport.proto_checks import check_proto
+from faexport.signals import uninterrupted
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all

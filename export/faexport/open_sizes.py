@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .formulas import cuda_only
-from .nodes import all_nodes, attribute, operand
-from .understand.shapes import algebra
-from .understand.shapes.analysis import Analysis
-from .understand.shapes.dims import Dim
-from .understand.shapes.evaluate import evaluate
+from faexport.formulas import cuda_only
+from faexport.nodes import all_nodes, attribute, operand
+from faexport.understand.shapes import algebra
+from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim
+from faexport.understand.shapes.evaluate import evaluate
 
 
 class OpenSizes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 
-from .errors import ModelError
+from faexport.errors import ModelError
 
 MISSING = (
     "the operator's library is not installed: install the wheel faplugin-….whl for the CPU, "

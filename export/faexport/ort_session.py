@@ -29,9 +29,9 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from . import operator_library
-from .errors import ModelError
-from .signals import uninterrupted
+from faexport import operator_library
+from faexport.errors import ModelError
+from faexport.signals import uninterrupted
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -233,7 +233,7 @@ def _load_on_cpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptio
     try:
         return ort.InferenceSession(model, options, providers=providers)
     except Exception as error:
-        from . import formulas
+        from faexport import formulas
 
         if not formulas.are_missing(str(error)):
             raise

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from . import scratch
-from .errors import ModelError
-from .signals import uninterrupted
+from faexport import scratch
+from faexport.errors import ModelError
+from faexport.signals import uninterrupted
 
 PathLike = str | os.PathLike[str]
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx import AttributeProto, TensorProto
 from onnx.defs import OpSchema
 
-from .errors import ModelError
+from faexport.errors import ModelError
 
 _Graph = onnx.GraphProto | onnx.FunctionProto
 _FunctionKey = tuple[str, str, str]  # domain, name, overload

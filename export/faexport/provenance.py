@@ -15,9 +15,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .options import Options
-from .report import FileRecord, Provenance, Report
-from .version import version
+from faexport.options import Options
+from faexport.report import FileRecord, Provenance, Report
+from faexport.version import version
 
 METADATA_KEY = "faexport"  # of the written model's metadata
 PACKAGES = ("onnx", "onnx-ir", "numpy")

@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Iterable
 
 import onnx_ir as ir
 
-from .nodes import maker, op
-from .side_by_side_math import Emit
-from .understand.core.rounding import DEQUANTIZING
-from .widen import HALF, widen_node, widened
+from faexport.nodes import maker, op
+from faexport.side_by_side_math import Emit
+from faexport.understand.core.rounding import DEQUANTIZING
+from faexport.widen import HALF, widen_node, widened
 
 BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 DISCRETE = {

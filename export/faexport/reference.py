@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import compare, decoders, model_io, ort_session, relations, settings, widen
-from . import inputs as model_inputs
-from .nodes import all_nodes
-from .open_sizes import OpenSizes
-from .ort_session import CannotRun, Job, ModelFailure
-from .settings import Assumed, InputSet
-from .spec import DOMAIN
+from faexport import compare, decoders, model_io, ort_session, relations, settings, widen
+from faexport import inputs as model_inputs
+from faexport.nodes import all_nodes
+from faexport.open_sizes import OpenSizes
+from faexport.ort_session import CannotRun, Job, ModelFailure
+from faexport.settings import Assumed, InputSet
+from faexport.spec import DOMAIN
 
 PATIENCE = 60.0  # seconds after which no more settings are tried on the original
 GIVE_INPUTS = "give inputs with --inputs file.npz"

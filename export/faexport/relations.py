@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import inputs
-from .inputs import Drawing, InputSpec, Sizes
-from .nodes import all_nodes, attribute, op, operand, producer
-from .understand.shapes import algebra
-from .understand.shapes.algebra import Expr
-from .understand.shapes.analysis import Analysis
-from .understand.shapes.dims import Dim, named
-from .understand.shapes.known import Shape
-from .understand.shapes.rules import BROADCASTING, resolve_axis
+from faexport import inputs
+from faexport.inputs import Drawing, InputSpec, Sizes
+from faexport.nodes import all_nodes, attribute, op, operand, producer
+from faexport.understand.shapes import algebra
+from faexport.understand.shapes.algebra import Expr
+from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim, named
+from faexport.understand.shapes.known import Shape
+from faexport.understand.shapes.rules import BROADCASTING, resolve_axis
 
 NAME_THEM = (
     "export it with names that say which are equal and which are sums (a mask's 'past + sequence'), or give inputs "

@@ -17,8 +17,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .nodes import dtype_name, own_graphs
-from .spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
+from faexport.nodes import dtype_name, own_graphs
+from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
 
 SCHEMA_VERSION = 1  # of to_json; raised when a key changes its meaning or goes away
 

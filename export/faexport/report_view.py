@@ -12,7 +12,7 @@ import rich.markup
 import rich.padding
 import rich.table
 
-from .grouping import (
+from faexport.grouping import (
     FLOAT8,
     QUANTIZED,
     float8_rows,
@@ -24,7 +24,7 @@ from .grouping import (
     quantization_rows,
     sizes_text,
 )
-from .report import (
+from faexport.report import (
     Float8,
     HalfPrecision,
     Report,

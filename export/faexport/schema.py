@@ -17,9 +17,9 @@ import onnx
 import onnx_ir as ir
 from onnx.defs import OpSchema
 
-from .spec import DOMAIN, OP_TYPE, VERSION
-from .understand.shapes.dims import Dim
-from .understand.shapes.rules_operator import OPTIONAL_OUTPUTS, output_dtype, output_shapes
+from faexport.spec import DOMAIN, OP_TYPE, VERSION
+from faexport.understand.shapes.dims import Dim
+from faexport.understand.shapes.rules_operator import OPTIONAL_OUTPUTS, output_dtype, output_shapes
 
 FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 FLOAT8_TYPE = "tensor(float8e4m3fn)"

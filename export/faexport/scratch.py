@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from .signals import uninterrupted
+from faexport.signals import uninterrupted
 
 PREFIX = "faexport-"
 LOCK = ".faexport-lock"

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from . import inputs
-from .inputs import Drawing, InputSpec, MaskPattern, Role, Sizes
+from faexport import inputs
+from faexport.inputs import Drawing, InputSpec, MaskPattern, Role, Sizes
 
 # The first settings, with which a model is as likely to run as with any. Where sizes are fixed only the mask differs.
 PLANS = (

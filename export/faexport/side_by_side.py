@@ -18,12 +18,12 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common
 
-from . import stand_in_copy
-from .nodes import dtype_name, maker
-from .recompute import BODIES, DISCRETE, copied, recomputed, unrounded_sources
-from .side_by_side_math import NUM_STATISTICS, Emit, bits_of, settled, statistics
-from .spec import DIVISORS, DOMAIN, LEFT_OUT, OP_TYPE
-from .understand.shapes.analysis import Analysis
+from faexport import stand_in_copy
+from faexport.nodes import dtype_name, maker
+from faexport.recompute import BODIES, DISCRETE, copied, recomputed, unrounded_sources
+from faexport.side_by_side_math import NUM_STATISTICS, Emit, bits_of, settled, statistics
+from faexport.spec import DIVISORS, DOMAIN, LEFT_OUT, OP_TYPE
+from faexport.understand.shapes.analysis import Analysis
 
 MINIMUM_OPSET = 9  # Where, IsNaN
 

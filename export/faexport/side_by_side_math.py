@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from .nodes import attribute, operand
+from faexport.nodes import attribute, operand
 
 _FLOAT = ir.DataType.FLOAT
 _fresh = itertools.count()

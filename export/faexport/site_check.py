@@ -17,17 +17,17 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from . import model_io, ort_session, side_by_side
-from .dequantize import DEQUANTIZED, expand
-from .normalize import convert_opset, inline_functions
-from .open_sizes import OpenSizes, excuse
-from .ort_session import CannotRun, Job, ModelFailure
-from .reference import Opener
-from .report import SiteComparison
-from .settings import InputSet
-from .side_by_side import Point
-from .side_by_side_math import Statistics
-from .spec import DOMAIN
+from faexport import model_io, ort_session, side_by_side
+from faexport.dequantize import DEQUANTIZED, expand
+from faexport.normalize import convert_opset, inline_functions
+from faexport.open_sizes import OpenSizes, excuse
+from faexport.ort_session import CannotRun, Job, ModelFailure
+from faexport.reference import Opener
+from faexport.report import SiteComparison
+from faexport.settings import InputSet
+from faexport.side_by_side import Point
+from faexport.side_by_side_math import Statistics
+from faexport.spec import DOMAIN
 
 ROUNDING_FACTOR = 2.0  # times as far from the same in float32 as the original is: the rule of FlashAttention's tests
 # Of the magnitude: an original that is so far from itself in float32 says nothing, and its error allows none of ours.

@@ -9,9 +9,9 @@ import pathlib
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from .errors import ModelError
-from .nodes import all_nodes
-from .spec import DOMAIN, OP_TYPE
+from faexport.errors import ModelError
+from faexport.nodes import all_nodes
+from faexport.spec import DOMAIN, OP_TYPE
 
 STAND_IN_DOMAIN = f"{DOMAIN}.stand_in"
 

@@ -22,7 +22,7 @@ import click
 import click.shell_completion
 import rich.console
 
-from .errors import ModelError
+from faexport.errors import ModelError
 
 if TYPE_CHECKING:
     import rich.progress

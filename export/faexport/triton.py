@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from .errors import ModelError
+from faexport.errors import ModelError
 
 BACKEND = "onnxruntime"
 TYPES = {

@@ -20,12 +20,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from . import compare, model_io, operator_library, ort_session, side_by_side, site_check
-from .nodes import all_nodes, attribute
-from .open_sizes import excuse
-from .options import VERIFY_TIMEOUT
-from .ort_session import CannotRun, ModelFailure
-from .reference import (
+from faexport import compare, model_io, operator_library, ort_session, side_by_side, site_check
+from faexport.nodes import all_nodes, attribute
+from faexport.open_sizes import excuse
+from faexport.options import VERIFY_TIMEOUT
+from faexport.ort_session import CannotRun, ModelFailure
+from faexport.reference import (
     Amount,
     Opener,
     Outputs,
@@ -36,9 +36,9 @@ from .reference import (
     needs_library,
     open_optimized,
 )
-from .report import OutputDifference, Verification, VerificationRun, VerificationStatus
-from .settings import ANY_NUMBERS, Assumed, InputSet
-from .spec import DOMAIN, LEFT_OUT
+from faexport.report import OutputDifference, Verification, VerificationRun, VerificationStatus
+from faexport.settings import ANY_NUMBERS, Assumed, InputSet
+from faexport.spec import DOMAIN, LEFT_OUT
 
 NOISE_FACTOR = 4.0
 LEAVES_OUT = (

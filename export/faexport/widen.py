@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from .nodes import outermost_graphs
+from faexport.nodes import outermost_graphs
 
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")

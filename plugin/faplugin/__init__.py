@@ -9,10 +9,10 @@
 The operator's tensors and attributes are described in docs/operator.md.
 """
 
-from ._attention import attention, explain
-from ._backward import attention_backward
-from ._library import library_path, register
-from ._session import session
+from faplugin._attention import attention, explain
+from faplugin._backward import attention_backward
+from faplugin._library import library_path, register
+from faplugin._session import session
 
 __version__: str
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._frameworks import allocates, current_stream, empty, readable
-from ._native import Call, inputs
+from faplugin._frameworks import allocates, current_stream, empty, readable
+from faplugin._native import Call, inputs
 
 
 def attention(

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._attention import bind, workspace
-from ._frameworks import empty, readable
+from faplugin._attention import bind, workspace
+from faplugin._frameworks import empty, readable
 
 # Arguments that may have a gradient besides query, key and value, and how FaGradient calls it.
 OTHERS = {"attn_bias": "d_bias", "attn_mask": "d_bias", "sinks": "d_sinks"}

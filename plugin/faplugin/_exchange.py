@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ._native import Node, check, exchange_api, library
+from faplugin._native import Node, check, exchange_api, library
 
 
 @functools.cache

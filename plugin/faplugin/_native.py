@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ._frameworks import address
-from ._library import find_library
+from faplugin._frameworks import address
+from faplugin._library import find_library
 
 # Devices of the DLPack specification.
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ._library import register
+from faplugin._library import register
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -12,7 +12,7 @@ import os
 import types
 from typing import Any
 
-from ._library import find_library
+from faplugin._library import find_library
 
 NAME, VERSION, NAMESPACE = "FlashAttention", "1", ""
 MAJORS = (10, 11)

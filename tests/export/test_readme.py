@@ -72,11 +72,21 @@ def test_the_readme_leads_to_every_page() -> None:
     assert targets == {page for page in ALL_PAGES if page.startswith("docs/")}
 
 
+def anchors(page: pathlib.Path) -> set[str]:
+    """What a link may name behind `#`: the headings of a page, as they are spelled in addresses."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", ALL_PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        assert "://" in target or (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
+        if "://" in target:
+            continue
+        there = (ROOT / page).parent / target if target else ROOT / page
+        assert there.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(there), f"{page}: {target}#{anchor}"
 
 
 def test_tables_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@
 On CUDA the backward pass takes float16 and bfloat16. See docs/torch.md.
 """
 
-from ._functions import (
+from faplugin.torch._functions import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -19,9 +19,9 @@ from ._functions import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from ._op import attend
-from ._sdpa import activate_sdpa
-from ._transformers import register_transformers
+from faplugin.torch._op import attend
+from faplugin.torch._sdpa import activate_sdpa
+from faplugin.torch._transformers import register_transformers
 
 __all__ = [
     "activate_sdpa",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._call import EXTRAS, LAYOUTS, OPTIONAL, SETTINGS, Tensors
+from faplugin.torch._call import EXTRAS, LAYOUTS, OPTIONAL, SETTINGS, Tensors
 
 
 def _attributes(names: list[str], settings: tuple) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ._call import ABSENT, scale_of, step
-from ._op import compute, is_eager
+from faplugin.torch._call import ABSENT, scale_of, step
+from faplugin.torch._op import compute, is_eager
 
 
 def _settings(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import _call
-from ._call import ABSENT, EXTRAS, OPTIONAL, SETTINGS, Tensors, scale_of, unpacked
+from faplugin.torch import _call
+from faplugin.torch._call import ABSENT, EXTRAS, OPTIONAL, SETTINGS, Tensors, scale_of, unpacked
 
 _INPUTS = ", ".join(
     [
@@ -173,7 +173,7 @@ def compute(
     if not eager or torch._C._is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     if not eager and torch.onnx.is_in_onnx_export():
-        from ._export import exported
+        from faplugin.torch._export import exported
 
         if return_lse:
             raise RuntimeError("the log-sum-exp is wanted during an ONNX export; expected a call for the output alone")

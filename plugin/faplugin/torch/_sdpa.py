@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._call import EXTRAS, backward, forward, scale_of
+from faplugin.torch._call import EXTRAS, backward, forward, scale_of
 
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

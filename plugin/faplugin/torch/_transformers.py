@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ._op import attend
+from faplugin.torch._op import attend
 
 NAME = "faplugin"
 
