@@ -85,6 +85,10 @@ class Model:
     def is_text(self) -> bool:
         return self.inputs is text
 
+    def num_scores(self, batch_size: int, length: int) -> int:
+        """Elements of a layer's scores, of text; 0: not known."""
+        return batch_size * self.heads * length**2 if self.is_text else 0
+
 
 def _bert(title: str, layers: int, width: int, heads: int, sizes: Sequence[tuple[int, int]], **others: Any) -> Model:
     longest = max(2048, *(length for _, length in sizes))

@@ -61,6 +61,12 @@ def fused_operators(path: pathlib.Path) -> dict[str, int]:
     return dict(sorted(collections.Counter(node.op_type for node in nodes if node.domain in FUSED_DOMAINS).items()))
 
 
+@functools.cache
+def holds_scores(path: pathlib.Path) -> bool:
+    """Does a file have attention whose scores are a tensor, which a Softmax reads?"""
+    return any(node.op_type == "Softmax" for node in onnx.load(path, load_external_data=False).graph.node)
+
+
 def exporters(paths: Iterable[pathlib.Path]) -> list[str]:
     """What wrote these files, e.g. "pytorch 2.13.0"; they needn't have been made where they are timed."""
     models = (onnx.load(path, load_external_data=False) for path in paths)
