@@ -22,10 +22,10 @@ from collections.abc import Iterator
 import dealing
 import results_file
 import skeletons
+from model_pages import NO_TIME
 from model_table import CLAIMS
 
 TIMED = "float16 ours"
-NO_TIME = "no time was left"
 
 
 def verified(name: str, how: str, folder: pathlib.Path, seconds: float) -> dict:
