@@ -234,8 +234,8 @@ def verified_sentence(data: dict) -> str:
     passed = [said for said in found.values() if said["status"] == "passed"]
     alike = sum(said["operators_as_timed"] for said in passed)
     late = sum(said["status"] == NO_TIME for said in found.values())
-    failed = {name: said["status"] for name, said in found.items() if said["status"] not in ("passed", NO_TIME)}
-    others = [f"; {name}: {status}" for name, status in failed.items()]
+    failed = [f"{name} ({x['status']})" for name, x in found.items() if x["status"] not in ("passed", NO_TIME)]
+    others = [f"; not: {', '.join(failed)}"] if failed else []
     others += [f"; of the other {late} none was run, since time was up"] if late else []
     return (
         f"`faexport MODEL --target cuda --verify-on cuda` (`benchmarks/verify_models.py`, {data['gpu']}, commit "

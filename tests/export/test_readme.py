@@ -179,6 +179,9 @@ def test_models_tables_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     verified = "1 of 2 exports pass, in 9 settings; 1 have the fused operators of the timed file"
     said = model_pages.verified_sentence({**environment, "models": models})
     assert said.endswith(f"{verified}; not: bert_large eager (unfinished after 9 s).")
+    models["bert_large eager"]["status"] = model_pages.NO_TIME
+    said = model_pages.verified_sentence({**environment, "models": models})
+    assert said.endswith(f"{verified}; of the other 1 none was run, since time was up.")
 
 
 def test_make_targets_exist() -> None:
