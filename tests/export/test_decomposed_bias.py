@@ -7,7 +7,9 @@ from __future__ import annotations
 import faexport
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from faexport import pipeline
 from faexport.options import Options
 from onnx import helper, numpy_helper, parser
 
@@ -51,6 +53,7 @@ MERGED = (  # heads and batch are one axis, as TorchScript's exporter has them
 )  # fmt: skip
 
 
+OPTIONS = Options(target="cuda", float32="tf32x3")
 NARROW = (("1280", "1080"), ("32, 40", "30, 36"), ("[32, 32", "[30, 30"), ("[40, 40", "[36, 36"))
 
 
@@ -83,7 +86,7 @@ def agree(given: onnx.ModelProto, fused: onnx.ModelProto, library: str) -> None:
 def test_it_becomes_columns(replaced: tuple, library: str) -> None:
     """Nothing of the size of the scores is left, and results are the same."""
     given = model(*replaced)
-    fused, report = faexport.fuse(given, options=Options(target="cuda"))
+    fused, report = faexport.fuse(given, options=OPTIONS)
     assert "attn_bias" not in optional(fused) and "further columns" in " ".join(f.text for f in report.sites[0].facts)
     shapes = onnx.shape_inference.infer_shapes(fused).graph.value_info
     sizes = [[d.dim_value for d in value.type.tensor_type.shape.dim] for value in shapes]
@@ -92,14 +95,24 @@ def test_it_becomes_columns(replaced: tuple, library: str) -> None:
 
 
 def test_other_biases_stay(library: str) -> None:
-    """Of keys in another order than the image's; and all where products are what takes time."""
+    """Of keys in another order than the image's; and all where products are what takes time, or would round them."""
     turned = "other = Transpose <perm = [0, 1, 2, 4, 3]> (both)\n bias = Reshape (other, whole)"
     given = model(("bias = Reshape (both, whole)", turned))
-    fused, _ = faexport.fuse(given, options=Options(target="cuda"))
+    fused, _ = faexport.fuse(given, options=OPTIONS)
     assert "attn_bias" in optional(fused)
     agree(given, fused, library)
-    for options in (Options(), Options(target="tensorrt")):
+    for options in (
+        Options(),
+        Options(target="tensorrt"),
+        Options(target="cuda"),
+        Options(target="cuda", float32="tf32"),
+    ):
         assert "attn_bias" in optional(faexport.fuse(model(), options=options)[0])
+
+
+def test_half_precision_takes_it() -> None:
+    fused, _ = pipeline.run(ir.from_proto(model()), Options(target="cuda", fp16=True))
+    assert "attn_bias" not in optional(ir.to_proto(fused))
 
 
 def test_what_may_be_infinite_stays() -> None:
@@ -111,5 +124,5 @@ def test_what_may_be_infinite_stays() -> None:
         ("float scale", "float far, float scale"),
     )
     given.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "far"))
-    fused, _ = faexport.fuse(given, options=Options(target="cuda"))
+    fused, _ = faexport.fuse(given, options=OPTIONS)
     assert "attn_bias" in optional(fused)

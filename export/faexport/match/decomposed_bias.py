@@ -6,8 +6,8 @@ ViTDet have it ("decomposed relative positions", Li et al. 2022): it becomes fur
                 = scale * [q(i), rows(i) / scale, columns(i) / scale] . [k(j), e(y(j)), e(x(j))]
 
 with unit vectors e. So the bias, whose memory grows with the square of the tokens, is not made at all. That is for a
-GPU, whose kernels take wider heads in little more time than they read such a bias; on a CPU products are what takes
-time.
+GPU, whose kernels take wider heads in little more time than they read such a bias, and for half precision, or
+float32 that is multiplied as such; on a CPU products are what takes time.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def bias_in_columns(spec: AttentionSpec, context: Context) -> AttentionSpec:
     is_plain = spec.past_key is None and not (spec.further_inputs or spec.softcap or options.float8)
     if options.target != "cuda" or options.dtype is not None or not is_plain or spec.mask.attn_bias is None:
         return spec
+    if dtype == ir.DataType.FLOAT and not options.half and options.float32 != "tf32x3":
+        return spec  # one product in TF32 would round the bias, too, which the graph adds in float32
     if any(side.layout is not Layout.BHSD or side.column_start is not None for side in sides) or dtype is None:
         return spec
     parts, shape = _parts_of(spec, a), a.shape(spec.query.value)
