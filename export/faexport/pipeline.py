@@ -27,7 +27,16 @@ from faexport.projection_biases import move_biases
 from faexport.projections import pack_projections
 from faexport.report import Report, count_nodes
 from faexport.reshape_targets import keep_computed
-from faexport.rewrite import Names, add_opset, drop_drafts, is_current, is_gone, rewrite_site
+from faexport.rewrite import (
+    Names,
+    add_opset,
+    drop_drafts,
+    drop_unread_weights,
+    is_current,
+    is_gone,
+    rewrite_site,
+    unread_weights,
+)
 from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
@@ -42,6 +51,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     if options.opset is not None:
         model = convert_opset(model, options.opset)
     model = inline_functions(model)
+    unread = unread_weights(model)
     expanded = dequantize.expand(model) if options.assume_scores_unquantized else []
     masks = Masks(Analysis(model))
     candidates = pending = examine(model, options, masks)
@@ -87,6 +97,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     if joined:
         model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)
         notes.append(around.note(joined))
+    if fused:
+        drop_unread_weights(model, unread)
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
     report.joined = joined
     in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float32")

@@ -246,6 +246,20 @@ def remove_dead(roots: list[ir.Node | None]) -> None:
                 owner.initializers.pop(value.name)
 
 
+def unread_weights(model: ir.Model) -> set[ir.Value]:
+    """Stored tensors that nothing reads, in all graphs of a model."""
+    graphs = (graph for graph, _ in graphs_of(model) if isinstance(graph, ir.Graph))
+    stored = (value for graph in graphs for value in graph.initializers.values())
+    return {v for v in stored if not (v.uses() or v.is_graph_input() or v.is_graph_output())}
+
+
+def drop_unread_weights(model: ir.Model, kept: set[ir.Value]) -> None:
+    """Removes these, but for some: onnxruntime warns of each."""
+    for value in unread_weights(model) - kept:
+        assert isinstance(value.graph, ir.Graph) and value.name is not None
+        value.graph.initializers.pop(value.name)
+
+
 def drop_drafts(model: ir.Model) -> None:
     """Forgets new nodes that came into no graph, and removes what only they read."""
     roots = []
