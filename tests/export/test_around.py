@@ -82,6 +82,30 @@ def test_the_rest_is_joined_where_asked(norm: str, tmp_path: pathlib.Path) -> No
     assert {"normalized", "sum"} <= {row.value for row in checked.sites}
 
 
+def test_numbers_that_nothing_reads_any_more_go() -> None:
+    """onnxruntime warns of each stored tensor that no node reads; one that none read before stays."""
+    model = normalized_first("layer")
+    numbers = {"root": 2**0.5, "whole": 1.0, "half": 0.5, "nobody's": 7.0}
+    for name, number in numbers.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), name))
+    last = model.graph.node.pop()
+    model.graph.node.extend(
+        [
+            helper.make_node("Div", ["changed", "root"], ["divided"]),
+            helper.make_node("Erf", ["divided"], ["erf"]),
+            helper.make_node("Add", ["erf", "whole"], ["raised"]),
+            helper.make_node("Mul", ["changed", "raised"], ["product"]),
+            helper.make_node("Mul", ["product", "half"], ["active"]),
+            helper.make_node("Add", ["sum", "active"], list(last.output)),
+        ]
+    )
+    fused, found = faexport.fuse(model)
+    assert found.joined == {"Gelu": 1, "SkipLayerNormalization": 1}
+    read = {name for node in fused.graph.node for name in node.input}
+    unread = {tensor.name for tensor in model.graph.initializer} - {x for node in model.graph.node for x in node.input}
+    assert {tensor.name for tensor in fused.graph.initializer} - read == unread and "nobody's" in unread
+
+
 def test_a_normalization_that_nothing_reads_stays_whole(tmp_path: pathlib.Path) -> None:
     """A dead node of the model that was given, as onnxruntime-genai's builder may leave one, keeps its output."""
     model = normalized_first("layer")
