@@ -13,26 +13,88 @@ import onnx_ir as ir
 
 from faexport.nodes import RUNTIME_FLOATS, attribute, graphs_of, op, operand
 from faexport.rewrite import Names, name_node, remove_dead, take_over
-from faexport.surgery import Builder, Missing
+from faexport.surgery import Builder
+from faexport.understand.layout.shape_uses import size_from
 from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import constant_ints, resolve_axis
 
 Pads = dict[int, tuple[int, int]]  # by axis: rows in front, rows behind
 
 
 def join(model: ir.Model, a: Analysis, names: Names) -> None:
-    """Changes the model in place."""
+    """Changes the model in place. `a` knows it as it was before others joined what stands around attention."""
+    a.extend(model)
     for graph, _ in graphs_of(model):
-        for node in list(graph):
-            pads = _pads_of(node, a) if op(node) == "Pad" else None
-            x = operand(node, 0)
-            if pads is None or x is None or a.dtype(x) not in RUNTIME_FLOATS:
+        if isinstance(graph, ir.Graph):
+            _Graph(graph, a, names).join()
+
+
+class _Graph:
+    """One graph's Pads; what is put in front or behind is made once for all of a size, at the graph's beginning."""
+
+    def __init__(self, graph: ir.Graph, a: Analysis, names: Names):
+        self.graph, self.a, self.names = graph, a, names
+        self.build = Builder(a.opset)
+        self.shapes: dict[ir.Value, ir.Value] = {}  # of the graph's inputs
+        self.blocks: dict[tuple, ir.Value | None] = {}
+
+    def join(self) -> None:
+        for node in list(self.graph):
+            pads, x = _pads_of(node, self.a) if op(node) == "Pad" else None, operand(node, 0)
+            if pads is None or x is None or self.a.dtype(x) not in RUNTIME_FLOATS:
                 continue
             if not pads and not node.outputs[0].is_graph_output():
                 ir.convenience.replace_all_uses_with(node.outputs[0], x)
                 remove_dead([node])
-            elif pads and not (a.rank(x) == 4 and set(pads) <= {2, 3}):
-                _write(node, pads, a, names)
+            elif pads and not (self.a.rank(x) == 4 and set(pads) <= {2, 3}):
+                self._write(node, x, pads)
+        for made in self.build.nodes:
+            name_node(made, "padding", self.names)
+        first = next(iter(self.graph), None)
+        if first is not None and self.build.nodes:
+            self.graph.insert_before(first, self.build.nodes)
+
+    def _write(self, node: ir.Node, x: ir.Value, pads: Pads) -> None:
+        """A Concat for each axis."""
+        dtype, sizes, concats = self.a.dtype(x), list(self.a.known_shape(x)), Builder(self.a.opset)
+        number = 0.0 if operand(node, 2) is None else self.a.scalar(operand(node, 2))
+        assert dtype is not None
+        if number is None:
+            return
+        for axis, counts in sorted(pads.items()):
+            blocks = [self._block((*sizes[:axis], Dim.of(n), *sizes[axis + 1 :]), number, dtype) for n in counts]
+            if any(block is None and count for block, count in zip(blocks, counts, strict=True)):
+                return
+            parts = [part for part in (blocks[0], x, blocks[1]) if part is not None]
+            x = concats.add("Concat", parts, dtype, axis=axis)
+            sizes[axis] += sum(counts)
+        for made in concats.nodes:
+            name_node(made, node.name or "padding", self.names)
+        self.graph.insert_before(node, concats.nodes)
+        take_over(node.outputs[0], x)
+        remove_dead([node])
+
+    def _block(self, sizes: tuple[Dim, ...], number: float, dtype: ir.DataType) -> ir.Value | None:
+        """A tensor of the number; None where its sizes are not those of the graph's inputs."""
+        key = (sizes, number, dtype)
+        if key not in self.blocks:
+            self.blocks[key] = self._made(sizes, number, dtype)
+        return self.blocks[key]
+
+    def _made(self, sizes: tuple[Dim, ...], number: float, dtype: ir.DataType) -> ir.Value | None:
+        if any(size == 0 for size in sizes):
+            return None
+        parts = []
+        for size in sizes:
+            known = size.const
+            part = self.build.ints([known]) if known is not None else None
+            part = part or size_from(self.build, size, self.graph.inputs, self.shapes, self.a)
+            if part is None:
+                return None
+            parts.append(part)
+        shape = self.build.add("Concat", parts, ir.DataType.INT64, axis=0)
+        return self.build.add("Expand", [self.build.constant(np.asarray(number, dtype.numpy())), shape], dtype)
 
 
 def _pads_of(node: ir.Node, a: Analysis) -> Pads | None:
@@ -51,29 +113,3 @@ def _pads_of(node: ir.Node, a: Analysis) -> Pads | None:
     counts = [size for size in known if size is not None]
     both = zip(axes, counts[: len(axes)], counts[len(axes) :], strict=True)
     return {resolve_axis(axis, rank): (front, back) for axis, front, back in both if front or back}
-
-
-def _write(node: ir.Node, pads: Pads, a: Analysis, names: Names) -> None:
-    """A Concat for each axis."""
-    x, number, graph = node.inputs[0], operand(node, 2), node.graph
-    assert x is not None and graph is not None
-    build, dtype, rank = Builder(a.opset), a.dtype(x), a.rank(x)
-    assert rank is not None and dtype is not None
-    try:
-        number = build.constant(np.zeros((), dtype.numpy())) if number is None else number
-        for axis, counts in sorted(pads.items()):
-            sizes = build.add("Shape", [x], ir.DataType.INT64)
-            parts = [x]
-            for place, count in zip((0, 1), counts, strict=True):
-                others = [build.slice(sizes, 0, axis, 0), build.ints([count]), build.slice(sizes, axis + 1, rank, 0)]
-                target = build.add("Concat", others, ir.DataType.INT64, axis=0)
-                rows = build.add("Expand", [number, target], dtype)
-                parts.insert(place * len(parts), rows) if count else None
-            x = build.add("Concat", parts, dtype, axis=axis)
-    except Missing:
-        return
-    for made in build.nodes:
-        name_node(made, node.name or "padding", names)
-    graph.insert_before(node, build.nodes)
-    take_over(node.outputs[0], x)
-    remove_dead([node])

@@ -3,16 +3,16 @@
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> Gemms between Reshapes and biases
-of projections, for onnxruntime -> projections -> the stand-in function -> computed sizes that stay so -> shapes that
-are proven -> GELU as onnxruntime knows it -> what stands around, for onnxruntime, and for its CUDA provider alone,
-and padding for that.
+of projections, for onnxruntime -> projections -> the stand-in function -> sizes that are proven, as numbers -> computed
+sizes that stay so -> shapes that are proven -> GELU as onnxruntime knows it -> what stands around, for onnxruntime, and
+for its CUDA provider alone, and padding for that.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport import around, cuda_operators, cuda_padding, dequantize, float8, gemms
+from faexport import around, cuda_operators, cuda_padding, dequantize, float8, gemms, known_sizes
 from faexport.cuda_heads import cpu_only_note, gathered_note, has_kernel
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
@@ -81,6 +81,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         add_opset(model)
     missing = add_fallback(model, full_rows, masks.analysis) if fused and options.fallback else ""
     if fused:
+        masks.analysis.extend(model)
+        known_sizes.write(model, masks.analysis, names)
         masks.analysis.extend(model)
         keep_computed(model, masks.analysis, names)
         declare_shapes(model, masks.analysis)
