@@ -54,21 +54,25 @@ class _Graph:
         first = next(iter(self.graph), None)
         if first is not None and self.build.nodes:
             self.graph.insert_before(first, self.build.nodes)
+        remove_dead([*self.build.nodes])  # of Pads that stay because one of their blocks has a size that isn't known
 
     def _write(self, node: ir.Node, x: ir.Value, pads: Pads) -> None:
         """A Concat for each axis."""
-        dtype, sizes, concats = self.a.dtype(x), list(self.a.known_shape(x)), Builder(self.a.opset)
+        dtype, sizes, blocks = self.a.dtype(x), list(self.a.known_shape(x)), {}
         number = 0.0 if operand(node, 2) is None else self.a.scalar(operand(node, 2))
         assert dtype is not None
         if number is None:
             return
         for axis, counts in sorted(pads.items()):
-            blocks = [self._block((*sizes[:axis], Dim.of(n), *sizes[axis + 1 :]), number, dtype) for n in counts]
-            if any(block is None and count for block, count in zip(blocks, counts, strict=True)):
+            both = [self._block((*sizes[:axis], Dim.of(n), *sizes[axis + 1 :]), number, dtype) for n in counts]
+            if any(block is None and count for block, count in zip(both, counts, strict=True)):
                 return
-            parts = [part for part in (blocks[0], x, blocks[1]) if part is not None]
-            x = concats.add("Concat", parts, dtype, axis=axis)
+            blocks[axis] = both
             sizes[axis] += sum(counts)
+        concats = Builder(self.a.opset)
+        for axis, (front, back) in blocks.items():
+            parts = [part for part in (front, x, back) if part is not None]
+            x = concats.add("Concat", parts, dtype, axis=axis)
         for made in concats.nodes:
             name_node(made, node.name or "padding", self.names)
         self.graph.insert_before(node, concats.nodes)

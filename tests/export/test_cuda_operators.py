@@ -296,7 +296,23 @@ def test_padding_for_cuda(replaced: tuple, kept: int, library: str) -> None:
     given = parser.parse_model(text)
     made, _ = fused(given)
     assert [node.op_type for node in made.graph.node].count("Pad") == kept
+    read = {name for node in made.graph.node for name in node.input} | {value.name for value in made.graph.output}
+    assert all(read.intersection(node.output) for node in made.graph.node)
     inputs = {"x": np.random.default_rng(1).standard_normal((2, 3, 4, 8)).astype(np.float32)}
     for want, have in zip(run(given, inputs), run(made, inputs, library), strict=True):
         np.testing.assert_allclose(have, want, rtol=0, atol=2e-5 * np.abs(want).max())
     assert "Pad" in {node.op_type for node in faexport.fuse(given)[0].graph.node}
+
+
+def test_padding_of_unknown_sizes_stays_and_leaves_nothing_behind() -> None:
+    """One of the blocks to join could be made, the other could not."""
+    text = PADDED.replace("float other)", "float[batch, a, c, 8] wider)").replace("x) =>", "x, int64[1] n) =>")
+    text = text.replace(
+        "other = ReduceSum <keepdims = 0> (padded)",
+        "cut = Slice (same, first, n, second)\n wider = Pad (cut, both, number)",
+    )
+    numbers = "int64[1] first = {0}, int64[1] second = {1}, int64[8] both = {0, 2, 1, 0, 0, 3, 1, 0}, float number"
+    made, _ = fused(parser.parse_model(text.replace("float number", numbers)))
+    assert [node.op_type for node in made.graph.node].count("Pad") == 1
+    read = {name for node in made.graph.node for name in node.input} | {value.name for value in made.graph.output}
+    assert all(read.intersection(node.output) for node in made.graph.node)
