@@ -33,7 +33,8 @@ inline bool is_needed(const StepParams& params) {
 /// and quantized.
 Step prepare(const StepParams& params, void* workspace, bool reads_cache);
 
-/// Enqueues it. One launch, and a second one where rows are gathered or a windowed cache keeps only some of several new ones.
+/// Enqueues it. One launch; a second one where rows are gathered, where a windowed cache keeps only some of several new ones, or
+/// where the past is copied beside rows that transform_rows.h takes.
 Status launch(const StepParams& params, const Step& step, const Device& device, const ExecutionContext& context);
 
 }  // namespace fa::cache_step

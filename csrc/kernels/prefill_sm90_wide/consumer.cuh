@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A consumer warpgroup of prefill_sm90_wide. Of each step's 128 keys it computes the scores of 64 rows with its own 64, and of
-// the output its own 256 columns, from the weights of both warpgroups, which pass through shared memory; so no product is
-// computed twice. S = Q K^T of the next step is issued before O += P V of this one, so that softmax runs while the tensor cores
-// work.
+// A consumer warpgroup of prefill_sm90_wide. Of each step's keys, 128 for each pair of blocks that shares the step, it computes
+// the scores of 64 rows with its own 64, and of the output its own columns: 256, or 128 or 64 where 2 or 4 pairs share the step.
+// The weights of all these warpgroups pass through shared memory; so no product is computed twice. S = Q K^T of the next step is
+// issued before O += P V of this one, so that softmax runs while the tensor cores work.
 #pragma once
 
 #include "kernels/common/cluster.cuh"
@@ -229,6 +229,7 @@ struct Consumer {
         issue_scores();
         share_weights();
       } else {
+        // NOTE: the other pairs wait for these weights, so they go first; the next scores are computed meanwhile.
         if (shares > 0) free_weights();
         share_weights();
         issue_scores();

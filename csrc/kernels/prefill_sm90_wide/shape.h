@@ -17,10 +17,10 @@ inline constexpr int kMinPanels = 5;   // of 64 columns of queries and keys; nar
 inline constexpr int kPairRows = 128;  // query rows of two blocks, which share each key and value that is read
 inline constexpr int kStepKeys = 128;
 
-/// How pairs of blocks share a tile where there are few tiles. All have a part of the keys each, and their outputs are merged at
-/// the end: kMerged: inside a cluster; kOverGrid: by combine(), in device memory. kSharedSteps: the pairs of a cluster have a
-/// part of each step's keys and of the output's columns, and exchange weights at each step, which takes less time where there are
-/// few steps.
+/// How pairs of blocks share a tile where there are few tiles. In the first two ways each pair has a part of the keys, and the
+/// outputs are merged at the end: kMerged: inside a cluster; kOverGrid: by combine(), in device memory. kSharedSteps: each pair
+/// of a cluster has a part of each step's keys and of the output's columns, and they exchange maxima and weights at each step,
+/// which takes less time where there are few steps.
 enum class Way : uint8_t { kMerged, kOverGrid, kSharedSteps };
 
 /// Among how many pairs a tile is split, so that the device ends first.
@@ -45,7 +45,7 @@ inline int plan_instance(int instance, const Splits& splits) { return 3 * instan
 inline int instance_of(const Plan& plan) { return plan.instance / 3; }
 inline Way way_of(const Plan& plan) { return static_cast<Way>(plan.instance % 3); }
 
-/// What a way takes, in hundredths of a step of one pair, 3.3 microseconds; measured (docs/kernels.md).
+/// What a way takes, in units of 33.4 nanoseconds on an H200; measured (docs/kernels.md).
 struct Cost {
   int64_t step, start_and_end;
 };

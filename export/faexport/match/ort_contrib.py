@@ -38,7 +38,7 @@ from faexport.understand.shapes.dims import Dim, plain
 SOURCE = "ort_contrib"
 # A mask_filter_value in between hides keys as lengths do, and leaves scores as they are where it is added to all of a
 # row: a larger one lets keys be seen, a smaller one makes all scores of such a row one number.
-LENGTHS = (-65504.0, -5000.0)
+FILLS_LIKE_LENGTHS = (-65504.0, -5000.0)
 
 
 class Unfit(Exception):
@@ -85,7 +85,7 @@ class Contrib:
         if len(shape) == 1:
             if shape[0] != batch or has_past or bias is not None:
                 raise Unfit("its padding mask is neither one length for each batch entry nor a mask of the keys")
-            if LENGTHS[0] <= self.filler <= LENGTHS[1]:
+            if FILLS_LIKE_LENGTHS[0] <= self.filler <= FILLS_LIKE_LENGTHS[1]:
                 mask.kv_lengths, mask.alignment = self._lengths(padding), Alignment.TOP_LEFT
                 mask.facts += (Fact("padding as lengths", (name_of(self.node),)),)
                 return mask
