@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in front of a site on a cache and feeds it alone becomes the operator's: what puts new keys and values
-into the cache (caches.py), the rotary embedding of queries and new keys, and the norms of their heads.
+"""What stands in front of a site and feeds it alone becomes the operator's: what puts new keys and values into a cache
+(caches.py), and, with a cache or without, the rotary embedding of queries and new keys and the norms of their heads.
 
 Called by find_sites with what a matcher understood. A spec that this adds nothing to comes back as it is. TensorRT's
-plugin appends rows as they are, so nothing is taken in for it.
+plugin takes rows as they are, so nothing is taken in for it.
 """
 
 from __future__ import annotations
