@@ -261,7 +261,7 @@ def _check_precision(dtype: str | None, fp16: bool, bf16: bool, keep_io_types: b
         raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
     if float32 and dtype in ("fp16", "bf16"):
         raise click.UsageError(
-            f"--float32 is of float32 attention, which --dtype {dtype} leaves none of; give one of them"
+            f"--float32 is of attention in float32, and --dtype {dtype} asks for another precision; give one of them"
         )
 
 

@@ -50,20 +50,27 @@ def gathered_note(candidates: Iterable[Candidate]) -> str:
     )
 
 
-def has_kernel(candidate: Candidate) -> bool:
-    """Is a site fused for which there is a CUDA kernel, as far as the model tells?"""
-    return isinstance(candidate.outcome, AttentionSpec) and not _why_cpu_only(candidate, candidate.outcome)
+def is_float32(candidate: Candidate) -> bool:
+    """Is a site fused that a CUDA kernel computes in float32, as far as the model tells?"""
+    spec = candidate.outcome
+    if not isinstance(spec, AttentionSpec) or _why_cpu_only(candidate, spec):
+        return False
+    return _dtype_of(SiteReport.from_candidate(candidate), spec) == "float32"
 
 
 def _more(number: int) -> str:
     return f" and {number} more" if number > 0 else ""
 
 
+def _dtype_of(site: SiteReport, spec: AttentionSpec) -> str:
+    """What the core is computed in: another type than the model's, where it has its own."""
+    return dtype_name(spec.query.value.dtype) or site.dtype or ""
+
+
 def _why_cpu_only(candidate: Candidate, spec: AttentionSpec) -> str:
     """What a site has that no CUDA kernel takes, "" for nothing."""
     site = SiteReport.from_candidate(candidate)
-    cast = spec.query.value.dtype  # another type than the model's, where the core has its own
-    name = dtype_name(cast) or site.dtype or ""
+    name = _dtype_of(site, spec)
     columns = max((d for d in (site.head_dim, site.head_dim_v) if isinstance(d, int)), default=0)
     if name in widest() and columns > widest()[name]:
         return f"head_dim {columns} in {name}, at most {widest()[name]}"

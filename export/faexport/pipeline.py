@@ -13,7 +13,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport import around, cuda_operators, cuda_padding, dequantize, float8, gemms, known_sizes
-from faexport.cuda_heads import cpu_only_note, gathered_note, has_kernel
+from faexport.cuda_heads import cpu_only_note, gathered_note, is_float32
 from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
@@ -103,8 +103,7 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         drop_unread_weights(model, unread)
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
     report.joined = joined
-    in_float32 = (c for c, site in zip(candidates, report.sites, strict=True) if site.dtype == "float32")
-    if not (options.half or options.float8) and any(map(has_kernel, in_float32)):
+    if not (options.half or options.float8) and any(map(is_float32, candidates)):
         report.notes.append(float32_note(options.float32))
     float8_note = "" if options.float8 or not fused else float8.note(model, masks.analysis)
     report.notes += [note for note in (cpu_only_note(candidates), gathered_note(candidates), float8_note) if note]

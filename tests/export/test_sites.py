@@ -190,6 +190,7 @@ def test_half_precision_core(library: str) -> None:
     assert got.dtype == np.float32
     assert 0 < np.abs(got - expected).max() < 1e-2
     assert "core in float16" in [fact.text for fact in report.sites[0].facts]
+    assert not any("float32" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
