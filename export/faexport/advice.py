@@ -61,7 +61,7 @@ KINDS = (
         "Export the model in one of them.",
     ),
     Advice(
-        r"is not known|isn't known|unknown shape|cannot be told apart|not known to be",
+        r"is not known|isn't known|unknown shape|cannot be told apart|not known to be|which the file doesn't tell",
         "the shape of query, key or value is not known",
         "The file does not tell enough of the sizes to prove what the block computes.",
         "Export with fixed head sizes and named dynamic axes; onnx.shape_inference or a newer exporter may tell more.",

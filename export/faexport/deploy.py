@@ -14,7 +14,7 @@ import click
 
 from faexport import terminal
 from faexport.errors import ModelError
-from faexport.options_of_commands import FILE, model_argument, quiet_option
+from faexport.options_of_commands import FOLDER, model_argument, quiet_option
 from faexport.output import check_input, write_file, writing
 
 EXAMPLES = """\b
@@ -33,7 +33,7 @@ LIBRARY = "libfa_ort.so"
     "--triton",
     "folder",
     metavar="DIR",
-    type=FILE,
+    type=FOLDER,
     required=True,
     help="Folder of the repository; it is made where it is missing.",
 )

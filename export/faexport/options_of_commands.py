@@ -10,27 +10,36 @@ import pathlib
 import click
 
 
-class _File(click.Path):
-    """The name of a file. A path loses the slash at its end, which says that a folder is meant."""
+class _Named(click.Path):
+    """The name of a file or folder."""
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         if not str(value):  # as of a shell's variable that isn't set; it would be the folder that we are in
             self.fail("the name is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _File(_Named):
+    """The name of a file. A path loses the slash at its end, which says that a folder is meant."""
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
         if str(value).endswith(("/", os.sep)):
             self.fail(f"{value} is a folder; give the name of a file", param, ctx)
         return super().convert(value, param, ctx)
 
 
 class _FileOrFolder(_File):
-    """Likewise, or the name of a folder that is there."""
+    """The name of a file, or of a folder that is there."""
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> str | bytes | os.PathLike[str]:
         folder = os.path.isdir(value)
-        return click.Path.convert(self, value, param, ctx) if folder else super().convert(value, param, ctx)
+        return _Named.convert(self, value, param, ctx) if folder else super().convert(value, param, ctx)
 
 
 class _Seconds(click.FloatRange):
@@ -49,7 +58,8 @@ class _Seconds(click.FloatRange):
 SECONDS = _Seconds()
 FILE = _File(path_type=pathlib.Path)  # what a file must be is checked by output.py, whose errors say what to do
 FILE_OR_FOLDER = _FileOrFolder(path_type=pathlib.Path)
-PLACE = click.Path(path_type=str)  # a file or a folder, which may be new: as it was given, since a slash says which
+FOLDER = _Named(path_type=pathlib.Path)  # which may be new
+PLACE = _Named(path_type=str)  # a file or a folder, which may be new: as it was given, since a slash says which
 
 model_argument = click.argument("model", type=FILE)
 models_argument = click.argument("models", metavar="MODEL...", type=FILE_OR_FOLDER, nargs=-1, required=True)

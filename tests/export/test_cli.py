@@ -255,8 +255,10 @@ def test_the_input_of_this_process_is_no_model(model: pathlib.Path) -> None:
 @pytest.mark.parametrize("command", ["fuse", "inspect"])
 def test_an_empty_name_is_no_folder(command: str, model: pathlib.Path) -> None:
     """It is what a shell makes of a variable that isn't set, and not the folder that we are in."""
-    done = faexport(command, "", cwd=model.parent)
-    assert done.returncode == 2 and "the name is empty" in done.stderr
+    arguments = {"fuse": ([""], ["model.onnx", "-o", ""]), "inspect": ([""],)}
+    for given in arguments[command]:
+        done = faexport(command, *given, cwd=model.parent)
+        assert done.returncode == 2 and "the name is empty" in done.stderr
     assert names(model.parent) == ["model.onnx"]
 
 

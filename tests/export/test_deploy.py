@@ -46,7 +46,7 @@ def model(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_a_fused_model_s_repository_has_all_that_the_server_needs(model: pathlib.Path, proto) -> None:
     assert here(model, "--no-verify", "-q").returncode == 0
     fused, repository = model.with_name("model.fa.onnx"), model.parent / "repository"
-    done = here("deploy", fused, "--triton", repository, "--mounted-at", "/models", "--instances", "2", "--gpu")
+    done = here("deploy", fused, "--triton", f"{repository}/", "--mounted-at", "/models", "--instances", "2", "--gpu")
     assert done.returncode == 0 and "--model-repository=/models" in done.stdout, done.stderr
     config = parsed(proto, (repository / "model.fa/config.pbtxt").read_text())
     assert (config.name, config.backend, config.max_batch_size) == ("model.fa", "onnxruntime", 8)

@@ -121,6 +121,10 @@ def test_each_kind_of_reason_has_its_example_and_its_row_in_the_page() -> None:
     for kind in (*advice.KINDS, advice.OTHER):
         assert advice.advice(kind.example) is kind, kind.example
         assert f"| {kind.example} | {kind.meaning} | {kind.action} |" in text, kind.example
+    unknown = (
+        "the scores may take the size of what is added to them, which the file doesn't tell, and change their shape"
+    )
+    assert "does not tell enough of the sizes" in advice.advice(unknown).meaning
 
 
 def test_the_command_writes_the_page_over_nothing_but_a_page(tmp_path: pathlib.Path) -> None:
