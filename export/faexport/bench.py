@@ -21,7 +21,7 @@ from faexport.bench_data import CLEARLY, Measured, Row, Timing, bench_label
 from faexport.engine import parse_shapes, shape_text
 from faexport.errors import ModelError
 from faexport.options import Options
-from faexport.options_of_commands import FILE, html_option, json_option, model_argument, quiet_option
+from faexport.options_of_commands import FILE, Seconds, html_option, json_option, model_argument, quiet_option
 from faexport.output import check_input, check_report, write_file
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ Examples:
 @click.option(
     "--timeout",
     metavar="SECONDS",
-    type=click.FloatRange(min=1),
+    type=Seconds(1),
     default=300.0,
     show_default=True,
     help="How long each measurement of a size may take.",

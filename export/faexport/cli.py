@@ -23,7 +23,7 @@ from faexport.options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options
 from faexport.options_of_commands import (
     FILE,
     PLACE,
-    SECONDS,
+    Seconds,
     assume_option,
     html_option,
     json_option,
@@ -99,7 +99,7 @@ def app() -> None:
     "--verify-timeout",
     "timeout",
     metavar="SECONDS",
-    type=SECONDS,
+    type=Seconds(0.001),
     default=VERIFY_TIMEOUT,
     show_default=True,
     help="How long loading a model in onnxruntime, and each run, may take.",

@@ -42,11 +42,11 @@ class _FileOrFolder(_File):
         return _Named.convert(self, value, param, ctx) if folder else super().convert(value, param, ctx)
 
 
-class _Seconds(click.FloatRange):
+class Seconds(click.FloatRange):
     """A length of time that clocks can count."""
 
-    def __init__(self) -> None:
-        super().__init__(min=0.001, max=1e7)
+    def __init__(self, least: float) -> None:
+        super().__init__(min=least, max=1e7)
 
     def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds = super().convert(value, param, ctx)
@@ -55,7 +55,6 @@ class _Seconds(click.FloatRange):
         return seconds
 
 
-SECONDS = _Seconds()
 FILE = _File(path_type=pathlib.Path)  # what a file must be is checked by output.py, whose errors say what to do
 FILE_OR_FOLDER = _FileOrFolder(path_type=pathlib.Path)
 FOLDER = _Named(path_type=pathlib.Path)  # which may be new

@@ -232,6 +232,8 @@ WRONG = (
     "x.onnx --verify-timeout nan",
     "x.onnx --verify-timeout inf",
     "x.onnx --verify-timeout 1e18",
+    "bench x.onnx --timeout nan",
+    "bench x.onnx --timeout 1e18",
     "x.onnx --no-verify --verify-on cuda",
     "x.onnx --no-verify --verify-timeout 5",
     "x.onnx --float32 tf32 --dtype bf16",
