@@ -70,10 +70,14 @@ def optional(fused: onnx.ModelProto) -> list[str]:
     return attributes.get("optional_inputs", b"").decode().split(",")
 
 
-def agree(given: onnx.ModelProto, fused: onnx.ModelProto, library: str) -> None:
+def feeds_of(given: onnx.ModelProto, dtype: type = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     sizes = {x.name: [d.dim_value or 2 for d in x.type.tensor_type.shape.dim] for x in given.graph.input}
-    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in sizes.items()}
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in sizes.items()}
+
+
+def agree(given: onnx.ModelProto, fused: onnx.ModelProto, library: str) -> None:
+    feeds = feeds_of(given)
     expected, found = run(given, feeds), run(fused, feeds, library)
     np.testing.assert_allclose(found[0], expected[0], atol=2e-5)
 
@@ -113,6 +117,28 @@ def test_other_biases_stay(library: str) -> None:
 def test_half_precision_takes_it() -> None:
     fused, _ = pipeline.run(ir.from_proto(model()), Options(target="cuda", fp16=True))
     assert "attn_bias" not in optional(ir.to_proto(fused))
+
+
+def test_a_bias_over_the_scale_may_be_too_large_for_float16(library: str) -> None:
+    """It is not divided by the scale by itself: 700 / 0.01 is more than 65504."""
+    small = "small = Cast <to = 10> (scale)\n scaled = Mul (products, small)"
+    half = model(("0.35", "0.01"), ("float[", "float16["), ("scaled = Mul (products, scale)", small))
+    fused, report = faexport.fuse(half, options=OPTIONS)
+    assert "further columns" in " ".join(f.text for f in report.sites[0].facts)
+    feeds = feeds_of(half, np.float16)
+    feeds["q"] = np.sign(feeds["q"])  # so that rows and columns are whole numbers, without rounding
+    feeds["a"] = np.where(np.arange(8) == 0, 700, 0).astype(np.float16) * np.sign(feeds["a"])
+    feeds["b"] = np.sign(feeds["b"])
+    expected, found = run(half, feeds), run(fused, feeds, library)
+    assert np.isfinite(expected[0]).all()
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("scale", ["0.00001", "100000.0"])
+def test_a_scale_without_an_inverse_in_float16(scale: str, library: str) -> None:
+    given = model(("0.35", scale))
+    fused, _ = faexport.fuse(given, options=OPTIONS)
+    assert "attn_bias" in optional(fused)
 
 
 def test_what_may_be_infinite_stays() -> None:

@@ -3,11 +3,12 @@
 ViTDet have it ("decomposed relative positions", Li et al. 2022): it becomes further columns of queries and keys.
 
     score(i, j) = scale * q(i) . k(j) + rows(i, y(j)) + columns(i, x(j))
-                = scale * [q(i), rows(i) / scale, columns(i) / scale] . [k(j), e(y(j)), e(x(j))]
+                = scale * [q(i), rows(i), columns(i)] . [k(j), e(y(j)) / scale, e(x(j)) / scale]
 
-with unit vectors e. So the bias, whose memory grows with the square of the tokens, is not made at all. That is for a
-GPU, whose kernels take wider heads in little more time than they read such a bias, and for half precision, or
-float32 that is multiplied as such; on a CPU products are what takes time.
+with unit vectors e. The keys are divided by the scale, since rows(i) / scale may be too large for half precision.
+So the bias, whose memory grows with the square of the tokens, is not made at all. That is for a GPU, whose kernels
+take wider heads in little more time than they read such a bias, and for half precision, or float32 that is multiplied
+as such; on a CPU products are what takes time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import product
 
 FEWEST_KEYS = 128  # below, the bias is small and wider heads gain nothing
+SCALES = (2.0**-14, 2.0**14)  # whose inverses float16 has at full precision
 ALIGNED = 8  # columns: rows of 16 bytes in half precision
 _RESHAPES = ("Reshape", "Unsqueeze", "Squeeze", "Identity")  # elements stay in their order
 _VIEWS = (*_RESHAPES, "Transpose", "Cast")
@@ -55,7 +57,7 @@ def bias_in_columns(spec: AttentionSpec, context: Context) -> AttentionSpec:
     if any(side.layout is not Layout.BHSD or side.column_start is not None for side in sides) or dtype is None:
         return spec
     parts, shape = _parts_of(spec, a), a.shape(spec.query.value)
-    if parts is None or shape is None or shape[3].const is None or spec.softmax_scale <= 0:
+    if parts is None or shape is None or shape[3].const is None or not SCALES[0] <= spec.softmax_scale <= SCALES[1]:
         return spec
     width = shape[3].const + parts.num_rows + parts.num_columns
     if width + -width % ALIGNED > widest().get(dtype_name(dtype) or "", 0) or a.dtype(parts.rows) != dtype:
@@ -99,17 +101,15 @@ def _in_columns(
     query, key, bias = spec.query.value, spec.key.value, spec.mask.attn_bias
     leads = _sizes(query, 3, shared)
     counts = (parts.num_rows, parts.num_columns)
-    apart = [
+    further = [
         shared.add("Reshape", [value, shared.add("Concat", [leads, shared.constant([count])], axis=0)], dtype)
         for value, count in zip((parts.rows, parts.columns), counts, strict=True)
     ]
-    inverse = shared.constant(np.asarray(1 / spec.softmax_scale, dtype.numpy()))
-    further = [shared.add("Mul", [value, inverse], dtype) for value in apart]
     if padding:
         shape = shared.add("Concat", [leads, shared.constant([padding])], axis=0)
         further.append(shared.add("Expand", [shared.constant(np.zeros((), dtype.numpy())), shape], dtype))
     units = np.concatenate([np.repeat(np.eye(counts[0]), counts[1], 0), np.tile(np.eye(counts[1]), (counts[0], 1))], 1)
-    units = np.pad(units, ((0, 0), (0, padding)))
+    units = np.pad(units, ((0, 0), (0, padding))) / spec.softmax_scale
     heads = shared.add("Concat", [_sizes(key, 2, shared), shared.constant([1, 1])], axis=0)
     places = shared.add("Expand", [shared.constant(units[None, None].astype(dtype.numpy())), heads], dtype)
     wide = [shared.add("Concat", [query, *further], dtype, axis=3), shared.add("Concat", [key, places], dtype, axis=3)]
