@@ -149,7 +149,8 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
         node.metadata_props[DIVISORS] = json.dumps(spec.divisors)
     anchor = spec.replaces or candidate.anchor
     node.name = names.fresh(f"{name_of(anchor)}_{OP_TYPE}")
-    new = [n for n in (*spec.new_nodes, *spec.mask.new_nodes) if n.graph is None] + [node]
+    # Operands and mask may share some, which stand where they are needed first.
+    new = [*dict.fromkeys(n for n in (*spec.new_nodes, *spec.mask.new_nodes) if n.graph is None), node]
     result = node.outputs[0]
     old = [spec.output, spec.present_key, spec.present_value, spec.lse]
     outputs = list(node.outputs)

@@ -192,6 +192,21 @@ def test_what_the_operator_does_not_do_stays_in_front(form: Form, has: set[str],
     compare(form, fused, (library,), 4e-3 if form.half else 2e-5)
 
 
+def test_nodes_that_tables_and_a_mask_share_stand_in_front_of_both(library: str) -> None:
+    """A constant that both get an axis by: onnxruntime sorts the nodes of a model itself, but not those of a branch."""
+    turned = """{0}1, {0}2 = Split<axis = -1>({0}, halves) {0}3 = Mul({0}1, cos) {0}4 = Mul({0}2, sin)
+    {0}5 = Mul({0}2, cos) {0}6 = Mul({0}1, sin) {0}7 = Sub({0}3, {0}4) {0}8 = Add({0}5, {0}6)
+    {0}9 = Concat<axis = -1>({0}7, {0}8)"""
+    body = f"""halves = Constant<value = int64[2] {{4, 4}}>() low = Constant<value = float {{-10000.0}}>()
+    {turned.format("q")} {turned.format("k")} kt = Transpose<perm = [0, 1, 3, 2]>(k9) s = MatMul(q9, kt)
+    x = Where(mask, s, low) p = Softmax<axis = -1>(x) y = MatMul(p, v)"""
+    inputs = "float[B, 3, S, 8] q, float[B, 3, S, 8] k, float[B, 3, S, 8] v, float[S, 4] cos, float[S, 4] sin"
+    inputs, facts = f"{inputs}, bool[1, 1, S, S] mask", frozenset({"rotary embedding"})
+    form = form_text.Form(inputs, body, facts=facts, output=("B", 3, "S", 8))
+    check(form, library)
+    onnx.checker.check_model(faexport.fuse(form.model())[0])
+
+
 def test_norms_that_stay_become_onnxruntimes(library: str) -> None:
     """Of heads, on four axes, behind which rotations stay: an operator of onnxruntime each."""
     form = Form(cache="none", norm="rsqrt", flaw="other angles")
