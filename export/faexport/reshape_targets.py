@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from faexport.nodes import attribute, graphs_of, op, operand, producer
 from faexport.rewrite import Names, name_node
-from faexport.surgery import Builder
+from faexport.surgery import FIRST_OPSET, Builder
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import product
 
@@ -29,7 +29,7 @@ def keep_computed(model: ir.Model, a: Analysis, names: Names) -> None:
             continue
         for node in list(graph):
             moved = _moved_size(node, a) if op(node) == "Reshape" else None
-            if moved is not None:
+            if moved is not None and a.opset >= FIRST_OPSET["Where"]:
                 _write_target(node, moved, a, names)
 
 

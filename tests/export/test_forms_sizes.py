@@ -68,17 +68,18 @@ def behind_a_buffer(triangle: int) -> Form:
     )
 
 
-def reshaped(opset: int) -> Form:
+def reshaped(opset: int, softmax_axis: int = -1) -> Form:
     """An output that is reshaped as it lies, heads in front of rows: onnxruntime must not leave that size open."""
     return Form(
         "float[B, T, 24] x, float[24, 24] w",
-        """all = Shape(x) zero = Constant<value_int = 0>() one = Constant<value_int = 1>() b0 = Gather(all, zero)
-        t0 = Gather(all, one) axis = Constant<value_ints = [0]>() b = Unsqueeze(b0, axis) t = Unsqueeze(t0, axis)
-        h = Constant<value_ints = [3]>() d = Constant<value_ints = [8]>() x3 = MatMul(x, w)
-        apart = Concat<axis = 0>(b, t, h, d) x4 = Reshape(x3, apart)
-        q = Transpose<perm = [0, 2, 1, 3]>(x4) kt = Transpose<perm = [0, 2, 3, 1]>(x4) s = MatMul(q, kt)
-        p = Softmax<axis = -1>(s) o = MatMul(p, q) whole = Concat<axis = 0>(b, t, h, d) y = Reshape(o, whole)""",
+        f"""all = Shape(x) one_b = Constant<value = int64[1] {{0}}>() one_t = Constant<value = int64[1] {{1}}>()
+        b = Gather(all, one_b) t = Gather(all, one_t) h = Constant<value = int64[1] {{3}}>()
+        d = Constant<value = int64[1] {{8}}>() x3 = MatMul(x, w) apart = Concat<axis = 0>(b, t, h, d)
+        x4 = Reshape(x3, apart) q = Transpose<perm = [0, 2, 1, 3]>(x4) kt = Transpose<perm = [0, 2, 3, 1]>(x4)
+        s = MatMul(q, kt) p = Softmax<axis = {softmax_axis}>(s) o = MatMul(p, q)
+        whole = Concat<axis = 0>(b, t, h, d) y = Reshape(o, whole)""",
         opset=opset,
+        empty=opset > 8,  # that takes operators of opset 9
     )
 
 
@@ -141,6 +142,7 @@ RIGHT = {
     ),
     "reshaped as it lies": reshaped(17),
     "reshaped as it lies, before Reshape had allowzero": reshaped(13),
+    "reshaped as it lies, before there was Where": reshaped(8, softmax_axis=3),
     "a mask's own batch": masked("bool[M, 1, 1, S]", output=RESULT),
     "a mask's own batch, and any result": masked("bool[M, 1, 1, S]", facts=frozenset({COPIED})),
     "a mask's own batch, and a result of another name": masked("bool[M, 1, 1, S]", output=("R", 3, "T", 8)),
