@@ -70,6 +70,8 @@ class Writer:
             bounds = (self.ints([attributes[name]]) for name in ("start", "end"))
             return self.add("Slice", [self.add("Shape", inputs), *bounds, self.ints([0])], dtype)
         if op_type == "Slice" and self.opset < 10:
+            if len(inputs) > 4 and set(self._numbers(inputs[4])) != {1}:
+                raise Missing(f"needs Slice with steps, which opset {self.opset} doesn't have")
             names = ("starts", "ends", "axes")
             attributes = {name: self._numbers(value) for name, value in zip(names, inputs[1:], strict=False)}
             inputs = inputs[:1]

@@ -207,6 +207,26 @@ def test_nodes_that_tables_and_a_mask_share_stand_in_front_of_both(library: str)
     onnx.checker.check_model(faexport.fuse(form.model())[0])
 
 
+@pytest.mark.parametrize(("opset", "taken"), [(9, set()), (10, {"rotary embedding"})])
+def test_every_other_column_of_a_table(opset: int, taken: set[str], library: str) -> None:
+    """Slice takes no steps before opset 10: the rotation stays in front then."""
+    names = [f"c{i}" for i in range(8)]
+    turned = f"""{", ".join("{0}" + n for n in names)} = Split<axis = -1>({{0}})
+    {" ".join(f"{{0}}n{i} = Neg({{0}}c{i})" for i in (1, 3, 5, 7))}
+    {{0}}r = Concat<axis = -1>({", ".join(f"{{0}}n{i + 1}, {{0}}c{i}" for i in (0, 2, 4, 6))})
+    {{0}}x = Mul({{0}}, cosines) {{0}}y = Mul({{0}}r, sines) {{0}}z = Add({{0}}x, {{0}}y)"""
+    tables = ""
+    for given, made in (("cos", "cosines"), ("sin", "sines")):
+        parts = ", ".join(f"{given}{i}" for i in range(4))
+        twice = ", ".join(f"{given}{i}, {given}{i}" for i in range(4))
+        tables += f"{parts} = Split<axis = -1>({given}) {made} = Concat<axis = -1>({twice}) "
+    body = f"""{tables} {turned.format("q")} {turned.format("k")} kt = Transpose<perm = [0, 1, 3, 2]>(kz)
+    s = MatMul(qz, kt) p = Softmax<axis = 3>(s) y = MatMul(p, v)"""
+    inputs = "float[B, 3, S, 8] q, float[B, 3, S, 8] k, float[B, 3, S, 8] v, float[S, 4] cos, float[S, 4] sin"
+    report = check(form_text.Form(inputs, body, opset=opset), library)
+    assert taken == {"rotary embedding"} & {fact.text for fact in report.sites[0].facts}
+
+
 def test_norms_that_stay_become_onnxruntimes(library: str) -> None:
     """Of heads, on four axes, behind which rotations stay: an operator of onnxruntime each."""
     form = Form(cache="none", norm="rsqrt", flaw="other angles")

@@ -34,6 +34,7 @@ WANTED = {
     "unsqueeze": (lambda b, x: b.unsqueeze(x, 0, 2), X[None, :, None]),
     "squeeze": (lambda b, x: b.squeeze(b.unsqueeze(x, 1), 1), X),
     "slice": (lambda b, x: b.slice(x, 1, 3, axis=1), X[:, 1:3]),
+    "slice by ones": (lambda b, x: b.add("Slice", [x, *(b.ints([k]) for k in (0, 2, 1, 1))]), X[:, :2]),
     "size": (lambda b, x: b.add("Shape", [x], ir.DataType.INT64, start=1, end=2), np.array([3])),
     "reshape": (lambda b, x: b.reshape(x, [0, -1]), X.reshape(2, -1)),
     "at least": (lambda b, x: b.add("GreaterOrEqual", [x, b.constant(np.float32(5))], ir.DataType.BOOL), X >= 5),
@@ -63,6 +64,9 @@ def test_what_an_opset_lacks_is_said() -> None:
     computed = build.add("Shape", [ir.Value(name="x")], ir.DataType.INT64)
     with pytest.raises(Missing, match="computed axis"):
         build.add("Unsqueeze", [ir.Value(name="x"), computed])
+    with pytest.raises(Missing, match="needs Slice with steps, which opset 9 doesn't have"):
+        build = Builder(9)
+        build.add("Slice", [ir.Value(name="x"), *(build.ints([k]) for k in (0, 3, 1, 2))])
 
 
 @pytest.mark.parametrize("op_type", AXES_AS_INPUT)

@@ -22,6 +22,7 @@ from faexport.cuda_heads import widest
 from faexport.match import Context, refiner
 from faexport.nodes import dtype_name, name_of, op, producer
 from faexport.spec import AttentionSpec, Fact, Layout
+from faexport.surgery import Missing
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import product
@@ -62,7 +63,10 @@ def bias_in_columns(spec: AttentionSpec, context: Context) -> AttentionSpec:
     width = shape[3].const + parts.num_rows + parts.num_columns
     if width + -width % ALIGNED > widest().get(dtype_name(dtype) or "", 0) or a.dtype(parts.rows) != dtype:
         return spec
-    return _in_columns(spec, parts, -width % ALIGNED, dtype, context)
+    try:
+        return _in_columns(spec, parts, -width % ALIGNED, dtype, context)
+    except Missing:
+        return spec
 
 
 def _parts_of(spec: AttentionSpec, a: Analysis) -> _Parts | None:

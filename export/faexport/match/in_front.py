@@ -17,6 +17,7 @@ from faexport.match import Context, refiner
 from faexport.match.caches import maker_name, size_of, with_past
 from faexport.nodes import attribute, is_read_once, live_users, op, producer
 from faexport.spec import AttentionSpec, Fact, Layout, Operand
+from faexport.surgery import Missing
 from faexport.understand.core.head_norm import HeadNorm, head_norm_of
 from faexport.understand.core.rotary import Angles, Rotary, rotary_of
 from faexport.understand.layout.declared import Declared, read_all
@@ -174,7 +175,10 @@ def _heads_of(side: Operand, a: Analysis) -> tuple[int | None, int | None]:
 
 def _tables(rotary: Rotary, layout: Layout, a: Analysis, shared: Nodes) -> dict[str, ir.Value] | None:
     """The operator's inputs."""
-    cos, sin = (_table(angles, rotary, layout, a, shared) for angles in (rotary.cos, rotary.sin))
+    try:
+        cos, sin = (_table(angles, rotary, layout, a, shared) for angles in (rotary.cos, rotary.sin))
+    except Missing:
+        return None
     if cos is None or sin is None:
         return None
     positions = {} if rotary.positions is None else {"position_ids": rotary.positions}
