@@ -221,6 +221,22 @@ CACHED = {
 }
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("number", [-70000.0, -1e9, -1e30, -3.4028235e38])
+def test_numbers_that_float16_does_not_have(number: float, bias: bool, library: str) -> None:
+    """onnxruntime adds them to scores in float32, so that a row whose keys are all hidden gives numbers, too."""
+    mask = (PADDING * [[0], [1]]).astype(np.int32) if bias else np.array([0, 6], np.int32)
+    tensors = [Q * 0.01, K, V, None, mask, *([floats(1, H, S, L) * 0.01] if bias else [])]  # any rounding is little
+    tensors = [t.astype(np.float16) if t is not None and t.dtype == np.float32 else t for t in tensors]
+    words = {"num_heads": H, "mask_filter_value": number}
+    model = model_of("MultiHeadAttention", "com.microsoft", tensors, words, opset=17)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    fused, report = faexport.fuse(model, options=OPTIONS)
+    assert report.num_fused == 1
+    feeds = {f"i{i}": t for i, t in enumerate(tensors) if t is not None}
+    np.testing.assert_allclose(run(fused, feeds, library)[0], run(model, feeds)[0], atol=1e-2)
+
+
 @pytest.mark.parametrize(("tensors", "attributes"), CACHED.values(), ids=CACHED.keys())
 def test_attention_with_a_cache_of_keys_and_values(tensors: list, attributes: dict, library: str) -> None:
     attributes = {"num_heads": H, **attributes}

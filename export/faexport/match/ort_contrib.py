@@ -97,17 +97,18 @@ class Contrib:
             raise Unfit("its padding mask has a shape that is not understood")
         for _ in range(1 if len(shape) == 3 else 2):
             keep = self.build.unsqueeze(keep, 1)
-        if self.dtype is ir.DataType.FLOAT and np.float32(self.filler) == np.finfo(np.float32).min:
+        if np.float32(self.filler) == np.finfo(np.float32).min:
             # Keys that causality hides get the same number, so that all keys of such a row are alike, those ahead too.
             mask.attn_mask, mask.attn_bias, mask.empty_row = keep, bias, EmptyRow.MEAN
             text = f"a row that sees no key gives the mean of all values, as the fill {self.filler:g} does"
             mask.facts += (Fact("padding mask", (name_of(self.node),)), Fact(text, (name_of(self.node),)))
             return mask
         added = self._as_bias(keep)
-        mask.attn_bias = added if bias is None else self.build.add("Add", [added, bias])
+        dtype = added.dtype or self.dtype
+        mask.attn_bias = added if bias is None else self.build.add("Add", [added, self.build.cast(bias, dtype)], dtype)
         mask.facts += (Fact("padding mask", (name_of(self.node),)),)
         if -1e30 < self.filler < 0:
-            text = f"{rounding_text(self.filler, self.dtype)}; which step, depends on the runtime (assumed)"
+            text = f"{rounding_text(self.filler, dtype)}; which step, depends on the runtime (assumed)"
             mask.facts += (Assumption(text, (name_of(self.node),)),)
         return mask
 
@@ -142,7 +143,10 @@ class Contrib:
         raise NotImplementedError
 
     def _as_bias(self, keep: ir.Value) -> ir.Value:
-        build, dtype = self.build, self.dtype
+        """In float32 where float16 has no such number: onnxruntime adds it in float32."""
+        build = self.build
+        fits = self.dtype is not ir.DataType.FLOAT16 or abs(self.filler) <= float(np.finfo(np.float16).max)
+        dtype = self.dtype if fits else ir.DataType.FLOAT
         values = (np.array(x, dtype.numpy()) for x in (0.0, self.filler))
         numbers = [build.add("Constant", (), dtype, value=ir.tensor(x)) for x in values]
         return build.add("Where", [keep, *numbers], dtype)
