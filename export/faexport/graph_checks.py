@@ -24,13 +24,18 @@ def check_model(model: ir.Model, name: str, path: pathlib.Path) -> None:
     _check_external_data(model, name, path)
     for graph in outermost_graphs(model):
         _check_values(graph, name)
-        if not _in_order(graph, set()):
-            try:
-                graph.sort()
-            except ValueError as error:
-                raise ModelError(
-                    f"{name}: malformed model: its nodes form a cycle: a value depends on itself; {AGAIN}"
-                ) from error
+        try:
+            put_in_order(graph)
+        except ValueError as error:
+            raise ModelError(
+                f"{name}: malformed model: its nodes form a cycle: a value depends on itself; {AGAIN}"
+            ) from error
+
+
+def put_in_order(graph: ir.Graph | ir.Function) -> None:
+    """Puts nodes behind those that make what they read, where they are not. Raises ValueError if there is a cycle."""
+    if not _in_order(graph, set()):
+        graph.sort()
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:

@@ -18,8 +18,9 @@ from faexport.declare import declare_shapes
 from faexport.empty_rows import with_empty_rows
 from faexport.fallback import add_fallback
 from faexport.gelu import put_half_last
+from faexport.graph_checks import put_in_order
 from faexport.match import Context, find_sites
-from faexport.nodes import RUNTIME_DOMAIN, graphs_of
+from faexport.nodes import RUNTIME_DOMAIN, graphs_of, outermost_graphs
 from faexport.normalize import convert_opset, inline_functions
 from faexport.options import Options
 from faexport.precision import FLOAT32_PRECISION, float32_note, in_precision
@@ -71,6 +72,8 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
         pending = [again[c.anchor] for c in stale]
     dequantize.settle(model, expanded, candidates)
     drop_drafts(model)
+    for graph in outermost_graphs(model):  # what two sites share stands in front of the first, which may end last
+        put_in_order(graph)
     fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
     if fused and options.joins_rest:
         gemms.write_as_products(model, masks.analysis, names)

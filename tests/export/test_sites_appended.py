@@ -227,6 +227,18 @@ def test_every_other_column_of_a_table(opset: int, taken: set[str], library: str
     assert taken == {"rotary embedding"} & {fact.text for fact in report.sites[0].facts}
 
 
+def test_what_two_sites_share_stands_in_front_of_both(library: str) -> None:
+    """Though that which begins first ends last."""
+    begin = "kt{0} = Transpose<perm = [0, 1, 3, 2]>(k{0}) s{0} = MatMul(q{0}, kt{0}) x{0} = Where(mask, s{0}, low)"
+    begin += " p{0} = Softmax<axis = -1>(x{0}) "
+    body = f"""low = Constant<value = float {{-10000.0}}>() {begin.format(1)} {begin.format(2)}
+    y2 = MatMul(p2, v2) y1 = MatMul(p1, v1) y = Add(y1, y2)"""
+    inputs = ", ".join(f"float[B, 3, S, 8] {x}{n}" for x in "qkv" for n in (1, 2))
+    form = form_text.Form(f"{inputs}, bool[1, 1, S, S] mask", body, fused=2, output=("B", 3, "S", 8))
+    check(form, library)
+    onnx.checker.check_model(faexport.fuse(form.model())[0])
+
+
 def test_norms_that_stay_become_onnxruntimes(library: str) -> None:
     """Of heads, on four axes, behind which rotations stay: an operator of onnxruntime each."""
     form = Form(cache="none", norm="rsqrt", flaw="other angles")
