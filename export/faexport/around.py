@@ -19,7 +19,7 @@ import onnx_ir as ir
 from faexport import embeddings
 from faexport.formulas import FORMULAS
 from faexport.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, graphs_of, op, operand, producer
-from faexport.rewrite import Names, name_node, remove_dead, take_over
+from faexport.rewrite import Names, insert_in_front, remove_dead, take_over
 from faexport.spec import DOMAIN
 from faexport.understand.core.head_norm import head_norm_of
 from faexport.understand.shapes.analysis import Analysis
@@ -120,8 +120,7 @@ def _root_mean_squares(model: ir.Model, a: Analysis, names: Names) -> None:
                 continue
             words = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
             joined = ir.node(MISPLACED, [norm.source, norm.weight], words)
-            name_node(joined, node.name or "joined", names)
-            graph.insert_before(node, joined)
+            insert_in_front(node, [joined], node.name or "joined", names)
             take_over(value, joined.outputs[0])
             remove_dead([node])
 

@@ -24,7 +24,7 @@ from faexport.nodes import (
     operand,
     producer,
 )
-from faexport.rewrite import Names, name_node, remove_dead, take_over
+from faexport.rewrite import Names, insert_in_front, remove_dead, take_over
 from faexport.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import slice_of
@@ -117,10 +117,7 @@ class _Place:
 
     def insert(self, nodes: list[ir.Node]) -> None:
         """In front of the node."""
-        assert self.node.graph is not None
-        for node in nodes:
-            name_node(node, self.node.name or "joined", self.names)
-        self.node.graph.insert_before(self.node, nodes)
+        insert_in_front(self.node, nodes, self.node.name or "joined", self.names)
 
 
 def _bias_split_gelu(place: _Place) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.nodes import RUNTIME_FLOATS, attribute, graphs_of, op, operand
-from faexport.rewrite import Names, name_node, remove_dead, take_over
+from faexport.rewrite import Names, insert_in_front, remove_dead, take_over
 from faexport.surgery import Builder
 from faexport.understand.layout.shape_uses import size_from
 from faexport.understand.shapes.analysis import Analysis
@@ -49,11 +49,8 @@ class _Graph:
                 remove_dead([node])
             elif pads and not (self.a.rank(x) == 4 and set(pads) <= {2, 3}):
                 self._write(node, x, pads)
-        for made in self.build.nodes:
-            name_node(made, "padding", self.names)
-        first = next(iter(self.graph), None)
-        if first is not None and self.build.nodes:
-            self.graph.insert_before(first, self.build.nodes)
+        if self.build.nodes:
+            insert_in_front(self.graph[0], self.build.nodes, "padding", self.names)
         remove_dead([*self.build.nodes])  # of Pads that stay because one of their blocks has a size that isn't known
 
     def _write(self, node: ir.Node, x: ir.Value, pads: Pads) -> None:
@@ -73,9 +70,7 @@ class _Graph:
         for axis, (front, back) in blocks.items():
             parts = [part for part in (front, x, back) if part is not None]
             x = concats.add("Concat", parts, dtype, axis=axis)
-        for made in concats.nodes:
-            name_node(made, node.name or "padding", self.names)
-        self.graph.insert_before(node, concats.nodes)
+        insert_in_front(node, concats.nodes, node.name or "padding", self.names)
         take_over(node.outputs[0], x)
         remove_dead([node])
 
@@ -91,9 +86,10 @@ class _Graph:
             return None
         parts = []
         for size in sizes:
-            known = size.const
-            part = self.build.ints([known]) if known is not None else None
-            part = part or size_from(self.build, size, self.graph.inputs, self.shapes, self.a)
+            if size.const is not None:
+                part: ir.Value | None = self.build.ints([size.const])
+            else:
+                part = size_from(self.build, size, self.graph.inputs, self.shapes, self.a)
             if part is None:
                 return None
             parts.append(part)

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, given, op, operand, producer
-from faexport.rewrite import Names, name_node, remove_dead, take_over
+from faexport.rewrite import Names, insert_in_front, remove_dead, take_over
 from faexport.surgery import Builder
 from faexport.understand.index import transfer_layout, transfer_math  # noqa: F401  (registers the transfer functions)
 from faexport.understand.index.interpreter import Interpreter
@@ -131,11 +131,7 @@ def _write(
     epsilon = float(attribute(node, "epsilon", 1e-5))
     joined = ir.node(OPERATOR, inputs, {"epsilon": epsilon}, domain=RUNTIME_DOMAIN)
     build.nodes.append(joined)
-    graph = node.graph
-    assert graph is not None
-    for extra in build.nodes:
-        name_node(extra, f"{node.name or node.outputs[0].name}_embeddings", names)
-    graph.insert_before(node, build.nodes)
+    insert_in_front(node, build.nodes, f"{node.name or node.outputs[0].name}_embeddings", names)
     take_over(node.outputs[0], joined.outputs[0])
     node.replace_input_with(0, None)
     remove_dead([node, total.producer()])

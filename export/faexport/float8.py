@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from faexport.fallback import layouts_of, set_inputs
 from faexport.nodes import op, operand
-from faexport.rewrite import Names, name_node, remove_dead
+from faexport.rewrite import Names, insert_in_front, remove_dead
 from faexport.schema import NUM_REQUIRED
 from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.surgery import Builder
@@ -300,7 +300,5 @@ def convert(model: ir.Model, spreads: Mapping[str, Spread], chosen: Collection[s
             value.shape = value.shape or x.value.shape
         before = [x.value for x in site.operands]
         set_operands(node, made, build, dtype)
-        for new in build.nodes:
-            name_node(new, node.name or "", names)
-        model.graph.insert_before(node, build.nodes)
+        insert_in_front(node, build.nodes, node.name or "", names)
         remove_dead([value.producer() for value in (*made.back, *before)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport.nodes import RUNTIME_FLOATS, attribute, given, graphs_of, op, operand, producer
-from faexport.rewrite import Names, name_node, remove_dead, take_over
+from faexport.rewrite import Names, insert_in_front, remove_dead, take_over
 from faexport.understand.shapes.analysis import Analysis
 
 
@@ -40,9 +40,7 @@ def _rewrite(gemm: ir.Node, a: Analysis, names: Names) -> bool:
         made.append(ir.node("Add", [made[0].outputs[0], bias]))
     for node in made:
         node.outputs[0].type, node.outputs[0].shape = result.type, result.shape
-        name_node(node, gemm.name or "gemm", names)
-    assert apart.graph is not None
-    apart.graph.insert_before(apart, made)
+    insert_in_front(apart, made, gemm.name or "gemm", names)
     take_over(result, made[-1].outputs[0])
     remove_dead([apart])
     return True

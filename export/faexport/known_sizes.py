@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.nodes import attribute, graphs_of, op, operand, producer
-from faexport.rewrite import Names, name_node, remove_dead
+from faexport.rewrite import Names, insert_in_front, remove_dead
 from faexport.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import Dim
@@ -45,11 +45,8 @@ class _Sizes:
             if value is not None and number is not None and value.uses() and not value.is_graph_output():
                 ir.convenience.replace_all_uses_with(value, self._constant(number))
                 unneeded.append(node)
-        for node in self.build.nodes:
-            name_node(node, "known_size", self.names)
-        first = next(iter(self.graph), None)
-        if first is not None and self.build.nodes:
-            self.graph.insert_before(first, self.build.nodes)
+        if self.build.nodes:
+            insert_in_front(self.graph[0], self.build.nodes, "known_size", self.names)
         remove_dead(unneeded)
 
     def _number(self, value: ir.Value) -> np.ndarray | None:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from faexport.fallback import rows_see_a_key
 from faexport.nodes import attribute, given, op, producer
 from faexport.projections import sites_text
-from faexport.rewrite import Names, name_node, remove_dead
+from faexport.rewrite import Names, insert_in_front, remove_dead
 from faexport.spec import AttentionSpec, Candidate, EmptyRow, Fact, Layout
 from faexport.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
@@ -263,8 +263,5 @@ class _Site:
         build = Builder(self.a.opset)
         value = build.constant(array)
         value.shape = ir.Shape(array.shape)
-        for extra in build.nodes:
-            name_node(extra, f"{self.node.name}_bias", names)
-        assert before.graph is not None
-        before.graph.insert_before(before, build.nodes)
+        insert_in_front(before, build.nodes, f"{self.node.name}_bias", names)
         return value

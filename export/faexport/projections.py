@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.nodes import given, op, producer
-from faexport.rewrite import Names, name_node, remove_dead
+from faexport.rewrite import Names, insert_in_front, remove_dead
 from faexport.spec import AttentionSpec, Candidate, Fact
 from faexport.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
@@ -185,10 +185,7 @@ def _insert(
         biases = [p.bias if p.bias is not None else _zeros(build, p) for p in parts.values()]
         packed = build.add("Add", [packed, build.add("Concat", biases, dtype, axis=0)], dtype)
     packed.shape = _widened(first.result.shape, width)
-    for extra in build.nodes:
-        name_node(extra, f"{node.name}_projection", names)
-    assert node.graph is not None
-    node.graph.insert_before(node, build.nodes)
+    insert_in_front(node, build.nodes, f"{node.name}_projection", names)
     columns: list[int] = []
     start = 0
     for n, size in enumerate(sizes):

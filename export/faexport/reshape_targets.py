@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.nodes import attribute, graphs_of, op, operand, producer
-from faexport.rewrite import Names, name_node
+from faexport.rewrite import Names, insert_in_front
 from faexport.surgery import FIRST_OPSET, Builder
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import product
@@ -64,8 +64,5 @@ def _write_target(reshape: ir.Node, moved: int, a: Analysis, names: Names) -> No
     is_open = build.add("And", [zeros, build.add("And", [is_single, at_place], ir.DataType.BOOL)], ir.DataType.BOOL)
     new = build.add("Where", [is_open, build.ints([-1]), target], ir.DataType.INT64)
     new.shape = ir.Shape([len(sizes)])
-    for node in build.nodes:
-        name_node(node, f"{reshape.name}_sizes", names)
-    assert reshape.graph is not None
-    reshape.graph.insert_before(reshape, build.nodes)
+    insert_in_front(reshape, build.nodes, f"{reshape.name}_sizes", names)
     reshape.replace_input_with(1, new)

@@ -214,6 +214,14 @@ def name_node(node: ir.Node, base: str, names: Names, keep: bool = False) -> Non
             value.name = names.fresh(value.name or (f"{node.name}_output" if i == 0 else f"{node.name}_output_{i}"))
 
 
+def insert_in_front(node: ir.Node, made: Sequence[ir.Node], base: str, names: Names) -> None:
+    """Names new nodes and puts them in front of one."""
+    assert node.graph is not None
+    for new in made:
+        name_node(new, base, names)
+    node.graph.insert_before(node, made)
+
+
 def take_over(old: ir.Value, new: ir.Value) -> None:
     """`new` takes the place, name and type of `old`; where that was an output of the graph, the graph's interface
     stays."""

@@ -29,6 +29,14 @@ QKV = "float[B, 3, T, 8] q, float[B, 3, S, 8] k, float[B, 3, S, 8] v"
 PRODUCT = "kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt)"
 
 
+def replaced(text: str, *pairs: tuple[str, str]) -> str:
+    """The text with pieces of it, all of which it must have, each by another."""
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """One block: its inputs, its nodes, and what is expected of it. The output is `y`."""

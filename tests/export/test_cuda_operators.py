@@ -15,6 +15,7 @@ import pytest
 from faexport import formulas, jobs, ort_session, pipeline, verify
 from onnx import numpy_helper, parser
 
+from tests.export.form_text import replaced
 from tests.export.test_sites import run
 
 # A block of a diffusion model: an image of 320 channels, its group normalization, attention, and a gated layer.
@@ -71,13 +72,9 @@ SILU = f"""sigmoid = Sigmoid (norm)
   {TURNED.replace("(norm)", "(active)")}"""
 
 
-def model(*replaced: tuple[str, str], opset: int = 18, **shapes: tuple[int, ...]) -> onnx.ModelProto:
-    """`replaced`: pieces of the text, each by another; `shapes`: of weights, where not the usual ones."""
-    text = TEXT.replace('"": 18', f'"": {opset}')
-    for old, new in replaced:
-        assert old in text
-        text = text.replace(old, new)
-    made = parser.parse_model(text)
+def model(*pieces: tuple[str, str], opset: int = 18, **shapes: tuple[int, ...]) -> onnx.ModelProto:
+    """`pieces` of the text, each by another; `shapes` of weights, where not the usual ones."""
+    made = parser.parse_model(replaced(TEXT, ('"": 18', f'"": {opset}'), *pieces))
     random = np.random.default_rng(0)
     usual = {
         "gamma": (320, 1, 1), "beta": (320, 1, 1), "weight_in": (320, 2560), "bias_in": (2560,),
@@ -111,12 +108,12 @@ def agree(given: onnx.ModelProto, made: onnx.ModelProto, library: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "replaced",
+    "pieces",
     [(), ((SPLIT, SLICES),), ((TURNED, SILU),), (("Mul (left, gelu)", "Mul (gelu, left)"),)],
     ids=["as it is", "halves by Slice", "SiLU", "the other way round"],
 )
-def test_a_diffusion_model_s_block_for_cuda(replaced: tuple, library: str) -> None:
-    given = model(*replaced)
+def test_a_diffusion_model_s_block_for_cuda(pieces: tuple, library: str) -> None:
+    given = model(*pieces)
     made, report = fused(given)
     assert written(made) == ALL
     kinds = collections.Counter(node.op_type for node in made.graph.node)
@@ -125,7 +122,7 @@ def test_a_diffusion_model_s_block_for_cuda(replaced: tuple, library: str) -> No
     assert any("BiasAdd, BiasSplitGelu, GroupNorm there are CUDA kernels alone" in note for note in report.notes)
     (norm,) = (node for node in made.graph.node if node.op_type == "GroupNorm")
     said = {a.name: onnx.helper.get_attribute_value(a) for a in norm.attribute}
-    active = int(replaced == ((TURNED, SILU),))
+    active = int(pieces == ((TURNED, SILU),))
     assert said == {"groups": 32, "epsilon": pytest.approx(1e-3), "activation": active, "channels_last": 1}
     agree(given, made, library)
 
@@ -274,7 +271,7 @@ windows (float[batch, 3, 4, 8] x) => (float[batch, 5, 4, 8] y, float other)
 
 
 @pytest.mark.parametrize(
-    ("replaced", "kept"),
+    ("pieces", "kept"),
     [
         ((), 0),
         ((("number = {0.0}", "number = {2.5}"),), 0),
@@ -287,13 +284,9 @@ windows (float[batch, 3, 4, 8] x) => (float[batch, 5, 4, 8] y, float other)
     ],
     ids=["rows", "a number", "no number", "in front", "three axes", "copies", "images", "cut off"],
 )
-def test_padding_for_cuda(replaced: tuple, kept: int, library: str) -> None:
+def test_padding_for_cuda(pieces: tuple, kept: int, library: str) -> None:
     """Padding is joined on, but for what onnxruntime's kernel is fast at, and for what isn't a constant."""
-    text = PADDED
-    for old, new in replaced:
-        assert old in text
-        text = text.replace(old, new)
-    given = parser.parse_model(text)
+    given = parser.parse_model(replaced(PADDED, *pieces))
     made, _ = fused(given)
     assert [node.op_type for node in made.graph.node].count("Pad") == kept
     read = {name for node in made.graph.node for name in node.input} | {value.name for value in made.graph.output}

@@ -11,9 +11,11 @@ import onnx_ir as ir
 import pytest
 from faexport import pipeline
 from faexport.options import Options
-from onnx import helper, numpy_helper, parser
+from onnx import numpy_helper, parser
 
-from tests.export.test_sites import node_of, run
+from tests.export.form_text import replaced
+from tests.export.test_sites import run
+from tests.export.test_sites_appended import names_of
 
 # Heads of 8 columns on an image of 32 x 40 tokens, by Segment Anything's spelling.
 TEXT = """
@@ -57,17 +59,8 @@ OPTIONS = Options(target="cuda", float32="tf32x3")
 NARROW = (("1280", "1080"), ("32, 40", "30, 36"), ("[32, 32", "[30, 30"), ("[40, 40", "[36, 36"))
 
 
-def model(*replaced: tuple[str, str]) -> onnx.ModelProto:
-    text = TEXT
-    for old, new in replaced:
-        assert old in text
-        text = text.replace(old, new)
-    return parser.parse_model(text)
-
-
-def optional(fused: onnx.ModelProto) -> list[str]:
-    attributes = {a.name: helper.get_attribute_value(a) for a in node_of(fused).attribute}
-    return attributes.get("optional_inputs", b"").decode().split(",")
+def model(*pieces: tuple[str, str]) -> onnx.ModelProto:
+    return parser.parse_model(replaced(TEXT, *pieces))
 
 
 def feeds_of(given: onnx.ModelProto, dtype: type = np.float32) -> dict[str, np.ndarray]:
@@ -83,15 +76,15 @@ def agree(given: onnx.ModelProto, fused: onnx.ModelProto, library: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "replaced",
+    "pieces",
     [(), NARROW, (("Add (tall, wide)", "Add (wide, tall)"),), (("Add (scaled, bias)", "Add (bias, scaled)"),), MERGED],
     ids=["as it is", "columns that fill no eight", "columns first", "bias first", "merged heads"],
 )
-def test_it_becomes_columns(replaced: tuple, library: str) -> None:
+def test_it_becomes_columns(pieces: tuple, library: str) -> None:
     """Nothing of the size of the scores is left, and results are the same."""
-    given = model(*replaced)
+    given = model(*pieces)
     fused, report = faexport.fuse(given, options=OPTIONS)
-    assert "attn_bias" not in optional(fused) and "further columns" in " ".join(f.text for f in report.sites[0].facts)
+    assert "attn_bias" not in names_of(fused) and "further columns" in " ".join(f.text for f in report.sites[0].facts)
     shapes = onnx.shape_inference.infer_shapes(fused).graph.value_info
     sizes = [[d.dim_value for d in value.type.tensor_type.shape.dim] for value in shapes]
     assert not any(size.count(1280) > 1 or size.count(1080) > 1 for size in sizes)
@@ -103,7 +96,7 @@ def test_other_biases_stay(library: str) -> None:
     turned = "other = Transpose <perm = [0, 1, 2, 4, 3]> (both)\n bias = Reshape (other, whole)"
     given = model(("bias = Reshape (both, whole)", turned))
     fused, _ = faexport.fuse(given, options=OPTIONS)
-    assert "attn_bias" in optional(fused)
+    assert "attn_bias" in names_of(fused)
     agree(given, fused, library)
     for options in (
         Options(),
@@ -111,12 +104,12 @@ def test_other_biases_stay(library: str) -> None:
         Options(target="cuda"),
         Options(target="cuda", float32="tf32"),
     ):
-        assert "attn_bias" in optional(faexport.fuse(model(), options=options)[0])
+        assert "attn_bias" in names_of(faexport.fuse(model(), options=options)[0])
 
 
 def test_half_precision_takes_it() -> None:
     fused, _ = pipeline.run(ir.from_proto(model()), Options(target="cuda", fp16=True))
-    assert "attn_bias" not in optional(ir.to_proto(fused))
+    assert "attn_bias" not in names_of(ir.to_proto(fused))
 
 
 def test_a_bias_over_the_scale_may_be_too_large_for_float16(library: str) -> None:
@@ -138,7 +131,7 @@ def test_a_bias_over_the_scale_may_be_too_large_for_float16(library: str) -> Non
 def test_a_scale_without_an_inverse_in_float16(scale: str, library: str) -> None:
     given = model(("0.35", scale))
     fused, _ = faexport.fuse(given, options=OPTIONS)
-    assert "attn_bias" in optional(fused)
+    assert "attn_bias" in names_of(fused)
 
 
 def test_what_may_be_infinite_stays() -> None:
@@ -151,4 +144,4 @@ def test_what_may_be_infinite_stays() -> None:
     )
     given.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "far"))
     fused, _ = faexport.fuse(given, options=OPTIONS)
-    assert "attn_bias" in optional(fused)
+    assert "attn_bias" in names_of(fused)

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from onnx import parser
 
+from tests.export.form_text import replaced
 from tests.export.test_sites import run
 
 # Windows of 4 of 8 rows, whose shapes are computed from x as TorchScript's exporter has it.
@@ -44,12 +45,8 @@ windows (float[batch, 8, 6] x) => (float[batch, 8, 6] y, int64[2] sizes)
 """
 
 
-def model(*replaced: tuple[str, str]) -> onnx.ModelProto:
-    text = TEXT
-    for old, new in replaced:
-        assert old in text
-        text = text.replace(old, new)
-    return parser.parse_model(text)
+def model(*pieces: tuple[str, str]) -> onnx.ModelProto:
+    return parser.parse_model(replaced(TEXT, *pieces))
 
 
 def as_written(given: onnx.ModelProto, x: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -256,8 +256,7 @@ def _reaches(lengths: ir.Value, key: _Joined, rows: Dim, a: Analysis) -> bool:
 
 def _size(value: ir.Value, axis: int, shared: Nodes) -> ir.Value:
     """int64 [1]."""
-    sizes = shared.add("Shape", [value], ir.DataType.INT64)
-    return shared.add("Slice", [sizes, *(shared.constant([k]) for k in (axis, axis + 1, 0))], ir.DataType.INT64)
+    return shared.add("Shape", [value], ir.DataType.INT64, start=axis, end=axis + 1)
 
 
 def _starts(key: _Joined, layout: Layout, shared: Nodes) -> ir.Value:

@@ -23,7 +23,6 @@ from faexport.match import Context, refiner
 from faexport.nodes import dtype_name, name_of, op, producer
 from faexport.spec import AttentionSpec, Fact, Layout
 from faexport.surgery import Missing
-from faexport.understand.mask.nodes import Nodes
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.dims import product
 
@@ -103,7 +102,7 @@ def _in_columns(
     """With so many columns of zeros behind."""
     shared, a = context.masks.nodes(context.graph), context.analysis
     query, key, bias = spec.query.value, spec.key.value, spec.mask.attn_bias
-    leads = _sizes(query, 3, shared)
+    leads = shared.add("Shape", [query], ir.DataType.INT64, start=0, end=3)
     counts = (parts.num_rows, parts.num_columns)
     further = [
         shared.add("Reshape", [value, shared.add("Concat", [leads, shared.constant([count])], axis=0)], dtype)
@@ -114,7 +113,8 @@ def _in_columns(
         further.append(shared.add("Expand", [shared.constant(np.zeros((), dtype.numpy())), shape], dtype))
     units = np.concatenate([np.repeat(np.eye(counts[0]), counts[1], 0), np.tile(np.eye(counts[1]), (counts[0], 1))], 1)
     units = np.pad(units, ((0, 0), (0, padding))) / spec.softmax_scale
-    heads = shared.add("Concat", [_sizes(key, 2, shared), shared.constant([1, 1])], axis=0)
+    groups = shared.add("Shape", [key], ir.DataType.INT64, start=0, end=2)
+    heads = shared.add("Concat", [groups, shared.constant([1, 1])], axis=0)
     places = shared.add("Expand", [shared.constant(units[None, None].astype(dtype.numpy())), heads], dtype)
     wide = [shared.add("Concat", [query, *further], dtype, axis=3), shared.add("Concat", [key, places], dtype, axis=3)]
     for value, old in zip(wide, (query, key), strict=True):
@@ -135,9 +135,3 @@ def _in_columns(
         new_nodes=(*spec.new_nodes, *(n for n in made if n not in spec.new_nodes)),
         facts=(*(x for x in spec.facts if "bias" not in x.text), fact),
     )
-
-
-def _sizes(value: ir.Value, count: int, shared: Nodes) -> ir.Value:
-    """int64: those of the first axes."""
-    sizes = shared.add("Shape", [value], ir.DataType.INT64)
-    return shared.add("Slice", [sizes, *(shared.constant([x]) for x in (0, count, 0))], ir.DataType.INT64)
