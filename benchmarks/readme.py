@@ -116,7 +116,7 @@ def _ratios(rows: list[dict]) -> str:
 
 
 def float8_section() -> str:
-    """docs/kernels.md's table of float8: TFLOP/s by head size and length, the peers' in brackets."""
+    """docs/float8.md's table of float8: TFLOP/s by head size and length, the peers' in brackets."""
     data = json.loads((RESULTS / "fp8.json").read_text("utf-8"))
     names = [name for name in data["rows"][0]["contestants"] if name != "ours"]
     head = (
@@ -128,7 +128,7 @@ def float8_section() -> str:
 
 
 def accuracy_section() -> str:
-    """docs/kernels.md's table of float8's errors."""
+    """docs/float8.md's table of float8's errors."""
     data = json.loads((RESULTS / "fp8_accuracy.json").read_text("utf-8"))
     names = list(data["rows"][0]["contestants"])
     lines = [
@@ -398,7 +398,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/backward.md": {"backward": backward_section},
     "docs/faexport.md": {"bench": faexport_bench_section, "zoo": zoo_section},
     "docs/decoding.md": {"steps": step_section, "decode": decode_section},
-    "docs/kernels.md": {"float8 accuracy": accuracy_section, "float8": float8_section},
+    "docs/float8.md": {"float8 accuracy": accuracy_section, "float8": float8_section},
     "docs/llm.md": {"llm": llm_section},
     "docs/models.md": {"models": models_section},
     "docs/numbers.md": {"speed": numbers_section},

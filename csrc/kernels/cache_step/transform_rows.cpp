@@ -12,7 +12,8 @@ namespace fa::cache_step {
 namespace {
 
 constexpr int64_t kMostColumns = 256;  // eight for each lane of a warp
-constexpr int64_t kFewRows = 2048;     // beside a past that is copied: what they save is less than a launch
+// Where a past is copied too, this kernel is a second launch, and fewer rows save less time in it than a launch takes.
+constexpr int64_t kFewRows = 2048;
 
 /// Rows of groups of eight columns, which are read four at a time.
 bool has_groups(const TensorView& t) {
