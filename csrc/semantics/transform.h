@@ -29,6 +29,11 @@ FA_HD RotaryColumns rotary_columns(const RotaryParams& rotary) {
   return {!rotary.cos.present ? 0 : rotary.by_row ? rotary.cos.shape[2] : rotary.cos.shape[1], rotary.interleaved};
 }
 
+/// Are a row's angles those of its position in its sequence?
+FA_HD bool rotates_by_position(const RotaryParams& rotary) {
+  return rotary.cos.present && !rotary.by_row && !rotary.position_ids.present;
+}
+
 FA_HD float rotated_first(float first, float second, float cos, float sin) { return first * cos - second * sin; }
 FA_HD float rotated_second(float first, float second, float cos, float sin) { return second * cos + first * sin; }
 

@@ -4,6 +4,8 @@
 
 #include <limits>
 
+#include "semantics/transform.h"
+
 namespace fa::cache_step {
 namespace {
 
@@ -20,17 +22,8 @@ bool has_angles(const TensorView& t, DType dtype) {
   return t.dtype == dtype && t.shape[1] % 2 == 0 && t.stride[0] % 2 == 0 && reinterpret_cast<uintptr_t>(t.data) % 4 == 0;
 }
 
-RowMove move_of(const TensorView& from, const TensorView& to, int64_t rotated_columns) {
-  return {from.data,
-          to.data,
-          from.stride[0],
-          from.stride[1],
-          from.stride[2],
-          to.stride[0],
-          to.stride[1],
-          to.stride[2],
-          static_cast<unsigned>(from.shape[3] / 4),
-          static_cast<unsigned>(rotated_columns / 4)};
+PlainRows rows_of(const TensorView& from, const TensorView& to, int64_t rotated_columns) {
+  return {row_move(from, to), static_cast<unsigned>(from.shape[3] / 4), static_cast<unsigned>(rotated_columns / 4)};
 }
 
 /// Are keys and values stored alike: as they are, or both as int8 or float8?
@@ -66,9 +59,8 @@ bool make_plain_args(const StepParams& p, const Step& step, PlainArgs* args) {
   if (is_paged ? step.cu_seqlens_kv.present || !has_few_slots(p) : c.mode != CacheMode::kWrite) return false;
   if (step.gathered[0].present || step.gathered[1].present) return false;
   if (p.norm.query_weight.present || p.norm.key_weight.present) return false;
-  if (rotary.cos.present && (rotary.by_row || rotary.position_ids.present || !has_angles(rotary.cos, p.query.dtype) ||
-                             !has_angles(rotary.sin, p.query.dtype)))
-    return false;
+  if (rotary.cos.present && !rotates_by_position(rotary)) return false;
+  if (rotary.cos.present && !(has_angles(rotary.cos, p.query.dtype) && has_angles(rotary.sin, p.query.dtype))) return false;
   for (const TensorView* t : {&p.query, &p.key, &p.value, &c.new_key, &c.new_value})
     if (!has_groups(*t)) return false;
   const int64_t rotated = rotary.cos.present ? 2 * rotary.cos.shape[1] : 0;
@@ -79,9 +71,9 @@ bool make_plain_args(const StepParams& p, const Step& step, PlainArgs* args) {
   args->rule = cache_rule(p);
   args->is_paged = is_paged;
   if (is_paged) args->pages = pages_of(p);
-  if (step.query.present) args->moves[0] = move_of(p.query, step.query, rotated);
-  args->moves[1] = move_of(c.new_key, p.key, rotated);
-  args->moves[2] = move_of(c.new_value, p.value, 0);
+  if (step.query.present) args->moves[0] = rows_of(p.query, step.query, rotated);
+  args->moves[1] = rows_of(c.new_key, p.key, rotated);
+  args->moves[2] = rows_of(c.new_value, p.value, 0);
   args->first_head[1] = static_cast<unsigned>(query_heads);
   args->first_head[2] = static_cast<unsigned>(query_heads + c.new_key.shape[1]);
   args->heads = Divisor(heads);

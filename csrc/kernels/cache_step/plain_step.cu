@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
   const unsigned any_row = args.heads.quotient(idx), any_head = idx - any_row * args.heads.divisor;
   const unsigned batch_idx = args.rows.quotient(any_row), row = any_row - batch_idx * args.rows.divisor;
   const int which = any_head < args.first_head[1] ? 0 : any_head < args.first_head[2] ? 1 : 2;
-  const RowMove& move = args.moves[which];
+  const PlainRows& move = args.moves[which];
   const int64_t head = any_head - args.first_head[which];
   if (idx >= args.count) return store_lengths<kPaged>(args, int64_t{idx - args.count} * 32 + lane);
   // 3. The row, and at the same time the lengths that tell where it goes.

@@ -8,17 +8,14 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cache_step/cache_step.h"
+#include "kernels/cache_step/row_move.h"
 #include "kernels/common/divisor.h"
 #include "semantics/cache.h"
 
 namespace fa::cache_step {
 
-/// Rows of one tensor and where they go. Strides in elements.
-struct RowMove {
-  const void* from;
-  void* to;
-  int64_t from_batch, from_head, from_row;
-  int64_t to_batch, to_head, to_row;
+/// Rows of one tensor, and what becomes of them.
+struct PlainRows : RowMove {
   unsigned groups;          // of four columns, in a row
   unsigned rotated_groups;  // of them; 0: none
 };
@@ -36,7 +33,7 @@ struct PlainArgs {
   CacheRule rule;
   bool is_paged;
   PlainPages pages;          // meaningless where there are none
-  RowMove moves[3];          // queries, keys, values
+  PlainRows moves[3];        // queries, keys, values
   unsigned first_head[3];    // among the heads of all three; those of absent queries are none
   Divisor heads, rows;       // heads of all three; rows of a batch entry, or of all packed sequences
   unsigned count;            // rows of all three

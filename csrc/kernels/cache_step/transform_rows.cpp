@@ -30,28 +30,12 @@ bool has_angles(const RotaryParams& rotary, const TensorView& t) {
 
 bool has_weights(const TensorView& t) { return !t.present || reinterpret_cast<uintptr_t>(t.data) % (4 * size_of(t.dtype)) == 0; }
 
-RowsSide side_of(const TensorView& from, const TensorView& to, int64_t first_row) {
-  return {from.data,
-          static_cast<char*>(to.data) + first_row * to.stride[2] * size_of(to.dtype),
-          from.stride[0],
-          from.stride[1],
-          from.stride[2],
-          to.stride[0],
-          to.stride[1],
-          to.stride[2],
-          {},
-          0,
-          static_cast<unsigned>(from.shape[3] / 8),
-          0};
-}
-
 /// Do new rows only join those before them, unquantized, and do all tensors have as many?
 bool is_simple(const StepParams& p) {
   const CacheParams& c = p.cache;
   const bool in_place = c.past_key.present && c.past_key.data == p.key.data;
-  const bool by_position = p.rotary.cos.present && !p.rotary.by_row && !p.rotary.position_ids.present;
   if (c.mode != CacheMode::kAppend || in_place || c.key_scale.present || c.value_scale.present) return false;
-  if (by_position && (p.cu_seqlens_q.present || p.cu_seqlens_kv.present)) return false;
+  if (rotates_by_position(p.rotary) && (p.cu_seqlens_q.present || p.cu_seqlens_kv.present)) return false;
   return !c.new_key.present || (c.new_key.shape[0] == p.query.shape[0] && c.new_key.shape[2] == p.query.shape[2]);
 }
 
@@ -74,7 +58,8 @@ bool make_rows_args(const StepParams& p, const Step& step, RowsArgs* args) {
     args->first_head[which] = static_cast<unsigned>(heads);
     if (!from[which]->present) continue;
     if (!has_groups(*from[which]) || !has_groups(*to[which])) return false;
-    args->sides[which] = side_of(*from[which], *to[which], which == 0 ? 0 : args->rule.past_rows);
+    const int64_t first_row = which == 0 ? 0 : args->rule.past_rows;
+    args->sides[which] = {row_move(*from[which], *to[which], first_row), {}, 0, static_cast<unsigned>(from[which]->shape[3] / 8), 0};
     heads += from[which]->shape[1];
     columns = std::max(columns, from[which]->shape[3]);
   }

@@ -101,8 +101,7 @@ __device__ __noinline__ int64_t position_of(const CacheRule& rule, unsigned batc
 __device__ __forceinline__ void begin_angles(const RowsArgs& args, unsigned g, Columns& own) {
   const RotaryParams& rotary = args.rotary;
   if (!own.is_rotated) return;
-  const bool by_position = !rotary.by_row && !rotary.position_ids.present;
-  const int64_t position = by_position ? position_of(args.rule, own.batch_idx, own.row, own.which == 0) : 0;
+  const int64_t position = rotates_by_position(rotary) ? position_of(args.rule, own.batch_idx, own.row, own.which == 0) : 0;
   own.cos = load_4(rotary.cos.data, rotary.cos.dtype, angles_of(rotary, rotary.cos, own.batch_idx, own.row, position) + 4 * g);
   own.sin = load_4(rotary.sin.data, rotary.sin.dtype, angles_of(rotary, rotary.sin, own.batch_idx, own.row, position) + 4 * g);
 }

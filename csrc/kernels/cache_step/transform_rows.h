@@ -7,17 +7,14 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cache_step/cache_step.h"
+#include "kernels/cache_step/row_move.h"
 #include "kernels/common/divisor.h"
 #include "semantics/cache.h"
 
 namespace fa::cache_step {
 
-/// Rows of one tensor, where they go, and what becomes of them. Strides in elements.
-struct RowsSide {
-  const void* from;
-  void* to;
-  int64_t from_batch, from_head, from_row;
-  int64_t to_batch, to_head, to_row;
+/// Rows of one tensor, and what becomes of them.
+struct RowsSide : RowMove {
   TensorView weight;  // of the norm; absent: none
   float epsilon;
   unsigned groups;          // of eight columns, in a row
