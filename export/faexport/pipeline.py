@@ -18,13 +18,14 @@ from faexport.around.gelu import put_half_last
 from faexport.around.reshape_targets import keep_computed
 from faexport.fallback.functions import add_fallback
 from faexport.files.graph_checks import put_in_order
+from faexport.graph.edits import Names, drop_drafts, drop_unread_weights, unread_weights
 from faexport.graph.nodes import RUNTIME_DOMAIN, graphs_of, outermost_graphs
 from faexport.graph.normalize import convert_opset, inline_functions
 from faexport.match import Context, find_sites
 from faexport.options import Options
 from faexport.precision import float8
 from faexport.precision.core import FLOAT32_PRECISION, float32_note, in_precision
-from faexport.report.cuda_heads import cpu_only_note, gathered_note, is_float32
+from faexport.report.cuda_notes import cpu_only_note, gathered_note, is_float32
 from faexport.report.data import Report, count_nodes
 from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.mask.proof import Masks
@@ -33,16 +34,7 @@ from faexport.write import dequantize
 from faexport.write.empty_rows import with_empty_rows
 from faexport.write.projection_biases import move_biases
 from faexport.write.projections import pack_projections
-from faexport.write.rewrite import (
-    Names,
-    add_opset,
-    drop_drafts,
-    drop_unread_weights,
-    is_current,
-    is_gone,
-    rewrite_site,
-    unread_weights,
-)
+from faexport.write.rewrite import add_opset, is_current, is_gone, rewrite_site
 
 
 def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report]:

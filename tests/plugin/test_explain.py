@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import faplugin
 import pytest
-from faexport.report import cuda_heads
+from faexport import cuda_heads
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
 PREFILL, DECODE = "prefill", "decode_splitkv"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What else can be written better, around attention?"""
+"""What around attention can be written better for a runtime?"""

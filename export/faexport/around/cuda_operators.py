@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
 from faexport.graph.nodes import (
     RUNTIME_DOMAIN,
     RUNTIME_FLOATS,
@@ -27,7 +28,6 @@ from faexport.graph.nodes import (
 from faexport.graph.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import slice_of
-from faexport.write.rewrite import Names, insert_in_front, remove_dead, take_over
 
 # The sizes of the last axis that onnxruntime's kernels of these operators are compiled for.
 GATED_WIDTHS = (2560, 5120, 10240)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
 from faexport.graph.nodes import RUNTIME_FLOATS, attribute, graphs_of, op, operand
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.understand.layout.shape_uses import size_from
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import constant_ints, resolve_axis
-from faexport.write.rewrite import Names, insert_in_front, remove_dead, take_over
 
 Pads = dict[int, tuple[int, int]]  # by axis: rows in front, rows behind
 

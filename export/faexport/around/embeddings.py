@@ -15,6 +15,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
 from faexport.graph.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, given, op, operand, producer
 from faexport.graph.surgery import Builder
 from faexport.sizes import algebra as ia
@@ -22,7 +23,6 @@ from faexport.sizes.dims import Dim
 from faexport.understand.index import transfer_layout, transfer_math  # noqa: F401  (registers the transfer functions)
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.shapes.analysis import Analysis
-from faexport.write.rewrite import Names, insert_in_front, remove_dead, take_over
 
 OPERATOR = "SkipLayerNormalization"
 

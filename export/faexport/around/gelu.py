@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from faexport.graph.edits import Names
 from faexport.graph.nodes import graphs_of, op, producer
 from faexport.understand.shapes.analysis import Analysis
-from faexport.write.rewrite import Names
 
 
 def put_half_last(model: ir.Model, a: Analysis, names: Names) -> str:

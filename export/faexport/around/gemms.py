@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
 from faexport.graph.nodes import RUNTIME_FLOATS, attribute, given, graphs_of, op, operand, producer
 from faexport.understand.shapes.analysis import Analysis
-from faexport.write.rewrite import Names, insert_in_front, remove_dead, take_over
 
 
 def write_as_products(model: ir.Model, a: Analysis, names: Names) -> None:

@@ -18,11 +18,11 @@ import onnx_ir as ir
 
 from faexport.around import embeddings
 from faexport.fallback.formulas import FORMULAS
+from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
 from faexport.graph.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, graphs_of, op, operand, producer
 from faexport.spec import DOMAIN
 from faexport.understand.core.head_norm import head_norm_of
 from faexport.understand.shapes.analysis import Analysis
-from faexport.write.rewrite import Names, insert_in_front, remove_dead, take_over
 
 if TYPE_CHECKING:  # slow to import
     from onnxscript.rewriter import pattern

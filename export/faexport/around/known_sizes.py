@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.edits import Names, insert_in_front, remove_dead
 from faexport.graph.nodes import attribute, graphs_of, op, operand, producer
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.understand.shapes.analysis import Analysis
-from faexport.write.rewrite import Names, insert_in_front, remove_dead
 
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 

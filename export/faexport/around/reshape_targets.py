@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.edits import Names, insert_in_front
 from faexport.graph.nodes import attribute, graphs_of, op, operand, producer
 from faexport.graph.surgery import FIRST_OPSET, Builder
 from faexport.sizes.dims import product
 from faexport.understand.shapes.analysis import Analysis
-from faexport.write.rewrite import Names, insert_in_front
 
 
 def keep_computed(model: ir.Model, a: Analysis, names: Names) -> None:

@@ -2,7 +2,7 @@
 """The one builder of new nodes of standard ONNX, in the spelling of the model's opset.
 
 Operands and outputs whose layout the operator can't take (understand/), masks (understand/mask/emit.py) and the
-stand-in function (fallback/body.py) are made with it. Nodes are made, not inserted; rewrite.py names and inserts them.
+stand-in function (fallback/body.py) are made with it. Nodes are made, not inserted; edits.py names and inserts them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Builder(Writer):
         return node.outputs[0]
 
     def _named(self, node: ir.Node) -> ir.Node:
-        """rewrite.py names what has no name."""
+        """edits.py names what has no name."""
         return node
 
     def _unused(self, constant: ir.Value) -> None:

@@ -18,10 +18,10 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from faexport.cuda_heads import widest
 from faexport.graph.nodes import dtype_name, name_of, op, producer
 from faexport.graph.surgery import Missing
 from faexport.match import Context, refiner
-from faexport.report.cuda_heads import widest
 from faexport.sizes.dims import product
 from faexport.spec import AttentionSpec, Fact, Layout
 from faexport.understand.shapes.analysis import Analysis

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.fallback.functions import layouts_of, set_inputs
+from faexport.graph.edits import Names, insert_in_front, remove_dead
 from faexport.graph.nodes import op, operand
 from faexport.graph.surgery import Builder
 from faexport.schema import NUM_REQUIRED
@@ -24,7 +25,6 @@ from faexport.spec import DOMAIN, OP_TYPE, Layout
 from faexport.understand.core.rounding import rounding_at
 from faexport.understand.layout.view_ops import VIEW_OPS
 from faexport.understand.shapes.analysis import Analysis
-from faexport.write.rewrite import Names, insert_in_front, remove_dead
 
 MINIMUM_OPSET = 19  # the first with float8
 LARGEST = 448.0  # of e4m3

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from faexport.errors import ModelError
 from faexport.fallback.functions import add_fallback, remove_fallback
 from faexport.files import model_io
+from faexport.graph.edits import Names, name_node
 from faexport.graph.nodes import all_nodes, dtype_name
 from faexport.graph.surgery import Builder
 from faexport.precision import float8
@@ -33,7 +34,6 @@ from faexport.understand.shapes.analysis import Analysis
 from faexport.verify import compare
 from faexport.verify.reference import Amount, Reference
 from faexport.verify.side_by_side_math import Emit, Statistics, statistics
-from faexport.write.rewrite import Names, name_node
 
 WHERE = "attention in float8 runs on CPUs and on GPUs of compute capability 9.0; on other GPUs the file does not run"
 MOST_ERROR = 0.25  # of a site; one that loses more keeps the model's precision

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was found, and how is it told: the data, a terminal's view, a page."""
+"""What was found and done: as data, on a terminal, as a page."""

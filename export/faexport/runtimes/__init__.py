@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do onnxruntime, onnxruntime-genai, TensorRT and Triton take a model?"""
+"""What do onnxruntime, onnxruntime-genai, TensorRT and Triton want of a model?"""

@@ -16,11 +16,11 @@ from collections.abc import Collection, Iterable, Sequence
 
 import onnx_ir as ir
 
+from faexport.graph.edits import remove_dead
 from faexport.graph.nodes import attribute, graphs_of, live_users, op, operand, producer
 from faexport.spec import Candidate, Refusal
 from faexport.understand.layout.products import QUANTIZED
 from faexport.understand.shapes.analysis import Analysis
-from faexport.write.rewrite import remove_dead
 
 _ELEMENTWISE = {"com.microsoft::QLinearAdd": "Add", "com.microsoft::QLinearMul": "Mul"}
 _SOFTMAX = "com.microsoft::QLinearSoftmax"

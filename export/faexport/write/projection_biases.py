@@ -20,12 +20,12 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.fallback.functions import rows_see_a_key
+from faexport.graph.edits import Names, insert_in_front, remove_dead
 from faexport.graph.nodes import attribute, given, op, producer
 from faexport.graph.surgery import Builder
 from faexport.spec import AttentionSpec, Candidate, EmptyRow, Fact, Layout
 from faexport.understand.shapes.analysis import Analysis
 from faexport.write.projections import sites_text
-from faexport.write.rewrite import Names, insert_in_front, remove_dead
 
 # Inputs of the operator with which a row's weights still sum to 1, and depend on its scores by their differences alone.
 _HARMLESS = {"attn_mask", "attn_bias", "nonpad_kv_seqlen", "query_offset", "alibi_slopes"}

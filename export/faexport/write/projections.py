@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.edits import Names, insert_in_front, remove_dead
 from faexport.graph.nodes import given, op, producer
 from faexport.graph.surgery import Builder
 from faexport.spec import AttentionSpec, Candidate, Fact
 from faexport.understand.shapes.analysis import Analysis
-from faexport.write.rewrite import Names, insert_in_front, remove_dead
 
 ROLES = ("queries", "keys", "values")
 LAYOUTS = ("query_layout", "key_layout", "value_layout")

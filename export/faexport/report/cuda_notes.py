@@ -1,26 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which fused sites no CUDA kernel takes: those with wide heads (cuda_heads.def, the one table, against the report's
-sites). And which none reads in place."""
+"""Notes of a report about CUDA: which fused sites no kernel takes, those with wide heads, and which none reads in
+place."""
 
 from __future__ import annotations
 
 import collections
-import functools
-import re
 from collections.abc import Iterable
 
+from faexport.cuda_heads import widest
 from faexport.graph.nodes import dtype_name
 from faexport.report.data import SiteReport
-from faexport.schema import table_rows
 from faexport.spec import AttentionSpec, Candidate
-
-_ROW = re.compile(r"^FA_CUDA_HEADS\((\w+), (\d+)\)\s*$")
-
-
-@functools.cache
-def widest() -> dict[str, int]:
-    """Columns of the widest heads by NumPy's name of the type."""
-    return {dtype: int(columns) for dtype, columns in table_rows("cuda_heads.def", "FA_CUDA_HEADS", _ROW)}
 
 
 def cpu_only_note(candidates: Iterable[Candidate]) -> str:
