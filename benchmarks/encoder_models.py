@@ -158,9 +158,12 @@ def _ours(source: pathlib.Path, target: pathlib.Path, model: Model, half: bool) 
     measured on one set of inputs here and not on the command's many, which would take minutes; encoders.py compares
     what comes out."""
     import faexport
-    from faexport import half_check, model_io, ort_session, pipeline
-    from faexport.reference import Reference
-    from faexport.settings import InputSet
+    from faexport import pipeline
+    from faexport.feeds.settings import InputSet
+    from faexport.files import model_io
+    from faexport.precision import half_check
+    from faexport.runtimes import ort_session
+    from faexport.verify.reference import Reference
 
     options = faexport.Options(target="cuda" if half else "onnxruntime", fp16=half)
     fused, _ = pipeline.run(model_io.load(source), options)  # which is asked for fp16, unlike faexport.fuse()

@@ -31,7 +31,7 @@ def join_casts(model: onnx.ModelProto) -> onnx.ModelProto:
     """What stays float32 is not rounded on its way to what stays float32, either: the converter writes each such node
     between casts. The other tools' files get what faexport does for its own."""
     import onnx_ir as ir
-    from faexport import half
+    from faexport.precision import half
 
     made = ir.from_proto(model)
     half.join_casts(made)

@@ -25,8 +25,10 @@ import rich.box
 import rich.console
 import rich.markup
 import rich.table
-from faexport import model_io, ort_session, pipeline
-from faexport.report import count_nodes
+from faexport import pipeline
+from faexport.files import model_io
+from faexport.report.data import count_nodes
+from faexport.runtimes import ort_session
 from faexport.spec import DOMAIN, OP_TYPE
 from onnx.backend.test.runner import Runner
 

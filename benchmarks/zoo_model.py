@@ -18,9 +18,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import zoo_peers
-from faexport import compare, half_check, model_io, ort_session, pipeline, verify
-from faexport.report import VerificationStatus
+from faexport import pipeline
+from faexport.files import model_io
+from faexport.precision import half_check
+from faexport.report.data import VerificationStatus
+from faexport.runtimes import ort_session
 from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.verify import compare, model_check
 
 MATERIALIZING = {"Expand", "Where", "ScatterND", "Trilu", "ConstantOfShape", "Tile"}  # what builds a mask of S x S
 
@@ -43,8 +47,8 @@ def examine(folder: pathlib.Path, peers: bool, isolate: bool, rest: bool, fp16: 
     )
     result = {key: meta.get(key) for key in keys} | {"expected": meta["expected_attention_blocks"]}
     open_session = ort_session.Session if isolate else ort_session.SessionHere
-    given = verify.InputSet("inputs.npz", dict(np.load(folder / "inputs.npz")))
-    reference = verify.make_reference(folder / "model.onnx", extra_inputs=[given], open_session=open_session)
+    given = model_check.InputSet("inputs.npz", dict(np.load(folder / "inputs.npz")))
+    reference = model_check.make_reference(folder / "model.onnx", extra_inputs=[given], open_session=open_session)
     with tempfile.TemporaryDirectory(prefix="zoo-") as scratch:
         result["ours"] = _as_the_command(folder, pathlib.Path(scratch), reference, rest, fp16)
         if peers:
@@ -53,7 +57,7 @@ def examine(folder: pathlib.Path, peers: bool, isolate: bool, rest: bool, fp16: 
 
 
 def _as_the_command(
-    folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Reference, rest: bool, fp16: bool
+    folder: pathlib.Path, scratch: pathlib.Path, reference: model_check.Reference, rest: bool, fp16: bool
 ) -> dict:
     """The fused model and its float16 form; where one of them is wrong with what was joined around attention, once more
     without, as `faexport` does (jobs.run)."""
@@ -70,7 +74,9 @@ def _as_the_command(
     return found
 
 
-def _ours(folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Reference, options: pipeline.Options) -> dict:
+def _ours(
+    folder: pathlib.Path, scratch: pathlib.Path, reference: model_check.Reference, options: pipeline.Options
+) -> dict:
     model = model_io.load(folder / "model.onnx")
     start = time.perf_counter()
     model, report = pipeline.run(model, options)
@@ -82,11 +88,11 @@ def _ours(folder: pathlib.Path, scratch: pathlib.Path, reference: verify.Referen
         "refusals": [{"site": site.name, "reason": site.refusal.reason} for site in report.sites if site.refusal],
         "facts": [[fact.text for fact in site.facts] for site in report.sites if site.fused],
         "seconds": seconds,
-        **_outcome(verify.with_sites(reference, path, verify.verify_against(reference, path))),
+        **_outcome(model_check.with_sites(reference, path, model_check.verify_against(reference, path))),
     }
     if report.num_fused and result["outcome"] == "right":
         result |= _operands(path, reference) | _against_torch(folder, path, reference)
-        result["fallback"] = verify.verify_against(reference, path, use_library=False).status
+        result["fallback"] = model_check.verify_against(reference, path, use_library=False).status
     return result
 
 
@@ -97,7 +103,7 @@ OUTCOMES = {
 }
 
 
-def _half(scratch: pathlib.Path, reference: verify.Reference) -> dict:
+def _half(scratch: pathlib.Path, reference: model_check.Reference) -> dict:
     """The fused model in float16 against the float32 original."""
     try:
         made = half_check.make(reference, scratch / "model.fa.onnx")
@@ -111,7 +117,7 @@ def _half(scratch: pathlib.Path, reference: verify.Reference) -> dict:
     return {"outcome": OUTCOMES[said.status], "detail": said.reason, "kept": len(said.kept), **sizes}
 
 
-def _outcome(verification: verify.Verification) -> dict:
+def _outcome(verification: model_check.Verification) -> dict:
     """right, wrong, or not run, and the largest difference as a share of what is allowed."""
     worst = verification.worst
     return {
@@ -124,7 +130,7 @@ def _outcome(verification: verify.Verification) -> dict:
     }
 
 
-def _against_torch(folder: pathlib.Path, path: pathlib.Path, reference: verify.Reference) -> dict:
+def _against_torch(folder: pathlib.Path, path: pathlib.Path, reference: model_check.Reference) -> dict:
     """The fused model's error against PyTorch's outputs beside the original's, relative to their magnitude."""
     expected = dict(np.load(folder / "expected.npz"))
     given = reference.outputs[0]
@@ -146,7 +152,7 @@ def _relative(want: np.ndarray, got: np.ndarray) -> float:
     return float(np.abs(want - got)[finite].max(initial=0.0) / scale) if scale else 0.0
 
 
-def _operands(path: pathlib.Path, reference: verify.Reference) -> dict:
+def _operands(path: pathlib.Path, reference: model_check.Reference) -> dict:
     """What each operator node computes, and the S_q x S_kv masks that the file still builds: shapes at run time."""
     proto = onnx.load(path)
     model = ir.from_proto(proto)
@@ -163,7 +169,7 @@ def _operands(path: pathlib.Path, reference: verify.Reference) -> dict:
     return {"kinds": kinds, "leftovers": [] if needed else leftovers, "leftovers_needed": leftovers if needed else []}
 
 
-def _shapes(proto: onnx.ModelProto, names: set[str], path: pathlib.Path, reference: verify.Reference) -> dict:
+def _shapes(proto: onnx.ModelProto, names: set[str], path: pathlib.Path, reference: model_check.Reference) -> dict:
     """Shapes of values on the first inputs that the original runs on; {} where the probe does not run."""
     outputs = {output.name for output in proto.graph.output}
     constants = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}

@@ -15,16 +15,21 @@ import pathlib
 from collections.abc import Callable
 
 import onnx_ir as ir
-from faexport import compare, inputs, model_io, ort_session, settings, verify, widen
-from faexport.report import count_nodes
+from faexport.feeds import inputs, settings
+from faexport.files import model_io
+from faexport.report.data import count_nodes
+from faexport.runtimes import ort_session
+from faexport.verify import compare, model_check, widen
 
 CACHE = pathlib.Path(__file__).parents[1] / "build" / "zoo-peers"
 PEER_OPS = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention", "PackedMultiHeadAttention"}
-JUDGES = (__file__, *(judge.__file__ for judge in (verify, compare, settings, inputs, ort_session, widen)))
-Outcome = Callable[[verify.Verification], dict]
+JUDGES = (__file__, *(judge.__file__ for judge in (model_check, compare, settings, inputs, ort_session, widen)))
+Outcome = Callable[[model_check.Verification], dict]
 
 
-def results(folder: pathlib.Path, meta: dict, scratch: pathlib.Path, reference: verify.Reference, outcome: Outcome):
+def results(
+    folder: pathlib.Path, meta: dict, scratch: pathlib.Path, reference: model_check.Reference, outcome: Outcome
+):
     """{"onnxruntime": …, "onnxscript": …}, each with the number of attention operators and what became of the model."""
     kept = CACHE / f"{folder.name}-{_key(folder)}.json"
     if kept.exists():
@@ -52,7 +57,7 @@ def _peer(
     folder: pathlib.Path,
     meta: dict,
     scratch: pathlib.Path,
-    reference: verify.Reference,
+    reference: model_check.Reference,
     outcome: Outcome,
 ) -> dict:
     """A peer's fusion of the same file, judged as ours."""
@@ -65,7 +70,7 @@ def _peer(
     fused = sum(counts.get(f"com.microsoft::{op_type}", 0) for op_type in PEER_OPS)
     if not fused:
         return {"fused": 0, "outcome": "nothing fused"}
-    return {"fused": fused, **outcome(verify.verify_against(reference, path))}
+    return {"fused": fused, **outcome(model_check.verify_against(reference, path))}
 
 
 def _onnxruntime_optimizer(source: pathlib.Path, meta: dict, target: pathlib.Path) -> None:

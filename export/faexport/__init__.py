@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from faexport.errors import ModelError, NotVerifiedError
     from faexport.jobs import optimize
     from faexport.options import Options
-    from faexport.report import Report
+    from faexport.report.data import Report
 
 # What is slow to import is looked up when it is asked for.
 _LATER = {
     "ModelError": "errors",
     "NotVerifiedError": "errors",
     "Options": "options",
-    "Report": "report",
+    "Report": "report.data",
     "optimize": "jobs",
 }
+_MODULES = {"model_io": "files.model_io", "schema": "schema"}  # documented as parts of this package
 __version__: str
 __all__ = ["ModelError", "NotVerifiedError", "Options", "Report", "__version__", "fuse", "optimize"]
 
@@ -31,6 +32,8 @@ __all__ = ["ModelError", "NotVerifiedError", "Options", "Report", "__version__",
 def __getattr__(name: str) -> Any:
     import importlib
 
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{_MODULES[name]}")
     if name in _LATER:
         return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     if name != "__version__":
@@ -57,7 +60,8 @@ def fuse(
     import onnx
     import onnx_ir as ir
 
-    from faexport import diagnosis, model_io, pipeline
+    from faexport import diagnosis, pipeline
+    from faexport.files import model_io
 
     options = options or pipeline.Options()
     if options.half:

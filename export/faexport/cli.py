@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from faexport import bench, build, deploy, terminal
-from faexport.errors import ModelError, NotVerifiedError
-from faexport.help_texts import EXAMPLES, EXAMPLES_OF_FUSE, EXAMPLES_OF_INSPECT, SUMMARY
-from faexport.options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options
-from faexport.options_of_commands import (
+from faexport.commands import bench, build, deploy, terminal
+from faexport.commands.help_texts import EXAMPLES, EXAMPLES_OF_FUSE, EXAMPLES_OF_INSPECT, SUMMARY
+from faexport.commands.shared_options import (
     FILE,
     PLACE,
     Seconds,
@@ -34,13 +32,15 @@ from faexport.options_of_commands import (
     report_option,
     strict_option,
 )
-from faexport.output import check_input, check_report, final_path, write_file
+from faexport.errors import ModelError, NotVerifiedError
+from faexport.files.output import check_input, check_report, final_path, write_file
+from faexport.options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from faexport import jobs
-    from faexport.report import Report
+    from faexport.report.data import Report
 
 
 def _show_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
@@ -222,7 +222,8 @@ def fuse(
                 check_input(path)
     import onnx_ir as ir
 
-    from faexport import jobs, many
+    from faexport import jobs
+    from faexport.commands import many
 
     options = dataclasses.replace(
         _assuming(assume),
@@ -288,7 +289,7 @@ def _check_reports(
 
 def _fuse_one(job: jobs.Job, as_json: bool, html_file: pathlib.Path | None, strict: bool, quiet: bool) -> None:
     from faexport import jobs
-    from faexport.report import Report
+    from faexport.report.data import Report
 
     report = Report(model=str(job.model))
     with _failures(report, as_json, job.report_file):
@@ -309,8 +310,8 @@ def _fuse_one(job: jobs.Job, as_json: bool, html_file: pathlib.Path | None, stri
 def _fuse_many(
     todo: list[jobs.Job], as_json: bool, report_file: pathlib.Path | None, strict: bool, quiet: bool
 ) -> None:
-    from faexport import many
-    from faexport.report import Report
+    from faexport.commands import many
+    from faexport.report.data import Report
 
     reports = [Report(model=str(job.model)) for job in todo]
     with many.telling_what_was_written(reports):
@@ -354,12 +355,13 @@ def inspect(
     with _failing_early(model, as_json):
         if not model.is_dir():
             check_input(model)
-        from faexport import jobs, many
+        from faexport import jobs
+        from faexport.commands import many
 
         model = jobs.model_file(many.only_model(model))
         check_report(report_file, [model], "--report")
         check_report(html_file, [model], "--html")
-    from faexport.report import Report
+    from faexport.report.data import Report
 
     report = Report(model=str(model))
     with _failures(report, as_json, report_file), terminal.progress(quiet) as progress:
@@ -382,7 +384,7 @@ def _failing_early(model: pathlib.Path, as_json: bool) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        from faexport.report import Report
+        from faexport.report.data import Report
 
         _write_json(Report(model=str(model), error=str(error)), as_json, None)
         raise
@@ -426,16 +428,17 @@ def _write_html(report: Report, path: pathlib.Path | None, fused: ir.Model | Non
     """The report as a page, with drawings where something was fused."""
     if path is None:
         return
-    from faexport import blocks, html_report, model_io
+    from faexport.files import model_io
+    from faexport.report import blocks, html_page
 
     drawn = blocks.find_blocks(model_io.load(str(report.model)), fused) if fused is not None else {}
-    write_file(path, html_report.page(report, drawn).encode())
+    write_file(path, html_page.page(report, drawn).encode())
 
 
 def _show(report: Report, as_json: bool, report_file: pathlib.Path | None, quiet: bool) -> None:
     _write_json(report, as_json, report_file)
     if not as_json and not quiet:
-        from faexport.report_view import view
+        from faexport.report.terminal_view import view
 
         with terminal.printing():
             screen = terminal.console()

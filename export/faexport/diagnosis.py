@@ -17,11 +17,12 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-from faexport import ort_session, pipeline
+from faexport import pipeline
 from faexport.errors import ModelError
-from faexport.normalize import ConversionError
+from faexport.graph.normalize import ConversionError
 from faexport.options import Options
-from faexport.report import Report
+from faexport.report.data import Report
+from faexport.runtimes import ort_session
 
 TIMEOUT_SECONDS = 60.0
 

@@ -23,6 +23,6 @@ def first_cause(error: BaseException) -> BaseException:
 
 class NotVerifiedError(Exception):
     """The rewritten model differs from the original, or could not be compared with it, and was not written. The text is
-    one line; `report` is what faexport.optimize() found, a faexport.report.Report."""
+    one line; `report` is what faexport.optimize() found, a faexport.Report."""
 
     report: Any = None

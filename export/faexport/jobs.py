@@ -14,16 +14,20 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from faexport import diagnosis, formulas, genai, model_io, ort_session, provenance, scratch
-from faexport import verify as verification
+from faexport import diagnosis
 from faexport.errors import ModelError, NotVerifiedError
-from faexport.graph_checks import external_tensors
+from faexport.fallback import formulas
+from faexport.feeds.settings import Assumed, InputSet
+from faexport.files import model_io, scratch
+from faexport.files.graph_checks import external_tensors
+from faexport.files.output import check_input, check_output, default_target
+from faexport.files.signals import uninterrupted
 from faexport.options import DEVICES, VERIFY_TIMEOUT, Options
-from faexport.output import check_input, check_output, default_target
-from faexport.reference import Reference, make_reference
-from faexport.report import Report, Verification, VerificationStatus, count_nodes
-from faexport.settings import Assumed, InputSet
-from faexport.signals import uninterrupted
+from faexport.report import provenance
+from faexport.report.data import Report, Verification, VerificationStatus, count_nodes
+from faexport.runtimes import genai, ort_session
+from faexport.verify import model_check as verification
+from faexport.verify.reference import Reference, make_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +273,7 @@ def _in_half(
     watcher: Watcher,
 ) -> tuple[ir.Model, model_io.Stage]:
     """The staged model in half precision, staged as well, and what the report says of it. Raises as run() does."""
-    from faexport import half_check
+    from faexport.precision import half_check
 
     dtype = ir.DataType[job.options.half]
     name = dtype.name.lower()
@@ -305,7 +309,7 @@ def _in_float8(
 ) -> tuple[ir.Model, model_io.Stage]:
     """The staged model with attention in float8, staged as well, and what the report says of it. Raises as run()
     does."""
-    from faexport import float8_check
+    from faexport.precision import float8_check
 
     if reference is None:
         raise ModelError(f"{job.model}: can't be computed in float8: {ort_session.missing_packages()}")

@@ -12,35 +12,29 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport import around, cuda_operators, cuda_padding, dequantize, float8, gemms, known_sizes
-from faexport.cuda_heads import cpu_only_note, gathered_note, is_float32
-from faexport.declare import declare_shapes
-from faexport.empty_rows import with_empty_rows
-from faexport.fallback import add_fallback
-from faexport.gelu import put_half_last
-from faexport.graph_checks import put_in_order
+from faexport.around import cuda_operators, cuda_padding, gemms, joins, known_sizes
+from faexport.around.declare import declare_shapes
+from faexport.around.gelu import put_half_last
+from faexport.around.reshape_targets import keep_computed
+from faexport.fallback.functions import add_fallback
+from faexport.files.graph_checks import put_in_order
+from faexport.graph.edits import Names, drop_drafts, drop_unread_weights, unread_weights
+from faexport.graph.nodes import RUNTIME_DOMAIN, graphs_of, outermost_graphs
+from faexport.graph.normalize import convert_opset, inline_functions
 from faexport.match import Context, find_sites
-from faexport.nodes import RUNTIME_DOMAIN, graphs_of, outermost_graphs
-from faexport.normalize import convert_opset, inline_functions
 from faexport.options import Options
-from faexport.precision import FLOAT32_PRECISION, float32_note, in_precision
-from faexport.projection_biases import move_biases
-from faexport.projections import pack_projections
-from faexport.report import Report, count_nodes
-from faexport.reshape_targets import keep_computed
-from faexport.rewrite import (
-    Names,
-    add_opset,
-    drop_drafts,
-    drop_unread_weights,
-    is_current,
-    is_gone,
-    rewrite_site,
-    unread_weights,
-)
+from faexport.precision import float8
+from faexport.precision.core import FLOAT32_PRECISION, float32_note, in_precision
+from faexport.report.cuda_notes import cpu_only_note, gathered_note, is_float32
+from faexport.report.data import Report, count_nodes
 from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
+from faexport.write import dequantize
+from faexport.write.empty_rows import with_empty_rows
+from faexport.write.projection_biases import move_biases
+from faexport.write.projections import pack_projections
+from faexport.write.rewrite import add_opset, is_current, is_gone, rewrite_site
 
 
 def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report]:
@@ -92,16 +86,16 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     notes = [f"the file runs with our library only: {missing}"] if missing else []
     if fused and (moved := put_half_last(model, masks.analysis, names)):
         notes.append(moved)
-    before_joining = around.counts(model)
+    before_joining = joins.counts(model)
     if fused and options.joins_rest:
-        around.join(model, masks.analysis, names)
+        joins.join(model, masks.analysis, names)
     if fused and options.joins_cuda:
         cuda_operators.join(model, masks.analysis, names)
         cuda_padding.join(model, masks.analysis, names)
-    joined = dict(sorted((around.counts(model) - before_joining).items()))
+    joined = dict(sorted((joins.counts(model) - before_joining).items()))
     if joined:
         model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)
-        notes.append(around.note(joined))
+        notes.append(joins.note(joined))
     if fused:
         drop_unread_weights(model, unread)
     report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])

@@ -17,8 +17,8 @@ import onnx
 import onnx_ir as ir
 from onnx.defs import OpSchema
 
+from faexport.sizes.dims import Dim
 from faexport.spec import DOMAIN, OP_TYPE, VERSION
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules_operator import OPTIONAL_OUTPUTS, output_dtype, output_shapes
 
 FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]

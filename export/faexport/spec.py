@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the exporter knows of one attention site: the words shared by match/, understand/, rewrite.py and report.py.
+"""What the exporter knows of one attention site: the words shared by match/, understand/, write/ and report/.
 
 Names and meanings are those of csrc/include/fa/attention.h and docs/operator.md. Data only: no graph is changed here.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from faexport.understand.shapes.dims import Dim
+from faexport.sizes.dims import Dim
 
 DOMAIN = "faexport"
 OP_TYPE = "FlashAttention"

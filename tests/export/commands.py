@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from faexport import cli
-from faexport.signals import SIGNALS
+from faexport.files.signals import SIGNALS
 
 
 def environment() -> dict[str, str]:

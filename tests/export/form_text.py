@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from faexport.report import Report
+from faexport.report.data import Report
 
 from tests.export.test_sites import run
 

@@ -11,7 +11,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from faexport import model_io, ort_session, pipeline, verify
+from faexport import pipeline
+from faexport.files import model_io
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.test_projections import HEADS, D, E, attention, counts
@@ -77,7 +80,7 @@ def test_the_rest_is_joined_where_asked(norm: str, tmp_path: pathlib.Path) -> No
         assert any(f"joined around attention: 1 {JOINED[norm]}" in note for note in found.notes) == rest
     joined = next(node for node in written.graph.node if node.op_type == JOINED[norm])
     assert list(joined.output) == ["normalized", "", "", "sum"]
-    checked = verify.verify(source, target)
+    checked = model_check.verify(source, target)
     assert checked.status == "passed", checked.reason
     assert {"normalized", "sum"} <= {row.value for row in checked.sites}
 
@@ -120,7 +123,7 @@ def test_a_normalization_that_nothing_reads_stays_whole(tmp_path: pathlib.Path) 
     assert found.joined == {"SkipLayerNormalization": 1}
     model_io.save(result, target, source=source)
     assert all(any(node.output) for node in onnx.load(target).graph.node)
-    assert verify.verify(source, target).status == "passed"
+    assert model_check.verify(source, target).status == "passed"
 
 
 @pytest.mark.parametrize("order", [("biased", "placed"), ("placed", "biased")], ids=str)
@@ -148,7 +151,7 @@ def test_a_bias_is_joined_beside_another_sum(order: tuple[str, str], place: tupl
     model_io.save(result, target, source=source)
     (joined,) = (node for node in onnx.load(target).graph.node if node.op_type == "SkipLayerNormalization")
     assert len(joined.input) == 5 and joined.input[1] == "placed"
-    assert verify.verify(source, target).status == "passed"
+    assert model_check.verify(source, target).status == "passed"
 
 
 @pytest.mark.parametrize("divisor, joined", [(1.0, 1), (2.0, 0)])
@@ -170,7 +173,7 @@ def test_a_division_by_one_stands_in_no_one_s_way(divisor: float, joined: int, t
     (norm,) = (node for node in onnx.load(target).graph.node if node.op_type == "SkipLayerNormalization")
     assert (len(norm.input) == 5 and bool(norm.input[4])) == bool(joined)
     assert counts(onnx.load(target))["Div"] == 1 - joined
-    assert verify.verify(source, target).status == "passed"
+    assert model_check.verify(source, target).status == "passed"
 
 
 def test_a_wrong_normalization_would_be_found(tmp_path: pathlib.Path) -> None:
@@ -182,7 +185,7 @@ def test_a_wrong_normalization_would_be_found(tmp_path: pathlib.Path) -> None:
     joined = next(node for node in wrong.graph.node if node.op_type == "SkipLayerNormalization")
     joined.input[1] = joined.input[0]
     onnx.save(wrong, target)
-    assert verify.verify(source, target).status == "failed"
+    assert model_check.verify(source, target).status == "failed"
 
 
 GELU = {  # how exporters write it -> the last nodes, of "biased", its error function "erf" and constants
@@ -224,7 +227,7 @@ def test_gelu_is_joined_with_its_bias(spelling: str, bias_first: bool, tmp_path:
     result, found = faexport.fuse(source, options=pipeline.Options(rest=True))
     model_io.save(result, target, source=source)
     assert counts(onnx.load(target))["BiasGelu"] == 1 and any("1 BiasGelu" in note for note in found.notes)
-    checked = verify.verify(source, target, open_session=ort_session.SessionHere)
+    checked = model_check.verify(source, target, open_session=ort_session.SessionHere)
     assert checked.status == "passed", checked.reason
 
 
@@ -243,7 +246,7 @@ def test_gelu_is_left_as_onnxruntime_recognizes_it(spelling: str, tmp_path: path
     faplugin.register(options)
     onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
     assert counts(onnx.load(optimized))["BiasGelu"] == 1
-    checked = verify.verify(source, target, open_session=ort_session.SessionHere)
+    checked = model_check.verify(source, target, open_session=ort_session.SessionHere)
     assert checked.status == "passed", checked.reason
 
 
@@ -303,7 +306,7 @@ def test_what_may_not_fit_is_not_joined(change: str, tmp_path: pathlib.Path) -> 
     assert not {"BiasGelu", *JOINED.values(), "SimplifiedLayerNormalization"} & found.joined.keys()
     if change == "double":  # onnxruntime's CPU provider has no Erf of such numbers
         return
-    checked = verify.verify(source, target, open_session=ort_session.SessionHere)
+    checked = model_check.verify(source, target, open_session=ort_session.SessionHere)
     assert checked.status == "passed", checked.reason
 
 

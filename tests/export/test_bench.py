@@ -15,8 +15,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from faexport import bench, bench_view, inputs, ort_session
-from faexport.bench_data import Measured, Row, Timing
+from faexport.commands import bench, bench_view
+from faexport.commands.bench_data import Measured, Row, Timing
+from faexport.feeds import inputs
+from faexport.runtimes import ort_session
 from onnx import TensorProto, helper
 
 from tests.export import big_model

@@ -16,10 +16,13 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from faexport import cli, engine, engine_run, model_io, pipeline
-from faexport.engine import Range, Runtime
-from faexport.model_io import ModelError
+from faexport import cli, pipeline
+from faexport.commands import engine_run
+from faexport.files import model_io
+from faexport.files.model_io import ModelError
 from faexport.options import Options
+from faexport.runtimes import engine
+from faexport.runtimes.engine import Range, Runtime
 
 from tests import packages
 
@@ -178,9 +181,10 @@ AS_TENSORRT = (
 )
 PREPARE = """
 import pathlib
-from faexport import build, engine
+from faexport.commands import build
+from faexport.runtimes import engine
 with build.prepared(pathlib.Path(sys.argv[1]), engine.Runtime.TENSORRT, True, build.Bars(True)) as (path, count, notes):
-    from faexport import model_io
+    from faexport.files import model_io
     nodes = [node.op_type for node in model_io.load(path).graph]
     creator = trt.get_plugin_registry().get_creator("FlashAttention", "1", "")
     print(count, nodes.count("FlashAttention"), creator is not None)

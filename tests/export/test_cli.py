@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from faexport import ort_session
 from faexport.cli import app
+from faexport.runtimes import ort_session
 from onnx import TensorProto, helper
 
 from tests.export import (

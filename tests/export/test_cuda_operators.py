@@ -12,7 +12,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from faexport import formulas, jobs, ort_session, pipeline, verify
+from faexport import jobs, pipeline
+from faexport.fallback import formulas
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
 from onnx import numpy_helper, parser
 
 from tests.export.form_text import replaced
@@ -234,7 +237,7 @@ def test_no_run_on_nothing_is_excused(tmp_path: pathlib.Path, library: str, take
     # Reshapes that take no elements, too
     onnx.save(model(("grouped = {0, 32, -1}", "grouped = {0, 32, 160}")), path)
     onnx.save(fused(onnx.load(path))[0], made)
-    found = verify.verify(path, made, open_session=OnGpu)
+    found = model_check.verify(path, made, open_session=OnGpu)
     if takes_nothing:
         assert found.status == "passed"
         assert any(run.skipped == NOTHING for run in found.runs) and NOTHING in found.notes

@@ -10,7 +10,8 @@ import types
 import onnx
 import onnx_ir as ir
 import pytest
-from faexport import model_io, ort_session, triton
+from faexport.files import model_io
+from faexport.runtimes import ort_session, triton
 from google.protobuf import text_format
 
 from tests import packages

@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from faexport import ort_session, verify
 from faexport.options import Options
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
 
 AGREED = Options(assume_scores_unquantized=True)
 NUMBERS = """one = Constant<value = float {0.02}>() some = Constant<value = float {0.3}>()
@@ -70,7 +71,7 @@ def test_fused_with_consent(name: str, tmp_path: pathlib.Path, library: str) -> 
     paths = tmp_path / "a.onnx", tmp_path / "b.onnx"
     for path, content in zip(paths, (model, fused), strict=True):
         path.write_bytes(content.SerializeToString())
-    found = verify.verify(*paths, open_session=ort_session.SessionHere)
+    found = model_check.verify(*paths, open_session=ort_session.SessionHere)
     assert found.status == "passed", found.reason
     rows = [row for row in found.sites if row.site]
     assert rows and all(row.quantization_error < row.original_quantization_error < 0.2 for row in rows), rows

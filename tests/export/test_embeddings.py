@@ -9,7 +9,10 @@ import faexport
 import numpy as np
 import onnx
 import pytest
-from faexport import model_io, ort_session, pipeline, verify
+from faexport import pipeline
+from faexport.files import model_io
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.test_projections import E, attention
@@ -61,8 +64,8 @@ def fused(model: onnx.ModelProto, folder: pathlib.Path, **options: object) -> on
     result, found = faexport.fuse(source, options=pipeline.Options(**options))
     assert found.num_fused == 1
     model_io.save(result, target, source=source)
-    given = verify.InputSet("longer", {"ids": np.arange(2 * LONGEST).reshape(2, LONGEST) % 9})
-    checked = verify.verify(source, target, extra_inputs=[given], open_session=ort_session.SessionHere)
+    given = model_check.InputSet("longer", {"ids": np.arange(2 * LONGEST).reshape(2, LONGEST) % 9})
+    checked = model_check.verify(source, target, extra_inputs=[given], open_session=ort_session.SessionHere)
     assert checked.status == "passed", checked.reason
     return onnx.load(target)
 

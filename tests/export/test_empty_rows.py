@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from faexport import ort_session, pipeline
+from faexport import pipeline
+from faexport.runtimes import ort_session
 from faexport.spec import AttentionSpec, Refusal
 from faexport.understand.mask import empty_rows
 from hypothesis import given, settings

@@ -13,7 +13,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from faexport import fallback, ort_session, pipeline
+from faexport import pipeline
+from faexport.fallback import functions
+from faexport.runtimes import ort_session
 from faexport.spec import DOMAIN
 from onnx import TensorProto, helper
 
@@ -129,7 +131,7 @@ def test_nodes_with_different_inputs_share_one_function() -> None:
     masked = {"inputs": ["mask"], "optional_inputs": "attn_mask", "empty_row": "mean"}
     biased = {"inputs": ["bias"], "optional_inputs": "attn_bias", "is_causal": 1, "empty_row": "mean"}
     model = ir.from_proto(two_nodes(masked, biased, MASK | BIAS))
-    assert fallback.add_fallback(model) == ""
+    assert functions.add_fallback(model) == ""
     assert [key[2] for key in model.functions] == [""]
     names = [node.attributes["optional_inputs"].value for node in model.graph if node.domain == DOMAIN]
     assert names == ["attn_mask,unused", "unused,attn_bias"]
@@ -162,7 +164,7 @@ def test_a_second_run_changes_nothing() -> None:
     first = ir.to_proto(model)
     again, _ = pipeline.run(ir.from_proto(first), pipeline.Options())
     assert ir.to_proto(again) == first
-    fallback.add_fallback(model)
+    functions.add_fallback(model)
     assert ir.to_proto(model) == first
 
 
@@ -170,10 +172,10 @@ def test_forms_that_cannot_be_one_are_overloads_and_older_runtimes_refuse() -> N
     """An onnxruntime that knows no overloads would take the last function for all nodes: that one does not load."""
     zero = {"inputs": ["mask"], "optional_inputs": "attn_mask", "empty_row": "zero"}
     model = ir.from_proto(two_nodes(zero, zero | {"empty_row": "mean"}, MASK))
-    assert fallback.add_fallback(model) == ""
-    assert model.ir_version >= fallback.OVERLOADS_IR_VERSION
+    assert functions.add_fallback(model) == ""
+    assert model.ir_version >= functions.OVERLOADS_IR_VERSION
     overloads = [key[2] for key in model.functions]
-    assert len(overloads) == 3 and overloads[-1] == fallback.LAST_OVERLOAD
+    assert len(overloads) == 3 and overloads[-1] == functions.LAST_OVERLOAD
     feeds = random_feeds(model)
     feeds["mask"][..., 2, :] = False
     newer = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 31)
@@ -187,7 +189,7 @@ def test_forms_that_cannot_be_one_are_overloads_and_older_runtimes_refuse() -> N
 def test_what_nothing_stands_in_for_is_said() -> None:
     packed = {"inputs": ["cu", "cu"], "optional_inputs": "cu_seqlens_q,cu_seqlens_kv"}
     model = ir.from_proto(two_nodes(packed, {}, {"cu": (TensorProto.INT32, [2])}))
-    assert "cu_seqlens" in fallback.add_fallback(model)
+    assert "cu_seqlens" in functions.add_fallback(model)
     assert not model.functions
 
 
@@ -211,7 +213,7 @@ def test_layouts_and_groups(given: str, out: str) -> None:
     graph = helper.make_graph([node], "g", values, outputs)
     imports = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
     model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=9))
-    assert fallback.add_fallback(model) == ""
+    assert functions.add_fallback(model) == ""
     random = np.random.default_rng(1)
     feeds = {v.name: random.standard_normal(tuple(v.shape)).astype(np.float32) for v in model.graph.inputs}
     y, lse = run(ir.to_proto(model), feeds)
@@ -249,7 +251,7 @@ def float8_model(opset: int, words: dict, past: bool = False) -> onnx.ModelProto
 @pytest.mark.parametrize("opset", [19, 21])
 def test_float8(output: str, opset: int) -> None:
     model = ir.from_proto(float8_model(opset, {"output_dtype": output}))
-    assert fallback.add_fallback(model) == ""
+    assert functions.add_fallback(model) == ""
     onnx.checker.check_model(ir.to_proto(model))
     random = np.random.default_rng(0)
     feeds = {
@@ -275,9 +277,9 @@ def test_float8(output: str, opset: int) -> None:
 def test_what_nothing_stands_in_for_float8() -> None:
     words = {"output_dtype": "float16"}
     model = ir.from_proto(float8_model(18, words))
-    assert "the stand-in for float8 needs 19" in fallback.add_fallback(model) and not model.functions
+    assert "the stand-in for float8 needs 19" in functions.add_fallback(model) and not model.functions
     model = ir.from_proto(float8_model(19, words, past=True))
-    assert "a past or present of float8" in fallback.add_fallback(model) and not model.functions
+    assert "a past or present of float8" in functions.add_fallback(model) and not model.functions
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(0, 7), (5, 0), (0, 0)])
@@ -297,7 +299,7 @@ def test_tensors_without_elements(layout: str, rows: int, keys: int) -> None:
     graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     imports = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
     model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=9))
-    assert fallback.add_fallback(model) == ""
+    assert functions.add_fallback(model) == ""
     feeds = {n: np.ones(s, np.float32) for n, s in sizes.items()} | {"mask": np.ones((1, 1, 1, keys), np.bool_)}
     (y,) = run(ir.to_proto(model), feeds)
     assert y.shape == tuple(sizes["q"]) and not y.any()
@@ -313,7 +315,7 @@ def test_packed_columns_of_old_opsets(opset: int) -> None:
     graph = helper.make_graph([node], "g", values, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=5))
-    assert fallback.add_fallback(model) == ""
+    assert functions.add_fallback(model) == ""
     feeds = random_feeds(model)
     q, k, v = (x.reshape(2, 5, 2, -1).swapaxes(1, 2) for x in np.split(feeds["x"], [16, 32], axis=2))
     e = np.exp(q @ k.swapaxes(-1, -2) / 2)
@@ -337,9 +339,9 @@ def test_old_opsets(form: str, opset: int) -> None:
     model = ir.from_proto(helper.make_model(graph, opset_imports=imports, ir_version=5))
     first = {"mask": 9, "bias": 9, "causal": 11}.get(form, 7)
     if opset < first:
-        assert f"opset {opset} doesn't have" in fallback.add_fallback(model) and not model.functions
+        assert f"opset {opset} doesn't have" in functions.add_fallback(model) and not model.functions
         return
-    assert fallback.add_fallback(model) == ""
+    assert functions.add_fallback(model) == ""
     feeds = random_feeds(model)
     s = 3 * np.tanh(feeds["q"] @ feeds["k"].swapaxes(-1, -2) / 6) + feeds.get("bias", 0)
     keep = feeds["mask"] if form == "mask" else np.tri(5, dtype=bool) if form == "causal" else np.ones((5, 5), bool)
@@ -376,7 +378,7 @@ def test_nothing_stands_in_for_other_caches(optional: str, attributes: dict, rea
     output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, 2, 3, 8])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
     model = ir.from_proto(helper.make_model(helper.make_graph([node], "g", inputs, [output]), opset_imports=opsets))
-    assert f"nothing stands in for {reason}" in fallback.add_fallback(model) and not model.functions
+    assert f"nothing stands in for {reason}" in functions.add_fallback(model) and not model.functions
 
 
 TRANSFORMS = {
@@ -429,6 +431,6 @@ def test_what_a_cache_step_does_is_the_same_in_the_stand_in(attributes: dict, na
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
     plain = helper.make_model(helper.make_graph([node], "g", inputs, made), opset_imports=opsets, ir_version=9)
     model = ir.from_proto(plain)
-    assert fallback.add_fallback(model) == ""
+    assert functions.add_fallback(model) == ""
     for want, got in zip(run(plain, feeds, library), run(ir.to_proto(model), feeds), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -17,9 +17,13 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 import rich.console
-from faexport import float8, float8_check, html_report, jobs, ort_session, report_view, verify
+from faexport import jobs
 from faexport.options import Options
-from faexport.report import Float8, Float8Output, Float8Site, Report
+from faexport.precision import float8, float8_check
+from faexport.report import html_page, terminal_view
+from faexport.report.data import Float8, Float8Output, Float8Site, Report
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
 
 FP8 = Options(dtype=ir.DataType.FLOAT8E4M3FN)
 HEADS, DIM, ROWS, KEYS = 4, 16, 24, 40
@@ -219,11 +223,11 @@ def test_what_is_shown_of_float8() -> None:
     sites = [Float8Site(f"layer.{n}", "", False, 0.01 * (n + 1)) for n in range(3)]
     sites.append(Float8Site("other", "it has sinks", False))
     output = Float8Output("logits", 0.034, 0.25)
-    said = Float8(tuple(sites), (output,), "real.npz", verify.VerificationStatus.FAILED, "it is another model")
+    said = Float8(tuple(sites), (output,), "real.npz", model_check.VerificationStatus.FAILED, "it is another model")
     console = rich.console.Console(width=100, record=True, file=io.StringIO())
-    for part in report_view.view(Report(float8=said)):
+    for part in terminal_view.view(Report(float8=said)):
         console.print(part)
-    for text in (console.export_text(), html_report.page(Report(float8=said), {})):
+    for text in (console.export_text(), html_page.page(Report(float8=said), {})):
         for words in (
             "layer.0…2",
             "3 %",
@@ -266,4 +270,4 @@ def test_the_job_reports_a_model_without_onnxruntime(tmp_path: pathlib.Path, mon
     onnx.save(model_of(PLAIN), tmp_path / "a.onnx")
     job = jobs.Job(tmp_path / "a.onnx", tmp_path / "b.onnx", FP8, check=False)
     with pytest.raises(faexport.ModelError, match="can't be computed in float8: onnxruntime is not installed"):
-        jobs.run(job, faexport.report.Report(model="a.onnx"))
+        jobs.run(job, faexport.Report(model="a.onnx"))

@@ -7,13 +7,13 @@ import numpy as np
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from faexport.sizes import algebra
+from faexport.sizes.dims import Dim
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Unknown
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.nodes import Nodes
-from faexport.understand.shapes import algebra
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.evaluate import evaluate
 from faexport.understand.shapes.floor_division import floor_division
 from onnx.reference import ReferenceEvaluator

@@ -9,7 +9,7 @@ import pathlib
 import faexport
 import onnx
 import pytest
-from faexport.report import VerificationStatus
+from faexport.report.data import VerificationStatus
 
 from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 

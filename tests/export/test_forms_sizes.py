@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from faexport import inputs, settings
+from faexport.feeds import inputs, settings
 
 from tests.export.form_text import PRODUCT, QKV, Form, check
 

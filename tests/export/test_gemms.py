@@ -10,7 +10,7 @@ import faexport
 import numpy as np
 import onnx
 import pytest
-from faexport import ort_session
+from faexport.runtimes import ort_session
 from onnx import helper, numpy_helper, parser
 
 from tests.export.test_sites import run

@@ -11,7 +11,7 @@ from typing import Any
 import faexport
 import onnx
 import pytest
-from faexport import operator_library, ort_session
+from faexport.runtimes import operator_library, ort_session
 
 from tests.export.commands import assert_bad_input, here
 from tests.export.grouped import Form, model_of

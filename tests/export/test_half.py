@@ -14,8 +14,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from faexport import half, half_check, half_nodes, jobs, model_io, ort_session, pipeline, verify
-from faexport.report import HalfPrecision, VerificationStatus
+from faexport import jobs, pipeline
+from faexport.files import model_io
+from faexport.precision import half, half_check, half_nodes
+from faexport.report.data import HalfPrecision, VerificationStatus
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.commands import here
@@ -92,7 +96,7 @@ class Converted:
         self.source, self.fused, self.target = (folder / f"{name}.onnx" for name in ("model", "fused", "half"))
         onnx.save(model, self.source)
         model_io.save(pipeline.run(model_io.load(self.source))[0], self.fused)
-        self.reference = verify.make_reference(self.source, open_session=ort_session.SessionHere)
+        self.reference = model_check.make_reference(self.source, open_session=ort_session.SessionHere)
         self.made = half_check.make(self.reference, self.fused, keep_io_types=keep_io_types, dtype=dtype)
         model_io.save(self.made.model, self.target)
         self.proto = onnx.load(self.target)
@@ -281,7 +285,7 @@ def test_a_float16_model_that_fails_is_not_written(
     ):  # ours; the original too
 
         def nothing(
-            path: object, reference: verify.Reference, dtype: ir.DataType, broken: tuple[bool, bool] = broken
+            path: object, reference: model_check.Reference, dtype: ir.DataType, broken: tuple[bool, bool] = broken
         ) -> dict[str, str]:
             return {} if broken[path == reference.path] else find(path, reference, dtype)
 
@@ -299,7 +303,7 @@ def test_what_fails_with_joined_operators_is_made_without(
     onnx.save(with_gelu("TorchScript"), source)
     check = half_check.check
 
-    def fails(reference: verify.Reference, said: HalfPrecision, written: pathlib.Path, *rest: object) -> object:
+    def fails(reference: model_check.Reference, said: HalfPrecision, written: pathlib.Path, *rest: object) -> object:
         joined = any(node.op_type == "BiasGelu" for node in onnx.load(written).graph.node)
         found = check(reference, said, written, *rest)
         return dataclasses.replace(found, status=VerificationStatus.FAILED, reason="no") if joined else found

@@ -15,9 +15,12 @@ import subprocess
 
 import onnx
 import pytest
-from faexport import advice, bench_view, blocks, html_report, model_io, pipeline
-from faexport.bench_data import Measured, Row, Timing
-from faexport.report import Report
+from faexport import pipeline
+from faexport.commands import bench_view
+from faexport.commands.bench_data import Measured, Row, Timing
+from faexport.files import model_io
+from faexport.report import advice, blocks, html_page
+from faexport.report.data import Report
 
 from tests import packages
 from tests.export import big_model
@@ -82,7 +85,7 @@ def test_a_block_is_what_went_and_what_came() -> None:
 
 def test_the_page_has_everything_and_asks_for_nothing() -> None:
     report, found = drawn()
-    text = html_report.page(report, found)
+    text = html_page.page(report, found)
     page = Page(text)
     assert [tag for tag, _ in page.tags].count("svg") == 2, "one block of three equal ones"
     assert "3 equal layers" in page.text and "3 of 3 attention sites fused" in page.text
@@ -92,18 +95,18 @@ def test_the_page_has_everything_and_asks_for_nothing() -> None:
     assert not any(name in ("src", "href", "srcset", "action") for _, attrs in page.tags for name in attrs)
     assert "url(" not in text and "@import" not in text
     assert set(re.findall(r"\w+://[^\"' ]*", text)) == {"http://www.w3.org/2000/svg"}, "a name, which nothing loads"
-    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": html_report.POLICY}) in page.tags
+    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": html_page.POLICY}) in page.tags
 
 
 def test_refusals_say_what_to_do_and_the_verification_is_shown() -> None:
-    page = Page(html_report.page(layers()))
+    page = Page(html_page.page(layers()))
     assert "21 equal layers" in page.text and "22 of 24 attention sites fused" in page.text
     for reason in ("the attention weights are also an output of the model", "Dropout is in training mode"):
         kind = advice.advice(reason)
         assert reason in page.text and kind.meaning in page.text and kind.action in page.text
     assert "/layers.0/Trilu" in page.text, "from which nodes a fact was proven"
     assert "present.0…23.key" in page.text and "Passed" in page.text and "2.3e-05" in page.text
-    failed = Page(html_report.page(example()))
+    failed = Page(html_page.page(example()))
     assert "Failed: why" in failed.text and "what was not compared" in failed.text and "inf" in failed.text
 
 
@@ -112,7 +115,7 @@ def test_names_can_t_break_the_page() -> None:
     for node in proto.graph.node:
         node.name = f"{node.name}<script>alert('&\"')</script>"
     fused, report = pipeline.run(model_io.load(proto))
-    page = Page(html_report.page(report, blocks.find_blocks(model_io.load(proto), fused)))
+    page = Page(html_page.page(report, blocks.find_blocks(model_io.load(proto), fused)))
     assert "script" not in {tag for tag, _ in page.tags} and "<script>" in page.text
 
 
@@ -170,7 +173,7 @@ def axe() -> str:
 
 def in_chromium(page: str, script: str, tmp_path: pathlib.Path, width: int) -> dict:
     """What a script, an expression that may be a promise, finds on the page in a window of this width."""
-    (tmp_path / "page.html").write_text(page.replace(html_report.POLICY, ""))  # which forbids scripts
+    (tmp_path / "page.html").write_text(page.replace(html_page.POLICY, ""))  # which forbids scripts
     end = f"""<script>Promise.resolve({script}).then(found => {{
         document.body.innerHTML = ''; document.body.dataset.found = JSON.stringify(found)}})</script>"""
     (tmp_path / "frame.html").write_text((tmp_path / "page.html").read_text().replace("</body>", f"{end}</body>"))
@@ -190,7 +193,7 @@ def test_axe_finds_nothing_and_nothing_is_cut_off(width: int, tmp_path: pathlib.
         overflow: document.documentElement.scrollWidth - innerWidth}}))"""
     half = Timing(0.1, 0.09, 0.11, 20), Timing(0.05, 0.04, 0.06, 20)
     rows = [Row({"ids": [1, length]}, *(Measured(one, 10**6 * length, 0.3) for one in half)) for length in (64, 128)]
-    measured = html_report.bench(bench_view.picture(rows, "model.onnx"), ["it pays from ids 1x64 on"])
-    result = in_chromium(html_report.page(report, found, measured), script, tmp_path, width)
+    measured = html_page.bench(bench_view.picture(rows, "model.onnx"), ["it pays from ids 1x64 on"])
+    result = in_chromium(html_page.page(report, found, measured), script, tmp_path, width)
     assert result["violations"] == [] and result["passes"] > 10
     assert result["overflow"] <= 0, "wide tables and drawings scroll by themselves"

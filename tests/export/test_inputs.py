@@ -7,8 +7,8 @@ import numpy as np
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from faexport import inputs, settings
-from faexport.inputs import Drawing, MaskPattern, Role
+from faexport.feeds import inputs, settings
+from faexport.feeds.inputs import Drawing, MaskPattern, Role
 
 HEADER = '<ir_version: 11, opset_import: ["": 24, "com.microsoft": 1]>'
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from faexport import model_io
+from faexport.files import model_io
 
 from tests.export import (
     big_model,

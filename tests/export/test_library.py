@@ -6,6 +6,8 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import re
+import subprocess
+import sys
 
 import faexport
 import numpy as np
@@ -13,6 +15,7 @@ import onnx
 import pytest
 
 from tests.export import big_model
+from tests.export.commands import environment
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs/faexport.md"
 SIZE = big_model.EncoderSize(2, 4, 16)
@@ -76,6 +79,12 @@ def test_what_could_not_be_compared_is_an_exception_with_the_report(model: pathl
         faexport.optimize(model, timeout=0.001)
     assert caught.value.report.verification.status == "not run" and caught.value.report.error == str(caught.value)
     assert not model.with_name("model.fa.onnx").exists()
+
+
+def test_documented_modules_are_found_without_an_import_of_their_own() -> None:
+    code = "import faexport; print(faexport.schema.register.__name__, faexport.model_io.save.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["register", "save"]
 
 
 def test_behind_pytorch_s_exporter_as_documented(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

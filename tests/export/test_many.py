@@ -11,7 +11,7 @@ import time
 
 import onnx
 import pytest
-from faexport import ort_session
+from faexport.runtimes import ort_session
 
 from tests.export import big_model
 from tests.export.commands import assert_bad_input, here, started

@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.mask import proof  # noqa: F401  (registers the transfer functions)
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.analysis import Analysis
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator

@@ -18,9 +18,9 @@ import time
 import numpy as np
 import onnx
 import pytest
-from faexport import model_io, output, scratch
 from faexport.errors import ModelError
-from faexport.signals import uninterrupted
+from faexport.files import model_io, output, scratch
+from faexport.files.signals import uninterrupted
 
 from tests.export import commands
 from tests.export.bad_models import small
@@ -316,7 +316,8 @@ def test_a_signal_takes_effect_behind_the_steps_that_belong_together() -> None:
 
 SIGNALLED = """
 import os, signal, sys
-from faexport import cli, model_io
+from faexport import cli
+from faexport.files import model_io
 when = sys.argv.pop(1)
 commit, show = model_io.Stage.commit, cli._show
 def signalled_commit(stage):

@@ -9,7 +9,10 @@ import faexport
 import numpy as np
 import onnx
 import pytest
-from faexport import model_io, ort_session, pipeline, verify
+from faexport import pipeline
+from faexport.files import model_io
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
 from onnx import helper
 
 from tests.export.test_projections import DV, HEADS, KV_HEADS, E, Model, attention, counts, fused, numpy_helper
@@ -133,7 +136,7 @@ def test_the_keys_bias_stays_where_rounding_sees_it(assumed: bool, library: str)
     assert QUERIES in facts(found) and VALUES in facts(found)
 
 
-def facts(found: faexport.report.Report) -> str:
+def facts(found: faexport.Report) -> str:
     return "; ".join(fact.text for fact in found.sites[0].facts)
 
 
@@ -192,8 +195,8 @@ def test_the_result_is_verified_site_by_site(tmp_path: pathlib.Path) -> None:
     onnx.save(projected(mask="guarded"), source)
     model, _ = faexport.fuse(source)
     model_io.save(model, target, source=source)
-    given = verify.InputSet("nothing to see", {"x": -np.ones((2, 3, E), np.float32)})
-    checked = verify.verify(source, target, extra_inputs=[given], open_session=ort_session.SessionHere)
+    given = model_check.InputSet("nothing to see", {"x": -np.ones((2, 3, E), np.float32)})
+    checked = model_check.verify(source, target, extra_inputs=[given], open_session=ort_session.SessionHere)
     assert checked.status == "passed", checked.reason
     assert {row.value for row in checked.sites} == {"y"} and all(row.ok for row in checked.sites)
 

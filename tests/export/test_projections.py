@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from faexport import model_io, pipeline, report
+from faexport import pipeline
+from faexport.files import model_io
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.test_sites import run
@@ -134,7 +135,7 @@ def attention(
     return m.proto()
 
 
-def fused(model: onnx.ModelProto, library: str) -> tuple[onnx.ModelProto, report.Report]:
+def fused(model: onnx.ModelProto, library: str) -> tuple[onnx.ModelProto, faexport.Report]:
     """The fused model; it gave what the original gives, by the library and by the stand-in."""
     result, found = faexport.fuse(model)
     names = {v.name for v in model.graph.input} - {w.name for w in model.graph.initializer}

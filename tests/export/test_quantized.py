@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from faexport import ort_session, verify
 from faexport.options import Options
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
 
-PASSED, FAILED = verify.VerificationStatus.PASSED, verify.VerificationStatus.FAILED
+PASSED, FAILED = model_check.VerificationStatus.PASSED, model_check.VerificationStatus.FAILED
 AGREED = Options(assume_scores_unquantized=True)
 SHAPES = "[2, 3, 12, 8] q, {0}[2, 3, 20, 8] k, {0}[2, 3, 20, 8] v"  # fixed: onnxruntime crashes on empty ones
 # The zero points say what is quantized to.
@@ -58,14 +59,14 @@ def model_of(body: str, type: str = "float", more: str = "", opset: int = 19) ->
 
 def fused_and_checked(
     model: onnx.ModelProto, folder: pathlib.Path, options: Options = Options(), change=lambda model: None
-) -> tuple[faexport.Report, verify.Verification]:
+) -> tuple[faexport.Report, model_check.Verification]:
     """Fuses it and compares, after `change` was done to the outcome."""
     fused, report = faexport.fuse(model, options=options)
     change(fused)
     paths = folder / "a.onnx", folder / "b.onnx"
     for path, content in zip(paths, (model, fused), strict=True):
         path.write_bytes(content.SerializeToString())
-    return report, verify.verify(*paths, open_session=ort_session.SessionHere)
+    return report, model_check.verify(*paths, open_session=ort_session.SessionHere)
 
 
 def facts(report: faexport.Report) -> list[str]:
@@ -81,7 +82,7 @@ def test_float8_weights_are_left_to_the_operator(type: str, wide: bool, tmp_path
     assert (report.num_fused, report.num_refused) == (1, 0)
     assert facts(report) == ["the attention weights are not rounded to float8e4m3fn as the original does"]
     assert found.status is PASSED, found.reason
-    assert verify.LEAVES_OUT in found.notes
+    assert model_check.LEAVES_OUT in found.notes
     assert {row.by_stand_in for row in found.sites} == {False, True}
     for row in found.sites:
         assert 0.001 < row.quantization_error < row.original_quantization_error < 0.4

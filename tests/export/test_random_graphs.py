@@ -16,7 +16,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from faexport import ort_session, pipeline, widen
+from faexport import pipeline
+from faexport.runtimes import ort_session
+from faexport.verify import widen
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 

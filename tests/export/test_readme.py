@@ -14,9 +14,10 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from faexport import bench, optimize
-from faexport.bench_data import Measured, Row, Timing
+from faexport import optimize
 from faexport.cli import app
+from faexport.commands import bench
+from faexport.commands.bench_data import Measured, Row, Timing
 
 from tests.export import big_model
 from tests.export.commands import environment, faexport
@@ -202,7 +203,7 @@ def test_every_option_is_described() -> None:
 
 
 def test_exit_codes_are_those_of_the_program() -> None:
-    from faexport import terminal
+    from faexport.commands import terminal
 
     page = (ROOT / "docs/faexport.md").read_text()
     rows = dict(re.findall(r"^\| (\d) \| ([^|]+?) \|$", page, re.M))

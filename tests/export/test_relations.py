@@ -11,10 +11,13 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from faexport import bench, inputs, ort_session, relations, verify
+from faexport.commands import bench
 from faexport.errors import ModelError
-from faexport.reference import outputs_or_sentence
-from faexport.report import Verification, VerificationStatus
+from faexport.feeds import inputs, relations
+from faexport.report.data import Verification, VerificationStatus
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
+from faexport.verify.reference import outputs_or_sentence
 
 from tests.export.commands import assert_bad_input, here
 
@@ -87,7 +90,7 @@ def test_a_decoder_is_compared_in_steps_whatever_its_sizes_are_called(
     keys: str, named: bool, tmp_path: pathlib.Path
 ) -> None:
     path = decoder(tmp_path, keys, named=named)
-    result = verify.verify(path, path)
+    result = model_check.verify(path, path)
     assert result.status is VerificationStatus.PASSED, result.reason
     compared = [run for run in result.runs if run.outputs]
     assert len(steps(result)) >= 8 and len({tuple(run.inputs["a"]) for run in steps(result)}) >= 4
@@ -98,7 +101,7 @@ def test_a_decoder_is_compared_in_steps_whatever_its_sizes_are_called(
 def test_what_is_found_is_still_doubted(tmp_path: pathlib.Path) -> None:
     """A mask of one entry or one key is broadcast: such runs are compared, too."""
     path = decoder(tmp_path, BROADCAST)
-    compared = [run.inputs for run in verify.verify(path, path).runs if run.outputs]
+    compared = [run.inputs for run in model_check.verify(path, path).runs if run.outputs]
     assert any(run["a"][0] == 1 < run["i"][0] for run in compared)
     assert any(run["a"][1] == 1 < run["k"][2] for run in compared)
 
@@ -126,7 +129,7 @@ def test_what_no_shape_says_is_tried(tmp_path: pathlib.Path) -> None:
 
 def test_a_decoder_that_only_runs_on_an_empty_cache_is_not_passed(tmp_path: pathlib.Path) -> None:
     path = decoder(tmp_path, GATHERED, end=EMPTY_ONLY)
-    result = verify.verify(path, path)
+    result = model_check.verify(path, path)
     assert result.status is VerificationStatus.NOT_RUN
     for part in (
         "no step was compared",
@@ -153,7 +156,7 @@ def test_one_setting_is_too_few_and_the_sentence_says_why_and_what_to_do(tmp_pat
     text = """<ir_version: 9, opset_import: ["" : 17]> g (float[n] x) => (float[3] y) <int64[1] three = {3}>
     { y = Reshape (x, three) }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
-    result = verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    result = model_check.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
     assert result.status is VerificationStatus.NOT_RUN
     for part in ("in one setting only (n=3)", "the original refuses n=2", "--inputs", "past + sequence"):
         assert part in result.reason, result.reason
@@ -166,7 +169,7 @@ def test_longer_inputs_are_tried_where_one_setting_alone_is_long_enough(tmp_path
     text = """<ir_version: 9, opset_import: ["" : 17]> g (float[b, n] x) => (float[b] y) <int64 last = {19}>
     { y = Gather <axis = 1> (x, last) }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
-    result = verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    result = model_check.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
     assert result.status is VerificationStatus.PASSED
     assert {"b=3, n=33", "b=2, n=32"} <= {run.label for run in result.runs if run.outputs}
 
@@ -176,7 +179,7 @@ def test_an_image_has_the_channels_of_its_convolution(tmp_path: pathlib.Path) ->
     text = """<ir_version: 9, opset_import: ["" : 17]> g (float[b, c, h, w] x) => (float[b, 2, i, j] y)
     <float[2, 3, 1, 1] weight = {1, 2, 3, 4, 5, 6}> { z = Identity (x) y = Conv (z, weight) }"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
-    result = verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    result = model_check.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
     assert result.status is VerificationStatus.PASSED
     assert {run.inputs["x"][1] for run in result.runs} == {3}
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import onnx_ir as ir
 import rich.console
-from faexport import grouping, match, model_io, pipeline
-from faexport.report import (
+from faexport import match, pipeline
+from faexport.files import model_io
+from faexport.report import grouping
+from faexport.report.data import (
     HalfOutput,
     HalfPrecision,
     OutputDifference,
@@ -27,7 +29,7 @@ from faexport.report import (
     VerificationStatus,
     count_nodes,
 )
-from faexport.report_view import view
+from faexport.report.terminal_view import view
 from faexport.spec import Candidate, Fact, Refusal
 
 from tests.export import big_model

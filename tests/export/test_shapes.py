@@ -8,9 +8,9 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from faexport.understand.shapes import algebra
+from faexport.sizes import algebra
+from faexport.sizes.dims import named
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import named
 from faexport.understand.shapes.evaluate import evaluate
 from onnx.reference import ReferenceEvaluator
 

@@ -11,11 +11,14 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from faexport import model_io, ort_session, pipeline, side_by_side_math, verify
-from faexport.report import Verification, VerificationStatus
-from faexport.side_by_side import Point
-from faexport.side_by_side_math import NUM_STATISTICS, Emit, Statistics
-from faexport.site_check import judge
+from faexport import pipeline
+from faexport.files import model_io
+from faexport.report.data import Verification, VerificationStatus
+from faexport.runtimes import ort_session
+from faexport.verify import model_check, side_by_side_math
+from faexport.verify.side_by_side import Point
+from faexport.verify.side_by_side_math import NUM_STATISTICS, Emit, Statistics
+from faexport.verify.site_check import judge
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export import big_model, wrong_proofs
@@ -31,7 +34,7 @@ def verdict(folder: pathlib.Path, original: onnx.ModelProto, rewritten: onnx.Mod
     paths = folder / "original.onnx", folder / "rewritten.onnx"
     onnx.save(original, paths[0])
     model_io.save(rewritten if isinstance(rewritten, ir.Model) else ir.from_proto(rewritten), paths[1])
-    return verify.verify(*paths, open_session=ort_session.SessionHere)
+    return model_check.verify(*paths, open_session=ort_session.SessionHere)
 
 
 def fused(model: onnx.ModelProto) -> ir.Model:
@@ -95,7 +98,7 @@ def rounding(constant: float = 0.5) -> onnx.ModelProto:
 def test_in_a_quantized_model_the_sites_and_all_other_nodes_decide(
     change: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "NOISE_FACTOR", 0.0)  # else the original's own movement may be enough
+    monkeypatch.setattr(model_check, "NOISE_FACTOR", 0.0)  # else the original's own movement may be enough
     model = rounding()
     made = fused(rounding(0.6) if change == "a weight" else model)
     if change == "a site":
@@ -209,7 +212,7 @@ def test_weights_in_an_external_file_stay_there(tmp_path: pathlib.Path) -> None:
     )
     made, _ = pipeline.run(model_io.load(tmp_path / "original.onnx"))
     model_io.save(made, tmp_path / "rewritten.onnx", source=tmp_path / "original.onnx")
-    result = verify.verify(tmp_path / "original.onnx", tmp_path / "rewritten.onnx")
+    result = model_check.verify(tmp_path / "original.onnx", tmp_path / "rewritten.onnx")
     assert result.status is PASSED and result.sites and not result.notes, result
 
 

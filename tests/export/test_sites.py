@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from faexport.pipeline import Options
-from faexport.report import Report
+from faexport.report.data import Report
 
 from tests.export.site_graphs import FLAWS, Form, build, feeds
 

@@ -14,8 +14,10 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from faexport import decoders, inputs, ort_session, reference, verify
-from faexport.report import VerificationStatus
+from faexport.feeds import decoders, inputs
+from faexport.report.data import VerificationStatus
+from faexport.runtimes import ort_session
+from faexport.verify import model_check, reference
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export.grouped import DIM, HEADS, KV_HEADS, Form, model_of, quantized, with_attributes
@@ -235,7 +237,7 @@ def test_a_causal_bias_says_nothing_that_the_node_does_not(hidden: str, is_dropp
 def verified(tmp_path: pathlib.Path, model: onnx.ModelProto, fused: onnx.ModelProto) -> VerificationStatus:
     onnx.save(model, tmp_path / "a.onnx")
     onnx.save(fused, tmp_path / "b.onnx")
-    found = verify.verify(tmp_path / "a.onnx", tmp_path / "b.onnx", open_session=ort_session.SessionHere)
+    found = model_check.verify(tmp_path / "a.onnx", tmp_path / "b.onnx", open_session=ort_session.SessionHere)
     print(found.reason, found.notes)
     return found.status
 

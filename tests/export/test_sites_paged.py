@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from faexport import ort_session, verify
-from faexport.report import VerificationStatus
+from faexport.report.data import VerificationStatus
+from faexport.runtimes import ort_session
+from faexport.verify import model_check
 from onnx import TensorProto
 
 from tests import decoding
@@ -170,6 +171,6 @@ def test_a_model_without_a_kernel_on_the_cpu_is_not_verified(tmp_path: pathlib.P
     model = paged.model_of(PLAIN, _tensors(PLAIN))
     onnx.save(model, tmp_path / "a.onnx")
     onnx.save(faexport.fuse(model, options=OPTIONS)[0], tmp_path / "b.onnx")
-    found = verify.verify(tmp_path / "a.onnx", tmp_path / "b.onnx", open_session=ort_session.SessionHere)
+    found = model_check.verify(tmp_path / "a.onnx", tmp_path / "b.onnx", open_session=ort_session.SessionHere)
     assert found.status is VerificationStatus.NOT_RUN
     assert "PagedAttention" in found.reason and "--inputs" not in found.reason

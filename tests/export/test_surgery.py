@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from faexport.surgery import AXES_AS_INPUT, Builder, Missing
+from faexport.graph.surgery import AXES_AS_INPUT, Builder, Missing
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 FIVE = [1, 1, None, None, None]  # a shape of five axes of which three sizes are open

@@ -12,10 +12,14 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from faexport import compare, inputs, model_io, ort_session, pipeline, verify
-from faexport.open_sizes import OpenSizes
-from faexport.report import VerificationStatus
-from faexport.settings import Assumed
+from faexport import pipeline
+from faexport.feeds import inputs
+from faexport.feeds.open_sizes import OpenSizes
+from faexport.feeds.settings import Assumed
+from faexport.files import model_io
+from faexport.report.data import VerificationStatus
+from faexport.runtimes import ort_session
+from faexport.verify import compare, model_check
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export import big_model
@@ -45,7 +49,7 @@ def scaled(path: pathlib.Path, factor: float, dtype: int = TensorProto.FLOAT) ->
 def test_equal_models_pass_on_several_sizes(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.onnx"
     onnx.save(big_model.encoder(big_model.EncoderSize()), path)
-    result = verify.verify(path, path)
+    result = model_check.verify(path, path)
     assert result.status is PASSED
     shapes = [run.inputs["hidden_states"] for run in result.runs]
     assert len(set(shapes)) >= 3, "other sizes where dims are dynamic"
@@ -64,7 +68,7 @@ def test_equal_models_pass_on_several_sizes(tmp_path: pathlib.Path) -> None:
 def test_the_tolerance_follows_the_dtype(
     dtype: int, factor: float, status: VerificationStatus, tmp_path: pathlib.Path
 ) -> None:
-    result = verify.verify(scaled(tmp_path / "a.onnx", 1.0, dtype), scaled(tmp_path / "b.onnx", factor, dtype))
+    result = model_check.verify(scaled(tmp_path / "a.onnx", 1.0, dtype), scaled(tmp_path / "b.onnx", factor, dtype))
     assert result.status is status, result
 
 
@@ -87,7 +91,7 @@ def test_a_mask_that_is_off_by_one_shows_in_float16(
     node.attributes["right_window_size"] = ir.AttrInt64("right_window_size", right_window)
     node.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
     model_io.save(fused, tmp_path / "b.onnx")
-    result = verify.verify(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    result = model_check.verify(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert result.status is status, result
     outputs = [output for run in result.runs for output in run.outputs if output.tolerance]
     worst = max(output.max_abs_diff / output.tolerance for output in outputs)
@@ -107,7 +111,7 @@ def test_float16_is_judged_by_the_original_s_own_rounding(
         helper.make_node("Sub", ["back", "hundred"], ["y"]),
     ]
     original = save(tmp_path / "a.onnx", nodes, {"x": vector}, vector, {"hundred": np.array(100, np.float32)})
-    result = verify.verify(original, scaled(tmp_path / "b.onnx", factor))
+    result = model_check.verify(original, scaled(tmp_path / "b.onnx", factor))
     assert result.status is status, result
     assert result.worst.tolerance > compare.RELATIVE_TOLERANCE["float16"] * 5, "twice its own rounding, not more"
 
@@ -135,7 +139,7 @@ def test_an_original_that_does_not_run_is_said(tmp_path: pathlib.Path) -> None:
     proto = onnx.load(path)
     proto.opset_import.append(helper.make_opsetid("some.where", 1))
     onnx.save(proto, path)
-    result = verify.verify(path, path)
+    result = model_check.verify(path, path)
     assert result.status is NOT_RUN and "NoSuchOperator" in result.reason and "does not run" in result.reason
 
 
@@ -144,14 +148,14 @@ def test_a_rewritten_model_that_does_not_run_fails(tmp_path: pathlib.Path) -> No
     vector = (TensorProto.FLOAT, ["n", 8])
     shape = {"shape": np.array([3, 5], np.int64)}
     bad = save(tmp_path / "b.onnx", [helper.make_node("Reshape", ["x", "shape"], ["y"])], {"x": vector}, vector, shape)
-    result = verify.verify(good, bad)
+    result = model_check.verify(good, bad)
     assert result.status is FAILED and "does not run" in result.reason
 
 
 def test_a_model_that_is_random_is_not_judged(tmp_path: pathlib.Path) -> None:
     vector = (TensorProto.FLOAT, ["n", 8])
     path = save(tmp_path / "a.onnx", [helper.make_node("RandomNormalLike", ["x"], ["y"])], {"x": vector}, vector)
-    result = verify.verify(path, path)
+    result = model_check.verify(path, path)
     assert result.status is NOT_RUN and "mostly noise" in result.reason
 
 
@@ -160,7 +164,7 @@ def test_lengths_that_the_model_refuses_are_replaced(tmp_path: pathlib.Path) -> 
     shape = {"shape": np.array([-1, 32], np.int64)}
     node = helper.make_node("Reshape", ["x", "shape"], ["y"])
     path = save(tmp_path / "a.onnx", [node], {"x": (TensorProto.FLOAT, [1, "n"])}, (TensorProto.FLOAT, None), shape)
-    result = verify.verify(path, path)
+    result = model_check.verify(path, path)
     compared = [run for run in result.runs if run.outputs]
     assert result.status is PASSED and compared[0].inputs["x"] == (1, 32)
 
@@ -212,7 +216,7 @@ def test_a_sequence_needs_inputs_of_the_user(tmp_path: pathlib.Path) -> None:
         [helper.make_node("ConcatFromSequence", ["parts"], ["y"], axis=0)], "g", [parts], [output]
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), tmp_path / "a.onnx")
-    result = verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    result = model_check.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
     assert result.status is NOT_RUN and "parts" in result.reason and "--inputs" in result.reason
 
 
@@ -251,9 +255,9 @@ def test_what_only_other_numbers_than_0_and_1_contradict_can_be_assumed(tmp_path
     low.CopyFrom(numpy_helper.from_array(np.float16(-65504), "low"))
     onnx.save(model, path)
     model_io.save(pipeline.run(model_io.load(path))[0], fused)
-    result = verify.verify(path, fused)
+    result = model_check.verify(path, fused)
     assert result.status is FAILED and "--assume zeros-and-ones" in result.reason
-    assert verify.verify(path, fused, assumed=Assumed(zeros_and_ones=True)).status is PASSED
+    assert model_check.verify(path, fused, assumed=Assumed(zeros_and_ones=True)).status is PASSED
     target = tmp_path / "c.onnx"
     assert here(path, "-o", target).returncode == 1 and not target.exists()
     assert here(path, "-o", target, "--assume", "zeros-and-ones").returncode == 0 and target.exists()
@@ -266,7 +270,7 @@ def test_a_result_larger_than_the_file_says_is_compared_too(tmp_path: pathlib.Pa
     model = onnx.parser.parse_model(text)
     onnx.save(model, path)
     model_io.save(pipeline.run(model_io.load(path))[0], fused)
-    result = verify.verify(path, fused)
+    result = model_check.verify(path, fused)
     assert result.status is PASSED
     assert not any(run.skipped for run in result.runs if "does not run" not in run.skipped)
     larger = [run for run in result.runs if run.outputs and run.inputs["q"][0] == 1 < run.inputs["mask"][0]]
@@ -294,13 +298,13 @@ def test_where_onnx_leaves_a_size_open_the_rewritten_model_need_not_run(tmp_path
         copied = copied.replace(name, f"new_{name}")
     copied = copied.replace("r = Reshape<allowzero = 1>(x", "t = Reshape(x").replace("(r, all)", "(t, all)")
     onnx.save(onnx.parser.parse_model(copied), rewritten)
-    result = verify.verify(original, rewritten)
+    result = model_check.verify(original, rewritten)
     assert result.status is PASSED
     open_runs = [run for run in result.runs if "leaves open" in run.skipped]
     assert open_runs and all(0 in run.inputs["x"][:2] for run in open_runs)
-    assert verify.verify(rewritten, rewritten).status is PASSED
+    assert model_check.verify(rewritten, rewritten).status is PASSED
     onnx.save(onnx.parser.parse_model(copied.replace("[0]", "[5]")), rewritten)
-    assert verify.verify(original, rewritten).status is FAILED
+    assert model_check.verify(original, rewritten).status is FAILED
 
 
 ROWS_OF_HEADS = """<ir_version: 9, opset_import: ["" : 18]>

@@ -102,8 +102,8 @@ def test_the_tools_wheel(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_to_install_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from faexport import operator_library
     from faexport.errors import ModelError
+    from faexport.runtimes import operator_library
 
     monkeypatch.setitem(sys.modules, "faplugin", None)  # as where it is not installed
     sentence = "install the wheel faplugin-….whl for the CPU, or faplugin_cu13-….whl for NVIDIA GPUs"

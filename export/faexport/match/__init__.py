@@ -17,10 +17,10 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from faexport.nodes import name_of, op
+from faexport.graph.nodes import name_of, op
+from faexport.graph.surgery import Missing
 from faexport.options import Options
 from faexport.spec import AttentionSpec, Candidate, Refusal
-from faexport.surgery import Missing
 from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
 

@@ -13,14 +13,14 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.nodes import attribute, is_transpose, name_of, op, operand, producer, subgraphs
+from faexport.graph.surgery import Builder
 from faexport.match import Context
-from faexport.nodes import attribute, is_transpose, name_of, op, operand, producer, subgraphs
+from faexport.sizes.dims import Dim
 from faexport.spec import Alignment, Assumption, AttentionSpec, Fact, Layout, Mask, Operand
-from faexport.surgery import Builder
 from faexport.understand.layout.shape_uses import shape_users
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import constant_ints, resolve_axis
 
 

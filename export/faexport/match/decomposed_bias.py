@@ -19,12 +19,12 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.cuda_heads import widest
+from faexport.graph.nodes import dtype_name, name_of, op, producer
+from faexport.graph.surgery import Missing
 from faexport.match import Context, refiner
-from faexport.nodes import dtype_name, name_of, op, producer
+from faexport.sizes.dims import product
 from faexport.spec import AttentionSpec, Fact, Layout
-from faexport.surgery import Missing
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import product
 
 FEWEST_KEYS = 128  # below, the bias is small and wider heads gain nothing
 SCALES = (2.0**-14, 2.0**14)  # whose inverses float16 has at full precision

@@ -13,17 +13,17 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from faexport.graph.nodes import attribute, is_read_once, live_users, op, producer
+from faexport.graph.surgery import Missing
 from faexport.match import Context, refiner
 from faexport.match.caches import maker_name, size_of, with_past
-from faexport.nodes import attribute, is_read_once, live_users, op, producer
+from faexport.sizes.dims import Dim
 from faexport.spec import AttentionSpec, Fact, Layout, Operand
-from faexport.surgery import Missing
 from faexport.understand.core.head_norm import HeadNorm, head_norm_of
 from faexport.understand.core.rotary import Angles, Rotary, rotary_of
 from faexport.understand.layout.declared import Declared, read_all
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import constant_ints, resolve_axis
 

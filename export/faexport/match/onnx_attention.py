@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from faexport.graph.nodes import attribute, given, live_users, name_of, operand
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
-from faexport.nodes import attribute, given, live_users, name_of, operand
+from faexport.sizes.dims import Dim, plain
 from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.understand.core.outputs import Output, declared_output
 from faexport.understand.core.structure import TYPES
 from faexport.understand.layout.declared import Declared, read_all, sizes_of
-from faexport.understand.shapes.dims import Dim, plain
 
 SOURCE = "onnx_attention"
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.nodes import attribute, name_of, operand
+from faexport.graph.surgery import Missing
 from faexport.match import Context
 from faexport.match.onnx_attention import used_output
 from faexport.match.ort_contrib import Contrib, Unfit
-from faexport.nodes import attribute, name_of, operand
+from faexport.sizes.dims import Dim
 from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
-from faexport.surgery import Missing
 from faexport.understand.index.tensor import Unknown
-from faexport.understand.shapes.dims import Dim
 
 QUANTIZED = {ir.DataType.INT8: 8, ir.DataType.UINT8: 4, ir.DataType.FLOAT8E4M3FN: 8}  # type of a cache: bits
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.nodes import attribute, name_of, operand
+from faexport.graph.surgery import Builder
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.match.onnx_attention import used_output
-from faexport.nodes import attribute, name_of, operand
+from faexport.sizes.dims import Dim, plain
 from faexport.spec import (
     Alignment,
     Assumption,
@@ -29,11 +31,9 @@ from faexport.spec import (
     ScoreShape,
     TermKind,
 )
-from faexport.surgery import Builder
 from faexport.understand.core.structure import TYPES
 from faexport.understand.layout.declared import Declared, read_all, sizes_of
 from faexport.understand.mask.words import rounding_text
-from faexport.understand.shapes.dims import Dim, plain
 
 SOURCE = "ort_contrib"
 # A mask_filter_value in between hides keys as lengths do, and leaves scores as they are where it is added to all of a

@@ -12,12 +12,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.nodes import attribute, name_of, op, producer
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.match.onnx_attention import used_output
 from faexport.match.ort_cached import Cached, outcome_of
 from faexport.match.ort_contrib import Unfit
-from faexport.nodes import attribute, name_of, op, producer
+from faexport.sizes.dims import Dim, plain
 from faexport.spec import (
     Alignment,
     AttentionSpec,
@@ -30,7 +31,6 @@ from faexport.spec import (
     ScoreShape,
     TermKind,
 )
-from faexport.understand.shapes.dims import Dim, plain
 
 SOURCE = "ort_contrib"
 SLOTS = (

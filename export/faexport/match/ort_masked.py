@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from faexport.graph.nodes import attribute, name_of, operand
 from faexport.match import Context, matcher
 from faexport.match.onnx_attention import used_output
 from faexport.match.ort_contrib import Contrib, Unfit
-from faexport.nodes import attribute, name_of, operand
+from faexport.sizes.dims import plain
 from faexport.spec import AttentionSpec, Candidate, Layout, Operand, Refusal
-from faexport.understand.shapes.dims import plain
 
 SOURCE = "ort_contrib"
 QUERY, KEY, VALUE, PADDING, BIAS, PAST_KEY, PAST_VALUE, PAST_LENGTH, BEAM_WIDTH, BEAMS, PROJECTION_BIAS = range(11)

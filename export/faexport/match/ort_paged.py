@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from faexport.graph.nodes import attribute, name_of
 from faexport.match import Context, matcher
 from faexport.match.ort_cached import Cached, outcome_of
 from faexport.match.ort_contrib import Unfit
-from faexport.nodes import attribute, name_of
+from faexport.sizes.dims import plain
 from faexport.spec import AttentionSpec, Candidate, Fact, Mask, Operand
-from faexport.understand.shapes.dims import plain
 
 SOURCE = "ort_contrib"
 SLOTS = (

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from faexport.graph.nodes import producer
 from faexport.match import Context
-from faexport.nodes import producer
 from faexport.spec import Assumption, Fact, MaskTerm, Refusal
 from faexport.understand.core.rounding import Rounding, rounding_at
 from faexport.understand.shapes.analysis import Analysis

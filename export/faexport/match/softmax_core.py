@@ -13,12 +13,13 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.nodes import data_users, dtype_name, name_of, op
+from faexport.graph.surgery import Builder
 from faexport.match import Context, matcher, roundings
 from faexport.match.masks import understand
 from faexport.match.roundings import Roundings
-from faexport.nodes import data_users, dtype_name, name_of, op
+from faexport.sizes.dims import Dim, plain, product
 from faexport.spec import Assumption, AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
-from faexport.surgery import Builder
 from faexport.understand.core.hiding import is_mask, with_hidden
 from faexport.understand.core.rows_of_heads import heads_apart
 from faexport.understand.core.score_chain import (
@@ -40,7 +41,6 @@ from faexport.understand.core.widening import widened
 from faexport.understand.layout.products import PRODUCT_OPS
 from faexport.understand.layout.shape_uses import rebuild
 from faexport.understand.layout.views import View, merged
-from faexport.understand.shapes.dims import Dim, plain, product
 
 SOURCE = "softmax_core"
 

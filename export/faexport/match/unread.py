@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from faexport.graph.nodes import name_of, operand
 from faexport.match import Context, matcher
-from faexport.nodes import name_of, operand
 from faexport.spec import Candidate, Refusal
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.core.value_chain import feeds_product

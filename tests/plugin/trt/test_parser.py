@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from faexport import model_io, pipeline
+from faexport import pipeline
+from faexport.files import model_io
 
 from tests import packages
 

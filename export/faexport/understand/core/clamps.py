@@ -6,7 +6,7 @@ from __future__ import annotations
 import ml_dtypes
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, op, operand
+from faexport.graph.nodes import FLOATS, op, operand
 from faexport.understand.shapes.analysis import Analysis
 
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand, producer
+from faexport.graph.nodes import attribute, op, operand, producer
+from faexport.sizes.dims import Dim
 from faexport.spec import Layout
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.constants import tensor_of
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import resolve_axis, slice_of, split_sizes
 

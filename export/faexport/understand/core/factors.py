@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, data_users, name_of, op, producer
+from faexport.graph.nodes import FLOATS, attribute, data_users, name_of, op, producer
+from faexport.graph.surgery import Builder
+from faexport.sizes.dims import Dim
 from faexport.spec import Refusal
-from faexport.surgery import Builder
 from faexport.understand.core.softmax import divisor_of
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import Factor, Product
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import broadcast
 
 MAX_PATH = 8

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand, producer
-from faexport.surgery import Builder
+from faexport.graph.nodes import attribute, op, operand, producer
+from faexport.graph.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import constant_ints
 

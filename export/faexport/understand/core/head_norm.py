@@ -8,9 +8,9 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand, producer
+from faexport.graph.nodes import attribute, op, operand, producer
+from faexport.sizes.dims import Dim
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import constant_ints
 
 OPERATORS = ("RMSNormalization", "SimplifiedLayerNormalization")

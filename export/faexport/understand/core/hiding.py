@@ -9,9 +9,9 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import name_of
+from faexport.graph.nodes import name_of
+from faexport.graph.surgery import Builder
 from faexport.spec import MaskTerm, Refusal, TermKind
-from faexport.surgery import Builder
 from faexport.understand.core.factors import is_gate
 from faexport.understand.core.score_chain import Scores, label_axes, letters
 from faexport.understand.core.softmax import Hiding, Softmax

@@ -11,7 +11,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import data_users, live_users, maker, op, producer
+from faexport.graph.nodes import data_users, live_users, maker, op, producer
 from faexport.understand.core.fills import fill_of
 from faexport.understand.shapes.analysis import Analysis
 

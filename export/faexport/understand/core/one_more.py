@@ -11,7 +11,7 @@ import math
 
 import onnx_ir as ir
 
-from faexport.nodes import given, op, operand, producer
+from faexport.graph.nodes import given, op, operand, producer
 from faexport.understand.core.reductions import SUMS, reduction_of
 from faexport.understand.shapes.analysis import Analysis
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.nodes import data_users, name_of, op
+from faexport.graph.nodes import data_users, name_of, op
+from faexport.graph.surgery import Builder
+from faexport.sizes.dims import Dim, product
 from faexport.spec import Layout, Refusal
-from faexport.surgery import Builder
 from faexport.understand.core.score_chain import RESHAPES
 from faexport.understand.core.value_chain import Values
 from faexport.understand.layout import view_ops
@@ -19,7 +20,6 @@ from faexport.understand.layout.products import Factor
 from faexport.understand.layout.shape_uses import ShapeUse, rebuild, uses_of
 from faexport.understand.layout.views import Atom, View, merged
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim, product
 
 ONE = Dim.of(1)
 MAX_CHAIN = 8

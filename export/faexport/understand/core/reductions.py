@@ -8,7 +8,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import attribute, given, op, operand, producer
+from faexport.graph.nodes import attribute, given, op, operand, producer
 from faexport.understand.layout.view_ops import is_widening
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import constant_ints, resolve_axis

@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand, producer
+from faexport.graph.nodes import attribute, op, operand, producer
 from faexport.spec import Layout
 from faexport.understand.core.columns import LEADS, Columns, Term
 from faexport.understand.shapes.analysis import Analysis

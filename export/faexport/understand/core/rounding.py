@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import live_users, name_of, op, operand, producer
+from faexport.graph.nodes import live_users, name_of, op, operand, producer
 from faexport.understand.shapes.analysis import Analysis
 
 # What quantizes, and what undoes it: the TRT_ ones, which ModelOpt's exports of PyTorch have, know no zero point.

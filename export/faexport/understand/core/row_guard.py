@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, live_users, op, operand, producer
+from faexport.graph.nodes import FLOATS, attribute, live_users, op, operand, producer
+from faexport.sizes.dims import Dim
 from faexport.spec import MaskTerm, TermKind
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 
 
 def row_guard(y: ir.Value, axes: str, dims: tuple[Dim, ...], a: Analysis) -> MaskTerm | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from faexport.nodes import given
-from faexport.surgery import Builder
+from faexport.graph.nodes import given
+from faexport.graph.surgery import Builder
+from faexport.sizes.dims import Dim
 from faexport.understand.core.fills import is_nothing
 from faexport.understand.core.score_chain import Path, Step
 from faexport.understand.layout import view_ops
@@ -18,7 +19,6 @@ from faexport.understand.layout.heads import chain_of
 from faexport.understand.layout.products import Factor, Product
 from faexport.understand.layout.views import Axis, View, merged
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 
 
 def heads_apart(path: Path, a: Analysis) -> Path | None:

@@ -13,7 +13,8 @@ import math
 
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, given, name_of, op, producer
+from faexport.graph.nodes import FLOATS, attribute, given, name_of, op, producer
+from faexport.sizes.dims import Dim
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.clamps import clamped_input
 from faexport.understand.core.factors import Weight, fits, is_gate, weighed
@@ -29,7 +30,6 @@ from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Factor, 
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import resolve_axis
 
 MAX_PATH = 40  # nodes between product and softmax

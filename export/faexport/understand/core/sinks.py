@@ -9,16 +9,16 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import name_of, producer
+from faexport.graph.nodes import name_of, producer
+from faexport.graph.surgery import Builder
+from faexport.sizes.dims import Dim
 from faexport.spec import Refusal
-from faexport.surgery import Builder
 from faexport.understand.core.fills import fill_of
 from faexport.understand.core.one_more import Logit
 from faexport.understand.core.score_chain import Scores, label_axes, letters
 from faexport.understand.layout.heads import Link, chain_of
 from faexport.understand.layout.views import Atom, merged
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 
 Sinks = tuple[ir.Value, tuple[ir.Node, ...]]
 

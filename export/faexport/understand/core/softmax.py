@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, data_users, given, op, operand, producer
+from faexport.graph.nodes import attribute, data_users, given, op, operand, producer
 from faexport.understand.core.one_more import Logit, one_more_of
 from faexport.understand.core.reductions import SUMS, Reduction, reduced_axes, reduction_of, subtracts_own_maximum
 from faexport.understand.layout.products import PRODUCT_OPS

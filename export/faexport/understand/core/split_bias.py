@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.surgery import Builder
+from faexport.graph.surgery import Builder
+from faexport.sizes.dims import Dim
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import broadcast
 
 

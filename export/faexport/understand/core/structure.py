@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from faexport.nodes import given, maker, name_of
+from faexport.graph.nodes import given, maker, name_of
+from faexport.graph.surgery import Builder
+from faexport.sizes.dims import Dim, product
 from faexport.spec import Layout, Operand, Refusal
-from faexport.surgery import Builder
 from faexport.understand.core.factors import Weight, folded, times
 from faexport.understand.core.outputs import Output, read_output
 from faexport.understand.core.score_chain import Scores
@@ -26,7 +27,6 @@ from faexport.understand.layout.products import Factor
 from faexport.understand.layout.shape_uses import size_from
 from faexport.understand.layout.views import View, size_of
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim, product
 
 ONE = Dim.of(1)
 TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT)

@@ -13,7 +13,8 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, data_users, given, maker, name_of, op, operand, producer
+from faexport.graph.nodes import FLOATS, attribute, data_users, given, maker, name_of, op, operand, producer
+from faexport.sizes.dims import Dim
 from faexport.spec import MaskTerm, Refusal, TermKind
 from faexport.understand.core.factors import Weight, division_by, fits
 from faexport.understand.core.nan_guard import nan_guard
@@ -27,7 +28,6 @@ from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product,
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
 from faexport.understand.layout.views import View, merged, size_of
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.rules import slice_of
 
 MAX_PATH = 24

@@ -13,10 +13,10 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from faexport.sizes.dims import Dim
 from faexport.understand.layout.products import Factor, Product
 from faexport.understand.layout.shape_uses import shape_users
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 
 MOST = 1 << 12  # rows, heads or batch entries: scores that a file makes larger than that are no attention
 

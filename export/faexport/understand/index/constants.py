@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from faexport.sizes import algebra as ia
 from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Index, Tensor, kind_of, opaque
-from faexport.understand.shapes import algebra as ia
 
 _MAX_ELEMENTS = 1 << 26
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from faexport.nodes import ONNX_DOMAINS, operand
+from faexport.graph.nodes import ONNX_DOMAINS, operand
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index.constants import constant_tensor
 from faexport.understand.index.tensor import Index, Tensor, Unknown, opaque
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.analysis import Analysis
 
 Element = Callable[[Index], Expr]

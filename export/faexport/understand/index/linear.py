@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 
 
 def linear_in(expr: Expr, name: str) -> tuple[int, Expr] | None:

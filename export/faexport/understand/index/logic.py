@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr, make
 from faexport.understand.index.answers import kept, remembered
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr, make
 from faexport.understand.shapes.constants import tensor_of
 
 TRUE, FALSE = make("true", (), "bool"), make("false", (), "bool")

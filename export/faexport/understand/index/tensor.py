@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.answers import kept
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 
 Shape = tuple[Expr, ...]
 Index = tuple[Expr, ...]

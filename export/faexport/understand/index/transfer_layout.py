@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import operand
+from faexport.graph.nodes import operand
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Element, Interpreter, transfer
 from faexport.understand.index.tensor import Index, Shape, Tensor, Unknown, attribute, from_list
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.rules import constant_ints, slice_of, split_sizes
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr, make
 from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Element, Interpreter, transfer
 from faexport.understand.index.tensor import Index, Unknown, attribute, kind_of
 from faexport.understand.index.transfer_layout import axis_of
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr, make
 from faexport.understand.shapes.floor_division import floor_division
 
 

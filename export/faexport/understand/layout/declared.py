@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from faexport.sizes.dims import Dim
 from faexport.spec import Layout, Operand
 from faexport.understand.layout.heads import Link, Reading, Wanted, chain_of, read
 from faexport.understand.layout.products import Factor
 from faexport.understand.layout.views import View
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 
 LABELS = ("batch", "heads", "rows", "columns")
 

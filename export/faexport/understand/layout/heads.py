@@ -12,14 +12,14 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import op, producer
+from faexport.graph.nodes import op, producer
+from faexport.sizes.dims import Dim, product
 from faexport.spec import Layout, Operand
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import Factor
 from faexport.understand.layout.view_ops import VIEW_OPS
 from faexport.understand.layout.views import Atom, Axis, View, merged, size_of, take_inner
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim, product
 
 MAX_CHAIN = 24
 ONE = Dim.of(1)

@@ -11,9 +11,9 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand
+from faexport.graph.nodes import attribute, op, operand
+from faexport.sizes.dims import Dim
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.einsum import einsum_equation, multiplied_order
 
 FUSED = ("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.nodes import attribute, is_live, name_of, op
+from faexport.graph.nodes import attribute, is_live, name_of, op
+from faexport.graph.surgery import Builder
+from faexport.sizes.dims import Dim
 from faexport.spec import Refusal
-from faexport.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 
 
 @dataclasses.dataclass(frozen=True)

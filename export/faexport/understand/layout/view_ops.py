@@ -11,10 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import FLOATS, attribute, op, operand
+from faexport.graph.nodes import FLOATS, attribute, op, operand
+from faexport.sizes.dims import Dim, product
 from faexport.understand.layout.views import View
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim, product
 from faexport.understand.shapes.rules import constant_ints, resolve_axis, same_count, slice_of, split_sizes
 
 ViewOp = Callable[[ir.Node, ir.Value, View, "Analysis"], View | None]

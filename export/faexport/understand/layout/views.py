@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from faexport.understand.shapes.dims import Dim, product
+from faexport.sizes.dims import Dim, product
 
 ONE = Dim.of(1)
 

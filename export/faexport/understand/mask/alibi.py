@@ -13,12 +13,12 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.linear import linear_in
 from faexport.understand.mask.site import Site
 from faexport.understand.mask.window import Window
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.constants import tensor_of
 
 _EXACT = {ir.DataType.FLOAT: 1 << 24, ir.DataType.DOUBLE: 1 << 53}  # whole numbers up to here convert without rounding

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.mask.alibi import in_words, slopes_of
 from faexport.understand.mask.draft import Draft
@@ -17,8 +19,6 @@ from faexport.understand.mask.magnitudes import is_moderate
 from faexport.understand.mask.terms import Case, sum_of
 from faexport.understand.mask.window import Window
 from faexport.understand.mask.words import axes_of
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.constants import tensor_of
 
 

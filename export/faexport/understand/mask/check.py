@@ -19,13 +19,13 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from faexport import spec
+from faexport.sizes import algebra as ia
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import kind_of
 from faexport.understand.mask.magnitudes import MASKING
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.site import Site
 from faexport.understand.mask.softmax import Skip, highest, original, proven
-from faexport.understand.shapes import algebra as ia
 from faexport.understand.shapes.constants import tensor_of
 from faexport.understand.shapes.evaluate import evaluate
 

@@ -13,7 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
-from faexport.nodes import name_of, producer
+from faexport.graph.nodes import name_of, producer
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.emit import Emitter
@@ -22,8 +24,6 @@ from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.site import Site
 from faexport.understand.mask.window import Window, corners, length_of, split
 from faexport.understand.mask.words import axes_of, kind_of, window_text
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 
 INFINITE_ROW = "a row whose bias is -inf at every key gives 0 (NaN before)"
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.site import Site
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 
 _AXES = "bhij"
 _MAX_SEARCH = 600  # values of a mask subgraph that are compared with an expression

@@ -16,6 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Unknown
 from faexport.understand.mask.emit import Emitter
@@ -23,8 +25,6 @@ from faexport.understand.mask.magnitudes import ABSORBS, MASKING
 from faexport.understand.mask.site import Site
 from faexport.understand.mask.terms import Case, rows_see_a_key, visible
 from faexport.understand.mask.window import Window, conjuncts, split
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 
 MINIMUM_OPSET = 12
 

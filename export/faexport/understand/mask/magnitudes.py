@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.constants import tensor_of
 
 # A fill above this is a number like any other; at or below it a softmax weight is 0 beside any usual score.

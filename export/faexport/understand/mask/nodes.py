@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """New nodes that the sites of one graph share, each made once. They are not inserted here. Called by emit.py and by
-faexport/empty_rows.py."""
+write/empty_rows.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from faexport.surgery import Missing, Writer, attributes_of
+from faexport.graph.surgery import Missing, Writer, attributes_of
 from faexport.understand.index.tensor import Unknown
 
 

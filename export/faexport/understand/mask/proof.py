@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from faexport import spec
-from faexport.nodes import name_of
+from faexport.graph.nodes import name_of
+from faexport.sizes.algebra import Expr
+from faexport.sizes.dims import Dim
 from faexport.understand.index import transfer_layout, transfer_math  # noqa: F401  (registers the transfer functions)
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Unknown
@@ -25,9 +27,7 @@ from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.site import NotAMask, Site
 from faexport.understand.mask.strategies import mask_of
-from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.limits import at_least_one
 
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from faexport import spec
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
+from faexport.sizes.dims import Dim
 from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Tensor, broadcast_index
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
-from faexport.understand.shapes.dims import Dim
 
 _AXES = {"T": "keys", "B": "batch entries", "M": "batch entries", "W": "batch entries", "S": "rows", "H": "heads"}
 _TOO_LARGE = (

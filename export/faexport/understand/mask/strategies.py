@@ -16,6 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Unknown
 from faexport.understand.mask.bias import write_bias
@@ -38,8 +40,6 @@ from faexport.understand.mask.terms import (
 )
 from faexport.understand.mask.window import split
 from faexport.understand.mask.words import axes_of, kind_of, rounding_text, window_text
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 
 _LOWEST = float(np.finfo(np.float32).min)
 _LOWER_BIAS = (

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 import onnx_ir as ir
 
 from faexport import spec
-from faexport.nodes import operand
+from faexport.graph.nodes import operand
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.linear import linear_in
 from faexport.understand.mask.magnitudes import ABSORBS, MASKING, is_moderate, largest, magnitude
 from faexport.understand.mask.site import NotAMask, Site
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 from faexport.understand.shapes.constants import tensor_of
 
 _MAX_CASES = 24

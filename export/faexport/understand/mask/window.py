@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.linear import linear_in
 from faexport.understand.mask.site import Site
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
 
 
 @dataclasses.dataclass

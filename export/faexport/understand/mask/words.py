@@ -7,10 +7,10 @@ import math
 
 import onnx_ir as ir
 
+from faexport.sizes import algebra as ia
+from faexport.sizes.algebra import Expr
+from faexport.sizes.printing import to_text
 from faexport.understand.mask.window import Window
-from faexport.understand.shapes import algebra as ia
-from faexport.understand.shapes.algebra import Expr
-from faexport.understand.shapes.printing import to_text
 
 # Of each type, those stored.
 _MANTISSA_BITS = {ir.DataType.FLOAT16: 10, ir.DataType.BFLOAT16: 7, ir.DataType.FLOAT: 23, ir.DataType.DOUBLE: 52}

@@ -17,7 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.errors import InvalidNodeError
-from faexport.nodes import always_runs, attribute, name_of, op, operand, own_graphs, producer, subgraphs
+from faexport.graph.nodes import always_runs, attribute, name_of, op, operand, own_graphs, producer, subgraphs
+from faexport.sizes.algebra import Expr, atoms, only_atom
+from faexport.sizes.dims import Dim, named
 from faexport.spec import DOMAIN, OP_TYPE
 from faexport.understand.shapes import (  # noqa: F401 (some only register their rules)
     constants,
@@ -26,8 +28,6 @@ from faexport.understand.shapes import (  # noqa: F401 (some only register their
     rules_layers,
     rules_operator,
 )
-from faexport.understand.shapes.algebra import Expr, atoms, only_atom
-from faexport.understand.shapes.dims import Dim, named
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.limits import Limits, limits_of
 from faexport.understand.shapes.rules import BROADCASTING, CONTENT_RULES, SHAPE_RULES

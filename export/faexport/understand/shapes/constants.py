@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand
+from faexport.graph.nodes import attribute, op, operand
 
 MAX_ELEMENTS = 1 << 16
 

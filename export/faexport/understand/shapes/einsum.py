@@ -7,7 +7,7 @@ import string
 
 import onnx_ir as ir
 
-from faexport.nodes import attribute
+from faexport.graph.nodes import attribute
 from faexport.understand.shapes.known import Known
 
 

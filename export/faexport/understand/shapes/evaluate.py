@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from faexport.understand.shapes.algebra import Expr
+from faexport.sizes.algebra import Expr
 
 _OPERATIONS: dict[str, Callable[..., int]] = {
     "min": min,

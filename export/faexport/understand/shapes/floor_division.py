@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand, producer
+from faexport.graph.nodes import attribute, op, operand, producer
 from faexport.understand.shapes.known import Known
 
 _SIGNED = (ir.DataType.INT32, ir.DataType.INT64)

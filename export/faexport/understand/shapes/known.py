@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from faexport.understand.shapes.dims import Dim
+from faexport.sizes.dims import Dim
 
 Shape = tuple[Dim, ...]
 

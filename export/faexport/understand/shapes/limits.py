@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from faexport.understand.shapes.algebra import Expr, const, is_nonnegative, minimum, of_atom, only_atom, replace, sub
+from faexport.sizes.algebra import Expr, const, is_nonnegative, minimum, of_atom, only_atom, replace, sub
 from faexport.understand.shapes.known import Shape
 
 

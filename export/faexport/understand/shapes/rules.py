@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from faexport.errors import InvalidNodeError
-from faexport.nodes import attribute, operand
-from faexport.understand.shapes import algebra
-from faexport.understand.shapes.dims import Dim, product
+from faexport.graph.nodes import attribute, operand
+from faexport.sizes import algebra
+from faexport.sizes.dims import Dim, product
 from faexport.understand.shapes.einsum import einsum_equation
 from faexport.understand.shapes.known import Known, Shape
 

@@ -7,8 +7,8 @@ without them only the first of a model that another tool fused would have a shap
 
 from __future__ import annotations
 
-from faexport.nodes import attribute, operand
-from faexport.understand.shapes.dims import Dim
+from faexport.graph.nodes import attribute, operand
+from faexport.sizes.dims import Dim
 from faexport.understand.shapes.rules import shape_of
 
 

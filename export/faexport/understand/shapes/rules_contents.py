@@ -11,8 +11,8 @@ import itertools
 
 import onnx_ir as ir
 
-from faexport.nodes import attribute, op, operand
-from faexport.understand.shapes.dims import Dim, product
+from faexport.graph.nodes import attribute, op, operand
+from faexport.sizes.dims import Dim, product
 from faexport.understand.shapes.floor_division import floor_division
 from faexport.understand.shapes.known import Known, Shape
 from faexport.understand.shapes.rules import constant_ints, contents_of, quotient, shape_window, split_sizes

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from faexport.nodes import attribute, operand
-from faexport.understand.shapes.dims import Dim
+from faexport.graph.nodes import attribute, operand
+from faexport.sizes.dims import Dim
 from faexport.understand.shapes.einsum import multiplied_order
 from faexport.understand.shapes.rules import broadcast, constant_ints, matmul_shape, resolve_axis, shape_of
 

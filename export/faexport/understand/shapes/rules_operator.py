@@ -12,9 +12,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from faexport.nodes import attribute
+from faexport.graph.nodes import attribute
+from faexport.sizes.dims import Dim
 from faexport.spec import DOMAIN, OP_TYPE, Layout
-from faexport.understand.shapes.dims import Dim
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import shape_of
 
