@@ -16,14 +16,10 @@ struct RowMove {
 
 /// From a tensor [B, H, S, D] to another one, whose rows from `first_row` on these become.
 inline RowMove row_move(const TensorView& from, const TensorView& to, int64_t first_row = 0) {
-  return {from.data,
-          static_cast<char*>(to.data) + first_row * to.stride[2] * size_of(to.dtype),
-          from.stride[0],
-          from.stride[1],
-          from.stride[2],
-          to.stride[0],
-          to.stride[1],
-          to.stride[2]};
+  return {from.data,      static_cast<char*>(to.data) + first_row * to.stride[2] * size_of(to.dtype),
+          from.stride[0], from.stride[1],
+          from.stride[2], to.stride[0],
+          to.stride[1],   to.stride[2]};
 }
 
 }  // namespace fa::cache_step

@@ -59,7 +59,8 @@ bool make_rows_args(const StepParams& p, const Step& step, RowsArgs* args) {
     if (!from[which]->present) continue;
     if (!has_groups(*from[which]) || !has_groups(*to[which])) return false;
     const int64_t first_row = which == 0 ? 0 : args->rule.past_rows;
-    args->sides[which] = {row_move(*from[which], *to[which], first_row), {}, 0, static_cast<unsigned>(from[which]->shape[3] / 8), 0};
+    args->sides[which] = {
+        row_move(*from[which], *to[which], first_row), {}, 0, static_cast<unsigned>(from[which]->shape[3] / 8), 0};
     heads += from[which]->shape[1];
     columns = std::max(columns, from[which]->shape[3]);
   }
