@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m tests.gpu.sanitizer_sample: small cases of every kernel, for compute-sanitizer. Prints how many ran.
+"""python -m tests.gpu.sanitizer_sample PART: small cases of every kernel, for compute-sanitizer. Prints how many ran.
 
-With the argument `caches` only the steps of decoders.
+In parts, since a sanitizer keeps a processor busy for minutes, and processes of their own run side by side.
 """
 
 from __future__ import annotations
@@ -71,21 +71,33 @@ def play_gradients(case: cases.Case, problem, inputs: dict, forward_kernel: str 
     return sum(x is not None for x in found)
 
 
-def main() -> None:
-    count = play_caches()
-    for case in [] if sys.argv[1:] == ["caches"] else sample():
+def play_forward() -> int:
+    count = 0
+    for case in sample():
         problem = case.problem()
         inputs = {name: arrays.to_cuda(array) for name, array in problem.inputs.items()}
         for kernel in arrays.kernels_for(inputs, problem.attributes):
             arrays.run(problem, inputs, kernel)
             count += 1
-        count += play_gradients(case, problem, inputs)
-    for case in [] if sys.argv[1:] == ["caches"] else in_circles():
+    return count
+
+
+def play_backward(chosen: list[cases.Case], forward_kernel: str = "") -> int:
+    count = 0
+    for case in chosen:
         problem = case.problem()
         inputs = {name: arrays.to_cuda(array) for name, array in problem.inputs.items()}
-        count += play_gradients(case, problem, inputs, "prefill_sm80")
-    print(f"{count} runs")
+        count += play_gradients(case, problem, inputs, forward_kernel)
+    return count
+
+
+PARTS = {
+    "caches": play_caches,
+    "forward": play_forward,
+    "backward": lambda: play_backward(sample()),
+    "backward-in-circles": lambda: play_backward(in_circles(), "prefill_sm80"),
+}
 
 
 if __name__ == "__main__":
-    main()
+    print(f"{PARTS[sys.argv[1]]()} runs")

@@ -12,11 +12,15 @@ import sys
 
 import pytest
 
+pytest.importorskip("torch")
+from tests.gpu import sanitizer_sample
+
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 
+@pytest.mark.parametrize("part", sanitizer_sample.PARTS)
 @pytest.mark.parametrize("tool", ("memcheck", "racecheck", "synccheck"))
-def test_sample(tool: str) -> None:
+def test_sample(tool: str, part: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not in PATH")
@@ -25,7 +29,7 @@ def test_sample(tool: str) -> None:
     if tool == "memcheck":  # PyTorch's cache would hide an access beyond a tensor; bytes between allocations show it
         options += ["--padding", "512"]
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    command = [sanitizer, *options, sys.executable, "-m", "tests.gpu.sanitizer_sample"]
+    command = [sanitizer, *options, sys.executable, "-m", sanitizer_sample.__name__, part]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-4000:]
