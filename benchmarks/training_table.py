@@ -38,8 +38,8 @@ def training_tables(data: dict) -> str:
     ]
     parts = [
         f"{data['gpu']}, PyTorch {data['versions']['torch']}, commit {data['commit']}, {data['date'][:10]}; bfloat16, "
-        "the attention of every model by each way\n(`benchmarks/training.py --quick`; widths and heads as the models "
-        "have them, random weights and data).",
+        f"the attention of every model by each way\n(`benchmarks/training.py{' --quick' * data['quick']}`; widths and "
+        "heads as the models have them, random weights and data).",
         *_table("A step's milliseconds, in brackets its GB at the peak; –: refused, or out of memory:", steps),
         *_table("MB of both passes, batch 16, 8 heads of 64:", memory),
         "",
