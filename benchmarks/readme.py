@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable
 
 from model_pages import (
@@ -113,6 +114,20 @@ def _speed_table(rows: list[dict], brackets: list[str]) -> list[str]:
 def _ratios(rows: list[dict]) -> str:
     ratios = [row["ours_over_best_peer"] for row in rows]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def prefill_section() -> str:
+    """docs/kernels.md's table of prefill_sm90: TFLOP/s by head size and length, the peers' in brackets."""
+    data = json.loads((RESULTS / "attention.json").read_text("utf-8"))
+    names = ["cuDNN", "FA3", "FA4"]
+    wanted = re.compile(r"b\d+ h\d+ s(512|1024|2048|4096|8192|16384) d(64|128|256)( causal)?")
+    rows = [row for row in data["rows"] if wanted.fullmatch(row["row"]) and row["dtype"] == "bfloat16"]
+    head = (
+        f"{data['gpu']}, driver {data['driver']}, commit {data['commit']}, {data['date'][:10]}; bfloat16, TFLOP/s, 16k "
+        f"tokens (`benchmarks/attention.py`), in\nbrackets {', '.join(names)}; relative to the fastest peer "
+        f"{_ratios(rows)}:"
+    )
+    return "\n".join([head, "", *_speed_table(rows, names)])
 
 
 def float8_section() -> str:
@@ -397,6 +412,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"gains": gains_section, "exports": exports_section, "speed": speed_section},
     "docs/backward.md": {"backward": backward_section},
     "docs/faexport.md": {"bench": faexport_bench_section, "zoo": zoo_section},
+    "docs/kernels.md": {"prefill": prefill_section},
     "docs/decoding.md": {"steps": step_section, "decode": decode_section},
     "docs/float8.md": {"float8 accuracy": accuracy_section, "float8": float8_section},
     "docs/llm.md": {"llm": llm_section},

@@ -64,9 +64,9 @@ Variant choose_modified(const AttentionParams& p, const Device& device) {
   return tall_can ? fastest({{Variant::kModifiedTall}, shortest, longest}, p, device) : fastest({longest, shortest}, p, device);
 }
 
-/// The fastest variant, by measurement (docs/kernels.md). Several blocks of short tiles on a multiprocessor do less at a time,
-/// but hide each other's start and end, which makes up for it with few keys; those of heads of 256 bring keys in smaller
-/// portions.
+/// The fastest variant, by measurement (docs/experiments/prefill.md). Several blocks of short tiles on a multiprocessor do less
+/// at a time, but hide each other's start and end, which makes up for it with few keys; those of heads of 256 bring keys in
+/// smaller portions.
 Variant choose_variant(const AttentionParams& p, const Device& device) {
   if (is_modified(p)) return choose_modified(p, device);
   const int64_t head_dim = bucket_size(p);

@@ -24,7 +24,7 @@ struct TileShape {
   constexpr int rows() const { return kRowsUnit * warpgroups; }
 };
 
-/// The tile table: one row for each head_dim bucket and variant, found by measurement (docs/kernels.md).
+/// The tile table: one row for each head_dim bucket and variant, found by measurement (docs/experiments/prefill.md).
 constexpr TileShape tile_shape(int head_dim, Variant variant) {
   if (variant == Variant::kShort) {
     if (head_dim <= 32) return {1, 64, 2, 2, 0, false, 4};

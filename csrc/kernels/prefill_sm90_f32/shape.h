@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tiles of each instance of prefill_sm90_f32, found by measurement (docs/kernels.md). Read on the host and by config.cuh.
+// The tiles of each instance of prefill_sm90_f32, found by measurement (docs/experiments/prefill.md). Read on the host and by
+// traits.cuh.
 #pragma once
 
 #include "fa/attention.h"

@@ -26,7 +26,7 @@ struct TileShape {
   bool ones_behind = false;  // their product is waited for behind the next scores
 };
 
-/// The tile table, found by measurement (docs/float8.md).
+/// The tile table, found by measurement (docs/experiments/float8.md).
 constexpr TileShape tile_shape(int head_dim, Variant variant) {
   const bool plain = variant == Variant::kPlain;
   if (head_dim <= 64) return {plain ? 3 : 2, 128, 64, 3, 2, 3, 2, true, TurnEnd::kScoresThere, plain};
