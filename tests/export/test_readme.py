@@ -24,7 +24,7 @@ from tests.export.commands import environment, faexport
 from tests.pages import ROOT, blocks
 
 PAGES = ("README.md", "docs/faexport.md")
-ALL_PAGES = sorted(os.fspath(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+ALL_PAGES = sorted(os.fspath(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -68,7 +68,7 @@ def test_the_matrix_of_versions_is_that_of_the_makefile() -> None:
 
 def test_the_readme_leads_to_every_page() -> None:
     targets = set(
-        re.findall(r"\]\((docs/\w[\w-]*\.md)", (ROOT / "README.md").read_text().partition("## Documentation")[2])
+        re.findall(r"\]\((docs/\w[\w/-]*\.md)", (ROOT / "README.md").read_text().partition("## Documentation")[2])
     )
     assert targets == {page for page in ALL_PAGES if page.startswith("docs/")}
 
