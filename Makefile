@@ -13,6 +13,8 @@ ZOO ?= zoo-models
 # RECORD=1: the run's results become those of benchmarks/results, from which the documentation's tables are made.
 RECORDING := $(if $(RECORD),--record)
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc plugin -type f -not -name '*.py' -not -name '*.pyc')
+# The editable installation has a list of the modules: one that has become a package is not found until it is made anew.
+SOURCES += $(shell find export plugin -name __init__.py)
 CXX_FILES := find csrc plugin tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 # What is compiled: FULL (CUDA kernels where nvcc is found) or CPU (a minute instead of several). A FULL installation serves both.

@@ -170,8 +170,8 @@ def _write(options: argparse.Namespace, rows: list[dict]) -> pathlib.Path:
     return results_file.write(name, document, options.record)
 
 
-def main(table: str = "encoders", description: str = __doc__.splitlines()[0]) -> int:
-    """The command for one of model_table.TABLES. It starts itself again for each model."""
+def _options(table: str, description: str) -> argparse.Namespace:
+    """The command line's options, with all models and types where none are named."""
     parser = argparse.ArgumentParser(description=description)
     parser.set_defaults(table=table)
     parser.add_argument("--models", type=pathlib.Path, help="folder of the files; they are made where it has none")
@@ -210,6 +210,12 @@ def main(table: str = "encoders", description: str = __doc__.splitlines()[0]) ->
         parser.error(f"there is no model {wrong[0]}; there are {', '.join(names)}")
     if options.time_only and not options.models:
         parser.error("--time-only needs --models")
+    return options
+
+
+def main(table: str = "encoders", description: str = __doc__.splitlines()[0]) -> int:
+    """The command for one of model_table.TABLES. It starts itself again for each model."""
+    options = _options(table, description)
     if options.export_one:
         import encoder_models
 

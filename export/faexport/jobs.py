@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a file to a file in one call: read, fuse, write beside the target, verify, move there. Called by cli.py, and by
-whoever uses faexport as a library."""
+"""From a file to a file in one call: read, fuse, write beside the target, verify, move there. Called by the commands,
+and by whoever uses faexport as a library."""
 
 from __future__ import annotations
 

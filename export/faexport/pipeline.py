@@ -10,6 +10,8 @@ for its CUDA provider alone, and padding for that.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from faexport.around import cuda_operators, cuda_padding, gemms, joins, known_sizes
@@ -48,84 +50,126 @@ def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report
     model = inline_functions(model)
     unread = unread_weights(model)
     expanded = dequantize.expand(model) if options.assume_scores_unquantized else []
-    masks = Masks(Analysis(model))
-    candidates = pending = examine(model, options, masks)
-    names = Names(model)
-    full_rows: list[ir.Node] = []
-    while pending:
-        stale = []
-        for c in pending:
-            if is_gone(c):  # nothing but its shape was read, by another site that is one node by now
-                candidates = [other for other in candidates if other is not c]
-            elif not _rewritten(c, options, masks, names, full_rows):
-                stale.append(c)
-        if stale:  # their operands were read inside of a site that is one node by now
-            masks = masks.renewed(Analysis(model))
-            again = {c.anchor: c for c in examine(model, options, masks)}
-            candidates = [again[c.anchor] if any(c is s for s in stale) else c for c in candidates]
-        pending = [again[c.anchor] for c in stale]
-    dequantize.settle(model, expanded, candidates)
+    passes = _Passes(model, options)
+    passes.fuse_sites()
+    dequantize.settle(model, expanded, passes.candidates)
     drop_drafts(model)
     for graph in outermost_graphs(model):  # what two sites share stands in front of the first, which may end last
         put_in_order(graph)
-    fused = [c for c in candidates if isinstance(c.outcome, AttentionSpec)]
-    if fused and options.joins_rest:
-        gemms.write_as_products(model, masks.analysis, names)
-    moves = options.joins_rest and not options.float8  # the operator adds no bias to a float8 query
-    apart = move_biases(model, fused, masks.analysis, names) if moves else []
-    apart += pack_projections(model, fused, masks.analysis, names)
-    if fused:
-        add_opset(model)
-    missing = add_fallback(model, full_rows, masks.analysis) if fused and options.fallback else ""
-    if fused:
-        masks.analysis.extend(model)
-        known_sizes.write(model, masks.analysis, names)
-        masks.analysis.extend(model)
-        keep_computed(model, masks.analysis, names)
-        declare_shapes(model, masks.analysis)
-    notes = [f"the file runs with our library only: {missing}"] if missing else []
-    if fused and (moved := put_half_last(model, masks.analysis, names)):
-        notes.append(moved)
-    before_joining = joins.counts(model)
-    if fused and options.joins_rest:
-        joins.join(model, masks.analysis, names)
-    if fused and options.joins_cuda:
-        cuda_operators.join(model, masks.analysis, names)
-        cuda_padding.join(model, masks.analysis, names)
-    joined = dict(sorted((joins.counts(model) - before_joining).items()))
-    if joined:
-        model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)
-        notes.append(joins.note(joined))
-    if fused:
+    if passes.fused:
+        passes.change_projections()
+        passes.define_operator()
+        passes.write_sizes()
+        passes.join_rest()
         drop_unread_weights(model, unread)
-    report = Report.from_candidates(candidates, before, count_nodes(model), [*notes, *apart])
-    report.joined = joined
-    if not (options.half or options.float8) and any(map(is_float32, candidates)):
-        report.notes.append(float32_note(options.float32))
-    float8_note = "" if options.float8 or not fused else float8.note(model, masks.analysis)
-    report.notes += [note for note in (cpu_only_note(candidates), gathered_note(candidates), float8_note) if note]
-    report.defects, report.invalid_nodes = masks.analysis.defects, masks.analysis.invalid_nodes
-    return model, report
+    return model, passes.report(before)
 
 
-def _rewritten(candidate: Candidate, options: Options, masks: Masks, names: Names, full_rows: list[ir.Node]) -> bool:
-    """Fuses a site, if it is understood; False where what was understood no longer stands in the graph."""
-    if not isinstance(candidate.outcome, AttentionSpec):
+class _Passes:
+    """A normalized model on its way to the report: what is known of it, and the passes that change it."""
+
+    def __init__(self, model: ir.Model, options: Options):
+        self.model, self.options = model, options
+        self.masks = Masks(Analysis(model))
+        self.candidates = examine(model, options, self.masks)
+        self.names = Names(model)
+        self.full_rows: list[ir.Node] = []  # fused nodes each of whose rows sees a key
+        self.joined: dict[str, int] = {}
+        self.notes: list[str] = []  # of the whole model
+        self.apart: list[str] = []  # of projections, each of some sites
+
+    @property
+    def fused(self) -> list[Candidate]:
+        return [c for c in self.candidates if isinstance(c.outcome, AttentionSpec)]
+
+    def fuse_sites(self) -> None:
+        """Rewrites every site that is understood, until none is left whose operands stood inside of another site."""
+        pending = self.candidates
+        while pending:
+            stale = []
+            for c in pending:
+                if is_gone(c):  # nothing but its shape was read, by another site that is one node by now
+                    self.candidates = [other for other in self.candidates if other is not c]
+                elif not self._rewritten(c):
+                    stale.append(c)
+            pending = self._examined_again(stale) if stale else []
+
+    def _rewritten(self, candidate: Candidate) -> bool:
+        """Fuses a site, if it is understood; False where what was understood no longer stands in the graph."""
+        if not isinstance(candidate.outcome, AttentionSpec):
+            return True
+        if not is_current(candidate.outcome):
+            return False
+        options, analysis = self.options, self.masks.analysis
+        given, opset = analysis.dtype(candidate.outcome.query.value), analysis.opset
+        candidate.outcome = with_empty_rows(candidate.outcome, given, self.masks.nodes(candidate.graph), opset)
+        if not isinstance(candidate.outcome, AttentionSpec):
+            return True
+        if options.dtype is not None and not options.float8:
+            candidate.outcome = in_precision(candidate.outcome, options.dtype, given, opset)
+        node = rewrite_site(candidate, self.names)
+        if options.float32 and given == ir.DataType.FLOAT:
+            node.attributes[FLOAT32_PRECISION] = ir.AttrString(FLOAT32_PRECISION, options.float32)
+        if candidate.outcome.mask.rows_see_a_key:
+            self.full_rows.append(node)
         return True
-    if not is_current(candidate.outcome):
-        return False
-    given, opset = masks.analysis.dtype(candidate.outcome.query.value), masks.analysis.opset
-    candidate.outcome = with_empty_rows(candidate.outcome, given, masks.nodes(candidate.graph), opset)
-    if not isinstance(candidate.outcome, AttentionSpec):
-        return True
-    if options.dtype is not None and not options.float8:
-        candidate.outcome = in_precision(candidate.outcome, options.dtype, given, opset)
-    node = rewrite_site(candidate, names)
-    if options.float32 and given == ir.DataType.FLOAT:
-        node.attributes[FLOAT32_PRECISION] = ir.AttrString(FLOAT32_PRECISION, options.float32)
-    if candidate.outcome.mask.rows_see_a_key:
-        full_rows.append(node)
-    return True
+
+    def _examined_again(self, stale: list[Candidate]) -> list[Candidate]:
+        """These sites, whose operands were read inside of a site that is one node by now, as they are understood in the
+        graph of now."""
+        self.masks = self.masks.renewed(Analysis(self.model))
+        again = {c.anchor: c for c in examine(self.model, self.options, self.masks)}
+        self.candidates = [again[c.anchor] if any(c is s for s in stale) else c for c in self.candidates]
+        return [again[c.anchor] for c in stale]
+
+    def change_projections(self) -> None:
+        """Of products that make queries, keys and values: their biases go into the operator, and several become one."""
+        if self.options.joins_rest:
+            gemms.write_as_products(self.model, self.masks.analysis, self.names)
+            if not self.options.float8:  # the operator adds no bias to a float8 query
+                self.apart += move_biases(self.model, self.fused, self.masks.analysis, self.names)
+        self.apart += pack_projections(self.model, self.fused, self.masks.analysis, self.names)
+
+    def define_operator(self) -> None:
+        """Declares the operator's domain, and adds the operator as a function where that is asked for."""
+        add_opset(self.model)
+        if self.options.fallback and (missing := add_fallback(self.model, self.full_rows, self.masks.analysis)):
+            self.notes.append(f"the file runs with our library only: {missing}")
+
+    def write_sizes(self) -> None:
+        """Sizes that are proven become numbers, those that are computed stay so, and shapes are written down."""
+        self.masks.analysis.extend(self.model)
+        known_sizes.write(self.model, self.masks.analysis, self.names)
+        self.masks.analysis.extend(self.model)
+        keep_computed(self.model, self.masks.analysis, self.names)
+        declare_shapes(self.model, self.masks.analysis)
+
+    def join_rest(self) -> None:
+        """What stands around attention, for onnxruntime, and for its CUDA provider alone."""
+        if moved := put_half_last(self.model, self.masks.analysis, self.names):
+            self.notes.append(moved)
+        before = joins.counts(self.model)
+        if self.options.joins_rest:
+            joins.join(self.model, self.masks.analysis, self.names)
+        if self.options.joins_cuda:
+            cuda_operators.join(self.model, self.masks.analysis, self.names)
+            cuda_padding.join(self.model, self.masks.analysis, self.names)
+        self.joined = dict(sorted((joins.counts(self.model) - before).items()))
+        if self.joined:
+            self.model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)
+            self.notes.append(joins.note(self.joined))
+
+    def report(self, before: Mapping[str, int]) -> Report:
+        """`before`: the nodes of the model as it was given."""
+        options, candidates, analysis = self.options, self.candidates, self.masks.analysis
+        found = Report.from_candidates(candidates, before, count_nodes(self.model), [*self.notes, *self.apart])
+        found.joined = self.joined
+        if not (options.half or options.float8) and any(map(is_float32, candidates)):
+            found.notes.append(float32_note(options.float32))
+        float8_note = float8.note(self.model, analysis) if self.fused and not options.float8 else ""
+        found.notes += [note for note in (cpu_only_note(candidates), gathered_note(candidates), float8_note) if note]
+        found.defects, found.invalid_nodes = analysis.defects, analysis.invalid_nodes
+        return found
 
 
 def examine(

@@ -140,3 +140,22 @@ def test_no_file_is_long():
     source = [path for path in paths if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".def", ".md")]
     assert len(source) > 300
     assert not {path.name: n for path in source if (n := len(path.read_text("utf-8").splitlines())) > 500}
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of its body, beside the signature and the docstring."""
+    first = function.body[1] if ast.get_docstring(function) is not None and function.body[1:] else function.body[0]
+    return (function.end_lineno or 0) - first.lineno + 1
+
+
+def test_no_function_is_long():
+    parts = ("plugin", "export", "tests", "benchmarks", "demos", "wheels")
+    functions = {
+        f"{path.name}: {node.name}": lines_of(node)
+        for part in parts
+        for path in (ROOT.parents[1] / part).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert len(functions) > 3000
+    assert not {name: n for name, n in functions.items() if n > 50}

@@ -317,9 +317,10 @@ def test_a_signal_takes_effect_behind_the_steps_that_belong_together() -> None:
 SIGNALLED = """
 import os, signal, sys
 from faexport import cli
+from faexport.commands.telling import Telling
 from faexport.files import model_io
 when = sys.argv.pop(1)
-commit, show = model_io.Stage.commit, cli._show
+commit, show = model_io.Stage.commit, Telling.tell
 def signalled_commit(stage):
     if when == "during":
         os.kill(os.getpid(), signal.SIGTERM)
@@ -328,7 +329,7 @@ def signalled_show(*args):
     if when == "after":
         os.kill(os.getpid(), signal.SIGTERM)
     show(*args)
-model_io.Stage.commit, cli._show = signalled_commit, signalled_show
+model_io.Stage.commit, Telling.tell = signalled_commit, signalled_show
 cli.main()
 """
 

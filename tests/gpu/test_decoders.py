@@ -55,64 +55,87 @@ LARGE = {
 }
 
 
+class LargeDecoder:
+    """A decoder of LARGE: what all its steps are given, and the caches that the CPU and CUDA have filled so far."""
+
+    batch, heads, kv_heads, dim, page_rows = 2, 8, 2, 128, 16
+
+    def __init__(self, kind: str, dtype: str):
+        self.rng = np.random.default_rng(len(kind))
+        self.options = {"capacity": 1300, "quantized": "", "in_place": True, **LARGE[kind]}
+        names = ("capacity", "quantized", "in_place")
+        self.capacity, self.quantized, self.in_place = (self.options.pop(name) for name in names)
+        self.paged, self.append = (self.options["cache"] == cache for cache in ("paged", "append"))
+        self.element = cases.DTYPES[dtype]
+        self.pages = -(-self.capacity // self.page_rows)  # of a sequence
+        self.given = self._given()
+        stored = decoding.QUANTIZED.get(self.quantized, self.element)
+        self.caches = {where: [np.zeros(self._cache_shape(), stored) for _ in range(2)] for where in ("cpu", "cuda")}
+        self.length = 0
+
+    def _cache_shape(self) -> tuple[int, ...]:
+        columns = self.dim // 2 if self.quantized == "int4" else self.dim
+        if self.paged:
+            return (self.batch * self.pages, self.page_rows, self.kv_heads, columns)
+        if self.options.get("cache_layout") == "BSHD":
+            return (self.batch, self.capacity, self.kv_heads, columns)
+        return (self.batch, self.kv_heads, 0 if self.append else self.capacity, columns)
+
+    def _given(self) -> dict:
+        half = self.dim // 2
+        angles = np.arange(1400)[:, None] / 10000.0 ** (np.arange(half) / half)
+        given = {
+            "cos_cache": np.cos(angles).astype(self.element),
+            "sin_cache": np.sin(angles).astype(self.element),
+            "is_causal": True,
+            "q_norm_weight": np.ones(self.dim, self.element),
+            "k_norm_weight": np.ones(self.dim, self.element),
+        }
+        if self.quantized:
+            scale = np.array([3.5 / decoding.LARGEST[self.quantized]], np.float32)
+            given |= {"k_scale": scale, "v_scale": scale.copy()}
+            given["kv_cache_bit_width"] = 4 if self.quantized == "int4" else 8
+        if self.paged:
+            given["block_table"] = self.rng.permutation(self.batch * self.pages).reshape(self.batch, self.pages)
+        return given
+
+    def step(self, rows: int, attentions: dict) -> dict[str, np.ndarray]:
+        """The outputs of this many new rows, by where they were computed; the caches are filled on."""
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        shapes = [(self.batch, h, rows, self.dim) for h in heads]
+        new = [self.rng.standard_normal(shape, np.float32).astype(self.element) for shape in shapes]
+        step = {} if self.append else {"write_indices": np.full(self.batch, self.length)}
+        if self.paged:
+            new = [x.transpose(1, 0, 2, 3).reshape(1, x.shape[1], self.batch * rows, self.dim) for x in new]
+            step["cu_seqlens_q"] = np.array([0, rows, 2 * rows], np.int32)
+        self.length += rows
+        return {where: self._attend(where, attention, new, step) for where, attention in attentions.items()}
+
+    def _attend(self, where: str, attention, new: list[np.ndarray], step: dict) -> np.ndarray:
+        past = {"past_key": self.caches[where][0], "past_value": self.caches[where][1]}
+        if self.paged:
+            return attention(*new, **past, **self.given, **step, **self.options)
+        out = {"present_key": past["past_key"], "present_value": past["past_value"]}
+        place = {"out": out} if self.in_place and not self.append else {}
+        arguments = {**past, **self.given, **step, **self.options, **place}
+        output, *self.caches[where] = attention(*new, return_present=True, **arguments)
+        return output
+
+
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16", "float32"))
 @pytest.mark.parametrize("kind", LARGE)
 def test_large_steps_as_on_the_cpu(kind: str, dtype: str) -> None:
     """A long prompt, a chunk and single steps: outputs and caches are those of the CPU kernel."""
     import faplugin
 
-    rng = np.random.default_rng(len(kind))
-    options = {"capacity": 1300, "quantized": "", "in_place": True, **LARGE[kind]}
-    capacity, quantized, in_place = (options.pop(name) for name in ("capacity", "quantized", "in_place"))
-    batch, heads, kv_heads, dim, page_rows = 2, 8, 2, 128, 16
-    element, paged, append = cases.DTYPES[dtype], options["cache"] == "paged", options["cache"] == "append"
-    cache_dtype, columns = decoding.QUANTIZED.get(quantized, element), dim // 2 if quantized == "int4" else dim
-    pages = -(-capacity // page_rows)
-    shape = (
-        (batch * pages, page_rows, kv_heads, columns)
-        if paged
-        else (batch, kv_heads, 0 if append else capacity, columns)
-    )
-    if options.get("cache_layout") == "BSHD":
-        shape = (batch, capacity, kv_heads, columns)
-    angles = np.arange(1400)[:, None] / 10000.0 ** (np.arange(dim // 2) / (dim // 2))
-    given = {
-        "cos_cache": np.cos(angles).astype(element),
-        "sin_cache": np.sin(angles).astype(element),
-        "is_causal": True,
-    }
-    given |= {"q_norm_weight": np.ones(dim, element), "k_norm_weight": np.ones(dim, element)}
-    if quantized:
-        given |= {name: np.array([3.5 / decoding.LARGEST[quantized]], np.float32) for name in ("k_scale", "v_scale")}
-        given["kv_cache_bit_width"] = 4 if quantized == "int4" else 8
-    if paged:
-        given["block_table"] = rng.permutation(batch * pages).reshape(batch, pages)
-    caches = {where: [np.zeros(shape, cache_dtype) for _ in range(2)] for where in ("cpu", "cuda")}
-    length = 0
+    decoder = LargeDecoder(kind, dtype)
+    tolerance = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-4 if decoder.quantized else 2e-5}[dtype]
     for rows in (900, 300, 1, 1, 1):
-        new = [
-            rng.standard_normal((batch, h, rows, dim), np.float32).astype(element) for h in (heads, kv_heads, kv_heads)
-        ]
-        step = {} if append else {"write_indices": np.full(batch, length)}
-        if paged:
-            new = [x.transpose(1, 0, 2, 3).reshape(1, x.shape[1], batch * rows, dim) for x in new]
-            step["cu_seqlens_q"] = np.array([0, rows, 2 * rows], np.int32)
-        results = {}
-        for where, attention in (("cpu", faplugin.attention), ("cuda", decoders.OnCuda())):
-            past = {"past_key": caches[where][0], "past_value": caches[where][1]}
-            if not paged:
-                step["return_present"] = True
-            out = {"present_key": past["past_key"], "present_value": past["past_value"]}
-            place = {"out": out} if in_place and not append and not paged else {}
-            found = attention(*new, **past, **given, **step, **options, **place)
-            results[where] = found if paged else found[0]
-            caches[where] = caches[where] if paged else list(found[1:])
-        length += rows
-        tolerance = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-4 if quantized else 2e-5}[dtype]
+        results = decoder.step(rows, {"cpu": faplugin.attention, "cuda": decoders.OnCuda()})
         difference = np.abs(results["cuda"].astype(np.float64) - results["cpu"].astype(np.float64)).max()
-        assert difference <= tolerance, f"output after {length} rows: {difference:.3g}"
-        for which in range(2):
-            check_stored(caches["cuda"][which], caches["cpu"][which], dtype, quantized)
+        assert difference <= tolerance, f"output after {decoder.length} rows: {difference:.3g}"
+        for found, expected in zip(decoder.caches["cuda"], decoder.caches["cpu"], strict=True):
+            check_stored(found, expected, dtype, decoder.quantized)
 
 
 def check_stored(found: np.ndarray, expected: np.ndarray, dtype: str, quantized: str) -> None:
@@ -202,65 +225,71 @@ def test_rows_are_transformed_as_on_the_cpu(kind: str, rows: int) -> None:
 # ------------------------------------------------------------------------------------------ CUDA graphs
 
 
+class DecoderOnDevice:
+    """A decoder of single steps, whose lengths and new rows lie on the device, where they change between steps."""
+
+    batch, heads, kv_heads, dim = 3, 8, 2, 64
+
+    def __init__(self, mode: str, quantized: str):
+        torch.manual_seed(0)
+        self.paged = mode == "paged"
+        self.stored = torch.int8 if quantized else torch.float16
+        self.new = [self._normal(heads) for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        self.lengths = torch.tensor([1, 9, 30], device="cuda")
+        half = self.dim // 2
+        angles = torch.arange(128, device="cuda")[:, None] / torch.pow(100.0, torch.arange(half, device="cuda") / 32)
+        self.given: dict = {"cos_cache": angles.cos().half(), "sin_cache": angles.sin().half()}
+        self.given |= {"cache": mode, "is_causal": True, "write_indices": self.lengths}
+        if quantized:
+            self.given |= {name: torch.tensor([0.03], device="cuda") for name in ("k_scale", "v_scale")}
+        if mode == "window":
+            self.given["left_window_size"] = 40
+        if self.paged:
+            self.given["cu_seqlens_q"] = torch.arange(self.batch + 1, dtype=torch.int32, device="cuda")
+            self.given["block_table"] = torch.randperm(self.batch * 8, device="cuda").reshape(self.batch, 8)
+
+    def _normal(self, heads: int) -> torch.Tensor:
+        shape = (1, heads, self.batch, self.dim) if self.paged else (self.batch, heads, 1, self.dim)
+        return torch.randn(shape, device="cuda", dtype=torch.float16)
+
+    def caches(self) -> list[torch.Tensor]:
+        rows = (self.batch * 8, 8, self.kv_heads) if self.paged else (self.batch, self.kv_heads, 64)
+        return [torch.zeros((*rows, self.dim), dtype=self.stored, device="cuda") for _ in range(2)]
+
+    def step(self, caches: list[torch.Tensor], output: torch.Tensor) -> None:
+        import faplugin
+
+        out = {"output": output}
+        present = {}
+        if not self.paged:
+            out |= {"present_key": caches[0], "present_value": caches[1]}
+            present["return_present"] = True
+        faplugin.attention(*self.new, past_key=caches[0], past_value=caches[1], **self.given, **present, out=out)
+
+
 @pytest.mark.parametrize("mode", ("write", "window", "paged"))
 @pytest.mark.parametrize("quantized", ("", "int8"))
 def test_a_graph_decodes_with_lengths_on_the_device(mode: str, quantized: str) -> None:
     """Captured once and replayed while positions advance on the device: the same bits as calls of their own."""
-    import faplugin
-
-    torch.manual_seed(0)
-    batch, heads, kv_heads, dim, capacity = 3, 8, 2, 64, 64
-    if mode == "paged":
-        shape = (batch * 8, 8, kv_heads, dim)
-    else:
-        shape = (batch, kv_heads, capacity, dim)
-
-    def zeros() -> list[torch.Tensor]:
-        return [torch.zeros(shape, dtype=torch.int8 if quantized else torch.float16, device="cuda") for _ in range(2)]
-
-    def normal(h: int) -> torch.Tensor:
-        rows = (1, h, batch, dim) if mode == "paged" else (batch, h, 1, dim)
-        return torch.randn(rows, device="cuda", dtype=torch.float16)
-
-    new = [normal(heads), normal(kv_heads), normal(kv_heads)]
-    lengths = torch.tensor([1, 9, 30], device="cuda")
-    angles = torch.arange(128, device="cuda")[:, None] / torch.pow(100.0, torch.arange(dim // 2, device="cuda") / 32)
-    given: dict = {"cos_cache": angles.cos().half(), "sin_cache": angles.sin().half(), "cache": mode, "is_causal": True}
-    given["write_indices"] = lengths
-    if quantized:
-        given |= {name: torch.tensor([0.03], device="cuda") for name in ("k_scale", "v_scale")}
-    if mode == "window":
-        given["left_window_size"] = 40
-    if mode == "paged":
-        given["cu_seqlens_q"] = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-        given["block_table"] = torch.randperm(batch * 8, device="cuda").reshape(batch, 8)
-
-    def step(caches: list[torch.Tensor], output: torch.Tensor) -> None:
-        out = {"output": output}
-        present = {}
-        if mode != "paged":
-            out |= {"present_key": caches[0], "present_value": caches[1]}
-            present["return_present"] = True
-        faplugin.attention(*new, past_key=caches[0], past_value=caches[1], **given, **present, out=out)
-
-    recorded, plain, warm = zeros(), zeros(), zeros()
-    outputs = [torch.empty_like(new[0]) for _ in range(2)]
+    decoder = DecoderOnDevice(mode, quantized)
+    recorded, plain, warm = (decoder.caches() for _ in range(3))
+    outputs = [torch.empty_like(decoder.new[0]) for _ in range(2)]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        step(warm, outputs[0])
+        decoder.step(warm, outputs[0])
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            step(recorded, outputs[0])
+            decoder.step(recorded, outputs[0])
         for replay in range(40 if mode == "window" else 30):
-            for x in new:
+            for x in decoder.new:
                 x.normal_()
             graph.replay()
-            step(plain, outputs[1])
+            decoder.step(plain, outputs[1])
             torch.cuda.synchronize()
             assert arrays.same_bits(*outputs), replay
             assert all(arrays.same_bits(a, b) for a, b in zip(recorded, plain, strict=True)), replay
-            lengths += 1
+            decoder.lengths += 1
 
 
 @pytest.mark.parametrize("name", ("write_indices", "nonpad_kv_seqlen"))

@@ -214,32 +214,38 @@ def measure(
     pairs = blocks.find_blocks(original, fused)
     attention = {box.name for pair in pairs.values() for block in pair for box in block.boxes if box.op_type}
     result = Result([], [], report, pairs)
-    rows, notes = result.rows, result.notes
     with scratch.folder(what="bench-") as folder:
         path = folder / "fused.onnx"
         model_io.save(fused, path, source=model)
         both = (str(model.resolve()), str(path))
-        specs = _related(specs, original, model)
-        for tensors in _settings(specs, shapes, drawing):
-            sizes = {name: list(array.shape) for name, array in tensors.items()}
-            on_step(f"measuring {bench_label(sizes)}")
+        for tensors in _settings(_related(specs, original, model), shapes, drawing):
+            label = bench_label(_sizes(tensors))
+            on_step(f"measuring {label}")
             try:
-                times = limits.ask("times", both, tensors)
-                rest = [_rest(limits, one, tensors, attention) for one in both]
+                row = _measured(both, tensors, limits, attention)
             except ModelError as error:
-                if not rows:
-                    raise ModelError(
-                        f"{model}: can't be measured at {bench_label(sizes)}: {error}{_hint(sizes)}"
-                    ) from error
-                notes.append(f"not measured at {bench_label(sizes)}: {error}")
+                if not result.rows:
+                    hint = _hint(_sizes(tensors))
+                    raise ModelError(f"{model}: can't be measured at {label}: {error}{hint}") from error
+                result.notes.append(f"not measured at {label}: {error}")
                 break
-            measured = [Measured(_timing(t), *other) for t, other in zip(times, rest, strict=True)]
-            rows.append(Row(sizes, *measured))
-            on_row(rows[-1])
-            if not shapes and rows[-1].original.seconds.median > SLOW:
-                notes.append(f"the ladder ends where a run takes more than {SLOW:g} s; --shape goes on")
+            result.rows.append(row)
+            on_row(row)
+            if not shapes and row.original.seconds.median > SLOW:
+                result.notes.append(f"the ladder ends where a run takes more than {SLOW:g} s; --shape goes on")
                 break
     return result
+
+
+def _sizes(tensors: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {name: list(array.shape) for name, array in tensors.items()}
+
+
+def _measured(both: tuple[str, str], tensors: dict[str, Any], limits: Limits, attention: set[str]) -> Row:
+    """Both models on these inputs. `attention`: the names of the nodes that are rewritten. Raises ModelError."""
+    times = limits.ask("times", both, tensors)
+    rest = [_rest(limits, one, tensors, attention) for one in both]
+    return Row(_sizes(tensors), *(Measured(_timing(t), *other) for t, other in zip(times, rest, strict=True)))
 
 
 def _hint(sizes: Mapping[str, Sequence[int]]) -> str:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands `faexport build` (an ONNX model into a TensorRT engine) and `faexport run` (an engine on given inputs).
 
-cli.py adds them by add_commands(). engine.py builds, engine_run.py runs. What is slow to import is imported when a
-command runs.
+cli.py adds them. engine.py builds, engine_run.py runs. What is slow to import is imported when a command runs.
 """
 
 from __future__ import annotations
@@ -46,12 +45,6 @@ runtime_option = click.option(
     metavar="NAME",
     help="Which TensorRT, tensorrt or tensorrt-rtx; default: the first of them that is installed.",
 )
-
-
-def add_commands(app: click.Group) -> None:
-    """Adds `build` and `run` to the command line."""
-    app.add_command(build)
-    app.add_command(run)
 
 
 @click.command(

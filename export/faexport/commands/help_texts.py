@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `faexport --help` says beside the options, and the examples of the commands of cli.py."""
+"""What `faexport --help` says beside the options, and the examples of `fuse` and `inspect`."""
 
 SUMMARY = """Put flash attention into an ONNX model: find its attention, prove what it computes, fuse it, check the
 result.

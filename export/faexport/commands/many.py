@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several models in one call: which files are meant, each rewritten by itself, and one summary. Called by cli.py.
+"""Several models in one call: which files are meant, each rewritten by itself, and one summary. Called by the
+commands.
 
 A model that can't be rewritten does not stop the others; the exit code is that of the worst.
 """

@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import click
+
+from faexport.options import Options
 
 
 class _Named(click.Path):
@@ -87,3 +93,28 @@ assume_option = click.option(
     "0 and 1 only, so that nothing else is compared. scores-unquantized: attention whose scores, masks or weights are "
     "quantized may be computed without that rounding, nearer to the model before it was quantized.",
 )
+
+
+def assumed(what: tuple[str, ...]) -> Options:
+    """The defaults, with what --assume names."""
+    return Options(
+        assume_right_padding="right-padding" in what,
+        assume_full_rows="full-rows" in what,
+        assume_zeros_and_ones="zeros-and-ones" in what,
+        assume_scores_unquantized="scores-unquantized" in what,
+    )
+
+
+def gathered(**groups: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command those of its options that belong together as one argument: a dataclass with a field for each."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def gathering(**given: Any) -> None:
+            for name, group in groups.items():
+                given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            command(**given)
+
+        return gathering
+
+    return decorate

@@ -124,35 +124,21 @@ def _words(node: ir.Node, name: str) -> list[str]:
 
 def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Call | str:
     """The form of one node, or why nothing can stand in for it."""
-    names = _words(node, "optional_inputs")
-    roles = []
-    for name, value in zip(names, node.inputs[3:], strict=True):
-        dtype = analysis.dtype(value)
-        if name == "attn_mask" and dtype is None:
-            return "the type of its mask isn't known"
-        roles.append("float_mask" if name == "attn_mask" and dtype is not ir.DataType.BOOL else name)
-    if not set(roles) <= SUPPORTED:
-        return f"nothing stands in for the input {sorted(set(roles) - SUPPORTED)[0]}"
-    cache = node.attributes.get_string("cache", "append")
-    if cache not in ("append", "write") or (cache == "write" and opset < WRITES_OPSET):
-        return f"nothing stands in for cache = {cache}"
+    roles = _roles(node, analysis)
+    if isinstance(roles, str):
+        return roles
+    if why := _unsupported(node, roles, analysis, opset):
+        return why
     rotary = _rotary(node, roles, analysis)
     if isinstance(rotary, str):
         return rotary
     dtype = analysis.dtype(node.inputs[0])
-    if dtype is None:
-        return "the type of its query isn't known"
-    float8 = dtype is ir.DataType.FLOAT8E4M3FN
-    if float8 and opset < FLOAT8_OPSET:
-        return f"the model's opset is {opset}; the stand-in for float8 needs {FLOAT8_OPSET}"
-    if float8 and ("past_key" in roles or set(_words(node, "optional_outputs")) - {"lse"}):
-        return "nothing stands in for a past or present of float8"
-    if "past_key" in roles and analysis.dtype(node.inputs[3 + names.index("past_key")]) not in (dtype, None):
-        return "nothing stands in for a quantized cache"
+    assert dtype is not None
     left, right = (node.attributes.get_int(f"{side}_window_size", -1) for side in ("left", "right"))
     windows = left >= 0 or right >= 0 or node.attributes.get_int("is_causal", 0) == 1
+    writes = node.attributes.get_string("cache", "append") == "write"
     alignment = node.attributes.get_string("alignment", "onnx")
-    if alignment == "onnx" and "nonpad_kv_seqlen" not in roles and cache == "append":
+    if alignment == "onnx" and "nonpad_kv_seqlen" not in roles and not writes:
         alignment = "top_left"  # the same, then
     form = Form(
         layouts=layouts_of(node),
@@ -165,14 +151,45 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
         packed="packed_columns" in node.attributes,
         windows=windows,
         softcap=node.attributes.get_float("softcap", 0.0) != 0,
-        float8=float8,
+        float8=dtype is ir.DataType.FLOAT8E4M3FN,
         rotary=rotary,
-        writes=cache == "write",
+        writes=writes,
         cache_layout=Layout(node.attributes.get_string("cache_layout", "BHSD")),
         numbers=numbers_of(node) if opset < READS_ATTRIBUTES else (),
         heads=_heads(node, analysis) if opset < FIRST_OPSET["Range"] else None,
     )
     return _Call(node, form, output_dtype(dtype, node.attributes.get_string("output_dtype", "")))
+
+
+def _roles(node: ir.Node, analysis: Analysis) -> list[str] | str:
+    """The words of the optional inputs, a mask that is added being a float_mask; or why nothing can stand in."""
+    roles = []
+    for name, value in zip(_words(node, "optional_inputs"), node.inputs[3:], strict=True):
+        dtype = analysis.dtype(value)
+        if name == "attn_mask" and dtype is None:
+            return "the type of its mask isn't known"
+        roles.append("float_mask" if name == "attn_mask" and dtype is not ir.DataType.BOOL else name)
+    if not set(roles) <= SUPPORTED:
+        return f"nothing stands in for the input {sorted(set(roles) - SUPPORTED)[0]}"
+    return roles
+
+
+def _unsupported(node: ir.Node, roles: Sequence[str], analysis: Analysis, opset: int) -> str:
+    """Why nothing can stand in for a node with such a cache, or of such a type; "" where something can."""
+    cache = node.attributes.get_string("cache", "append")
+    if cache not in ("append", "write") or (cache == "write" and opset < WRITES_OPSET):
+        return f"nothing stands in for cache = {cache}"
+    dtype = analysis.dtype(node.inputs[0])
+    if dtype is None:
+        return "the type of its query isn't known"
+    float8 = dtype is ir.DataType.FLOAT8E4M3FN
+    if float8 and opset < FLOAT8_OPSET:
+        return f"the model's opset is {opset}; the stand-in for float8 needs {FLOAT8_OPSET}"
+    if float8 and ("past_key" in roles or set(_words(node, "optional_outputs")) - {"lse"}):
+        return "nothing stands in for a past or present of float8"
+    if "past_key" in roles and analysis.dtype(node.inputs[3 + roles.index("past_key")]) not in (dtype, None):
+        return "nothing stands in for a quantized cache"
+    return ""
 
 
 def _rotary(node: ir.Node, roles: Sequence[str], analysis: Analysis) -> Rotary | None | str:

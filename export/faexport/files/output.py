@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where results go: which paths are refused before any work is done, and how a single file is written.
 
-Called by model_io.py, cli.py and the TensorRT commands. A regular file is written beside its place and moved there, a
+Called by model_io.py and the commands. A regular file is written beside its place and moved there, a
 symbolic link is followed, and a device or a pipe is written through or refused: none of them is ever replaced.
 """
 

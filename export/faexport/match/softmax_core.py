@@ -186,6 +186,21 @@ def _note_sizes(candidate: Candidate, scores: Scores, a) -> None:
     candidate.sizes["dtype"] = dtype_name(a.dtype(scores.product.node.outputs[0]))
 
 
+def _note_heads(candidate: Candidate, structure: Structure, scores: ScoreShape, a) -> None:
+    """What the report can say of a site once its heads are known, refused or not."""
+    query = structure.query.operand
+    candidate.sizes.update(
+        batch_size=plain(scores.batch),
+        num_q_heads=plain(structure.heads),
+        num_kv_heads=plain(structure.key.heads),
+        seqlen_q=plain(scores.seqlen_q),
+        seqlen_kv=plain(scores.seqlen_kv),
+        head_dim=query.head_dim,
+        head_dim_v=structure.value.operand.head_dim,
+        dtype=dtype_name(a.dtype(query.value)),
+    )
+
+
 def _private(scores: Scores, values: list[Values], softmax: Softmax, a) -> Refusal | None:
     """The scores may be read by nothing else but further attention: they would be computed a second time, and outputs
     of the model may not go away."""
@@ -280,20 +295,10 @@ def _spec(
     scale = scores.scale * query.scale * key.scale
     if not _is_stored(scale):
         return Refusal(f"its scale, {scale:g}, is no number of float32 other than 0", name_of(softmax.node))
-    output = structure.output
     shape_uses = _shape_uses(scores, values, structure, a)
     if isinstance(shape_uses, Refusal):
         return shape_uses
-    candidate.sizes.update(
-        batch_size=plain(score_shape.batch),
-        num_q_heads=plain(structure.heads),
-        num_kv_heads=plain(key.heads),
-        seqlen_q=plain(score_shape.seqlen_q),
-        seqlen_kv=plain(score_shape.seqlen_kv),
-        head_dim=query.operand.head_dim,
-        head_dim_v=value.operand.head_dim,
-        dtype=dtype_name(a.dtype(query.operand.value)),
-    )
+    _note_heads(candidate, structure, score_shape, a)
     found = sinks_of(scores, softmax.logit, structure.heads, a)
     if isinstance(found, Refusal):
         return found
@@ -302,21 +307,15 @@ def _spec(
         query.operand,
         key.operand,
         value.operand,
-        output.value,
-        output.layout,
+        structure.output.value,
+        structure.output.layout,
         scale,
         replaces=values.product.node,
         head_dim=query.operand.head_dim,
         head_dim_v=value.operand.head_dim,
-        new_nodes=(
-            *query.new_nodes,
-            *key.new_nodes,
-            *value.new_nodes,
-            *sink_nodes,
-            *_of_mask(mask),
-        ),
-        output_nodes=output.nodes,
-        output_entry=output.entry,
+        new_nodes=(*query.new_nodes, *key.new_nodes, *value.new_nodes, *sink_nodes, *_of_mask(mask)),
+        output_nodes=structure.output.nodes,
+        output_entry=structure.output.entry,
         shape_uses=shape_uses,
         mask=mask,
         softcap=scores.softcap,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as one HTML file that needs no network: for a browser, a phone, print, a screen reader. cli.py writes it
-for --html.
+"""The report as one HTML file that needs no network: for a browser, a phone, print, a screen reader. The
+commands write it for --html.
 
 Plain elements, styles of its own, no script; a policy in the file forbids the browser any request.
 """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A report on a terminal: equal layers are one row, long sentences are footnotes, and 80 columns suffice. Called by
-cli.py."""
+commands/telling.py."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """Folders of onnxruntime-genai: a copy whose decoder has its attention fused, with the operator's library beside it.
 
 The folder that is given stays as it is. The decoder keeps its inputs and outputs, and genai_config.json names the
-library (custom_ops_library), so the same program runs the copy. Called by cli.py; jobs.py rewrites the decoder.
+library (custom_ops_library), so the same program runs the copy. jobs.py calls it, and rewrites the decoder.
 """
 
 from __future__ import annotations

@@ -247,37 +247,15 @@ def find_values(scores: Scores, softmax: Softmax, names: list[str], a: Analysis)
 
 
 def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
+    """What the product with values at `node`, which the walker stands in front of, computes."""
+    product = _product_of_weights(walker, node)
+    if isinstance(product, Refusal):
+        return product
+    aligned = _aligned(product, walker, node)
+    if isinstance(aligned, Refusal):
+        return aligned
+    product, axes = aligned
     a, scores, shape = walker.a, walker.scores, walker.shape
-    if walker.has_sink:
-        return Refusal("the sink's column is not dropped after the softmax", name_of(node))
-    product = product_of(node, a)
-    if product is None:
-        return Refusal("the product with the values has a form or shape that is not understood", name_of(node))
-    if product.scale != 1.0:
-        return Refusal("the product with the values is scaled (alpha), which attention doesn't have", name_of(node))
-    if product.left.value is product.right.value:
-        return Refusal("the attention weights are multiplied with themselves", name_of(node))
-    if product.right.value is walker.value:
-        product = product.swapped()
-    axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
-    column, row = (_atom_axis(scores.product, label, shape) for label in ("column", "row"))
-    if axes["sum"] != column:
-        if _is_of_scores(scores.product, a):
-            return Refusal(PAIRS, name_of(scores.product.node))
-        return Refusal(_wrong_sum(scores.product, axes["sum"], row, shape), name_of(node))
-    if axes["row"] != row and (apart := with_heads_apart(product, axes["row"], scores.product, shape, a)):
-        product = apart
-        split = [axis for x, axis in axes.items() for axis in ([(atom,) for atom in axis] if x == "row" else [axis])]
-        axes = dict(zip(product.left.labels, split, strict=True))
-    if axes["row"] != row:
-        other = next((x for x in product.leads if axes.get(x) == row and x not in product.right.labels), None)
-        if other is not None:
-            product = with_row(product, other)
-            axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
-    if axes["row"] != row:
-        if _has_pairs(scores.product, axes["row"], shape):
-            return Refusal(PAIRS, name_of(scores.product.node))
-        return Refusal("the rows of the attention weights are not those of the scores", name_of(node))
     if a.is_static(product.right.value):
         return Refusal("the attention weights are multiplied by a constant instead of values", name_of(node))
     leads = [axes.get(label, ()) for label in product.leads]
@@ -287,28 +265,68 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
     whole = a.shape(node.outputs[0])
     if whole is not None and len(leads) == len(scores.product.leads) and walker.view == View.whole(shape):
         sizes = [whole[product.labels.index(x)] for x in product.leads]  # the values may have more than the scores
-    walker.nodes.append(node)
-    result, guard = node.outputs[0], None
-    if walker.softmax.total is not None:
-        division = division_by(walker.softmax.total, walker.softmax.axis, walker.view, product, a)
-        if isinstance(division, Refusal):
-            return division
-        walker.nodes += division
-        result = division[-1].outputs[0]
-    else:
-        guard = _guard_of(product, walker, a)
+    division = _division(product, walker)
+    if isinstance(division, Refusal):
+        return division
+    nodes = [*walker.nodes, node, *division]
     return Values(
         product,
         sizes,
         walker.terms,
         walker.nan_guard,
-        walker.nodes,
+        nodes,
         walker.shape_uses,
-        result,
-        guard,
+        nodes[-1].outputs[0],
+        None if division else _guard_of(product, walker, a),
         walker.weights,
         walker.roundings,
     )
+
+
+def _product_of_weights(walker: _Walker, node: ir.Node) -> Product | Refusal:
+    """The product at `node`, with the attention weights on its left."""
+    if walker.has_sink:
+        return Refusal("the sink's column is not dropped after the softmax", name_of(node))
+    product = product_of(node, walker.a)
+    if product is None:
+        return Refusal("the product with the values has a form or shape that is not understood", name_of(node))
+    if product.scale != 1.0:
+        return Refusal("the product with the values is scaled (alpha), which attention doesn't have", name_of(node))
+    if product.left.value is product.right.value:
+        return Refusal("the attention weights are multiplied with themselves", name_of(node))
+    return product.swapped() if product.right.value is walker.value else product
+
+
+def _aligned(product: Product, walker: _Walker, node: ir.Node) -> tuple[Product, dict[str, tuple]] | Refusal:
+    """The product as one whose sum runs over the keys and whose rows are those of the scores, and which axes of the
+    scores each label of the attention weights stands for."""
+    a, scores, shape = walker.a, walker.scores.product, walker.shape
+    axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
+    column, row = (_atom_axis(scores, label, shape) for label in ("column", "row"))
+    if axes["sum"] != column:
+        if _is_of_scores(scores, a):
+            return Refusal(PAIRS, name_of(scores.node))
+        return Refusal(_wrong_sum(scores, axes["sum"], row, shape), name_of(node))
+    if axes["row"] != row and (apart := with_heads_apart(product, axes["row"], scores, shape, a)):
+        product = apart
+        split = [axis for x, axis in axes.items() for axis in ([(atom,) for atom in axis] if x == "row" else [axis])]
+        axes = dict(zip(product.left.labels, split, strict=True))
+    if axes["row"] != row:
+        other = next((x for x in product.leads if axes.get(x) == row and x not in product.right.labels), None)
+        if other is not None:
+            product = with_row(product, other)
+            axes = dict(zip(product.left.labels, map(merged, walker.view.axes), strict=True))
+    if axes["row"] == row:
+        return product, axes
+    if _has_pairs(scores, axes["row"], shape):
+        return Refusal(PAIRS, name_of(scores.node))
+    return Refusal("the rows of the attention weights are not those of the scores", name_of(node))
+
+
+def _division(product: Product, walker: _Walker) -> list[ir.Node] | Refusal:
+    """The nodes that divide what the product gives by the sum of the exponentials, if nothing did so before it."""
+    softmax = walker.softmax
+    return division_by(softmax.total, softmax.axis, walker.view, product, walker.a) if softmax.total is not None else []
 
 
 def _wrong_sum(product: Product, summed: tuple, row: tuple, shape) -> str:
