@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The numbers of query rows for the backward pass, and gradients that are 0 because of where they lie (backward_rows.h). Eight
-// lanes work on a row: they read its output and the gradient of it once.
+// The numbers of query rows for the backward pass, and gradients that are 0 because of where they lie (backward_rows.h). A thread
+// block has a tile of rows, which are of one sequence, and eight lanes a row: they read its output and the gradient of it once.
 #include "kernels/backward_rows/backward_rows.h"
 #include "kernels/common/aligned_rows.h"
 #include "kernels/common/convert.cuh"
+#include "kernels/common/divisor.h"
 #include "kernels/common/hidden_values.cuh"
 #include "kernels/common/launch.h"
 
@@ -13,17 +14,18 @@ namespace {
 constexpr int kLanes = 8;      // of a row
 constexpr int kThreads = 256;  // of a block
 constexpr int kRowsOfBlock = kThreads / kLanes;
+constexpr int kRowsAtOnce = 4;  // of eight lanes: a row alone is a few chunks, and most of its time the way from memory
+static_assert(kRowsAtOnce <= kLanes, "Each row has a lane that finishes it.");
 
 struct RowJob {
   AttentionParams params;
   Gradients gradients;
   RowNumbers numbers;
   SequenceRule sequences;
-  unsigned rows_of_head, blocks_of_head;  // entries of a head, and the thread blocks that work on them
+  Divisor heads;  // of query
   unsigned* counters;
   int64_t num_counters;
   bool reads_by_16, writes_by_16;  // rows of out and d_out, and of d_query, are whole 16-byte chunks, aligned
-  bool has_coarse_rows;            // a log-sum-exp may be so large that its rounding counts
 };
 
 template <class T>
@@ -48,55 +50,105 @@ __device__ __forceinline__ void clear_row(T* row, int columns, int lane, bool by
   }
 }
 
+/// A tile of entries of the arrays, of one head and one sequence, by their numbers within the tile.
+struct TileOfRows {
+  int head, sequence_idx, batch_idx;
+  int64_t first_entry;            // of the arrays
+  int64_t first_row, tensor_row;  // entry 0's in the sequence, and in the tensors; below 0 where the sequence begins later
+  int begin, used_end, end;       // entries that are rows; those before used_end are in use
+  bool sees_keys;                 // any of them, by lengths and windows
+
+  __device__ __forceinline__ bool is_in_use(int entry) const { return entry >= begin && entry < used_end; }
+};
+
+__device__ __forceinline__ TileOfRows tile_of_rows(const RowJob& job, int head, unsigned tile) {
+  const RowTiles& tiles = job.numbers.tiles;
+  const RowPlace place = row_place(tiles, job.sequences, head, tile * tiles.tile_rows);
+  const Sequence& s = place.sequence;
+  const auto entry_of = [&](int64_t row) { return static_cast<int>(SequenceRule::clamp(row - place.row, 0, tiles.tile_rows)); };
+  TileOfRows rows{head,
+                  place.sequence_idx,
+                  static_cast<int>(s.batch_idx),
+                  (head * tiles.of_head + tile) * tiles.tile_rows,
+                  place.row,
+                  s.first_row + place.row,
+                  entry_of(0),
+                  entry_of(s.query_length < s.num_rows ? s.query_length : s.num_rows),
+                  entry_of(s.num_rows),
+                  false};
+  const int64_t last = place.row + tiles.tile_rows - 1;
+  const KeyRange keys = s.mask.key_range(place.row, last < s.query_length ? last : s.query_length - 1);
+  rows.sees_keys = keys.begin < keys.end;
+  return rows;
+}
+
 /// A lane's share of the product of two rows, and of the sum of 0 times the second, which is NaN where that isn't finite.
 struct RowSums {
   float product, zero;
+
+  template <class T>
+  __device__ __forceinline__ void add(T out, T d_out) {
+    product = fmaf(to_float(out), to_float(d_out), product);
+    zero = fmaf(to_float(d_out), 0.0f, zero);
+  }
 };
 
+/// The sums of entries first, first + kRowsOfBlock … of the tile, kRowsAtOnce of them, lane u getting the u-th.
 template <class T>
-__device__ __forceinline__ RowSums sum_row(const T* out, const T* d_out, int columns, int lane, bool by_16) {
-  RowSums sums{0.0f, 0.0f};
-  const auto add = [&](T x, T d) {
-    sums.product = fmaf(to_float(x), to_float(d), sums.product);
-    sums.zero = fmaf(to_float(d), 0.0f, sums.zero);
-  };
-  if (!by_16) {
-    for (int i = lane; i < columns; i += kLanes) add(out[i], d_out[i]);
-    return sums;
-  }
-  constexpr int kPerChunk = 16 / sizeof(T);
-#pragma unroll 2
-  for (int i = lane; i < columns / kPerChunk; i += kLanes) {
-    const uint4 a = reinterpret_cast<const uint4*>(out)[i], b = reinterpret_cast<const uint4*>(d_out)[i];
+__device__ __forceinline__ RowSums sum_rows(const RowJob& job, const TileOfRows& rows, int first, int lane) {
+  const T* const out = row_of<T>(job.params.out, rows.batch_idx, rows.head, rows.tensor_row + first);
+  const T* const d_out = row_of<T>(job.gradients.d_out, rows.batch_idx, rows.head, rows.tensor_row + first);
+  const int64_t step = kRowsOfBlock * job.params.out.stride[2], d_step = kRowsOfBlock * job.gradients.d_out.stride[2];
+  const int columns = static_cast<int>(job.params.out.shape[3]);
+  RowSums sums[kRowsAtOnce] = {};
+  if (job.reads_by_16) {
+    constexpr int kPerChunk = 16 / sizeof(T);
+#pragma unroll 1
+    for (int i = lane; i < columns / kPerChunk; i += kLanes) {
+      uint4 a[kRowsAtOnce], b[kRowsAtOnce];
 #pragma unroll
-    for (int j = 0; j < kPerChunk; ++j) add(reinterpret_cast<const T*>(&a)[j], reinterpret_cast<const T*>(&b)[j]);
+      for (int u = 0; u < kRowsAtOnce; ++u) {
+        a[u] = b[u] = make_uint4(0, 0, 0, 0);
+        if (!rows.is_in_use(first + u * kRowsOfBlock)) continue;
+        a[u] = reinterpret_cast<const uint4*>(out + u * step)[i];
+        b[u] = reinterpret_cast<const uint4*>(d_out + u * d_step)[i];
+      }
+#pragma unroll
+      for (int u = 0; u < kRowsAtOnce; ++u) {
+#pragma unroll
+        for (int j = 0; j < kPerChunk; ++j)
+          sums[u].add(reinterpret_cast<const T*>(&a[u])[j], reinterpret_cast<const T*>(&b[u])[j]);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane; i < columns; i += kLanes) {
+#pragma unroll
+      for (int u = 0; u < kRowsAtOnce; ++u)
+        if (rows.is_in_use(first + u * kRowsOfBlock)) sums[u].add(out[u * step + i], d_out[u * d_step + i]);
+    }
   }
-  return sums;
-}
-
-/// Does the tile of rows that the row is in see a key, by lengths and windows?
-__device__ __forceinline__ bool tile_sees_keys(const RowJob& job, const RowPlace& place) {
-  const int64_t first = place.row / job.numbers.tiles.tile_rows * job.numbers.tiles.tile_rows;
-  int64_t last = first + job.numbers.tiles.tile_rows - 1;
-  if (last >= place.sequence.query_length) last = place.sequence.query_length - 1;
-  const KeyRange keys = place.sequence.mask.key_range(first, last);
-  return keys.begin < keys.end;
+  RowSums own{0.0f, 0.0f};
+#pragma unroll
+  for (int u = 0; u < kRowsAtOnce; ++u) {
+    const RowSums all{over_lanes(sums[u].product), over_lanes(sums[u].zero)};
+    if (lane == u) own = all;
+  }
+  return own;
 }
 
 struct RowResult {
   float reference, rest, delta;
 };
 
-/// Where the log-sum-exp is so large that its rounding counts, the softmax is summed up anew. For whole warps: `is_coarse` tells
-/// which of the lanes' rows need it.
+/// Where the log-sum-exp is so large that its rounding counts, the softmax is summed up anew. For whole warps: each lane has a
+/// row of the sequence, `own_row`, and `is_coarse` tells whether that needs it.
 template <class T>
-__device__ __noinline__ void mend_coarse_rows(const RowJob& job, const RowPlace& place, bool is_coarse, RowResult* result) {
-  unsigned coarse = __ballot_sync(kAllLanes, is_coarse);
-  while (coarse != 0) {
+__device__ __noinline__ void mend_coarse_rows(const RowJob& job, int sequence_idx, int head, int64_t own_row, bool is_coarse,
+                                              RowResult* result) {
+  for (unsigned coarse = __ballot_sync(kAllLanes, is_coarse); coarse != 0; coarse &= coarse - 1) {
     const int lane = __ffs(coarse) - 1;
-    coarse &= ~(((1u << kLanes) - 1) << lane);
-    const int sequence_idx = __shfl_sync(kAllLanes, place.sequence_idx, lane), head = __shfl_sync(kAllLanes, place.head, lane);
-    const int64_t row = __shfl_sync(kAllLanes, place.row, lane);
+    const int64_t row = __shfl_sync(kAllLanes, own_row, lane);
     const Sequence sequence = job.sequences.at(sequence_idx);
     const RowView<T> view{job.params, sequence, sequence_idx, head, row};
     float columns[kColumnsOfLane];
@@ -107,54 +159,69 @@ __device__ __noinline__ void mend_coarse_rows(const RowJob& job, const RowPlace&
     // theirs.
     const float given = result->reference, others = given - lse(state);
     const bool has_others = others > fmaxf(0x1p-6f, fabsf(given) * 0x1p-20f);
-    if (threadIdx.x % 32 / kLanes == lane / kLanes)
-      *result = {state.max, log2f(state.sum) + (has_others ? others * kLog2E : 0.0f), result->delta};
+    if (threadIdx.x % 32 == lane) *result = {state.max, log2f(state.sum) + (has_others ? others * kLog2E : 0.0f), result->delta};
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) prepare_rows_kernel(const __grid_constant__ RowJob job) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t i = thread; i < job.num_counters; i += static_cast<int64_t>(gridDim.x) * kThreads) job.counters[i] = 0;
-  if (job.rows_of_head == 0) return;
-  const unsigned head = blockIdx.x / job.blocks_of_head, lane = threadIdx.x % kLanes;
-  const unsigned of_head = (blockIdx.x - head * job.blocks_of_head) * kRowsOfBlock + threadIdx.x / kLanes;
-  const bool exists = of_head < job.rows_of_head && head < job.params.query.shape[1];
-  const int64_t entry = static_cast<int64_t>(head) * job.rows_of_head + of_head;
-  const AttentionParams& p = job.params;
-  const RowPlace place = row_place(job.numbers.tiles, job.sequences, head, exists ? of_head : 0);
-  const Sequence& s = place.sequence;
-  const bool is_row = exists && place.row >= 0 && place.row < s.num_rows, in_use = is_row && place.row < s.query_length;
-  const int64_t row = s.first_row + (is_row ? place.row : 0);
+/// The numbers of a lane's own row, entry `own` of the tile. kMends: a log-sum-exp may be so large that its rounding counts.
+template <class T, bool kMends>
+__device__ __forceinline__ RowResult result_of_row(const RowJob& job, const TileOfRows& rows, int own, float lse, float d_lse,
+                                                   RowSums sums) {
   RowResult result{INFINITY, 0.0f, 0.0f};
-  RowSums sums{0.0f, 0.0f};
-  float lse = -INFINITY;
-  if (in_use) {
-    lse = *row_of<float>(p.lse, s.batch_idx, place.head, row);
-    sums =
-        sum_row<T>(row_of<T>(p.out, s.batch_idx, place.head, row), row_of<T>(job.gradients.d_out, s.batch_idx, place.head, row),
-                   static_cast<int>(p.out.shape[3]), lane, job.reads_by_16);
-  }
-  sums = {over_lanes(sums.product), over_lanes(sums.zero)};
-  if (in_use && lse != -INFINITY) {
-    const float d_lse = job.gradients.d_lse.present ? *row_of<float>(job.gradients.d_lse, s.batch_idx, place.head, row) : 0.0f;
+  if (lse != -INFINITY) {
     const float delta = sums.product - d_lse, number = lse * 0.0f + sums.zero + delta * 0.0f;  // NaN where one isn't finite
     result = {isnan(number) ? NAN : lse, 0.0f, isnan(number) ? 0.0f : delta};
   }
-  if (job.has_coarse_rows) {
+  if constexpr (kMends) {
     constexpr float kFine = sizeof(T) == 4 ? 32.0f : 256.0f;  // below, rounding changes weights by less than 2e-6, or 2e-5
     const bool is_coarse = fabsf(result.reference) > kFine && result.reference != INFINITY;
-    mend_coarse_rows<T>(job, place, is_coarse, &result);
+    mend_coarse_rows<T>(job, rows.sequence_idx, rows.head, rows.first_row + own, is_coarse, &result);
   }
-  if (exists && lane == 0) {
+  return result;
+}
+
+/// 0 into the gradients of queries that aren't in use or see no key, and with a mask, which may hide all keys, of all.
+template <class T>
+__device__ __forceinline__ void clear_rows(const RowJob& job, const TileOfRows& rows, int lane) {
+  const bool all = job.params.mask.present || !rows.sees_keys;
+  if (!all && rows.used_end == rows.end) return;
+  const TensorView& d = job.gradients.d_query;
+  for (int entry = threadIdx.x / kLanes; entry < rows.end; entry += kRowsOfBlock) {
+    if (entry < rows.begin || (!all && rows.is_in_use(entry))) continue;
+    clear_row(row_of<T>(d, rows.batch_idx, rows.head, rows.tensor_row + entry), static_cast<int>(d.shape[3]), lane,
+              job.writes_by_16);
+  }
+}
+
+/// Blocks of neighbouring heads are neighbours: often so are their rows in memory.
+template <class T, bool kMends>
+__global__ void __launch_bounds__(kThreads, kMends ? 2 : 4) prepare_rows_kernel(const __grid_constant__ RowJob job) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t i = thread; i < job.num_counters; i += static_cast<int64_t>(gridDim.x) * kThreads) job.counters[i] = 0;
+  const unsigned tile = job.heads.quotient(blockIdx.x), head = blockIdx.x - tile * job.heads.divisor;
+  if (tile >= job.numbers.tiles.of_head || head >= job.params.query.shape[1]) return;
+  __shared__ TileOfRows shared;  // found by one thread: some 300 instructions, as many as a thread needs for its rows
+  if (threadIdx.x == 0) shared = tile_of_rows(job, head, tile);
+  __syncthreads();
+  const TileOfRows rows = shared;
+  const int lane = threadIdx.x % kLanes, tile_rows = job.numbers.tiles.tile_rows;
+  const TensorView &lse_view = job.params.lse, &d_lse_view = job.gradients.d_lse;
+#pragma unroll 1
+  for (int begin = 0; begin < tile_rows; begin += kRowsAtOnce * kRowsOfBlock) {
+    const int first = begin + threadIdx.x / kLanes, own = first + lane * kRowsOfBlock;  // the lane finishes its own
+    const bool finishes = lane < kRowsAtOnce && own < tile_rows, in_use = finishes && rows.is_in_use(own);
+    float lse = -INFINITY, d_lse = 0.0f;
+    if (in_use) lse = *row_of<float>(lse_view, rows.batch_idx, head, rows.tensor_row + own);
+    if (in_use && d_lse_view.present) d_lse = *row_of<float>(d_lse_view, rows.batch_idx, head, rows.tensor_row + own);
+    const RowSums sums = sum_rows<T>(job, rows, first, lane);
+    const RowResult result = result_of_row<T, kMends>(job, rows, own, lse, d_lse, sums);
+    if (!finishes) continue;
+    const int64_t entry = rows.first_entry + own;
     job.numbers.reference[entry] = job.numbers.rest == nullptr ? result.reference * kLog2E : result.reference;
     if (job.numbers.rest != nullptr) job.numbers.rest[entry] = result.rest;
     job.numbers.delta[entry] = result.delta;
   }
-  if (is_row && (!in_use || p.mask.present || !tile_sees_keys(job, place))) {
-    const TensorView& d = job.gradients.d_query;
-    clear_row(row_of<T>(d, s.batch_idx, place.head, row), static_cast<int>(d.shape[3]), lane, job.writes_by_16);
-  }
+  clear_rows<T>(job, rows, lane);
 }
 
 /// Gradients of rows and keys that are in none of the packed sequences.
@@ -197,29 +264,28 @@ __global__ void __launch_bounds__(kThreads) d_sinks_kernel(const __grid_constant
 }
 
 RowJob job_of(const AttentionParams& params, const Gradients& gradients, const RowNumbers& numbers) {
-  const int64_t rows = numbers.tiles.of_head * numbers.tiles.tile_rows;
   return {params,
           gradients,
           numbers,
           sequence_rule(params),
-          static_cast<unsigned>(rows),
-          static_cast<unsigned>((rows + kRowsOfBlock - 1) / kRowsOfBlock),
+          Divisor(params.query.shape[1] > 0 ? params.query.shape[1] : 1),
           nullptr,
           0,
           is_by(params.out, 16) && is_by(gradients.d_out, 16),
-          is_by(gradients.d_query, 16),
-          numbers.rest != nullptr && params.bias.present};
+          is_by(gradients.d_query, 16)};
 }
 
 template <class T>
 Status prepare(const RowJob& job, cudaStream_t stream) {
   constexpr const char* kWhat = "The backward pass could not be launched";
-  const int64_t heads = job.params.query.shape[1], rows = job.numbers.tiles.of_head * job.numbers.tiles.tile_rows;
-  int64_t blocks = heads * ((rows + kRowsOfBlock - 1) / kRowsOfBlock);
+  const int64_t rows = job.numbers.tiles.of_head * job.numbers.tiles.tile_rows;
+  int64_t blocks = job.params.query.shape[1] * job.numbers.tiles.of_head;
   if (blocks > INT32_MAX || rows > INT32_MAX) return {StatusCode::kUnsupported, "The problem has more than 2^31 query rows."};
   if (blocks == 0 && job.num_counters > 0) blocks = 1;
   if (blocks > 0) {
-    const cudaError_t error = launch_kernel(prepare_rows_kernel<T>, dim3(blocks), kThreads, 0, stream, job);
+    const bool mends = job.numbers.rest != nullptr && job.params.bias.present;
+    const cudaError_t error = launch_kernel(mends ? prepare_rows_kernel<T, true> : prepare_rows_kernel<T, false>, dim3(blocks),
+                                            kThreads, 0, stream, job);
     if (error != cudaSuccess) return cuda_status(error, kWhat);
   }
   if (!job.numbers.tiles.packed) return {};
