@@ -47,6 +47,7 @@ def in_circles() -> list[cases.Case]:
         cases.Case("bfloat16", 1, 4, 2, 450, 450, 64, **band),
         cases.Case("float16", 1, 4, 2, 450, 450, 128, **band),
         cases.Case("bfloat16", 1, 4, 2, 450, 450, 256, **band),
+        cases.Case("bfloat16", 70, 4, 4, 70, 260, 64, kv_lengths=True),
         cases.Case("bfloat16", 35, 4, 4, 70, 130, 128),
         cases.Case("bfloat16", 1, 2, 1, 2060, 260, 128),
         cases.Case("float16", 35, 2, 2, 70, 130, 192),

@@ -55,6 +55,8 @@ LARGE = [
     Case("bfloat16", 9, 4, 2, 500, 600, 128, packed=True, is_causal=True, alignment="bottom_right"),
     Case("float16", 2, 4, 1, 600, 700, 48, softcap=5.0, bias="B1QK", kv_lengths=True, query_lengths=True, sinks=True),
     Case("bfloat16", 2, 16, 16, 1024, 1024, 32, kv_lengths=True),
+    Case("bfloat16", 40, 8, 8, 100, 300, 64, kv_lengths=True),
+    Case("float16", 40, 8, 4, 200, 333, 64, layout="BSHD", is_causal=True, alignment="bottom_right"),
     Case("float32", 2, 8, 8, 1100, 1100, 64, is_causal=True),
     Case("float32", 1, 6, 2, 1513, 1300, 128, layout="BSHD", is_causal=True, window_left=300, alignment="bottom_right"),
     Case("float32", 2, 3, 1, 900, 1515, 80, 96, layout="BSH", mask="B11K", bias="1HQK"),

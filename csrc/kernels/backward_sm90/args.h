@@ -93,8 +93,8 @@ struct KernelArgs {
 
   /// The sum of that half of a query tile's gradient which is a warpgroup's part.
   template <int kPartElements>
-  FA_HD float* sum_of_part(int batch, int head, int tile, int warpgroup) const {
-    return sums + (static_cast<int64_t>(query_tile(batch, head, tile)) * 2 + warpgroup) * kPartElements;
+  FA_HD float* sum_of_part(int query_tile, int warpgroup) const {
+    return sums + (static_cast<int64_t>(query_tile) * 2 + warpgroup) * kPartElements;
   }
 };
 

@@ -25,13 +25,16 @@ struct Consumer {
   const KernelArgs& args;
   SharedPlan<C>& shared;
   int warpgroup;
+  RingPosition<kItemSlots> slot;  // of the item
   RingPosition<C::kStages> q, o;  // tiles of Q and dO
   RingPosition<kTurnSlots> turn;
-  RingPosition<1> part;  // of dQ on its way
-  Place place;           // of the step
-  int tile;              // its queries
-  bool visible;          // all of its rows see all keys of the warpgroup
-  RingPosition<1> keys;
+  RingPosition<1> part;                // of dQ on its way
+  RingPosition<1> sum;                 // of dQ, of the other key tiles
+  Place place;                         // of the step
+  int tile;                            // its queries
+  bool visible;                        // all of its rows see all keys of the warpgroup
+  RingPosition<C::kKeyStages> keys;    // the item's
+  bool begun = false;                  // its first S^T has been computed
   RingPosition<kScoreBuffers> buffer;  // of d_scores
   float d_key[C::kHeadDim / 2];
   float d_value[C::kHeadDim / 2];
@@ -86,7 +89,8 @@ struct Consumer {
 
   /// Issues the warpgroup's part of dQ^T = K^T dS^T: 64 columns of all rows.
   __device__ __forceinline__ void issue_transposed_query_gradient() {
-    const uint64_t a = wgmma_descriptor_mn_major(shared_address(shared.key) + warpgroup * C::kTileN * 128, C::kTileN * 128);
+    const uint64_t a =
+        wgmma_descriptor_mn_major(shared_address(shared.key[keys.stage]) + warpgroup * C::kTileN * 128, C::kTileN * 128);
     const uint64_t b = wgmma_descriptor_k_major(shared_address(shared.d_scores[buffer.stage][0]));
     wgmma_pin(dq);
     wgmma_fence();
@@ -106,8 +110,8 @@ struct Consumer {
       constexpr bool kByColumns = C::kPanels == 2;
       const uint64_t a =
           wgmma_descriptor_k_major(shared_address(shared.d_scores[buffer.stage][0]) + (kByColumns ? 0 : warpgroup * 64 * 128));
-      const uint64_t b =
-          wgmma_descriptor_mn_major(shared_address(shared.key) + (kByColumns ? warpgroup * C::kTileN * 128 : 0), C::kTileN * 128);
+      const uint64_t b = wgmma_descriptor_mn_major(
+          shared_address(shared.key[keys.stage]) + (kByColumns ? warpgroup * C::kTileN * 128 : 0), C::kTileN * 128);
       wgmma_pin(dq);
       wgmma_fence();
 #pragma unroll
@@ -160,6 +164,8 @@ struct Consumer {
       }
     }
   }
+
+  __device__ __forceinline__ static bool has_rows(const Item& item) { return item.query_tiles.begin < item.query_tiles.end; }
 
   __device__ __forceinline__ int first_key(const Item& item) const { return item.key_tile * C::kTileN + warpgroup * 64; }
 
@@ -276,9 +282,6 @@ struct Consumer {
                      make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
     });
     part.advance();
-    // NOTE: the turn is not waited for. Still a parity never stands for an earlier turn of the slot: the one before it has come
-    // when dq_empty, or the wait of a last turn, lets the warpgroup go on.
-    turn.advance();
   }
 
   /// What has been left there can be read.
@@ -287,16 +290,28 @@ struct Consumer {
     shared.dq_full[warpgroup].arrive();
   }
 
-  /// Adds the tile's dQ to what other key tiles have added, with C::kStaged in the last turn only. The first stores it, the last
-  /// takes the sum to the tensor.
+  /// The last of several key tiles: takes the sum of the others, which comes to shared memory, and its own dQ to the tensor.
+  /// Where it is the only one, its dQ alone.
+  __device__ __forceinline__ void finish_sum(const Item& item, Turn now) {
+    if (now.count > 1) {
+      shared.sum_full[warpgroup].wait(sum.phase);
+      sum.advance();
+      add_sum<true>(dq, shared.dq[warpgroup]);
+      shared.dq_full[warpgroup].arrive();
+      part.advance();
+    }
+    store_query_gradient(item);
+  }
+
+  /// Adds the tile's dQ to what other key tiles have added. The first stores it, the last takes the sum to the tensor.
   __device__ __forceinline__ void add_query_gradient(const Item& item, Turn now) {
-    const bool last = now.place + 1 == now.count;
-    float* const sum = args.template sum_of_part<C::kPartElements>(item.batch, place.head, tile, warpgroup);
+    float* const sum = args.template sum_of_part<C::kPartElements>(args.query_tile(item.batch, place.head, tile), warpgroup);
     shared.turn_full[turn.stage].wait(turn.phase);
-    if (!C::kStaged && !last) {
+    const bool last = now.place + 1 == now.count;
+    if (!last) {
       add_to_sum(dq, sum, now.place == 0);
     } else {
-      if (now.place > 0) add_sum(dq, sum);
+      if (now.place > 0) add_sum<false>(dq, sum);
       store_query_gradient(item);
     }
     __syncwarp();
@@ -313,20 +328,24 @@ struct Consumer {
     wgmma_pin(d_value);
     shared.out_empty[o.stage].arrive();
     if constexpr (C::kHasBias) shared.bias_empty[buffer.stage].arrive();
-    if constexpr (kLast) release(shared.key_empty);
+    if constexpr (kLast) release(shared.key_empty[keys.stage]);
   }
 
   __device__ __forceinline__ void start_scores() {
     shared.query_full[q.stage].wait(q.phase);
-    issue_scores(s, shared.key, shared.query[q.stage], [](int) {});
+    issue_next_scores();
   }
 
-  /// One tile of queries of one head; kLast: of the item, else the next is begun.
+  __device__ __forceinline__ void issue_next_scores() {
+    issue_scores(s, shared.key[keys.stage], shared.query[q.stage], [](int) {});
+  }
+
+  /// One tile of queries of one head; kLast: of the item, whose gradients of keys are then stored, else the next is begun.
   template <bool kLast>
   __device__ __forceinline__ void take_step(const Item& item) {
     // 1. P^T, and dP^T beside it.
     shared.out_full[o.stage].wait(o.phase);
-    issue_scores(dp, shared.value, shared.d_out[o.stage], [&](int step) {
+    issue_scores(dp, shared.value[keys.stage], shared.d_out[o.stage], [&](int step) {
       constexpr int kGroups = C::kTileM / 8, kSteps = C::kHeadDim / 16;
       if constexpr (!C::kHasBias) take_weights(step * kGroups / kSteps, (step + 1) * kGroups / kSteps);
     });
@@ -338,7 +357,7 @@ struct Consumer {
     // 2. dS^T, and dV += P^T dO beside it.
     wgmma_wait<0>();
     wgmma_pin(dp);
-    if (kLast) release(shared.value_empty);
+    if (kLast) release(shared.value_empty[keys.stage]);
     issue_value_gradient_and_take_score_gradients();
     // 3. dQ = dS K.
     wait_score_gradients();
@@ -353,46 +372,85 @@ struct Consumer {
     } else {
       issue_key_gradient(d_key, ds16, shared.query[q.stage], [](int) {});
       finish_query_gradient<kLast, 1>();
-      add_query_gradient(item, now);
+      if constexpr (C::kStaged) {
+        finish_sum(item, now);
+      } else {
+        add_query_gradient(item, now);
+      }
     }
     auto& query_done = shared.query_empty[q.stage];
     q.advance();
     o.advance();
     buffer.advance();
     // 5. The next tile's S^T behind dK, whose end gives back its queries.
-    if constexpr (!kLast) start_scores();
-    if (handed_over) publish_query_gradient();
-    if constexpr (!kLast) {
+    if constexpr (kLast) {
+      if (handed_over) publish_query_gradient();
+      store_key_gradient(item, args.d_value, d_value, 1.0f);
+      keys.advance();
+      begin_next();
+      wgmma_wait<(C::kKeyStages > 1)>();
+    } else {
+      start_scores();
+      if (handed_over) publish_query_gradient();
       place.advance(item);
       find_step(item);
+      wgmma_wait<0>();
+      wgmma_pin(s);
     }
-    wgmma_wait<0>();
-    wgmma_pin(s);
     wgmma_pin(ds16);
     wgmma_pin(d_key);
     query_done.arrive();
+    if constexpr (kLast) {
+      store_key_gradient(item, args.d_key, d_key, args.scale);
+      wgmma_wait<0>();
+      wgmma_pin(s);
+    }
+  }
+
+  /// Where the next item's keys have buffers of their own: its first S^T, beside which this one's gradients are stored.
+  __device__ __forceinline__ void begin_next() {
+    begun = false;
+    if constexpr (C::kKeyStages > 1) {
+      RingPosition<kItemSlots> next = slot;
+      next.advance();
+      shared.item_full[next.stage].wait(next.phase);
+      const Item& item = shared.item[next.stage];
+      begun = item.valid && has_rows(item);
+      if (begun) {
+        prepare(item);
+        shared.query_full[q.stage].wait(q.phase);
+      }
+      issue_next_scores();  // NOTE: under a condition it would be serialised; where there is no next item nobody reads the result
+    }
   }
 
   /// The item's keys are there, and those beyond the length are 0.
   __device__ __forceinline__ void wait_keys(const Item& item) {
-    shared.key_full.wait(keys.phase);
-    shared.value_full.wait(keys.phase);
-    keys.advance();
+    shared.key_full[keys.stage].wait(keys.phase);
+    shared.value_full[keys.stage].wait(keys.phase);
     const int used = item.view.kv_length - item.key_tile * C::kTileN;
     if (used >= C::kTileN) return;
-    clear_keys<C::kTileN, C::kPanels>(shared.key, used, C::kConsumerThreads);
-    clear_keys<C::kTileN, C::kPanels>(shared.value, used, C::kConsumerThreads);
+    clear_keys<C::kTileN, C::kPanels>(shared.key[keys.stage], used, C::kConsumerThreads);
+    clear_keys<C::kTileN, C::kPanels>(shared.value[keys.stage], used, C::kConsumerThreads);
     fence_async_proxy();
     named_barrier_sync(kConsumeBarrier, 32 * C::kConsumerWarps);
   }
 
-  /// All rows that see the item's keys.
-  __device__ __forceinline__ void take_steps(const Item& item) {
-    start_scores();
+  /// What the item's first step needs but for queries.
+  __device__ __forceinline__ void prepare(const Item& item) {
+    wait_keys(item);
     place = Place(item, args.heads_per_key_head);
     find_step(item);
-    wgmma_wait<0>();
-    wgmma_pin(s);
+  }
+
+  /// All rows that see the item's keys.
+  __device__ __forceinline__ void take_steps(const Item& item) {
+    if (!begun) {
+      prepare(item);
+      start_scores();
+      wgmma_wait<0>();
+      wgmma_pin(s);
+    }
 #pragma unroll 1
     for (int left = num_places(item, args.heads_per_key_head); left > 1; --left) take_step<false>(item);
     take_step<true>(item);
@@ -407,19 +465,18 @@ struct Consumer {
 
   /// Item after item.
   __device__ __forceinline__ void run() {
-    RingPosition<kItemSlots> slot;
     for (;;) {
       shared.item_full[slot.stage].wait(slot.phase);
       const Item& item = shared.item[slot.stage];
       if (!item.valid) return;
 #pragma unroll
       for (int i = 0; i < C::kHeadDim / 2; ++i) d_key[i] = d_value[i] = 0.0f;
-      if (item.query_tiles.begin < item.query_tiles.end) {
-        wait_keys(item);
+      if (has_rows(item)) {
         take_steps(item);
+      } else {
+        store_key_gradient(item, args.d_value, d_value, 1.0f);
+        store_key_gradient(item, args.d_key, d_key, args.scale);
       }
-      store_key_gradient(item, args.d_value, d_value, 1.0f);
-      store_key_gradient(item, args.d_key, d_key, args.scale);
       shared.item_empty[slot.stage].arrive();
       slot.advance();
     }

@@ -176,7 +176,7 @@ struct PairConsumer {
     if (place.place + 1 < place.count) {
       add_to_sum(dq, sum, place.place == 0);
     } else {
-      if (place.place > 0) add_sum(dq, sum);
+      if (place.place > 0) add_sum<false>(dq, sum);
       store_query_gradient(item, head, tile * C::kTileM);
     }
     __syncwarp();

@@ -6,7 +6,7 @@
 // columns, for dQ. Of Q and dO the block's own half ("near") is needed until the gradients of keys have been added to, the other
 // ("far") only for S and dP. P and dS of its keys a block writes here and copies to the other block, where they are needed, too.
 //
-// Roles and barriers are those of shared_plan.cuh, and:
+// Roles and barriers are those of shared_plan.cuh where "consume" adds, but for the bias, and:
 //
 //   barrier        who arrives, and so ends a phase     who waits           what the phase's end says
 //   index_full     the first block's store              load, second block  the item's index is there

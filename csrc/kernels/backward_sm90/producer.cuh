@@ -69,12 +69,22 @@ __device__ __forceinline__ void load_keys(uint8_t* buffer, const CUtensorMap* ma
   load_panels<C::kPanels>(buffer, C::kTileN * 128, map, &full.word, item.key_tile * C::kTileN, item.key_head, item.batch);
 }
 
+/// The item's tiles of V and K.
+template <class C>
+__device__ __forceinline__ void load_item_keys(const KernelArgs& args, SharedPlan<C>& shared, RingPosition<C::kKeyStages>& keys,
+                                               const Item& item) {
+  load_keys<C>(shared.value[keys.stage], &args.value, shared.value_full[keys.stage], shared.value_empty[keys.stage], keys.phase,
+               item);
+  load_keys<C>(shared.key[keys.stage], &args.key, shared.key_full[keys.stage], shared.key_empty[keys.stage], keys.phase, item);
+  keys.advance();
+}
+
 /// One lane: draws items, publishes them and starts all copies.
 template <class C>
 __device__ __forceinline__ void load_items(const KernelArgs& args, SharedPlan<C>& shared) {
   RingPosition<kItemSlots> slot;
   RingPosition<C::kStages> q, o;
-  RingPosition<1> keys;
+  RingPosition<C::kKeyStages> keys;
   for (;;) {
     const unsigned index = atomicAdd(args.ticket, 1u);
     shared.item_empty[slot.stage].wait(slot.phase ^ 1);
@@ -85,6 +95,11 @@ __device__ __forceinline__ void load_items(const KernelArgs& args, SharedPlan<C>
     slot.advance();
     if (item.query_tiles.begin == item.query_tiles.end) continue;
     bool keys_wanted = true;
+    const auto load_keys_once = [&] {
+      if (keys_wanted) load_item_keys(args, shared, keys, item);
+      keys_wanted = false;
+    };
+    if (C::kKeyStages > 1) load_keys_once();
     for_each_step(args, item, [&](int head, int tile) {
       shared.query_empty[q.stage].wait(q.phase ^ 1);
       load_queries<C>(shared.query[q.stage], shared.lse[q.stage], &args.query, args.rows.reference, shared.query_full[q.stage],
@@ -94,12 +109,8 @@ __device__ __forceinline__ void load_items(const KernelArgs& args, SharedPlan<C>
       load_queries<C>(shared.d_out[o.stage], shared.delta[o.stage], &args.d_out, args.rows.delta, shared.out_full[o.stage],
                       args.query_tile(item.batch, head, tile), tile, head, item.batch);
       o.advance();
-      if (!keys_wanted) return;  // NOTE: their buffers are free only when the item before has ended, those of rows before
-      keys_wanted = false;
-      load_keys<C>(shared.value, &args.value, shared.value_full, shared.value_empty, keys.phase, item);
-      load_keys<C>(shared.key, &args.key, shared.key_full, shared.key_empty, keys.phase, item);
+      load_keys_once();  // NOTE: a single buffer is free only when the item before has ended, those of rows before
     });
-    keys.advance();
   }
 }
 
@@ -138,68 +149,86 @@ __device__ __forceinline__ void load_biases(const KernelArgs& args, SharedPlan<C
   });
 }
 
-/// One lane: calls f(the query tile's counter of turns, this item's turn) for all steps of all items, as they are published.
+/// One lane: calls f(number of the query tile, this item's turn) for all steps of all items, as they are published.
 template <class Plan, class F>
 __device__ __forceinline__ void for_each_turn(const KernelArgs& args, Plan& shared, F f) {
   using C = typename Plan::Config;
-  unsigned* const turns = args.turns + (C::kBlocks > 1 ? cluster_rank() : 0);
   for_each_published_step(args, shared, [&](const Item& item, int head, int tile) {
-    f(turns + args.query_tile(item.batch, head, tile) * C::kBlocks,
+    f(args.query_tile(item.batch, head, tile),
       turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending));
   });
+}
+
+/// A query tile's counter of turns; each block of a pair has its own.
+template <class C>
+__device__ __forceinline__ unsigned* counter_of(const KernelArgs& args, int query_tile) {
+  return args.turns + query_tile * C::kBlocks + (C::kBlocks > 1 ? cluster_rank() : 0);
 }
 
 /// One lane: waits until the key tiles before this one have added to a query tile's gradient.
 template <class Plan>
 __device__ __forceinline__ void poll_turns(const KernelArgs& args, Plan& shared) {
+  using C = typename Plan::Config;
   RingPosition<kTurnSlots> slot;
-  for_each_turn(args, shared, [&](unsigned* turns, Turn turn) {
+  for_each_turn(args, shared, [&](int query_tile, Turn turn) {
     shared.turn_empty[slot.stage].wait(slot.phase ^ 1);
     if (turn.place > 0) {
       unsigned passed;
       do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(passed) : "l"(turns) : "memory");
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(passed) : "l"(counter_of<C>(args, query_tile)) : "memory");
       } while (passed < static_cast<unsigned>(turn.place));
-      if constexpr (Plan::Config::kStaged) fence_global_proxies();
+      if constexpr (C::kStaged) fence_global_proxies();
     }
     shared.turn_full[slot.stage].arrive();
     slot.advance();
   });
 }
 
-/// One lane: tells the next key tile's block that this block has added to a query tile's gradient.
+/// Tells the next key tile's block that this block has added to a query tile's gradient.
+template <class C>
+__device__ __forceinline__ void pass_turn(const KernelArgs& args, int query_tile, Turn turn) {
+  if (turn.place + 1 == turn.count) return;
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter_of<C>(args, query_tile)) : "memory");
+}
+
+/// One lane, where consumers add: passes the turn on when they have.
 template <class Plan>
 __device__ __forceinline__ void signal_turns(const KernelArgs& args, Plan& shared) {
   RingPosition<kTurnSlots> slot;
-  for_each_turn(args, shared, [&](unsigned* turns, Turn turn) {
+  for_each_turn(args, shared, [&](int query_tile, Turn turn) {
     shared.turn_done[slot.stage].wait(slot.phase);
-    if constexpr (Plan::Config::kStaged) fence_global_proxies();
-    if (turn.place + 1 < turn.count) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(turns) : "memory");
+    pass_turn<typename Plan::Config>(args, query_tile, turn);
     shared.turn_empty[slot.stage].arrive();
     slot.advance();
   });
 }
 
-/// One lane: has the copy engine add each query tile's gradient to what others have added, in its turn; the first stores it. The
-/// last turn is the consumers'.
+/// One lane: has the copy engine add each query tile's gradient to what others have added, in its turn, and passes the turn on.
+/// The first stores it. In the last turn it is the sum that comes to the consumers, who take it to the tensor; where the first is
+/// also the last there is none.
 template <class C>
 __device__ __forceinline__ void add_parts(const KernelArgs& args, SharedPlan<C>& shared) {
   constexpr uint32_t kBytes = C::kPartElements * sizeof(float);
   RingPosition<kTurnSlots> slot;
   RingPosition<1> part;
-  for_each_published_step(args, shared, [&](const Item& item, int head, int tile) {
-    const Turn turn = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending);
-    if (turn.place + 1 < turn.count) {
+  for_each_turn(args, shared, [&](int query_tile, Turn turn) {
+    const bool last = turn.place + 1 == turn.count;
+    shared.turn_full[slot.stage].wait(slot.phase);
+    if (turn.count > 1) {
+      if (last) {
+#pragma unroll
+        for (int w = 0; w < C::kWarpgroups; ++w) {
+          shared.sum_full[w].arrive_expect(kBytes);
+          bulk_load(shared.dq[w], args.template sum_of_part<C::kPartElements>(query_tile, w), kBytes, &shared.sum_full[w].word);
+        }
+      }
 #pragma unroll
       for (int w = 0; w < C::kWarpgroups; ++w) {
         shared.dq_full[w].wait(part.phase);
-        // NOTE: only now. The consumers have then passed the turns that they wait for themselves and this lane skips, so the
-        // parity can't be that of an earlier turn.
-        if (w == 0) shared.turn_full[slot.stage].wait(slot.phase);
-        float* const sum = args.template sum_of_part<C::kPartElements>(item.batch, head, tile, w);
+        float* const sum = args.template sum_of_part<C::kPartElements>(query_tile, w);
         if (turn.place == 0) {
           bulk_store(sum, shared.dq[w], kBytes);
-        } else {
+        } else if (!last) {
           bulk_add(sum, shared.dq[w], kBytes);
         }
         tma_store_commit();
@@ -208,10 +237,12 @@ __device__ __forceinline__ void add_parts(const KernelArgs& args, SharedPlan<C>&
       shared.dq_empty[0].arrive();
       tma_store_wait_read<0>();
       shared.dq_empty[1].arrive();
-      tma_store_wait<0>();
       part.advance();
-      shared.turn_done[slot.stage].arrive_for_all();
+      tma_store_wait<0>();
+      fence_global_proxies();
+      pass_turn<C>(args, query_tile, turn);
     }
+    shared.turn_empty[slot.stage].arrive();
     slot.advance();
   });
 }
@@ -222,11 +253,10 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& s
   if (threadIdx.x % 32 != 0) return;
   if (warp == 0) load_items(args, shared);
   if (warp == 1) poll_turns(args, shared);
-  if (warp == 2) signal_turns(args, shared);
   if constexpr (C::kStaged) {
-    if (warp == 3) add_parts(args, shared);
-  }
-  if constexpr (C::kHasBias) {
+    if (warp == 2) add_parts(args, shared);
+  } else {
+    if (warp == 2) signal_turns(args, shared);
     if (warp == 3) load_biases(args, shared);
   }
 }

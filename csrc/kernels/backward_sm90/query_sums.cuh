@@ -21,13 +21,13 @@ __device__ __forceinline__ void release(Mbarrier<kArrivals>& barrier) {
   if (threadIdx.x % 32 == 0) barrier.arrive();
 }
 
-/// Adds what others have added to a warpgroup's part.
-template <int kCount>
+/// Adds what others have added to a warpgroup's part. `sum` is in device memory, or where the copy engine has brought it.
+template <bool kInShared, int kCount>
 __device__ __forceinline__ void add_sum(float (&dq)[kCount], const float* sum) {
-  sum += threadIdx.x % kWarpgroupThreads * 4;
+  const float4* const from = reinterpret_cast<const float4*>(sum) + threadIdx.x % kWarpgroupThreads;
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) {
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(sum + i * 4 * kWarpgroupThreads));
+    const float4 x = kInShared ? from[i * kWarpgroupThreads] : __ldcg(from + i * kWarpgroupThreads);
     dq[4 * i] += x.x;
     dq[4 * i + 1] += x.y;
     dq[4 * i + 2] += x.z;

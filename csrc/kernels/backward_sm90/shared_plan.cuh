@@ -2,27 +2,33 @@
 // The shared memory of a thread block of backward_sm90, and all barriers by which its roles hand over to each other.
 //
 // Roles (producer.cuh, consumer.cuh): "load" is the lane that draws items and starts copies into shared memory, "poll" the lane
-// that waits for other blocks' turns, "signal" the lane that passes the turn on, "add" the lane that has the copy engine add to
-// d_query, "consume" each of the warps that multiply. Where there is a bias, the lane "bias", which copies it, takes the place of
-// "add", and "consume" adds.
+// that waits for other blocks' turns, "add" the lane that has the copy engine add to d_query and passes the turn on, "consume"
+// each of the warps that multiply. Where there is a bias, a lane "bias" copies it, and as in pairs of blocks (pair_plan.cuh)
+// "consume" adds, and a lane "signal" passes the turn on.
 //
 //   barrier      who arrives, and so ends a phase   who waits            what the phase's end says
 //   item_full    load                               all others           the item can be read
-//   item_empty   poll, signal, add, bias, consume   load                 nobody reads the item any more
-//   key_full     the copy engine                    consume              the item's tile of K is there (value_full: of V)
+//   item_empty   all others                         load                 nobody reads the item any more
+//   key_full     the copy engine                    consume              an item's tile of K is there (value_full: of V)
 //   key_empty    consume                            load                 its buffer may be filled again (value_empty)
 //   query_full   the copy engine                    consume              a tile of Q and its log-sum-exp are there
 //   query_empty  consume                            load                 its buffer may be filled again
 //   out_full     the copy engine                    consume              a tile of dO and its delta are there
 //   out_empty    consume                            load                 its buffer may be filled again
+//   dq_full      consume                            add                  a warpgroup's part of a tile's dQ is there; in the last
+//                                                                        turn: it has read the sum of the others
+//   dq_empty     add                                consume              the place of that part may be filled again
+//   sum_full     the copy engine                    consume              in the last turn: the sum of the others is in that place
+//   turn_full    poll                               add                  the key tiles before this one have added to d_query
+//   turn_empty   add                                poll                 this block has, too, and the next one has been told
+//
+// Where "consume" adds, there are no dq_ and sum_ barriers, but:
+//
+//   turn_full    poll                               consume              the key tiles before this one have added to d_query
+//   turn_done    consume                            signal               this block has added to it
+//   turn_empty   signal                             poll                 … and the next one has been told
 //   bias_full    the copy engine                    consume              a step's bias and the rest of its references are there
 //   bias_empty   consume                            bias                 dQ has been computed from dS, which took its place
-//   dq_full      consume                            add                  a warpgroup's part of a tile's dQ is there
-//   dq_empty     add                                consume              it has been read
-//   turn_full    poll                               add, consume         the key tiles before this one have added to d_query
-//   turn_done    add; consume in the last turn,     signal               this block has added to it
-//                and in all where there is a bias
-//   turn_empty   signal                             poll                 … and others have been told
 //
 // For "consume" lane 0 of each warp arrives where only tensor cores have read (key_empty, value_empty) and where device memory
 // is ordered (turn_done, after a __syncwarp()). Every lane arrives where lanes read shared memory themselves: the item, and the
@@ -90,8 +96,8 @@ struct SharedPlan {
   using Config = C;
 
   // Tiles of 128-byte rows under the 128-byte swizzle, whose pattern repeats every 1024 bytes.
-  alignas(1024) uint8_t key[C::kKeyBytes];
-  alignas(1024) uint8_t value[C::kKeyBytes];
+  alignas(1024) uint8_t key[C::kKeyStages][C::kKeyBytes];
+  alignas(1024) uint8_t value[C::kKeyStages][C::kKeyBytes];
   alignas(1024) uint8_t query[C::kStages][C::kQueryBytes];
   alignas(1024) uint8_t d_out[C::kStages][C::kQueryBytes];
   // Rows of queries, a panel for each warpgroup's keys. A bias comes where the gradients of its scores will stand.
@@ -103,15 +109,15 @@ struct SharedPlan {
 
   // The barriers of the table above, with the number of arrivals that end a phase.
   Mbarrier<1> item_full[kItemSlots];
-  Mbarrier<C::kConsumerThreads + 2 + (C::kStaged || C::kHasBias)> item_empty[kItemSlots];
-  Mbarrier<1> key_full, value_full;
-  Mbarrier<C::kConsumerWarps> key_empty, value_empty;
+  Mbarrier<C::kConsumerThreads + (C::kHasBias ? 3 : 2)> item_empty[kItemSlots];
+  Mbarrier<1> key_full[C::kKeyStages], value_full[C::kKeyStages];
+  Mbarrier<C::kConsumerWarps> key_empty[C::kKeyStages], value_empty[C::kKeyStages];
   Mbarrier<1> query_full[C::kStages], out_full[C::kStages];
   Mbarrier<C::kConsumerThreads> query_empty[C::kStages], out_empty[C::kStages];
   Mbarrier<1> bias_full[kScoreBuffers];
   Mbarrier<C::kConsumerThreads> bias_empty[kScoreBuffers];
   Mbarrier<C::kConsumerThreads / C::kWarpgroups> dq_full[C::kWarpgroups];
-  Mbarrier<1> dq_empty[C::kWarpgroups];
+  Mbarrier<1> dq_empty[C::kWarpgroups], sum_full[C::kWarpgroups];
   Mbarrier<1> turn_full[kTurnSlots], turn_empty[kTurnSlots];
   Mbarrier<C::kConsumerWarps> turn_done[kTurnSlots];
 
@@ -120,14 +126,13 @@ struct SharedPlan {
   /// For one thread; a block barrier must follow.
   __device__ __forceinline__ void init() {
     init_ring(item_full, item_empty);
-    key_full.init();
-    value_full.init();
-    key_empty.init();
-    value_empty.init();
+    init_ring(key_full, key_empty);
+    init_ring(value_full, value_empty);
     init_ring(query_full, query_empty);
     init_ring(out_full, out_empty);
     if (C::kHasBias) init_ring(bias_full, bias_empty);
     if (C::kStaged) init_ring(dq_full, dq_empty);
+    for (auto& barrier : sum_full) barrier.init();
     init_ring(turn_full, turn_empty);
     for (auto& barrier : turn_done) barrier.init();
     mbarrier_init_fence();

@@ -33,6 +33,9 @@ struct Traits {
   static constexpr bool kStaged = !kHasBias;
 
   static constexpr int kStages = kStaged && kTileM > 64 ? 2 : 3;  // buffers for tiles of Q, and as many for dO
+  // Buffers for tiles of K, and as many for V. With two, an item's first S^T is computed beside the last products of the item
+  // before and the stores of its gradients.
+  static constexpr int kKeyStages = kStaged && kHeadDim <= 64 ? 2 : 1;
   static constexpr uint32_t kQueryBytes = kTileM * 128 * kPanels;
   static constexpr uint32_t kKeyBytes = kTileN * 128 * kPanels;
   static constexpr uint32_t kRowBytes = kTileM * sizeof(float);  // of a number for each row of a tile
