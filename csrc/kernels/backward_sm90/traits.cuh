@@ -28,8 +28,7 @@ struct Traits {
   static constexpr bool kTransposed = kVariant == Variant::kTall;
 
   // A tile's dQ goes through shared memory, whence the copy engine adds it to its sum: additions from registers take a consumer
-  // 300 to 600 clocks to issue, and its turn must have come. With a bias the warp of the lane that would start them is the
-  // bias's.
+  // 300 to 600 clocks to issue, and its turn must have come. With a bias consumers still add from registers.
   static constexpr bool kStaged = !kHasBias;
 
   static constexpr int kStages = kStaged && kTileM > 64 ? 2 : 3;  // buffers for tiles of Q, and as many for dO
