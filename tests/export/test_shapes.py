@@ -84,8 +84,6 @@ main (float[5, 5] x) => (int64[n] y) {
     huge = Constant <value_ints = [4294967296, 4294967303]> ()  cut = Cast <to = 6> (huge)  like = CastLike (huge, cut)
     byte = Constant <value = uint8[2] {3, 255}> ()  two = Constant <value = uint8[2] {5, 2}> ()
     under = Sub (byte, two)  over = Add (byte, two)  times = Mul (byte, two)
-    odd = Constant <value_ints = [9007199254740993, -9007199254740993, -7]> ()
-    divisor = Constant <value_ints = [1, 1, 2]> ()  exact = Div (odd, divisor)
     y = Identity (line)
 }"""
 
@@ -103,6 +101,19 @@ def test_what_is_constant_is_what_the_nodes_compute() -> None:
         assert found is not None, name
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
         np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
+QUOTIENTS = """<ir_version: 8, opset_import: ["" : 17]>
+main () => (int64[3] y) {
+    odd = Constant <value_ints = [9007199254740993, -9007199254740993, -7]> ()
+    divisor = Constant <value_ints = [1, 1, 2]> ()  y = Div (odd, divisor)
+}"""
+
+
+def test_quotients_of_integers_are_exact() -> None:
+    """Written down, as the reference of onnx before 1.21 divides integers as float64."""
+    model = ir.from_proto(onnx.parser.parse_model(QUOTIENTS))
+    assert list(Analysis(model).constant(model.graph.outputs[0])) == [9007199254740993, -9007199254740993, -3]
 
 
 RESIZING = {
