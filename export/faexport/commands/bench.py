@@ -18,7 +18,15 @@ import click
 
 from faexport.commands import terminal
 from faexport.commands.bench_data import CLEARLY, Measured, Row, Timing, bench_label
-from faexport.commands.shared_options import FILE, Seconds, html_option, json_option, model_argument, quiet_option
+from faexport.commands.shared_options import (
+    FILE,
+    Seconds,
+    gathered,
+    html_option,
+    json_option,
+    model_argument,
+    quiet_option,
+)
 from faexport.errors import ModelError
 from faexport.files import scratch
 from faexport.files.output import check_input, check_report, write_file
@@ -42,6 +50,24 @@ Examples:
   faexport bench model.onnx --device cpu             not on the GPU
   faexport bench model.onnx --json --svg b.svg       for programs, a picture
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How to measure: where ("cpu" or "cuda"; "": where this onnxruntime can), runs of each model at each size,
+    onnxruntime's threads (0: as it chooses), and the seconds that the measurements of one size may take, each."""
+
+    device: str = "cpu"
+    runs: int = 20
+    threads: int = 0
+    timeout: float = 300.0
+
+    def ask(self, kind: str, models: Sequence[str], tensors: dict[str, Any]) -> Any:
+        """The answer of a process of its own. Raises ModelError."""
+        from faexport.commands.bench_child import Question, measure
+
+        question = Question(kind, tuple(models), tensors, self.runs, threads=self.threads, device=self.device)
+        return measure(question, self.timeout)
 
 
 @click.command(
@@ -73,6 +99,7 @@ Examples:
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     metavar="DEVICE",
+    callback=lambda context, option, device: device or "",
     help="Where to run, cpu or cuda; default: cuda where this onnxruntime has it.",
 )
 @click.option(
@@ -94,14 +121,12 @@ Examples:
 @html_option
 @json_option
 @quiet_option
+@gathered(limits=Limits)
 def bench(
     model: pathlib.Path,
     shapes: tuple[str, ...],
     padded: bool,
-    runs: int,
-    device: str | None,
-    threads: int,
-    timeout: float,
+    limits: Limits,
     svg: pathlib.Path | None,
     html_file: pathlib.Path | None,
     as_json: bool,
@@ -116,8 +141,7 @@ def bench(
     check_report(svg, [model], "--svg")
     check_report(html_file, [model], "--html")
     with terminal.progress(quiet) as progress:
-        device = device or default_device()
-        limits = Limits(device, runs, threads, timeout)
+        limits = dataclasses.replace(limits, device=limits.device or default_device())
         found = measure(
             model, shapes, limits, progress.step, padded, lambda row: progress.finished(bench_view.line(row))
         )
@@ -132,7 +156,7 @@ def bench(
         text = html_page.page(found.report, found.blocks, html_page.bench(picture, [*found.notes, sentence]))
         write_file(html_file, text.encode())
     if as_json:
-        data = {"model": str(model), "device": device, "padded": padded, "rows": [_as_data(row) for row in rows]}
+        data = {"model": str(model), "device": limits.device, "padded": padded, "rows": [_as_data(row) for row in rows]}
         data |= {"notes": found.notes, "conclusion": sentence}
         with terminal.printing():
             click.echo(json.dumps(data, indent=2))
@@ -142,24 +166,6 @@ def bench(
             screen.print(bench_view.table(rows))
             for line in [*found.notes, sentence]:
                 screen.print(line, markup=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How to measure: where ("cpu" or "cuda"), runs of each model at each size, onnxruntime's threads (0: as it
-    chooses), and the seconds that the measurements of one size may take, each."""
-
-    device: str = "cpu"
-    runs: int = 20
-    threads: int = 0
-    timeout: float = 300.0
-
-    def ask(self, kind: str, models: Sequence[str], tensors: dict[str, Any]) -> Any:
-        """The answer of a process of its own. Raises ModelError."""
-        from faexport.commands.bench_child import Question, measure
-
-        question = Question(kind, tuple(models), tensors, self.runs, threads=self.threads, device=self.device)
-        return measure(question, self.timeout)
 
 
 def default_device() -> str:

@@ -10,13 +10,13 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from faexport.commands import terminal
-from faexport.commands.shared_options import FILE, json_option, model_argument, quiet_option
+from faexport.commands.shared_options import FILE, gathered, json_option, model_argument, quiet_option
 from faexport.errors import ModelError
 from faexport.files import scratch
 from faexport.files.output import check_input, check_output, write_file
@@ -45,6 +45,35 @@ runtime_option = click.option(
     metavar="NAME",
     help="Which TensorRT, tensorrt or tensorrt-rtx; default: the first of them that is installed.",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Building:
+    """The options that say what the engine is to be: those of engine.Options, as they are typed."""
+
+    least: tuple[str, ...]
+    best: tuple[str, ...]
+    most: tuple[str, ...]
+    profile: tuple[pathlib.Path, ...]
+    workspace: int | None
+    timing_cache: pathlib.Path | None
+    version_compatible: bool
+    hardware_compatible: bool
+    compute_capability: tuple[str, ...]
+
+    def options(self, on_log: Callable[[str], None]) -> engine.Options:
+        """Raises ModelError."""
+        asked = self.least or self.best or self.most
+        profiles = [engine.make_profile(self.least, self.best, self.most)] if asked else []
+        return engine.Options(
+            profiles=profiles + [_read_profile(path) for path in self.profile],
+            workspace_bytes=None if self.workspace is None else self.workspace << 20,
+            timing_cache=self.timing_cache,
+            version_compatible=self.version_compatible,
+            hardware_compatible=self.hardware_compatible,
+            compute_capabilities=[_compute_capability(text) for text in self.compute_capability],
+            on_log=on_log,
+        )
 
 
 @click.command(
@@ -94,19 +123,12 @@ runtime_option = click.option(
 @json_option
 @click.option("--verbose", "-v", is_flag=True, help="Show TensorRT's log on stderr.")
 @quiet_option
+@gathered(building=Building)
 def build(
     model: pathlib.Path,
     output: pathlib.Path | None,
     runtime: str | None,
-    least: tuple[str, ...],
-    best: tuple[str, ...],
-    most: tuple[str, ...],
-    profile: tuple[pathlib.Path, ...],
-    workspace: int | None,
-    timing_cache: pathlib.Path | None,
-    version_compatible: bool,
-    hardware_compatible: bool,
-    compute_capability: tuple[str, ...],
+    building: Building,
     fuse: bool,
     as_json: bool,
     verbose: bool,
@@ -117,17 +139,11 @@ def build(
     check_input(model)
     target = output or model.with_suffix(".plan")
     check_output(target, [model])
-    if timing_cache is not None:
-        check_output(timing_cache, [model, target], "--timing-cache")
+    if building.timing_cache is not None:
+        check_output(building.timing_cache, [model, target], "--timing-cache")
     log = terminal.console(stderr=True)
-    options = engine.Options(
-        profiles=_profiles(least, best, most, profile),
-        workspace_bytes=None if workspace is None else workspace << 20,
-        timing_cache=timing_cache,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        compute_capabilities=[_compute_capability(text) for text in compute_capability],
-        on_log=(lambda line: log.print(line, markup=False, soft_wrap=True)) if verbose else lambda line: None,
+    options = building.options(
+        (lambda line: log.print(line, markup=False, soft_wrap=True)) if verbose else lambda line: None
     )
     with Bars(quiet) as bars:
         bars.say("starting TensorRT")
@@ -220,13 +236,6 @@ def _compute_capability(text: str) -> int:
     if not (dot and major.isdigit() and minor.isdigit() and len(minor) == 1):
         raise ModelError(f"--compute-capability {text}: expected X.Y, e.g. 8.9")
     return int(major) * 10 + int(minor)
-
-
-def _profiles(
-    least: Sequence[str], best: Sequence[str], most: Sequence[str], files: Sequence[pathlib.Path]
-) -> list[engine.Profile]:
-    profiles = [engine.make_profile(least, best, most)] if least or best or most else []
-    return profiles + [_read_profile(path) for path in files]
 
 
 def _read_profile(path: pathlib.Path) -> engine.Profile:
