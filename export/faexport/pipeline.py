@@ -3,9 +3,9 @@
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> Gemms between Reshapes and biases
-of projections, for onnxruntime -> projections -> the stand-in function -> sizes that are proven, as numbers -> computed
-sizes that stay so -> shapes that are proven -> GELU as onnxruntime knows it -> what stands around, for onnxruntime, and
-for its CUDA provider alone, and padding for that.
+of projections, for onnxruntime -> projections -> the stand-in function -> sizes that are proven, as numbers -> rows that
+are moved -> computed sizes that stay so -> shapes that are proven -> GELU as onnxruntime knows it -> what stands
+around, for onnxruntime, and for its CUDA provider alone, with padding and vectors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from faexport.around import cuda_operators, cuda_padding, gemms, joins, known_sizes
+from faexport.around import (
+    cuda_broadcasts,
+    cuda_operators,
+    cuda_padding,
+    cuda_patches,
+    cuda_wide_heads,
+    gemms,
+    joins,
+    known_sizes,
+    moved_projections,
+    row_gathers,
+)
 from faexport.around.declare import declare_shapes
 from faexport.around.gelu import put_half_last
 from faexport.around.reshape_targets import keep_computed
@@ -129,6 +140,8 @@ class _Passes:
             if not self.options.float8:  # the operator adds no bias to a float8 query
                 self.apart += move_biases(self.model, self.fused, self.masks.analysis, self.names)
         self.apart += pack_projections(self.model, self.fused, self.masks.analysis, self.names)
+        if self.options.joins_cuda:
+            cuda_wide_heads.join(self.model, self.masks.analysis, self.names)
 
     def define_operator(self) -> None:
         """Declares the operator's domain, and adds the operator as a function where that is asked for."""
@@ -140,9 +153,18 @@ class _Passes:
         """Sizes that are proven become numbers, those that are computed stay so, and shapes are written down."""
         self.masks.analysis.extend(self.model)
         known_sizes.write(self.model, self.masks.analysis, self.names)
+        self._move_rows()
         self.masks.analysis.extend(self.model)
         keep_computed(self.model, self.masks.analysis, self.names)
         declare_shapes(self.model, self.masks.analysis)
+
+    def _move_rows(self) -> None:
+        """What cuts an image into rows and moves them, and the products in front of that."""
+        if self.options.joins_cuda:
+            cuda_patches.join(self.model, self.masks.analysis, self.names)
+            row_gathers.write(self.model, self.masks.analysis, self.names)
+        if self.options.joins_rest:
+            moved_projections.write(self.model, self.masks.analysis, self.names)
 
     def join_rest(self) -> None:
         """What stands around attention, for onnxruntime, and for its CUDA provider alone."""
@@ -154,6 +176,7 @@ class _Passes:
         if self.options.joins_cuda:
             cuda_operators.join(self.model, self.masks.analysis, self.names)
             cuda_padding.join(self.model, self.masks.analysis, self.names)
+            cuda_broadcasts.join(self.model, self.masks.analysis, self.names)
         self.joined = dict(sorted((joins.counts(self.model) - before).items()))
         if self.joined:
             self.model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from faexport.around import embeddings
+from faexport.around import embeddings, skip_normalizations
 from faexport.fallback.formulas import FORMULAS
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
 from faexport.graph.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, graphs_of, op, operand, producer
@@ -39,6 +39,7 @@ def join(model: ir.Model, a: Analysis, names: Names) -> None:
     embeddings.join(model, a, names)
     _leave_out_what_changes_nothing(model, a)
     _root_mean_squares(model, a, names)
+    skip_normalizations.join(model, a, names)
     turned = [*_put_biases_second(model), *_put_biased_second(model)]
     for rules in _rules():
         rules.apply_to_model(model)

@@ -24,6 +24,7 @@ from faexport.errors import ModelError
 from faexport.fallback.functions import add_fallback, remove_fallback
 from faexport.files import model_io
 from faexport.graph.surgery import Builder
+from faexport.precision import half_constants
 from faexport.spec import DOMAIN, OP_TYPE
 from faexport.understand.shapes.analysis import Analysis
 from faexport.verify.widen import HALF, TYPE_ATTRIBUTES, in_float32
@@ -82,6 +83,7 @@ def convert(
     """
     from onnxruntime.transformers import float16  # slow to import
 
+    half_constants.compute(model, kept)
     guards = _guard_float32_inputs(model, kept)
     onnx_ir.external_data.load_to_model(model)
     stored = _stored(model)

@@ -231,16 +231,16 @@ def _num_elements(node: ir.Node, x: Arrays) -> float:
     return 0
 
 
-def fold(node: ir.Node, inputs: Arrays) -> np.ndarray | None:
+def fold(node: ir.Node, inputs: Arrays, most: int = MAX_ELEMENTS) -> np.ndarray | None:
     """The first output of `node` for constant inputs, or None where the op isn't known, fails or yields too much."""
     function = FOLD.get(op(node))
     if function is None or any(x is None and operand(node, i) is not None for i, x in enumerate(inputs)):
         return None
     try:
-        if _num_elements(node, inputs) > MAX_ELEMENTS:
+        if _num_elements(node, inputs) > most:
             return None
         with np.errstate(all="ignore"):
             result = np.asarray(function(node, inputs))
     except (ValueError, IndexError, TypeError, KeyError, OverflowError, np.exceptions.AxisError):
         return None
-    return result if result.size <= MAX_ELEMENTS else None
+    return result if result.size <= most else None
