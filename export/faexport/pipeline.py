@@ -3,9 +3,9 @@
 
 normalize -> analyse -> match (every matcher, in the main graph, in functions and in bodies of If, Loop and Scan) ->
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> Gemms between Reshapes and biases
-of projections, for onnxruntime -> projections -> the stand-in function -> sizes that are proven, as numbers -> rows that
-are moved -> computed sizes that stay so -> shapes that are proven -> GELU as onnxruntime knows it -> what stands
-around, for onnxruntime, and for its CUDA provider alone, with padding and vectors.
+of projections, for onnxruntime -> projections -> the stand-in function -> sizes that are proven, as numbers -> moved
+rows -> computed sizes that stay so -> shapes that are proven -> GELU as onnxruntime knows it -> what stands around, for
+onnxruntime, and for its CUDA provider alone, with padding and vectors.
 """
 
 from __future__ import annotations
