@@ -136,6 +136,10 @@ STAYS = {
         ("y = Add (active, total)", "z = Relu (product) y = Add (active, total)"),
         (" y)", " y, float z)"),
     ),
+    "a shape that is read": (
+        ("y = Add (active, total)", "sizes = Shape (split_2) y = Add (active, total)"),
+        (" y)", " y, int64[6] sizes)"),
+    ),
     "no residual": (("total = Add (x, back)", "total = Relu (back)"),),
     "a residual that is repeated": (("total = Add (x, back)", "total = Add (gamma, back)"),),
     "columns that move": (

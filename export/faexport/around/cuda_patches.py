@@ -15,9 +15,11 @@ import math
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import RUNTIME_FLOATS, attribute, graphs_of, live_users, op, operand
+from faexport.graph.nodes import RUNTIME_FLOATS, attribute, data_users, given, graphs_of, op, operand
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
+from faexport.spec import Refusal
+from faexport.understand.layout.shape_uses import rebuild, uses_of
 from faexport.understand.shapes.analysis import Analysis
 
 
@@ -45,6 +47,7 @@ class _Patches:
     counts: tuple[int, ...]
     last: tuple[ir.Node, ...]  # Transposes behind it that make the channels its last axis
     rows: tuple[ir.Node, ...]  # likewise, behind a Reshape that makes the patches one axis
+    shapes: tuple[tuple[ir.Node, list[ir.Node]], ...]  # Shapes of what goes, and what computes them from the image
 
 
 def _patches_of(node: ir.Node, a: Analysis) -> _Patches | None:
@@ -60,10 +63,11 @@ def _patches_of(node: ir.Node, a: Analysis) -> _Patches | None:
     if image_sizes is None or image_sizes[0] != channels or not _covers_once(node, patch, image_sizes[1:]):
         return None
     last, rows = _transposes(node.outputs[0], columns, a)
-    if len(last) + len(rows) == 0:
+    shapes = _shapes([node.outputs[0], *(given(turn, 0) for turn in rows)], image, a)
+    if len(last) + len(rows) == 0 or shapes is None:
         return None
     counts = tuple(whole // size for whole, size in zip(image_sizes[1:], patch, strict=True))
-    return _Patches(node, image, weight, bias, channels, columns, tuple(patch), counts, last, rows)
+    return _Patches(node, image, weight, bias, channels, columns, tuple(patch), counts, last, rows, shapes)
 
 
 def _numbers(sizes: tuple[Dim, ...] | None) -> list[int] | None:
@@ -87,18 +91,30 @@ def _transposes(value: ir.Value, columns: int, a: Analysis) -> tuple[tuple[ir.No
     Reshape; nothing where something else reads it, too."""
     rank, last, rows = a.rank(value), [], []
     assert rank is not None
-    for user in live_users(value):
+    for user in data_users(value):
         if _turns(user, rank):
             last.append(user)
             continue
         shape = a.shape(user.outputs[0]) if op(user) == "Reshape" and user.inputs[0] is value else None
         merged = shape is not None and len(shape) == 3 and shape[0] == a.known_shape(value)[0] and shape[1] == columns
-        behind = live_users(user.outputs[0]) if merged and not user.outputs[0].is_graph_output() else []
+        behind = data_users(user.outputs[0]) if merged and not user.outputs[0].is_graph_output() else []
         if not behind or not all(_turns(node, 3) for node in behind):
             return (), ()
         rows += behind
     outputs = [node for node in (*last[1:], *rows[1:]) if node.outputs[0].is_graph_output()]
     return ((), ()) if value.is_graph_output() or outputs else (tuple(last), tuple(rows))
+
+
+def _shapes(values: list[ir.Value], image: ir.Value, a: Analysis) -> tuple[tuple[ir.Node, list[ir.Node]], ...] | None:
+    """What computes the shapes of these, where they are asked for; None where that isn't known."""
+    found = []
+    for value in dict.fromkeys(values):
+        for use in uses_of(value, a.known_shape(value)):
+            nodes = rebuild(use, [image], a)
+            if isinstance(nodes, Refusal):
+                return None
+            found.append((use.node, nodes))
+    return tuple(found)
 
 
 def _turns(node: ir.Node, rank: int) -> bool:
@@ -122,9 +138,13 @@ def _write(found: _Patches, a: Analysis, names: Names) -> None:
     if found.last:
         image = build.add("Reshape", [patches, build.ints([0, *found.counts, found.columns])], dtype)
     insert_in_front(found.conv, build.nodes, found.conv.name or "patches", names)
-    for nodes, instead in ((found.last, image), (found.rows, patches)):
-        for node in nodes[1:]:
-            ir.convenience.replace_all_uses_with(node.outputs[0], nodes[0].outputs[0])
-        if nodes:
-            take_over(nodes[0].outputs[0], instead)
+    for shape, nodes in found.shapes:
+        insert_in_front(shape, nodes, shape.name or "shape", names)
+        take_over(shape.outputs[0], nodes[-1].outputs[0])
+        remove_dead([shape])
+    for turns, instead in ((found.last, image), (found.rows, patches)):
+        for turn in turns[1:]:
+            ir.convenience.replace_all_uses_with(turn.outputs[0], turns[0].outputs[0])
+        if turns:
+            take_over(turns[0].outputs[0], instead)
     remove_dead([*found.last, *found.rows])

@@ -199,8 +199,8 @@ def _end_of(output: ir.Value, a: Analysis) -> ir.Value | None:
         if shape is None
         else (*_flat(shape[:1], 0), *_flat(shape[2:3], 2), *_flat(shape[1:2], 1), *_flat(shape[3:], 3))
     )
-    while view is not None and is_read_once(value):
-        (user,) = set(live_users(value))
+    while view is not None and not value.is_graph_output() and len(live_users(value)) == 1:
+        (user,) = live_users(value)
         if user.inputs[0] is not value or len(user.outputs) != 1:
             return None
         value = user.outputs[0]

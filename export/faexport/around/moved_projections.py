@@ -80,8 +80,8 @@ def _moves_from(added: ir.Node, a: Analysis) -> list[ir.Node]:
     """The nodes one behind the other that read a value and only move its rows."""
     moves: list[ir.Node] = []
     value = added.outputs[0]
-    while is_read_once(value):
-        (user,) = set(live_users(value))
+    while not value.is_graph_output() and len(live_users(value)) == 1:
+        (user,) = live_users(value)
         if user.graph is not added.graph or user.inputs[0] is not value or not _moves_rows(user, a):
             break
         moves.append(user)
