@@ -5,7 +5,7 @@ normalize -> analyse -> match (every matcher, in the main graph, in functions an
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> Gemms between Reshapes and biases
 of projections, for onnxruntime -> projections -> the stand-in function -> sizes that are proven, as numbers -> moved
 rows -> computed sizes that stay so -> shapes that are proven -> GELU as onnxruntime knows it -> what stands around, for
-onnxruntime, and for its CUDA provider alone, with padding and vectors.
+onnxruntime, and for its CUDA provider alone, with padding and vectors -> Reshapes one behind the other.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from faexport.around import (
     joins,
     known_sizes,
     moved_projections,
+    reshapes,
     row_gathers,
 )
 from faexport.around.declare import declare_shapes
@@ -177,6 +178,8 @@ class _Passes:
             cuda_operators.join(self.model, self.masks.analysis, self.names)
             cuda_padding.join(self.model, self.masks.analysis, self.names)
             cuda_broadcasts.join(self.model, self.masks.analysis, self.names)
+        if self.options.joins_rest:
+            reshapes.join(self.model, self.masks.analysis, self.names)
         self.joined = dict(sorted((joins.counts(self.model) - before).items()))
         if self.joined:
             self.model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)

@@ -74,7 +74,7 @@ class _Sizes:
             return None
         if attribute(node, "allowzero", 0) == 0 and any(size in (0, -1) for size in sizes):
             return None  # ONNX's own words
-        numbers = _as_numbers(own, sizes)
+        numbers = as_numbers(own, sizes)
         if numbers is None:
             return None
         node.replace_input_with(1, self._constant(np.asarray(numbers, np.int64)))
@@ -82,7 +82,7 @@ class _Sizes:
         return producer(target)
 
 
-def _as_numbers(own: tuple[Dim, ...], sizes: tuple[Dim, ...]) -> list[int] | None:
+def as_numbers(own: tuple[Dim, ...], sizes: tuple[Dim, ...]) -> list[int] | None:
     """A target whose meaning is `sizes` in every run, also where the tensor has no elements: 0 copies a size that is 0,
     but -1 beside a 0 has no meaning."""
     known = [size.const for size in sizes]
