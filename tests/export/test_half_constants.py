@@ -10,6 +10,7 @@ import faexport
 import numpy as np
 import onnx
 import pytest
+from faexport.precision import half_constants
 from onnx import numpy_helper, parser
 
 from tests.export.form_text import replaced
@@ -81,6 +82,18 @@ def test_stored_numbers_are_computed(tmp_path: pathlib.Path, library: str, optio
 def test_what_a_caller_may_give_is_not(tmp_path: pathlib.Path, library: str) -> None:
     _, kinds, _ = made_of(tmp_path, ("8] x)", "8] x, float[6, 6] regions)"), ("zero = {0.0}", "zero = {0.5}"))
     assert kinds["Where"] == 2
+
+
+def test_the_file_does_not_grow(tmp_path: pathlib.Path, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is larger than what it is made of stays computed, unless it is small."""
+    outer = ("halved = Mul (weight, half)", "halved = Mul (column, row)")
+    stored = (
+        "float zero",
+        "float[8, 1] column = {1, 2, 3, 4, 5, 6, 7, 8}, float[1, 8] row = {1, 2, 3, 4, 5, 6, 7, 8}, float zero",
+    )
+    assert made_of(tmp_path, outer, stored)[1]["Mul"] == 1
+    monkeypatch.setattr(half_constants, "SMALL", 63)
+    assert made_of(tmp_path, outer, stored)[1]["Mul"] == 2
 
 
 def test_positions_stay_as_they_are(tmp_path: pathlib.Path, library: str) -> None:

@@ -184,6 +184,16 @@ def test_a_single_transpose_stays(library: str) -> None:
     agree(given, made, library)
 
 
+def test_two_transposes_stay(library: str) -> None:
+    """They take less time than a Gather."""
+    again = """halves = Transpose <perm = [0, 2, 1, 3, 4, 5]> (turned_2)
+  picture_2 = Reshape (halves, image)
+  y_2 = Relu (picture_2)"""
+    given, made, kinds = made_of(("picture_2 = Reshape (turned_2, image)", again), ("Slice (picture_2", "Slice (y_2"))
+    assert kinds["Transpose"] == 2
+    agree(given, made, library)
+
+
 @pytest.mark.parametrize("options", [{"target": "onnxruntime"}, {"rest": False}, {"target": "tensorrt"}])
 def test_only_for_cuda(options: dict) -> None:
     assert "Gather" not in made_of(**options)[2]

@@ -24,7 +24,9 @@ from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import resolve_axis, slice_of, split_sizes
 
 MOST_ROWS = 1 << 16  # of a batch entry
-FEWEST_KERNELS = 2  # that one Gather takes the place of
+# How long onnxruntime's kernels take for a tensor of some megabytes, as multiples of a Transpose; a Gather takes 3.
+COSTS = {"Transpose": 1, "Concat": 1, "Slice": 2, "Split": 2}
+LEAST_COST = 4  # of a chain, so that one Gather is worth it
 Indices = np.ndarray  # the numbers of rows, in the place where each stands
 Shape = tuple[Dim, ...]
 
@@ -60,15 +62,15 @@ class _Chain:
 
 
 def _chain_to(node: ir.Node, a: Analysis) -> _Chain | None:
-    """The longest chain that ends here, where something else reads its end and it has more than one kernel."""
+    """The longest chain that ends here, where something else reads its end and a Gather takes less time."""
     if len(node.outputs) != 1 or a.dtype(node.outputs[0]) not in FLOATS:
         return None
     result = node.outputs[0]
     if not result.is_graph_output() and all(_is_move(user, a) for user in live_users(result)):
         return None
     nodes, sources = _walked(node, a)
-    kernels = [n for n in nodes if op(n) not in _VIEWS]
-    if len(sources) != 1 or len(kernels) < FEWEST_KERNELS or not _is_closed(nodes, node):
+    cost = sum(COSTS.get(op(n), 0) for n in nodes)
+    if len(sources) != 1 or cost < LEAST_COST or not _is_closed(nodes, node):
         return None
     source = sources.pop()
     return _evaluated(source, result, nodes, a)

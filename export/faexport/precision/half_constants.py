@@ -16,6 +16,7 @@ from faexport.graph.nodes import op
 from faexport.understand.shapes import constants
 
 MOST_ELEMENTS = 1 << 22
+SMALL = 1 << 16  # elements; of larger results the file would grow, where they are larger than what they are made of
 # What moves, repeats or makes numbers.
 _MOVES = {
     "Concat", "ConstantOfShape", "Expand", "Gather", "Identity", "Range", "Reshape", "Slice", "Squeeze", "Tile",
@@ -43,7 +44,8 @@ def compute(model: ir.Model, kept: Collection[str]) -> None:
             continue
         known[value] = found
         floats = any(v is not None and v.dtype == ir.DataType.FLOAT for v in (*node.inputs, value))
-        if op(node) not in _MOVES and floats and not value.is_graph_output():
+        worth = found.size <= SMALL or _size(found) <= sum(_size(array) for array in arrays if array is not None)
+        if op(node) not in _MOVES and floats and worth and not value.is_graph_output():
             stored = ir.Value(name=value.name, shape=ir.Shape(found.shape), const_value=ir.tensor(found))
             stored.dtype = ir.DataType.from_numpy(found.dtype)
             ir.convenience.replace_all_uses_with(value, stored)
@@ -51,6 +53,11 @@ def compute(model: ir.Model, kept: Collection[str]) -> None:
             graph.remove(node, safe=True)
             graph.register_initializer(stored)
             known[stored] = found
+
+
+def _size(array: np.ndarray) -> int:
+    """Bytes, once floats have become half precision."""
+    return array.size * (2 if array.dtype == np.float32 else array.itemsize)
 
 
 def _stored(model: ir.Model) -> dict[ir.Value, np.ndarray]:
