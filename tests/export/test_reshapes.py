@@ -85,6 +85,21 @@ def test_two_open_sizes_stay(library: str) -> None:
     agree(given, made, library, batches=(3, 1), rows=5)
 
 
+def test_an_open_size_between_stays(library: str) -> None:
+    """A model that refuses an odd number of rows goes on doing so."""
+    given, made, found = made_of(
+        ("[batch, 12, 8] x", "[batch, rows, 8] x"),
+        ("[batch, 12, 8] y", "[all, 16] y"),
+        ("[4] image = {0, 3, 4, 8}", "[4] image = {0, -1, 2, 8}"),
+        ("[4] halves = {0, 6, 2, 8}", "[2] halves = {-1, 16}"),
+        ("y = Reshape (c, rows)", "y = Relu (c)"),
+    )
+    assert found == 2
+    agree(given, made, library, batches=(2,), rows=6)
+    with pytest.raises(Exception, match="Reshape"):
+        run(made, {"x": np.ones((2, 5, 8), np.float32)}, library)
+
+
 @pytest.mark.parametrize("options", [{"rest": False}, {"target": "tensorrt"}])
 def test_only_for_onnxruntime(options: dict) -> None:
     assert made_of(**options)[2] == 3

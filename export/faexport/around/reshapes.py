@@ -33,12 +33,13 @@ def _join(node: ir.Node, a: Analysis, names: Names) -> None:
     """Has a Reshape read what is in front of those in front of it, or what reads it do so."""
     value = source = given(node, 0)
     before = producer(source)
-    while before is not None and op(before) in _VIEWS and before.graph is node.graph:
+    while before is not None and op(before) in _VIEWS and before.graph is node.graph and _is_known(source, a):
         source = given(before, 0)
         before = producer(source)
-    own, sizes, result = a.shape(source), a.shape(node.outputs[0]), node.outputs[0]
-    if own is None or sizes is None or not all(size.const for size in sizes[1:]):
+    result = node.outputs[0]
+    if not (_is_known(source, a) and _is_known(result, a)):
         return
+    own, sizes = a.known_shape(source), a.known_shape(result)
     if own == sizes and not result.is_graph_output():
         ir.convenience.replace_all_uses_with(result, source)
         remove_dead([node])
@@ -54,3 +55,9 @@ def _join(node: ir.Node, a: Analysis, names: Names) -> None:
     node.replace_input_with(1, target)
     node.attributes.pop("allowzero", None)
     remove_dead([producer(value), old])
+
+
+def _is_known(value: ir.Value, a: Analysis) -> bool:
+    """Is the first size alone open? With more of them a Reshape may fail where one that takes its place does not."""
+    shape = a.shape(value)
+    return shape is not None and len(shape) > 0 and all(size.const for size in shape[1:])
