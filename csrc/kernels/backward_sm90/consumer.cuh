@@ -294,6 +294,7 @@ struct Consumer {
   /// Where it is the only one, its dQ alone.
   __device__ __forceinline__ void finish_sum(const Item& item, Turn now) {
     if (now.count > 1) {
+      shared.dq_empty[warpgroup].wait(part.phase ^ 1);  // so that no phase ends that nobody has waited for
       shared.sum_full[warpgroup].wait(sum.phase);
       sum.advance();
       add_sum<true>(dq, shared.dq[warpgroup]);
