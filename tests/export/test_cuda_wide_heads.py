@@ -188,7 +188,7 @@ ELSEWHERE = {
         ("parts = Reshape (mixed, places)", "active = Relu (mixed) parts = Reshape (active, places)"),
     ),
     "an output that is read to no end": (
-        ("parts = Reshape", "turned_2 = Transpose <perm = [0, 2, 1, 3]> (mixed) dead = Relu (turned_2) parts = Reshape"),
+        ("parts = Reshape", "t = Transpose <perm = [0, 2, 1, 3]> (mixed) dead = Relu (t) parts = Reshape"),
     ),
     "an output that is read twice": ((" y)", " y, float z)"), ("parts = Reshape", "z = Relu (mixed) parts = Reshape")),
 }

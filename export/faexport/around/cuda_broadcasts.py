@@ -49,8 +49,9 @@ def _modulated(added: ir.Node, a: Analysis, names: Names) -> None:
             words = {"axis": -1, "epsilon": attribute(node, "epsilon", 1e-5), "stash_type": 1}
             made = build.add("LayerNormalization", [x, scale, shift], a.dtype(x), **words)
             insert_in_front(added, build.nodes, node.name or "modulated", names)
-            for shape in (*shape_users(node.outputs[0]), *shape_users(multiplied.outputs[0])):
-                shape.replace_input_with(0, x)  # of the same shape
+            for value in (normal, product):
+                for shape in shape_users(value) if value is not None else ():
+                    shape.replace_input_with(0, x)  # of the same shape
             take_over(added.outputs[0], made)
             remove_dead([added])
             return
