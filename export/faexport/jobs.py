@@ -226,15 +226,18 @@ def fuse(source: ir.Model, options: Options, path: pathlib.Path, report: Report)
 
 
 @contextlib.contextmanager
-def _staged(model: ir.Model, job: Job, watcher: Watcher) -> Iterator[model_io.Stage]:
-    """The rewritten model in a file: beside the target, or on a dry run in the system's temporary folder."""
+def _staged(model: ir.Model, job: Job, watcher: Watcher, external: bool = False) -> Iterator[model_io.Stage]:
+    """The rewritten model in a file: beside the target, or on a dry run in the system's temporary folder. `external`:
+    with its weights in another one."""
     watcher.step(f"writing {job.target.name}")
     with contextlib.ExitStack() as stack:
         target = job.target
         if job.dry_run:
             target = stack.enter_context(scratch.folder(what="dry-")) / target.name
         with diagnosis.blaming(job.model):
-            stage = stack.enter_context(model_io.staged(model, target, source=job.model, progress=watcher.amount))
+            stage = stack.enter_context(
+                model_io.staged(model, target, source=job.model, progress=watcher.amount, external=external)
+            )
         yield stage
 
 
@@ -288,7 +291,7 @@ def _in_half(
         dtype=dtype,
     )
     report.half_precision, report.nodes_after = made.said, count_nodes(made.model)
-    stage = stack.enter_context(_staged(made.model, job, watcher))
+    stage = stack.enter_context(_staged(made.model, job, watcher, external=stage.has_data))
     if job.check:
         watcher.step(f"comparing {name} with the original")
         report.half_precision = said = half_check.check(reference, made.said, stage.model_path, watcher.amount)

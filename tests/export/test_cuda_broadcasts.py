@@ -74,6 +74,10 @@ MODULATED = {
     ),
     "a bias of zeros": (("(active, ones)", "(active, ones, zeros)"),),
     "by its number": (("axis = -1, epsilon", "axis = 2, epsilon"),),
+    "shapes that are read": (
+        ("y = Add (x, gated)", "y = Add (x, gated) sizes = Shape (normal) more = Shape (scaled)"),
+        (" y)", " y, int64[3] sizes, int64[3] more)"),
+    ),
     "a sum that is read again": (
         ("active = Relu (x)", "more = Relu (x) active = Add (x, more)"),
         ("Add (x, gated)", "Add (active, gated)"),

@@ -124,6 +124,16 @@ STAYS = {
     ),
     "an output": ((" y)", " y, float[batch, 8, 2, 2] conv)"),),
     "a weight that a caller may give": (("6] image)", "6] image, float[8, 3, 4, 3] weight)"),),
+    "turned in a branch": (
+        (" y)", " y, float[batch, 2, 2, 8] z)"),
+        (
+            "y = MatMul (weights, w)",
+            "y = MatMul (weights, w) size = Size (image) some = Cast <to = 9> (size) z = If (some) <"
+            "then_branch = one () => (float[batch, 2, 2, 8] u) { u = Transpose <perm = [0, 2, 3, 1]> (conv) }, "
+            "else_branch = two () => (float[batch, 2, 2, 8] v) "
+            "{ turned = Transpose <perm = [0, 2, 3, 1]> (conv) v = Relu (turned) }>",
+        ),
+    ),
     "turned otherwise": (
         (MERGED, "merged = Reshape (conv, flat) w = Transpose <perm = [0, 2, 1]> (merged) v = Relu (merged)"),
         (" y)", " y, float v)"),

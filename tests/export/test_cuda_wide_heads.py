@@ -187,6 +187,9 @@ ELSEWHERE = {
         ("places = {-1, 2, 12, 16, 8}", "places = {-1, 2, 12, 16, 8}, int64[4] heads_of = {-1, 2, 192, 8}"),
         ("parts = Reshape (mixed, places)", "active = Relu (mixed) parts = Reshape (active, places)"),
     ),
+    "an output that is read to no end": (
+        ("parts = Reshape", "t = Transpose <perm = [0, 2, 1, 3]> (mixed) dead = Relu (t) parts = Reshape"),
+    ),
     "an output that is read twice": ((" y)", " y, float z)"), ("parts = Reshape", "z = Relu (mixed) parts = Reshape")),
 }
 

@@ -262,6 +262,20 @@ def test_command(library: str, tmp_path: pathlib.Path) -> None:
     assert "in float32 still: nothing" in shown.stdout and "verification in float16 passed" in shown.stdout
 
 
+@pytest.mark.parametrize("options", [{"fp16": True}, {"bf16": True}])
+def test_weights_beside_the_file_stay_there(
+    options: dict, library: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_io, "EXTERNAL_THRESHOLD_BYTES", 100)
+    onnx.save(attention(), tmp_path / "given.onnx", save_as_external_data=True, location="w", size_threshold=100)
+    faexport.optimize(tmp_path / "given.onnx", tmp_path / "made.onnx", faexport.Options(**options))
+    stored = onnx.load(tmp_path / "made.onnx", load_external_data=False).graph.initializer
+    assert {entry.value for tensor in stored for entry in tensor.external_data if entry.key == "location"} == {
+        "made.onnx.data"
+    }
+    assert (tmp_path / "made.onnx.data").stat().st_size > 0
+
+
 def test_usage(tmp_path: pathlib.Path) -> None:
     source = tmp_path / "model.onnx"
     onnx.save(attention(dtype=np.float16), source)

@@ -79,6 +79,20 @@ def test_stored_numbers_are_computed(tmp_path: pathlib.Path, library: str, optio
     assert kinds["Transpose"] == 1, "onnxruntime turns the weight when it loads the model"
 
 
+def test_an_exponent_of_another_type(tmp_path: pathlib.Path, library: str) -> None:
+    """The power is of the type of what is raised."""
+    power = ("halved = Mul (weight, half)", "halved = Pow (weight, two)")
+    _, kinds, _ = made_of(tmp_path, power, ("int64[1] first", "int64 two = {2}, int64[1] first"))
+    assert not kinds["Pow"]
+
+
+def test_text_stays(tmp_path: pathlib.Path, library: str) -> None:
+    made, kinds, _ = made_of(
+        tmp_path, ("halved = Mul (weight, half)", "text = Cast <to = 8> (weight) halved = Cast <to = 1> (text)")
+    )
+    assert kinds["MatMul"] == 1
+
+
 def test_what_a_caller_may_give_is_not(tmp_path: pathlib.Path, library: str) -> None:
     _, kinds, _ = made_of(tmp_path, ("8] x)", "8] x, float[6, 6] regions)"), ("zero = {0.0}", "zero = {0.5}"))
     assert kinds["Where"] == 2

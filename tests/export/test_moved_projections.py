@@ -136,6 +136,10 @@ STAYS = {
         ("y = Add (active, total)", "z = Relu (product) y = Add (active, total)"),
         (" y)", " y, float z)"),
     ),
+    "the product's shape": (
+        ("y = Add (active, total)", "sizes = Shape (product) y = Add (active, total)"),
+        (" y)", " y, int64[3] sizes)"),
+    ),
     "a shape that is read": (
         ("y = Add (active, total)", "sizes = Shape (split_2) y = Add (active, total)"),
         (" y)", " y, int64[6] sizes)"),
@@ -178,9 +182,35 @@ STAYS = {
 @pytest.mark.parametrize("name", STAYS)
 def test_near_misses(name: str, library: str) -> None:
     given = model(*STAYS[name], rows=(6, 8))
-    made, _ = fused(given)
-    assert not is_behind(made)
+    made, nodes = fused(given)
+    assert not is_behind(made) and len(nodes["MatMul"]) == 1
     agree(given, made, library, batches=(3, 1))
+
+
+OLDER = """
+<ir_version: 7, opset_import: ["": 9]>
+cut (float[batch, 24, 8] x) => (float[batch, 20, 8] y)
+{
+  k = Transpose <perm = [0, 2, 1]> (x)
+  products = MatMul (x, k)
+  weights = Softmax <axis = 2> (products)
+  mixed = MatMul (weights, x)
+  product = MatMul (mixed, weight)
+  biased = Add (product, bias)
+  back = Slice <axes = [1], starts = [0], ends = [20]> (biased)
+  rest = Slice <axes = [1], starts = [4], ends = [24]> (x)
+  y = Add (rest, back)
+}
+"""
+
+
+def test_what_moves_keeps_its_opsets_spelling(library: str) -> None:
+    """Before opset 10 the bounds of a Slice are attributes."""
+    given = model((TEXT, OLDER))
+    made, nodes = fused(given)
+    kinds = [node.op_type for node in made.graph.node]
+    assert kinds.index("Slice") < kinds.index("MatMul"), "the projection is behind"
+    agree(given, made, library, shape=(24, 8))
 
 
 def test_weights_that_are_not_square_stay(library: str) -> None:
@@ -234,6 +264,29 @@ def test_an_open_height_stays(library: str) -> None:
     feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
     for want, have in zip(run(given, feeds), run(made, feeds, library), strict=True):
         np.testing.assert_allclose(have, want, atol=2e-5)
+
+
+IN_A_BRANCH = """count = Size (x)
+  some = Cast <to = 9> (count)
+  gamma = Identity (bias)
+  beta = Identity (stored)
+  y = If (some) <
+    then_branch = one () => (float[batch, 4, 6, 8] norm) {
+      total = Add (x, back)
+      norm = LayerNormalization <axis = -1> (total, gamma, beta)
+    },
+    else_branch = two () => (float[batch, 4, 6, 8] sum) { sum = Add (x, back) }
+  >
+}"""
+
+
+def test_weights_of_a_branch_may_stand_outside(library: str) -> None:
+    """A node outside of the branch makes one of them."""
+    given = model((TEXT[TEXT.index("total = ") :], IN_A_BRANCH), stored=(8,))
+    made, _ = fused(given)
+    (choice,) = (node for node in made.graph.node if node.op_type == "If")
+    assert "SkipLayerNormalization" in [node.op_type for node in choice.attribute[0].g.node]
+    agree(given, made, library)
 
 
 @pytest.mark.parametrize("options", [{"rest": False}, {"target": "tensorrt"}])

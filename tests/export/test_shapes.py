@@ -83,6 +83,7 @@ main (float[5, 5] x) => (int64[n] y) {
     large = Constant <value = int32[2] {65536, 7}> ()  wrapped = Mul (large, large)  negative = Neg (large)
     huge = Constant <value_ints = [4294967296, 4294967303]> ()  cut = Cast <to = 6> (huge)  like = CastLike (huge, cut)
     byte = Constant <value = uint8[2] {3, 255}> ()  two = Constant <value = uint8[2] {5, 2}> ()
+    tenths = Constant <value_floats = [0.1, 0.5]> ()  power = Pow (tenths, pair)
     under = Sub (byte, two)  over = Add (byte, two)  times = Mul (byte, two)
     y = Identity (line)
 }"""

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
 from faexport.graph.nodes import RUNTIME_FLOATS, attribute, graphs_of, is_read_once, op, operand, producer
 from faexport.graph.surgery import Builder
+from faexport.understand.layout.shape_uses import shape_users
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import resolve_axis
 
@@ -48,6 +49,9 @@ def _modulated(added: ir.Node, a: Analysis, names: Names) -> None:
             words = {"axis": -1, "epsilon": attribute(node, "epsilon", 1e-5), "stash_type": 1}
             made = build.add("LayerNormalization", [x, scale, shift], a.dtype(x), **words)
             insert_in_front(added, build.nodes, node.name or "modulated", names)
+            for value in (normal, product):
+                for shape in shape_users(value) if value is not None else ():
+                    shape.replace_input_with(0, x)  # of the same shape
             take_over(added.outputs[0], made)
             remove_dead([added])
             return

@@ -15,7 +15,7 @@ import math
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import RUNTIME_FLOATS, attribute, data_users, given, graphs_of, op, operand
+from faexport.graph.nodes import RUNTIME_FLOATS, attribute, data_users, given, graphs_of, maker, op, operand
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.spec import Refusal
@@ -88,7 +88,7 @@ def _covers_once(node: ir.Node, patch: list[int], image: list[int]) -> bool:
 
 def _transposes(value: ir.Value, columns: int, a: Analysis) -> tuple[tuple[ir.Node, ...], tuple[ir.Node, ...]]:
     """What reads a Conv's output [B, C, ...], where it is Transposes to [B, ..., C], or to [B, patches, C] behind a
-    Reshape; nothing where something else reads it, too."""
+    Reshape; nothing where something else reads it, too, or a body of an If, Loop or Scan does."""
     rank, last, rows = a.rank(value), [], []
     assert rank is not None
     for user in data_users(value):
@@ -102,7 +102,8 @@ def _transposes(value: ir.Value, columns: int, a: Analysis) -> tuple[tuple[ir.No
             return (), ()
         rows += behind
     outputs = [node for node in (*last[1:], *rows[1:]) if node.outputs[0].is_graph_output()]
-    return ((), ()) if value.is_graph_output() or outputs else (tuple(last), tuple(rows))
+    inside = any(node.graph is not maker(value).graph for node in (*last, *rows))
+    return ((), ()) if value.is_graph_output() or outputs or inside else (tuple(last), tuple(rows))
 
 
 def _shapes(values: list[ir.Value], image: ir.Value, a: Analysis) -> tuple[tuple[ir.Node, list[ir.Node]], ...] | None:

@@ -191,8 +191,11 @@ def _repeated(value: ir.Value) -> ir.Value | None:
 
 
 def _end_of(output: ir.Value, a: Analysis) -> ir.Value | None:
-    """What is made of a [batch, heads, rows, columns] and holds it as [batch, rows ..., heads * columns]."""
+    """What is made of a [batch, heads, rows, columns] and holds it as [batch, rows ..., heads * columns]. Not even a
+    node of no use may read the output otherwise: it will have other axes."""
     shape, value = a.shape(output), output
+    if len({use.node for use in output.uses()}) != 1:
+        return None
     view = View.whole(shape) if shape is not None else None
     wanted = (
         None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import RUNTIME_FLOATS, attribute, graphs_of, is_read_once, live_users, op, producer
+from faexport.graph.nodes import RUNTIME_FLOATS, attribute, graphs_of, live_users, op, producer
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import product
 from faexport.understand.shapes.analysis import Analysis
@@ -48,9 +48,7 @@ def _move(added: ir.Node, a: Analysis, names: Names) -> None:
         return  # more rows would be multiplied
     build, dtype = Builder(a.opset), a.dtype(rows)
     for node in moves:
-        others = list(node.inputs[1:])
-        words = {name: attr.value for name, attr in node.attributes.items()}
-        rows = build.add(node.op_type, [rows, *others], dtype, **words)
+        rows = build.again(node, rows)
     multiplied = build.add("MatMul", [rows, weight], dtype)
     biased = build.add("Add", [multiplied, bias], dtype)
     insert_in_front(moves[-1], build.nodes, moves[-1].name or "moved", names)
@@ -71,7 +69,7 @@ def _projected(added: ir.Node, a: Analysis) -> tuple[ir.Value, ir.Value, ir.Valu
         square = len(shape) > 1 and shape[-1].const and list(sizes) == [shape[-1], shape[-1]]
         if not square or a.shape(bias) != (shape[-1],) or a.dtype(rows) not in RUNTIME_FLOATS:
             continue
-        if a.is_static(weight) and a.is_static(bias) and is_read_once(value):
+        if a.is_static(weight) and a.is_static(bias) and not value.is_graph_output() and live_users(value) == [added]:
             return rows, weight, bias
     return None
 

@@ -79,9 +79,9 @@ def _place_of(node: ir.Node, a: Analysis) -> _Place | None:
 
 
 def _comes_first(place: _Place, places: Mapping[ir.Node, int]) -> bool:
-    """Do the weights stand in front of the sum, which other nodes may read at once?"""
+    """Do the weights stand in front of the sum, which other nodes may read at once? All of an outer graph does."""
     makers = (producer(value) for value in (*place.node.inputs[1:], place.bias))
-    return all(node is None or places[node] < places[place.added] for node in makers)
+    return all(node is None or places.get(node, -1) < places[place.added] for node in makers)
 
 
 def _sides(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:

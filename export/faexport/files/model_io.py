@@ -87,6 +87,11 @@ class Stage:
     model_path: pathlib.Path
     data_name: str  # of the file of weights beside it, if there is one
 
+    @property
+    def has_data(self) -> bool:
+        """Is there a file of weights?"""
+        return self.model_path.with_name(self.data_name).exists()
+
     def commit(self) -> list[pathlib.Path]:
         """Moves the files and returns where they are now, the model first.
 
@@ -97,7 +102,7 @@ class Stage:
         written = [self.target]
         staged_data, data = self.model_path.with_name(self.data_name), self.target.with_name(self.data_name)
         with writing(self.target), uninterrupted():
-            if staged_data.exists():
+            if self.has_data:
                 os.rename(staged_data, data)
                 written.append(data)
             try:
@@ -115,12 +120,18 @@ class Stage:
 
 @contextlib.contextmanager
 def staged(
-    model: ir.Model, path: PathLike, *, source: PathLike | None = None, progress: Progress | None = None
+    model: ir.Model,
+    path: PathLike,
+    *,
+    source: PathLike | None = None,
+    progress: Progress | None = None,
+    external: bool = False,
 ) -> Iterator[Stage]:
-    """Writes the model to a temporary folder beside `path`, to be tried before it takes its place. See save."""
+    """Writes the model to a temporary folder beside `path`, to be tried before it takes its place. See save.
+    `external`: large weights go to a file beside it, wherever they were."""
     check_target(model, path, source)
     target = final_path(pathlib.Path(path))
-    external = uses_external_data(model) or _weight_bytes(model) > MAX_PROTOBUF_BYTES - (64 << 20)
+    external = external or uses_external_data(model) or _weight_bytes(model) > MAX_PROTOBUF_BYTES - (64 << 20)
     with contextlib.ExitStack() as stack:
         with writing(target):
             folder = stack.enter_context(scratch.folder(target.parent))

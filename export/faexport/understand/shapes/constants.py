@@ -56,7 +56,6 @@ _BINARY: dict[str, Callable[..., np.ndarray]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,
-    "Pow": np.power,
     "Equal": np.equal,
     "Less": np.less,
     "LessOrEqual": np.less_equal,
@@ -79,7 +78,7 @@ _UNARY: dict[str, Callable[..., np.ndarray]] = {
     "Identity": np.asarray,
     "IsNaN": np.isnan,
 }
-BROADCAST = {*_BINARY, "Div", "Mod", "Where", "Min", "Max"}
+BROADCAST = {*_BINARY, "Pow", "Div", "Mod", "Where", "Min", "Max"}
 
 
 def _on_operands(function: Callable[..., np.ndarray], count: int) -> Callable[[ir.Node, Arrays], np.ndarray]:
@@ -88,6 +87,11 @@ def _on_operands(function: Callable[..., np.ndarray], count: int) -> Callable[[i
 
 for _table, _count in ((_BINARY, 2), (_UNARY, 1)):
     FOLD.update({name: _on_operands(function, _count) for name, function in _table.items()})
+
+
+@_register("Pow")
+def _pow(node, x):
+    return np.power(x[0], x[1]).astype(x[0].dtype)  # the exponent may be of another type
 
 
 @_register("Div")
@@ -108,7 +112,10 @@ def _cast_like(node, x):
 
 
 def _converted(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Integers wrap around, as they do in runtimes; a float outside of the integer type has no defined value."""
+    """Integers wrap around, as they do in runtimes; a float outside of the integer type has no defined value. Texts
+    are not computed."""
+    if dtype == np.object_:
+        raise ValueError("a cast to text")
     if np.issubdtype(dtype, np.integer) and not np.issubdtype(x.dtype, np.integer) and x.dtype != np.bool_:
         limits, wide = np.iinfo(dtype), x.astype(np.float64)
         if not ((wide > float(limits.min) - 1) & (wide < float(limits.max))).all():
