@@ -338,7 +338,10 @@ def _beside_noise(
     if exact is None or exact.shape != want.shape or difference.dtype not in compare.RELATIVE_TOLERANCE:
         return difference
     own, ours = compare.distance(exact, want), compare.distance(exact, got)
-    noisy = own > TOO_NOISY * compare.magnitude(want) and not quantized
+    most = TOO_NOISY * compare.magnitude(want)
+    rounded = compare.distance(exact, reference.rounded_outputs(index).get(name, want))
+    own = max(own, rounded if rounded <= most else 0.0)  # numbers that roundings drown are no measure
+    noisy = own > most and not quantized
     if noisy and ours > difference.tolerance:
         return None
     return _allowed(dataclasses.replace(difference, max_abs_diff=ours), 0.0 if noisy else ROUNDING_FACTOR * own)

@@ -24,7 +24,7 @@ from faexport.graph.nodes import all_nodes
 from faexport.runtimes import ort_session
 from faexport.runtimes.ort_session import CannotRun, Job, ModelFailure
 from faexport.spec import DOMAIN
-from faexport.verify import compare, widen
+from faexport.verify import compare, roundings, widen
 
 PATIENCE = 60.0  # seconds after which no more settings are tried on the original
 GIVE_INPUTS = "give inputs with --inputs file.npz"
@@ -55,6 +55,7 @@ class Reference:
 
     _plain: list[Outputs | str] | None = None
     _float32: list[Outputs | str] | None = None
+    _rounded: list[Outputs | str] | None = None
     _moved: list[Outputs | str] | None = None
 
     @functools.cached_property
@@ -117,15 +118,33 @@ class Reference:
         """The outputs of the same model in float32, computed once somebody asks; {} where that fails."""
         if self._float32 is None:
             tensors = [widen.inputs_in_float32(item.tensors) for item in self.sets]
-            try:
-                with tempfile.TemporaryDirectory(prefix="faexport-float32-") as folder:
-                    path = pathlib.Path(folder) / "model.onnx"
-                    model_io.save(widen.in_float32(model_io.load(self.path)), path)
-                    self._float32 = self._again(os.fspath(path), tensors)
-            except (model_io.ModelError, OSError) as error:
-                self._float32 = []
-                self.notes.append(f"the model could not be tried in float32: {error}")
+            self._float32 = self._changed(widen.in_float32, tensors, "in float32")
         return _or_nothing(self._float32, index)
+
+    def rounded_outputs(self, index: int) -> Outputs:
+        """The outputs with each tensor rounded as the model says, where onnxruntime would leave roundings out
+        (roundings.py), computed once somebody asks; {} where that fails."""
+        if self._rounded is None:
+            tensors = [item.tensors for item in self.sets]
+            self._rounded = self._changed(roundings.round_all, tensors, "with all of its roundings", optimize=False)
+        return _or_nothing(self._rounded, index)
+
+    def _changed(
+        self,
+        change: Callable[[ir.Model], ir.Model],
+        tensors: Sequence[ort_session.Tensors],
+        how: str,
+        optimize: bool = True,
+    ) -> list[Outputs | str]:
+        """The outputs of the model that `change` makes of this one."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="faexport-changed-") as folder:
+                path = pathlib.Path(folder) / "model.onnx"
+                model_io.save(change(model_io.load(self.path)), path)
+                return self._again(os.fspath(path), tensors, optimize)
+        except (model_io.ModelError, OSError) as error:
+            self.notes.append(f"the model could not be tried {how}: {error}")
+            return []
 
     def _again(self, path: str, tensors: Sequence[ort_session.Tensors], optimize: bool = True) -> list[Outputs | str]:
         """Outputs on those sets that it runs on."""

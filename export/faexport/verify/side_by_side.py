@@ -23,6 +23,7 @@ from faexport.graph.nodes import dtype_name, maker
 from faexport.spec import DIVISORS, DOMAIN, LEFT_OUT, OP_TYPE
 from faexport.understand.shapes.analysis import Analysis
 from faexport.verify.recompute import BODIES, DISCRETE, copied, recomputed, unrounded_sources
+from faexport.verify.roundings import round_values
 from faexport.verify.side_by_side_math import NUM_STATISTICS, Emit, bits_of, settled, statistics
 
 MINIMUM_OPSET = 9  # Where, IsNaN
@@ -84,6 +85,7 @@ class _Builder:
         self.points: list[Point] = []
         self.left_out: list[str] = []
         self.initializers: dict[ir.Value, ir.Value] = {}
+        self.leaves: dict[ir.Value, None] = {}  # what both sides read
         self._analysis: Analysis | None = None
 
     def build(self) -> SideBySide:
@@ -103,6 +105,7 @@ class _Builder:
         if True in self.kinds:
             stand_in_copy.add_functions(self.old, self.new)
         self.old.ir_version = max(self.old.ir_version, self.new.ir_version, 8)
+        round_values(self.leaves, self._dtype)
         if outputs:
             onnx_ir.passes.common.RemoveUnusedNodesPass()(self.old)
         return SideBySide(self.old, self.points, self.left_out)
@@ -214,6 +217,7 @@ class _Builder:
                     leaves[scope.visible[value.name]] = None
                 elif made_by is not None:
                     queue.append(made_by)
+        self.leaves |= leaves
         return site, list(leaves)
 
     def _copy(self, root: ir.Value, scope: _Scope, by_stand_in: bool) -> ir.Value:
