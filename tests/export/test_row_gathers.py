@@ -9,6 +9,7 @@ import faexport
 import numpy as np
 import onnx
 import pytest
+from faexport.around import row_gathers
 from onnx import parser
 
 from tests.export.form_text import replaced
@@ -172,6 +173,22 @@ def test_rows_of_other_batch_entries_stay(library: str) -> None:
     )
     assert kinds == {"Gather": 2, "Transpose": 1}
     agree(given, made, library)
+
+
+def test_many_rows_stay(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file would grow by their numbers, also where only the result has so many."""
+    repeated = (
+        ("up = Concat <axis = 1> (bottom, most)", "up = Concat <axis = 1> (bottom, most, bottom, most)"),
+        ("flat = Reshape (up, rows)\n  y = Add (flat, x)", "y = Relu (up)"),
+        ("24, 8] y", "8, 6, 8] y"),
+    )
+    assert made_of(*repeated)[2] == {"Gather": 2}
+    monkeypatch.setattr(row_gathers, "MOST_ROWS", 47)
+    given, made, kinds = made_of(*repeated)
+    assert kinds["Gather"] == 1 and kinds["Concat"] == 1
+    agree(given, made, library)
+    monkeypatch.setattr(row_gathers, "MOST_ROWS", 23)
+    assert not made_of(*repeated)[2].get("Gather")
 
 
 def test_a_single_transpose_stays(library: str) -> None:

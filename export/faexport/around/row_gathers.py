@@ -184,7 +184,7 @@ def _run(node: ir.Node, places: dict[ir.Value, Indices], unit: Dim, columns: int
     made = _MOVES[op(node)](node, read, a)
     for value, rows in zip(node.outputs, made, strict=True):
         wanted = _sizes(value, unit, columns, a)
-        if wanted is None or rows.size != np.prod(wanted):
+        if wanted is None or rows.size != np.prod(wanted) or rows.size > MOST_ROWS:
             return False
         if op(node) not in _VIEWS and list(rows.shape) != wanted:
             return False
