@@ -151,3 +151,12 @@ def test_what_can_t_be_measured_is_one_line(model: pathlib.Path, tmp_path: pathl
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, ir_version=9), tmp_path / "plain.onnx")
     assert_bad_input(here("bench", tmp_path / "plain.onnx"), "nothing is fused")
+
+
+@pytest.mark.parametrize("command", (["bench", "{}"], ["build", "{}"], ["run", "{}", "--inputs", "{}"]))
+def test_bad_input_ends_in_json_too(command: list[str], tmp_path: pathlib.Path) -> None:
+    """Whatever stops it first: a file that isn't there, or TensorRT that isn't installed."""
+    missing = str(tmp_path / "missing")
+    done = here(*(word.format(missing) for word in command), "--json")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(json.loads(done.stdout)["error"].splitlines()[-1])

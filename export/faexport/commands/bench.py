@@ -122,6 +122,7 @@ class Limits:
 @json_option
 @quiet_option
 @gathered(limits=Limits)
+@terminal.errors_as_json
 def bench(
     model: pathlib.Path,
     shapes: tuple[str, ...],

@@ -124,6 +124,7 @@ class Building:
 @click.option("--verbose", "-v", is_flag=True, help="Show TensorRT's log on stderr.")
 @quiet_option
 @gathered(building=Building)
+@terminal.errors_as_json
 def build(
     model: pathlib.Path,
     output: pathlib.Path | None,
@@ -334,6 +335,7 @@ def _size_text(num_bytes: int) -> str:
 @runtime_option
 @json_option
 @quiet_option
+@terminal.errors_as_json
 def run(
     engine_file: pathlib.Path,
     inputs: pathlib.Path,

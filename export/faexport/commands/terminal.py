@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import gc
 import io
+import json
 import os
 import signal
 import sys
@@ -155,6 +157,23 @@ def _usage_error(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else PROGRAM
     return f"{text[:1].lower()}{text[1:]}; {command} --help shows the usage"
+
+
+def errors_as_json(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that ends in {"error": …} on bad input where JSON was asked for. fuse and inspect have a report that
+    says it."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, as_json: bool, **options: Any) -> None:
+        try:
+            command(*arguments, as_json=as_json, **options)
+        except ModelError as error:
+            if as_json:
+                with printing():
+                    click.echo(json.dumps({"error": str(error)}, indent=2))
+            raise
+
+    return wrapped
 
 
 @contextlib.contextmanager
