@@ -13,11 +13,19 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import RUNTIME_FLOATS, attribute, graphs_of, is_read_once, op, operand, producer
+from faexport.graph.nodes import (
+    RUNTIME_FLOATS,
+    attribute,
+    graphs_of,
+    is_read_once,
+    normalizes_rows,
+    op,
+    operand,
+    producer,
+)
 from faexport.graph.surgery import Builder
 from faexport.understand.layout.shape_uses import shape_users
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.rules import resolve_axis
 
 
 def join(model: ir.Model, a: Analysis, names: Names) -> None:
@@ -69,9 +77,7 @@ def _is_plain(node: ir.Node, a: Analysis) -> bool:
     """Does a LayerNormalization of the last of three axes multiply by 1, and add nothing?"""
     scale, shift = a.constant(operand(node, 1)), a.constant(operand(node, 2))
     rank = a.rank(operand(node, 0))
-    if rank != 3 or resolve_axis(attribute(node, "axis", -1), rank) != 2 or attribute(node, "stash_type", 1) != 1:
-        return False
-    if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+    if rank != 3 or not normalizes_rows(node, rank):
         return False
     ones = scale is not None and bool((scale == 1).all())
     return ones and (operand(node, 2) is None or (shift is not None and not shift.any()))

@@ -15,7 +15,17 @@ import math
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import RUNTIME_FLOATS, attribute, data_users, given, graphs_of, maker, op, operand
+from faexport.graph.nodes import (
+    RUNTIME_FLOATS,
+    attribute,
+    data_users,
+    given,
+    graphs_of,
+    is_transpose,
+    maker,
+    op,
+    operand,
+)
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.spec import Refusal
@@ -120,7 +130,7 @@ def _shapes(values: list[ir.Value], image: ir.Value, a: Analysis) -> tuple[tuple
 
 def _turns(node: ir.Node, rank: int) -> bool:
     """Does it make the second axis the last one?"""
-    return op(node) == "Transpose" and list(attribute(node, "perm") or ()) == [0, *range(2, rank), 1]
+    return is_transpose(node, [0, *range(2, rank), 1])
 
 
 def _write(found: _Patches, a: Analysis, names: Names) -> None:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from faexport.around import wide_biases
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import attribute, graphs_of, is_read_once, live_users, op, operand, producer
+from faexport.graph.nodes import VIEWS, attribute, graphs_of, is_read_once, only_reader, op, operand, producer
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim, product
 from faexport.spec import DOMAIN, OP_TYPE, Layout
@@ -27,7 +27,6 @@ from faexport.understand.layout.heads import Link, chain_of
 from faexport.understand.layout.views import Atom, Axis, View, merged
 from faexport.understand.shapes.analysis import Analysis
 
-_RESHAPES = ("Reshape", "Unsqueeze", "Squeeze", "Identity")  # elements stay in their order
 ROWS, COLUMNS = "bhwc,hkc->bhwk", "bhwc,wkc->bhwk"  # of the image: what the positions of queries are multiplied by
 
 
@@ -134,7 +133,7 @@ def _positions(parts: Sequence[ir.Value], query: ir.Value, a: Analysis) -> list[
     found = []
     for part in parts:
         node = producer(part)
-        while node is not None and op(node) in _RESHAPES:
+        while node is not None and op(node) in VIEWS:
             node = producer(node.inputs[0])
         if node is None or op(node) != "Einsum" or len(node.inputs) != 2:
             return None
@@ -202,8 +201,7 @@ def _end_of(output: ir.Value, a: Analysis) -> ir.Value | None:
         if shape is None
         else (*_flat(shape[:1], 0), *_flat(shape[2:3], 2), *_flat(shape[1:2], 1), *_flat(shape[3:], 3))
     )
-    while view is not None and not value.is_graph_output() and len(live_users(value)) == 1:
-        (user,) = live_users(value)
+    while view is not None and (user := only_reader(value)) is not None:
         if user.inputs[0] is not value or len(user.outputs) != 1:
             return None
         value = user.outputs[0]

@@ -16,7 +16,16 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, given, op, operand, producer
+from faexport.graph.nodes import (
+    RUNTIME_DOMAIN,
+    RUNTIME_FLOATS,
+    attribute,
+    given,
+    normalizes_rows,
+    op,
+    operand,
+    producer,
+)
 from faexport.graph.surgery import Builder
 from faexport.sizes import algebra as ia
 from faexport.sizes.dims import Dim
@@ -49,11 +58,7 @@ def _read(node: ir.Node, ctx: Interpreter) -> tuple[_Embedding, _Embedding, list
     a, total = ctx.analysis, given(node, 0)
     sizes = a.shape(total)
     weights = [operand(node, 1), operand(node, 2)]
-    if sizes is None or len(sizes) != 3 or attribute(node, "axis", -1) not in (-1, 2):
-        return None
-    if attribute(node, "stash_type", 1) != 1 or None in weights:
-        return None
-    if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+    if sizes is None or len(sizes) != 3 or not normalizes_rows(node, 3) or None in weights:
         return None
     summands = [_embedding(value, ctx) for value in _summands(total)]
     found = [one for one in summands if one is not None]

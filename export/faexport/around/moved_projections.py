@@ -12,13 +12,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import RUNTIME_FLOATS, attribute, graphs_of, live_users, op, producer
+from faexport.graph.nodes import RUNTIME_FLOATS, VIEWS, attribute, graphs_of, live_users, only_reader, op, producer
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import product
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import resolve_axis, slice_of
-
-_VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity")
 
 
 def write(model: ir.Model, a: Analysis, names: Names) -> None:
@@ -34,7 +32,7 @@ def _move(added: ir.Node, a: Analysis, names: Names) -> None:
     """Behind the moves that read a biased product, where these end at a residual."""
     found = _projected(added, a)
     moves = _moves_from(added, a) if found is not None else []
-    if found is None or not moves or all(op(node) in _VIEWS for node in moves):
+    if found is None or not moves or all(op(node) in VIEWS for node in moves):
         return
     rows, weight, bias = found
     end, own = moves[-1].outputs[0], a.shape(added.outputs[0])
@@ -78,8 +76,7 @@ def _moves_from(added: ir.Node, a: Analysis) -> list[ir.Node]:
     """The nodes one behind the other that read a value and only move its rows."""
     moves: list[ir.Node] = []
     value = added.outputs[0]
-    while not value.is_graph_output() and len(live_users(value)) == 1:
-        (user,) = live_users(value)
+    while (user := only_reader(value)) is not None:
         if user.graph is not added.graph or user.inputs[0] is not value or not _moves_rows(user, a):
             break
         moves.append(user)
@@ -101,4 +98,4 @@ def _moves_rows(node: ir.Node, a: Analysis) -> bool:
         return pieces is not None and all(axis != last for axis, *_ in pieces)
     if kind == "Gather":
         return resolve_axis(attribute(node, "axis", 0), last + 1) != last and a.is_static(node.inputs[1])
-    return kind in _VIEWS and a.is_static(node.inputs[1] if len(node.inputs) > 1 else None)
+    return kind in VIEWS and a.is_static(node.inputs[1] if len(node.inputs) > 1 else None)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import FLOATS, attribute, given, graphs_of, live_users, op
+from faexport.graph.nodes import FLOATS, VIEWS, attribute, given, graphs_of, live_users, op
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.understand.shapes.analysis import Analysis
@@ -98,7 +98,7 @@ def _is_closed(nodes: list[ir.Node], last: ir.Node) -> bool:
     """Does nothing else read what a kernel in front of the last node gives, or a view of it?"""
     moved: set[ir.Node] = set()
     for node in reversed(_in_order(nodes)):
-        if op(node) not in _VIEWS or any(value.producer() in moved for value in _moved(node)):
+        if op(node) not in VIEWS or any(value.producer() in moved for value in _moved(node)):
             moved.add(node)
     values = [value for node in moved if node is not last for value in node.outputs]
     return all(not v.is_graph_output() and set(live_users(v)) <= {*nodes} for v in values)
@@ -186,7 +186,7 @@ def _run(node: ir.Node, places: dict[ir.Value, Indices], unit: Dim, columns: int
         wanted = _sizes(value, unit, columns, a)
         if wanted is None or rows.size != np.prod(wanted) or rows.size > MOST_ROWS:
             return False
-        if op(node) not in _VIEWS and list(rows.shape) != wanted:
+        if op(node) not in VIEWS and list(rows.shape) != wanted:
             return False
         places[value] = rows.reshape(wanted)
     return True
@@ -220,10 +220,9 @@ def _same(node: ir.Node, read: list[Indices], a: Analysis) -> list[Indices]:
 
 
 # What each kind of node does to the places of rows.
-_VIEWS: dict[str, Callable[[ir.Node, list[Indices], Analysis], list[Indices]]] = dict.fromkeys(
-    ("Reshape", "Squeeze", "Unsqueeze", "Identity"), _same
-)
-_MOVES = _VIEWS | {"Slice": _sliced, "Split": _split, "Concat": _joined, "Transpose": _turned}
+_MOVES: dict[str, Callable[[ir.Node, list[Indices], Analysis], list[Indices]]] = {
+    **dict.fromkeys(VIEWS, _same), "Slice": _sliced, "Split": _split, "Concat": _joined, "Transpose": _turned,
+}  # fmt: skip
 
 
 def _replace(found: _Chain, rows: ir.Value, a: Analysis, names: Names) -> None:

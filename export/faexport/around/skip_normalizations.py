@@ -21,6 +21,7 @@ from faexport.graph.nodes import (
     attribute,
     graphs_of,
     is_read_once,
+    normalizes_rows,
     op,
     operand,
     producer,
@@ -28,7 +29,6 @@ from faexport.graph.nodes import (
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.rules import resolve_axis
 
 NORMALIZATION = "SkipLayerNormalization"
 
@@ -96,11 +96,8 @@ def _is_of_rows(node: ir.Node, shape: tuple[Dim, ...], a: Analysis) -> bool:
     weights = [operand(node, 1), operand(node, 2)]
     if any(weight is None or not _is_vector(weight, shape[-1], a) for weight in weights):
         return False
-    if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
-        return False
     dtypes = {a.dtype(value) for value in node.inputs}
-    plain = resolve_axis(attribute(node, "axis", -1), len(shape)) == len(shape) - 1
-    return plain and len(dtypes) == 1 and dtypes <= {*RUNTIME_FLOATS} and attribute(node, "stash_type", 1) == 1
+    return normalizes_rows(node, len(shape)) and len(dtypes) == 1 and dtypes <= {*RUNTIME_FLOATS}
 
 
 def _is_vector(value: ir.Value, size: Dim, a: Analysis) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front
-from faexport.graph.nodes import attribute, is_live, live_users, op, producer
+from faexport.graph.nodes import attribute, is_live, only_reader, op, producer
 from faexport.graph.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
 
@@ -40,21 +40,16 @@ def find(node: ir.Node, packed: ir.Value, end: ir.Value, each: int, a: Analysis)
         stored, multiplied = _vector(bias, 3 * each, a), producer(product)
         if product is None or stored is None or multiplied is None or op(multiplied) != "MatMul":
             continue
-        behind = _only_reader(end)
+        behind = only_reader(end)
         weight = a.tensor(behind.inputs[1]) if behind is not None and op(behind) == "MatMul" else None
         if behind is None or behind.inputs[0] is not end or weight is None or len(weight.shape) != 2:
             return None
-        added = _only_reader(behind.outputs[0])
+        added = only_reader(behind.outputs[0])
         own = _own(added, behind, weight.shape[1], a) if added is not None else None
         if added is None or own is None:
             return None
         return Biases(product, stored[:each], stored[2 * each :], behind, added)
     return None
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    users = live_users(value)
-    return users[0] if len(users) == 1 and not value.is_graph_output() else None
 
 
 def _is_for(packed: ir.Value, node: ir.Node) -> bool:

@@ -15,6 +15,7 @@ RUNTIME_DOMAIN = "com.microsoft"  # of onnxruntime's own operators
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 # Those for which onnxruntime has its own operators on every provider.
 RUNTIME_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity")  # elements stay in their order
 LEAVES = frozenset(
     ("Constant", "Unsqueeze", "Concat", "Gather", "Shape", "Reshape", "Transpose", "Cast", "MatMul", "Mul", "Add")
 )  # for speed
@@ -74,6 +75,18 @@ def dtype_name(dtype: ir.DataType | None) -> str | None:
 def is_read_once(value: ir.Value) -> bool:
     """Does one node alone read it, but for its shape?"""
     return not value.is_graph_output() and len(data_users(value)) == 1
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The node that reads it, where one alone does whose results matter."""
+    readers = live_users(value)
+    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def normalizes_rows(node: ir.Node, rank: int) -> bool:
+    """Does a LayerNormalization take the last of so many axes, in float32, and give nothing but the result?"""
+    plain = attribute(node, "axis", -1) in (-1, rank - 1) and attribute(node, "stash_type", 1) == 1
+    return plain and not any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
 
 
 def is_transpose(node: ir.Node | None, perm: list[int]) -> bool:

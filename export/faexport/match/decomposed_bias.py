@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.cuda_heads import widest
-from faexport.graph.nodes import dtype_name, name_of, op, producer
+from faexport.graph.nodes import VIEWS, dtype_name, name_of, op, producer
 from faexport.graph.surgery import Missing
 from faexport.match import Context, refiner
 from faexport.sizes.dims import product
@@ -29,8 +29,7 @@ from faexport.understand.shapes.analysis import Analysis
 FEWEST_KEYS = 128  # below, the bias is small and wider heads gain nothing
 SCALES = (2.0**-14, 2.0**14)  # whose inverses float16 has at full precision
 ALIGNED = 8  # columns: rows of 16 bytes in half precision
-_RESHAPES = ("Reshape", "Unsqueeze", "Squeeze", "Identity")  # elements stay in their order
-_VIEWS = (*_RESHAPES, "Transpose", "Cast")
+_MOVES = (*VIEWS, "Transpose", "Cast")
 _PRODUCTS = ("Einsum", "MatMul", "Gemm")  # finite for finite operands
 
 
@@ -70,7 +69,7 @@ def bias_in_columns(spec: AttentionSpec, context: Context) -> AttentionSpec:
 
 def _parts_of(spec: AttentionSpec, a: Analysis) -> _Parts | None:
     total, query, key = producer(spec.mask.attn_bias), a.shape(spec.query.value), a.shape(spec.key.value)
-    while total is not None and op(total) in _RESHAPES:
+    while total is not None and op(total) in VIEWS:
         total = producer(total.inputs[0])
     whole = a.shape(total.outputs[0]) if total is not None and op(total) == "Add" else None
     if total is None or whole is None or len(whole) < 3 or query is None or key is None:
@@ -91,7 +90,7 @@ def _parts_of(spec: AttentionSpec, a: Analysis) -> _Parts | None:
 def _is_product(value: ir.Value | None) -> bool:
     """Is it a view of a matrix product? What may be infinite, as a mask may, must not be multiplied by 0."""
     node = producer(value)
-    while node is not None and op(node) in _VIEWS:
+    while node is not None and op(node) in _MOVES:
         node = producer(node.inputs[0])
     return node is not None and op(node) in _PRODUCTS
 
