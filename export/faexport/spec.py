@@ -257,7 +257,7 @@ class Candidate:
     fused_node: ir.Node | None = None  # once it stands in the graph
     # batch_size, num_q_heads, … as far as known
     sizes: dict[str, int | str | None] = dataclasses.field(default_factory=dict)
+    name: str = dataclasses.field(init=False)  # as the model has it: when a site is rewritten, old outputs are renamed
 
-    @property
-    def name(self) -> str:
-        return self.anchor.name or (self.anchor.outputs[0].name or "?")
+    def __post_init__(self) -> None:
+        self.name = self.anchor.name or self.anchor.outputs[0].name or "?"

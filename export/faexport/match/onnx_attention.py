@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import attribute, given, live_users, name_of, operand
+from faexport.graph.nodes import attribute, dtype_name, given, live_users, name_of, operand
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.sizes.dims import Dim, plain
@@ -46,7 +46,7 @@ def _refusal(node: ir.Node, context: Context) -> Refusal | None:
     if len(dtypes - {None}) > 1:
         return Refusal("query, key and value have different types", name)
     if attribute(node, "scale") == 0.0:
-        return Refusal("the scale is 0", name)
+        return Refusal("its softmax scale is 0, which stands for the default in the operator", name)
     if any(x.is_ref() for x in node.attributes.values()):
         return Refusal("an attribute is a parameter of the function that the node is in", name)
     ranks = [a.rank(v) for v in node.inputs[:3]]
@@ -77,8 +77,6 @@ def _spec(node: ir.Node, candidate: Candidate, context: Context) -> AttentionSpe
         key, value = declared[1].as_is(), declared[2].as_is()
         if query.operand.column_start is not None:
             query = declared[0].as_is()
-    if attribute(node, "scale", 1.0) == 0.0:
-        return Refusal("its softmax scale is 0, which stands for the default in the operator", name_of(node))
     mask = _mask(node, declared, sizes, past, candidate, context)
     if isinstance(mask, Refusal):
         return mask
@@ -131,7 +129,7 @@ def _note_sizes(candidate: Candidate, declared, sizes, key, past, a) -> None:
         seqlen_kv=plain(total),
         head_dim=plain(query[3]) if query else None,
         head_dim_v=plain(values[3]) if values else None,
-        dtype=None if a.dtype(declared[0].value) is None else a.dtype(declared[0].value).name.lower(),
+        dtype=dtype_name(a.dtype(declared[0].value)),
     )
 
 
