@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 import types
 
 import faplugin
 import numpy as np
 import pytest
-from faplugin import _frameworks
+from faplugin import _frameworks, _native
 
 SHAPE = (2, 3, 5, 8)
 
@@ -60,3 +61,13 @@ def test_cupy_allocates_on_the_stream_and_device(monkeypatch: pytest.MonkeyPatch
     assert _frameworks.allocates(array)
     _frameworks.empty(array, (3,), "int32", "cuda", stream)
     assert made == [((3,), "int32", (("device", 1), ("stream", stream)))]
+
+
+def test_an_exchange_api_is_used_where_no_function_that_is_called_is_missing() -> None:
+    """Its version (1.0), the older one, and five functions, of which a call needs the first and the last two."""
+    known = _native.library().fa_python_exchange_known
+    complete = [1, None, *range(1, 6)]
+    assert known((ctypes.c_void_p * 7)(*complete))
+    for needed in (2, 5, 6):
+        assert not known((ctypes.c_void_p * 7)(*(None if i == needed else x for i, x in enumerate(complete))))
+    assert not known((ctypes.c_void_p * 7)(2, *complete[1:]))
