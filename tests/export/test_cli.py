@@ -365,12 +365,12 @@ importlib.util.find_spec = lambda name, *more: None if name == 'onnxruntime' els
     ),
     "on a full disk": (  # the sites are compared by a model in the temporary folder
         """import errno, os, tempfile
-honest = tempfile.TemporaryDirectory
-def folder(*arguments, prefix='', **options):
+honest = tempfile.mkdtemp
+def folder(suffix=None, prefix=None, dir=None):
     if prefix == 'faexport-sites-':
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return honest(*arguments, prefix=prefix, **options)
-tempfile.TemporaryDirectory = folder
+    return honest(suffix, prefix, dir)
+tempfile.mkdtemp = folder
 """,
         "No space left on device (TMPDIR",
     ),

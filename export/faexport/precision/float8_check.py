@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +18,7 @@ import onnx_ir as ir
 
 from faexport.errors import ModelError
 from faexport.fallback.functions import add_fallback, remove_fallback
-from faexport.files import model_io
+from faexport.files import model_io, scratch
 from faexport.graph.edits import Names, name_node
 from faexport.graph.nodes import all_nodes, dtype_name
 from faexport.graph.surgery import Builder
@@ -131,8 +129,8 @@ def _run(model: ir.Model, reference: Reference, indices: Sequence[int]) -> dict[
     if not library and (why := add_fallback(model)):
         raise ModelFailure(f"the operator's library is not installed, and without it {why}")
     wanted, found = {value.name for value in model.graph.inputs}, {}
-    with tempfile.TemporaryDirectory(prefix="faexport-float8-") as folder:
-        path = pathlib.Path(folder) / "model.onnx"
+    with scratch.folder(what="float8-") as folder:
+        path = folder / "model.onnx"
         model_io.save(model, path)
         with reference.open_session(Job(os.fspath(path), optimize=False, library=library)) as session:
             for index in indices:

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from faexport.fallback.functions import add_fallback
-from faexport.files import model_io
+from faexport.files import model_io, scratch
 from faexport.graph.nodes import op
 from faexport.precision.half import is_ours, prepared
 from faexport.runtimes.ort_session import Job, ModelFailure, has_library
@@ -161,8 +159,8 @@ def _measured(path: os.PathLike[str] | str, reference: Reference) -> dict[str, f
     names = _measure(model)
     largest = np.zeros(len(names))
     given = {value.name for value in model.graph.inputs}
-    with tempfile.TemporaryDirectory(prefix="faexport-range-") as folder:
-        target = pathlib.Path(folder) / "model.onnx"
+    with scratch.folder(what="range-") as folder:
+        target = folder / "model.onnx"
         model_io.save(model, target)
         job = Job(os.fspath(target), optimize=False, library=library)
         with reference.open_session(job) as session:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from faexport.feeds.open_sizes import OpenSizes, excuse
 from faexport.feeds.settings import InputSet
-from faexport.files import model_io
+from faexport.files import model_io, scratch
 from faexport.graph.normalize import convert_opset, inline_functions
 from faexport.report.data import SiteComparison
 from faexport.runtimes import ort_session
@@ -180,8 +180,8 @@ class _Checker:
         """Raises ModelFailure where onnxruntime can't load the model, CannotRun where it can't go on."""
         names = {value.name for value in beside.model.graph.inputs}
         worst: dict[str, SiteComparison] = {}
-        with tempfile.TemporaryDirectory(prefix="faexport-sites-") as folder:
-            job = self._job(beside.model, pathlib.Path(folder), library)
+        with scratch.folder(what="sites-") as folder:
+            job = self._job(beside.model, folder, library)
             with self.open_session(job) as session:
                 for index, item in enumerate(self.sets):
                     self.on_amount(index, len(self.sets))
