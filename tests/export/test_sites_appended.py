@@ -17,8 +17,8 @@ from onnx import helper
 
 from tests.export import form_text
 from tests.export.appended import Form, feeds, model_of
+from tests.export.compared import OPTIONS, node_of, run
 from tests.export.form_text import check
-from tests.export.test_sites import OPTIONS, node_of, run
 
 FORMS = {
     "plain": Form(rotary="none"),

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.export.test_sites import OPTIONS, run
+from tests.export.compared import OPTIONS, run
 
 B, S, L, H, D = 2, 5, 7, 4, 8
 RANDOM = np.random.default_rng(3)
