@@ -7,6 +7,8 @@ What they mask they mask by adding mask_filter_value, so a mask becomes an attn_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
@@ -47,9 +49,13 @@ class Unfit(Exception):
 
 @matcher(SOURCE, ("com.microsoft::MultiHeadAttention", "com.microsoft::Attention"))
 def match(node: ir.Node, context: Context) -> list[Candidate]:
+    return examined(_MultiHead if node.op_type == "MultiHeadAttention" else _Attention, node, context)
+
+
+def examined(reader: type[Contrib], node: ir.Node, context: Context) -> list[Candidate]:
+    """The site of a node as the reader of its kind understands it, or with why it doesn't."""
     candidate = Candidate(node, context.graph, SOURCE)
     try:
-        reader = _MultiHead if node.op_type == "MultiHeadAttention" else _Attention
         candidate.outcome = reader(node, context).spec(candidate)
     except Unfit as reason:
         candidate.outcome = Refusal(str(reason), name_of(node))
@@ -69,6 +75,16 @@ class Contrib:
         self.dtype = dtype
         if not self.heads:
             raise Unfit("the number of heads is missing")
+
+    def spec(self, candidate: Candidate) -> AttentionSpec:
+        """What the node computes; fills in the candidate's sizes. Raises Unfit."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refuse(obstacles: Mapping[str, bool]) -> None:
+        """Raises Unfit with all that stands in the way."""
+        if standing := [text for text, stands in obstacles.items() if stands]:
+            raise Unfit("; ".join(standing))
 
     def scale(self) -> float:
         return attribute(self.node, "scale", 0.0)
@@ -224,8 +240,7 @@ class _MultiHead(Contrib):
             "it has a padding mask beside a cache of fixed capacity (key_padding_mask)": operand(self.node, 4)
             is not None,
         }
-        if standing := [text for text, stands in obstacles.items() if stands]:
-            raise Unfit("; ".join(standing))
+        self.refuse(obstacles)
 
     def _written(self, mask: Mask, length: ir.Value, query: ir.Value) -> dict:
         """New rows go behind the `length` rows of every entry's cache, and all rows up to there are attended."""
