@@ -162,12 +162,16 @@ class Device:
     def timed(self, enqueue: Any) -> float:
         """Enqueues twice on the stream; milliseconds of the second."""
         events = [self._call("cudaEventCreate") for _ in range(2)]
-        for event in events:
-            if not enqueue(int(self._stream)):
-                raise ModelError("TensorRT could not execute the engine; its log above says why")
-            self._call("cudaEventRecord", event, self._stream)
-        self._call("cudaStreamSynchronize", self._stream)
-        return float(self._call("cudaEventElapsedTime", *events))
+        try:
+            for event in events:
+                if not enqueue(int(self._stream)):
+                    raise ModelError("TensorRT could not execute the engine; its log above says why")
+                self._call("cudaEventRecord", event, self._stream)
+            self._call("cudaStreamSynchronize", self._stream)
+            return float(self._call("cudaEventElapsedTime", *events))
+        finally:
+            for event in events:
+                self._cuda.cudaEventDestroy(event)
 
 
 def compare(
