@@ -17,6 +17,7 @@ from faexport.sizes.dims import Dim
 DOMAIN = "faexport"
 OP_TYPE = "FlashAttention"
 VERSION = 1
+NUM_REQUIRED = 3  # inputs that are always there: query, key, value
 ROW_BLOCK = 64
 # Entries of a fused node's metadata: AttentionSpec.left_out and .divisors, as JSON.
 LEFT_OUT = "faexport.left_out"

@@ -214,10 +214,10 @@ def _register_plugin() -> None:
 
 def count_operators(model: ir.Model) -> int:
     """How many nodes of ours a model has, in all its graphs."""
+    from faexport.graph.fused import is_fused
     from faexport.graph.nodes import all_nodes
-    from faexport.spec import DOMAIN, OP_TYPE
 
-    return sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in all_nodes(model))
+    return sum(map(is_fused, all_nodes(model)))
 
 
 def _refuse_operators_of_onnxruntime(path: pathlib.Path, model: ir.Model) -> None:

@@ -20,6 +20,7 @@ from faexport.errors import ModelError
 from faexport.fallback.functions import add_fallback, remove_fallback
 from faexport.files import model_io, scratch
 from faexport.graph.edits import Names, name_node
+from faexport.graph.fused import is_fused
 from faexport.graph.nodes import all_nodes, dtype_name
 from faexport.graph.surgery import Builder
 from faexport.precision import float8
@@ -27,7 +28,6 @@ from faexport.precision.float8 import Site, Spread
 from faexport.report.data import Float8, Float8Output, Float8Site, VerificationStatus
 from faexport.runtimes import ort_session
 from faexport.runtimes.ort_session import CannotRun, Job, ModelFailure
-from faexport.spec import DOMAIN, OP_TYPE
 from faexport.understand.shapes.analysis import Analysis
 from faexport.verify import compare
 from faexport.verify.reference import Amount, Reference
@@ -98,7 +98,7 @@ def _sites(model: ir.Model) -> list[Site]:
     """All fused nodes of a model."""
     remove_fallback(model)
     a = Analysis(model)
-    nodes = [node for node in all_nodes(model) if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    nodes = filter(is_fused, all_nodes(model))
     inner = "it stands in a body of an If, Loop or Scan, or in a function"
     return [float8.site_of(node, a) if node.graph is model.graph else Site(node, left=inner) for node in nodes]
 
