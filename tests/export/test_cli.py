@@ -334,6 +334,20 @@ def test_what_could_not_be_compared_is_not_written(model: pathlib.Path) -> None:
     assert names(model.parent) == ["model.fa.onnx", "model.onnx"]
 
 
+def test_names_in_a_model_steer_no_terminal(model: pathlib.Path) -> None:
+    """Neither in the tables of stdout nor in an error."""
+    proto, name = onnx.load(model), "soft\x1b[2Jmax\u202e"
+    next(node for node in proto.graph.node if node.op_type == "Softmax").name = name
+    onnx.save(proto, model)
+    done = faexport("inspect", model, COLUMNS="300")
+    assert done.returncode == 0 and "soft\\x1b[2Jmax\\u202e" in done.stdout and not {"\x1b", "\u202e"} & {*done.stdout}
+    proto.graph.output[0].name = name
+    onnx.save(proto, model)
+    done = faexport(model)
+    assert_bad_input(done, "output 'soft\\x1b[2Jmax\\u202e'")
+    assert not {"\x1b", "\u202e"} & {*done.stderr}
+
+
 HAS_GPU = ort_session.CUDA in onnxruntime.get_available_providers()
 
 
