@@ -123,6 +123,8 @@ def test_a_decoder_that_cannot_be_verified_leaves_no_copy(tmp_path: pathlib.Path
         ({"session_options": {"provider_options": [{"cuda": {}}, {"qnn": {}}]}}, "runs on qnn, for which"),
         ({"session_options": {"custom_ops_library": "other.so"}}, "other.so"),
         ({"filename": "missing.onnx"}, "missing.onnx: no such file"),
+        ({"filename": "../model/decoder.onnx"}, "outside of the folder, ../model/decoder.onnx; move"),
+        ({"filename": "/etc/hosts"}, "outside of the folder, /etc/hosts; move"),
         ({"pipeline": [{}]}, "no single file"),
         ({"filename": None}, "no single file"),
         ({"session_options": []}, "can't be read as a configuration"),
