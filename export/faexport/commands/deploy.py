@@ -6,9 +6,11 @@ cli.py adds it; triton.py knows the configuration. What is slow to import is imp
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 
 import click
 
@@ -83,10 +85,23 @@ def deploy(
     seen = f"{(mounted_at or str(folder.resolve())).rstrip('/')}/{name}/{LIBRARY}" if library else ""
     text = triton.config(loaded, triton.Serving(name, seen, max_batch, instances, gpu))
     with writing(place):
-        (place / "1").mkdir(parents=True)
-        if library is not None:
-            shutil.copyfile(library, place / LIBRARY)
-    model_io.save(loaded, place / "1" / "model.onnx", source=model)
-    write_file(place / "config.pbtxt", text.encode())
+        place.mkdir(parents=True)
+    with _removed_on_failure(place):
+        with writing(place):
+            (place / "1").mkdir()
+            if library is not None:
+                shutil.copyfile(library, place / LIBRARY)
+        model_io.save(loaded, place / "1" / "model.onnx", source=model)
+        write_file(place / "config.pbtxt", text.encode())
     if not quiet:
         click.echo(f"wrote {place}; start it with: tritonserver --model-repository={mounted_at or folder}")
+
+
+@contextlib.contextmanager
+def _removed_on_failure(place: pathlib.Path) -> Iterator[None]:
+    """Half a model would be served by a server that looks at the repository, and refused as there by the next try."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
