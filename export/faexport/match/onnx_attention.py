@@ -13,7 +13,9 @@ from faexport.sizes.dims import Dim, plain
 from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.understand.core.outputs import Output, declared_output
 from faexport.understand.core.structure import TYPES
-from faexport.understand.layout.declared import Declared, read_all, sizes_of
+from faexport.understand.layout.declared import Declared, Sizes, read_all, sizes_of
+from faexport.understand.layout.heads import Reading
+from faexport.understand.shapes.analysis import Analysis
 
 SOURCE = "onnx_attention"
 
@@ -57,7 +59,7 @@ def _refusal(node: ir.Node, context: Context) -> Refusal | None:
     return None
 
 
-def _declared(node: ir.Node, index: int, a) -> Declared:
+def _declared(node: ir.Node, index: int, a: Analysis) -> Declared:
     value = given(node, index)
     heads = attribute(node, "q_num_heads" if index == 0 else "kv_num_heads", 0)
     shape = a.shape(value)
@@ -77,7 +79,7 @@ def _spec(node: ir.Node, candidate: Candidate, context: Context) -> AttentionSpe
         key, value = declared[1].as_is(), declared[2].as_is()
         if query.operand.column_start is not None:
             query = declared[0].as_is()
-    mask = _mask(node, declared, sizes, past, candidate, context)
+    mask = _mask(node, declared, sizes, past, context)
     if isinstance(mask, Refusal):
         return mask
     output = _output(node, declared, sizes, a)
@@ -107,15 +109,23 @@ def _spec(node: ir.Node, candidate: Candidate, context: Context) -> AttentionSpe
     )
 
 
-def _output(node: ir.Node, declared: list[Declared], sizes, a) -> Output:
+def _output(node: ir.Node, declared: list[Declared], sizes: list[Sizes | None], a: Analysis) -> Output:
     value, layout = node.outputs[0], declared[0].layout
-    if None in sizes:
+    query, keys, values = sizes
+    if query is None or keys is None or values is None:
         return Output(value, layout)
-    whole = (sizes[0][0], sizes[0][1], sizes[0][2], sizes[2][3])
+    whole = (*query[:3], values[3])
     return declared_output(value, layout, whole, a.dtype(node.inputs[0]), a)
 
 
-def _note_sizes(candidate: Candidate, declared, sizes, key, past, a) -> None:
+def _note_sizes(
+    candidate: Candidate,
+    declared: list[Declared],
+    sizes: list[Sizes | None],
+    key: Reading,
+    past: ir.Value | None,
+    a: Analysis,
+) -> None:
     query, keys, values = sizes
     total = keys[2] if keys else None
     past_shape = a.shape(past) if past is not None else None
@@ -133,7 +143,13 @@ def _note_sizes(candidate: Candidate, declared, sizes, key, past, a) -> None:
     )
 
 
-def _mask(node: ir.Node, declared, sizes, past, candidate: Candidate, context: Context) -> Mask | Refusal:
+def _mask(
+    node: ir.Node,
+    declared: list[Declared],
+    sizes: list[Sizes | None],
+    past: list[ir.Value | None],
+    context: Context,
+) -> Mask | Refusal:
     a = context.analysis
     lengths, given = operand(node, 6), operand(node, 3)
     causal = bool(attribute(node, "is_causal", 0))
@@ -144,17 +160,15 @@ def _mask(node: ir.Node, declared, sizes, past, candidate: Candidate, context: C
         return Mask(left, right, kv_lengths=lengths, facts=facts)
     plain_window = left < 0 and right < 0 and lengths is None and past[0] is None
     dtype = a.dtype(node.inputs[0])
-    if plain_window and dtype is not None and _covers_all_keys(given, sizes, a):
-        term = _term(node, given, sizes, a)
+    scores = _score_sizes(sizes)
+    if plain_window and dtype is not None and scores is not None and _covers_all_keys(given, scores[3], a):
+        term = _term(node, given, scores, a)
         shape = ScoreShape(
             declared[0].as_is().operand,
             declared[1].as_is().operand,
             node,
             context.graph,
-            sizes[0][0],
-            sizes[0][1],
-            sizes[0][2],
-            sizes[1][2],
+            *scores,
             dtype,
             nan_guard=True,
         )
@@ -182,15 +196,18 @@ def _stated(node: ir.Node, causal: bool, left: int, right: int) -> tuple[Fact, .
     return tuple(facts)
 
 
-def _covers_all_keys(mask: ir.Value, sizes, a) -> bool:
+def _score_sizes(sizes: list[Sizes | None]) -> Sizes | None:
+    """[B, H, S, T]"""
+    query, keys, values = sizes
+    return None if query is None or keys is None or values is None else (*query[:3], keys[2])
+
+
+def _covers_all_keys(mask: ir.Value, num_keys: Dim, a: Analysis) -> bool:
     """ONNX lets a mask be shorter than the keys; then the rest is masked, which only the operator itself can say."""
     shape = a.shape(mask)
-    return (
-        None not in sizes and bool(shape) and a.dtype(mask) is not None and (shape[-1] == 1 or shape[-1] == sizes[1][2])
-    )
+    return shape is not None and shape != () and a.dtype(mask) is not None and shape[-1] in (1, num_keys)
 
 
-def _term(node: ir.Node, mask: ir.Value, sizes, a) -> MaskTerm:
-    dims = (sizes[0][0], sizes[0][1], sizes[0][2], sizes[1][2])
+def _term(node: ir.Node, mask: ir.Value, scores: Sizes, a: Analysis) -> MaskTerm:
     kind = TermKind.BOOL if a.dtype(mask) == ir.DataType.BOOL else TermKind.ADD
-    return MaskTerm(kind, mask, node, "BHST", dims)
+    return MaskTerm(kind, mask, node, "BHST", scores)

@@ -7,7 +7,8 @@ What they mask they mask by adding mask_filter_value, so a mask becomes an attn_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -167,7 +168,7 @@ class Contrib:
         numbers = [build.add("Constant", (), dtype, value=ir.tensor(x)) for x in values]
         return build.add("Where", [keep, *numbers], dtype)
 
-    def finish(self, candidate: Candidate, operands: list[Operand], mask: Mask, **more) -> AttentionSpec:
+    def finish(self, candidate: Candidate, operands: list[Operand], mask: Mask, **more: Any) -> AttentionSpec:
         query, key, value = operands
         candidate.sizes.update(
             num_q_heads=self.heads, num_kv_heads=self.heads, head_dim=query.head_dim, head_dim_v=value.head_dim
@@ -375,7 +376,7 @@ class _Attention(Contrib):
         assert states is not None
         return states, 1
 
-    def _cached(self, candidate: Candidate, packed: ir.Value, widths: list[int], shape) -> AttentionSpec:
+    def _cached(self, candidate: Candidate, packed: ir.Value, widths: list[int], shape: Sequence[Dim]) -> AttentionSpec:
         """One cache tensor of keys and values, [2, B, H, P, D]: the new ones are put behind it, and it is read from
         there."""
         build, past, present = self.build, operand(self.node, 4), used_output(self.node, 1)

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -250,7 +250,7 @@ def _load_on_gpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptio
 
 
 @contextlib.contextmanager
-def _as_failures():
+def _as_failures() -> Iterator[None]:
     """Whatever onnxruntime raises, as one of this module's two exceptions."""
     try:
         yield
