@@ -11,19 +11,29 @@ import numpy as np
 import onnx
 import onnxruntime
 from faexport.pipeline import Options
+from faexport.runtimes import operator_library, ort_session
 
 OPTIONS = Options(fallback=False)
 
 
-def run(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], library: str | None = None) -> list[np.ndarray]:
-    """The outputs. `library`: libfa_ort.so, for a model with the operator."""
+def built() -> str | None:
+    """The path of libfa_ort.so, if it was built."""
+    return str(operator_library.path()) if ort_session.has_library() else None
+
+
+def session(model: onnx.ModelProto, library: str | None = None) -> onnxruntime.InferenceSession:
+    """`library`: libfa_ort.so, for a model with the operator."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     if library:
         options.register_custom_ops_library(library)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], library: str | None = None) -> list[np.ndarray]:
+    """The outputs; `library` as for session()."""
+    return session(model, library).run(None, inputs)
 
 
 def fuse_one(given: onnx.ModelProto, **options: object) -> onnx.ModelProto:

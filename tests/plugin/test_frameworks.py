@@ -13,20 +13,9 @@ import numpy as np
 import pytest
 from faplugin import _frameworks, _native
 
+from tests.dlpack_only import DLPackOnly
+
 SHAPE = (2, 3, 5, 8)
-
-
-class Foreign:
-    """An array of a framework that nobody knows: it hands out its memory and does no more."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-
-    def __dlpack__(self, **_: object) -> object:
-        return self.array.__dlpack__()
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
 
 
 def test_results_with_out_need_no_framework() -> None:
@@ -37,8 +26,8 @@ def test_results_with_out_need_no_framework() -> None:
     }
     expected = faplugin.attention(**arrays, is_causal=True)
     out = np.full(SHAPE, np.nan, np.float32)
-    foreign = {name: Foreign(array) for name, array in arrays.items()}
-    faplugin.attention(**foreign, is_causal=True, out={"output": Foreign(out)})
+    foreign = {name: DLPackOnly(array) for name, array in arrays.items()}
+    faplugin.attention(**foreign, is_causal=True, out={"output": DLPackOnly(out)})
     assert np.array_equal(out, expected)
 
 
