@@ -239,6 +239,9 @@ REFUSALS = {
     "no shape": (["{model}", "--opt", "x=1x16"], "is not a shape"),
     "unknown GPU": (["{model}", "--compute-capability", "9.0"], "builds for"),
     "no number": (["{model}", "--compute-capability", "hopper"], "expected X.Y"),
+    "no digits": (["{model}", "--compute-capability", "².0"], "expected X.Y"),
+    "huge size": (["{model}", "--opt", "x:99999999999999999999x16"], "99999999999999999999x16; sizes are from 0 to"),
+    "huge workspace": (["{model}", "--opt", "x:1x16", "--workspace", "99999999999999999999"], "--workspace"),
     "timing cache": (["{model}", "--timing-cache", "cache"], "TensorRT-RTX has none"),
     "hardware": (["{model}", "--hardware-compatible"], "--compute-capability"),
     "profile": (["{model}", "--profile", "{model}"], "is not a profile"),
@@ -268,6 +271,13 @@ def test_one_line_for_what_is_wrong(call, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert_refused(call("build", *(arg.format(model=model) for arg in args)), words)
     assert list(tmp_path.iterdir()) == [model]
+
+
+@pytest.mark.parametrize("size", ["Infinity", "1.5", '"16"', "-1", "1e30"])
+def test_sizes_of_a_profile_are_whole_numbers(call, tmp_path, size):
+    profile = tmp_path / "profile.json"
+    profile.write_text(f'{{"x": {{"min": [1, 16], "opt": [1, 16], "max": [{size}, 16]}}}}')
+    assert_refused(call("build", write(tmp_path, MLP), "--profile", profile), "profile.json: is not a profile")
 
 
 def test_parser_errors_name_the_nodes(call, tmp_path):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import operator
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +105,7 @@ class Building:
 @click.option(
     "--workspace",
     metavar="MIB",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=1 << 40),
     help="Most scratch memory that the engine may take, in MiB.",
 )
 @click.option(
@@ -233,10 +235,9 @@ def _refuse_operators_of_onnxruntime(path: pathlib.Path, model: ir.Model) -> Non
 
 
 def _compute_capability(text: str) -> int:
-    major, dot, minor = text.partition(".")
-    if not (dot and major.isdigit() and minor.isdigit() and len(minor) == 1):
+    if not re.fullmatch(r"[0-9]{1,3}\.[0-9]", text):
         raise ModelError(f"--compute-capability {text}: expected X.Y, e.g. 8.9")
-    return int(major) * 10 + int(minor)
+    return int(text.replace(".", ""))
 
 
 def _read_profile(path: pathlib.Path) -> engine.Profile:
@@ -245,7 +246,7 @@ def _read_profile(path: pathlib.Path) -> engine.Profile:
         content = json.loads(path.read_text("utf-8"))
         return {
             name: engine.check_range(
-                name, Range(*(tuple(int(size) for size in corners[key]) for key in ("min", "opt", "max")))
+                name, Range(*(tuple(map(operator.index, corners[key])) for key in ("min", "opt", "max")))
             )
             for name, corners in content.items()
         }
