@@ -25,6 +25,7 @@ Examples:
   faexport deploy model.fa.onnx --triton repository --mounted-at /models
 """
 LIBRARY = "libfa_ort.so"
+MOST = 2**31 - 1  # the numbers of config.pbtxt are int32
 
 
 @click.command(
@@ -48,12 +49,17 @@ LIBRARY = "libfa_ort.so"
 @click.option(
     "--max-batch",
     metavar="N",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MOST),
     help="How many requests the server may run as one batch; 0: none. Default: 8 where axis 0 of all tensors allows "
     "it.",
 )
 @click.option(
-    "--instances", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Instances of the model."
+    "--instances",
+    metavar="N",
+    type=click.IntRange(1, MOST),
+    default=1,
+    show_default=True,
+    help="Instances of the model.",
 )
 @click.option("--gpu", is_flag=True, help="Serve on GPUs, not on the CPU.")
 @quiet_option
