@@ -17,7 +17,7 @@ import onnx
 import onnx.parser
 import pytest
 from faexport import cli, pipeline
-from faexport.commands import engine_run
+from faexport.commands import build, engine_run, terminal
 from faexport.files import model_io
 from faexport.files.model_io import ModelError
 from faexport.options import Options
@@ -328,6 +328,15 @@ def test_outputs_are_compared_with_onnxruntime(tmp_path):
     assert not other.ok
     with pytest.raises(ModelError, match="no output 'y'"):
         engine_run.compare(model, inputs, {"z": right})
+
+
+def test_names_are_no_markup(capsys):
+    result = engine_run.Result({"y[/b]": np.zeros((2, 3), np.float32)}, 1.0)
+    terminal.console().print(engine_run.table(result, []))
+    report = engine.EngineReport("tensorrt", "11", 3, profiles=[{"x[/b]": Range((1,), (2,), (4,))}], notes=["[/b]"])
+    build._show(report, pathlib.Path("a[/b].plan"), 1)
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("y[/b]", "x[/b]: 1 … 2 … 4", "a[/b].plan", "note    [/b]"))
 
 
 def test_outputs_of_any_name_are_written(tmp_path):

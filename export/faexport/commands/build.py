@@ -266,7 +266,7 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
         screen = terminal.console(stderr=True)
         columns = (
             rich.progress.SpinnerColumn(),
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
@@ -302,21 +302,25 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
 
 
 def _show(report: EngineReport, target: pathlib.Path, num_nodes: int) -> None:
+    import rich.markup
     import rich.table
 
     from faexport.spec import OP_TYPE
 
     table = rich.table.Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("engine", f"{target} ({_size_text(report.engine_bytes)})")
-    table.add_row("built", f"in {report.seconds:.1f} s by {report.runtime} {report.version}")
-    table.add_row("layers", f"{report.num_layers}, of which {num_nodes} {OP_TYPE}")
+    rows = [
+        ("engine", f"{target} ({_size_text(report.engine_bytes)})"),
+        ("built", f"in {report.seconds:.1f} s by {report.runtime} {report.version}"),
+        ("layers", f"{report.num_layers}, of which {num_nodes} {OP_TYPE}"),
+    ]
     for index, profile in enumerate(report.profiles):
         for name, given in profile.items():
             corners = dict.fromkeys(shape_text(corner) for corner in dataclasses.astuple(given))
             label = "inputs" if len(report.profiles) == 1 else f"inputs, profile {index}"
-            table.add_row(label, f"{name}: {' … '.join(corners)}")
-    for note in report.notes:
-        table.add_row("note", note)
+            rows.append((label, f"{name}: {' … '.join(corners)}"))
+    rows += [("note", note) for note in report.notes]
+    for label, text in rows:
+        table.add_row(label, rich.markup.escape(text))
     terminal.console().print(table)
 
 

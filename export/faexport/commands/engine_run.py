@@ -19,6 +19,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import rich.markup
 import rich.table
 
 from faexport.errors import ModelError
@@ -207,5 +208,5 @@ def table(result: Result, differences: Sequence[OutputDifference]) -> rich.table
     for name, array in result.outputs.items():
         item = found.get(name)
         judged = (f"{item.max_abs_diff:.3g}", f"{item.tolerance:.3g}") if item else ()
-        shown.add_row(name, str(array.dtype), engine.shape_text(array.shape), *judged)
+        shown.add_row(rich.markup.escape(name), str(array.dtype), engine.shape_text(array.shape), *judged)
     return shown

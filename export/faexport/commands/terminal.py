@@ -102,7 +102,7 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
 
     columns = (
         rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.TimeElapsedColumn(),
     )
