@@ -20,6 +20,7 @@ from tests.export import (
     big_model,
     commands,
     malformed_models,  # noqa: F401 (fills BAD)
+    model_cache,
 )
 from tests.export.bad_models import BAD, small
 
@@ -86,16 +87,12 @@ def test_small_external_weights_may_be_in_use(tmp_path: pathlib.Path) -> None:
 
 
 def in_a_cache(model: onnx.ModelProto, place: pathlib.Path, size_threshold: int = 0) -> pathlib.Path:
-    """The path of the model in a model cache, as huggingface_hub's: files have other names in one folder, and links to
-    them have their own names in another."""
-    blobs, snapshot = place / "blobs", place / "snapshot"
-    blobs.mkdir()
+    """The path of the model, with its weights in a file of their own."""
+    snapshot = place / "snapshot"
     snapshot.mkdir()
     path = snapshot / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=size_threshold)
-    for name, blob in (("model.onnx", "a1"), ("weights.bin", "b2")):
-        (snapshot / name).rename(blobs / blob)
-        (snapshot / name).symlink_to(blobs / blob)
+    model_cache.link(snapshot, place / "blobs")
     return path
 
 
