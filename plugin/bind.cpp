@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t kMostElements = int64_t{1} << 56;
 
-Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
-
 Status wrong_shape(Input input, const Tensor& tensor, const std::string& expected) {
   return invalid(std::string(name_of(input)) + " has shape " + shape_text(tensor.shape, tensor.rank) + "; expected " + expected);
 }
@@ -94,15 +92,10 @@ class Binder {
   }
 
   Status check_inputs() const {
-    if (inputs_.size() != node_.inputs.size())
-      return invalid("the node has " + std::to_string(inputs_.size()) + " inputs; expected " +
-                     std::to_string(node_.inputs.size()) + ": query, key, value and what optional_inputs names ('" +
-                     attributes_.optional_inputs + "')");
+    if (Status s = check_num_inputs(node_, inputs_.size()); !s.ok()) return s;
     for (size_t i = 0; i < inputs_.size(); ++i) {
       const Input input = node_.inputs[i];
-      if (!accepts(input, inputs_[i].dtype, inputs_[0].dtype))
-        return invalid(std::string(name_of(input)) + " is " + name_of(inputs_[i].dtype) + "; expected " +
-                       accepted_dtypes(input, inputs_[0].dtype));
+      if (Status s = check_dtype(input, inputs_[i].dtype, inputs_[0].dtype); !s.ok()) return s;
       if (inputs_[i].rank > 4 && input != Input::kUnused)
         return invalid(std::string(name_of(input)) + " has rank " + std::to_string(inputs_[i].rank) + "; expected 4 at most");
       if (exceeds_memory(inputs_[i])) return wrong_shape(input, inputs_[i], "a tensor that fits a memory");

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fa/attention.h"
@@ -34,6 +35,9 @@ const char* name_of(Input input);
 enum class Output : uint8_t { kOutput, kPresentKey, kPresentValue, kLse };
 inline constexpr int kNumOutputs = 4;
 const char* name_of(Output output);
+
+/// An error of a node or of its tensors, in a sentence that names what is wrong, what it is and what is expected.
+inline Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
 
 /// One field for each row of attributes.def, with its default.
 struct Attributes {
@@ -83,10 +87,12 @@ Status make_node(const Attributes& attributes, Node* node);
 /// What the node asks for that the TensorRT plugin doesn't offer yet, in its own words; "": nothing.
 std::string missing_in_tensorrt(const Node& node);
 
+/// Has a node so many inputs?
+Status check_num_inputs(const Node& node, size_t count);
 /// May `input` have this dtype beside a query of dtype `query`?
 bool accepts(Input input, DType dtype, DType query);
-/// The same in words: "bool or float32 or …".
-std::string accepted_dtypes(Input input, DType query);
+/// The same as an error that says what it may have. No dtype: one that the operator has nowhere.
+Status check_dtype(Input input, std::optional<DType> dtype, DType query);
 /// Does the attribute output_dtype go with a query of this dtype?
 Status check_output_dtype(const Node& node, DType query);
 /// The dtype of an output beside a query of dtype `query` and a past of dtype `cache` (the query's where there is no past).

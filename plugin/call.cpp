@@ -5,8 +5,6 @@
 namespace fa::plugin {
 namespace {
 
-Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
-
 constexpr size_t kAlignment = 256;
 size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 

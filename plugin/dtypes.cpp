@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which dtypes inputs may have, as inputs.def says, and row-major tensors (bind.h).
+// How many inputs a node has and which dtypes these may have, as inputs.def says, and row-major tensors (bind.h).
 #include <algorithm>
 
 #include "bind.h"
@@ -19,7 +19,26 @@ bool is_floating(DType dtype) { return dtype == DType::kFloat32 || dtype == DTyp
 
 bool is_operand(DType dtype) { return is_floating(dtype) || dtype == DType::kFloat8E4M3; }
 
+/// What accepts() takes, in words: "float32, float16 or bfloat16".
+std::string accepted_dtypes(Input input, DType query) {
+  std::string text, last;
+  for (const DType dtype : {DType::kBool, DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64,
+                            DType::kInt8, DType::kUInt8, DType::kFloat8E4M3}) {
+    if (!accepts(input, dtype, query)) continue;
+    if (!last.empty()) text += (text.empty() ? "" : ", ") + last;
+    last = name_of(dtype);
+  }
+  text += (text.empty() ? "" : " or ") + last;
+  return text + (input == Input::kKey || input == Input::kValue ? ", as query" : "");
+}
+
 }  // namespace
+
+Status check_num_inputs(const Node& node, size_t count) {
+  if (count == node.inputs.size()) return {};
+  return invalid("the node has " + std::to_string(count) + " inputs; expected " + std::to_string(node.inputs.size()) +
+                 ": query, key, value and what optional_inputs names ('" + node.attributes.optional_inputs + "')");
+}
 
 bool accepts(Input input, DType dtype, DType query) {
   switch (kInputDTypes[static_cast<int>(input)]) {
@@ -46,23 +65,17 @@ bool accepts(Input input, DType dtype, DType query) {
   return false;
 }
 
-std::string accepted_dtypes(Input input, DType query) {
-  std::string text, last;  // "float32, float16 or bfloat16"
-  for (const DType dtype : {DType::kBool, DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kInt32, DType::kInt64,
-                            DType::kInt8, DType::kUInt8, DType::kFloat8E4M3}) {
-    if (!accepts(input, dtype, query)) continue;
-    if (!last.empty()) text += (text.empty() ? "" : ", ") + last;
-    last = name_of(dtype);
-  }
-  text += (text.empty() ? "" : " or ") + last;
-  return text + (input == Input::kKey || input == Input::kValue ? ", as query" : "");
+Status check_dtype(Input input, std::optional<DType> dtype, DType query) {
+  if (dtype && accepts(input, *dtype, query)) return {};
+  return invalid(std::string(name_of(input)) + " is " + (dtype ? name_of(*dtype) : "of another dtype") + "; expected " +
+                 accepted_dtypes(input, query));
 }
 
 Status check_output_dtype(const Node& node, DType query) {
   const std::string& named = node.attributes.output_dtype;
   if (named.empty() || query == DType::kFloat8E4M3 || named == name_of(query)) return {};
-  return {StatusCode::kInvalidArgument, "output_dtype is '" + named + "' and query " + name_of(query) +
-                                            "; expected the query's dtype, or a float8_e4m3fn query"};
+  return invalid("output_dtype is '" + named + "' and query " + name_of(query) +
+                 "; expected the query's dtype, or a float8_e4m3fn query");
 }
 
 DType dtype_of(const Node& node, Output output, DType query, DType cache) {

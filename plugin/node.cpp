@@ -18,8 +18,6 @@ constexpr const char* kInputNames[kNumInputs] = {
 };
 constexpr const char* kOutputNames[kNumOutputs] = {"output", "present_key", "present_value", "lse"};
 
-Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
-
 std::string quoted(const std::string& text) { return "'" + text + "'"; }
 
 std::vector<std::string> split(const std::string& text) {

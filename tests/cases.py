@@ -217,6 +217,12 @@ def wide() -> list[Case]:
     return found
 
 
+def has_gradients(case: Case) -> bool:
+    """Has it a backward pass, and gradients that are numbers?"""
+    forward_only = case.past or case.query_bias or case.dtype == "float8" or case.empty_row != "zero"
+    return not forward_only and case.nan not in ("query", "key", "value", "bias")
+
+
 def query_biases() -> list[Case]:
     """A bias that is added to the query: head sizes and layouts, with what makes kernels choose other instances."""
     kinds = (

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # The CUDA part of fa_core. Kernel instances (element type × head_dim bucket × variant) are written into the build tree, several a
 # source: the compiler needs as long for the headers as for a small instance.
-find_package(CUDAToolkit REQUIRED)
 set(fa_cuda_options $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -Xcompiler=-Wall>)
 
 # An object library of CUDA sources compiled for `architectures`, whose objects become part of fa_core.
@@ -137,7 +136,6 @@ if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "90a")
   target_compile_definitions(fa_core PRIVATE FA_WITH_SM90)
 endif()
 
-
 target_sources(fa_core PRIVATE
   kernels/backward_sm80/backward_sm80.cpp
   kernels/cache_step/cache_step.cpp
@@ -149,6 +147,6 @@ target_sources(fa_core PRIVATE
   kernels/prefill_sm80/instance.cpp
   kernels/prefill_sm80/prefill_sm80.cpp)
 target_include_directories(fa_core PRIVATE ${CMAKE_CURRENT_BINARY_DIR}/generated)
-target_compile_definitions(fa_core PRIVATE FA_WITH_CUDA)
+target_compile_definitions(fa_core PUBLIC FA_WITH_CUDA)
 target_link_libraries(fa_core PUBLIC CUDA::cudart_static)
 set_target_properties(fa_core PROPERTIES CUDA_RUNTIME_LIBRARY Static)

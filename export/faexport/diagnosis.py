@@ -22,7 +22,7 @@ from faexport.errors import ModelError
 from faexport.graph.normalize import ConversionError
 from faexport.options import Options
 from faexport.report.data import Report
-from faexport.runtimes import ort_session
+from faexport.runtimes import child_process, ort_session
 
 TIMEOUT_SECONDS = 60.0
 
@@ -63,11 +63,14 @@ def _malformed(path: pathlib.Path, fault: str) -> ModelError:
 
 def fault_of(model: pathlib.Path) -> str:
     """What is wrong with the file, in the checkers' words, or "" where they find nothing."""
-    environment = {"ORT_DISABLE_TELEMETRY": "1", **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, "-c", f"from {__name__} import main; main()", os.fspath(model)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(
+            child_process.command(__name__, os.fspath(model)),
+            env=child_process.environment(),
+            capture_output=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return ""
     if done.returncode < 0:

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # slow to import, and the command line reads this file
     import onnx_ir as ir
 
 TARGETS = ("onnxruntime", "cuda", "tensorrt")  # cuda: onnxruntime with its CUDA provider
 DEVICES = ("cpu", "cuda")  # where onnxruntime can compare the models
-DTYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16", "fp8": "FLOAT8E4M3FN"}  # of --dtype: the names in onnx_ir.DataType
+FP8 = "fp8"
+DTYPES = {"fp16": "FLOAT16", "bf16": "BFLOAT16", FP8: "FLOAT8E4M3FN"}  # of --dtype: the names in onnx_ir.DataType
 VERIFY_TIMEOUT = 600.0  # seconds for one run of a model, and for loading it
 
 
@@ -43,12 +45,11 @@ class Options:
             raise ValueError(f"float32 is '{self.float32}'; expected tf32, tf32x3, or nothing")
         if isinstance(self.dtype, str):
             raise ValueError(f"dtype is '{self.dtype}'; expected an onnx_ir.DataType, such as DataType.FLOAT16")
-        if self.fp16 and self.bf16:
-            raise ValueError("fp16 and bf16 are both of the whole model; leave one of them out")
-        if self.rest and self.target == "tensorrt":
-            raise ValueError(
-                f"rest writes operators of onnxruntime, which {self.target} doesn't run; leave one of them out"
-            )
+        dtype = None if self.dtype is None else self.dtype.name
+        if dtype is not None and dtype not in DTYPES.values():
+            raise ValueError(f"dtype is {dtype}; expected {', '.join(DTYPES.values())}, or None")
+        if why := contradiction(self, dtype, lambda name, value: f"{name}={value}"):
+            raise ValueError(why)
 
     @property
     def half(self) -> str:
@@ -69,3 +70,32 @@ class Options:
     def joins_cuda(self) -> bool:
         """Also those that have CUDA kernels only? They know float32 and float16."""
         return self.target == "cuda" and self.joins_rest and not self.bf16
+
+
+def contradiction(chosen: Any, dtype: str | None, spell: Callable[[str, Any], str]) -> str:
+    """Which options exclude one another, or need another that is missing, in a sentence; "" where all fit.
+
+    Args:
+        chosen: Options, or the command line's, with fields of the same names.
+        dtype: the precision of attention alone, as the caller calls it.
+        spell: how the caller writes an option, given its name and its value.
+    """
+    half = {name: spell(name, True) for name in ("fp16", "bf16")}
+    given = [spell("dtype", dtype)] if dtype else []
+    given += [text for name, text in half.items() if getattr(chosen, name)]
+    if len(given) > 1:
+        why = f"; {spell('dtype', dtype)} is of attention alone, the others of the whole model" if dtype else ""
+        return f"{' and '.join(given)} exclude one another, give one of them{why}"
+    if not chosen.keep_io_types and not (chosen.fp16 or chosen.bf16):
+        return f"{spell('keep_io_types', False)} needs {' or '.join(half.values())}"
+    if chosen.float32 and dtype and dtype not in (FP8, DTYPES[FP8]):
+        return (
+            f"{spell('float32', chosen.float32)} is of attention in float32, and {spell('dtype', dtype)} asks for "
+            "another precision; give one of them"
+        )
+    if chosen.rest and chosen.target == "tensorrt":
+        return (
+            f"{spell('rest', True)} writes operators of onnxruntime, which {spell('target', chosen.target)} doesn't "
+            "run; leave one of them out"
+        )
+    return ""

@@ -18,14 +18,13 @@ import onnx_ir as ir
 from onnx.defs import OpSchema
 
 from faexport.sizes.dims import Dim
-from faexport.spec import DOMAIN, OP_TYPE, VERSION
+from faexport.spec import DOMAIN, NUM_REQUIRED, OP_TYPE, VERSION
 from faexport.understand.shapes.rules_operator import OPTIONAL_OUTPUTS, output_dtype, output_shapes
 
 FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 FLOAT8_TYPE = "tensor(float8e4m3fn)"
 CACHE_TYPES = ["tensor(int8)", "tensor(uint8)", FLOAT8_TYPE]  # quantized
 OPTIONAL_TYPES = [*FLOAT_TYPES, "tensor(bool)", "tensor(int32)", "tensor(int64)", *CACHE_TYPES]
-NUM_REQUIRED = 3  # query, key, value
 OUTPUTS_MEAN = {
     "present_key": "[B, H_kv, P + S, D]",
     "present_value": "[B, H_kv, P + S, D_v]",

@@ -17,6 +17,7 @@ from faexport.sizes.dims import Dim
 DOMAIN = "faexport"
 OP_TYPE = "FlashAttention"
 VERSION = 1
+NUM_REQUIRED = 3  # inputs that are always there: query, key, value
 ROW_BLOCK = 64
 # Entries of a fused node's metadata: AttentionSpec.left_out and .divisors, as JSON.
 LEFT_OUT = "faexport.left_out"
@@ -257,7 +258,7 @@ class Candidate:
     fused_node: ir.Node | None = None  # once it stands in the graph
     # batch_size, num_q_heads, … as far as known
     sizes: dict[str, int | str | None] = dataclasses.field(default_factory=dict)
+    name: str = dataclasses.field(init=False)  # as the model has it: when a site is rewritten, old outputs are renamed
 
-    @property
-    def name(self) -> str:
-        return self.anchor.name or (self.anchor.outputs[0].name or "?")
+    def __post_init__(self) -> None:
+        self.name = self.anchor.name or self.anchor.outputs[0].name or "?"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts TensorRT 10.14's public headers (Apache-2.0) into a folder. Called by FindTensorRT.cmake.
 
-No wheel of TensorRT's carries them; the pure Python package named below does. pip's settings say where from.
+No wheel of TensorRT's carries them; the pure Python package named below does. pip's settings say where from. What is
+compiled here comes from somebody else, so pip takes the very file that was looked at, and no other.
 """
 
 import pathlib
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import zipfile
 
-PACKAGE = "kernel-lens==2.0.1"
+PACKAGE = "kernel-lens==2.0.1 --hash=sha256:07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370134ffe0"
 PREFIX = "kernel_lens/include/tensorrt/"
 
 
@@ -19,9 +20,11 @@ def fetch(folder: pathlib.Path) -> None:
     if (folder / "NvInferRuntime.h").exists():
         return
     with tempfile.TemporaryDirectory() as scratch:
+        requirements = pathlib.Path(scratch) / "requirements.txt"  # pip takes a hash from a file alone
+        requirements.write_text(PACKAGE)
         # -I: inside pip's own build isolation the environment hides pip
         pip = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        subprocess.run([*pip, "--dest", scratch, PACKAGE], check=True)
+        subprocess.run([*pip, "--dest", scratch, "--requirement", str(requirements)], check=True)
         (wheel,) = pathlib.Path(scratch).glob("*.whl")
         unpacked = pathlib.Path(scratch) / "headers"
         unpacked.mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ def find_library(name: str) -> pathlib.Path:
 def _folders() -> list[str]:
     """Those of an editable installation are two: the sources', and the one with what was compiled."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    return [folder] if folder else list(__import__(__package__).__path__)
+    return [folder] if folder else list(sys.modules[__package__].__path__)
 
 
 def _candidates(folders: list[str], name: str) -> Iterator[pathlib.Path]:

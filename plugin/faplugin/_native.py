@@ -194,6 +194,7 @@ class Call:
         self, attributes: Mapping[str, Any], arrays: Sequence[tuple[str, Any]], stream: int, is_current: bool
     ) -> None:
         self._pointer = ctypes.c_void_p()
+        self._delete = library().fa_python_call_delete  # as Node's: a traceback may keep a call until the end
         self._stream, self._is_current = _integer("stream", stream), is_current
         self._owners: list[Any] = []  # they keep the memory of inputs and outputs
         self._node = node = _node(attributes)
@@ -219,7 +220,7 @@ class Call:
 
     def __del__(self) -> None:
         if self._pointer:
-            library().fa_python_call_delete(self._pointer)
+            self._delete(self._pointer)
 
     def prepare(self, outputs: Sequence[Any], kernel: str) -> int:
         """Binds the outputs' memory and chooses the kernel: the bytes of workspace that run() needs."""

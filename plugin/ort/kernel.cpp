@@ -18,8 +18,6 @@ struct Kernel {
   StreamMemories memories;
 };
 
-Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
-
 // Getters of one attribute: true where the node has it with this type.
 bool get(const OrtKernelInfo* info, const char* name, int64_t* value) {
   return Ort::Status{Ort::GetApi().KernelInfoGetAttribute_int64(info, name, value)}.IsOK();
@@ -82,9 +80,7 @@ Status read_attributes(const OrtKernelInfo* info, Attributes* attributes) {
 /// The types of the inputs, which the runtime knows before any call.
 Status check_types(const Ort::ConstKernelInfo& info, const Node& node, std::vector<DType>* dtypes) {
   const size_t count = info.GetInputCount();
-  if (count != node.inputs.size())
-    return invalid("the node has " + std::to_string(count) + " inputs; expected " + std::to_string(node.inputs.size()) +
-                   ": query, key, value and what optional_inputs names ('" + node.attributes.optional_inputs + "')");
+  if (Status s = check_num_inputs(node, count); !s.ok()) return s;
   DType query = DType::kFloat32;
   for (size_t i = 0; i < count; ++i) {
     const Ort::TypeInfo type_info = info.GetInputTypeInfo(i);
@@ -92,9 +88,7 @@ Status check_types(const Ort::ConstKernelInfo& info, const Node& node, std::vect
     if (i == 0 && dtype) query = *dtype;
     dtypes->push_back(dtype.value_or(DType::kFloat32));
     if (node.inputs[i] == Input::kUnused) continue;
-    if (!dtype || !accepts(node.inputs[i], *dtype, query))
-      return invalid(std::string(name_of(node.inputs[i])) + " is " + (dtype ? name_of(*dtype) : "of another dtype") +
-                     "; expected " + accepted_dtypes(node.inputs[i], query));
+    if (Status s = check_dtype(node.inputs[i], dtype, query); !s.ok()) return s;
   }
   if (Status s = check_output_dtype(node, query); !s.ok()) return s;
   // The runtime has chosen the output's type when it loaded the model, and allocates by it.

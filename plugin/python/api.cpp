@@ -134,7 +134,8 @@ FaError fa_python_call_explain(const BoundCall* call, const char* device, const 
 }
 
 int32_t fa_python_exchange_known(const dlpack::ExchangeApi* api) {
-  return api->version.major == 1 && api->allocate != nullptr && api->tensor_from_object != nullptr;
+  return api->version.major == 1 && api->allocate != nullptr && api->tensor_from_object != nullptr &&
+         api->current_stream != nullptr;
 }
 
 int64_t fa_python_exchange_begin(const FaObjectCall* given) {

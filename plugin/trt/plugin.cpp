@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "output_shape.h"
@@ -22,10 +23,10 @@ using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::IDimensionExpr;
 using nvinfer1::PluginTensorDesc;
 
+using plugin::invalid;
+
 constexpr int32_t kSuccess = 0;
 constexpr int32_t kFailure = -1;  // TensorRT asks for no more than non-zero
-
-Status invalid(std::string sentence) { return {StatusCode::kInvalidArgument, std::move(sentence)}; }
 
 /// output_shape.h's arithmetic on TensorRT's symbolic dimensions. A missing operand, of an input of too low a rank, gives null.
 struct ExpressionAlgebra {
@@ -104,12 +105,9 @@ nvinfer1::IPluginV3* FlashAttentionPlugin::clone() noexcept {
 }
 
 Status FlashAttentionPlugin::check_counts(int32_t num_inputs, int32_t num_outputs) const {
-  if (num_inputs != static_cast<int32_t>(node_.inputs.size())) {
-    return invalid("the node has " + std::to_string(num_inputs) + " inputs, expected " + std::to_string(node_.inputs.size()) +
-                   ": query, key, value and what optional_inputs names");
-  }
+  if (Status status = plugin::check_num_inputs(node_, static_cast<size_t>(num_inputs)); !status.ok()) return status;
   if (num_outputs != static_cast<int32_t>(node_.outputs.size())) {
-    return invalid("the node has " + std::to_string(num_outputs) + " outputs, expected " + std::to_string(node_.outputs.size()) +
+    return invalid("the node has " + std::to_string(num_outputs) + " outputs; expected " + std::to_string(node_.outputs.size()) +
                    ": output and what optional_outputs names");
   }
   return {};
@@ -119,14 +117,10 @@ int32_t FlashAttentionPlugin::getOutputDataTypes(nvinfer1::DataType* output_type
                                                  const nvinfer1::DataType* input_types, int32_t num_inputs) const noexcept {
   return guarded("getOutputDataTypes", [&]() -> Status {
     if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
-    DType query = DType::kFloat32, dtype;
+    const DType query = to_dtype(input_types[0]).value_or(DType::kFloat32);
     for (int32_t i = 0; i < num_inputs; ++i) {
-      const bool known = to_dtype(input_types[i], &dtype);
-      if (i == 0) query = dtype;
-      if (!known || !plugin::accepts(node_.inputs[i], dtype, query)) {
-        return invalid(std::string("input ") + plugin::name_of(node_.inputs[i]) + " has TensorRT data type " +
-                       std::to_string(static_cast<int>(input_types[i])) + ", which it can't have beside this query");
-      }
+      const Status status = plugin::check_dtype(node_.inputs[i], to_dtype(input_types[i]), query);
+      if (!status.ok()) return status;
     }
     if (Status status = plugin::check_output_dtype(node_, query); !status.ok()) return status;
     for (int32_t i = 0; i < num_outputs; ++i) {
@@ -173,13 +167,10 @@ bool FlashAttentionPlugin::supportsFormatCombination(int32_t pos, const DynamicP
   const int32_t result = guarded("supportsFormatCombination", [&]() -> Status {
     if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
     if (pos < 0 || pos >= num_inputs + num_outputs) return invalid("position " + std::to_string(pos) + " is out of range");
-    DType dtype, query;
-    if (in_out[pos].desc.format != nvinfer1::TensorFormat::kLINEAR || !to_dtype(in_out[pos].desc.type, &dtype) ||
-        !to_dtype(in_out[0].desc.type, &query)) {
-      return {};
-    }
-    supported = pos < num_inputs ? plugin::accepts(node_.inputs[pos], dtype, query)
-                                 : dtype == plugin::dtype_of(node_, node_.outputs[pos - num_inputs], query, query);
+    const std::optional<DType> dtype = to_dtype(in_out[pos].desc.type), query = to_dtype(in_out[0].desc.type);
+    if (in_out[pos].desc.format != nvinfer1::TensorFormat::kLINEAR || !dtype || !query) return {};
+    supported = pos < num_inputs ? plugin::accepts(node_.inputs[pos], *dtype, *query)
+                                 : *dtype == plugin::dtype_of(node_, node_.outputs[pos - num_inputs], *query, *query);
     return {};
   });
   return result == kSuccess && supported;

@@ -4,68 +4,36 @@
 
 #include <NvInferRuntime.h>
 
+#include <iterator>
+#include <optional>
 #include <string>
 
 #include "bind.h"
 
 namespace fa::trt {
 
-/// False for a type that no input or output of the operator has.
-inline bool to_dtype(nvinfer1::DataType type, DType* dtype) {
-  switch (type) {
-    case nvinfer1::DataType::kFLOAT:
-      *dtype = DType::kFloat32;
-      return true;
-    case nvinfer1::DataType::kHALF:
-      *dtype = DType::kFloat16;
-      return true;
-    case nvinfer1::DataType::kBF16:
-      *dtype = DType::kBFloat16;
-      return true;
-    case nvinfer1::DataType::kBOOL:
-      *dtype = DType::kBool;
-      return true;
-    case nvinfer1::DataType::kINT32:
-      *dtype = DType::kInt32;
-      return true;
-    case nvinfer1::DataType::kINT64:
-      *dtype = DType::kInt64;
-      return true;
-    case nvinfer1::DataType::kINT8:
-      *dtype = DType::kInt8;
-      return true;
-    case nvinfer1::DataType::kUINT8:
-      *dtype = DType::kUInt8;
-      return true;
-    case nvinfer1::DataType::kFP8:
-      *dtype = DType::kFloat8E4M3;
-      return true;
-    default:
-      return false;
-  }
+struct DataTypeOfDType {
+  nvinfer1::DataType type;
+  DType dtype;
+};
+inline constexpr DataTypeOfDType kDataTypes[] = {
+    {nvinfer1::DataType::kFLOAT, DType::kFloat32}, {nvinfer1::DataType::kHALF, DType::kFloat16},
+    {nvinfer1::DataType::kBF16, DType::kBFloat16}, {nvinfer1::DataType::kBOOL, DType::kBool},
+    {nvinfer1::DataType::kINT32, DType::kInt32},   {nvinfer1::DataType::kINT64, DType::kInt64},
+    {nvinfer1::DataType::kINT8, DType::kInt8},     {nvinfer1::DataType::kUINT8, DType::kUInt8},
+    {nvinfer1::DataType::kFP8, DType::kFloat8E4M3}};
+static_assert(std::size(kDataTypes) == kNumDTypes);
+
+/// Nothing for a type that no input or output of the operator has.
+inline std::optional<DType> to_dtype(nvinfer1::DataType type) {
+  for (const DataTypeOfDType& known : kDataTypes)
+    if (known.type == type) return known.dtype;
+  return std::nullopt;
 }
 
 inline nvinfer1::DataType to_data_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return nvinfer1::DataType::kFLOAT;
-    case DType::kFloat16:
-      return nvinfer1::DataType::kHALF;
-    case DType::kBFloat16:
-      return nvinfer1::DataType::kBF16;
-    case DType::kBool:
-      return nvinfer1::DataType::kBOOL;
-    case DType::kInt32:
-      return nvinfer1::DataType::kINT32;
-    case DType::kInt64:
-      return nvinfer1::DataType::kINT64;
-    case DType::kInt8:
-      return nvinfer1::DataType::kINT8;
-    case DType::kUInt8:
-      return nvinfer1::DataType::kUINT8;
-    case DType::kFloat8E4M3:
-      return nvinfer1::DataType::kFP8;
-  }
+  for (const DataTypeOfDType& known : kDataTypes)
+    if (known.dtype == dtype) return known.type;
   return nvinfer1::DataType::kFLOAT;
 }
 
@@ -73,16 +41,15 @@ inline nvinfer1::DataType to_data_type(DType dtype) {
 inline Status to_tensor(void* data, nvinfer1::DataType type, const nvinfer1::Dims& dims, plugin::Input input,
                         plugin::Tensor* tensor) {
   const std::string name = plugin::name_of(input);
-  DType dtype;
-  if (!to_dtype(type, &dtype)) {
-    return {StatusCode::kInvalidArgument,
-            name + " has TensorRT data type " + std::to_string(static_cast<int>(type)) + ", which the operator takes nowhere"};
-  }
-  if (dims.nbDims < 0) return {StatusCode::kInvalidArgument, name + " has an unknown rank"};
+  const std::optional<DType> dtype = to_dtype(type);
+  if (!dtype)
+    return plugin::invalid(name + " has TensorRT data type " + std::to_string(static_cast<int>(type)) +
+                           ", which the operator takes nowhere");
+  if (dims.nbDims < 0) return plugin::invalid(name + " has an unknown rank");
   for (int32_t i = 0; i < dims.nbDims; ++i) {
-    if (dims.d[i] < 0) return {StatusCode::kInvalidArgument, name + ": dimension " + std::to_string(i) + " is unknown"};
+    if (dims.d[i] < 0) return plugin::invalid(name + ": dimension " + std::to_string(i) + " is unknown");
   }
-  *tensor = plugin::contiguous(data, dtype, dims.d, static_cast<size_t>(dims.nbDims));
+  *tensor = plugin::contiguous(data, *dtype, dims.d, static_cast<size_t>(dims.nbDims));
   return {};
 }
 

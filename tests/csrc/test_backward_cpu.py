@@ -16,8 +16,6 @@ from tests import cases, reference, reference_backward
 from tests.csrc import views
 from tests.problems import Case
 
-VISIBLE_NAN = ("query", "key", "value", "bias")
-
 
 def _draw(problem, shape: tuple[int, ...], dtype) -> np.ndarray:
     return np.random.default_rng(shape[2]).standard_normal(shape, np.float32).astype(dtype)
@@ -42,12 +40,7 @@ def run(fa_csrc, problem, with_d_lse: bool = False, **options):
     return status, results, d_out, given.get("d_lse")
 
 
-def has_gradients(case: Case) -> bool:
-    forward_only = case.past or case.query_bias or case.dtype == "float8" or case.empty_row != "zero"
-    return not forward_only and case.nan not in VISIBLE_NAN
-
-
-CASES = [case for case in cases.quick() if has_gradients(case)]
+CASES = [case for case in cases.quick() if cases.has_gradients(case)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -36,6 +37,13 @@ def started(*arguments: str | os.PathLike, heeding: int, **env: str) -> subproce
     heed = functools.partial(signal.signal, heeding, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment() | env, preexec_fn=heed, **pipes)
+
+
+def on_a_full_disk(*arguments: str | os.PathLike) -> subprocess.CompletedProcess:
+    """As faexport(), where no file can exceed 2000 bytes."""
+    command = [sys.executable, "-m", "faexport", *map(os.fspath, arguments)]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000))
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, preexec_fn=limit)
 
 
 def here(*arguments: str | os.PathLike) -> subprocess.CompletedProcess:

@@ -18,7 +18,7 @@ import onnx.parser
 import pytest
 from faexport.report.data import Report
 
-from tests.export.test_sites import run
+from tests.export.compared import run
 
 SIZES = (3, 1, 6, 0)
 MAX_COMBINATIONS = 24

@@ -70,11 +70,11 @@ def _changed(original: bytes, numbers: list[int], random: np.random.Generator) -
 
 
 class ForkingPopen(subprocess.Popen):
-    """Popen of `python -c code …` without a new interpreter: the code runs in a fork of this process."""
+    """Popen of `python -P -c code …` without a new interpreter: the code runs in a fork of this process."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = rest[3:9]
-        assert args[:2] == [sys.executable, "-c"], args
+        assert args[:3] == [sys.executable, "-P", "-c"], args
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
@@ -86,8 +86,8 @@ class ForkingPopen(subprocess.Popen):
                     if end not in (-1, None):
                         os.close(end)
                 sys.stdout, sys.stderr = (open(place, "w", closefd=False) for place in (1, 2))
-                sys.argv = ["-c", *args[3:]]
-                exec(args[2], {"__name__": "__main__"})
+                sys.argv = ["-c", *args[4:]]
+                exec(args[3], {"__name__": "__main__"})
                 sys.stdout.flush()
                 code = 0
             os._exit(code)

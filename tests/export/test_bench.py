@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from faexport.commands import bench, bench_view
+from faexport.commands import bench, bench_view, terminal
 from faexport.commands.bench_data import Measured, Row, Timing
 from faexport.feeds import inputs
 from faexport.runtimes import ort_session
@@ -126,6 +126,12 @@ def test_a_row_is_told_as_soon_as_it_is_measured(model: pathlib.Path) -> None:
         assert f" ms, fused {row['fused']['seconds']['median'] * 1e3:.3g} ±" in line
         assert f"{row['times_as_fast']:.2f} ×" in line
     assert here("bench", model, *shapes[:2], "--runs", "5", "--device", "cpu", "--quiet").stderr == ""
+
+
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = Row({"ids[/b]": [1, 64]}, *(Measured(timing(0.1), None, None) for _ in range(2)))
+    terminal.console().print(bench_view.table([odd]))
+    assert "ids[/b] 1x64" in capsys.readouterr().out
 
 
 def test_the_conclusion_says_where_it_pays_or_that_it_does_not() -> None:

@@ -17,7 +17,7 @@ import onnx
 import onnx.parser
 import pytest
 from faexport import cli, pipeline
-from faexport.commands import engine_run
+from faexport.commands import build, engine_run, terminal
 from faexport.files import model_io
 from faexport.files.model_io import ModelError
 from faexport.options import Options
@@ -239,6 +239,9 @@ REFUSALS = {
     "no shape": (["{model}", "--opt", "x=1x16"], "is not a shape"),
     "unknown GPU": (["{model}", "--compute-capability", "9.0"], "builds for"),
     "no number": (["{model}", "--compute-capability", "hopper"], "expected X.Y"),
+    "no digits": (["{model}", "--compute-capability", "².0"], "expected X.Y"),
+    "huge size": (["{model}", "--opt", "x:99999999999999999999x16"], "99999999999999999999x16; sizes are from 0 to"),
+    "huge workspace": (["{model}", "--opt", "x:1x16", "--workspace", "99999999999999999999"], "--workspace"),
     "timing cache": (["{model}", "--timing-cache", "cache"], "TensorRT-RTX has none"),
     "hardware": (["{model}", "--hardware-compatible"], "--compute-capability"),
     "profile": (["{model}", "--profile", "{model}"], "is not a profile"),
@@ -270,6 +273,13 @@ def test_one_line_for_what_is_wrong(call, tmp_path, monkeypatch, name):
     assert list(tmp_path.iterdir()) == [model]
 
 
+@pytest.mark.parametrize("size", ["Infinity", "1.5", '"16"', "-1", "1e30"])
+def test_sizes_of_a_profile_are_whole_numbers(call, tmp_path, size):
+    profile = tmp_path / "profile.json"
+    profile.write_text(f'{{"x": {{"min": [1, 16], "opt": [1, 16], "max": [{size}, 16]}}}}')
+    assert_refused(call("build", write(tmp_path, MLP), "--profile", profile), "profile.json: is not a profile")
+
+
 def test_parser_errors_name_the_nodes(call, tmp_path):
     done = call("build", write(tmp_path, UNSUPPORTED))
     assert_refused(done, "node 'first_strange' (Strange)", "node 'second_strange' (Stranger)", "Plugin not found")
@@ -280,7 +290,7 @@ def test_attention_alone_is_built_unfused_with_a_note(tmp_path):
         "build", write(tmp_path, ATTENTION), "--opt", "q:1x2x8x16", "--opt", "k:1x2x16x8", "--opt", "v:1x2x8x16"
     )
     assert done.returncode == 0, done.stderr
-    assert "0 FlashAttention" in done.stdout and "no GPU here" in done.stdout or engine.has_gpu()
+    assert "0 FlashAttention" in done.stdout and ("no GPU here" in done.stdout or engine.has_gpu())
 
 
 def test_run_refuses_what_is_no_engine(call, tmp_path):
@@ -318,6 +328,15 @@ def test_outputs_are_compared_with_onnxruntime(tmp_path):
     assert not other.ok
     with pytest.raises(ModelError, match="no output 'y'"):
         engine_run.compare(model, inputs, {"z": right})
+
+
+def test_names_are_no_markup(capsys):
+    result = engine_run.Result({"y[/b]": np.zeros((2, 3), np.float32)}, 1.0)
+    terminal.console().print(engine_run.table(result, []))
+    report = engine.EngineReport("tensorrt", "11", 3, profiles=[{"x[/b]": Range((1,), (2,), (4,))}], notes=["[/b]"])
+    build._show(report, pathlib.Path("a[/b].plan"), 1)
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("y[/b]", "x[/b]: 1 … 2 … 4", "a[/b].plan", "note    [/b]"))
 
 
 def test_outputs_of_any_name_are_written(tmp_path):

@@ -14,9 +14,11 @@ import time
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from faexport.cli import app
+from faexport.options import Options
 from faexport.runtimes import ort_session
 from onnx import TensorProto, helper
 
@@ -280,7 +282,10 @@ def test_a_slash_at_the_end_names_a_folder(model: pathlib.Path) -> None:
     ("given", "said"),
     [
         (("--fp16", "--bf16"), "--fp16 and --bf16 exclude one another, give one of them;"),
-        (("--dtype", "fp16", "--bf16"), "--dtype fp16 and --bf16 exclude one another, give one of them; --dtype is of"),
+        (
+            ("--dtype", "fp16", "--bf16"),
+            "--dtype fp16 and --bf16 exclude one another, give one of them; --dtype fp16 is of",
+        ),
         (("--dtype", "fp8", "--fp16", "--bf16"), "--dtype fp8 and --fp16 and --bf16 exclude one another"),
     ],
     ids=" ".join,
@@ -289,6 +294,22 @@ def test_precisions_that_exclude_one_another_are_named(model: pathlib.Path, give
     done = commands.here(model, *given)
     assert_bad_input(done, said)
     assert ("--dtype" in done.stderr) == ("--dtype" in given)
+
+
+OF_OPTIONS = [
+    ({"fp16": True, "bf16": True}, "fp16=True and bf16=True exclude one another"),
+    ({"dtype": ir.DataType.FLOAT16, "fp16": True}, "dtype=FLOAT16 and fp16=True exclude one another"),
+    ({"dtype": ir.DataType.BFLOAT16, "float32": "tf32"}, "dtype=BFLOAT16 asks for another precision"),
+    ({"dtype": ir.DataType.INT8}, "dtype is INT8; expected FLOAT16"),
+    ({"keep_io_types": False}, "keep_io_types=False needs fp16=True or bf16=True"),
+    ({"rest": True, "target": "tensorrt"}, "which target=tensorrt doesn't run"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), OF_OPTIONS, ids=[said for _, said in OF_OPTIONS])
+def test_who_calls_from_python_is_told_the_same(given: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Options(**given)
 
 
 def test_a_failed_verification_writes_nothing_and_exits_with_1(model: pathlib.Path) -> None:
@@ -334,6 +355,20 @@ def test_what_could_not_be_compared_is_not_written(model: pathlib.Path) -> None:
     assert names(model.parent) == ["model.fa.onnx", "model.onnx"]
 
 
+def test_names_in_a_model_steer_no_terminal(model: pathlib.Path) -> None:
+    """Neither in the tables of stdout nor in an error."""
+    proto, name = onnx.load(model), "soft\x1b[2Jmax\u202e"
+    next(node for node in proto.graph.node if node.op_type == "Softmax").name = name
+    onnx.save(proto, model)
+    done = faexport("inspect", model, COLUMNS="300")
+    assert done.returncode == 0 and "soft\\x1b[2Jmax\\u202e" in done.stdout and not {"\x1b", "\u202e"} & {*done.stdout}
+    proto.graph.output[0].name = name
+    onnx.save(proto, model)
+    done = faexport(model)
+    assert_bad_input(done, "output 'soft\\x1b[2Jmax\\u202e'")
+    assert not {"\x1b", "\u202e"} & {*done.stderr}
+
+
 HAS_GPU = ort_session.CUDA in onnxruntime.get_available_providers()
 
 
@@ -365,12 +400,12 @@ importlib.util.find_spec = lambda name, *more: None if name == 'onnxruntime' els
     ),
     "on a full disk": (  # the sites are compared by a model in the temporary folder
         """import errno, os, tempfile
-honest = tempfile.TemporaryDirectory
-def folder(*arguments, prefix='', **options):
+honest = tempfile.mkdtemp
+def folder(suffix=None, prefix=None, dir=None):
     if prefix == 'faexport-sites-':
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return honest(*arguments, prefix=prefix, **options)
-tempfile.TemporaryDirectory = folder
+    return honest(suffix, prefix, dir)
+tempfile.mkdtemp = folder
 """,
         "No space left on device (TMPDIR",
     ),

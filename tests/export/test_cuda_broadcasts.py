@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import collections
-
-import faexport
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper, parser
 
+from tests.export import compared
+from tests.export.compared import fuse_one
 from tests.export.form_text import replaced
-from tests.export.test_sites import run
 
 # A block of a diffusion transformer, whose normalization is scaled and shifted by what a time step becomes.
 TEXT = """
@@ -48,22 +46,13 @@ def model(*pieces: tuple[str, str]) -> onnx.ModelProto:
 
 
 def fused(given: onnx.ModelProto, **options: object) -> tuple[onnx.ModelProto, dict[str, list[onnx.NodeProto]]]:
-    made, report = faexport.fuse(given, options=faexport.Options(**{"target": "cuda", **options}))
-    assert [site.fused for site in report.sites] == [True]
-    nodes = collections.defaultdict(list)
-    for node in made.graph.node:
-        nodes[node.op_type].append(node)
-    return made, nodes
+    made = fuse_one(given, **{"target": "cuda", **options})
+    return made, compared.nodes_by_kind(made)
 
 
 def agree(given: onnx.ModelProto, made: onnx.ModelProto, library: str, sizes=((3, 5), (1, 5), (3, 1), (0, 4))) -> None:
-    for batch, rows in sizes:
-        random = np.random.default_rng(rows)
-        feeds = {"x": random.standard_normal((batch, rows, 8)), "t": random.standard_normal((batch, 16))}
-        feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
-        for want, have in zip(run(given, feeds), run(made, feeds, library), strict=True):
-            assert have.shape == want.shape
-            np.testing.assert_allclose(have, want, atol=1e-5)
+    feeds = (compared.normal(rows, x=(batch, rows, 8), t=(batch, 16)) for batch, rows in sizes)
+    compared.agree(given, made, library, feeds)
 
 
 MODULATED = {

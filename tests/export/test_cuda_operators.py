@@ -18,8 +18,8 @@ from faexport.runtimes import ort_session
 from faexport.verify import model_check
 from onnx import numpy_helper, parser
 
+from tests.export.compared import run
 from tests.export.form_text import replaced
-from tests.export.test_sites import run
 
 # A block of a diffusion model: an image of 320 channels, its group normalization, attention, and a gated layer.
 TEXT = """

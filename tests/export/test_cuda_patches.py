@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import collections
 
-import faexport
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper, parser
 
+from tests.export import compared
+from tests.export.compared import fuse_one
 from tests.export.form_text import replaced
-from tests.export.test_sites import run
 
 TEXT = """
 <ir_version: 9, opset_import: ["": 18]>
@@ -44,17 +44,13 @@ def model(*pieces: tuple[str, str], weight: tuple[int, ...] = (8, 3, 4, 3)) -> o
 
 
 def kinds_of(given: onnx.ModelProto, **options: object) -> tuple[onnx.ModelProto, collections.Counter]:
-    made, report = faexport.fuse(given, options=faexport.Options(**{"target": "cuda", **options}))
-    assert [site.fused for site in report.sites] == [True]
+    made = fuse_one(given, **{"target": "cuda", **options})
     return made, collections.Counter(node.op_type for node in made.graph.node)
 
 
 def agree(given: onnx.ModelProto, made: onnx.ModelProto, library: str, *sizes: int, batches=(3, 1, 0)) -> None:
-    for batch in batches:
-        image = np.random.default_rng(batch).standard_normal((batch, *(sizes or (3, 8, 6)))).astype(np.float32)
-        for want, have in zip(run(given, {"image": image}), run(made, {"image": image}, library), strict=True):
-            assert have.shape == want.shape
-            np.testing.assert_allclose(have, want, atol=1e-5)
+    shape = sizes or (3, 8, 6)
+    compared.agree(given, made, library, (compared.normal(batch, image=(batch, *shape)) for batch in batches))
 
 
 BOTH = f"""{MERGED}

@@ -12,8 +12,9 @@ import pytest
 from faexport import Options
 from onnx import numpy_helper, parser
 
+from tests.export import compared
+from tests.export.compared import node_of, run
 from tests.export.form_text import replaced
-from tests.export.test_sites import run
 
 # Two heads of 8 columns on an image of 12 x 16 tokens, by the spelling of transformers.
 TEXT = """
@@ -74,16 +75,12 @@ def model(*pieces: tuple[str, str], **shapes: tuple[int, ...]) -> onnx.ModelProt
 def fused(given: onnx.ModelProto, options: Options = OPTIONS) -> tuple[onnx.ModelProto, onnx.NodeProto, dict[str, int]]:
     made, report = faexport.fuse(given, options=options)
     assert [site.fused for site in report.sites] == [True]
-    (node,) = (node for node in made.graph.node if node.op_type == "FlashAttention")
-    return made, node, collections.Counter(node.op_type for node in made.graph.node)
+    return made, node_of(made), collections.Counter(node.op_type for node in made.graph.node)
 
 
 def agree(given: onnx.ModelProto, made: onnx.ModelProto, library: str, batches=(3, 1)) -> None:
-    for batch in batches:
-        x = {"x": np.random.default_rng(batch).standard_normal((batch, 12, 16, 16)).astype(np.float32)}
-        for want, have in zip(run(given, x), run(made, x, library), strict=True):
-            assert have.shape == want.shape
-            np.testing.assert_allclose(have, want, atol=2e-5)
+    feeds = (compared.normal(batch, x=(batch, 12, 16, 16)) for batch in batches)
+    compared.agree(given, made, library, feeds, atol=2e-5)
 
 
 def words(node: onnx.NodeProto) -> dict:

@@ -13,8 +13,8 @@ from faexport import pipeline
 from faexport.options import Options
 from onnx import numpy_helper, parser
 
+from tests.export.compared import run
 from tests.export.form_text import replaced
-from tests.export.test_sites import run
 from tests.export.test_sites_appended import names_of
 
 # Heads of 8 columns on an image of 32 x 40 tokens, by Segment Anything's spelling.

@@ -16,7 +16,7 @@ from google.protobuf import text_format
 
 from tests import packages
 from tests.export import big_model
-from tests.export.commands import assert_bad_input, here
+from tests.export.commands import assert_bad_input, here, on_a_full_disk
 
 MIXED = """
 <ir_version: 9, opset_import: ["": 17]>
@@ -107,6 +107,12 @@ def test_a_batch_that_can_t_be_served_is_one_line(text: str, tmp_path: pathlib.P
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("option", ["--max-batch", "--instances"])
+def test_numbers_that_triton_does_not_hold_are_refused(model: pathlib.Path, option: str) -> None:
+    assert_bad_input(here("deploy", model, "--triton", model.parent / "r", option, str(2**31)), option)
+    assert not (model.parent / "r").exists()
+
+
 def test_what_triton_has_no_type_for_is_one_line(tmp_path: pathlib.Path) -> None:
     text = '<ir_version: 9, opset_import: ["": 19]> a (float8e4m3fn[B] x) => (float8e4m3fn[B] y) { y = Identity(x) }'
     onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
@@ -114,3 +120,8 @@ def test_what_triton_has_no_type_for_is_one_line(tmp_path: pathlib.Path) -> None
         here("deploy", tmp_path / "m.onnx", "--triton", tmp_path / "r"), "input 'x' is of type float8e4m3fn"
     )
     assert_bad_input(here("deploy", tmp_path / "m.onnx", "--triton", tmp_path / "r", "--name", "a/b"), "--name a/b")
+
+
+def test_nothing_is_left_of_what_could_not_be_written(model: pathlib.Path) -> None:
+    assert_bad_input(on_a_full_disk("deploy", model, "--triton", model.parent / "r"), "cannot be written")
+    assert here("deploy", model, "--triton", model.parent / "r").returncode == 0

@@ -19,8 +19,9 @@ from onnx import TensorProto, helper
 
 from tests.export import mask_feeds, site_graphs
 from tests.export import mask_grammar as grammar
+from tests.export.compared import built, run
 from tests.export.mask_grammar import HEAD_DIM, HEADS, MINIMUM, Recipe
-from tests.export.test_random_graphs import run, worst
+from tests.export.test_random_graphs import worst
 
 TOLERANCE = 2e-6  # of the largest magnitude, float32
 LOCAL = Recipe(("band buffer", "causal padding"), apart=True, window=2, first_form="where scores")  # GPT-Neo
@@ -77,7 +78,7 @@ def feeds_of(model: onnx.ModelProto, sizes: dict[str, int], seed: int = 0) -> di
 def difference(model: onnx.ModelProto, changed: onnx.ModelProto, sizes: dict[str, int], pattern: str) -> float:
     feeds = feeds_of(model, sizes)
     feeds["attention_mask"] = paddings(feeds["attention_mask"].shape)[pattern].astype(np.int64)
-    return worst(run(model, feeds, False), run(changed, feeds, ort_session.has_library()))
+    return worst(run(model, feeds), run(changed, feeds, built()))
 
 
 def sizes_of(recipe: Recipe, sequence: int = 11, past: int = 6) -> dict[str, int]:
@@ -108,7 +109,7 @@ def test_the_lower_of_two_masks(cache: bool) -> None:
     for seed in range(20):
         feeds = mask_feeds.feeds(model, seed)
         feeds["padding"][0] = 1
-        assert worst(run(model, feeds, False), run(changed, feeds, ort_session.has_library())) <= TOLERANCE
+        assert worst(run(model, feeds), run(changed, feeds, built())) <= TOLERANCE
     assumed = pipeline.examine(ir.from_proto(model), pipeline.Options(assume_full_rows=True))[0].outcome.mask
     assert assumed.is_causal and assumed.empty_rows is None
 
@@ -124,7 +125,7 @@ def test_nothing_of_rows_times_keys_is_left(name: str) -> None:
     changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
     feeds = feeds_of(model, sizes)
     feeds["attention_mask"] = np.ones(feeds["attention_mask"].shape, np.int64)
-    shapes = [array.shape for array in run(changed, feeds, ort_session.has_library())]
+    shapes = [array.shape for array in run(changed, feeds, built())]
     keys = 13 + sizes["past_sequence"]
     assert shapes and not [shape for shape in shapes if shape.count(13) + shape.count(keys) * (keys != 13) >= 2]
 
@@ -191,7 +192,7 @@ def test_float16_as_if_it_swallowed_every_score(recipe: Recipe, pattern: str) ->
     visible = paddings(feeds["attention_mask"].shape)[pattern]
     feeds = {name: array.astype(np.float16) for name, array in feeds.items()}
     feeds["attention_mask"] = visible.astype(np.int64)
-    before, after = (run(m, feeds, ort_session.has_library())[0].astype(np.float64) for m in (model, changed))
+    before, after = (run(m, feeds, built())[0].astype(np.float64) for m in (model, changed))
     empty, want = mean_of(recipe, visible, feeds["v"].astype(np.float64))
     expected = np.where(empty[:, None, :, None], want, before)
     assert empty.any() and np.abs(after - expected).max() <= 3e-3 * np.abs(expected).max()
@@ -207,7 +208,7 @@ def test_any_padding(data: st.DataObject, name: str) -> None:
     feeds = feeds_of(model, sizes, data.draw(st.integers(0, 99)))
     bits = st.lists(st.integers(0, 1), min_size=sizes["total"], max_size=sizes["total"])
     feeds["attention_mask"] = np.asarray([data.draw(bits) for _ in range(sizes["batch"])], np.int64)
-    assert worst(run(model, feeds, False), run(changed, feeds, ort_session.has_library())) <= TOLERANCE
+    assert worst(run(model, feeds), run(changed, feeds, built())) <= TOLERANCE
 
 
 @pytest.mark.parametrize("past", (0, 777))
@@ -226,7 +227,7 @@ def test_long_sums_stay_exact(recipe: Recipe, past: int, monkeypatch: pytest.Mon
         feeds[name] += 1
     values = np.concatenate([feeds[name] for name in ("past_v", "v") if name in feeds], axis=2).astype(np.float64)
     empty, want = (x[..., past:] if x.ndim == 2 else x[:, :, past:] for x in mean_of(recipe, visible, values))
-    got = run(changed, feeds, ort_session.has_library())[0]
+    got = run(changed, feeds, built())[0]
     assert empty.sum() > 1000 and np.abs(got - want)[:, :, empty[0]].max() <= 2e-6 * np.abs(want).max()
 
 

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 
 from tests.export import mask_feeds
 from tests.export import mask_grammar as grammar
+from tests.export.compared import built, run
 from tests.export.mask_grammar import Recipe
 
 RECIPES = {
@@ -56,17 +57,6 @@ def fused(model: onnx.ModelProto, **options: object) -> ir.Model:
     return changed
 
 
-def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray], library: bool = False) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if library:
-        import faplugin
-
-        faplugin.register(options)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_runs_without_the_library(name: str) -> None:
     model = grammar.build(RECIPES[name])
@@ -78,7 +68,7 @@ def test_runs_without_the_library(name: str) -> None:
         known = np.isfinite(want)
         np.testing.assert_allclose(got[known], want[known], rtol=1e-4, atol=1e-5)
         if ort_session.has_library():
-            np.testing.assert_allclose(run(changed, feeds, library=True)[0], got, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(run(changed, feeds, built())[0], got, rtol=1e-4, atol=1e-5)
 
 
 def test_without_fallback_there_is_no_function() -> None:
@@ -98,7 +88,7 @@ def test_the_library_wins() -> None:
     nodes.insert_before(result, zeros)
     result.replace_input_with(0, zeros.outputs[0])
     feeds = mask_feeds.feeds(model, 0)
-    wrong, right = (run(ir.to_proto(changed), feeds, library)[0] for library in (False, True))
+    wrong, right = (run(ir.to_proto(changed), feeds, library)[0] for library in (None, built()))
     assert not wrong.any()
     np.testing.assert_allclose(right, run(model, feeds)[0], rtol=1e-4, atol=1e-5)
 
@@ -139,7 +129,7 @@ def test_nodes_with_different_inputs_share_one_function() -> None:
     (got,) = run(ir.to_proto(model), feeds)
     np.testing.assert_allclose(got, reference(feeds), rtol=1e-4, atol=1e-5)
     if ort_session.has_library():
-        np.testing.assert_allclose(run(ir.to_proto(model), feeds, library=True)[0], got, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(run(ir.to_proto(model), feeds, built())[0], got, rtol=1e-4, atol=1e-5)
 
 
 def random_feeds(model: ir.Model) -> dict[str, np.ndarray]:
@@ -183,7 +173,7 @@ def test_forms_that_cannot_be_one_are_overloads_and_older_runtimes_refuse() -> N
         (got,) = run(ir.to_proto(model), feeds)
         np.testing.assert_allclose(got[0, :, 2], feeds["v"].mean(axis=-2)[0], rtol=1e-4, atol=1e-5)
     if ort_session.has_library():
-        run(ir.to_proto(model), feeds, library=True)
+        run(ir.to_proto(model), feeds, built())
 
 
 def test_what_nothing_stands_in_for_is_said() -> None:
@@ -271,7 +261,7 @@ def test_float8(output: str, opset: int) -> None:
     error = {"float32": 1e-6, "float16": 2**-11, "float8_e4m3fn": 2**-4}.get(output, 2**-8)
     np.testing.assert_allclose(y, want, rtol=error, atol=2e-5 if output != "float8_e4m3fn" else 2**-10)
     if ort_session.has_library():
-        np.testing.assert_allclose(run(ir.to_proto(model), feeds, library=True)[0], y, rtol=2 * error, atol=2**-9)
+        np.testing.assert_allclose(run(ir.to_proto(model), feeds, built())[0], y, rtol=2 * error, atol=2**-9)
 
 
 def test_what_nothing_stands_in_for_float8() -> None:

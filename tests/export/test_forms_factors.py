@@ -8,8 +8,8 @@ import faexport
 import numpy as np
 import pytest
 
+from tests.export.compared import run
 from tests.export.form_text import PRODUCT, QKV, Form, checks_of, draw
-from tests.export.test_sites import run
 
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
 LATE = "p = Softmax<axis = -1>(s) w = Mul(p, g) y = MatMul(w, v)"

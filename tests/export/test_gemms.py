@@ -13,7 +13,7 @@ import pytest
 from faexport.runtimes import ort_session
 from onnx import helper, numpy_helper, parser
 
-from tests.export.test_sites import run
+from tests.export.compared import run
 
 WIDTH, INNER = 16, 24
 # GPT-2's block: its projections as PyTorch's TorchScript exporter writes `Conv1D`.

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from faexport.runtimes import operator_library, ort_session
 
+from tests.export import model_cache
 from tests.export.commands import assert_bad_input, here
 from tests.export.grouped import Form, model_of
 
@@ -60,6 +61,18 @@ def test_a_copy_has_all_that_genai_needs(tmp_path: pathlib.Path, slash: str) -> 
     same = ("tokenizer.json", "adapters/one.bin")
     assert {name: content(copy)[name] for name in same} == {name: before[name] for name in same}
     assert "decoder.weights" not in content(copy), "the original's weights, which nothing reads any more"
+
+
+@needs_library
+def test_a_folder_of_links_is_copied_as_files(tmp_path: pathlib.Path) -> None:
+    given = make(tmp_path / "model")
+    model_cache.link(given, tmp_path / "blobs")
+    done = here(given, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verification"]["status"] == "passed"
+    names = ["adapters/one.bin", "decoder.onnx", "decoder.onnx.data", "genai_config.json", "libfa_ort.so"]
+    assert sorted(content(tmp_path / "model.fa")) == [*names, "tokenizer.json"]
+    assert not any(path.is_symlink() for path in (tmp_path / "model.fa").rglob("*"))
 
 
 @needs_library
@@ -123,6 +136,8 @@ def test_a_decoder_that_cannot_be_verified_leaves_no_copy(tmp_path: pathlib.Path
         ({"session_options": {"provider_options": [{"cuda": {}}, {"qnn": {}}]}}, "runs on qnn, for which"),
         ({"session_options": {"custom_ops_library": "other.so"}}, "other.so"),
         ({"filename": "missing.onnx"}, "missing.onnx: no such file"),
+        ({"filename": "../model/decoder.onnx"}, "outside of the folder, ../model/decoder.onnx; move"),
+        ({"filename": "/etc/hosts"}, "outside of the folder, /etc/hosts; move"),
         ({"pipeline": [{}]}, "no single file"),
         ({"filename": None}, "no single file"),
         ({"session_options": []}, "can't be read as a configuration"),

@@ -453,8 +453,6 @@ def test_usage_of_bfloat16(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPat
     assert done.returncode == 2 and "add --opset 18" in done.stderr, done.stderr
     assert here(source, "--bf16", "--fp16").returncode == 2
     assert here(source, "--bf16", "--dtype", "bf16").returncode == 2
-    with pytest.raises(ValueError, match="leave one of them out"):
-        faexport.Options(fp16=True, bf16=True)
     for module in (ort_session, half_nodes):
         monkeypatch.setattr(module, "has_library", lambda: False)
     said = Converted(attention(), tmp_path, dtype=ir.DataType.BFLOAT16).check()

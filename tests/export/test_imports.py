@@ -134,6 +134,13 @@ def test_constants_are_evaluated_in_one_place():
     assert found == {"understand/shapes/constants.py"}
 
 
+def test_temporary_folders_are_made_in_one_place():
+    """One that scratch.py made is removed by the next run where this one is killed; tempfile's would stay."""
+    makers = re.compile(r"\b(TemporaryDirectory|NamedTemporaryFile|mkdtemp|mkstemp)\b")
+    found = {p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if makers.search(p.read_text("utf-8"))}
+    assert found == {"files/scratch.py"}
+
+
 def test_no_file_is_long():
     parts = ("csrc", "plugin", "export", "tests", "benchmarks", "demos", "docs")
     paths = [path for part in parts for path in (ROOT.parents[1] / part).rglob("*")]

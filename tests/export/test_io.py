@@ -20,6 +20,7 @@ from tests.export import (
     big_model,
     commands,
     malformed_models,  # noqa: F401 (fills BAD)
+    model_cache,
 )
 from tests.export.bad_models import BAD, small
 
@@ -85,16 +86,39 @@ def test_small_external_weights_may_be_in_use(tmp_path: pathlib.Path) -> None:
     assert _without_weights(onnx.load(tmp_path / "copy.onnx"))[1] == _without_weights(small())[1] and arrays
 
 
-def test_a_linked_model_of_a_cache_is_read(tmp_path: pathlib.Path) -> None:
-    """Model caches keep files under other names and link to them; the links' targets lie together."""
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
-    blobs.mkdir()
+def in_a_cache(model: onnx.ModelProto, place: pathlib.Path, size_threshold: int = 0) -> pathlib.Path:
+    """The path of the model, with its weights in a file of their own."""
+    snapshot = place / "snapshot"
     snapshot.mkdir()
-    onnx.save(small(), snapshot / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
-    for name, blob in (("model.onnx", "a1"), ("weights.bin", "b2")):
-        (snapshot / name).rename(blobs / blob)
-        (snapshot / name).symlink_to(blobs / blob)
-    model_io.load(snapshot / "model.onnx")
+    path = snapshot / "model.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=size_threshold)
+    model_cache.link(snapshot, place / "blobs")
+    return path
+
+
+def test_a_linked_model_of_a_cache_is_read(tmp_path: pathlib.Path) -> None:
+    read = model_io.load(in_a_cache(small(), tmp_path)).graph.initializers
+    for weights in small().graph.initializer:
+        assert np.array_equal(read[weights.name].const_value.numpy(), onnx.numpy_helper.to_array(weights))
+
+
+def test_a_linked_model_of_a_cache_is_rewritten_and_measured(tmp_path: pathlib.Path) -> None:
+    path = in_a_cache(big_model.encoder(big_model.EncoderSize(1, 4, 16)), tmp_path, size_threshold=1024)
+    done = commands.here(path, "-o", f"{tmp_path / 'out'}/", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["verification"]["status"] == "passed" and said["verification"]["sites"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.onnx", "model.onnx.data"]
+    done = commands.here("bench", path, "--shape", "hidden_states:1x8x64", "--runs", "5", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+
+
+def test_hard_links_are_refused(tmp_path: pathlib.Path) -> None:
+    """onnx-ir does not read them: they may lead anywhere."""
+    onnx.save(small(), tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    os.link(tmp_path / "weights.bin", tmp_path / "again.bin")
+    with pytest.raises(model_io.ModelError, match=r"'weights.bin', which has 2 names \(hard links\).*; copy it"):
+        model_io.load(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "./model.onnx", "link.onnx"])

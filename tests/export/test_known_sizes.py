@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from onnx import parser
 
+from tests.export.compared import run
 from tests.export.form_text import replaced
-from tests.export.test_sites import run
 
 # Windows of 4 of 8 rows, whose shapes are computed from x as TorchScript's exporter has it.
 TEXT = """

@@ -13,6 +13,7 @@ import faexport
 import numpy as np
 import onnx
 import pytest
+from faexport import diagnosis
 
 from tests.export import big_model
 from tests.export.commands import environment
@@ -79,6 +80,14 @@ def test_what_could_not_be_compared_is_an_exception_with_the_report(model: pathl
         faexport.optimize(model, timeout=0.001)
     assert caught.value.report.verification.status == "not run" and caught.value.report.error == str(caught.value)
     assert not model.with_name("model.fa.onnx").exists()
+
+
+def test_modules_in_the_working_directory_are_not_imported(model: pathlib.Path, monkeypatch) -> None:
+    """It may be the folder of a model that somebody else made."""
+    model.with_name("onnxruntime.py").write_text("print('imported')")
+    monkeypatch.chdir(model.parent)
+    assert faexport.optimize(model).verification.status == "passed"
+    assert diagnosis.fault_of(model) == ""
 
 
 def test_documented_modules_are_found_without_an_import_of_their_own() -> None:

@@ -4,16 +4,14 @@ behind become one operator; residuals of images [batch, height, width, channels]
 
 from __future__ import annotations
 
-import collections
-
-import faexport
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper, parser
 
+from tests.export import compared
+from tests.export.compared import fuse_one
 from tests.export.form_text import replaced
-from tests.export.test_sites import run
 
 # Attention within windows of 2 x 3 of an image of 4 x 6, whose rows go back to their places in front of the residual.
 TEXT = """
@@ -54,12 +52,8 @@ def model(*pieces: tuple[str, str], **shapes: tuple[int, ...]) -> onnx.ModelProt
 
 
 def fused(given: onnx.ModelProto, **options: object) -> tuple[onnx.ModelProto, dict[str, list[onnx.NodeProto]]]:
-    made, report = faexport.fuse(given, options=faexport.Options(**options))
-    assert [site.fused for site in report.sites] == [True]
-    nodes = collections.defaultdict(list)
-    for node in made.graph.node:
-        nodes[node.op_type].append(node)
-    return made, nodes
+    made = fuse_one(given, **options)
+    return made, compared.nodes_by_kind(made)
 
 
 def is_behind(made: onnx.ModelProto) -> bool:
@@ -71,11 +65,8 @@ def is_behind(made: onnx.ModelProto) -> bool:
 def agree(
     given: onnx.ModelProto, made: onnx.ModelProto, library: str, batches=(3, 1, 0), shape: tuple[int, ...] = (4, 6, 8)
 ) -> None:
-    for batch in batches:
-        x = {"x": np.random.default_rng(batch).standard_normal((batch, *shape)).astype(np.float32)}
-        for want, have in zip(run(given, x), run(made, x, library), strict=True):
-            assert have.shape == want.shape
-            np.testing.assert_allclose(have, want, atol=2e-5)
+    feeds = (compared.normal(batch, x=(batch, *shape)) for batch in batches)
+    compared.agree(given, made, library, feeds, atol=2e-5)
 
 
 def test_bias_residual_and_normalization_are_one(library: str) -> None:
@@ -259,11 +250,7 @@ def test_an_open_height_stays(library: str) -> None:
     )
     made, nodes = fused(given)
     assert len(nodes["SkipLayerNormalization"]) == len(nodes["LayerNormalization"]) == 1
-    random = np.random.default_rng(1)
-    feeds = {"x": random.standard_normal((2, 4, 6, 8)), "z": random.standard_normal((2, 5, 6, 8))}
-    feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
-    for want, have in zip(run(given, feeds), run(made, feeds, library), strict=True):
-        np.testing.assert_allclose(have, want, atol=2e-5)
+    compared.agree(given, made, library, [compared.normal(1, x=(2, 4, 6, 8), z=(2, 5, 6, 8))], atol=2e-5)
 
 
 IN_A_BRANCH = """count = Size (x)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import resource
 import signal
 import stat
 import subprocess
@@ -184,10 +183,7 @@ def test_json_on_failure_too(model: pathlib.Path) -> None:
 
 
 def test_a_full_disk(model: pathlib.Path) -> None:
-    """As full as a limit on the size of files makes it."""
-    command = [sys.executable, "-m", "faexport", os.fspath(model), *UNVERIFIED]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
-    done = subprocess.run(command, env=commands.environment(), capture_output=True, text=True, preexec_fn=limit)
+    done = commands.on_a_full_disk(model, *UNVERIFIED)
     assert_bad_input(done, "cannot be written", "File too large")
     assert names(model.parent) == ["model.onnx"]
 

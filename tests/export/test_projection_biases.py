@@ -15,8 +15,8 @@ from faexport.runtimes import ort_session
 from faexport.verify import model_check
 from onnx import helper
 
+from tests.export.compared import run
 from tests.export.test_projections import DV, HEADS, KV_HEADS, E, Model, attention, counts, fused, numpy_helper
-from tests.export.test_sites import run
 
 QUERIES, KEYS, VALUES = "the queries' bias", "the keys' bias", "the values' bias"
 WHICH = {QUERIES: "query", KEYS: "key", VALUES: "value"}

@@ -16,7 +16,7 @@ from faexport import pipeline
 from faexport.files import model_io
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.export.test_sites import run
+from tests.export.compared import run
 
 HEADS, KV_HEADS, D, DV, E = 4, 2, 8, 6, 24
 QKV = "queries, keys and values"

@@ -17,13 +17,13 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from faexport import pipeline
-from faexport.runtimes import ort_session
 from faexport.verify import widen
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.export import mask_feeds
 from tests.export import mask_grammar as grammar
+from tests.export.compared import built, run, session
 
 COUNT = int(os.environ.get("RANDOM_GRAPHS", "500"))
 PART = 250  # graphs a test
@@ -67,21 +67,6 @@ def recipes(draw: st.DrawFn) -> grammar.Recipe:
     )
 
 
-def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray], library: bool) -> list[np.ndarray]:
-    return session_of(model, library).run(None, feeds)
-
-
-def session_of(model: onnx.ModelProto, library: bool) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    if library:
-        import faplugin
-
-        faplugin.register(options)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def worst(want: list[np.ndarray], got: list[np.ndarray]) -> float:
     """The largest difference, of what isn't NaN in the original, in units of the largest magnitude."""
     result = 0.0
@@ -115,7 +100,7 @@ def misfit(recipe: grammar.Recipe, want: list[np.ndarray], got: list[np.ndarray]
 def check_random_graph(recipe: grammar.Recipe, number: int) -> None:
     model = grammar.build(recipe)
     try:
-        original = session_of(model, False)
+        original = session(model)
     except onnxruntime_errors():
         outcomes["no model"] += 1  # its fixed sizes contradict each other
         return
@@ -123,8 +108,7 @@ def check_random_graph(recipe: grammar.Recipe, number: int) -> None:
     outcomes["fused" if fused else "refused"] += 1
     if not fused:
         return
-    library = ort_session.has_library()
-    fused_one, wide_one = session_of(changed, library), None
+    fused_one, wide_one = session(changed, built()), None
     # Where a maximum is hidden, exponentials far below it leave nothing of the others.
     large = recipe.dtype == "float32" and number % 4 == 0 and not recipe.softmax.startswith("hidden")
     for k in range(3):
@@ -136,7 +120,7 @@ def check_random_graph(recipe: grammar.Recipe, number: int) -> None:
             continue  # no input for this graph
         got, exact = fused_one.run(None, feeds), want
         if recipe.dtype == "float16":
-            wide_one = wide_one or session_of(ir.to_proto(widen.in_float32(ir.from_proto(model))), False)
+            wide_one = wide_one or session(ir.to_proto(widen.in_float32(ir.from_proto(model))))
             exact = wide_one.run(None, widen.inputs_in_float32(feeds))
         wrong = misfit(recipe, want, got, exact)
         assert not wrong, f"{wrong} at {shapes}"
@@ -201,7 +185,7 @@ def test_what_was_found(name: str) -> None:
     model = grammar.build(recipe)
     changed, fused = rewritten(model)
     assert fused == recipe.layers
-    original, fused_one = session_of(model, False), session_of(changed, ort_session.has_library())
+    original, fused_one = session(model), session(changed, built())
     for number in range(8):
         feeds = mask_feeds.feeds(model, number)
         want = original.run(None, feeds)
@@ -219,7 +203,7 @@ def test_a_bias_and_then_a_fill_that_does_not_absorb_it() -> None:
     changed, report = pipeline.run(ir.from_proto(model), pipeline.Options(assume_full_rows=True))
     assert report.num_fused == 1
     feeds = mask_feeds.feeds(model, 0, large=True) | {"length": np.asarray([3])}
-    want, got = run(model, feeds, False), run(ir.to_proto(changed), feeds, ort_session.has_library())
+    want, got = run(model, feeds), run(ir.to_proto(changed), feeds, built())
     assert not misfit(recipe, want, got, want)
 
 

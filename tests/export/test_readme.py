@@ -24,7 +24,16 @@ from tests.export.commands import environment, faexport
 from tests.pages import ROOT, blocks
 
 PAGES = ("README.md", "docs/faexport.md")
-ALL_PAGES = sorted(os.fspath(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+MARKDOWN = (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md")
+ALL_PAGES = sorted(os.fspath(path.relative_to(ROOT)) for path in MARKDOWN)
+
+
+def test_each_benchmark_is_in_the_list_of_benchmarks() -> None:
+    page = (ROOT / "benchmarks/README.md").read_text()
+    files = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert set(re.findall(r"`(\w+\.py)`", page)) == files
+    results = {path.stem for path in (ROOT / "benchmarks/results").glob("*.json")}
+    assert results <= set(re.findall(r"`(\w+)`", page))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import faexport
 import numpy as np
 import onnx
 import pytest
 from onnx import parser
 
+from tests.export import compared
+from tests.export.compared import fuse_one, run
 from tests.export.form_text import replaced
-from tests.export.test_sites import run
 
 TEXT = """
 <ir_version: 9, opset_import: ["": 18]>
@@ -33,17 +33,12 @@ NO_CHANGE = "b = Reshape (a, halves)\n  c = Sin (b)\n  y = Reshape (c, rows)"
 
 def made_of(*pieces: tuple[str, str], **options: object) -> tuple[onnx.ModelProto, onnx.ModelProto, int]:
     given = parser.parse_model(replaced(TEXT, *pieces))
-    made, report = faexport.fuse(given, options=faexport.Options(**options))
-    assert [site.fused for site in report.sites] == [True]
+    made = fuse_one(given, **options)
     return given, made, sum(node.op_type in ("Reshape", "Unsqueeze", "Squeeze") for node in made.graph.node)
 
 
 def agree(given: onnx.ModelProto, made: onnx.ModelProto, library: str, batches=(3, 1, 0), rows: int = 12) -> None:
-    for batch in batches:
-        x = {"x": np.random.default_rng(batch).standard_normal((batch, rows, 8)).astype(np.float32)}
-        for want, have in zip(run(given, x), run(made, x, library), strict=True):
-            assert have.shape == want.shape
-            np.testing.assert_allclose(have, want, atol=1e-5)
+    compared.agree(given, made, library, (compared.normal(batch, x=(batch, rows, 8)) for batch in batches))
 
 
 JOINED = {

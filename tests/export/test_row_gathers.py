@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import collections
 
-import faexport
-import numpy as np
 import onnx
 import pytest
 from faexport.around import row_gathers
 from onnx import parser
 
+from tests.export import compared
+from tests.export.compared import fuse_one
 from tests.export.form_text import replaced
-from tests.export.test_sites import run
 
 # An image of 4 x 6 rows, rolled, cut into windows of 2 x 3, and back.
 TEXT = """
@@ -53,18 +52,13 @@ MOVES = ("Slice", "Concat", "Transpose", "Split")
 
 def made_of(*pieces: tuple[str, str], **options: object) -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, int]]:
     given = parser.parse_model(replaced(TEXT, *pieces))
-    made, report = faexport.fuse(given, options=faexport.Options(**{"target": "cuda", **options}))
-    assert [site.fused for site in report.sites] == [True]
+    made = fuse_one(given, **{"target": "cuda", **options})
     kinds = collections.Counter(node.op_type for node in made.graph.node)
     return given, made, {kind: kinds[kind] for kind in ("Gather", *MOVES) if kinds[kind]}
 
 
 def agree(given: onnx.ModelProto, made: onnx.ModelProto, library: str, batches: tuple[int, ...] = (3, 1, 0)) -> None:
-    for batch in batches:
-        x = {"x": np.random.default_rng(batch).standard_normal((batch, 24, 8)).astype(np.float32)}
-        for want, have in zip(run(given, x), run(made, x, library), strict=True):
-            assert have.shape == want.shape
-            np.testing.assert_allclose(have, want, atol=1e-5)
+    compared.agree(given, made, library, (compared.normal(batch, x=(batch, 24, 8)) for batch in batches))
 
 
 SPLIT = """top, rest = Split <axis = 1> (picture, sizes)

@@ -6,14 +6,13 @@ from __future__ import annotations
 import faexport
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from faexport.pipeline import Options
 from faexport.report.data import Report
 
+from tests.export.compared import OPTIONS, node_of, run
 from tests.export.site_graphs import FLAWS, Form, build, feeds
 
-OPTIONS = Options(fallback=False)
 TOLERANCE = 2e-5
 
 FORMS = {
@@ -66,16 +65,6 @@ FORMS = {
 }
 
 
-def run(model: onnx.ModelProto, inputs: dict, library: str | None = None) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    if library:
-        options.register_custom_ops_library(library)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)
-
-
 def fuse_and_compare(form: Form, library: str, tolerance: float = TOLERANCE) -> tuple[onnx.ModelProto, Report]:
     """The fused model; it gave what the original gives, for the sizes of the model and for others."""
     model = build(form)
@@ -86,11 +75,6 @@ def fuse_and_compare(form: Form, library: str, tolerance: float = TOLERANCE) -> 
             assert got.shape == expected.shape
             np.testing.assert_allclose(got, expected, atol=tolerance, rtol=tolerance)
     return fused, report
-
-
-def node_of(model: onnx.ModelProto) -> onnx.NodeProto:
-    (node,) = [n for n in model.graph.node if n.op_type == "FlashAttention"]
-    return node
 
 
 def attributes_of(model: onnx.ModelProto) -> dict:

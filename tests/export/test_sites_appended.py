@@ -17,8 +17,8 @@ from onnx import helper
 
 from tests.export import form_text
 from tests.export.appended import Form, feeds, model_of
+from tests.export.compared import OPTIONS, node_of, run, session
 from tests.export.form_text import check
-from tests.export.test_sites import OPTIONS, node_of, run
 
 FORMS = {
     "plain": Form(rotary="none"),
@@ -64,18 +64,10 @@ def expected_names(form: Form) -> set[str]:
     return names | ({"q_norm_weight", "k_norm_weight"} if form.norm != "none" else set())
 
 
-def session_of(model: onnx.ModelProto, library: str | None = None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    if library:
-        options.register_custom_ops_library(library)
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def compare(form: Form, fused: onnx.ModelProto, libraries: Sequence[str | None], tolerance: float) -> None:
     """The fused model, with a library or by its stand-in (None), against the original."""
     model = model_of(form)
-    original, *others = session_of(model), *(session_of(fused, library) for library in libraries)
+    original, *others = session(model), *(session(fused, library) for library in libraries)
     for seed, (batch, rows, past) in enumerate(SIZES):
         for positions in ("behind", "repeated", "apart"):
             tensors = feeds(form, batch, rows, past, seed, positions)
@@ -136,14 +128,15 @@ def test_a_fixed_cache_is_written_in_place(library: str) -> None:
     tensors = feeds(form, 2, 3, 4)
     tensors = {n.name: tensors[n.name] for n in fused.graph.input}
     expected = dict(zip(("y", *names), run(model_of(form), tensors), strict=True))
-    session = session_of(fused, library)
-    binding, values = session.io_binding(), {n: onnxruntime.OrtValue.ortvalue_from_numpy(t) for n, t in tensors.items()}
+    fused_one = session(fused, library)
+    binding = fused_one.io_binding()
+    values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(t) for n, t in tensors.items()}
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     binding.bind_output("y")
     for present, past in names.items():
         binding.bind_ortvalue_output(present, values[past])
-    session.run_with_iobinding(binding)
+    fused_one.run_with_iobinding(binding)
     for present, past in names.items():
         np.testing.assert_allclose(values[past].numpy(), expected[present], atol=1e-5)
     np.testing.assert_allclose(binding.get_outputs()[0].numpy(), expected["y"], atol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from tests.export.test_sites import OPTIONS, run
+from tests.export.compared import OPTIONS, run
 
 HEADS, DIM = 2, 8
 MODEL = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>

@@ -20,8 +20,8 @@ from faexport.runtimes import ort_session
 from faexport.verify import model_check, reference
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.export.compared import OPTIONS, run
 from tests.export.grouped import DIM, HEADS, KV_HEADS, Form, model_of, quantized, with_attributes
-from tests.export.test_sites import OPTIONS, run
 
 VERSION = tuple(int(part) for part in ort.__version__.split(".")[:2])
 

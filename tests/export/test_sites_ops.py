@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.export.test_sites import OPTIONS, run
+from tests.export.compared import OPTIONS, run
 
 B, S, L, H, D = 2, 5, 7, 4, 8
 RANDOM = np.random.default_rng(3)
@@ -291,9 +291,17 @@ def test_onnx_attention(tensors: list, attributes: dict, library: str) -> None:
     feeds = {f"i{i}": t for i, t in enumerate(tensors) if t is not None}
     fused, report = faexport.fuse(model, options=OPTIONS)
     assert report.num_fused == 1, [str(site.refusal) for site in report.sites]
+    assert report.sites[0].dtype == "float32"
     expected = onnx.reference.ReferenceEvaluator(model).run(None, feeds)
     for wanted, got in zip(expected, run(fused, feeds, library), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_a_node_without_a_name_is_called_after_its_output() -> None:
+    model = model_of("Attention", "", BHSD, {})
+    model.graph.node[0].ClearField("name")
+    _, report = faexport.fuse(model, options=OPTIONS)
+    assert report.num_fused == 1 and report.sites[0].name == "o0"
 
 
 def test_asking_for_the_scores_is_refused() -> None:

@@ -12,8 +12,8 @@ import onnx.parser
 import onnx.shape_inference
 import pytest
 
+from tests.export.compared import run
 from tests.export.site_graphs import AHEAD
-from tests.export.test_sites import run
 
 RANDOM = np.random.default_rng(17)
 HEADER = '<ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>\n'

@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 from tests import decoding
 from tests.export import paged
-from tests.export.test_sites import OPTIONS
+from tests.export.compared import OPTIONS
 
 VERSION = tuple(int(part) for part in ort.__version__.split(".")[:2])
 PLAIN = decoding.Decoder("paged", "float16", layout="BSH", lengths="write_indices", index_dtype="int32", page_rows=4)

@@ -12,8 +12,9 @@ import pytest
 from faexport.pipeline import Options
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.export.compared import OPTIONS, node_of, run
 from tests.export.site_graphs import Form, build, feeds
-from tests.export.test_sites import OPTIONS, TOLERANCE, node_of, run
+from tests.export.test_sites import TOLERANCE
 
 FLOAT = TensorProto.FLOAT
 

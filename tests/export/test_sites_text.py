@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 from faexport.match import softmax_core
 
-from tests.export.test_sites import run
+from tests.export.compared import run
 
 RANDOM = np.random.default_rng(11)
 BATCH, HEADS, ROWS, DEPTH = 2, 4, 7, 8

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 
 from tests import cases, decoding
-from tests.csrc.test_backward_cpu import has_gradients
 from tests.gpu import arrays, decoders, gradients
 
 
@@ -64,7 +63,7 @@ def play_caches() -> int:
 
 def play_gradients(case: cases.Case, problem, inputs: dict, forward_kernel: str = "") -> int:
     """The kernels of the backward pass that take the case."""
-    if not has_gradients(case):
+    if not cases.has_gradients(case):
         return 0
     _, arguments = gradients.arguments_of(problem)
     given = gradients.given_for(case, problem, inputs, arguments, forward_kernel)

@@ -9,7 +9,6 @@ import itertools
 import pytest
 
 from tests import cases, reference_backward
-from tests.csrc.test_backward_cpu import has_gradients
 from tests.problems import Case
 
 torch = pytest.importorskip("torch")
@@ -92,7 +91,7 @@ BIASED = [
 
 
 @pytest.mark.parametrize(
-    "case", [*LARGE, *MANY_ROWS, *BIASED, *filter(has_gradients, [*cases.full(), *cases.empty()])], ids=str
+    "case", [*LARGE, *MANY_ROWS, *BIASED, *filter(cases.has_gradients, [*cases.full(), *cases.empty()])], ids=str
 )
 def test_case(case: Case, expected_gradients) -> None:
     check(case, expected_gradients(case))

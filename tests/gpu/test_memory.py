@@ -6,24 +6,12 @@ from __future__ import annotations
 import pytest
 
 from tests import cases, tolerances
+from tests.dlpack_only import DLPackOnly
 
 torch = pytest.importorskip("torch")
 from tests.gpu import arrays  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-
-
-class Foreign:
-    """A CUDA tensor of a framework that nobody knows."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
-
-    def __dlpack__(self, **arguments: object) -> object:
-        return self.tensor.__dlpack__(**arguments)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.tensor.__dlpack_device__()
 
 
 @pytest.mark.parametrize("case", [
@@ -37,10 +25,10 @@ def test_results_with_out_need_no_framework(case: cases.Case) -> None:
     inputs = {name: arrays.to_cuda(array) for name, array in problem.inputs.items()}
     attributes = {name: x for name, x in problem.attributes.items() if not name.startswith("optional_")}
     out = torch.full_like(faplugin.attention(**inputs, **attributes), float("nan"))
-    foreign = {name: Foreign(tensor) for name, tensor in inputs.items()}
+    foreign = {name: DLPackOnly(tensor) for name, tensor in inputs.items()}
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
         torch.cuda.synchronize()
-        faplugin.attention(**foreign, **attributes, out={"output": Foreign(out)}, stream=stream.cuda_stream)
+        faplugin.attention(**foreign, **attributes, out={"output": DLPackOnly(out)}, stream=stream.cuda_stream)
         torch.cuda.synchronize()
         tolerances.check({"output": arrays.to_numpy(out)}, problem)
         out.fill_(float("nan"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import cases, tolerances
+from tests.dlpack_only import DLPackOnly
 from tests.problems import Problem
 
 
@@ -82,21 +83,8 @@ def test_distances_without_end_are_open_windows() -> None:
     assert np.array_equal(faplugin.attention(QUERY, KEY, VALUE, right_window_size=2**63 - 1), expected)
 
 
-class Exported:
-    """An array that offers nothing but DLPack."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
-
-    def __dlpack__(self, **options) -> object:
-        return self.array.__dlpack__(**options)
-
-
 def test_any_array_with_dlpack() -> None:
-    output = faplugin.attention(Exported(QUERY), Exported(KEY), Exported(VALUE))
+    output = faplugin.attention(DLPackOnly(QUERY), DLPackOnly(KEY), DLPackOnly(VALUE))
     assert np.array_equal(output, faplugin.attention(QUERY, KEY, VALUE))
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests import cases, reference, reference_backward
-from tests.csrc.test_backward_cpu import has_gradients
 from tests.problems import Case
 
 
@@ -43,7 +42,7 @@ def run(problem, d_lse=None, **options):
 
 
 # Packed columns are one array: its gradient is one, too.
-SAMPLE = [case for case in cases.quick()[::3] if has_gradients(case) and case.layout not in ("QKV", "HQKV")]
+SAMPLE = [case for case in cases.quick()[::3] if cases.has_gradients(case) and case.layout not in ("QKV", "HQKV")]
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)

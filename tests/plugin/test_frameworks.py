@@ -4,28 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 import types
 
 import faplugin
 import numpy as np
 import pytest
-from faplugin import _frameworks
+from faplugin import _frameworks, _native
+
+from tests.dlpack_only import DLPackOnly
 
 SHAPE = (2, 3, 5, 8)
-
-
-class Foreign:
-    """An array of a framework that nobody knows: it hands out its memory and does no more."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-
-    def __dlpack__(self, **_: object) -> object:
-        return self.array.__dlpack__()
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self.array.__dlpack_device__()
 
 
 def test_results_with_out_need_no_framework() -> None:
@@ -36,8 +26,8 @@ def test_results_with_out_need_no_framework() -> None:
     }
     expected = faplugin.attention(**arrays, is_causal=True)
     out = np.full(SHAPE, np.nan, np.float32)
-    foreign = {name: Foreign(array) for name, array in arrays.items()}
-    faplugin.attention(**foreign, is_causal=True, out={"output": Foreign(out)})
+    foreign = {name: DLPackOnly(array) for name, array in arrays.items()}
+    faplugin.attention(**foreign, is_causal=True, out={"output": DLPackOnly(out)})
     assert np.array_equal(out, expected)
 
 
@@ -60,3 +50,13 @@ def test_cupy_allocates_on_the_stream_and_device(monkeypatch: pytest.MonkeyPatch
     assert _frameworks.allocates(array)
     _frameworks.empty(array, (3,), "int32", "cuda", stream)
     assert made == [((3,), "int32", (("device", 1), ("stream", stream)))]
+
+
+def test_an_exchange_api_is_used_where_no_function_that_is_called_is_missing() -> None:
+    """Its version (1.0), the older one, and five functions, of which a call needs the first and the last two."""
+    known = _native.library().fa_python_exchange_known
+    complete = [1, None, *range(1, 6)]
+    assert known((ctypes.c_void_p * 7)(*complete))
+    for needed in (2, 5, 6):
+        assert not known((ctypes.c_void_p * 7)(*(None if i == needed else x for i, x in enumerate(complete))))
+    assert not known((ctypes.c_void_p * 7)(2, *complete[1:]))

@@ -18,10 +18,11 @@ import onnx_ir as ir
 
 from faexport.around import wide_biases
 from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
+from faexport.graph.fused import is_fused
 from faexport.graph.nodes import VIEWS, attribute, graphs_of, is_read_once, only_reader, op, operand, producer
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim, product
-from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.spec import NUM_REQUIRED, Layout
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.heads import Link, chain_of
 from faexport.understand.layout.views import Atom, Axis, View, merged
@@ -35,8 +36,7 @@ def join(model: ir.Model, a: Analysis, names: Names) -> None:
     a.extend(model)
     for graph, _ in graphs_of(model):
         for node in list(graph):
-            ours = node.domain == DOMAIN and node.op_type == OP_TYPE and len(node.inputs) == 3
-            found = _place_of(node, a) if ours else None
+            found = _place_of(node, a) if is_fused(node) and len(node.inputs) == NUM_REQUIRED else None
             if found is not None:
                 _write(found, a, names)
 

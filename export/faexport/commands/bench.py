@@ -224,7 +224,7 @@ def measure(
     with scratch.folder(what="bench-") as folder:
         path = folder / "fused.onnx"
         model_io.save(fused, path, source=model)
-        both = (str(model.resolve()), str(path))
+        both = (str(model.absolute()), str(path))
         for tensors in _settings(_related(specs, original, model), shapes, drawing):
             label = bench_label(_sizes(tensors))
             on_step(f"measuring {label}")

@@ -21,7 +21,7 @@ from typing import Any
 
 from faexport.errors import ModelError
 from faexport.files import scratch
-from faexport.runtimes import ort_session
+from faexport.runtimes import child_process, ort_session
 
 WARMUPS = {"cpu": 2, "cuda": 10}  # a GPU's clocks and libraries need more until a run is like the next
 LEAST_ROUNDS = 5
@@ -42,15 +42,17 @@ class Question:
 
 def measure(question: Question, timeout: float) -> Any:
     """The answer of a child process. Raises ModelError with what onnxruntime said."""
-    environment = {"ORT_DISABLE_TELEMETRY": "1", **os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with scratch.folder(what="bench-") as folder:
         path = folder / "question"
         path.write_bytes(pickle.dumps(question))
-        command = [sys.executable, "-c", f"from {__name__} import main; main()", os.fspath(path)]
         try:
             done = subprocess.run(
-                command, env=environment, cwd=folder, capture_output=True, timeout=timeout, check=False
+                child_process.command(__name__, os.fspath(path)),
+                env=child_process.environment(),
+                cwd=folder,
+                capture_output=True,
+                timeout=timeout,
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
             raise ModelError(f"a measurement took longer than {timeout:g} s; --timeout allows more") from error

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import rich.box
+import rich.markup
 import rich.table
 
 from faexport.commands.bench_data import Row, Timing, bench_label
@@ -29,7 +30,7 @@ def table(rows: Sequence[Row]) -> rich.table.Table:
         shares = " → ".join("?" if one.rewritten is None else f"{one.rewritten:.0%}" for one in both)
         cells = (bench_label(row.sizes), *(_milliseconds(one.seconds) for one in both), _speed(row), memory)
         cells += (shares,) if with_shares else ()
-        shown.add_row(*cells)
+        shown.add_row(*map(rich.markup.escape, cells))
     return shown
 
 

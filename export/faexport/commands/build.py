@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import operator
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +105,7 @@ class Building:
 @click.option(
     "--workspace",
     metavar="MIB",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=1 << 40),
     help="Most scratch memory that the engine may take, in MiB.",
 )
 @click.option(
@@ -214,10 +216,10 @@ def _register_plugin() -> None:
 
 def count_operators(model: ir.Model) -> int:
     """How many nodes of ours a model has, in all its graphs."""
+    from faexport.graph.fused import is_fused
     from faexport.graph.nodes import all_nodes
-    from faexport.spec import DOMAIN, OP_TYPE
 
-    return sum(node.domain == DOMAIN and node.op_type == OP_TYPE for node in all_nodes(model))
+    return sum(map(is_fused, all_nodes(model)))
 
 
 def _refuse_operators_of_onnxruntime(path: pathlib.Path, model: ir.Model) -> None:
@@ -233,10 +235,9 @@ def _refuse_operators_of_onnxruntime(path: pathlib.Path, model: ir.Model) -> Non
 
 
 def _compute_capability(text: str) -> int:
-    major, dot, minor = text.partition(".")
-    if not (dot and major.isdigit() and minor.isdigit() and len(minor) == 1):
+    if not re.fullmatch(r"[0-9]{1,3}\.[0-9]", text):
         raise ModelError(f"--compute-capability {text}: expected X.Y, e.g. 8.9")
-    return int(major) * 10 + int(minor)
+    return int(text.replace(".", ""))
 
 
 def _read_profile(path: pathlib.Path) -> engine.Profile:
@@ -245,7 +246,7 @@ def _read_profile(path: pathlib.Path) -> engine.Profile:
         content = json.loads(path.read_text("utf-8"))
         return {
             name: engine.check_range(
-                name, Range(*(tuple(int(size) for size in corners[key]) for key in ("min", "opt", "max")))
+                name, Range(*(tuple(map(operator.index, corners[key])) for key in ("min", "opt", "max")))
             )
             for name, corners in content.items()
         }
@@ -265,7 +266,7 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
         screen = terminal.console(stderr=True)
         columns = (
             rich.progress.SpinnerColumn(),
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
@@ -301,21 +302,25 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
 
 
 def _show(report: EngineReport, target: pathlib.Path, num_nodes: int) -> None:
+    import rich.markup
     import rich.table
 
     from faexport.spec import OP_TYPE
 
     table = rich.table.Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("engine", f"{target} ({_size_text(report.engine_bytes)})")
-    table.add_row("built", f"in {report.seconds:.1f} s by {report.runtime} {report.version}")
-    table.add_row("layers", f"{report.num_layers}, of which {num_nodes} {OP_TYPE}")
+    rows = [
+        ("engine", f"{target} ({_size_text(report.engine_bytes)})"),
+        ("built", f"in {report.seconds:.1f} s by {report.runtime} {report.version}"),
+        ("layers", f"{report.num_layers}, of which {num_nodes} {OP_TYPE}"),
+    ]
     for index, profile in enumerate(report.profiles):
         for name, given in profile.items():
             corners = dict.fromkeys(shape_text(corner) for corner in dataclasses.astuple(given))
             label = "inputs" if len(report.profiles) == 1 else f"inputs, profile {index}"
-            table.add_row(label, f"{name}: {' … '.join(corners)}")
-    for note in report.notes:
-        table.add_row("note", note)
+            rows.append((label, f"{name}: {' … '.join(corners)}"))
+    rows += [("note", note) for note in report.notes]
+    for label, text in rows:
+        table.add_row(label, rich.markup.escape(text))
     terminal.console().print(table)
 
 

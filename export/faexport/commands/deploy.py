@@ -6,9 +6,11 @@ cli.py adds it; triton.py knows the configuration. What is slow to import is imp
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 
 import click
 
@@ -23,6 +25,7 @@ Examples:
   faexport deploy model.fa.onnx --triton repository --mounted-at /models
 """
 LIBRARY = "libfa_ort.so"
+MOST = 2**31 - 1  # the numbers of config.pbtxt are int32
 
 
 @click.command(
@@ -46,12 +49,17 @@ LIBRARY = "libfa_ort.so"
 @click.option(
     "--max-batch",
     metavar="N",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MOST),
     help="How many requests the server may run as one batch; 0: none. Default: 8 where axis 0 of all tensors allows "
     "it.",
 )
 @click.option(
-    "--instances", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Instances of the model."
+    "--instances",
+    metavar="N",
+    type=click.IntRange(1, MOST),
+    default=1,
+    show_default=True,
+    help="Instances of the model.",
 )
 @click.option("--gpu", is_flag=True, help="Serve on GPUs, not on the CPU.")
 @quiet_option
@@ -83,10 +91,23 @@ def deploy(
     seen = f"{(mounted_at or str(folder.resolve())).rstrip('/')}/{name}/{LIBRARY}" if library else ""
     text = triton.config(loaded, triton.Serving(name, seen, max_batch, instances, gpu))
     with writing(place):
-        (place / "1").mkdir(parents=True)
-        if library is not None:
-            shutil.copyfile(library, place / LIBRARY)
-    model_io.save(loaded, place / "1" / "model.onnx", source=model)
-    write_file(place / "config.pbtxt", text.encode())
+        place.mkdir(parents=True)
+    with _removed_on_failure(place):
+        with writing(place):
+            (place / "1").mkdir()
+            if library is not None:
+                shutil.copyfile(library, place / LIBRARY)
+        model_io.save(loaded, place / "1" / "model.onnx", source=model)
+        write_file(place / "config.pbtxt", text.encode())
     if not quiet:
         click.echo(f"wrote {place}; start it with: tritonserver --model-repository={mounted_at or folder}")
+
+
+@contextlib.contextmanager
+def _removed_on_failure(place: pathlib.Path) -> Iterator[None]:
+    """Half a model would be served by a server that looks at the repository, and refused as there by the next try."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise

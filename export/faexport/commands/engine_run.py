@@ -19,6 +19,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import rich.markup
 import rich.table
 
 from faexport.errors import ModelError
@@ -162,12 +163,16 @@ class Device:
     def timed(self, enqueue: Any) -> float:
         """Enqueues twice on the stream; milliseconds of the second."""
         events = [self._call("cudaEventCreate") for _ in range(2)]
-        for event in events:
-            if not enqueue(int(self._stream)):
-                raise ModelError("TensorRT could not execute the engine; its log above says why")
-            self._call("cudaEventRecord", event, self._stream)
-        self._call("cudaStreamSynchronize", self._stream)
-        return float(self._call("cudaEventElapsedTime", *events))
+        try:
+            for event in events:
+                if not enqueue(int(self._stream)):
+                    raise ModelError("TensorRT could not execute the engine; its log above says why")
+                self._call("cudaEventRecord", event, self._stream)
+            self._call("cudaStreamSynchronize", self._stream)
+            return float(self._call("cudaEventElapsedTime", *events))
+        finally:
+            for event in events:
+                self._cuda.cudaEventDestroy(event)
 
 
 def compare(
@@ -203,5 +208,5 @@ def table(result: Result, differences: Sequence[OutputDifference]) -> rich.table
     for name, array in result.outputs.items():
         item = found.get(name)
         judged = (f"{item.max_abs_diff:.3g}", f"{item.tolerance:.3g}") if item else ()
-        shown.add_row(name, str(array.dtype), engine.shape_text(array.shape), *judged)
+        shown.add_row(rich.markup.escape(name), str(array.dtype), engine.shape_text(array.shape), *judged)
     return shown

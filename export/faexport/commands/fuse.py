@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,7 +32,7 @@ from faexport.commands.shared_options import (
 from faexport.commands.telling import Telling
 from faexport.errors import ModelError, NotVerifiedError
 from faexport.files.output import check_input, write_file
-from faexport.options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options
+from faexport.options import DEVICES, DTYPES, TARGETS, VERIFY_TIMEOUT, Options, contradiction
 
 if TYPE_CHECKING:
     from faexport import jobs
@@ -72,20 +72,8 @@ class Changes:
 
     def refuse_contradictions(self) -> None:
         """Raises click.UsageError where options exclude one another, or one needs another."""
-        precisions = {f"--dtype {self.dtype}": self.dtype, "--fp16": self.fp16, "--bf16": self.bf16}
-        given = [name for name, is_given in precisions.items() if is_given]
-        if len(given) > 1:
-            why = "; --dtype is of attention alone, the others of the whole model" if self.dtype else ""
-            raise click.UsageError(f"{' and '.join(given)} exclude one another, give one of them{why}")
-        if not self.keep_io_types and not (self.fp16 or self.bf16):
-            raise click.UsageError("--no-keep-io-types needs --fp16 or --bf16")
-        if self.float32 and self.dtype in ("fp16", "bf16"):
-            raise click.UsageError(
-                f"--float32 is of attention in float32, and --dtype {self.dtype} asks for another precision; give one "
-                "of them"
-            )
-        if self.rest and self.target == "tensorrt":
-            raise click.UsageError(f"--rest writes operators of onnxruntime, which {self.target} doesn't run")
+        if why := contradiction(self, self.dtype, _spelled):
+            raise click.UsageError(why)
 
     def options(self) -> Options:
         import onnx_ir as ir
@@ -102,6 +90,12 @@ class Changes:
             keep_io_types=self.keep_io_types,
             opset=self.opset,
         )
+
+
+def _spelled(name: str, value: Any) -> str:
+    """An option with its value, as it is typed."""
+    name = name.replace("_", "-")
+    return f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {value}"
 
 
 @click.command(

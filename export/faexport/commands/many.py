@@ -120,7 +120,11 @@ def making(folder: pathlib.Path | None) -> Iterator[None]:
 
 def _targets(sources: Sequence[pathlib.Path], folder: pathlib.Path | None) -> list[pathlib.Path]:
     """Where each goes: beside its source, or under its name into `folder`. Raises ModelError where two would meet."""
-    targets = [jobs.target_of(source) if folder is None else folder / source.resolve().name for source in sources]
+    own_names = [os.path.basename(os.path.abspath(source)) for source in sources]  # not those that links lead to
+    targets = [
+        jobs.target_of(source) if folder is None else folder / name
+        for source, name in zip(sources, own_names, strict=True)
+    ]
     taken: dict[pathlib.Path, pathlib.Path] = {}
     for source, target in zip(sources, targets, strict=True):
         other = taken.setdefault(final_path(target), source)

@@ -28,6 +28,7 @@ from faexport.errors import ModelError
 
 if TYPE_CHECKING:
     import rich.progress
+    import rich.segment
 
 PROGRAM = "faexport"
 SHELLS = ("bash", "zsh", "fish")  # that completion is offered for
@@ -42,6 +43,15 @@ EXIT_INTERRUPTED = 130
 
 
 class _Console(rich.console.Console):
+    """What would steer a terminal, as a name in a model may, is shown escaped, in tables too."""
+
+    def render(self, *arguments: Any, **options: Any) -> Iterator[rich.segment.Segment]:
+        for segment in super().render(*arguments, **options):
+            if segment.control is None and not segment.text.isprintable():
+                shown = "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in segment.text)
+                segment = segment._replace(text=shown)
+            yield segment
+
     def on_broken_pipe(self) -> None:
         """Leaves it to printing(): rich would end the program with exit code 1."""
         raise BrokenPipeError
@@ -54,14 +64,13 @@ def console(stderr: bool = False) -> rich.console.Console:
 
 
 def print_error(message: str) -> None:
-    """One line on stderr; what would steer a terminal is shown escaped."""
+    """One line on stderr."""
     _print_line(f"error: {message}", "red")
 
 
 def _print_line(text: str, style: str | None = None) -> None:
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     with contextlib.suppress(OSError):
-        console(stderr=True).print(line, style=style, markup=False, soft_wrap=True)
+        console(stderr=True).print(" ".join(text.split()), style=style, markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -93,7 +102,7 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
 
     columns = (
         rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.TimeElapsedColumn(),
     )

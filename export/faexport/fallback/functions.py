@@ -19,9 +19,10 @@ import onnx_ir as ir
 from faexport.fallback.body import Form, function, numbers_of
 from faexport.fallback.ops import READS_ATTRIBUTES
 from faexport.fallback.rows import WRITES_OPSET, Rotary
+from faexport.graph.fused import is_fused, layouts_of, optional_inputs, optional_outputs, set_optional_inputs
 from faexport.graph.nodes import all_nodes, operand
 from faexport.graph.surgery import FIRST_OPSET, Missing
-from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.spec import DOMAIN, NUM_REQUIRED, OP_TYPE, Layout
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules_operator import output_dtype
 
@@ -69,7 +70,7 @@ def add_fallback(model: ir.Model, full_rows: Collection[ir.Node] = (), analysis:
         analysis: what is known of the model's values; made here if not given.
     """
     remove_fallback(model)
-    nodes = [n for n in all_nodes(model) if n.domain == DOMAIN and n.op_type == OP_TYPE]
+    nodes = list(filter(is_fused, all_nodes(model)))
     opset = model.opset_imports.get("", 0)
     if not nodes:
         return ""
@@ -106,20 +107,15 @@ def remove_fallback(model: ir.Model) -> None:
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
     for node in all_nodes(model):
-        if node.domain == DOMAIN and node.op_type == OP_TYPE:
+        if is_fused(node):
             node.overload = ""
-            names = _words(node, "optional_inputs")
+            names = optional_inputs(node)
             if UNUSED in names:
-                kept = [(name, v) for name, v in zip(names, node.inputs[3:], strict=True) if name != UNUSED]
-                set_inputs(node, kept)
+                kept = [(name, v) for name, v in zip(names, node.inputs[NUM_REQUIRED:], strict=True) if name != UNUSED]
+                set_optional_inputs(node, kept)
 
 
 # ---------------------------------------------------------------------------------------------- reading a node
-
-
-def _words(node: ir.Node, name: str) -> list[str]:
-    text = node.attributes.get_string(name, "")
-    return text.split(",") if text else []
 
 
 def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Call | str:
@@ -143,7 +139,7 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
     form = Form(
         layouts=layouts_of(node),
         inputs=tuple(roles),
-        outputs=tuple(_words(node, "optional_outputs")),
+        outputs=tuple(optional_outputs(node)),
         alignment=alignment if windows or "alibi_slopes" in roles else "",
         empty_row=""
         if "empty_row_value" not in roles and (full_rows or rows_see_a_key(roles, windows, left, alignment))
@@ -164,7 +160,7 @@ def _read(node: ir.Node, analysis: Analysis, opset: int, full_rows: bool) -> _Ca
 def _roles(node: ir.Node, analysis: Analysis) -> list[str] | str:
     """The words of the optional inputs, a mask that is added being a float_mask; or why nothing can stand in."""
     roles = []
-    for name, value in zip(_words(node, "optional_inputs"), node.inputs[3:], strict=True):
+    for name, value in zip(optional_inputs(node), node.inputs[NUM_REQUIRED:], strict=True):
         dtype = analysis.dtype(value)
         if name == "attn_mask" and dtype is None:
             return "the type of its mask isn't known"
@@ -185,9 +181,9 @@ def _unsupported(node: ir.Node, roles: Sequence[str], analysis: Analysis, opset:
     float8 = dtype is ir.DataType.FLOAT8E4M3FN
     if float8 and opset < FLOAT8_OPSET:
         return f"the model's opset is {opset}; the stand-in for float8 needs {FLOAT8_OPSET}"
-    if float8 and ("past_key" in roles or set(_words(node, "optional_outputs")) - {"lse"}):
+    if float8 and ("past_key" in roles or set(optional_outputs(node)) - {"lse"}):
         return "nothing stands in for a past or present of float8"
-    if "past_key" in roles and analysis.dtype(node.inputs[3 + roles.index("past_key")]) not in (dtype, None):
+    if "past_key" in roles and analysis.dtype(node.inputs[NUM_REQUIRED + roles.index("past_key")]) not in (dtype, None):
         return "nothing stands in for a quantized cache"
     return ""
 
@@ -196,7 +192,7 @@ def _rotary(node: ir.Node, roles: Sequence[str], analysis: Analysis) -> Rotary |
     """What is the same for all rows of a rotary embedding, or why nothing can stand in for it."""
     if "cos_cache" not in roles:
         return None
-    table = analysis.shape(operand(node, 3 + roles.index("cos_cache")))
+    table = analysis.shape(operand(node, NUM_REQUIRED + roles.index("cos_cache")))
     if table is None or (len(table) == 2 and "position_ids" not in roles):
         return "nothing stands in for a rotary embedding without position_ids"
     pairs = node.attributes.get_int("rotary_dim", 0) // 2 or table[-1].const
@@ -216,18 +212,6 @@ def _heads(node: ir.Node, analysis: Analysis) -> tuple[int, int] | None:
 
     query, key = count(0, "q_num_heads"), count(1, "kv_num_heads")
     return None if query is None or key is None else (query, key)
-
-
-def layouts_of(node: ir.Node) -> tuple[Layout, ...]:
-    """Of query, key, value and output."""
-    heads = [node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
-    found = []
-    for value, name, count in zip(node.inputs, ("query_layout", "key_layout", "value_layout"), heads, strict=False):
-        word = node.attributes.get_string(name, "")
-        rank = len(value.shape) if value is not None and value.shape is not None else 3 if count else 4
-        found.append(Layout(word) if word else Layout.BSH if rank == 3 else Layout.BHSD)
-    word = node.attributes.get_string("output_layout", "")
-    return (*found, Layout(word) if word else found[0])
 
 
 def rows_see_a_key(roles: Collection[str], windows: bool, left: int, alignment: str) -> bool:
@@ -287,7 +271,7 @@ def _united(group: list[_Call]) -> Form:
 
 def _align(call: _Call, form: Form) -> None:
     """Puts a node's inputs into the places of `form`; a neutral constant stands where it has none."""
-    node, given = call.node, dict(zip(call.form.inputs, call.node.inputs[3:], strict=True))
+    node, given = call.node, dict(zip(call.form.inputs, call.node.inputs[NUM_REQUIRED:], strict=True))
     if tuple(given) == form.inputs:
         return
     placed: list[tuple[str, ir.Value | None]] = []
@@ -296,23 +280,7 @@ def _align(call: _Call, form: Form) -> None:
             placed.append(("attn_mask" if role == "float_mask" else role, given[role]))
         else:
             placed.append((UNUSED, _neutral(node, role)))
-    set_inputs(node, placed)
-
-
-def set_inputs(node: ir.Node, named: Sequence[tuple[str, ir.Value | None]]) -> None:
-    """The inputs after value, and the attribute that names them."""
-    old = list(node.inputs[3:])
-    node.resize_inputs(3 + len(named))
-    for k, (_, value) in enumerate(named):
-        node.replace_input_with(3 + k, value)
-    if named:
-        node.attributes["optional_inputs"] = ir.AttrString("optional_inputs", ",".join(name for name, _ in named))
-    else:
-        node.attributes.pop("optional_inputs", None)
-    for value in (v for v in old if v is not None):
-        producer = value.producer()
-        if producer is not None and producer.op_type == "Constant" and not value.uses() and producer.graph is not None:
-            producer.graph.remove(producer, safe=True)
+    set_optional_inputs(node, placed)
 
 
 def _neutral(node: ir.Node, role: str) -> ir.Value:

@@ -5,9 +5,10 @@ Called by model_io.py after proto_checks.py; also mends what runtimes accept and
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
@@ -40,44 +41,78 @@ def put_in_order(graph: ir.Graph | ir.Function) -> None:
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """The weights that lie in files of their own, those of subgraphs and functions included."""
+    return (tensor for tensor, _ in _external_places(model))
+
+
+def _external_places(model: ir.Model) -> Iterator[tuple[ir.ExternalTensor, Callable[[ir.ExternalTensor], None]]]:
+    """Each of these weights, and what puts another in its place."""
     for graph in (*model.graphs(), *model.functions.values()):
         if isinstance(graph, ir.Graph):
             for value in graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
-                    yield value.const_value
+                    yield value.const_value, functools.partial(setattr, value, "const_value")
         for node in graph:
-            for attribute in node.attributes.values():
+            for attribute in tuple(node.attributes.values()):
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    yield attribute.value
+                    yield attribute.value, functools.partial(_set_tensor, node, attribute.name)
+
+
+def _set_tensor(node: ir.Node, name: str, tensor: ir.ExternalTensor) -> None:
+    node.attributes[name] = ir.AttrTensor(name, tensor)
 
 
 def _check_external_data(model: ir.Model, name: str, path: pathlib.Path) -> None:
     """Each file exists in the model's folder and is long enough."""
-    # A model cache may keep symbolic links to files of another folder: the folder that the model really lies in counts
-    # too.
-    folders = {path.parent.resolve(), path.resolve().parent}
-    for tensor in external_tensors(model):
+    # A model cache (huggingface_hub's) may keep symbolic links to files of another folder: the folder that the model
+    # really lies in counts too.
+    folder, real_folder = path.parent.resolve(), path.resolve().parent
+    for tensor, replace in _external_places(model):
         what = f"{name}: weight '{tensor.name}' lies in the external file '{tensor.location}'"
         try:
             file = pathlib.Path(tensor.path).resolve()
-            inside = any(file.is_relative_to(folder) for folder in folders)
-            size = file.stat().st_size if file.is_file() else None
+            inside = file.is_relative_to(folder) or file.is_relative_to(real_folder)
+            status = file.stat() if file.is_file() else None
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that is too long
             raise ModelError(f"{what}, whose name can't be used: {error}; {AGAIN}") from error
         if os.path.isabs(tensor.location) or not inside:
             raise ModelError(
                 f"{what}, outside the model's folder; move the file beside the model and save its location as relative"
             )
-        if size is None:
+        if status is None:
             raise ModelError(f"{what}, which does not exist; copy it beside the model")
+        if status.st_nlink > 1:
+            raise ModelError(
+                f"{what}, which has {status.st_nlink} names (hard links), and ONNX's libraries don't read such files; "
+                "copy it to a file of its own"
+            )
         if tensor.length is not None and tensor.length != tensor.nbytes:
             raise ModelError(
                 f"{what}: it has {tensor.length} bytes there, and its shape {list(tensor.shape)} needs "
                 f"{tensor.nbytes}; {AGAIN}"
             )
         end = (tensor.offset or 0) + tensor.nbytes
-        if size < end:
-            raise ModelError(f"{what}, which is truncated ({size} bytes instead of {end} or more); copy it again")
+        if status.st_size < end:
+            raise ModelError(
+                f"{what}, which is truncated ({status.st_size} bytes instead of {end} or more); copy it again"
+            )
+        if not file.is_relative_to(folder):
+            replace(_without_links(tensor, file.relative_to(real_folder), real_folder))
+
+
+def _without_links(tensor: ir.ExternalTensor, location: pathlib.Path, folder: pathlib.Path) -> ir.ExternalTensor:
+    """The same tensor by the name that its file really has: neither onnx-ir nor onnxruntime follows links out of the
+    folder that they are given."""
+    return ir.ExternalTensor(
+        os.fspath(location),
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+        base_dir=folder,
+    )
 
 
 def _check_values(graph: ir.Graph | ir.Function, name: str) -> None:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from faexport.graph.nodes import op
+
 # op type -> (attribute of the query heads, attribute of the key and value heads)
 _HEADS = {
-    ("", "Attention"): ("q_num_heads", "kv_num_heads"),
-    ("com.microsoft", "MultiHeadAttention"): ("num_heads", "num_heads"),
-    ("com.microsoft", "GroupQueryAttention"): ("num_heads", "kv_num_heads"),
+    "Attention": ("q_num_heads", "kv_num_heads"),
+    "com.microsoft::MultiHeadAttention": ("num_heads", "num_heads"),
+    "com.microsoft::GroupQueryAttention": ("num_heads", "kv_num_heads"),
 }
 
 
 def contradiction(node: ir.Node) -> str:
     """What is wrong with the head counts of `node`, as a sentence; "" where nothing is known to be."""
-    names = _HEADS.get((node.domain.removeprefix("ai.onnx"), node.op_type))
-    if (
-        names is None or len(node.inputs) < 3 or any(value is None for value in node.inputs[:3])
-    ):  # packed QKV among them
+    names = _HEADS.get(op(node))
+    if names is None or len(node.inputs) < 3 or None in node.inputs[:3]:  # packed QKV among them
         return ""
     query_heads = _heads(node, 0, names[0])
     key_heads = _heads(node, 1, names[1])

@@ -19,11 +19,11 @@ from onnx import AttributeProto, TensorProto
 from onnx.defs import OpSchema
 
 from faexport.errors import ModelError
+from faexport.graph.nodes import ONNX_DOMAINS
 
 _Graph = onnx.GraphProto | onnx.FunctionProto
 _FunctionKey = tuple[str, str, str]  # domain, name, overload
 
-_ONNX_DOMAINS = ("", "ai.onnx")
 # The field of a TensorProto that holds the numbers of a type where raw_data does not, and how many of the field's
 # numbers make an element. Types that are not listed lie in int32_data.
 _TYPED_FIELDS: dict[int, tuple[str, int]] = {
@@ -76,7 +76,7 @@ def _check_header(proto: onnx.ModelProto, name: str) -> None:
             f"onnx {onnx.__version__} knows; update onnx (pip install -U onnx) or export for an older version"
         )
     newest = onnx.defs.onnx_opset_version()
-    opset = max((entry.version for entry in proto.opset_import if entry.domain in _ONNX_DOMAINS), default=1)
+    opset = max((entry.version for entry in proto.opset_import if entry.domain in ONNX_DOMAINS), default=1)
     if opset > newest:
         raise ModelError(
             f"{name}: opset {opset} is newer than {newest}, the newest that onnx {onnx.__version__} knows; "
@@ -94,7 +94,7 @@ def _imports(entries: Iterable[onnx.OperatorSetIdProto]) -> dict[str, int]:
     found: dict[str, int] = {}
     for entry in entries:
         _check_text("an imported domain", entry.domain)
-        domain = "" if entry.domain in _ONNX_DOMAINS else entry.domain
+        domain = "" if entry.domain in ONNX_DOMAINS else entry.domain
         if found.setdefault(domain, entry.version) != entry.version:
             raise _Malformed(f"it imports two versions of the domain '{domain}'")
     return found
@@ -212,7 +212,7 @@ def _check_node(
     if function is not None:
         if len(node.input) > len(function.input) or len(node.output) > len(function.output):
             raise _Malformed(f"{where} has more inputs or outputs than the function that it calls")
-    elif node.domain in _ONNX_DOMAINS:
+    elif node.domain in ONNX_DOMAINS:
         if "" not in imports:
             raise _Malformed(f"{where} is one of ONNX's operators, of which no opset is imported")
         schema = _schema(node.op_type, imports[""])

@@ -58,7 +58,7 @@ class Writer:
         """A constant was made into an attribute: its node is needed no more, if nothing else reads it."""
 
     def add(
-        self, op_type: str, inputs: Sequence[ir.Value | None] = (), dtype: ir.DataType | None = None, **attributes
+        self, op_type: str, inputs: Sequence[ir.Value | None] = (), dtype: ir.DataType | None = None, **attributes: Any
     ) -> ir.Value:
         """The first output of a node, with its element type where that is given. Raises Missing."""
         if self.opset < FIRST_OPSET.get(op_type, 1):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import attribute, is_read_once, live_users, op, producer
+from faexport.graph.nodes import attribute, is_read_once, is_transpose, live_users, op, producer
 from faexport.graph.surgery import Missing
 from faexport.match import Context, refiner
 from faexport.match.caches import maker_name, size_of, with_past
@@ -121,9 +121,9 @@ def _turned(operand: Operand, a: Analysis, shared: Nodes) -> _Turned | None:
 def _before_transpose(operand: Operand) -> Operand | None:
     """The operand in front of the Transpose that exchanges heads and rows for it alone."""
     node, layouts = producer(operand.value), {Layout.BHSD: Layout.BSHD, Layout.BSHD: Layout.BHSD}
-    if node is None or op(node) != "Transpose" or operand.layout not in layouts or node.inputs[0] is None:
+    if node is None or operand.layout not in layouts or node.inputs[0] is None:
         return None
-    if list(attribute(node, "perm") or ()) != [0, 2, 1, 3] or operand.value.is_graph_output():
+    if not is_transpose(node, [0, 2, 1, 3]) or operand.value.is_graph_output():
         return None
     is_alone = len(live_users(operand.value)) == 1
     return dataclasses.replace(operand, value=node.inputs[0], layout=layouts[operand.layout]) if is_alone else None

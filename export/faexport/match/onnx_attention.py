@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import attribute, given, live_users, name_of, operand
+from faexport.graph.nodes import attribute, dtype_name, given, live_users, name_of, operand
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.sizes.dims import Dim, plain
 from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.understand.core.outputs import Output, declared_output
 from faexport.understand.core.structure import TYPES
-from faexport.understand.layout.declared import Declared, read_all, sizes_of
+from faexport.understand.layout.declared import Declared, Sizes, read_all, sizes_of
+from faexport.understand.layout.heads import Reading
+from faexport.understand.shapes.analysis import Analysis
 
 SOURCE = "onnx_attention"
 
@@ -46,7 +48,7 @@ def _refusal(node: ir.Node, context: Context) -> Refusal | None:
     if len(dtypes - {None}) > 1:
         return Refusal("query, key and value have different types", name)
     if attribute(node, "scale") == 0.0:
-        return Refusal("the scale is 0", name)
+        return Refusal("its softmax scale is 0, which stands for the default in the operator", name)
     if any(x.is_ref() for x in node.attributes.values()):
         return Refusal("an attribute is a parameter of the function that the node is in", name)
     ranks = [a.rank(v) for v in node.inputs[:3]]
@@ -57,7 +59,7 @@ def _refusal(node: ir.Node, context: Context) -> Refusal | None:
     return None
 
 
-def _declared(node: ir.Node, index: int, a) -> Declared:
+def _declared(node: ir.Node, index: int, a: Analysis) -> Declared:
     value = given(node, index)
     heads = attribute(node, "q_num_heads" if index == 0 else "kv_num_heads", 0)
     shape = a.shape(value)
@@ -77,9 +79,7 @@ def _spec(node: ir.Node, candidate: Candidate, context: Context) -> AttentionSpe
         key, value = declared[1].as_is(), declared[2].as_is()
         if query.operand.column_start is not None:
             query = declared[0].as_is()
-    if attribute(node, "scale", 1.0) == 0.0:
-        return Refusal("its softmax scale is 0, which stands for the default in the operator", name_of(node))
-    mask = _mask(node, declared, sizes, past, candidate, context)
+    mask = _mask(node, declared, sizes, past, context)
     if isinstance(mask, Refusal):
         return mask
     output = _output(node, declared, sizes, a)
@@ -109,15 +109,23 @@ def _spec(node: ir.Node, candidate: Candidate, context: Context) -> AttentionSpe
     )
 
 
-def _output(node: ir.Node, declared: list[Declared], sizes, a) -> Output:
+def _output(node: ir.Node, declared: list[Declared], sizes: list[Sizes | None], a: Analysis) -> Output:
     value, layout = node.outputs[0], declared[0].layout
-    if None in sizes:
+    query, keys, values = sizes
+    if query is None or keys is None or values is None:
         return Output(value, layout)
-    whole = (sizes[0][0], sizes[0][1], sizes[0][2], sizes[2][3])
+    whole = (*query[:3], values[3])
     return declared_output(value, layout, whole, a.dtype(node.inputs[0]), a)
 
 
-def _note_sizes(candidate: Candidate, declared, sizes, key, past, a) -> None:
+def _note_sizes(
+    candidate: Candidate,
+    declared: list[Declared],
+    sizes: list[Sizes | None],
+    key: Reading,
+    past: ir.Value | None,
+    a: Analysis,
+) -> None:
     query, keys, values = sizes
     total = keys[2] if keys else None
     past_shape = a.shape(past) if past is not None else None
@@ -131,11 +139,17 @@ def _note_sizes(candidate: Candidate, declared, sizes, key, past, a) -> None:
         seqlen_kv=plain(total),
         head_dim=plain(query[3]) if query else None,
         head_dim_v=plain(values[3]) if values else None,
-        dtype=None if a.dtype(declared[0].value) is None else a.dtype(declared[0].value).name.lower(),
+        dtype=dtype_name(a.dtype(declared[0].value)),
     )
 
 
-def _mask(node: ir.Node, declared, sizes, past, candidate: Candidate, context: Context) -> Mask | Refusal:
+def _mask(
+    node: ir.Node,
+    declared: list[Declared],
+    sizes: list[Sizes | None],
+    past: list[ir.Value | None],
+    context: Context,
+) -> Mask | Refusal:
     a = context.analysis
     lengths, given = operand(node, 6), operand(node, 3)
     causal = bool(attribute(node, "is_causal", 0))
@@ -146,17 +160,15 @@ def _mask(node: ir.Node, declared, sizes, past, candidate: Candidate, context: C
         return Mask(left, right, kv_lengths=lengths, facts=facts)
     plain_window = left < 0 and right < 0 and lengths is None and past[0] is None
     dtype = a.dtype(node.inputs[0])
-    if plain_window and dtype is not None and _covers_all_keys(given, sizes, a):
-        term = _term(node, given, sizes, a)
+    scores = _score_sizes(sizes)
+    if plain_window and dtype is not None and scores is not None and _covers_all_keys(given, scores[3], a):
+        term = _term(node, given, scores, a)
         shape = ScoreShape(
             declared[0].as_is().operand,
             declared[1].as_is().operand,
             node,
             context.graph,
-            sizes[0][0],
-            sizes[0][1],
-            sizes[0][2],
-            sizes[1][2],
+            *scores,
             dtype,
             nan_guard=True,
         )
@@ -184,15 +196,18 @@ def _stated(node: ir.Node, causal: bool, left: int, right: int) -> tuple[Fact, .
     return tuple(facts)
 
 
-def _covers_all_keys(mask: ir.Value, sizes, a) -> bool:
+def _score_sizes(sizes: list[Sizes | None]) -> Sizes | None:
+    """[B, H, S, T]"""
+    query, keys, values = sizes
+    return None if query is None or keys is None or values is None else (*query[:3], keys[2])
+
+
+def _covers_all_keys(mask: ir.Value, num_keys: Dim, a: Analysis) -> bool:
     """ONNX lets a mask be shorter than the keys; then the rest is masked, which only the operator itself can say."""
     shape = a.shape(mask)
-    return (
-        None not in sizes and bool(shape) and a.dtype(mask) is not None and (shape[-1] == 1 or shape[-1] == sizes[1][2])
-    )
+    return shape is not None and shape != () and a.dtype(mask) is not None and shape[-1] in (1, num_keys)
 
 
-def _term(node: ir.Node, mask: ir.Value, sizes, a) -> MaskTerm:
-    dims = (sizes[0][0], sizes[0][1], sizes[0][2], sizes[1][2])
+def _term(node: ir.Node, mask: ir.Value, scores: Sizes, a: Analysis) -> MaskTerm:
     kind = TermKind.BOOL if a.dtype(mask) == ir.DataType.BOOL else TermKind.ADD
-    return MaskTerm(kind, mask, node, "BHST", dims)
+    return MaskTerm(kind, mask, node, "BHST", scores)

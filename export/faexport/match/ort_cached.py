@@ -5,7 +5,7 @@ caches, as attributes of the same names and inputs in places of their own."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -14,20 +14,18 @@ from faexport.graph.nodes import attribute, name_of, operand
 from faexport.graph.surgery import Missing
 from faexport.match import Context
 from faexport.match.onnx_attention import used_output
-from faexport.match.ort_contrib import Contrib, Unfit
+from faexport.match.ort_contrib import Contrib, Unfit, examined
 from faexport.sizes.dims import Dim
-from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
+from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand
 from faexport.understand.index.tensor import Unknown
 
 QUANTIZED = {ir.DataType.INT8: 8, ir.DataType.UINT8: 4, ir.DataType.FLOAT8E4M3FN: 8}  # type of a cache: bits
 
 
-def outcome_of(make: Callable[[], AttentionSpec], node: ir.Node, context: Context) -> AttentionSpec | Refusal:
-    """What `make` understands, or why it doesn't."""
+def examined_cached(reader: type[Cached], node: ir.Node, context: Context) -> list[Candidate]:
+    """As `examined`. Raises Missing where the model's opset lacks an operator that lengths are made with."""
     try:
-        return make()
-    except Unfit as reason:
-        return Refusal(str(reason), name_of(node))
+        return examined(reader, node, context)
     except Unknown:
         raise Missing(f"needs operators that opset {context.analysis.opset} doesn't have") from None
 
@@ -62,12 +60,6 @@ class Cached(Contrib):
 
     def fact(self, text: str) -> None:
         self.facts.append(Fact(text, (name_of(self.node),)))
-
-    @staticmethod
-    def refuse(obstacles: Mapping[str, bool]) -> None:
-        """Raises Unfit with all that stands in the way."""
-        if standing := [text for text, stands in obstacles.items() if stands]:
-            raise Unfit("; ".join(standing))
 
     def obstacles_of_both(self) -> dict[str, bool]:
         node = self.node

@@ -7,6 +7,9 @@ What they mask they mask by adding mask_filter_value, so a mask becomes an attn_
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -47,9 +50,13 @@ class Unfit(Exception):
 
 @matcher(SOURCE, ("com.microsoft::MultiHeadAttention", "com.microsoft::Attention"))
 def match(node: ir.Node, context: Context) -> list[Candidate]:
+    return examined(_MultiHead if node.op_type == "MultiHeadAttention" else _Attention, node, context)
+
+
+def examined(reader: type[Contrib], node: ir.Node, context: Context) -> list[Candidate]:
+    """The site of a node as the reader of its kind understands it, or with why it doesn't."""
     candidate = Candidate(node, context.graph, SOURCE)
     try:
-        reader = _MultiHead if node.op_type == "MultiHeadAttention" else _Attention
         candidate.outcome = reader(node, context).spec(candidate)
     except Unfit as reason:
         candidate.outcome = Refusal(str(reason), name_of(node))
@@ -69,6 +76,16 @@ class Contrib:
         self.dtype = dtype
         if not self.heads:
             raise Unfit("the number of heads is missing")
+
+    def spec(self, candidate: Candidate) -> AttentionSpec:
+        """What the node computes; fills in the candidate's sizes. Raises Unfit."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refuse(obstacles: Mapping[str, bool]) -> None:
+        """Raises Unfit with all that stands in the way."""
+        if standing := [text for text, stands in obstacles.items() if stands]:
+            raise Unfit("; ".join(standing))
 
     def scale(self) -> float:
         return attribute(self.node, "scale", 0.0)
@@ -151,7 +168,7 @@ class Contrib:
         numbers = [build.add("Constant", (), dtype, value=ir.tensor(x)) for x in values]
         return build.add("Where", [keep, *numbers], dtype)
 
-    def finish(self, candidate: Candidate, operands: list[Operand], mask: Mask, **more) -> AttentionSpec:
+    def finish(self, candidate: Candidate, operands: list[Operand], mask: Mask, **more: Any) -> AttentionSpec:
         query, key, value = operands
         candidate.sizes.update(
             num_q_heads=self.heads, num_kv_heads=self.heads, head_dim=query.head_dim, head_dim_v=value.head_dim
@@ -224,8 +241,7 @@ class _MultiHead(Contrib):
             "it has a padding mask beside a cache of fixed capacity (key_padding_mask)": operand(self.node, 4)
             is not None,
         }
-        if standing := [text for text, stands in obstacles.items() if stands]:
-            raise Unfit("; ".join(standing))
+        self.refuse(obstacles)
 
     def _written(self, mask: Mask, length: ir.Value, query: ir.Value) -> dict:
         """New rows go behind the `length` rows of every entry's cache, and all rows up to there are attended."""
@@ -360,7 +376,7 @@ class _Attention(Contrib):
         assert states is not None
         return states, 1
 
-    def _cached(self, candidate: Candidate, packed: ir.Value, widths: list[int], shape) -> AttentionSpec:
+    def _cached(self, candidate: Candidate, packed: ir.Value, widths: list[int], shape: Sequence[Dim]) -> AttentionSpec:
         """One cache tensor of keys and values, [2, B, H, P, D]: the new ones are put behind it, and it is read from
         there."""
         build, past, present = self.build, operand(self.node, 4), used_output(self.node, 1)

@@ -16,7 +16,7 @@ from faexport.graph.nodes import attribute, name_of, op, producer
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.match.onnx_attention import used_output
-from faexport.match.ort_cached import Cached, outcome_of
+from faexport.match.ort_cached import Cached, examined_cached
 from faexport.match.ort_contrib import Unfit
 from faexport.sizes.dims import Dim, plain
 from faexport.spec import (
@@ -42,9 +42,7 @@ _BETWEEN = ("Cast", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Unsque
 
 @matcher(SOURCE, ("com.microsoft::GroupQueryAttention",))
 def match(node: ir.Node, context: Context) -> list[Candidate]:
-    candidate = Candidate(node, context.graph, SOURCE)
-    candidate.outcome = outcome_of(lambda: _Grouped(node, context).spec(candidate), node, context)
-    return [candidate]
+    return examined_cached(_Grouped, node, context)
 
 
 class _Grouped(Cached):

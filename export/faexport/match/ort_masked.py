@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import attribute, name_of, operand
+from faexport.graph.nodes import attribute, operand
 from faexport.match import Context, matcher
 from faexport.match.onnx_attention import used_output
-from faexport.match.ort_contrib import Contrib, Unfit
+from faexport.match.ort_contrib import Contrib, Unfit, examined
 from faexport.sizes.dims import plain
-from faexport.spec import AttentionSpec, Candidate, Layout, Operand, Refusal
+from faexport.spec import AttentionSpec, Candidate, Layout, Operand
 
 SOURCE = "ort_contrib"
 QUERY, KEY, VALUE, PADDING, BIAS, PAST_KEY, PAST_VALUE, PAST_LENGTH, BEAM_WIDTH, BEAMS, PROJECTION_BIAS = range(11)
@@ -20,12 +20,7 @@ QUERY, KEY, VALUE, PADDING, BIAS, PAST_KEY, PAST_VALUE, PAST_LENGTH, BEAM_WIDTH,
 
 @matcher(SOURCE, ("com.microsoft::DecoderMaskedMultiHeadAttention",))
 def match(node: ir.Node, context: Context) -> list[Candidate]:
-    candidate = Candidate(node, context.graph, SOURCE)
-    try:
-        candidate.outcome = _Masked(node, context).spec(candidate)
-    except Unfit as reason:
-        candidate.outcome = Refusal(str(reason), name_of(node))
-    return [candidate]
+    return examined(_Masked, node, context)
 
 
 class _Masked(Contrib):
@@ -59,8 +54,7 @@ class _Masked(Contrib):
             "its keys and values are not those of an encoder, in heads": not has[PAST_KEY]
             and (self.a.rank(operand(self.node, KEY)) != 4 or self.a.rank(operand(self.node, VALUE)) != 4),
         }
-        if standing := [text for text, stands in obstacles.items() if stands]:
-            raise Unfit("; ".join(standing))
+        self.refuse(obstacles)
 
     def holds_keys(self) -> tuple[ir.Value, int]:
         key = operand(self.node, KEY)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import attribute, name_of
 from faexport.match import Context, matcher
-from faexport.match.ort_cached import Cached, outcome_of
+from faexport.match.ort_cached import Cached, examined_cached
 from faexport.match.ort_contrib import Unfit
 from faexport.sizes.dims import plain
 from faexport.spec import AttentionSpec, Candidate, Fact, Mask, Operand
@@ -27,9 +27,7 @@ _NAMES |= {ir.DataType.FLOAT8E4M3FN: "float8e4m3fn"}
 
 @matcher(SOURCE, ("com.microsoft::PagedAttention",))
 def match(node: ir.Node, context: Context) -> list[Candidate]:
-    candidate = Candidate(node, context.graph, SOURCE)
-    candidate.outcome = outcome_of(lambda: _Paged(node, context).spec(candidate), node, context)
-    return [candidate]
+    return examined_cached(_Paged, node, context)
 
 
 class _Paged(Cached):

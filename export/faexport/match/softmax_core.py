@@ -41,6 +41,7 @@ from faexport.understand.core.widening import widened
 from faexport.understand.layout.products import PRODUCT_OPS
 from faexport.understand.layout.shape_uses import rebuild
 from faexport.understand.layout.views import View, merged
+from faexport.understand.shapes.analysis import Analysis
 
 SOURCE = "softmax_core"
 
@@ -66,7 +67,7 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
     return [] if refused and not feeds_product(softmax, a, of_product=isinstance(path, Path)) else found
 
 
-def softmax_axis_in_product(path, softmax: Softmax, a) -> int | None:
+def softmax_axis_in_product(path: Path, softmax: Softmax, a: Analysis) -> int | None:
     """Which axis of the score product the softmax normalises over."""
     view = view_of_scores(path, a)
     if view is None or not -len(view.axes) <= softmax.axis < len(view.axes):
@@ -142,7 +143,7 @@ def _all_or_none(candidates: list[Candidate]) -> list[Candidate]:
     return candidates
 
 
-def _values(scores: Scores, softmax: Softmax, a) -> list[Values] | Refusal:
+def _values(scores: Scores, softmax: Softmax, a: Analysis) -> list[Values] | Refusal:
     if merged(scores.view.axes[softmax.axis]) != _column(scores, a):
         return Refusal("the softmax does not run over the keys", name_of(softmax.node))
     if scores.sink is None:
@@ -153,7 +154,9 @@ def _values(scores: Scores, softmax: Softmax, a) -> list[Values] | Refusal:
     return _private(scores, values, softmax, a) or values
 
 
-def _with_guard(scores: Scores, values: Values, softmax, candidate, context: Context) -> AttentionSpec | Refusal:
+def _with_guard(
+    scores: Scores, values: Values, softmax: Softmax, candidate: Candidate, context: Context
+) -> AttentionSpec | Refusal:
     if values.guard is not None:
         found = _with_values(scores, values.past_guard(), softmax, candidate, context)
         if isinstance(found, AttentionSpec):
@@ -161,7 +164,9 @@ def _with_guard(scores: Scores, values: Values, softmax, candidate, context: Con
     return _with_values(scores, values, softmax, candidate, context)
 
 
-def _with_values(scores: Scores, values: Values, softmax, candidate, context: Context) -> AttentionSpec | Refusal:
+def _with_values(
+    scores: Scores, values: Values, softmax: Softmax, candidate: Candidate, context: Context
+) -> AttentionSpec | Refusal:
     terms, masks = roundings.unrounded(scores.terms, context)
     rounded = Roundings(roundings.between(scores.nodes, context.analysis), masks, values.roundings)
     if why := rounded.refusal(context):
@@ -173,11 +178,11 @@ def _with_values(scores: Scores, values: Values, softmax, candidate, context: Co
     return _spec(scores, values, structure, softmax, rounded, candidate, context)
 
 
-def _column(scores: Scores, a) -> tuple:
+def _column(scores: Scores, a: Analysis) -> tuple:
     return View.whole(a.simplified(scores.shape)).axes[scores.product.labels.index("column")]
 
 
-def _note_sizes(candidate: Candidate, scores: Scores, a) -> None:
+def _note_sizes(candidate: Candidate, scores: Scores, a: Analysis) -> None:
     """What the report can say of a site, refused or not."""
     shape = a.simplified(scores.shape)
     sizes = dict(zip(letters(scores.product), map(plain, shape), strict=True))
@@ -186,7 +191,7 @@ def _note_sizes(candidate: Candidate, scores: Scores, a) -> None:
     candidate.sizes["dtype"] = dtype_name(a.dtype(scores.product.node.outputs[0]))
 
 
-def _note_heads(candidate: Candidate, structure: Structure, scores: ScoreShape, a) -> None:
+def _note_heads(candidate: Candidate, structure: Structure, scores: ScoreShape, a: Analysis) -> None:
     """What the report can say of a site once its heads are known, refused or not."""
     query = structure.query.operand
     candidate.sizes.update(
@@ -201,7 +206,7 @@ def _note_heads(candidate: Candidate, structure: Structure, scores: ScoreShape, 
     )
 
 
-def _private(scores: Scores, values: list[Values], softmax: Softmax, a) -> Refusal | None:
+def _private(scores: Scores, values: list[Values], softmax: Softmax, a: Analysis) -> Refusal | None:
     """The scores may be read by nothing else but further attention: they would be computed a second time, and outputs
     of the model may not go away."""
     inside = {*scores.nodes, *softmax.inner, *(node for one in values for node in one.nodes)}
@@ -219,7 +224,7 @@ def _private(scores: Scores, values: list[Values], softmax: Softmax, a) -> Refus
     return None
 
 
-def _is_for_another_site(node: ir.Node, scores: ir.Node, own: Softmax, a) -> bool:
+def _is_for_another_site(node: ir.Node, scores: ir.Node, own: Softmax, a: Analysis) -> bool:
     """Is `node`, which reads what this product gives, on the way to another softmax of it that weighs values, and to
     nothing else, such as a mask for its own?
 
@@ -270,7 +275,7 @@ def _score_shape(
     )
 
 
-def _dtype_of_masks(scores: Scores, a) -> ir.DataType:
+def _dtype_of_masks(scores: Scores, a: Analysis) -> ir.DataType:
     """The type in which masks meet the scores. It isn't that of the product where scores in half precision are cast
     in front of them: the masks are numbers of the wider type then."""
     found = {a.dtype(term.node.outputs[0]) for term in scores.terms if term.kind.meets_scores}
@@ -278,13 +283,19 @@ def _dtype_of_masks(scores: Scores, a) -> ir.DataType:
     return dtype or a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT
 
 
-def _rows_of_values(values: Values, a) -> Dim | None:
+def _rows_of_values(values: Values, a: Analysis) -> Dim | None:
     shape = a.shape(values.product.right.value)
     return None if shape is None else shape[values.product.right.labels.index("sum")]
 
 
 def _spec(
-    scores, values, structure: Structure, softmax, rounded: Roundings, candidate: Candidate, context: Context
+    scores: Scores,
+    values: Values,
+    structure: Structure,
+    softmax: Softmax,
+    rounded: Roundings,
+    candidate: Candidate,
+    context: Context,
 ) -> AttentionSpec | Refusal:
     a = context.analysis
     query, key, value = structure.query, structure.key, structure.value
@@ -354,7 +365,7 @@ def _is_stored(scale: float) -> bool:
         return 0 < abs(float(np.float32(scale))) < math.inf
 
 
-def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a) -> list[MaskTerm] | Refusal:
+def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a: Analysis) -> list[MaskTerm] | Refusal:
     """The terms for scores with as many batch entries and heads as the values, which may have more than the queries and
     keys have. A mask that has as many as these is broadcast then, as they are."""
     names = dict(zip(scores.product.labels, letters(scores.product), strict=True))
@@ -372,7 +383,7 @@ def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a) -> list[M
     ]
 
 
-def _with_four_axes(terms: list[MaskTerm], heads: Dim, a) -> MaskTerm | None:
+def _with_four_axes(terms: list[MaskTerm], heads: Dim, a: Analysis) -> MaskTerm | None:
     """A lone bias as large as the scores, [M, W, H, S, T] or [B, K, G, S, T], as one of [B, H, S, T]."""
     if len(terms) != 1 or terms[0].kind is not TermKind.ADD or terms[0].axes not in ("MWHST", "BKGST"):
         return None
@@ -417,7 +428,7 @@ def _by_heads(terms: list[MaskTerm], lead_sizes: list[Dim], heads: Dim) -> list[
 
 
 def _shape_uses(
-    scores: Scores, values: Values, structure: Structure, a
+    scores: Scores, values: Values, structure: Structure, a: Analysis
 ) -> tuple[tuple[ir.Node, list[ir.Node]], ...] | Refusal:
     """What takes the place of Shape nodes that read what goes away."""
     early = (structure.query.source, structure.key.source)
@@ -432,7 +443,7 @@ def _shape_uses(
     return tuple(found)
 
 
-def _assumed_of(softmax: Softmax, a) -> tuple[Assumption, ...]:
+def _assumed_of(softmax: Softmax, a: Analysis) -> tuple[Assumption, ...]:
     hiding = softmax.hiding
     if hiding is None:
         return ()

@@ -14,8 +14,8 @@ from faexport.spec import AttentionSpec, Fact
 
 def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | None, opset: int) -> AttentionSpec:
     """The spec with query, key, value and past cast to `dtype`, and the results cast back to `given`, the type they
-    had."""
-    if given != ir.DataType.FLOAT or given == dtype:
+    had. A cache that is an output of the model keeps its type, so its site does, too."""
+    if given != ir.DataType.FLOAT or given == dtype or spec.present_key is not None or spec.present_value is not None:
         return spec
     build = Builder(opset)
     cast: dict[ir.Value, ir.Value] = {}
@@ -27,8 +27,6 @@ def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | N
 
     query, key, value = (dataclasses.replace(o, value=narrow(o.value)) for o in (spec.query, spec.key, spec.value))
     past_key, past_value = (None if past is None else narrow(past) for past in (spec.past_key, spec.past_value))
-    if spec.present_key is not None or spec.present_value is not None:
-        return spec  # a cache that is an output of the model keeps its type
     entry = ir.Value(type=ir.TensorType(dtype))
     back = Builder(opset)
     wide = back.add("Cast", [entry], given, to=int(given))

@@ -16,12 +16,11 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from faexport.fallback.functions import layouts_of, set_inputs
 from faexport.graph.edits import Names, insert_in_front, remove_dead
+from faexport.graph.fused import is_fused, layouts_of, optional_inputs, optional_outputs, set_optional_inputs
 from faexport.graph.nodes import op, operand
 from faexport.graph.surgery import Builder
-from faexport.schema import NUM_REQUIRED
-from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.spec import NUM_REQUIRED, Layout
 from faexport.understand.core.rounding import rounding_at
 from faexport.understand.layout.view_ops import VIEW_OPS
 from faexport.understand.shapes.analysis import Analysis
@@ -86,16 +85,13 @@ class Site:
         """May a constant be subtracted from the keys? Not where a row's scores matter as they are: in a softcap, beside
         a sink, in the log-sum-exp."""
         attributes = self.node.attributes
-        words = attributes.get_string("optional_inputs", "").split(",")
-        words += attributes.get_string("optional_outputs", "").split(",")
-        return not {"sinks", "lse"} & set(words) and attributes.get_float("softcap", 0.0) == 0
+        words = {*optional_inputs(self.node), *optional_outputs(self.node)}
+        return not {"sinks", "lse"} & words and attributes.get_float("softcap", 0.0) == 0
 
 
 def site_of(node: ir.Node, a: Analysis) -> Site:
     """What is known of a fused node before anything was measured."""
-    attributes = node.attributes
-    words = set(filter(None, attributes.get_string("optional_inputs", "").split(",")))
-    outputs = set(filter(None, attributes.get_string("optional_outputs", "").split(",")))
+    words, outputs = set(optional_inputs(node)), set(optional_outputs(node))
     dtypes = {a.dtype(value) for value in node.inputs[:NUM_REQUIRED]}
     if words - _ALLOWED or outputs - {"lse"}:
         return Site(node, left=f"it has {sorted((words - _ALLOWED) | (outputs - {'lse'}))[0]}")
@@ -159,7 +155,7 @@ def _own_numbers(value: ir.Value, a: Analysis) -> tuple[ir.Value | None, float]:
 
 def note(model: ir.Model, a: Analysis) -> str:
     """A sentence where queries, keys and values of fused nodes are made of e4m3 numbers, "" where none are."""
-    sites = [site_of(node, a) for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    sites = [site_of(node, a) for node in model.graph if is_fused(node)]
     count = sum(bool(site.operands) and not site.to_measure for site in sites)
     if not count:
         return ""
@@ -282,10 +278,9 @@ def set_operands(node: ir.Node, made: Quantized, build: Builder, dtype: ir.DataT
     """Gives a fused node its tensors in float8. `dtype` is what they were, and what the output stays."""
     for index, value in enumerate(made.values):
         node.replace_input_with(index, value)
-    words = list(filter(None, node.attributes.get_string("optional_inputs", "").split(",")))
-    named: list[tuple[str, ir.Value | None]] = list(zip(words, node.inputs[NUM_REQUIRED:], strict=True))
+    named: list[tuple[str, ir.Value | None]] = list(zip(optional_inputs(node), node.inputs[NUM_REQUIRED:], strict=True))
     named += [(f"{role}_descale", build.constant(scale)) for role, scale in zip(ROLES, made.scales, strict=True)]
-    set_inputs(node, named)
+    set_optional_inputs(node, named)
     node.attributes["output_dtype"] = ir.AttrString("output_dtype", _FLOATS[dtype])
 
 

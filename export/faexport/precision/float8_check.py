@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,8 +18,9 @@ import onnx_ir as ir
 
 from faexport.errors import ModelError
 from faexport.fallback.functions import add_fallback, remove_fallback
-from faexport.files import model_io
+from faexport.files import model_io, scratch
 from faexport.graph.edits import Names, name_node
+from faexport.graph.fused import is_fused
 from faexport.graph.nodes import all_nodes, dtype_name
 from faexport.graph.surgery import Builder
 from faexport.precision import float8
@@ -29,7 +28,6 @@ from faexport.precision.float8 import Site, Spread
 from faexport.report.data import Float8, Float8Output, Float8Site, VerificationStatus
 from faexport.runtimes import ort_session
 from faexport.runtimes.ort_session import CannotRun, Job, ModelFailure
-from faexport.spec import DOMAIN, OP_TYPE
 from faexport.understand.shapes.analysis import Analysis
 from faexport.verify import compare
 from faexport.verify.reference import Amount, Reference
@@ -100,7 +98,7 @@ def _sites(model: ir.Model) -> list[Site]:
     """All fused nodes of a model."""
     remove_fallback(model)
     a = Analysis(model)
-    nodes = [node for node in all_nodes(model) if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    nodes = filter(is_fused, all_nodes(model))
     inner = "it stands in a body of an If, Loop or Scan, or in a function"
     return [float8.site_of(node, a) if node.graph is model.graph else Site(node, left=inner) for node in nodes]
 
@@ -131,8 +129,8 @@ def _run(model: ir.Model, reference: Reference, indices: Sequence[int]) -> dict[
     if not library and (why := add_fallback(model)):
         raise ModelFailure(f"the operator's library is not installed, and without it {why}")
     wanted, found = {value.name for value in model.graph.inputs}, {}
-    with tempfile.TemporaryDirectory(prefix="faexport-float8-") as folder:
-        path = pathlib.Path(folder) / "model.onnx"
+    with scratch.folder(what="float8-") as folder:
+        path = folder / "model.onnx"
         model_io.save(model, path)
         with reference.open_session(Job(os.fspath(path), optimize=False, library=library)) as session:
             for index in indices:

@@ -23,13 +23,12 @@ from faexport import schema
 from faexport.errors import ModelError
 from faexport.fallback.functions import add_fallback, remove_fallback
 from faexport.files import model_io
+from faexport.graph.fused import is_fused, optional_inputs
 from faexport.graph.surgery import Builder
 from faexport.precision import half_constants
-from faexport.spec import DOMAIN, OP_TYPE
+from faexport.spec import NUM_REQUIRED
 from faexport.understand.shapes.analysis import Analysis
 from faexport.verify.widen import HALF, TYPE_ATTRIBUTES, in_float32
-
-_NUM_REQUIRED = schema.NUM_REQUIRED  # inputs of the operator that have no name of their own in optional_inputs
 
 
 def prepared(source: os.PathLike[str] | str) -> ir.Model:
@@ -58,10 +57,6 @@ def prepared(source: os.PathLike[str] | str) -> ir.Model:
             if value.dtype is None and (dtype := analysis.dtype(value)) is not None:
                 value.dtype = dtype
     return model
-
-
-def is_ours(node: ir.Node) -> bool:
-    return node.domain == DOMAIN and node.op_type == OP_TYPE
 
 
 def convert(
@@ -186,12 +181,11 @@ def _float32_inputs(node: ir.Node, kept: Collection[str]) -> Iterator[int]:
     definition, and masks and tables that are computed in float32."""
     if node.op_type == "GroupNorm":
         yield from (1, 2)
-    if not is_ours(node):
+    if not is_fused(node):
         return
     always = {row.name for row in schema.inputs() if row.dtypes == "FLOAT32"}
     either = {row.name for row in schema.inputs() if row.dtypes in ("FLOAT", "MASK")}
-    words = node.attributes.get_string("optional_inputs", "").split(",")
-    for index, word in enumerate(filter(None, words), start=_NUM_REQUIRED):
+    for index, word in enumerate(optional_inputs(node), start=NUM_REQUIRED):
         value = node.inputs[index]
         made_by = value.producer() if value is not None else None
         if word in always or (word in either and made_by is not None and made_by.name in kept):
@@ -232,7 +226,7 @@ def rounding(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> ir.Mo
     half = {
         value for node in graph for value in (*node.outputs, *node.inputs) if value is not None and value.dtype in HALF
     }
-    halves = {node: [n for n, value in enumerate(node.inputs) if value in half] for node in graph if is_ours(node)}
+    halves = {node: [n for n, value in enumerate(node.inputs) if value in half] for node in graph if is_fused(node)}
     in_float32(model)
     for node in list(graph):
         ours = node in halves

@@ -12,15 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import pathlib
-import tempfile
 from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from faexport.errors import ModelError, first_cause
-from faexport.files import model_io
+from faexport.files import model_io, scratch
 from faexport.precision import half, half_nodes
 from faexport.report.data import HalfOutput, HalfPrecision, VerificationStatus
 from faexport.runtimes import ort_session
@@ -99,8 +97,8 @@ def check(
     if dtype == ir.DataType.BFLOAT16 and not library:
         reason = "bfloat16 is compared with the operator's library alone, which faplugin brings"
         return dataclasses.replace(said, status=VerificationStatus.NOT_RUN, reason=reason)
-    with tempfile.TemporaryDirectory(prefix="faexport-fp16-") as folder:
-        plain, plain_rounded, ours_rounded = (pathlib.Path(folder) / name for name in ("plain", "plain_r", "ours_r"))
+    with scratch.folder(what="half-") as folder:
+        plain, plain_rounded, ours_rounded = (folder / name for name in ("plain", "plain_r", "ours_r"))
         # Each with its measure: the original's own conversion, run in the same way.
         pairs = []
         if dtype == ir.DataType.FLOAT16:

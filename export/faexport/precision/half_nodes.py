@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from faexport.fallback.functions import add_fallback
-from faexport.files import model_io
+from faexport.files import model_io, scratch
+from faexport.graph.fused import is_fused, optional_outputs
 from faexport.graph.nodes import op
-from faexport.precision.half import is_ours, prepared
+from faexport.precision.half import prepared
 from faexport.runtimes.ort_session import Job, ModelFailure, has_library
 from faexport.verify.reference import Reference, needs_library
 from faexport.verify.side_by_side_math import Emit
@@ -78,19 +77,19 @@ def find(
             kept[node.name] = f"has numbers up to {size:.3g}"
         elif node.name and dtype == ir.DataType.BFLOAT16 and not _runs_in_bfloat16(node):
             kept[node.name] = f"is {node.op_type}, which onnxruntime doesn't run in bfloat16"
-        elif node.name and is_ours(node) and "lse" in node.attributes.get_string("optional_outputs", "").split(","):
+        elif node.name and is_fused(node) and "lse" in optional_outputs(node):
             kept[node.name] = "returns its log-sum-exp, which is float32"
     return kept
 
 
 def _runs_in_bfloat16(node: ir.Node) -> bool:
     floats = any(v is not None and v.dtype == ir.DataType.FLOAT for v in (*node.inputs, *node.outputs))
-    return not floats or is_ours(node) or op(node) in _IN_BFLOAT16
+    return not floats or is_fused(node) or op(node) in _IN_BFLOAT16
 
 
 def _largest(node: ir.Node, sizes: dict[str, float]) -> float:
     """The largest number that a node reads, writes or sums."""
-    read = node.inputs[:_CORE_INPUTS] if is_ours(node) else node.inputs
+    read = node.inputs[:_CORE_INPUTS] if is_fused(node) else node.inputs
     names = [value.name for value in (*read, *node.outputs) if value is not None and value.name]
     return max((sizes.get(name, 0.0) for name in (*names, _sum_of(node))), default=0.0)
 
@@ -161,8 +160,8 @@ def _measured(path: os.PathLike[str] | str, reference: Reference) -> dict[str, f
     names = _measure(model)
     largest = np.zeros(len(names))
     given = {value.name for value in model.graph.inputs}
-    with tempfile.TemporaryDirectory(prefix="faexport-range-") as folder:
-        target = pathlib.Path(folder) / "model.onnx"
+    with scratch.folder(what="range-") as folder:
+        target = folder / "model.onnx"
         model_io.save(model, target)
         job = Job(os.fspath(target), optimize=False, library=library)
         with reference.open_session(job) as session:

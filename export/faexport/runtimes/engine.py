@@ -34,6 +34,7 @@ MODULES = {
     Runtime.TENSORRT: ("tensorrt",),
     Runtime.TENSORRT_RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
+LARGEST_SIZE = 2**31 - 1  # of an axis
 OLDEST_RTX_TARGET = 80  # without a GPU we build for every one from Ampere on: fp32 models don't compile for Turing
 
 
@@ -284,7 +285,10 @@ def make_profile(least: Sequence[str], best: Sequence[str], most: Sequence[str])
 
 
 def check_range(name: str, given: Range) -> Range:
-    """`given`, where its shapes have one rank and are in order; else raises ModelError."""
+    """`given`, where its shapes have one rank and sizes that TensorRT takes, in order; else raises ModelError."""
+    for shape in dataclasses.astuple(given):
+        if any(not 0 <= size <= LARGEST_SIZE for size in shape):
+            raise ModelError(f"input '{name}': {shape_text(shape)}; sizes are from 0 to {LARGEST_SIZE}")
     if not len(given.min) == len(given.opt) == len(given.max):
         raise ModelError(f"input '{name}': min, opt and max have different ranks")
     if any(not low <= middle <= high for low, middle, high in zip(given.min, given.opt, given.max, strict=True)):

@@ -55,6 +55,8 @@ def read(path: pathlib.Path) -> Folder:
         raise ModelError(f"{path / CONFIG}: can't be read as a configuration of genai ({error}); check it") from error
     if not isinstance(name, str) or decoder.get("pipeline"):
         raise ModelError(f"{path / CONFIG}: the decoder is no single file; rewrite its models one by one")
+    if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
+        raise ModelError(f"{path / CONFIG}: names a decoder outside of the folder, {name}; move the file into it")
     if others := sorted(name for name in providers if name.lower() not in PROVIDERS):
         raise ModelError(
             f"{path / CONFIG}: runs on {', '.join(others)}, for which the operator has no kernels; build the model for "

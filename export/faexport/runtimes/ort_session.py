@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -31,7 +31,7 @@ import onnx
 
 from faexport.errors import ModelError
 from faexport.files.signals import uninterrupted
-from faexport.runtimes import operator_library
+from faexport.runtimes import child_process, operator_library
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -104,17 +104,13 @@ class Session(contextlib.AbstractContextManager):
     def __init__(self, job: Job, timeout: float | None = None, device: str = ""):
         self._timeout = timeout
         self._pipe, theirs = multiprocessing.Pipe()
-        # NOTE: onnxruntime's telemetry would tell of the user's model, and leave a file (.ses) in the temporary folder.
-        environment = {"ORT_DISABLE_TELEMETRY": "1", **os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        command = [sys.executable, "-c", f"from {__name__} import main; main()", str(theirs.fileno())]
         silent = None if os.environ.get("FAEXPORT_TRACEBACK") else subprocess.DEVNULL
         self._process: subprocess.Popen | None = None
         try:
             with uninterrupted():  # a signal in the middle of it would leave a process that nobody knows
                 self._process = subprocess.Popen(
-                    command,
-                    env=environment,
+                    child_process.command(__name__, str(theirs.fileno())),
+                    env=child_process.environment(),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     stdout=silent,
@@ -254,7 +250,7 @@ def _load_on_gpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptio
 
 
 @contextlib.contextmanager
-def _as_failures():
+def _as_failures() -> Iterator[None]:
     """Whatever onnxruntime raises, as one of this module's two exceptions."""
     try:
         yield

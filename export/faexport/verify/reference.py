@@ -7,8 +7,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import pathlib
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 
@@ -19,7 +17,7 @@ from faexport.feeds import decoders, relations, settings
 from faexport.feeds import inputs as model_inputs
 from faexport.feeds.open_sizes import OpenSizes
 from faexport.feeds.settings import Assumed, InputSet
-from faexport.files import model_io
+from faexport.files import model_io, scratch
 from faexport.graph.nodes import all_nodes
 from faexport.runtimes import ort_session
 from faexport.runtimes.ort_session import CannotRun, Job, ModelFailure
@@ -138,8 +136,8 @@ class Reference:
     ) -> list[Outputs | str]:
         """The outputs of the model that `change` makes of this one."""
         try:
-            with tempfile.TemporaryDirectory(prefix="faexport-changed-") as folder:
-                path = pathlib.Path(folder) / "model.onnx"
+            with scratch.folder(what="changed-") as folder:
+                path = folder / "model.onnx"
                 model_io.save(change(model_io.load(self.path)), path)
                 return self._again(os.fspath(path), tensors, optimize)
         except (model_io.ModelError, OSError) as error:

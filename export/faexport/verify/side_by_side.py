@@ -19,8 +19,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from faexport.fallback import stand_in_copy
+from faexport.graph.fused import is_fused
 from faexport.graph.nodes import dtype_name, maker
-from faexport.spec import DIVISORS, DOMAIN, LEFT_OUT, OP_TYPE
+from faexport.spec import DIVISORS, LEFT_OUT
 from faexport.understand.shapes.analysis import Analysis
 from faexport.verify.recompute import BODIES, DISCRETE, copied, recomputed, unrounded_sources
 from faexport.verify.roundings import round_values
@@ -207,7 +208,7 @@ class _Builder:
             if node in seen:
                 continue
             seen.add(node)
-            if site is None and node.domain == DOMAIN and node.op_type == OP_TYPE:
+            if site is None and is_fused(node):
                 site = node
             for value in node.inputs:
                 if value is None:

@@ -19,7 +19,8 @@ import onnx_ir as ir
 
 from faexport.feeds.open_sizes import OpenSizes, excuse
 from faexport.feeds.settings import InputSet
-from faexport.files import model_io
+from faexport.files import model_io, scratch
+from faexport.files.graph_checks import external_tensors
 from faexport.graph.normalize import convert_opset, inline_functions
 from faexport.report.data import SiteComparison
 from faexport.runtimes import ort_session
@@ -180,8 +181,8 @@ class _Checker:
         """Raises ModelFailure where onnxruntime can't load the model, CannotRun where it can't go on."""
         names = {value.name for value in beside.model.graph.inputs}
         worst: dict[str, SiteComparison] = {}
-        with tempfile.TemporaryDirectory(prefix="faexport-sites-") as folder:
-            job = self._job(beside.model, pathlib.Path(folder), library)
+        with scratch.folder(what="sites-") as folder:
+            job = self._job(beside.model, folder, library)
             with self.open_session(job) as session:
                 for index, item in enumerate(self.sets):
                     self.on_amount(index, len(self.sets))
@@ -202,9 +203,9 @@ class _Checker:
         result.left_out += [f"'{row.value}' is never a number" for row in worst.values() if not row.num_sets]
 
     def _job(self, model: ir.Model, folder: pathlib.Path, library: bool) -> Job:
-        if model_io.uses_external_data(model):
-            content = ir.to_proto(model).SerializeToString()
-            home = os.path.dirname(os.path.abspath(self.original))
+        weights = next(external_tensors(model), None)
+        if weights is not None:
+            content, home = ir.to_proto(model).SerializeToString(), os.path.abspath(weights.base_dir)
             return Job(content, optimize=False, library=library, external_data=home)
         path = folder / "model.onnx"
         try:

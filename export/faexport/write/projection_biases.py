@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from faexport.fallback.functions import rows_see_a_key
 from faexport.graph.edits import Names, insert_in_front, remove_dead
+from faexport.graph.fused import optional_inputs, optional_outputs
 from faexport.graph.nodes import attribute, given, op, producer
 from faexport.graph.surgery import Builder
 from faexport.spec import AttentionSpec, Candidate, EmptyRow, Fact, Layout
@@ -129,7 +130,7 @@ class _Site:
 
     def __init__(self, node: ir.Node, spec: AttentionSpec, biased: Sequence[_Biased | None], a: Analysis):
         self.node, self.spec, self.biased, self.a = node, spec, list(biased), a
-        self.inputs = list(filter(None, node.attributes.get_string("optional_inputs", "").split(",")))
+        self.inputs = optional_inputs(node)
         self.q_heads, self.kv_heads = (node.attributes.get_int(f"{kind}_num_heads", 0) for kind in ("q", "kv"))
 
     def move(self, names: Names) -> list[str]:
@@ -164,8 +165,8 @@ class _Site:
         node, mask = self.node, self.spec.mask
         if others := sorted({*self.inputs} - _HARMLESS):
             raise _Stays(f"the operator has the input {others[0]}")
-        if outputs := node.attributes.get_string("optional_outputs", ""):
-            raise _Stays(f"the operator has the output {outputs.split(',')[0]}")
+        if outputs := optional_outputs(node):
+            raise _Stays(f"the operator has the output {outputs[0]}")
         if node.attributes.get_float("softcap", 0.0):
             raise _Stays("softcap sees what is added to all scores of a row")
         if not self.q_heads or not self.kv_heads:

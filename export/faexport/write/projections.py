@@ -16,13 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.edits import Names, insert_in_front, remove_dead
+from faexport.graph.fused import LAYOUTS, optional_inputs, optional_outputs
 from faexport.graph.nodes import given, op, producer
 from faexport.graph.surgery import Builder
 from faexport.spec import AttentionSpec, Candidate, Fact
 from faexport.understand.shapes.analysis import Analysis
 
 ROLES = ("queries", "keys", "values")
-LAYOUTS = ("query_layout", "key_layout", "value_layout")
 _FAR = 8  # nodes in front of the operator, among which a product is looked for
 _KEEPS_WEIGHT = ("Identity", "Transpose", "Cast")  # between a stored weight and its product
 
@@ -73,9 +73,9 @@ def _pack(model: ir.Model, node: ir.Node, a: Analysis, names: Names) -> tuple[li
     Raises _Apart."""
     if node.graph is not model.graph:
         raise _Apart("they stand in the body of another node")
-    if {"past_key", "past_value"} & set(node.attributes.get_string("optional_inputs", "").split(",")):
+    if {"past_key", "past_value"} & set(optional_inputs(node)):
         raise _Apart("the operator has a cache, whose new rows are read by themselves")
-    if {"present_key", "present_value"} & set(node.attributes.get_string("optional_outputs", "").split(",")):
+    if {"present_key", "present_value"} & set(optional_outputs(node)):
         raise _Apart("a cache is made of their results")
     heads = [node.attributes.get_int(f"{kind}_num_heads", 0) for kind in ("q", "kv", "kv")]
     moved = [given(node, n) for n in range(3) if _layout(node, n) != "BSH"]

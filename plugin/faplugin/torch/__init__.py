@@ -7,7 +7,7 @@
     faplugin.torch.register_transformers()                        # attn_implementation="faplugin"
     torch.onnx.export(model, …)                                   # writes faexport::FlashAttention nodes
 
-On CUDA the backward pass takes float16 and bfloat16. See docs/torch.md.
+On CUDA the backward pass takes heads of up to 256 columns. See docs/torch.md.
 """
 
 from faplugin.torch._functions import (

@@ -146,9 +146,11 @@ def _attend_packed_sequences(
     return (found[0].squeeze(0), found[1].squeeze(0), None) if probs else found.squeeze(0)
 
 
-def _whole(block_table: Any) -> None:
-    if block_table is not None:
-        raise ValueError("block_table is given; expected None: faplugin.torch does not offer it")
+def _refuse(**given: Any) -> None:
+    """Raises ValueError for arguments of flash-attn that are not offered, where one is given."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is given; expected None: faplugin.torch does not offer it")
 
 
 def flash_attn_varlen_func(
@@ -192,7 +194,7 @@ def flash_attn_varlen_func(
     Returns:
         The output, [total rows, H_q, D_v].
     """
-    _whole(block_table)
+    _refuse(block_table=block_table)
     settings = _settings(q, dropout_p, softmax_scale, causal, window_size, softcap)
     return _attend_packed_sequences((q, k, v), 0, alibi_slopes, cu_seqlens_q, cu_seqlens_k, settings, return_attn_probs)
 
@@ -293,10 +295,7 @@ def flash_attn_with_kvcache(
     Raises:
         ValueError: an argument has a wrong shape, dtype or value.
     """
-    refused = {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "block_table": block_table}
-    for name, given in refused.items():
-        if given is not None:
-            raise ValueError(f"{name} is given; expected None: faplugin.torch does not offer it")
+    _refuse(cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, block_table=block_table)
     if (k is None) != (v is None):
         raise ValueError("one of k and v is given; expected both or none")
     if rotary_cos is not None and k is None:

@@ -135,7 +135,9 @@ def times(value: ir.Value, weights: Sequence[Weight], a: Analysis) -> tuple[ir.V
     return value, tuple(build.nodes)
 
 
-def _product(build: Builder, op_type: str, value: ir.Value, weight: ir.Value, dtype: ir.DataType | None, a: Analysis):
+def _product(
+    build: Builder, op_type: str, value: ir.Value, weight: ir.Value, dtype: ir.DataType | None, a: Analysis
+) -> ir.Value:
     """In the weight's type, if that is a wider one: it may hold numbers that the tensor's can't."""
     given = a.dtype(weight)
     if given is None or dtype is None or given == dtype:

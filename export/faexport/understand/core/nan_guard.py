@@ -56,7 +56,9 @@ def nan_guard(weights: ir.Value, a: Analysis) -> Guard | None:
     return Guard(last, tuple(node for node in nodes if node is not last), nan)
 
 
-def _next_where(current: ir.Value, copies: list[ir.Value], a: Analysis):
+def _next_where(
+    current: ir.Value, copies: list[ir.Value], a: Analysis
+) -> tuple[ir.Node, tuple[ir.Node, ...], bool] | None:
     """(Where, the nodes of its condition, does it replace NaN) for one that reads `current`, else None."""
     for node in live_users(current):
         if op(node) != "Where" or node.inputs[2] is not current or node.inputs[0] is current:

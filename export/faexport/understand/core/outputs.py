@@ -67,7 +67,9 @@ def read_output(
     return found or _rebuilt(values, sizes, dtype, query, a) or refusal
 
 
-def declared_output(value: ir.Value, layout: Layout, sizes, dtype: ir.DataType | None, a: Analysis) -> Output:
+def declared_output(
+    value: ir.Value, layout: Layout, sizes: tuple[Dim, ...], dtype: ir.DataType | None, a: Analysis
+) -> Output:
     """The output of an op that states its layout, followed through what rearranges it; sizes are those of [B, H, S,
     D_v]."""
     view = View.whole(sizes)
@@ -75,7 +77,14 @@ def declared_output(value: ir.Value, layout: Layout, sizes, dtype: ir.DataType |
     return _furthest(value, dataclasses.replace(view, axes=axes), sizes, dtype, (), a) or Output(value, layout)
 
 
-def _furthest(value: ir.Value, view: View, sizes, dtype, sources, a: Analysis) -> Output | None:
+def _furthest(
+    value: ir.Value,
+    view: View,
+    sizes: tuple[Dim, ...],
+    dtype: ir.DataType | None,
+    sources: Sequence[ir.Value],
+    a: Analysis,
+) -> Output | None:
     found: Output | None = None
     passed: tuple[ShapeUse, ...] = ()
     for _ in range(MAX_CHAIN):
@@ -103,7 +112,7 @@ def _furthest(value: ir.Value, view: View, sizes, dtype, sources, a: Analysis) -
     return found
 
 
-def _layout_of(view: View, sizes) -> Layout | None:
+def _layout_of(view: View, sizes: tuple[Dim, ...]) -> Layout | None:
     for layout, order in ORDERS.items():
         if len(order) != len(view.axes) or (layout == Layout.BSH and sizes[1].const is None):
             continue
@@ -113,7 +122,9 @@ def _layout_of(view: View, sizes) -> Layout | None:
     return None
 
 
-def _rebuilt(values: Values, sizes, dtype: ir.DataType | None, query: Factor, a: Analysis) -> Output | None:
+def _rebuilt(
+    values: Values, sizes: tuple[Dim, ...], dtype: ir.DataType | None, query: Factor, a: Analysis
+) -> Output | None:
     """The product's own output, made from the fused node's by new nodes."""
     if values.product.shape:
         return None

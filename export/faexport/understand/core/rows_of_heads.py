@@ -49,7 +49,9 @@ def _is_number(step: Step, a: Analysis) -> bool:
     return step.kind in ("pass", "scale") or nothing
 
 
-def with_heads_apart(product: Product, rows: Axis, of_scores: Product, shape, a: Analysis) -> Product | None:
+def with_heads_apart(
+    product: Product, rows: Axis, of_scores: Product, shape: tuple[Dim, ...], a: Analysis
+) -> Product | None:
     """A product of weights and values whose rows are the rows and a leading axis of the scores, with that axis apart;
     None where they are something else. `rows` runs over the axes of the scores' product, whose sizes are `shape`."""
     axes, whole = View.whole(shape).axes, a.shape(product.node.outputs[0])

@@ -418,7 +418,7 @@ def letters(product: Product) -> list[str]:
     return [names[label] for label in product.labels]
 
 
-def label_axes(view: View, names: list[str], shape) -> tuple[str, ...] | None:
+def label_axes(view: View, names: list[str], shape: tuple[Dim, ...]) -> tuple[str, ...] | None:
     """A letter for each axis of `view`, whose source has axes called `names`; None where an axis is a mixture without
     name.
 

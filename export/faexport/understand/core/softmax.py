@@ -59,11 +59,13 @@ def softmax_of(node: ir.Node, a: Analysis) -> Softmax | None:
     if name == "Exp":
         return _exponential(node, a)
     if name == "Div":
-        return _written_out(node, node.inputs[0], node.inputs[1], (), a)
+        return _written_out(node, given(node, 0), given(node, 1), (), a)
     if name == "Mul":
         for exp, inverse in (node.inputs, node.inputs[::-1]):
             divisor, maker = divisor_of(inverse, a), producer(inverse)
-            found = _written_out(node, exp, divisor, (maker,), a) if divisor is not None and maker is not None else None
+            if exp is None or divisor is None or maker is None:
+                continue
+            found = _written_out(node, exp, divisor, (maker,), a)
             if found is not None:
                 return found
     return None
@@ -114,7 +116,9 @@ def _exponential(node: ir.Node, a: Analysis) -> Softmax | None:
     return _by_log_sum(node, before, a) or _divided_late(node, a)
 
 
-def _written_out(node, exp_value, total_value, more, a: Analysis) -> Softmax | None:
+def _written_out(
+    node: ir.Node, exp_value: ir.Value, total_value: ir.Value, more: tuple[ir.Node, ...], a: Analysis
+) -> Softmax | None:
     """exp(x) / sum(exp(x))."""
     exp, hiding = _exponentials(exp_value, a)
     if exp is None:
@@ -131,7 +135,9 @@ def _written_out(node, exp_value, total_value, more, a: Analysis) -> Softmax | N
     return with_logit or dataclasses.replace(found, flaw=ALTERED.format(op=op(changes[-1])))
 
 
-def _with_one_more(node, exp_value, total_value, more, a: Analysis) -> Softmax | None:
+def _with_one_more(
+    node: ir.Node, exp_value: ir.Value, total_value: ir.Value, more: tuple[ir.Node, ...], a: Analysis
+) -> Softmax | None:
     """exp(x) / (sum(exp(x)) + one more exponential)."""
     exp, hiding = _exponentials(exp_value, a)
     found = None if exp is None else one_more_of(exp, exp_value, total_value, a)

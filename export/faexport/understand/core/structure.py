@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -128,7 +128,13 @@ def _size_along(factor: Factor, label: str, a: Analysis) -> Dim:
     return dict(zip(factor.labels, a.known_shape(factor.value), strict=True)).get(label, ONE)
 
 
-def _side(factor: Factor, weights: list[Weight], how, labels: tuple[str, ...], lead_sizes) -> _Side | None:
+def _side(
+    factor: Factor,
+    weights: list[Weight],
+    how: tuple[Sequence[str], Mapping[str, str], Analysis],
+    labels: tuple[str, ...],
+    lead_sizes: tuple[Dim, ...],
+) -> _Side | None:
     """One operand, times the weights that aren't single numbers; `how` says what `folded` needs to know."""
     a = how[-1]
     if set(labels[-2:]) - set(factor.labels) or a.shape(factor.value) is None:
@@ -167,7 +173,7 @@ def _head_options(query: _Side, scores: Scores) -> list[Dim]:
     return [*constant, ONE]
 
 
-def _with_heads(sides, values: Values, heads: Dim, a: Analysis) -> Structure | Refusal:
+def _with_heads(sides: list[_Side], values: Values, heads: Dim, a: Analysis) -> Structure | Refusal:
     best: Structure | None = None
     problem = Refusal("the heads of query, key and value cannot be told apart", name_of(values.product.node))
     dtypes = _dtypes(sides, a)
@@ -188,7 +194,7 @@ def _with_heads(sides, values: Values, heads: Dim, a: Analysis) -> Structure | R
     return problem
 
 
-def _dtypes(sides, a: Analysis) -> list[ir.DataType | None]:
+def _dtypes(sides: list[_Side], a: Analysis) -> list[ir.DataType | None]:
     """Types to compute in: those in which all three operands can be read, the narrowest first (a Cast up is then
     absorbed)."""
     kinds = [{a.dtype(link.value) for link in side.links} for side in sides]
@@ -199,9 +205,15 @@ def _dtypes(sides, a: Analysis) -> list[ir.DataType | None]:
 
 
 def _try(
-    sides, values: Values, heads: Dim, how, outputs: dict[tuple[ir.Value, ...], Output | Refusal], a: Analysis
+    sides: list[_Side],
+    values: Values,
+    heads: Dim,
+    how: tuple[bool, bool, ir.DataType | None],
+    outputs: dict[tuple[ir.Value, ...], Output | Refusal],
+    a: Analysis,
 ) -> Structure | Refusal:
-    """`outputs`: what was read of the output before, by the sources of query, key and value."""
+    """`how`: grouped, packed and dtype of what is wanted. `outputs`: what was read of the output before, by the sources
+    of query, key and value."""
     grouped, packed, dtype = how
     readings = []
     for side in sides:

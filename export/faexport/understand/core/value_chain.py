@@ -70,7 +70,7 @@ class Values:
 class _Walker:
     """What was met on the way so far. Where the probabilities are read several times, each way goes on with a copy."""
 
-    def __init__(self, scores: Scores, softmax: Softmax, names: list[str], shape, a: Analysis):
+    def __init__(self, scores: Scores, softmax: Softmax, names: list[str], shape: tuple[Dim, ...], a: Analysis):
         self.a, self.scores, self.softmax, self.names, self.shape = a, scores, softmax, names, shape
         self.value = softmax.probabilities
         self.view: View = scores.view
@@ -329,7 +329,7 @@ def _division(product: Product, walker: _Walker) -> list[ir.Node] | Refusal:
     return division_by(softmax.total, softmax.axis, walker.view, product, walker.a) if softmax.total is not None else []
 
 
-def _wrong_sum(product: Product, summed: tuple, row: tuple, shape) -> str:
+def _wrong_sum(product: Product, summed: tuple, row: tuple, shape: tuple[Dim, ...]) -> str:
     """What the product after the softmax does, which sums over other axes of the scores than the keys."""
     leads = {atom for label in product.leads for atom in _atom_axis(product, label, shape)}
     if summed and set(summed) <= leads:
@@ -338,7 +338,7 @@ def _wrong_sum(product: Product, summed: tuple, row: tuple, shape) -> str:
     return f"the product after the softmax does not sum over the softmax's axis{over}"
 
 
-def _has_pairs(product: Product, rows: tuple, shape) -> bool:
+def _has_pairs(product: Product, rows: tuple, shape: tuple[Dim, ...]) -> bool:
     """Have both the keys and the rows of the weights their axes in one operand of the scores' product, as where heads
     are mixed before the softmax, and in additive attention?"""
     leads = {label for label in product.leads if _atom_axis(product, label, shape) == rows}
@@ -371,13 +371,13 @@ def _guard_of(product: Product, walker: _Walker, a: Analysis) -> MaskTerm | None
     return row_guard(product.node.outputs[0], "".join(axes), tuple(walker.view.shape), a)
 
 
-def _whole_leads(product: Product, shape) -> tuple:
+def _whole_leads(product: Product, shape: tuple[Dim, ...]) -> tuple:
     """The leading axes of the scores, entire and in their order."""
     axes = View.whole(shape).axes
     return tuple(x for label in product.leads for x in axes[product.labels.index(label)])
 
 
-def _atom_axis(product: Product, label: str, shape) -> tuple:
+def _atom_axis(product: Product, label: str, shape: tuple[Dim, ...]) -> tuple:
     position = product.labels.index(label)
     return View.whole(shape).axes[position]
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from faexport.sizes import algebra as ia
 from faexport.understand.index import logic as il
-from faexport.understand.index.tensor import Index, Tensor, kind_of, opaque
+from faexport.understand.index.tensor import Element, Index, Tensor, kind_of, opaque
 
 _MAX_ELEMENTS = 1 << 26
 
@@ -26,7 +26,7 @@ def constant_tensor(value: ir.Value, constant: ir.TensorProtocol) -> Tensor | No
         return None
     if kind_of(dtype) == "float" and not il.is_float(dtype) or constant.size > _MAX_ELEMENTS:
         return opaque(value, shape, dtype)
-    rule: list = []
+    rule: list[Element | None] = []
 
     def element(index: Index) -> ia.Expr:
         at = [k for x in index if (k := ia.value_of(x)) is not None]
@@ -41,7 +41,8 @@ def constant_tensor(value: ir.Value, constant: ir.TensorProtocol) -> Tensor | No
     return Tensor(shape, dtype, element, value=value)
 
 
-def _recognise(array: np.ndarray, dtype: ir.DataType):
+def _recognise(array: np.ndarray, dtype: ir.DataType) -> Element | None:
+    """What gives an element by its index, for an array that follows a rule."""
     first = array.flat[0]
     if (array == first).all() or (first != first and np.isnan(array.astype(np.float64)).all()):
         uniform = il.scalar(first, dtype)
@@ -53,7 +54,7 @@ def _recognise(array: np.ndarray, dtype: ir.DataType):
     return _two_valued(array, dtype)
 
 
-def _arithmetic(array: np.ndarray):
+def _arithmetic(array: np.ndarray) -> Element | None:
     """first + sum of step[k] * index[k], e.g. a buffer of positions."""
     first = int(array.flat[0])
     origin = [0] * array.ndim
@@ -68,7 +69,7 @@ def _arithmetic(array: np.ndarray):
     return lambda index: ia.add(ia.const(first), *(ia.scale(x, s) for x, s in zip(index, steps, strict=True)))
 
 
-def _two_valued(array: np.ndarray, dtype: ir.DataType):
+def _two_valued(array: np.ndarray, dtype: ir.DataType) -> Element | None:
     """Two values on the two sides of a diagonal, or inside and outside a band, of the last two axes that vary."""
     axes = [k for k, n in enumerate(array.shape) if n > 1 and not (array == array.take([0], axis=k)).all()]
     if len(axes) == 1:
@@ -100,7 +101,7 @@ def _two_valued(array: np.ndarray, dtype: ir.DataType):
     return None
 
 
-def _band(axes: list[int], low: int, high: int, extent: tuple[int, int], inside: ia.Expr, outside: ia.Expr):
+def _band(axes: list[int], low: int, high: int, extent: tuple[int, int], inside: ia.Expr, outside: ia.Expr) -> Element:
     def element(index: Index) -> ia.Expr:
         offset = ia.sub(index[axes[1]], index[axes[0]])
         bounds = []
@@ -113,7 +114,7 @@ def _band(axes: list[int], low: int, high: int, extent: tuple[int, int], inside:
     return element
 
 
-def _step(array: np.ndarray, axis: int, dtype: ir.DataType):
+def _step(array: np.ndarray, axis: int, dtype: ir.DataType) -> Element | None:
     """One value up to an index, another from there on."""
     line = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])[0]
     change = np.flatnonzero(line[1:] != line[:-1])

@@ -15,11 +15,11 @@ import onnx_ir as ir
 from faexport.graph.nodes import ONNX_DOMAINS, operand
 from faexport.sizes import algebra as ia
 from faexport.sizes.algebra import Expr
+from faexport.sizes.dims import Dim
 from faexport.understand.index.constants import constant_tensor
-from faexport.understand.index.tensor import Index, Tensor, Unknown, opaque
+from faexport.understand.index.tensor import Element, Tensor, Unknown, opaque
 from faexport.understand.shapes.analysis import Analysis
 
-Element = Callable[[Index], Expr]
 Transfer = Callable[..., Element]  # of an Interpreter and a node; that of Split also takes which output is asked for
 # Transfer functions that an element is asked through at most, each within the one behind it. Masks of real models take
 # a few dozen; a value behind more counts as one that nothing is known of, so that chains of any length are followed.
@@ -59,7 +59,7 @@ class Interpreter:
     def opset(self) -> int:
         return self.analysis.opset
 
-    def size(self, dim) -> Expr:
+    def size(self, dim: Dim) -> Expr:
         """A size as an index expression."""
         return ia.replace(dim.expr, self._positive)
 

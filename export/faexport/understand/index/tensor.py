@@ -15,6 +15,7 @@ from faexport.understand.index.answers import kept
 
 Shape = tuple[Expr, ...]
 Index = tuple[Expr, ...]
+Element = Callable[[Index], Expr]
 
 
 class Unknown(Exception):

@@ -6,6 +6,7 @@ Registered by decorator; called by the interpreter in interpreter.py. Raising Un
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -56,16 +57,15 @@ def where(ctx: Interpreter, node: ir.Node) -> Element:
 
 @transfer("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal")
 def compare(ctx: Interpreter, node: ir.Node) -> Element:
-    op, kind = node.op_type, kind_of(ctx.dtype(node))
+    kind = kind_of(ctx.dtype(node))
     if kind == "bool":
-        combine = lambda a, b: il.choose(a, b, il.negate(b))  # noqa: E731
-    elif kind == "int":
-        combine = lambda a, b: _compare_int(op, a, b)  # noqa: E731
-    else:
-        names = {"Less": "lt", "LessOrEqual": "le", "Greater": "lt", "GreaterOrEqual": "le", "Equal": "eq"}
-        swap = op.startswith("Greater")
-        combine = lambda a, b: il.float_compare(names[op], *((b, a) if swap else (a, b)))  # noqa: E731
-    return elementwise(ctx, node, combine)
+        return elementwise(ctx, node, lambda a, b: il.choose(a, b, il.negate(b)))
+    return elementwise(ctx, node, functools.partial(_compare_int if kind == "int" else _compare_float, node.op_type))
+
+
+def _compare_float(op: str, a: Expr, b: Expr) -> Expr:
+    names = {"Less": "lt", "LessOrEqual": "le", "Greater": "lt", "GreaterOrEqual": "le", "Equal": "eq"}
+    return il.float_compare(names[op], *((b, a) if op.startswith("Greater") else (a, b)))
 
 
 def _compare_int(op: str, a: Expr, b: Expr) -> Expr:
@@ -151,12 +151,12 @@ def _as_integer(e: Expr, to: ir.DataType, source: ir.DataType | None) -> Expr:
 
 
 def _divide(a: Expr, b: Expr) -> Expr:
-    if ia.is_nonnegative(a) and ia.is_positive(b):
-        return ia.floordiv(a, b)
-    quotient, exact = ia.floordiv(a, b), None
-    if a is ia.mul(quotient, b):  # exact: truncation and floor agree; b = 0 would have failed at run time
-        exact = quotient
-    return exact if exact is not None else ia.of_atom(make("opaque_int", ("Div", a, b), "int"))
+    """ONNX truncates: that is the floor where nothing is below 0, and where the division is exact (b = 0 would have
+    failed at run time)."""
+    quotient = ia.floordiv(a, b)
+    if (ia.is_nonnegative(a) and ia.is_positive(b)) or a is ia.mul(quotient, b):
+        return quotient
+    return ia.of_atom(make("opaque_int", ("Div", a, b), "int"))
 
 
 def _remainder(a: Expr, b: Expr) -> Expr:
@@ -268,17 +268,12 @@ def _as_poly(e: Expr) -> Expr:
 def floats(ctx: Interpreter, node: ir.Node) -> Element:
     op, dtype = node.op_type, ctx.dtype(node)
     if not il.is_float(dtype):
-        return _unclear_integer(ctx, node, dtype)
+        return elementwise(ctx, node, lambda *x: ia.of_atom(make("opaque_int", (op, *x), "int")))
     return elementwise(
         ctx,
         node,
         lambda *x: il.float_op(op, dtype, *x) if all(a.kind == "float" for a in x) else _mixed(op, dtype, x),
     )
-
-
-def _unclear_integer(ctx: Interpreter, node: ir.Node, dtype: ir.DataType) -> Element:
-    op = node.op_type
-    return elementwise(ctx, node, lambda *x: ia.of_atom(make("opaque_int", (op, *x), "int")))
 
 
 def _mixed(op: str, dtype: ir.DataType, args: tuple[Expr, ...]) -> Expr:

@@ -21,6 +21,7 @@ from faexport.understand.layout.views import View
 from faexport.understand.shapes.analysis import Analysis
 
 LABELS = ("batch", "heads", "rows", "columns")
+Sizes = tuple[Dim, Dim, Dim, Dim]  # B, H, S, D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Declared:
         return Reading(Operand(self.value, self.layout, heads=heads.const), heads, self.value)
 
 
-def sizes_of(declared: Declared, a: Analysis) -> tuple[Dim, Dim, Dim, Dim] | None:
+def sizes_of(declared: Declared, a: Analysis) -> Sizes | None:
     """[B, H, S, D], or None where the shape isn't known."""
     shape = a.shape(declared.value)
     if shape is None or declared.heads is None:
@@ -64,12 +65,12 @@ def read_all(sides: Sequence[Declared], a: Analysis) -> list[Reading]:
     return as_is
 
 
-def _agree(readings) -> bool:
+def _agree(readings: Sequence[Reading]) -> bool:
     columns = [r.operand.column_start is not None for r in readings]
     return readings[1].heads == readings[2].heads and (all(columns) or not any(columns))
 
 
-def _read(side: Declared, sizes, query_heads: Dim, grouped: bool, packed: bool, a: Analysis) -> Reading | None:
+def _read(side: Declared, sizes: Sizes, query_heads: Dim, grouped: bool, packed: bool, a: Analysis) -> Reading | None:
     repeat = query_heads.divide(sizes[1])
     if repeat is None:
         return None
@@ -84,7 +85,7 @@ def _read(side: Declared, sizes, query_heads: Dim, grouped: bool, packed: bool, 
     return read(Factor(side.value, LABELS), links, wanted, a)
 
 
-def _as_bhsd(view: View, layout: Layout, sizes) -> View | None:
+def _as_bhsd(view: View, layout: Layout, sizes: Sizes) -> View | None:
     if layout != Layout.BSH:
         return view.transpose([layout.index(x) for x in "BHSD"]) if len(view.axes) == 4 else None
     split = view.reshape((sizes[0], sizes[2], sizes[1], sizes[3]))

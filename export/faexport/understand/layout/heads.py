@@ -176,7 +176,7 @@ def read(factor: Factor, links: list[Link], wanted: Wanted, a: Analysis) -> Read
     return None
 
 
-def _is_whole(axis: Axis, source_axis: int, shape) -> bool:
+def _is_whole(axis: Axis, source_axis: int, shape: tuple[Dim, ...]) -> bool:
     return shape[source_axis] == 1 if not axis else merged(axis) == (Atom(source_axis, ONE, shape[source_axis]),)
 
 

@@ -58,7 +58,7 @@ class Product:
         """The same product with left and right (row and column) exchanged."""
         names = {"row": "column", "column": "row"}
 
-        def rename(labels):
+        def rename(labels: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(names.get(x, x) for x in labels)
 
         left, right = (Factor(f.value, rename(f.labels)) for f in (self.right, self.left))

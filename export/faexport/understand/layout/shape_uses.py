@@ -7,7 +7,7 @@ by match/softmax_core.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
@@ -51,7 +51,9 @@ def rebuild(use: ShapeUse, sources: Sequence[ir.Value], a: Analysis) -> list[ir.
     return build.nodes
 
 
-def size_from(build: Builder, size: Dim, sources, shapes: dict, a: Analysis) -> ir.Value | None:
+def size_from(
+    build: Builder, size: Dim, sources: Iterable[ir.Value], shapes: dict[ir.Value, ir.Value], a: Analysis
+) -> ir.Value | None:
     """`size` as a constant times a size of one of the sources, int64 [1]; None where no source has it. `shapes` holds
     the Shape nodes that were made for them."""
     for source in sources:

@@ -17,7 +17,7 @@ from faexport.understand.layout.views import View
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import constant_ints, resolve_axis, same_count, slice_of, split_sizes
 
-ViewOp = Callable[[ir.Node, ir.Value, View, "Analysis"], View | None]
+ViewOp = Callable[[ir.Node, ir.Value, View, Analysis], View | None]
 VIEW_OPS: dict[str, ViewOp] = {}
 
 
@@ -37,12 +37,12 @@ def apply(value: ir.Value, view: View, a: Analysis) -> View | None:
 
 
 @_view("Identity")
-def _identity(node, value, view, a):
+def _identity(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     return view
 
 
 @_view("Dropout")
-def _dropout(node, value, view, a):
+def _dropout(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     return view if value is node.outputs[0] and not is_training(node, a) else None
 
 
@@ -56,7 +56,7 @@ def is_training(node: ir.Node, a: Analysis) -> bool:
 
 
 @_view("Cast")
-def _cast(node, value, view, a):
+def _cast(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     """Only a Cast that loses nothing is looked through."""
     return view if is_widening(node, a) else None
 
@@ -71,13 +71,13 @@ def is_widening(cast: ir.Node, a: Analysis) -> bool:
 
 
 @_view("Transpose")
-def _transpose(node, value, view, a):
+def _transpose(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     perm = attribute(node, "perm") or list(range(len(view.axes)))[::-1]
     return view.transpose(perm) if len(perm) == len(view.axes) else None
 
 
 @_view("Reshape", "Flatten")
-def _reshape(node, value, view, a):
+def _reshape(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     target = a.contents(operand(node, 1)) if node.op_type == "Reshape" else None
     if target is None:
         shape = a.shape(value)
@@ -86,12 +86,14 @@ def _reshape(node, value, view, a):
     dims = [sizes[i] if d == 0 and copies and i < len(sizes) else d for i, d in enumerate(target)]
     if -1 in dims:
         rest = product(sizes).divide(product(d for d in dims if d != -1))
+        if rest is None:
+            return None
         dims = [rest if d == -1 else d for d in dims]
-    return None if None in dims else view.reshape(same_count(sizes, dims))
+    return view.reshape(same_count(sizes, dims))
 
 
 @_view("Unsqueeze")
-def _unsqueeze(node, value, view, a):
+def _unsqueeze(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     axes = constant_ints(node, a, 1, "axes")
     if axes is None:
         return None
@@ -102,37 +104,39 @@ def _unsqueeze(node, value, view, a):
 
 
 @_view("Squeeze")
-def _squeeze(node, value, view, a):
+def _squeeze(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     axes = constant_ints(node, a, 1, "axes")
     if axes is None:
         return None
     for position in sorted((resolve_axis(x, len(view.axes)) for x in axes), reverse=True):
-        view = view.drop(position)
-        if view is None:
+        dropped = view.drop(position)
+        if dropped is None:
             return None
+        view = dropped
     return view
 
 
 @_view("Expand")
-def _expand(node, value, view, a):
+def _expand(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     shape = a.shape(value)
     return None if shape is None else view.expand(shape)
 
 
 @_view("Slice")
-def _slice(node, value, view, a):
+def _slice(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     pieces = slice_of(node, a, view.shape)
     for axis, start, size, step in pieces or ():
         if step != 1:
             return None
-        view = view.slice(axis, start, size)
-        if view is None:
+        piece = view.slice(axis, start, size)
+        if piece is None:
             return None
+        view = piece
     return None if pieces is None else view
 
 
 @_view("Split")
-def _split(node, value, view, a):
+def _split(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     axis = resolve_axis(attribute(node, "axis", 0), len(view.axes))
     sizes = split_sizes(node, a, view.shape[axis])
     if sizes is None:
@@ -142,7 +146,7 @@ def _split(node, value, view, a):
 
 
 @_view("Gather")
-def _gather(node, value, view, a):
+def _gather(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     """One index, a run of them, or each index several times: a slice or a repetition."""
     index = a.constant(node.inputs[1])
     axis = resolve_axis(attribute(node, "axis", 0), len(view.axes))
@@ -164,7 +168,7 @@ def _gather(node, value, view, a):
 
 
 @_view("Tile")
-def _tile(node, value, view, a):
+def _tile(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     counts = a.contents(operand(node, 1))
     if counts is None or len(counts) != len(view.axes):
         return None
@@ -174,7 +178,7 @@ def _tile(node, value, view, a):
 
 
 @_view("Concat")
-def _concat(node, value, view, a):
+def _concat(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | None:
     """Copies of one tensor."""
     if any(v is not node.inputs[0] for v in node.inputs):
         return None

@@ -18,7 +18,7 @@ from faexport.sizes import algebra as ia
 from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Interpreter
-from faexport.understand.index.tensor import Unknown, broadcast_index
+from faexport.understand.index.tensor import Tensor, Unknown, broadcast_index
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.site import Site
 
@@ -62,14 +62,15 @@ class Emitter:
                     found = value.producer()
         return found
 
-    def _placed(self, site: Site, tensor, expr: Expr) -> tuple[int, ...] | None:
+    def _placed(self, site: Site, tensor: Tensor, expr: Expr) -> tuple[int, ...] | None:
         """Which of (b, h, i, j) the axes of `tensor` are, in order, if its elements are then `expr`."""
         needed = [k for k, name in enumerate(_AXES) if name in ia.variables(expr)]
         for axes in itertools.combinations(range(4), tensor.rank):
             if not set(needed) <= set(axes):
                 continue
-            index = [self._index_at(site, size, k, k in needed) for size, k in zip(tensor.shape, axes, strict=True)]
-            if None not in index and site.simplified(tensor.at(tuple(index))) is expr:
+            places = (self._index_at(site, size, k, k in needed) for size, k in zip(tensor.shape, axes, strict=True))
+            index = tuple(place for place in places if place is not None)
+            if len(index) == tensor.rank and site.simplified(tensor.at(index)) is expr:
                 return axes
         return None
 

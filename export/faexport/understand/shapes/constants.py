@@ -9,7 +9,8 @@ MAX_ELEMENTS are computed; the graph is not changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,8 +19,9 @@ from faexport.graph.nodes import attribute, op, operand
 
 MAX_ELEMENTS = 1 << 16
 
-Arrays = list[np.ndarray | None]
-FOLD: dict[str, Callable[[ir.Node, Arrays], np.ndarray]] = {}
+Arrays = Sequence[np.ndarray | None]  # of a node's inputs; None for an optional one that is left out
+Fold = Callable[[ir.Node, Sequence[Any]], np.ndarray]  # of arrays, likewise; called where those that must be there are
+FOLD: dict[str, Fold] = {}
 
 
 def tensor_of(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -44,8 +46,8 @@ def _of_node(node: ir.Node) -> ir.TensorProtocol | None:
 _IN_ATTRIBUTES = {"value_float": np.float32, "value_int": np.int64, "value_floats": np.float32, "value_ints": np.int64}
 
 
-def _register(*names: str):
-    def add(function):
+def _register(*names: str) -> Callable[[Fold], Fold]:
+    def add(function: Fold) -> Fold:
         FOLD.update(dict.fromkeys(names, function))
         return function
 
@@ -81,7 +83,7 @@ _UNARY: dict[str, Callable[..., np.ndarray]] = {
 BROADCAST = {*_BINARY, "Pow", "Div", "Mod", "Where", "Min", "Max"}
 
 
-def _on_operands(function: Callable[..., np.ndarray], count: int) -> Callable[[ir.Node, Arrays], np.ndarray]:
+def _on_operands(function: Callable[..., np.ndarray], count: int) -> Fold:
     return lambda node, x: function(*x[:count])
 
 
@@ -90,24 +92,24 @@ for _table, _count in ((_BINARY, 2), (_UNARY, 1)):
 
 
 @_register("Pow")
-def _pow(node, x):
+def _pow(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.power(x[0], x[1]).astype(x[0].dtype)  # the exponent may be of another type
 
 
 @_register("Div")
-def _div(node, x):
+def _div(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     if np.issubdtype(x[0].dtype, np.integer):
         return (np.sign(x[0]) * np.sign(x[1]) * (abs(x[0]) // abs(x[1]))).astype(x[0].dtype)
     return x[0] / x[1]
 
 
 @_register("Cast")
-def _cast(node, x):
+def _cast(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return _converted(x[0], ir.DataType(attribute(node, "to")).numpy())
 
 
 @_register("CastLike")
-def _cast_like(node, x):
+def _cast_like(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return _converted(x[0], x[1].dtype)
 
 
@@ -124,39 +126,39 @@ def _converted(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 @_register("Mod")
-def _mod(node, x):
+def _mod(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return (np.fmod if attribute(node, "fmod", 0) else np.mod)(x[0], x[1])
 
 
 @_register("Where")
-def _where(node, x):
+def _where(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.where(x[0], x[1], x[2])
 
 
 @_register("Min")
-def _min(node, x):
+def _min(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.minimum.reduce(np.broadcast_arrays(*x))
 
 
 @_register("Max")
-def _max(node, x):
+def _max(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.maximum.reduce(np.broadcast_arrays(*x))
 
 
 @_register("Unsqueeze")
-def _unsqueeze(node, x):
+def _unsqueeze(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     axes = attribute(node, "axes") if len(x) < 2 or x[1] is None else x[1].reshape(-1).tolist()
     return np.expand_dims(x[0], tuple(axes))
 
 
 @_register("Squeeze")
-def _squeeze(node, x):
+def _squeeze(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     axes = attribute(node, "axes") if len(x) < 2 or x[1] is None else x[1].reshape(-1).tolist()
     return np.squeeze(x[0], None if axes is None else tuple(axes))
 
 
 @_register("Reshape")
-def _reshape(node, x):
+def _reshape(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     shape = [
         x[0].shape[i] if d == 0 and not attribute(node, "allowzero", 0) else d for i, d in enumerate(x[1].tolist())
     ]
@@ -164,51 +166,51 @@ def _reshape(node, x):
 
 
 @_register("Transpose")
-def _transpose(node, x):
+def _transpose(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.transpose(x[0], attribute(node, "perm"))
 
 
 @_register("Concat")
-def _concat(node, x):
+def _concat(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.concatenate(x, axis=attribute(node, "axis"))
 
 
 @_register("Gather")
-def _gather(node, x):
+def _gather(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.take(x[0], x[1], axis=attribute(node, "axis", 0))
 
 
 @_register("Expand")
-def _expand(node, x):
+def _expand(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.broadcast_to(x[0], np.broadcast_shapes(x[0].shape, tuple(x[1].tolist())))
 
 
 @_register("Tile")
-def _tile(node, x):
+def _tile(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.tile(x[0], tuple(x[1].tolist()))
 
 
 @_register("ConstantOfShape")
-def _constant_of_shape(node, x):
+def _constant_of_shape(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     fill = attribute(node, "value")
     fill = np.zeros(1, np.float32) if fill is None else fill.numpy()
     return np.full(tuple(x[0].tolist()), fill.reshape(-1)[0], fill.dtype)
 
 
 @_register("Range")
-def _range(node, x):
+def _range(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return np.arange(x[0].item(), x[1].item(), x[2].item(), dtype=x[0].dtype)
 
 
 @_register("Trilu")
-def _trilu(node, x):
+def _trilu(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     k = 0 if len(x) < 2 or x[1] is None else int(x[1].item())
     return np.triu(x[0], k) if attribute(node, "upper", 1) else np.tril(x[0], k)
 
 
 @_register("Slice")
-def _slice(node, x):
-    def ints(index: int, name: str, default):
+def _slice(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
+    def ints(index: int, name: str, default: list[int]) -> list[int]:
         found = x[index] if len(x) > index else None
         if found is not None:
             return found.reshape(-1).tolist()

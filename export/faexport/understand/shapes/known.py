@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,8 @@ import onnx_ir as ir
 from faexport.sizes.dims import Dim
 
 Shape = tuple[Dim, ...]
+Shapes = Sequence[Shape | None] | None  # of a node's outputs
+Contents = Shape | list[Shape] | None  # the elements of a node's first output, or a list of those of each
 
 
 class Known(Protocol):

@@ -18,10 +18,10 @@ from faexport.graph.nodes import attribute, operand
 from faexport.sizes import algebra
 from faexport.sizes.dims import Dim, product
 from faexport.understand.shapes.einsum import einsum_equation
-from faexport.understand.shapes.known import Known, Shape
+from faexport.understand.shapes.known import Contents, Known, Shape, Shapes
 
-ShapeRule = Callable[[ir.Node, Known], Sequence[Shape | None] | None]
-ContentRule = Callable[[ir.Node, Known], Shape | list[Shape] | None]
+ShapeRule = Callable[[ir.Node, Known], Shapes]
+ContentRule = Callable[[ir.Node, Known], Contents]
 
 SHAPE_RULES: dict[str, ShapeRule] = {}
 CONTENT_RULES: dict[str, ContentRule] = {}
@@ -97,17 +97,17 @@ def constant_ints(node: ir.Node, a: Known, index: int, name: str) -> list[int] |
 
 
 @shape_of(*SHAPE_OF_FIRST_INPUT)
-def _same(node, a):
+def _same(node: ir.Node, a: Known) -> Shapes:
     return [a.shape(node.inputs[0])] if node.inputs else None
 
 
 @shape_of(*BROADCASTING)
-def _elementwise(node, a):
+def _elementwise(node: ir.Node, a: Known) -> Shapes:
     return [broadcast([a.shape(v) for v in node.inputs])]
 
 
 @shape_of("Constant")
-def _constant(node, a):
+def _constant(node: ir.Node, a: Known) -> Shapes:
     tensor = attribute(node, "value")
     if tensor is not None:
         return [tuple(Dim.of(int(d)) for d in tensor.shape)]
@@ -125,12 +125,12 @@ def matmul_shape(x: Shape | None, y: Shape | None) -> Shape | None:
 
 
 @shape_of("MatMul", "MatMulInteger", "com.microsoft::DynamicQuantizeMatMul", "com.microsoft::MatMulIntegerToFloat")
-def _matmul(node, a):
+def _matmul(node: ir.Node, a: Known) -> Shapes:
     return [matmul_shape(a.shape(node.inputs[0]), a.shape(node.inputs[1]))]
 
 
 @shape_of("Gemm")
-def _gemm(node, a):
+def _gemm(node: ir.Node, a: Known) -> Shapes:
     x, y = a.shape(node.inputs[0]), a.shape(node.inputs[1])
     if x is None or y is None or len(x) != 2 or len(y) != 2:
         return None
@@ -138,7 +138,7 @@ def _gemm(node, a):
 
 
 @shape_of("Einsum")
-def _einsum(node, a):
+def _einsum(node: ir.Node, a: Known) -> Shapes:
     equation = einsum_equation(node, a)
     if equation is None:
         return None
@@ -156,7 +156,7 @@ def _einsum(node, a):
 
 
 @shape_of("Transpose")
-def _transpose(node, a):
+def _transpose(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     perm = attribute(node, "perm")
     if shape is None:
@@ -168,7 +168,7 @@ def _transpose(node, a):
 
 
 @shape_of("Reshape")
-def _reshape(node, a):
+def _reshape(node: ir.Node, a: Known) -> Shapes:
     target = a.contents(operand(node, 1)) if len(node.inputs) > 1 else tuple(map(Dim.of, attribute(node, "shape", ())))
     if target is None:
         length = a.shape(operand(node, 1))
@@ -206,7 +206,7 @@ def same_count(old: Sequence[Dim], new: Sequence[Dim]) -> list[Dim]:
 
 
 @shape_of("Flatten")
-def _flatten(node, a):
+def _flatten(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     if shape is None:
         return [(Dim.unknown("flatten"), Dim.unknown("flatten"))]
@@ -215,7 +215,7 @@ def _flatten(node, a):
 
 
 @shape_of("Unsqueeze")
-def _unsqueeze(node, a):
+def _unsqueeze(node: ir.Node, a: Known) -> Shapes:
     shape, axes = a.shape(node.inputs[0]), constant_ints(node, a, 1, "axes")
     if shape is None or axes is None:
         return None
@@ -230,7 +230,7 @@ def _unsqueeze(node, a):
 
 
 @shape_of("Squeeze")
-def _squeeze(node, a):
+def _squeeze(node: ir.Node, a: Known) -> Shapes:
     shape, axes = a.shape(node.inputs[0]), constant_ints(node, a, 1, "axes")
     if shape is None or (axes is None and any(d.const is None for d in shape)):
         return None
@@ -241,14 +241,14 @@ def _squeeze(node, a):
 
 
 @shape_of("Expand")
-def _expand(node, a):
+def _expand(node: ir.Node, a: Known) -> Shapes:
     target = a.contents(operand(node, 1))
     shape = a.shape(node.inputs[0])
     return None if target is None or shape is None else [broadcast([shape, target])]
 
 
 @shape_of("Tile")
-def _tile(node, a):
+def _tile(node: ir.Node, a: Known) -> Shapes:
     shape, repeats = a.shape(node.inputs[0]), a.contents(operand(node, 1))
     if shape is None or repeats is None or len(repeats) != len(shape):
         return None if shape is None else [tuple(Dim.unknown("tile") for _ in shape)]
@@ -256,7 +256,7 @@ def _tile(node, a):
 
 
 @shape_of("ConstantOfShape")
-def _constant_of_shape(node, a):
+def _constant_of_shape(node: ir.Node, a: Known) -> Shapes:
     return [a.contents(node.inputs[0])]
 
 
@@ -267,7 +267,7 @@ def quotient(total: Dim, part: Dim) -> Dim:
 
 
 @shape_of("Range")
-def _range(node, a):
+def _range(node: ir.Node, a: Known) -> Shapes:
     start, limit, step = (a.contents(v) for v in node.inputs)
     by = step[0].const if step else None
     if not start or not limit or not by:
@@ -277,7 +277,7 @@ def _range(node, a):
 
 
 @shape_of("OneHot")
-def _one_hot(node, a):
+def _one_hot(node: ir.Node, a: Known) -> Shapes:
     shape, depth = a.shape(node.inputs[0]), a.contents(node.inputs[1])
     if shape is None:
         return None
@@ -286,18 +286,18 @@ def _one_hot(node, a):
 
 
 @shape_of("Shape")
-def _shape(node, a):
+def _shape(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     return [(Dim.unknown("rank"),)] if shape is None else [(Dim.of(len(shape_window(node, shape))),)]
 
 
 @shape_of("Size")
-def _size(node, a):
+def _size(node: ir.Node, a: Known) -> Shapes:
     return [()]
 
 
 @shape_of("Concat", "com.microsoft::QLinearConcat")
-def _concat(node, a):
+def _concat(node: ir.Node, a: Known) -> Shapes:
     given = node.inputs if node.op_type == "Concat" else node.inputs[2::3]  # each with a scale and a zero point
     shapes = [a.shape(v) for v in given]
     known = next((s for s in shapes if s is not None), None)
@@ -312,7 +312,7 @@ def _concat(node, a):
 
 
 @shape_of("Split")
-def _split(node, a):
+def _split(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     if shape is None:
         return None
@@ -391,7 +391,7 @@ def _clamped(bound: Dim, size: Dim) -> Dim | None:
 
 
 @shape_of("Slice")
-def _slice(node, a):
+def _slice(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     if shape is None:
         return None
@@ -407,7 +407,7 @@ def _slice(node, a):
 
 
 @shape_of("Gather")
-def _gather(node, a):
+def _gather(node: ir.Node, a: Known) -> Shapes:
     shape, index = a.shape(node.inputs[0]), a.shape(node.inputs[1])
     if shape is None or index is None:
         return None
@@ -416,15 +416,15 @@ def _gather(node, a):
 
 
 @shape_of("GatherElements")
-def _gather_elements(node, a):
+def _gather_elements(node: ir.Node, a: Known) -> Shapes:
     return [a.shape(node.inputs[1])]
 
 
 @shape_of("GatherND")
-def _gather_nd(node, a):
+def _gather_nd(node: ir.Node, a: Known) -> Shapes:
     shape, index = a.shape(node.inputs[0]), a.shape(node.inputs[1])
     depth = index[-1].const if index else None
-    if shape is None or depth is None:
+    if shape is None or not index or depth is None:
         return None
     return [index[:-1] + shape[attribute(node, "batch_dims", 0) + depth :]]
 

@@ -7,13 +7,16 @@ without them only the first of a model that another tool fused would have a shap
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from faexport.graph.nodes import attribute, operand
 from faexport.sizes.dims import Dim
+from faexport.understand.shapes.known import Known, Shapes
 from faexport.understand.shapes.rules import shape_of
 
 
 @shape_of("Attention")
-def _attention(node, a):
+def _attention(node: ir.Node, a: Known) -> Shapes:
     query, value = a.shape(node.inputs[0]), a.shape(node.inputs[2])
     if query is None or value is None or len(query) != len(value):
         return None
@@ -25,17 +28,17 @@ def _attention(node, a):
 
 
 @shape_of("com.microsoft::Attention", "com.microsoft::QAttention")
-def _contrib_attention(node, a):
+def _contrib_attention(node: ir.Node, a: Known) -> Shapes:
     x, weights = a.shape(node.inputs[0]), a.shape(node.inputs[1])
     widths = attribute(node, "qkv_hidden_sizes")
-    if x is None or len(x) != 3 or (not widths and weights is None):
+    if x is None or len(x) != 3:
         return None
-    width = Dim.of(widths[2]) if widths else weights[1].divide(3)
+    width = Dim.of(widths[2]) if widths else weights[1].divide(3) if weights is not None else None
     return None if width is None else [(*x[:2], width)]
 
 
 @shape_of("com.microsoft::MultiHeadAttention")
-def _multi_head_attention(node, a):
+def _multi_head_attention(node: ir.Node, a: Known) -> Shapes:
     query, value = a.shape(node.inputs[0]), a.shape(operand(node, 2))
     if query is None:
         return None
@@ -49,7 +52,7 @@ def _multi_head_attention(node, a):
 
 
 @shape_of("com.microsoft::GroupQueryAttention")
-def _group_query_attention(node, a):
+def _group_query_attention(node: ir.Node, a: Known) -> Shapes:
     query = a.shape(node.inputs[0])
     heads, kv_heads = (attribute(node, n) for n in ("num_heads", "kv_num_heads"))
     if query is None or operand(node, 1) is not None or not (heads and kv_heads):

@@ -8,36 +8,44 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import attribute, op, operand
+from faexport.graph.nodes import attribute, op, operand, producer
 from faexport.sizes.dims import Dim, product
 from faexport.understand.shapes.floor_division import floor_division
-from faexport.understand.shapes.known import Known, Shape
+from faexport.understand.shapes.known import Contents, Known, Shape
 from faexport.understand.shapes.rules import constant_ints, contents_of, quotient, shape_window, split_sizes
 
 
 @contents_of("Shape")
-def _contents_shape(node, a):
+def _contents_shape(node: ir.Node, a: Known) -> Contents:
     shape = a.shape(node.inputs[0])
     return None if shape is None else shape_window(node, shape)
 
 
+def _all_contents(values: Sequence[ir.Value | None], a: Known) -> list[Shape] | None:
+    """The elements of each; None where those of any are not known."""
+    found = [contents for value in values if (contents := a.contents(value)) is not None]
+    return found if len(found) == len(values) else None
+
+
 @contents_of("Size")
-def _contents_size(node, a):
+def _contents_size(node: ir.Node, a: Known) -> Contents:
     shape = a.shape(node.inputs[0])
     return None if shape is None else (product(shape),)
 
 
 @contents_of("Identity", "Unsqueeze", "Squeeze", "Reshape")
-def _contents_same(node, a):
+def _contents_same(node: ir.Node, a: Known) -> Contents:
     contents, rank = a.contents(node.inputs[0]), a.rank(node.outputs[0])
     if node.op_type == "Reshape":
         sizes = a.contents(operand(node, 1))
         rank = 1 if sizes is None else len(sizes)
-        if rank == 1 and op(node.inputs[0].producer()) == "OneHot":
-            return _one_hot(node.inputs[0].producer(), a)
+        before = producer(node.inputs[0])
+        if rank == 1 and before is not None and op(before) == "OneHot":
+            return _one_hot(before, a)
     return contents if rank is None or rank <= 1 else None
 
 
@@ -55,19 +63,19 @@ def _one_hot(node: ir.Node, a: Known) -> Shape | None:
 
 
 @contents_of("Cast")
-def _contents_cast(node, a):
+def _contents_cast(node: ir.Node, a: Known) -> Contents:
     integer = attribute(node, "to") in (int(ir.DataType.INT64), int(ir.DataType.INT32))
     return a.contents(node.inputs[0]) if integer else None
 
 
 @contents_of("Concat")
-def _contents_concat(node, a):
-    parts = [a.contents(v) for v in node.inputs]
-    return None if any(p is None for p in parts) else tuple(itertools.chain.from_iterable(parts))
+def _contents_concat(node: ir.Node, a: Known) -> Contents:
+    parts = _all_contents(node.inputs, a)
+    return None if parts is None else tuple(itertools.chain.from_iterable(parts))
 
 
 @contents_of("Gather")
-def _contents_gather(node, a):
+def _contents_gather(node: ir.Node, a: Known) -> Contents:
     data, index = a.contents(node.inputs[0]), a.constant(node.inputs[1])
     if data is None or index is None or index.ndim > 1 or attribute(node, "axis", 0) not in (0, -1):
         return None
@@ -77,7 +85,7 @@ def _contents_gather(node, a):
 
 
 @contents_of("Slice")
-def _contents_slice(node, a):
+def _contents_slice(node: ir.Node, a: Known) -> Contents:
     data = a.contents(node.inputs[0])
     bounds = [constant_ints(node, a, i, n) for i, n in ((1, "starts"), (2, "ends"), (4, "steps"))]
     if bounds[0] is None or bounds[1] is None or len(bounds[0]) != 1:
@@ -88,18 +96,18 @@ def _contents_slice(node, a):
 
 
 @contents_of("Split")
-def _contents_split(node, a):
+def _contents_split(node: ir.Node, a: Known) -> Contents:
     """Sizes apart, as onnxruntime's optimizer writes several Gathers from one Shape."""
     data = a.contents(node.inputs[0])
     sizes = None if data is None else split_sizes(node, a, Dim.of(len(data)))
     counts = [d.const for d in sizes or () if d.const is not None]
-    if sizes is None or len(counts) != len(sizes):
+    if data is None or sizes is None or len(counts) != len(sizes):
         return None
     return [data[end - count : end] for end, count in zip(itertools.accumulate(counts), counts, strict=True)]
 
 
 @contents_of("Add", "Sub", "Mul", "Div", "Mod")
-def _contents_arithmetic(node, a):
+def _contents_arithmetic(node: ir.Node, a: Known) -> Contents:
     """The node applied to numbers that are known, or the quotient that a Sub makes of what Div rounded towards 0."""
     divided = floor_division(node, a)
     x, y = (a.contents(v) for v in divided or node.inputs)
@@ -108,8 +116,8 @@ def _contents_arithmetic(node, a):
     count = max(len(x), len(y))
     x, y = (p * count if len(p) == 1 else p for p in (x, y))
     name = "floor" if divided else "fmod" if attribute(node, "fmod", 0) else node.op_type
-    result = tuple(_arithmetic(name, p, q) for p, q in zip(x, y, strict=True))
-    return None if None in result else result
+    result = [r for p, q in zip(x, y, strict=True) if (r := _arithmetic(name, p, q)) is not None]
+    return tuple(result) if len(result) == count else None
 
 
 def _arithmetic(name: str, x: Dim, y: Dim) -> Dim | None:
@@ -142,9 +150,9 @@ def _floored(x: Dim, y: Dim) -> Dim | None:
 
 
 @contents_of("Min", "Max")
-def _contents_extreme(node, a):
-    parts = [a.contents(v) for v in node.inputs]
-    if any(p is None for p in parts) or len({len(p) for p in parts} - {1}) > 1:
+def _contents_extreme(node: ir.Node, a: Known) -> Contents:
+    parts = _all_contents(node.inputs, a)
+    if parts is None or len({len(p) for p in parts} - {1}) > 1:
         return None
     count = max(map(len, parts))
     parts = [p * count if len(p) == 1 else p for p in parts]
@@ -153,23 +161,23 @@ def _contents_extreme(node, a):
 
 
 @contents_of("Neg")
-def _contents_neg(node, a):
+def _contents_neg(node: ir.Node, a: Known) -> Contents:
     contents = a.contents(node.inputs[0])
     return None if contents is None else tuple(-d for d in contents)
 
 
 @contents_of("Where")
-def _contents_where(node, a):
+def _contents_where(node: ir.Node, a: Known) -> Contents:
     """The idiom `Where(shape == -1, 1, shape)`: sizes are never negative, so a symbol is never -1."""
     condition, x, y = node.inputs
-    test = condition.producer()
+    test = producer(condition)
     if test is None or test.op_type != "Equal":
         return None
-    left, right, yes, no = (a.contents(v) for v in (*test.inputs, x, y))
-    if None in (left, right, yes, no) or not len(left) == len(right) == len(yes) == len(no):
+    parts = _all_contents((*test.inputs, x, y), a)
+    if parts is None or len(set(map(len, parts))) != 1:
         return None
     result = []
-    for p, q, if_equal, if_not in zip(left, right, yes, no, strict=True):
+    for p, q, if_equal, if_not in zip(*parts, strict=True):
         equal = True if p == q else False if _never_equal(p, q) else None
         if equal is None and if_equal != if_not:
             return None
@@ -182,7 +190,7 @@ def _never_equal(p: Dim, q: Dim) -> bool:
 
 
 @contents_of("ConstantOfShape")
-def _contents_constant_of_shape(node, a):
+def _contents_constant_of_shape(node: ir.Node, a: Known) -> Contents:
     length, fill = a.contents(node.inputs[0]), attribute(node, "value")
     if length is None or len(length) != 1 or length[0].const is None or fill is None or length[0].const > 32:
         return None
@@ -192,6 +200,6 @@ def _contents_constant_of_shape(node, a):
 
 
 @contents_of("ReduceProd")
-def _contents_reduce_prod(node, a):
+def _contents_reduce_prod(node: ir.Node, a: Known) -> Contents:
     contents = a.contents(node.inputs[0])
     return None if contents is None else (product(contents),)

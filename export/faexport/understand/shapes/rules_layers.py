@@ -9,15 +9,17 @@ counts.
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 
 from faexport.graph.nodes import attribute, operand
 from faexport.sizes.dims import Dim
 from faexport.understand.shapes.einsum import multiplied_order
+from faexport.understand.shapes.known import Known, Shape, Shapes
 from faexport.understand.shapes.rules import broadcast, constant_ints, matmul_shape, resolve_axis, shape_of
 
 
 @shape_of("Conv")
-def _conv(node, a):
+def _conv(node: ir.Node, a: Known) -> Shapes:
     x, w = a.shape(node.inputs[0]), a.shape(node.inputs[1])
     if x is None or w is None:
         return None
@@ -27,10 +29,11 @@ def _conv(node, a):
     strides, dilations = attribute(node, "strides", [1] * count), attribute(node, "dilations", [1] * count)
     out = [x[0], w[0]]
     for i, size in enumerate(x[2:]):
-        if size.const is None or kernel[i] is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
-            out.append(size if kernel[i] == strides[i] == 1 and not any(pads) else Dim.unknown("conv"))
+        width = kernel[i]
+        if size.const is None or width is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+            out.append(size if width == strides[i] == 1 and not any(pads) else Dim.unknown("conv"))
         else:
-            span = size.const + pads[i] + pads[i + count] - dilations[i] * (kernel[i] - 1) - 1
+            span = size.const + pads[i] + pads[i + count] - dilations[i] * (width - 1) - 1
             out.append(Dim.of(span // strides[i] + 1))
     return [tuple(out)]
 
@@ -43,7 +46,7 @@ def _conv(node, a):
     "ArgMax",
     "ArgMin",
 )
-def _reduce(node, a):
+def _reduce(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     if shape is None:
         return None
@@ -56,14 +59,16 @@ def _reduce(node, a):
 
 
 @shape_of("com.microsoft::BiasSplitGelu")
-def _gated(node, a):
+def _gated(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
-    half = shape[-1].divide(2) if shape else None
+    if not shape:
+        return None
+    half = shape[-1].divide(2)
     return [(*shape[:-1], half)] if half is not None else None
 
 
 @shape_of("MaxPool", "AveragePool", "LpPool")
-def _pooled(node, a):
+def _pooled(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     if shape is None:
         return None
@@ -80,7 +85,7 @@ def _pooled(node, a):
 
 
 @shape_of("Resize", "Upsample")
-def _resized(node, a):
+def _resized(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     if shape is None:
         return None
@@ -106,13 +111,13 @@ def _scaled(size: Dim, scale: float, op_type: str) -> Dim:
 
 
 @shape_of("GlobalAveragePool", "GlobalMaxPool")
-def _global_pool(node, a):
+def _global_pool(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     return None if shape is None else [shape[:2] + (Dim.of(1),) * (len(shape) - 2)]
 
 
 @shape_of("ConvTranspose")
-def _conv_transpose(node, a):
+def _conv_transpose(node: ir.Node, a: Known) -> Shapes:
     x, w = a.shape(node.inputs[0]), a.shape(node.inputs[1])
     if x is None or w is None:
         return None
@@ -120,7 +125,7 @@ def _conv_transpose(node, a):
 
 
 @shape_of("Pad")
-def _pad(node, a):
+def _pad(node: ir.Node, a: Known) -> Shapes:
     shape, pads = a.shape(node.inputs[0]), a.contents(operand(node, 1))
     if shape is None:
         return None
@@ -136,13 +141,13 @@ def _pad(node, a):
 
 
 @shape_of("DepthToSpace", "SpaceToDepth")
-def _space(node, a):
+def _space(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     return None if shape is None else [(shape[0], *(Dim.unknown("space") for _ in shape[1:]))]
 
 
 @shape_of("TopK")
-def _top_k(node, a):
+def _top_k(node: ir.Node, a: Known) -> Shapes:
     shape, count = a.shape(node.inputs[0]), a.contents(operand(node, 1))
     if shape is None:
         return None
@@ -152,7 +157,7 @@ def _top_k(node, a):
 
 
 @shape_of("If")
-def _if(node, a):
+def _if(node: ir.Node, a: Known) -> Shapes:
     """What both branches agree on; a constant condition's branch alone."""
     branches = [attribute(node, "then_branch"), attribute(node, "else_branch")]
     condition = a.constant(node.inputs[0])
@@ -162,27 +167,27 @@ def _if(node, a):
     return [_common([a.shape(value) for value in values]) for values in outputs]
 
 
-def _common(shapes):
-    first = shapes[0]
-    if any(s is None or len(s) != len(first or ()) for s in shapes):
+def _common(shapes: list[Shape | None]) -> Shape | None:
+    known = [s for s in shapes if s is not None]
+    if len(known) < len(shapes) or len(set(map(len, known))) != 1:
         return None
-    return tuple(d if all(s[i] == d for s in shapes) else Dim.unknown("if") for i, d in enumerate(first))
+    return tuple(sizes[0] if len(set(sizes)) == 1 else Dim.unknown("if") for sizes in zip(*known, strict=True))
 
 
 @shape_of("com.microsoft::SkipLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization")
-def _skip_normalization(node, a):
+def _skip_normalization(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     return [shape, None, None, shape]  # the fourth is the sum that was normalized
 
 
 @shape_of("com.microsoft::EmbedLayerNormalization")
-def _embedding(node, a):
+def _embedding(node: ir.Node, a: Known) -> Shapes:
     ids, table = a.shape(node.inputs[0]), a.shape(node.inputs[2])
     return None if ids is None or table is None else [(*ids, table[-1]), ids[:1], (*ids, table[-1])]
 
 
 @shape_of("com.microsoft::FusedMatMul", "com.microsoft::TransposeMatMul")
-def _fused_matmul(node, a):
+def _fused_matmul(node: ir.Node, a: Known) -> Shapes:
     x, y = a.shape(node.inputs[0]), a.shape(node.inputs[1])
     if x is None or y is None or min(len(x), len(y)) < 2:
         return None
@@ -191,26 +196,26 @@ def _fused_matmul(node, a):
 
 
 @shape_of("com.microsoft::QLinearAdd", "com.microsoft::QLinearMul")
-def _qlinear_elementwise(node, a):
+def _qlinear_elementwise(node: ir.Node, a: Known) -> Shapes:
     return [broadcast([a.shape(node.inputs[0]), a.shape(node.inputs[3])])]
 
 
 @shape_of("com.microsoft::QLinearSoftmax")
-def _qlinear_softmax(node, a):
+def _qlinear_softmax(node: ir.Node, a: Known) -> Shapes:
     return [a.shape(node.inputs[0])]
 
 
 @shape_of("QLinearMatMul", "com.microsoft::QLinearMatMul")
-def _qlinear_matmul(node, a):
+def _qlinear_matmul(node: ir.Node, a: Known) -> Shapes:
     return [matmul_shape(a.shape(node.inputs[0]), a.shape(node.inputs[3]))]
 
 
 @shape_of("com.microsoft::MatMulNBits", "com.microsoft::MatMulBnb4")
-def _matmul_nbits(node, a):
+def _matmul_nbits(node: ir.Node, a: Known) -> Shapes:
     x, columns = a.shape(node.inputs[0]), attribute(node, "N")
     return None if x is None or columns is None else [(*x[:-1], Dim.of(columns))]
 
 
 @shape_of("DynamicQuantizeLinear")
-def _dynamic_quantize(node, a):
+def _dynamic_quantize(node: ir.Node, a: Known) -> Shapes:
     return [a.shape(node.inputs[0]), (), ()]

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from faexport.graph.nodes import attribute
 from faexport.sizes.dims import Dim
 from faexport.spec import DOMAIN, OP_TYPE, Layout
-from faexport.understand.shapes.known import Shape
+from faexport.understand.shapes.known import Known, Shape, Shapes
 from faexport.understand.shapes.rules import shape_of
 
 OPTIONAL_OUTPUTS = ("present_key", "present_value", "lse")  # in this order, behind the first
@@ -133,7 +133,7 @@ def _larger(a: Dim | None, b: Dim | None) -> Dim | None:
 
 
 @shape_of(f"{DOMAIN}::{OP_TYPE}")
-def _fused(node, a):
+def _fused(node: ir.Node, a: Known) -> Shapes:
     found = output_shapes(lambda name: attribute(node, name), [a.shape(value) for value in node.inputs])
     shapes = (found.get(name) for name in ("output", *OPTIONAL_OUTPUTS))
-    return [s and tuple(Dim.unknown("operator") if d is None else d for d in s) for s in shapes]
+    return [None if s is None else tuple(Dim.unknown("operator") if d is None else d for d in s) for s in shapes]

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a Python process of our own is started: the one that loads a model in onnxruntime, checks it, or measures it.
+
+It imports what this process imports and nothing else. NOTE: without -P, Python would look for modules in the working
+directory first, and that is often the folder of a model somebody else made.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """Runs main() of a module, with these arguments behind the program's name."""
+    return [sys.executable, "-P", "-c", f"from {module} import main; main()", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """The variables of this process, with its search path for modules. onnxruntime's telemetry is off unless it was
+    chosen: it would tell of the user's model, and leave a file (.ses) in the temporary folder."""
+    search_path = os.pathsep.join(map(os.path.abspath, sys.path))  # "" is the working directory of this process
+    return {"ORT_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONPATH": search_path}
