@@ -19,6 +19,9 @@ from faexport.report.data import (
     VerificationRun,
 )
 
+# In place of a fused node, where none takes part: what was joined around attention, and numbers made of sizes.
+AROUND = "(around attention)"
+
 # What a matcher looks for, by the name that it has in the JSON.
 _FORMS = {
     "softmax_core": "a Softmax between two products",
@@ -100,7 +103,7 @@ def quantization_rows(rows: Sequence[SiteComparison]) -> list[tuple[str, str, st
     quantized = [row for row in rows if row.quantization_error is not None]
     return [
         (
-            name or "(sizes)",
+            name or AROUND,
             "stand-in" if row.by_stand_in else "library",
             percent(row.quantization_error),
             percent(row.original_quantization_error),
