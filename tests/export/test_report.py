@@ -30,7 +30,7 @@ from faexport.report.data import (
     count_nodes,
 )
 from faexport.report.terminal_view import view
-from faexport.spec import Candidate, Fact, Refusal
+from faexport.spec import Assumption, Candidate, Fact, Refusal
 
 from tests.export import big_model
 
@@ -229,6 +229,12 @@ def test_what_is_joined_around_attention_is_no_size() -> None:
     report = dataclasses.replace(report, verification=verification)
     for text in (printed(report), html_page.page(report)):
         assert text.count("(around attention)") == 2 and "(sizes)" not in text
+
+
+def test_what_is_assumed_is_not_called_proven() -> None:
+    facts = (Assumption("masks are full (assumed)"), Fact("causal"))
+    text = printed(Report([SiteReport("a", "softmax_core", *[None] * 7, "float32", facts)]))
+    assert "proven: causal; assumed: masks are full" in " ".join(text.split()) and "(assumed)" not in text
 
 
 def test_equal_settings_are_named_once() -> None:

@@ -18,6 +18,7 @@ from faexport.report.data import (
     SiteReport,
     VerificationRun,
 )
+from faexport.spec import Assumption
 
 # In place of a fused node, where none takes part: what was joined around attention, and numbers made of sizes.
 AROUND = "(around attention)"
@@ -51,7 +52,18 @@ class Group:
 
     @property
     def proven(self) -> list[str]:
-        return list(dict.fromkeys(fact.text for fact in self.first.facts))
+        return list(dict.fromkeys(fact.text for fact in self.first.facts if not isinstance(fact, Assumption)))
+
+    @property
+    def assumed(self) -> list[str]:
+        texts = (fact.text.removesuffix(" (assumed)") for fact in self.first.facts if isinstance(fact, Assumption))
+        return list(dict.fromkeys(texts))
+
+    @property
+    def found(self) -> str:
+        """The sentence of sites that are fused: how they were found, and what is known of them."""
+        assumed = f"; assumed: {'; '.join(self.assumed)}" if self.assumed else ""
+        return f"found as {self.form}; proven: {'; '.join(self.proven) or 'nothing more'}{assumed}"
 
     @property
     def reason(self) -> str:

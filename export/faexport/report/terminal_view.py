@@ -70,7 +70,7 @@ def sites_view(sites: Sequence[SiteReport]) -> Iterator[rich.console.RenderableT
     footnotes: dict[str, int] = {}
     for group in group_sites(sites):
         site = group.first
-        sentence = group.reason or f"found as {group.form}; proven: {'; '.join(group.proven) or 'nothing more'}"
+        sentence = group.reason or group.found
         number = footnotes.setdefault(sentence, len(footnotes) + 1)
         sizes = (
             sizes_text(site.batch_size, None),
