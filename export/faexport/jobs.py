@@ -270,7 +270,9 @@ def _verify(job: Job, stage: model_io.Stage, reference: Reference | None, watche
 
 def _refuse_precision(job: Job, stage: model_io.Stage, num_given: int) -> None:
     """Raises ModelError where the model can't get the precision that was asked for: before the models are compared,
-    which takes long."""
+    which takes long. Without onnxruntime nothing is compared, and that is what is said then."""
+    if ort_session.missing_packages():
+        return
     if job.options.half:
         from faexport.precision import half_check
 
