@@ -56,7 +56,7 @@ nightly: $(KIND_OF_TESTS) ## 10,000 random attention graphs and decoders, compar
 	RANDOM_GRAPHS=10000 MUTATIONS=5000 RANDOM_DECODERS=10000 $(BIN)/python -m pytest -n 2 -v --no-header \
 		tests/export/test_random_graphs.py tests/export/test_mutations.py tests/plugin/test_decoding.py
 
-test-matrix: $(KIND_OF_DEMOS) ## the operator's tests and the demo's model on onnxruntime $(ORT_VERSIONS)
+test-matrix: $(KIND_OF_DEMOS) ## the operator's tests and the demo's model on older versions of onnxruntime
 	$(BIN)/python -m tests.matrix $(ORT_VERSIONS)
 
 zoo: $(KIND_OF_DEMOS) ## fuse and verify a folder of exported models: make zoo ZOO=folder
@@ -102,6 +102,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || \
 	  { echo "error: Python's headers are missing; on Debian: apt-get install python3-dev"; exit 1; }
 	@command -v c++ >/dev/null || { echo "error: a C++ compiler is needed; on Debian: apt-get install g++"; exit 1; }
+	@echo "Setting up $(VENV) with what compiles and tests the packages: on a slow network minutes without a line."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(call extra,dev)
 	touch $@

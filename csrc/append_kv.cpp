@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#include "dispatch.h"
+
 namespace fa {
 namespace {
 
@@ -66,7 +68,7 @@ Status append_kv(const TensorView& past, const TensorView& fresh, const TensorVi
 #ifdef FA_WITH_CUDA
     return append_kv_cuda(past, fresh, present, device, context);
 #else
-    return {StatusCode::kUnsupported, "this build has no CUDA kernels (it was made without nvcc)"};
+    return {StatusCode::kUnsupported, kNoCuda};
 #endif
   }
   Copy copy{past, fresh, present};

@@ -17,7 +17,7 @@
 
 namespace fa {
 
-inline constexpr const char* kNoCuda = "this build has no CUDA kernels (it was made without nvcc)";
+inline constexpr const char* kNoCuda = "this build has no CUDA kernels (it was made without nvcc, or with FA_CUDA=OFF)";
 
 struct Kernel {
   const char* name;   // its folder, and the word in explain(), NVTX ranges and test ids

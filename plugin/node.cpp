@@ -228,8 +228,10 @@ Status resolve(Input input, std::optional<Layout> word, int rank, int64_t heads,
 
 std::string missing_in_tensorrt(const Node& node) {
   if (node.attributes.cache != "append") return "cache = " + node.attributes.cache;
-  for (const Input input : {Input::kCosCache, Input::kQNormWeight, Input::kKNormWeight, Input::kKScale, Input::kVScale})
-    if (node.slot(input) >= 0) return name_of(input);
+#define FA_NOT_IN_TENSORRT(identifier, name) \
+  if (node.slot(Input::identifier) >= 0) return #name;
+#include "fa/not_in_tensorrt.def"
+#undef FA_NOT_IN_TENSORRT
   return "";
 }
 

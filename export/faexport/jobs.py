@@ -94,6 +94,7 @@ def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
     with contextlib.ExitStack() as stack:
         with origin.timed("write"):
             stage = stack.enter_context(_staged(fused, job, watcher))
+        _refuse_precision(job, stage, len(given))
         with origin.timed("verify"):
             measures = job.options.half or job.options.float8
             reference = _reference(job, given, watcher) if job.check or measures else None
@@ -265,6 +266,21 @@ def _verify(job: Job, stage: model_io.Stage, reference: Reference | None, watche
     )
     said = formulas.note(model_io.load(stage.model_path)) if job.verify_on == "cpu" else ""
     return dataclasses.replace(found, notes=(*found.notes, said)) if said else found
+
+
+def _refuse_precision(job: Job, stage: model_io.Stage, num_given: int) -> None:
+    """Raises ModelError where the model can't get the precision that was asked for: before the models are compared,
+    which takes long. Without onnxruntime nothing is compared, and that is what is said then."""
+    if ort_session.missing_packages():
+        return
+    if job.options.half:
+        from faexport.precision import half_check
+
+        half_check.refuse(job.model, stage.model_path, ir.DataType[job.options.half])
+    if job.options.float8:
+        from faexport.precision import float8_check
+
+        float8_check.refuse(job.model, stage.model_path, num_given)
 
 
 def _in_half(

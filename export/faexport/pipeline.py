@@ -41,6 +41,7 @@ from faexport.precision import float8
 from faexport.precision.core import FLOAT32_PRECISION, float32_note, in_precision
 from faexport.report.cuda_notes import cpu_only_note, gathered_note, is_float32
 from faexport.report.data import Report, count_nodes
+from faexport.report.tensorrt_notes import missing_note
 from faexport.spec import AttentionSpec, Candidate
 from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
@@ -193,7 +194,9 @@ class _Passes:
         if not (options.half or options.float8) and any(map(is_float32, candidates)):
             found.notes.append(float32_note(options.float32))
         float8_note = float8.note(self.model, analysis) if self.fused and not options.float8 else ""
-        found.notes += [note for note in (cpu_only_note(candidates), gathered_note(candidates), float8_note) if note]
+        on_tensorrt = missing_note(candidates) if options.target == "tensorrt" else ""
+        notes = (cpu_only_note(candidates), gathered_note(candidates), float8_note, on_tensorrt)
+        found.notes += [note for note in notes if note]
         found.defects, found.invalid_nodes = analysis.defects, analysis.invalid_nodes
         return found
 

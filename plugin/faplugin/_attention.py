@@ -169,7 +169,9 @@ def attention(
     """
     arguments = dict(locals())
     call = bind(arguments, stream)
-    out = out or {}
+    out = {} if out is None else out
+    if not isinstance(out, Mapping):
+        raise TypeError(f"out is a {type(out).__name__}; expected a dict of arrays by name, as {{'output': array}}")
     if unknown := out.keys() - {name for name, _, _ in call.outputs}:
         raise ValueError(f"out has {sorted(unknown)}; this call returns {[name for name, _, _ in call.outputs]}")
     outputs = [

@@ -246,7 +246,12 @@ Array BoundCall::take_row_major(const char* name, const Tensor& want, const FaAr
   for (int axis = 0; same && axis < want.rank; ++axis)
     same =
         got.shape[axis] == want.shape[axis] && (want.shape[axis] <= 1 || is_empty(want) || got.stride[axis] == want.stride[axis]);
-  if (!same) throw Error(kFaValueError, std::string(name) + " has another shape, dtype or layout than the row-major result");
+  if (!same) {
+    const std::string shape = shape_text(want.shape, want.rank), its = shape_text(got.shape, got.rank);
+    const bool alike = shape == its && got.dtype == want.dtype;
+    throw Error(kFaValueError, std::string(name) + " is " + name_of(got.dtype) + " " + its + (alike ? " and not row-major" : "") +
+                                   "; expected " + name_of(want.dtype) + " " + shape + ", row-major");
+  }
   return array;
 }
 

@@ -183,8 +183,15 @@ def test_what_float8_would_ruin_keeps_its_precision(
     ids=["opset", "inputs", "columns"],
 )
 def test_what_is_missing_is_said(
-    model: onnx.ModelProto, given: bool, sentence: str, tmp_path: pathlib.Path, library: str
+    model: onnx.ModelProto,
+    given: bool,
+    sentence: str,
+    tmp_path: pathlib.Path,
+    library: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if "columns" not in sentence:  # what the file alone tells is said before anything is run
+        monkeypatch.setattr(jobs, "make_reference", lambda *args, **more: pytest.fail("the original was run"))
     tensors = {name: x[..., :8] if "columns" in sentence else x for name, x in drawn().items()}
     with pytest.raises(faexport.ModelError, match=sentence):
         written(model, tensors if given else None, tmp_path)

@@ -446,6 +446,25 @@ def test_command_for_bfloat16(library: str, tmp_path: pathlib.Path) -> None:
     assert "verification in bfloat16 passed" in shown.stdout
 
 
+@pytest.mark.parametrize(
+    ("model", "flags", "sentence"),
+    [
+        (attention(dtype=np.float16), ["--fp16"], "has half precision already"),
+        (of_opset(attention(), 15), ["--bf16"], "add --opset 18"),
+    ],
+    ids=["half", "bf16"],
+)
+def test_a_precision_that_is_impossible_is_refused_before_anything_is_run(
+    model: onnx.ModelProto, flags: list[str], sentence: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparing the models takes minutes where they are large."""
+    monkeypatch.setattr(jobs, "make_reference", lambda *args, **more: pytest.fail("the original was run"))
+    onnx.save(model, tmp_path / "model.onnx")
+    done = here(tmp_path / "model.onnx", *flags)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
 def test_usage_of_bfloat16(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "model.onnx"
     onnx.save(of_opset(attention(), 15), source)

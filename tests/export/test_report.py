@@ -16,7 +16,7 @@ import onnx_ir as ir
 import rich.console
 from faexport import match, pipeline
 from faexport.files import model_io
-from faexport.report import grouping
+from faexport.report import grouping, html_page
 from faexport.report.data import (
     HalfOutput,
     HalfPrecision,
@@ -30,7 +30,7 @@ from faexport.report.data import (
     count_nodes,
 )
 from faexport.report.terminal_view import view
-from faexport.spec import Candidate, Fact, Refusal
+from faexport.spec import Assumption, Candidate, Fact, Refusal
 
 from tests.export import big_model
 
@@ -218,6 +218,23 @@ def test_what_does_not_agree_is_a_row_of_its_own() -> None:
     verification = dataclasses.replace(report.verification, status=VerificationStatus.FAILED, sites=tuple(rows))
     text = printed(dataclasses.replace(report, verification=verification))
     assert text.count("library") == 2 and "0.5" in text
+
+
+def test_what_is_joined_around_attention_is_no_size() -> None:
+    """Rows in which no fused node takes part, a normalization's for instance, are called what they are."""
+    report = layers()
+    row = dataclasses.replace(report.verification.sites[0], site="", value="normalized", quantization_error=0.1)
+    row = dataclasses.replace(row, original_quantization_error=0.1)
+    verification = dataclasses.replace(report.verification, sites=(*report.verification.sites, row))
+    report = dataclasses.replace(report, verification=verification)
+    for text in (printed(report), html_page.page(report)):
+        assert text.count("(around attention)") == 2 and "(sizes)" not in text
+
+
+def test_what_is_assumed_is_not_called_proven() -> None:
+    facts = (Assumption("masks are full (assumed)"), Fact("causal"))
+    text = printed(Report([SiteReport("a", "softmax_core", *[None] * 7, "float32", facts)]))
+    assert "proven: causal; assumed: masks are full" in " ".join(text.split()) and "(assumed)" not in text
 
 
 def test_equal_settings_are_named_once() -> None:

@@ -461,3 +461,22 @@ def test_a_state_of_the_last_token_is_compared_where_that_is_no_padding(tmp_path
     state = np.ones((len(padded.tensors["query"]), width), np.float32)
     kept = decoder.settled({"state": state}, padded.tensors)["state"].any(1)
     assert kept.tolist() == (decoder.keys(padded.tensors) == padded.tensors["query"].shape[1]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("form", "needs"),
+    [
+        (Form(), "cache = write"),
+        (Form(cache="", packed=False, rotary=True), "cos_cache"),
+        (Form(cache="", packed=False), ""),
+    ],
+    ids=["cache", "rotary", "plain"],
+)
+def test_a_site_that_the_tensorrt_plugin_refuses_is_told(form: Form, needs: str) -> None:
+    said = "TensorRT can't build this model: our plugin for it doesn't have what site 'node' needs"
+    for target in ("tensorrt", "onnxruntime"):
+        _, report = faexport.fuse(model_of(form), options=faexport.Options(target=target))
+        assert report.num_fused == 1
+        told = [note for note in report.notes if "TensorRT can't build" in note]
+        assert len(told) == bool(needs and target == "tensorrt")
+        assert all(note.startswith(f"{said} ({needs})") for note in told)

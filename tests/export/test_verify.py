@@ -19,7 +19,7 @@ from faexport.feeds.settings import Assumed
 from faexport.files import model_io
 from faexport.report.data import VerificationStatus
 from faexport.runtimes import ort_session
-from faexport.verify import compare, model_check
+from faexport.verify import compare, model_check, reference
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.export import big_model
@@ -157,6 +157,37 @@ def test_a_model_that_is_random_is_not_judged(tmp_path: pathlib.Path) -> None:
     path = save(tmp_path / "a.onnx", [helper.make_node("RandomNormalLike", ["x"], ["y"])], {"x": vector}, vector)
     result = model_check.verify(path, path)
     assert result.status is NOT_RUN and "mostly noise" in result.reason
+    assert "the model draws random numbers (RandomNormalLike" in result.reason
+
+
+# Numbers that are random in few runs only, as stochastic depth makes them, look like a difference; so does dropout.
+NOISES = {
+    "RandomUniformLike": [
+        helper.make_node("RandomUniformLike", ["x"], ["noise"], name="drawn", low=-1e-3, high=1e-3),
+        helper.make_node("Add", ["x", "noise"], ["y"]),
+    ],
+    "Dropout": [
+        helper.make_node("Dropout", ["x", "ratio", "training"], ["dropped"], name="drawn"),
+        helper.make_node("Mul", ["dropped", "little"], ["noise"]),
+        helper.make_node("Add", ["x", "noise"], ["y"]),
+    ],
+}
+CONSTANTS = {"ratio": np.float32(0.5), "training": np.array(True), "little": np.float32(1e-3)}
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_a_difference_of_a_model_that_draws_random_numbers_says_so(
+    kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the original by chance agreed with itself when it ran a second time, the rewritten model seems wrong."""
+    monkeypatch.setattr(reference.Reference, "plain_outputs", lambda self, index: self.outputs[index])
+    vector = (TensorProto.FLOAT, ["n", 8])
+    constants = CONSTANTS if kind == "Dropout" else {}
+    path = save(tmp_path / "a.onnx", NOISES[kind], {"x": vector}, vector, constants)
+    result = model_check.verify(path, path)
+    assert result.status is FAILED and result.reason.startswith("output 'y' differs by")
+    assert f"draws random numbers ({kind} 'drawn')" in result.reason
+    assert result.reason.endswith("call model.eval() before exporting")
 
 
 def test_lengths_that_the_model_refuses_are_replaced(tmp_path: pathlib.Path) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import faplugin
 import ml_dtypes
 import numpy as np
@@ -61,8 +63,16 @@ def test_results_go_where_the_caller_says() -> None:
     memory = np.full_like(expected, np.nan)
     output, _ = faplugin.attention(QUERY, KEY, VALUE, return_lse=True, out={"output": memory})
     assert output is memory and np.array_equal(memory, expected)
-    with pytest.raises(ValueError, match="output has another shape, dtype or layout"):
-        faplugin.attention(QUERY, KEY, VALUE, out={"output": memory[..., :-1]})
+    shape = str(list(memory.shape))
+    for wrong, sentence in (
+        (memory[..., :-1], f"output is float32 {[*memory.shape[:-1], memory.shape[-1] - 1]}; expected float32 {shape}"),
+        (memory.astype(np.float16), f"output is float16 {shape}; expected float32 {shape}, row-major"),
+        (memory.swapaxes(0, 1).copy().swapaxes(0, 1), f"output is float32 {shape} and not row-major; expected float32"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+            faplugin.attention(QUERY, KEY, VALUE, out={"output": wrong})
+    with pytest.raises(TypeError, match="out is a ndarray; expected a dict of arrays by name"):
+        faplugin.attention(QUERY, KEY, VALUE, out=memory)
     with pytest.raises(ValueError, match=r"out has \['outptu'\]; this call returns \['output'\]"):
         faplugin.attention(QUERY, KEY, VALUE, out={"outptu": memory})
     memory.flags.writeable = False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -267,8 +268,14 @@ def test_tensors_without_memory_have_shapes():
 
 def test_what_no_array_can_be_is_refused():
     q = draw(1, 4, 2, 8)
-    with pytest.raises((RuntimeError, TypeError)):
-        fatorch.flash_attn_func(q, q, q.detach().numpy())
+    array = q.detach().numpy()
+    for arguments, name in (((q, q, array), "value"), ((q, array, q), "key"), ((array, q, q), "query")):
+        with pytest.raises(TypeError, match=f"^{name} is a ndarray; expected a torch.Tensor"):
+            fatorch.flash_attn_func(*arguments)
+    with pytest.raises(TypeError, match="^value is a NoneType; expected a torch.Tensor"):
+        fatorch.flash_attn_func(q, q, None)
+    with pytest.raises(TypeError, match="^alibi_slopes is a ndarray; expected a torch.Tensor"):
+        fatorch.flash_attn_func(q, q, q, alibi_slopes=np.ones(2, np.float32))
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient = torch.autograd.grad((fatorch.flash_attn_func(q, q, q) ** 2).sum(), q, create_graph=True)[0]
         gradient.sum().backward()

@@ -366,7 +366,7 @@ def conclusion(rows: Sequence[Row]) -> str:
     if not any(row.gained for row in rows):
         where = "this size" if len(rows) == 1 else "these sizes"
         shares = [row.original.rewritten for row in rows if row.original.rewritten is not None]
-        why = f", where what is rewritten is up to {max(shares):.0%} of the original's" if shares else ""
+        why = f", where what is rewritten takes up to {max(shares):.0%} of the original's time" if shares else ""
         return (
             f"no time is gained at {where}{why}; less than the spread of the runs, or than {CLEARLY - 1:.0%}, "
             "counts as even"

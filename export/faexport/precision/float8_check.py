@@ -60,15 +60,8 @@ def make(reference: Reference, rewritten: os.PathLike[str] | str, *, num_given: 
     if reference.problem:
         raise ModelError(f"{name}: can't be computed in float8: {reference.problem}")
     model = model_io.load(rewritten)
-    opset = model.opset_imports.get("", 0)
-    if opset < float8.MINIMUM_OPSET:
-        raise ModelError(f"{name}: has opset {opset}, and float8 begins with 19; --opset {float8.MINIMUM_OPSET}")
-    sites = _sites(model)
-    open_ones = [site for site in sites if not site.left]
     given = [index for index in range(num_given) if index in reference.compared]
-    if any(site.to_measure for site in open_ones) and not given:
-        why = "the original does not run on those of --inputs" if num_given else "--inputs FILE.npz gives some"
-        raise ModelError(f"{name}: --dtype fp8 measures the factors of float8 numbers on your own inputs; {why}")
+    sites = _refuse(name, model, num_given, given)
     try:
         spreads = _spreads(rewritten, reference, given[:1])
         rows = _Comparison(rewritten, reference, spreads).rows(given or reference.compared)
@@ -84,6 +77,26 @@ def make(reference: Reference, rewritten: os.PathLike[str] | str, *, num_given: 
     if fallback:
         add_fallback(model)
     return Made(model, said)
+
+
+def refuse(original: os.PathLike[str] | str, rewritten: os.PathLike[str] | str, num_given: int) -> None:
+    """Raises ModelError with one sentence where the files alone tell that nothing can be computed in float8; nothing is
+    run, so that a caller can ask before the models are compared. `num_given`: how many sets of inputs the user gave."""
+    _refuse(os.fspath(original), model_io.load(rewritten), num_given, range(num_given))
+
+
+def _refuse(name: str, model: ir.Model, num_given: int, given: Sequence[int]) -> list[Site]:
+    """The sites of a rewritten model, which may be computed in float8. `given`: the user's sets that can be measured
+    on. Raises ModelError."""
+    opset = model.opset_imports.get("", 0)
+    if opset < float8.MINIMUM_OPSET:
+        least = float8.MINIMUM_OPSET
+        raise ModelError(f"{name}: has opset {opset}, and float8 takes {least} or later; --opset {least} converts it")
+    sites = _sites(model)
+    if any(site.to_measure for site in sites if not site.left) and not given:
+        why = "the original does not run on those of --inputs" if num_given else "--inputs FILE.npz gives some"
+        raise ModelError(f"{name}: --dtype fp8 measures the factors of float8 numbers on your own inputs; {why}")
+    return sites
 
 
 def _left(site: Site) -> Float8Site:

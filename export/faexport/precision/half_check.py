@@ -48,18 +48,43 @@ def make(
 
     Raises ModelError with one sentence where it can't be converted.
     """
-    cannot = f"{reference.path}: can't become {_name(dtype)}"
     if reference.problem:
-        raise ModelError(f"{cannot}: {reference.problem}")
-    if compare.least_precise(reference.model) != "float32":
-        raise ModelError(f"{reference.path}: has half precision already; --fp16 and --bf16 are for float32 models")
-    opset, least = model_io.load(rewritten).opset_imports.get("", 0), half_nodes.OPSET_OF_BFLOAT16
-    if dtype == ir.DataType.BFLOAT16 and opset < least:
-        raise ModelError(f"{cannot}: it has opset {opset}, and that takes {least} or later; add --opset 18")
+        raise ModelError(f"{reference.path}: can't become {_name(dtype)}: {reference.problem}")
+    refuse(reference.path, rewritten, dtype)
     model, kept = _converted(rewritten, reference, dtype, keep_io_types=keep_io_types, fallback=fallback)
     there = {node.name for node in model.graph}
     kept = {name: why for name, why in kept.items() if name in there}
     return Half(model, HalfPrecision(keep_io_types, kept, dtype=_name(dtype)))
+
+
+def refuse(original: os.PathLike[str] | str, rewritten: os.PathLike[str] | str, dtype: ir.DataType) -> None:
+    """Raises ModelError with one sentence where the files alone tell that `rewritten` can't become this dtype; nothing
+    is run, so that a caller can ask before the models are compared."""
+    path = os.fspath(original)
+    if compare.least_precise(model_io.load(original)) != "float32":
+        raise ModelError(f"{path}: has half precision already; --fp16 and --bf16 are for float32 models")
+    opset, least = model_io.load(rewritten).opset_imports.get("", 0), half_nodes.OPSET_OF_BFLOAT16
+    if dtype == ir.DataType.BFLOAT16 and opset < least:
+        why = f"it has opset {opset}, and that takes {least} or later; add --opset 18"
+        raise ModelError(f"{path}: can't become {_name(dtype)}: {why}")
+    with _as_refusals(rewritten, path, dtype):
+        half.prepared(rewritten)
+
+
+@contextlib.contextmanager
+def _as_refusals(rewritten: os.PathLike[str] | str, original: str, dtype: ir.DataType) -> Generator[None, None, None]:
+    """Whatever fails is one sentence, a ModelError, that names the file that was given, and not the one between."""
+    cannot = f"{original}: can't become {_name(dtype)}"
+    try:
+        yield
+    except (ModelFailure, CannotRun) as error:
+        raise ModelError(f"{cannot}: its numbers can't be measured: {error}") from error
+    except ModelError as error:
+        raise ModelError(str(error).replace(os.fspath(rewritten), original)) from error
+    except Exception as error:  # the converter raises whatever it stumbles over
+        cause = first_cause(error)
+        sentence = f"onnxruntime's converter fails: {type(cause).__name__}: {ort_session.one_line(str(cause))}"
+        raise ModelError(f"{cannot}: {sentence}") from error
 
 
 def _name(dtype: ir.DataType) -> str:
@@ -69,19 +94,10 @@ def _name(dtype: ir.DataType) -> str:
 def _converted(
     path: os.PathLike[str] | str, reference: Reference, dtype: ir.DataType, *, keep_io_types: bool, fallback: bool
 ) -> tuple[ir.Model, dict[str, str]]:
-    cannot = f"{reference.path}: can't become {_name(dtype)}"
-    try:
+    with _as_refusals(path, reference.path, dtype):
         kept = half_nodes.find(path, reference, dtype)
         model = half.prepared(path)
         return half.convert(model, kept, keep_io_types=keep_io_types, fallback=fallback, dtype=dtype), kept
-    except (ModelFailure, CannotRun) as error:
-        raise ModelError(f"{cannot}: its numbers can't be measured: {error}") from error
-    except ModelError as error:  # the file that was given, and not the one between
-        raise ModelError(str(error).replace(os.fspath(path), reference.path)) from error
-    except Exception as error:  # the converter raises whatever it stumbles over
-        cause = first_cause(error)
-        sentence = f"onnxruntime's converter fails: {type(cause).__name__}: {ort_session.one_line(str(cause))}"
-        raise ModelError(f"{cannot}: {sentence}") from error
 
 
 def check(

@@ -34,7 +34,8 @@ KINDS = (
         r"training mode",
         "Dropout is in training mode",
         "The model draws random numbers when it runs, so that no two runs agree.",
-        "Call model.eval() before exporting.",
+        "Call eval() on the very module that is exported, before each export: PyTorch's older exporter leaves all "
+        "modules inside in the mode that this one had.",
     ),
     Advice(
         r"operator of onnxruntime|which onnxruntime's optimizer writes|is not read",

@@ -18,6 +18,10 @@ from faexport.report.data import (
     SiteReport,
     VerificationRun,
 )
+from faexport.spec import Assumption
+
+# In place of a fused node, where none takes part: what was joined around attention, and numbers made of sizes.
+AROUND = "(around attention)"
 
 # What a matcher looks for, by the name that it has in the JSON.
 _FORMS = {
@@ -48,7 +52,18 @@ class Group:
 
     @property
     def proven(self) -> list[str]:
-        return list(dict.fromkeys(fact.text for fact in self.first.facts))
+        return list(dict.fromkeys(fact.text for fact in self.first.facts if not isinstance(fact, Assumption)))
+
+    @property
+    def assumed(self) -> list[str]:
+        texts = (fact.text.removesuffix(" (assumed)") for fact in self.first.facts if isinstance(fact, Assumption))
+        return list(dict.fromkeys(texts))
+
+    @property
+    def found(self) -> str:
+        """The sentence of sites that are fused: how they were found, and what is known of them."""
+        assumed = f"; assumed: {'; '.join(self.assumed)}" if self.assumed else ""
+        return f"found as {self.form}; proven: {'; '.join(self.proven) or 'nothing more'}{assumed}"
 
     @property
     def reason(self) -> str:
@@ -100,7 +115,7 @@ def quantization_rows(rows: Sequence[SiteComparison]) -> list[tuple[str, str, st
     quantized = [row for row in rows if row.quantization_error is not None]
     return [
         (
-            name or "(sizes)",
+            name or AROUND,
             "stand-in" if row.by_stand_in else "library",
             percent(row.quantization_error),
             percent(row.original_quantization_error),

@@ -15,6 +15,7 @@ from faexport.report.blocks import Block
 from faexport.report.data import Float8, HalfPrecision, Report, Verification
 from faexport.report.drawing import svg
 from faexport.report.grouping import (
+    AROUND,
     FLOAT8,
     QUANTIZED,
     Group,
@@ -197,7 +198,7 @@ def _verification(verification: Verification) -> str:
     parts = [f'<h2>Verification</h2>\n<p class="{good}">{_text(verification.status.capitalize())}{reason}</p>\n']
     if verification.sites:
         rows = [
-            (name or "(sizes)", "stand-in" if row.by_stand_in else "library", row.dtype, row.num_sets,
+            (name or AROUND, "stand-in" if row.by_stand_in else "library", row.dtype, row.num_sets,
              f"{row.max_abs_diff:.3g}", f"{row.tolerance:.3g}")
             for name, row in group_comparisons(verification.sites)
         ]  # fmt: skip

@@ -23,6 +23,7 @@ from faexport.report.data import (
     VerificationStatus,
 )
 from faexport.report.grouping import (
+    AROUND,
     FLOAT8,
     QUANTIZED,
     float8_rows,
@@ -69,7 +70,7 @@ def sites_view(sites: Sequence[SiteReport]) -> Iterator[rich.console.RenderableT
     footnotes: dict[str, int] = {}
     for group in group_sites(sites):
         site = group.first
-        sentence = group.reason or f"found as {group.form}; proven: {'; '.join(group.proven) or 'nothing more'}"
+        sentence = group.reason or group.found
         number = footnotes.setdefault(sentence, len(footnotes) + 1)
         sizes = (
             sizes_text(site.batch_size, None),
@@ -173,7 +174,7 @@ def comparisons_table(sites: Sequence[SiteComparison]) -> rich.table.Table:
     table = _table("fused node", "run by", "dtype", numbers=("sets", "difference", "allowed"))
     for name, row in group_comparisons(sites):
         cells = (
-            rich.markup.escape(name or "(sizes)"), "stand-in" if row.by_stand_in else "library", row.dtype or "?",
+            rich.markup.escape(name or AROUND), "stand-in" if row.by_stand_in else "library", row.dtype or "?",
             str(row.num_sets), f"{row.max_abs_diff:.3g}", f"{row.tolerance:.3g}",
         )  # fmt: skip
         table.add_row(*cells, style=None if row.ok else "red")

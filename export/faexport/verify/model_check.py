@@ -23,12 +23,14 @@ import onnx_ir as ir
 from faexport.feeds.open_sizes import excuse
 from faexport.feeds.settings import ANY_NUMBERS, Assumed, InputSet
 from faexport.files import model_io
-from faexport.graph.nodes import all_nodes, attribute
+from faexport.graph.nodes import all_nodes, attribute, op
 from faexport.options import VERIFY_TIMEOUT
 from faexport.report.data import OutputDifference, Verification, VerificationRun, VerificationStatus
 from faexport.runtimes import operator_library, ort_session
 from faexport.runtimes.ort_session import CannotRun, ModelFailure
 from faexport.spec import DOMAIN, LEFT_OUT
+from faexport.understand.layout import view_ops
+from faexport.understand.shapes.analysis import Analysis
 from faexport.verify import compare, side_by_side, site_check
 from faexport.verify.reference import (
     Amount,
@@ -53,6 +55,8 @@ TOO_NOISY = site_check.TOO_NOISY  # of the output's magnitude: above it nothing 
 Step = Callable[[str], None]
 _open_session = functools.partial(ort_session.Session, timeout=VERIFY_TIMEOUT)
 _BROKEN = "the rewritten model"  # how the sentences begin that make a verification fail
+_OUTPUT = "output '"  # how those begin that speak of an output of the model
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
 def verify(
@@ -90,14 +94,29 @@ def verify(
     on_step("running the rewritten model")
     ends = verify_against(reference, rewritten, on_amount=on_amount)
     on_step("comparing each site by itself")
-    return _with_advice(with_sites(reference, rewritten, ends, on_amount))
+    return _with_advice(with_sites(reference, rewritten, ends, on_amount), reference.model)
 
 
-def _with_advice(found: Verification) -> Verification:
-    """A failure on masks that hold any numbers tells how to say that they don't."""
-    if found.status is not VerificationStatus.FAILED or ANY_NUMBERS not in found.reason:
-        return found
-    return dataclasses.replace(found, reason=f"{found.reason} (--assume zeros-and-ones: masks hold nothing else)")
+def _with_advice(found: Verification, original: ir.Model) -> Verification:
+    """A failure on masks that hold any numbers tells how to say that they don't; one of an output, that the original
+    draws random numbers where it does."""
+    reason = found.reason
+    if found.status is VerificationStatus.FAILED and ANY_NUMBERS in reason:
+        reason += " (--assume zeros-and-ones: masks hold nothing else)"
+    if reason.startswith(_OUTPUT) and (node := _draws(original)) is not None:
+        reason += (
+            f"; the model draws random numbers ({node.op_type} '{node.name}'), so no two runs of it agree: where it "
+            "should not, call model.eval() before exporting"
+        )
+    return dataclasses.replace(found, reason=reason)
+
+
+def _draws(model: ir.Model) -> ir.Node | None:
+    """A node that gives other numbers in each run, or None."""
+    for node in all_nodes(model):
+        if op(node) in _RANDOM or (op(node) == "Dropout" and view_ops.is_training(node, Analysis(model))):
+            return node
+    return None
 
 
 def verify_against(
@@ -181,7 +200,7 @@ def _conclude(runs: list[VerificationRun]) -> Verification:
         if bad is not None:
             output = next(output for output in bad.outputs if not output.ok)
             broken = (
-                f"output '{output.name}' differs by {output.max_abs_diff:.3g}, allowed is {output.tolerance:.3g}, "
+                f"{_OUTPUT}{output.name}' differs by {output.max_abs_diff:.3g}, allowed is {output.tolerance:.3g}, "
                 f"on {bad.label}"
             )
         return Verification(VerificationStatus.FAILED, broken, tuple(runs))
@@ -263,7 +282,7 @@ def _lost_numbers(runs: Sequence[VerificationRun], excused: set[int]) -> str:
         for output in run.outputs:
             if output.num_lost and index not in excused:
                 return (
-                    f"output '{output.name}' has {output.num_lost} numbers where the original has NaN, on {run.label}"
+                    f"{_OUTPUT}{output.name}' has {output.num_lost} numbers where the original has NaN, on {run.label}"
                 )
     return ""
 
@@ -314,7 +333,7 @@ def _compare_run(
         if difference is not None and not difference.ok:
             difference = _beside_noise(reference, index, difference, want, got[name])
         if difference is None:
-            sentence = f"output '{name}' of the original is mostly noise on {item.label}"
+            sentence = f"{_OUTPUT}{name}' of the original is mostly noise on {item.label}"
             return VerificationRun(shapes, skipped=sentence, label=item.label)
         differences.append(dataclasses.replace(difference, num_lost=compare.num_lost(want, got[name])))
     return VerificationRun(shapes, tuple(differences), label=item.label)

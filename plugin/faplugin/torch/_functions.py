@@ -28,6 +28,8 @@ def _settings(
         raise ValueError("softmax_scale is 0; expected another number, or None for 1/√D")
     if causal not in (True, False):
         raise ValueError(f"causal is {causal!r}; expected True or False")
+    if not isinstance(q, torch.Tensor):
+        raise TypeError(f"query is a {type(q).__name__}; expected a torch.Tensor")
     try:
         left, right = window
         return scale_of(q, scale), float(softcap), bool(causal), max(left, -1), max(right, -1), "bottom_right"

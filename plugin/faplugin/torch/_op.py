@@ -170,6 +170,8 @@ def compute(
     """attend() without its checks: `optional` by OPTIONAL (ABSENT where all are None), `settings` by SETTINGS."""
     given: Sequence[Any] = () if optional is ABSENT else optional
     eager = is_eager(query, key, value, *given)
+    if not eager or key is None or value is None:
+        _refuse_others((query, key, value), packed, given)
     if not eager or torch._C._is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     if not eager and torch.onnx.is_in_onnx_export():
@@ -185,6 +187,19 @@ def compute(
         query, key, value, *given = _apart(query, key, value, *given)
     apply = _apply_eagerly if eager else _Attention.apply
     return apply((eager, packed, settings, return_lse), query, key, value, *given)
+
+
+def _refuse_others(operands: Tensors, packed: int, given: Sequence[Any]) -> None:
+    """Raises TypeError where something is no tensor; of packed tensors only the first ones are there."""
+    last = {0: 3, 2: 2, 3: 1}[packed]
+    names = ("query", "key", "value")[:last]
+    found = [
+        *zip(names, operands, strict=False),
+        *((n, x) for n, x in zip(_call.OPTIONAL, given, strict=False) if x is not None),
+    ]
+    for name, x in found:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
 
 
 def _autocast(query: Any, *others: Any) -> Tensors:
