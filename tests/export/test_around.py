@@ -344,3 +344,20 @@ def test_a_bias_in_front_of_the_residual_is_joined(tmp_path: pathlib.Path) -> No
     assert joined.input[4] in constants and counts(result)["Add"] == 1  # with the values' bias in it; the last
     (last,) = (node for node in result.graph.node if node.name == "shifted")
     assert list(last.input) == ["shift", "normalized"]
+
+
+def test_a_sum_that_is_read_in_front_of_its_normalization_is_made_there(tmp_path: pathlib.Path) -> None:
+    """Every node stands behind those that make what it reads, as ONNX asks for."""
+    model = normalized_first("layer")
+    nodes = list(model.graph.node)
+    place = next(i for i, node in enumerate(nodes) if node.op_type == "LayerNormalization")
+    early = [helper.make_node("Sigmoid", ["sum"], ["early"]), helper.make_node("Mul", ["early", "early"], ["other"])]
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:place], *early, *nodes[place:]])
+    model.graph.output.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, None))
+    result, found = faexport.fuse(model)
+    assert found.joined == {"SkipLayerNormalization": 1}
+    made = {value.name for value in (*result.graph.input, *result.graph.initializer)}
+    for node in result.graph.node:
+        assert set(filter(None, node.input)) <= made, node.name
+        made.update(node.output)

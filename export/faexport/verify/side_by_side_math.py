@@ -180,6 +180,7 @@ def statistics(
     twin: ir.Value | None,
     num_bad: Sequence[ir.Value],
     *,
+    nan: ir.Value | None = None,
     exact: bool,
     bits: int = 0,
     floats: tuple[ir.Value, ir.Value] | None = None,
@@ -189,6 +190,7 @@ def statistics(
     Args:
         twin: `old` in float32.
         num_bad: counts for each tensor that they are made from.
+        nan: the original's own value where `old` isn't quite that; it tells which elements are NaN in the original.
         exact: integers or bools; they are compared as they are.
         bits: of the numbers of a quantized cache (bits_of), where neighbours are counted by themselves.
         floats: the same without quantization, in float32, and the original's own.
@@ -200,6 +202,9 @@ def statistics(
     if exact:
         return _vector(emit, found | _of_integers(emit, a, b, bits))
     found |= _of_floats(emit, a, b, twin, bits)
+    if nan is not None and nan is not old:
+        lost = emit("And", emit("IsNaN", emit.cast(nan, _FLOAT)), emit("Not", emit("IsNaN", b)))
+        found["num_lost"] = emit.count(lost)
     if num_bad:
         found["num_bad_inputs"] = emit("Sum", *num_bad)
     if floats is not None:
