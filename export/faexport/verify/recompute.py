@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import maker, op
 from faexport.understand.core.rounding import DEQUANTIZING
+from faexport.verify.roundings import rounded_by_itself
 from faexport.verify.side_by_side_math import Emit
 from faexport.verify.widen import HALF, widen_node, widened
 
@@ -76,6 +77,7 @@ def recomputed(
     without: Collection[ir.Value] = (),
     zero_for_nan: Collection[ir.Value] = (),
     wide: bool = False,
+    rounded: bool = False,
 ) -> ir.Value | None:
     """The value made from the sources again; None where that can't be.
 
@@ -84,6 +86,7 @@ def recomputed(
         without: outputs of DequantizeLinear, in whose place comes what was quantized.
         zero_for_nan: values in which 0 takes the place of NaN.
         wide: half-precision tensors become float32.
+        rounded: half-precision tensors on the way are rounded to it, where onnxruntime would leave that out.
     """
     found: dict[ir.Value, ir.Value] = {}
     for source in sources:
@@ -114,6 +117,8 @@ def recomputed(
                 widen_node(copy)
             emit.graph.append(copy)
             found.update(zip(node.outputs, copy.outputs, strict=True))
+            if rounded and value is not root and type_of(value) in HALF:
+                found[value] = rounded_by_itself(found[value], emit)
             if value in zero_for_nan:
                 dtype = ir.DataType.FLOAT if wide else type_of(value)
                 found[value] = _with_zero_for_nan(found[value], emit, dtype)

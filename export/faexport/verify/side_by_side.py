@@ -60,8 +60,8 @@ def build(old: ir.Model, new: ir.Model, *, library: bool, stand_in: bool, twins:
         old: the original, normalized as the pipeline does; it is changed into the result.
         new: the rewritten model; unchanged.
         library, stand_in: run fused nodes by the library, by their function in standard operators, or by both.
-        twins: the original's part is computed in float32 as well, to know how far it is from that where it rounds to
-            half precision.
+        twins: the original's part is computed in float32 as well, and with all of its roundings, to know how far it
+            is from that where it rounds to half precision.
     """
     opset = old.opset_imports.get("", 0)
     if opset < MINIMUM_OPSET:
@@ -148,7 +148,10 @@ class _Builder:
         found: list[tuple[Point, ir.Value]] = []
         dtype = self._dtype(old)
         try:
-            twin = self._again(old, new, scope, wide=True) if self.twins and dtype not in DISCRETE else None
+            twin = rounded = None
+            if self.twins and dtype not in DISCRETE:
+                twin = self._again(old, new, scope, wide=True)
+                rounded = self._again(old, new, scope, rounded=True)
             unquantized = self._unquantized(old, new, scope) if dtype not in DISCRETE else None
             wanted = self._wanted(old, new, scope)
             for by_stand_in in self.kinds:
@@ -161,9 +164,8 @@ class _Builder:
                 bad = [self._bad(leaf, scope, emit) for leaf in leaves if self._dtype(leaf) not in DISCRETE]
                 bad += [emit.count_no_divisor(value) for value in _named_in(DIVISORS, site, scope)]
                 floats = None if unquantized is None else (unquantized, old)
-                stats = statistics(
-                    emit, *sides, bad, nan=old, exact=dtype in DISCRETE, bits=bits_of(old), floats=floats
-                )
+                ends = {"rounded": rounded, "nan": old, "floats": floats}
+                stats = statistics(emit, *sides, bad, exact=dtype in DISCRETE, bits=bits_of(old), **ends)
                 word = dtype_name(dtype) or ""
                 output = f"faexport_check_{len(self.points)}_{len(found)}_{new.name}_{int(by_stand_in)}"
                 found.append(
@@ -181,7 +183,7 @@ class _Builder:
         site, _ = self._site(new, scope)
         if not _left_out(site, scope) and not _named_in(ZERO_ROWS, site, scope):
             return old
-        again = self._again(old, new, scope, wide=False)
+        again = self._again(old, new, scope)
         if again is None and _left_out(site, scope):
             raise _Cannot("the original's can't be computed without the roundings that are left out")
         return again or old
@@ -265,13 +267,16 @@ class _Builder:
 
     # ------------------------------------------------------------------------------------------ in float32
 
-    def _again(self, old: ir.Value, new: ir.Value, scope: _Scope, *, wide: bool) -> ir.Value | None:
+    def _again(
+        self, old: ir.Value, new: ir.Value, scope: _Scope, *, wide: bool = False, rounded: bool = False
+    ) -> ir.Value | None:
         """The original's value from the tensors that the new nodes read, without what these leave out; None where it
         can't be computed again."""
         site, leaves = self._site(new, scope)
         without, zero = _left_out(site, scope), _named_in(ZERO_ROWS, site, scope)
         emit = Emit(scope.graph, self.old.graph)
-        return recomputed(old, leaves, emit, self._dtype, without=without, zero_for_nan=zero, wide=wide)
+        how = {"wide": wide, "rounded": rounded}
+        return recomputed(old, leaves, emit, self._dtype, without=without, zero_for_nan=zero, **how)
 
     def _unquantized(self, old: ir.Value, new: ir.Value, scope: _Scope) -> ir.Value | None:
         """The original's value in float32 without any rounding of its operands, scores and weights; None where nothing

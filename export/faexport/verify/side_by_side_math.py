@@ -39,6 +39,7 @@ class Statistics:
     unquantized_to_old: float
     unquantized_to_new: float
     num_flipped: float  # numbers of a quantized cache that are neighbours of the original's
+    twin_to_rounded: float  # of the original with all of its roundings, where those are half precision's
 
     @classmethod
     def read(cls, array: np.ndarray) -> Statistics:
@@ -180,6 +181,7 @@ def statistics(
     twin: ir.Value | None,
     num_bad: Sequence[ir.Value],
     *,
+    rounded: ir.Value | None = None,
     nan: ir.Value | None = None,
     exact: bool,
     bits: int = 0,
@@ -190,6 +192,7 @@ def statistics(
     Args:
         twin: `old` in float32.
         num_bad: counts for each tensor that they are made from.
+        rounded: `old` with all of its roundings (roundings.py), given with a twin.
         nan: the original's own value where `old` isn't quite that; it tells which elements are NaN in the original.
         exact: integers or bools; they are compared as they are.
         bits: of the numbers of a quantized cache (bits_of), where neighbours are counted by themselves.
@@ -202,6 +205,8 @@ def statistics(
     if exact:
         return _vector(emit, found | _of_integers(emit, a, b, bits))
     found |= _of_floats(emit, a, b, twin, bits)
+    if twin is not None and rounded is not None:
+        found["twin_to_rounded"] = _apart_as_numbers(emit, *(emit.cast(value, _FLOAT) for value in (twin, rounded)))
     if nan is not None and nan is not old:
         lost = emit("And", emit("IsNaN", emit.cast(nan, _FLOAT)), emit("Not", emit("IsNaN", b)))
         found["num_lost"] = emit.count(lost)
@@ -255,6 +260,13 @@ def _of_floats(emit: Emit, a: ir.Value, b: ir.Value, twin: ir.Value | None, bits
         known = emit("And", both, emit("Less", emit("Abs", exact), infinity))
         found |= {"twin_to_old": difference(exact, a, known), "twin_to_new": difference(exact, b, known)}
     return found
+
+
+def _apart_as_numbers(emit: Emit, a: ir.Value, b: ir.Value) -> ir.Value:
+    """The largest difference where both are numbers."""
+    infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
+    numbers = emit("And", *(emit("Less", emit("Abs", value), infinity) for value in (a, b)))
+    return emit.largest(emit("Where", numbers, emit("Abs", emit("Sub", a, b)), zero))
 
 
 def _distances(emit: Emit, exact: ir.Value, others: Sequence[ir.Value]) -> list[ir.Value]:

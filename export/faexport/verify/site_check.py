@@ -218,10 +218,10 @@ class _Checker:
 def judge(point: Point, found: Statistics, allowed: float, label: str) -> SiteComparison:
     """One comparison, on one set of inputs. `allowed` is the relative tolerance."""
     difference, tolerance = found.max_abs_diff, allowed * found.magnitude
-    if difference > tolerance and found.twin_to_old:
-        too_noisy = found.twin_to_old > TOO_NOISY * found.magnitude
+    if difference > tolerance and (found.twin_to_old or found.twin_to_rounded):
+        own = [error for error in (found.twin_to_old, found.twin_to_rounded) if error <= TOO_NOISY * found.magnitude]
         difference = found.twin_to_new
-        tolerance = tolerance if too_noisy else max(tolerance, ROUNDING_FACTOR * found.twin_to_old)
+        tolerance = max([tolerance, *(ROUNDING_FACTOR * error for error in own)])
     fault = ""
     if found.num_other_sizes:
         fault = "has another shape"
