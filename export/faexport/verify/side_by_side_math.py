@@ -39,7 +39,11 @@ class Statistics:
     unquantized_to_old: float
     unquantized_to_new: float
     num_flipped: float  # numbers of a quantized cache that are neighbours of the original's
-    twin_to_rounded: float  # of the original with all of its roundings, where those are half precision's
+    # Of the original with all of its roundings, where those are half precision's:
+    twin_to_rounded: float
+    rounded_to_new: float
+    num_unlike_rounded: float  # no numbers, or other infinities, on one side alone; NaN there and 0 in ours is alike
+    num_rounded: float  # numbers; 0 where it isn't there
 
     @classmethod
     def read(cls, array: np.ndarray) -> Statistics:
@@ -206,7 +210,7 @@ def statistics(
         return _vector(emit, found | _of_integers(emit, a, b, bits))
     found |= _of_floats(emit, a, b, twin, bits)
     if twin is not None and rounded is not None:
-        found["twin_to_rounded"] = _apart_as_numbers(emit, *(emit.cast(value, _FLOAT) for value in (twin, rounded)))
+        found |= _of_rounded(emit, emit.cast(rounded, _FLOAT), b, emit.cast(twin, _FLOAT))
     if nan is not None and nan is not old:
         lost = emit("And", emit("IsNaN", emit.cast(nan, _FLOAT)), emit("Not", emit("IsNaN", b)))
         found["num_lost"] = emit.count(lost)
@@ -262,11 +266,25 @@ def _of_floats(emit: Emit, a: ir.Value, b: ir.Value, twin: ir.Value | None, bits
     return found
 
 
-def _apart_as_numbers(emit: Emit, a: ir.Value, b: ir.Value) -> ir.Value:
-    """The largest difference where both are numbers."""
+def _of_rounded(emit: Emit, rounded: ir.Value, new: ir.Value, twin: ir.Value) -> dict[str, ir.Value]:
+    """The fields of Statistics about the original with all of its roundings."""
     infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
-    numbers = emit("And", *(emit("Less", emit("Abs", value), infinity) for value in (a, b)))
-    return emit.largest(emit("Where", numbers, emit("Abs", emit("Sub", a, b)), zero))
+    numbers = [emit("Less", emit("Abs", value), infinity) for value in (rounded, new, twin)]
+
+    def difference(other: ir.Value, is_number: ir.Value) -> ir.Value:
+        apart = emit("Abs", emit("Sub", rounded, other))
+        return emit.largest(emit("Where", emit("And", numbers[0], is_number), apart, zero))
+
+    unlike = emit("Xor", numbers[0], numbers[1])
+    hidden = emit("And", emit("IsNaN", rounded), emit("Equal", new, zero))
+    other_infinity = emit("Or", emit("Less", rounded, new), emit("Greater", rounded, new))
+    neither = emit("And", emit("Not", emit("Or", *numbers[:2])), other_infinity)
+    return {
+        "twin_to_rounded": difference(twin, numbers[2]),
+        "rounded_to_new": difference(new, numbers[1]),
+        "num_unlike_rounded": emit.count(emit("And", emit("Or", unlike, neither), emit("Not", hidden))),
+        "num_rounded": emit.count(numbers[0]),
+    }
 
 
 def _distances(emit: Emit, exact: ir.Value, others: Sequence[ir.Value]) -> list[ir.Value]:
