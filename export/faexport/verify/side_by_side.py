@@ -164,8 +164,8 @@ class _Builder:
                 bad = [self._bad(leaf, scope, emit) for leaf in leaves if self._dtype(leaf) not in DISCRETE]
                 bad += [emit.count_no_divisor(value) for value in _named_in(DIVISORS, site, scope)]
                 floats = None if unquantized is None else (unquantized, old)
-                ends = {"rounded": rounded, "nan": old, "floats": floats}
-                stats = statistics(emit, *sides, bad, exact=dtype in DISCRETE, bits=bits_of(old), **ends)
+                exact, bits = dtype in DISCRETE, bits_of(old)
+                stats = statistics(emit, *sides, bad, rounded=rounded, nan=old, exact=exact, bits=bits, floats=floats)
                 word = dtype_name(dtype) or ""
                 output = f"faexport_check_{len(self.points)}_{len(found)}_{new.name}_{int(by_stand_in)}"
                 found.append(
