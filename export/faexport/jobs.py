@@ -66,16 +66,22 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
         return _run(job, report, watcher)
     except NotVerifiedError:
         found = (report.verification, report.half_precision)
-        failed = (one.status is VerificationStatus.FAILED for one in found if one is not None)
-        if job.options.rest is not None or not job.options.joins_rest or not any(failed):
+        reasons = [one.reason for one in found if one is not None and one.status is VerificationStatus.FAILED]
+        reasons += [verification.lost_optimizations(report.verification)] if report.verification is not None else []
+        if not _may_join_nothing(job.options) or not any(reasons):
             raise
-        reason = next(one.reason for one in found if one is not None and one.status is VerificationStatus.FAILED)
+        reason = next(filter(None, reasons))
         why = f"nothing is joined around attention, since verification fails with that: {reason}"
     vars(report).update(vars(Report(model=report.model)))
     options = dataclasses.replace(job.options, rest=False)
     fused = _run(dataclasses.replace(job, options=options), report, watcher)
     report.notes.append(why)
     return fused
+
+
+def _may_join_nothing(options: Options) -> bool:
+    """Is something joined around attention that nobody asked for?"""
+    return options.rest is None and options.joins_rest
 
 
 def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
@@ -101,6 +107,8 @@ def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
             if job.check:
                 report.verification = _verify(job, stage, reference, watcher)
                 if why := _failure(report.verification, job):
+                    raise NotVerifiedError(why)
+                if _may_join_nothing(job.options) and (why := verification.lost_optimizations(report.verification)):
                     raise NotVerifiedError(why)
         if job.options.half:
             with origin.timed("bf16" if job.options.bf16 else "fp16"):

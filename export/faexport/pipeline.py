@@ -175,6 +175,8 @@ class _Passes:
         before = joins.counts(self.model)
         if self.options.joins_rest:
             joins.join(self.model, self.masks.analysis, self.names)
+            for graph in outermost_graphs(self.model):  # a sum that is joined may be read in front of its normalization
+                put_in_order(graph)
         if self.options.joins_cuda:
             cuda_operators.join(self.model, self.masks.analysis, self.names)
             cuda_padding.join(self.model, self.masks.analysis, self.names)

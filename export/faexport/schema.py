@@ -154,14 +154,16 @@ def _infer(context: onnx.shape_inference.InferenceContext) -> None:
         found = output_shapes(lambda name: _attribute(context, name), shapes)
     except ValueError as error:
         raise onnx.shape_inference.InferenceError(str(error)) from error
-    kind = context.get_input_type(0).tensor_type.elem_type
+    kind = _elem_type(context, 0)
+    if kind is None:
+        return
     names = str(_attribute(context, "optional_inputs") or "").split(",")
     past = NUM_REQUIRED + names.index("past_key") if "past_key" in names else 0
-    cache = context.get_input_type(past).tensor_type.elem_type if past < context.get_num_inputs() else kind
+    cache = _elem_type(context, past) if past < context.get_num_inputs() else kind
     output = int(output_dtype(ir.DataType(kind), str(_attribute(context, "output_dtype") or "")))
     for index, name in enumerate(("output", *OPTIONAL_OUTPUTS)):  # a missing one leaves a hole
-        if name in found and index < context.get_num_outputs() and context.has_output(index):
-            elem_type = {"lse": onnx.TensorProto.FLOAT, "output": output}.get(name, cache)
+        elem_type = {"lse": onnx.TensorProto.FLOAT, "output": output}.get(name, cache)
+        if name in found and elem_type and index < context.get_num_outputs() and context.has_output(index):
             written = [None if size is None else _written(size) for size in found[name]]
             context.set_output_type(index, onnx.helper.make_tensor_type_proto(elem_type, written))
 
@@ -174,12 +176,18 @@ def _attribute(context: onnx.shape_inference.InferenceContext, name: str) -> int
     return value.decode() if isinstance(value, bytes) else value
 
 
+def _elem_type(context: onnx.shape_inference.InferenceContext, index: int) -> int | None:
+    """None for what an operator makes that onnx knows no types of."""
+    kind = context.get_input_type(index)
+    return None if kind is None else kind.tensor_type.elem_type or None
+
+
 def _shape(context: onnx.shape_inference.InferenceContext, index: int) -> tuple[Dim, ...] | None:
     """None where even the rank is unknown."""
     if not context.has_input(index):
         return None
-    tensor = context.get_input_type(index).tensor_type
-    if not tensor.HasField("shape"):
+    kind = context.get_input_type(index)
+    if kind is None or not kind.tensor_type.HasField("shape"):
         return None
     return tuple(
         Dim.of(dim.dim_value)
@@ -187,7 +195,7 @@ def _shape(context: onnx.shape_inference.InferenceContext, index: int) -> tuple[
         else Dim.of(dim.dim_param)
         if dim.dim_param
         else Dim.unknown()
-        for dim in tensor.shape.dim
+        for dim in kind.tensor_type.shape.dim
     )
 
 

@@ -19,9 +19,11 @@ OP_TYPE = "FlashAttention"
 VERSION = 1
 NUM_REQUIRED = 3  # inputs that are always there: query, key, value
 ROW_BLOCK = 64
-# Entries of a fused node's metadata: AttentionSpec.left_out and .divisors, as JSON.
+# Entries of a fused node's metadata, as JSON: AttentionSpec.left_out and .divisors, and the original's value in which
+# rows that see no key give 0 where the node itself gives something else in them.
 LEFT_OUT = "faexport.left_out"
 DIVISORS = "faexport.divisors"
+ZERO_ROWS = "faexport.zero_rows"
 
 
 class Alignment(enum.StrEnum):

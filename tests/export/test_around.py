@@ -344,3 +344,41 @@ def test_a_bias_in_front_of_the_residual_is_joined(tmp_path: pathlib.Path) -> No
     assert joined.input[4] in constants and counts(result)["Add"] == 1  # with the values' bias in it; the last
     (last,) = (node for node in result.graph.node if node.name == "shifted")
     assert list(last.input) == ["shift", "normalized"]
+
+
+def test_a_sum_that_is_read_in_front_of_its_normalization_is_made_there(tmp_path: pathlib.Path) -> None:
+    """Every node stands behind those that make what it reads, as ONNX asks for."""
+    model = normalized_first("layer")
+    nodes = list(model.graph.node)
+    place = next(i for i, node in enumerate(nodes) if node.op_type == "LayerNormalization")
+    early = [helper.make_node("Sigmoid", ["sum"], ["early"]), helper.make_node("Mul", ["early", "early"], ["other"])]
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:place], *early, *nodes[place:]])
+    model.graph.output.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, None))
+    result, found = faexport.fuse(model)
+    assert found.joined == {"SkipLayerNormalization": 1}
+    made = {value.name for value in (*result.graph.input, *result.graph.initializer)}
+    for node in result.graph.node:
+        assert set(filter(None, node.input)) <= made, node.name
+        made.update(node.output)
+
+
+def test_nothing_is_joined_where_onnxruntime_crashes_on_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on LED in float16: its optimizer for CPUs. Without what is joined it takes the file."""
+    real = ort_session.Session
+
+    def session(job: ort_session.Job, *arguments: object, **named: object) -> ort_session.Session:
+        content = job.model if isinstance(job.model, bytes) else pathlib.Path(job.model).read_bytes()
+        if job.optimize and b"SkipLayerNormalization" in content:
+            raise ort_session.Crashed("onnxruntime crashed (signal 11)")
+        return real(job, *arguments, **named)
+
+    onnx.save(normalized_first("layer"), tmp_path / "model.onnx")
+    monkeypatch.setattr(ort_session, "Session", session)
+    report = faexport.optimize(tmp_path / "model.onnx", tmp_path / "fused.onnx")
+    assert report.num_fused == 1 and report.verification.status == "passed" and not report.joined
+    assert any("nothing is joined around attention" in note and "signal 11" in note for note in report.notes)
+    written = onnx.load(tmp_path / "fused.onnx")
+    assert not any(node.op_type == "SkipLayerNormalization" for node in written.graph.node)

@@ -203,6 +203,10 @@ RIGHT = {
         y = MatMul(p, vv)""",
         gone=frozenset({"Softmax", "Expand"}),
     ),
+    "blocks inside of heads": Form(
+        "float[B, 3, N, 4, 8] q, float[B, 3, N, 5, 8] k, float[B, 3, N, 5, 8] v",
+        f"kt = Transpose<perm = [0, 1, 2, 4, 3]>(k) s = MatMul(q, kt) x = Identity(s) {END}",
+    ),
 }
 
 WRONG = {
@@ -213,6 +217,12 @@ WRONG = {
         f"""{PRODUCT} c = Constant<value_float = 3.0>() a = Div(s, c) t = Tanh(a) capped = Mul(t, c)
         x = Sub(b, capped) {END}""",
         reason="softcap",
+    ),
+    "scores beside those of other keys": Form(
+        f"{QKV}, float[B, 3, T, 2] m, float[B, 3, 2, 8] more, float[B, 1, 1, R] pad",
+        f"""{PRODUCT} both = Concat<axis = 3>(m, s) x = Add(both, pad) w = Concat<axis = 2>(more, v)
+        p = Softmax<axis = -1>(x) y = MatMul(p, w)""",
+        reason="the scores are put beside others (Concat)",
     ),
 }
 

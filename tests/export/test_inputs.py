@@ -107,6 +107,15 @@ def test_integers_that_are_only_asked_for_0_may_be_anything_and_sizes_may_not() 
     assert np.abs(values["flags"]).max() == 2**32 and values["ids"].max() < 5 and values["n"] < 50
 
 
+def test_of_a_mask_any_integers_hide_what_its_pattern_hides() -> None:
+    """So that in float16 no query loses all its keys, where the CPU adds -65504 in float32 (reference.py)."""
+    specs = specs_of("int64[B,S] attention_mask", "y = Cast <to = 9> (attention_mask)")
+    assert specs[0].role is Role.MASK and specs[0].only_bool
+    mask = drawn(specs, Drawing(MaskPattern.SCATTERED, wild=True), S=50)["attention_mask"]
+    assert (mask[:, ::2] != 0).all() and (mask == 0).any() and np.abs(mask).max() == 2**32
+    assert (drawn(specs, Drawing(MaskPattern.RANDOM, wild=True), S=50)["attention_mask"][:, ::2] == 0).any()
+
+
 def test_a_float_mask_that_is_taken_from_1_holds_0_and_1_and_once_other_numbers() -> None:
     specs = specs_of("float[B,S] am", "m = Sub (one, am)\n y = Mul (m, low)", "float one = {1}, float low = {-1e4}")
     assert specs[0].role is Role.WEIGHT

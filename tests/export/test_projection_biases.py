@@ -8,6 +8,7 @@ import pathlib
 import faexport
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from faexport import pipeline
 from faexport.files import model_io
@@ -85,10 +86,10 @@ def _mask(m: Model, kind: str) -> None:
         softmax.input[0] = m.op("Where", later, m.const(np.array(-np.inf, m.dtype)), scores)
     else:  # keys whose first column is above 0
         column = m.op("Slice", keys, *(m.const(np.array([k])) for k in (0, 1, 2)))
-        limit = m.const(np.array(99 if kind == "all by -1e9" else 0, m.dtype))
+        limit = m.const(np.array(99 if kind.startswith("all by") else 0, m.dtype))
         kept = m.op("Transpose", m.op("Greater", column, limit), perm=[0, 2, 1])
         kept = m.op("Unsqueeze", kept, m.const(np.array([1])))
-        least = {"min": np.finfo(m.dtype).min, "all by -1e9": -1e9}.get(kind, -np.inf)
+        least = {"min": np.finfo(m.dtype).min, "all by -1e9": -1e9, "all by -1e4": -1e4}.get(kind, -np.inf)
         added = m.op("Where", kept, *(m.const(np.array(x, m.dtype)) for x in (0, least)))
         softmax.input[0] = m.op("Add", scores, added)
     m.nodes = [*m.nodes[:place], *m.nodes[count:], *m.nodes[place:count]]
@@ -120,10 +121,11 @@ def _project(m: Model, how: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("assumed", [False, True])
-def test_the_keys_bias_stays_where_rounding_sees_it(assumed: bool, library: str) -> None:
-    """-1e9 leaves of a score how often it has 64 in it. Where it is added to all scores of a row, a number that is the
-    same for all of them decides which are alike."""
-    model = projected(mask="all by -1e9")
+@pytest.mark.parametrize("fill", ["-1e9", "-1e4"])
+def test_the_keys_bias_stays_where_rounding_sees_it(fill: str, assumed: bool, library: str) -> None:
+    """-1e9 leaves of a score how often it has 64 in it, -1e4 how often it has 0.001. Where it is added to all scores of
+    a row, a number that is the same for all of them decides which are alike."""
+    model = projected(mask=f"all by {fill}")
     for weight in model.graph.initializer:
         if weight.name in ("query_weight", "key_bias"):
             array = numpy_helper.to_array(weight) * np.float32(20)
@@ -199,6 +201,27 @@ def test_the_result_is_verified_site_by_site(tmp_path: pathlib.Path) -> None:
     checked = model_check.verify(source, target, extra_inputs=[given], open_session=ort_session.SessionHere)
     assert checked.status == "passed", checked.reason
     assert {row.value for row in checked.sites} == {"y"} and all(row.ok for row in checked.sites)
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_rows_that_were_nan_are_compared_with_those_of_0(dtype: type, right: bool, tmp_path: pathlib.Path) -> None:
+    """A row that sees no key is NaN in the original; in the fused model attention gives 0 there, and behind the
+    projection into which the values' bias went comes what the original's projection makes of 0."""
+    source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(projected(mask="hidden", dtype=dtype), source)
+    model, _ = faexport.fuse(source)
+    if not right:
+        (site,) = (node for node in model.graph if node.op_type == "FlashAttention")
+        constant = site.inputs[-1].producer()  # of empty_row_value
+        number = constant.attributes["value"].value.numpy()
+        constant.attributes["value"] = ir.AttrTensor("value", ir.tensor(number * dtype(1.1)))
+    model_io.save(model, target, source=source)
+    seen, hidden = np.ones((3, E), dtype), -np.ones((3, E), dtype)
+    given = model_check.InputSet("one of two sees nothing", {"x": np.stack([seen, hidden])})
+    checked = model_check.verify(source, target, extra_inputs=[given], open_session=ort_session.SessionHere)
+    assert (checked.status == "passed") is right, checked.reason
+    assert right or "(value 'y') differs by" in checked.reason
 
 
 def test_memory_without_rows(library: str) -> None:

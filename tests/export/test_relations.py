@@ -114,6 +114,20 @@ def test_broadcasts_and_products_say_which_sizes_belong_together(tmp_path: pathl
     ]  # fmt: skip
 
 
+WIDTHS = """<ir_version: 9, opset_import: ["" : 17, "com.microsoft" : 1]>
+g (float[b,s,16] q, float[b,s,16] k, float[b,s,16] v, float[b,2,p,w] pk, float[b,2,p,x] pv)
+  => (float[b,s,16] y, float[b,2,t,8] k1, float[b,2,t,8] v1) {
+  y, k1, v1 = com.microsoft.MultiHeadAttention <num_heads = 2> (q, k, v, , , , pk, pv)
+}"""
+
+
+def test_a_cache_of_multi_head_attention_has_the_columns_of_a_head() -> None:
+    """onnxruntime-genai's builder leaves that size open (kv_cache_dim)."""
+    model = ir.from_proto(onnx.parser.parse_model(WIDTHS))
+    found = {spec.name: spec.dims for spec in relations.from_graph(inputs.input_specs(model), model)}
+    assert str(found["pk"][3]) == str(found["pv"][3]) == "8"
+
+
 def test_what_no_shape_says_is_tried(tmp_path: pathlib.Path) -> None:
     path = decoder(tmp_path, GATHERED)
     model, tried = ir.load(path), []

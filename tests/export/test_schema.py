@@ -133,3 +133,17 @@ def test_contradictions_are_errors() -> None:
         infer(four, four, four, query_layout="BSDH")
     with pytest.raises(onnx.shape_inference.InferenceError, match="weights"):
         infer(four, four, four, outputs=2, optional_outputs="weights")
+
+
+def test_what_another_domain_s_operator_makes_is_of_unknown_type() -> None:
+    """onnx knows nothing of such values; nothing is inferred from them, and the model is no error."""
+    schema.register()
+    nodes = [
+        helper.make_node("Unknown", ["x"], ["q"], domain="other"),
+        helper.make_node("FlashAttention", ["q", "q", "q"], ["y"], domain="faexport", q_num_heads=4, kv_num_heads=4),
+        helper.make_node("FlashAttention", ["x", "q", "q"], ["z"], domain="faexport", q_num_heads=4, kv_num_heads=4),
+    ]
+    x, y, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3, 32]) for name in "xyz")
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 17), ("faexport", 1), ("other", 1))]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y, z]), opset_imports=opsets, ir_version=9)
+    onnx.checker.check_model(model, full_check=True)

@@ -232,3 +232,33 @@ def test_a_node_that_is_impossible_is_no_defect_of_ours(node: str) -> None:
     analysis = Analysis(ir.serde.deserialize_model(onnx.parser.parse_model(text)))
     assert not analysis.defects
     assert len(analysis.invalid_nodes) == ("Slice" not in node)
+
+
+TURNED_WIDTHS = """<ir_version: 8, opset_import: ["" : 17]>
+main (float[b, s, 8] x) => (float[b, m, 8] y) {
+    size = Shape <start = 1, end = 2> (x)
+    four = Constant <value_ints = [4]> ()
+    part = Mod (size, four)
+    lacking = Sub (four, part)
+    zero = Constant <value_ints = [0]> ()
+    widths = Concat <axis = 0> (zero, zero, zero, lacking, zero, zero)
+    two = Constant <value_ints = [-1, 2]> ()
+    pairs = Reshape (widths, two)
+    last = Constant <value_ints = [-1]> ()
+    least = Constant <value_ints = [-9223372036854775807]> ()
+    turned = Slice (pairs, last, least, zero, last)
+    apart = Transpose <perm = [1, 0]> (turned)
+    flat = Reshape (apart, last)
+    y = Pad (x, flat)
+}"""
+
+
+def test_the_widths_of_a_pad_are_followed_as_torchscript_turns_them() -> None:
+    """From the last axis to the first, begin and end of each: the order of PyTorch's F.pad."""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(TURNED_WIDTHS))
+    shape = Analysis(model).shape(model.graph.outputs[0])
+    assert [str(size) for size in shape] == ["b", "4*floordiv(s, 4) + 4", "8"]
+    session = onnxruntime.InferenceSession(onnx.parser.parse_model(TURNED_WIDTHS).SerializeToString())
+    for rows in (1, 4, 6):
+        (got,) = session.run(None, {"x": np.zeros((2, rows, 8), np.float32)})
+        assert got.shape == (2, rows // 4 * 4 + 4, 8)

@@ -384,3 +384,19 @@ def test_sizes_that_only_the_lack_of_elements_makes_fit(sizes: tuple[int, ...], 
     assert session.run(None, tensors)[0].shape == (batch, rows, 24)
     sentence = OpenSizes(ir.from_proto(model)).sentence(tensors)
     assert ("since there are no elements" in sentence) == excused
+
+
+EMPTY_CACHE = """<ir_version: 8, opset_import: ["" : 17]>
+main (float[b,2,p,w] past, float[b,2,s,8] new) => (float[b,2,t,8] y) { y = Concat<axis = 2>(past, new) }"""
+
+
+@pytest.mark.parametrize(("past", "excused"), [((1, 2, 0, 0), True), ((1, 2, 0, 8), False), ((1, 2, 3, 8), False)])
+def test_a_cache_without_rows_may_have_any_size_for_concat_alone(past: tuple[int, ...], excused: bool) -> None:
+    """onnxruntime's Concat looks at no size of an input without elements; the operator asks for the columns of a
+    head."""
+    model = onnx.parser.parse_model(EMPTY_CACHE)
+    tensors = {"past": np.ones(past, np.float32), "new": np.ones((1, 2, 4, 8), np.float32)}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, tensors)[0].shape == (1, 2, 4 + past[2], 8)
+    sentence = OpenSizes(ir.from_proto(model)).sentence(tensors)
+    assert ("puts a size of 8 beside one of 0, since there are no elements" in sentence) == excused

@@ -121,7 +121,7 @@ class Drawing:
     pattern: MaskPattern = MaskPattern.ONES
     scale: float = 1.0  # of floating-point inputs
     overrides: str = ""  # inputs with an initializer get other values where their dtype is of these kinds (as "fb")
-    wild: bool = False  # numbers that are no mask's in float masks, any integers where only 0 and not 0 differ
+    wild: bool = False  # numbers that are no mask's in float masks; where only 0 differs, any integers for a 1
 
 
 class UnsupportedInput(Exception):
@@ -282,7 +282,10 @@ class _Draw:
 
     def _value(self, spec: InputSpec, shape: tuple[int, ...]) -> np.ndarray:
         if self.drawing.wild and spec.only_bool:
-            return self.random.choice([n for n in _WILD if _fits(n, spec.dtype)], shape)
+            numbers = self.random.choice([n for n in _WILD if _fits(n, spec.dtype)], shape)
+            if spec.role is not Role.MASK or self.drawing.pattern is MaskPattern.RANDOM:
+                return numbers
+            return np.where(_mask(shape, self.drawing.pattern, self.random), np.where(numbers == 0, 1, numbers), 0)
         makers: dict[Role, Callable[[], np.ndarray]] = {
             Role.MASK: lambda: _mask(shape, self.drawing.pattern, self.random),
             Role.WEIGHT: lambda: _mask(shape, self.drawing.pattern, self.random),

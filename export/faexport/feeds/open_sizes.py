@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.fallback.formulas import cuda_only
+from faexport.feeds.relations import sizes_beside
 from faexport.graph.nodes import all_nodes, attribute, operand
 from faexport.sizes import algebra
 from faexport.sizes.dims import Dim
@@ -19,9 +20,10 @@ from faexport.understand.shapes.evaluate import evaluate
 
 
 class OpenSizes:
-    """The Reshapes of a model that onnxruntime runs where a rewritten one need not run. Those with allowzero may have a
+    """The nodes of a model that onnxruntime runs where a rewritten one need not run. Reshapes with allowzero may have a
     size of 0 beside one of -1, which ONNX calls invalid, since the size that -1 stands for is open. And where there
-    are no elements, sizes that a Reshape finds equal in any other run may differ."""
+    are no elements, sizes that a Reshape or a Concat finds equal in any other run may differ: onnxruntime's Concat
+    looks at no size of an input without elements, as an empty cache."""
 
     def __init__(self, model: ir.Model):
         self._model = model
@@ -39,17 +41,20 @@ class OpenSizes:
         return found
 
     @functools.cached_property
-    def _pairs(self) -> list[tuple[str, Dim, Dim]]:
-        """The name of each node that runs only where two sizes are equal, or where there are no elements."""
-        nodes = [n for n in all_nodes(self._model) if n.op_type == "Reshape"]
+    def _pairs(self) -> list[tuple[ir.Node, Dim, Dim]]:
+        """Each node that runs only where two sizes are equal, or where there are no elements."""
         analysis, found = Analysis(self._model), []
-        for node in nodes:
-            before, target = analysis.shape(operand(node, 0)), analysis.contents(operand(node, 1))
-            if before is None or target is None or any(size in (0, -1) for size in target):
-                continue
-            left, right = _apart(before, target)
-            if len(left) == len(right) == 1:
-                found.append((node.name or "?", left[0], right[0]))
+        for node in all_nodes(self._model):
+            if node.op_type == "Reshape":
+                before, target = analysis.shape(operand(node, 0)), analysis.contents(operand(node, 1))
+                if before is None or target is None or any(size in (0, -1) for size in target):
+                    continue
+                left, right = _apart(before, target)
+                if len(left) == len(right) == 1:
+                    found.append((node, left[0], right[0]))
+            elif node.op_type == "Concat":
+                shapes = [analysis.shape(value) for value in node.inputs]
+                found += [(node, *pair) for pair in sizes_beside(shapes, attribute(node, "axis", 0))]
         return found
 
     def sentence(self, tensors: Mapping[str, np.ndarray]) -> str:
@@ -65,10 +70,12 @@ class OpenSizes:
         for name, beside in self._targets:
             if any(_number(size, sizes) == 0 for size in beside):
                 return f"node '{name}' reshapes to a size of 0 beside one of -1, which ONNX leaves open"
-        for name, before, behind in self._pairs:
+        for node, before, behind in self._pairs:
             found = [_number(size, sizes) for size in (before, behind)]
             if None not in found and found[0] != found[1]:
-                return f"node '{name}' makes a size of {found[1]} of one of {found[0]}, since there are no elements"
+                puts = "puts a size of {} beside" if node.op_type == "Concat" else "makes a size of {} of"
+                said = f"{puts.format(found[1])} one of {found[0]}"
+                return f"node '{node.name or '?'}' {said}, since there are no elements"
         return ""
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from faexport.feeds import inputs
 from faexport.feeds.inputs import Drawing, InputSpec, Sizes
-from faexport.graph.nodes import all_nodes, attribute, op, operand, producer
+from faexport.graph.nodes import RUNTIME_DOMAIN, all_nodes, attribute, op, operand, producer
 from faexport.sizes import algebra
 from faexport.sizes.algebra import Expr
 from faexport.sizes.dims import Dim, named
@@ -149,7 +149,19 @@ def _equal_sizes(model: ir.Model, analysis: Analysis) -> Iterator[tuple[Dim, Dim
             yield x[-1], y[-2]
             yield from _met([x[:-2], y[:-2]])
         elif op(node) == "Concat":
-            yield from _beside(shapes, attribute(node, "axis", 0))
+            yield from sizes_beside(shapes, attribute(node, "axis", 0))
+        elif (node.domain, node.op_type) == (RUNTIME_DOMAIN, "MultiHeadAttention"):
+            yield from _heads_of_cache(node, shapes)
+
+
+def _heads_of_cache(node: ir.Node, shapes: Sequence[Shape | None]) -> Iterator[tuple[Dim, Dim]]:
+    """The columns of a head of the past keys and values are those of the new ones."""
+    for new, past in ((1, 6), (2, 7)):
+        rows, cache = (shapes[k] if k < len(shapes) else None for k in (new, past))
+        heads = Dim.of(attribute(node, "num_heads", 1) if rows is not None and len(rows) == 3 else 1)
+        columns = rows[-1].divide(heads) if rows else None
+        if columns is not None and cache is not None and len(cache) == 4:
+            yield cache[3], columns
 
 
 def _met(shapes: Sequence[Shape | None]) -> Iterator[tuple[Dim, Dim]]:
@@ -159,7 +171,8 @@ def _met(shapes: Sequence[Shape | None]) -> Iterator[tuple[Dim, Dim]]:
         yield from ((first, other) for other in others)
 
 
-def _beside(shapes: Sequence[Shape | None], axis: int) -> Iterator[tuple[Dim, Dim]]:
+def sizes_beside(shapes: Sequence[Shape | None], axis: int) -> Iterator[tuple[Dim, Dim]]:
+    """Sizes that inputs of a Concat of these shapes must have in common, in pairs."""
     known = [shape for shape in shapes if shape is not None]
     for shape in known[1:]:
         joined = resolve_axis(axis, len(shape))

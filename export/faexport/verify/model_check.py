@@ -33,6 +33,8 @@ from faexport.understand.layout import view_ops
 from faexport.understand.shapes.analysis import Analysis
 from faexport.verify import compare, side_by_side, site_check
 from faexport.verify.reference import (
+    ONLY_UNOPTIMIZED,
+    ORIGINAL,
     Amount,
     Opener,
     Outputs,
@@ -269,6 +271,13 @@ def _despite_flips(reference: Reference, rewritten: ir.Model, result: Verificati
         "original feeds it, and all other nodes are the original's"
     )
     return dataclasses.replace(result, status=VerificationStatus.PASSED, reason="", notes=(*result.notes, note))
+
+
+def lost_optimizations(found: Verification) -> str:
+    """The note that onnxruntime's own optimizations fail on the rewritten model, though not on the original; or ""."""
+    said = [ONLY_UNOPTIMIZED.format(model) for model in (ORIGINAL, _BROKEN)]
+    of_both = [next((note for note in found.notes if note.startswith(words)), "") for words in said]
+    return "" if of_both[0] else of_both[1]
 
 
 def _leaves_out(rewritten: ir.Model) -> bool:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterable
 
+import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.nodes import maker, op
 from faexport.understand.core.rounding import DEQUANTIZING
+from faexport.verify.roundings import rounded_by_itself
 from faexport.verify.side_by_side_math import Emit
 from faexport.verify.widen import HALF, widen_node, widened
 
@@ -73,14 +75,18 @@ def recomputed(
     type_of: TypeOf,
     *,
     without: Collection[ir.Value] = (),
+    zero_for_nan: Collection[ir.Value] = (),
     wide: bool = False,
+    rounded: bool = False,
 ) -> ir.Value | None:
     """The value made from the sources again; None where that can't be.
 
     Args:
         sources: tensors of the same graph, taken as they are.
         without: outputs of DequantizeLinear, in whose place comes what was quantized.
+        zero_for_nan: values in which 0 takes the place of NaN.
         wide: half-precision tensors become float32.
+        rounded: half-precision tensors on the way are rounded to it, where onnxruntime would leave that out.
     """
     found: dict[ir.Value, ir.Value] = {}
     for source in sources:
@@ -111,7 +117,19 @@ def recomputed(
                 widen_node(copy)
             emit.graph.append(copy)
             found.update(zip(node.outputs, copy.outputs, strict=True))
+            if rounded and value is not root and type_of(value) in HALF:
+                found[value] = rounded_by_itself(found[value], emit)
+            if value in zero_for_nan:
+                dtype = ir.DataType.FLOAT if wide else type_of(value)
+                found[value] = _with_zero_for_nan(found[value], emit, dtype)
     return found.get(root)
+
+
+def _with_zero_for_nan(value: ir.Value, emit: Emit, dtype: ir.DataType | None) -> ir.Value:
+    # NOTE: onnxruntime's CPU provider has no Where of half precision.
+    numbers, zero = emit.cast(value, ir.DataType.FLOAT), emit.constant(np.array(0, np.float32))
+    replaced = emit("Where", emit("IsNaN", numbers), zero, numbers)
+    return replaced if dtype in (None, ir.DataType.FLOAT) else emit.cast(replaced, dtype)
 
 
 def _behind(values: Collection[ir.Value], end: ir.Value) -> set[ir.Value]:

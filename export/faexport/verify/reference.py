@@ -25,6 +25,8 @@ from faexport.spec import DOMAIN
 from faexport.verify import compare, roundings, widen
 
 PATIENCE = 60.0  # seconds after which no more settings are tried on the original
+ONLY_UNOPTIMIZED = "onnxruntime loads {} only without its own graph optimizations"
+ORIGINAL = "the original"
 GIVE_INPUTS = "give inputs with --inputs file.npz"
 FIT_TOGETHER = f"Where the sizes of its inputs don't fit one another, {relations.NAME_THEM}"
 PERTURBATION = 1e-7  # by which inputs are moved to see how much the original moves
@@ -345,17 +347,14 @@ def open_optimized(
             session = reference.open_session(Job(path, optimize=False, library=library))
         except (ModelFailure, ort_session.Crashed):
             raise first from None
-        note = (
-            f"onnxruntime loads {model} only without its own graph optimizations (graph_optimization_level = "
-            f"ORT_DISABLE_ALL); with them: {first}"
-        )
+        note = f"{ONLY_UNOPTIMIZED.format(model)} (graph_optimization_level = ORT_DISABLE_ALL); with them: {first}"
         notes += [note] if note not in notes else []
         return session
 
 
 def _open_original(reference: Reference) -> ort_session.Session | ort_session.SessionHere:
     library = needs_library(reference.model)
-    return open_optimized(reference, reference.path, library, "the original", reference.notes)
+    return open_optimized(reference, reference.path, library, ORIGINAL, reference.notes)
 
 
 def has_empty(tensors: ort_session.Tensors) -> bool:

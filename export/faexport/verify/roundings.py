@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has onnxruntime round to half precision where a model says so. Called by reference.py and side_by_side.py.
+"""Has onnxruntime round to half precision where a model says so. Called by reference.py, side_by_side.py
+and recompute.py.
 
 On the CPU most operators have no half-precision kernel. onnxruntime runs these in float32 and casts between them, and
 of two casts that undo each other it keeps none: what follows reads numbers that were never rounded, where a GPU rounds
@@ -26,6 +27,11 @@ def round_all(model: ir.Model) -> ir.Model:
     for graph, _ in graphs_of(model):
         round_values([value for node in graph for value in node.outputs], a.dtype)
     return model
+
+
+def rounded_by_itself(value: ir.Value, emit: Callable[[str, ir.Value], ir.Value]) -> ir.Value:
+    """The value rounded, for those who read what this gives; `emit` appends a node of a type to a graph."""
+    return emit("Identity", emit("Identity", value))
 
 
 def round_values(values: Iterable[ir.Value], type_of: TypeOf) -> None:

@@ -21,7 +21,7 @@ import onnx_ir.passes.common
 from faexport.fallback import stand_in_copy
 from faexport.graph.fused import is_fused
 from faexport.graph.nodes import dtype_name, maker
-from faexport.spec import DIVISORS, LEFT_OUT
+from faexport.spec import DIVISORS, LEFT_OUT, ZERO_ROWS
 from faexport.understand.shapes.analysis import Analysis
 from faexport.verify.recompute import BODIES, DISCRETE, copied, recomputed, unrounded_sources
 from faexport.verify.roundings import round_values
@@ -60,8 +60,8 @@ def build(old: ir.Model, new: ir.Model, *, library: bool, stand_in: bool, twins:
         old: the original, normalized as the pipeline does; it is changed into the result.
         new: the rewritten model; unchanged.
         library, stand_in: run fused nodes by the library, by their function in standard operators, or by both.
-        twins: the original's part is computed in float32 as well, to know how far it is from that where it rounds to
-            half precision.
+        twins: the original's part is computed in float32 as well, and with all of its roundings, to know how far it
+            is from that where it rounds to half precision.
     """
     opset = old.opset_imports.get("", 0)
     if opset < MINIMUM_OPSET:
@@ -148,7 +148,10 @@ class _Builder:
         found: list[tuple[Point, ir.Value]] = []
         dtype = self._dtype(old)
         try:
-            twin = self._again(old, new, scope, wide=True) if self.twins and dtype not in DISCRETE else None
+            twin = rounded = None
+            if self.twins and dtype not in DISCRETE:
+                twin = self._again(old, new, scope, wide=True)
+                rounded = self._again(old, new, scope, rounded=True)
             unquantized = self._unquantized(old, new, scope) if dtype not in DISCRETE else None
             wanted = self._wanted(old, new, scope)
             for by_stand_in in self.kinds:
@@ -161,7 +164,8 @@ class _Builder:
                 bad = [self._bad(leaf, scope, emit) for leaf in leaves if self._dtype(leaf) not in DISCRETE]
                 bad += [emit.count_no_divisor(value) for value in _named_in(DIVISORS, site, scope)]
                 floats = None if unquantized is None else (unquantized, old)
-                stats = statistics(emit, *sides, bad, exact=dtype in DISCRETE, bits=bits_of(old), floats=floats)
+                exact, bits = dtype in DISCRETE, bits_of(old)
+                stats = statistics(emit, *sides, bad, rounded=rounded, nan=old, exact=exact, bits=bits, floats=floats)
                 word = dtype_name(dtype) or ""
                 output = f"faexport_check_{len(self.points)}_{len(found)}_{new.name}_{int(by_stand_in)}"
                 found.append(
@@ -174,13 +178,15 @@ class _Builder:
         return found
 
     def _wanted(self, old: ir.Value, new: ir.Value, scope: _Scope) -> ir.Value:
-        """What the new value is to be: the original's, without the roundings that the fused node leaves out."""
-        if not _left_out(self._site(new, scope)[0], scope):
+        """What the new value is to be: the original's, without the roundings that the fused node leaves out, and made
+        from 0 where rows of the attention that see no key are NaN in the original."""
+        site, _ = self._site(new, scope)
+        if not _left_out(site, scope) and not _named_in(ZERO_ROWS, site, scope):
             return old
-        again = self._again(old, new, scope, wide=False)
-        if again is None:
+        again = self._again(old, new, scope)
+        if again is None and _left_out(site, scope):
             raise _Cannot("the original's can't be computed without the roundings that are left out")
-        return again
+        return again or old
 
     def _bad(self, leaf: ir.Value, scope: _Scope, emit: Emit) -> ir.Value:
         if leaf not in scope.bad:
@@ -261,12 +267,16 @@ class _Builder:
 
     # ------------------------------------------------------------------------------------------ in float32
 
-    def _again(self, old: ir.Value, new: ir.Value, scope: _Scope, *, wide: bool) -> ir.Value | None:
+    def _again(
+        self, old: ir.Value, new: ir.Value, scope: _Scope, *, wide: bool = False, rounded: bool = False
+    ) -> ir.Value | None:
         """The original's value from the tensors that the new nodes read, without what these leave out; None where it
         can't be computed again."""
         site, leaves = self._site(new, scope)
-        without = _left_out(site, scope)
-        return recomputed(old, leaves, Emit(scope.graph, self.old.graph), self._dtype, without=without, wide=wide)
+        without, zero = _left_out(site, scope), _named_in(ZERO_ROWS, site, scope)
+        emit = Emit(scope.graph, self.old.graph)
+        how = {"wide": wide, "rounded": rounded}
+        return recomputed(old, leaves, emit, self._dtype, without=without, zero_for_nan=zero, **how)
 
     def _unquantized(self, old: ir.Value, new: ir.Value, scope: _Scope) -> ir.Value | None:
         """The original's value in float32 without any rounding of its operands, scores and weights; None where nothing

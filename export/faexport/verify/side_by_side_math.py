@@ -39,6 +39,11 @@ class Statistics:
     unquantized_to_old: float
     unquantized_to_new: float
     num_flipped: float  # numbers of a quantized cache that are neighbours of the original's
+    # Of the original with all of its roundings, where those are half precision's:
+    twin_to_rounded: float
+    rounded_to_new: float
+    num_unlike_rounded: float  # no numbers, or other infinities, on one side alone; NaN there and 0 in ours is alike
+    num_rounded: float  # numbers; 0 where it isn't there
 
     @classmethod
     def read(cls, array: np.ndarray) -> Statistics:
@@ -180,6 +185,8 @@ def statistics(
     twin: ir.Value | None,
     num_bad: Sequence[ir.Value],
     *,
+    rounded: ir.Value | None = None,
+    nan: ir.Value | None = None,
     exact: bool,
     bits: int = 0,
     floats: tuple[ir.Value, ir.Value] | None = None,
@@ -189,6 +196,8 @@ def statistics(
     Args:
         twin: `old` in float32.
         num_bad: counts for each tensor that they are made from.
+        rounded: `old` with all of its roundings (roundings.py), given with a twin.
+        nan: the original's own value where `old` isn't quite that; it tells which elements are NaN in the original.
         exact: integers or bools; they are compared as they are.
         bits: of the numbers of a quantized cache (bits_of), where neighbours are counted by themselves.
         floats: the same without quantization, in float32, and the original's own.
@@ -200,6 +209,11 @@ def statistics(
     if exact:
         return _vector(emit, found | _of_integers(emit, a, b, bits))
     found |= _of_floats(emit, a, b, twin, bits)
+    if twin is not None and rounded is not None:
+        found |= _of_rounded(emit, emit.cast(rounded, _FLOAT), b, emit.cast(twin, _FLOAT))
+    if nan is not None and nan is not old:
+        lost = emit("And", emit("IsNaN", emit.cast(nan, _FLOAT)), emit("Not", emit("IsNaN", b)))
+        found["num_lost"] = emit.count(lost)
     if num_bad:
         found["num_bad_inputs"] = emit("Sum", *num_bad)
     if floats is not None:
@@ -250,6 +264,27 @@ def _of_floats(emit: Emit, a: ir.Value, b: ir.Value, twin: ir.Value | None, bits
         known = emit("And", both, emit("Less", emit("Abs", exact), infinity))
         found |= {"twin_to_old": difference(exact, a, known), "twin_to_new": difference(exact, b, known)}
     return found
+
+
+def _of_rounded(emit: Emit, rounded: ir.Value, new: ir.Value, twin: ir.Value) -> dict[str, ir.Value]:
+    """The fields of Statistics about the original with all of its roundings."""
+    infinity, zero = (emit.constant(np.array(x, np.float32)) for x in (np.inf, 0))
+    numbers = [emit("Less", emit("Abs", value), infinity) for value in (rounded, new, twin)]
+
+    def difference(other: ir.Value, is_number: ir.Value) -> ir.Value:
+        apart = emit("Abs", emit("Sub", rounded, other))
+        return emit.largest(emit("Where", emit("And", numbers[0], is_number), apart, zero))
+
+    unlike = emit("Xor", numbers[0], numbers[1])
+    hidden = emit("And", emit("IsNaN", rounded), emit("Equal", new, zero))
+    other_infinity = emit("Or", emit("Less", rounded, new), emit("Greater", rounded, new))
+    neither = emit("And", emit("Not", emit("Or", *numbers[:2])), other_infinity)
+    return {
+        "twin_to_rounded": difference(twin, numbers[2]),
+        "rounded_to_new": difference(new, numbers[1]),
+        "num_unlike_rounded": emit.count(emit("And", emit("Or", unlike, neither), emit("Not", hidden))),
+        "num_rounded": emit.count(numbers[0]),
+    }
 
 
 def _distances(emit: Emit, exact: ir.Value, others: Sequence[ir.Value]) -> list[ir.Value]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +25,7 @@ from faexport.graph.edits import Names, insert_in_front, remove_dead
 from faexport.graph.fused import optional_inputs, optional_outputs
 from faexport.graph.nodes import attribute, given, op, producer
 from faexport.graph.surgery import Builder
-from faexport.spec import AttentionSpec, Candidate, EmptyRow, Fact, Layout
+from faexport.spec import ZERO_ROWS, AttentionSpec, Candidate, EmptyRow, Fact, Layout
 from faexport.understand.shapes.analysis import Analysis
 from faexport.write.projections import sites_text
 
@@ -152,10 +153,11 @@ class _Site:
         if key is not None:
             texts.append("the keys' bias is left out: it adds the same to all scores of a row")
         if value is not None and behind is not None:
-            value = np.repeat(value, self.q_heads // self.kv_heads, axis=0)
+            value, output = np.repeat(value, self.q_heads // self.kv_heads, axis=0), self.node.outputs[0].name
             self._add_behind(value, behind, names)
             if self._may_give_zero():
                 self._add_input("empty_row_value", -value, names)
+                self.node.metadata_props[ZERO_ROWS] = json.dumps([output])
             texts.append("the values' bias is part of the output projection's: the weights of a row sum to 1")
         remove_dead(old)
         return texts

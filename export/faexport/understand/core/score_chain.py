@@ -247,6 +247,8 @@ class _Reader:
         elif step.kind == "sink":
             self.sink_axes, padded = self._axes() or (), padded_column(node, len(self.view.axes) - 1, self.a)
             self.sink, self.sink_first = padded or (node.inputs[1 - step.index], step.index == 1)
+            if (sizes := self.a.shape(self.sink)) and sizes[-1].const not in (None, 1):
+                return Refusal("the scores are put beside others (Concat), which attention doesn't have", name_of(node))
             if self.path.steps[-1] is not step and any(s.kind not in UNCHANGED for s in self._after(step)):
                 return Refusal("the scores are changed after the attention sink was put beside them", name_of(node))
         elif step.kind not in UNCHANGED:

@@ -160,7 +160,8 @@ def _head_options(query: _Side, scores: Scores) -> list[Dim]:
     """Numbers of heads to try, the likely ones first."""
     sizes = query.lead_sizes
     if len(sizes) >= 2:
-        return [product(sizes[k:]) for k in range(len(sizes) - 1, 0, -1)]
+        inner = [product(sizes[k:]) for k in range(len(sizes) - 1, 0, -1)]
+        return inner if any(size.const for size in inner) else [*inner, ONE]  # blocks inside of heads
     if not sizes:
         return [ONE]
     options: list[Dim] = []

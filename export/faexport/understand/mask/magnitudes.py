@@ -17,6 +17,7 @@ from faexport.understand.shapes.constants import tensor_of
 # A fill above this is a number like any other; at or below it a softmax weight is 0 beside any usual score.
 MASKING = -1e4
 _FINE = 2.0**14  # beside smaller numbers, float32 keeps 2^-10 of a score
+_FINEST = 2.0**10  # … and 2^-14
 ABSORBS = {ir.DataType.FLOAT16: -6e4, ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.DOUBLE: -1e30}
 
 
@@ -32,6 +33,12 @@ def keeps_scores(e: Expr) -> bool:
     numbers = (abs(il.number_of(number)) for number in ia.atoms(e, "float"))
     absorbing = -ABSORBS[ir.DataType.FLOAT]
     return all(n == 0 or 1 / _FINE <= n < _FINE or n >= absorbing for n in numbers) and _are_tables_below(e, _FINE)
+
+
+def fill_keeps_scores(fill: float) -> bool:
+    """The same of a number that is proven to hide keys: a row in which it hides all of them is compared, too. Rounding
+    beside 2^10 changes a weight by 1e-4 at most."""
+    return -_FINEST < fill or fill <= ABSORBS[ir.DataType.FLOAT]
 
 
 def _are_tables_below(e: Expr, limit: float) -> bool:

@@ -24,7 +24,7 @@ from faexport.understand.mask.bias import write_bias
 from faexport.understand.mask.draft import Draft
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.empty_rows import TwoMasks, empty_rows, lower_of_two, two_masks
-from faexport.understand.mask.magnitudes import ABSORBS, MASKING, is_moderate, keeps_scores, largest
+from faexport.understand.mask.magnitudes import ABSORBS, MASKING, fill_keeps_scores, is_moderate, keeps_scores, largest
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.site import NotAMask, Site
 from faexport.understand.mask.terms import (
@@ -88,7 +88,8 @@ class Problem:
     def keeps_scores(self) -> bool:
         """Is what is added to scores so small that they keep their last bits, or so huge that nothing is left of them,
         wherever a row may see no other key? Else what rounding leaves of scores depends on the scores themselves."""
-        return self.rows_are_full or all(map(keeps_scores, self._added))
+        fills = (c.mask for c in self.cases if c.mask is not None)
+        return self.rows_are_full or (all(map(keeps_scores, self._added)) and all(map(fill_keeps_scores, fills)))
 
     @functools.cached_property
     def _added(self) -> list[Expr]:

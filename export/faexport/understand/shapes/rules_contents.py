@@ -10,6 +10,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.nodes import attribute, op, operand, producer
@@ -46,7 +47,53 @@ def _contents_same(node: ir.Node, a: Known) -> Contents:
         before = producer(node.inputs[0])
         if rank == 1 and before is not None and op(before) == "OneHot":
             return _one_hot(before, a)
+        if rank == 1 and contents is None and node.inputs[0] is not None:
+            return _moved(node.inputs[0], a)
     return contents if rank is None or rank <= 1 else None
+
+
+def _moved(value: ir.Value, a: Known) -> Shape | None:
+    """Numbers that went through more than one axis and stand in another order, as TorchScript's exporter writes the
+    widths of a Pad: from the last axis to the first, turned around by Reshape, Slice and Transpose."""
+    path: list[ir.Node] = []
+    while (contents := a.contents(value)) is None:
+        node = value.producer()
+        if node is None or op(node) not in _MOVES or node.inputs[0] is None or len(path) == _LONGEST_PATH:
+            return None
+        path.append(node)
+        value = node.inputs[0]
+    places = np.arange(len(contents))
+    for node in reversed(path):
+        moved = _MOVES[node.op_type](node, places, a)
+        if moved is None:
+            return None
+        places = moved
+    return tuple(contents[i] for i in places.reshape(-1))
+
+
+def _reshaped(node: ir.Node, places: np.ndarray, a: Known) -> np.ndarray | None:
+    sizes = constant_ints(node, a, 1, "shape")
+    return None if sizes is None or 0 in sizes else places.reshape(sizes)
+
+
+def _transposed(node: ir.Node, places: np.ndarray, a: Known) -> np.ndarray:
+    return places.transpose(attribute(node, "perm"))
+
+
+def _sliced(node: ir.Node, places: np.ndarray, a: Known) -> np.ndarray | None:
+    starts, ends, axes, steps = (
+        constant_ints(node, a, i, name) for i, name in enumerate(("starts", "ends", "axes", "steps"), 1)
+    )
+    if starts is None or ends is None or (axes is None and operand(node, 3)) or (steps is None and operand(node, 4)):
+        return None
+    index = [slice(None)] * places.ndim
+    for axis, *bounds in zip(axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True):
+        index[axis] = slice(*bounds)
+    return places[tuple(index)]
+
+
+_MOVES = {"Reshape": _reshaped, "Transpose": _transposed, "Slice": _sliced}
+_LONGEST_PATH = 8
 
 
 def _one_hot(node: ir.Node, a: Known) -> Shape | None:
