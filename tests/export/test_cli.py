@@ -238,6 +238,7 @@ WRONG = (
     "bench x.onnx --timeout 1e18",
     "x.onnx --no-verify --verify-on cuda",
     "x.onnx --no-verify --verify-timeout 5",
+    "x.onnx --no-verify --inputs x.npz",
     "x.onnx --float32 tf32 --dtype bf16",
 )
 

@@ -47,8 +47,13 @@ class Verifying:
     verify_on: str
     inputs: pathlib.Path | None
 
-    def refuse_contradictions(self) -> None:
-        """Raises click.UsageError."""
+    def refuse_contradictions(self, measures: bool) -> None:
+        """Raises click.UsageError. `measures`: is a precision wanted, for which the model is run on the inputs?"""
+        if not self.check and self.inputs and not measures:
+            raise click.UsageError(
+                "--no-verify runs nothing, so that --inputs says nothing without --dtype, --fp16 or --bf16; leave one of "
+                "them out"
+            )
         if not self.check and (self.timeout != VERIFY_TIMEOUT or self.verify_on != DEVICES[0]):
             raise click.UsageError(
                 "--no-verify runs nothing, so that --verify-timeout and --verify-on say nothing; leave them out"
@@ -215,7 +220,7 @@ def fuse(
     MODEL may be a folder of onnxruntime-genai: a copy of it is written, with the decoder's attention fused. Of any
     other folder all models are rewritten, and several models or folders may be given."""
     changes.refuse_contradictions()
-    verifying.refuse_contradictions()
+    verifying.refuse_contradictions(measures=bool(changes.dtype or changes.fp16 or changes.bf16))
     with telling.failing_early(models[0]):
         for path in models:
             if not path.is_dir():
