@@ -91,7 +91,11 @@ REFUSED = [
         r"d_key has shape \[1, 2, 6, 4\]; expected that of",
     ),
     ({"out": {"key": ONES}}, ValueError, "d_key shares memory with query"),
-    ({"d_lse": np.ones((1, 2, 4), np.float32)}, ValueError, r"d_lse is float32 \[1, 2, 4\]; expected float32 \[1, 2, 5\], row-major"),
+    (
+        {"d_lse": np.ones((1, 2, 4), np.float32)},
+        ValueError,
+        r"d_lse is float32 \[1, 2, 4\]; expected float32 \[1, 2, 5\], row-major",
+    ),
 ]
 
 

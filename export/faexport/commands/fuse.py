@@ -51,8 +51,8 @@ class Verifying:
         """Raises click.UsageError. `measures`: is a precision wanted, for which the model is run on the inputs?"""
         if not self.check and self.inputs and not measures:
             raise click.UsageError(
-                "--no-verify runs nothing, so that --inputs says nothing without --dtype, --fp16 or --bf16; leave one of "
-                "them out"
+                "--no-verify runs nothing, so that --inputs says nothing without --dtype, --fp16 or --bf16; leave one "
+                "of the two out"
             )
         if not self.check and (self.timeout != VERIFY_TIMEOUT or self.verify_on != DEVICES[0]):
             raise click.UsageError(
