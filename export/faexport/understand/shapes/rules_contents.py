@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import attribute, op, operand, producer
 from faexport.sizes.dims import Dim, product
+from faexport.understand.shapes.constants import fold
 from faexport.understand.shapes.floor_division import floor_division
 from faexport.understand.shapes.known import Contents, Known, Shape
 from faexport.understand.shapes.rules import constant_ints, contents_of, quotient, shape_window, split_sizes
@@ -62,37 +63,14 @@ def _moved(value: ir.Value, a: Known) -> Shape | None:
             return None
         path.append(node)
         value = node.inputs[0]
-    places = np.arange(len(contents))
+    places: np.ndarray | None = np.arange(len(contents))
     for node in reversed(path):
-        moved = _MOVES[node.op_type](node, places, a)
-        if moved is None:
-            return None
-        places = moved
-    return tuple(contents[i] for i in places.reshape(-1))
+        others = [a.constant(v) for v in node.inputs[1:]]
+        places = fold(node, [places, *others]) if places is not None else None
+    return None if places is None else tuple(contents[i] for i in places.reshape(-1))
 
 
-def _reshaped(node: ir.Node, places: np.ndarray, a: Known) -> np.ndarray | None:
-    sizes = constant_ints(node, a, 1, "shape")
-    return None if sizes is None or 0 in sizes else places.reshape(sizes)
-
-
-def _transposed(node: ir.Node, places: np.ndarray, a: Known) -> np.ndarray:
-    return places.transpose(attribute(node, "perm"))
-
-
-def _sliced(node: ir.Node, places: np.ndarray, a: Known) -> np.ndarray | None:
-    starts, ends, axes, steps = (
-        constant_ints(node, a, i, name) for i, name in enumerate(("starts", "ends", "axes", "steps"), 1)
-    )
-    if starts is None or ends is None or (axes is None and operand(node, 3)) or (steps is None and operand(node, 4)):
-        return None
-    index = [slice(None)] * places.ndim
-    for axis, *bounds in zip(axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True):
-        index[axis] = slice(*bounds)
-    return places[tuple(index)]
-
-
-_MOVES = {"Reshape": _reshaped, "Transpose": _transposed, "Slice": _sliced}
+_MOVES = ("Reshape", "Transpose", "Slice")
 _LONGEST_PATH = 8
 
 
