@@ -8,7 +8,6 @@ defect is ours. Both are native code, which malformed models may crash, so they 
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
 import subprocess
 import sys
@@ -64,13 +63,7 @@ def _malformed(path: pathlib.Path, fault: str) -> ModelError:
 def fault_of(model: pathlib.Path) -> str:
     """What is wrong with the file, in the checkers' words, or "" where they find nothing."""
     try:
-        done = subprocess.run(
-            child_process.command(__name__, os.fspath(model)),
-            env=child_process.environment(),
-            capture_output=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
+        done = child_process.run(__name__, model, TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         return ""
     if done.returncode < 0:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import pickle
 import subprocess
@@ -46,14 +45,7 @@ def measure(question: Question, timeout: float) -> Any:
         path = folder / "question"
         path.write_bytes(pickle.dumps(question))
         try:
-            done = subprocess.run(
-                child_process.command(__name__, os.fspath(path)),
-                env=child_process.environment(),
-                cwd=folder,
-                capture_output=True,
-                timeout=timeout,
-                check=False,
-            )
+            done = child_process.run(__name__, path, timeout, cwd=folder)
         except subprocess.TimeoutExpired as error:
             raise ModelError(f"a measurement took longer than {timeout:g} s; --timeout allows more") from error
     if done.returncode:

@@ -8,7 +8,23 @@ directory first, and that is often the folder of a model somebody else made.
 from __future__ import annotations
 
 import os
+import pathlib
+import subprocess
 import sys
+
+
+def run(
+    module: str, argument: pathlib.Path, timeout: float, cwd: pathlib.Path | None = None
+) -> subprocess.CompletedProcess:
+    """Runs main() of a module on a file to its end, and keeps what it prints. Raises subprocess.TimeoutExpired."""
+    return subprocess.run(
+        command(module, os.fspath(argument)),
+        env=environment(),
+        cwd=cwd,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def command(module: str, *arguments: str) -> list[str]:
