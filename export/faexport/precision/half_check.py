@@ -50,7 +50,7 @@ def make(
     """
     if reference.problem:
         raise ModelError(f"{reference.path}: can't become {_name(dtype)}: {reference.problem}")
-    refuse(reference.path, rewritten, dtype)
+    _refuse(reference.path, reference.model, rewritten, dtype)
     model, kept = _converted(rewritten, reference, dtype, keep_io_types=keep_io_types, fallback=fallback)
     there = {node.name for node in model.graph}
     kept = {name: why for name, why in kept.items() if name in there}
@@ -61,14 +61,19 @@ def refuse(original: os.PathLike[str] | str, rewritten: os.PathLike[str] | str, 
     """Raises ModelError with one sentence where the files alone tell that `rewritten` can't become this dtype; nothing
     is run, so that a caller can ask before the models are compared."""
     path = os.fspath(original)
-    if compare.least_precise(model_io.load(original)) != "float32":
+    _refuse(path, model_io.load(original), rewritten, dtype)
+    with _as_refusals(rewritten, path, dtype):
+        half.prepared(rewritten)
+
+
+def _refuse(path: str, original: ir.Model, rewritten: os.PathLike[str] | str, dtype: ir.DataType) -> None:
+    """What needs no preparation of the model: its types and its opset. `path`: the original's."""
+    if compare.least_precise(original) != "float32":
         raise ModelError(f"{path}: has half precision already; --fp16 and --bf16 are for float32 models")
     opset, least = model_io.load(rewritten).opset_imports.get("", 0), half_nodes.OPSET_OF_BFLOAT16
     if dtype == ir.DataType.BFLOAT16 and opset < least:
         why = f"it has opset {opset}, and that takes {least} or later; add --opset 18"
         raise ModelError(f"{path}: can't become {_name(dtype)}: {why}")
-    with _as_refusals(rewritten, path, dtype):
-        half.prepared(rewritten)
 
 
 @contextlib.contextmanager
