@@ -115,8 +115,9 @@ def _with_advice(found: Verification, original: ir.Model) -> Verification:
 
 def _draws(model: ir.Model) -> ir.Node | None:
     """A node that gives other numbers in each run, or None."""
+    analysis = Analysis(model)
     for node in all_nodes(model):
-        if op(node) in _RANDOM or (op(node) == "Dropout" and view_ops.is_training(node, Analysis(model))):
+        if op(node) in _RANDOM or (op(node) == "Dropout" and view_ops.is_training(node, analysis)):
             return node
     return None
 
