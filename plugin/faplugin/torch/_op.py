@@ -170,7 +170,7 @@ def compute(
     """attend() without its checks: `optional` by OPTIONAL (ABSENT where all are None), `settings` by SETTINGS."""
     given: Sequence[Any] = () if optional is ABSENT else optional
     eager = is_eager(query, key, value, *given)
-    if not eager or key is None or value is None:
+    if not eager or (packed < 3 and key is None) or (not packed and value is None):
         _refuse_others((query, key, value), packed, given)
     if not eager or torch._C._is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
@@ -191,13 +191,9 @@ def compute(
 
 def _refuse_others(operands: Tensors, packed: int, given: Sequence[Any]) -> None:
     """Raises TypeError where something is no tensor; of packed tensors only the first ones are there."""
-    last = {0: 3, 2: 2, 3: 1}[packed]
-    names = ("query", "key", "value")[:last]
-    found = [
-        *zip(names, operands, strict=False),
-        *((n, x) for n, x in zip(_call.OPTIONAL, given, strict=False) if x is not None),
-    ]
-    for name, x in found:
+    there = operands[: 4 - packed] if packed else operands
+    optional = ((name, x) for name, x in zip(_call.OPTIONAL, given, strict=False) if x is not None)
+    for name, x in (*zip(("query", "key", "value"), there, strict=False), *optional):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
 
