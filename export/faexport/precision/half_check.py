@@ -67,7 +67,7 @@ def refuse(original: os.PathLike[str] | str, rewritten: os.PathLike[str] | str, 
 
 
 def _refuse(path: str, original: ir.Model, rewritten: os.PathLike[str] | str, dtype: ir.DataType) -> None:
-    """What needs no preparation of the model: its types and its opset. `path`: the original's."""
+    """Raises ModelError for what shows without preparing the model: its types, its opset. `path`: the original's."""
     if compare.least_precise(original) != "float32":
         raise ModelError(f"{path}: has half precision already; --fp16 and --bf16 are for float32 models")
     opset, least = model_io.load(rewritten).opset_imports.get("", 0), half_nodes.OPSET_OF_BFLOAT16
