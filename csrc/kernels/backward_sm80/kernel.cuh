@@ -29,6 +29,8 @@ struct TileConfig {
   // Gradients of scores: by keys, or in float32, which ldmatrix doesn't transpose, by rows.
   using LayoutS = std::conditional_t<kElementBytes == 2, TileLayout<kTileK, kTileQ * 2, RowOrder::kNeighbours>,
                                      TileLayout<kTileQ, kTileK * 4, RowOrder::kNeighbours>>;
+  using CopyK = prefill_sm80::TileCopy<T, LayoutK, kTileK, kThreads>;
+  using CopyQ = prefill_sm80::TileCopy<T, LayoutQ, kTileQ, kThreads>;
   using Products =
       std::conditional_t<kElementBytes == 2, backward_sm80::Products<TileConfig>, backward_sm80::FloatProducts<TileConfig>>;
 
@@ -43,27 +45,59 @@ struct TileConfig {
   static_assert(kSharedBytes == shared_memory_bytes(kElementBytes, kHeadDim, kTile));
 };
 
-/// A step of the walk: a tile of rows of a head. Stages of shared memory take turns.
+/// A step of the walk: a tile of rows of a head.
 struct Step {
-  int head, row_tile, stage;
+  int head, row_tile;
+  int tile;   // among those of RowTiles
+  int stage;  // of shared memory: two that take turns
+};
+
+/// Where a thread copies the rows of a step from: its first chunk of them.
+template <class T>
+struct RowSource {
+  const T *query, *d_out;
+};
+
+/// What stays the same for a tile of keys; in shared memory.
+struct Walk {
+  KeyTile keys;
+  float4* d_query;  // the sums of the block's split
 };
 
 /// What stays the same for a block.
 template <class Config>
 struct Block {
+  using T = typename Config::T;
+
   const AttentionParams& p;
   const Gradients& g;
   const Grid& grid;
   TileWork& work;  // in shared memory: in registers it would be spilled from the main loop
-  KeySplit keys;
   int first_key;
   unsigned char* shared;
 
   __device__ __forceinline__ uint32_t address(int offset) const {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + offset;
   }
-  __device__ __forceinline__ int64_t tile_of(const Step& step) const {
-    return grid.numbers.tiles.first(step.head, work.sequence_idx, work.sequence.first_row) + step.row_tile;
+  __device__ __forceinline__ Step step_of(int head, int row_tile, int stage) const {
+    const int64_t first = grid.numbers.tiles.first(head, work.sequence_idx, work.sequence.first_row);
+    return {head, row_tile, static_cast<int>(first) + row_tile, stage};
+  }
+  __device__ __forceinline__ RowSource<T> source_of(const Step& step) const {
+    using Copy = typename Config::CopyQ;
+    const int64_t b = work.sequence.batch_idx, row = work.sequence.first_row + step.row_tile * Config::kTileQ;
+    return {source_of_rows<Copy, T>(p.query, b, step.head, row), source_of_rows<Copy, T>(g.d_out, b, step.head, row)};
+  }
+  /// The next step of a walk over the tiles `rows`, from the last to the first, in one head after the other.
+  __device__ __forceinline__ void advance(Step& step, RowSource<T>& source, KeySpan rows) const {
+    step.stage ^= 1;
+    if (step.row_tile > rows.begin) {
+      --step.row_tile, --step.tile;
+      source.query -= Config::kTileQ * p.query.stride[2], source.d_out -= Config::kTileQ * g.d_out.stride[2];
+    } else {
+      step = step_of(step.head + 1, rows.end - 1, step.stage);
+      source = source_of(step);
+    }
   }
   __device__ __forceinline__ NumbersOfRows numbers(int stage) const {
     const float* first = reinterpret_cast<const float*>(shared + Config::kNumbers + stage * Config::kNumbersOfStage);
@@ -71,26 +105,26 @@ struct Block {
     return {first, first + Config::kTileQ, first + 2 * Config::kTileQ};
   }
 
-  __device__ __forceinline__ void load_keys() const {
-    using T = typename Config::T;
-    const int valid = work.num_keys - first_key;
-    const int64_t b = work.sequence.batch_idx, row = work.sequence.first_key + first_key;
-    load_rows<T, typename Config::LayoutK, Config::kTileK, Config::kThreads>(shared, p.key, b, work.kv_head, row, valid,
-                                                                             grid.key_by_16);
-    load_rows<T, typename Config::LayoutK, Config::kTileK, Config::kThreads>(shared + Config::kValue, p.value, b, work.kv_head,
-                                                                             row, valid, grid.value_by_16);
+  template <class Layout, int kRows>
+  __device__ __forceinline__ void load(int tile, const TensorView& view, const T* source, int valid_rows, bool by_16) const {
+    load_rows<T, Layout, kRows, Config::kThreads>(shared + tile, view, source, valid_rows, by_16);
   }
-
-  __device__ __forceinline__ void load_queries(const Step& step) const {
-    using T = typename Config::T;
-    const int first = step.row_tile * Config::kTileQ, valid = static_cast<int>(work.sequence.query_length) - first;
-    const int64_t b = work.sequence.batch_idx, row = work.sequence.first_row + first;
-    unsigned char* tile = shared + Config::kStages + step.stage * Config::kStage;
-    load_rows<T, typename Config::LayoutQ, Config::kTileQ, Config::kThreads>(tile, p.query, b, step.head, row, valid,
-                                                                             grid.query_by_16);
-    load_rows<T, typename Config::LayoutQ, Config::kTileQ, Config::kThreads>(tile + Config::LayoutQ::kBytes, g.d_out, b,
-                                                                             step.head, row, valid, grid.d_out_by_16);
-    const int64_t entry = tile_of(step) * Config::kTileQ;
+  __device__ __forceinline__ void load_keys() const {
+    using Copy = typename Config::CopyK;
+    const int64_t b = work.sequence.batch_idx, row = work.sequence.first_key + first_key;
+    const int valid = work.num_keys - first_key;
+    const auto load_tile = [&](int tile, const TensorView& view, bool by_16) {
+      load<typename Config::LayoutK, Config::kTileK>(tile, view, source_of_rows<Copy, T>(view, b, work.kv_head, row), valid, by_16);
+    };
+    load_tile(0, p.key, grid.key_by_16);
+    load_tile(Config::kValue, p.value, grid.value_by_16);
+  }
+  __device__ __forceinline__ void load_queries(const Step& step, const RowSource<T>& source) const {
+    const int valid = static_cast<int>(work.sequence.query_length) - step.row_tile * Config::kTileQ;
+    const int tile = Config::kStages + step.stage * Config::kStage;
+    load<typename Config::LayoutQ, Config::kTileQ>(tile, p.query, source.query, valid, grid.query_by_16);
+    load<typename Config::LayoutQ, Config::kTileQ>(tile + Config::LayoutQ::kBytes, g.d_out, source.d_out, valid, grid.d_out_by_16);
+    const int64_t entry = int64_t{step.tile} * Config::kTileQ;
     const uint32_t numbers = address(Config::kNumbers + step.stage * Config::kNumbersOfStage);
     load_floats<Config::kTileQ>(numbers, grid.numbers.reference + entry);
     load_floats<Config::kTileQ>(numbers + 4 * Config::kTileQ, grid.numbers.delta + entry);
@@ -99,11 +133,11 @@ struct Block {
 
   /// Tiles in one TF32 product: each element becomes the nearest TF32 number, by the thread that copied it.
   __device__ __forceinline__ void round_keys() const {
-    using Copy = prefill_sm80::TileCopy<float, typename Config::LayoutK, Config::kTileK, Config::kThreads>;
+    using Copy = typename Config::CopyK;
     round_copied<Copy>(address(0)), round_copied<Copy>(address(Config::kValue));
   }
   __device__ __forceinline__ void round_queries(int stage) const {
-    using Copy = prefill_sm80::TileCopy<float, typename Config::LayoutQ, Config::kTileQ, Config::kThreads>;
+    using Copy = typename Config::CopyQ;
     const uint32_t tile = address(Config::kStages + stage * Config::kStage);
     round_copied<Copy>(tile), round_copied<Copy>(tile + Config::LayoutQ::kBytes);
   }
@@ -126,18 +160,18 @@ struct Block {
   }
 };
 
-/// Weights of the warp's keys in a tile of rows, and the gradients of its scores, in the element type.
+/// Weights of the warp's keys in a tile of rows, and the gradients of its scores, in the element type. `is_whole`: no length or
+/// window hides a key of the tile from a row of it.
 template <class Config>
 __device__ __forceinline__ void weights_of(typename Config::Products::Packed& weights,
                                            typename Config::Products::Packed& d_scores, const Block<Config>& block,
-                                           const Step& step) {
+                                           const Step& step, bool is_whole) {
   using Products = typename Config::Products;
   constexpr int kKeyBlocks = Products::kKeyBlocks, kRowBlocks = Products::kRowBlocks;
   const int lane = threadIdx.x % 32;
   const uint32_t keys = block.address(0), rows = block.address(Config::kStages + step.stage * Config::kStage);
   const TileCorner corner{block.first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
   const NumbersOfRows numbers = block.numbers(step.stage);
-  const bool is_whole = sees_all(block.work, step.row_tile, Config::kTileQ, block.first_key, Config::kTileK);
   typename Products::Scores scores, products;
   Products::multiply(scores, keys, rows, [](int) { return make_float2(0.0f, 0.0f); });
   // The plain sum begins with -D. With few keys (Variant::kModified) what is exact cancels, so D is subtracted from all of it.
@@ -162,18 +196,11 @@ __device__ __forceinline__ void weights_of(typename Config::Products::Packed& we
   Products::pack(d_scores, products);
 }
 
-/// A tile of dQ that the block adds to.
-struct QueryTile {
-  Step step;
-  int64_t sums;  // its place in Grid::d_query, in float4, this thread's part
-  bool is_last;  // the block adds to it for the last time, and has it alone: what is added up is the gradient
-
-  /// Where its sums are in those of a split.
-  template <class Config>
-  static __device__ __forceinline__ int64_t place(const Block<Config>& block, const Step& step, int split) {
-    return split * block.grid.size_of_sums + block.tile_of(step) * (Config::kTileQ * Config::kHeadDim / 4) + threadIdx.x;
-  }
-};
+/// Where the thread has its part of the sums of a tile of dQ: behind those of a split, as threads hold them.
+template <class Config>
+__device__ __forceinline__ float4* place_of_sums(float4* split, const Step& step) {
+  return split + static_cast<int64_t>(step.tile) * (Config::kTileQ * Config::kHeadDim / 4) + threadIdx.x;
+}
 
 template <class Config>
 __device__ __forceinline__ void load_sums(typename Config::Products::QuerySums& sums, const float4* memory) {
@@ -213,52 +240,46 @@ __device__ __forceinline__ void write_queries(const typename Config::Products::Q
   }
 }
 
-/// The sums of the block's tile of rows, from the tiles of keys before the i-th; 0 for the first.
+/// The sums of a tile of rows as the keys before have left them.
 template <class Config>
-__device__ __forceinline__ QueryTile begin_queries(typename Config::Products::QuerySums& sums, const Block<Config>& block,
-                                                   const Step& step, int i) {
-  const KeySpan seen = tiles_of_keys(block.work, step.row_tile, Config::kTileQ, Config::kTileK);
-  const bool is_first = i == 0 || block.keys.tile(i - 1) < seen.begin;
-  const QueryTile tile{step, QueryTile::place(block, step, block.keys.split),
-                       block.keys.num_splits == 1 && block.keys.tile(i + 1) >= seen.end};
-  if (is_first) {
+__device__ __forceinline__ void begin_queries(typename Config::Products::QuerySums& sums, const Walk& walk, const Step& step) {
+  if (step.row_tile < walk.keys.visited_end) {
+    load_sums<Config>(sums, place_of_sums<Config>(walk.d_query, step));
+  } else {
 #pragma unroll
     for (auto& of_rows : sums)
 #pragma unroll
       for (auto& sum : of_rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-  } else {
-    load_sums<Config>(sums, block.grid.d_query + tile.sums);
   }
-  return tile;
 }
 
-/// Adds the keys' part, and brings the sums to where they are wanted.
+/// Adds the keys' part, and brings the sums to where they are wanted: the last visit has the gradient, if the block has all keys.
 template <class Config>
 __device__ __forceinline__ void end_queries(typename Config::Products::QuerySums& sums, const Block<Config>& block,
-                                            const QueryTile& tile) {
+                                            const Walk& walk, const Step& step) {
   using Products = typename Config::Products;
-  Products::accumulate_keys(sums, block.address(Config::kScores + tile.step.stage * Config::LayoutS::kBytes), block.address(0));
-  if (tile.is_last) {
-    write_queries(sums, block, tile.step);
+  Products::accumulate_keys(sums, block.address(Config::kScores + step.stage * Config::LayoutS::kBytes), block.address(0));
+  if (block.grid.num_splits.divisor == 1 && step.row_tile < walk.keys.visited_again) {
+    write_queries(sums, block, step);
   } else {
-    store_sums<Config>(sums, block.grid.d_query + tile.sums);
+    store_sums<Config>(sums, place_of_sums<Config>(walk.d_query, step));
   }
 }
 
-/// The gradients of the i-th of the block's tiles of keys, and its part of those of the queries.
+/// The gradients of a tile of keys, and its part of those of the queries.
 template <class Config>
-__device__ __forceinline__ void work_off(Block<Config>& block, int i) {
+__device__ __forceinline__ void work_off(Block<Config>& block, const Walk& walk) {
   using Products = typename Config::Products;
-  block.first_key = block.keys.tile(i) * Config::kTileK;
-  const KeySpan row_tiles = tiles_of_rows(block.work, block.first_key, block.first_key + Config::kTileK, Config::kTileQ);
-  const int group = block.grid.group_size.divisor, num_steps = group * (row_tiles.end - row_tiles.begin);
+  block.first_key = walk.keys.first_key;
+  const KeySpan rows = walk.keys.rows;
+  const int group = block.grid.group_size.divisor, num_steps = group * (rows.end - rows.begin);
   typename Products::Sums d_key = {}, d_value = {};
   typename Products::QuerySums d_query;
-  Step step{block.work.kv_head * group, row_tiles.end - 1, 0};
-  QueryTile pending{};
+  Step step = block.step_of(block.work.kv_head * group, rows.end - 1, 0), before{};
+  RowSource<typename Config::T> source = block.source_of(step);
   if (num_steps > 0) {
     block.load_keys();
-    block.load_queries(step);
+    block.load_queries(step, source);
   }
   cp_async_commit();
   for (int steps = num_steps; steps > 0; --steps) {
@@ -273,26 +294,29 @@ __device__ __forceinline__ void work_off(Block<Config>& block, int i) {
       clean_tile<typename Config::T, Config::kThreads>(block.shared, Config::kStages);
       __syncthreads();
     }
-    Step next{step.head, step.row_tile - 1, step.stage ^ 1};
-    if (next.row_tile < row_tiles.begin) next.row_tile = row_tiles.end - 1, ++next.head;
-    if (steps > 1) block.load_queries(next);
+    Step next = step;
+    if (steps > 1) {
+      block.advance(next, source, walk.keys.rows);
+      block.load_queries(next, source);
+    }
     cp_async_commit();
-    if (steps < num_steps) end_queries(d_query, block, pending);
+    if (steps < num_steps) end_queries(d_query, block, walk, before);
     if (block.grid.may_spoil) block.clear_spoilt_rows(step.stage);
 
     typename Products::Packed weights, d_scores;
-    weights_of(weights, d_scores, block, step);
+    const KeySpan whole = walk.keys.whole_rows;
+    weights_of(weights, d_scores, block, step, step.row_tile >= whole.begin && step.row_tile < whole.end);
     if (Config::column_group() == 0)
       Products::store_scores(d_scores, block.address(Config::kScores + step.stage * Config::LayoutS::kBytes));
-    pending = begin_queries(d_query, block, step, i);
+    begin_queries<Config>(d_query, walk, step);
     const uint32_t queries = block.address(Config::kStages + step.stage * Config::kStage);
     Products::accumulate(d_value, weights, queries + Config::LayoutQ::kBytes);
     Products::accumulate(d_key, d_scores, queries);
-    step = next;
+    before = step, step = next;
   }
   cp_async_wait<0>();
   __syncthreads();
-  if (num_steps > 0) end_queries(d_query, block, pending);
+  if (num_steps > 0) end_queries(d_query, block, walk, before);
   __syncthreads();  // keys and values have been left
   write_keys<Config>(d_key, block.p.softmax_scale, block.shared, block.g.d_key, block.work, block.first_key,
                      block.grid.d_key_by_16);
@@ -307,15 +331,20 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
                          const __grid_constant__ Grid grid) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ TileWork work;
+  __shared__ Walk walk;
   const unsigned pair = grid.num_splits.quotient(blockIdx.x), sequence_idx = grid.heads.quotient(pair);
-  const int num_splits = grid.num_splits.divisor;
+  const int num_splits = grid.num_splits.divisor, split = static_cast<int>(blockIdx.x - pair * num_splits);
+  const KeySplit keys{split, num_splits};
   if (threadIdx.x == 0)
     work = work_of(grid, static_cast<int>(sequence_idx), static_cast<int>(pair - sequence_idx * grid.heads.divisor));
   __syncthreads();
-  Block<Config> block{p, g, grid, work, {static_cast<int>(blockIdx.x - pair * num_splits), num_splits}, 0, shared};
+  Block<Config> block{p, g, grid, work, 0, shared};
   const int num_tiles = (static_cast<int>(work.sequence.num_keys) + Config::kTileK - 1) / Config::kTileK;
   for (int i = 0; i * num_splits < num_tiles; ++i) {
-    if (block.keys.tile(i) < num_tiles) work_off(block, i);
+    if (keys.tile(i) >= num_tiles) continue;
+    if (threadIdx.x == 0) walk = {key_tile_of(work, keys, i, Config::kTileQ, Config::kTileK), grid.d_query + split * grid.size_of_sums};
+    __syncthreads();
+    work_off(block, walk);
   }
 }
 
@@ -329,15 +358,15 @@ __global__ void __launch_bounds__(Config::kThreads)
   const RowPlace place = row_place(grid.numbers.tiles, grid.sequences, head, (blockIdx.x - head * of_head) * Config::kTileQ);
   if (threadIdx.x == 0) work = work_of(grid, place.sequence_idx, 0);
   __syncthreads();
-  const Block<Config> block{p, g, grid, work, {}, 0, nullptr};
-  const Step step{place.head, static_cast<int>(place.row / Config::kTileQ), 0};
+  const Block<Config> block{p, g, grid, work, 0, nullptr};
+  const Step step = block.step_of(place.head, static_cast<int>(place.row / Config::kTileQ), 0);
   if (place.row < 0 || place.row >= work.sequence.query_length) return;
   const KeySpan seen = tiles_of_keys(work, step.row_tile, Config::kTileQ, Config::kTileK);
   if (seen.begin >= seen.end) return;
   typename Config::Products::QuerySums total = {}, sums;
   for (int split = 0; split < static_cast<int>(grid.num_splits.divisor); ++split) {
     if (!KeySplit{split, static_cast<int>(grid.num_splits.divisor)}.has_any(seen.begin, seen.end)) continue;
-    load_sums<Config>(sums, grid.d_query + QueryTile::place(block, step, split));
+    load_sums<Config>(sums, place_of_sums<Config>(grid.d_query + split * grid.size_of_sums, step));
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(sums) / 4); ++i)
       reinterpret_cast<float*>(total)[i] += reinterpret_cast<const float*>(sums)[i];

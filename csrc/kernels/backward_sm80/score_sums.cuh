@@ -149,7 +149,7 @@ __device__ __forceinline__ void write_deltas(const typename Config::Products::Sc
   sum_over_keys<Config>(shares, weights, weights + Config::kTileQ);
   const int row = step.row_tile * Config::kTileQ + static_cast<int>(threadIdx.x);
   if (threadIdx.x >= Config::kTileQ || row >= block.work.sequence.query_length) return;
-  const int64_t entry = block.tile_of(step) * Config::kTileQ + threadIdx.x;
+  const int64_t entry = int64_t{step.tile} * Config::kTileQ + threadIdx.x;
   const float reference = block.grid.numbers.reference[entry];
   if (isnan(reference) || reference == INFINITY) return;
   float share = weights[threadIdx.x];
@@ -170,14 +170,15 @@ __device__ __forceinline__ void add_tiles(typename Config::Products::Scores& tot
                                           Block<Config>& block, Step& step, const ScoreSums& sums, const SumPlace& place) {
   const int all_tiles = (static_cast<int>(block.work.sequence.query_length) + Config::kTileQ - 1) / Config::kTileQ;
   const int first = sums.shared[2] ? 0 : place.row_tile, end = sums.shared[2] ? all_tiles : min(all_tiles, place.row_tile + 1);
-  for (step.row_tile = first; step.row_tile < end; ++step.row_tile) {
+  for (int row_tile = first; row_tile < end; ++row_tile) {
+    step = block.step_of(step.head, row_tile, 0);
     KeySpan keys = tiles_of_keys(block.work, step.row_tile, Config::kTileQ, Config::kTileK);
     if (!sums.shared[3]) keys = {max(keys.begin, place.key_tile), min(keys.end, place.key_tile + 1)};
     for (int key_tile = keys.begin; key_tile < keys.end; ++key_tile) {
       __syncthreads();  // the tiles before have been left
       block.first_key = key_tile * Config::kTileK;
       block.load_keys();
-      block.load_queries(step);
+      block.load_queries(step, block.source_of(step));
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
@@ -194,9 +195,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   __shared__ TileWork work;
   const SumPlace place = sums.of_rows ? place_of_rows<Config>(grid) : place_of_bias(sums);
   if (place.row_tile < 0) return;
-  Block<Config> block{p, g, grid, work, {}, 0, shared};
+  Block<Config> block{p, g, grid, work, 0, shared};
   typename Config::Products::Scores total = {}, shares = {};
-  Step step{0, 0, 0};
+  Step step{};
   const int sequences = static_cast<int>(grid.sequences.num_sequences), heads = static_cast<int>(p.query.shape[1]);
   const int group = grid.group_size.divisor;
   for (int b = place.b; b < (sums.shared[0] ? sequences : place.b + 1); ++b) {
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
       add_tiles(total, shares, block, step, sums, place);
     }
   }
-  step = {place.head, place.row_tile, 0};
+  step = block.step_of(place.head, place.row_tile, 0);
   if (sums.of_rows) {
     write_deltas(total, shares, block, step, shared);
   } else {

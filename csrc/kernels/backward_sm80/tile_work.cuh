@@ -37,11 +37,26 @@ __device__ __forceinline__ KeySpan tiles_of_keys(const TileWork& work, int row_t
   return first <= last && seen.begin < seen.end ? tiles_touched(seen, tile_k) : KeySpan{0, 0};
 }
 
-/// Do all rows of the tile, in use or not, see all of the keys, as far as lengths and windows go?
-__device__ __forceinline__ bool sees_all(const TileWork& work, int row_tile, int tile_q, int first_key, int tile_k) {
-  const int first = row_tile * tile_q;
-  const KeySpan seen = work.band.seen_by_all(first, first + tile_q - 1, {0, work.num_keys});
-  return first_key >= seen.begin && first_key + tile_k <= seen.end;
+/// One of a block's tiles of keys, and what tiles of query rows are to it. With the keys both ends of the tiles that see some of
+/// them rise, and nothing is seen on either side of a span of keys: so it takes a comparison each to tell whether a tile has been
+/// visited, and whether it will be again.
+struct KeyTile {
+  int first_key;
+  KeySpan rows;        // tiles of rows that see some of the keys
+  int visited_end;     // tiles from here on the block has not visited with keys before these
+  int visited_again;   // tiles from here on it visits with keys behind these
+  KeySpan whole_rows;  // tiles of which every row, in use or not, sees every key, as far as lengths and windows go
+};
+
+/// The i-th of the block's.
+__device__ __forceinline__ KeyTile key_tile_of(const TileWork& work, const KeySplit& keys, int i, int tile_q, int tile_k) {
+  const auto rows_of = [&](int tile) { return tiles_of_rows(work, tile * tile_k, (tile + 1) * tile_k, tile_q); };
+  const int first_key = keys.tile(i) * tile_k, end_key = first_key + tile_k;
+  const KeySpan behind = rows_of(keys.tile(i + 1));
+  KeySpan whole{};
+  if (end_key <= work.num_keys) whole = tiles_inside({max(0, end_key - work.band.right), first_key - work.band.left + 1}, tile_q);
+  return {first_key, rows_of(keys.tile(i)), i == 0 ? 0 : rows_of(keys.tile(i - 1)).end,
+          behind.begin < behind.end ? behind.begin : INT32_MAX, whole};
 }
 
 }  // namespace fa::backward_sm80

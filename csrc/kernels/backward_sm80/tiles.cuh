@@ -16,22 +16,27 @@ __device__ __forceinline__ T* row_at(const TensorView& view, int64_t b, int64_t 
   return static_cast<T*>(view.data) + b * view.stride[0] + h * view.stride[1] + row * view.stride[2];
 }
 
-/// Rows of `view` from `row` on into a tile, by the whole thread block: valid_rows of them, 0 behind. Asynchronous where `by_16`.
+/// Where the thread copies rows of `view` from, `row` being the first: its first chunk of them.
+template <class Copy, class T>
+__device__ __forceinline__ const T* source_of_rows(const TensorView& view, int64_t b, int64_t h, int64_t row) {
+  return row_at<T>(view, b, h, row + Copy::row()) + Copy::column();
+}
+
+/// Rows of `view` into a tile, by the whole thread block: valid_rows of them, 0 behind. Asynchronous where `by_16`.
 template <class T, class Layout, int kRows, int kThreads>
-__device__ __forceinline__ void load_rows(unsigned char* tile, const TensorView& view, int64_t b, int64_t h, int64_t row,
-                                          int valid_rows, bool by_16) {
+__device__ __forceinline__ void load_rows(unsigned char* tile, const TensorView& view, const T* source, int valid_rows,
+                                          bool by_16) {
   using Copy = prefill_sm80::TileCopy<T, Layout, kRows, kThreads>;
   const int columns = static_cast<int>(view.shape[3]);
-  const T* data = row_at<T>(view, b, h, row);
   if (!by_16) {
-    prefill_sm80::load_strided_by_element<T, Layout, kRows, kThreads>(tile, valid_rows, columns, data, view.stride[2]);
+    const T* first = source - Copy::row() * view.stride[2] - Copy::column();
+    prefill_sm80::load_strided_by_element<T, Layout, kRows, kThreads>(tile, valid_rows, columns, first, view.stride[2]);
     return;
   }
   const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(tile)) + Copy::place();
-  data += Copy::row() * view.stride[2] + Copy::column();
 #pragma unroll
-  for (int pass = 0; pass < Copy::kPasses; ++pass, data += Copy::kRowsPerPass * view.stride[2])
-    Copy::copy(place, data, pass, valid_rows, columns);
+  for (int pass = 0; pass < Copy::kPasses; ++pass, source += Copy::kRowsPerPass * view.stride[2])
+    Copy::copy(place, source, pass, valid_rows, columns);
 }
 
 /// kCount floats, for which the array has room.
