@@ -36,11 +36,24 @@ struct FloatProducts : ProductShapes<Config> {
     }
   }
 
-  /// scores = A B^T + C, A being the warp's keys or values and B the rows of queries or gradients of the output, tiles at these
-  /// addresses. C has two numbers for each block of rows: init(n), those of the lane's rows.
+  /// Tiles of keys, of rows and of gradients of scores beginning at these shared addresses.
+  static __device__ __forceinline__ Lanes lanes(uint32_t keys, uint32_t rows, uint32_t d_scores) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    return {Shapes::lane_of_keys(keys),
+            Shapes::lane_of_rows(rows),
+            rows + right_lane<LayoutQ>(Config::column_group() * Config::kColumns),
+            keys + right_lane<LayoutK>(Shapes::query_column()),
+            d_scores + LayoutS::offset(2 * t, Config::first_key() / 4 + g % 2) + 4 * (g / 2),
+            d_scores + LayoutS::offset(Shapes::query_row() + lane % 16, lane / 16)};
+  }
+
+  /// scores = A B^T + C, A being the warp's keys or values and B the rows of queries or gradients of the output; from the lane's
+  /// places (Lanes) in tiles that lie so many bytes behind. C has two numbers for each block of rows: init(n), those of the lane's
+  /// rows.
   template <class Init>
-  static __device__ __forceinline__ void multiply(Scores& scores, uint32_t keys, uint32_t rows, const Init& init) {
-    const uint32_t left = keys + Shapes::keys_lane(), right = rows + Shapes::rows_lane();
+  static __device__ __forceinline__ void multiply(Scores& scores, uint32_t left, int left_tile, uint32_t right, int right_tile,
+                                                  const Init& init) {
+    left += left_tile, right += right_tile;
     Shapes::start(scores, init);
 #pragma unroll(kUnroll)
     for (int group = 0; group < kDepthGroups; ++group) {
@@ -61,10 +74,10 @@ struct FloatProducts : ProductShapes<Config> {
     }
   }
 
-  /// sums += left B, B being the rows of queries or gradients of the output, a tile at `rows`. Depth place t is column 2t of the
-  /// scores' accumulator and t + 4 column 2t + 1, so that no lane gives elements away.
-  static __device__ __forceinline__ void accumulate(Sums& sums, const Packed& left, uint32_t rows) {
-    const uint32_t right = rows + right_lane<LayoutQ>(Config::column_group() * Config::kColumns);
+  /// sums += left B, B being the rows of queries or gradients of the output, a tile so many bytes behind Lanes::deep_rows. Depth
+  /// place t is column 2t of the scores' accumulator and t + 4 column 2t + 1, so that no lane gives elements away.
+  static __device__ __forceinline__ void accumulate(Sums& sums, const Packed& left, uint32_t right, int right_tile) {
+    right += right_tile;
     constexpr int kSteps = kRowBlocks < kStepsOfGroup ? kRowBlocks : kStepsOfGroup;
 #pragma unroll
     for (int first = 0; first < kRowBlocks; first += kSteps) {
@@ -81,10 +94,8 @@ struct FloatProducts : ProductShapes<Config> {
     }
   }
 
-  /// Gradients of scores to shared memory, for all warps.
-  static __device__ __forceinline__ void store_scores(const Packed& d_scores, uint32_t tile) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t place = tile + LayoutS::offset(2 * t, Config::first_key() / 4 + g % 2) + 4 * (g / 2);
+  /// Gradients of scores to shared memory, for all warps; to Lanes::d_scores.
+  static __device__ __forceinline__ void store_scores(const Packed& d_scores, uint32_t place) {
 #pragma unroll
     for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll
@@ -95,11 +106,9 @@ struct FloatProducts : ProductShapes<Config> {
     }
   }
 
-  /// sums += dS K over all keys of the tile. Depth places t and t + 4 are keys 2t and 2t + 1 of eight.
-  static __device__ __forceinline__ void accumulate_keys(QuerySums& sums, uint32_t d_scores, uint32_t keys) {
-    const int lane = threadIdx.x % 32;
-    const uint32_t left = d_scores + LayoutS::offset(Shapes::query_row() + lane % 16, lane / 16);
-    const uint32_t right = keys + right_lane<LayoutK>(Shapes::query_column());
+  /// sums += dS K over all keys of the tile; from Lanes::left_d_scores and deep_keys. Depth places t and t + 4 are keys 2t and
+  /// 2t + 1 of eight.
+  static __device__ __forceinline__ void accumulate_keys(QuerySums& sums, uint32_t left, uint32_t right) {
 #pragma unroll(kUnroll)
     for (int group = 0; group < kKeyGroups; ++group) {
       Left gradients[kQueryBlocks][kStepsOfGroup];

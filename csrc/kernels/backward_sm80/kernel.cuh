@@ -75,6 +75,13 @@ struct Block {
   TileWork& work;  // in shared memory: in registers it would be spilled from the main loop
   int first_key;
   unsigned char* shared;
+  Lanes lanes;
+
+  __device__ __forceinline__ Block(const AttentionParams& p, const Gradients& g, const Grid& grid, TileWork& work,
+                                   unsigned char* shared)
+      : p(p), g(g), grid(grid), work(work), first_key(0), shared(shared) {
+    lanes = Config::Products::lanes(address(0), address(Config::kStages), address(Config::kScores)).kept();
+  }
 
   __device__ __forceinline__ uint32_t address(int offset) const {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + offset;
@@ -169,13 +176,13 @@ __device__ __forceinline__ void weights_of(typename Config::Products::Packed& we
   using Products = typename Config::Products;
   constexpr int kKeyBlocks = Products::kKeyBlocks, kRowBlocks = Products::kRowBlocks;
   const int lane = threadIdx.x % 32;
-  const uint32_t keys = block.address(0), rows = block.address(Config::kStages + step.stage * Config::kStage);
+  const uint32_t rows = block.lanes.rows + step.stage * Config::kStage;
   const TileCorner corner{block.first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
   const NumbersOfRows numbers = block.numbers(step.stage);
   typename Products::Scores scores, products;
-  Products::multiply(scores, keys, rows, [](int) { return make_float2(0.0f, 0.0f); });
+  Products::multiply(scores, block.lanes.keys, 0, rows, 0, [](int) { return make_float2(0.0f, 0.0f); });
   // The plain sum begins with -D. With few keys (Variant::kModified) what is exact cancels, so D is subtracted from all of it.
-  Products::multiply(products, keys + Config::kValue, rows + Config::LayoutQ::kBytes, [&](int n) {
+  Products::multiply(products, block.lanes.keys, Config::kValue, rows, Config::LayoutQ::kBytes, [&](int n) {
     const float2 delta = Config::kModified ? make_float2(0.0f, 0.0f) : NumbersOfRows::pair(numbers.delta, n);
     return make_float2(-delta.x, -delta.y);
   });
@@ -258,7 +265,7 @@ template <class Config>
 __device__ __forceinline__ void end_queries(typename Config::Products::QuerySums& sums, const Block<Config>& block,
                                             const Walk& walk, const Step& step) {
   using Products = typename Config::Products;
-  Products::accumulate_keys(sums, block.address(Config::kScores + step.stage * Config::LayoutS::kBytes), block.address(0));
+  Products::accumulate_keys(sums, block.lanes.left_d_scores + step.stage * Config::LayoutS::kBytes, block.lanes.deep_keys);
   if (block.grid.num_splits.divisor == 1 && step.row_tile < walk.keys.visited_again) {
     write_queries(sums, block, step);
   } else {
@@ -271,11 +278,11 @@ template <class Config>
 __device__ __forceinline__ void work_off(Block<Config>& block, const Walk& walk) {
   using Products = typename Config::Products;
   block.first_key = walk.keys.first_key;
-  const KeySpan rows = walk.keys.rows;
-  const int group = block.grid.group_size.divisor, num_steps = group * (rows.end - rows.begin);
+  const KeySpan row_tiles = walk.keys.rows;
+  const int group = block.grid.group_size.divisor, num_steps = group * (row_tiles.end - row_tiles.begin);
   typename Products::Sums d_key = {}, d_value = {};
   typename Products::QuerySums d_query;
-  Step step = block.step_of(block.work.kv_head * group, rows.end - 1, 0), before{};
+  Step step = block.step_of(block.work.kv_head * group, row_tiles.end - 1, 0), before{};
   RowSource<typename Config::T> source = block.source_of(step);
   if (num_steps > 0) {
     block.load_keys();
@@ -307,11 +314,11 @@ __device__ __forceinline__ void work_off(Block<Config>& block, const Walk& walk)
     const KeySpan whole = walk.keys.whole_rows;
     weights_of(weights, d_scores, block, step, step.row_tile >= whole.begin && step.row_tile < whole.end);
     if (Config::column_group() == 0)
-      Products::store_scores(d_scores, block.address(Config::kScores + step.stage * Config::LayoutS::kBytes));
+      Products::store_scores(d_scores, block.lanes.d_scores + step.stage * Config::LayoutS::kBytes);
     begin_queries<Config>(d_query, walk, step);
-    const uint32_t queries = block.address(Config::kStages + step.stage * Config::kStage);
-    Products::accumulate(d_value, weights, queries + Config::LayoutQ::kBytes);
-    Products::accumulate(d_key, d_scores, queries);
+    const uint32_t rows = block.lanes.deep_rows + step.stage * Config::kStage;
+    Products::accumulate(d_value, weights, rows, Config::LayoutQ::kBytes);
+    Products::accumulate(d_key, d_scores, rows, 0);
     before = step, step = next;
   }
   cp_async_wait<0>();
@@ -338,7 +345,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   if (threadIdx.x == 0)
     work = work_of(grid, static_cast<int>(sequence_idx), static_cast<int>(pair - sequence_idx * grid.heads.divisor));
   __syncthreads();
-  Block<Config> block{p, g, grid, work, 0, shared};
+  Block<Config> block(p, g, grid, work, shared);
   const int num_tiles = (static_cast<int>(work.sequence.num_keys) + Config::kTileK - 1) / Config::kTileK;
   for (int i = 0; i * num_splits < num_tiles; ++i) {
     if (keys.tile(i) >= num_tiles) continue;
@@ -358,7 +365,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const RowPlace place = row_place(grid.numbers.tiles, grid.sequences, head, (blockIdx.x - head * of_head) * Config::kTileQ);
   if (threadIdx.x == 0) work = work_of(grid, place.sequence_idx, 0);
   __syncthreads();
-  const Block<Config> block{p, g, grid, work, 0, nullptr};
+  const Block<Config> block(p, g, grid, work, nullptr);
   const Step step = block.step_of(place.head, static_cast<int>(place.row / Config::kTileQ), 0);
   if (place.row < 0 || place.row >= work.sequence.query_length) return;
   const KeySpan seen = tiles_of_keys(work, step.row_tile, Config::kTileQ, Config::kTileK);

@@ -11,6 +11,22 @@
 
 namespace fa::backward_sm80 {
 
+/// Where a lane reads and writes its parts of tiles in shared memory, of which each kind begins at a given address. They are worked
+/// out once for all: that takes many instructions, which the compiler would rather repeat at each step than keep a register.
+struct Lanes {
+  uint32_t keys, rows;            // operands of scores
+  uint32_t deep_rows, deep_keys;  // right operands of sums over rows, and over keys
+  uint32_t d_scores, left_d_scores;  // gradients of scores as they are stored, and as the left operand of sums over keys
+
+  /// As they are, but nothing that the compiler could work out again.
+  __device__ __forceinline__ Lanes kept() const {
+    Lanes lanes = *this;
+    asm volatile("" : "+r"(lanes.keys), "+r"(lanes.rows), "+r"(lanes.deep_rows), "+r"(lanes.deep_keys), "+r"(lanes.d_scores),
+                 "+r"(lanes.left_d_scores));
+    return lanes;
+  }
+};
+
 template <class Config>
 struct ProductShapes {
   using LayoutK = typename Config::LayoutK;  // of keys and values
@@ -27,13 +43,13 @@ struct ProductShapes {
   static __device__ __forceinline__ int query_row() { return threadIdx.x / 32 % kQueryWarps * 16 * kQueryBlocks; }
   static __device__ __forceinline__ int query_column() { return threadIdx.x / 32 / kQueryWarps * 8 * kQueryColumnBlocks; }
 
-  /// The lane's offsets for ldmatrix in the tiles whose product scores are. The warp's keys: rows 0-7 and 8-15 of a chunk, then
-  /// of the next. Queries: a chunk of rows 0-7 and the next, then of rows 8-15.
-  static __device__ __forceinline__ uint32_t keys_lane() {
-    return LayoutK::offset(Config::first_key() + threadIdx.x % 16, threadIdx.x % 32 / 16);
+  /// Where the lane reads operands by ldmatrix of tiles whose product scores are, at this shared address. The warp's keys: rows 0-7
+  /// and 8-15 of a chunk, then of the next. Queries: a chunk of rows 0-7 and the next, then of rows 8-15.
+  static __device__ __forceinline__ uint32_t lane_of_keys(uint32_t tile) {
+    return tile + LayoutK::offset(Config::first_key() + threadIdx.x % 16, threadIdx.x % 32 / 16);
   }
-  static __device__ __forceinline__ uint32_t rows_lane() {
-    return LayoutQ::offset(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2);
+  static __device__ __forceinline__ uint32_t lane_of_rows(uint32_t tile) {
+    return tile + LayoutQ::offset(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2);
   }
 
   /// scores = of_rows(n), the numbers of the lane's two rows of each block.

@@ -26,21 +26,33 @@ struct Products : ProductShapes<Config> {
     }
   }
 
-  /// scores = A B^T + C, A being the warp's keys or values and B the rows of queries or gradients of the output, tiles at these
-  /// addresses. C has two numbers for each block of rows: init(n), those of the lane's rows.
+  /// Tiles of keys, of rows and of gradients of scores beginning at these shared addresses.
+  static __device__ __forceinline__ Lanes lanes(uint32_t keys, uint32_t rows, uint32_t d_scores) {
+    const int lane = threadIdx.x % 32;
+    return {Shapes::lane_of_keys(keys), Shapes::lane_of_rows(rows),
+            rows + transposed_lane<LayoutQ>(Config::column_group() * kColumnBlocks),
+            keys + transposed_lane<LayoutK>(Shapes::query_column() / 8),
+            d_scores + LayoutS::offset(Config::first_key() + lane / 4, 0) + 4 * (lane % 4),
+            // gradients are transposed on the way, as keys are
+            d_scores + LayoutS::offset(lane % 8 + lane / 16 * 8, Shapes::query_row() / 8 + lane / 8 % 2)};
+  }
+
+  /// scores = A B^T + C, A being the warp's keys or values and B the rows of queries or gradients of the output; from the lane's
+  /// places (Lanes) in tiles that lie so many bytes behind. C has two numbers for each block of rows: init(n), those of the lane's
+  /// rows.
   template <class Init>
-  static __device__ __forceinline__ void multiply(Scores& scores, uint32_t keys, uint32_t rows, const Init& init) {
-    const uint32_t left = keys + Shapes::keys_lane(), right = rows + Shapes::rows_lane();
+  static __device__ __forceinline__ void multiply(Scores& scores, uint32_t left, int left_tile, uint32_t right, int right_tile,
+                                                  const Init& init) {
     Shapes::start(scores, init);
 #pragma unroll
     for (int step = 0; step < kDepthSteps; ++step) {
       uint32_t a[kKeyBlocks][4];
 #pragma unroll
-      for (int m = 0; m < kKeyBlocks; ++m) ldmatrix_x4(a[m], LayoutK::advance(left, 16 * m, 2 * step));
+      for (int m = 0; m < kKeyBlocks; ++m) ldmatrix_x4(a[m], LayoutK::advance(left, 16 * m, 2 * step) + left_tile);
 #pragma unroll
       for (int n = 0; n < kRowBlocks; n += 2) {
         uint32_t b[4];
-        ldmatrix_x4(b, LayoutQ::advance(right, 8 * n, 2 * step));
+        ldmatrix_x4(b, LayoutQ::advance(right, 8 * n, 2 * step) + right_tile);
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
           mma_m16n8k16<T>(scores[m][n], a[m], b[0], b[1]);
@@ -50,15 +62,14 @@ struct Products : ProductShapes<Config> {
     }
   }
 
-  /// sums += left B, B being the rows of queries or gradients of the output, a tile at `rows`.
-  static __device__ __forceinline__ void accumulate(Sums& sums, const Packed& left, uint32_t rows) {
-    const uint32_t right = rows + transposed_lane<LayoutQ>(Config::column_group() * kColumnBlocks);
+  /// sums += left B, B being the rows of queries or gradients of the output, a tile so many bytes behind Lanes::deep_rows.
+  static __device__ __forceinline__ void accumulate(Sums& sums, const Packed& left, uint32_t right, int right_tile) {
 #pragma unroll
     for (int n = 0; n < kRowBlocks; n += 2) {
 #pragma unroll
       for (int d = 0; d < kColumnBlocks; d += 2) {
         uint32_t b[4];
-        ldmatrix_x4_transposed(b, LayoutQ::advance(right, 8 * n, d));
+        ldmatrix_x4_transposed(b, LayoutQ::advance(right, 8 * n, d) + right_tile);
 #pragma unroll
         for (int m = 0; m < kKeyBlocks; ++m) {
           const uint32_t a[4] = {left[m][n][0], left[m][n][1], left[m][n + 1][0], left[m][n + 1][1]};
@@ -69,9 +80,8 @@ struct Products : ProductShapes<Config> {
     }
   }
 
-  /// Gradients of scores to shared memory, for all warps.
-  static __device__ __forceinline__ void store_scores(const Packed& d_scores, uint32_t tile) {
-    const uint32_t place = tile + LayoutS::offset(Config::first_key() + threadIdx.x % 32 / 4, 0) + 4 * (threadIdx.x % 4);
+  /// Gradients of scores to shared memory, for all warps; to Lanes::d_scores.
+  static __device__ __forceinline__ void store_scores(const Packed& d_scores, uint32_t place) {
 #pragma unroll
     for (int m = 0; m < kKeyBlocks; ++m) {
 #pragma unroll
@@ -81,11 +91,8 @@ struct Products : ProductShapes<Config> {
       }
     }
   }
-  /// sums += dS K over all keys of the tile.
-  static __device__ __forceinline__ void accumulate_keys(QuerySums& sums, uint32_t d_scores, uint32_t keys) {
-    const int lane = threadIdx.x % 32;  // gradients are transposed on the way, as keys are
-    const uint32_t left = d_scores + LayoutS::offset(lane % 8 + lane / 16 * 8, Shapes::query_row() / 8 + lane / 8 % 2);
-    const uint32_t right = keys + transposed_lane<LayoutK>(Shapes::query_column() / 8);
+  /// sums += dS K over all keys of the tile; from Lanes::left_d_scores and deep_keys.
+  static __device__ __forceinline__ void accumulate_keys(QuerySums& sums, uint32_t left, uint32_t right) {
 #pragma unroll
     for (int step = 0; step < Config::kTileK / 16; ++step) {
       uint32_t a[kQueryBlocks][4];

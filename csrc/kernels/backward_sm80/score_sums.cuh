@@ -16,16 +16,15 @@ __device__ __forceinline__ void add_tile(typename Config::Products::Scores& tota
                                          const Block<Config>& block, const Step& step, bool of_rows) {
   using Products = typename Config::Products;
   const int lane = threadIdx.x % 32;
-  const uint32_t keys = block.address(0), rows = block.address(Config::kStages);
   const TileCorner corner{block.first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
   const NumbersOfRows numbers = block.numbers(0);
   typename Products::Scores scores, products, tanh;
   const auto none = [](int) { return make_float2(0.0f, 0.0f); };
-  Products::multiply(scores, keys, rows, none);
+  Products::multiply(scores, block.lanes.keys, 0, block.lanes.rows, 0, none);
   modify(scores, tanh, block.p, block.work, step.head, corner);
   hide(scores, block.work, corner, -INFINITY);
   exponentials<true>(scores, numbers, 0.0f);
-  Products::multiply(products, keys + Config::kValue, rows + Config::LayoutQ::kBytes, none);
+  Products::multiply(products, block.lanes.keys, Config::kValue, block.lanes.rows, Config::LayoutQ::kBytes, none);
 #pragma unroll
   for (int n = 0; n < Products::kRowBlocks; ++n) {
     const float2 delta = of_rows ? make_float2(0.0f, 0.0f) : NumbersOfRows::pair(numbers.delta, n);
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   __shared__ TileWork work;
   const SumPlace place = sums.of_rows ? place_of_rows<Config>(grid) : place_of_bias(sums);
   if (place.row_tile < 0) return;
-  Block<Config> block{p, g, grid, work, 0, shared};
+  Block<Config> block(p, g, grid, work, shared);
   typename Config::Products::Scores total = {}, shares = {};
   Step step{};
   const int sequences = static_cast<int>(grid.sequences.num_sequences), heads = static_cast<int>(p.query.shape[1]);
