@@ -36,7 +36,7 @@ struct TileConfig {
 
   static constexpr int kKeyWarps = kWarps / kTile.column_groups;
   static __device__ __forceinline__ int first_key() { return threadIdx.x / 32 % kKeyWarps * 16 * kKeyBlocks; }  // of the warp
-  static __device__ __forceinline__ int column_group() { return threadIdx.x / 32 / kKeyWarps; }
+  static __device__ __forceinline__ int column_group() { return kTile.column_groups == 1 ? 0 : threadIdx.x / 32 / kKeyWarps; }
 
   // Shared memory: offsets in bytes.
   static constexpr int kValue = LayoutK::kBytes, kStages = 2 * LayoutK::kBytes, kStage = 2 * LayoutQ::kBytes;
@@ -48,9 +48,16 @@ struct TileConfig {
 /// A step of the walk: a tile of rows of a head.
 struct Step {
   int head, row_tile;
-  int tile;   // among those of RowTiles
   int stage;  // of shared memory: two that take turns
 };
+
+/// The step behind or, with `by` 1, before another in a walk over the tiles `rows`, from the last to the first, in one head after
+/// the other.
+__device__ __forceinline__ Step neighbour(const Step& step, KeySpan rows, int by) {
+  const int row_tile = step.row_tile + by;
+  if (row_tile >= rows.begin && row_tile < rows.end) return {step.head, row_tile, step.stage ^ 1};
+  return {step.head - by, by < 0 ? rows.end - 1 : rows.begin, step.stage ^ 1};
+}
 
 /// Where a thread copies the rows of a step from: its first chunk of them.
 template <class T>
@@ -61,8 +68,16 @@ struct RowSource {
 /// What stays the same for a tile of keys; in shared memory.
 struct Walk {
   KeyTile keys;
+  int first_head, num_steps;
   float4* d_query;  // the sums of the block's split
 };
+
+/// With the i-th of the block's tiles of keys.
+__device__ __forceinline__ Walk walk_of(const Grid& grid, const TileWork& work, const KeySplit& split, int i, int tile_q, int tile_k) {
+  const KeyTile keys = key_tile_of(work, split, i, tile_q, tile_k);
+  const int group = grid.group_size.divisor;
+  return {keys, work.kv_head * group, group * (keys.rows.end - keys.rows.begin), grid.d_query + split.split * grid.size_of_sums};
+}
 
 /// What stays the same for a block.
 template <class Config>
@@ -73,37 +88,33 @@ struct Block {
   const Gradients& g;
   const Grid& grid;
   TileWork& work;  // in shared memory: in registers it would be spilled from the main loop
-  int first_key;
   unsigned char* shared;
   Lanes lanes;
 
   __device__ __forceinline__ Block(const AttentionParams& p, const Gradients& g, const Grid& grid, TileWork& work,
                                    unsigned char* shared)
-      : p(p), g(g), grid(grid), work(work), first_key(0), shared(shared) {
+      : p(p), g(g), grid(grid), work(work), shared(shared) {
     lanes = Config::Products::lanes(address(0), address(Config::kStages), address(Config::kScores)).kept();
   }
 
   __device__ __forceinline__ uint32_t address(int offset) const {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + offset;
   }
-  __device__ __forceinline__ Step step_of(int head, int row_tile, int stage) const {
-    const int64_t first = grid.numbers.tiles.first(head, work.sequence_idx, work.sequence.first_row);
-    return {head, row_tile, static_cast<int>(first) + row_tile, stage};
+  /// Its number among RowTiles.
+  __device__ __forceinline__ int tile_of(const Step& step) const {
+    return step.head * static_cast<int>(grid.numbers.tiles.of_head) + work.first_tile + step.row_tile;
   }
   __device__ __forceinline__ RowSource<T> source_of(const Step& step) const {
     using Copy = typename Config::CopyQ;
     const int64_t b = work.sequence.batch_idx, row = work.sequence.first_row + step.row_tile * Config::kTileQ;
     return {source_of_rows<Copy, T>(p.query, b, step.head, row), source_of_rows<Copy, T>(g.d_out, b, step.head, row)};
   }
-  /// The next step of a walk over the tiles `rows`, from the last to the first, in one head after the other.
-  __device__ __forceinline__ void advance(Step& step, RowSource<T>& source, KeySpan rows) const {
-    step.stage ^= 1;
-    if (step.row_tile > rows.begin) {
-      --step.row_tile, --step.tile;
-      source.query -= Config::kTileQ * p.query.stride[2], source.d_out -= Config::kTileQ * g.d_out.stride[2];
+  /// Where the thread copies the next step's rows from, given where it copied the step's.
+  __device__ __forceinline__ void advance(RowSource<T>& source, const Step& step, const Step& next) const {
+    if (next.head != step.head) {
+      source = source_of(next);
     } else {
-      step = step_of(step.head + 1, rows.end - 1, step.stage);
-      source = source_of(step);
+      source.query -= Config::kTileQ * p.query.stride[2], source.d_out -= Config::kTileQ * g.d_out.stride[2];
     }
   }
   __device__ __forceinline__ NumbersOfRows numbers(int stage) const {
@@ -116,7 +127,7 @@ struct Block {
   __device__ __forceinline__ void load(int tile, const TensorView& view, const T* source, int valid_rows, bool by_16) const {
     load_rows<T, Layout, kRows, Config::kThreads>(shared + tile, view, source, valid_rows, by_16);
   }
-  __device__ __forceinline__ void load_keys() const {
+  __device__ __forceinline__ void load_keys(int first_key) const {
     using Copy = typename Config::CopyK;
     const int64_t b = work.sequence.batch_idx, row = work.sequence.first_key + first_key;
     const int valid = work.num_keys - first_key;
@@ -131,7 +142,7 @@ struct Block {
     const int tile = Config::kStages + step.stage * Config::kStage;
     load<typename Config::LayoutQ, Config::kTileQ>(tile, p.query, source.query, valid, grid.query_by_16);
     load<typename Config::LayoutQ, Config::kTileQ>(tile + Config::LayoutQ::kBytes, g.d_out, source.d_out, valid, grid.d_out_by_16);
-    const int64_t entry = int64_t{step.tile} * Config::kTileQ;
+    const int64_t entry = int64_t{tile_of(step)} * Config::kTileQ;
     const uint32_t numbers = address(Config::kNumbers + step.stage * Config::kNumbersOfStage);
     load_floats<Config::kTileQ>(numbers, grid.numbers.reference + entry);
     load_floats<Config::kTileQ>(numbers + 4 * Config::kTileQ, grid.numbers.delta + entry);
@@ -172,12 +183,12 @@ struct Block {
 template <class Config>
 __device__ __forceinline__ void weights_of(typename Config::Products::Packed& weights,
                                            typename Config::Products::Packed& d_scores, const Block<Config>& block,
-                                           const Step& step, bool is_whole) {
+                                           const Step& step, int first_key, bool is_whole) {
   using Products = typename Config::Products;
   constexpr int kKeyBlocks = Products::kKeyBlocks, kRowBlocks = Products::kRowBlocks;
   const int lane = threadIdx.x % 32;
   const uint32_t rows = block.lanes.rows + step.stage * Config::kStage;
-  const TileCorner corner{block.first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
+  const TileCorner corner{first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
   const NumbersOfRows numbers = block.numbers(step.stage);
   typename Products::Scores scores, products;
   Products::multiply(scores, block.lanes.keys, 0, rows, 0, [](int) { return make_float2(0.0f, 0.0f); });
@@ -205,8 +216,8 @@ __device__ __forceinline__ void weights_of(typename Config::Products::Packed& we
 
 /// Where the thread has its part of the sums of a tile of dQ: behind those of a split, as threads hold them.
 template <class Config>
-__device__ __forceinline__ float4* place_of_sums(float4* split, const Step& step) {
-  return split + static_cast<int64_t>(step.tile) * (Config::kTileQ * Config::kHeadDim / 4) + threadIdx.x;
+__device__ __forceinline__ float4* place_of_sums(float4* split, const Block<Config>& block, const Step& step) {
+  return split + static_cast<int64_t>(block.tile_of(step)) * (Config::kTileQ * Config::kHeadDim / 4) + threadIdx.x;
 }
 
 template <class Config>
@@ -249,9 +260,10 @@ __device__ __forceinline__ void write_queries(const typename Config::Products::Q
 
 /// The sums of a tile of rows as the keys before have left them.
 template <class Config>
-__device__ __forceinline__ void begin_queries(typename Config::Products::QuerySums& sums, const Walk& walk, const Step& step) {
+__device__ __forceinline__ void begin_queries(typename Config::Products::QuerySums& sums, const Block<Config>& block,
+                                              const Walk& walk, const Step& step) {
   if (step.row_tile < walk.keys.visited_end) {
-    load_sums<Config>(sums, place_of_sums<Config>(walk.d_query, step));
+    load_sums<Config>(sums, place_of_sums(walk.d_query, block, step));
   } else {
 #pragma unroll
     for (auto& of_rows : sums)
@@ -269,65 +281,62 @@ __device__ __forceinline__ void end_queries(typename Config::Products::QuerySums
   if (block.grid.num_splits.divisor == 1 && step.row_tile < walk.keys.visited_again) {
     write_queries(sums, block, step);
   } else {
-    store_sums<Config>(sums, place_of_sums<Config>(walk.d_query, step));
+    store_sums<Config>(sums, place_of_sums(walk.d_query, block, step));
   }
 }
 
 /// The gradients of a tile of keys, and its part of those of the queries.
 template <class Config>
-__device__ __forceinline__ void work_off(Block<Config>& block, const Walk& walk) {
+__device__ __forceinline__ void work_off(const Block<Config>& block, const Walk& walk) {
   using Products = typename Config::Products;
-  block.first_key = walk.keys.first_key;
-  const KeySpan row_tiles = walk.keys.rows;
-  const int group = block.grid.group_size.divisor, num_steps = group * (row_tiles.end - row_tiles.begin);
   typename Products::Sums d_key = {}, d_value = {};
   typename Products::QuerySums d_query;
-  Step step = block.step_of(block.work.kv_head * group, row_tiles.end - 1, 0), before{};
+  Step step{walk.first_head, walk.keys.rows.end - 1, 0};
   RowSource<typename Config::T> source = block.source_of(step);
-  if (num_steps > 0) {
-    block.load_keys();
+  if (walk.num_steps > 0) {
+    block.load_keys(walk.keys.first_key);
     block.load_queries(step, source);
   }
   cp_async_commit();
-  for (int steps = num_steps; steps > 0; --steps) {
+  for (int i = 0; i < walk.num_steps; ++i) {
     cp_async_wait<0>();
     if constexpr (Config::kOneProduct) {
       if (!block.grid.copies_by_16()) __syncthreads();  // others have loaded what this thread rounds
-      if (steps == num_steps) block.round_keys();
+      if (i == 0) block.round_keys();
       block.round_queries(step.stage);
     }
     __syncthreads();  // the step's tiles and the gradients of the scores of the step before are there
-    if (block.grid.may_spoil && steps == num_steps) {
+    if (block.grid.may_spoil && i == 0) {
       clean_tile<typename Config::T, Config::kThreads>(block.shared, Config::kStages);
       __syncthreads();
     }
-    Step next = step;
-    if (steps > 1) {
-      block.advance(next, source, walk.keys.rows);
+    if (i + 1 < walk.num_steps) {
+      const Step next = neighbour(step, walk.keys.rows, -1);
+      block.advance(source, step, next);
       block.load_queries(next, source);
     }
     cp_async_commit();
-    if (steps < num_steps) end_queries(d_query, block, walk, before);
+    if (i > 0) end_queries(d_query, block, walk, neighbour(step, walk.keys.rows, 1));
     if (block.grid.may_spoil) block.clear_spoilt_rows(step.stage);
 
     typename Products::Packed weights, d_scores;
     const KeySpan whole = walk.keys.whole_rows;
-    weights_of(weights, d_scores, block, step, step.row_tile >= whole.begin && step.row_tile < whole.end);
+    weights_of(weights, d_scores, block, step, walk.keys.first_key, step.row_tile >= whole.begin && step.row_tile < whole.end);
     if (Config::column_group() == 0)
       Products::store_scores(d_scores, block.lanes.d_scores + step.stage * Config::LayoutS::kBytes);
-    begin_queries<Config>(d_query, walk, step);
+    begin_queries(d_query, block, walk, step);
     const uint32_t rows = block.lanes.deep_rows + step.stage * Config::kStage;
     Products::accumulate(d_value, weights, rows, Config::LayoutQ::kBytes);
     Products::accumulate(d_key, d_scores, rows, 0);
-    before = step, step = next;
+    if (i + 1 < walk.num_steps) step = neighbour(step, walk.keys.rows, -1);
   }
   cp_async_wait<0>();
   __syncthreads();
-  if (num_steps > 0) end_queries(d_query, block, walk, before);
+  if (walk.num_steps > 0) end_queries(d_query, block, walk, step);
   __syncthreads();  // keys and values have been left
-  write_keys<Config>(d_key, block.p.softmax_scale, block.shared, block.g.d_key, block.work, block.first_key,
+  write_keys<Config>(d_key, block.p.softmax_scale, block.shared, block.g.d_key, block.work, walk.keys.first_key,
                      block.grid.d_key_by_16);
-  write_keys<Config>(d_value, 1.0f, block.shared + Config::kValue, block.g.d_value, block.work, block.first_key,
+  write_keys<Config>(d_value, 1.0f, block.shared + Config::kValue, block.g.d_value, block.work, walk.keys.first_key,
                      block.grid.d_value_by_16);
   __syncthreads();
 }
@@ -340,16 +349,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   __shared__ TileWork work;
   __shared__ Walk walk;
   const unsigned pair = grid.num_splits.quotient(blockIdx.x), sequence_idx = grid.heads.quotient(pair);
-  const int num_splits = grid.num_splits.divisor, split = static_cast<int>(blockIdx.x - pair * num_splits);
-  const KeySplit keys{split, num_splits};
+  const int num_splits = grid.num_splits.divisor;
+  const KeySplit keys{static_cast<int>(blockIdx.x - pair * num_splits), num_splits};
   if (threadIdx.x == 0)
     work = work_of(grid, static_cast<int>(sequence_idx), static_cast<int>(pair - sequence_idx * grid.heads.divisor));
   __syncthreads();
-  Block<Config> block(p, g, grid, work, shared);
+  const Block<Config> block(p, g, grid, work, shared);
   const int num_tiles = (static_cast<int>(work.sequence.num_keys) + Config::kTileK - 1) / Config::kTileK;
   for (int i = 0; i * num_splits < num_tiles; ++i) {
     if (keys.tile(i) >= num_tiles) continue;
-    if (threadIdx.x == 0) walk = {key_tile_of(work, keys, i, Config::kTileQ, Config::kTileK), grid.d_query + split * grid.size_of_sums};
+    if (threadIdx.x == 0) walk = walk_of(grid, work, keys, i, Config::kTileQ, Config::kTileK);
     __syncthreads();
     work_off(block, walk);
   }
@@ -366,14 +375,14 @@ __global__ void __launch_bounds__(Config::kThreads)
   if (threadIdx.x == 0) work = work_of(grid, place.sequence_idx, 0);
   __syncthreads();
   const Block<Config> block(p, g, grid, work, nullptr);
-  const Step step = block.step_of(place.head, static_cast<int>(place.row / Config::kTileQ), 0);
+  const Step step{place.head, static_cast<int>(place.row / Config::kTileQ), 0};
   if (place.row < 0 || place.row >= work.sequence.query_length) return;
   const KeySpan seen = tiles_of_keys(work, step.row_tile, Config::kTileQ, Config::kTileK);
   if (seen.begin >= seen.end) return;
   typename Config::Products::QuerySums total = {}, sums;
   for (int split = 0; split < static_cast<int>(grid.num_splits.divisor); ++split) {
     if (!KeySplit{split, static_cast<int>(grid.num_splits.divisor)}.has_any(seen.begin, seen.end)) continue;
-    load_sums<Config>(sums, place_of_sums<Config>(grid.d_query + split * grid.size_of_sums, step));
+    load_sums<Config>(sums, place_of_sums(grid.d_query + split * grid.size_of_sums, block, step));
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(sums) / 4); ++i)
       reinterpret_cast<float*>(total)[i] += reinterpret_cast<const float*>(sums)[i];

@@ -13,10 +13,10 @@ namespace fa::backward_sm80 {
 /// times products, and the weights to `shares`.
 template <class Config>
 __device__ __forceinline__ void add_tile(typename Config::Products::Scores& total, typename Config::Products::Scores& shares,
-                                         const Block<Config>& block, const Step& step, bool of_rows) {
+                                         const Block<Config>& block, const Step& step, int first_key, bool of_rows) {
   using Products = typename Config::Products;
   const int lane = threadIdx.x % 32;
-  const TileCorner corner{block.first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
+  const TileCorner corner{first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
   const NumbersOfRows numbers = block.numbers(0);
   typename Products::Scores scores, products, tanh;
   const auto none = [](int) { return make_float2(0.0f, 0.0f); };
@@ -148,7 +148,7 @@ __device__ __forceinline__ void write_deltas(const typename Config::Products::Sc
   sum_over_keys<Config>(shares, weights, weights + Config::kTileQ);
   const int row = step.row_tile * Config::kTileQ + static_cast<int>(threadIdx.x);
   if (threadIdx.x >= Config::kTileQ || row >= block.work.sequence.query_length) return;
-  const int64_t entry = int64_t{step.tile} * Config::kTileQ + threadIdx.x;
+  const int64_t entry = int64_t{block.tile_of(step)} * Config::kTileQ + threadIdx.x;
   const float reference = block.grid.numbers.reference[entry];
   if (isnan(reference) || reference == INFINITY) return;
   float share = weights[threadIdx.x];
@@ -166,22 +166,20 @@ __device__ __forceinline__ void write_deltas(const typename Config::Products::Sc
 /// Adds the tiles of scores of one head of one sequence that belong to the block's tile of the result.
 template <class Config>
 __device__ __forceinline__ void add_tiles(typename Config::Products::Scores& total, typename Config::Products::Scores& shares,
-                                          Block<Config>& block, Step& step, const ScoreSums& sums, const SumPlace& place) {
+                                          const Block<Config>& block, Step& step, const ScoreSums& sums, const SumPlace& place) {
   const int all_tiles = (static_cast<int>(block.work.sequence.query_length) + Config::kTileQ - 1) / Config::kTileQ;
   const int first = sums.shared[2] ? 0 : place.row_tile, end = sums.shared[2] ? all_tiles : min(all_tiles, place.row_tile + 1);
-  for (int row_tile = first; row_tile < end; ++row_tile) {
-    step = block.step_of(step.head, row_tile, 0);
+  for (step.row_tile = first; step.row_tile < end; ++step.row_tile) {
     KeySpan keys = tiles_of_keys(block.work, step.row_tile, Config::kTileQ, Config::kTileK);
     if (!sums.shared[3]) keys = {max(keys.begin, place.key_tile), min(keys.end, place.key_tile + 1)};
     for (int key_tile = keys.begin; key_tile < keys.end; ++key_tile) {
       __syncthreads();  // the tiles before have been left
-      block.first_key = key_tile * Config::kTileK;
-      block.load_keys();
+      block.load_keys(key_tile * Config::kTileK);
       block.load_queries(step, block.source_of(step));
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
-      add_tile(total, shares, block, step, sums.of_rows);
+      add_tile(total, shares, block, step, key_tile * Config::kTileK, sums.of_rows);
     }
   }
 }
@@ -194,7 +192,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   __shared__ TileWork work;
   const SumPlace place = sums.of_rows ? place_of_rows<Config>(grid) : place_of_bias(sums);
   if (place.row_tile < 0) return;
-  Block<Config> block(p, g, grid, work, shared);
+  const Block<Config> block(p, g, grid, work, shared);
   typename Config::Products::Scores total = {}, shares = {};
   Step step{};
   const int sequences = static_cast<int>(grid.sequences.num_sequences), heads = static_cast<int>(p.query.shape[1]);
@@ -207,7 +205,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
       add_tiles(total, shares, block, step, sums, place);
     }
   }
-  step = block.step_of(place.head, place.row_tile, 0);
+  step = {place.head, place.row_tile, 0};
   if (sums.of_rows) {
     write_deltas(total, shares, block, step, shared);
   } else {

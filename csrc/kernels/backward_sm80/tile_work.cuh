@@ -13,12 +13,15 @@ struct TileWork {
   RowBand band;
   int sequence_idx;
   int kv_head;
-  int num_keys;  // in use
+  int num_keys;    // in use
+  int first_tile;  // of the sequence's tiles of rows in head 0, among RowTiles
 };
 
 __device__ __forceinline__ TileWork work_of(const Grid& grid, int sequence_idx, int kv_head) {
   const Sequence sequence = grid.sequences.at(sequence_idx);
-  return {sequence, sequence.mask.band(), sequence_idx, kv_head, static_cast<int>(sequence.mask.kv_length)};
+  const int64_t first_tile = grid.numbers.tiles.first(0, sequence_idx, sequence.first_row);
+  return {sequence, sequence.mask.band(), sequence_idx, kv_head, static_cast<int>(sequence.mask.kv_length),
+          static_cast<int>(first_tile)};
 }
 
 /// Tiles of tile_q query rows that see some of the keys first_key … end_key - 1: begin … end - 1. A tile is among them if and
