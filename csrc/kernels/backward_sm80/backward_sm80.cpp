@@ -70,8 +70,19 @@ const Instance* find(const AttentionParams& p, Variant variant) {
       kInstances, p, [&](const Instance& instance) { return instance.dtype == p.query.dtype && instance.variant == variant; });
 }
 
-/// Of a problem without modified scores.
-Variant plain_variant(const AttentionParams& p) { return is_of_one_product(p) ? Variant::kTf32 : Variant::kPlain; }
+/// The fastest one that suits the problem and, if any does, the device. Null: head_dim is too large.
+const Instance* best_instance(const AttentionParams& p, const Gradients& g, const Device& device) {
+  const Instance* best = nullptr;
+  const bool modified = needs_modified(p, g);
+  for (Variant variant : {is_of_one_product(p) ? Variant::kTf32 : Variant::kPlain, Variant::kCompact, Variant::kModified}) {
+    if (modified && variant != Variant::kModified) continue;
+    const Instance* instance = find(p, variant);
+    if (instance == nullptr) continue;
+    best = instance;
+    if (best->shared_bytes() <= device.shared_memory_bytes) break;
+  }
+  return best;
+}
 
 /// Tiles of keys of the longest sequence, or where packed of one of mean length.
 int64_t key_tiles(const AttentionParams& p, int tile_k) {
@@ -105,7 +116,7 @@ int64_t num_splits(const Instance& instance, const RowTiles& rows, const Attenti
 struct Arrays {
   RowNumbers numbers;
   int64_t splits;
-  float4* d_query;
+  float* d_query;
   size_t bytes;
 };
 
@@ -116,7 +127,7 @@ Arrays arrays_of(const Instance& instance, const AttentionParams& p, const Devic
   arrays.splits = num_splits(instance, arrays.numbers.tiles, p, device);
   const bool is_summed = p.key.shape[2] > tile.tile_k();
   const int64_t bytes = is_summed ? arrays.splits * bytes_of_sums(instance, arrays.numbers.tiles, p) : 0;
-  arrays.d_query = workspace.take<float4>(bytes / static_cast<int64_t>(sizeof(float4)));
+  arrays.d_query = workspace.take<float>(bytes / static_cast<int64_t>(sizeof(float)));
   arrays.bytes = workspace.bytes();
   return arrays;
 }
@@ -129,7 +140,7 @@ Grid grid_of(const Instance& instance, const AttentionParams& p, const Gradients
   grid.num_splits = Divisor(arrays.splits);
   grid.numbers = arrays.numbers;
   grid.d_query = arrays.d_query;
-  grid.size_of_sums = bytes_of_sums(instance, arrays.numbers.tiles, p) / static_cast<int64_t>(sizeof(float4));
+  grid.size_of_sums = bytes_of_sums(instance, arrays.numbers.tiles, p) / static_cast<int64_t>(sizeof(float));
   grid.query_by_16 = is_by(p.query, 16);
   grid.key_by_16 = is_by(p.key, 16);
   grid.value_by_16 = is_by(p.value, 16);
@@ -191,9 +202,7 @@ bool plan(const StepParams& params, const Gradients& gradients, BackwardPlan* pl
   FA_REFUSE_IF(capability < 80, "needs compute capability 8.0 or newer, the device has " + std::to_string(capability / 10) + "." +
                                     std::to_string(capability % 10));
   FA_REFUSE_IF(params.query.shape[2] > kMaxRows || params.key.shape[2] > kMaxRows, "more than 2^29 rows or keys");
-  const bool modified = needs_modified(params, gradients);
-  const Instance* instance = modified ? nullptr : find(params, plain_variant(params));
-  if (instance == nullptr || instance->shared_bytes() > shared_bytes) instance = find(params, Variant::kModified);
+  const Instance* instance = best_instance(params, gradients, plan->device);
   FA_REFUSE_IF(instance == nullptr, "head_dim " + std::to_string(head_dim_of(params)) + " is above 256");
   FA_REFUSE_IF(instance->shared_bytes() > shared_bytes, "needs " + std::to_string(instance->shared_bytes()) +
                                                             " bytes of shared memory in a thread block, the device gives " +

@@ -12,30 +12,41 @@ enum class Variant : uint8_t {
   kPlain,     // scale, lengths, windows
   kModified,  // on top of it softcap, bias, mask, ALiBi, and gradients of biases and sinks; also where kPlain has no room
   kTf32,      // float32 as kPlain, in one TF32 product in place of three
+  kCompact,   // as kPlain, in the shared memory of compute capability 8.0
 };
 
-/// A thread block owns a tile of keys, of which each warp has key_blocks * 16, and walks over tiles of query rows.
+/// Which scores a warp computes.
+enum class Scores : uint8_t {
+  kOwn,   // those of keys that no other warp has
+  kAll,   // two warps have the same keys: all of their scores, so both compute the same
+  kHalf,  // two warps have the same keys: those of one half of the rows, and the other warp gives the rest
+};
+
+/// A thread block owns a tile of keys, of which each warp has key_blocks * 16, and walks over tiles of query rows. Of two warps
+/// that have the same keys each has one half of the columns of their gradients.
 struct TileShape {
   int warps;
   int key_blocks;
-  int tile_q;             // query rows
-  int min_blocks;         // thread blocks per multiprocessor the registers must allow
-  int column_groups = 1;  // warps that share keys: each computes all of their scores, and a part of the gradients' columns
+  int tile_q;      // query rows
+  int min_blocks;  // thread blocks per multiprocessor the registers must allow
+  Scores scores = Scores::kOwn;
+  bool has_weights = false;  // with Scores::kHalf: shared memory has weights and gradients of scores at once
 
-  constexpr int tile_k() const { return warps / column_groups * key_blocks * 16; }
+  constexpr int column_groups() const { return scores == Scores::kOwn ? 1 : 2; }
+  constexpr int tile_k() const { return warps / column_groups() * key_blocks * 16; }
   constexpr int threads() const { return warps * 32; }
 };
 
 constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant) {
-  const bool plain = variant != Variant::kModified;
+  const bool plain = variant != Variant::kModified, has_room = variant == Variant::kPlain;
   if (element_bytes == 4) {
     if (head_dim <= 64) return {4, 1, 32, 2};
     if (head_dim <= 128) return plain ? TileShape{8, 1, 32, 1} : TileShape{4, 1, 32, 1};
-    return {4, 1, 16, 1, 2};
+    return {4, 1, 16, 1, Scores::kAll};
   }
   if (head_dim <= 64) return plain ? TileShape{4, 2, 32, 2} : TileShape{8, 1, 32, 1};
-  if (head_dim <= 128) return plain ? TileShape{8, 1, 64, 1} : TileShape{4, 1, 32, 2};
-  return {8, 1, 32, 1, 2};
+  if (head_dim <= 128) return plain ? TileShape{8, 2, 64, 1, Scores::kHalf, has_room} : TileShape{4, 1, 32, 2};
+  return plain ? TileShape{8, 1, has_room ? 64 : 32, 1, Scores::kHalf, true} : TileShape{8, 1, 32, 1, Scores::kAll};
 }
 
 /// Are the products of float32 rows so long that their rounding shows where they cancel against D or the log-sum-exp? Both are
@@ -43,9 +54,11 @@ constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant)
 /// log-sum-exp.
 constexpr bool has_long_products(int element_bytes, int head_dim) { return element_bytes == 4 && head_dim > 128; }
 
-/// Keys, values, and two stages of queries, gradients of the output, the rows' numbers, and gradients of a tile of scores.
+/// Keys, values, and two stages of queries, gradients of the output, the rows' numbers, and gradients of a tile of scores; and
+/// its weights.
 constexpr int shared_memory_bytes(int element_bytes, int head_dim, const TileShape& tile) {
-  const int elements = 2 * (tile.tile_k() * head_dim + 2 * tile.tile_q * head_dim + tile.tile_k() * tile.tile_q);
+  const int scores = tile.tile_k() * tile.tile_q;
+  const int elements = 2 * (tile.tile_k() * head_dim + 2 * tile.tile_q * head_dim + scores) + (tile.has_weights ? scores : 0);
   return element_bytes * elements + 2 * 3 * 4 * tile.tile_q;
 }
 
@@ -55,7 +68,8 @@ constexpr bool fits(int element_bytes, int head_dim, Variant variant, int kiloby
 
 // Of a block's shared memory, compute capability 8.0 gives 163 KB, 8.6 and 8.9 give 99, 9.0 and 10.0 227 (docs/backward.md).
 static_assert(fits(2, 128, Variant::kModified, 99) && fits(4, 64, Variant::kModified, 99) && fits(4, 64, Variant::kTf32, 99));
-static_assert(fits(2, 256, Variant::kModified, 163) && fits(4, 128, Variant::kModified, 163) &&
+static_assert(fits(2, 128, Variant::kCompact, 163) && fits(2, 256, Variant::kCompact, 163) &&
+              fits(2, 256, Variant::kModified, 163) && fits(4, 128, Variant::kModified, 163) &&
               fits(4, 256, Variant::kModified, 163));
 static_assert(fits(2, 128, Variant::kPlain, 227) && fits(2, 256, Variant::kPlain, 227) && fits(4, 128, Variant::kPlain, 227));
 

@@ -44,12 +44,13 @@ struct FloatProducts : ProductShapes<Config> {
             rows + right_lane<LayoutQ>(Config::column_group() * Config::kColumns),
             keys + right_lane<LayoutK>(Shapes::query_column()),
             d_scores + LayoutS::offset(2 * t, Config::first_key() / 4 + g % 2) + 4 * (g / 2),
-            d_scores + LayoutS::offset(Shapes::query_row() + lane % 16, lane / 16)};
+            d_scores + LayoutS::offset(Shapes::query_row() + lane % 16, lane / 16),
+            0};
   }
 
   /// scores = A B^T + C, A being the warp's keys or values and B the rows of queries or gradients of the output; from the lane's
-  /// places (Lanes) in tiles that lie so many bytes behind. C has two numbers for each block of rows: init(n), those of the lane's
-  /// rows.
+  /// places (Lanes) in tiles that lie so many bytes behind. C has two numbers for each block of rows: init(n), those of the
+  /// lane's rows.
   template <class Init>
   static __device__ __forceinline__ void multiply(Scores& scores, uint32_t left, int left_tile, uint32_t right, int right_tile,
                                                   const Init& init) {

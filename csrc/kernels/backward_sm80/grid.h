@@ -2,8 +2,6 @@
 // How the host deals out a problem to thread blocks of the backward kernels for mma.sync, and what it knows of addresses.
 #pragma once
 
-#include <vector_types.h>
-
 #include "fa/backward.h"
 #include "kernels/backward_rows/row_numbers.h"
 #include "kernels/common/divisor.h"
@@ -30,8 +28,8 @@ struct Grid {
   SequenceRule sequences;
   Divisor heads, group_size, num_splits;  // key heads; query heads of a key head; thread blocks of a pair
   RowNumbers numbers;
-  float4* d_query;       // sums of each split: for each tile of rows (RowTiles) tile_q * head_dim floats, as threads hold them
-  int64_t size_of_sums;  // of a split, in float4
+  float* d_query;        // sums of each split: for each tile of rows (RowTiles) tile_q * head_dim floats, in the kernel's order
+  int64_t size_of_sums;  // of a split, in floats
   bool query_by_16, key_by_16, value_by_16, d_out_by_16;  // rows are whole 16-byte chunks at 16-byte addresses
   bool d_query_by_16, d_key_by_16, d_value_by_16;
   bool may_spoil;  // a NaN or infinity of a key and a row that don't see each other could reach a sum

@@ -2,8 +2,7 @@
 // Gradients of queries, keys and values for mma.sync GPUs (sm_80 and later), after FlashAttention-2's backward pass (Dao 2023): a
 // thread block takes tiles of keys one after the other. Their gradients stay in registers while it walks over the tiles of query
 // rows that see them, from the last to the first, in all heads of the key head's group. A tile of dQ is summed up in memory, in
-// sums of the block's own, where each element has one thread that adds to it: so the order is always the same, and nobody waits
-// for anybody. Launched by launch.cuh.
+// sums of the block's own (query_sums.cuh). Launched by launch.cuh.
 #pragma once
 
 #include <type_traits>
@@ -11,6 +10,7 @@
 #include "kernels/backward_sm80/config.h"
 #include "kernels/backward_sm80/float_products.cuh"
 #include "kernels/backward_sm80/products.cuh"
+#include "kernels/backward_sm80/query_sums.cuh"
 #include "kernels/backward_sm80/scores.cuh"
 #include "kernels/backward_sm80/tiles.cuh"
 
@@ -23,7 +23,9 @@ struct TileConfig {
   static constexpr TileShape kTile = tile_shape(kElementBytes, kHeadDim_, kVariant);
   static constexpr bool kModified = kVariant == Variant::kModified, kOneProduct = kVariant == Variant::kTf32;
   static constexpr int kHeadDim = kHeadDim_, kThreads = kTile.threads(), kWarps = kTile.warps, kKeyBlocks = kTile.key_blocks;
-  static constexpr int kTileQ = kTile.tile_q, kTileK = kTile.tile_k(), kColumns = kHeadDim / kTile.column_groups;
+  static constexpr int kTileQ = kTile.tile_q, kTileK = kTile.tile_k(), kColumns = kHeadDim / kTile.column_groups();
+  static constexpr bool kExchanges = kTile.scores == Scores::kHalf;
+  static constexpr int kRows = kExchanges ? kTileQ / 2 : kTileQ;  // of which a warp computes scores
   using LayoutK = TileLayout<kTileK, kHeadDim * kElementBytes, RowOrder::kNeighbours>;
   using LayoutQ = TileLayout<kTileQ, kHeadDim * kElementBytes, RowOrder::kNeighbours>;
   // Gradients of scores: by keys, or in float32, which ldmatrix doesn't transpose, by rows.
@@ -34,13 +36,19 @@ struct TileConfig {
   using Products =
       std::conditional_t<kElementBytes == 2, backward_sm80::Products<TileConfig>, backward_sm80::FloatProducts<TileConfig>>;
 
-  static constexpr int kKeyWarps = kWarps / kTile.column_groups;
+  static constexpr int kKeyWarps = kWarps / kTile.column_groups();
   static __device__ __forceinline__ int first_key() { return threadIdx.x / 32 % kKeyWarps * 16 * kKeyBlocks; }  // of the warp
-  static __device__ __forceinline__ int column_group() { return kTile.column_groups == 1 ? 0 : threadIdx.x / 32 / kKeyWarps; }
+  static __device__ __forceinline__ int column_group() { return kKeyWarps == kWarps ? 0 : threadIdx.x / 32 / kKeyWarps; }
+  static __device__ __forceinline__ int first_row() { return kExchanges ? column_group() * kRows : 0; }  // of the tile
+  /// Waits for the other warp that has the same keys.
+  static __device__ __forceinline__ void meet_other() {
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + threadIdx.x / 32 % kKeyWarps) : "memory");
+  }
 
   // Shared memory: offsets in bytes.
   static constexpr int kValue = LayoutK::kBytes, kStages = 2 * LayoutK::kBytes, kStage = 2 * LayoutQ::kBytes;
-  static constexpr int kScores = kStages + 2 * kStage, kNumbers = kScores + 2 * LayoutS::kBytes, kNumbersOfStage = 3 * 4 * kTileQ;
+  static constexpr int kScores = kStages + 2 * kStage, kWeights = kScores + 2 * LayoutS::kBytes;
+  static constexpr int kNumbers = kWeights + (kTile.has_weights ? LayoutS::kBytes : 0), kNumbersOfStage = 3 * 4 * kTileQ;
   static constexpr int kSharedBytes = kNumbers + 2 * kNumbersOfStage;
   static_assert(kSharedBytes == shared_memory_bytes(kElementBytes, kHeadDim, kTile));
 };
@@ -69,11 +77,12 @@ struct RowSource {
 struct Walk {
   KeyTile keys;
   int first_head, num_steps;
-  float4* d_query;  // the sums of the block's split
+  float* d_query;  // the sums of the block's split
 };
 
 /// With the i-th of the block's tiles of keys.
-__device__ __forceinline__ Walk walk_of(const Grid& grid, const TileWork& work, const KeySplit& split, int i, int tile_q, int tile_k) {
+__device__ __forceinline__ Walk walk_of(const Grid& grid, const TileWork& work, const KeySplit& split, int i, int tile_q,
+                                        int tile_k) {
   const KeyTile keys = key_tile_of(work, split, i, tile_q, tile_k);
   const int group = grid.group_size.divisor;
   return {keys, work.kv_head * group, group * (keys.rows.end - keys.rows.begin), grid.d_query + split.split * grid.size_of_sums};
@@ -119,7 +128,7 @@ struct Block {
   }
   __device__ __forceinline__ NumbersOfRows numbers(int stage) const {
     const float* first = reinterpret_cast<const float*>(shared + Config::kNumbers + stage * Config::kNumbersOfStage);
-    first += 2 * (threadIdx.x % 4);
+    first += Config::first_row() + 2 * (threadIdx.x % 4);
     return {first, first + Config::kTileQ, first + 2 * Config::kTileQ};
   }
 
@@ -132,7 +141,8 @@ struct Block {
     const int64_t b = work.sequence.batch_idx, row = work.sequence.first_key + first_key;
     const int valid = work.num_keys - first_key;
     const auto load_tile = [&](int tile, const TensorView& view, bool by_16) {
-      load<typename Config::LayoutK, Config::kTileK>(tile, view, source_of_rows<Copy, T>(view, b, work.kv_head, row), valid, by_16);
+      load<typename Config::LayoutK, Config::kTileK>(tile, view, source_of_rows<Copy, T>(view, b, work.kv_head, row), valid,
+                                                     by_16);
     };
     load_tile(0, p.key, grid.key_by_16);
     load_tile(Config::kValue, p.value, grid.value_by_16);
@@ -141,7 +151,8 @@ struct Block {
     const int valid = static_cast<int>(work.sequence.query_length) - step.row_tile * Config::kTileQ;
     const int tile = Config::kStages + step.stage * Config::kStage;
     load<typename Config::LayoutQ, Config::kTileQ>(tile, p.query, source.query, valid, grid.query_by_16);
-    load<typename Config::LayoutQ, Config::kTileQ>(tile + Config::LayoutQ::kBytes, g.d_out, source.d_out, valid, grid.d_out_by_16);
+    load<typename Config::LayoutQ, Config::kTileQ>(tile + Config::LayoutQ::kBytes, g.d_out, source.d_out, valid,
+                                                   grid.d_out_by_16);
     const int64_t entry = int64_t{tile_of(step)} * Config::kTileQ;
     const uint32_t numbers = address(Config::kNumbers + step.stage * Config::kNumbersOfStage);
     load_floats<Config::kTileQ>(numbers, grid.numbers.reference + entry);
@@ -188,7 +199,8 @@ __device__ __forceinline__ void weights_of(typename Config::Products::Packed& we
   constexpr int kKeyBlocks = Products::kKeyBlocks, kRowBlocks = Products::kRowBlocks;
   const int lane = threadIdx.x % 32;
   const uint32_t rows = block.lanes.rows + step.stage * Config::kStage;
-  const TileCorner corner{first_key + Config::first_key() + lane / 4, step.row_tile * Config::kTileQ + lane % 4 * 2};
+  const TileCorner corner{first_key + Config::first_key() + lane / 4,
+                          step.row_tile * Config::kTileQ + Config::first_row() + lane % 4 * 2};
   const NumbersOfRows numbers = block.numbers(step.stage);
   typename Products::Scores scores, products;
   Products::multiply(scores, block.lanes.keys, 0, rows, 0, [](int) { return make_float2(0.0f, 0.0f); });
@@ -214,33 +226,6 @@ __device__ __forceinline__ void weights_of(typename Config::Products::Packed& we
   Products::pack(d_scores, products);
 }
 
-/// Where the thread has its part of the sums of a tile of dQ: behind those of a split, as threads hold them.
-template <class Config>
-__device__ __forceinline__ float4* place_of_sums(float4* split, const Block<Config>& block, const Step& step) {
-  return split + static_cast<int64_t>(block.tile_of(step)) * (Config::kTileQ * Config::kHeadDim / 4) + threadIdx.x;
-}
-
-template <class Config>
-__device__ __forceinline__ void load_sums(typename Config::Products::QuerySums& sums, const float4* memory) {
-  constexpr int kColumnBlocks = Config::Products::kQueryColumnBlocks;
-#pragma unroll
-  for (int i = 0; i < Config::Products::kQueryBlocks * kColumnBlocks; ++i) {
-    const float4 loaded = __ldcg(memory + i * Config::kThreads);
-    float (&sum)[4] = sums[i / kColumnBlocks][i % kColumnBlocks];
-    sum[0] = loaded.x, sum[1] = loaded.y, sum[2] = loaded.z, sum[3] = loaded.w;
-  }
-}
-
-template <class Config>
-__device__ __forceinline__ void store_sums(const typename Config::Products::QuerySums& sums, float4* memory) {
-  constexpr int kColumnBlocks = Config::Products::kQueryColumnBlocks;
-#pragma unroll
-  for (int i = 0; i < Config::Products::kQueryBlocks * kColumnBlocks; ++i) {
-    const float (&sum)[4] = sums[i / kColumnBlocks][i % kColumnBlocks];
-    __stcg(memory + i * Config::kThreads, make_float4(sum[0], sum[1], sum[2], sum[3]));
-  }
-}
-
 /// A thread's part of a tile of dQ.
 template <class Config>
 __device__ __forceinline__ void write_queries(const typename Config::Products::QuerySums& sums, const Block<Config>& block,
@@ -258,31 +243,67 @@ __device__ __forceinline__ void write_queries(const typename Config::Products::Q
   }
 }
 
-/// The sums of a tile of rows as the keys before have left them.
+/// The keys' part of the gradient of a step's queries: to the sum, or the last with the sum to where it is wanted, if the block
+/// has all keys.
 template <class Config>
-__device__ __forceinline__ void begin_queries(typename Config::Products::QuerySums& sums, const Block<Config>& block,
-                                              const Walk& walk, const Step& step) {
-  if (step.row_tile < walk.keys.visited_end) {
-    load_sums<Config>(sums, place_of_sums(walk.d_query, block, step));
+__device__ __forceinline__ void end_queries(const Block<Config>& block, const Walk& walk, const Step& step) {
+  using Products = typename Config::Products;
+  using Sums = SumsInMemory<Config>;
+  const bool is_first = step.row_tile >= walk.keys.visited_end;
+  const bool is_last = block.grid.num_splits.divisor == 1 && step.row_tile < walk.keys.visited_again;
+  float* const place = Sums::place(walk.d_query, block.tile_of(step));
+  typename Products::QuerySums sums = {};
+  if (is_last && !is_first) Sums::load(sums, place);
+  Products::accumulate_keys(sums, block.lanes.left_d_scores + step.stage * Config::LayoutS::kBytes, block.lanes.deep_keys);
+  if (is_last) {
+    write_queries(sums, block, step);
+  } else if (is_first) {
+    Sums::store(sums, place);
   } else {
-#pragma unroll
-    for (auto& of_rows : sums)
-#pragma unroll
-      for (auto& sum : of_rows) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+    Sums::add(sums, place);
   }
 }
 
-/// Adds the keys' part, and brings the sums to where they are wanted: the last visit has the gradient, if the block has all keys.
+/// Of the gradients of a tile of keys the part of a step's rows, given their weights and the gradients of their scores. The
+/// latter also go to shared memory, for the gradient of the queries.
 template <class Config>
-__device__ __forceinline__ void end_queries(typename Config::Products::QuerySums& sums, const Block<Config>& block,
-                                            const Walk& walk, const Step& step) {
+__device__ __forceinline__ void add_to_keys(typename Config::Products::Sums& d_key, typename Config::Products::Sums& d_value,
+                                            const typename Config::Products::Packed& weights,
+                                            const typename Config::Products::Packed& d_scores, const Block<Config>& block,
+                                            int stage) {
   using Products = typename Config::Products;
-  Products::accumulate_keys(sums, block.lanes.left_d_scores + step.stage * Config::LayoutS::kBytes, block.lanes.deep_keys);
-  if (block.grid.num_splits.divisor == 1 && step.row_tile < walk.keys.visited_again) {
-    write_queries(sums, block, step);
-  } else {
-    store_sums<Config>(sums, place_of_sums(walk.d_query, block, step));
+  const uint32_t rows = block.lanes.deep_rows + stage * Config::kStage;
+  if (Config::column_group() == 0) Products::store_scores(d_scores, block.lanes.d_scores + stage * Config::LayoutS::kBytes);
+  Products::accumulate(d_value, weights, rows, Config::LayoutQ::kBytes);
+  Products::accumulate(d_key, d_scores, rows, 0);
+}
+
+/// The same where the other warp that has the same keys has the scores of one half of the rows.
+template <class Config>
+__device__ __forceinline__ void add_to_keys_with_other(typename Config::Products::Sums& d_key,
+                                                       typename Config::Products::Sums& d_value,
+                                                       const typename Config::Products::Packed& weights,
+                                                       const typename Config::Products::Packed& d_scores,
+                                                       const Block<Config>& block, int stage) {
+  using Products = typename Config::Products;
+  constexpr bool kHasWeights = Config::kTile.has_weights;
+  constexpr int kRowBytes = Config::LayoutQ::kBlockBytes;
+  const uint32_t rows = block.lanes.deep_rows + stage * Config::kStage;
+  const uint32_t own = rows + Config::first_row() * kRowBytes, others = rows + (Config::kRows - Config::first_row()) * kRowBytes;
+  const uint32_t place_of_d_scores = stage * Config::LayoutS::kBytes;
+  const uint32_t place_of_weights = kHasWeights ? Config::kWeights - Config::kScores : place_of_d_scores;
+  Products::store_scores(weights, block.lanes.d_scores + place_of_weights);
+  if (kHasWeights) Products::store_scores(d_scores, block.lanes.d_scores + place_of_d_scores);
+  Products::accumulate(d_value, weights, own, Config::LayoutQ::kBytes);
+  Products::accumulate(d_key, d_scores, own, 0);
+  Config::meet_other();
+  Products::accumulate_others(d_value, block.lanes.others_scores + place_of_weights, others, Config::LayoutQ::kBytes);
+  if (!kHasWeights) {
+    Config::meet_other();  // both have read the weights
+    Products::store_scores(d_scores, block.lanes.d_scores + place_of_d_scores);
+    Config::meet_other();
   }
+  Products::accumulate_others(d_key, block.lanes.others_scores + place_of_d_scores, others, 0);
 }
 
 /// The gradients of a tile of keys, and its part of those of the queries.
@@ -290,7 +311,6 @@ template <class Config>
 __device__ __forceinline__ void work_off(const Block<Config>& block, const Walk& walk) {
   using Products = typename Config::Products;
   typename Products::Sums d_key = {}, d_value = {};
-  typename Products::QuerySums d_query;
   Step step{walk.first_head, walk.keys.rows.end - 1, 0};
   RowSource<typename Config::T> source = block.source_of(step);
   if (walk.num_steps > 0) {
@@ -316,23 +336,22 @@ __device__ __forceinline__ void work_off(const Block<Config>& block, const Walk&
       block.load_queries(next, source);
     }
     cp_async_commit();
-    if (i > 0) end_queries(d_query, block, walk, neighbour(step, walk.keys.rows, 1));
+    if (i > 0) end_queries(block, walk, neighbour(step, walk.keys.rows, 1));
     if (block.grid.may_spoil) block.clear_spoilt_rows(step.stage);
 
     typename Products::Packed weights, d_scores;
     const KeySpan whole = walk.keys.whole_rows;
     weights_of(weights, d_scores, block, step, walk.keys.first_key, step.row_tile >= whole.begin && step.row_tile < whole.end);
-    if (Config::column_group() == 0)
-      Products::store_scores(d_scores, block.lanes.d_scores + step.stage * Config::LayoutS::kBytes);
-    begin_queries(d_query, block, walk, step);
-    const uint32_t rows = block.lanes.deep_rows + step.stage * Config::kStage;
-    Products::accumulate(d_value, weights, rows, Config::LayoutQ::kBytes);
-    Products::accumulate(d_key, d_scores, rows, 0);
+    if constexpr (Config::kExchanges) {
+      add_to_keys_with_other(d_key, d_value, weights, d_scores, block, step.stage);
+    } else {
+      add_to_keys(d_key, d_value, weights, d_scores, block, step.stage);
+    }
     if (i + 1 < walk.num_steps) step = neighbour(step, walk.keys.rows, -1);
   }
   cp_async_wait<0>();
   __syncthreads();
-  if (walk.num_steps > 0) end_queries(d_query, block, walk, step);
+  if (walk.num_steps > 0) end_queries(block, walk, step);
   __syncthreads();  // keys and values have been left
   write_keys<Config>(d_key, block.p.softmax_scale, block.shared, block.g.d_key, block.work, walk.keys.first_key,
                      block.grid.d_key_by_16);
@@ -369,6 +388,7 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads)
     add_splits_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Gradients g,
                       const __grid_constant__ Grid grid) {
+  using Sums = SumsInMemory<Config>;
   __shared__ TileWork work;
   const unsigned of_head = static_cast<unsigned>(grid.numbers.tiles.of_head), head = blockIdx.x / of_head;
   const RowPlace place = row_place(grid.numbers.tiles, grid.sequences, head, (blockIdx.x - head * of_head) * Config::kTileQ);
@@ -379,10 +399,11 @@ __global__ void __launch_bounds__(Config::kThreads)
   if (place.row < 0 || place.row >= work.sequence.query_length) return;
   const KeySpan seen = tiles_of_keys(work, step.row_tile, Config::kTileQ, Config::kTileK);
   if (seen.begin >= seen.end) return;
+  const int num_splits = grid.num_splits.divisor;
   typename Config::Products::QuerySums total = {}, sums;
-  for (int split = 0; split < static_cast<int>(grid.num_splits.divisor); ++split) {
-    if (!KeySplit{split, static_cast<int>(grid.num_splits.divisor)}.has_any(seen.begin, seen.end)) continue;
-    load_sums<Config>(sums, place_of_sums(grid.d_query + split * grid.size_of_sums, block, step));
+  for (int split = 0; split < num_splits; ++split) {
+    if (!KeySplit{split, num_splits}.has_any(seen.begin, seen.end)) continue;
+    Sums::load(sums, Sums::place(grid.d_query + split * grid.size_of_sums, block.tile_of(step)));
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(sums) / 4); ++i)
       reinterpret_cast<float*>(total)[i] += reinterpret_cast<const float*>(sums)[i];

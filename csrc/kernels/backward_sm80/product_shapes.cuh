@@ -11,18 +11,21 @@
 
 namespace fa::backward_sm80 {
 
-/// Where a lane reads and writes its parts of tiles in shared memory, of which each kind begins at a given address. They are worked
-/// out once for all: that takes many instructions, which the compiler would rather repeat at each step than keep a register.
+/// Where a lane reads and writes its parts of tiles in shared memory, of which each kind begins at a given address. They are
+/// worked out once for all: that takes many instructions, which the compiler would rather repeat at each step than keep a
+/// register.
 struct Lanes {
-  uint32_t keys, rows;            // operands of scores
-  uint32_t deep_rows, deep_keys;  // right operands of sums over rows, and over keys
+  uint32_t keys, rows;               // operands of scores
+  uint32_t deep_rows, deep_keys;     // right operands of sums over rows, and over keys
   uint32_t d_scores, left_d_scores;  // gradients of scores as they are stored, and as the left operand of sums over keys
+  uint32_t others_scores;            // those of the other warp that has the same keys, as the left operand of sums over rows
 
   /// As they are, but nothing that the compiler could work out again.
   __device__ __forceinline__ Lanes kept() const {
     Lanes lanes = *this;
-    asm volatile("" : "+r"(lanes.keys), "+r"(lanes.rows), "+r"(lanes.deep_rows), "+r"(lanes.deep_keys), "+r"(lanes.d_scores),
-                 "+r"(lanes.left_d_scores));
+    asm volatile(""
+                 : "+r"(lanes.keys), "+r"(lanes.rows), "+r"(lanes.deep_rows), "+r"(lanes.deep_keys), "+r"(lanes.d_scores),
+                   "+r"(lanes.left_d_scores), "+r"(lanes.others_scores));
     return lanes;
   }
 };
@@ -32,7 +35,7 @@ struct ProductShapes {
   using LayoutK = typename Config::LayoutK;  // of keys and values
   using LayoutQ = typename Config::LayoutQ;  // of queries and gradients of the output
   using LayoutS = typename Config::LayoutS;  // of gradients of scores
-  static constexpr int kKeyBlocks = Config::kKeyBlocks, kRowBlocks = Config::kTileQ / 8, kColumnBlocks = Config::kColumns / 8;
+  static constexpr int kKeyBlocks = Config::kKeyBlocks, kRowBlocks = Config::kRows / 8, kColumnBlocks = Config::kColumns / 8;
   using Scores = float[kKeyBlocks][kRowBlocks][4];   // (key g, row 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
   using Sums = float[kKeyBlocks][kColumnBlocks][4];  // dK or dV of the warp's keys
 
@@ -43,13 +46,13 @@ struct ProductShapes {
   static __device__ __forceinline__ int query_row() { return threadIdx.x / 32 % kQueryWarps * 16 * kQueryBlocks; }
   static __device__ __forceinline__ int query_column() { return threadIdx.x / 32 / kQueryWarps * 8 * kQueryColumnBlocks; }
 
-  /// Where the lane reads operands by ldmatrix of tiles whose product scores are, at this shared address. The warp's keys: rows 0-7
-  /// and 8-15 of a chunk, then of the next. Queries: a chunk of rows 0-7 and the next, then of rows 8-15.
+  /// Where the lane reads operands by ldmatrix of tiles whose product scores are, at this shared address. The warp's keys: rows
+  /// 0-7 and 8-15 of a chunk, then of the next. Queries: a chunk of rows 0-7 and the next, then of rows 8-15.
   static __device__ __forceinline__ uint32_t lane_of_keys(uint32_t tile) {
     return tile + LayoutK::offset(Config::first_key() + threadIdx.x % 16, threadIdx.x % 32 / 16);
   }
   static __device__ __forceinline__ uint32_t lane_of_rows(uint32_t tile) {
-    return tile + LayoutQ::offset(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2);
+    return tile + LayoutQ::offset(Config::first_row() + threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8, threadIdx.x / 8 % 2);
   }
 
   /// scores = of_rows(n), the numbers of the lane's two rows of each block.

@@ -32,14 +32,15 @@ struct Products : ProductShapes<Config> {
     return {Shapes::lane_of_keys(keys), Shapes::lane_of_rows(rows),
             rows + transposed_lane<LayoutQ>(Config::column_group() * kColumnBlocks),
             keys + transposed_lane<LayoutK>(Shapes::query_column() / 8),
-            d_scores + LayoutS::offset(Config::first_key() + lane / 4, 0) + 4 * (lane % 4),
+            d_scores + LayoutS::offset(Config::first_key() + lane / 4, Config::first_row() / 8) + 4 * (lane % 4),
             // gradients are transposed on the way, as keys are
-            d_scores + LayoutS::offset(lane % 8 + lane / 16 * 8, Shapes::query_row() / 8 + lane / 8 % 2)};
+            d_scores + LayoutS::offset(lane % 8 + lane / 16 * 8, Shapes::query_row() / 8 + lane / 8 % 2),
+            d_scores + LayoutS::offset(Config::first_key() + lane % 16, (Config::kRows - Config::first_row()) / 8 + lane / 16)};
   }
 
   /// scores = A B^T + C, A being the warp's keys or values and B the rows of queries or gradients of the output; from the lane's
-  /// places (Lanes) in tiles that lie so many bytes behind. C has two numbers for each block of rows: init(n), those of the lane's
-  /// rows.
+  /// places (Lanes) in tiles that lie so many bytes behind. C has two numbers for each block of rows: init(n), those of the
+  /// lane's rows.
   template <class Init>
   static __device__ __forceinline__ void multiply(Scores& scores, uint32_t left, int left_tile, uint32_t right, int right_tile,
                                                   const Init& init) {
@@ -80,7 +81,27 @@ struct Products : ProductShapes<Config> {
     }
   }
 
-  /// Gradients of scores to shared memory, for all warps; to Lanes::d_scores.
+  /// The same, left being what the other warp that has the same keys has stored (store_scores()); from Lanes::others_scores.
+  static __device__ __forceinline__ void accumulate_others(Sums& sums, uint32_t left, uint32_t right, int right_tile) {
+#pragma unroll
+    for (int n = 0; n < kRowBlocks; n += 2) {
+      uint32_t a[kKeyBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) ldmatrix_x4(a[m], LayoutS::advance(left, 16 * m, n));
+#pragma unroll
+      for (int d = 0; d < kColumnBlocks; d += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_transposed(b, LayoutQ::advance(right, 8 * n, d) + right_tile);
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) {
+          mma_m16n8k16<T>(sums[m][d], a[m], b[0], b[1]);
+          mma_m16n8k16<T>(sums[m][d + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  /// Weights, or gradients of scores, to shared memory, for other warps; to Lanes::d_scores.
   static __device__ __forceinline__ void store_scores(const Packed& d_scores, uint32_t place) {
 #pragma unroll
     for (int m = 0; m < kKeyBlocks; ++m) {

@@ -20,7 +20,11 @@ struct TileWork {
 __device__ __forceinline__ TileWork work_of(const Grid& grid, int sequence_idx, int kv_head) {
   const Sequence sequence = grid.sequences.at(sequence_idx);
   const int64_t first_tile = grid.numbers.tiles.first(0, sequence_idx, sequence.first_row);
-  return {sequence, sequence.mask.band(), sequence_idx, kv_head, static_cast<int>(sequence.mask.kv_length),
+  return {sequence,
+          sequence.mask.band(),
+          sequence_idx,
+          kv_head,
+          static_cast<int>(sequence.mask.kv_length),
           static_cast<int>(first_tile)};
 }
 
