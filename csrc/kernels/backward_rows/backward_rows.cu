@@ -295,7 +295,7 @@ Status prepare(const RowJob& job, cudaStream_t stream) {
 }  // namespace
 
 RowNumbers row_numbers(const AttentionParams& params, int tile_rows, bool natural, Workspace* workspace) {
-  const RowTiles tiles = row_tiles(params, tile_rows);
+  const RowTiles tiles = row_tiles(params, params.query, tile_rows);
   const int64_t count = params.query.shape[1] * tiles.of_head * tile_rows;
   float* const reference = workspace->take<float>(count);
   float* const rest = natural ? workspace->take<float>(count) : nullptr;

@@ -9,7 +9,7 @@
 
 namespace fa {
 
-/// The tiles of query rows of all heads, one head behind the other.
+/// The tiles of query rows of all heads, one head behind the other; or of keys.
 struct RowTiles {
   int tile_rows;
   bool packed;
@@ -33,11 +33,27 @@ struct RowNumbers {
   float* delta;  // D; 0 where the reference is +inf or NaN
 };
 
-inline RowTiles row_tiles(const AttentionParams& p, int tile_rows) {
+/// Tiles of the query's rows, or of the keys.
+inline RowTiles row_tiles(const AttentionParams& p, const TensorView& tensor, int tile_rows) {
   const bool packed = p.cu_seqlens_q.present;
-  const int64_t of_sequence = (p.query.shape[2] + tile_rows - 1) / tile_rows;
-  const int64_t of_head = packed ? p.query.shape[2] / tile_rows + num_sequences(p) + 1 : of_sequence * num_sequences(p);
+  const int64_t of_sequence = (tensor.shape[2] + tile_rows - 1) / tile_rows;
+  const int64_t of_head = packed ? tensor.shape[2] / tile_rows + num_sequences(p) + 1 : of_sequence * num_sequences(p);
   return {tile_rows, packed, of_sequence, of_head};
+}
+
+/// The sequence that a tile of a head belongs to, if to any. `first_row`: what Sequence calls the first of the rows that the tiles
+/// are of.
+FA_HD uint32_t sequence_of_tile(const RowTiles& tiles, const SequenceRule& sequences, uint32_t tile,
+                                int64_t Sequence::*first_row) {
+  if (!tiles.packed) return tile / static_cast<uint32_t>(tiles.of_sequence);
+  uint32_t b = 0, count = static_cast<uint32_t>(sequences.num_sequences);
+  while (count > 1) {  // the last sequence whose first tile is this one or before it
+    const uint32_t half = count / 2;
+    const bool later = tiles.first(0, b + half, sequences.at(b + half).*first_row) <= tile;
+    b += later ? half : 0;
+    count = later ? count - half : half;
+  }
+  return b;
 }
 
 /// Where an entry of the arrays stands: a row of a sequence, or, below 0 and from num_rows of it on, none.
@@ -50,18 +66,7 @@ struct RowPlace {
 /// `entry`: of the head's entries, fewer than 2^31.
 FA_HD RowPlace row_place(const RowTiles& tiles, const SequenceRule& sequences, int head, uint32_t entry) {
   const uint32_t tile = entry / static_cast<uint32_t>(tiles.tile_rows);
-  uint32_t b = 0;
-  if (!tiles.packed) {
-    b = tile / static_cast<uint32_t>(tiles.of_sequence);
-  } else {  // the last sequence whose first tile is this one or before it
-    uint32_t count = static_cast<uint32_t>(sequences.num_sequences);
-    while (count > 1) {
-      const uint32_t half = count / 2;
-      const bool later = tiles.first(0, b + half, sequences.at(b + half).first_row) <= tile;
-      b += later ? half : 0;
-      count = later ? count - half : half;
-    }
-  }
+  const uint32_t b = sequence_of_tile(tiles, sequences, tile, &Sequence::first_row);
   RowPlace place{head, static_cast<int>(b), sequences.at(b), 0};
   place.row = entry - tiles.first(0, b, place.sequence.first_row) * tiles.tile_rows;
   return place;

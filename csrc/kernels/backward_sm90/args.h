@@ -20,10 +20,13 @@ struct alignas(16) View {
   RowBand band;
 };
 
+FA_HD View view_of(const Sequence& s) {
+  return {static_cast<int32_t>(s.query_length), static_cast<int32_t>(s.mask.kv_length), s.mask.band()};
+}
+
 FA_HD View view_of(SequenceRule rule, int64_t sequence) {
   rule.cu_seqlens_q.data = rule.query_lengths.data = nullptr;  // NOTE: plan() has refused both; the compiler is told
-  const Sequence s = rule.at(sequence);
-  return {static_cast<int32_t>(s.query_length), static_cast<int32_t>(s.mask.kv_length), s.mask.band()};
+  return view_of(rule.at(sequence));
 }
 
 /// Tiles begin … end - 1.
@@ -79,7 +82,9 @@ struct KernelArgs {
 
   float* sums;  // d_query where several key tiles add to it: kTileM x bucket for each query tile, in the order of registers
 
-  int batch_size, num_query_tiles, num_key_tiles;
+  RowTiles key_tiles;
+  int query_tiles_of_head;  // of all batch entries, as RowTiles counts them
+  int num_key_tiles;        // of a batch entry; of all sequences where packed
   int heads_per_key_head;
   int num_items;                 // key tiles of all batch entries and key heads
   TileOrder order;               // in which items are drawn
@@ -88,8 +93,8 @@ struct KernelArgs {
   int bias_batches, bias_heads;  // 1 where batch entries or heads have a bias of their own, 0 where they share one
   float scale, scale_log2;
 
-  /// The number of a query tile among those of all heads and batch entries, as RowTiles counts them.
-  FA_HD int query_tile(int batch, int head, int tile) const { return (head * batch_size + batch) * num_query_tiles + tile; }
+  /// The number of a query tile among those of all heads and sequences, given the sequence's first in head 0.
+  FA_HD int query_tile(int first_tile, int head, int tile) const { return head * query_tiles_of_head + first_tile + tile; }
 
   /// The sum of that half of a query tile's gradient which is a warpgroup's part.
   template <int kPartElements>

@@ -45,6 +45,7 @@ int64_t rows_of_key(const AttentionParams& p) {
 Variant variant_of(const AttentionParams& p) {
   constexpr int64_t kFewRows = 2048;
   if (p.bias.present) return Variant::kBias;
+  if (p.cu_seqlens_q.present) return Variant::kPacked;
   const int64_t head_dim = std::max(p.query.shape[3], p.value.shape[3]);
   return head_dim > 64 && head_dim <= 128 && rows_of_key(p) > kFewRows ? Variant::kTall : Variant::kPlain;
 }
@@ -58,7 +59,8 @@ const Instance* find_instance(const AttentionParams& p) {
 /// What the kernel does with scores: a scale, a bias, key lengths and windows, and no more.
 bool suits_scores(const AttentionParams& p, std::string* why_not) {
   FA_REFUSE_IF(p.mask.present || p.alibi_slopes.present || p.softcap != 0.0f, "takes no mask, alibi_slopes and softcap");
-  FA_REFUSE_IF(p.cu_seqlens_q.present || p.query_lengths.present, "takes no packed sequences and query_lengths");
+  FA_REFUSE_IF(p.query_lengths.present, "takes no query_lengths");
+  FA_REFUSE_IF(p.cu_seqlens_q.present && p.bias.present, "takes no bias of packed sequences");
   return true;
 }
 
@@ -91,8 +93,8 @@ bool suits_memory(const AttentionParams& p, const Gradients& g, std::string* why
   }
   FA_REFUSE_IF(p.query.shape[3] % 8 != 0 || p.value.shape[3] % 8 != 0, "head_dim and head_dim_v must be multiples of 8");
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
-  FA_REFUSE_IF(p.query.shape[0] * p.query.shape[1] * (p.query.shape[2] / 64 + 1) > kLimit ||
-                   p.key.shape[0] * p.key.shape[1] * (p.key.shape[2] / kTileKeys + 1) > kLimit,
+  FA_REFUSE_IF(p.query.shape[1] * row_tiles(p, p.query, 64).of_head > kLimit ||
+                   p.key.shape[1] * row_tiles(p, p.key, kTileKeys).of_head > kLimit,
                "more than 2^31 tiles");
   return true;
 }
@@ -124,7 +126,9 @@ bool plan(const StepParams& p, const Gradients& gradients, BackwardPlan* plan, s
       "of few keys");
   const Instance* instance = find_instance(p);
   FA_REFUSE_IF(instance == nullptr,
-               std::string("head_dim or head_dim_v is above ") + (p.bias.present ? "128, with a bias" : "256"));
+               std::string("head_dim or head_dim_v is above ") + (p.bias.present           ? "128, with a bias"
+                                                                  : p.cu_seqlens_q.present ? "128, with packed sequences"
+                                                                                           : "256"));
   plan->instance = static_cast<int>(instance - kInstances);
   Workspace workspace(nullptr);
   take_memory(p, instance->head_dim, instance->variant, &workspace);

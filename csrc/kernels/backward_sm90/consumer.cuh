@@ -261,8 +261,10 @@ struct Consumer {
     const TensorView& out = args.d_query;
     constexpr bool kByColumns = C::kPanels == 2;
     const int column = kByColumns ? warpgroup * 64 : 0;
-    T* const first = static_cast<T*>(out.data) + item.batch * out.stride[0] + place.head * out.stride[1] + column;
-    const int num_rows = static_cast<int>(out.shape[2]), num_columns = static_cast<int>(out.shape[3]) - column;
+    T* first = static_cast<T*>(out.data) + item.batch * out.stride[0] + place.head * out.stride[1] + column;
+    const int num_rows = C::kPacked ? item.view.query_length : static_cast<int>(out.shape[2]);
+    const int num_columns = static_cast<int>(out.shape[3]) - column;
+    if constexpr (C::kPacked) first += item.first_row * out.stride[2];
     if constexpr (C::kTransposed) {
       store_transposed_fragment(dq, args.scale, first, out.stride[2], tile * C::kTileM, num_rows, num_columns);
     } else {
@@ -306,7 +308,8 @@ struct Consumer {
 
   /// Adds the tile's dQ to what other key tiles have added. The first stores it, the last takes the sum to the tensor.
   __device__ __forceinline__ void add_query_gradient(const Item& item, Turn now) {
-    float* const sum = args.template sum_of_part<C::kPartElements>(args.query_tile(item.batch, place.head, tile), warpgroup);
+    float* const sum =
+        args.template sum_of_part<C::kPartElements>(args.query_tile(item.first_query_tile, place.head, tile), warpgroup);
     shared.turn_full[turn.stage].wait(turn.phase);
     const bool last = now.place + 1 == now.count;
     if (!last) {
@@ -332,9 +335,30 @@ struct Consumer {
     if constexpr (kLast) release(shared.key_empty[keys.stage]);
   }
 
-  __device__ __forceinline__ void start_scores() {
+  /// `its_tile`: of the queries.
+  __device__ __forceinline__ void start_scores(const Item& item, int its_tile) {
     shared.query_full[q.stage].wait(q.phase);
+    clear_others(shared.query[q.stage], item, its_tile);
     issue_next_scores();
+  }
+
+  /// Rows of a tile of queries that are the next sequence's become 0: times a weight of 0 what isn't finite would be NaN.
+  __device__ __forceinline__ void clear_others(uint8_t* rows, const Item& item, int its_tile) {
+    if constexpr (C::kPacked) {
+      const int used = item.view.query_length - its_tile * C::kTileM;
+      if (used >= C::kTileM) return;
+      clear_rows<C::kTileM, C::kPanels>(rows, used, C::kConsumerThreads);
+      fence_async_proxy();
+      named_barrier_sync(kConsumeBarrier, C::kConsumerThreads);
+    }
+  }
+
+  /// The tile of queries behind the step's.
+  __device__ __forceinline__ int next_tile(const Item& item) const {
+    if (!C::kPacked) return 0;  // nobody asks
+    Place next = place;
+    next.advance(item);
+    return next.tile(item);
   }
 
   __device__ __forceinline__ void issue_next_scores() {
@@ -346,6 +370,7 @@ struct Consumer {
   __device__ __forceinline__ void take_step(const Item& item) {
     // 1. P^T, and dP^T beside it.
     shared.out_full[o.stage].wait(o.phase);
+    clear_others(shared.d_out[o.stage], item, tile);
     issue_scores(dp, shared.value[keys.stage], shared.d_out[o.stage], [&](int step) {
       constexpr int kGroups = C::kTileM / 8, kSteps = C::kHeadDim / 16;
       if constexpr (!C::kHasBias) take_weights(step * kGroups / kSteps, (step + 1) * kGroups / kSteps);
@@ -391,7 +416,7 @@ struct Consumer {
       begin_next();
       wgmma_wait<(C::kKeyStages > 1)>();
     } else {
-      start_scores();
+      start_scores(item, next_tile(item));
       if (handed_over) publish_query_gradient();
       place.advance(item);
       find_step(item);
@@ -420,6 +445,7 @@ struct Consumer {
       if (begun) {
         prepare(item);
         shared.query_full[q.stage].wait(q.phase);
+        clear_others(shared.query[q.stage], item, tile);
       }
       issue_next_scores();  // NOTE: under a condition it would be serialised; where there is no next item nobody reads the result
     }
@@ -431,10 +457,10 @@ struct Consumer {
     shared.value_full[keys.stage].wait(keys.phase);
     const int used = item.view.kv_length - item.key_tile * C::kTileN;
     if (used >= C::kTileN) return;
-    clear_keys<C::kTileN, C::kPanels>(shared.key[keys.stage], used, C::kConsumerThreads);
-    clear_keys<C::kTileN, C::kPanels>(shared.value[keys.stage], used, C::kConsumerThreads);
+    clear_rows<C::kTileN, C::kPanels>(shared.key[keys.stage], used, C::kConsumerThreads);
+    clear_rows<C::kTileN, C::kPanels>(shared.value[keys.stage], used, C::kConsumerThreads);
     fence_async_proxy();
-    named_barrier_sync(kConsumeBarrier, 32 * C::kConsumerWarps);
+    named_barrier_sync(kConsumeBarrier, C::kConsumerThreads);
   }
 
   /// What the item's first step needs but for queries.
@@ -448,7 +474,7 @@ struct Consumer {
   __device__ __forceinline__ void take_steps(const Item& item) {
     if (!begun) {
       prepare(item);
-      start_scores();
+      start_scores(item, tile);
       wgmma_wait<0>();
       wgmma_pin(s);
     }
@@ -460,8 +486,9 @@ struct Consumer {
   __device__ __forceinline__ void store_key_gradient(const Item& item, const TensorView& out, const float (&x)[C::kHeadDim / 2],
                                                      float factor) {
     T* first = static_cast<T*>(out.data) + item.batch * out.stride[0] + item.key_head * out.stride[1];
+    if constexpr (C::kPacked) first += item.first_key * out.stride[2];
     store_fragment(x, factor, first, out.stride[2], item.key_tile * C::kTileN + warpgroup * 64 + first_row_of_thread(),
-                   static_cast<int>(out.shape[2]), static_cast<int>(out.shape[3]));
+                   C::kPacked ? item.num_keys : static_cast<int>(out.shape[2]), static_cast<int>(out.shape[3]));
   }
 
   /// Item after item.

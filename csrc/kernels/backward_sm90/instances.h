@@ -14,8 +14,9 @@ inline constexpr int kSharedLimit = 227 * 1024;  // bytes of shared memory that 
 
 enum class Variant : uint8_t {
   kPlain,
-  kTall,  // tiles of more query rows, whose share of a step's waiting is smaller; between 64 and 128 columns
-  kBias,  // adds a bias, which the copy engine brings
+  kTall,    // tiles of more query rows, whose share of a step's waiting is smaller; between 64 and 128 columns
+  kBias,    // adds a bias, which the copy engine brings
+  kPacked,  // packed sequences
 };
 
 /// Query rows and keys of a tile.

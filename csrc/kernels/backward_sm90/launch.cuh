@@ -40,14 +40,15 @@ void describe_problem(const AttentionParams& p, const Gradients& gradients, cons
   args->turns = memory.counters;
   args->ticket = memory.counters + memory.num_counters - 1;
   args->sums = memory.sums;
-  args->batch_size = static_cast<int>(p.query.shape[0]);
-  args->num_query_tiles = static_cast<int>(memory.rows.tiles.of_sequence);
-  args->num_key_tiles = static_cast<int>((p.key.shape[2] + C::kTileN - 1) / C::kTileN);
+  args->query_tiles_of_head = static_cast<int>(memory.rows.tiles.of_head);
+  args->key_tiles = row_tiles(p, p.key, C::kTileN);
+  args->num_key_tiles = static_cast<int>(C::kPacked ? args->key_tiles.of_head : args->key_tiles.of_sequence);
   args->heads_per_key_head = static_cast<int>(p.query.shape[1] / p.key.shape[1]);
   args->num_items = static_cast<int>(args->num_key_tiles * p.key.shape[1] * p.query.shape[0]);
   // As many heads together as give all multiprocessors one item, or two if it has up to 64 columns: the first key tiles of all of
   // them start, then the second … Fewer key tiles of a head then wait for one another; with more, L2 would not hold all sums.
-  const int64_t together = std::max(1, num_sms * 128 / C::kHeadDim / args->num_key_tiles);
+  const int64_t tiles_of_sequence = C::kPacked ? args->num_key_tiles / num_sequences(p) : args->num_key_tiles;
+  const int64_t together = std::max<int64_t>(1, num_sms * 128 / C::kHeadDim / tiles_of_sequence);
   args->rows_start_later = p.window_right >= 0;
   args->rows_shorten = args->rows_start_later && (p.window_left < 0 || p.window_left >= p.key.shape[2]);
   args->order = TileOrder(p.query.shape[0], p.key.shape[1], args->num_key_tiles, together,

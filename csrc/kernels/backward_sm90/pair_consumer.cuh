@@ -170,7 +170,7 @@ struct PairConsumer {
   /// Adds dQ to what other key tiles have added. The first stores it, the last takes the sum to the tensor.
   __device__ __forceinline__ void add_query_gradient(const Item& item, int head, int tile) {
     const Turn place = turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending);
-    const int64_t part = (static_cast<int64_t>(args.query_tile(item.batch, head, tile)) * 2 + rank) * 2 + warpgroup;
+    const int64_t part = (static_cast<int64_t>(args.query_tile(item.first_query_tile, head, tile)) * 2 + rank) * 2 + warpgroup;
     float* const sum = args.sums + part * C::kPartElements;
     shared.turn_full[turn.stage].wait(turn.phase);
     if (place.place + 1 < place.count) {
@@ -242,9 +242,9 @@ struct PairConsumer {
     keys.advance();
     const int used = item.view.kv_length - item.key_tile * C::kTileN;
     if (used >= C::kTileN) return;
-    clear_keys<C::kBlockN, C::kPanels>(shared.key, used - rank * C::kBlockN, C::kConsumerThreads);
-    clear_keys<C::kBlockN, C::kPanels>(shared.value, used - rank * C::kBlockN, C::kConsumerThreads);
-    clear_keys<C::kBlockN, C::kHalfPanels>(shared.other_key, used - (rank ^ 1) * C::kBlockN, C::kConsumerThreads);
+    clear_rows<C::kBlockN, C::kPanels>(shared.key, used - rank * C::kBlockN, C::kConsumerThreads);
+    clear_rows<C::kBlockN, C::kPanels>(shared.value, used - rank * C::kBlockN, C::kConsumerThreads);
+    clear_rows<C::kBlockN, C::kHalfPanels>(shared.other_key, used - (rank ^ 1) * C::kBlockN, C::kConsumerThreads);
     fence_async_proxy();
     named_barrier_sync(kConsumeBarrier, C::kConsumerThreads);
   }

@@ -81,7 +81,7 @@ __device__ __forceinline__ void load_pair_items(const KernelArgs& args, PairPlan
     if (item.query_tiles.begin == item.query_tiles.end) continue;
     bool keys_wanted = true;
     for_each_step(args, item, [&](int head, int tile) {
-      const int64_t numbers = static_cast<int64_t>(args.query_tile(item.batch, head, tile)) * C::kTileM;
+      const int64_t numbers = static_cast<int64_t>(args.query_tile(item.first_query_tile, head, tile)) * C::kTileM;
       load_halves<C>(shared.query, near, far, &args.query, args.rows.reference + numbers, rank, tile * C::kTileM, head,
                      item.batch);
       load_halves<C>(shared.d_out, near, far, &args.d_out, args.rows.delta + numbers, rank, tile * C::kTileM, head, item.batch);

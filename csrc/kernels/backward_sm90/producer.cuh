@@ -10,6 +10,30 @@
 
 namespace fa::backward_sm90 {
 
+/// Key tile `tile` of a batch entry, or where sequences are packed of all of them: some are no sequence's, and have no keys.
+template <class C>
+__device__ __forceinline__ void set_tile(const KernelArgs& args, int batch, int tile, Item& item) {
+  if constexpr (C::kPacked) {
+    const uint32_t idx = sequence_of_tile(args.key_tiles, args.sequences, tile, &Sequence::first_key);
+    const Sequence sequence = args.sequences.at(idx);
+    item.batch = 0;
+    item.key_tile = tile - static_cast<int>(args.key_tiles.first(0, idx, sequence.first_key));
+    item.first_query_tile = static_cast<int>(args.rows.tiles.first(0, idx, sequence.first_row));
+    item.first_row = static_cast<int>(sequence.first_row);
+    item.first_key = static_cast<int>(sequence.first_key);
+    item.num_keys = item.key_tile < 0 ? 0 : static_cast<int>(sequence.num_keys);
+    item.view = view_of(sequence);
+    if (item.key_tile < 0) item.view.kv_length = 0;
+  } else {
+    item.batch = batch;
+    item.key_tile = tile;
+    item.first_query_tile = batch * static_cast<int>(args.rows.tiles.of_sequence);
+    item.first_row = item.first_key = 0;
+    item.num_keys = static_cast<int>(args.sequences.seqlen_kv);
+    item.view = view_of(args.sequences, batch);
+  }
+}
+
 /// The item of this index. Blocks add to a query tile's gradient in the order in which items are drawn, so that none waits for
 /// one that has not been drawn. Where later key tiles are first seen by later rows, they are drawn first, and all begin with
 /// their first row, which no earlier key tile has met by then: those that start together meet each query tile one after another.
@@ -22,15 +46,11 @@ __device__ __forceinline__ void decode_item(const KernelArgs& args, unsigned ind
   const bool at_the_end = index >= args.order.num_groups_before_last * args.order.tiles_per_group.divisor;
   const bool descending = args.rows_start_later && !(args.rows_shorten && at_the_end);
   const TilePlace place = args.order.at(index);
-  const int key_tile = descending ? args.num_key_tiles - 1 - place.tile : place.tile;
   item.descending = descending;
   item.backwards = args.rows_shorten && at_the_end;
-  item.batch = place.sequence;
   item.key_head = place.head;
-  item.key_tile = key_tile;
-  const View view = view_of(args.sequences, place.sequence);
-  item.view = view;
-  item.query_tiles = query_tiles<C::kTileM, C::kTileN>(view, key_tile);
+  set_tile<C>(args, place.sequence, descending ? args.num_key_tiles - 1 - place.tile : place.tile, item);
+  item.query_tiles = query_tiles<C::kTileM, C::kTileN>(item.view, item.key_tile);
 }
 
 /// Calls f(query head, query tile) for all steps of an item.
@@ -55,9 +75,9 @@ __device__ __forceinline__ void load_panels(uint8_t* buffer, uint32_t panel_byte
 /// A tile of Q or dO, and the number that goes with each row.
 template <class C>
 __device__ __forceinline__ void load_queries(uint8_t* buffer, float* numbers, const CUtensorMap* map, const float* from,
-                                             Mbarrier<1>& full, int query_tile, int tile, int head, int batch) {
+                                             Mbarrier<1>& full, int query_tile, int row, int head, int batch) {
   full.arrive_expect(C::kQueryBytes + C::kRowBytes);
-  load_panels<C::kPanels>(buffer, C::kTileM * 128, map, &full.word, tile * C::kTileM, head, batch);
+  load_panels<C::kPanels>(buffer, C::kTileM * 128, map, &full.word, row, head, batch);
   bulk_load(numbers, from + static_cast<int64_t>(query_tile) * C::kTileM, C::kRowBytes, &full.word);
 }
 
@@ -66,7 +86,8 @@ __device__ __forceinline__ void load_keys(uint8_t* buffer, const CUtensorMap* ma
                                           Mbarrier<C::kConsumerWarps>& empty, uint32_t phase, const Item& item) {
   empty.wait(phase ^ 1);
   full.arrive_expect(C::kKeyBytes);
-  load_panels<C::kPanels>(buffer, C::kTileN * 128, map, &full.word, item.key_tile * C::kTileN, item.key_head, item.batch);
+  load_panels<C::kPanels>(buffer, C::kTileN * 128, map, &full.word, item.first_key + item.key_tile * C::kTileN, item.key_head,
+                          item.batch);
 }
 
 /// The item's tiles of V and K.
@@ -103,11 +124,11 @@ __device__ __forceinline__ void load_items(const KernelArgs& args, SharedPlan<C>
     for_each_step(args, item, [&](int head, int tile) {
       shared.query_empty[q.stage].wait(q.phase ^ 1);
       load_queries<C>(shared.query[q.stage], shared.lse[q.stage], &args.query, args.rows.reference, shared.query_full[q.stage],
-                      args.query_tile(item.batch, head, tile), tile, head, item.batch);
+                      args.query_tile(item.first_query_tile, head, tile), item.first_row + tile * C::kTileM, head, item.batch);
       q.advance();
       shared.out_empty[o.stage].wait(o.phase ^ 1);
       load_queries<C>(shared.d_out[o.stage], shared.delta[o.stage], &args.d_out, args.rows.delta, shared.out_full[o.stage],
-                      args.query_tile(item.batch, head, tile), tile, head, item.batch);
+                      args.query_tile(item.first_query_tile, head, tile), item.first_row + tile * C::kTileM, head, item.batch);
       o.advance();
       load_keys_once();  // NOTE: a single buffer is free only when the item before has ended, those of rows before
     });
@@ -143,7 +164,7 @@ __device__ __forceinline__ void load_biases(const KernelArgs& args, SharedPlan<C
       tma_load(shared.d_scores[ring.stage][panel], &args.bias, &full.word, item.key_tile * C::kTileN + panel * 64,
                tile * C::kTileM, head * args.bias_heads, item.batch * args.bias_batches, policy);
     }
-    const int64_t first_row = static_cast<int64_t>(args.query_tile(item.batch, head, tile)) * C::kTileM;
+    const int64_t first_row = static_cast<int64_t>(args.query_tile(item.first_query_tile, head, tile)) * C::kTileM;
     bulk_load(shared.rest[ring.stage], args.rows.rest + first_row, C::kRowBytes, &full.word);
     ring.advance();
   });
@@ -154,7 +175,7 @@ template <class Plan, class F>
 __device__ __forceinline__ void for_each_turn(const KernelArgs& args, Plan& shared, F f) {
   using C = typename Plan::Config;
   for_each_published_step(args, shared, [&](const Item& item, int head, int tile) {
-    f(args.query_tile(item.batch, head, tile),
+    f(args.query_tile(item.first_query_tile, head, tile),
       turn_of(key_tiles<C::kTileM, C::kTileN>(item.view, tile), item.key_tile, item.descending));
   });
 }

@@ -66,9 +66,10 @@ __device__ __forceinline__ void store_transposed(uint32_t shared, uint32_t a, ui
                : "memory");
 }
 
-/// Writes zeros over rows used … kRows - 1 of a tile of keys, by threads 0 … num_threads - 1, for the tensor cores to read.
+/// Writes zeros over rows used … kRows - 1 of a tile of keys, or of queries, by threads 0 … num_threads - 1, for the tensor cores
+/// to read.
 template <int kRows, int kPanels>
-__device__ __forceinline__ void clear_keys(uint8_t* keys, int used, int num_threads) {
+__device__ __forceinline__ void clear_rows(uint8_t* keys, int used, int num_threads) {
 #pragma unroll 1
   for (int i = max(used, 0) * 8 + threadIdx.x; i < kRows * 8; i += num_threads) {
 #pragma unroll

@@ -63,6 +63,8 @@ __device__ __forceinline__ int score_barrier(int buffer, int warpgroup) { return
 struct alignas(16) Item {
   int valid;  // 0: there are no more
   int batch, key_head, key_tile;
+  int first_query_tile;                // of the sequence, among those of head 0
+  int first_row, first_key, num_keys;  // of the sequence in its batch entry; 0, 0 and all keys where sequences aren't packed
   View view;
   TileSpan query_tiles;
   bool backwards;   // the last of them come first

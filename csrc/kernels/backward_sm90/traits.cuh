@@ -14,7 +14,7 @@ template <typename T_, int kHeadDim_, Variant kVariant>
 struct Traits {
   using T = T_;
   static constexpr Variant kOfVariant = kVariant;
-  static constexpr bool kHasBias = kVariant == Variant::kBias;
+  static constexpr bool kHasBias = kVariant == Variant::kBias, kPacked = kVariant == Variant::kPacked;
   static constexpr int kBlocks = 1;                             // that have an item together
   static constexpr int kHeadDim = kHeadDim_;                    // 64 or 128; the copy engine pads narrower heads with zeros
   static constexpr int kWarpgroups = 2;                         // that multiply
@@ -49,7 +49,7 @@ struct Traits {
 template <typename T_>
 struct PairTraits {
   using T = T_;
-  static constexpr bool kHasBias = false, kStaged = false;
+  static constexpr bool kHasBias = false, kPacked = false, kStaged = false;
   static constexpr int kBlocks = 2;
   static constexpr int kHeadDim = 256, kHalfDim = 128;  // the copy engine pads narrower heads with zeros
   static constexpr int kWarpgroups = 2;
