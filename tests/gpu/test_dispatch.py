@@ -99,3 +99,16 @@ def test_float32_gradients_have_a_kernel(kind: str, head_dim: int, precision: st
     given = gradients.given_for(case, problem, inputs, arguments)
     taking = [name for name in gradients.KERNELS if gradients.takes(name, problem, inputs, arguments, given)]
     assert taking == ["backward_sm80"]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("head_dim", (40, 64, 96, 128, 192))
+@pytest.mark.parametrize("kind", ("none", "causal", "packed", "packed_causal", "packed_outside"))
+def test_gradients_run_on_the_kernel_that_is_meant(kind: str, head_dim: int, dtype: str) -> None:
+    case = cases.Case(dtype, 3, 4, 2, 500, 600, head_dim, **cases.MASKS[kind])
+    problem = case.problem()
+    inputs, arguments = gradients.arguments_of(problem)
+    given = gradients.given_for(case, problem, inputs, arguments)
+    taking = [name for name in gradients.KERNELS if gradients.takes(name, problem, inputs, arguments, given)]
+    fast = is_hopper() and not (case.packed and head_dim > 128)
+    assert taking == (["backward_sm90", "backward_sm80"] if fast else ["backward_sm80"])
