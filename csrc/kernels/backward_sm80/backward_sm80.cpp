@@ -95,7 +95,8 @@ int64_t bytes_of_sums(const Instance& instance, const RowTiles& tiles, const Att
 }
 
 /// Among how many thread blocks the keys of a pair of sequence and key head are dealt out: so many that the multiprocessors are
-/// busy to the end, and few, since each has sums of its own of all dQ.
+/// busy to the end, and few, since each has sums of its own of all dQ. Packed sequences may have any lengths: counted on are all
+/// the tiles there are, and at the end a block of a sequence twice as long as the mean.
 int64_t num_splits(const Instance& instance, const RowTiles& rows, const AttentionParams& p, const Device& device) {
   const TileShape tile = instance.tile();
   const int64_t fitting = std::max(1, std::min(tile.min_blocks, device.shared_memory_bytes / instance.shared_bytes()));
@@ -106,7 +107,10 @@ int64_t num_splits(const Instance& instance, const RowTiles& rows, const Attenti
   double best_time = 0;
   for (int64_t splits = 1; splits <= most; ++splits) {
     const int64_t rounds = (pairs * splits + places - 1) / places, of_block = (tiles + splits - 1) / splits;
-    const double time = static_cast<double>(rounds * of_block) * (1.0 + 0.01 * static_cast<double>(splits));
+    const double tiles_in_turn = p.cu_seqlens_kv.present
+                                     ? static_cast<double>(pairs * tiles) / static_cast<double>(places) + 2.0 * of_block
+                                     : static_cast<double>(rounds * of_block);
+    const double time = tiles_in_turn * (1.0 + 0.01 * static_cast<double>(splits));
     if (splits == 1 || time < best_time) best = splits, best_time = time;
   }
   return best;
