@@ -58,9 +58,16 @@ def verified(name: str, how: str, folder: pathlib.Path, seconds: float) -> dict:
 Found = dict[tuple[str, str], dict]  # by model and export
 
 
-def verify_all(folder: pathlib.Path, models: list[str], gpus: int, jobs: int, seconds: float) -> Iterator[Found]:
-    """Yields what is known of all exports each time that one ends; several run on each GPU at a time, the exports of
-    PyTorch's present exporter first."""
+def recorded() -> dict:
+    path = results_file.RESULTS / "models_verified.json"
+    return json.loads(path.read_text()) if path.exists() else {"commit": "", "models": {}}
+
+
+def verify_all(
+    folder: pathlib.Path, models: list[str], gpus: int, jobs: int, seconds: float, known: dict[str, dict]
+) -> Iterator[Found]:
+    """Yields what is known of all exports each time that one ends; several run on each GPU at a time, those that took
+    longest in the recorded run first. `known`: what isn't done again, by model and export."""
     end, free = time.monotonic() + seconds, queue.SimpleQueue()
     for _ in range(max(1, jobs // gpus)):
         for host in dealing.hosts(gpus):
@@ -75,10 +82,11 @@ def verify_all(folder: pathlib.Path, models: list[str], gpus: int, jobs: int, se
             free.put(host)
 
     pairs = [(name, how) for name in models for how in CLAIMS[name].exports]
-    pairs.sort(key=lambda pair: (pair[1] != "dynamo", -skeletons.num_weights(folder / f"{pair[0]}.weights.json")))
-    found: Found = dict.fromkeys(pairs, {"status": NO_TIME})
+    before = recorded()["models"]
+    pairs.sort(key=lambda pair: -before.get(" ".join(pair), {}).get("seconds", float("inf")))
+    found: Found = {pair: known.get(" ".join(pair), {"status": NO_TIME}) for pair in pairs}
     with concurrent.futures.ThreadPoolExecutor(free.qsize()) as pool:
-        running = {pool.submit(one, pair): pair for pair in pairs}
+        running = {pool.submit(one, pair): pair for pair in pairs if " ".join(pair) not in known}
         for done in concurrent.futures.as_completed(running):
             found[running[done]] = done.result()
             print(*running[done], done.result(), flush=True)
@@ -111,6 +119,9 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=1, help="over how many they are dealt (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=4, help="side by side, over all GPUs (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=3600, help="after which no more is verified")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the recorded run, which is of the same commit"
+    )
     results_file.add_options(parser)
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "EXPORT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -120,8 +131,14 @@ def main() -> int:
     models = options.encoders.split(",") if options.encoders else list(CLAIMS)
     if wrong := sorted(set(models) - set(CLAIMS)):
         parser.error(f"there is no model {wrong[0]}; there are {', '.join(CLAIMS)}")
+    known: dict[str, dict] = {}
+    if options.resume:
+        before = recorded()
+        if before["commit"] != options.commit:
+            parser.error(f"the recorded run is of commit {before['commit']}, not of {options.commit}")
+        known = {name: said for name, said in before["models"].items() if said["status"] == "passed"}
     found: Found = {}
-    for found in verify_all(options.models, models, options.gpus, options.jobs, options.seconds):
+    for found in verify_all(options.models, models, options.gpus, options.jobs, options.seconds, known):
         path = results_file.write("models_verified", document(found, options.commit), options.record)
     print(f"written: {path}")
     return 0 if all(said["status"] == "passed" for said in found.values()) else 1

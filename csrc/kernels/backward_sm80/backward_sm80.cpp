@@ -103,14 +103,14 @@ int64_t num_splits(const Instance& instance, const RowTiles& rows, const Attenti
   const int64_t places = std::max(1, device.num_sms) * fitting, pairs = num_sequences(p) * p.key.shape[1];
   const int64_t tiles = key_tiles(p, tile.tile_k()), bytes = std::max<int64_t>(1, bytes_of_sums(instance, rows, p));
   const int64_t most = std::min({tiles, kMostSplits, std::max<int64_t>(1, kMostBytesOfSums / bytes)});
+  const bool is_packed = p.cu_seqlens_kv.present;
   int64_t best = 1;
   double best_time = 0;
   for (int64_t splits = 1; splits <= most; ++splits) {
     const int64_t rounds = (pairs * splits + places - 1) / places, of_block = (tiles + splits - 1) / splits;
-    const double tiles_in_turn = p.cu_seqlens_kv.present
-                                     ? static_cast<double>(pairs * tiles) / static_cast<double>(places) + 2.0 * of_block
+    const double in_turn = is_packed ? static_cast<double>(pairs * tiles) / static_cast<double>(places) + 2.0 * of_block
                                      : static_cast<double>(rounds * of_block);
-    const double time = tiles_in_turn * (1.0 + 0.01 * static_cast<double>(splits));
+    const double time = in_turn * (1.0 + (is_packed ? 0.03 : 0.01) * static_cast<double>(splits));
     if (splits == 1 || time < best_time) best = splits, best_time = time;
   }
   return best;
