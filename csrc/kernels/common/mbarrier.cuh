@@ -23,10 +23,6 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, uint32_t num_arrivals) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(num_arrivals) : "memory");
-}
-
 /// Arrives at the barrier that block `rank` of the cluster has at this place. Orders nothing that the caller wrote: a release
 /// that reaches the cluster would wait for all of the thread's memory accesses, about a microsecond.
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, int rank) {
@@ -67,8 +63,6 @@ struct Mbarrier {
 
   __device__ __forceinline__ void init() { mbarrier_init(&word, kArrivals); }
   __device__ __forceinline__ void arrive() { mbarrier_arrive(&word); }
-  /// For all that are expected.
-  __device__ __forceinline__ void arrive_for_all() { mbarrier_arrive(&word, kArrivals); }
   __device__ __forceinline__ void arrive_at(int rank) { mbarrier_arrive_at(&word, rank); }
   __device__ __forceinline__ void arrive_expect(uint32_t bytes) { mbarrier_arrive_expect(&word, bytes); }
   __device__ __forceinline__ void wait(uint32_t parity) { mbarrier_wait(&word, parity); }
