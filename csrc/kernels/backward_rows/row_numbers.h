@@ -41,10 +41,10 @@ inline RowTiles row_tiles(const AttentionParams& p, const TensorView& tensor, in
   return {tile_rows, packed, of_sequence, of_head};
 }
 
-/// The sequence that a tile of a head belongs to, if to any. `first_row`: what Sequence calls the first of the rows that the tiles
-/// are of.
+/// The sequence that a tile of a head belongs to, if to any. `first_row`: what Sequence calls the first of the rows that the
+/// tiles are of.
 FA_HD uint32_t sequence_of_tile(const RowTiles& tiles, const SequenceRule& sequences, uint32_t tile,
-                                int64_t Sequence::*first_row) {
+                                int64_t Sequence::* first_row) {
   if (!tiles.packed) return tile / static_cast<uint32_t>(tiles.of_sequence);
   uint32_t b = 0, count = static_cast<uint32_t>(sequences.num_sequences);
   while (count > 1) {  // the last sequence whose first tile is this one or before it
