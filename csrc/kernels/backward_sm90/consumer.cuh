@@ -258,19 +258,7 @@ struct Consumer {
 
   /// The row of dQ ends here: all key tiles have added to it.
   __device__ __forceinline__ void store_query_gradient(const Item& item) {
-    const TensorView& out = args.d_query;
-    constexpr bool kByColumns = C::kPanels == 2;
-    const int column = kByColumns ? warpgroup * 64 : 0;
-    T* first = static_cast<T*>(out.data) + item.batch * out.stride[0] + place.head * out.stride[1] + column;
-    const int num_rows = C::kPacked ? item.view.query_length : static_cast<int>(out.shape[2]);
-    const int num_columns = static_cast<int>(out.shape[3]) - column;
-    if constexpr (C::kPacked) first += item.first_row * out.stride[2];
-    if constexpr (C::kTransposed) {
-      store_transposed_fragment(dq, args.scale, first, out.stride[2], tile * C::kTileM, num_rows, num_columns);
-    } else {
-      const int row = tile * C::kTileM + (kByColumns ? 0 : warpgroup * 64) + first_row_of_thread();
-      store_fragment(dq, args.scale, first, out.stride[2], row, num_rows, num_columns);
-    }
+    store_query_rows<C>(dq, args, item, place.head, tile * C::kTileM, warpgroup);
   }
 
   /// Issues dK += dS^T Q, and between its instructions leaves dQ in shared memory, for the lane that adds it.
@@ -485,10 +473,7 @@ struct Consumer {
 
   __device__ __forceinline__ void store_key_gradient(const Item& item, const TensorView& out, const float (&x)[C::kHeadDim / 2],
                                                      float factor) {
-    T* first = static_cast<T*>(out.data) + item.batch * out.stride[0] + item.key_head * out.stride[1];
-    if constexpr (C::kPacked) first += item.first_key * out.stride[2];
-    store_fragment(x, factor, first, out.stride[2], item.key_tile * C::kTileN + warpgroup * 64 + first_row_of_thread(),
-                   C::kPacked ? item.num_keys : static_cast<int>(out.shape[2]), static_cast<int>(out.shape[3]));
+    store_key_rows<C>(x, factor, out, item, first_key(item));
   }
 
   /// Item after item.

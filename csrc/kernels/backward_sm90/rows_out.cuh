@@ -3,6 +3,8 @@
 // exchange their parts of four neighbouring groups of eight columns.
 #pragma once
 
+#include "kernels/backward_sm90/query_sums.cuh"
+#include "kernels/backward_sm90/shared_plan.cuh"
 #include "kernels/common/convert.cuh"
 #include "kernels/common/reduce.cuh"
 
@@ -65,6 +67,37 @@ __device__ __forceinline__ void store_transposed_fragment(const float (&x)[kCoun
     const int to = row + 16 * i + 8 * (t / 2) + in_group;
     if (to < num_rows && column < num_columns) *reinterpret_cast<uint4*>(first + to * row_stride + column) = group;
   }
+}
+
+/// A warpgroup's part of a tile of d_query, whose rows begin at `first_row` of the item's sequence.
+template <class C, int kCount>
+__device__ __forceinline__ void store_query_rows(const float (&dq)[kCount], const KernelArgs& args, const Item& item, int head,
+                                                 int first_row, int warpgroup) {
+  using T = typename C::T;
+  const TensorView& out = args.d_query;
+  constexpr bool kByColumns = C::kPanels == 2;
+  const int column = kByColumns ? warpgroup * 64 : 0;
+  T* first = static_cast<T*>(out.data) + item.batch * out.stride[0] + head * out.stride[1] + column;
+  if constexpr (C::kPacked) first += item.first_row * out.stride[2];
+  const int num_rows = C::kPacked ? item.view.query_length : static_cast<int>(out.shape[2]);
+  const int num_columns = static_cast<int>(out.shape[3]) - column;
+  if constexpr (C::kTransposed) {
+    store_transposed_fragment(dq, args.scale, first, out.stride[2], first_row, num_rows, num_columns);
+  } else {
+    const int row = first_row + (kByColumns ? 0 : warpgroup * 64) + first_row_of_thread();
+    store_fragment(dq, args.scale, first, out.stride[2], row, num_rows, num_columns);
+  }
+}
+
+/// A warpgroup's d_key or d_value, times a factor; its keys begin at `first_key` of the item's sequence.
+template <class C, int kCount>
+__device__ __forceinline__ void store_key_rows(const float (&x)[kCount], float factor, const TensorView& out, const Item& item,
+                                               int first_key) {
+  using T = typename C::T;
+  T* first = static_cast<T*>(out.data) + item.batch * out.stride[0] + item.key_head * out.stride[1];
+  if constexpr (C::kPacked) first += item.first_key * out.stride[2];
+  store_fragment(x, factor, first, out.stride[2], first_key + first_row_of_thread(),
+                 C::kPacked ? item.num_keys : static_cast<int>(out.shape[2]), static_cast<int>(out.shape[3]));
 }
 
 }  // namespace fa::backward_sm90
