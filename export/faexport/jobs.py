@@ -67,7 +67,7 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     except NotVerifiedError:
         found = (report.verification, report.half_precision)
         reasons = [one.reason for one in found if one is not None and one.status is VerificationStatus.FAILED]
-        reasons += [verification.lost_optimizations(report.verification)] if report.verification is not None else []
+        reasons += [report.verification.lost_optimizations] if report.verification is not None else []
         if not _may_join_nothing(job.options) or not any(reasons):
             raise
         reason = next(filter(None, reasons))
@@ -108,7 +108,7 @@ def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
                 report.verification = _verify(job, stage, reference, watcher)
                 if why := _failure(report.verification, job):
                     raise NotVerifiedError(why)
-                if _may_join_nothing(job.options) and (why := verification.lost_optimizations(report.verification)):
+                if _may_join_nothing(job.options) and (why := report.verification.lost_optimizations):
                     raise NotVerifiedError(why)
         if job.options.half:
             with origin.timed("bf16" if job.options.bf16 else "fp16"):

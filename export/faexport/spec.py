@@ -68,11 +68,17 @@ class Fact:
 
     text: str
     nodes: tuple[str, ...] = ()
+    assumed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text} (assumed)" if self.assumed else self.text
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumption(Fact):
     """What is not proven, and taken to be so: the report lists it at the site."""
+
+    assumed: bool = True
 
 
 @dataclasses.dataclass

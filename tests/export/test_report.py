@@ -47,12 +47,12 @@ OUTPUT = {
 COMPARISON = {
     "site": str, "value": str, "dtype": str, "by_stand_in": bool, "max_abs_diff": (float, str), "tolerance": float,
     "num_sets": int, "inputs": str, "fault": str, "ok": bool, "quantization_error": (float, types.NoneType),
-    "original_quantization_error": (float, types.NoneType),
+    "original_quantization_error": (float, types.NoneType), "any_numbers": bool,
 }  # fmt: skip
 SITE = {
     "name": str, "source": str, "batch_size": DIM, "num_q_heads": DIM, "num_kv_heads": DIM, "seqlen_q": DIM,
     "seqlen_kv": DIM, "head_dim": DIM, "head_dim_v": DIM, "dtype": (str, types.NoneType),
-    "facts": [{"text": str, "nodes": [str]}],
+    "facts": [{"text": str, "nodes": [str], "assumed": bool}],
     "refusal": ({"reason": str, "node": str, "defect": bool}, types.NoneType), "fused": bool,
 }  # fmt: skip
 FILE = {"path": str, "bytes": int, "sha256": str}
@@ -61,8 +61,10 @@ REPORT = {
     "nodes_after": {...: int}, "notes": [str], "joined": {...: int}, "defects": [str], "invalid_nodes": [str],
     "model": (str, types.NoneType), "output": (str, types.NoneType),
     "verification": ({"status": str, "reason": str,
-                      "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str}],
-                      "sites": [COMPARISON], "notes": [str]}, types.NoneType),
+                      "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str,
+                                "skip": (str, types.NoneType), "any_numbers": bool}],
+                      "sites": [COMPARISON], "notes": [str], "of_output": bool, "any_numbers": bool,
+                      "lost_optimizations": str}, types.NoneType),
     "half_precision": ({"keep_io_types": bool, "kept": {...: str}, "status": str, "reason": str, "notes": [str],
                         "dtype": str,
                         "outputs": [{"name": str, "dtype": str, "max_abs_diff": (float, str), "plain_abs_diff": float,
@@ -232,7 +234,7 @@ def test_what_is_joined_around_attention_is_no_size() -> None:
 
 
 def test_what_is_assumed_is_not_called_proven() -> None:
-    facts = (Assumption("masks are full (assumed)"), Fact("causal"))
+    facts = (Assumption("masks are full"), Fact("causal"))
     text = printed(Report([SiteReport("a", "softmax_core", *[None] * 7, "float32", facts)]))
     assert "proven: causal; assumed: masks are full" in " ".join(text.split()) and "(assumed)" not in text
 

@@ -125,7 +125,7 @@ class Contrib:
         mask.attn_bias = added if bias is None else self.build.add("Add", [added, self.build.cast(bias, dtype)], dtype)
         mask.facts += (Fact("padding mask", (name_of(self.node),)),)
         if -1e30 < self.filler < 0:
-            text = f"{rounding_text(self.filler, dtype)}; which step, depends on the runtime (assumed)"
+            text = f"{rounding_text(self.filler, dtype)}; which step, depends on the runtime"
             mask.facts += (Assumption(text, (name_of(self.node),)),)
         return mask
 

@@ -449,10 +449,10 @@ def _assumed_of(softmax: Softmax, a: Analysis) -> tuple[Assumption, ...]:
         return ()
     texts = [
         "where a mask sets exponentials to 0, a score that stays is less than 80 below the row's largest, hidden ones "
-        "among them (assumed)"
+        "among them"
     ]
     if not is_mask(hiding.value, a):
-        texts.append(f"'{hiding.value.name}', which the exponentials are multiplied by, holds 0 and 1 only (assumed)")
+        texts.append(f"'{hiding.value.name}', which the exponentials are multiplied by, holds 0 and 1 only")
     return tuple(Assumption(text, (name_of(hiding.node),)) for text in texts)
 
 
@@ -475,7 +475,7 @@ def _facts(
     if has_sinks:
         facts.append(Fact("attention sinks"))
     if values.nan_guard:
-        facts.append(Assumption("no query or key is NaN, which the guard behind the softmax would hide (assumed)"))
+        facts.append(Assumption("no query or key is NaN, which the guard behind the softmax would hide"))
     folded = (("queries", scores.query_weights), ("keys", scores.key_weights), ("values", values.weights))
     for operand, weights in folded:
         if weights:

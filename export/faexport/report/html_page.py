@@ -152,7 +152,7 @@ def _facts(group: Group) -> str:
     """What was proven of the first site of the group, and from which nodes."""
     nodes: dict[str, list[str]] = {}
     for fact in group.first.facts:
-        nodes.setdefault(fact.text, []).extend(fact.nodes)
+        nodes.setdefault(str(fact), []).extend(fact.nodes)
     if not nodes:
         return "<p>Plain attention: no mask, no bias.</p>\n"
     items = []
