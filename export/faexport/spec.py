@@ -106,6 +106,8 @@ class TermKind(enum.StrEnum):
     # scores * value, a weight: a mask if it holds only 0 and 1 (and an ADD of a huge negative number follows)
     GATE = "gate"
     CLAMP = "clamp"  # max(scores, factor * value), value a constant that is hugely negative: keeps -inf away
+    # min(scores, factor * value): a mask if it holds only the largest number and hugely negative ones
+    MIN = "min"
     HIDDEN = "hidden"  # after exp: where(value == keep_when, exponentials, 0)
     ZERO = "zero"  # after softmax: where(value == keep_when, probabilities, 0)
     EMPTY_ROW = "empty_row"  # after the product with the values: 0 in rows where no element of value (bool) is true

@@ -22,17 +22,8 @@ from faexport.sizes.dims import Dim, plain, product
 from faexport.spec import Assumption, AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
 from faexport.understand.core.hiding import is_mask, with_hidden
 from faexport.understand.core.rows_of_heads import heads_apart
-from faexport.understand.core.score_chain import (
-    BY_WEIGHTS,
-    MAX_PATH,
-    Blocked,
-    Path,
-    Scores,
-    find_scores,
-    letters,
-    read_scores,
-    view_of_scores,
-)
+from faexport.understand.core.score_chain import Scores, letters, read_scores, view_of_scores
+from faexport.understand.core.score_path import BY_WEIGHTS, MAX_PATH, Blocked, Path, find_scores
 from faexport.understand.core.sinks import sinks_of
 from faexport.understand.core.softmax import Softmax, softmax_of
 from faexport.understand.core.structure import Structure, new_producers, structure_of
@@ -52,7 +43,7 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
     softmax = softmax_of(node, a)
     if softmax is None:
         return []
-    path = find_scores(softmax, a)
+    path = find_scores(softmax, a, context.masks.writes_everything)
     if isinstance(path, Path) and path.product.labels.index("row") == softmax_axis_in_product(path, softmax, a):
         path.product = path.product.swapped()
     if isinstance(path, Path) and a.is_static(path.product.right.value):
@@ -118,7 +109,7 @@ def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: bo
         candidate.outcome = scores
         return [candidate]
     _note_sizes(candidate, scores, a)
-    values = _values(scores, softmax, a)
+    values = _values(scores, softmax, context)
     if isinstance(values, Refusal):
         candidate.outcome = values
         return [candidate]
@@ -143,7 +134,8 @@ def _all_or_none(candidates: list[Candidate]) -> list[Candidate]:
     return candidates
 
 
-def _values(scores: Scores, softmax: Softmax, a: Analysis) -> list[Values] | Refusal:
+def _values(scores: Scores, softmax: Softmax, context: Context) -> list[Values] | Refusal:
+    a = context.analysis
     if merged(scores.view.axes[softmax.axis]) != _column(scores, a):
         return Refusal("the softmax does not run over the keys", name_of(softmax.node))
     if scores.sink is None:
@@ -151,7 +143,7 @@ def _values(scores: Scores, softmax: Softmax, a: Analysis) -> list[Values] | Ref
     values = find_values(scores, softmax, letters(scores.product), a)
     if isinstance(values, Refusal):
         return values
-    return _private(scores, values, softmax, a) or values
+    return _private(scores, values, softmax, context) or values
 
 
 def _with_guard(
@@ -206,7 +198,7 @@ def _note_heads(candidate: Candidate, structure: Structure, scores: ScoreShape, 
     )
 
 
-def _private(scores: Scores, values: list[Values], softmax: Softmax, a: Analysis) -> Refusal | None:
+def _private(scores: Scores, values: list[Values], softmax: Softmax, context: Context) -> Refusal | None:
     """The scores may be read by nothing else but further attention: they would be computed a second time, and outputs
     of the model may not go away."""
     inside = {*scores.nodes, *softmax.inner, *(node for one in values for node in one.nodes)}
@@ -219,23 +211,24 @@ def _private(scores: Scores, values: list[Values], softmax: Softmax, a: Analysis
                 twice = sum(given is value for given in user.inputs) > 1  # what is added to scores is the scores
                 if user in inside and not twice or value is softmax.probabilities:
                     continue
-                if twice or node not in scores.nodes or not _is_for_another_site(user, scores.product.node, softmax, a):
+                other = node in scores.nodes and _is_for_another_site(user, scores.product.node, softmax, context)
+                if twice or not other:
                     return Refusal(f"{what} used twice: also by {op(user)}", name_of(user))
     return None
 
 
-def _is_for_another_site(node: ir.Node, scores: ir.Node, own: Softmax, a: Analysis) -> bool:
+def _is_for_another_site(node: ir.Node, scores: ir.Node, own: Softmax, context: Context) -> bool:
     """Is `node`, which reads what this product gives, on the way to another softmax of it that weighs values, and to
     nothing else, such as a mask for its own?
 
     Exporters merge equal products, and attention in both directions has one product for its two softmaxes.
     """
-    found, pending, seen = False, [node], {node}
+    a, found, pending, seen = context.analysis, False, [node], {node}
     while pending and len(seen) < MAX_PATH:
         node = pending.pop()
         softmax = softmax_of(node, a)
         if softmax is not None:
-            path = find_scores(softmax, a)
+            path = find_scores(softmax, a, context.masks.writes_everything)
             if not isinstance(path, Path) or path.product.node is not scores:
                 return False
             if softmax.flaw or softmax.node is own.node or not feeds_product(softmax, a, of_product=True):

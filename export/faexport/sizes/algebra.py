@@ -392,20 +392,19 @@ def upper_bounds(expr: Expr) -> list[Expr]:
 
 
 def _extremes(expr: Expr, sign: int, depth: int) -> list[Expr]:
-    """Bounds of `expr` after replacing one atom (var, min, max …) at a time by its bound; sign 1: above, -1: below."""
+    """Bounds of `expr` after replacing one atom (var, min, max …) at a time by its bound; sign 1: above, -1: below.
+
+    The newest comes first: a bound is made of what its atom is made of, all of which is older, and may cancel that. So
+    of size - 1 - index the index is replaced, whatever the size is."""
     if depth == 0:
         return [expr]
-    for m, c in expr.args:
-        for k, atom in enumerate(m):
-            if atom.op == "sym":
-                continue
-            if not all(_atom_nonnegative(other) for other in m[:k] + m[k + 1 :]):
-                continue
-            results = []
-            for bound in _upper(atom) if c * sign > 0 else _lower(atom):
-                rest = add(expr, _poly({m: -c}))
-                replaced = add(rest, mul(bound, _poly({m[:k] + m[k + 1 :]: c})))
-                results += _extremes(replaced, sign, depth - 1)
+    places = [(atom.serial, m, c, k) for m, c in expr.args for k, atom in enumerate(m) if atom.op != "sym"]
+    for _, m, c, k in sorted(places, key=lambda place: -place[0]):
+        others = m[:k] + m[k + 1 :]
+        if all(map(_atom_nonnegative, others)):
+            rest, results = add(expr, _poly({m: -c})), []
+            for bound in _upper(m[k]) if c * sign > 0 else _lower(m[k]):
+                results += _extremes(add(rest, mul(bound, _poly({others: c}))), sign, depth - 1)
             return results
     return [expr]
 

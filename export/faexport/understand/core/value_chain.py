@@ -21,7 +21,8 @@ from faexport.understand.core.nan_guard import nan_guard
 from faexport.understand.core.rounding import QUANTIZING, Rounding, rounding_at
 from faexport.understand.core.row_guard import row_guard
 from faexport.understand.core.rows_of_heads import with_heads_apart
-from faexport.understand.core.score_chain import RESHAPES, Scores, label_axes
+from faexport.understand.core.score_chain import Scores, label_axes
+from faexport.understand.core.score_path import RESHAPES
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product, product_of, with_row

@@ -17,7 +17,10 @@ from faexport import spec
 from faexport.graph.nodes import name_of
 from faexport.sizes.algebra import Expr
 from faexport.sizes.dims import Dim
-from faexport.understand.index import transfer_layout, transfer_math  # noqa: F401  (registers the transfer functions)
+from faexport.understand.index import (
+    transfer_layout,
+    transfer_math,  # noqa: F401  (registers the transfer functions)
+)
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Unknown
 from faexport.understand.mask.check import Checker
@@ -55,6 +58,10 @@ class Masks:
         masks = Masks(analysis)
         masks._nodes = self._nodes
         return masks
+
+    def writes_everything(self, node: ir.Node) -> bool:
+        """Is a ScatterND known to give its updates, whatever stood there before?"""
+        return transfer_layout.writes_everything(node, Interpreter(self.analysis))
 
     def nodes(self, graph: ir.Graph | ir.Function) -> Nodes:
         """Makes the new nodes that sites of a graph share."""
