@@ -24,6 +24,7 @@ ROW_BLOCK = 64
 LEFT_OUT = "faexport.left_out"
 DIVISORS = "faexport.divisors"
 ZERO_ROWS = "faexport.zero_rows"
+ALL_KEYS = "faexport.all_keys"  # Mask.all_keys
 
 
 class Alignment(enum.StrEnum):
@@ -201,6 +202,9 @@ class Mask:
     empty_row: EmptyRow = EmptyRow.ZERO
     empty_rows: EmptyRows | None = None  # where empty_row alone doesn't say it
     rows_see_a_key: bool = False  # proven of every row: then empty_row doesn't matter
+    # Lengths of the original: where one is 0 it adds a number to all scores of a row, which only rounds them, and
+    # kv_lengths has all keys.
+    all_keys: ir.Value | None = None
     # Proven: attn_bias is so small that scores keep their last bits beside it, at least in rows that see no other key.
     bias_keeps_scores: bool = False
     new_nodes: Sequence[ir.Node] = ()  # nodes that compute the values above, in order; not yet in the graph

@@ -104,6 +104,7 @@ class Contrib:
                 raise Unfit("its padding mask is neither one length for each batch entry nor a mask of the keys")
             if FILLS_LIKE_LENGTHS[0] <= self.filler <= FILLS_LIKE_LENGTHS[1]:
                 mask.kv_lengths, mask.alignment = self._lengths(padding), Alignment.TOP_LEFT
+                mask.all_keys = padding
                 mask.facts += (Fact("padding as lengths", (name_of(self.node),)),)
                 return mask
             keep = self._within(padding)

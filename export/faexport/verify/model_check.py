@@ -38,7 +38,7 @@ from faexport.runtimes.ort_session import CannotRun, ModelFailure
 from faexport.spec import DOMAIN, LEFT_OUT
 from faexport.understand.layout import view_ops
 from faexport.understand.shapes.analysis import Analysis
-from faexport.verify import compare, side_by_side, site_check
+from faexport.verify import all_keys, compare, side_by_side, site_check
 from faexport.verify.reference import (
     Amount,
     Opener,
@@ -155,7 +155,8 @@ def verify_against(
     except CannotRun as error:
         return Verification(VerificationStatus.NOT_RUN, f"{_REWRITTEN} can't be run: {error}{advice(error)}")
     relative = _relative_tolerance(reference.model, model)
-    runs = [_compare_run(reference, model, actual, index, relative) for index in range(len(reference.sets))]
+    lengths = all_keys.named_by(model)
+    runs = [_compare_run(reference, model, lengths, actual, index, relative) for index in range(len(reference.sets))]
     said = [*reference.all_notes, *notes.unoptimized, *notes.plain_runs]
     if by_stand_in:
         said.append("the operator's library is not installed: its function in standard operators was run instead")
@@ -360,9 +361,14 @@ def _skipped(item: InputSet, skip: Skip, why: str) -> VerificationRun:
 
 
 def _compare_run(
-    reference: Reference, rewritten: ir.Model, actual: Sequence[Outputs | str], index: int, relative: float
+    reference: Reference,
+    rewritten: ir.Model,
+    lengths: frozenset[str],
+    actual: Sequence[Outputs | str],
+    index: int,
+    relative: float,
 ) -> VerificationRun:
-    """`relative` is the tolerance."""
+    """`lengths`: those where 0 stands for all keys; `relative`: the tolerance."""
     item = reference.sets[index]
     expected, got = reference.outputs[index], actual[index]
     if isinstance(expected, str):
@@ -375,7 +381,7 @@ def _compare_run(
     for name, want in expected.items():
         difference: OutputDifference | None = compare.compare(name, want, got[name], relative)
         if difference is not None and not difference.ok:
-            difference = _beside_noise(reference, index, difference, want, got[name])
+            difference = _beside_noise(reference, index, difference, want, got[name], lengths)
         if difference is None:
             return _skipped(item, Skip.NOISE, f"output '{name}' of the original is mostly noise on {item.label}")
         differences.append(dataclasses.replace(difference, num_lost=compare.num_lost(want, got[name])))
@@ -383,7 +389,12 @@ def _compare_run(
 
 
 def _beside_noise(
-    reference: Reference, index: int, difference: OutputDifference, want: np.ndarray, got: np.ndarray
+    reference: Reference,
+    index: int,
+    difference: OutputDifference,
+    want: np.ndarray,
+    got: np.ndarray,
+    lengths: frozenset[str],
 ) -> OutputDifference | None:
     """A difference judged by the original's own noise; None where that drowns everything."""
     name, quantized = difference.name, is_quantized(reference.model)
@@ -393,6 +404,8 @@ def _beside_noise(
         if own > TOO_NOISY * compare.magnitude(want) and not quantized:
             return None
         difference = _allowed(difference, NOISE_FACTOR * own)
+    if lengths and not difference.ok:
+        difference = _beside_all_keys(difference, want, got, reference.all_keys_outputs(index, lengths))
     half = compare.least_precise(reference.model) in compare.CORE_TOLERANCE
     if difference.ok or want.shape != got.shape or not half:
         return difference
@@ -407,6 +420,19 @@ def _beside_noise(
     if noisy and ours > difference.tolerance:
         return None
     return _allowed(dataclasses.replace(difference, max_abs_diff=ours), 0.0 if noisy else ROUNDING_FACTOR * own)
+
+
+def _beside_all_keys(
+    difference: OutputDifference, want: np.ndarray, got: np.ndarray, exact: Outputs
+) -> OutputDifference:
+    """The difference from the original without what it rounds in rows that see no key (all_keys.py), where that is not
+    much."""
+    without = exact.get(difference.name)
+    if without is None or not without.shape == want.shape == got.shape or not np.issubdtype(want.dtype, np.floating):
+        return difference
+    if compare.distance(without, want) > TOO_NOISY * compare.magnitude(want):
+        return difference
+    return _allowed(dataclasses.replace(difference, max_abs_diff=compare.distance(without, got)), 0.0)
 
 
 def _allowed(difference: OutputDifference, noise: float) -> OutputDifference:

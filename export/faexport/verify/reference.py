@@ -22,7 +22,7 @@ from faexport.graph.nodes import all_nodes
 from faexport.runtimes import ort_session
 from faexport.runtimes.ort_session import CannotRun, Job, ModelFailure, TookTooLong
 from faexport.spec import DOMAIN
-from faexport.verify import compare, roundings, widen
+from faexport.verify import all_keys, compare, roundings, widen
 
 PATIENCE = 60.0  # seconds after which no more settings are tried on the original
 GIVE_INPUTS = "give inputs with --inputs file.npz"
@@ -58,6 +58,7 @@ class Reference:
     _float32: list[Outputs | str] | None = None
     _rounded: list[Outputs | str] | None = None
     _moved: list[Outputs | str] | None = None
+    _all_keys: dict[frozenset[str], list[Outputs | str]] = dataclasses.field(default_factory=dict)  # by lengths
 
     @property
     def all_notes(self) -> list[str]:
@@ -133,6 +134,15 @@ class Reference:
             tensors = [item.tensors for item in self.sets]
             self._rounded = self._changed(roundings.round_all, tensors, "with all of its roundings", optimize=False)
         return _or_nothing(self._rounded, index)
+
+    def all_keys_outputs(self, index: int, lengths: frozenset[str]) -> Outputs:
+        """The outputs where a length of 0 hides no key (all_keys.py), computed once somebody asks; {} where that
+        fails."""
+        if lengths not in self._all_keys:
+            tensors = [item.tensors for item in self.sets]
+            change = functools.partial(all_keys.with_all_keys, names=lengths)
+            self._all_keys[lengths] = self._changed(change, tensors, "with all keys where a length is 0")
+        return _or_nothing(self._all_keys[lengths], index)
 
     def _changed(
         self,

@@ -219,8 +219,11 @@ class _Checker:
 def judge(point: Point, found: Statistics, allowed: float, item: InputSet) -> SiteComparison:
     """One comparison, on one set of inputs. `allowed` is the relative tolerance."""
     difference, tolerance = found.max_abs_diff, allowed * found.magnitude
-    if difference > tolerance and (found.twin_to_old or found.twin_to_rounded):
-        own = [error for error in (found.twin_to_old, found.twin_to_rounded) if error <= TOO_NOISY * found.magnitude]
+    errors, most = (found.twin_to_old, found.twin_to_rounded), TOO_NOISY * found.magnitude
+    if difference > tolerance and point.all_keys:
+        difference = found.twin_to_new if 0 < found.twin_to_old <= most else difference
+    elif difference > tolerance and any(errors):
+        own = [error for error in errors if error <= most]
         difference = found.twin_to_new
         tolerance = max([tolerance, *(ROUNDING_FACTOR * error for error in own)])
     fault = ""
