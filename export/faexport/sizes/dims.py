@@ -84,9 +84,9 @@ class Dim:
         atom = algebra.only_atom(algebra.sub(size.expr, number))
         if atom is None:
             return self
-        least = algebra.sym("", at_least=0)  # a name that no file gives
-        known = {algebra.only_atom(least): size.expr}
-        return Dim(algebra.replace(algebra.replace(self.expr, {atom: algebra.sub(least, number)}), known))
+        least = algebra.make("sym", ("", 0), "int")  # a name that no file gives
+        moved = algebra.replace(self.expr, {atom: algebra.sub(algebra.of_atom(least), number)})
+        return Dim(algebra.replace(moved, {least: size.expr}))
 
     def minimum(self, other: int | Dim) -> Dim:
         return Dim(algebra.minimum(self.expr, Dim.of(other).expr))

@@ -280,7 +280,9 @@ def with_sites(
     if found.worst is not None:
         return _failed(result, found.worst.sentence, found.worst)
     if found.problem:
-        return dataclasses.replace(result, status=VerificationStatus.NOT_RUN, reason=found.problem, of_output=False)
+        return dataclasses.replace(
+            result, status=VerificationStatus.NOT_RUN, reason=found.problem, of_output=False, any_numbers=False
+        )
     if ends.status is VerificationStatus.FAILED:
         return _despite_flips(reference, model, result, complete=not found.left_out)
     excused = {indices[index] for index in found.lost}
