@@ -51,13 +51,36 @@ class Layout(enum.StrEnum):
     BSH = "BSH"
 
 
+class RefusalKind(enum.StrEnum):
+    """What a refusal is about: report/advice.py says what it means, and what to do."""
+
+    SCORES_READ = "scores read"  # scores or weights are asked for
+    QUANTIZED = "quantized"  # between the two products
+    RANDOM = "random"
+    RUNTIME_OPERATOR = "runtime operator"  # an optimizer wrote an operator that isn't read
+    SOFTCAP = "softcap"
+    FACTOR = "factor"  # of scores or weights
+    TYPE = "type"
+    UNKNOWN_SIZES = "unknown sizes"
+    MIXED = "mixed"  # heads or batch entries are
+    NO_ATTENTION = "no attention"  # the softmax is another one
+    OTHER_NAMES = "other names"  # sizes of queries, keys and values have names of their own
+    UNLIKE_SIZES = "unlike sizes"  # may not fit one another
+    DEFECT = "defect"  # a failure of ours
+    OTHER = "other"
+
+
 @dataclasses.dataclass(frozen=True)
 class Refusal:
     """Why a site is left as it is. A sentence a user understands, and the node that it speaks of."""
 
     reason: str
     node: str
-    defect: bool = False  # the reason is a failure of ours
+    kind: RefusalKind = RefusalKind.OTHER
+    defect: bool = dataclasses.field(init=False)  # the reason is a failure of ours
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "defect", self.kind is RefusalKind.DEFECT)
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.node})" if self.node else self.reason

@@ -30,7 +30,7 @@ from faexport.report.data import (
     count_nodes,
 )
 from faexport.report.terminal_view import view
-from faexport.spec import Assumption, Candidate, Fact, Refusal
+from faexport.spec import Assumption, Candidate, Fact, Refusal, RefusalKind
 
 from tests.export import big_model
 
@@ -53,7 +53,7 @@ SITE = {
     "name": str, "source": str, "batch_size": DIM, "num_q_heads": DIM, "num_kv_heads": DIM, "seqlen_q": DIM,
     "seqlen_kv": DIM, "head_dim": DIM, "head_dim_v": DIM, "dtype": (str, types.NoneType),
     "facts": [{"text": str, "nodes": [str], "assumed": bool}],
-    "refusal": ({"reason": str, "node": str, "defect": bool}, types.NoneType), "fused": bool,
+    "refusal": ({"reason": str, "node": str, "kind": str, "defect": bool}, types.NoneType), "fused": bool,
 }  # fmt: skip
 FILE = {"path": str, "bytes": int, "sha256": str}
 REPORT = {
@@ -172,11 +172,12 @@ def layers() -> Report:
     sites = []
     for index in range(24):
         facts = (Fact("causal", (f"/layers.{index}/Trilu",)), Fact(f"sliding window of {512 if index == 7 else 256}"))
-        why = {3: "the attention weights are also an output of the model", 20: "Dropout is in training mode"}.get(index)
-        refusal = Refusal(why, f"/layers.{index}/Softmax") if why else None
-        sites.append(
-            SiteReport(f"/layers.{index}/Softmax", "softmax_core", *sizes, () if why else facts, refusal=refusal)
-        )
+        name = f"/layers.{index}/Softmax"
+        refusal = {
+            3: Refusal("the attention weights are also an output of the model", name, RefusalKind.SCORES_READ),
+            20: Refusal("Dropout is in training mode", name, RefusalKind.RANDOM),
+        }.get(index)
+        sites.append(SiteReport(name, "softmax_core", *sizes, () if refusal else facts, refusal=refusal))
     comparisons = [
         SiteComparison(f"/layers.{i}/MatMul_FlashAttention", "o", "float16", False, i * 1e-5, 1e-3, 20, "batch=2")
         for i in range(24)

@@ -19,7 +19,18 @@ from faexport.match import Context, matcher, roundings
 from faexport.match.masks import understand
 from faexport.match.roundings import Roundings
 from faexport.sizes.dims import Dim, plain, product
-from faexport.spec import Assumption, AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
+from faexport.spec import (
+    Assumption,
+    AttentionSpec,
+    Candidate,
+    Fact,
+    Mask,
+    MaskTerm,
+    Refusal,
+    RefusalKind,
+    ScoreShape,
+    TermKind,
+)
 from faexport.understand.core.hiding import is_mask, with_hidden
 from faexport.understand.core.rows_of_heads import heads_apart
 from faexport.understand.core.score_chain import Scores, letters, read_scores, view_of_scores
@@ -49,9 +60,13 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
     if isinstance(path, Path) and a.is_static(path.product.right.value):
         path = Blocked(path.product.node, BY_WEIGHTS)
     if softmax.flaw:
-        found = [Candidate(node, context.graph, SOURCE, outcome=Refusal(softmax.flaw, name_of(node)))]
+        found = [
+            Candidate(node, context.graph, SOURCE, outcome=Refusal(softmax.flaw, name_of(node), softmax.flaw_kind))
+        ]
     elif isinstance(path, Blocked):
-        found = [Candidate(node, context.graph, SOURCE, outcome=Refusal(path.why, name_of(path.node or node)))]
+        found = [
+            Candidate(node, context.graph, SOURCE, outcome=Refusal(path.why, name_of(path.node or node), path.kind))
+        ]
     else:
         found = _understand(path, softmax, context)
     refused = any(isinstance(c.outcome, Refusal) for c in found)
@@ -137,7 +152,7 @@ def _all_or_none(candidates: list[Candidate]) -> list[Candidate]:
 def _values(scores: Scores, softmax: Softmax, context: Context) -> list[Values] | Refusal:
     a = context.analysis
     if merged(scores.view.axes[softmax.axis]) != _column(scores, a):
-        return Refusal("the softmax does not run over the keys", name_of(softmax.node))
+        return Refusal("the softmax does not run over the keys", name_of(softmax.node), RefusalKind.NO_ATTENTION)
     if scores.sink is None:
         a.learn(softmax.probabilities, scores.view.shape)
     values = find_values(scores, softmax, letters(scores.product), a)
@@ -206,14 +221,14 @@ def _private(scores: Scores, values: list[Values], softmax: Softmax, context: Co
         what = "the attention scores are" if node in scores.nodes else f"what the softmax's {op(node)} gives is"
         for value in node.outputs:
             if value.is_graph_output():
-                return Refusal(f"{what} also an output of the model", name_of(node))
+                return Refusal(f"{what} also an output of the model", name_of(node), RefusalKind.SCORES_READ)
             for user in data_users(value):
                 twice = sum(given is value for given in user.inputs) > 1  # what is added to scores is the scores
                 if user in inside and not twice or value is softmax.probabilities:
                     continue
                 other = node in scores.nodes and _is_for_another_site(user, scores.product.node, softmax, context)
                 if twice or not other:
-                    return Refusal(f"{what} used twice: also by {op(user)}", name_of(user))
+                    return Refusal(f"{what} used twice: also by {op(user)}", name_of(user), RefusalKind.SCORES_READ)
     return None
 
 
@@ -370,7 +385,7 @@ def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a: Analysis)
     for term in terms:
         if not set(wider) <= set(term.axes):
             why = "the values may have more heads or batch entries than the masked scores"
-            return Refusal(why, name_of(term.node))
+            return Refusal(why, name_of(term.node), RefusalKind.UNLIKE_SIZES)
     return [
         dataclasses.replace(t, dims=tuple(wider.get(x, d) for x, d in zip(t.axes, t.dims, strict=True))) for t in terms
     ]

@@ -20,7 +20,7 @@ from typing import Any
 import onnx_ir as ir
 
 from faexport.graph.nodes import dtype_name, own_graphs
-from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
+from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal, RefusalKind
 
 SCHEMA_VERSION = 1  # of to_json; raised when a key changes its meaning or goes away
 
@@ -222,7 +222,9 @@ class SiteReport:
         if isinstance(outcome, AttentionSpec):
             facts = (*outcome.facts, *outcome.mask.facts)
             return cls(candidate.name, candidate.source, **(_spec_sizes(outcome) | known), facts=facts)
-        refusal = outcome or Refusal("it was found but never examined: please report this", candidate.name)
+        refusal = outcome or Refusal(
+            "it was found but never examined: please report this", candidate.name, RefusalKind.DEFECT
+        )
         return cls(candidate.name, candidate.source, **(_score_sizes(candidate.anchor) | known), refusal=refusal)
 
 

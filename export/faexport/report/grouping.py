@@ -197,6 +197,6 @@ def _what_is_known(site: SiteReport) -> object:
     if site.refusal is not None:
         same = site.refusal.node == site.name
         node = "" if same else _without_numbers(site.refusal.node)
-        refusal = (site.refusal.reason, node, site.refusal.defect)
+        refusal = (site.refusal.reason, node, site.refusal.kind)
     facts = tuple((fact.text, fact.assumed) for fact in site.facts)
     return site.source, sizes, site.head_dim, site.head_dim_v, site.dtype, facts, refusal

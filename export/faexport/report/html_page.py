@@ -124,7 +124,7 @@ def _group(group: Group, blocks: Mapping[str, tuple[Block, Block]]) -> str:
     if site.refusal is None:
         content += [_facts(group), _drawings(group, blocks)]
     else:
-        kind = advice(site.refusal.reason)
+        kind = advice(site.refusal)
         content.append(
             f"<p><strong>Why:</strong> {_text(group.reason)}.</p>\n<p>{_text(kind.meaning)}</p>\n"
             f"<p><strong>What to do:</strong> {_text(kind.action)}</p>\n"

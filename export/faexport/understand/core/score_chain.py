@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import given, name_of, op
 from faexport.sizes.dims import Dim
-from faexport.spec import MaskTerm, Refusal, TermKind
+from faexport.spec import MaskTerm, Refusal, RefusalKind, TermKind
 from faexport.understand.core.factors import Weight, fits, is_gate, weighed
 from faexport.understand.core.fills import is_nothing, padded_column
 from faexport.understand.core.score_path import UNCHANGED, Path, Step
@@ -143,7 +143,7 @@ class _Reader:
         why = (
             "the scores may take the size of what is added to them, which the file doesn't tell, and change their shape"
         )
-        return Refusal(f"{why} behind it", name_of(added.node))
+        return Refusal(f"{why} behind it", name_of(added.node), RefusalKind.UNKNOWN_SIZES)
 
     def _is_known(self, value: ir.Value) -> bool:
         return all(size.is_known for size in self.a.shape(value) or ())
@@ -166,25 +166,31 @@ class _Reader:
         weight = Weight(given(step.node, 1 - step.index), op(step.node), step.node)
         name, sizes = name_of(step.node), self.a.shape(weight.value)
         if sizes is None:
-            return Refusal("the scores are multiplied by a tensor of unknown shape", name)
+            return Refusal("the scores are multiplied by a tensor of unknown shape", name, RefusalKind.FACTOR)
         for_keys = bool(sizes) and sizes[-1] != 1 and weight.op_type == "Mul"
         if for_keys and self.gates and is_gate(weight.value, self.a):
             return self._take_term(dataclasses.replace(step, kind="gate"), self.factors[self.path.steps.index(step)])
         if not fits(weight.value, self.view.shape, self.a):
-            return Refusal("the scores are multiplied by a tensor that may give them another shape", name)
+            return Refusal(
+                "the scores are multiplied by a tensor that may give them another shape", name, RefusalKind.FACTOR
+            )
         if self.softcap:
-            return Refusal("the scores are multiplied by a tensor behind the softcap (Tanh)", name)
+            return Refusal("the scores are multiplied by a tensor behind the softcap (Tanh)", name, RefusalKind.SOFTCAP)
         whole = self.view == View.whole(self.shape)
         if not weight.is_single(self.a) and not whole:
-            return Refusal("the scores are multiplied by a tensor in a shape that is not understood", name)
+            return Refusal(
+                "the scores are multiplied by a tensor in a shape that is not understood", name, RefusalKind.FACTOR
+            )
         labels = self.path.product.labels
         wide = {x for x, size in zip(reversed(labels), reversed(sizes), strict=False) if size != 1}
         if {"row", "column"} <= wide:
-            return Refusal("the scores are multiplied by a tensor of rows and keys", name)
+            return Refusal("the scores are multiplied by a tensor of rows and keys", name, RefusalKind.FACTOR)
         if "column" in wide and weight.op_type == "Div":
-            return Refusal("the scores are divided by a tensor of keys, which may hold 0", name)
+            return Refusal("the scores are divided by a tensor of keys, which may hold 0", name, RefusalKind.FACTOR)
         if self.terms and not self._weigh_terms(weight):
-            return Refusal("the scores are multiplied by a tensor after a mask was put on them", name)
+            return Refusal(
+                "the scores are multiplied by a tensor after a mask was put on them", name, RefusalKind.FACTOR
+            )
         (self.key_weights if "column" in wide else self.query_weights).append(weight)
         return None
 
@@ -198,9 +204,9 @@ class _Reader:
 
     def _take_tanh(self, step: Step, factor: float) -> Refusal | None:
         if self.terms or self.softcap:
-            return Refusal("a mask or bias is added before the softcap (Tanh)", name_of(step.node))
+            return Refusal("a mask or bias is added before the softcap (Tanh)", name_of(step.node), RefusalKind.SOFTCAP)
         if factor <= 0:
-            return Refusal("the softcap (Tanh) is not multiplied back", name_of(step.node))
+            return Refusal("the softcap (Tanh) is not multiplied back", name_of(step.node), RefusalKind.SOFTCAP)
         self.softcap = factor
         self.scale *= factor
         return None
@@ -230,7 +236,11 @@ class _Reader:
         else:
             term = MaskTerm(TermKind.GATE, given(node, 1 - step.index), node, letters, dims, factor=factor)
         if not self._fits(term):
-            return Refusal("a mask or bias gives the scores more rows, heads or batch entries", name_of(node))
+            return Refusal(
+                "a mask or bias gives the scores more rows, heads or batch entries",
+                name_of(node),
+                RefusalKind.UNLIKE_SIZES,
+            )
         self.terms.append(term)
         self.a.learn(node.outputs[0], self.view.shape)
         return None
@@ -327,7 +337,7 @@ def read_scores(path: Path, softmax: Softmax, a: Analysis, gates: bool = True, w
     """Replays the path from the product to the softmax. With `gates`, scores times 0 or 1 are taken for a part of a
     mask, else for scores with a factor. `widen`: scores may take the sizes of what meets them."""
     if path.product.shape_of(a) is None:
-        return Refusal("the shape of the scores is not known", name_of(path.product.node))
+        return Refusal("the shape of the scores is not known", name_of(path.product.node), RefusalKind.UNKNOWN_SIZES)
     reader = _Reader(path, softmax, gates, widen, a)
     refusal = reader.run()
     if refusal is not None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from faexport.graph.nodes import FLOATS, attribute, given, op, producer
+from faexport.spec import RefusalKind
 from faexport.understand.core.clamps import clamped_input
 from faexport.understand.core.fills import padded_column
 from faexport.understand.core.reductions import subtracts_own_maximum
@@ -57,6 +58,7 @@ class Blocked:
 
     node: ir.Node | None
     why: str
+    kind: RefusalKind = RefusalKind.OTHER
 
 
 Overwrites = Callable[[ir.Node], bool]
@@ -89,7 +91,7 @@ class _Search:
         if op(node) in PRODUCT_OPS:
             product = product_of(node, a)
             if product is None:
-                return Blocked(node, "the shapes of the score product are not known")
+                return Blocked(node, "the shapes of the score product are not known", RefusalKind.UNKNOWN_SIZES)
             static = a.is_static(product.left.value), a.is_static(product.right.value)
             if all(static) or (any(static) and not self.weights):
                 return Blocked(node, BY_WEIGHTS)
@@ -107,9 +109,13 @@ class _Search:
     def _blocked(self, node: ir.Node) -> Blocked:
         name = op(node)
         if name.endswith(("QuantizeLinear", "DequantizeLinear")):
-            return Blocked(node, f"the scores are quantized inside the block ({name})")
+            return Blocked(node, f"the scores are quantized inside the block ({name})", RefusalKind.QUANTIZED)
         if name in QUANTIZED and not all(self.a.is_static(node.inputs[i]) for i in QUANTIZED[name]):
-            return Blocked(node, f"queries and keys are multiplied as quantized numbers ({name}); see {CONSENT}")
+            return Blocked(
+                node,
+                f"queries and keys are multiplied as quantized numbers ({name}); see {CONSENT}",
+                RefusalKind.QUANTIZED,
+            )
         if name == "ScatterND":
             return Blocked(node, "elements of the scores are written anew (ScatterND), which attention doesn't have")
         return Blocked(node, f"the scores pass through {name}, which attention doesn't have")

@@ -79,9 +79,9 @@ class Masks:
             with self.analysis.without_learnt():  # what is made here is shared by sites
                 return self._proven(terms, scores, options, names)
         except NotAMask as reason:
-            return spec.Refusal(str(reason), names[-1])
+            return spec.Refusal(str(reason), names[-1], reason.kind)
         except Unknown:
-            return spec.Refusal(UNKNOWN_SHAPE, names[-1])
+            return spec.Refusal(UNKNOWN_SHAPE, names[-1], spec.RefusalKind.UNKNOWN_SIZES)
 
     def _proven(
         self, terms: Sequence[spec.MaskTerm], scores: spec.ScoreShape, options: MaskOptions, names: tuple[str, ...]
@@ -99,7 +99,7 @@ class Masks:
             wrong = shared.checker.check(key, site, terms, mask, options)
             if wrong:
                 text = f"what was proven of its mask isn't what the mask computes ({wrong}); please report this model"
-                return spec.Refusal(text, names[-1], defect=True)
+                return spec.Refusal(text, names[-1], spec.RefusalKind.DEFECT)
         facts = (dataclasses.replace(f, nodes=(*(n for n in f.nodes if n not in first), *names)) for f in mask.facts)
         return dataclasses.replace(mask, facts=tuple(facts))
 
