@@ -24,7 +24,7 @@ from faexport.understand.index import (
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Unknown
 from faexport.understand.mask.check import Checker
-from faexport.understand.mask.draft import INFINITE_ROW
+from faexport.understand.mask.draft import INFINITE_ROW, Draft
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.options import MaskOptions
@@ -93,7 +93,7 @@ class Masks:
             try:
                 shared.known[key] = mask_of(shared.emitter, site, options), names
             except Unknown:
-                shared.known[key] = _as_it_stands(site, terms), names
+                shared.known[key] = _as_it_stands(Draft(shared.emitter, site, options)), names
         mask, first = shared.known[key]
         if options.check:
             wrong = shared.checker.check(key, site, terms, mask, options)
@@ -112,17 +112,25 @@ class Masks:
         return self._shared[key]
 
 
-def _as_it_stands(site: Site, terms: Sequence[spec.MaskTerm]) -> spec.Mask:
-    """One tensor added to scores [B, H, S_q, S_kv] is a bias, whatever it is made of."""
-    term = terms[0]
-    stands = term.kind, term.axes, term.factor, site.tensors[term.value].rank > 0
-    if len(terms) > 1 or stands != (spec.TermKind.ADD, "BHST", 1.0, True):
-        raise Unknown
-    fact = spec.Fact("bias, broadcast as it is: how it is computed is not understood", (name_of(term.node),))
-    return spec.Mask(attn_bias=term.value, facts=(fact, spec.Fact(INFINITE_ROW, fact.nodes)))
+def _as_it_stands(draft: Draft) -> spec.Mask:
+    """One tensor added to the scores is a bias, whatever it is made of. Raises NotAMask of anything else."""
+    term, tensors = draft.terms[0], draft.site.tensors
+    if len(draft.terms) > 1 or (term.kind, term.factor) != (spec.TermKind.ADD, 1.0) or tensors[term.value].rank == 0:
+        raise NotAMask(NOT_UNDERSTOOD)
+    try:
+        draft.mask.attn_bias = draft.placed(term)
+    except Unknown:
+        raise NotAMask(NOT_UNDERSTOOD) from None
+    names = (name_of(term.node),)
+    draft.facts += [
+        spec.Fact("bias, broadcast as it is: how it is computed is not understood", names),
+        spec.Fact(INFINITE_ROW, names),
+    ]
+    return draft.finished()
 
 
 UNKNOWN_SHAPE = "the shape of its mask can't be found out"
+NOT_UNDERSTOOD = "how its mask is computed is not understood, and it is not one tensor that is added to the scores"
 
 
 def _key(site: Site, terms: Sequence[spec.MaskTerm], options: MaskOptions) -> tuple:
