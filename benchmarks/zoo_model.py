@@ -86,7 +86,7 @@ def _ours(
     result = {
         "fused": report.num_fused,
         "refusals": [{"site": site.name, "reason": site.refusal.reason} for site in report.sites if site.refusal],
-        "facts": [[fact.text for fact in site.facts] for site in report.sites if site.fused],
+        "facts": [[str(fact) for fact in site.facts] for site in report.sites if site.fused],
         "seconds": seconds,
         **_outcome(model_check.with_sites(reference, path, model_check.verify_against(reference, path))),
     }

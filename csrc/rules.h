@@ -34,21 +34,11 @@ inline Status check_shape(const char* name, const TensorView& t, const int64_t (
   return {};
 }
 
-/// Elements, empty axes counted as 1, so that no product of sizes overflows: -1 for more than any memory has.
-inline int64_t count_elements(const int64_t (&shape)[4]) {
-  constexpr int64_t kMostElements = int64_t{1} << 56;
-  int64_t count = 1;
-  for (int64_t size : shape) {
-    if (size > 0 && (__builtin_mul_overflow(count, size, &count) || count > kMostElements)) return -1;
-  }
-  return count;
-}
-
 /// One of query, key, value and out, or a tensor of a cache: there, with a contiguous last axis.
 inline Status check_operand(const char* name, const TensorView& t) {
   FA_RULE(t.present, std::string(name) + " is missing");
   for (int64_t size : t.shape) FA_RULE(size >= 0, std::string(name) + " has a negative size: " + shape_text(t.shape, 4));
-  FA_RULE(count_elements(t.shape) >= 0, std::string(name) + " has shape " + shape_text(t.shape, 4) + ", more than fits a memory");
+  FA_RULE(!exceeds_memory(t.shape), std::string(name) + " has shape " + shape_text(t.shape, 4) + ", more than fits a memory");
   FA_RULE(t.empty() || t.shape[3] <= 1 || t.stride[3] == 1,
           std::string(name) + " has stride " + std::to_string(t.stride[3]) + " on its last axis, expected 1 (contiguous)");
   return {};

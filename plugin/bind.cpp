@@ -11,18 +11,8 @@
 namespace fa::plugin {
 namespace {
 
-constexpr int64_t kMostElements = int64_t{1} << 56;
-
 Status wrong_shape(Input input, const Tensor& tensor, const std::string& expected) {
   return invalid(std::string(name_of(input)) + " has shape " + shape_text(tensor.shape, tensor.rank) + "; expected " + expected);
-}
-
-/// More elements than any memory has. Empty axes count as 1, so that no product of an input's sizes overflows.
-bool exceeds_memory(const Tensor& tensor) {
-  int64_t count = 1;
-  for (int i = 0; i < std::min(tensor.rank, 4); ++i)
-    if (tensor.shape[i] > 1 && (__builtin_mul_overflow(count, tensor.shape[i], &count) || count > kMostElements)) return true;
-  return false;
 }
 
 struct Numbers {
@@ -98,7 +88,7 @@ class Binder {
       if (Status s = check_dtype(input, inputs_[i].dtype, inputs_[0].dtype); !s.ok()) return s;
       if (inputs_[i].rank > 4 && input != Input::kUnused)
         return invalid(std::string(name_of(input)) + " has rank " + std::to_string(inputs_[i].rank) + "; expected 4 at most");
-      if (exceeds_memory(inputs_[i])) return wrong_shape(input, inputs_[i], "a tensor that fits a memory");
+      if (exceeds_memory(inputs_[i].shape)) return wrong_shape(input, inputs_[i], "a tensor that fits a memory");
     }
     return check_output_dtype(node_, inputs_[0].dtype);
   }

@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +29,9 @@ from faexport.report.data import Report, Verification, VerificationStatus, count
 from faexport.runtimes import genai, ort_session
 from faexport.verify import model_check as verification
 from faexport.verify.reference import Reference, make_reference
+
+if TYPE_CHECKING:
+    from faexport.precision import float8_check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ def run(job: Job, report: Report, watcher: Watcher = Watcher()) -> ir.Model:
     except NotVerifiedError:
         found = (report.verification, report.half_precision)
         reasons = [one.reason for one in found if one is not None and one.status is VerificationStatus.FAILED]
-        reasons += [verification.lost_optimizations(report.verification)] if report.verification is not None else []
+        reasons += [report.verification.lost_optimizations] if report.verification is not None else []
         if not _may_join_nothing(job.options) or not any(reasons):
             raise
         reason = next(filter(None, reasons))
@@ -100,7 +104,7 @@ def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
     with contextlib.ExitStack() as stack:
         with origin.timed("write"):
             stage = stack.enter_context(_staged(fused, job, watcher))
-        _refuse_precision(job, stage, len(given))
+        prepared = _prepare_precision(job, stage, len(given))
         with origin.timed("verify"):
             measures = job.options.half or job.options.float8
             reference = _reference(job, given, watcher) if job.check or measures else None
@@ -108,14 +112,14 @@ def _run(job: Job, report: Report, watcher: Watcher) -> ir.Model:
                 report.verification = _verify(job, stage, reference, watcher)
                 if why := _failure(report.verification, job):
                     raise NotVerifiedError(why)
-                if _may_join_nothing(job.options) and (why := verification.lost_optimizations(report.verification)):
+                if _may_join_nothing(job.options) and (why := report.verification.lost_optimizations):
                     raise NotVerifiedError(why)
         if job.options.half:
             with origin.timed("bf16" if job.options.bf16 else "fp16"):
                 fused, stage = _in_half(job, stage, reference, report, stack, watcher)
         if job.options.float8:
             with origin.timed("float8"):
-                fused, stage = _in_float8(job, stage, reference, len(given), report, stack, watcher)
+                fused, stage = _in_float8(job, prepared, reference, len(given), report, stack, watcher)
         if not job.dry_run:
             with uninterrupted():
                 written = stage.commit()
@@ -276,11 +280,12 @@ def _verify(job: Job, stage: model_io.Stage, reference: Reference | None, watche
     return dataclasses.replace(found, notes=(*found.notes, said)) if said else found
 
 
-def _refuse_precision(job: Job, stage: model_io.Stage, num_given: int) -> None:
+def _prepare_precision(job: Job, stage: model_io.Stage, num_given: int) -> float8_check.Prepared | None:
     """Raises ModelError where the model can't get the precision that was asked for: before the models are compared,
-    which takes long. Without onnxruntime nothing is compared, and that is what is said then."""
+    which takes long. Without onnxruntime nothing is compared, and that is what is said then. What is made of the model
+    for float8, where that was asked for."""
     if ort_session.missing_packages():
-        return
+        return None
     if job.options.half:
         from faexport.precision import half_check
 
@@ -288,7 +293,8 @@ def _refuse_precision(job: Job, stage: model_io.Stage, num_given: int) -> None:
     if job.options.float8:
         from faexport.precision import float8_check
 
-        float8_check.refuse(job.model, stage.model_path, num_given)
+        return float8_check.prepare(job.model, stage.model_path, num_given)
+    return None
 
 
 def _in_half(
@@ -327,7 +333,7 @@ def _in_half(
 
 def _in_float8(
     job: Job,
-    stage: model_io.Stage,
+    prepared: float8_check.Prepared | None,
     reference: Reference | None,
     num_given: int,
     report: Report,
@@ -338,10 +344,10 @@ def _in_float8(
     does."""
     from faexport.precision import float8_check
 
-    if reference is None:
+    if reference is None or prepared is None:
         raise ModelError(f"{job.model}: can't be computed in float8: {ort_session.missing_packages()}")
     watcher.step("measuring the factors of float8 numbers")
-    made = float8_check.make(reference, stage.model_path, num_given=num_given, fallback=job.options.fallback)
+    made = float8_check.make(reference, prepared, num_given=num_given, fallback=job.options.fallback)
     report.float8, report.nodes_after = made.said, count_nodes(made.model)
     report.notes.append(float8_check.WHERE)
     stage = stack.enter_context(_staged(made.model, job, watcher))

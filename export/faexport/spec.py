@@ -24,6 +24,7 @@ ROW_BLOCK = 64
 LEFT_OUT = "faexport.left_out"
 DIVISORS = "faexport.divisors"
 ZERO_ROWS = "faexport.zero_rows"
+ALL_KEYS = "faexport.all_keys"  # Mask.all_keys
 
 
 class Alignment(enum.StrEnum):
@@ -50,13 +51,36 @@ class Layout(enum.StrEnum):
     BSH = "BSH"
 
 
+class RefusalKind(enum.StrEnum):
+    """What a refusal is about: report/advice.py says what it means, and what to do."""
+
+    SCORES_READ = "scores read"  # scores or weights are asked for
+    QUANTIZED = "quantized"  # between the two products
+    RANDOM = "random"
+    RUNTIME_OPERATOR = "runtime operator"  # an optimizer wrote an operator that isn't read
+    SOFTCAP = "softcap"
+    FACTOR = "factor"  # of scores or weights
+    TYPE = "type"
+    UNKNOWN_SIZES = "unknown sizes"
+    MIXED = "mixed"  # heads or batch entries are
+    NO_ATTENTION = "no attention"  # the softmax is another one
+    OTHER_NAMES = "other names"  # sizes of queries, keys and values have names of their own
+    UNLIKE_SIZES = "unlike sizes"  # may not fit one another
+    DEFECT = "defect"  # a failure of ours
+    OTHER = "other"
+
+
 @dataclasses.dataclass(frozen=True)
 class Refusal:
     """Why a site is left as it is. A sentence a user understands, and the node that it speaks of."""
 
     reason: str
     node: str
-    defect: bool = False  # the reason is a failure of ours
+    kind: RefusalKind = RefusalKind.OTHER
+    defect: bool = dataclasses.field(init=False)  # the reason is a failure of ours
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "defect", self.kind is RefusalKind.DEFECT)
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.node})" if self.node else self.reason
@@ -68,11 +92,17 @@ class Fact:
 
     text: str
     nodes: tuple[str, ...] = ()
+    assumed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text} (assumed)" if self.assumed else self.text
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumption(Fact):
     """What is not proven, and taken to be so: the report lists it at the site."""
+
+    assumed: bool = True
 
 
 @dataclasses.dataclass
@@ -100,6 +130,8 @@ class TermKind(enum.StrEnum):
     # scores * value, a weight: a mask if it holds only 0 and 1 (and an ADD of a huge negative number follows)
     GATE = "gate"
     CLAMP = "clamp"  # max(scores, factor * value), value a constant that is hugely negative: keeps -inf away
+    # min(scores, factor * value): a mask if it holds only the largest number and hugely negative ones
+    MIN = "min"
     HIDDEN = "hidden"  # after exp: where(value == keep_when, exponentials, 0)
     ZERO = "zero"  # after softmax: where(value == keep_when, probabilities, 0)
     EMPTY_ROW = "empty_row"  # after the product with the values: 0 in rows where no element of value (bool) is true
@@ -193,6 +225,9 @@ class Mask:
     empty_row: EmptyRow = EmptyRow.ZERO
     empty_rows: EmptyRows | None = None  # where empty_row alone doesn't say it
     rows_see_a_key: bool = False  # proven of every row: then empty_row doesn't matter
+    # Lengths of the original: where one is 0 it adds a number to all scores of a row, which only rounds them, and
+    # kv_lengths has all keys.
+    all_keys: ir.Value | None = None
     # Proven: attn_bias is so small that scores keep their last bits beside it, at least in rows that see no other key.
     bias_keeps_scores: bool = False
     new_nodes: Sequence[ir.Node] = ()  # nodes that compute the values above, in order; not yet in the graph

@@ -55,6 +55,10 @@ REFUSED = [
     ({"out": normal(2, 4, 5, 8)}, "out has shape [2, 4, 5, 8], expected [2, 4, 5, 6] (batch, heads and rows"),
     ({"key": normal(2, 2, 8, 7).swapaxes(2, 3)}, "key has stride 7 on its last axis, expected 1 (contiguous)"),
     ({"query": normal(2, 4, 5, 0), "key": normal(2, 2, 7, 0)}, "query has head_dim 0, expected at least 1"),
+    (
+        {"query": np.broadcast_to(normal(1, 4, 1, 8), (2**26, 4, 2**26, 8))},
+        "query has shape [67108864, 4, 67108864, 8], more than fits a memory",
+    ),
     ({"out": np.broadcast_to(normal(1, 4, 5, 6), (2, 4, 5, 6))}, "out has stride 0 on axis 0, but it is written"),
     ({"lse": normal(2, 4, 5, dtype=np.float16)}, "lse has dtype float16, expected float32"),
     ({"lse": normal(2, 4, 6)}, "lse has shape [2, 4, 6], expected [2, 4, 5] (batch, heads and rows of query)"),

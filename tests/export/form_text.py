@@ -98,7 +98,7 @@ def check(form: Form, library: str) -> Report:
         assert report.num_fused == 0 and all(form.reason in text for text in refusals), refusals
         return report
     assert report.num_fused == form.fused and not refusals, refusals
-    assert form.facts <= {fact.text for site in report.sites for fact in site.facts}, report.sites
+    assert form.facts <= {str(fact) for site in report.sites for fact in site.facts}, report.sites
     assert not form.gone & {node.op_type for node in fused.graph.node}
     assert compare(model, fused, library, form) > 0
     return report

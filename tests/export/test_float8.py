@@ -150,6 +150,26 @@ def test_columns_of_one_projection_and_grouped_heads(tmp_path: pathlib.Path, lib
     assert 0.001 < error < 0.2 and distance(outputs(made, tensors), original) == pytest.approx(error, rel=0.1)
 
 
+def test_stored_queries_are_measured_too(tmp_path: pathlib.Path, library: str) -> None:
+    """As those that a model learnt, which no node makes."""
+    tensors, model = drawn(), model_of(PLAIN)
+    stored = onnx.numpy_helper.from_array(tensors.pop("q"), "q")
+    del model.graph.input[0]
+    model.graph.initializer.append(stored)
+    report, _ = written(model, tensors, tmp_path)
+    assert [site.left for site in report.float8.sites] == [""] and report.float8.sites[0].error > 0.001
+
+
+def test_a_site_is_analysed_once_where_it_stands_and_once_beside_itself(
+    tmp_path: pathlib.Path, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it can be converted is asked before the models are compared; then that is what is converted."""
+    honest, seen = float8.site_of, []
+    monkeypatch.setattr(float8, "site_of", lambda node, a: seen.append(node) or honest(node, a))
+    written(model_of(PLAIN), drawn(), tmp_path)
+    assert len(seen) == len(set(seen)) == 2
+
+
 def test_a_site_that_is_not_what_it_says_keeps_its_precision(
     tmp_path: pathlib.Path, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

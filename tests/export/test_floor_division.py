@@ -10,7 +10,7 @@ import pytest
 from faexport.sizes import algebra
 from faexport.sizes.dims import Dim
 from faexport.understand.index.interpreter import Interpreter
-from faexport.understand.index.tensor import Unknown
+from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.shapes.analysis import Analysis
@@ -182,3 +182,15 @@ def test_a_quotient_below_0_is_not_written_where_there_is_no_mod() -> None:
     up = algebra.floordiv(algebra.neg(algebra.sym("n")), algebra.const(3))
     with pytest.raises(Unknown):
         emitter(9)[1].scalar(up)
+
+
+def test_an_index_is_below_a_size_that_is_made_of_a_quotient() -> None:
+    """WavLM's rows are what its convolutions leave of the samples. The size is older than the index, which is written
+    in terms of it, and they cancel only if the index goes first."""
+    n = algebra.sym("samples")
+    size = algebra.sub(algebra.floordiv(algebra.add(algebra.floordiv(n, algebra.const(5)), algebra.const(3)),
+                                        algebra.const(4)), algebra.const(2))  # fmt: skip
+    index = algebra.var("i", (size,))
+    assert algebra.is_positive(algebra.sub(size, index))
+    assert not algebra.is_positive(algebra.sub(algebra.sub(size, algebra.ONE), index))
+    assert broadcast_index(index, size) is index

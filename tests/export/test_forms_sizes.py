@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from faexport.feeds import inputs, settings
+from faexport.spec import RefusalKind
 
 from tests.export.form_text import PRODUCT, QKV, Form, check
 
@@ -254,6 +255,7 @@ def test_batches_of_two_names_where_the_file_states_one_say_what_to_do() -> None
         model.graph.value_info.append(stated)
         (site,) = faexport.fuse(model)[1].sites
         assert reason in str(site.refusal) and site.fused is not bool(reason)
+        assert site.fused or site.refusal.kind is RefusalKind.OTHER_NAMES
 
 
 @pytest.mark.parametrize("op", ["Identity", "Relu"])

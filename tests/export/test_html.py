@@ -21,6 +21,7 @@ from faexport.commands.bench_data import Measured, Row, Timing
 from faexport.files import model_io
 from faexport.report import advice, blocks, html_page
 from faexport.report.data import Report
+from faexport.spec import Refusal, RefusalKind
 
 from tests import packages
 from tests.export import big_model
@@ -101,8 +102,9 @@ def test_the_page_has_everything_and_asks_for_nothing() -> None:
 def test_refusals_say_what_to_do_and_the_verification_is_shown() -> None:
     page = Page(html_page.page(layers()))
     assert "21 equal layers" in page.text and "22 of 24 attention sites fused" in page.text
-    for reason in ("the attention weights are also an output of the model", "Dropout is in training mode"):
-        kind = advice.advice(reason)
+    for site in (3, 20):
+        refusal = layers().sites[site].refusal
+        kind, reason = advice.advice(refusal), refusal.reason
         assert reason in page.text and kind.meaning in page.text and kind.action in page.text
     assert "/layers.0/Trilu" in page.text, "from which nodes a fact was proven"
     assert "present.0…23.key" in page.text and "Passed" in page.text and "2.3e-05" in page.text
@@ -119,15 +121,12 @@ def test_names_can_t_break_the_page() -> None:
     assert "script" not in {tag for tag, _ in page.tags} and "<script>" in page.text
 
 
-def test_each_kind_of_reason_has_its_example_and_its_row_in_the_page() -> None:
+def test_each_kind_of_reason_has_its_advice_and_its_row_in_the_page() -> None:
     text = PAGE.read_text()
-    for kind in (*advice.KINDS, advice.OTHER):
-        assert advice.advice(kind.example) is kind, kind.example
-        assert f"| {kind.example} | {kind.meaning} | {kind.action} |" in text, kind.example
-    unknown = (
-        "the scores may take the size of what is added to them, which the file doesn't tell, and change their shape"
-    )
-    assert "does not tell enough of the sizes" in advice.advice(unknown).meaning
+    assert [kind.kind for kind in advice.KINDS] == list(RefusalKind)
+    for kind in advice.KINDS:
+        assert advice.advice(Refusal("said in other words", "n", kind.kind)) is kind
+        assert f"| {kind.example} | {kind.meaning} | {kind.action} | `{kind.kind}` |" in text, kind.example
 
 
 def test_the_command_writes_the_page_over_nothing_but_a_page(tmp_path: pathlib.Path) -> None:

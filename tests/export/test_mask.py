@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 
+import faexport
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from faexport import pipeline
 from faexport.spec import Alignment, AttentionSpec, EmptyRow, Mask, Refusal
 from faexport.understand.index import logic as il
+from faexport.understand.index.tensor import Unknown
+from faexport.understand.mask import proof
 from faexport.understand.shapes.constants import tensor_of
 
 from tests.export import mask_grammar as grammar
+from tests.export.compared import run
 from tests.export.mask_grammar import MINIMUM, Recipe
 
 INFINITY = float(-np.inf)
@@ -272,7 +277,7 @@ def test_padding_as_a_product_beside_a_causal_mask() -> None:
         model = float_padding_beside(fill, "where scores")
         found = outcome(model)
         assert isinstance(found, AttentionSpec) and window(found.mask) == (-1, 0) and found.mask.empty_rows is not None
-        assert "attention_mask holds zeros and ones (assumed)" in {fact.text for fact in found.mask.facts}
+        assert "attention_mask holds zeros and ones" in {fact.text for fact in found.mask.facts if fact.assumed}
         assumed = outcome(model, assume_right_padding=True)
         assert isinstance(assumed, AttentionSpec) and window(assumed.mask) == (-1, 0)
         assert "bias [B, 1, 1, S_kv]" in {fact.text for fact in assumed.mask.facts}
@@ -343,3 +348,29 @@ def test_another_guard_stays(recipe: Recipe) -> None:
     assert isinstance(found, AttentionSpec) and found.output.producer().op_type == "MatMul"
     without = outcome(grammar.build(dataclasses.replace(recipe, row_guard="none")))
     assert found.mask.empty_row is without.mask.empty_row
+
+
+WITH_BIAS = """<ir_version: 8, opset_import: ["" : 17]>
+block (float[B, T, 8] q, float[B, S, 8] k, float[B, S, 8] v, float[B, T, S] bias, bool[B, 1, S] m) => (float y) {
+    kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) BODY p = Softmax<axis = -1>(x) y = MatMul(p, v)
+}"""
+
+
+def test_a_bias_that_can_t_be_written_otherwise_stays_what_it_is(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """On whatever axes it meets the scores. Of several terms the reason is no shape that isn't known."""
+
+    def unknown(*args: object) -> None:
+        raise Unknown
+
+    monkeypatch.setattr(proof, "mask_of", unknown)
+    model = onnx.parser.parse_model(WITH_BIAS.replace("BODY", "x = Add(s, bias)"))
+    fused, report = faexport.fuse(model)
+    assert report.num_fused == 1 and "broadcast as it is" in report.sites[0].facts[0].text
+    shapes = {"q": (3, 4, 8), "k": (3, 5, 8), "v": (3, 5, 8), "bias": (3, 4, 5)}
+    random = np.random.default_rng(0)
+    inputs = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    inputs["m"] = np.ones((3, 1, 5), bool)
+    np.testing.assert_allclose(run(fused, inputs, library)[0], run(model, inputs)[0], atol=2e-6)
+    both = "low = Constant<value = float {-1.0e30}>() a = Add(s, bias) x = Where(m, a, low)"
+    _, report = faexport.fuse(onnx.parser.parse_model(WITH_BIAS.replace("BODY", both)))
+    assert [site.refusal.reason for site in report.sites] == [proof.NOT_UNDERSTOOD]

@@ -30,7 +30,7 @@ from faexport.report.data import (
     count_nodes,
 )
 from faexport.report.terminal_view import view
-from faexport.spec import Assumption, Candidate, Fact, Refusal
+from faexport.spec import Assumption, Candidate, Fact, Refusal, RefusalKind
 
 from tests.export import big_model
 
@@ -47,13 +47,13 @@ OUTPUT = {
 COMPARISON = {
     "site": str, "value": str, "dtype": str, "by_stand_in": bool, "max_abs_diff": (float, str), "tolerance": float,
     "num_sets": int, "inputs": str, "fault": str, "ok": bool, "quantization_error": (float, types.NoneType),
-    "original_quantization_error": (float, types.NoneType),
+    "original_quantization_error": (float, types.NoneType), "any_numbers": bool,
 }  # fmt: skip
 SITE = {
     "name": str, "source": str, "batch_size": DIM, "num_q_heads": DIM, "num_kv_heads": DIM, "seqlen_q": DIM,
     "seqlen_kv": DIM, "head_dim": DIM, "head_dim_v": DIM, "dtype": (str, types.NoneType),
-    "facts": [{"text": str, "nodes": [str]}],
-    "refusal": ({"reason": str, "node": str, "defect": bool}, types.NoneType), "fused": bool,
+    "facts": [{"text": str, "nodes": [str], "assumed": bool}],
+    "refusal": ({"reason": str, "node": str, "kind": str, "defect": bool}, types.NoneType), "fused": bool,
 }  # fmt: skip
 FILE = {"path": str, "bytes": int, "sha256": str}
 REPORT = {
@@ -61,8 +61,10 @@ REPORT = {
     "nodes_after": {...: int}, "notes": [str], "joined": {...: int}, "defects": [str], "invalid_nodes": [str],
     "model": (str, types.NoneType), "output": (str, types.NoneType),
     "verification": ({"status": str, "reason": str,
-                      "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str}],
-                      "sites": [COMPARISON], "notes": [str]}, types.NoneType),
+                      "runs": [{"inputs": {...: [int]}, "outputs": [OUTPUT], "skipped": str, "label": str,
+                                "skip": (str, types.NoneType), "any_numbers": bool}],
+                      "sites": [COMPARISON], "notes": [str], "of_output": bool, "any_numbers": bool,
+                      "lost_optimizations": str}, types.NoneType),
     "half_precision": ({"keep_io_types": bool, "kept": {...: str}, "status": str, "reason": str, "notes": [str],
                         "dtype": str,
                         "outputs": [{"name": str, "dtype": str, "max_abs_diff": (float, str), "plain_abs_diff": float,
@@ -170,11 +172,12 @@ def layers() -> Report:
     sites = []
     for index in range(24):
         facts = (Fact("causal", (f"/layers.{index}/Trilu",)), Fact(f"sliding window of {512 if index == 7 else 256}"))
-        why = {3: "the attention weights are also an output of the model", 20: "Dropout is in training mode"}.get(index)
-        refusal = Refusal(why, f"/layers.{index}/Softmax") if why else None
-        sites.append(
-            SiteReport(f"/layers.{index}/Softmax", "softmax_core", *sizes, () if why else facts, refusal=refusal)
-        )
+        name = f"/layers.{index}/Softmax"
+        refusal = {
+            3: Refusal("the attention weights are also an output of the model", name, RefusalKind.SCORES_READ),
+            20: Refusal("Dropout is in training mode", name, RefusalKind.RANDOM),
+        }.get(index)
+        sites.append(SiteReport(name, "softmax_core", *sizes, () if refusal else facts, refusal=refusal))
     comparisons = [
         SiteComparison(f"/layers.{i}/MatMul_FlashAttention", "o", "float16", False, i * 1e-5, 1e-3, 20, "batch=2")
         for i in range(24)
@@ -232,7 +235,7 @@ def test_what_is_joined_around_attention_is_no_size() -> None:
 
 
 def test_what_is_assumed_is_not_called_proven() -> None:
-    facts = (Assumption("masks are full (assumed)"), Fact("causal"))
+    facts = (Assumption("masks are full"), Fact("causal"))
     text = printed(Report([SiteReport("a", "softmax_core", *[None] * 7, "float32", facts)]))
     assert "proven: causal; assumed: masks are full" in " ".join(text.split()) and "(assumed)" not in text
 

@@ -262,3 +262,31 @@ def test_the_widths_of_a_pad_are_followed_as_torchscript_turns_them() -> None:
     for rows in (1, 4, 6):
         (got,) = session.run(None, {"x": np.zeros((2, rows, 8), np.float32)})
         assert got.shape == (2, rows // 4 * 4 + 4, 8)
+
+
+ONE_LESS = """<ir_version: 8, opset_import: ["" : 17]>
+main (float[n] x) => (float y) {
+    one = Constant <value_ints = [1]> () minus = Constant <value_ints = [-2]> () shape = Shape (x)
+    eight = Constant <value_ints = [8]> () quotient = Div (shape, eight) size = Sub (quotient, one)
+    zeros = ConstantOfShape <value = float[1] {0.0}> (size) long = ConstantOfShape <value = float[1] {0.0}> (quotient)
+    zero = Constant <value_ints = [0]> () end = Constant <value_ints = [-1]> () cut = Slice (long, zero, end)
+    y = Add (zeros, cut)
+}"""
+
+
+def test_a_size_that_meets_what_it_is_unless_negative_is_that() -> None:
+    """What a convolution for positions makes too long and cuts off is as long as what it is added to, as in Wav2Vec2:
+    n // 8 - 1 and max(0, n // 8 - 1) are two sizes only where the first is below 0, which no size is."""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(ONE_LESS))
+    analysis = Analysis(model)
+    shapes = {v.name: analysis.shape(v) for node in model.graph for v in node.outputs}
+    assert str(shapes["zeros"][0]) == str(shapes["y"][0]) == "floordiv(n, 8) - 1"
+    assert str(shapes["cut"][0]) != str(shapes["y"][0])
+
+
+def test_beside_a_size_nothing_else_is_taken_for_it() -> None:
+    n, m = named("n"), named("m")
+    assert (n - 2).maximum(0).beside(n - 2) == n - 2
+    assert (n - 3).maximum(0).beside(n - 2) == (n - 3).maximum(0)
+    assert (m - 2).maximum(0).beside(n - 2) == (m - 2).maximum(0)
+    assert (n - 2).maximum(0).beside(2 * n) == (n - 2).maximum(0)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from faexport import pipeline
+from faexport.feeds.settings import InputSet
 from faexport.files import model_io
 from faexport.report.data import Verification, VerificationStatus
 from faexport.runtimes import ort_session
@@ -249,7 +250,7 @@ def statistics(**given: float) -> Statistics:
     ],
 )
 def test_what_is_wrong_with_a_comparison_is_said(given: dict, words: str) -> None:
-    row = judge(Point("v", "site", "float32", "out", False), statistics(**given), 1e-4, "B=1")
+    row = judge(Point("v", "site", "float32", "out", False), statistics(**given), 1e-4, InputSet("B=1", {}))
     assert words in row.fault and row.ok == (words == ""), row
 
 

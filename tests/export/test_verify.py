@@ -17,7 +17,7 @@ from faexport.feeds import inputs
 from faexport.feeds.open_sizes import OpenSizes
 from faexport.feeds.settings import Assumed
 from faexport.files import model_io
-from faexport.report.data import VerificationStatus
+from faexport.report.data import Verification, VerificationStatus
 from faexport.runtimes import ort_session
 from faexport.verify import compare, model_check, reference
 from onnx import TensorProto, helper, numpy_helper
@@ -141,6 +141,7 @@ def test_an_original_that_does_not_run_is_said(tmp_path: pathlib.Path) -> None:
     onnx.save(proto, path)
     result = model_check.verify(path, path)
     assert result.status is NOT_RUN and "NoSuchOperator" in result.reason and "does not run" in result.reason
+    assert "--inputs" not in result.reason, "what does not load does not run on any inputs"
 
 
 def test_a_rewritten_model_that_does_not_run_fails(tmp_path: pathlib.Path) -> None:
@@ -188,6 +189,38 @@ def test_a_difference_of_a_model_that_draws_random_numbers_says_so(
     assert result.status is FAILED and result.reason.startswith("output 'y' differs by")
     assert f"draws random numbers ({kind} 'drawn')" in result.reason
     assert result.reason.endswith("call model.eval() before exporting")
+
+
+def test_what_is_advised_depends_on_no_words(tmp_path: pathlib.Path) -> None:
+    vector = (TensorProto.FLOAT, ["n", 8])
+    random = model_io.load(save(tmp_path / "a.onnx", NOISES["RandomUniformLike"], {"x": vector}, vector))
+    other_words = Verification(FAILED, "said otherwise", of_output=True, any_numbers=True)
+    reason = model_check._with_advice(other_words, random).reason
+    assert "--assume zeros-and-ones" in reason and "draws random numbers" in reason
+    like_them = Verification(FAILED, "output 'y' differs, on 'mask' not only 0 and 1")
+    assert model_check._with_advice(like_them, random) == like_them
+
+
+class _Optimizer:
+    """Opens sessions; onnxruntime's optimizations fail on models of these names."""
+
+    def __init__(self, *failing: str):
+        self.failing = failing
+
+    def __call__(self, job: ort_session.Job) -> ort_session.SessionHere:
+        if job.optimize and pathlib.Path(str(job.model)).name in self.failing:
+            raise ort_session.ModelFailure("an optimization of onnxruntime failed")
+        return ort_session.SessionHere(job)
+
+
+def test_optimizations_are_lost_where_they_fail_on_the_rewritten_model_alone(tmp_path: pathlib.Path) -> None:
+    paths = [scaled(tmp_path / f"{name}.onnx", 1.0) for name in "abc"]
+    original = reference.make_reference(paths[0], open_session=_Optimizer("b.onnx"))
+    lost, kept = (model_check.verify_against(original, path) for path in paths[1:])
+    assert "an optimization of onnxruntime failed" in lost.lost_optimizations and lost.lost_optimizations in lost.notes
+    assert kept.lost_optimizations == "" and not kept.notes, "what was said of another model"
+    of_both = model_check.verify(paths[0], paths[1], open_session=_Optimizer("a.onnx", "b.onnx"))
+    assert of_both.lost_optimizations == "" and len(of_both.notes) == 2 and of_both.status is PASSED
 
 
 def test_lengths_that_the_model_refuses_are_replaced(tmp_path: pathlib.Path) -> None:

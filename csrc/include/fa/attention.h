@@ -30,6 +30,19 @@ constexpr int64_t size_of(DType dtype) {
 /// A shape for people: "[2, 4, 128, 64]".
 std::string shape_text(const int64_t* shape, int rank);
 
+/// More elements than any memory has.
+inline constexpr int64_t kMostElements = int64_t{1} << 56;
+
+/// Has a tensor of this shape more elements than that? Empty axes count as 1, so that no product of its sizes overflows.
+/// Axes that it doesn't have are 0 or 1.
+inline bool exceeds_memory(const int64_t (&shape)[4]) {
+  int64_t count = 1;
+  for (int64_t size : shape) {
+    if (size > 0 && (__builtin_mul_overflow(count, size, &count) || count > kMostElements)) return true;
+  }
+  return false;
+}
+
 enum class StatusCode : uint8_t { kOk, kInvalidArgument, kUnsupported, kCudaError };
 
 /// The outcome of a call: a code, and for anything but kOk one sentence for the user.

@@ -27,7 +27,6 @@ PLANS = (
 FALLBACK_LENGTHS = (32, 64, 224, 400, 518)  # image sides, audio samples: where the original refuses shorter ones
 LARGE = 12.0  # times the usual inputs: scores around 1e3
 MOST_DOUBTS = 40
-ANY_NUMBERS = "not only 0 and 1"  # what the label of a set with such masks says of them
 _BASE = Sizes(batch=2, length=6, past=3)
 
 
@@ -39,6 +38,7 @@ class InputSet:
     tensors: Mapping[str, np.ndarray]
     # The same with other numbers where nothing is to be read (a decoder's padding); None where there is no such place.
     other_padding: Mapping[str, np.ndarray] | None = None
+    any_numbers: bool = False  # masks hold other numbers than 0 and 1
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -150,8 +150,9 @@ def _draw(specs: Sequence[InputSpec], setting: _Setting, masked: bool, random: n
     words += ["initializers overridden"] if drawing.overrides else []
     if drawing.wild:
         names = [f"'{spec.name}'" for spec in specs if spec.only_bool or spec.role is Role.WEIGHT]
-        words.append(f"{', '.join(names)} {ANY_NUMBERS}")
-    return InputSet(", ".join(words) or "fixed sizes", inputs.draw(specs, setting.sizes, drawing, random))
+        words.append(f"{', '.join(names)} not only 0 and 1")
+    tensors = inputs.draw(specs, setting.sizes, drawing, random)
+    return InputSet(", ".join(words) or "fixed sizes", tensors, any_numbers=drawing.wild)
 
 
 def _is_masked(specs: Sequence[InputSpec]) -> bool:

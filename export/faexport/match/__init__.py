@@ -20,7 +20,7 @@ import onnx_ir as ir
 from faexport.graph.nodes import name_of, op
 from faexport.graph.surgery import Missing
 from faexport.options import Options
-from faexport.spec import AttentionSpec, Candidate, Refusal
+from faexport.spec import AttentionSpec, Candidate, Refusal, RefusalKind
 from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
 
@@ -107,4 +107,4 @@ def _tried(entry: Registration, node: ir.Node, context: Context) -> list[Candida
         if os.environ.get("FAEXPORT_TRACEBACK"):
             traceback.print_exc()
         why = f"our analysis of it failed ({type(error).__name__}: {error}); please report this model"
-        return [Candidate(node, context.graph, entry.source, outcome=Refusal(why, name_of(node), defect=True))]
+        return [Candidate(node, context.graph, entry.source, outcome=Refusal(why, name_of(node), RefusalKind.DEFECT))]

@@ -10,7 +10,18 @@ from faexport.graph.nodes import attribute, dtype_name, given, live_users, name_
 from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.sizes.dims import Dim, plain
-from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Mask, MaskTerm, Refusal, ScoreShape, TermKind
+from faexport.spec import (
+    AttentionSpec,
+    Candidate,
+    Fact,
+    Layout,
+    Mask,
+    MaskTerm,
+    Refusal,
+    RefusalKind,
+    ScoreShape,
+    TermKind,
+)
 from faexport.understand.core.outputs import Output, declared_output
 from faexport.understand.core.structure import TYPES
 from faexport.understand.layout.declared import Declared, Sizes, read_all, sizes_of
@@ -39,12 +50,12 @@ def _refusal(node: ir.Node, context: Context) -> Refusal | None:
     name = name_of(node)
     a = context.analysis
     if used_output(node, 3) is not None:
-        return Refusal("the model asks for the attention scores too (qk_matmul_output)", name)
+        return Refusal("the model asks for the attention scores too (qk_matmul_output)", name, RefusalKind.SCORES_READ)
     if len(node.inputs) < 3 or None in node.inputs[:3]:
         return Refusal("query, key or value is missing", name)
     dtypes = {a.dtype(v) for v in node.inputs[:3]}
     if not dtypes <= {*TYPES, None}:
-        return Refusal("query, key and value are not float32, float16 or bfloat16", name)
+        return Refusal("query, key and value are not float32, float16 or bfloat16", name, RefusalKind.TYPE)
     if len(dtypes - {None}) > 1:
         return Refusal("query, key and value have different types", name)
     if attribute(node, "scale") == 0.0:
@@ -53,7 +64,7 @@ def _refusal(node: ir.Node, context: Context) -> Refusal | None:
         return Refusal("an attribute is a parameter of the function that the node is in", name)
     ranks = [a.rank(v) for v in node.inputs[:3]]
     if None in ranks and set(ranks) != {None}:
-        return Refusal("the shape of query, key or value is not known", name)
+        return Refusal("the shape of query, key or value is not known", name, RefusalKind.UNKNOWN_SIZES)
     if ranks[0] not in (3, 4, None) or len(set(ranks)) != 1:
         return Refusal("query, key and value have different ranks", name)
     return None
@@ -177,7 +188,7 @@ def _mask(
             return found
     is_bool = a.dtype(given) == ir.DataType.BOOL
     if a.dtype(given) is None:
-        return Refusal("the type of attn_mask is not known", name_of(node))
+        return Refusal("the type of attn_mask is not known", name_of(node), RefusalKind.UNKNOWN_SIZES)
     return Mask(
         left,
         right,

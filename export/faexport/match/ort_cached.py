@@ -14,9 +14,9 @@ from faexport.graph.nodes import attribute, name_of, operand
 from faexport.graph.surgery import Missing
 from faexport.match import Context
 from faexport.match.onnx_attention import used_output
-from faexport.match.ort_contrib import Contrib, Unfit, examined
+from faexport.match.ort_contrib import Contrib, Obstacles, Unfit, examined
 from faexport.sizes.dims import Dim
-from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand
+from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand, RefusalKind
 from faexport.understand.index.tensor import Unknown
 
 QUANTIZED = {ir.DataType.INT8: 8, ir.DataType.UINT8: 4, ir.DataType.FLOAT8E4M3FN: 8}  # type of a cache: bits
@@ -76,10 +76,10 @@ class Cached(Contrib):
             "it rotates by tables that it doesn't have (do_rotary, cos_cache, sin_cache)": lacks_tables,
         }
 
-    def obstacles_of_cache_types(self) -> dict[str, bool]:
+    def obstacles_of_cache_types(self) -> Obstacles:
         key, value = (self.a.dtype(past) for past in self.past)
         return {
-            "the element type of its cache is not known": key is None,
+            "the element type of its cache is not known": key is None and RefusalKind.UNKNOWN_SIZES,
             "its cache has another type than query and key": key not in (self.dtype, None, *QUANTIZED),
             "its caches of keys and of values have different types": key != value,
         }

@@ -31,6 +31,7 @@ from faexport.spec import (
     MaskTerm,
     Operand,
     Refusal,
+    RefusalKind,
     ScoreShape,
     TermKind,
 )
@@ -44,8 +45,16 @@ SOURCE = "ort_contrib"
 FILLS_LIKE_LENGTHS = (-65504.0, -5000.0)
 
 
+# Sentences, and whether each stands in the way, or as which kind of refusal it does.
+Obstacles = Mapping[str, bool | RefusalKind]
+
+
 class Unfit(Exception):
     """The node uses something that the operator doesn't have; the text is the refusal's sentence."""
+
+    def __init__(self, reason: str, kind: RefusalKind = RefusalKind.OTHER):
+        super().__init__(reason)
+        self.kind = kind
 
 
 @matcher(SOURCE, ("com.microsoft::MultiHeadAttention", "com.microsoft::Attention"))
@@ -59,7 +68,7 @@ def examined(reader: type[Contrib], node: ir.Node, context: Context) -> list[Can
     try:
         candidate.outcome = reader(node, context).spec(candidate)
     except Unfit as reason:
-        candidate.outcome = Refusal(str(reason), name_of(node))
+        candidate.outcome = Refusal(str(reason), name_of(node), reason.kind)
     return [candidate]
 
 
@@ -72,7 +81,7 @@ class Contrib:
         self.heads = attribute(node, "num_heads", 0)
         dtype = self.a.dtype(node.inputs[0])
         if dtype is None or dtype not in TYPES:
-            raise Unfit("query, key and value are not float32, float16 or bfloat16")
+            raise Unfit("query, key and value are not float32, float16 or bfloat16", RefusalKind.TYPE)
         self.dtype = dtype
         if not self.heads:
             raise Unfit("the number of heads is missing")
@@ -82,10 +91,11 @@ class Contrib:
         raise NotImplementedError
 
     @staticmethod
-    def refuse(obstacles: Mapping[str, bool]) -> None:
+    def refuse(obstacles: Obstacles) -> None:
         """Raises Unfit with all that stands in the way."""
-        if standing := [text for text, stands in obstacles.items() if stands]:
-            raise Unfit("; ".join(standing))
+        if standing := {text: what for text, what in obstacles.items() if what}:
+            kind = next((what for what in standing.values() if isinstance(what, RefusalKind)), RefusalKind.OTHER)
+            raise Unfit("; ".join(standing), kind)
 
     def scale(self) -> float:
         return attribute(self.node, "scale", 0.0)
@@ -98,12 +108,13 @@ class Contrib:
             return mask
         shape = self.a.shape(padding)
         if shape is None:
-            raise Unfit("the shape of its padding mask is not known")
+            raise Unfit("the shape of its padding mask is not known", RefusalKind.UNKNOWN_SIZES)
         if len(shape) == 1:
             if shape[0] != batch or has_past or bias is not None:
                 raise Unfit("its padding mask is neither one length for each batch entry nor a mask of the keys")
             if FILLS_LIKE_LENGTHS[0] <= self.filler <= FILLS_LIKE_LENGTHS[1]:
                 mask.kv_lengths, mask.alignment = self._lengths(padding), Alignment.TOP_LEFT
+                mask.all_keys = padding
                 mask.facts += (Fact("padding as lengths", (name_of(self.node),)),)
                 return mask
             keep = self._within(padding)
@@ -125,7 +136,7 @@ class Contrib:
         mask.attn_bias = added if bias is None else self.build.add("Add", [added, self.build.cast(bias, dtype)], dtype)
         mask.facts += (Fact("padding mask", (name_of(self.node),)),)
         if -1e30 < self.filler < 0:
-            text = f"{rounding_text(self.filler, dtype)}; which step, depends on the runtime (assumed)"
+            text = f"{rounding_text(self.filler, dtype)}; which step, depends on the runtime"
             mask.facts += (Assumption(text, (name_of(self.node),)),)
         return mask
 
@@ -197,7 +208,7 @@ class _MultiHead(Contrib):
         if operand(node, 9) is not None:
             raise Unfit("its keys are read from other entries, along beams (cache_indirection)")
         if used_output(node, 3) is not None:
-            raise Unfit("the model asks for the attention scores too (qk)")
+            raise Unfit("the model asks for the attention scores too (qk)", RefusalKind.SCORES_READ)
         past = [operand(node, i) for i in (6, 7)]
         present = [used_output(node, i) for i in (1, 2)]
         query = node.inputs[0]
@@ -207,7 +218,7 @@ class _MultiHead(Contrib):
         elif query is not None and rank == 3:
             operands, batch, keys = self._separate(query, any(past) or any(present))
         else:
-            raise Unfit("the rank of its query is not known")
+            raise Unfit("the rank of its query is not known", RefusalKind.UNKNOWN_SIZES)
         if attribute(node, "unidirectional", 0) and keys != a.known_shape(query)[1]:
             raise Unfit("it is causal (unidirectional) and may have another number of new keys than of queries")
         length = operand(node, 8)
@@ -302,7 +313,7 @@ class _MultiHead(Contrib):
         if key is not None and ranks == (5, None):
             return self._packed_kv(query, key, bias)
         if key is None or value is None or ranks[0] != ranks[1] or ranks[0] not in (3, 4):
-            raise Unfit("the ranks of its key and value are not known")
+            raise Unfit("the ranks of its key and value are not known", RefusalKind.UNKNOWN_SIZES)
         keys, batch = a.known_shape(key)[2 if ranks[0] == 4 else 1], a.known_shape(query)[0]
         if bias is not None:
             if ranks[0] == 4:
@@ -353,7 +364,7 @@ class _Attention(Contrib):
             raise Unfit("it shares a cache buffer (past_sequence_length)")
         shape, weights = a.shape(node.inputs[0]), a.shape(node.inputs[1])
         if shape is None or weights is None or weights[1].const is None:
-            raise Unfit("the shapes of its input and weights are not known")
+            raise Unfit("the shapes of its input and weights are not known", RefusalKind.UNKNOWN_SIZES)
         widths = attribute(node, "qkv_hidden_sizes") or [weights[1].const // 3] * 3
         if len(set(widths[:2])) != 1 or any(w % self.heads for w in widths) or sum(widths) != weights[1].const:
             raise Unfit("its hidden sizes don't divide by the number of heads")
@@ -395,7 +406,7 @@ class _Attention(Contrib):
         if past is not None:
             before = self.a.shape(past)
             if before is None or len(before) != 5:
-                raise Unfit("the shape of its cache is not known")
+                raise Unfit("the shape of its cache is not known", RefusalKind.UNKNOWN_SIZES)
             whole, keys = build.add("Concat", [past, whole], self.dtype, axis=3), keys + before[3]
         read = [build.squeeze(build.add("Gather", [whole, build.ints([i])], self.dtype, axis=0), 0) for i in (0, 1)]
         operands = [

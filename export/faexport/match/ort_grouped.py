@@ -17,7 +17,7 @@ from faexport.match import Context, matcher
 from faexport.match.masks import understand
 from faexport.match.onnx_attention import used_output
 from faexport.match.ort_cached import Cached, examined_cached
-from faexport.match.ort_contrib import Unfit
+from faexport.match.ort_contrib import Obstacles, Unfit
 from faexport.sizes.dims import Dim, plain
 from faexport.spec import (
     Alignment,
@@ -28,6 +28,7 @@ from faexport.spec import (
     MaskTerm,
     Operand,
     Refusal,
+    RefusalKind,
     ScoreShape,
     TermKind,
 )
@@ -65,14 +66,14 @@ class _Grouped(Cached):
 
     # ------------------------------------------------------------------------------------------ what can't be said
 
-    def _obstacles(self) -> dict[str, bool]:
+    def _obstacles(self) -> Obstacles:
         node = self.node
         wants_scores = used_output(node, 3) is not None or attribute(node, "qk_output", 0) != 0
         lacks_lengths = self.given("last_key") is None or self.given("total") is None
         return {
             **self.obstacles_of_both(),
             "it has no lengths (seqlens_k, total_sequence_length)": lacks_lengths,
-            "the model asks for the attention scores too (output_qk)": wants_scores,
+            "the model asks for the attention scores too (output_qk)": wants_scores and RefusalKind.SCORES_READ,
             "it is not causal, which onnxruntime's versions treat differently (causal)": not attribute(
                 node, "causal", 1
             ),
@@ -87,7 +88,7 @@ class _Grouped(Cached):
             "it keeps a window of a cache that it doesn't have (sliding_window_cache)": self.is_ring,
         }
 
-    def _obstacles_of_cache(self) -> dict[str, bool]:
+    def _obstacles_of_cache(self) -> Obstacles:
         outputs = self.node.outputs[1:3]
         given_on = len(outputs) == 2 and all(output.name for output in outputs)
         return {
@@ -104,7 +105,7 @@ class _Grouped(Cached):
         shape = self.a.shape(query)
         width = shape[2].const if shape is not None and len(shape) == 3 else None
         if query is None or shape is None or width is None:
-            raise Unfit("the shape of its query is not known")
+            raise Unfit("the shape of its query is not known", RefusalKind.UNKNOWN_SIZES)
         total = self.a.contents(self.given("total"))
         candidate.sizes.update(
             batch_size=plain(shape[0]), seqlen_q=plain(shape[1]), seqlen_kv=plain(total[0]) if total else None

@@ -12,7 +12,7 @@ from faexport.match import Context, matcher
 from faexport.match.onnx_attention import used_output
 from faexport.match.ort_contrib import Contrib, Unfit, examined
 from faexport.sizes.dims import plain
-from faexport.spec import AttentionSpec, Candidate, Layout, Operand
+from faexport.spec import AttentionSpec, Candidate, Layout, Operand, RefusalKind
 
 SOURCE = "ort_contrib"
 QUERY, KEY, VALUE, PADDING, BIAS, PAST_KEY, PAST_VALUE, PAST_LENGTH, BEAM_WIDTH, BEAMS, PROJECTION_BIAS = range(11)
@@ -29,7 +29,7 @@ class _Masked(Contrib):
         a, (query, key, value) = self.a, (operand(self.node, i) for i in (QUERY, KEY, VALUE))
         shapes = [a.shape(x) for x in (query, key, value)]
         if query is None or key is None or value is None or None in shapes:
-            raise Unfit("the shapes of its query, key and value are not known")
+            raise Unfit("the shapes of its query, key and value are not known", RefusalKind.UNKNOWN_SIZES)
         rows, keys, values = (shape for shape in shapes if shape is not None)
         sizes = [keys[3].const, values[3].const]
         operands = [
@@ -50,7 +50,8 @@ class _Masked(Contrib):
             or has[BEAMS],
             "onnxruntime has no bias on the keys of an encoder (attention_bias)": has[BIAS] and not has[PAST_KEY],
             "it adds a projection bias (bias)": has[PROJECTION_BIAS],
-            "the model asks for the attention scores too (qk)": used_output(self.node, 3) is not None,
+            "the model asks for the attention scores too (qk)": used_output(self.node, 3) is not None
+            and RefusalKind.SCORES_READ,
             "its keys and values are not those of an encoder, in heads": not has[PAST_KEY]
             and (self.a.rank(operand(self.node, KEY)) != 4 or self.a.rank(operand(self.node, VALUE)) != 4),
         }

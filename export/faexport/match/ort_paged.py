@@ -14,7 +14,7 @@ from faexport.match import Context, matcher
 from faexport.match.ort_cached import Cached, examined_cached
 from faexport.match.ort_contrib import Unfit
 from faexport.sizes.dims import plain
-from faexport.spec import AttentionSpec, Candidate, Fact, Mask, Operand
+from faexport.spec import AttentionSpec, Candidate, Fact, Mask, Operand, RefusalKind
 
 SOURCE = "ort_contrib"
 SLOTS = (
@@ -78,7 +78,7 @@ class _Paged(Cached):
         shape, table = self.a.shape(query), self.a.shape(self.given("block_table"))
         width = shape[1].const if shape is not None and len(shape) == 2 else None
         if shape is None or width is None:
-            raise Unfit("the shape of its query is not known")
+            raise Unfit("the shape of its query is not known", RefusalKind.UNKNOWN_SIZES)
         batch = plain(table[0]) if table else None
         candidate.sizes.update(batch_size=batch, seqlen_q=plain(shape[0]), seqlen_kv=None)
         key, value = (

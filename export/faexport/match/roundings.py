@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import producer
 from faexport.match import Context
-from faexport.spec import Assumption, Fact, MaskTerm, Refusal
+from faexport.spec import Assumption, Fact, MaskTerm, Refusal, RefusalKind
 from faexport.understand.core.rounding import Rounding, rounding_at
 from faexport.understand.shapes.analysis import Analysis
 
@@ -44,7 +44,7 @@ class Roundings:
         for what, roundings in (("scores", self.scores), ("attention weights", coarse)):
             for one in roundings:
                 why = f"the {what} are quantized inside the block (QuantizeLinear to {one.dtype.name.lower()})"
-                return Refusal(f"{why}: {CONSENT}", one.names[0])
+                return Refusal(f"{why}: {CONSENT}", one.names[0], RefusalKind.QUANTIZED)
         return None
 
     def facts(self) -> list[Fact]:

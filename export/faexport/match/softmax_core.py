@@ -19,20 +19,22 @@ from faexport.match import Context, matcher, roundings
 from faexport.match.masks import understand
 from faexport.match.roundings import Roundings
 from faexport.sizes.dims import Dim, plain, product
-from faexport.spec import Assumption, AttentionSpec, Candidate, Fact, Mask, MaskTerm, Refusal, ScoreShape, TermKind
+from faexport.spec import (
+    Assumption,
+    AttentionSpec,
+    Candidate,
+    Fact,
+    Mask,
+    MaskTerm,
+    Refusal,
+    RefusalKind,
+    ScoreShape,
+    TermKind,
+)
 from faexport.understand.core.hiding import is_mask, with_hidden
 from faexport.understand.core.rows_of_heads import heads_apart
-from faexport.understand.core.score_chain import (
-    BY_WEIGHTS,
-    MAX_PATH,
-    Blocked,
-    Path,
-    Scores,
-    find_scores,
-    letters,
-    read_scores,
-    view_of_scores,
-)
+from faexport.understand.core.score_chain import Scores, letters, read_scores, view_of_scores
+from faexport.understand.core.score_path import BY_WEIGHTS, MAX_PATH, Blocked, Path, find_scores
 from faexport.understand.core.sinks import sinks_of
 from faexport.understand.core.softmax import Softmax, softmax_of
 from faexport.understand.core.structure import Structure, new_producers, structure_of
@@ -52,15 +54,19 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
     softmax = softmax_of(node, a)
     if softmax is None:
         return []
-    path = find_scores(softmax, a)
+    path = find_scores(softmax, a, context.masks.writes_everything)
     if isinstance(path, Path) and path.product.labels.index("row") == softmax_axis_in_product(path, softmax, a):
         path.product = path.product.swapped()
     if isinstance(path, Path) and a.is_static(path.product.right.value):
         path = Blocked(path.product.node, BY_WEIGHTS)
     if softmax.flaw:
-        found = [Candidate(node, context.graph, SOURCE, outcome=Refusal(softmax.flaw, name_of(node)))]
+        found = [
+            Candidate(node, context.graph, SOURCE, outcome=Refusal(softmax.flaw, name_of(node), softmax.flaw_kind))
+        ]
     elif isinstance(path, Blocked):
-        found = [Candidate(node, context.graph, SOURCE, outcome=Refusal(path.why, name_of(path.node or node)))]
+        found = [
+            Candidate(node, context.graph, SOURCE, outcome=Refusal(path.why, name_of(path.node or node), path.kind))
+        ]
     else:
         found = _understand(path, softmax, context)
     refused = any(isinstance(c.outcome, Refusal) for c in found)
@@ -118,7 +124,7 @@ def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: bo
         candidate.outcome = scores
         return [candidate]
     _note_sizes(candidate, scores, a)
-    values = _values(scores, softmax, a)
+    values = _values(scores, softmax, context)
     if isinstance(values, Refusal):
         candidate.outcome = values
         return [candidate]
@@ -143,15 +149,16 @@ def _all_or_none(candidates: list[Candidate]) -> list[Candidate]:
     return candidates
 
 
-def _values(scores: Scores, softmax: Softmax, a: Analysis) -> list[Values] | Refusal:
+def _values(scores: Scores, softmax: Softmax, context: Context) -> list[Values] | Refusal:
+    a = context.analysis
     if merged(scores.view.axes[softmax.axis]) != _column(scores, a):
-        return Refusal("the softmax does not run over the keys", name_of(softmax.node))
+        return Refusal("the softmax does not run over the keys", name_of(softmax.node), RefusalKind.NO_ATTENTION)
     if scores.sink is None:
         a.learn(softmax.probabilities, scores.view.shape)
     values = find_values(scores, softmax, letters(scores.product), a)
     if isinstance(values, Refusal):
         return values
-    return _private(scores, values, softmax, a) or values
+    return _private(scores, values, softmax, context) or values
 
 
 def _with_guard(
@@ -206,7 +213,7 @@ def _note_heads(candidate: Candidate, structure: Structure, scores: ScoreShape, 
     )
 
 
-def _private(scores: Scores, values: list[Values], softmax: Softmax, a: Analysis) -> Refusal | None:
+def _private(scores: Scores, values: list[Values], softmax: Softmax, context: Context) -> Refusal | None:
     """The scores may be read by nothing else but further attention: they would be computed a second time, and outputs
     of the model may not go away."""
     inside = {*scores.nodes, *softmax.inner, *(node for one in values for node in one.nodes)}
@@ -214,28 +221,29 @@ def _private(scores: Scores, values: list[Values], softmax: Softmax, a: Analysis
         what = "the attention scores are" if node in scores.nodes else f"what the softmax's {op(node)} gives is"
         for value in node.outputs:
             if value.is_graph_output():
-                return Refusal(f"{what} also an output of the model", name_of(node))
+                return Refusal(f"{what} also an output of the model", name_of(node), RefusalKind.SCORES_READ)
             for user in data_users(value):
                 twice = sum(given is value for given in user.inputs) > 1  # what is added to scores is the scores
                 if user in inside and not twice or value is softmax.probabilities:
                     continue
-                if twice or node not in scores.nodes or not _is_for_another_site(user, scores.product.node, softmax, a):
-                    return Refusal(f"{what} used twice: also by {op(user)}", name_of(user))
+                other = node in scores.nodes and _is_for_another_site(user, scores.product.node, softmax, context)
+                if twice or not other:
+                    return Refusal(f"{what} used twice: also by {op(user)}", name_of(user), RefusalKind.SCORES_READ)
     return None
 
 
-def _is_for_another_site(node: ir.Node, scores: ir.Node, own: Softmax, a: Analysis) -> bool:
+def _is_for_another_site(node: ir.Node, scores: ir.Node, own: Softmax, context: Context) -> bool:
     """Is `node`, which reads what this product gives, on the way to another softmax of it that weighs values, and to
     nothing else, such as a mask for its own?
 
     Exporters merge equal products, and attention in both directions has one product for its two softmaxes.
     """
-    found, pending, seen = False, [node], {node}
+    a, found, pending, seen = context.analysis, False, [node], {node}
     while pending and len(seen) < MAX_PATH:
         node = pending.pop()
         softmax = softmax_of(node, a)
         if softmax is not None:
-            path = find_scores(softmax, a)
+            path = find_scores(softmax, a, context.masks.writes_everything)
             if not isinstance(path, Path) or path.product.node is not scores:
                 return False
             if softmax.flaw or softmax.node is own.node or not feeds_product(softmax, a, of_product=True):
@@ -377,7 +385,7 @@ def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a: Analysis)
     for term in terms:
         if not set(wider) <= set(term.axes):
             why = "the values may have more heads or batch entries than the masked scores"
-            return Refusal(why, name_of(term.node))
+            return Refusal(why, name_of(term.node), RefusalKind.UNLIKE_SIZES)
     return [
         dataclasses.replace(t, dims=tuple(wider.get(x, d) for x, d in zip(t.axes, t.dims, strict=True))) for t in terms
     ]
@@ -449,10 +457,10 @@ def _assumed_of(softmax: Softmax, a: Analysis) -> tuple[Assumption, ...]:
         return ()
     texts = [
         "where a mask sets exponentials to 0, a score that stays is less than 80 below the row's largest, hidden ones "
-        "among them (assumed)"
+        "among them"
     ]
     if not is_mask(hiding.value, a):
-        texts.append(f"'{hiding.value.name}', which the exponentials are multiplied by, holds 0 and 1 only (assumed)")
+        texts.append(f"'{hiding.value.name}', which the exponentials are multiplied by, holds 0 and 1 only")
     return tuple(Assumption(text, (name_of(hiding.node),)) for text in texts)
 
 
@@ -475,7 +483,7 @@ def _facts(
     if has_sinks:
         facts.append(Fact("attention sinks"))
     if values.nan_guard:
-        facts.append(Assumption("no query or key is NaN, which the guard behind the softmax would hide (assumed)"))
+        facts.append(Assumption("no query or key is NaN, which the guard behind the softmax would hide"))
     folded = (("queries", scores.query_weights), ("keys", scores.key_weights), ("values", values.weights))
     for operand, weights in folded:
         if weights:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import name_of, operand
 from faexport.match import Context, matcher
-from faexport.spec import Candidate, Refusal
+from faexport.spec import Candidate, Refusal, RefusalKind
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.core.value_chain import feeds_product
 
@@ -25,16 +25,22 @@ OPERATORS = (
     "SparseAttention",
 )
 SOFTMAXES = {
-    "QLinearSoftmax": "the scores and the attention weights are quantized inside the block (QLinearSoftmax); see "
-    "--assume scores-unquantized",
-    "BiasSoftmax": "a bias is added inside of the softmax (BiasSoftmax, which onnxruntime's optimizer writes)",
+    "QLinearSoftmax": (
+        "the scores and the attention weights are quantized inside the block (QLinearSoftmax); see "
+        "--assume scores-unquantized",
+        RefusalKind.QUANTIZED,
+    ),
+    "BiasSoftmax": (
+        "a bias is added inside of the softmax (BiasSoftmax, which onnxruntime's optimizer writes)",
+        RefusalKind.RUNTIME_OPERATOR,
+    ),
 }
 
 
 @matcher(SOURCE, tuple(f"com.microsoft::{name}" for name in OPERATORS))
 def match_operator(node: ir.Node, context: Context) -> list[Candidate]:
     why = f"onnxruntime's {node.op_type} is not read: export the model without it"
-    return [Candidate(node, context.graph, SOURCE, outcome=Refusal(why, name_of(node)))]
+    return [Candidate(node, context.graph, SOURCE, outcome=Refusal(why, name_of(node), RefusalKind.RUNTIME_OPERATOR))]
 
 
 @matcher(SOURCE, tuple(f"com.microsoft::{name}" for name in SOFTMAXES))
@@ -45,5 +51,6 @@ def match_softmax(node: ir.Node, context: Context) -> list[Candidate]:
     softmax = Softmax(node, scores, 0, node.outputs[0], (node,))
     if not feeds_product(softmax, context.analysis):
         return []
-    refusal = Refusal(SOFTMAXES[node.op_type], name_of(node))
+    why, kind = SOFTMAXES[node.op_type]
+    refusal = Refusal(why, name_of(node), kind)
     return [Candidate(node, context.graph, SOURCE, outcome=refusal)]

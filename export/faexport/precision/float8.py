@@ -10,7 +10,7 @@ is subtracted first, their mean: it moves all scores of a row by the same amount
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -284,11 +284,11 @@ def set_operands(node: ir.Node, made: Quantized, build: Builder, dtype: ir.DataT
     node.attributes["output_dtype"] = ir.AttrString("output_dtype", _FLOATS[dtype])
 
 
-def convert(model: ir.Model, spreads: Mapping[str, Spread], chosen: Collection[str]) -> None:
-    """The chosen fused nodes (names) in float8, in place. `spreads`: of the tensors to measure, by their names."""
-    a, names = Analysis(model), Names(model)
-    for node in [node for node in model.graph if node.name in chosen]:
-        site, build, dtype = site_of(node, a), Builder(a.opset), a.dtype(node.inputs[0])
+def convert(model: ir.Model, sites: Sequence[Site], spreads: Mapping[str, Spread], a: Analysis) -> None:
+    """These sites of a model in float8, in place. `spreads`: of the tensors to measure, by their names."""
+    names = Names(model)
+    for site in sites:
+        node, build, dtype = site.node, Builder(a.opset), a.dtype(site.node.inputs[0])
         assert dtype is not None
         made = quantized(build, site, {x.value: spreads[x.value.name or ""] for x in site.to_measure}, a)
         for value, x in zip(made.values, site.operands, strict=True):

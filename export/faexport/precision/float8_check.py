@@ -28,13 +28,47 @@ from faexport.precision.float8 import Site, Spread
 from faexport.report.data import Float8, Float8Output, Float8Site, VerificationStatus
 from faexport.runtimes import ort_session
 from faexport.runtimes.ort_session import CannotRun, Job, ModelFailure
+from faexport.spec import Layout
 from faexport.understand.shapes.analysis import Analysis
 from faexport.verify import compare
 from faexport.verify.reference import Amount, Reference
 from faexport.verify.side_by_side_math import Emit, Statistics, statistics
 
+_MEASURES = "--dtype fp8 measures the factors of float8 numbers on your own inputs"
 WHERE = "attention in float8 runs on CPUs and on GPUs of compute capability 9.0; on other GPUs the file does not run"
 MOST_ERROR = 0.25  # of a site; one that loses more keeps the model's precision
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A rewritten model, some of whose attention may be computed in float8."""
+
+    path: str
+    model: ir.Model  # without the operator's function in standard operators
+    a: Analysis
+    sites: list[Site]
+
+    @classmethod
+    def read(cls, path: os.PathLike[str] | str) -> Prepared:
+        model = model_io.load(path)
+        remove_fallback(model)
+        a = Analysis(model)
+        inner = "it stands in a body of an If, Loop or Scan, or in a function"
+        sites = [
+            float8.site_of(node, a) if node.graph is model.graph else Site(node, left=inner)
+            for node in all_nodes(model)
+            if is_fused(node)
+        ]
+        return cls(os.fspath(path), model, a, sites)
+
+    @property
+    def chosen(self) -> list[Site]:
+        """Those that can be computed in float8."""
+        return [site for site in self.sites if not site.left]
+
+    @property
+    def to_measure(self) -> dict[ir.Value, Layout]:
+        return {x.value: x.layout for site in self.chosen for x in site.to_measure}
 
 
 @dataclasses.dataclass
@@ -45,12 +79,26 @@ class Made:
     said: Float8
 
 
-def make(reference: Reference, rewritten: os.PathLike[str] | str, *, num_given: int, fallback: bool) -> Made:
+def prepare(original: os.PathLike[str] | str, rewritten: os.PathLike[str] | str, num_given: int) -> Prepared:
+    """Raises ModelError with one sentence where the files alone tell that nothing can be computed in float8; nothing is
+    run, so that a caller can ask before the models are compared. `num_given`: how many sets of inputs the user gave."""
+    prepared = Prepared.read(rewritten)
+    opset, least = prepared.model.opset_imports.get("", 0), float8.MINIMUM_OPSET
+    if opset < least:
+        raise ModelError(
+            f"{original}: has opset {opset}, and float8 takes {least} or later; --opset {least} converts it"
+        )
+    if prepared.to_measure and not num_given:
+        raise ModelError(f"{original}: {_MEASURES}; --inputs FILE.npz gives some")
+    return prepared
+
+
+def make(reference: Reference, prepared: Prepared, *, num_given: int, fallback: bool) -> Made:
     """Measures the factors and converts each fused node that can be computed in float8.
 
     Args:
         reference: the original, which ran on the user's inputs first.
-        rewritten: a verified file.
+        prepared: of a verified file; changed into the result.
         num_given: how many of the reference's sets are the user's.
         fallback: carry the operator's function in standard operators.
 
@@ -59,44 +107,23 @@ def make(reference: Reference, rewritten: os.PathLike[str] | str, *, num_given: 
     name = reference.path
     if reference.problem:
         raise ModelError(f"{name}: can't be computed in float8: {reference.problem}")
-    model = model_io.load(rewritten)
     given = [index for index in range(num_given) if index in reference.compared]
-    sites = _refuse(name, model, num_given, given)
+    if prepared.to_measure and not given:
+        raise ModelError(f"{name}: {_MEASURES}; the original does not run on those of --inputs")
     try:
-        spreads = _spreads(rewritten, reference, given[:1])
-        rows = _Comparison(rewritten, reference, spreads).rows(given or reference.compared)
+        spreads = _spreads(prepared, reference, given[:1])
+        rows = _Comparison(prepared.path, reference, spreads).rows(given or reference.compared)
     except (ModelFailure, CannotRun) as error:
         raise ModelError(f"{name}: can't be computed in float8: its numbers can't be measured: {error}") from error
-    said = Float8(tuple(rows.get(site.name) or _left(site) for site in sites), inputs=_label(reference, given))
+    said = Float8(tuple(rows.get(site.name) or _left(site) for site in prepared.sites), inputs=_label(reference, given))
     chosen = [row.name for row in said.sites if not row.left]
     if not chosen:
         whys = dict.fromkeys(row.left for row in said.sites)
         raise ModelError(f"{name}: no attention of it is computed in float8: {'; '.join(whys)}")
-    remove_fallback(model)
-    float8.convert(model, spreads, chosen)
+    float8.convert(prepared.model, [site for site in prepared.chosen if site.name in chosen], spreads, prepared.a)
     if fallback:
-        add_fallback(model)
-    return Made(model, said)
-
-
-def refuse(original: os.PathLike[str] | str, rewritten: os.PathLike[str] | str, num_given: int) -> None:
-    """Raises ModelError with one sentence where the files alone tell that nothing can be computed in float8; nothing is
-    run, so that a caller can ask before the models are compared. `num_given`: how many sets of inputs the user gave."""
-    _refuse(os.fspath(original), model_io.load(rewritten), num_given, range(num_given))
-
-
-def _refuse(name: str, model: ir.Model, num_given: int, given: Sequence[int]) -> list[Site]:
-    """The sites of a rewritten model, which may be computed in float8. `given`: the user's sets that can be measured
-    on. Raises ModelError."""
-    opset = model.opset_imports.get("", 0)
-    if opset < float8.MINIMUM_OPSET:
-        least = float8.MINIMUM_OPSET
-        raise ModelError(f"{name}: has opset {opset}, and float8 takes {least} or later; --opset {least} converts it")
-    sites = _sites(model)
-    if any(site.to_measure for site in sites if not site.left) and not given:
-        why = "the original does not run on those of --inputs" if num_given else "--inputs FILE.npz gives some"
-        raise ModelError(f"{name}: --dtype fp8 measures the factors of float8 numbers on your own inputs; {why}")
-    return sites
+        add_fallback(prepared.model)
+    return Made(prepared.model, said)
 
 
 def _left(site: Site) -> Float8Site:
@@ -107,24 +134,18 @@ def _label(reference: Reference, given: Sequence[int]) -> str:
     return reference.sets[given[0]].label if given else "the inputs of the verification"
 
 
-def _sites(model: ir.Model) -> list[Site]:
-    """All fused nodes of a model."""
-    remove_fallback(model)
-    a = Analysis(model)
-    nodes = filter(is_fused, all_nodes(model))
-    inner = "it stands in a body of an If, Loop or Scan, or in a function"
-    return [float8.site_of(node, a) if node.graph is model.graph else Site(node, left=inner) for node in nodes]
-
-
-def _spreads(path: os.PathLike[str] | str, reference: Reference, given: Sequence[int]) -> dict[str, Spread]:
+def _spreads(prepared: Prepared, reference: Reference, given: Sequence[int]) -> dict[str, Spread]:
     """Of each tensor that has to be measured, by its name."""
-    model = model_io.load(path)
-    found = {x.value: x.layout for site in _sites(model) if not site.left for x in site.to_measure}
-    if not found:
+    if not prepared.to_measure:
         return {}
+    model = model_io.load(prepared.path)
+    remove_fallback(model)
+    stored = model.graph.initializers.values()
+    made = (value for node in model.graph for value in node.outputs)
+    values = {value.name: value for value in (*model.graph.inputs, *stored, *made)}
     build, names, measured = Builder(model.opset_imports.get("", 0)), Names(model), []
-    for value, layout in found.items():
-        measured.append((value.name or "", float8.measure(build, value, layout)))
+    for value, layout in prepared.to_measure.items():
+        measured.append((value.name or "", float8.measure(build, values[value.name], layout)))
     for node in build.nodes:
         name_node(node, "faexport_measure", names)
     model.graph.extend(build.nodes)
@@ -160,9 +181,9 @@ class _Comparison:
     """A rewritten model with each of its sites in float8 beside it, and that in float32 on the rounded numbers."""
 
     def __init__(self, path: os.PathLike[str] | str, reference: Reference, spreads: dict[str, Spread]):
-        self.model, self.reference = model_io.load(path), reference
-        self.sites = [site for site in _sites(self.model) if not site.left]
-        self.a, self.names = Analysis(self.model), Names(self.model)
+        own = Prepared.read(path)
+        self.model, self.reference, self.a, self.sites = own.model, reference, own.a, own.chosen
+        self.names = Names(self.model)
         self.outputs = {site.name: self._beside(site, spreads) for site in self.sites}
         self.model.graph.outputs.clear()
         self.model.graph.outputs.extend(self.outputs.values())

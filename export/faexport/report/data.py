@@ -20,7 +20,7 @@ from typing import Any
 import onnx_ir as ir
 
 from faexport.graph.nodes import dtype_name, own_graphs
-from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal
+from faexport.spec import AttentionSpec, Candidate, Fact, Layout, Operand, Refusal, RefusalKind
 
 SCHEMA_VERSION = 1  # of to_json; raised when a key changes its meaning or goes away
 
@@ -51,6 +51,15 @@ class OutputDifference:
         return not self.ok, self.max_abs_diff / self.tolerance if self.tolerance else self.max_abs_diff
 
 
+class Skip(enum.StrEnum):
+    """Why there are no differences on a set of inputs."""
+
+    ORIGINAL = "original"  # it does not run on them, or there is nothing to compare it with
+    OPEN = "open"  # the rewritten model does not run on them, and need not
+    BROKEN = "broken"  # the rewritten model does not run on them
+    NOISE = "noise"  # an output of the original is mostly noise
+
+
 @dataclasses.dataclass(frozen=True)
 class VerificationRun:
     """Both models on one set of inputs: their sizes, and the differences or the reason why there are none."""
@@ -59,6 +68,8 @@ class VerificationRun:
     outputs: tuple[OutputDifference, ...] = ()
     skipped: str = ""
     label: str = ""  # sizes, masks and what else is special, in words
+    skip: Skip | None = None  # of which kind the reason is
+    any_numbers: bool = False  # masks hold other numbers than 0 and 1
 
     @property
     def ok(self) -> bool:
@@ -83,6 +94,7 @@ class SiteComparison:
     # mean square of that; None where nothing is quantized there. Of the set where ours is largest.
     quantization_error: float | None = None  # ours
     original_quantization_error: float | None = None
+    any_numbers: bool = False  # the masks of the worst hold other numbers than 0 and 1
 
     @property
     def ok(self) -> bool:
@@ -107,6 +119,10 @@ class Verification:
     runs: tuple[VerificationRun, ...] = ()
     sites: tuple[SiteComparison, ...] = ()
     notes: tuple[str, ...] = ()  # sentences about what was compared
+    of_output: bool = False  # the reason speaks of an output of the model: it differs, or can't be compared
+    any_numbers: bool = False  # the reason speaks of inputs whose masks hold other numbers than 0 and 1
+    # The note that onnxruntime's own optimizations fail on the rewritten model, though not on the original; or "".
+    lost_optimizations: str = ""
 
     @property
     def worst(self) -> OutputDifference | None:
@@ -206,7 +222,9 @@ class SiteReport:
         if isinstance(outcome, AttentionSpec):
             facts = (*outcome.facts, *outcome.mask.facts)
             return cls(candidate.name, candidate.source, **(_spec_sizes(outcome) | known), facts=facts)
-        refusal = outcome or Refusal("it was found but never examined: please report this", candidate.name)
+        refusal = outcome or Refusal(
+            "it was found but never examined: please report this", candidate.name, RefusalKind.DEFECT
+        )
         return cls(candidate.name, candidate.source, **(_score_sizes(candidate.anchor) | known), refusal=refusal)
 
 

@@ -18,7 +18,6 @@ from faexport.report.data import (
     SiteReport,
     VerificationRun,
 )
-from faexport.spec import Assumption
 
 # In place of a fused node, where none takes part: what was joined around attention, and numbers made of sizes.
 AROUND = "(around attention)"
@@ -52,12 +51,11 @@ class Group:
 
     @property
     def proven(self) -> list[str]:
-        return list(dict.fromkeys(fact.text for fact in self.first.facts if not isinstance(fact, Assumption)))
+        return list(dict.fromkeys(fact.text for fact in self.first.facts if not fact.assumed))
 
     @property
     def assumed(self) -> list[str]:
-        texts = (fact.text.removesuffix(" (assumed)") for fact in self.first.facts if isinstance(fact, Assumption))
-        return list(dict.fromkeys(texts))
+        return list(dict.fromkeys(fact.text for fact in self.first.facts if fact.assumed))
 
     @property
     def found(self) -> str:
@@ -199,6 +197,6 @@ def _what_is_known(site: SiteReport) -> object:
     if site.refusal is not None:
         same = site.refusal.node == site.name
         node = "" if same else _without_numbers(site.refusal.node)
-        refusal = (site.refusal.reason, node, site.refusal.defect)
-    facts = tuple(fact.text for fact in site.facts)
+        refusal = (site.refusal.reason, node, site.refusal.kind)
+    facts = tuple((fact.text, fact.assumed) for fact in site.facts)
     return site.source, sizes, site.head_dim, site.head_dim_v, site.dtype, facts, refusal

@@ -124,7 +124,7 @@ def _group(group: Group, blocks: Mapping[str, tuple[Block, Block]]) -> str:
     if site.refusal is None:
         content += [_facts(group), _drawings(group, blocks)]
     else:
-        kind = advice(site.refusal.reason)
+        kind = advice(site.refusal)
         content.append(
             f"<p><strong>Why:</strong> {_text(group.reason)}.</p>\n<p>{_text(kind.meaning)}</p>\n"
             f"<p><strong>What to do:</strong> {_text(kind.action)}</p>\n"
@@ -152,7 +152,7 @@ def _facts(group: Group) -> str:
     """What was proven of the first site of the group, and from which nodes."""
     nodes: dict[str, list[str]] = {}
     for fact in group.first.facts:
-        nodes.setdefault(fact.text, []).extend(fact.nodes)
+        nodes.setdefault(str(fact), []).extend(fact.nodes)
     if not nodes:
         return "<p>Plain attention: no mask, no bias.</p>\n"
     items = []

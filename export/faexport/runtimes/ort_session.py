@@ -50,6 +50,10 @@ class CannotRun(Exception):
     """No answer about the model: it took too long, memory ran out, onnxruntime is missing or broken."""
 
 
+class TookTooLong(CannotRun):
+    """Loading or running the model was ended after the time that it may take."""
+
+
 class Crashed(CannotRun):
     """onnxruntime ended the process that it ran in."""
 
@@ -140,7 +144,7 @@ class Session(contextlib.AbstractContextManager):
         try:
             self._pipe.send(question)
             if not self._pipe.poll(self._timeout):
-                raise CannotRun(f"{what} took longer than {self._timeout:g} s")
+                raise TookTooLong(f"{what} took longer than {self._timeout:g} s")
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             raise self._last_words() from None

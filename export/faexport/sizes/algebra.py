@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _serial = itertools.count()
@@ -355,7 +355,7 @@ def _upper(atom: Expr) -> Sequence[Expr]:
             return [const(-1) if is_positive(below_zero) else ZERO]
         if not known or not is_nonnegative(atom.args[0]):
             return []
-        return [const(b // known) for b in map(value_of, upper_bounds(atom.args[0])) if b is not None]
+        return [const(b // known) for b in map(value_of, _bounds(atom.args[0], 1)) if b is not None]
     if atom.op == "choose":
         yes, no = atom.args[1:]
         return [yes if is_nonnegative(sub(yes, no)) else no] if value_of(sub(yes, no)) is not None else []
@@ -386,26 +386,25 @@ def _atom_nonnegative(atom: Expr) -> bool:
     return any(is_nonnegative(bound) for bound in _lower(atom))
 
 
-def upper_bounds(expr: Expr) -> list[Expr]:
-    """Expressions without index variables that `expr` never exceeds (possibly none)."""
-    return [b for b in _extremes(expr, 1, 6) if not any(a.op == "var" for m, _ in b.args for a in m)]
+def _bounds(expr: Expr, sign: int) -> Iterator[Expr]:
+    """Bounds of `expr` after replacing atoms by theirs, in both orders; sign 1: above, -1: below."""
+    return itertools.chain.from_iterable(_extremes(expr, sign, 6, newest_first) for newest_first in (True, False))
 
 
-def _extremes(expr: Expr, sign: int, depth: int) -> list[Expr]:
-    """Bounds of `expr` after replacing one atom (var, min, max …) at a time by its bound; sign 1: above, -1: below."""
+def _extremes(expr: Expr, sign: int, depth: int, newest_first: bool) -> list[Expr]:
+    """Bounds of `expr` after replacing one atom (var, min, max …) at a time by its bound; sign 1: above, -1: below.
+
+    With the newest first: a bound is made of what its atom is made of, all of which is older, and may cancel that, as
+    that of the index does in size - 1 - index. With the oldest first, what two atoms have in common may cancel."""
     if depth == 0:
         return [expr]
-    for m, c in expr.args:
-        for k, atom in enumerate(m):
-            if atom.op == "sym":
-                continue
-            if not all(_atom_nonnegative(other) for other in m[:k] + m[k + 1 :]):
-                continue
-            results = []
-            for bound in _upper(atom) if c * sign > 0 else _lower(atom):
-                rest = add(expr, _poly({m: -c}))
-                replaced = add(rest, mul(bound, _poly({m[:k] + m[k + 1 :]: c})))
-                results += _extremes(replaced, sign, depth - 1)
+    places = [(atom.serial, m, c, k) for m, c in expr.args for k, atom in enumerate(m) if atom.op != "sym"]
+    for _, m, c, k in sorted(places, key=lambda place: place[0], reverse=newest_first):
+        others = m[:k] + m[k + 1 :]
+        if all(map(_atom_nonnegative, others)):
+            rest, results = add(expr, _poly({m: -c})), []
+            for bound in _upper(m[k]) if c * sign > 0 else _lower(m[k]):
+                results += _extremes(add(rest, mul(bound, _poly({others: c}))), sign, depth - 1, newest_first)
             return results
     return [expr]
 
@@ -417,7 +416,7 @@ def is_nonnegative(expr: Expr) -> bool:
     """True where `expr` >= 0 is proven for all indices and sizes; False where it is not proven."""
     known = True if _is_sum_of_sizes(expr) else _nonnegative.get(expr)
     if known is None:
-        known = any(_sizes_nonnegative(bound) for bound in _extremes(expr, -1, 6)) or _in_each_case(expr)
+        known = any(map(_sizes_nonnegative, _bounds(expr, -1))) or _in_each_case(expr)
         _nonnegative[expr] = known
     return known
 

@@ -77,6 +77,17 @@ class Dim:
         """The size of an axis where axes of these two sizes are broadcast against each other."""
         return Dim(algebra.meet(self.expr, Dim.of(other).expr))
 
+    def beside(self, size: Dim) -> Dim:
+        """What it is where that is the size of an axis, too, which is never negative: max(0, n - 2) is n - 2 beside
+        n - 2. Only of an atom and a number something is concluded."""
+        number = algebra.const(algebra.constant_part(size.expr))
+        atom = algebra.only_atom(algebra.sub(size.expr, number))
+        if atom is None:
+            return self
+        least = algebra.make("sym", ("", 0), "int")  # a name that no file gives
+        moved = algebra.replace(self.expr, {atom: algebra.sub(algebra.of_atom(least), number)})
+        return Dim(algebra.replace(moved, {least: size.expr}))
+
     def minimum(self, other: int | Dim) -> Dim:
         return Dim(algebra.minimum(self.expr, Dim.of(other).expr))
 

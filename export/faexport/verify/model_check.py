@@ -21,20 +21,25 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.feeds.open_sizes import excuse
-from faexport.feeds.settings import ANY_NUMBERS, Assumed, InputSet
+from faexport.feeds.settings import Assumed, InputSet
 from faexport.files import model_io
 from faexport.graph.nodes import all_nodes, attribute, op
 from faexport.options import VERIFY_TIMEOUT
-from faexport.report.data import OutputDifference, Verification, VerificationRun, VerificationStatus
+from faexport.report.data import (
+    OutputDifference,
+    SiteComparison,
+    Skip,
+    Verification,
+    VerificationRun,
+    VerificationStatus,
+)
 from faexport.runtimes import operator_library, ort_session
 from faexport.runtimes.ort_session import CannotRun, ModelFailure
 from faexport.spec import DOMAIN, LEFT_OUT
 from faexport.understand.layout import view_ops
 from faexport.understand.shapes.analysis import Analysis
-from faexport.verify import compare, side_by_side, site_check
+from faexport.verify import all_keys, compare, side_by_side, site_check
 from faexport.verify.reference import (
-    ONLY_UNOPTIMIZED,
-    ORIGINAL,
     Amount,
     Opener,
     Outputs,
@@ -56,8 +61,7 @@ TOO_NOISY = site_check.TOO_NOISY  # of the output's magnitude: above it nothing 
 
 Step = Callable[[str], None]
 _open_session = functools.partial(ort_session.Session, timeout=VERIFY_TIMEOUT)
-_BROKEN = "the rewritten model"  # how the sentences begin that make a verification fail
-_OUTPUT = "output '"  # how those begin that speak of an output of the model
+_REWRITTEN = "the rewritten model"
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
@@ -103,9 +107,9 @@ def _with_advice(found: Verification, original: ir.Model) -> Verification:
     """A failure on masks that hold any numbers tells how to say that they don't; one of an output, that the original
     draws random numbers where it does."""
     reason = found.reason
-    if found.status is VerificationStatus.FAILED and ANY_NUMBERS in reason:
+    if found.status is VerificationStatus.FAILED and found.any_numbers:
         reason += " (--assume zeros-and-ones: masks hold nothing else)"
-    if reason.startswith(_OUTPUT) and (node := _draws(original)) is not None:
+    if found.of_output and (node := _draws(original)) is not None:
         reason += (
             f"; the model draws random numbers ({node.op_type} '{node.name}'), so no two runs of it agree: where it "
             "should not, call model.eval() before exporting"
@@ -133,44 +137,59 @@ def verify_against(
     `use_library` is false) its function in standard operators runs."""
     if reference.problem:
         runs = [_run_of_original(reference, index) for index in range(len(reference.sets))]
-        return Verification(VerificationStatus.NOT_RUN, reference.problem, tuple(runs), notes=tuple(reference.notes))
+        return Verification(
+            VerificationStatus.NOT_RUN, reference.problem, tuple(runs), notes=tuple(reference.all_notes)
+        )
     model = model_io.load(rewritten)
     library = needs_library(model)
     by_stand_in = library and not (use_library and ort_session.has_library())
     if by_stand_in and not _carries_stand_in(model):
         return Verification(VerificationStatus.NOT_RUN, operator_library.MISSING)
+    notes = _Notes()
     try:
-        actual = _run_rewritten(reference, os.fspath(rewritten), library and not by_stand_in, on_amount)
+        actual = _run_rewritten(reference, os.fspath(rewritten), library and not by_stand_in, notes, on_amount)
     except ModelFailure as error:
-        return Verification(VerificationStatus.FAILED, f"{_BROKEN} does not run in onnxruntime: {error}")
+        return Verification(VerificationStatus.FAILED, f"{_REWRITTEN} does not run in onnxruntime: {error}")
     except ort_session.Crashed as error:
-        return Verification(VerificationStatus.FAILED, f"{_BROKEN}: {error}")
+        return Verification(VerificationStatus.FAILED, f"{_REWRITTEN}: {error}")
     except CannotRun as error:
-        return Verification(VerificationStatus.NOT_RUN, f"{_BROKEN} can't be run: {error}{advice(str(error))}")
+        return Verification(VerificationStatus.NOT_RUN, f"{_REWRITTEN} can't be run: {error}{advice(error)}")
     relative = _relative_tolerance(reference.model, model)
-    runs = [_compare_run(reference, model, actual, index, relative) for index in range(len(reference.sets))]
-    notes = list(reference.notes)
+    lengths = all_keys.named_by(model)
+    runs = [_compare_run(reference, model, lengths, actual, index, relative) for index in range(len(reference.sets))]
+    said = [*reference.all_notes, *notes.unoptimized, *notes.plain_runs]
     if by_stand_in:
-        notes.append("the operator's library is not installed: its function in standard operators was run instead")
+        said.append("the operator's library is not installed: its function in standard operators was run instead")
     found = _conclude(runs)
     lacking = reference.lacks([index for index, run in enumerate(runs) if run.outputs])
     if found.status is VerificationStatus.PASSED and lacking:
         found = dataclasses.replace(found, status=VerificationStatus.NOT_RUN, reason=lacking)
-    return dataclasses.replace(found, notes=tuple(notes))
+    lost = "" if reference.unoptimized else "".join(notes.unoptimized)
+    return dataclasses.replace(found, notes=tuple(said), lost_optimizations=lost)
 
 
-def _run_rewritten(reference: Reference, path: str, library: bool, on_amount: Amount) -> list[Outputs | str]:
+@dataclasses.dataclass
+class _Notes:
+    """Of how a rewritten model was run."""
+
+    unoptimized: list[str] = dataclasses.field(default_factory=list)  # loaded without onnxruntime's optimizations only
+    plain_runs: list[str] = dataclasses.field(default_factory=list)  # inputs on which it runs without these only
+
+
+def _run_rewritten(
+    reference: Reference, path: str, library: bool, notes: _Notes, on_amount: Amount
+) -> list[Outputs | str]:
     """Its outputs on those sets that the original runs on."""
     found: list[Outputs | str] = [""] * len(reference.sets)
-    with open_optimized(reference, path, library, _BROKEN, reference.notes) as session:
+    with open_optimized(reference, path, library, _REWRITTEN, notes.unoptimized) as session:
         for done, index in enumerate(reference.compared):
             on_amount(done, len(reference.compared))
             found[index] = reference.outputs_or_sentence(session, reference.sets[index].tensors)
-    _try_plainly(reference, path, library, found)
+    _try_plainly(reference, path, library, found, notes.plain_runs)
     return found
 
 
-def _try_plainly(reference: Reference, path: str, library: bool, found: list[Outputs | str]) -> None:
+def _try_plainly(reference: Reference, path: str, library: bool, found: list[Outputs | str], notes: list[str]) -> None:
     """Empty inputs on which the model fails are tried without onnxruntime's optimizations: some of these write sizes of
     -1, which are open where there are no elements. What then runs counts, and a note says so."""
     failed = [i for i in reference.compared if isinstance(found[i], str) and has_empty(reference.sets[i].tensors)]
@@ -182,8 +201,8 @@ def _try_plainly(reference: Reference, path: str, library: bool, found: list[Out
                 outputs, sentence = reference.outputs_or_sentence(session, reference.sets[index].tensors), found[index]
                 if isinstance(outputs, dict):
                     found[index] = outputs
-                    reference.notes.append(
-                        f"on {reference.sets[index].label} onnxruntime runs {_BROKEN} only without its own graph "
+                    notes.append(
+                        f"on {reference.sets[index].label} onnxruntime runs {_REWRITTEN} only without its own graph "
                         f"optimizations; with them: {sentence}"
                     )
     except (ModelFailure, CannotRun):
@@ -196,21 +215,37 @@ def _relative_tolerance(original: ir.Model, rewritten: ir.Model) -> float:
 
 
 def _conclude(runs: list[VerificationRun]) -> Verification:
-    compared = [run for run in runs if any(0 not in output.shape for output in run.outputs)]
-    broken = next((run.skipped for run in runs if run.skipped.startswith(_BROKEN)), "")
+    found = Verification(VerificationStatus.PASSED, runs=tuple(runs))
     bad = next((run for run in runs if not run.ok), None)
-    if broken or bad is not None:
-        if bad is not None:
-            output = next(output for output in bad.outputs if not output.ok)
-            broken = (
-                f"{_OUTPUT}{output.name}' differs by {output.max_abs_diff:.3g}, allowed is {output.tolerance:.3g}, "
-                f"on {bad.label}"
-            )
-        return Verification(VerificationStatus.FAILED, broken, tuple(runs))
-    if not compared:
-        sentence = next((run.skipped for run in runs if run.skipped), "all outputs are empty")
-        return Verification(VerificationStatus.NOT_RUN, sentence, tuple(runs))
-    return Verification(VerificationStatus.PASSED, "", tuple(runs))
+    if bad is not None:
+        output = next(output for output in bad.outputs if not output.ok)
+        difference = f"differs by {output.max_abs_diff:.3g}, allowed is {output.tolerance:.3g}"
+        return _failed(found, f"output '{output.name}' {difference}, on {bad.label}", bad, of_output=True)
+    broken = next((run for run in runs if run.skip is Skip.BROKEN), None)
+    if broken is not None:
+        return _failed(found, broken.skipped, broken)
+    if not any(0 not in output.shape for run in runs for output in run.outputs):
+        skipped = next((run for run in runs if run.skip is not None), None)
+        return dataclasses.replace(
+            found,
+            status=VerificationStatus.NOT_RUN,
+            reason="all outputs are empty" if skipped is None else skipped.skipped,
+            of_output=skipped is not None and skipped.skip is Skip.NOISE,
+        )
+    return found
+
+
+def _failed(
+    found: Verification, reason: str, where: VerificationRun | SiteComparison | InputSet, *, of_output: bool = False
+) -> Verification:
+    """What was found, as failed. `where`: the inputs that the reason speaks of."""
+    return dataclasses.replace(
+        found,
+        status=VerificationStatus.FAILED,
+        reason=reason,
+        of_output=of_output,
+        any_numbers=where.any_numbers,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- sites
@@ -240,24 +275,24 @@ def with_sites(
     )
     notes = [*ends.notes, *found.left_out[:8], *([LEAVES_OUT] if _leaves_out(model) else [])]
     result = dataclasses.replace(ends, sites=tuple(found.rows), notes=tuple(notes))
-    faults = [*found.failures, *([found.worst.sentence] if found.worst is not None else [])]
-    if faults:
-        return dataclasses.replace(result, status=VerificationStatus.FAILED, reason=faults[0])
+    for index, sentence in found.failures.items():
+        return _failed(result, sentence, reference.sets[indices[index]])
+    if found.worst is not None:
+        return _failed(result, found.worst.sentence, found.worst)
     if found.problem:
-        reason = found.problem + advice(found.problem)
-        return dataclasses.replace(result, status=VerificationStatus.NOT_RUN, reason=reason)
+        return dataclasses.replace(
+            result, status=VerificationStatus.NOT_RUN, reason=found.problem, of_output=False, any_numbers=False
+        )
     if ends.status is VerificationStatus.FAILED:
         return _despite_flips(reference, model, result, complete=not found.left_out)
-    lost = {indices[index] for index in found.lost}
-    if not found.left_out and (sentence := _lost_numbers(ends.runs, lost)):
-        return dataclasses.replace(result, status=VerificationStatus.FAILED, reason=sentence)
-    return result
+    excused = {indices[index] for index in found.lost}
+    return result if found.left_out else _with_lost_numbers(result, excused)
 
 
 def _despite_flips(reference: Reference, rewritten: ir.Model, result: Verification, *, complete: bool) -> Verification:
     """Outputs of a quantized model differ, but each site agrees by itself: passed, if nothing else changed."""
-    broken = result.reason.startswith(_BROKEN) or any(run.skipped.startswith(_BROKEN) for run in result.runs)
-    if broken or not complete or not is_quantized(reference.model):
+    broken = any(run.skip is Skip.BROKEN for run in result.runs)
+    if not result.runs or broken or not complete or not is_quantized(reference.model):
         return result
     old = reference.model.graph.initializers
     for name, value in rewritten.graph.initializers.items():
@@ -271,14 +306,14 @@ def _despite_flips(reference: Reference, rewritten: ir.Model, result: Verificati
         f"{result.reason}: {left_out}roundings of the quantization flip. Each site agrees by itself on what the "
         "original feeds it, and all other nodes are the original's"
     )
-    return dataclasses.replace(result, status=VerificationStatus.PASSED, reason="", notes=(*result.notes, note))
-
-
-def lost_optimizations(found: Verification) -> str:
-    """The note that onnxruntime's own optimizations fail on the rewritten model, though not on the original; or ""."""
-    said = [ONLY_UNOPTIMIZED.format(model) for model in (ORIGINAL, _BROKEN)]
-    of_both = [next((note for note in found.notes if note.startswith(words)), "") for words in said]
-    return "" if of_both[0] else of_both[1]
+    return dataclasses.replace(
+        result,
+        status=VerificationStatus.PASSED,
+        reason="",
+        of_output=False,
+        any_numbers=False,
+        notes=(*result.notes, note),
+    )
 
 
 def _leaves_out(rewritten: ir.Model) -> bool:
@@ -286,15 +321,14 @@ def _leaves_out(rewritten: ir.Model) -> bool:
     return any(LEFT_OUT in node.metadata_props for node in all_nodes(rewritten))
 
 
-def _lost_numbers(runs: Sequence[VerificationRun], excused: set[int]) -> str:
-    """A sentence where an output has numbers in place of the original's NaN, though no site gives 0 for such."""
-    for index, run in enumerate(runs):
+def _with_lost_numbers(found: Verification, excused: set[int]) -> Verification:
+    """Failed where an output has numbers in place of the original's NaN, though no site gives 0 for such."""
+    for index, run in enumerate(found.runs):
         for output in run.outputs:
             if output.num_lost and index not in excused:
-                return (
-                    f"{_OUTPUT}{output.name}' has {output.num_lost} numbers where the original has NaN, on {run.label}"
-                )
-    return ""
+                reason = f"output '{output.name}' has {output.num_lost} numbers where the original has NaN"
+                return _failed(found, f"{reason}, on {run.label}", run, of_output=True)
+    return found
 
 
 def is_quantized(model: ir.Model) -> bool:
@@ -321,36 +355,48 @@ def _run_of_original(reference: Reference, index: int) -> VerificationRun:
     """What became of a set where nothing is compared."""
     item, outputs = reference.sets[index], reference.outputs[index]
     why = f"the original does not run on {item.label}: {outputs}" if outputs and isinstance(outputs, str) else ""
-    return VerificationRun(item.shapes, skipped=why or "not compared: the original runs on it", label=item.label)
+    return _skipped(item, Skip.ORIGINAL, why or "not compared: the original runs on it")
+
+
+def _skipped(item: InputSet, skip: Skip, why: str) -> VerificationRun:
+    return VerificationRun(item.shapes, skipped=why, label=item.label, skip=skip, any_numbers=item.any_numbers)
 
 
 def _compare_run(
-    reference: Reference, rewritten: ir.Model, actual: Sequence[Outputs | str], index: int, relative: float
+    reference: Reference,
+    rewritten: ir.Model,
+    lengths: frozenset[str],
+    actual: Sequence[Outputs | str],
+    index: int,
+    relative: float,
 ) -> VerificationRun:
-    """`relative` is the tolerance."""
+    """`lengths`: those where 0 stands for all keys; `relative`: the tolerance."""
     item = reference.sets[index]
     expected, got = reference.outputs[index], actual[index]
     if isinstance(expected, str):
         return _run_of_original(reference, index)
-    shapes = item.shapes
     if isinstance(got, str):
         if sentence := excuse(reference.open_sizes, rewritten, item.tensors):
-            return VerificationRun(shapes, skipped=f"{sentence}, on {item.label}", label=item.label)
-        return VerificationRun(shapes, skipped=f"{_BROKEN} does not run on {item.label}: {got}", label=item.label)
+            return _skipped(item, Skip.OPEN, f"{sentence}, on {item.label}")
+        return _skipped(item, Skip.BROKEN, f"{_REWRITTEN} does not run on {item.label}: {got}")
     differences = []
     for name, want in expected.items():
         difference: OutputDifference | None = compare.compare(name, want, got[name], relative)
         if difference is not None and not difference.ok:
-            difference = _beside_noise(reference, index, difference, want, got[name])
+            difference = _beside_noise(reference, index, difference, want, got[name], lengths)
         if difference is None:
-            sentence = f"{_OUTPUT}{name}' of the original is mostly noise on {item.label}"
-            return VerificationRun(shapes, skipped=sentence, label=item.label)
+            return _skipped(item, Skip.NOISE, f"output '{name}' of the original is mostly noise on {item.label}")
         differences.append(dataclasses.replace(difference, num_lost=compare.num_lost(want, got[name])))
-    return VerificationRun(shapes, tuple(differences), label=item.label)
+    return VerificationRun(item.shapes, tuple(differences), label=item.label, any_numbers=item.any_numbers)
 
 
 def _beside_noise(
-    reference: Reference, index: int, difference: OutputDifference, want: np.ndarray, got: np.ndarray
+    reference: Reference,
+    index: int,
+    difference: OutputDifference,
+    want: np.ndarray,
+    got: np.ndarray,
+    lengths: frozenset[str],
 ) -> OutputDifference | None:
     """A difference judged by the original's own noise; None where that drowns everything."""
     name, quantized = difference.name, is_quantized(reference.model)
@@ -360,6 +406,8 @@ def _beside_noise(
         if own > TOO_NOISY * compare.magnitude(want) and not quantized:
             return None
         difference = _allowed(difference, NOISE_FACTOR * own)
+    if lengths and not difference.ok:
+        difference = _beside_all_keys(difference, want, got, reference.all_keys_outputs(index, lengths))
     half = compare.least_precise(reference.model) in compare.CORE_TOLERANCE
     if difference.ok or want.shape != got.shape or not half:
         return difference
@@ -374,6 +422,19 @@ def _beside_noise(
     if noisy and ours > difference.tolerance:
         return None
     return _allowed(dataclasses.replace(difference, max_abs_diff=ours), 0.0 if noisy else ROUNDING_FACTOR * own)
+
+
+def _beside_all_keys(
+    difference: OutputDifference, want: np.ndarray, got: np.ndarray, exact: Outputs
+) -> OutputDifference:
+    """The difference from the original without what it rounds in rows that see no key (all_keys.py), where that is not
+    much."""
+    without = exact.get(difference.name)
+    if without is None or not without.shape == want.shape == got.shape or not np.issubdtype(want.dtype, np.floating):
+        return difference
+    if compare.distance(without, want) > TOO_NOISY * compare.magnitude(want):
+        return difference
+    return _allowed(dataclasses.replace(difference, max_abs_diff=compare.distance(without, got)), 0.0)
 
 
 def _allowed(difference: OutputDifference, noise: float) -> OutputDifference:

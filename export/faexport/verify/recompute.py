@@ -9,7 +9,8 @@ there beside them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -76,6 +77,7 @@ def recomputed(
     *,
     without: Collection[ir.Value] = (),
     zero_for_nan: Collection[ir.Value] = (),
+    instead: Mapping[ir.Value, ir.Value] = MappingProxyType({}),
     wide: bool = False,
     rounded: bool = False,
 ) -> ir.Value | None:
@@ -85,12 +87,14 @@ def recomputed(
         sources: tensors of the same graph, taken as they are.
         without: outputs of DequantizeLinear, in whose place comes what was quantized.
         zero_for_nan: values in which 0 takes the place of NaN.
+        instead: of sources, the tensors that are taken in their place.
         wide: half-precision tensors become float32.
         rounded: half-precision tensors on the way are rounded to it, where onnxruntime would leave that out.
     """
     found: dict[ir.Value, ir.Value] = {}
     for source in sources:
-        found[source] = emit.cast(source, ir.DataType.FLOAT) if wide and type_of(source) in HALF else source
+        taken = instead.get(source, source)
+        found[source] = emit.cast(taken, ir.DataType.FLOAT) if wide and type_of(source) in HALF else taken
     stack, changed = [root], _behind(without, root)
     while stack and len(found) <= _MOST_NODES:
         value = stack[-1]

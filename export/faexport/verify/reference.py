@@ -20,13 +20,11 @@ from faexport.feeds.settings import Assumed, InputSet
 from faexport.files import model_io, scratch
 from faexport.graph.nodes import all_nodes
 from faexport.runtimes import ort_session
-from faexport.runtimes.ort_session import CannotRun, Job, ModelFailure
+from faexport.runtimes.ort_session import CannotRun, Job, ModelFailure, TookTooLong
 from faexport.spec import DOMAIN
-from faexport.verify import compare, roundings, widen
+from faexport.verify import all_keys, compare, roundings, widen
 
 PATIENCE = 60.0  # seconds after which no more settings are tried on the original
-ONLY_UNOPTIMIZED = "onnxruntime loads {} only without its own graph optimizations"
-ORIGINAL = "the original"
 GIVE_INPUTS = "give inputs with --inputs file.npz"
 FIT_TOGETHER = f"Where the sizes of its inputs don't fit one another, {relations.NAME_THEM}"
 PERTURBATION = 1e-7  # by which inputs are moved to see how much the original moves
@@ -46,7 +44,10 @@ class Reference:
     sets: list[InputSet] = dataclasses.field(default_factory=list)
     outputs: list[Outputs | str] = dataclasses.field(default_factory=list)  # of each set, or why there are none
     problem: str = ""  # why there is nothing to compare with
+    loads: bool = True  # onnxruntime loads it
     notes: list[str] = dataclasses.field(default_factory=list)
+    # The note that onnxruntime loads it only without its own optimizations, where that is so.
+    unoptimized: list[str] = dataclasses.field(default_factory=list)
 
     # The inputs, with sizes that belong together; none where no values can be drawn for one of them.
     specs: Sequence[model_inputs.InputSpec] = ()
@@ -57,6 +58,11 @@ class Reference:
     _float32: list[Outputs | str] | None = None
     _rounded: list[Outputs | str] | None = None
     _moved: list[Outputs | str] | None = None
+    _all_keys: dict[frozenset[str], list[Outputs | str]] = dataclasses.field(default_factory=dict)  # by lengths
+
+    @property
+    def all_notes(self) -> list[str]:
+        return [*self.unoptimized, *self.notes]
 
     @functools.cached_property
     def open_sizes(self) -> OpenSizes:
@@ -128,6 +134,15 @@ class Reference:
             tensors = [item.tensors for item in self.sets]
             self._rounded = self._changed(roundings.round_all, tensors, "with all of its roundings", optimize=False)
         return _or_nothing(self._rounded, index)
+
+    def all_keys_outputs(self, index: int, lengths: frozenset[str]) -> Outputs:
+        """The outputs where a length of 0 hides no key (all_keys.py), computed once somebody asks; {} where that
+        fails."""
+        if lengths not in self._all_keys:
+            tensors = [item.tensors for item in self.sets]
+            change = functools.partial(all_keys.with_all_keys, names=lengths)
+            self._all_keys[lengths] = self._changed(change, tensors, "with all keys where a length is 0")
+        return _or_nothing(self._all_keys[lengths], index)
 
     def _changed(
         self,
@@ -208,7 +223,7 @@ def make_reference(
         except model_inputs.UnsupportedInput as error:
             unsupported = str(error)
         except CannotRun as error:
-            reference.problem = f"the original can't be run: {error}{advice(str(error))}"
+            reference.problem = f"the original can't be run: {error}{advice(error)}"
     if unsupported and not extra_inputs:
         reference.problem = f"{unsupported}; {GIVE_INPUTS}"
     reference.problem = reference.problem or _tells_too_little(reference)
@@ -219,8 +234,7 @@ def _tells_too_little(reference: Reference) -> str:
     """A sentence where the original ran on too few sets to compare anything with it."""
     if not reference.compared:
         sentence = next((why for why in reference.outputs if isinstance(why, str)), "")
-        # What lacks a kernel lacks it for any inputs.
-        advised = "" if "NOT_IMPLEMENTED" in sentence else f"; {GIVE_INPUTS}"
+        advised = f"; {GIVE_INPUTS}" if reference.loads else ""  # what does not load does not run on any inputs
         return f"the original does not run in onnxruntime: {sentence}{advised}"
     if not reference.num_given and reference.num_telling < 2:
         label = reference.sets[reference.compared[0]].label
@@ -279,8 +293,9 @@ def _related(reference: Reference) -> list[model_inputs.InputSpec] | None:
         return None
 
 
-def advice(sentence: str) -> str:
-    return "; --verify-timeout SECONDS allows more" if "took longer" in sentence else ""
+def advice(error: CannotRun) -> str:
+    """What to do about it, as the end of a sentence, or ""."""
+    return "; --verify-timeout SECONDS allows more" if isinstance(error, TookTooLong) else ""
 
 
 def _run_original(reference: Reference, sets: Sequence[InputSet], on_amount: Amount, *, doubts: bool = False) -> None:
@@ -306,6 +321,7 @@ def _run_original(reference: Reference, sets: Sequence[InputSet], on_amount: Amo
                         return
                     running = False
         except ModelFailure as error:
+            reference.loads = False
             reference.sets += todo
             reference.outputs += [str(error)] * len(todo)
             return
@@ -336,10 +352,10 @@ def _depends_on_padding(reference: Reference, session: ort_session.Session | ort
 
 
 def open_optimized(
-    reference: Reference, path: str, library: bool, model: str, notes: list[str]
+    reference: Reference, path: str, library: bool, what: str, notes: list[str]
 ) -> ort_session.Session | ort_session.SessionHere:
     """With onnxruntime's optimizations; without them where these fail: a defect of theirs, not of the model, of which a
-    note tells. `model`: what the note calls it."""
+    note is added to `notes`. `what`: what it calls the model."""
     try:
         return reference.open_session(Job(path, library=library))
     except (ModelFailure, ort_session.Crashed) as first:
@@ -347,14 +363,17 @@ def open_optimized(
             session = reference.open_session(Job(path, optimize=False, library=library))
         except (ModelFailure, ort_session.Crashed):
             raise first from None
-        note = f"{ONLY_UNOPTIMIZED.format(model)} (graph_optimization_level = ORT_DISABLE_ALL); with them: {first}"
+        note = (
+            f"onnxruntime loads {what} only without its own graph optimizations (graph_optimization_level = "
+            f"ORT_DISABLE_ALL); with them: {first}"
+        )
         notes += [note] if note not in notes else []
         return session
 
 
 def _open_original(reference: Reference) -> ort_session.Session | ort_session.SessionHere:
     library = needs_library(reference.model)
-    return open_optimized(reference, reference.path, library, ORIGINAL, reference.notes)
+    return open_optimized(reference, reference.path, library, "the original", reference.unoptimized)
 
 
 def has_empty(tensors: ort_session.Tensors) -> bool:

@@ -21,8 +21,9 @@ import onnx_ir.passes.common
 from faexport.fallback import stand_in_copy
 from faexport.graph.fused import is_fused
 from faexport.graph.nodes import dtype_name, maker
-from faexport.spec import DIVISORS, LEFT_OUT, ZERO_ROWS
+from faexport.spec import ALL_KEYS, DIVISORS, LEFT_OUT, ZERO_ROWS
 from faexport.understand.shapes.analysis import Analysis
+from faexport.verify.all_keys import where_zero
 from faexport.verify.recompute import BODIES, DISCRETE, copied, recomputed, unrounded_sources
 from faexport.verify.roundings import round_values
 from faexport.verify.side_by_side_math import NUM_STATISTICS, Emit, bits_of, settled, statistics
@@ -40,6 +41,7 @@ class Point:
     output: str
     by_stand_in: bool  # the operator's function in standard operators was run, not the library
     quantized: bool = False  # its operands, scores or weights are, in the original
+    all_keys: bool = False  # its twin is the original without what that rounds in rows that see no key (all_keys.py)
 
 
 @dataclasses.dataclass
@@ -149,8 +151,10 @@ class _Builder:
         dtype = self._dtype(old)
         try:
             twin = rounded = None
+            all_keys = bool(_named_in(ALL_KEYS, self._site(new, scope)[0], scope))
+            if (self.twins or all_keys) and dtype not in DISCRETE:
+                twin = self._again(old, new, scope, wide=self.twins, all_keys=True)
             if self.twins and dtype not in DISCRETE:
-                twin = self._again(old, new, scope, wide=True)
                 rounded = self._again(old, new, scope, rounded=True)
             unquantized = self._unquantized(old, new, scope) if dtype not in DISCRETE else None
             wanted = self._wanted(old, new, scope)
@@ -168,9 +172,8 @@ class _Builder:
                 stats = statistics(emit, *sides, bad, rounded=rounded, nan=old, exact=exact, bits=bits, floats=floats)
                 word = dtype_name(dtype) or ""
                 output = f"faexport_check_{len(self.points)}_{len(found)}_{new.name}_{int(by_stand_in)}"
-                found.append(
-                    (Point(new.name or "", _named(site), word, output, by_stand_in, floats is not None), stats)
-                )
+                kind = floats is not None, all_keys and not self.twins
+                found.append((Point(new.name or "", _named(site), word, output, by_stand_in, *kind), stats))
                 if site is None:
                     break  # the same nodes with and without the library
         except _Cannot as error:
@@ -268,15 +271,24 @@ class _Builder:
     # ------------------------------------------------------------------------------------------ in float32
 
     def _again(
-        self, old: ir.Value, new: ir.Value, scope: _Scope, *, wide: bool = False, rounded: bool = False
+        self,
+        old: ir.Value,
+        new: ir.Value,
+        scope: _Scope,
+        *,
+        wide: bool = False,
+        rounded: bool = False,
+        all_keys: bool = False,
     ) -> ir.Value | None:
         """The original's value from the tensors that the new nodes read, without what these leave out; None where it
-        can't be computed again."""
+        can't be computed again. `all_keys`: by lengths of all keys where the new nodes read them so."""
         site, leaves = self._site(new, scope)
         without, zero = _left_out(site, scope), _named_in(ZERO_ROWS, site, scope)
         emit = Emit(scope.graph, self.old.graph)
+        lengths = _named_in(ALL_KEYS, site, scope) if all_keys else set()
+        instead = {value: where_zero(value, emit) for value in lengths}
         how = {"wide": wide, "rounded": rounded}
-        return recomputed(old, leaves, emit, self._dtype, without=without, zero_for_nan=zero, **how)
+        return recomputed(old, leaves, emit, self._dtype, without=without, zero_for_nan=zero, instead=instead, **how)
 
     def _unquantized(self, old: ir.Value, new: ir.Value, scope: _Scope) -> ir.Value | None:
         """The original's value in float32 without any rounding of its operands, scores and weights; None where nothing

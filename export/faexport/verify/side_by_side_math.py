@@ -33,7 +33,8 @@ class Statistics:
     num_numbers: float
     num_bad_inputs: float  # NaN or +inf in what both read
     num_other_sizes: float  # axes of another size
-    twin_to_old: float  # largest differences from the same in float32, 0 without a twin
+    # Largest differences from the same in float32, or where it attends all keys (all_keys.py), 0 without a twin
+    twin_to_old: float
     twin_to_new: float
     # Distances from the same without quantization, of its root mean square: of the original and of ours
     unquantized_to_old: float

@@ -27,7 +27,7 @@ from faexport.runtimes import ort_session
 from faexport.runtimes.ort_session import CannotRun, Job, ModelFailure
 from faexport.spec import DOMAIN
 from faexport.verify import side_by_side
-from faexport.verify.reference import Opener
+from faexport.verify.reference import Opener, advice
 from faexport.verify.side_by_side import Point
 from faexport.verify.side_by_side_math import Statistics
 from faexport.write.dequantize import DEQUANTIZED, expand
@@ -47,7 +47,8 @@ class SiteCheck:
     rows: list[SiteComparison] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)  # what could not be compared by itself, and why
     lost: set[int] = dataclasses.field(default_factory=set)  # sets with elements that are NaN in the original only
-    failures: list[str] = dataclasses.field(default_factory=list)  # of the rewritten nodes, where the original runs
+    # Of the rewritten nodes, where the original runs: on which set, and a sentence.
+    failures: dict[int, str] = dataclasses.field(default_factory=dict)
     problem: str = ""  # why nothing could be compared: no memory, no time, no room on the disk
     compared: set[int] = dataclasses.field(default_factory=set)  # sets
 
@@ -95,7 +96,7 @@ def check(
         if index in open_ones:
             result.left_out.append(f"{open_ones[index]}, on {sets[index].label}")
         elif index in running:
-            result.failures.append(sentence)
+            result.failures[index] = sentence
         else:
             result.left_out.append(
                 f"without onnxruntime's optimizations the original does not run on {sets[index].label}"
@@ -144,7 +145,7 @@ class _Checker:
         except (ModelFailure, ort_session.Crashed) as error:
             result.left_out.append(f"no site could be compared by itself: {error}")
         except CannotRun as error:
-            result.problem = f"the sites can't be compared by themselves: {error}"
+            result.problem = f"the sites can't be compared by themselves: {error}{advice(error)}"
         except OSError as error:
             where = f"the temporary folder {tempfile.gettempdir()}: {error.strerror} (TMPDIR chooses another)"
             result.problem = f"the sites can't be compared by themselves in {where}"
@@ -196,7 +197,7 @@ class _Checker:
                         found = Statistics.read(outputs[point.output])
                         if found.num_lost:
                             result.lost.add(index)
-                        row = judge(point, found, self.allowed, item.label)
+                        row = judge(point, found, self.allowed, item)
                         before = worst.get(point.output)
                         worst[point.output] = row if before is None else _worse(before, row)
         result.rows += [row for row in worst.values() if row.num_sets]
@@ -215,11 +216,14 @@ class _Checker:
         return Job(os.fspath(path), optimize=False, library=library)
 
 
-def judge(point: Point, found: Statistics, allowed: float, label: str) -> SiteComparison:
+def judge(point: Point, found: Statistics, allowed: float, item: InputSet) -> SiteComparison:
     """One comparison, on one set of inputs. `allowed` is the relative tolerance."""
     difference, tolerance = found.max_abs_diff, allowed * found.magnitude
-    if difference > tolerance and (found.twin_to_old or found.twin_to_rounded):
-        own = [error for error in (found.twin_to_old, found.twin_to_rounded) if error <= TOO_NOISY * found.magnitude]
+    errors, most = (found.twin_to_old, found.twin_to_rounded), TOO_NOISY * found.magnitude
+    if difference > tolerance and point.all_keys:
+        difference = found.twin_to_new if 0 < found.twin_to_old <= most else difference
+    elif difference > tolerance and any(errors):
+        own = [error for error in errors if error <= most]
         difference = found.twin_to_new
         tolerance = max([tolerance, *(ROUNDING_FACTOR * error for error in own)])
     fault = ""
@@ -241,10 +245,10 @@ def judge(point: Point, found: Statistics, allowed: float, label: str) -> SiteCo
         fault = f"is a number in {found.num_lost_to_numbers:.0f} elements where the original is NaN"
     elif not difference <= tolerance:
         fault = f"differs by {difference:.3g}, allowed is {tolerance:.3g}"
-    distances = (found.unquantized_to_new, found.unquantized_to_old) if point.quantized else (None, None)
+    ours, original = (found.unquantized_to_new, found.unquantized_to_old) if point.quantized else (None, None)
     return SiteComparison(
         point.site, point.value, point.dtype, point.by_stand_in, difference, tolerance, int(found.num_numbers > 0),
-        label, fault, *distances,
+        item.label, fault, ours, original, item.any_numbers,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.surgery import Builder, Missing
-from faexport.spec import ROW_BLOCK, AttentionSpec, EmptyRows, Layout, Refusal
+from faexport.spec import ROW_BLOCK, AttentionSpec, EmptyRows, Layout, Refusal, RefusalKind
 from faexport.understand.mask.nodes import Nodes
 
 _FLOAT = ir.DataType.FLOAT
@@ -36,7 +36,11 @@ def with_empty_rows(
     node = (spec.replaces.name if spec.replaces is not None else "") or ""
     heads, kv_heads, head_dim = spec.query.heads, spec.value.heads, spec.value.head_dim
     if heads is None or kv_heads is None or head_dim is None:
-        return Refusal("its number of heads isn't known, and rows that see no key give sums of each head's", node)
+        return Refusal(
+            "its number of heads isn't known, and rows that see no key give sums of each head's",
+            node,
+            RefusalKind.UNKNOWN_SIZES,
+        )
     rows = _Rows(spec, empty, (heads, kv_heads, head_dim), dtype or _FLOAT, shared, Builder(opset))
     try:
         result = rows.result()

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from faexport.graph.edits import Names, name_node, remove_dead, take_over
 from faexport.graph.nodes import name_of, op
 from faexport.spec import (
+    ALL_KEYS,
     DIVISORS,
     DOMAIN,
     LEFT_OUT,
@@ -121,6 +122,8 @@ def rewrite_site(candidate: Candidate, names: Names) -> ir.Node:
         node.metadata_props[LEFT_OUT] = json.dumps(spec.left_out)
     if spec.divisors:
         node.metadata_props[DIVISORS] = json.dumps(spec.divisors)
+    if spec.mask.all_keys is not None:
+        node.metadata_props[ALL_KEYS] = json.dumps([spec.mask.all_keys.name])
     anchor = spec.replaces or candidate.anchor
     node.name = names.fresh(f"{name_of(anchor)}_{OP_TYPE}")
     # Operands and mask may share some, which stand where they are needed first.

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from faexport.graph.nodes import FLOATS, attribute, data_users, name_of, op, producer
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
-from faexport.spec import Refusal
+from faexport.spec import Refusal, RefusalKind
 from faexport.understand.core.softmax import divisor_of
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import Factor, Product
@@ -157,7 +157,9 @@ def division_by(total: ir.Value, axis: int, view: View, product: Product, a: Ana
     result = product.node.outputs[0]
     users = data_users(result)
     refusal = Refusal(
-        "the exponentials are not divided by their sum in a way that is understood", name_of(product.node)
+        "the exponentials are not divided by their sum in a way that is understood",
+        name_of(product.node),
+        RefusalKind.NO_ATTENTION,
     )
     if len(users) != 1 or result.is_graph_output() or op(users[0]) not in ("Mul", "Div"):
         return refusal

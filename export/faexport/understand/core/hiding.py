@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import name_of
 from faexport.graph.surgery import Builder
-from faexport.spec import MaskTerm, Refusal, TermKind
+from faexport.spec import MaskTerm, Refusal, RefusalKind, TermKind
 from faexport.understand.core.factors import is_gate
 from faexport.understand.core.score_chain import Scores, label_axes, letters
 from faexport.understand.core.softmax import Hiding, Softmax
@@ -32,7 +32,7 @@ def with_hidden(scores: Scores, softmax: Softmax, assumed: bool, a: Analysis) ->
     if axes is None or scores.sink is not None:
         return Refusal("a mask meets the exponentials in a shape that is not understood", name_of(hiding.node))
     if not is_mask(hiding.value, a) and (not assumed or a.is_static(hiding.value)):
-        return Refusal(NOT_A_MASK, name_of(hiding.node))
+        return Refusal(NOT_A_MASK, name_of(hiding.node), RefusalKind.FACTOR)
     dims = tuple(scores.view.shape)
     term = MaskTerm(
         TermKind.HIDDEN, _as_condition(hiding, a), hiding.node, "".join(axes), dims, keep_when=hiding.keep_when

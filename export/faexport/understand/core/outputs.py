@@ -13,7 +13,7 @@ from faexport.graph.nodes import data_users, name_of, op
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim, product
 from faexport.spec import Layout, Refusal
-from faexport.understand.core.score_chain import RESHAPES
+from faexport.understand.core.score_path import RESHAPES
 from faexport.understand.core.value_chain import Values
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import Factor

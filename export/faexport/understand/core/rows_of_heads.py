@@ -13,7 +13,7 @@ from faexport.graph.nodes import given
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.understand.core.fills import is_nothing
-from faexport.understand.core.score_chain import Path, Step
+from faexport.understand.core.score_path import Path, Step
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.heads import chain_of
 from faexport.understand.layout.products import Factor, Product

@@ -1,173 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a softmax up to the product of queries and keys: scale, softcap, masks and biases, casts, sinks, changes of
+"""From the product of queries and keys down to a softmax: scale, softcap, masks and biases, casts, sinks, changes of
 shape.
 
-`find_scores` searches the path (Adds and Wheres fork it); `read_scores` then replays it from the product on, with
-labelled axes. Called by match/softmax_core.py. The graph is not changed.
+`read_scores` replays the path that score_path.py found, with labelled axes. Called by match/softmax_core.py. The graph
+is not changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import FLOATS, attribute, given, name_of, op, producer
+from faexport.graph.nodes import given, name_of, op
 from faexport.sizes.dims import Dim
-from faexport.spec import MaskTerm, Refusal, TermKind
-from faexport.understand.core.clamps import clamped_input
+from faexport.spec import MaskTerm, Refusal, RefusalKind, TermKind
 from faexport.understand.core.factors import Weight, fits, is_gate, weighed
 from faexport.understand.core.fills import is_nothing, padded_column
-from faexport.understand.core.reductions import subtracts_own_maximum
-from faexport.understand.core.rounding import rounding_at
+from faexport.understand.core.score_path import UNCHANGED, Path, Step
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.core.split_bias import SplitBias
 from faexport.understand.core.widening import widened
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.heads import is_lossless
-from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Factor, Product, product_of
+from faexport.understand.layout.products import Factor, Product
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.rules import resolve_axis
-
-MAX_PATH = 40  # nodes between product and softmax
-CONSENT = "--assume scores-unquantized"
-BY_WEIGHTS = "its input is a projection by weights, not a product of queries and keys"
-RESHAPES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten")
-UNCHANGED = ("pass", "max", "rounding")  # kinds of steps that are no part of what the operator computes
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One node on the way, what it does to the scores, and which input the scores come in by."""
-
-    node: ir.Node
-    kind: str  # pass, scale, factor, tanh, add, sub, from (what is subtracted from), where, clamp, max, sink, view,
-    # rounding (DequantizeLinear: the numbers in front of its QuantizeLinear, rounded)
-    index: int = 0
-    factor: float = 1.0  # scale, from: what it multiplies by
-    also: tuple[ir.Node, ...] = ()  # nodes beside the path that belong to it
-
-
-@dataclasses.dataclass
-class Path:
-    product: Product
-    steps: list[Step]  # from the product to the softmax
-    together: int = 0  # steps whose scores have two labels of the product in one axis (rows_of_heads.py)
-
-
-@dataclasses.dataclass
-class Blocked:
-    """The search ended at a node that attention doesn't have. `inside`: it stood behind at least one step of
-    attention."""
-
-    node: ir.Node | None
-    why: str
-
-
-def find_scores(softmax: Softmax, a: Analysis) -> Path | Blocked:
-    """The path from a product of two computed tensors to the softmax, or from one of a computed tensor and a constant,
-    as learnt queries are."""
-    found = _search(softmax.scores, softmax.axis, a, False, 0, set())
-    if isinstance(found, Blocked):
-        by_weights = _search(softmax.scores, softmax.axis, a, True, 0, set())
-        return by_weights if isinstance(by_weights, Path) else found
-    return found
-
-
-def _search(value: ir.Value, axis: int, a: Analysis, weights: bool, depth: int, dead: set[ir.Value]) -> Path | Blocked:
-    node = producer(value)
-    if depth > MAX_PATH:
-        return Blocked(node, f"no product of queries and keys stands within {MAX_PATH} nodes in front of it")
-    if node is None or value in dead:
-        return Blocked(node, "its input is no product of queries and keys")
-    if op(node) in PRODUCT_OPS:
-        product = product_of(node, a)
-        if product is None:
-            return Blocked(node, "the shapes of the score product are not known")
-        static = a.is_static(product.left.value), a.is_static(product.right.value)
-        if all(static) or (any(static) and not weights):
-            return Blocked(node, BY_WEIGHTS)
-        return Path(product, [])
-    blocked = Blocked(node, f"the scores pass through {op(node)}, which attention doesn't have")
-    if op(node) in QUANTIZED and not all(a.is_static(node.inputs[i]) for i in QUANTIZED[op(node)]):
-        blocked = Blocked(node, f"queries and keys are multiplied as quantized numbers ({op(node)}); see {CONSENT}")
-    if op(node).endswith(("QuantizeLinear", "DequantizeLinear")):
-        blocked = Blocked(node, f"the scores are quantized inside the block ({op(node)})")
-    likely: Blocked | None = None
-    for step in _steps(node, axis, a):
-        found = _search(given(node, step.index), axis, a, weights, depth + 1, dead)
-        if isinstance(found, Path):
-            found.steps.append(step)
-            return found
-        likely = likely or (found if found.node is not None else None)
-    dead.add(value)
-    return likely or blocked
-
-
-def _steps(node: ir.Node, axis: int, a: Analysis) -> list[Step]:
-    """What `node` may do to scores that come in by one of its inputs."""
-    name = op(node)
-    if name == "Identity" or (name == "Dropout" and not view_ops.is_training(node, a)):
-        return [Step(node, "pass")]
-    if name == "Cast":
-        return [Step(node, "pass")] if ir.DataType(attribute(node, "to")) in FLOATS else []
-    if name in RESHAPES:
-        return [Step(node, "view")]
-    if rounding := rounding_at(node, a):
-        return [Step(node, "rounding" if node is rounding.dequantize else "pass")]
-    if name == "Tanh":
-        return [Step(node, "tanh")]
-    if name == "Neg":
-        return [Step(node, "scale", factor=-1.0)]
-    if name == "Add":
-        return [Step(node, "add", i) for i in _by_promise(node, a)]
-    if name == "Sub":
-        maximum = subtracts_own_maximum(node, axis, a)
-        if maximum:
-            return [Step(node, "max", 0, also=maximum.nodes)]
-        return [Step(node, "sub" if i == 0 else "from", i, -1.0 if i else 1.0) for i in _by_promise(node, a)]
-    if name in ("Mul", "Div"):
-        return _scale_steps(node, a)
-    if name == "Where":
-        return [Step(node, "where", i) for i in (2, 1) if a.scalar(node.inputs[i]) is None]
-    if name in ("Max", "Clip"):
-        index = clamped_input(node, a)
-        return [] if index is None else [Step(node, "clamp", index)]
-    if (
-        name == "Concat"
-        and len(node.inputs) == 2
-        and resolve_axis(attribute(node, "axis"), a.rank(node.outputs[0]) or 0) == axis
-    ):
-        return [Step(node, "sink", 0), Step(node, "sink", 1)]
-    if name == "Pad" and padded_column(node, axis, a):
-        return [Step(node, "sink")]
-    return []
-
-
-def _by_promise(node: ir.Node, a: Analysis) -> list[int]:
-    """The inputs of an Add or Sub, those first that look less like a bias."""
-    order = [i for i in (0, 1) if not a.is_static(node.inputs[i])]
-    return sorted(order, key=lambda i: op(producer(node.inputs[i])) not in (*PRODUCT_OPS, "Mul", "Div"))
-
-
-def _scale_steps(node: ir.Node, a: Analysis) -> list[Step]:
-    for index in (0, 1) if op(node) == "Mul" else (0,):
-        factor = a.scalar(node.inputs[1 - index])
-        if factor is not None and factor != 0 and math.isfinite(factor):
-            return [Step(node, "scale", index, factor if op(node) == "Mul" else 1.0 / factor)]
-    if op(node) == "Div":
-        return [Step(node, "factor")]
-    return [Step(node, "factor", i) for i in _by_size(node, a)]
-
-
-def _by_size(node: ir.Node, a: Analysis) -> list[int]:
-    """The inputs of a Mul that may be the scores, those first that have the size of the result."""
-    whole = a.shape(node.outputs[0])
-    order = [i for i in (0, 1) if not a.is_static(node.inputs[i])]
-    return sorted(order, key=lambda i: a.shape(node.inputs[i]) != whole)
 
 
 @dataclasses.dataclass
@@ -259,7 +118,7 @@ class _Reader:
 
     def _take_view(self, node: ir.Node) -> Refusal | None:
         view = view_ops.apply(node.outputs[0], self.view, self.a)
-        if view is None:
+        if view is None or (op(node) == "Expand" and view != self.view):
             return self._lost(node)
         before, self.view = self.view, view
         if len(view.axes) == 4:
@@ -284,7 +143,7 @@ class _Reader:
         why = (
             "the scores may take the size of what is added to them, which the file doesn't tell, and change their shape"
         )
-        return Refusal(f"{why} behind it", name_of(added.node))
+        return Refusal(f"{why} behind it", name_of(added.node), RefusalKind.UNKNOWN_SIZES)
 
     def _is_known(self, value: ir.Value) -> bool:
         return all(size.is_known for size in self.a.shape(value) or ())
@@ -307,25 +166,31 @@ class _Reader:
         weight = Weight(given(step.node, 1 - step.index), op(step.node), step.node)
         name, sizes = name_of(step.node), self.a.shape(weight.value)
         if sizes is None:
-            return Refusal("the scores are multiplied by a tensor of unknown shape", name)
+            return Refusal("the scores are multiplied by a tensor of unknown shape", name, RefusalKind.FACTOR)
         for_keys = bool(sizes) and sizes[-1] != 1 and weight.op_type == "Mul"
         if for_keys and self.gates and is_gate(weight.value, self.a):
             return self._take_term(dataclasses.replace(step, kind="gate"), self.factors[self.path.steps.index(step)])
         if not fits(weight.value, self.view.shape, self.a):
-            return Refusal("the scores are multiplied by a tensor that may give them another shape", name)
+            return Refusal(
+                "the scores are multiplied by a tensor that may give them another shape", name, RefusalKind.FACTOR
+            )
         if self.softcap:
-            return Refusal("the scores are multiplied by a tensor behind the softcap (Tanh)", name)
+            return Refusal("the scores are multiplied by a tensor behind the softcap (Tanh)", name, RefusalKind.SOFTCAP)
         whole = self.view == View.whole(self.shape)
         if not weight.is_single(self.a) and not whole:
-            return Refusal("the scores are multiplied by a tensor in a shape that is not understood", name)
+            return Refusal(
+                "the scores are multiplied by a tensor in a shape that is not understood", name, RefusalKind.FACTOR
+            )
         labels = self.path.product.labels
         wide = {x for x, size in zip(reversed(labels), reversed(sizes), strict=False) if size != 1}
         if {"row", "column"} <= wide:
-            return Refusal("the scores are multiplied by a tensor of rows and keys", name)
+            return Refusal("the scores are multiplied by a tensor of rows and keys", name, RefusalKind.FACTOR)
         if "column" in wide and weight.op_type == "Div":
-            return Refusal("the scores are divided by a tensor of keys, which may hold 0", name)
+            return Refusal("the scores are divided by a tensor of keys, which may hold 0", name, RefusalKind.FACTOR)
         if self.terms and not self._weigh_terms(weight):
-            return Refusal("the scores are multiplied by a tensor after a mask was put on them", name)
+            return Refusal(
+                "the scores are multiplied by a tensor after a mask was put on them", name, RefusalKind.FACTOR
+            )
         (self.key_weights if "column" in wide else self.query_weights).append(weight)
         return None
 
@@ -339,9 +204,9 @@ class _Reader:
 
     def _take_tanh(self, step: Step, factor: float) -> Refusal | None:
         if self.terms or self.softcap:
-            return Refusal("a mask or bias is added before the softcap (Tanh)", name_of(step.node))
+            return Refusal("a mask or bias is added before the softcap (Tanh)", name_of(step.node), RefusalKind.SOFTCAP)
         if factor <= 0:
-            return Refusal("the softcap (Tanh) is not multiplied back", name_of(step.node))
+            return Refusal("the softcap (Tanh) is not multiplied back", name_of(step.node), RefusalKind.SOFTCAP)
         self.softcap = factor
         self.scale *= factor
         return None
@@ -363,14 +228,19 @@ class _Reader:
             fill = node.inputs[3 - step.index]
             kept = step.index == 1
             term = MaskTerm(TermKind.WHERE, given(node, 0), node, letters, dims, kept, fill, factor)
-        elif step.kind == "clamp":
+        elif step.kind in ("clamp", "min"):
             if factor <= 0:
                 return Refusal("the scores are negated after they were clamped", name_of(node))
-            term = MaskTerm(TermKind.CLAMP, given(node, 1 - step.index), node, letters, dims, factor=factor)
+            kind = TermKind.CLAMP if step.kind == "clamp" else TermKind.MIN
+            term = MaskTerm(kind, given(node, 1 - step.index), node, letters, dims, factor=factor)
         else:
             term = MaskTerm(TermKind.GATE, given(node, 1 - step.index), node, letters, dims, factor=factor)
         if not self._fits(term):
-            return Refusal("a mask or bias gives the scores more rows, heads or batch entries", name_of(node))
+            return Refusal(
+                "a mask or bias gives the scores more rows, heads or batch entries",
+                name_of(node),
+                RefusalKind.UNLIKE_SIZES,
+            )
         self.terms.append(term)
         self.a.learn(node.outputs[0], self.view.shape)
         return None
@@ -467,7 +337,7 @@ def read_scores(path: Path, softmax: Softmax, a: Analysis, gates: bool = True, w
     """Replays the path from the product to the softmax. With `gates`, scores times 0 or 1 are taken for a part of a
     mask, else for scores with a factor. `widen`: scores may take the sizes of what meets them."""
     if path.product.shape_of(a) is None:
-        return Refusal("the shape of the scores is not known", name_of(path.product.node))
+        return Refusal("the shape of the scores is not known", name_of(path.product.node), RefusalKind.UNKNOWN_SIZES)
     reader = _Reader(path, softmax, gates, widen, a)
     refusal = reader.run()
     if refusal is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.nodes import attribute, data_users, given, op, operand, producer
+from faexport.spec import RefusalKind
 from faexport.understand.core.one_more import Logit, one_more_of
 from faexport.understand.core.reductions import SUMS, Reduction, reduced_axes, reduction_of, subtracts_own_maximum
 from faexport.understand.layout.products import PRODUCT_OPS
@@ -46,6 +47,7 @@ class Softmax:
     inner: tuple[ir.Node, ...]  # all nodes that belong to it
     total: ir.Value | None = None  # the sums that the product with the values is yet to be divided by
     flaw: str = ""  # why this can't be the softmax of attention
+    flaw_kind: RefusalKind = RefusalKind.NO_ATTENTION
     hiding: Hiding | None = None  # what the exponentials are multiplied by before they are summed
     logit: Logit | None = None  # one more exponential in the sum
     divisor: ir.Value | None = None  # the sum, where it is written out: it may overflow, or be 0
@@ -85,9 +87,9 @@ def _softmax_node(node: ir.Node, a: Analysis) -> Softmax:
     scores = given(node, 0)
     shape = a.shape(scores)
     axis = attribute(node, "axis", -1 if a.opset >= 13 else 1)
-    flaw = ""
+    flaw, kind = "", RefusalKind.NO_ATTENTION
     if shape is None:
-        axis, flaw = 0, UNKNOWN_RANK.format(_first_unknown(scores, a))
+        axis, flaw, kind = 0, UNKNOWN_RANK.format(_first_unknown(scores, a)), RefusalKind.UNKNOWN_SIZES
     else:
         last = len(shape) - 1
         axis = resolve_axis(axis, len(shape))
@@ -95,7 +97,7 @@ def _softmax_node(node: ir.Node, a: Analysis) -> Softmax:
             flaw = FLATTENED.format(first=axis, last=last, opset=a.opset)
         if a.opset < 13:
             axis = last
-    return Softmax(node, scores, axis, node.outputs[0], (node,), flaw=flaw)
+    return Softmax(node, scores, axis, node.outputs[0], (node,), flaw=flaw, flaw_kind=kind)
 
 
 def _first_unknown(value: ir.Value, a: Analysis) -> str:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from faexport.graph.nodes import given, maker, name_of
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim, product
-from faexport.spec import Layout, Operand, Refusal
+from faexport.spec import Layout, Operand, Refusal, RefusalKind
 from faexport.understand.core.factors import Weight, folded, times
 from faexport.understand.core.outputs import Output, read_output
 from faexport.understand.core.score_chain import Scores
@@ -69,7 +69,7 @@ def structure_of(scores: Scores, values: Values, a: Analysis) -> Structure | Ref
     best: Structure | None = None
     cost = 0
     anchor = name_of(scores.product.node)
-    refusal = Refusal("the heads of query, key and value cannot be told apart", anchor)
+    refusal = Refusal("the heads of query, key and value cannot be told apart", anchor, RefusalKind.UNKNOWN_SIZES)
     for heads in _head_options(sides[0], scores):
         found = _with_heads(sides, values, heads, a)
         if isinstance(found, Refusal):
@@ -104,11 +104,13 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal
     ]
     known = [side for side in sides if side is not None]
     if len(known) != len(sides):
-        return Refusal("the shape of query, key or value is not known", name_of(scores.product.node))
+        return Refusal(
+            "the shape of query, key or value is not known", name_of(scores.product.node), RefusalKind.UNKNOWN_SIZES
+        )
     if len(leads) == len(value_sizes) and _is_contradicted(known, a):
         why = "queries, keys and values may have different numbers of batch entries or heads, and the file states one"
         advice = "give sizes that are equal one name when exporting"
-        return Refusal(f"{why} for the result: {advice}", name_of(values.product.node))
+        return Refusal(f"{why} for the result: {advice}", name_of(values.product.node), RefusalKind.OTHER_NAMES)
     rows = shape[scores.product.labels.index("row")]
     if scores.wider and rows != _size_along(known[0].factor, "row", a):
         known[0] = dataclasses.replace(known[0], rows=rows)
@@ -176,10 +178,16 @@ def _head_options(query: _Side, scores: Scores) -> list[Dim]:
 
 def _with_heads(sides: list[_Side], values: Values, heads: Dim, a: Analysis) -> Structure | Refusal:
     best: Structure | None = None
-    problem = Refusal("the heads of query, key and value cannot be told apart", name_of(values.product.node))
+    problem = Refusal(
+        "the heads of query, key and value cannot be told apart",
+        name_of(values.product.node),
+        RefusalKind.UNKNOWN_SIZES,
+    )
     dtypes = _dtypes(sides, a)
     if not dtypes:
-        return Refusal("query, key and value are not float32, float16 or bfloat16", name_of(values.product.node))
+        return Refusal(
+            "query, key and value are not float32, float16 or bfloat16", name_of(values.product.node), RefusalKind.TYPE
+        )
     for dtype in dtypes:
         outputs: dict[tuple[ir.Value, ...], Output | Refusal] = {}
         for grouped, packed in ((True, True), (True, False), (False, True), (False, False)):
@@ -223,11 +231,17 @@ def _try(
         reading = read(side.factor, side.links, wanted, a) if side.rows is None else None
         reading = reading or _rebuilt(side, wanted, sides, a)
         if reading is None:
-            return Refusal("the heads of query, key and value cannot be told apart", name_of(values.product.node))
+            return Refusal(
+                "the heads of query, key and value cannot be told apart",
+                name_of(values.product.node),
+                RefusalKind.UNKNOWN_SIZES,
+            )
         readings.append(_weighted(reading, side, a))
     query, key, value = readings
     if key.heads != value.heads:
-        return Refusal("key and value have different numbers of heads", name_of(values.product.node))
+        return Refusal(
+            "key and value have different numbers of heads", name_of(values.product.node), RefusalKind.UNLIKE_SIZES
+        )
     in_columns = [r.operand.column_start is not None for r in readings]
     if any(in_columns) and not _all_in_columns(readings):
         return Refusal("only a part of query, key and value is packed", name_of(values.product.node))

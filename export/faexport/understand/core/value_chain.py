@@ -15,13 +15,14 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import FLOATS, attribute, data_users, given, maker, name_of, op, operand, producer
 from faexport.sizes.dims import Dim
-from faexport.spec import MaskTerm, Refusal, TermKind
+from faexport.spec import MaskTerm, Refusal, RefusalKind, TermKind
 from faexport.understand.core.factors import Weight, division_by, fits
 from faexport.understand.core.nan_guard import nan_guard
 from faexport.understand.core.rounding import QUANTIZING, Rounding, rounding_at
 from faexport.understand.core.row_guard import row_guard
 from faexport.understand.core.rows_of_heads import with_heads_apart
-from faexport.understand.core.score_chain import RESHAPES, Scores, label_axes
+from faexport.understand.core.score_chain import Scores, label_axes
+from faexport.understand.core.score_path import RESHAPES
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product, product_of, with_row
@@ -94,7 +95,11 @@ class _Walker:
             users = [u for u in data_users(self.value) if u not in self.softmax.inner]
             self.shape_uses += uses_of(self.value, () if self.has_sink else self.view.shape)
             if self.value.is_graph_output():
-                return Refusal("the attention weights are also an output of the model", self.value.name or "")
+                return Refusal(
+                    "the attention weights are also an output of the model",
+                    self.value.name or "",
+                    RefusalKind.SCORES_READ,
+                )
             from_0_to_1 = not self.weights and self.softmax.total is None
             guard = nan_guard(self.value, self.a) if from_0_to_1 else None
             if guard is not None:
@@ -121,7 +126,9 @@ class _Walker:
             way = self._copy()
             found = [(way, user)] if op(user) in PRODUCT_OPS else way._step(user) or way._widened(user) or way.run()
             if isinstance(found, Refusal):
-                return Refusal(f"the attention weights are used twice: also by {op(user)}", name_of(user))
+                return Refusal(
+                    f"the attention weights are used twice: also by {op(user)}", name_of(user), RefusalKind.SCORES_READ
+                )
             ends += found
         return ends
 
@@ -137,7 +144,7 @@ class _Walker:
     def _step(self, node: ir.Node) -> Refusal | None:
         name = op(node)
         if name == "Cast" and ir.DataType(attribute(node, "to")) not in FLOATS:
-            return Refusal("the attention weights are cast to integers", name_of(node))
+            return Refusal("the attention weights are cast to integers", name_of(node), RefusalKind.QUANTIZED)
         if name in RESHAPES:
             view = view_ops.apply(node.outputs[0], self.view, self.a) if not self.has_sink else None
             if view is None:
@@ -160,11 +167,15 @@ class _Walker:
             if refusal is not None:
                 return refusal
         elif name == "Dropout" and view_ops.is_training(node, self.a):
-            return Refusal("Dropout is in training mode", name_of(node))
+            return Refusal("Dropout is in training mode", name_of(node), RefusalKind.RANDOM)
         elif name in QUANTIZING:
             rounding = rounding_at(node, self.a)
             if rounding is None:
-                return Refusal("the attention weights are quantized (QuantizeLinear) inside the block", name_of(node))
+                return Refusal(
+                    "the attention weights are quantized (QuantizeLinear) inside the block",
+                    name_of(node),
+                    RefusalKind.QUANTIZED,
+                )
             self.roundings.append(rounding)
             self.nodes.append(node)
             self._advance(rounding.dequantize)
@@ -193,6 +204,7 @@ class _Walker:
                 f"the attention weights pass through {op(node)} after the softmax, and what they are multiplied by "
                 "is not known to be the same for all rows",
                 name_of(node),
+                RefusalKind.FACTOR,
             )
         self.weights.append(Weight(weight, op(node), node))
         return None
@@ -305,8 +317,8 @@ def _aligned(product: Product, walker: _Walker, node: ir.Node) -> tuple[Product,
     column, row = (_atom_axis(scores, label, shape) for label in ("column", "row"))
     if axes["sum"] != column:
         if _is_of_scores(scores, a):
-            return Refusal(PAIRS, name_of(scores.node))
-        return Refusal(_wrong_sum(scores, axes["sum"], row, shape), name_of(node))
+            return Refusal(PAIRS, name_of(scores.node), RefusalKind.MIXED)
+        return _wrong_sum(scores, axes["sum"], row, shape, name_of(node))
     if axes["row"] != row and (apart := with_heads_apart(product, axes["row"], scores, shape, a)):
         product = apart
         split = [axis for x, axis in axes.items() for axis in ([(atom,) for atom in axis] if x == "row" else [axis])]
@@ -319,7 +331,7 @@ def _aligned(product: Product, walker: _Walker, node: ir.Node) -> tuple[Product,
     if axes["row"] == row:
         return product, axes
     if _has_pairs(scores, axes["row"], shape):
-        return Refusal(PAIRS, name_of(scores.node))
+        return Refusal(PAIRS, name_of(scores.node), RefusalKind.MIXED)
     return Refusal("the rows of the attention weights are not those of the scores", name_of(node))
 
 
@@ -329,13 +341,15 @@ def _division(product: Product, walker: _Walker) -> list[ir.Node] | Refusal:
     return division_by(softmax.total, softmax.axis, walker.view, product, walker.a) if softmax.total is not None else []
 
 
-def _wrong_sum(product: Product, summed: tuple, row: tuple, shape: tuple[Dim, ...]) -> str:
+def _wrong_sum(product: Product, summed: tuple, row: tuple, shape: tuple[Dim, ...], node: str) -> Refusal:
     """What the product after the softmax does, which sums over other axes of the scores than the keys."""
     leads = {atom for label in product.leads for atom in _atom_axis(product, label, shape)}
     if summed and set(summed) <= leads:
-        return "the weights of different heads or batch entries are mixed after the softmax"
+        why = "the weights of different heads or batch entries are mixed after the softmax"
+        return Refusal(why, node, RefusalKind.MIXED)
     over = ", but over the rows" if summed == row else ""
-    return f"the product after the softmax does not sum over the softmax's axis{over}"
+    why = f"the product after the softmax does not sum over the softmax's axis{over}"
+    return Refusal(why, node, RefusalKind.NO_ATTENTION)
 
 
 def _has_pairs(product: Product, rows: tuple, shape: tuple[Dim, ...]) -> bool:

@@ -60,5 +60,5 @@ def _others(steps: Sequence[Step]) -> Iterator[ir.Value]:
     for step in steps:
         if step.kind in ("view", "sink"):
             return
-        if step.kind in ("add", "sub", "from", "where", "clamp", "factor"):
+        if step.kind in ("add", "sub", "from", "where", "clamp", "min", "factor"):
             yield from (v for i, v in enumerate(step.node.inputs) if i != step.index and v is not None)

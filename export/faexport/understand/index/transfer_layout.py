@@ -338,6 +338,18 @@ def scatter_nd(ctx: Interpreter, node: ir.Node) -> Element:
     return element
 
 
+def writes_everything(node: ir.Node, ctx: Interpreter) -> bool:
+    """Does a ScatterND write every element anew, each at its own place, so that it gives its updates? That is how
+    TorchScript writes `x[:, :, 0:] = y`."""
+    x, indices, updates = (ctx.known(value) if value is not None else None for value in node.inputs[:3])
+    if x is None or indices is None or updates is None or attribute(node, "reduction", "none") != "none":
+        return False
+    if indices.rank != x.rank + 1 or ia.value_of(indices.shape[-1]) != x.rank or updates.shape != x.shape:
+        return False
+    starts = _starts_of_part(indices, x.rank)
+    return starts is not None and all(start is ia.ZERO for start in starts)
+
+
 def _starts_of_part(indices: Tensor, depth: int) -> Index | None:
     """Where the element at u has the place u + start, for all u, the start; None where that isn't so."""
     at = tuple(ia.var(f"updated {axis}", (size,)) for axis, size in enumerate(indices.shape[:-1]))

@@ -67,7 +67,7 @@ class Draft:
 
     def assume(self, text: str) -> None:
         """Records what is not proven."""
-        self.facts.append(spec.Assumption(f"{text} (assumed)", tuple(name_of(t.node) for t in self.terms)))
+        self.facts.append(spec.Assumption(text, tuple(name_of(t.node) for t in self.terms)))
 
     def assume_absorbed_in_half(self) -> None:
         """-65504 absorbs a score of less than half its last place, where a runtime adds in float16 at all."""

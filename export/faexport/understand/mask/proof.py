@@ -17,11 +17,14 @@ from faexport import spec
 from faexport.graph.nodes import name_of
 from faexport.sizes.algebra import Expr
 from faexport.sizes.dims import Dim
-from faexport.understand.index import transfer_layout, transfer_math  # noqa: F401  (registers the transfer functions)
+from faexport.understand.index import (
+    transfer_layout,
+    transfer_math,  # noqa: F401  (registers the transfer functions)
+)
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Unknown
 from faexport.understand.mask.check import Checker
-from faexport.understand.mask.draft import INFINITE_ROW
+from faexport.understand.mask.draft import INFINITE_ROW, Draft
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.nodes import Nodes
 from faexport.understand.mask.options import MaskOptions
@@ -56,6 +59,10 @@ class Masks:
         masks._nodes = self._nodes
         return masks
 
+    def writes_everything(self, node: ir.Node) -> bool:
+        """Is a ScatterND known to give its updates, whatever stood there before?"""
+        return transfer_layout.writes_everything(node, Interpreter(self.analysis))
+
     def nodes(self, graph: ir.Graph | ir.Function) -> Nodes:
         """Makes the new nodes that sites of a graph share."""
         return self._nodes.setdefault(graph, Nodes(self.analysis.opset))
@@ -72,9 +79,9 @@ class Masks:
             with self.analysis.without_learnt():  # what is made here is shared by sites
                 return self._proven(terms, scores, options, names)
         except NotAMask as reason:
-            return spec.Refusal(str(reason), names[-1])
+            return spec.Refusal(str(reason), names[-1], reason.kind)
         except Unknown:
-            return spec.Refusal(UNKNOWN_SHAPE, names[-1])
+            return spec.Refusal(UNKNOWN_SHAPE, names[-1], spec.RefusalKind.UNKNOWN_SIZES)
 
     def _proven(
         self, terms: Sequence[spec.MaskTerm], scores: spec.ScoreShape, options: MaskOptions, names: tuple[str, ...]
@@ -86,13 +93,13 @@ class Masks:
             try:
                 shared.known[key] = mask_of(shared.emitter, site, options), names
             except Unknown:
-                shared.known[key] = _as_it_stands(site, terms), names
+                shared.known[key] = _as_it_stands(Draft(shared.emitter, site, options)), names
         mask, first = shared.known[key]
         if options.check:
             wrong = shared.checker.check(key, site, terms, mask, options)
             if wrong:
                 text = f"what was proven of its mask isn't what the mask computes ({wrong}); please report this model"
-                return spec.Refusal(text, names[-1], defect=True)
+                return spec.Refusal(text, names[-1], spec.RefusalKind.DEFECT)
         facts = (dataclasses.replace(f, nodes=(*(n for n in f.nodes if n not in first), *names)) for f in mask.facts)
         return dataclasses.replace(mask, facts=tuple(facts))
 
@@ -105,17 +112,25 @@ class Masks:
         return self._shared[key]
 
 
-def _as_it_stands(site: Site, terms: Sequence[spec.MaskTerm]) -> spec.Mask:
-    """One tensor added to scores [B, H, S_q, S_kv] is a bias, whatever it is made of."""
-    term = terms[0]
-    stands = term.kind, term.axes, term.factor, site.tensors[term.value].rank > 0
-    if len(terms) > 1 or stands != (spec.TermKind.ADD, "BHST", 1.0, True):
-        raise Unknown
-    fact = spec.Fact("bias, broadcast as it is: how it is computed is not understood", (name_of(term.node),))
-    return spec.Mask(attn_bias=term.value, facts=(fact, spec.Fact(INFINITE_ROW, fact.nodes)))
+def _as_it_stands(draft: Draft) -> spec.Mask:
+    """One tensor added to the scores is a bias, whatever it is made of. Raises NotAMask of anything else."""
+    term, tensors = draft.terms[0], draft.site.tensors
+    if len(draft.terms) > 1 or (term.kind, term.factor) != (spec.TermKind.ADD, 1.0) or tensors[term.value].rank == 0:
+        raise NotAMask(NOT_UNDERSTOOD)
+    try:
+        draft.mask.attn_bias = draft.placed(term)
+    except Unknown:
+        raise NotAMask(NOT_UNDERSTOOD) from None
+    names = (name_of(term.node),)
+    draft.facts += [
+        spec.Fact("bias, broadcast as it is: how it is computed is not understood", names),
+        spec.Fact(INFINITE_ROW, names),
+    ]
+    return draft.finished()
 
 
 UNKNOWN_SHAPE = "the shape of its mask can't be found out"
+NOT_UNDERSTOOD = "how its mask is computed is not understood, and it is not one tensor that is added to the scores"
 
 
 def _key(site: Site, terms: Sequence[spec.MaskTerm], options: MaskOptions) -> tuple:

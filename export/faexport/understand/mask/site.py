@@ -26,6 +26,10 @@ _TOO_LARGE = (
 class NotAMask(Exception):
     """The terms can't be expressed; the message is the reason of the refusal."""
 
+    def __init__(self, reason: str, kind: spec.RefusalKind = spec.RefusalKind.OTHER):
+        super().__init__(reason)
+        self.kind = kind
+
 
 class Site:
     """The index variables of one attention site and the elements of its terms at them.
@@ -108,7 +112,7 @@ class Site:
                     whole = self.sizes[letter][0] if letter in self.sizes else own
                     fixed = letter == "T" and self.scores.same_keys
                     if not fixed and not self._fits(self.simplified(size), whole):
-                        raise NotAMask(_TOO_LARGE.format(_AXES.get(letter, "entries")))
+                        raise NotAMask(_TOO_LARGE.format(_AXES.get(letter, "entries")), spec.RefusalKind.UNLIKE_SIZES)
                     if letter in self.meeting:
                         self._note_meeting(letter, size)
 
@@ -184,6 +188,6 @@ class Site:
         whole = self.h if letter in "KG" else self.b
         dims = dict(zip(term.axes, term.dims, strict=False))
         if dims.get(inner) is None:
-            raise NotAMask("the number of heads in a group isn't known")
+            raise NotAMask("the number of heads in a group isn't known", spec.RefusalKind.UNKNOWN_SIZES)
         per_group = self.ctx.size(dims[inner])
         return ia.floordiv(whole, per_group) if letter in "KM" else ia.modulo(whole, per_group)

@@ -82,6 +82,8 @@ def _apply(term: spec.MaskTerm, arrays: Arrays, s: np.ndarray) -> np.ndarray:
         if term.node.op_type != "Clip":
             return above
         return np.minimum(above, np.asarray(largest(ir.DataType.from_numpy(s.dtype)) * factor, s.dtype))
+    if term.kind is spec.TermKind.MIN:
+        return np.minimum(s, (value * factor).astype(s.dtype))
     if term.kind is spec.TermKind.GATE:
         return s * value.astype(s.dtype)
     fill = np.asarray(-np.inf) if term.fill is None else arrays[term.fill] * factor

@@ -30,6 +30,10 @@ _CLAMPED_BIAS = (
     "its scores are clamped at {:g} after a bias was added that may be lower, and this number does not absorb scores"
 )
 _CUT_OFF_BIAS = "its scores are cut off above after a bias was added that may be infinite"
+_LOWERED_BIAS = (
+    "its mask takes the lower of a score and {:g}, after what may be lower was added: then the masked keys would be "
+    "seen instead"
+)
 _HIDDEN_BESIDE = (
     "exponentials are set to 0 after {} was added to the scores: in a row whose hidden scores are much higher, the "
     "exponentials that stay may be 0 as well"
@@ -87,7 +91,7 @@ def fills(site: Site) -> list[float]:
     found = []
     for term in site.terms:
         value = term.fill if term.fill is not None else term.value
-        if term.kind in (spec.TermKind.ADD, spec.TermKind.WHERE, spec.TermKind.CLAMP):
+        if term.kind in (spec.TermKind.ADD, spec.TermKind.WHERE, spec.TermKind.CLAMP, spec.TermKind.MIN):
             parts = (part for _, leaf in leaves(site.element(term, value)) for part in summands(leaf))
             found += [il.number_of(x) * term.factor for x in parts if x.op == "float" and is_fill(x, term.factor)]
     return found
@@ -115,8 +119,7 @@ def cases_of(site: Site) -> list[Case]:
         if term.kind is spec.TermKind.HIDDEN:
             cases = _hidden(site, term, cases)
             continue
-        apply = {"add": _add, "where": _where, "bool": _where, "clamp": _clamp, "gate": _gate}[term.kind.value]
-        cases = [new for case in cases for new in apply(site, term, case)]
+        cases = [new for case in cases for new in _APPLY[term.kind](site, term, case)]
         cases = _merged([c for c in cases if c.cond is not il.FALSE])
         if len(cases) > _MAX_CASES:
             raise NotAMask("its mask has too many cases")
@@ -250,6 +253,41 @@ def check_clamp(term: spec.MaskTerm, floor: float, dtype: ir.DataType) -> None:
         raise NotAMask(_CUT_OFF_BIAS)
 
 
+def _lower(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
+    """min(score, number): the largest number of the type keeps a score, a hugely negative one takes its place."""
+    dtype, result = site.tensors[term.value].dtype or site.scores.dtype, []
+    for cond, leaf in leaves(site.element(term, term.value)):
+        new = dataclasses.replace(case, cond=il.all_of((case.cond, cond)))
+        if new.cond is il.FALSE:
+            continue
+        number = il.float_value(leaf)
+        if number is not None and number >= largest(dtype):
+            if number < math.inf and any(magnitude(e) == math.inf for e, _ in case.bias):
+                raise NotAMask(_CUT_OFF_BIAS)
+        elif number is not None and number * term.factor <= MASKING:
+            new = _lowered(new, number * term.factor)
+        else:
+            which = "numbers that are not known" if number is None else f"{number:g}"
+            raise NotAMask(f"its scores are cut off above at {which}, which scores can reach")
+        result.append(new)
+    return result
+
+
+def _lowered(case: Case, number: float) -> Case:
+    """The case where each of its scores is at most this hugely negative number."""
+    if case.mask is None:
+        if number > -math.inf and not sum(magnitude(e) * abs(factor) for e, factor in case.bias) < -number / 2:
+            raise NotAMask(_LOWERED_BIAS.format(number))
+        return Case(case.cond, number, True)
+    if case.exact:
+        return Case(case.cond, min(case.number, number), True)
+    if number <= 2 * case.number:  # lower than that beside any score
+        return Case(case.cond, number, True)
+    if case.number > 2 * number:
+        raise NotAMask(_LOWERED_BIAS.format(number))
+    return case
+
+
 def sum_of(bias: Iterable[tuple[Expr, float]], dtype: ir.DataType) -> Expr:
     """What the expressions of a Case add to its scores."""
     total = il.floating(0.0, dtype)
@@ -271,6 +309,16 @@ def _gate(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
         else:
             raise NotAMask("its scores are multiplied by values that aren't just 0 and 1")
     return result
+
+
+_APPLY = {
+    spec.TermKind.ADD: _add,
+    spec.TermKind.WHERE: _where,
+    spec.TermKind.BOOL: _where,
+    spec.TermKind.CLAMP: _clamp,
+    spec.TermKind.MIN: _lower,
+    spec.TermKind.GATE: _gate,
+}
 
 
 def _as_float(e: Expr) -> Expr:

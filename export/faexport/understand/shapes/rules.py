@@ -78,8 +78,11 @@ def _meet(x: Dim, y: Dim) -> Dim:
     met = x.meet(y)
     if met in (x, y) or met.const is not None:
         return met
-    # One that never exceeds the other is it, or 1. (Or it is 0 where the other is 1: then there are no elements.)
-    return x if (x - y).is_at_least(0) else y if (y - x).is_at_least(0) else met
+    for larger, other in ((x, y), (y, x)):
+        # One that never exceeds the other is it, or 1. (Or it is 0 where the other is 1: then there are no elements.)
+        if (larger - other).is_at_least(0):
+            return other if larger.beside(other) == other else larger
+    return met
 
 
 def resolve_axis(axis: int, rank: int) -> int:
