@@ -42,18 +42,46 @@ inline RowTiles row_tiles(const AttentionParams& p, const TensorView& tensor, in
 }
 
 /// The sequence that a tile of a head belongs to, if to any. `first_row`: what Sequence calls the first of the rows that the
-/// tiles are of.
+/// tiles are of. look(first, later) is called for each sequence that is compared: its first tile, and whether that is `tile` or
+/// before.
+template <class Look>
 FA_HD uint32_t sequence_of_tile(const RowTiles& tiles, const SequenceRule& sequences, uint32_t tile,
-                                int64_t Sequence::* first_row) {
+                                int64_t Sequence::* first_row, const Look& look) {
   if (!tiles.packed) return tile / static_cast<uint32_t>(tiles.of_sequence);
   uint32_t b = 0, count = static_cast<uint32_t>(sequences.num_sequences);
   while (count > 1) {  // the last sequence whose first tile is this one or before it
     const uint32_t half = count / 2;
-    const bool later = tiles.first(0, b + half, sequences.at(b + half).*first_row) <= tile;
+    const int64_t first = tiles.first(0, b + half, sequences.at(b + half).*first_row);
+    const bool later = first <= tile;
+    look(first, later);
     b += later ? half : 0;
     count = later ? count - half : half;
   }
   return b;
+}
+
+/// Which tile of keys of which packed sequence one of a head's tiles is.
+struct KeyTilePlace {
+  uint32_t sequence_idx;
+  Sequence sequence;
+  int32_t tile;  // of the sequence, whose last keys may be in front of it; -1: of no sequence
+};
+
+/// Where cu_seqlens_kv falls, sequences overlap, and several may have a tile of the same number. Of a sequence all tiles are
+/// found or none, since who works off one may wait for the others: those are its own between the sequences that the search has
+/// compared.
+FA_HD KeyTilePlace key_tile_place(const RowTiles& tiles, const SequenceRule& sequences, uint32_t tile) {
+  uint32_t begin = 0, end = static_cast<uint32_t>(tiles.of_head);  // of the tiles for which the search takes the same way
+  const uint32_t b = sequence_of_tile(tiles, sequences, tile, &Sequence::first_key, [&](int64_t first, bool later) {
+    const auto edge = static_cast<uint32_t>(first);
+    if (later && edge > begin) begin = edge;
+    if (!later && edge < end) end = edge;
+  });
+  const Sequence sequence = sequences.at(b);
+  const auto first = static_cast<uint32_t>(tiles.first(0, b, sequence.first_key));
+  const uint32_t last_end = first + static_cast<uint32_t>((sequence.num_keys + tiles.tile_rows - 1) / tiles.tile_rows);
+  const bool is_its = first <= tile && begin <= first && last_end <= end;
+  return {b, sequence, is_its ? static_cast<int32_t>(tile - first) : -1};
 }
 
 /// Where an entry of the arrays stands: a row of a sequence, or, below 0 and from num_rows of it on, none.
@@ -66,7 +94,7 @@ struct RowPlace {
 /// `entry`: of the head's entries, fewer than 2^31.
 FA_HD RowPlace row_place(const RowTiles& tiles, const SequenceRule& sequences, int head, uint32_t entry) {
   const uint32_t tile = entry / static_cast<uint32_t>(tiles.tile_rows);
-  const uint32_t b = sequence_of_tile(tiles, sequences, tile, &Sequence::first_row);
+  const uint32_t b = sequence_of_tile(tiles, sequences, tile, &Sequence::first_row, [](int64_t, bool) {});
   RowPlace place{head, static_cast<int>(b), sequences.at(b), 0};
   place.row = entry - tiles.first(0, b, place.sequence.first_row) * tiles.tile_rows;
   return place;

@@ -10,20 +10,24 @@
 
 namespace fa::backward_sm90 {
 
-/// Key tile `tile` of a batch entry, or where sequences are packed of all of them: some are no sequence's, and have no keys.
+/// Key tile `tile` of a batch entry, or where sequences are packed of all of them: some are no sequence's, and have no keys and
+/// no rows.
 template <class C>
 __device__ __forceinline__ void set_tile(const KernelArgs& args, int batch, int tile, Item& item) {
   if constexpr (C::kPacked) {
-    const uint32_t idx = sequence_of_tile(args.key_tiles, args.sequences, tile, &Sequence::first_key);
-    const Sequence sequence = args.sequences.at(idx);
+    RowTiles tiles = args.key_tiles;
+    tiles.tile_rows = C::kTileN;  // the compiler is told
+    const KeyTilePlace place = key_tile_place(tiles, args.sequences, tile);
+    const Sequence& sequence = place.sequence;
+    const bool is_none = place.tile < 0;
     item.batch = 0;
-    item.key_tile = tile - static_cast<int>(args.key_tiles.first(0, idx, sequence.first_key));
-    item.first_query_tile = static_cast<int>(args.rows.tiles.first(0, idx, sequence.first_row));
+    item.key_tile = is_none ? 0 : place.tile;
+    item.first_query_tile = static_cast<int>(args.rows.tiles.first(0, place.sequence_idx, sequence.first_row));
     item.first_row = static_cast<int>(sequence.first_row);
     item.first_key = static_cast<int>(sequence.first_key);
-    item.num_keys = item.key_tile < 0 ? 0 : static_cast<int>(sequence.num_keys);
+    item.num_keys = is_none ? 0 : static_cast<int>(sequence.num_keys);
     item.view = view_of(sequence);
-    if (item.key_tile < 0) item.view.kv_length = 0;
+    if (is_none) item.view.query_length = item.view.kv_length = 0;
   } else {
     item.batch = batch;
     item.key_tile = tile;
