@@ -16,7 +16,7 @@ DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfl
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 ELEMENTS = DTYPES | {"float8": FLOAT8, "float8_e4m3fn": FLOAT8}  # a Case's word for it, and the operator's
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float8": "f8"}
-OUTSIDE = (3, 70)  # rows in front of all packed sequences, and behind them
+OUTSIDE = (259, 70)  # rows in front of all packed sequences, more than a tile of any kernel, and behind them
 
 
 @dataclasses.dataclass

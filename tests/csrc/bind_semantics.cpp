@@ -4,6 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <utility>
+#include <vector>
+
+#include "kernels/backward_rows/row_numbers.h"
 #include "semantics/score.h"
 #include "semantics/sequence.h"
 #include "semantics/softmax.h"
@@ -35,6 +39,25 @@ py::dict sequence_at(int64_t b, int64_t seqlen_q, int64_t seqlen_kv, const py::d
   return d;
 }
 
+/// (sequence, its tile) for all tiles of a head, (-1, -1) for those of no sequence.
+std::vector<std::pair<int64_t, int64_t>> key_tile_places(const std::vector<int32_t>& starts, int64_t seqlen_kv, int tile_rows) {
+  fa::SequenceRule rule{};
+  rule.num_sequences = static_cast<int64_t>(starts.size()) - 1;
+  rule.cu_seqlens_q = rule.cu_seqlens_kv = {starts.data(), 1, false};
+  rule.seqlen_q = rule.seqlen_kv = seqlen_kv;
+  fa::AttentionParams params{};
+  params.cu_seqlens_q.present = true;
+  params.cu_seqlens_q.shape[0] = static_cast<int64_t>(starts.size());
+  params.key.shape[2] = seqlen_kv;
+  const fa::RowTiles tiles = fa::row_tiles(params, params.key, tile_rows);
+  std::vector<std::pair<int64_t, int64_t>> places;
+  for (uint32_t tile = 0; tile < tiles.of_head; ++tile) {
+    const fa::KeyTilePlace place = fa::key_tile_place(tiles, rule, tile);
+    places.emplace_back(place.tile < 0 ? -1 : int64_t{place.sequence_idx}, place.tile);
+  }
+  return places;
+}
+
 }  // namespace
 
 void bind_semantics(py::module_& m) {
@@ -57,4 +80,5 @@ void bind_semantics(py::module_& m) {
   m.def("alibi_bias", [](float slope, int64_t position, int64_t key) { return fa::alibi_bias(slope, position, key); });
   m.def("capped", [](float dot, float scale, float softcap) { return fa::ScoreRule{scale, softcap}.capped(dot); });
   m.def("sequence_at", sequence_at);
+  m.def("key_tile_places", key_tile_places);
 }

@@ -182,3 +182,33 @@ def test_packed_sequences_follow_one_another(fa_csrc, lengths):
         s = fa_csrc.sequence_at(b, int(cu_q[-1]), int(cu_kv[-1]), indices, 0, False)
         assert (s["batch_idx"], s["first_row"], s["num_rows"]) == (0, cu_q[b], q)
         assert (s["first_key"], s["num_keys"]) == (cu_kv[b], kv)
+
+
+def found_tiles(fa_csrc, starts: list[int], keys: int, tile_rows: int) -> list[list[int]]:
+    """Of each sequence the tiles of its keys that are found."""
+    found: list[list[int]] = [[] for _ in starts[1:]]
+    for sequence, tile in fa_csrc.key_tile_places(starts, keys, tile_rows):
+        if sequence >= 0:
+            found[sequence].append(tile)
+    return found
+
+
+def lengths_of(starts: list[int], keys: int) -> list[int]:
+    inside = [min(max(start, 0), keys) for start in starts]
+    return [max(end - begin, 0) for begin, end in zip(inside, inside[1:], strict=False)]
+
+
+@FIXTURE
+@given(front=small, lengths=st.lists(small, max_size=5), behind=small, tile_rows=st.integers(1, 8))
+def test_each_tile_of_keys_of_packed_sequences_is_found_once(fa_csrc, front, lengths, behind, tile_rows):
+    starts = [front + sum(lengths[:b]) for b in range(len(lengths) + 1)]
+    found = found_tiles(fa_csrc, starts, starts[-1] + behind, tile_rows)
+    assert found == [list(range(-(-length // tile_rows))) for length in lengths]
+
+
+@FIXTURE
+@given(starts=st.lists(st.integers(-9, 40), min_size=1, max_size=6), keys=small, tile_rows=st.integers(1, 8))
+def test_of_sequences_that_overlap_all_tiles_of_keys_are_found_or_none(fa_csrc, starts, keys, tile_rows):
+    found = found_tiles(fa_csrc, starts, keys, tile_rows)
+    for tiles, length in zip(found, lengths_of(starts, keys), strict=True):
+        assert tiles in ([], list(range(-(-length // tile_rows))))

@@ -52,6 +52,10 @@ def in_circles() -> list[cases.Case]:
         cases.Case("float16", 35, 2, 2, 70, 130, 192),
         cases.Case("bfloat16", 35, 4, 4, 70, 136, 64, bias="1HQK"),
         cases.Case("float16", 2, 4, 2, 450, 456, 128, bias="BHQK", **band),
+        cases.Case("float16", 4, 4, 2, 450, 450, 64, packed=True, outside=True, **band),
+        cases.Case("bfloat16", 3, 4, 2, 450, 450, 128, packed=True, outside=True, **band),
+        cases.Case("bfloat16", 40, 4, 4, 130, 260, 64, packed=True),
+        cases.Case("float16", 40, 4, 4, 130, 260, 128, packed=True),
     ]
 
 

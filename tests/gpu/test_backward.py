@@ -4,12 +4,14 @@ the same bits each time."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 
 from tests import cases, reference_backward
-from tests.problems import Case
+from tests.problems import Case, Problem
 
 torch = pytest.importorskip("torch")
 import faplugin  # noqa: E402
@@ -89,12 +91,66 @@ BIASED = [
     Case("bfloat16", 2, 4, 2, 304, 304, 64, layout="QKV", bias="QK", is_causal=True),
 ]
 
+# Packed sequences of many lengths; around some of them are rows and keys of no sequence.
+PACKED = [
+    Case("bfloat16", 5, 4, 2, 700, 900, 64, packed=True, outside=True),
+    Case("float16", 5, 4, 2, 700, 900, 128, packed=True, outside=True, window_left=60, window_right=0),
+    Case("float16", 40, 8, 8, 150, 300, 64, 40, packed=True, is_causal=True, alignment="bottom_right"),
+    Case("bfloat16", 40, 8, 2, 150, 300, 96, 128, layout="BSHD", packed=True, outside=True, window_left=100),
+    Case("float16", 4, 2, 1, 900, 200, 256, layout="BSHD", packed=True, outside=True, is_causal=True),
+]
+
 
 @pytest.mark.parametrize(
-    "case", [*LARGE, *MANY_ROWS, *BIASED, *filter(cases.has_gradients, [*cases.full(), *cases.empty()])], ids=str
+    "case",
+    [*LARGE, *PACKED, *MANY_ROWS, *BIASED, *filter(cases.has_gradients, [*cases.full(), *cases.empty()])],
+    ids=str,
 )
 def test_case(case: Case, expected_gradients) -> None:
     check(case, expected_gradients(case))
+
+
+def with_starts(case: Case, starts: dict[str, list[int]]) -> Problem:
+    """The case's problem with these starts of its packed sequences."""
+    problem = case.problem()
+    arrays_of_starts = {f"cu_seqlens_{name}": np.array(found, np.int32) for name, found in starts.items()}
+    return dataclasses.replace(problem, inputs=problem.inputs | arrays_of_starts)
+
+
+def gradients_of(case: Case, problem: Problem, kernel: str) -> dict[str, torch.Tensor] | None:
+    inputs, arguments = on_gpu.arguments_of(problem)
+    return on_gpu.takes(kernel, problem, inputs, arguments, on_gpu.given_for(case, problem, inputs, arguments))
+
+
+@pytest.mark.parametrize("kernel", on_gpu.KERNELS)
+@pytest.mark.parametrize("dtype", ("float16", "float32"))
+def test_without_sequences_all_gradients_are_zero(dtype: str, kernel: str) -> None:
+    case = Case(dtype, 1, 4, 2, 300, 300, 64, packed=True)
+    found = gradients_of(case, with_starts(case, {"q": [0], "kv": [0]}), kernel)
+    assert found is not None or kernel == "backward_sm90"
+    assert all((gradient == 0).all() for gradient in (found or {}).values())
+
+
+@pytest.mark.parametrize("kernel", on_gpu.KERNELS)
+@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("fields", ({}, {"is_causal": True}, {"window_left": 200, "window_right": 30}), ids=str)
+@pytest.mark.parametrize(
+    "starts",
+    (
+        {"q": [0, 300, 0, 300], "kv": [0, 1000, 0, 1000]},
+        {"q": [0, 100, 200, 300], "kv": [0, 1000, 0, 1000]},
+        {"q": [0, 300, 0, 300], "kv": [0, 400, 700, 1000]},
+        {"q": [290, -7, 5000, 20], "kv": [990, -7, 5000, 20]},
+    ),
+    ids=str,
+)
+def test_starts_that_fall_write_nothing_beside_and_come_to_an_end(
+    starts: dict, fields: dict, head_dim: int, kernel: str
+) -> None:
+    """Of such sequences any gradients will do. Blocks of one must not wait for tiles of keys that another has taken."""
+    case = Case("float16", 1, 2, 1, 300, 1000, head_dim, packed=True, **fields)
+    found = gradients_of(case, with_starts(case, starts), kernel)
+    assert found is not None or not is_hopper()
 
 
 def refusal_by_hopper(case: Case) -> str | None:
@@ -109,7 +165,7 @@ def refusal_by_hopper(case: Case) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("case", [*MANY_ROWS, *BIASED], ids=str)
+@pytest.mark.parametrize("case", [*MANY_ROWS, *BIASED, *PACKED[:-1]], ids=str)
 def test_the_fast_kernel_takes_it(case: Case) -> None:
     assert (refusal_by_hopper(case) is None) == is_hopper()
 

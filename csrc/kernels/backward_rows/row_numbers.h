@@ -64,14 +64,14 @@ FA_HD uint32_t sequence_of_tile(const RowTiles& tiles, const SequenceRule& seque
 struct KeyTilePlace {
   uint32_t sequence_idx;
   Sequence sequence;
-  int32_t tile;  // of the sequence, whose last keys may be in front of it; -1: of no sequence
+  int32_t tile;  // of the sequence; -1: it has no keys of any sequence
 };
 
-/// Where cu_seqlens_kv falls, sequences overlap, and several may have a tile of the same number. Of a sequence all tiles are
-/// found or none, since who works off one may wait for the others: those are its own between the sequences that the search has
-/// compared.
+/// Of a sequence all tiles are found or none, since blocks that have some of them may wait for the others. Where cu_seqlens_kv
+/// falls, sequences overlap, and tiles of several would have the same number. So a sequence counts only if the search takes the
+/// same way for all of its tiles.
 FA_HD KeyTilePlace key_tile_place(const RowTiles& tiles, const SequenceRule& sequences, uint32_t tile) {
-  uint32_t begin = 0, end = static_cast<uint32_t>(tiles.of_head);  // of the tiles for which the search takes the same way
+  uint32_t begin = 0, end = static_cast<uint32_t>(tiles.of_head);  // of the tiles for which the search takes this way
   const uint32_t b = sequence_of_tile(tiles, sequences, tile, &Sequence::first_key, [&](int64_t first, bool later) {
     const auto edge = static_cast<uint32_t>(first);
     if (later && edge > begin) begin = edge;
@@ -79,8 +79,8 @@ FA_HD KeyTilePlace key_tile_place(const RowTiles& tiles, const SequenceRule& seq
   });
   const Sequence sequence = sequences.at(b);
   const auto first = static_cast<uint32_t>(tiles.first(0, b, sequence.first_key));
-  const uint32_t last_end = first + static_cast<uint32_t>((sequence.num_keys + tiles.tile_rows - 1) / tiles.tile_rows);
-  const bool is_its = first <= tile && begin <= first && last_end <= end;
+  const uint32_t behind = first + static_cast<uint32_t>((sequence.num_keys + tiles.tile_rows - 1) / tiles.tile_rows);
+  const bool is_its = first <= tile && tile < behind && begin <= first && behind <= end;
   return {b, sequence, is_its ? static_cast<int32_t>(tile - first) : -1};
 }
 
