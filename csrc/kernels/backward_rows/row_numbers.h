@@ -9,7 +9,7 @@
 
 namespace fa {
 
-/// The tiles of query rows of all heads, one head behind the other; or of keys.
+/// The tiles of query rows, or of keys, of all heads, one head behind the other.
 struct RowTiles {
   int tile_rows;
   bool packed;

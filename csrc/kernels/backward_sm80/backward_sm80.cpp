@@ -95,8 +95,8 @@ int64_t bytes_of_sums(const Instance& instance, const RowTiles& tiles, const Att
 }
 
 /// Among how many thread blocks the keys of a pair of sequence and key head are dealt out: so many that the multiprocessors are
-/// busy to the end, and few, since each has sums of its own of all dQ. Packed sequences may have any lengths: counted on are all
-/// the tiles there are, and at the end a block of a sequence twice as long as the mean.
+/// busy to the end, and few, since each has sums of its own of all dQ. Lengths of packed sequences are not known here: assumed is
+/// that the multiprocessors share all tiles evenly, and at the end wait for a block of a sequence twice as long as the mean.
 int64_t num_splits(const Instance& instance, const RowTiles& rows, const AttentionParams& p, const Device& device) {
   const TileShape tile = instance.tile();
   const int64_t fitting = std::max(1, std::min(tile.min_blocks, device.shared_memory_bytes / instance.shared_bytes()));

@@ -10,7 +10,7 @@ namespace fa::backward_sm80 {
 /// What a tile of scores is to the kernel.
 enum class Variant : uint8_t {
   kPlain,     // scale, lengths, windows
-  kModified,  // on top of it softcap, bias, mask, ALiBi, and gradients of biases and sinks; also where kPlain has no room
+  kModified,  // on top of it softcap, bias, mask, ALiBi, and gradients of biases and sinks; also where the others have no room
   kTf32,      // float32 as kPlain, in one TF32 product in place of three
   kCompact,   // as kPlain, in the shared memory of compute capability 8.0
 };

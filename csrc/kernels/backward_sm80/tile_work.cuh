@@ -44,9 +44,9 @@ __device__ __forceinline__ KeySpan tiles_of_keys(const TileWork& work, int row_t
   return first <= last && seen.begin < seen.end ? tiles_touched(seen, tile_k) : KeySpan{0, 0};
 }
 
-/// One of a block's tiles of keys, and what tiles of query rows are to it. With the keys both ends of the tiles that see some of
-/// them rise, and nothing is seen on either side of a span of keys: so it takes a comparison each to tell whether a tile has been
-/// visited, and whether it will be again.
+/// One of a block's tiles of keys, and what tiles of query rows are to it. The first and the last tile of rows that see a tile of
+/// keys rise with the keys, and the tiles of keys that some row sees are neighbours. So one comparison tells whether the block
+/// has visited a tile of rows before, and one whether it will again.
 struct KeyTile {
   int first_key;
   KeySpan rows;        // tiles of rows that see some of the keys

@@ -330,7 +330,7 @@ struct Consumer {
     issue_next_scores();
   }
 
-  /// Rows of a tile of queries that are the next sequence's become 0: times a weight of 0 what isn't finite would be NaN.
+  /// In a tile of Q or dO, rows that are the next sequence's become 0: a weight of 0 times NaN would be NaN.
   __device__ __forceinline__ void clear_others(uint8_t* rows, const Item& item, int its_tile) {
     if constexpr (C::kPacked) {
       const int used = item.view.query_length - its_tile * C::kTileM;
@@ -343,7 +343,7 @@ struct Consumer {
 
   /// The tile of queries behind the step's.
   __device__ __forceinline__ int next_tile(const Item& item) const {
-    if (!C::kPacked) return 0;  // nobody asks
+    if (!C::kPacked) return 0;  // only packed sequences need it
     Place next = place;
     next.advance(item);
     return next.tile(item);

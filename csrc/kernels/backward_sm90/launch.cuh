@@ -47,7 +47,7 @@ void describe_problem(const AttentionParams& p, const Gradients& gradients, cons
   args->num_items = static_cast<int>(args->num_key_tiles * p.key.shape[1] * p.query.shape[0]);
   // As many heads together as give all multiprocessors one item, or two if it has up to 64 columns: the first key tiles of all of
   // them start, then the second … Fewer key tiles of a head then wait for one another; with more, L2 would not hold all sums.
-  const int64_t tiles_of_sequence =
+  const int64_t tiles_of_sequence =  // of one of mean length
       C::kPacked ? args->num_key_tiles / std::max<int64_t>(1, num_sequences(p)) : args->num_key_tiles;
   const int64_t together = std::max<int64_t>(1, num_sms * 128 / C::kHeadDim / tiles_of_sequence);
   args->rows_start_later = p.window_right >= 0;
