@@ -15,14 +15,14 @@ namespace fa::backward_sm90 {
 template <class C>
 __device__ __forceinline__ void set_tile(const KernelArgs& args, int batch, int tile, Item& item) {
   if constexpr (C::kPacked) {
-    RowTiles tiles = args.key_tiles;
-    tiles.tile_rows = C::kTileN;  // the compiler is told
-    const KeyTilePlace place = key_tile_place(tiles, args.sequences, tile);
+    RowTiles keys = args.key_tiles, rows = args.rows.tiles;
+    keys.tile_rows = C::kTileN, rows.tile_rows = C::kTileM;  // NOTE: so they are; the compiler is told
+    const KeyTilePlace place = key_tile_place(keys, args.sequences, tile);
     const Sequence& sequence = place.sequence;
     const bool is_none = place.tile < 0;
     item.batch = 0;
     item.key_tile = is_none ? 0 : place.tile;
-    item.first_query_tile = static_cast<int>(args.rows.tiles.first(0, place.sequence_idx, sequence.first_row));
+    item.first_query_tile = static_cast<int>(rows.first(0, place.sequence_idx, sequence.first_row));
     item.first_row = static_cast<int>(sequence.first_row);
     item.first_key = static_cast<int>(sequence.first_key);
     item.num_keys = is_none ? 0 : static_cast<int>(sequence.num_keys);
