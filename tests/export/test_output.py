@@ -365,6 +365,27 @@ def test_folders_of_killed_runs_go_and_others_stay(tmp_path: pathlib.Path) -> No
     assert names(tmp_path) == [".faexport-link", ".faexport-of-another"]
 
 
+INTERRUPTED_BEFORE_THE_REMOVAL = """
+import contextlib, pathlib, sys
+from faexport.files import scratch
+held = scratch.uninterrupted
+with contextlib.suppress(KeyboardInterrupt):
+    with scratch.folder(pathlib.Path(sys.argv[1])) as folder:
+        (folder / "half a model").write_text("x")
+        def interrupted():
+            scratch.uninterrupted = held
+            raise KeyboardInterrupt
+        scratch.uninterrupted = interrupted
+assert folder.exists()
+"""
+
+
+def test_a_folder_goes_where_the_removal_was_interrupted_before_it_began(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_BEFORE_THE_REMOVAL, os.fspath(tmp_path)]
+    subprocess.run(command, env=commands.environment(), check=True)
+    assert names(tmp_path) == []
+
+
 def test_a_small_file_is_written_whole_or_not_at_all(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.json"
     output.write_file(path, b"old")

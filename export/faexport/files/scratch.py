@@ -7,6 +7,7 @@ ends, however it ends. So a folder whose lock can be taken belongs to nobody any
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -22,6 +23,8 @@ PREFIX = "faexport-"
 LOCK = ".faexport-lock"
 UNLOCKED_SECONDS = 3600.0  # an empty folder without a lock file is stale after so long: its owner was about to lock it
 
+_standing: dict[pathlib.Path, int] = {}  # folders that this process has, and its number, which a fork's differs from
+
 
 @contextlib.contextmanager
 def folder(parent: pathlib.Path | None = None, what: str = "") -> Iterator[pathlib.Path]:
@@ -35,14 +38,24 @@ def folder(parent: pathlib.Path | None = None, what: str = "") -> Iterator[pathl
     try:
         with uninterrupted():
             made = pathlib.Path(tempfile.mkdtemp(prefix=f"{prefix}{what}", dir=place))
+            _standing[made] = os.getpid()
             lock = _locked(made)
         yield made
     finally:
         with uninterrupted():
             if made is not None:
                 shutil.rmtree(made, ignore_errors=True)
+                _standing.pop(made, None)
             if lock is not None:
                 os.close(lock)
+
+
+@atexit.register
+def _remove_standing() -> None:
+    """Where Ctrl-C came on the way to the removal: Python may raise it between any two steps, also of a `finally`."""
+    for made, owner in list(_standing.items()):
+        if owner == os.getpid():
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def remove_stale(place: pathlib.Path, prefix: str) -> None:
