@@ -143,6 +143,14 @@ def _attend_packed_sequences(
     probs: bool,
 ) -> Any:
     """Tensors [total rows, …] as a batch of 1."""
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_kv)):
+        if cu is None:
+            raise TypeError(f"{name} is None; expected int32 [sequences + 1]")
+    for name, tensor in zip("qkv", tensors[: 3 - packed], strict=False):  # those that nothing is packed in
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [total rows, heads, head_dim]")
     query, key, value = (None if t is None else t.unsqueeze(0) for t in tensors)
     found: Any = compute(query, key, value, packed, _optional(slopes, None, cu_q, cu_kv), settings, probs)
     return (found[0].squeeze(0), found[1].squeeze(0), None) if probs else found.squeeze(0)
