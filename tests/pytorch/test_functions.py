@@ -427,3 +427,26 @@ def test_float8_is_refused():
     q = torch.zeros(1, 2, 2, 16).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="^query is float8_e4m3fn; expected float32, float16 or bfloat16"):
         fatorch.flash_attn_func(q, q, q)
+
+
+def test_what_a_cache_does_not_hold_is_refused():
+    q, cache = torch.zeros(2, 1, 2, 16), torch.zeros(2, 8, 2, 16)
+
+    def step(caches=(cache, cache.clone()), lengths=(1, 2), **arguments):
+        lengths = torch.tensor(lengths, dtype=torch.int32) if isinstance(lengths, tuple) else lengths
+        return fatorch.flash_attn_with_kvcache(q, *caches, q, q, cache_seqlens=lengths, **arguments)
+
+    for lengths, least in (((-2, 1), -2), (-1, -1)):
+        with pytest.raises(ValueError, match=f"^cache_seqlens is {least} for a sequence; expected 0 or more"):
+            step(lengths=lengths)
+    for lengths in (2.5, "3"):
+        with pytest.raises(TypeError, match=f"^cache_seqlens is {lengths!r}; expected a whole number, or a tensor"):
+            step(lengths=lengths)
+    short = torch.zeros(5, 8)
+    with pytest.raises(ValueError, match="^rotary_cos has 5 positions; expected at least the 8 rows of k_cache"):
+        step(rotary_cos=short, rotary_sin=short)
+    strided = torch.zeros(2, 2, 8, 16).transpose(1, 2)
+    with pytest.raises(ValueError, match="^k_cache is float32 .* and not row-major"):
+        step((strided, cache))
+    with pytest.raises(ValueError, match="^cache_seqlens is float32; expected int32 or int64"):
+        fatorch.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=torch.ones(2))
