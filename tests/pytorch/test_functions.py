@@ -432,7 +432,8 @@ def test_float8_is_refused():
 def test_what_a_cache_does_not_hold_is_refused():
     q, cache = torch.zeros(2, 1, 2, 16), torch.zeros(2, 8, 2, 16)
 
-    def step(caches=(cache, cache.clone()), lengths=(1, 2), **arguments):
+    def step(caches=None, lengths=(1, 2), **arguments):
+        caches = caches or (cache, cache.clone())
         lengths = torch.tensor(lengths, dtype=torch.int32) if isinstance(lengths, tuple) else lengths
         return fatorch.flash_attn_with_kvcache(q, *caches, q, q, cache_seqlens=lengths, **arguments)
 

@@ -135,7 +135,7 @@ def test_models_with_attention_of_their_own_are_refused():
     """Bloom asks for a mask by transformers' interface, and not for attention."""
     config = transformers.BloomConfig(vocab_size=99, hidden_size=64, n_layer=1, n_head=4)
     model = transformers.BloomModel._from_config(config, attn_implementation="faplugin")
-    with pytest.raises(ValueError, match="BloomConfig computes attention itself, not by transformers' attention interf"):
+    with pytest.raises(ValueError, match="BloomConfig computes attention itself, not by transformers' attention"):
         model(input_ids=IDS, attention_mask=RIGHT)
 
 

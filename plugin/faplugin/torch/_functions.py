@@ -316,8 +316,8 @@ def flash_attn_with_kvcache(
     if k is not None and cache_seqlens is None:
         raise ValueError("k is given without cache_seqlens; expected where it is to be written")
     if rotary_cos is not None and rotary_cos.shape[0] < k_cache.shape[1]:
-        raise ValueError(f"rotary_cos has {rotary_cos.shape[0]} positions; expected at least the {k_cache.shape[1]} rows "
-                         "of k_cache")  # fmt: skip
+        raise ValueError(f"rotary_cos has {rotary_cos.shape[0]} positions; expected at least the {k_cache.shape[1]} "
+                         "rows of k_cache")  # fmt: skip
     if rotary_cos is not None and q.shape[1] > 1 and not causal and tuple(window_size) == (-1, -1):
         raise ValueError("rotary_cos is given for several queries without causal or a window; expected one of these, "
                          "so that each query has a position of its own")  # fmt: skip
@@ -339,12 +339,13 @@ def _written(
     extras: dict[str, Any], settings: tuple, interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The output and the log-sum-exp of a step that writes its keys and values behind `lengths` rows of the cache."""
-    inputs = {"past_key": cache[0], "past_value": cache[1], "nonpad_kv_seqlen": lengths + operands[1].shape[1]}
+    query, key, value = operands
+    inputs = {"past_key": cache[0], "past_value": cache[1], "nonpad_kv_seqlen": lengths + key.shape[1]}
     inputs |= {name: tensor for name, tensor in extras.items() if tensor is not None}
     if not is_eager(*operands, *inputs.values()):
         raise RuntimeError("flash_attn_with_kvcache writes to its cache; it can't be compiled, traced or transformed")
-    _check_room(lengths, operands[1], cache[0])
-    return step(*operands, inputs, settings, interleaved)
+    _check_room(lengths, key, cache[0])
+    return step(query, key, value, inputs, settings, interleaved)
 
 
 def _lengths(cache_seqlens: Any, q: torch.Tensor) -> Any:

@@ -226,8 +226,8 @@ def _refuse_transforms() -> None:
     """Raises RuntimeError under torch.func, in other words than those of PyTorch, which speak to us."""
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "faplugin.torch's attention is called under a transform of torch.func (grad, vmap, jvp …), which it does not "
-            "offer; expected torch.autograd, and batches as an axis of the tensors"
+            "faplugin.torch's attention is called under a transform of torch.func (grad, vmap, jvp …), which it does "
+            "not offer; expected torch.autograd, and batches as an axis of the tensors"
         )
 
 

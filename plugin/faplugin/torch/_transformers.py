@@ -54,7 +54,7 @@ def attention_mask(
     """
     from transformers import masking_utils
 
-    if config is not None and (why := _own_attention(type(config))):
+    if config is not None and (why := _own_attention(type(config).__module__, type(config).__name__)):
         raise ValueError(why)
     causal, both = masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function
     mask_function = causal if mask_function is None else mask_function
@@ -73,17 +73,17 @@ def attention_mask(
 
 
 @functools.cache
-def _own_attention(config: type) -> str:
+def _own_attention(module: str, config: str) -> str:
     """Why a model with such a configuration can't use the implementation: its file doesn't know the interface that
     attention_forward is registered with, and would apply our mask in a way of its own. "" where it can."""
-    modeling = sys.modules.get(config.__module__.replace("configuration_", "modeling_"))
+    modeling = sys.modules.get(module.replace("configuration_", "modeling_"))
     if modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         return ""
     models = [kind for kind in vars(modeling).values() if isinstance(kind, type)]
     if any(getattr(kind, "_supports_sdpa", False) for kind in models):  # it hands attention on to another model
         return ""
     return (
-        f"a model with {config.__name__} computes attention itself, not by transformers' attention interface; expected "
+        f"a model with {config} computes attention itself, not by transformers' attention interface; expected "
         f'attn_implementation="eager" in place of "{NAME}"'
     )
 
