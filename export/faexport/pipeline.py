@@ -5,7 +5,8 @@ normalize -> analyse -> match (every matcher, in the main graph, in functions an
 empty rows -> precision -> rewrite, which also removes what nothing needs any more -> Gemms between Reshapes and biases
 of projections, for onnxruntime -> projections -> the stand-in function -> sizes that are proven, as numbers -> moved
 rows -> computed sizes that stay so -> shapes that are proven -> GELU as onnxruntime knows it -> what stands around, for
-onnxruntime, and for its CUDA provider alone, with padding and vectors -> Reshapes one behind the other.
+onnxruntime, and for its CUDA provider alone, with padding and vectors -> Reshapes one behind the other -> moves in
+front of DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from faexport.around import (
     joins,
     known_sizes,
     moved_projections,
+    quantized_moves,
     reshapes,
     row_gathers,
 )
@@ -183,6 +185,8 @@ class _Passes:
             cuda_broadcasts.join(self.model, self.masks.analysis, self.names)
         if self.options.joins_rest:
             reshapes.join(self.model, self.masks.analysis, self.names)
+        if self.options.target != "tensorrt":
+            quantized_moves.put_in_front(self.model, self.masks.analysis, self.names)
         self.joined = dict(sorted((joins.counts(self.model) - before).items()))
         if self.joined:
             self.model.opset_imports.setdefault(RUNTIME_DOMAIN, 1)

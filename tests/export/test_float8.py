@@ -238,6 +238,35 @@ def test_a_models_own_float8_numbers_are_taken_as_they_are(tmp_path: pathlib.Pat
     assert distance(outputs(made, drawn()), outputs(model, drawn(), library=False)) < 1e-5
 
 
+HALF = OWN.replace("qs = ", "qsf = ").replace("ks = ", "ksf = ").replace("vs = ", "vsf = ").replace("c = ", "cf = ")
+CASTS = "qs = Cast<to = 10>(qsf) ks = Cast<to = 10>(ksf) vs = Cast<to = 10>(vsf) c = Cast<to = 10>(cf)"
+
+
+@pytest.mark.parametrize(("wide", "is_exact"), [(1, True), (16, False)], ids=["float32", "bfloat16"])
+def test_casts_around_the_products_leave_such_numbers_as_they_are(
+    wide: int, is_exact: bool, tmp_path: pathlib.Path, library: str
+) -> None:
+    """ModelOpt writes them where products are to be summed in float32 (mha_accumulation_dtype). bfloat16 rounds."""
+    body = HALF.replace("q8 =", f"{CASTS} q8 =").replace(
+        "s = MatMul(qr, kr)",
+        f"qw = Cast<to = {wide}>(qr) kw = Cast<to = {wide}>(kr) sw = MatMul(qw, kw) s = Cast<to = 10>(sw)",
+    )
+    body = body.replace(
+        "y = MatMul(p, vr)",
+        f"pw = Cast<to = {wide}>(p) vw = Cast<to = {wide}>(vr) yw = MatMul(pw, vw) y = Cast<to = 10>(yw)",
+    )
+    model = model_of(body, type="float16")
+    _, report = faexport.fuse(model)
+    assert report.num_fused == 1, report.sites
+    assert any("made of float8 numbers" in note for note in report.notes) == is_exact
+    if is_exact:
+        report, made = written(model, None, tmp_path)
+        (site,) = report.float8.sites
+        assert site.own_factors and site.left == "" and site.error < 2e-3
+        (node,) = (node for node in made.graph.node if node.domain == "faexport")
+        assert node.input[0] == "q8" and node.input[2] == "v8"
+
+
 def test_the_report_tells_of_such_numbers_where_float8_was_not_asked_for() -> None:
     _, report = faexport.fuse(model_of(OWN))
     assert any("of 1 site are made of float8 numbers" in note and "--dtype fp8" in note for note in report.notes)

@@ -53,6 +53,12 @@ WRONG = {
         all = Mul(ps, vs) y = Mul(of, all)""",
         reason="multiplied as quantized numbers (MatMulInteger); see --assume scores-unquantized",
     ),
+    "DynamicQuantizeMatMul": Form(
+        QKV,
+        f"""{SCALES} k8, ks, kz = DynamicQuantizeLinear(k) kt = Transpose<perm = [0, 1, 3, 2]>(k8)
+        s = com.microsoft.DynamicQuantizeMatMul(q, kt, ks, kz) p = Softmax<axis = -1>(s) y = MatMul(p, v)""",
+        reason="numbers (com.microsoft::DynamicQuantizeMatMul): fuse the model before onnxruntime's optimizer",
+    ),
     "QLinearMatMul": Form(
         EIGHT,
         f"""{SCALES} kt = Transpose<perm = [0, 1, 3, 2]>(k8)

@@ -105,6 +105,19 @@ def test_float8_that_reaches_from_0_to_1_needs_none(weights: float) -> None:
     assert report.num_fused == 1
 
 
+@pytest.mark.parametrize(
+    ("axis", "scale"), [(1, "float {0.01}"), (3, "float {0.01}"), (1, "float[3] {0.01, 0.02, 0.03}")]
+)
+def test_an_axis_that_one_of_a_pair_leaves_out_is_the_default(axis: int, scale: str) -> None:
+    """onnxruntime writes attributes that a file leaves out; of a single scale the axis says nothing."""
+    body = f"""{ZEROS} f = Constant<value = {scale}>() kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt)
+        p = Softmax<axis = -1>(s) p8 = QuantizeLinear<axis = {axis}>(p, f, ZERO) pr = DequantizeLinear(p8, f, ZERO)
+        y = MatMul(pr, v)""".replace("ZERO", "e4m3" if "[3]" not in scale else "zeros")
+    zeros = "none = Constant<value = float[3] {0.0, 0.0, 0.0}>() zeros = Cast<to = 17>(none)"
+    _, report = faexport.fuse(model_of(f"{zeros} {body}"))
+    assert report.num_fused == 1, report.sites
+
+
 def scaled(model: onnx.ModelProto) -> None:
     (node,) = (node for node in model.graph.node if node.domain == "faexport")
     (scale,) = (attribute for attribute in node.attribute if attribute.name == "scale")
@@ -179,9 +192,127 @@ def test_a_mask_whose_scale_is_infinite(tmp_path: pathlib.Path, library: str) ->
     assert all(row.quantization_error < 0.01 and row.original_quantization_error > 0.9 for row in found.sites)
 
 
+def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray, softcap: float = 0.0, sinks=None) -> np.ndarray:
+    """Attention in float64; `sinks` [H]."""
+    scores = np.einsum("bhtd,bhsd->bhts", *(x.astype(np.float64) for x in (q, k)))
+    scores = softcap * np.tanh(scores / softcap) if softcap else scores
+    column = np.full(scores.shape[:-1] + (1,), -np.inf) if sinks is None else np.broadcast_to(
+        sinks[:, None, None], scores.shape[:-1] + (1,))  # fmt: skip
+    weights = np.exp(np.concatenate([scores, column], -1) - np.maximum(scores.max(-1, keepdims=True), column))
+    return np.einsum("bhts,bhsd->bhtd", (weights / weights.sum(-1, keepdims=True))[..., :-1], v)
+
+
+def drawn() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    rows = {"q": 12, "k": 20, "v": 20}
+    return {name: rng.standard_normal((2, 3, n, 8)).astype(np.float32) for name, n in rows.items()}
+
+
+def outputs(model: onnx.ModelProto, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """As onnxruntime computes it, with its optimizations."""
+    with ort_session.SessionHere(ort_session.Job(model.SerializeToString(), library=True)) as session:
+        return session.run(tensors)["y"]
+
+
+SOFTCAP = f"""{ZEROS} kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt) {qdq("s", "int8", 0.1)}
+    tenth = Constant<value = float {{0.1}}>() fifty = Constant<value = int8 {{50}}>()
+    five = DequantizeLinear(fifty, tenth, int8) d = Div(sr, five) h = Tanh(d) {qdq("h", "int8", 0.01)}
+    u = Mul(hr, five) p = Softmax<axis = -1>(u) y = MatMul(p, v)"""
+SINKS = f"""{ZEROS} kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt) {qdq("s", "int8", 0.1)}
+    z = Constant<value = float[1, 3, 1, 1] {{0.53, -1.0, 2.0}}>() {qdq("z", "int8", 0.1)}
+    target = Constant<value = int64[4] {{2, 3, 12, 1}}>() e = Expand(zr, target) {qdq("e", "int8", 0.1)}
+    c = Concat<axis = -1>(sr, er) {qdq("c", "int8", 0.1)} p = Softmax<axis = -1>(cr) {qdq("p", "uint8", 1 / 255)}
+    zero = Constant<value = int64[1] {{0}}>() last = Constant<value = int64[1] {{-1}}>()
+    w = Slice(pr, zero, last, last) y = MatMul(w, v)"""
+
+
+@pytest.mark.parametrize(
+    ("body", "said", "options"),
+    [
+        (SOFTCAP, "softcap 5", {"softcap": 5.0}),
+        (SINKS, "the sinks are not rounded to int8", {"sinks": np.array([0.53, -1.0, 2.0])}),
+    ],
+    ids=["a softcap whose number is stored quantized", "quantized sinks"],
+)
+def test_what_onnxruntime_quantizes_beside_the_scores(
+    body: str, said: str, options: dict, tmp_path: pathlib.Path, library: str
+) -> None:
+    model = model_of(body)
+    _, report = faexport.fuse(model)
+    assert "the scores are quantized inside the block" in report.sites[0].refusal.reason
+    report, found = fused_and_checked(model, tmp_path, AGREED)
+    assert report.num_fused == 1, report.sites
+    assert any(said in text for text in facts(report)), facts(report)
+    assert found.status is PASSED, found.reason
+    fused, _ = faexport.fuse(model, options=AGREED)
+    tensors = drawn()
+    np.testing.assert_allclose(outputs(fused, tensors), attended(*tensors.values(), **options), atol=2e-6)
+
+
+def test_sinks_that_alone_are_quantized_need_consent() -> None:
+    body = SINKS.replace("Concat<axis = -1>(sr, er)", "Concat<axis = -1>(s, er)").replace("(cr)", "(c)")
+    body = body.replace("Slice(pr,", "Slice(p,")
+    _, report = faexport.fuse(model_of(body))
+    assert report.sites[0].refusal.reason.startswith("the sinks are quantized inside the block: --assume")
+    _, report = faexport.fuse(model_of(body), options=AGREED)
+    assert report.num_fused == 1, report.sites
+    _, report = faexport.fuse(model_of(body.replace("(s, er)", "(s, e)")))
+    assert report.num_fused == 1, "one number for each head is read as it is, rounded or not"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("opset", [19, 21, 23])
+def test_keys_that_are_quantized_transposed_load(opset: int, dtype: str, library: str) -> None:
+    """The operator wants them in rows, and from opset 21 on onnxruntime's optimizer makes an invalid node of a
+    Transpose behind the DequantizeLinear of int8."""
+    pairs = " ".join(
+        f"{name}8 = QuantizeLinear({name}, scale, zero) {name}r = DequantizeLinear({name}8, scale, zero)"
+        for name in ("q", "kt", "v")
+    )
+    header = f'<ir_version: 10, opset_import: ["" : {opset}]>'
+    inputs = "float[2, 3, 12, 8] q, float[2, 3, 8, 20] k, float[2, 3, 20, 8] v"
+    model = onnx.parser.parse_model(
+        f"""{header} block ({inputs}) => (float[2, 3, 12, 8] y) {{ kt = Neg(k) {pairs} s = MatMul(qr, ktr)
+        p = Softmax<axis = -1>(s) y = MatMul(p, vr)\n}}"""
+    )
+    stored = {"scale": np.array(0.03, np.float32), "zero": np.array(0 if dtype == "int8" else 3, dtype)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in stored.items())
+    fused, report = faexport.fuse(model)
+    assert report.num_fused == 1
+    tensors = drawn()
+    zero, limits = (0 if dtype == "int8" else 3), np.iinfo(dtype)
+    rounded = [np.clip(np.rint(x / np.float32(0.03)) + zero, limits.min, limits.max) - zero for x in tensors.values()]
+    want = attended(*(x.astype(np.float64) * float(np.float32(0.03)) for x in rounded))
+    tensors["k"] = -tensors["k"].transpose(0, 1, 3, 2)
+    np.testing.assert_allclose(outputs(fused, tensors), want, atol=1e-5)
+
+
+def test_a_reason_says_whether_consent_helps(library: str) -> None:
+    """Of a product that nobody reads as one on floats: its scale differs from column to column."""
+    body = f"""{ZEROS} kt = Transpose<perm = [0, 1, 3, 2]>(k8) one = Constant<value = float {{0.02}}>()
+        s8 = QLinearMatMul(q8, one, int8, kt, SCALE, int8, one, int8) s = DequantizeLinear(s8, one, int8)
+        p = Softmax<axis = -1>(s) y = MatMul(p, v)"""
+    inputs = "int8[2, 3, 12, 8] q8, int8[2, 3, 20, 8] k8, float[2, 3, 20, 8] v, float[20] columns"
+    for scale, helps in (("one", True), ("columns", False)):
+        header = '<ir_version: 9, opset_import: ["" : 19]>'
+        model = onnx.parser.parse_model(f"{header}\nblock ({inputs}) => (float y) {{{body.replace('SCALE', scale)}\n}}")
+        model.graph.output[0].type.tensor_type.ClearField("shape")
+        _, report = faexport.fuse(model)
+        why = "the scores are quantized inside the block (QLinearMatMul)"
+        assert report.sites[0].refusal.reason == f"{why}; see --assume scores-unquantized"
+        _, report = faexport.fuse(model, options=AGREED)
+        assert report.num_fused == helps
+        if not helps:
+            assert report.sites[0].refusal.reason == f"{why}, and not all around it is read as operators on floats"
+
+
 WRONG = {
     "another scale back": f"""{ZEROS} kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt)
         p = Softmax<axis = -1>(s) {qdq("p", "e4m3", 1 / 36, back=1 / 35)} y = MatMul(pr, v)""",
+    "scales of another axis back": f"""{ZEROS} three = Constant<value = float[3] {{0.01, 0.02, 0.03}}>()
+        none = Constant<value = float[3] {{0.0, 0.0, 0.0}}>() zeros = Cast<to = 17>(none)
+        kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt) p = Softmax<axis = -1>(s)
+        p8 = QuantizeLinear(p, three, zeros) pr = DequantizeLinear<axis = 3>(p8, three, zeros) y = MatMul(pr, v)""",
     "scores with another scale back": f"""{ZEROS} kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt)
         {qdq("s", "int8", 0.1, back=0.2)} p = Softmax<axis = -1>(sr) y = MatMul(p, v)""",
     "another zero point back": f"""{ZEROS} kt = Transpose<perm = [0, 1, 3, 2]>(k) s = MatMul(q, kt)

@@ -40,12 +40,14 @@ class Block(torch.nn.Module):
             y = fatorch.attend(q, k, v, mask=extra[:, None, None, :] != 0)
         elif self.kind == "bias":
             y = fatorch.attend(q, k, v, bias=extra[:, None, None, :].float(), causal=True)
+        elif self.kind == "cache":
+            y = fatorch.flash_attn_with_kvcache(q, k, v, cache_seqlens=extra.sum(1, dtype=torch.int32), causal=True)
         else:
             y = fatorch.flash_attn_varlen_func(q[0], k[0], v[0], extra[0], extra[0], rows, rows, causal=True)[None]
         return self.out(y.reshape(batch, rows, 32))
 
 
-KINDS = ("causal", "window", "padding", "bias", "varlen")
+KINDS = ("causal", "window", "padding", "bias", "cache", "varlen")
 
 
 def inputs_of(kind: str, batch: int, rows: int) -> tuple:

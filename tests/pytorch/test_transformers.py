@@ -113,6 +113,40 @@ def test_generation_with_a_cache(options):
     assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("family", ["Mistral", "Mixtral"])
+def test_generation_with_a_window_whose_cache_drops_keys(family, options):
+    """Weights are large enough for attention to matter in the logits, and entries have padding on the left."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(sliding_window=8, initializer_range=0.3, **GROUPED)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    found = []
+    for name in ("eager", "faplugin"):
+        model.set_attn_implementation(name)
+        answer = model.generate(
+            input_ids=IDS, attention_mask=LEFT, max_new_tokens=6, do_sample=False, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True, **options,
+        )  # fmt: skip
+        found.append(torch.stack(answer.logits))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_models_with_attention_of_their_own_are_refused():
+    """Bloom asks for a mask by transformers' interface, and not for attention."""
+    config = transformers.BloomConfig(vocab_size=99, hidden_size=64, n_layer=1, n_head=4)
+    model = transformers.BloomModel._from_config(config, attn_implementation="faplugin")
+    with pytest.raises(ValueError, match="BloomConfig computes attention itself, not by transformers' attention"):
+        model(input_ids=IDS, attention_mask=RIGHT)
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "head_mask"])
+def test_what_eager_attention_would_compute_with_is_refused(name):
+    attention = transformers.AttentionInterface().get_interface("faplugin", None)
+    x = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match=f"^{name} is given; expected None"):
+        attention(torch.nn.Identity(), x, x, x, None, **{name: x})
+
+
 def test_dropout_is_refused_while_training():
     model, _ = build("BertConfig", "BertModel", SMALL)
     model.set_attn_implementation("faplugin")

@@ -14,13 +14,18 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import producer
+from faexport.graph.nodes import given, producer
 from faexport.match import Context
+from faexport.sizes.dims import Dim
 from faexport.spec import Assumption, Fact, MaskTerm, Refusal, RefusalKind
+from faexport.understand.core import rounding
 from faexport.understand.core.rounding import Rounding, rounding_at
+from faexport.understand.core.score_chain import Scores
+from faexport.understand.core.sinks import Sinks, sinks_of
 from faexport.understand.shapes.analysis import Analysis
 
 CONSENT = "--assume scores-unquantized computes it without"
+_ASK = f"; see {rounding.CONSENT}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +35,16 @@ class Roundings:
     scores: Sequence[Rounding]
     masks: Sequence[Rounding]
     weights: Sequence[Rounding]
+    sinks: Sequence[Rounding] = ()
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the tensors in whose place the operator has what they were before (AttentionSpec.left_out)."""
-        return tuple(one.dequantize.outputs[0].name or "" for one in (*self.scores, *self.masks, *self.weights))
+        return tuple(one.dequantize.outputs[0].name or "" for one in self.all)
+
+    @property
+    def all(self) -> tuple[Rounding, ...]:
+        return (*self.scores, *self.masks, *self.sinks, *self.weights)
 
     def refusal(self, context: Context) -> Refusal | None:
         """Why the site has to stay as it is, if it does."""
@@ -50,7 +60,8 @@ class Roundings:
     def facts(self) -> list[Fact]:
         """One sentence for each rounding that is left out."""
         found: list[Fact] = []
-        for what, roundings in (("scores", self.scores), ("masks", self.masks), ("attention weights", self.weights)):
+        kinds = {"scores": self.scores, "masks": self.masks, "sinks": self.sinks, "attention weights": self.weights}
+        for what, roundings in kinds.items():
             for one in roundings:
                 text = f"the {what} are not rounded to {one.dtype.name.lower()} as the original does"
                 if what == "attention weights" and one.holds_weights:
@@ -64,6 +75,43 @@ def between(nodes: Sequence[ir.Node], a: Analysis) -> list[Rounding]:
     """The roundings among these nodes, in their order."""
     found = [(node, rounding_at(node, a)) for node in nodes]
     return [one for node, one in found if one is not None and node is one.dequantize]
+
+
+def why_unread(why: str, context: Context) -> str:
+    """Why operators on quantized numbers are left, of a user who has agreed to leave them out already."""
+    if not context.options.assume_scores_unquantized:
+        return why
+    return why.replace(_ASK, ", and not all around it is read as operators on floats")
+
+
+def sinks_in_front(
+    scores: Scores, heads: Dim, unread: Refusal, context: Context
+) -> tuple[list[Rounding], Sinks | Refusal]:
+    """The roundings of a column of sinks that is not read as it is (`unread`), and the sinks in front of them."""
+    a, found = context.analysis, sinks_of(scores, None, heads, context.analysis, lambda node: _before(node, context))
+    if found is None or isinstance(found, Refusal) or scores.sink is None or found[2] is None:
+        return [], unread
+    left_out = _up_to(scores.sink, found[2], a)
+    if not context.options.assume_scores_unquantized:
+        why = f"the sinks are quantized inside the block: {CONSENT}"
+        return left_out, Refusal(why, left_out[0].names[0], RefusalKind.QUANTIZED)
+    return left_out, found
+
+
+def _before(node: ir.Node, context: Context) -> ir.Value | None:
+    """What stood in front of a rounding that the node ends."""
+    one = rounding_at(node, context.analysis)
+    return one.quantize.inputs[0] if one is not None and one.dequantize is node else None
+
+
+def _up_to(value: ir.Value, source: ir.Value, a: Analysis) -> list[Rounding]:
+    """The roundings among the nodes that rearrange `source` to `value`."""
+    found = []
+    while value is not source and (node := producer(value)) is not None:
+        one = rounding_at(node, a)
+        found += [one] if one is not None else []
+        value = given(one.quantize if one is not None else node, 0)
+    return found
 
 
 def unrounded(terms: Sequence[MaskTerm], context: Context) -> tuple[list[MaskTerm], list[Rounding]]:

@@ -64,9 +64,8 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
             Candidate(node, context.graph, SOURCE, outcome=Refusal(softmax.flaw, name_of(node), softmax.flaw_kind))
         ]
     elif isinstance(path, Blocked):
-        found = [
-            Candidate(node, context.graph, SOURCE, outcome=Refusal(path.why, name_of(path.node or node), path.kind))
-        ]
+        refusal = Refusal(roundings.why_unread(path.why, context), name_of(path.node or node), path.kind)
+        found = [Candidate(node, context.graph, SOURCE, outcome=refusal)]
     else:
         found = _understand(path, softmax, context)
     refused = any(isinstance(c.outcome, Refusal) for c in found)
@@ -319,9 +318,12 @@ def _spec(
         return shape_uses
     _note_heads(candidate, structure, score_shape, a)
     found = sinks_of(scores, softmax.logit, structure.heads, a)
+    if isinstance(found, Refusal) and scores.sink is not None:
+        column, found = roundings.sinks_in_front(scores, structure.heads, found, context)
+        rounded = dataclasses.replace(rounded, sinks=column)
     if isinstance(found, Refusal):
         return found
-    sinks, sink_nodes = found or (None, ())
+    sinks, sink_nodes, _ = found or (None, (), None)
     return AttentionSpec(
         query.operand,
         key.operand,

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import name_of, operand
 from faexport.match import Context, matcher
+from faexport.match.roundings import why_unread
 from faexport.spec import Candidate, Refusal, RefusalKind
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.core.value_chain import feeds_product
@@ -52,5 +53,5 @@ def match_softmax(node: ir.Node, context: Context) -> list[Candidate]:
     if not feeds_product(softmax, context.analysis):
         return []
     why, kind = SOFTMAXES[node.op_type]
-    refusal = Refusal(why, name_of(node), kind)
+    refusal = Refusal(why_unread(why, context), name_of(node), kind)
     return [Candidate(node, context.graph, SOURCE, outcome=refusal)]

@@ -136,19 +136,26 @@ def _operand(node: ir.Node, index: int, role: str, layout: Layout, a: Analysis) 
 
 def _own_numbers(value: ir.Value, a: Analysis) -> tuple[ir.Value | None, float]:
     """The e4m3 numbers behind a tensor, and their one factor: the tensor that a DequantizeLinear reads, or where it is
-    rearranged before the node gets it the tensor itself, which is rounded to the same numbers again."""
+    rearranged before the node gets it the tensor itself, which is rounded to the same numbers again. Casts in between
+    may change none of them: those to float32, and back."""
     source: ir.Value | None = value
+    casts: set[ir.DataType | None] = set()
+    is_moved = False
     for _ in range(_MOST_VIEWS):
         node = source.producer() if source is not None else None
         one = rounding_at(node, a)
         if node is not None and one is not None:
             scale = a.scalar(operand(node, 1))
             fits = one.dtype is ir.DataType.FLOAT8E4M3FN and one.is_float8 and scale is not None and node.domain == ""
-            if not fits:
+            if not fits or casts - {ir.DataType.FLOAT, a.dtype(source)}:
                 return None, 0.0
-            return (node.inputs[0] if source is value else value), float(scale or 0)
-        if node is None or op(node) not in VIEW_OPS or op(node) == "Cast":
+            return (value if is_moved else node.inputs[0]), float(scale or 0)
+        if node is None or op(node) not in VIEW_OPS:
             return None, 0.0
+        if op(node) == "Cast":
+            casts.add(a.dtype(node.outputs[0]))
+        else:
+            is_moved = True
         source = node.inputs[0]
     return None, 0.0
 

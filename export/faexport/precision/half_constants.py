@@ -17,10 +17,10 @@ from faexport.understand.shapes import constants
 
 MOST_ELEMENTS = 1 << 22
 SMALL = 1 << 16  # elements; of larger results the file would grow, where they are larger than what they are made of
-# What moves, repeats or makes numbers.
+# What moves, repeats or makes numbers, or has them in fewer bits than they would be stored in.
 _MOVES = {
-    "Concat", "ConstantOfShape", "Expand", "Gather", "Identity", "Range", "Reshape", "Slice", "Squeeze", "Tile",
-    "Transpose", "Trilu", "Unsqueeze",
+    "Concat", "ConstantOfShape", "DequantizeLinear", "Expand", "Gather", "Identity", "Range", "Reshape", "Slice",
+    "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze",
 }  # fmt: skip
 
 

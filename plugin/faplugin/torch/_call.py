@@ -44,7 +44,7 @@ def _inputs(
     given: tuple[str, ...] = ()
     if optional is not ABSENT:
         given = tuple(name for name, tensor in zip(OPTIONAL, optional, strict=True) if tensor is not None)
-        inputs += [tensor for tensor in optional if tensor is not None]
+        inputs += [_stored(tensor) for tensor in optional if tensor is not None]
     return _node(given, settings, outputs), inputs
 
 
@@ -60,8 +60,15 @@ def scale_of(query: torch.Tensor, scale: float | None) -> float:
     return max(size, 1) ** -0.5
 
 
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its numbers in memory, as DLPack's C exchange API takes it to be: PyTorch may have the negative
+    ones there (the imaginary part of a conjugate)."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with a contiguous last axis: other strides are read in place."""
+    tensor = _stored(tensor)
     # The first question is the one that PyTorch answers fastest.
     if tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
@@ -80,6 +87,8 @@ def _result(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     shape = query.shape
     if len(shape) != 4:
         raise ValueError(f"query has {len(shape)} axes; expected 4: batch, rows, heads, head_dim")
+    if query.element_size() == 1:  # the operator takes float8, but its gradients and its output are of another type
+        raise ValueError(f"query is {str(query.dtype).removeprefix('torch.')}; expected float32, float16 or bfloat16")
     head_dim_v = value.shape[-1]
     if head_dim_v == 0:  # also without a log-sum-exp, beside which the operator refuses it
         raise ValueError("value has head_dim 0; expected at least 1")
@@ -170,7 +179,7 @@ def backward(
     d_operands = operand_gradients(operands, packed)
     d_bias = empty_like(optional[0], torch.float32) if wants_bias else None
     d_sinks = empty_like(optional[1], torch.float32) if wants_sinks else None
-    d_lse = None if d_lse is None else d_lse.contiguous()
-    arrays = (output, lse, d_output.contiguous(), d_lse, *unpacked(d_operands, packed), d_bias, d_sinks)
+    d_lse = None if d_lse is None else _stored(d_lse).contiguous()
+    arrays = (output, lse, _stored(d_output).contiguous(), d_lse, *unpacked(d_operands, packed), d_bias, d_sinks)
     run(torch.Tensor, node, inputs, arrays, True, torch.get_num_threads())
     return *d_operands, d_bias, d_sinks

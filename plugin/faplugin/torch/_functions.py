@@ -6,6 +6,7 @@ Causal masks and windows are aligned to the last key, and rows that attend no ke
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any
 
@@ -143,6 +144,14 @@ def _attend_packed_sequences(
     probs: bool,
 ) -> Any:
     """Tensors [total rows, …] as a batch of 1."""
+    for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_kv)):
+        if cu is None:
+            raise TypeError(f"{name} is None; expected int32 [sequences + 1]")
+    for name, tensor in zip("qkv", tensors[: 3 - packed], strict=False):  # those that nothing is packed in
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [total rows, heads, head_dim]")
     query, key, value = (None if t is None else t.unsqueeze(0) for t in tensors)
     found: Any = compute(query, key, value, packed, _optional(slopes, None, cu_q, cu_kv), settings, probs)
     return (found[0].squeeze(0), found[1].squeeze(0), None) if probs else found.squeeze(0)
@@ -275,10 +284,12 @@ def flash_attn_with_kvcache(
         v_cache: [B, rows, H_kv, D_v], likewise.
         k: new keys [B, S, H_kv, D], as many rows as q; None: the cache is complete.
         v: new values [B, S, H_kv, D_v].
-        rotary_cos: [positions, rotary_dim / 2]; q and k are rotated by it, k first being written.
+        rotary_cos: [positions, rotary_dim / 2], at least as many as k_cache has rows; q and k are rotated by it before
+            k is written.
         rotary_sin: as rotary_cos.
         cache_seqlens: rows in use before the new ones, int32 [B] or one for all; None: all rows, without k. Rows that
-            would lie beyond the cache are refused on the CPU, and not written on a GPU: the host can't see its lengths.
+            would lie outside of the cache are refused on the CPU, and not written on a GPU: the host can't see its
+            lengths.
         cache_batch_idx: None; anything else is refused, as the next two are.
         cache_leftpad: None.
         block_table: None.
@@ -304,40 +315,54 @@ def flash_attn_with_kvcache(
         raise ValueError("rotary_cos is given without k; expected both")
     if k is not None and cache_seqlens is None:
         raise ValueError("k is given without cache_seqlens; expected where it is to be written")
+    if rotary_cos is not None and rotary_cos.shape[0] < k_cache.shape[1]:
+        raise ValueError(f"rotary_cos has {rotary_cos.shape[0]} positions; expected at least the {k_cache.shape[1]} "
+                         "rows of k_cache")  # fmt: skip
     if rotary_cos is not None and q.shape[1] > 1 and not causal and tuple(window_size) == (-1, -1):
         raise ValueError("rotary_cos is given for several queries without causal or a window; expected one of these, "
                          "so that each query has a position of its own")  # fmt: skip
     settings = _settings(q, 0.0, softmax_scale, causal, window_size, softcap)
     lengths = _lengths(cache_seqlens, q)
     with torch.no_grad():
-        if k is None or v is None:
-            optional = _optional(alibi_slopes, lengths)
-            output, lse = compute(q, k_cache, v_cache, 0, optional, settings, True)
-        else:
-            lengths = lengths + k.shape[1]
-            inputs = {"past_key": k_cache, "past_value": v_cache, "nonpad_kv_seqlen": lengths}
+        try:
+            if k is None or v is None:
+                return compute(q, k_cache, v_cache, 0, _optional(alibi_slopes, lengths), settings, return_softmax_lse)
             extras = {"alibi_slopes": alibi_slopes, "cos_cache": rotary_cos, "sin_cache": rotary_sin}
-            inputs |= {name: tensor for name, tensor in extras.items() if tensor is not None}
-            if not is_eager(q, k, v, *inputs.values()):
-                raise RuntimeError(
-                    "flash_attn_with_kvcache writes to its cache; it can't be compiled, traced or transformed"
-                )
-            _check_room(lengths, k, k_cache)
-            try:
-                output, lse = step(q, k, v, inputs, settings, rotary_interleaved)
-            except ValueError as error:
-                raise ValueError(_in_words_of_flash_attn(str(error))) from None
+            output, lse = _written((q, k, v), (k_cache, v_cache), lengths, extras, settings, rotary_interleaved)
+        except ValueError as error:
+            raise ValueError(_in_words_of_flash_attn(str(error))) from None
     return (output, lse) if return_softmax_lse else output
+
+
+def _written(
+    operands: tuple[torch.Tensor, ...], cache: tuple[torch.Tensor, torch.Tensor], lengths: torch.Tensor,
+    extras: dict[str, Any], settings: tuple, interleaved: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The output and the log-sum-exp of a step that writes its keys and values behind `lengths` rows of the cache."""
+    query, key, value = operands
+    inputs = {"past_key": cache[0], "past_value": cache[1], "nonpad_kv_seqlen": lengths + key.shape[1]}
+    inputs |= {name: tensor for name, tensor in extras.items() if tensor is not None}
+    if not is_eager(*operands, *inputs.values()):
+        raise RuntimeError("flash_attn_with_kvcache writes to its cache; it can't be compiled, traced or transformed")
+    _check_room(lengths, key, cache[0])
+    return step(query, key, value, inputs, settings, interleaved)
 
 
 def _lengths(cache_seqlens: Any, q: torch.Tensor) -> Any:
     if cache_seqlens is None or isinstance(cache_seqlens, torch.Tensor):
         return cache_seqlens
+    if not isinstance(cache_seqlens, (int, torch.SymInt)):  # torch.compile has the second
+        try:
+            cache_seqlens = operator.index(cache_seqlens)
+        except TypeError:
+            raise TypeError(f"cache_seqlens is {cache_seqlens!r}; expected a whole number, or a tensor") from None
     return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
 def _check_room(lengths: torch.Tensor, new: torch.Tensor, cache: torch.Tensor) -> None:
-    used = int(lengths.max()) - new.shape[1] if lengths.is_cpu and lengths.numel() else 0
+    least, used = (int(x) for x in torch.aminmax(lengths)) if lengths.is_cpu and lengths.numel() else (0, 0)
+    if least < 0:
+        raise ValueError(f"cache_seqlens is {least} for a sequence; expected 0 or more")
     if used + new.shape[1] > cache.shape[1]:
         raise ValueError(
             f"cache_seqlens is up to {used}; expected at most {cache.shape[1] - new.shape[1]}: "
@@ -349,6 +374,8 @@ def _check_room(lengths: torch.Tensor, new: torch.Tensor, cache: torch.Tensor) -
 _NAMES = {
     "past_key": "k_cache",
     "past_value": "v_cache",
+    "present_key": "k_cache",
+    "present_value": "v_cache",
     "cos_cache": "rotary_cos",
     "sin_cache": "rotary_sin",
     "nonpad_kv_seqlen": "cache_seqlens",

@@ -117,6 +117,9 @@ def _gradients(ctx: Any, d_output: Any, d_lse: Any = None) -> tuple:
     operands = unpacked((query, key, value), packed)
     arguments = (d_output, d_lse, output, lse, d_bias, d_sinks, packed)
     if is_eager(d_output, d_lse, query, key, value, *given):
+        if not (torch._C._has_storage(d_output) and (d_lse is None or torch._C._has_storage(d_lse))):
+            raise RuntimeError("the gradients of several outputs are wanted at once (is_grads_batched), which "
+                               "faplugin.torch does not offer; expected one call for each")  # fmt: skip
         gradients = _call.backward(*arguments, operands, optional, settings)
     else:
         gradients = torch.ops.faplugin.attention_backward(*arguments, *operands, *optional, *settings)
@@ -128,7 +131,27 @@ def _gradients(ctx: Any, d_output: Any, d_lse: Any = None) -> tuple:
     return None, *d_operands, *others, *[None] * len(EXTRAS)
 
 
-_refused_twice = torch.autograd.function.once_differentiable(_gradients)
+class _Last(torch.autograd.Function):
+    """Passes on the first `count` tensors, gradients, as results of the others too, so that whoever differentiates them
+    gets an error. PyTorch's once_differentiable doesn't know the others: where the gradients of the output are
+    constants, as those of a sum are, the second derivatives would be left out without a word."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Any) -> Tensors:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "the gradients of faplugin.torch's attention are differentiated, which its backward pass does not offer; "
+            "expected attention in operators of PyTorch where second derivatives are needed"
+        )
+
+
+def _differentiated_once(ctx: Any, *d_results: Any) -> tuple:
+    with torch.no_grad():
+        gradients = _gradients(ctx, *d_results)
+    return _Last.apply(len(gradients), *gradients, *d_results, *ctx.saved_tensors)
 
 
 class _Attention(torch.autograd.Function):
@@ -155,8 +178,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_results: Any) -> Any:
         # Where no graph of the gradients is wanted, what refuses to differentiate them is time lost.
-        function = _refused_twice if torch.is_grad_enabled() else _gradients
-        return function(ctx, *d_results)
+        is_wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (_differentiated_once if is_wanted else _gradients)(ctx, *d_results)
 
 
 _FIRST = 4  # of the optional tensors among the arguments of forward()
@@ -172,6 +195,7 @@ def compute(
     eager = is_eager(query, key, value, *given)
     if not eager or (packed < 3 and key is None) or (not packed and value is None):
         _refuse_others((query, key, value), packed, given)
+        _refuse_transforms()
     if not eager or torch._C._is_any_autocast_enabled():
         query, key, value = _autocast(query, key, value)
     if not eager and torch.onnx.is_in_onnx_export():
@@ -196,6 +220,15 @@ def _refuse_others(operands: Tensors, packed: int, given: Sequence[Any]) -> None
     for name, x in (*zip(("query", "key", "value"), there, strict=False), *optional):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+
+
+def _refuse_transforms() -> None:
+    """Raises RuntimeError under torch.func, in other words than those of PyTorch, which speak to us."""
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "faplugin.torch's attention is called under a transform of torch.func (grad, vmap, jvp …), which it does "
+            "not offer; expected torch.autograd, and batches as an axis of the tensors"
+        )
 
 
 def _autocast(query: Any, *others: Any) -> Tensors:

@@ -6,12 +6,14 @@ leaves out. Called by score_chain.py, value_chain.py, match/roundings.py and flo
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.nodes import live_users, name_of, op, operand, producer
+from faexport.understand.layout.products import QUANTIZED
 from faexport.understand.shapes.analysis import Analysis
 
 # What quantizes, and what undoes it: the TRT_ ones, which ModelOpt's exports of PyTorch have, know no zero point.
@@ -21,8 +23,9 @@ INVERSE = {
     "trt::TRT_FP8QuantizeLinear": "trt::TRT_FP8DequantizeLinear",
     "DynamicQuantizeLinear": "DequantizeLinear",
 }
+CONSENT = "--assume scores-unquantized"
 QUANTIZING, DEQUANTIZING = tuple(INVERSE), tuple(dict.fromkeys(INVERSE.values()))
-_HOW = ("axis", "block_size")  # attributes that both must have alike
+_HOW = {"axis": 1, "block_size": 0}  # attributes that both must have alike, with what they are where they are absent
 _FLOAT8 = (
     ir.DataType.FLOAT8E4M3FN,
     ir.DataType.FLOAT8E4M3FNUZ,
@@ -66,13 +69,30 @@ def _pair(quantize: ir.Node, dequantize: ir.Node, a: Analysis) -> Rounding | Non
         return Rounding(quantize, dequantize, ir.DataType.UINT8) if by_itself else None
     scale, zero = (operand(quantize, i) for i in (1, 2))
     alike = _alike(scale, operand(dequantize, 1), a) and _alike(zero, operand(dequantize, 2), a, missing=0)
-    if not alike or any(_number(quantize, name) != _number(dequantize, name) for name in _HOW):
+    how = ([_number(node, name, default) for name, default in _HOW.items()] for node in (quantize, dequantize))
+    if not alike or (a.rank(scale) != 0 and operator.ne(*how)):  # one number is that of all elements
         return None
     dtype, factor = _dtype(quantize, zero, a), a.constant(scale)
     is_scale = factor is not None and bool((np.isfinite(factor) & (factor > 0)).all())
     if dtype is None or factor is None or dtype not in _FLOAT8 or not is_scale:
         return None if dtype is None else Rounding(quantize, dequantize, dtype)
     return Rounding(quantize, dequantize, dtype, True, _reaches_from_0_to_1(dtype, factor))
+
+
+def why_quantized_product(product: ir.Node) -> str:
+    """Why a product of quantized numbers is none of queries and keys. onnxruntime's quantizer writes some of these
+    operators, which are read with consent, its optimizer others, which are not."""
+    is_optimized = product.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+    what_helps = ": fuse the model before onnxruntime's optimizer" if is_optimized else f"; see {CONSENT}"
+    return f"queries and keys are multiplied as quantized numbers ({op(product)}){what_helps}"
+
+
+def why_quantized(node: ir.Node) -> str:
+    """Why scores are followed no further from a QuantizeLinear or DequantizeLinear without the other of the pair."""
+    before = producer(operand(node, 0)) if op(node) in DEQUANTIZING else None
+    if before is not None and (op(before) in QUANTIZED or before.op_type.startswith("QLinear")):
+        return f"the scores are quantized inside the block ({op(before)}); see {CONSENT}"
+    return f"the scores are quantized inside the block ({op(node)})"
 
 
 def _reaches_from_0_to_1(dtype: ir.DataType, scale: np.ndarray) -> bool:
@@ -86,15 +106,15 @@ def _reaches_from_0_to_1(dtype: ir.DataType, scale: np.ndarray) -> bool:
 def _dtype(quantize: ir.Node, zero: ir.Value | None, a: Analysis) -> ir.DataType | None:
     if quantize.domain == "trt":
         return ir.DataType.FLOAT8E4M3FN
-    said = _number(quantize, "output_dtype")
+    said = _number(quantize, "output_dtype", 0)
     if said:
         return ir.DataType(said)
     return a.dtype(zero) if zero is not None else ir.DataType.UINT8
 
 
-def _number(node: ir.Node, name: str) -> int | None:
+def _number(node: ir.Node, name: str, default: int) -> int:
     attribute = node.attributes.get(name)
-    return None if attribute is None or attribute.is_ref() else attribute.value
+    return default if attribute is None or attribute.is_ref() else attribute.value
 
 
 def _alike(one: ir.Value | None, other: ir.Value | None, a: Analysis, missing: float | None = None) -> bool:

@@ -18,7 +18,7 @@ from faexport.spec import RefusalKind
 from faexport.understand.core.clamps import clamped_input
 from faexport.understand.core.fills import padded_column
 from faexport.understand.core.reductions import subtracts_own_maximum
-from faexport.understand.core.rounding import rounding_at
+from faexport.understand.core.rounding import rounding_at, why_quantized, why_quantized_product
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product, product_of
@@ -26,7 +26,6 @@ from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import resolve_axis
 
 MAX_PATH = 40  # nodes between product and softmax
-CONSENT = "--assume scores-unquantized"
 BY_WEIGHTS = "its input is a projection by weights, not a product of queries and keys"
 RESHAPES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten")
 UNCHANGED = ("pass", "max", "rounding")  # kinds of steps that are no part of what the operator computes
@@ -109,11 +108,11 @@ class _Search:
     def _blocked(self, node: ir.Node) -> Blocked:
         name = op(node)
         if name.endswith(("QuantizeLinear", "DequantizeLinear")):
-            return Blocked(node, f"the scores are quantized inside the block ({name})", RefusalKind.QUANTIZED)
+            return Blocked(node, why_quantized(node), RefusalKind.QUANTIZED)
         if name in QUANTIZED and not all(self.a.is_static(node.inputs[i]) for i in QUANTIZED[name]):
             return Blocked(
                 node,
-                f"queries and keys are multiplied as quantized numbers ({name}); see {CONSENT}",
+                why_quantized_product(node),
                 RefusalKind.QUANTIZED,
             )
         if name == "ScatterND":

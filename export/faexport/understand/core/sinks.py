@@ -5,6 +5,7 @@ written out. Called by match/softmax_core.py."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -20,16 +21,23 @@ from faexport.understand.layout.heads import Link, chain_of
 from faexport.understand.layout.views import Atom, merged
 from faexport.understand.shapes.analysis import Analysis
 
-Sinks = tuple[ir.Value, tuple[ir.Node, ...]]
+Sinks = tuple[ir.Value, tuple[ir.Node, ...], ir.Value | None]
 
 
-def sinks_of(scores: Scores, logit: Logit | None, heads: Dim, a: Analysis) -> Sinks | Refusal | None:
-    """The logits as float32 [H] and the new nodes that make them so; None where the softmax has none."""
+def sinks_of(
+    scores: Scores,
+    logit: Logit | None,
+    heads: Dim,
+    a: Analysis,
+    before: Callable[[ir.Node], ir.Value | None] = lambda node: None,
+) -> Sinks | Refusal | None:
+    """The logits as float32 [H], the new nodes that make them so, and the tensor of the graph that holds them, if one
+    does; None where the softmax has none. `before` gives what stood in front of a rounding that is to be left out."""
     if logit is not None and scores.sink is not None:
         return Refusal("the softmax has a column beside the scores and one more exponential, too", name_of(logit.node))
     if logit is not None:
         return _added(logit, scores, heads, a)
-    return None if scores.sink is None else _column(scores, scores.sink, heads, a)
+    return None if scores.sink is None else _column(scores, scores.sink, heads, a, before)
 
 
 def _added(logit: Logit, scores: Scores, heads: Dim, a: Analysis) -> Sinks | Refusal:
@@ -52,19 +60,21 @@ def _alike(number: float, heads: Dim, a: Analysis) -> Sinks | None:
     if heads.const is None:
         return None
     build = Builder(a.opset)
-    return build.constant(np.full(heads.const, number, np.float32)), tuple(build.nodes)
+    return build.constant(np.full(heads.const, number, np.float32)), tuple(build.nodes), None
 
 
 def _as_vector(value: ir.Value, a: Analysis) -> Sinks:
-    build = Builder(a.opset)
+    build, source = Builder(a.opset), value
     if a.rank(value) != 1:
         value = build.reshape(value, [-1])
     if a.dtype(value) != ir.DataType.FLOAT:
         value = build.add("Cast", [value], ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
-    return value, tuple(build.nodes)
+    return value, tuple(build.nodes), source
 
 
-def _column(scores: Scores, column: ir.Value, heads: Dim, a: Analysis) -> Sinks | Refusal:
+def _column(
+    scores: Scores, column: ir.Value, heads: Dim, a: Analysis, before: Callable[[ir.Node], ir.Value | None]
+) -> Sinks | Refusal:
     node = producer(column)
     refusal = Refusal("a column beside the scores is not one logit for each head", name_of(node) if node else "")
     shape = a.shape(column)
@@ -73,7 +83,7 @@ def _column(scores: Scores, column: ir.Value, heads: Dim, a: Analysis) -> Sinks 
     number = fill_of(column, a)
     if number is not None or not shape:  # one number, of which a Pad makes a column
         return refusal if number is None else _alike(number, heads, a) or refusal
-    for link in reversed(chain_of(column, a)):
+    for link in reversed(chain_of(column, a, before)):
         if link.scale == 1.0 and _is_one_for_each_head(link, heads, a):
             return _as_vector(link.value, a)
     return refusal

@@ -9,6 +9,7 @@ repetition of GQA are absorbed.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import onnx_ir as ir
 
@@ -42,14 +43,20 @@ class Link:
     view: View  # of the operand over this tensor
 
 
-def chain_of(value: ir.Value, a: Analysis) -> list[Link]:
-    """All tensors that `value` rearranges, `value` itself first."""
+def chain_of(
+    value: ir.Value, a: Analysis, before: Callable[[ir.Node], ir.Value | None] = lambda node: None
+) -> list[Link]:
+    """All tensors that `value` rearranges, `value` itself first. `before` gives the tensor that a node is taken to give
+    unchanged, of those that are."""
     path: list[tuple[ir.Value, float]] = [(value, 1.0)]
     while len(path) < MAX_CHAIN:
         current, scale = path[-1]
         node = producer(current)
         if node is None:
             break
+        if (same := before(node)) is not None:
+            path.append((same, scale))
+            continue
         factor = _scalar_factor(node, a) or ((0, 1.0) if op(node) in VIEW_OPS else None)
         source = node.inputs[factor[0]] if factor is not None else None
         if factor is None or source is None or not is_lossless(scale * factor[1], a.dtype(current)):
@@ -69,7 +76,7 @@ def _replay(path: list[tuple[ir.Value, float]], start: int, a: Analysis) -> View
         return None
     view = View.whole(shape)
     for value, _ in reversed(path[:start]):
-        if op(producer(value)) in ("Mul", "Div"):
+        if op(producer(value)) not in VIEW_OPS:  # it changes the numbers alone
             continue
         moved = view_ops.apply(value, view, a)
         if moved is None:

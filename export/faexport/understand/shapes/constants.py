@@ -225,6 +225,19 @@ def _slice(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
     return x[0][tuple(index)]
 
 
+@_register("DequantizeLinear", "com.microsoft::DequantizeLinear")
+def _dequantize_linear(node: ir.Node, x: Sequence[Any]) -> np.ndarray:
+    numbers, scale, zero = (*x, None)[:3]
+    if attribute(node, "block_size", 0) or attribute(node, "output_dtype", 0) or scale.ndim > 1:
+        raise ValueError("scales of blocks, or a result of another type")
+    wide = numbers.astype(np.float32)
+    along = [1] * wide.ndim
+    if scale.ndim == 1 and scale.size > 1:
+        along[attribute(node, "axis", 1)] = scale.size
+    factor, offset = (0 if v is None else v.astype(np.float32).reshape(along) for v in (scale, zero))
+    return ((wide - offset) * factor).reshape(numbers.shape).astype(scale.dtype)
+
+
 def _num_elements(node: ir.Node, x: Arrays) -> float:
     """How many the result has, of operators that make more than they are given; known before anything is computed."""
     given = [v for v in x if v is not None]
