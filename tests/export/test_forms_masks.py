@@ -225,3 +225,22 @@ def test_a_proof_whose_nodes_fail_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Emitter, "_is_size", staticmethod(lambda site, size, axis, x: True))
     _, report = faexport.fuse(RIGHT["two masks, padded as far as there are keys"].model())
     assert report.num_fused == 0 and "please report" in str(report.sites[0].refusal)
+
+
+@pytest.mark.parametrize("bound", ["Max(a, lowest)", "Clip(a, lowest)"])
+def test_where_a_bias_is_bounded_no_row_is_said_to_be_infinite(bound: str) -> None:
+    _, report = faexport.fuse(clamped(f"a = Add(s, b) x = {bound}").model())
+    assert report.num_fused == 1
+    assert not INFINITE & {str(fact) for site in report.sites for fact in site.facts}
+
+
+def test_right_padding_is_checked_where_there_may_be_no_key() -> None:
+    """The check of a mask also draws masks of length 0, which hold no first token."""
+    block = Form(
+        f"{QKV}, int64[B, S] m",
+        f"""{PRODUCT} {LOW} none = Constant<value = int64 {{0}}>() hidden = Equal(m, none)
+        axes = Constant<value_ints = [1, 2]>() h = Unsqueeze(hidden, axes) x = Where(h, low, s) {END}""",
+    )
+    _, report = faexport.fuse(block.model(), options=faexport.Options(assume_right_padding=True))
+    assert report.num_fused == 1, report.sites
+    assert "key lengths (right padding assumed)" in {str(fact) for site in report.sites for fact in site.facts}

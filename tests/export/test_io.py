@@ -78,6 +78,19 @@ def test_external_data_stays_external(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "weights.bin").read_bytes() == before
 
 
+def test_there_is_no_file_of_weights_without_any(tmp_path: pathlib.Path) -> None:
+    """Small weights come into the model file, wherever they were."""
+    graph = "g (float[8] x) => (float[8] y) <float one = {1.0}> { y = Add(x, one) }"
+    given = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {graph}')
+    given.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.float32(1.0), "one"))  # bytes may be external
+    path = tmp_path / "model.onnx"
+    onnx.save(given, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    model = model_io.load(path)
+    assert model_io.uses_external_data(model)
+    assert [file.name for file in model_io.save(model, tmp_path / "copy.onnx")] == ["copy.onnx"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["copy.onnx", "model.onnx", "weights.bin"]
+
+
 def test_small_external_weights_may_be_in_use(tmp_path: pathlib.Path) -> None:
     onnx.save(small(), tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
     model = model_io.load(tmp_path / "model.onnx")

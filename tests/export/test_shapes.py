@@ -290,3 +290,18 @@ def test_beside_a_size_nothing_else_is_taken_for_it() -> None:
     assert (n - 3).maximum(0).beside(n - 2) == (n - 3).maximum(0)
     assert (m - 2).maximum(0).beside(n - 2) == (m - 2).maximum(0)
     assert (n - 2).maximum(0).beside(2 * n) == (n - 2).maximum(0)
+
+
+SAME_SHAPE = """Scatter ReverseSequence Celu Shrink ThresholdedRelu Softsign Hardmax LRN MeanVarianceNormalization
+    CumProd BitwiseNot BitwiseXor BitShift Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh""".split()
+
+
+@pytest.mark.parametrize("name", SAME_SHAPE)
+def test_operators_that_keep_the_shape(name: str) -> None:
+    """Masks and biases may be made by any of them."""
+    second = ", one" if name in ("BitShift", "BitwiseXor") else ", one, one" if name == "Scatter" else ""
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+        main (float[b, 1, s, 8] x, float[1, 1, 1, 1] one) => (float[b, 1, s, 8] z) {{
+            y = {name}(x{second}) z = Relu(y) }}"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    assert [str(size) for size in Analysis(model).shape(model.graph.node(0).outputs[0])] == ["b", "1", "s", "8"]

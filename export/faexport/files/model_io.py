@@ -254,6 +254,9 @@ def _write_external(model: ir.Model, path: pathlib.Path, data_name: str, progres
         size_threshold_bytes=EXTERNAL_THRESHOLD_BYTES,
         callback=show,
     )
+    data = path.with_name(data_name)
+    if data.exists() and data.stat().st_size == 0:
+        data.unlink()  # all weights were small, and are in the model file
 
 
 def _write_inline(model: ir.Model, path: pathlib.Path, progress: Progress | None) -> None:

@@ -258,5 +258,5 @@ class _Trial:
             return random.integers(0, 8, shape).astype(dtype.numpy())
         kept = random.random(shape) < 0.7
         if right_padding and shape:
-            kept = np.arange(shape[-1]) < random.integers(1, shape[-1] + 1, (*shape[:-1], 1))
+            kept = np.arange(shape[-1]) < random.integers(1, max(shape[-1], 1) + 1, (*shape[:-1], 1))
         return kept.astype(dtype.numpy())

@@ -93,6 +93,8 @@ def may_be_infinite(e: Expr) -> bool:
         return any(map(may_be_infinite, e.args[1:]))
     if e.op == "fop" and e.args[0] == "Max":
         return all(map(may_be_infinite, e.args[2:]))
+    if e.op == "fop" and e.args[0] == "Min":
+        return any(map(may_be_infinite, e.args[2:]))
     return magnitude(e) == math.inf
 
 

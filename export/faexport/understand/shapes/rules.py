@@ -33,7 +33,9 @@ SHAPE_OF_FIRST_INPUT = (
     "Reciprocal Floor Ceil Round Sin Cos Clip Trilu CumSum EyeLike Dropout LeakyRelu Elu Softplus HardSigmoid "
     "HardSwish Swish Sign LayerNormalization RMSNormalization InstanceNormalization BatchNormalization "
     "GroupNormalization TensorScatter "
-    "LpNormalization ScatterND ScatterElements RotaryEmbedding Mish Selu QuantizeLinear DequantizeLinear "
+    "LpNormalization ScatterND ScatterElements Scatter ReverseSequence RotaryEmbedding Mish Selu Celu Shrink "
+    "ThresholdedRelu Softsign Hardmax LRN MeanVarianceNormalization CumProd BitwiseNot QuantizeLinear DequantizeLinear "
+    "Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh "
     "com.microsoft::Gelu com.microsoft::FastGelu com.microsoft::QuickGelu com.microsoft::BiasGelu "
     "com.microsoft::RotaryEmbedding SimplifiedLayerNormalization com.microsoft::QuantizeLinear "
     "com.microsoft::DequantizeLinear trt::TRT_FP8QuantizeLinear trt::TRT_FP8DequantizeLinear "
@@ -41,7 +43,7 @@ SHAPE_OF_FIRST_INPUT = (
 ).split()
 BROADCASTING = (
     "Add Sub Mul Div Pow Mod Equal Less LessOrEqual Greater GreaterOrEqual And Or Xor Where Max Min Mean Sum "
-    "PRelu BitwiseAnd BitwiseOr "
+    "PRelu BitShift BitwiseAnd BitwiseOr BitwiseXor "
 ).split()
 
 
