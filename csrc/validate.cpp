@@ -17,12 +17,16 @@ bool is_quantized(DType dtype) { return dtype == DType::kInt8 || dtype == DType:
 int64_t stored_columns(DType dtype, int64_t columns) { return dtype == DType::kUInt8 ? (columns + 1) / 2 : columns; }
 
 /// key (or value), which may be a quantized cache.
-Status check_cache_dtype(const char* name, const TensorView& t, const TensorView& scale, const StepParams& p) {
+Status check_cache_dtype(const char* name, const TensorView& t, const char* scale_name, const TensorView& scale,
+                         const StepParams& p) {
   if (scale.present) {
     FA_RULE(is_quantized(t.dtype), has_dtype(name, t, "int8, uint8 (two int4) or float8_e4m3fn, since it has scales"));
     FA_RULE(is_float(p.query.dtype), std::string(name) + " is a quantized cache, which does not go with a float8_e4m3fn query");
     FA_RULE(p.cache.new_key.present, std::string(name) + " has scales, expected a cache (past_key, past_value) with them");
   } else {
+    const bool lacks_scale = p.cache.past_key.present && is_quantized(t.dtype) && is_float(p.query.dtype);
+    FA_RULE(!lacks_scale,
+            std::string("past_") + has_dtype(name, t, name_of(p.query.dtype)) + " as query, or " + scale_name + " beside it");
     FA_RULE(t.dtype == p.query.dtype, has_dtype(name, t, name_of(p.query.dtype)) + " as query");
   }
   return {};
@@ -37,8 +41,8 @@ Status check_operands(const StepParams& p) {
   FA_CHECK(check_operand("out", p.out));
   const int64_t (&q)[4] = p.query.shape, (&k)[4] = p.key.shape;
   const int64_t heads_kv = k[1], head_dim_v = p.out.shape[3];
-  FA_CHECK(check_cache_dtype("key", p.key, p.cache.key_scale, p));
-  FA_CHECK(check_cache_dtype("value", p.value, p.cache.value_scale, p));
+  FA_CHECK(check_cache_dtype("key", p.key, "k_scale", p.cache.key_scale, p));
+  FA_CHECK(check_cache_dtype("value", p.value, "v_scale", p.cache.value_scale, p));
   if (is_float8(p.query.dtype)) {
     FA_RULE(is_float(p.out.dtype) || is_float8(p.out.dtype),
             has_dtype("out", p.out, "float32, float16, bfloat16 or float8_e4m3fn"));

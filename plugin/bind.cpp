@@ -197,9 +197,8 @@ class Binder {
     CacheParams& cache = params_.cache;
     (which == 0 ? cache.new_key : cache.new_value) = fresh;
     if (past) (which == 0 ? cache.past_key : cache.past_value) = view_of_cache(*past, fresh);
-    *view = view_of_cache(tensor_of(output), fresh);
+    *view = view_of_cache(is_paged() ? *past : tensor_of(output), fresh);  // pages stay where they are, with their strides
     problem_.in_workspace[which] = !is_wanted && !is_paged();
-    if (is_paged()) view->data = past->data;
     if (cache.mode != CacheMode::kWindow || fresh.shape[2] <= 1) return {};
     if (is_wanted) (which == 0 ? cache.present_key : cache.present_value) = *view;
     const int64_t stage[4] = {view->shape[0], view->shape[1], view->shape[2] + fresh.shape[2], view->shape[3]};
@@ -328,7 +327,9 @@ class Binder {
     const Tensor* t = find(input);
     if (!t) return {};
     // The rows of a windowed cache are not all positions that there have been, which the columns of a mask count.
-    const int64_t keys = node_.words.cache == CacheMode::kWindow && t->rank > 0 ? t->shape[t->rank - 1] : params_.key.shape[2];
+    int64_t keys = params_.key.shape[2];
+    if (node_.words.cache == CacheMode::kWindow && t->rank > 0)
+      keys = t->shape[t->rank - 1] == 1 ? kMostElements : t->shape[t->rank - 1];  // one column stands for all positions
     const int64_t target[4] = {params_.query.shape[0], params_.query.shape[1], params_.query.shape[2], keys};
     const auto refuse = [&] {
       return wrong_shape(input, *t,

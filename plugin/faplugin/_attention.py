@@ -141,7 +141,7 @@ def attention(
         head_dim_v: with packed_columns, where it differs from head_dim.
         cache: how new rows join the past: "append" (behind it), "write" (each entry at its own position of a cache of
             fixed capacity), "window" (likewise, but the cache keeps the last rows only) or "paged" (in blocks, always
-            in place: the past's memory is changed).
+            in place: the past's memory is changed, and is shared with no other input).
         cache_layout: of past and present: "BHSD", "BSHD" or "BSH"; empty: BHSD.
         kv_cache_bit_width: bits of an element of a quantized cache, 8 or 4.
         rotary_interleaved: column 2 i is rotated with 2 i + 1, else i with i + rotary_dim / 2.
@@ -152,8 +152,8 @@ def attention(
             another `cache` than "append" they have the rows of the past.
         return_lse: also return the natural log-sum-exp of the masked scores, float32 [B, H_q, S_q].
         out: memory for results by name ("output", "present_key", "present_value", "lse"), row-major, shared with no
-            input; but present_key and present_value may be the very arrays past_key and past_value where `cache` isn't
-            "append": then only the new rows are written.
+            input and no other result; but present_key and present_value may be the very arrays past_key and past_value
+            where `cache` isn't "append": then only the new rows are written.
         stream: CUDA stream as an integer; None: the framework's current one.
         kernel: forces a kernel by its name in explain().
         num_threads: threads on the CPU; 0: all.

@@ -62,7 +62,9 @@ def attention_backward(
         RuntimeError: there is no backward pass of this call, or on this device.
     """
     given = {"query": query, "key": key, "value": value, **arguments}
-    out = out or {}
+    out = {} if out is None else out
+    if not isinstance(out, Mapping):
+        raise TypeError(f"out is a {type(out).__name__}; expected a dict of arrays by name, as {{'query': array}}")
     for name in (*wanted, *out):
         if name not in OTHERS and name not in ("query", "key", "value"):
             raise ValueError(f"there is no gradient of {name}; expected one of query, key, value, {', '.join(OTHERS)}")

@@ -332,6 +332,8 @@ def _attribute(name: str, value: Any) -> _Attribute:
     if kind == "INT":
         attribute.integer = _integer(name, value)
     elif kind == "INTS":
+        if not hasattr(value, "__len__"):
+            raise TypeError(f"{name} is {value!r}; expected a list of integers")
         attribute.integers = (ctypes.c_int64 * len(value))(*(_integer(name, x) for x in value))
         attribute.length = len(value)
     elif kind == "STRING":
@@ -348,7 +350,7 @@ def _attribute(name: str, value: Any) -> _Attribute:
 def _integer(name: str, value: Any) -> int:
     """An int64: ctypes would cut off what is larger."""
     try:
-        integer = operator.index(value)
+        integer = int(value) if isinstance(value, np.bool_) else operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; expected an integer") from None
     if not -(2**63) <= integer < 2**63:

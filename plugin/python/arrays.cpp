@@ -80,10 +80,10 @@ Array from_object(const char* name, const FaArray& given) {
 
 Array from_numpy(const char* name, const char* dtype, const FaNumpyArray& array) {
   constexpr int kNotSwapped = 0x200, kWriteable = 0x400;
-  if (!(array.flags & kNotSwapped)) refuse(name, "has another byte order than this machine");
   Array result;
   result.read_only = !(array.flags & kWriteable);
   result.tensor = empty_tensor(name, dtype_by_name(name, dtype), array.rank);
+  if (!(array.flags & kNotSwapped)) refuse(name, "has another byte order than this machine");
   result.tensor.data = array.data;
   for (int i = 0; i < array.rank; ++i) {
     result.tensor.shape[i] = array.shape[i];

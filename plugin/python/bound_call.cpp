@@ -127,7 +127,8 @@ size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const char
   if (num_outputs != node_.outputs.size())
     throw Error(kFaValueError, "expected " + std::to_string(node_.outputs.size()) + " outputs");
   if (arrays_[0].is_spec) throw Error(kFaValueError, "query is a specification without memory; it can't be computed");
-  for (size_t i = 0; i < num_outputs; ++i) take_output(node_.outputs[i], outputs[i]);
+  for (size_t i = 0; i < num_outputs; ++i) take_output(i, outputs[i]);
+  check_pages();
   CudaDeviceGuard guard;
   check(plugin::plan(problem_, device_of_query(&guard), &plan_, kernel));
   return plan_.workspace_bytes;
@@ -255,7 +256,9 @@ Array BoundCall::take_row_major(const char* name, const Tensor& want, const FaAr
   return array;
 }
 
-void BoundCall::take_output(Output output, const FaArray& given) {
+/// Binds the output in this slot; those before it are bound already.
+void BoundCall::take_output(size_t slot, const FaArray& given) {
+  const Output output = node_.outputs[slot];
   const char* name = name_of(output);
   const Array array = take_row_major(name, problem_.outputs[static_cast<int>(output)], given);
   const Tensor& got = array.tensor;
@@ -264,7 +267,29 @@ void BoundCall::take_output(Output output, const FaArray& given) {
     if (overlap(got, arrays_[i].tensor) && !is_in_place(output, got, node_.inputs[i], arrays_[i].tensor))
       throw Error(kFaValueError,
                   std::string(name) + " shares memory with " + name_of(node_.inputs[i]) + "; give it memory of its own");
+  for (size_t i = 0; i < slot; ++i)
+    if (const Output other = node_.outputs[i]; overlap(got, problem_.outputs[static_cast<int>(other)]))
+      throw Error(kFaValueError, std::string(name) + " shares memory with " + name_of(other) + "; give it memory of its own");
   set_output(&problem_, output, got.data);
+}
+
+/// New rows are written to the pages, inputs though they are: these must be memory that may change and that nothing else is read
+/// from. Keys and values may lie in turns in one buffer, but not at the same place.
+void BoundCall::check_pages() const {
+  if (node_.words.cache != CacheMode::kPaged || problem_.params.cache.new_key.empty()) return;
+  const int keys = node_.slot(Input::kPastKey), values = node_.slot(Input::kPastValue);
+  for (const int slot : {keys, values}) {
+    const std::string name = name_of(node_.inputs[slot]);
+    if (arrays_[slot].is_spec) throw Error(kFaValueError, name + " is a specification without memory");
+    if (arrays_[slot].read_only) throw Error(kFaValueError, name + " is read-only, but a paged cache is changed in place");
+    for (int i = 0; i < static_cast<int>(arrays_.size()); ++i) {
+      const Tensor &pages = arrays_[slot].tensor, &other = arrays_[i].tensor;
+      const bool is_pair = i == keys || i == values;
+      if (i != slot && (!is_pair || pages.data == other.data) && overlap(pages, other))
+        throw Error(kFaValueError,
+                    name + " shares memory with " + name_of(node_.inputs[i]) + "; a paged cache is changed in place");
+    }
+  }
 }
 
 /// The gradient of the input in a slot: of its shape, with strides of its own. Gradients may share memory with one another (of

@@ -33,7 +33,8 @@ class BoundCall {
   Device device_of_query(CudaDeviceGuard* guard) const;
   void check_device(const char* name, const Array& array) const;
   Array take_row_major(const char* name, const Tensor& want, const FaArray& given) const;
-  void take_output(Output output, const FaArray& given);
+  void take_output(size_t slot, const FaArray& given);
+  void check_pages() const;
   Tensor take_gradient(FaGradient which, int slot, const FaArray& given) const;
   int slot_of_bias() const;
   bool is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const;

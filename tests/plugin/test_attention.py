@@ -87,6 +87,21 @@ def test_results_share_no_memory_with_inputs() -> None:
     faplugin.attention(memory[:1], KEY[:1], KEY[:1], out={"output": memory[1:2]})
 
 
+def test_results_share_no_memory_with_one_another() -> None:
+    memory = np.zeros(2 * 4 * 9 * 24, np.float32)
+    out = {"output": memory.reshape(2, 4, 9, 24), "lse": memory[:72].reshape(2, 4, 9)}
+    with pytest.raises(ValueError, match="lse shares memory with output; give it memory of its own"):
+        faplugin.attention(QUERY, KEY, VALUE, return_lse=True, out=out)
+    same = np.zeros((2, 2, 33, 16), np.float32)
+    with pytest.raises(ValueError, match="present_value shares memory with present_key"):
+        faplugin.attention(QUERY, KEY, KEY, return_present=True, out={"present_key": same, "present_value": same})
+
+
+def test_a_bool_of_numpy_is_one_of_python() -> None:
+    expected = faplugin.attention(QUERY, KEY, VALUE, is_causal=True)
+    assert np.array_equal(faplugin.attention(QUERY, KEY, VALUE, is_causal=np.True_), expected)
+
+
 def test_distances_without_end_are_open_windows() -> None:
     expected = faplugin.attention(QUERY, KEY, VALUE)
     assert np.array_equal(faplugin.attention(QUERY, KEY, VALUE, left_window_size=2**63 - 1), expected)
@@ -178,6 +193,8 @@ def test_a_float8_query_gives_bfloat16() -> None:
         (FLOAT8 | {"value": VALUE}, ValueError, "value is float32; expected float8_e4m3fn, as query"),
         ({"alignment": "left"}, ValueError, "alignment is 'left'; expected one of"),
         ({"scale": "1"}, TypeError, "scale is '1'; expected a number"),
+        ({"packed_columns": 5}, TypeError, "packed_columns is 5; expected a list of integers"),
+        ({"query": np.zeros((2, 4, 9, 16), [("x", "f4")])}, TypeError, "query is void32, which the operator does not"),
         ({"num_threads": -1}, ValueError, "num_threads is -1; expected 0"),
         ({"q_num_heads": 2**40}, ValueError, "q_num_heads is 1099511627776; expected 2147483647 at most"),
         ({"kernel": "fast"}, RuntimeError, "there is no kernel 'fast'; there are cpu"),

@@ -91,6 +91,7 @@ REFUSED = [
         r"d_key has shape \[1, 2, 6, 4\]; expected that of",
     ),
     ({"out": {"key": ONES}}, ValueError, "d_key shares memory with query"),
+    ({"out": [ONES]}, TypeError, "out is a list; expected a dict of arrays by name"),
     (
         {"d_lse": np.ones((1, 2, 4), np.float32)},
         ValueError,

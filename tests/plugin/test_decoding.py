@@ -28,6 +28,72 @@ def test_a_paged_cache_is_written_by_slots_alone_where_they_are_given() -> None:
     assert cache[2, 1].all() and cache.sum() == 8
 
 
+def paged_step(past_key: np.ndarray, past_value: np.ndarray, **changes) -> np.ndarray:
+    """Three rows at positions 2 to 4 of a sequence in the blocks 1 and 0, of four rows each."""
+    rng = np.random.default_rng(1)
+    new = [rng.standard_normal((1, heads, 3, 8), dtype=np.float32) for heads in (4, 2, 2)]
+    given = {"cu_seqlens_q": np.array([0, 3], np.int32), "write_indices": np.array([2]), "is_causal": True}
+    given |= {"block_table": np.array([[1, 0]]), "cache": "paged", "past_key": past_key, "past_value": past_value}
+    return faplugin.attention(*new, **given | changes)
+
+
+def interleaved(keys: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+    """Views of one buffer [blocks, 2, rows, heads, columns]."""
+    buffer = np.stack([keys, values], axis=1)
+    return [buffer[:, 0], buffer[:, 1]]
+
+
+PLACES = {
+    "keys and values of a block side by side": interleaved,
+    "heads outside of rows": lambda *pages: [x.transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3) for x in pages],
+    "blocks backward": lambda *pages: [x[::-1].copy()[::-1] for x in pages],
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_pages_may_have_strides(place: str) -> None:
+    rng = np.random.default_rng(0)
+    pages = [rng.standard_normal((3, 4, 2, 8), dtype=np.float32) for _ in range(2)]
+    views = PLACES[place](*pages)
+    assert not any(x.flags.c_contiguous for x in views)
+    np.testing.assert_array_equal(paged_step(*views), paged_step(*pages))
+    np.testing.assert_array_equal(views, pages)
+
+
+def test_pages_are_memory_that_may_change() -> None:
+    pages = [np.zeros((3, 4, 2, 8), np.float32) for _ in range(2)]
+    fixed = pages[0].copy()
+    fixed.flags.writeable = False
+    for views, changes, sentence in (
+        ([fixed, pages[1]], {}, "past_key is read-only, but a paged cache is changed in place"),
+        ([pages[0], pages[0]], {}, "past_key shares memory with past_value; a paged cache is changed in place"),
+        (pages, {"sinks": pages[1][0, 0, 0, :4]}, "past_value shares memory with sinks"),
+        (
+            [np.lib.stride_tricks.as_strided(x, x.shape, (0, *x.strides[1:])) for x in pages],
+            {},
+            "has stride 0 on axis 0",
+        ),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            paged_step(*views, **changes)
+    assert not np.any(pages) and not fixed.any()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["attn_mask", "attn_bias"])
+def test_one_column_of_a_mask_is_for_all_positions_of_a_window(name: str, rows: int) -> None:
+    rng = np.random.default_rng(0)
+    new = [rng.standard_normal((2, 1, rows, 8), dtype=np.float32) for _ in range(3)]
+    past = {x: rng.standard_normal((2, 1, 5, 8), dtype=np.float32) for x in ("past_key", "past_value")}
+    given = {"cache": "window", "left_window_size": 3, "is_causal": True, "write_indices": np.array([9, 0])} | past
+    column = np.array([True, False]) if name == "attn_mask" else np.array([1, -np.inf], np.float32)
+    column = column.reshape(2, 1, 1, 1)
+    found = faplugin.attention(*new, **given, **{name: column})
+    expected = faplugin.attention(*new, **given, **{name: np.repeat(column, 12, axis=3)})
+    np.testing.assert_array_equal(found, expected)
+    assert found[0].all() and not found[1].any()
+
+
 def test_packed_sequences_are_rotated_each_by_itself() -> None:
     """Without a cache: the new keys stay in the places that they have."""
     rng = np.random.default_rng(0)
@@ -89,6 +155,14 @@ def test_one_buffer_for_keys_and_another_for_values_is_a_mix() -> None:
             r"k_scale has shape \[3\]; expected \[1\] or \[kv heads 1, head_dim 8",
         ),
         ({"past": 4, "k_scale": np.ones(1, np.float32)}, "key has dtype float32, expected int8, uint8"),
+        (
+            {
+                "past_key": np.zeros((1, 1, 4, 8), np.int8),
+                "past_value": np.zeros((1, 1, 4, 8), np.int8),
+                "k_scale": np.ones(1, np.float32),
+            },
+            "past_value has dtype int8, expected float32 as query, or v_scale beside it",
+        ),
         (
             {"cache": "window", "past": 4, "write_indices": np.zeros(1, int), "left_window_size": 4, "is_causal": True},
             "past_key has 4 rows, expected at least the 5 of the window",
