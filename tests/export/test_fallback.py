@@ -196,7 +196,7 @@ def test_layouts_and_groups(given: str, out: str) -> None:
     values.append(helper.make_tensor_value_info("sinks", TensorProto.FLOAT, [4]))
     words = {f"{name}_layout": given for name in ("query", "key", "value")} | {"output_layout": out}
     node = helper.make_node(
-        "FlashAttention", ["q", "k", "v", "sinks"], ["y", "lse"], domain=DOMAIN, name="n", q_num_heads=4,
+        "FlashAttention", ["q", "k", "v", "sinks"], ["y", "", "", "lse"], domain=DOMAIN, name="n", q_num_heads=4,
         kv_num_heads=2, optional_inputs="sinks", optional_outputs="lse", is_causal=1, softcap=2.0, **words,
     )  # fmt: skip
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("y", "lse")]
@@ -385,6 +385,7 @@ TRANSFORMS = {
         ("nonpad_kv_seqlen", "write_indices"),
     ),
     "a cache of rows": ({"cache_layout": "BSH", "kv_num_heads": 2}, ()),
+    "a cache of rows, whose heads the keys tell": ({"cache_layout": "BSH"}, ()),
     "a cache of rows, written": ({"cache_layout": "BSH", "kv_num_heads": 2, "cache": "write"}, ("write_indices",)),
     "written, no key": ({"cache": "write", "empty_row": "mean", "is_causal": 1}, ("query_offset", "write_indices")),
     "causal, lengths": ({"is_causal": 1}, ("nonpad_kv_seqlen",)),

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from faexport.fallback.ops import READS_ATTRIBUTES, Ops
 from faexport.fallback.rows import Rotary, Transform, first_position, written
 from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.understand.shapes.rules_operator import OPTIONAL_OUTPUTS
 
 INTEGERS = (
     "q_num_heads",
@@ -111,7 +112,7 @@ class _Attention:
             k = ops("Cast", transform(k, "k"), to=int(self.dtype))
         self.past = ops.const([0])
         if "past_key" in given:
-            past_key, past_value = (self._cached(given[name]) for name in ("past_key", "past_value"))
+            past_key, past_value = (self._cached(given[name], ops.size(k, 1)) for name in ("past_key", "past_value"))
             self.past = ops.size(past_key, 2)
             if self.form.writes:
                 self.past = first_position(ops, given, ops.size(q, 2))
@@ -141,10 +142,10 @@ class _Attention:
             out = ops("Cast", self._placed(out, self.form.layouts[3]), to=int(self.dtype))
         else:
             out = self._placed(ops("Cast", out, to=int(self.dtype)), self.form.layouts[3])
-        named = {"present_key": present_key, "present_value": present_value}
-        if lse is not None:
-            named["lse"] = lse
-        return [ops("Identity", x) for x in (out, *(named[name] for name in self.form.outputs))]
+        # A node's outputs are told by place, so those in front of its last one are there, be they wanted or not.
+        places = [out, present_key, present_value, *([] if lse is None else [lse])]
+        last = max((1 + OPTIONAL_OUTPUTS.index(name) for name in self.form.outputs), default=0)
+        return [ops("Identity", x) for x in places[: last + 1]]
 
     # ------------------------------------------------------------------------------------------ operands
 
@@ -162,11 +163,10 @@ class _Attention:
             x = ops.resize(x, count, ops("Div", ops.size(x, 2), count))
         return ops("Transpose", x, perm=[0, 2, 1, 3])
 
-    def _cached(self, x: ir.Value) -> ir.Value:
-        """From the cache's layout to BHSD."""
+    def _cached(self, x: ir.Value, count: ir.Value) -> ir.Value:
+        """From the cache's layout to BHSD. `count`: of heads."""
         ops, layout = self.ops, self.form.cache_layout
         if layout is Layout.BSH:
-            count = ops.vector(ops.number("kv_num_heads"))
             x = ops.resize(x, count, ops("Div", ops.size(x, 2), count))
         return x if layout is Layout.BHSD else ops("Transpose", x, perm=[0, 2, 1, 3])
 
