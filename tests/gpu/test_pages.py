@@ -37,6 +37,7 @@ class Problem:
         index: torch.dtype = torch.int32,
         slots: bool = False,
         poison: float = math.nan,
+        side_by_side: bool = False,
     ):
         self.before, self.rows, self.page_rows = before, rows, page_rows
         lengths = [a + b for a, b in zip(before, rows, strict=True)]
@@ -46,6 +47,8 @@ class Problem:
         table = wild[torch.randint(0, 4, (len(lengths), max(counts) + SPARE_PAGES))]
         shape = (len(pages), page_rows, heads[1], head_dim)
         self.pools = [torch.full(shape, poison, device="cuda", dtype=dtype) for _ in range(2)]
+        if side_by_side:  # views of one buffer [pages, 2, rows of a page, heads, columns]
+            self.pools = list(torch.stack(self.pools, 1).unbind(1))
         self.history, self.pages = [], []
         for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             own = torch.tensor([pages.pop() for _ in range(count)], dtype=torch.long)
@@ -150,6 +153,12 @@ def test_equal_lengths(batch: int, length: int, page_rows: int) -> None:
     """Heads that are all equally long are cut alike, or drawn, though no host knows it."""
     torch.manual_seed(batch)
     check(Problem(page_rows, [length] * batch, [1] * batch))
+
+
+@pytest.mark.parametrize("page_rows", (16, 48, 256))
+def test_keys_and_values_side_by_side(page_rows: int) -> None:
+    torch.manual_seed(page_rows)
+    check(Problem(page_rows, [5000, 0, 777], [1, 2, 1], side_by_side=True))
 
 
 def test_pages_that_do_not_exist_are_zeros() -> None:
