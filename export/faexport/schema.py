@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx.defs import OpSchema
 
 from faexport.sizes.dims import Dim
-from faexport.spec import DOMAIN, NUM_REQUIRED, OP_TYPE, VERSION
+from faexport.spec import DOMAIN, NUM_REQUIRED, OP_TYPE, VERSION, listed
 from faexport.understand.shapes.rules_operator import OPTIONAL_OUTPUTS, output_dtype, output_shapes
 
 FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -157,7 +157,7 @@ def _infer(context: onnx.shape_inference.InferenceContext) -> None:
     kind = _elem_type(context, 0)
     if kind is None:
         return
-    names = str(_attribute(context, "optional_inputs") or "").split(",")
+    names = listed(str(_attribute(context, "optional_inputs") or ""))
     past = NUM_REQUIRED + names.index("past_key") if "past_key" in names else 0
     cache = _elem_type(context, past) if past < context.get_num_inputs() else kind
     output = int(output_dtype(ir.DataType(kind), str(_attribute(context, "output_dtype") or "")))

@@ -27,6 +27,11 @@ ZERO_ROWS = "faexport.zero_rows"
 ALL_KEYS = "faexport.all_keys"  # Mask.all_keys
 
 
+def listed(names: str | None) -> list[str]:
+    """What optional_inputs or optional_outputs names. Spaces around a name don't count."""
+    return [name.strip() for name in names.split(",")] if names else []
+
+
 class Alignment(enum.StrEnum):
     """Where query row 0 stands among the keys (docs/operator.md, "Positions")."""
 

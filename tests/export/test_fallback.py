@@ -413,7 +413,7 @@ def test_what_a_cache_step_does_is_the_same_in_the_stand_in(attributes: dict, na
     optional = ["past_key", "past_value", *names]
     feeds = {n: feeds[n] for n in ("query", "key", "value", *optional)}
     words = {f"{name}_layout": axes for name in ("query", "key", "value")}
-    words |= {"optional_inputs": ",".join(optional), "optional_outputs": "present_key,present_value", **attributes}
+    words |= {"optional_inputs": ", ".join(optional), "optional_outputs": "present_key,present_value", **attributes}
     outputs = ["output", "present_key", "present_value"]
     node = helper.make_node("FlashAttention", list(feeds), outputs, domain=DOMAIN, **words)
     types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}

@@ -97,7 +97,7 @@ def test_shapes_of_the_optional_outputs() -> None:
     fresh, past = ["B", 2, 3, 16], ["B", 2, 5, 16]
     shapes = infer(
         ["B", 8, 3, 16], fresh, fresh, past, past, outputs=4,
-        optional_inputs="past_key,past_value", optional_outputs="present_key,present_value,lse",
+        optional_inputs="past_key, past_value", optional_outputs="present_key , present_value,lse",
     )  # fmt: skip
     assert shapes == [["B", 8, 3, 16], ["B", 2, 8, 16], ["B", 2, 8, 16], ["B", 8, 3]]
 

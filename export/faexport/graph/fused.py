@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from faexport.spec import DOMAIN, NUM_REQUIRED, OP_TYPE, Layout
+from faexport.spec import DOMAIN, NUM_REQUIRED, OP_TYPE, Layout, listed
 
 LAYOUTS = ("query_layout", "key_layout", "value_layout")  # attributes, in the order of the inputs
 
@@ -19,17 +19,12 @@ def is_fused(node: ir.Node) -> bool:
 
 def optional_inputs(node: ir.Node) -> list[str]:
     """Names of the inputs behind query, key and value, in their order."""
-    return _words(node, "optional_inputs")
+    return listed(node.attributes.get_string("optional_inputs", ""))
 
 
 def optional_outputs(node: ir.Node) -> list[str]:
     """Names of the outputs behind the first, in their order."""
-    return _words(node, "optional_outputs")
-
-
-def _words(node: ir.Node, name: str) -> list[str]:
-    text = node.attributes.get_string(name, "")
-    return text.split(",") if text else []
+    return listed(node.attributes.get_string("optional_outputs", ""))
 
 
 def layouts_of(node: ir.Node) -> tuple[Layout, ...]:

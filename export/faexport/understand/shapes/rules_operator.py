@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import attribute
 from faexport.sizes.dims import Dim
-from faexport.spec import DOMAIN, OP_TYPE, Layout
+from faexport.spec import DOMAIN, OP_TYPE, Layout, listed
 from faexport.understand.shapes.known import Known, Shape, Shapes
 from faexport.understand.shapes.rules import shape_of
 
@@ -64,7 +64,7 @@ def output_shapes(word: Callable[[str], Any], shapes: Sequence[Shape | None]) ->
         width = query.heads * value.head_dim if query.heads is not None and value.head_dim is not None else None
         sizes = {"B": query.batch, "S": query.rows, "H": query.heads, "D": value.head_dim}
         found["output"] = [query.batch, query.rows, width] if layout is Layout.BSH else [sizes[x] for x in layout]
-    for name in filter(None, (word("optional_outputs") or "").split(",")):
+    for name in listed(word("optional_outputs")):
         if name not in OPTIONAL_OUTPUTS:
             raise ValueError(f"optional_outputs names '{name}'; known are {', '.join(OPTIONAL_OUTPUTS)}")
         if name == "lse":
@@ -99,7 +99,7 @@ def _layout(word: Callable[[str], Any], name: str) -> Layout | None:
 
 def _present(word: Callable[[str], Any], shapes: Sequence[Shape | None], name: str, new: _Tensor) -> list[Dim | None]:
     """The shape of the present of the past called `name`, whose new rows are `new`."""
-    names = (word("optional_inputs") or "").split(",")
+    names = listed(word("optional_inputs"))
     past, extent = (
         shapes[3 + names.index(word)] if word in names and 3 + names.index(word) < len(shapes) else None
         for word in (name, "kv_extent")
