@@ -65,40 +65,15 @@ struct Products : ProductShapes<Config> {
 
   /// sums += left B, B being the rows of queries or gradients of the output, a tile so many bytes behind Lanes::deep_rows.
   static __device__ __forceinline__ void accumulate(Sums& sums, const Packed& left, uint32_t right, int right_tile) {
-#pragma unroll
-    for (int n = 0; n < kRowBlocks; n += 2) {
-#pragma unroll
-      for (int d = 0; d < kColumnBlocks; d += 2) {
-        uint32_t b[4];
-        ldmatrix_x4_transposed(b, LayoutQ::advance(right, 8 * n, d) + right_tile);
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-          const uint32_t a[4] = {left[m][n][0], left[m][n][1], left[m][n + 1][0], left[m][n + 1][1]};
-          mma_m16n8k16<T>(sums[m][d], a, b[0], b[1]);
-          mma_m16n8k16<T>(sums[m][d + 1], a, b[2], b[3]);
-        }
-      }
-    }
+    accumulate_rows(sums, right, right_tile, [&](int m, int n, uint32_t (&a)[4]) {
+      a[0] = left[m][n][0], a[1] = left[m][n][1], a[2] = left[m][n + 1][0], a[3] = left[m][n + 1][1];
+    });
   }
 
   /// The same, left being what the other warp that has the same keys has stored (store_scores()); from Lanes::others_scores.
   static __device__ __forceinline__ void accumulate_others(Sums& sums, uint32_t left, uint32_t right, int right_tile) {
-#pragma unroll
-    for (int n = 0; n < kRowBlocks; n += 2) {
-      uint32_t a[kKeyBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kKeyBlocks; ++m) ldmatrix_x4(a[m], LayoutS::advance(left, 16 * m, n));
-#pragma unroll
-      for (int d = 0; d < kColumnBlocks; d += 2) {
-        uint32_t b[4];
-        ldmatrix_x4_transposed(b, LayoutQ::advance(right, 8 * n, d) + right_tile);
-#pragma unroll
-        for (int m = 0; m < kKeyBlocks; ++m) {
-          mma_m16n8k16<T>(sums[m][d], a[m], b[0], b[1]);
-          mma_m16n8k16<T>(sums[m][d + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+    accumulate_rows(sums, right, right_tile,
+                    [&](int m, int n, uint32_t (&a)[4]) { ldmatrix_x4(a, LayoutS::advance(left, 16 * m, n)); });
   }
 
   /// Weights, or gradients of scores, to shared memory, for other warps; to Lanes::d_scores.
@@ -112,6 +87,7 @@ struct Products : ProductShapes<Config> {
       }
     }
   }
+
   /// sums += dS K over all keys of the tile; from Lanes::left_d_scores and deep_keys.
   static __device__ __forceinline__ void accumulate_keys(QuerySums& sums, uint32_t left, uint32_t right) {
 #pragma unroll
@@ -133,6 +109,27 @@ struct Products : ProductShapes<Config> {
   }
 
  private:
+  /// accumulate(), the left operand of block m of keys and blocks n and n + 1 of rows being what load(m, n, a) puts into `a`.
+  template <class Load>
+  static __device__ __forceinline__ void accumulate_rows(Sums& sums, uint32_t right, int right_tile, const Load& load) {
+#pragma unroll
+    for (int n = 0; n < kRowBlocks; n += 2) {
+      uint32_t a[kKeyBlocks][4];
+#pragma unroll
+      for (int m = 0; m < kKeyBlocks; ++m) load(m, n, a[m]);
+#pragma unroll
+      for (int d = 0; d < kColumnBlocks; d += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_transposed(b, LayoutQ::advance(right, 8 * n, d) + right_tile);
+#pragma unroll
+        for (int m = 0; m < kKeyBlocks; ++m) {
+          mma_m16n8k16<T>(sums[m][d], a[m], b[0], b[1]);
+          mma_m16n8k16<T>(sums[m][d + 1], a[m], b[2], b[3]);
+        }
+      }
+    }
+  }
+
   /// The lane's offset for ldmatrix in a tile of which rows are depth, transposed on the way.
   template <class Layout>
   static __device__ __forceinline__ uint32_t transposed_lane(int first_chunk) {
