@@ -24,8 +24,7 @@ from faexport.understand.core.score_chain import Scores
 from faexport.understand.core.sinks import Sinks, sinks_of
 from faexport.understand.shapes.analysis import Analysis
 
-CONSENT = "--assume scores-unquantized computes it without"
-_ASK = f"; see {rounding.CONSENT}"
+CONSENT = f"{rounding.CONSENT} computes it without"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +76,14 @@ def between(nodes: Sequence[ir.Node], a: Analysis) -> list[Rounding]:
     return [one for node, one in found if one is not None and node is one.dequantize]
 
 
-def why_unread(why: str, context: Context) -> str:
-    """Why operators on quantized numbers are left, of a user who has agreed to leave them out already."""
-    if not context.options.assume_scores_unquantized:
+def why_unread(why: str, consent_may_help: bool, context: Context) -> str:
+    """Why operators on quantized numbers are left: with what may help, or where the user has agreed to that, why it
+    didn't."""
+    if not consent_may_help:
         return why
-    return why.replace(_ASK, ", and not all around it is read as operators on floats")
+    if context.options.assume_scores_unquantized:
+        return f"{why}, and not all around it is read as operators on floats"
+    return f"{why}; see {rounding.CONSENT}"
 
 
 def sinks_in_front(

@@ -64,7 +64,8 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
             Candidate(node, context.graph, SOURCE, outcome=Refusal(softmax.flaw, name_of(node), softmax.flaw_kind))
         ]
     elif isinstance(path, Blocked):
-        refusal = Refusal(roundings.why_unread(path.why, context), name_of(path.node or node), path.kind)
+        why = roundings.why_unread(path.why, path.consent_may_help, context)
+        refusal = Refusal(why, name_of(path.node or node), path.kind)
         found = [Candidate(node, context.graph, SOURCE, outcome=refusal)]
     else:
         found = _understand(path, softmax, context)

@@ -27,8 +27,7 @@ OPERATORS = (
 )
 SOFTMAXES = {
     "QLinearSoftmax": (
-        "the scores and the attention weights are quantized inside the block (QLinearSoftmax); see "
-        "--assume scores-unquantized",
+        "the scores and the attention weights are quantized inside the block (QLinearSoftmax)",
         RefusalKind.QUANTIZED,
     ),
     "BiasSoftmax": (
@@ -53,5 +52,5 @@ def match_softmax(node: ir.Node, context: Context) -> list[Candidate]:
     if not feeds_product(softmax, context.analysis):
         return []
     why, kind = SOFTMAXES[node.op_type]
-    refusal = Refusal(why_unread(why, context), name_of(node), kind)
+    refusal = Refusal(why_unread(why, kind is RefusalKind.QUANTIZED, context), name_of(node), kind)
     return [Candidate(node, context.graph, SOURCE, outcome=refusal)]

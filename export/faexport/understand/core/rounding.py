@@ -79,20 +79,21 @@ def _pair(quantize: ir.Node, dequantize: ir.Node, a: Analysis) -> Rounding | Non
     return Rounding(quantize, dequantize, dtype, True, _reaches_from_0_to_1(dtype, factor))
 
 
-def why_quantized_product(product: ir.Node) -> str:
-    """Why a product of quantized numbers is none of queries and keys. onnxruntime's quantizer writes some of these
-    operators, which are read with consent, its optimizer others, which are not."""
+def why_quantized_product(product: ir.Node) -> tuple[str, bool]:
+    """Why a product of quantized numbers is none of queries and keys, and whether consent may help. onnxruntime's
+    quantizer writes some of these operators, which are read with consent, its optimizer others, which are not."""
     is_optimized = product.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
-    what_helps = ": fuse the model before onnxruntime's optimizer" if is_optimized else f"; see {CONSENT}"
-    return f"queries and keys are multiplied as quantized numbers ({op(product)}){what_helps}"
+    what_helps = ": fuse the model before onnxruntime's optimizer" if is_optimized else ""
+    return f"queries and keys are multiplied as quantized numbers ({op(product)}){what_helps}", not is_optimized
 
 
-def why_quantized(node: ir.Node) -> str:
-    """Why scores are followed no further from a QuantizeLinear or DequantizeLinear without the other of the pair."""
+def why_quantized(node: ir.Node) -> tuple[str, bool]:
+    """Why scores are followed no further from a QuantizeLinear or DequantizeLinear without the other of the pair, and
+    whether consent may help."""
     before = producer(operand(node, 0)) if op(node) in DEQUANTIZING else None
     if before is not None and (op(before) in QUANTIZED or before.op_type.startswith("QLinear")):
-        return f"the scores are quantized inside the block ({op(before)}); see {CONSENT}"
-    return f"the scores are quantized inside the block ({op(node)})"
+        return f"the scores are quantized inside the block ({op(before)})", True
+    return f"the scores are quantized inside the block ({op(node)})", False
 
 
 def _reaches_from_0_to_1(dtype: ir.DataType, scale: np.ndarray) -> bool:

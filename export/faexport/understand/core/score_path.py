@@ -58,6 +58,7 @@ class Blocked:
     node: ir.Node | None
     why: str
     kind: RefusalKind = RefusalKind.OTHER
+    consent_may_help: bool = False  # rounding.CONSENT
 
 
 Overwrites = Callable[[ir.Node], bool]
@@ -108,13 +109,11 @@ class _Search:
     def _blocked(self, node: ir.Node) -> Blocked:
         name = op(node)
         if name.endswith(("QuantizeLinear", "DequantizeLinear")):
-            return Blocked(node, why_quantized(node), RefusalKind.QUANTIZED)
+            why, may_help = why_quantized(node)
+            return Blocked(node, why, RefusalKind.QUANTIZED, may_help)
         if name in QUANTIZED and not all(self.a.is_static(node.inputs[i]) for i in QUANTIZED[name]):
-            return Blocked(
-                node,
-                why_quantized_product(node),
-                RefusalKind.QUANTIZED,
-            )
+            why, may_help = why_quantized_product(node)
+            return Blocked(node, why, RefusalKind.QUANTIZED, may_help)
         if name == "ScatterND":
             return Blocked(node, "elements of the scores are written anew (ScatterND), which attention doesn't have")
         return Blocked(node, f"the scores pass through {name}, which attention doesn't have")
