@@ -52,6 +52,7 @@ MANY_ROWS = (
     (250, 330, 80),
     (250, 330, 512),
 )
+MANY_KEYS = (120, 1100, 128)  # tiles of few rows and many keys; 16-bit types alone
 ON_ALL_SHAPES = {"causal", "packed_causal"}
 
 
@@ -59,12 +60,12 @@ def many_rows() -> list[cases.Case]:
     chosen = []
     for i, (kind, fields) in enumerate(cases.MASKS.items()):
         shapes = MANY_ROWS if kind in ON_ALL_SHAPES else (MANY_ROWS[i % len(MANY_ROWS)],)
-        for j, (rows, keys, head_dim) in enumerate(shapes):
+        for j, (rows, keys, head_dim) in enumerate((*shapes, MANY_KEYS)):
             dtype, layout = ("float16", "bfloat16")[(i + j) % 2], ("BHSD", "BSHD")[(i + j) // 2 % 2]
             key_heads = 1 if (i + j) % 3 == 0 else 11
             shape = (12, 11, key_heads, rows, keys, head_dim, 0, layout)
             chosen.append(cases.Case(dtype, *shape, **fields))
-            if (i + j) % 2 == 0 and head_dim <= 256:
+            if (i + j) % 2 == 0 and head_dim <= 256 and keys != MANY_KEYS[1]:
                 precision = ("tf32", "tf32x3")[(i + j) // 2 % 2]
                 chosen.append(cases.Case("float32", *shape, **fields, float32_precision=precision))
     return chosen
@@ -170,28 +171,36 @@ def test_many_launches_give_the_same_bits(head_dim: int, dtype: torch.dtype, pre
                 assert arrays.same_bits(faplugin.attention(**inputs, **attributes, kernel=kernel), first), kernel
 
 
-@pytest.mark.parametrize(("head_dim", "dtype", "precision"), HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "precision", "lengths"),
+    [*((*head, (400, 400)) for head in HEADS), (128, torch.float16, "", MANY_KEYS[:2])],
+    ids=str,
+)
 @pytest.mark.parametrize("rows", ("mask for all rows", "mask for each row", "causal"))
-def test_values_of_hidden_keys_in_many_tiles(head_dim: int, dtype: torch.dtype, precision: str, rows: str) -> None:
+def test_values_of_hidden_keys_in_many_tiles(
+    head_dim: int, dtype: torch.dtype, precision: str, lengths: tuple[int, int], rows: str
+) -> None:
     """Every tile of every block has rows to be mended: they come out as if the values were 0."""
     import faplugin
 
     torch.manual_seed(head_dim)
-    shape = (12, 11, 400, head_dim)
-    query, key, value = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+    seqlen_q, seqlen_kv = lengths
+    query, key, value = (
+        torch.randn(12, 11, length, head_dim, device="cuda", dtype=dtype) for length in (seqlen_q, seqlen_kv, seqlen_kv)
+    )
     attributes = {"float32_precision": precision}
-    hidden = torch.zeros(400, device="cuda", dtype=torch.bool)
+    seen = 3 * seqlen_q // 4 if rows == "causal" else seqlen_q
+    hidden = torch.zeros(seqlen_kv, device="cuda", dtype=torch.bool)
     if rows == "causal":
-        hidden[300:] = True
+        hidden[seen:] = True
         attributes["is_causal"] = True
     else:
         hidden[5::97] = True
-        mask = ~hidden.expand(12, 1, 1 if rows == "mask for all rows" else 400, 400)
+        mask = ~hidden.expand(12, 1, 1 if rows == "mask for all rows" else seqlen_q, seqlen_kv)
         attributes["attn_mask"] = mask.contiguous()
     spoilt = value.clone()
     spoilt[:, :, hidden] = torch.tensor((float("nan"), float("inf")), device="cuda", dtype=dtype).repeat(head_dim // 2)
     value[:, :, hidden] = 0
-    seen = 300 if rows == "causal" else 400
     for kernel in arrays.kernels_for({"query": query, "key": key, "value": value}, attributes):
         expected = faplugin.attention(query, key, value, **attributes, kernel=kernel)[:, :, :seen]
         output = faplugin.attention(query, key, spoilt, **attributes, kernel=kernel)

@@ -104,6 +104,44 @@ def test_lengths_of_every_size(shape: tuple[int, ...], layout: str, window: int)
         assert arrays.same_bits(faplugin.attention(**inputs, **attributes, kernel=kernel), output), kernel
 
 
+# Results of many rows, in 4 to 132 parts of a head, which the blocks of a head merge together.
+LARGE = (
+    # batch, query heads, key heads, rows, keys, head_dim
+    (2, 16, 1, 1, 8192, 256),
+    (1, 16, 1, 1, 20000, 256),
+    (4, 16, 1, 1, 2048, 256),
+    (8, 32, 2, 1, 3000, 192),
+    (1, 16, 1, 4, 9000, 128),
+    (1, 32, 1, 1, 8192, 128),
+    (1, 32, 8, 4, 4096, 128),
+    (3, 64, 2, 1, 12000, 64),
+    (1, 9, 1, 3, 30000, 64),
+)
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("lengths", ("on the host", "equal", "different"))
+def test_large_results_are_merged_together(shape: tuple[int, ...], lengths: str) -> None:
+    """Where lengths differ a block has pieces of several heads, doesn't wait, and others do its part of the merge."""
+    import faplugin
+
+    torch.manual_seed(sum(shape))
+    batch, _, _, rows, keys, _ = shape
+    inputs = draw(*shape)
+    used = torch.full((batch,), keys, device="cuda")
+    if lengths == "different":
+        used = (keys * (torch.arange(batch, device="cuda") + 1.5) / (batch + 0.5)).long()
+    want = expected(inputs, visible_keys(rows, keys, used))
+    if lengths == "on the host":
+        attributes = CAUSAL | {"alignment": "bottom_right"}
+    else:
+        attributes, inputs["nonpad_kv_seqlen"] = CAUSAL, used
+    output = faplugin.attention(**inputs, **attributes, kernel=kernels(inputs, attributes)[0])
+    check(output, want, lengths)
+    for _ in range(20):
+        assert arrays.same_bits(faplugin.attention(**inputs, **attributes), output), lengths
+
+
 EQUAL = ((1, 512), (1, 32768), (16, 2048), (64, 2048), (8, 8192), (300, 64), (131, 700))
 
 

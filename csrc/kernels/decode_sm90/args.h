@@ -14,12 +14,6 @@
 
 namespace fa::decode_sm90 {
 
-/// One counter for each head that several blocks share.
-struct MergeCounter {
-  unsigned parts_done;  // wraps to 0 with the last
-  unsigned claims;      // of the pieces of the merge; meaningful once all parts are done
-};
-
 /// What the schedule must know of a sequence.
 struct SequenceWork {
   Sequence sequence;
@@ -96,9 +90,10 @@ struct KernelArgs {
 
   // Of a HeadCut, each piece has a slot; of a Schedule each block two: 0 for a head that an earlier block began, 1 for one that a
   // later block goes on with.
-  float2* partial_state;   // [slots, partial_rows]: maximum and sum (SoftmaxState)
-  float* partial_out;      // [slots, partial_rows, D_v], relative to that maximum, not normalized
-  MergeCounter* counters;  // parts_done 0 before the launch and after it
+  float2* partial_state;  // [slots, partial_rows]: maximum and sum (SoftmaxState)
+  float* partial_out;     // [slots, partial_rows, D_v], relative to that maximum, not normalized
+  unsigned* marks;        // [slots, kMostWarps]: not 0 where the slot's warp has taken its pieces of the merge, or another has
+  unsigned* counters;     // of parts that are done, one for each head that several blocks share; 0 before the launch and after
 
   TensorView key_scale, value_scale;  // of a quantized cache: float32 [H_kv, D], see CacheParams
 };

@@ -7,11 +7,13 @@
 
 namespace fa::decode_sm90 {
 
+inline constexpr int kMostWarps = 8;             // that multiply, of a block
 inline constexpr int kRowsPerWarp = 16;          // of a matrix instruction: (query row, query head) pairs
 inline constexpr int kMostTileRows = 64;         // of the pairs that share a read of keys and values
 inline constexpr int kPanelRowBytes = 128;       // the width of the copy engine's swizzle
-inline constexpr int kMergeColumns = 64;         // of a row, that a warp merges from all parts of a head at once
-inline constexpr int kBytesTogether = 16 << 10;  // of keys and values, whose copies the lanes of the producer start side by side
+inline constexpr int kMergeLanes = 16;           // with four columns each, which a warp merges from all parts of a head at once
+inline constexpr int kBytesTogether = 16 << 10;  // of smaller tiles, whose copies the lanes of the producer start side by side …
+inline constexpr int kTilesTogether = 4;         // … and how many tiles of just this size, where that pays (Traits)
 inline constexpr int kMaxStages = 24;            // of the ring of key and value tiles
 inline constexpr int kTilesBeforeItem = 1;       // whose copies start before the consumers are told what for; at most a ring
 inline constexpr int kItemSlots = 4;             // pieces of work that the producer may be ahead
@@ -21,13 +23,16 @@ inline constexpr int kMaxScannedMasks = 256;     // batch entries whose masks ev
 // If every block has so much to read that the memory is busy all along, it is faster with less under way.
 inline constexpr int kMinBytesOfLongShare = 640 << 10;  // of a block's keys and values
 inline constexpr int kBytesAtOnce = 64 << 10;           // under way to a block …
-inline constexpr int kBytesAtOnceOfPages = 80 << 10;    // … and where keys and values lie in pages
+inline constexpr int kBytesAtOnceOfPages = 80 << 10;    // … where keys and values lie in pages …
+inline constexpr int kBytesAtOnceOfDrawn = 96 << 10;    // … and where blocks draw whole heads
 
 // Where the keys are cut. Units are key tiles.
-inline constexpr int kMinReadOfPart = 16;    // times the bytes of its partial results, or the merge would cost more than its keys
-inline constexpr int kMinUnitsPerBlock = 2;  // with less, a block's own start and end would cost more than its keys
-inline constexpr int kMaxSnap = 2;           // a cut so near to the end of a head is moved there, …
-inline constexpr int kUnitsPerSnap = 4;      // … but not by more than this part of a block's share
+inline constexpr int kMinReadOfPart =
+    16;  // times the bytes of its partial results, so that the merge costs less than its keys; …
+inline constexpr int kEnoughUnitsOfPart = 4;  // … but so many, one for each warp, are always enough: blocks share a large merge
+inline constexpr int kMinUnitsPerBlock = 2;   // with less, a block's own start and end would cost more than its keys
+inline constexpr int kMaxSnap = 2;            // a cut so near to the end of a head is moved there, …
+inline constexpr int kUnitsPerSnap = 4;       // … but not by more than this part of a block's share
 
 // Where all heads have equally many key tiles (head_cut.h).
 inline constexpr int kMostClusterBlocks = 8;          // that merge a head through each other's shared memory
@@ -37,6 +42,7 @@ inline constexpr int kMinTilesToDraw = 16;            // of a head: with less, d
 
 inline constexpr int64_t kSharedMerge = 96 << 10;  // partial results from this many bytes on are merged by all of their blocks
 inline constexpr int kPatience = 16000;            // clocks that a block waits for others before it leaves the merge to them
+inline constexpr int kPatienceOfLast = 4000;       // clocks that the last block gives others to begin with their pieces of it
 
 struct TileShape {
   int warps;              // that multiply; one more starts the copies

@@ -169,9 +169,11 @@ struct Consumer {
       for (int i = 0; i < C::kHeadDim / (4 * Products::kRun); ++i) Products::store_run(data, out, i, r);
     }
     named_barrier_sync(kConsumerBarrier, 32 * C::kWarps);
-    weigh_warps<C>(args, shared, item);
-    named_barrier_sync(kConsumerBarrier, 32 * C::kWarps);
-    merge_warps<C>(args, shared, item, merged(), part_in_shared());
+    if (row_bits(args) == 0) {
+      merge_warps<C, true>(args, shared, item, merged(), part_in_shared());
+    } else {
+      merge_warps<C, false>(args, shared, item, merged(), part_in_shared());
+    }
     if (item.num_parts == 1) return;
     if (item.in_cluster) {
       merge_in_cluster<C>(args, item, part_in_shared());

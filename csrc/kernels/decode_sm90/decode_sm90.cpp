@@ -111,7 +111,7 @@ bool plan(const StepParams& p, Plan* plan, std::string* why_not) {
   FA_REFUSE_IF(most_units(p, tile) > kMaxUnits, "more than 2^30 tiles of keys");
   FA_REFUSE_IF(blocks > kMaxBlocks, "is made for up to " + std::to_string(kMaxBlocks) + " multiprocessors");
   plan->instance = static_cast<int>(instance - kInstances);
-  plan->workspace_bytes = kCounterBytes + 2 * blocks * slot_floats(most_rows(p), p.value.shape[3]) * sizeof(float);
+  plan->workspace_bytes = kCounterBytes + 2 * blocks * slot_words(most_rows(p), p.value.shape[3]) * sizeof(float);
   return true;
 }
 
@@ -122,7 +122,7 @@ size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
   if (device.compute_capability != 90 || instance == nullptr) return 0;
   const int rows = static_cast<int>(std::min<int64_t>(kMostTileRows, largest.query.shape[2] * group_size(largest)));
   const int64_t blocks = std::min<int64_t>(int64_t{device.num_sms} * tile_shape(instance->head_dim).blocks_per_sm, kMaxBlocks);
-  return kCounterBytes + 2 * blocks * slot_floats(rows, largest.value.shape[3]) * sizeof(float);
+  return kCounterBytes + 2 * blocks * slot_words(rows, largest.value.shape[3]) * sizeof(float);
 }
 
 Status launch(const Plan& plan, const StepParams& params, const ExecutionContext& context) {

@@ -12,9 +12,10 @@
 
 namespace fa::decode_sm90 {
 
-/// Key tiles that a part of a head has at least, so that it reads much more than it writes.
+/// Key tiles that a part of a head has at least.
 inline int least_tiles_of_part(int64_t tile_bytes, int64_t part_bytes) {
-  return static_cast<int>(std::max<int64_t>(kMinUnitsPerBlock, kMinReadOfPart * part_bytes / tile_bytes));
+  const int64_t worth_while = std::max<int64_t>(kMinUnitsPerBlock, kMinReadOfPart * part_bytes / tile_bytes);
+  return static_cast<int>(std::min<int64_t>(worth_while, kEnoughUnitsOfPart));
 }
 
 /// How many blocks share a head as a cluster, at most `parts`; 0 where it is not shared so. A head has at most `tiles` tiles.

@@ -80,7 +80,7 @@ inline Pages describe_pages(const StepParams& p, int tile_keys) {
 /// How heads are cut if all are equally long, and the rest of the schedule where the host knows all lengths.
 template <class C>
 void cut_keys(const StepParams& p, int blocks, KernelArgs* args) {
-  const int64_t part_bytes = slot_floats(args->partial_rows, p.value.shape[3]) * int64_t{sizeof(float)};
+  const int64_t part_bytes = slot_words(args->partial_rows, p.value.shape[3]) * int64_t{sizeof(float)};
   const int least_tiles = least_tiles_of_part(C::kTileBytes, part_bytes);
   const int64_t rows = p.query.shape[2] * group_size(p);  // of a sequence; of packed ones each is taken to have one tile
   const int64_t row_tiles = p.cu_seqlens_q.present ? 1 : (rows + args->tile_rows - 1) / args->tile_rows;
@@ -126,11 +126,12 @@ KernelArgs describe_problem(const StepParams& p, int blocks) {
   args.merge_rows = merge_rows(p);
   args.partial_rows = most_rows(p);
   args.stages = num_stages(C::kTile, C::kMostStages, C::kStageBytes, bytes_beside_ring<C>(args.merge_rows));
-  args.stages_at_once = ((in_pages(p) ? kBytesAtOnceOfPages : kBytesAtOnce) - 1) / C::kTileBytes + 1;
   args.scan_mask = scans_mask(p, blocks);
   args.uniform = p.cache.mode == CacheMode::kAppend && !p.kv_lengths.present && !p.query_lengths.present &&
                  !p.query_offsets.present && !p.cu_seqlens_q.present && !args.scan_mask;
   cut_keys<C>(p, blocks, &args);
+  const int at_once = in_pages(p) ? kBytesAtOnceOfPages : args.cut.heads > blocks ? kBytesAtOnceOfDrawn : kBytesAtOnce;
+  args.stages_at_once = (at_once - 1) / C::kTileBytes + 1;
   args.only_lengths = !args.uniform && args.cut.heads > 0 && varies_by_length_only(p);
   args.modified = p.softcap != 0.0f || p.bias.present || p.alibi_slopes.present;
   args.out_by_4 = has_rows_by_4(p.out);
@@ -174,9 +175,10 @@ Status launch_instance(const Plan& plan, const StepParams& p, const ExecutionCon
   const int64_t slots = 2 * blocks;
   args.partial_out = reinterpret_cast<float*>(static_cast<char*>(context.workspace) + kCounterBytes);
   args.partial_state = reinterpret_cast<float2*>(args.partial_out + slots * args.partial_rows * p.value.shape[3]);
+  args.marks = reinterpret_cast<unsigned*>(args.partial_state + slots * args.partial_rows);
   const auto stream = static_cast<cudaStream_t>(context.stream);
   error = find_merge_counters(context, &args.counters);
-  args.draws = &args.counters[kMaxBlocks].parts_done;
+  args.draws = args.counters + kMaxBlocks;
   if (args.uniform && args.cut.heads > 0) {
     blocks = std::min(blocks, args.cut.pieces);
   } else if (args.cut.cluster > 0) {  // whole clusters only, and all of them run at a time: lengths may turn out to differ

@@ -1,23 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of an item in decode_sm90: the block's warps, which had different keys, are merged through shared memory; where other
-// blocks have keys of the same head, the result goes to the workspace, and the block that comes last merges all of them, always
-// in the order of the keys, so that results repeat bit for bit.
+// The end of an item in decode_sm90, where several blocks have keys of the same head: each writes its part of the result, to the
+// workspace or in a cluster to shared memory, and the parts are merged, always in the order of the keys, so that results repeat
+// bit for bit.
 #pragma once
 
-#include "kernels/common/cluster.cuh"
-#include "kernels/common/convert.cuh"
 #include "kernels/common/exp2.cuh"
 #include "kernels/common/grid_counter.cuh"
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/warpgroup.cuh"
-#include "kernels/decode_sm90/scores.cuh"
-#include "kernels/decode_sm90/shared_plan.cuh"
-#include "semantics/softmax.h"
+#include "kernels/decode_sm90/merge_warps.cuh"
 
 namespace fa::decode_sm90 {
 
-inline constexpr int kConsumerBarrier = 1;  // 0 is that of the whole block
-inline constexpr int kPartsTogether = 8;    // under way to a lane; twice as many to a warp
+inline constexpr int kPartsTogether = 8;  // under way to a lane
 
 /// Of a row, its state and, kChunks times, four neighbouring columns of its output.
 template <int kChunks>
@@ -48,165 +43,50 @@ struct Partial {
       }
     }
   }
-};
 
-/// The part of a block of a cluster, in its shared memory: rows with their states behind them.
-template <class C>
-struct PartInShared {
-  static constexpr int kStride = C::kHeadDim + 4;
-  float* data;  // [kMostTileRows, kStride]; NOTE: launch.cuh asserts that the ring has room for it
-
-  __device__ __forceinline__ float* row(int row) const { return data + row * kStride; }
-};
-
-/// A head's parts in the workspace.
-struct PartsInWorkspace {
-  const KernelArgs& args;
-  const Item& item;
-
-  /// Where row `row` of part `part` lies: far below 2^31 floats, as nothing but the blocks have parts.
-  __device__ __forceinline__ int place(int part, int row) const {
-    const int slot = part == 0 ? item.first_slot : item.late_slot + item.slot_step * part;
-    return slot * args.partial_rows + row;
-  }
-  __device__ __forceinline__ float* row(int place) const {
-    return args.partial_out + place * static_cast<int>(args.problem.value.shape[3]);
-  }
-  __device__ __forceinline__ float2 state(int place) const { return __ldcg(args.partial_state + place); }
-  __device__ __forceinline__ float4 out(int place, int column) const {
-    return __ldcg(reinterpret_cast<const float4*>(row(place) + column));
-  }
-};
-
-/// A head's parts in the shared memory of the blocks of a cluster.
-template <class C>
-struct PartsInCluster {
-  PartInShared<C> own;
-
-  __device__ __forceinline__ uint32_t place(int part, int row) const { return cluster_address(own.row(row), part); }
-  __device__ __forceinline__ float2 state(uint32_t place) const { return load_cluster_float2(place + 4 * C::kHeadDim); }
-  __device__ __forceinline__ float4 out(uint32_t place, int column) const { return load_cluster_float4(place + 4 * column); }
-};
-
-/// Sink, normalization, output and log-sum-exp of one row. A row that attends no key becomes 0.
-template <class C>
-__device__ __forceinline__ void write_row(const KernelArgs& args, const Item& item, int row_in_tile, int column,
-                                          const SoftmaxState& state, const float4& x) {
-  using T = typename C::T;
-  const AttentionParams& p = args.problem;
-  const LaneRow row = lane_row(args, item, row_in_tile);
-  SoftmaxState all = state;
-  if (p.sinks.present) all = add_sink(all, static_cast<const float*>(p.sinks.data)[row.head * p.sinks.stride[0]]);
-  const bool has_keys = row.in_use && state.sum != 0.0f;
-  const float factor = has_keys ? rescale_factor(state.max, all.max) * normalizer(all) : 0.0f;
-  const int64_t row_in_tensor = item.row_base + row.row;
-  float values[4] = {x.x, x.y, x.z, x.w};
-  if constexpr (C::kIsQuantized) {
-    const float4 scale = four_scales(scales_of(args.value_scale, item.key_head), column);
-    values[0] *= scale.x, values[1] *= scale.y, values[2] *= scale.z, values[3] *= scale.w;
-  }
-  uint32_t pairs[2];
+  /// The sum over all lanes that have the same columns, each kLanes apart: in the first kLanes lanes.
+  template <int kLanes>
+  __device__ __forceinline__ void add_groups() {
+    float top = state.max;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    pairs[i] = has_keys ? pack2<T>(values[2 * i] * factor, values[2 * i + 1] * factor) : 0;  // NOTE: NaN * 0 would be NaN
-  T* out = static_cast<T*>(p.out.data) + item.batch * p.out.stride[0] + row.head * p.out.stride[1] +
-           row_in_tensor * p.out.stride[2] + column;
-  if (args.out_by_4) {
-    *reinterpret_cast<uint2*>(out) = make_uint2(pairs[0], pairs[1]);
-  } else {
+    for (int offset = 16; offset >= kLanes; offset /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, offset));
+    const float factor = exp2_approx((state.max - softmax_reference(top)) * kLog2E);
+    state = {top, state.sum * factor};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = reinterpret_cast<const T*>(pairs)[i];
-  }
-  if (column == 0 && p.lse.present) {
-    float* row_lse = static_cast<float*>(p.lse.data) + item.batch * p.lse.stride[0] + row.head * p.lse.stride[1];
-    row_lse[row_in_tensor * p.lse.stride[2]] = row.in_use ? lse(all) : -INFINITY;
-  }
-}
-
-/// A thread for each row: the row's state over all warps of the block, and what each warp's output counts for, in the order of
-/// the warps' first tiles: so it makes no difference which block has a piece, and what it had before.
-template <class C>
-__device__ __forceinline__ void weigh_warps(const KernelArgs& args, SharedPlan<C::kWarps>& shared, const Item& item) {
-  const int key_warps = C::kWarps >> row_bits(args), row = threadIdx.x;
-  if (row >= item.num_rows) return;
-  SoftmaxState state[C::kWarps];
-  float top = -INFINITY;
+    for (float4& o : out) o = {o.x * factor, o.y * factor, o.z * factor, o.w * factor};
 #pragma unroll
-  for (int i = 0; i < C::kWarps; ++i) {
-    state[i] = {-INFINITY, 0.0f};
-    if (i >= key_warps) continue;
-    const int in_order = (item.first_warp + i) & (key_warps - 1);
-    const float2 its = shared.state[row / kRowsPerWarp + (in_order << row_bits(args))][row % kRowsPerWarp];
-    state[i] = {its.x, its.y};
-    top = fmaxf(top, its.x);
-  }
-  const float reference = softmax_reference(top);
-  float sum = 0.0f;
+    for (int offset = 16; offset >= kLanes; offset /= 2) {
+      state.sum += __shfl_down_sync(kAllLanes, state.sum, offset);
 #pragma unroll
-  for (int i = 0; i < C::kWarps; ++i) {
-    if (i >= key_warps) continue;
-    const float factor = exp2_approx((state[i].max - reference) * kLog2E);
-    sum += state[i].sum * factor;
-    shared.warp_factor[row * key_warps + i] = factor;
-  }
-  shared.row_state[row] = {top, sum};
-}
-
-/// All consumers, after weigh_warps: the block's result for each row, to its output or to where the parts of a head are merged.
-template <class C>
-__device__ __forceinline__ void merge_warps(const KernelArgs& args, const SharedPlan<C::kWarps>& shared, const Item& item,
-                                            const float* merged, const PartInShared<C>& part_in_shared) {
-  constexpr int kThreadsOfRow = C::kHeadDim / 4, kRowsTogether = 32 * C::kWarps / kThreadsOfRow;
-  const int head_dim_v = static_cast<int>(args.problem.value.shape[3]), column = threadIdx.x % kThreadsOfRow * 4;
-  if (column >= head_dim_v || threadIdx.x >= kRowsTogether * kThreadsOfRow) return;
-  const int key_warps = C::kWarps >> row_bits(args);
-#pragma unroll 2
-  for (int row = threadIdx.x / kThreadsOfRow; row < item.num_rows; row += kRowsTogether) {
-    float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < C::kWarps; ++i) {
-      if (i >= key_warps) break;
-      const int in_order = (item.first_warp + i) & (key_warps - 1);  // NOTE: merge_rows is 16 where more rows share a tile
-      const int place = (in_order << row_bits(args)) * args.merge_rows + row;
-      const float4 its = *reinterpret_cast<const float4*>(merged + place * merge_stride(C::kHeadDim) + column);
-      const float factor = shared.warp_factor[row * key_warps + i];
-      x = {x.x + its.x * factor, x.y + its.y * factor, x.z + its.z * factor, x.w + its.w * factor};
-    }
-    const float2 state = shared.row_state[row];
-    if (item.num_parts == 1) {
-      write_row<C>(args, item, row, column, {state.x, state.y}, x);
-    } else if (item.in_cluster) {
-      *reinterpret_cast<float4*>(part_in_shared.row(row) + column) = x;
-      if (column == 0) *reinterpret_cast<float2*>(part_in_shared.row(row) + C::kHeadDim) = state;
-    } else {
-      const PartsInWorkspace parts{args, item};
-      const int place = parts.place(item.part, row);
-      *reinterpret_cast<float4*>(parts.row(place) + column) = x;
-      if (column == 0) args.partial_state[place] = state;
+      for (float4& o : out) {
+        o = {o.x + __shfl_down_sync(kAllLanes, o.x, offset), o.y + __shfl_down_sync(kAllLanes, o.y, offset),
+             o.z + __shfl_down_sync(kAllLanes, o.z, offset), o.w + __shfl_down_sync(kAllLanes, o.w, offset)};
+      }
     }
   }
-}
+};
 
-/// A warp: kPieces times 64 columns of one row from all parts of its head, kTogether of them under way to a lane. A half of
-/// the lanes has the even parts, the other the odd ones.
-template <class C, int kPieces, int kTogether, class Parts>
+/// A warp: kPieces times 4 kLanes columns of one row from all parts of its head, kTogether of them under way to a lane. Each
+/// kLanes lanes have every 32 / kLanes-th part. Calls may_write() once, in all lanes.
+template <class C, int kPieces, int kTogether, int kLanes, class Parts, class MayWrite>
 __device__ __forceinline__ void merge_parts(const KernelArgs& args, const Item& item, int row, int first_piece,
-                                            const Parts& parts) {
-  const int lane = threadIdx.x % 32, column = first_piece * kMergeColumns + lane % 16 * 4;
+                                            const Parts& parts, const MayWrite& may_write) {
+  constexpr int kColumns = 4 * kLanes, kGroups = 32 / kLanes;
+  const int lane = threadIdx.x % 32, column = first_piece * kColumns + lane % kLanes * 4;
   const int head_dim_v = static_cast<int>(args.problem.value.shape[3]);
   Partial<kPieces> x;
 #pragma unroll 1
-  for (int first = lane / 16; first < item.num_parts; first += 2 * kTogether) {
+  for (int first = lane / kLanes; first < item.num_parts; first += kGroups * kTogether) {
     float2 state[kTogether];
     float4 out[kTogether][kPieces];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int part = first + 2 * i;
+      const int part = first + kGroups * i;
       const auto place = parts.place(part, row);
       state[i] = part < item.num_parts ? parts.state(place) : make_float2(-INFINITY, 0.0f);
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
-        const int its = column + j * kMergeColumns;
+        const int its = column + j * kColumns;
         out[i][j] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (part < item.num_parts && its < head_dim_v) out[i][j] = parts.out(place, its);
       }
@@ -214,63 +94,93 @@ __device__ __forceinline__ void merge_parts(const KernelArgs& args, const Item& 
     x.add(state, out);
   }
   __syncwarp();
-  const float2 state[1] = {{__shfl_down_sync(kAllLanes, x.state.max, 16), __shfl_down_sync(kAllLanes, x.state.sum, 16)}};
-  float4 odd[1][kPieces];
+  x.template add_groups<kLanes>();
+  if (!may_write()) return;
 #pragma unroll
   for (int j = 0; j < kPieces; ++j) {
-    odd[0][j] = {__shfl_down_sync(kAllLanes, x.out[j].x, 16), __shfl_down_sync(kAllLanes, x.out[j].y, 16),
-                 __shfl_down_sync(kAllLanes, x.out[j].z, 16), __shfl_down_sync(kAllLanes, x.out[j].w, 16)};
-  }
-  x.add(state, odd);
-#pragma unroll
-  for (int j = 0; j < kPieces; ++j) {
-    const int its = column + j * kMergeColumns;
-    if (lane < 16 && its < head_dim_v) write_row<C>(args, item, row, its, x.state, x.out[j]);
+    const int its = column + j * kColumns;
+    if (lane < kLanes && its < head_dim_v) write_row<C>(args, item, row, its, x.state, x.out[j]);
   }
 }
 
-/// Four warps: the whole merge of a head.
+/// All consumers of a block: the whole merge of a head.
 template <class C>
 __device__ __forceinline__ void merge_alone(const KernelArgs& args, const Item& item) {
-  constexpr int kPieces = C::kMergePieces < 2 ? 1 : 2, kTurns = (C::kMergePieces + kPieces - 1) / kPieces;  // of a row
-  for (int i = threadIdx.x / 32; i < item.num_rows * kTurns; i += C::kWarps)
-    merge_parts<C, kPieces, kPartsTogether>(args, item, i / kTurns, i % kTurns * kPieces, PartsInWorkspace{args, item});
+  constexpr int kColumns = 4 * kMergeLanes, kPieces = C::kHeadDim < 2 * kColumns ? 1 : 2;
+  constexpr int kTurns = (C::kHeadDim + kPieces * kColumns - 1) / (kPieces * kColumns);  // of a row
+  for (int i = threadIdx.x / 32; i < item.num_rows * kTurns; i += C::kWarps) {
+    merge_parts<C, kPieces, kPartsTogether, kMergeLanes>(args, item, i / kTurns, i % kTurns * kPieces,
+                                                         PartsInWorkspace{args, item}, [] { return true; });
+  }
 }
 
-/// The same together with other blocks: each warp takes piece after piece, as long as there are any.
-template <class C>
-__device__ __forceinline__ void merge_together(const KernelArgs& args, const Item& item, MergeCounter& counter) {
+/// A warp: which of up to 32 marks nobody sets, though it is given time to. They are set now.
+__device__ __forceinline__ unsigned take_what_is_left(unsigned* marks, int count) {
+  const int lane = threadIdx.x % 32;
+  const int64_t start = clock64();
+  bool is_left;
+  do {
+    is_left = lane < count && *static_cast<volatile unsigned*>(marks + lane) == 0;
+  } while (__any_sync(kAllLanes, is_left) && clock64() - start < kPatienceOfLast);
+  return __ballot_sync(kAllLanes, is_left && atomicExch(marks + lane, 1u) == 0);
+}
+
+/// All consumers of all blocks that share a head, or of those that are still there. A piece is 4 kLanes columns of a row. Each
+/// warp of each block has pieces of its own, and sets its mark while their parts are on the way to it; the block that was the
+/// last to write its part also takes what others have left.
+template <class C, int kLanes>
+__device__ __forceinline__ void merge_together(const KernelArgs& args, const Item& item, unsigned* marks, bool is_last) {
+  constexpr int kPiecesOfRow = C::kHeadDim / (4 * kLanes);
+  const int warps = item.num_parts * C::kWarps, own = item.part * C::kWarps + threadIdx.x / 32;
+  const PartsInWorkspace parts{args, item};
+  unsigned taken = 0, left = 0;  // are its own pieces? Of 32 warps, those that have left theirs
+  if (threadIdx.x % 32 == 0) taken = atomicExch(marks + own, 1u);
+  int warp = own, first = threadIdx.x / 32 * 32 - 32 * C::kWarps;
   for (;;) {
-    int piece = 0;
-    if (threadIdx.x % 32 == 0) piece = static_cast<int>(atomicAdd(&counter.claims, 1u));
-    piece = __shfl_sync(kAllLanes, piece, 0);
-    if (piece >= item.num_rows * C::kMergePieces) return;
-    const PartsInWorkspace parts{args, item};
-    merge_parts<C, 1, kPartsTogether>(args, item, piece / C::kMergePieces, piece % C::kMergePieces, parts);
+#pragma unroll 1
+    for (int piece = warp; piece < item.num_rows * kPiecesOfRow; piece += warps) {
+      merge_parts<C, 1, kPartsTogether, kLanes>(args, item, piece / kPiecesOfRow, piece % kPiecesOfRow, parts,
+                                                [&] { return __shfl_sync(kAllLanes, taken, 0) == 0; });
+    }
+    if (!is_last) return;
+    while (left == 0) {
+      first += 32 * C::kWarps;
+      if (first >= warps) return;
+      left = take_what_is_left(marks + first, warps - first);
+    }
+    warp = first + __ffs(left) - 1;
+    left &= left - 1;
+    taken = 0;
   }
 }
 
 /// All consumers, after the block's part has been written: tells so, and merges the head if this block is the last of its blocks.
-/// A large merge is shared: blocks with nothing else to do wait some time for the others and then take pieces of it.
+/// A large merge is shared: blocks with nothing else to do wait some time for the others and then take their pieces of it. The
+/// more parts there are, the fewer columns a piece has, so that there are pieces for all warps.
 template <class C>
 __device__ __forceinline__ void finish_head(const KernelArgs& args, SharedPlan<C::kWarps>& shared, const Item& item) {
   constexpr int kThreads = 32 * C::kWarps;
-  MergeCounter& counter = args.counters[item.counter];
   const int64_t bytes = args.problem.value.shape[3] * item.num_rows * item.num_parts * int64_t{sizeof(float)};
   const bool together = bytes >= kSharedMerge;
-  if (together && item.part == 0 && threadIdx.x == 0) counter.claims = 0;  // before this part is told of, so before any claim
+  unsigned* const marks = args.marks + item.first_slot * kMostWarps;
+  // Before this part is told of, so before anybody sets a mark.
+  if (together && threadIdx.x % 32 == 0) marks[item.part * C::kWarps + threadIdx.x / 32] = 0;
   named_barrier_sync(kConsumerBarrier, kThreads);
   if (threadIdx.x == 0) {
-    bool merges = count_to(&counter.parts_done, item.num_parts);
-    if (!merges && together && item.last_of_block) merges = wait_for_zero(&counter.parts_done, kPatience);
-    shared.merges = merges;
+    unsigned* const parts_done = args.counters + item.counter;
+    shared.is_last = count_to(parts_done, item.num_parts);
+    shared.merges = shared.is_last || (together && item.last_of_block && wait_for_zero(parts_done, kPatience));
   }
   named_barrier_sync(kConsumerBarrier, kThreads);
   if (!shared.merges) return;
-  if (together) {
-    merge_together<C>(args, item, counter);
-  } else {
+  if (!together) {
     merge_alone<C>(args, item);
+  } else if (item.num_parts <= 16) {
+    merge_together<C, 16>(args, item, marks, shared.is_last);
+  } else if (item.num_parts <= 32) {
+    merge_together<C, 8>(args, item, marks, shared.is_last);
+  } else {
+    merge_together<C, 4>(args, item, marks, shared.is_last);
   }
 }
 
@@ -279,9 +189,12 @@ template <class C>
 __device__ __forceinline__ void merge_in_cluster(const KernelArgs& args, const Item& item, const PartInShared<C>& own) {
   cluster_arrive();
   cluster_wait();
-  const int warps = C::kWarps * item.num_parts, pieces = item.num_rows * C::kMergePieces;
-  for (int i = static_cast<int>(threadIdx.x / 32) * item.num_parts + item.part; i < pieces; i += warps)
-    merge_parts<C, 1, kMostClusterBlocks / 2>(args, item, i / C::kMergePieces, i % C::kMergePieces, PartsInCluster<C>{own});
+  constexpr int kPiecesOfRow = C::kHeadDim / (4 * kMergeLanes);
+  const int warps = C::kWarps * item.num_parts;
+  for (int i = static_cast<int>(threadIdx.x / 32) * item.num_parts + item.part; i < item.num_rows * kPiecesOfRow; i += warps) {
+    merge_parts<C, 1, kMostClusterBlocks / 2, kMergeLanes>(args, item, i / kPiecesOfRow, i % kPiecesOfRow, PartsInCluster<C>{own},
+                                                           [] { return true; });
+  }
   cluster_arrive_relaxed();  // no block ends while another reads its shared memory
   cluster_wait();
 }

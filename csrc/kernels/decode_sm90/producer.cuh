@@ -134,7 +134,8 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
   const int key_warps = C::kWarps >> row_bits(args);
   RingPlace place, landed;
   int to_start = args.stages;  // before one of those under way must have landed
-  if (pieces.is_long()) to_start = min(to_start, args.stages_at_once);
+  const bool is_long = pieces.is_long();
+  if (is_long) to_start = min(to_start, args.stages_at_once);
   const int at_once = to_start;
   const uint64_t policy = l2_policy(args.read_once);
   RingPosition<kItemSlots> slot;
@@ -147,7 +148,7 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
 #pragma unroll 1
     for (int count = 1; tile < end; tile += count) {
       if (tile == keys.end_tile) keys.go_on();
-      if constexpr (C::kTilesTogether == 1) {
+      if constexpr (C::kMostTogether == 1) {
         const int stage = place.stage(args.stages);
         if (to_start > 0) {
           --to_start;
@@ -158,7 +159,8 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
         mbarrier_wait(&shared.empty[stage], place.phase(args.stages) ^ 1);
         if (keys.is_for(tile)) start(stage, piece);
       } else {
-        count = min(C::kTilesTogether, min(end, keys.end_tile) - tile);
+        const bool most = is_long || (to_start == at_once && end - tile <= C::kMostTogether);
+        count = min(most ? C::kMostTogether : C::kAlwaysTogether, min(end, keys.end_tile) - tile);
         const int own = keys.ahead_of(tile);
         if (own >= 0 && own < count) {
           RingPlace its = place;

@@ -65,7 +65,7 @@ constexpr int num_stages(const TileShape& tile, int most, int stage_bytes, int o
 /// The bucket: the largest head_dim and head_dim_v of an instance.
 inline int64_t bucket_size(const AttentionParams& p) { return std::max(p.query.shape[3], p.value.shape[3]); }
 
-/// Floats of a slot: state and output of `rows` rows.
-inline int64_t slot_floats(int rows, int64_t head_dim_v) { return rows * (head_dim_v + 2); }
+/// Words of a slot: state and output of `rows` rows, and a mark for each warp.
+inline int64_t slot_words(int rows, int64_t head_dim_v) { return rows * (head_dim_v + 2) + kMostWarps; }
 
 }  // namespace fa::decode_sm90

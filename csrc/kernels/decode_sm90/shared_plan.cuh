@@ -22,7 +22,8 @@ struct SharedPlan {
   float2 state[kWarps_][kRowsPerWarp];        // of the block's warps, at the end of an item
   float warp_factor[kWarps_ * kRowsPerWarp];  // of each row, by which its warps' outputs are multiplied
   float2 row_state[kMostTileRows];            // of the block
-  int merges;                                 // this block merges the parts of the head
+  bool merges;                                // this block merges parts of the head, and …
+  bool is_last;                               // … was the last of its blocks to write its own
   int warp_units[kWarps_ + 1];
   int cut_tiles;                   // not uniform: of each head, where all have equally many and are cut alike; else 0, and …
   int first_tiles;                 // those of the first sequence's

@@ -19,13 +19,14 @@ struct Traits {
   static constexpr TileShape kTile = tile_shape(kHeadDim_);
   static constexpr int kHeadDim = kHeadDim_, kWarps = kTile.warps, kThreads = 32 * (kWarps + 1), kTileN = kTile.tile_n;
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(Stored)), kTileBytes = 2 * kTileN * kRowBytes;
-  static constexpr int kTilesTogether = kTileBytes < kBytesTogether ? kBytesTogether / kTileBytes : 1;
+  // How many tiles' copies start side by side: always; or at most, at the start of a short piece and in a long share.
+  static constexpr int kAlwaysTogether = kTileBytes < kBytesTogether ? kBytesTogether / kTileBytes : 1;
+  static constexpr int kMostTogether = kTileBytes == kBytesTogether ? kTilesTogether : kAlwaysTogether;
   static constexpr int kPanels = num_panels(kRowBytes), kPanelColumns = kPanelRowBytes / static_cast<int>(sizeof(Stored));
   static constexpr int kPanelBytes = kTileN * kPanelRowBytes;                                    // of keys, and of values
   static constexpr int kStageBytes = 2 * kPanels * kPanelBytes, kValueOffset = kStageBytes / 2;  // a panel may have idle columns
   static constexpr int kMostStages = most_stages(kIsQuantized);                                  // of the ring
   static constexpr int kKeyBlocks = kTileN / 8, kDimBlocks = kHeadDim / 8;                       // of matrix instructions
-  static constexpr int kMergePieces = kHeadDim / kMergeColumns;                                  // of a row
 };
 
 }  // namespace fa::decode_sm90

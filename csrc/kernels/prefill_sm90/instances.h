@@ -17,6 +17,7 @@ enum class Variant : uint8_t {
   kPlain,          // scale > 0, lengths, window, sinks, mask without rows: scores stay raw products, the scale is in the exponent
   kTall,           // the same problems, with tiles of more rows and fewer keys
   kMiddle,         // … with tiles of fewer rows
+  kBroad,          // … with tiles of fewer rows and more keys
   kShort,          // … with tiles for few keys or few rows
   kModified,       // on top of it softcap, bias, mask with rows, ALiBi, or a scale <= 0: scores are natural
   kModifiedTall,   // … with tiles of more rows and fewer keys; without mask, and without a bias that only threads can read

@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kMaxRows = int64_t{1} << 29;  // positions and sums of two fit 32 bits
 constexpr int64_t kManyKeys = 2048;             // from here on long tiles of modified scores are faster than tall ones
+constexpr int64_t kKeysOfBroad = 1024;          // of a row in the mean: from here on broad tiles are faster than middle ones
 
 struct Instance {
   DType dtype;
@@ -80,8 +81,10 @@ Variant choose_variant(const AttentionParams& p, const Device& device) {
                                 : fastest({plain, middle, {Variant::kShort, 150}}, p, device);
   }
   if (head_dim <= 128) {
-    const int64_t middle_cost = mean_keys(p) <= kFewKeys ? 110 : 120;
-    return fastest({{Variant::kMiddle, middle_cost}, {Variant::kShort, 125}, {Variant::kPlain}}, p, device);
+    const int64_t keys = mean_keys(p), middle_cost = keys <= kFewKeys ? 110 : 120;
+    const Candidate middle = keys < kKeysOfBroad ? Candidate{Variant::kMiddle, middle_cost}
+                                                 : Candidate{Variant::kBroad, p.window_right >= 0 ? 110 : 106};
+    return fastest({middle, {Variant::kShort, 125}, {Variant::kPlain}}, p, device);
   }
   const bool few_keys = p.window_right >= 0 && mean_keys(p) <= kFewKeys;
   return head_dim > 192 && few_keys ? Variant::kShort : Variant::kPlain;

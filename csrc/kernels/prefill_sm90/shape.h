@@ -34,6 +34,7 @@ constexpr TileShape tile_shape(int head_dim, Variant variant) {
     return {2, 32, 4, 1, 0, false, 1, 8};
   }
   if (variant == Variant::kMiddle) return {2, 64, 4, 2, 0, false, 1, head_dim <= 96 ? head_dim / 16 : 4};
+  if (variant == Variant::kBroad) return {2, 128, 2, 2, 0, true, 1, 8};
   if (variant == Variant::kTall) return {4, 64, 6, 2, 0, false};
   if (variant == Variant::kModifiedTall) return {4, 64, 3, 2, 3};
   if (variant == Variant::kModifiedShort)
