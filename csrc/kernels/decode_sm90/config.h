@@ -26,6 +26,8 @@ inline constexpr int kBytesAtOnce = 64 << 10;           // under way to a block 
 inline constexpr int kBytesAtOnceOfPages = 80 << 10;    // … where keys and values lie in pages …
 inline constexpr int kBytesAtOnceOfDrawn = 96 << 10;    // … and where blocks draw whole heads
 
+inline constexpr int kBytesAhead = 64 << 10;  // of a block's keys and values, to L2 before it is known that they are wanted
+
 // Where the keys are cut. Units are key tiles.
 inline constexpr int kMinReadOfPart =
     16;  // times the bytes of its partial results, so that the merge costs less than its keys; …

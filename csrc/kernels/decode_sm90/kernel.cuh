@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks_per_sm)
     tma_prefetch_map(&args.key);
     tma_prefetch_map(&args.value);
   }
-  if (threadIdx.x == 0 && args.only_lengths) fetch_likely_tile<C>(args);
+  if (threadIdx.x / 32 == 0 && args.only_lengths) fetch_likely_tiles<C>(args);
   // 2. Which keys are this block's. What the host knows is worked out while earlier kernels end.
   EqualHeads heads{args.cut.tiles, 0, args.work};
   if (!args.uniform) {

@@ -107,17 +107,37 @@ __device__ __forceinline__ void load_stage(const KernelArgs& args, unsigned char
   }
 }
 
-/// One thread, before earlier kernels have ended and where only the device knows the lengths: the first tile of the block's first
-/// piece, if all heads are as long as can be, to L2. Even where they are shorter, the tile lies near the one that will be read,
-/// and what finds its place in memory is at hand then.
+/// How many tiles of keys a sequence seems to have before earlier kernels have ended: a decoder's step changes its length by one.
+/// Read past L1, where the old length would stay.
 template <class C>
-__device__ __forceinline__ void fetch_likely_tile(const KernelArgs& args) {
+__device__ __forceinline__ int likely_tiles(const KernelArgs& args, int sequence) {
+  const IndexView& lengths = args.rule.sequences.kv_lengths;
+  const IndexView& view = lengths.data != nullptr ? lengths : args.rule.write_indices;
+  int64_t keys = args.num_keys;
+  if (view.data != nullptr) {
+    const int64_t idx = sequence * view.stride;
+    keys = view.wide ? __ldcg(static_cast<const long long*>(view.data) + idx) : __ldcg(static_cast<const int*>(view.data) + idx);
+    if (lengths.data == nullptr) keys += args.problem.query.shape[2];
+  }
+  return static_cast<int>(min(max(keys, int64_t{1}), int64_t{args.num_keys}) + C::kTileN - 1) / C::kTileN;
+}
+
+/// A warp, before earlier kernels have ended and where only the device knows the lengths: the tiles that the block's first piece
+/// seems to begin with, to L2; only one, if sequences seem to be of different lengths and the pieces others. Where a tile proves
+/// wrong, what finds places in memory is at hand all the same.
+template <class C>
+__device__ __forceinline__ void fetch_likely_tiles(const KernelArgs& args) {
   const HeadCut& cut = args.cut;
-  const int number = static_cast<int>(blockIdx.x), head = static_cast<int>(cut.parts.quotient(number));
-  const int part = number - head * static_cast<int>(cut.parts.divisor);
-  const int batch = static_cast<int>(cut.heads_of_span.quotient(head));
-  const int key_head = static_cast<int>(cut.row_tiles.quotient(head - batch * static_cast<int>(cut.heads_of_span.divisor)));
-  const int row = static_cast<int>(cut.parts.quotient(cut.tiles * part)) * C::kTileN;
+  const int parts = static_cast<int>(cut.parts.divisor), head = static_cast<int>(cut.parts.quotient(blockIdx.x));
+  const int part = static_cast<int>(blockIdx.x) - head * parts, lane = static_cast<int>(threadIdx.x % 32);
+  const int batch = min(static_cast<int>(cut.heads_of_span.quotient(head)), args.num_spans - 1);
+  const int item = head - batch * static_cast<int>(cut.heads_of_span.divisor);
+  const int key_head = static_cast<int>(cut.row_tiles.quotient(item)), tiles = likely_tiles<C>(args, batch);
+  const bool are_alike = __all_sync(kAllLanes, likely_tiles<C>(args, min(lane, args.num_spans - 1)) == tiles);
+  const int begin = static_cast<int>(cut.parts.quotient(tiles * part)),
+            end = static_cast<int>(cut.parts.quotient(tiles * (part + 1)));
+  if (begin + lane >= end || lane >= (are_alike ? kBytesAhead / C::kTileBytes : 1)) return;
+  const int row = (begin + lane) * C::kTileN;
   if (args.whole_rows) {
     tma_fetch_panels(&args.key, row, key_head, batch);
     tma_fetch_panels(&args.value, row, key_head, batch);
