@@ -121,7 +121,7 @@ __device__ __forceinline__ unsigned take_what_is_left(unsigned* marks, int count
   bool is_left;
   do {
     is_left = lane < count && *static_cast<volatile unsigned*>(marks + lane) == 0;
-  } while (__any_sync(kAllLanes, is_left) && clock64() - start < kPatienceOfLast);
+  } while (__any_sync(kAllLanes, is_left && clock64() - start < kPatienceOfLast));  // NOTE: all lanes decide alike
   return __ballot_sync(kAllLanes, is_left && atomicExch(marks + lane, 1u) == 0);
 }
 
