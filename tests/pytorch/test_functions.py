@@ -236,6 +236,10 @@ def test_activation_checkpointing():
     again = checkpoint(fatorch.flash_attn_func, q, k, v, use_reentrant=False)
     for got, want in zip(torch.autograd.grad(again.square().sum(), (q, k, v)), plain, strict=True):
         assert torch.equal(got, want)
+    again = checkpoint(fatorch.flash_attn_func, q, k, v, use_reentrant=False)
+    gradients = torch.autograd.grad(again.square().sum(), (q, k, v), create_graph=True)
+    for got, want in zip(gradients, plain, strict=True):
+        assert torch.equal(got, want)
 
 
 def ops_of(call) -> list[str]:
