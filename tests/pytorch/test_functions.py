@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+import faplugin  # noqa: E402
 from faplugin import torch as fatorch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -414,6 +415,19 @@ def test_tensors_whose_negative_is_in_memory(columns):
     wanted = torch.autograd.grad(expected, exact, d_output.resolve_neg())
     for got, want in zip(torch.autograd.grad(output, (q, k, v), d_output), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_holds_negatives_is_refused_where_it_is_read_or_written_as_it_is():
+    x = torch.zeros(1, 2, 4, 16)
+    negative = torch._neg_view(torch.ones(1, 2, 4, 16))
+    for call, name in (
+        (lambda: faplugin.attention(x, negative, x), "key"),
+        (lambda: faplugin.attention(x, x, x, out={"output": negative}), "output"),
+        (lambda: faplugin.attention_backward(negative, x, torch.zeros(1, 2, 4), x, x, x), "d_output"),
+        (lambda: fatorch.flash_attn_with_kvcache(x, x, negative, x, x, cache_seqlens=0), "v_cache"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} has PyTorch's negative bit.*expected resolve_neg"):
+            call()
 
 
 def test_varlen_functions_name_what_is_wrong():
