@@ -69,6 +69,22 @@ def test_the_sum_beside_a_norm_has_the_type_of_what_is_added() -> None:
     assert values["m"] is None  # float32, which nobody asks for
 
 
+SAID = """<ir_version: 11, opset_import: ["" : 23]>
+main (float[2] x, int8[2] n, float scale) => (float16[2] y) {
+    read = DequantizeLinear <output_dtype = 10> (n, scale)  plain = DequantizeLinear (n, scale)
+    drawn = RandomNormalLike <dtype = 10> (x)  like = RandomUniformLike (x)  coin = Bernoulli <dtype = 10> (x)
+    y = Add (read, drawn)
+}"""
+
+
+def test_the_type_that_an_attribute_says_comes_before_that_of_an_input() -> None:
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(SAID))
+    analysis = Analysis(model)
+    types = {value.name: analysis.dtype(value) for node in model.graph for value in node.outputs}
+    half, single = ir.DataType.FLOAT16, ir.DataType.FLOAT
+    assert types == {"read": half, "plain": single, "drawn": half, "like": single, "coin": half, "y": half}
+
+
 CONSTANTS = """<ir_version: 8, opset_import: ["" : 17]>
 main (float[5, 5] x) => (int64[n] y) {
     zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  axis = Constant <value_ints = [1]> ()
