@@ -340,12 +340,17 @@ def test_activate_sdpa_by_the_rule(options):
     assert all(torch.equal(got, other) for got, other in zip(run(*inputs), theirs, strict=True)), "ours is still there"
 
 
-def test_activate_sdpa_leaves_float64_to_pytorch():
-    inputs = [draw(1, 2, 8, 16).detach().double().requires_grad_() for _ in range(3)]
-    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float64, {}), (torch.float64, {"is_causal": True}), (torch.float32, {"scale": 0.0})],
+    ids=str,
+)
+def test_activate_sdpa_leaves_to_pytorch_what_the_operator_has_no_words_for(dtype, options):
+    inputs = [draw(1, 2, 8, 16).detach().to(dtype).requires_grad_() for _ in range(3)]
+    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, **options)
     fatorch.activate_sdpa()
     try:
-        output = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+        output = torch.nn.functional.scaled_dot_product_attention(*inputs, **options)
         gradients = torch.autograd.grad(output.sum(), inputs)
     finally:
         fatorch.activate_sdpa(False)
