@@ -107,7 +107,7 @@ def _wants_gradients(*tensors: Any) -> bool:
     return False
 
 
-def _gradients(ctx: Any, saved: Tensors, d_output: Any, d_lse: Any = None) -> tuple:
+def _gradients(ctx: Any, saved: Any, d_output: Any, d_lse: Any = None) -> tuple:
     """Of the arguments of forward(). `saved`: by save_for_backward()."""
     query, key, value, output, lse, *given = saved
     if d_output is None:
@@ -149,7 +149,7 @@ class _Last(torch.autograd.Function):
         )
 
 
-def _differentiated_once(ctx: Any, saved: Tensors, *d_results: Any) -> tuple:
+def _differentiated_once(ctx: Any, saved: Any, *d_results: Any) -> tuple:
     with torch.no_grad():
         gradients = _gradients(ctx, saved, *d_results)
     return _Last.apply(len(gradients), *gradients, *d_results, *saved)
