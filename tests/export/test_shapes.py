@@ -321,3 +321,34 @@ def test_operators_that_keep_the_shape(name: str) -> None:
             y = {name}(x{second}) z = Relu(y) }}"""
     model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
     assert [str(size) for size in Analysis(model).shape(model.graph.node(0).outputs[0])] == ["b", "1", "s", "8"]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "axes", "shape"),
+    [
+        ("", "", "1 1 1"),
+        ("keepdims = 0", ", none", ""),
+        ("noop_with_empty_axes = 1", "", "b s 8"),
+        ("noop_with_empty_axes = 1, keepdims = 0", ", none", "b s 8"),
+        ("noop_with_empty_axes = 1, keepdims = 0", ", last", "b s"),
+    ],
+)
+def test_a_reduction_without_axes_is_of_all_or_of_none(attributes: str, axes: str, shape: str) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : 18]>
+        main (float[b, s, 8] x) => (float[m] z) <int64[0] none = {{}}, int64[1] last = {{-1}}> {{
+            y = ReduceSum <{attributes or "keepdims = 1"}> (x{axes}) z = Relu(y) }}"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    found = Analysis(model).shape(model.graph.node(0).outputs[0])
+    assert " ".join(map(str, found)) == shape
+    got = ReferenceEvaluator(onnx.parser.parse_model(text)).run(None, {"x": np.ones((2, 3, 8), np.float32)})[0]
+    assert got.shape == tuple({"b": 2, "s": 3}.get(size) or int(size) for size in shape.split())
+
+
+@pytest.mark.parametrize(("attribute", "contents"), [("keepdims = 0", "8*b*s"), ("noop_with_empty_axes = 1", None)])
+def test_a_product_of_sizes_is_followed(attribute: str, contents: str | None) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : 18]>
+        main (float[b, s, 8] x) => (int64[m] z) {{
+            sizes = Shape(x) y = ReduceProd <{attribute}> (sizes) z = Identity(y) }}"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    found = Analysis(model).contents(model.graph.node(1).outputs[0])
+    assert (found and " ".join(map(str, found))) == contents
