@@ -327,15 +327,17 @@ class Binder {
     const Tensor* t = find(input);
     if (!t) return {};
     // The rows of a windowed cache are not all positions that there have been, which the columns of a mask count.
+    const bool counts_positions = node_.words.cache == CacheMode::kWindow;
     int64_t keys = params_.key.shape[2];
-    if (node_.words.cache == CacheMode::kWindow && t->rank > 0)
+    if (counts_positions && t->rank > 0)
       keys = t->shape[t->rank - 1] == 1 ? kMostElements : t->shape[t->rank - 1];  // one column stands for all positions
     const int64_t target[4] = {params_.query.shape[0], params_.query.shape[1], params_.query.shape[2], keys};
     const auto refuse = [&] {
       return wrong_shape(input, *t,
                          "something that broadcasts to [batch " + std::to_string(target[0]) + ", heads " +
-                             std::to_string(target[1]) + ", query rows " + std::to_string(target[2]) + ", keys " +
-                             std::to_string(target[3]) + "], rank 1 to 4");
+                             std::to_string(target[1]) + ", query rows " + std::to_string(target[2]) +
+                             (counts_positions ? ", any number of positions" : ", keys " + std::to_string(target[3])) +
+                             "], rank 1 to 4");
     };
     if (t->rank < 1) return refuse();
     view->data = t->data;

@@ -96,7 +96,8 @@ Tensor contiguous(void* data, DType dtype, const int64_t* shape, size_t rank) {
   for (int i = static_cast<int>(rank < 4 ? rank : 4) - 1; i >= 0; --i) {
     tensor.shape[i] = shape[i];
     tensor.stride[i] = stride;
-    stride *= shape[i] > 0 ? shape[i] : 1;
+    // What overflows is more than fits a memory, which bind() refuses.
+    (void)__builtin_mul_overflow(stride, shape[i] > 0 ? shape[i] : 1, &stride);
   }
   return tensor;
 }

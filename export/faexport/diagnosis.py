@@ -61,10 +61,12 @@ def _malformed(path: pathlib.Path, fault: str) -> ModelError:
 
 
 def fault_of(model: pathlib.Path) -> str:
-    """What is wrong with the file, in the checkers' words, or "" where they find nothing."""
+    """What is wrong with the file, in the checkers' words, or "" where they find nothing, or come to no end."""
     try:
         done = child_process.run(__name__, model, TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
+        return ""
+    if child_process.was_killed(done.returncode):
         return ""
     if done.returncode < 0:
         return f"the checkers of onnx and onnxruntime crash on it (signal {-done.returncode})"

@@ -178,7 +178,8 @@ def attention(
         out[name] if name in out else empty(_like(name, arguments), tuple(shape), dtype, call.device, stream)
         for name, shape, dtype in call.outputs
     ]
-    num_bytes = call.prepare([readable(array) for array in outputs], kernel)
+    arrays = [readable(name, array) for (name, _, _), array in zip(call.outputs, outputs, strict=True)]
+    num_bytes = call.prepare(arrays, kernel)
     call.run(workspace(query, num_bytes, call.device, stream), num_bytes, num_threads)
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
@@ -241,4 +242,4 @@ def bind(arguments: dict[str, Any], stream: int | None) -> Call:
         attributes["optional_outputs"] = ",".join(outputs)
     is_current = stream is None
     stream = current_stream(arguments["query"]) if stream is None else stream
-    return Call(attributes, [(name, readable(arguments[name])) for name in given], stream, is_current)
+    return Call(attributes, [(name, readable(name, arguments[name])) for name in given], stream, is_current)

@@ -86,6 +86,6 @@ def attention_backward(
     }
     arrays = {"output": output, "lse": lse, "d_output": d_output, "d_lse": d_lse}
     arrays |= {OTHERS.get(name, f"d_{name}"): array for name, array in results.items()}
-    num_bytes = call.prepare_backward({n: None if a is None else readable(a) for n, a in arrays.items()}, kernel)
+    num_bytes = call.prepare_backward({n: None if a is None else readable(n, a) for n, a in arrays.items()}, kernel)
     call.run(workspace(query, num_bytes, call.device, stream), num_bytes, num_threads)
     return results

@@ -15,12 +15,24 @@ def framework_of(array: Any) -> str:
     return type(array).__module__.partition(".")[0]
 
 
-def readable(array: Any) -> Any:
+def refuse_negative_bit(name: str, tensor: Any) -> None:
+    """Raises ValueError where the memory of a PyTorch tensor holds the negatives of its numbers, as that of the
+    imaginary part of a conjugate does: DLPack's C exchange API doesn't tell."""
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} has PyTorch's negative bit, so its memory holds other numbers; expected resolve_neg() of it"
+        )
+
+
+def readable(name: str, array: Any) -> Any:
     """The array in a form that hands out its memory: a PyTorch tensor leaves its autograd graph, a scalar of NumPy
-    becomes an array."""
+    becomes an array. Raises ValueError as refuse_negative_bit()."""
     if isinstance(array, np.generic):
         return np.asarray(array)
-    return array.detach() if framework_of(array) == "torch" else array
+    if framework_of(array) != "torch":
+        return array
+    refuse_negative_bit(name, array)
+    return array.detach()
 
 
 def current_stream(array: Any) -> int:

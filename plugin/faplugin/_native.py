@@ -344,6 +344,8 @@ def _attribute(name: str, value: Any) -> _Attribute:
             attribute.number = value
         except TypeError:
             raise TypeError(f"{name} is {value!r}; expected a number") from None
+        if attribute.number and not ctypes.c_float(attribute.number).value:  # 0 stands for something else
+            raise ValueError(f"{name} is {value!r}; expected 0, or a number that is another in float32, too")
     return attribute
 
 

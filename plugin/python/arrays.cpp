@@ -33,6 +33,16 @@ Tensor empty_tensor(const char* name, DType dtype, int32_t rank) {
   return tensor;
 }
 
+/// An array without elements may have any strides, of NumPy all 0. Here a stride of 0 tells an axis that is broadcast, which of a
+/// gradient takes a sum, so it becomes row-major.
+void settle_strides(Tensor* tensor) {
+  for (int i = 0; i < tensor->rank; ++i) {
+    if (tensor->shape[i] != 0) continue;
+    *tensor = contiguous(tensor->data, tensor->dtype, tensor->shape, static_cast<size_t>(tensor->rank));
+    return;
+  }
+}
+
 DType dtype_by_name(const char* name, const std::string& dtype) {
   for (int i = 0; i < kNumDTypes; ++i)
     if (dtype == name_of(static_cast<DType>(i))) return static_cast<DType>(i);
@@ -66,6 +76,7 @@ Array from_dlpack(const char* name, const dlpack::DLTensor& t) {
     result.tensor.stride[i] = t.strides ? t.strides[i] : row_major;
     row_major *= t.shape[i];
   }
+  settle_strides(&result.tensor);
   return result;
 }
 
@@ -90,6 +101,7 @@ Array from_numpy(const char* name, const char* dtype, const FaNumpyArray& array)
     if (array.strides[i] % array.item_size != 0) refuse(name, "has strides that are no multiple of its elements' size");
     result.tensor.stride[i] = array.strides[i] / array.item_size;
   }
+  settle_strides(&result.tensor);
   return result;
 }
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import pty
@@ -21,10 +22,12 @@ from faexport.commands import build, engine_run, terminal
 from faexport.files import model_io
 from faexport.files.model_io import ModelError
 from faexport.options import Options
+from faexport.report.data import OutputDifference
 from faexport.runtimes import engine
 from faexport.runtimes.engine import Range, Runtime
 
 from tests import packages
+from tests.export.commands import here
 
 RTX = "tensorrt-rtx"
 MLP = """
@@ -328,6 +331,20 @@ def test_outputs_are_compared_with_onnxruntime(tmp_path):
     assert not other.ok
     with pytest.raises(ModelError, match="no output 'y'"):
         engine_run.compare(model, inputs, {"z": right})
+
+
+def test_a_difference_without_end_is_no_number_in_json(tmp_path, monkeypatch):
+    """JSON has none that is infinite."""
+    inputs = tmp_path / "in.npz"
+    np.savez(inputs, x=np.zeros(2, np.float32))
+    model = write(tmp_path, MLP)
+    worst = OutputDifference("y", "float32", (2,), math.inf, 0.0, False)
+    monkeypatch.setattr(engine, "find_runtime", lambda wanted: (Runtime.TENSORRT, None))
+    monkeypatch.setattr(engine_run, "run", lambda *_: engine_run.Result({"y": np.full(2, np.nan, np.float32)}, 1.0))
+    monkeypatch.setattr(engine_run, "compare", lambda *_: [worst])
+    done = here("run", tmp_path / "a.plan", "--inputs", inputs, "--model", model, "--json")
+    assert done.returncode == 1 and "differs by inf" in done.stderr
+    assert json.loads(done.stdout, parse_constant=pytest.fail)["differences"][0]["max_abs_diff"] == "inf"
 
 
 def test_names_are_no_markup(capsys):

@@ -157,6 +157,17 @@ WRONG = {
         "c = Constant<value = float {5.0}>() d = Div(s, c) t = Tanh(d) a = Mul(t, c) x = Mul(a, g)",
         reason="multiplied",
     ),
+    "an infinite factor": Form(
+        QKV, f"{PRODUCT} c = Constant<value = float {{-inf}}>() x = Mul(s, c) {END}", reason="by infinity or NaN"
+    ),
+    "a divisor of 0": Form(
+        QKV, f"{PRODUCT} c = Constant<value = float[1] {{0.0}}>() x = Div(s, c) {END}", reason="by infinity or NaN"
+    ),
+    "weights times infinity": Form(
+        QKV,
+        f"{PRODUCT} p = Softmax<axis = -1>(s) c = Constant<value = float {{inf}}>() w = Mul(p, c) y = MatMul(w, v)",
+        reason="by infinity or NaN",
+    ),
     "a softcap made at run time": factor("", "d = Div(s, g) t = Tanh(d) x = Mul(t, g)", reason="softcap"),
     "a gate that is squared scores": Form(QKV, f"{PRODUCT} x = Mul(s, s) {END}", reason="multipl"),
     "weights times rows and keys": late("T, S", reason="after the softmax"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,9 @@ import numpy as np
 import onnx
 import pytest
 from faexport import diagnosis
+from faexport.commands import bench_child
+from faexport.errors import ModelError
+from faexport.runtimes import child_process
 
 from tests.export import big_model
 from tests.export.commands import environment
@@ -88,6 +92,27 @@ def test_modules_in_the_working_directory_are_not_imported(model: pathlib.Path, 
     monkeypatch.chdir(model.parent)
     assert faexport.optimize(model).verification.status == "passed"
     assert diagnosis.fault_of(model) == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "fault", "sentence"),
+    [
+        (signal.SIGKILL, "", "onnxruntime's process was killed, as the system does when memory runs out"),
+        (
+            signal.SIGSEGV,
+            "the checkers of onnx and onnxruntime crash on it (signal 11)",
+            "onnxruntime crashed (signal 11)",
+        ),
+    ],
+)
+def test_a_process_that_the_system_ends_says_nothing_of_the_model(
+    number: int, fault: str, sentence: str, model: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killing = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"]
+    monkeypatch.setattr(child_process, "command", lambda module, *arguments: killing)
+    assert diagnosis.fault_of(model) == fault
+    with pytest.raises(ModelError, match=re.escape(sentence)):
+        bench_child.measure(bench_child.Question("times", (), {}), timeout=60)
 
 
 def test_documented_modules_are_found_without_an_import_of_their_own() -> None:

@@ -7,8 +7,10 @@ import itertools
 import math
 import operator
 
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from faexport.sizes import algebra as ia
@@ -106,7 +108,8 @@ class Numbers:
 
     def _fcmp(self, e: Expr) -> bool:
         a, b = self(e.args[1]), self(e.args[2])
-        return {"eq": a == b, "ne": a != b, "lt": a < b, "le": a <= b, "isnan": a != a}[e.args[0]]
+        special = {"isnan": math.isnan(a), "isinf": math.isinf(a)}
+        return {"eq": a == b, "ne": a != b, "lt": a < b, "le": a <= b, **special}[e.args[0]]
 
     def _opaque_int(self, e: Expr) -> int:
         args = [self(a) for a in e.args[1:]]
@@ -120,6 +123,8 @@ PLACES = "n = Shape(x) {'end': 1}; m = Squeeze(n); i = Range(0, m, 1); p = Unsqu
 LISTED = (
     "a = Expand(p, s); b = Expand(q, s); d = Unsqueeze(a, [2]); e = Unsqueeze(b, [2]); c = Concat(d, e) {'axis': 2};"
 )
+
+INFINITE = "z = Cast(0) {'to': 1}; a = Less(f, z); b = Log(z); n = Neg(b); c = Where(a, b, n); i = Where(flag, c, f);"
 
 # Each case: lines "result = Op(inputs) {attributes}" over INPUTS and integer constants written as numbers or lists.
 CASES = {
@@ -173,6 +178,10 @@ CASES = {
     "Equal of bools": "a = Greater(x, 1); r = Equal(a, flag)",
     "Less of floats": "a = Neg(f); r = Less(f, a)",
     "IsNaN": "r = IsNaN(f)",
+    "IsInf": f"{INFINITE} r = IsInf(i)",
+    "IsInf above": f"{INFINITE} r = IsInf(i) {{'detect_negative': 0}}",
+    "IsInf below": f"{INFINITE} r = IsInf(i) {{'detect_positive': 0}}",
+    "IsInf of neither sign": f"{INFINITE} r = IsInf(i) {{'detect_positive': 0, 'detect_negative': 0}}",
     "Cast to bool": "r = Cast(x) {'to': 9}",
     "Cast to float": "a = Cast(x) {'to': 1}; r = Mul(a, f)",
     "Cast of bool": "a = Cast(flag) {'to': 7}; r = Add(a, x)",
@@ -267,6 +276,36 @@ def test_triangles_and_bands_are_recognised(make, dtype: type) -> None:
     assert not ia.atoms(element, "load")
     for i, j in itertools.product(range(6), range(7)):
         assert Numbers({}, {"i1": i, "i2": j})(element) == array[0, i, j]
+
+
+@pytest.mark.parametrize(
+    "array",
+    (
+        np.array([-1, 2**63 - 1, 5]),
+        np.array([0, 2**62, -(2**63), -(2**62)]),  # steps of 2**62, if they wrap around
+        np.array([0, 2**63 + 4, 1], np.uint64),
+        np.array([0.5, -np.inf], ml_dtypes.float8_e5m2),
+        np.full(2, 0.5, ml_dtypes.float8_e5m2),
+        np.array([1j, 2.0]),
+    ),
+    ids=lambda array: f"{array.dtype} {array[0]}",
+)
+def test_arrays_without_a_rule_are_read_by_their_elements(array: np.ndarray) -> None:
+    tensor = Interpreter(EMPTY).tensor(ir.Value(name="b", const_value=ir.tensor(array)))
+    for index in (ia.var("i", [ia.const(len(array))]), ia.ZERO):
+        element = tensor.at((index,))
+        is_stored = bool(ia.atoms(element, "load")) or element.op == "load"
+        assert is_stored or (array.dtype.kind in "iu" and ia.value_of(element) == array[0])
+
+
+def test_a_dropout_that_drops_is_not_looked_through() -> None:
+    for training in (False, True):
+        model = onnx.parser.parse_model(
+            '<ir_version: 9, opset_import: ["": 20]> g (float[N] x) => (float[N] r) '
+            f"<float ratio = {{0.5}}, bool training = {{{int(training)}}}> {{ r = Dropout (x, ratio, training) }}"
+        )
+        loaded = ir.from_proto(model)
+        assert Interpreter(Analysis(loaded)).tensor(loaded.graph.outputs[0]).opaque is training
 
 
 def test_a_triangle_with_one_wrong_element_is_not_recognised() -> None:

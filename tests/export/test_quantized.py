@@ -10,9 +10,13 @@ import faexport
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
+from faexport.around import quantized_moves
+from faexport.graph.edits import Names
 from faexport.options import Options
 from faexport.runtimes import ort_session
+from faexport.understand.shapes.analysis import Analysis
 from faexport.verify import model_check
 
 PASSED, FAILED = model_check.VerificationStatus.PASSED, model_check.VerificationStatus.FAILED
@@ -285,6 +289,32 @@ def test_keys_that_are_quantized_transposed_load(opset: int, dtype: str, library
     want = attended(*(x.astype(np.float64) * float(np.float32(0.03)) for x in rounded))
     tensors["k"] = -tensors["k"].transpose(0, 1, 3, 2)
     np.testing.assert_allclose(outputs(fused, tensors), want, atol=1e-5)
+
+
+def test_what_says_the_type_of_dequantized_keys_is_kept() -> None:
+    """A scale of float32 and numbers in float16, in front of a Transpose that goes in front of them."""
+    body = """kr = DequantizeLinear<output_dtype = 10>(k, scale)
+        s = MatMul(q, kr) p = Softmax<axis = -1>(s) y = MatMul(p, v)"""
+    inputs = "float16[2, 3, 12, 8] q, int8[2, 3, 8, 20] k, float16[2, 3, 20, 8] v"
+    header = '<ir_version: 11, opset_import: ["" : 23]>'
+    model = onnx.parser.parse_model(f"{header} block ({inputs}) => (float16[2, 3, 12, 8] y) {{{body}\n}}")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.03, np.float32), "scale"))
+    fused, report = faexport.fuse(model)
+    assert report.num_fused == 1
+    places = {name: node for node in fused.graph.node for name in node.output}
+    (node,) = (node for node in fused.graph.node if node.domain == "faexport")
+    dequantize = places[node.input[1]]
+    assert (dequantize.op_type, places[dequantize.input[0]].op_type) == ("DequantizeLinear", "Transpose")
+    assert [onnx.helper.get_attribute_value(attribute) for attribute in dequantize.attribute] == [10]
+
+
+def test_a_scale_of_blocks_stays_where_its_blocks_are() -> None:
+    """Even where one block is all there is."""
+    text = """<ir_version: 11, opset_import: ["" : 23]> block (int8[1, 8] k, float[1, 1] scale) => (float[8, 1] y) {
+        kr = DequantizeLinear<axis = 1, block_size = 8>(k, scale) y = Transpose<perm = [1, 0]>(kr)\n}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    quantized_moves.put_in_front(model, Analysis(model), Names(model))
+    assert [node.op_type for node in model.graph] == ["DequantizeLinear", "Transpose"]
 
 
 def test_a_reason_says_whether_consent_helps(library: str) -> None:

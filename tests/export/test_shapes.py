@@ -69,6 +69,22 @@ def test_the_sum_beside_a_norm_has_the_type_of_what_is_added() -> None:
     assert values["m"] is None  # float32, which nobody asks for
 
 
+SAID = """<ir_version: 11, opset_import: ["" : 23]>
+main (float[2] x, int8[2] n, float scale) => (float16[2] y) {
+    read = DequantizeLinear <output_dtype = 10> (n, scale)  plain = DequantizeLinear (n, scale)
+    drawn = RandomNormalLike <dtype = 10> (x)  like = RandomUniformLike (x)  coin = Bernoulli <dtype = 10> (x)
+    y = Add (read, drawn)
+}"""
+
+
+def test_the_type_that_an_attribute_says_comes_before_that_of_an_input() -> None:
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(SAID))
+    analysis = Analysis(model)
+    types = {value.name: analysis.dtype(value) for node in model.graph for value in node.outputs}
+    half, single = ir.DataType.FLOAT16, ir.DataType.FLOAT
+    assert types == {"read": half, "plain": single, "drawn": half, "like": single, "coin": half, "y": half}
+
+
 CONSTANTS = """<ir_version: 8, opset_import: ["" : 17]>
 main (float[5, 5] x) => (int64[n] y) {
     zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  axis = Constant <value_ints = [1]> ()
@@ -305,3 +321,34 @@ def test_operators_that_keep_the_shape(name: str) -> None:
             y = {name}(x{second}) z = Relu(y) }}"""
     model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
     assert [str(size) for size in Analysis(model).shape(model.graph.node(0).outputs[0])] == ["b", "1", "s", "8"]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "axes", "shape"),
+    [
+        ("", "", "1 1 1"),
+        ("keepdims = 0", ", none", ""),
+        ("noop_with_empty_axes = 1", "", "b s 8"),
+        ("noop_with_empty_axes = 1, keepdims = 0", ", none", "b s 8"),
+        ("noop_with_empty_axes = 1, keepdims = 0", ", last", "b s"),
+    ],
+)
+def test_a_reduction_without_axes_is_of_all_or_of_none(attributes: str, axes: str, shape: str) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : 18]>
+        main (float[b, s, 8] x) => (float[m] z) <int64[0] none = {{}}, int64[1] last = {{-1}}> {{
+            y = ReduceSum <{attributes or "keepdims = 1"}> (x{axes}) z = Relu(y) }}"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    found = Analysis(model).shape(model.graph.node(0).outputs[0])
+    assert " ".join(map(str, found)) == shape
+    got = ReferenceEvaluator(onnx.parser.parse_model(text)).run(None, {"x": np.ones((2, 3, 8), np.float32)})[0]
+    assert got.shape == tuple({"b": 2, "s": 3}.get(size) or int(size) for size in shape.split())
+
+
+@pytest.mark.parametrize(("attribute", "contents"), [("keepdims = 0", "8*b*s"), ("noop_with_empty_axes = 1", None)])
+def test_a_product_of_sizes_is_followed(attribute: str, contents: str | None) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : 18]>
+        main (float[b, s, 8] x) => (int64[m] z) {{
+            sizes = Shape(x) y = ReduceProd <{attribute}> (sizes) z = Identity(y) }}"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    found = Analysis(model).contents(model.graph.node(1).outputs[0])
+    assert (found and " ".join(map(str, found))) == contents

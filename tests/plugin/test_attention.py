@@ -193,6 +193,7 @@ def test_a_float8_query_gives_bfloat16() -> None:
         (FLOAT8 | {"value": VALUE}, ValueError, "value is float32; expected float8_e4m3fn, as query"),
         ({"alignment": "left"}, ValueError, "alignment is 'left'; expected one of"),
         ({"scale": "1"}, TypeError, "scale is '1'; expected a number"),
+        ({"scale": 1e-50}, ValueError, "scale is 1e-50; expected 0, or a number that is another in float32"),
         ({"packed_columns": 5}, TypeError, "packed_columns is 5; expected a list of integers"),
         ({"query": np.zeros((2, 4, 9, 16), [("x", "f4")])}, TypeError, "query is void32, which the operator does not"),
         ({"num_threads": -1}, ValueError, "num_threads is -1; expected 0"),

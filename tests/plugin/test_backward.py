@@ -129,6 +129,18 @@ def test_the_gradient_of_a_bias_that_no_key_reads_is_0(shape):
     assert not out["attn_bias"].any()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 0, 5), (2, 2, 0, 1), (1, 2, 0, 0)])
+def test_nothing_is_written_to_a_gradient_without_elements(shape):
+    """NumPy gives such an array strides of 0, as a broadcast one has. Behind this one lies memory of others."""
+    memory = np.ones(8, np.float32)
+    gradient = np.lib.stride_tricks.as_strided(memory[4:], shape, (0, 0, 0, 0))
+    query, key = np.ones((2, 2, 0, 4), np.float32), np.ones((2, 2, 5 * (shape[3] > 0), 4), np.float32)
+    bias = {"attn_bias": np.zeros(shape, np.float32)}
+    output, lse = faplugin.attention(query, key, key, return_lse=True, **bias)
+    faplugin.attention_backward(output, output, lse, query, key, key, **bias, out={"attn_bias": gradient})
+    assert memory.all()
+
+
 def test_the_gradient_of_a_mask_is_that_of_a_float_mask_alone():
     mask, bias = np.ones((1, 1, 5, 5), np.bool_), np.zeros((1, 1, 5, 5), np.float32)
     lse = np.ones(SHAPE[:3], np.float32)

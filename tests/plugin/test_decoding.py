@@ -167,6 +167,11 @@ def test_one_buffer_for_keys_and_another_for_values_is_a_mix() -> None:
             {"cache": "window", "past": 4, "write_indices": np.zeros(1, int), "left_window_size": 4, "is_causal": True},
             "past_key has 4 rows, expected at least the 5 of the window",
         ),
+        (
+            {"cache": "window", "past": 4, "write_indices": np.zeros(1, int), "left_window_size": 3, "is_causal": True}
+            | {"attn_mask": np.ones((3, 1, 1), bool)},
+            r"attn_mask has shape \[3, 1, 1\]; expected .*query rows 1, any number of positions\], rank 1 to 4",
+        ),
     ],
 )
 def test_errors(arguments: dict, sentence: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+import faplugin  # noqa: E402
 from faplugin import torch as fatorch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -236,6 +237,10 @@ def test_activation_checkpointing():
     again = checkpoint(fatorch.flash_attn_func, q, k, v, use_reentrant=False)
     for got, want in zip(torch.autograd.grad(again.square().sum(), (q, k, v)), plain, strict=True):
         assert torch.equal(got, want)
+    again = checkpoint(fatorch.flash_attn_func, q, k, v, use_reentrant=False)
+    gradients = torch.autograd.grad(again.square().sum(), (q, k, v), create_graph=True)
+    for got, want in zip(gradients, plain, strict=True):
+        assert torch.equal(got, want)
 
 
 def ops_of(call) -> list[str]:
@@ -335,12 +340,17 @@ def test_activate_sdpa_by_the_rule(options):
     assert all(torch.equal(got, other) for got, other in zip(run(*inputs), theirs, strict=True)), "ours is still there"
 
 
-def test_activate_sdpa_leaves_float64_to_pytorch():
-    inputs = [draw(1, 2, 8, 16).detach().double().requires_grad_() for _ in range(3)]
-    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float64, {}), (torch.float64, {"is_causal": True}), (torch.float32, {"scale": 0.0})],
+    ids=str,
+)
+def test_activate_sdpa_leaves_to_pytorch_what_the_operator_has_no_words_for(dtype, options):
+    inputs = [draw(1, 2, 8, 16).detach().to(dtype).requires_grad_() for _ in range(3)]
+    plain = torch.nn.functional.scaled_dot_product_attention(*inputs, **options)
     fatorch.activate_sdpa()
     try:
-        output = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+        output = torch.nn.functional.scaled_dot_product_attention(*inputs, **options)
         gradients = torch.autograd.grad(output.sum(), inputs)
     finally:
         fatorch.activate_sdpa(False)
@@ -410,6 +420,19 @@ def test_tensors_whose_negative_is_in_memory(columns):
     wanted = torch.autograd.grad(expected, exact, d_output.resolve_neg())
     for got, want in zip(torch.autograd.grad(output, (q, k, v), d_output), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_holds_negatives_is_refused_where_it_is_read_or_written_as_it_is():
+    x = torch.zeros(1, 2, 4, 16)
+    negative = torch._neg_view(torch.ones(1, 2, 4, 16))
+    for call, name in (
+        (lambda: faplugin.attention(x, negative, x), "key"),
+        (lambda: faplugin.attention(x, x, x, out={"output": negative}), "output"),
+        (lambda: faplugin.attention_backward(negative, x, torch.zeros(1, 2, 4), x, x, x), "d_output"),
+        (lambda: fatorch.flash_attn_with_kvcache(x, x, negative, x, x, cache_seqlens=0), "v_cache"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} has PyTorch's negative bit.*expected resolve_neg"):
+            call()
 
 
 def test_varlen_functions_name_what_is_wrong():

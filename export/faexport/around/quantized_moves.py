@@ -40,13 +40,13 @@ def _put_in_front(move: ir.Node, a: Analysis, names: Names) -> None:
     if dequantize is None or op(dequantize) != "DequantizeLinear":
         return
     quantized, scale = given(dequantize, 0), a.shape(operand(dequantize, 1))
-    has_one_scale = scale is not None and all(size == 1 for size in scale)
+    has_one_scale = scale is not None and len(scale) <= 1 and all(size == 1 for size in scale)
     if not has_one_scale or a.dtype(quantized) != ir.DataType.INT8 or a.is_static(quantized):
         return
-    result = move.outputs[0]
-    attributes = [attribute for attribute in move.attributes.values() if isinstance(attribute, ir.Attr)]
-    moved = ir.Node("", move.op_type, [quantized, *move.inputs[1:]], attributes)
-    back = ir.node("DequantizeLinear", [moved.outputs[0], *dequantize.inputs[1:]])  # its axis is that of many scales
+    result, said = move.outputs[0], dequantize.attributes.get("output_dtype")
+    moved = ir.Node("", move.op_type, [quantized, *move.inputs[1:]], list(move.attributes.values()))
+    # Not its axis, which is that of many scales.
+    back = ir.Node("", "DequantizeLinear", [moved.outputs[0], *dequantize.inputs[1:]], [said] if said else [])
     moved.outputs[0].dtype, moved.outputs[0].shape = ir.DataType.INT8, result.shape
     insert_in_front(move, [moved, back], move.name or "moved", names)
     take_over(result, back.outputs[0])

@@ -49,7 +49,7 @@ def measure(question: Question, timeout: float) -> Any:
         except subprocess.TimeoutExpired as error:
             raise ModelError(f"a measurement took longer than {timeout:g} s; --timeout allows more") from error
     if done.returncode:
-        raise ModelError(f"onnxruntime ended with {done.returncode}, as it does when memory runs out")
+        raise ModelError(child_process.end_of(done.returncode))
     answer = json.loads(done.stdout.decode().rpartition("\n")[2])
     if isinstance(answer, dict) and "error" in answer:
         raise ModelError(answer["error"])

@@ -353,6 +353,7 @@ def run(
     """Run ENGINE on inputs from a file; with --model, compare with onnxruntime (exit code 1 where they differ)."""
     from faexport.commands import engine_run
     from faexport.files import model_io
+    from faexport.report.data import json_text
 
     tensors = model_io.read_arrays(inputs)
     if output is not None:
@@ -365,7 +366,7 @@ def run(
     if as_json and not quiet:
         outputs = {name: {"dtype": str(array.dtype), "shape": array.shape} for name, array in result.outputs.items()}
         report = {"milliseconds": result.milliseconds, "outputs": outputs}
-        click.echo(json.dumps({**report, "differences": [dataclasses.asdict(item) for item in differences]}, indent=2))
+        click.echo(json_text({**report, "differences": [dataclasses.asdict(item) for item in differences]}))
     elif not quiet:
         terminal.console().print(engine_run.table(result, differences))
     if any(not item.ok for item in differences):

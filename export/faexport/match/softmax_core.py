@@ -486,7 +486,7 @@ def _facts(
     if has_sinks:
         facts.append(Fact("attention sinks"))
     if values.nan_guard:
-        facts.append(Assumption("no query or key is NaN, which the guard behind the softmax would hide"))
+        facts.append(Assumption("no score is NaN or +inf, which the guard behind the softmax would hide"))
     folded = (("queries", scores.query_weights), ("keys", scores.key_weights), ("values", values.weights))
     for operand, weights in folded:
         if weights:

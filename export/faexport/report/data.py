@@ -305,8 +305,13 @@ class Report:
         return {"schema_version": SCHEMA_VERSION, "num_fused": self.num_fused, "num_refused": self.num_refused, **data}
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON. Infinite or undefined differences become strings, since JSON has no such numbers."""
-        return json.dumps(_json_numbers(self.to_dict()), indent=indent, allow_nan=False)
+        """The report as JSON, by json_text()."""
+        return json_text(self.to_dict(), indent)
+
+
+def json_text(data: Any, indent: int | None = 2) -> str:
+    """JSON. Infinite or undefined differences become strings, since JSON has no such numbers."""
+    return json.dumps(_json_numbers(data), indent=indent, allow_nan=False)
 
 
 def count_nodes(model: ir.Model) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -25,6 +26,19 @@ def run(
         timeout=timeout,
         check=False,
     )
+
+
+def was_killed(code: int) -> bool:
+    """Does this exit code tell that the system ended the process, as it does when memory runs out? That says nothing of
+    the model."""
+    return code == -signal.SIGKILL
+
+
+def end_of(code: int) -> str:
+    """How a process in which onnxruntime ran has ended with this exit code, as a sentence."""
+    if was_killed(code):
+        return "onnxruntime's process was killed, as the system does when memory runs out"
+    return f"onnxruntime crashed (signal {-code})" if code < 0 else f"onnxruntime's process ended (exit code {code})"
 
 
 def command(module: str, *arguments: str) -> list[str]:

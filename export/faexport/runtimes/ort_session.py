@@ -18,7 +18,6 @@ import multiprocessing.connection
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -157,11 +156,10 @@ class Session(contextlib.AbstractContextManager):
     def _last_words(self) -> CannotRun:
         assert self._process is not None  # it was asked
         code = self._process.wait()
-        if code == -signal.SIGKILL:
-            return CannotRun("onnxruntime's process was killed, as the system does when memory runs out")
-        if code < 0:
-            return Crashed(f"onnxruntime crashed (signal {-code})")
-        return CannotRun(f"onnxruntime's process ended (exit code {code}); FAEXPORT_TRACEBACK=1 shows what it said")
+        why = child_process.end_of(code)
+        if code >= 0:
+            return CannotRun(f"{why}; FAEXPORT_TRACEBACK=1 shows what it said")
+        return CannotRun(why) if child_process.was_killed(code) else Crashed(why)
 
 
 class SessionHere(contextlib.AbstractContextManager):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from faplugin._exchange import run
+from faplugin._frameworks import refuse_negative_bit
 from faplugin._native import Node
 
 LAYOUTS = {"query_layout": "BSHD", "key_layout": "BSHD", "value_layout": "BSHD"}
@@ -161,7 +162,9 @@ def step(
     """The output and the log-sum-exp of a step that writes to its cache, past_key and past_value of `optional`."""
     output, lse = results(query, value)
     cache = (optional["past_key"], optional["past_value"])
-    inputs = [rows(query), rows(key), rows(value), *optional.values()]
+    for name, tensor in zip(("past_key", "past_value"), cache, strict=True):
+        refuse_negative_bit(name, tensor)
+    inputs = [rows(query), rows(key), rows(value), *map(_stored, optional.values())]
     node = _step_node(tuple(optional), settings, interleaved)
     run(torch.Tensor, node, inputs, (output, *cache, lse), False, torch.get_num_threads())
     torch.autograd.graph.increment_version(cache)

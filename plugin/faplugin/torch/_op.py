@@ -107,8 +107,9 @@ def _wants_gradients(*tensors: Any) -> bool:
     return False
 
 
-def _gradients(ctx: Any, d_output: Any, d_lse: Any = None) -> tuple:
-    query, key, value, output, lse, *given = ctx.saved_tensors
+def _gradients(ctx: Any, saved: Any, d_output: Any, d_lse: Any = None) -> tuple:
+    """Of the arguments of forward(). `saved`: by save_for_backward()."""
+    query, key, value, output, lse, *given = saved
     if d_output is None:
         d_output = torch.zeros_like(output)
     optional = given or ABSENT
@@ -148,10 +149,10 @@ class _Last(torch.autograd.Function):
         )
 
 
-def _differentiated_once(ctx: Any, *d_results: Any) -> tuple:
+def _differentiated_once(ctx: Any, saved: Any, *d_results: Any) -> tuple:
     with torch.no_grad():
-        gradients = _gradients(ctx, *d_results)
-    return _Last.apply(len(gradients), *gradients, *d_results, *ctx.saved_tensors)
+        gradients = _gradients(ctx, saved, *d_results)
+    return _Last.apply(len(gradients), *gradients, *d_results, *saved)
 
 
 class _Attention(torch.autograd.Function):
@@ -179,7 +180,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *d_results: Any) -> Any:
         # Where no graph of the gradients is wanted, what refuses to differentiate them is time lost.
         is_wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return (_differentiated_once if is_wanted else _gradients)(ctx, *d_results)
+        # torch.utils.checkpoint lets the saved tensors be asked for only once.
+        return (_differentiated_once if is_wanted else _gradients)(ctx, ctx.saved_tensors, *d_results)
 
 
 _FIRST = 4  # of the optional tensors among the arguments of forward()

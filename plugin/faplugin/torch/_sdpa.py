@@ -13,7 +13,12 @@ _OP = "_scaled_dot_product_flash_attention_for_cpu"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _NO_MORE = [None] * (len(EXTRAS) - 1)  # extras besides the mask, which is the first
 _active: list[torch.library.Library] = []
-_replaced: dict[str, Any] = {}  # PyTorch's kernels, for the other dtypes
+_replaced: dict[str, Any] = {}  # PyTorch's kernels, for what is not taken
+
+
+def _is_taken(query: torch.Tensor, scale: float | None) -> bool:
+    """A scale of 0 is the operator's word for 1/√D."""
+    return query.dtype in _DTYPES and scale != 0
 
 
 def _by_pytorch(name: str, *arguments: Any, **keywords: Any) -> Any:
@@ -40,7 +45,7 @@ def _sdpa(
     query: Any, key: Any, value: Any, dropout_p: float = 0.0, is_causal: bool = False, *,
     attn_mask: Any = None, scale: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    if query.dtype not in _DTYPES:
+    if not _is_taken(query, scale):
         return _by_pytorch(_OP, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
     bias, mask = _masks(attn_mask)
     settings = _settings(query, dropout_p, is_causal, scale)
@@ -52,7 +57,7 @@ def _sdpa_backward(
     d_output: Any, query: Any, key: Any, value: Any, output: Any, lse: Any, dropout_p: float, is_causal: bool, *,
     attn_mask: Any = None, scale: Any = None
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    if query.dtype not in _DTYPES:
+    if not _is_taken(query, scale):
         given = (d_output, query, key, value, output, lse, dropout_p, is_causal)
         return _by_pytorch(f"{_OP}_backward", *given, attn_mask=attn_mask, scale=scale)
     bias, mask = _masks(attn_mask)
@@ -66,7 +71,7 @@ def _sdpa_backward(
 
 def activate_sdpa(active: bool = True) -> None:
     """Makes F.scaled_dot_product_attention compute with the operator wherever PyTorch takes its fused CPU kernel, in
-    float32, float16 and bfloat16. It is for eager mode: results have strides of their own.
+    float32, float16 and bfloat16, with a scale other than 0. It is for eager mode: results have strides of their own.
 
     Args:
         active: False: PyTorch's own kernel again.

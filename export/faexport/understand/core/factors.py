@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from faexport.graph.nodes import FLOATS, attribute, data_users, name_of, op, producer
@@ -39,6 +40,17 @@ class Weight:
     def is_single(self, a: Analysis) -> bool:
         """Is it one number?"""
         return all(d == 1 for d in a.known_shape(self.value))
+
+    def is_finite(self, a: Analysis) -> bool:
+        """Does it multiply by finite numbers, as far as the file tells? Infinity times a sum is not the sum of infinity
+        times each part, where signs differ."""
+        numbers = a.constant(self.value)
+        return numbers is None or bool(np.isfinite(numbers if self.op_type == "Mul" else _inverse(numbers)).all())
+
+
+def _inverse(numbers: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.reciprocal(numbers.astype(np.float64))
 
 
 def fits(value: ir.Value, shape: Sequence[Dim], a: Analysis) -> bool:

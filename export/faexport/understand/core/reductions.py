@@ -8,10 +8,10 @@ import dataclasses
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import attribute, given, op, operand, producer
+from faexport.graph.nodes import attribute, given, op, producer
 from faexport.understand.layout.view_ops import is_widening
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.rules import constant_ints, resolve_axis
+from faexport.understand.shapes.rules import reduced_axes
 
 SUMS = ("ReduceSum", "ReduceL1")  # of exponentials, which are not negative, they are the same
 
@@ -38,23 +38,15 @@ def reduction_of(value: ir.Value | None, a: Analysis) -> Reduction | None:
         node = producer(node.inputs[0])
     if value is None or node is None or not op(node).startswith("Reduce") or (is_log and op(node) != "ReduceSum"):
         return None
-    source, gone = given(node, 0), reduced_axes(node, a)
-    if gone is None:
+    source = given(node, 0)
+    rank = a.rank(source)
+    gone = None if rank is None else reduced_axes(node, a, rank)
+    if not gone:
         return None
     kept = bool(attribute(node, "keepdims", 1)) and all(op(n) in ("Identity", "Cast", "Log") for n in nodes)
     if not _is_in_place(value, source, gone, kept, a):
         return None
     return Reduction("log of ReduceSum" if is_log else op(node), source, tuple(gone), (node, *nodes[::-1]))
-
-
-def reduced_axes(node: ir.Node, a: Analysis) -> list[int] | None:
-    """The axes, not negative, that a reduction reduces."""
-    rank, axes = a.rank(node.inputs[0]), constant_ints(node, a, 1, "axes")
-    if rank is None or (axes is None and (operand(node, 1) is not None or attribute(node, "axes") is not None)):
-        return None
-    if not axes and attribute(node, "noop_with_empty_axes", 0):
-        return None
-    return sorted(resolve_axis(x, rank) for x in axes) if axes else list(range(rank))
 
 
 def _is_in_place(value: ir.Value, source: ir.Value, gone: list[int], kept: bool, a: Analysis) -> bool:

@@ -167,6 +167,8 @@ class _Reader:
         name, sizes = name_of(step.node), self.a.shape(weight.value)
         if sizes is None:
             return Refusal("the scores are multiplied by a tensor of unknown shape", name, RefusalKind.FACTOR)
+        if not weight.is_finite(self.a):
+            return Refusal("the scores are multiplied by infinity or NaN", name, RefusalKind.FACTOR)
         for_keys = bool(sizes) and sizes[-1] != 1 and weight.op_type == "Mul"
         if for_keys and self.gates and is_gate(weight.value, self.a):
             return self._take_term(dataclasses.replace(step, kind="gate"), self.factors[self.path.steps.index(step)])

@@ -52,8 +52,7 @@ class Path:
 
 @dataclasses.dataclass
 class Blocked:
-    """The search ended at a node that attention doesn't have. `inside`: it stood behind at least one step of
-    attention."""
+    """The search ended at a node that attention doesn't have."""
 
     node: ir.Node | None
     why: str

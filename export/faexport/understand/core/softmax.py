@@ -15,10 +15,10 @@ import onnx_ir as ir
 from faexport.graph.nodes import attribute, data_users, given, op, operand, producer
 from faexport.spec import RefusalKind
 from faexport.understand.core.one_more import Logit, one_more_of
-from faexport.understand.core.reductions import SUMS, Reduction, reduced_axes, reduction_of, subtracts_own_maximum
+from faexport.understand.core.reductions import SUMS, Reduction, reduction_of, subtracts_own_maximum
 from faexport.understand.layout.products import PRODUCT_OPS
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.rules import resolve_axis
+from faexport.understand.shapes.rules import reduced_axes, resolve_axis
 
 FLATTENED = "this Softmax normalises over axes {first} to {last} together (opset {opset}), not over the keys alone"
 ALTERED = "the sum of the exponentials is changed ({op}) before they are divided by it"
@@ -216,7 +216,8 @@ def _divided_late(exp: ir.Node, a: Analysis) -> Softmax | None:
     sums = [u for u in users if op(u) in SUMS]
     if not sums or all(op(u) in (*SUMS, "Div", "Mul") for u in users):  # divided in front of the product
         return None
-    axes, rank, inner = reduced_axes(sums[0], a), a.rank(value), (exp, *_of(hiding), *sums)
+    rank, inner = a.rank(value), (exp, *_of(hiding), *sums)
+    axes = None if rank is None else reduced_axes(sums[0], a, rank)
     if len(sums) > 1 or axes is None or len(axes) != 1:
         return Softmax(exp, given(exp, 0), (rank or 1) - 1, value, inner, flaw=NOT_DIVIDED)
     total = sums[0].outputs[0]

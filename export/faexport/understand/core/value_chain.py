@@ -206,7 +206,10 @@ class _Walker:
                 name_of(node),
                 RefusalKind.FACTOR,
             )
-        self.weights.append(Weight(weight, op(node), node))
+        factor = Weight(weight, op(node), node)
+        if not factor.is_finite(self.a):
+            return Refusal("the attention weights are multiplied by infinity or NaN", name_of(node), RefusalKind.FACTOR)
+        self.weights.append(factor)
         return None
 
     def _skips_rows(self, weight: ir.Value) -> bool:

@@ -15,6 +15,7 @@ from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Element, Index, Tensor, kind_of, opaque
 
 _MAX_ELEMENTS = 1 << 26
+_LARGEST = 1 << 62  # up to here the numbers of a sequence are computed without overflow
 
 
 def constant_tensor(value: ir.Value, constant: ir.TensorProtocol) -> Tensor | None:
@@ -63,6 +64,8 @@ def _arithmetic(array: np.ndarray) -> Element | None:
         at = list(origin)
         at[axis] = min(1, n - 1)
         steps.append(int(array[tuple(at)]) - first)
+    if abs(first) + sum(abs(s) * n for s, n in zip(steps, array.shape, strict=True)) > _LARGEST:
+        return None
     grids = np.ogrid[tuple(slice(0, n) for n in array.shape)]
     if not (array == sum((s * g for s, g in zip(steps, grids, strict=True)), np.int64(first))).all():
         return None

@@ -320,17 +320,22 @@ def load(value: ir.Value, index: tuple[Expr, ...], kind: str) -> Expr:
     """The element of a tensor of the graph at `index`; a number where tensor and index are constant."""
     at = [k for x in index if (k := ia.value_of(x)) is not None]
     constant = tensor_of(value) if len(at) == len(index) else None
-    if constant is not None and all(0 <= k < n for k, n in zip(at, constant.shape.numpy(), strict=True)):
-        return scalar(constant.numpy()[tuple(at)], constant.dtype)
+    if constant is not None and (kind != "float" or is_float(constant.dtype)):
+        if all(0 <= k < n for k, n in zip(at, constant.shape.numpy(), strict=True)):
+            return scalar(constant.numpy()[tuple(at)], constant.dtype)
     atom = make("load", (value, index), kind)
     return ia.of_atom(atom) if kind == "int" else atom
 
 
 def scalar(item: np.generic | float, dtype: ir.DataType) -> Expr:
-    """A constant element."""
+    """A constant element. Raises ValueError where none is known for the type (float8, complex numbers, strings)."""
     if dtype is ir.DataType.BOOL:
         return TRUE if item else FALSE
-    return floating(float(item), dtype) if is_float(dtype) else ia.const(int(item))
+    if is_float(dtype):
+        return floating(float(item), dtype)
+    if not dtype.is_integer():
+        raise ValueError(f"no expression stands for a number of type {dtype.name}")
+    return ia.const(int(item))
 
 
 # ---------------------------------------------------------------------------------------------- floats

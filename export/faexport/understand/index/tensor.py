@@ -23,9 +23,11 @@ class Unknown(Exception):
 
 
 def kind_of(dtype: ir.DataType | None) -> str:
+    """The kind of the elements' expressions: what is neither boolean nor integer counts as "float", also where no
+    arithmetic is known for it (float8, complex numbers, strings)."""
     if dtype is ir.DataType.BOOL:
         return "bool"
-    return "float" if dtype is None or il.is_float(dtype) else "int"
+    return "int" if dtype is not None and dtype.is_integer() else "float"
 
 
 def broadcast_index(index: Expr, size: Expr) -> Expr:

@@ -32,8 +32,16 @@ def axes_argument(ctx: Interpreter, node: ir.Node, k: int = 1) -> list[int] | No
     return found
 
 
-@transfer("Identity", "Dropout")
+@transfer("Identity")
 def identity(ctx: Interpreter, node: ir.Node) -> Element:
+    return ctx.input(node, 0).at
+
+
+@transfer("Dropout")
+def dropout(ctx: Interpreter, node: ir.Node) -> Element:
+    training = ctx.optional(node, 2)
+    if training is not None and training.scalar() is not il.FALSE:
+        raise Unknown
     return ctx.input(node, 0).at
 
 

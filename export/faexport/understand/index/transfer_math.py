@@ -77,10 +77,20 @@ def _compare_int(op: str, a: Expr, b: Expr) -> Expr:
     return il.ge0(larger if op.endswith("OrEqual") else ia.sub(larger, ia.ONE))
 
 
-@transfer("IsNaN", "IsInf")
-def is_special(ctx: Interpreter, node: ir.Node) -> Element:
-    op, zero = node.op_type.lower(), il.floating(0.0, ir.DataType.FLOAT)
-    return elementwise(ctx, node, lambda a: il.float_compare(op, a, zero))
+@transfer("IsNaN")
+def is_nan(ctx: Interpreter, node: ir.Node) -> Element:
+    zero = il.floating(0.0, ir.DataType.FLOAT)
+    return elementwise(ctx, node, lambda a: il.float_compare("isnan", a, zero))
+
+
+@transfer("IsInf")
+def is_inf(ctx: Interpreter, node: ir.Node) -> Element:
+    signs = {math.inf: attribute(node, "detect_positive", 1), -math.inf: attribute(node, "detect_negative", 1)}
+    if all(signs.values()):
+        zero = il.floating(0.0, ir.DataType.FLOAT)
+        return elementwise(ctx, node, lambda a: il.float_compare("isinf", a, zero))
+    asked = [il.floating(sign, ir.DataType.FLOAT) for sign, is_asked in signs.items() if is_asked]
+    return elementwise(ctx, node, lambda a: il.any_of(il.float_compare("eq", a, infinity) for infinity in asked))
 
 
 # ---------------------------------------------------------------------------------------------- conversion

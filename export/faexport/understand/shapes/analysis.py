@@ -47,6 +47,9 @@ TYPED_BY["trt::TRT_FP8DequantizeLinear"] = 1
 TYPED_BY |= {"QLinearMatMul": 7, "com.microsoft::QLinearMatMul": 7, "com.microsoft::QAttention": 3}
 TYPED_BY |= {"com.microsoft::QLinearAdd": 7, "com.microsoft::QLinearMul": 7, "com.microsoft::QLinearSoftmax": 4}
 TYPED_BY["com.microsoft::QLinearConcat"] = 1
+# The attribute that says the type where it is not that input's.
+SAYS_TYPE = dict.fromkeys(("EyeLike", "Bernoulli", "RandomNormalLike", "RandomUniformLike"), "dtype")
+SAYS_TYPE["DequantizeLinear"] = "output_dtype"
 # Operators all of whose outputs have that type; of others it is known of the first output only.
 ALL_TYPED = {"Split", "Attention", "If", "com.microsoft::Attention", "com.microsoft::GroupQueryAttention"}
 ALL_TYPED |= {"com.microsoft::MultiHeadAttention", "faexport::FlashAttention"}
@@ -282,8 +285,8 @@ class Analysis:
         kind = op(node)
         if kind == "Cast":
             return ir.DataType(attribute(node, "to"))
-        if kind == "EyeLike" and attribute(node, "dtype"):
-            return ir.DataType(attribute(node, "dtype"))
+        if said := attribute(node, SAYS_TYPE.get(kind, "")):
+            return ir.DataType(said)
         if kind in DTYPE_OF:
             return DTYPE_OF[kind]
         if kind == "If":

@@ -101,6 +101,16 @@ def constant_ints(node: ir.Node, a: Known, index: int, name: str) -> list[int] |
     return None if array is None else [int(x) for x in array.reshape(-1)]
 
 
+def reduced_axes(node: ir.Node, a: Known, rank: int) -> list[int] | None:
+    """The axes, not negative, that a reduction of a tensor of this rank reduces; None where they aren't known."""
+    axes = constant_ints(node, a, 1, "axes")
+    if axes is None and operand(node, 1) is not None:
+        return None
+    if not axes:
+        return [] if attribute(node, "noop_with_empty_axes", 0) else list(range(rank))
+    return sorted(resolve_axis(x, rank) for x in axes)
+
+
 @shape_of(*SHAPE_OF_FIRST_INPUT)
 def _same(node: ir.Node, a: Known) -> Shapes:
     return [a.shape(node.inputs[0])] if node.inputs else None

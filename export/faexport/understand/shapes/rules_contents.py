@@ -18,7 +18,14 @@ from faexport.sizes.dims import Dim, product
 from faexport.understand.shapes.constants import fold
 from faexport.understand.shapes.floor_division import floor_division
 from faexport.understand.shapes.known import Contents, Known, Shape
-from faexport.understand.shapes.rules import constant_ints, contents_of, quotient, shape_window, split_sizes
+from faexport.understand.shapes.rules import (
+    constant_ints,
+    contents_of,
+    quotient,
+    reduced_axes,
+    shape_window,
+    split_sizes,
+)
 
 
 @contents_of("Shape")
@@ -227,4 +234,4 @@ def _contents_constant_of_shape(node: ir.Node, a: Known) -> Contents:
 @contents_of("ReduceProd")
 def _contents_reduce_prod(node: ir.Node, a: Known) -> Contents:
     contents = a.contents(node.inputs[0])
-    return None if contents is None else (product(contents),)
+    return None if contents is None or not reduced_axes(node, a, rank=1) else (product(contents),)

@@ -15,7 +15,14 @@ from faexport.graph.nodes import attribute, operand
 from faexport.sizes.dims import Dim
 from faexport.understand.shapes.einsum import multiplied_order
 from faexport.understand.shapes.known import Known, Shape, Shapes
-from faexport.understand.shapes.rules import broadcast, constant_ints, matmul_shape, resolve_axis, shape_of
+from faexport.understand.shapes.rules import (
+    broadcast,
+    constant_ints,
+    matmul_shape,
+    reduced_axes,
+    resolve_axis,
+    shape_of,
+)
 
 
 @shape_of("Conv")
@@ -50,10 +57,12 @@ def _reduce(node: ir.Node, a: Known) -> Shapes:
     shape = a.shape(node.inputs[0])
     if shape is None:
         return None
-    axes = [attribute(node, "axis", 0)] if node.op_type.startswith("Arg") else constant_ints(node, a, 1, "axes")
-    if axes is None and operand(node, 1) is not None:
+    if node.op_type.startswith("Arg"):
+        gone: list[int] | None = [resolve_axis(attribute(node, "axis", 0), len(shape))]
+    else:
+        gone = reduced_axes(node, a, len(shape))
+    if gone is None:
         return None
-    gone = {resolve_axis(x, len(shape)) for x in axes} if axes else set(range(len(shape)))
     keep = attribute(node, "keepdims", 1)
     return [tuple(Dim.of(1) if i in gone else d for i, d in enumerate(shape) if keep or i not in gone)]
 
