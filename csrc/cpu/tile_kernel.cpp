@@ -309,7 +309,7 @@ class TileKernel {
     const int64_t i = row_of(r);
     const float scale = scale_of(r);
     float* out = s_.out + r * d_v_padded_;
-    float *query = s_.scores, *key = s_.staging, *value = s_.staging + round_up(d_, kLanes);
+    float *query = s_.query, *key = s_.staging, *value = s_.staging + round_up(d_, kLanes);  // the packed queries are done with
     read_query(r, query);
     for (int64_t x = 0; x < d_v_; ++x) out[x] = 0;
     SoftmaxState state = {-INFINITY, 0.0f};

@@ -97,6 +97,16 @@ def test_results_share_no_memory_with_one_another() -> None:
         faplugin.attention(QUERY, KEY, KEY, return_present=True, out={"present_key": same, "present_value": same})
 
 
+def test_a_value_that_nobody_sees_has_no_part_in_rows_of_any_width() -> None:
+    """A row into which it has come is computed anew, its query in a place of its own."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 1, rows, 3000), dtype=np.float32) for rows in (3, 5, 5))
+    mask = np.array([True, True, False, True, True])
+    expected = faplugin.attention(query, key, value, attn_mask=mask)
+    value[0, 0, 2] = np.nan
+    np.testing.assert_allclose(faplugin.attention(query, key, value, attn_mask=mask), expected, atol=1e-5)
+
+
 def test_a_bool_of_numpy_is_one_of_python() -> None:
     expected = faplugin.attention(QUERY, KEY, VALUE, is_causal=True)
     assert np.array_equal(faplugin.attention(QUERY, KEY, VALUE, is_causal=np.True_), expected)
