@@ -47,7 +47,7 @@ static void add_bias(float* s, int64_t begin, int64_t end, const TensorRow& bias
 
 static void apply_mask(float* s, int64_t begin, int64_t end, const TensorRow& mask, int64_t first_key) {
   const int64_t stop = end < mask.keys - first_key ? end : mask.keys - first_key;
-  const char* m = mask.data + first_key * mask.stride;
+  const char* m = stop > begin ? mask.data + first_key * mask.stride : nullptr;  // else the place may be anywhere
   if (mask.stride == 1) {
     for (int64_t c = begin; c < stop; ++c) s[c] = m[c] ? s[c] : -INFINITY;
   } else {

@@ -20,7 +20,9 @@ struct Gradients {
   TensorView d_query;  // [B, H_q, S_q, D], dtype of query, the last axis contiguous, as in the next two
   TensorView d_key;    // [B, H_kv, S_kv, D]
   TensorView d_value;  // [B, H_kv, S_kv, D_v]
-  TensorView d_bias;   // shape of bias, float32; sums over its axes of stride 0. Absent: not wanted
+  // Shape of bias, float32; sums over its axes of stride 0, also of length 0, so an empty one has no such axis. Absent: not
+  // wanted.
+  TensorView d_bias;
   TensorView d_sinks;  // [H_q] float32; absent: not wanted
 };
 
