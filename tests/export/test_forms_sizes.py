@@ -210,7 +210,43 @@ RIGHT = {
     ),
 }
 
+# Batch and heads in one axis of both products, apart where a mask is put on, as tf2onnx writes any Einsum.
+TOGETHER = """whole = Constant<value = int64[1] {-1}>() tail_q = Shape<start = 2>(q) tail_k = Shape<start = 2>(k)
+    to_q = Concat<axis = 0>(whole, tail_q) to_k = Concat<axis = 0>(whole, tail_k)
+    q3 = Reshape(q, to_q) k3 = Reshape(k, to_k) v3 = Reshape(v, to_k)
+    k3t = Transpose<perm = [0, 2, 1]>(k3) s3 = MatMul(q3, k3t)
+    lead_q = Shape<end = 2>(q) lead_k = Shape<end = 2>(k) lead = Max(lead_q, lead_k)
+    rows = Shape<start = 2, end = 3>(q) keys = Shape<start = 2, end = 3>(k) apart = Concat<axis = 0>(lead, rows, keys)
+    s = Reshape(s3, apart)"""
+TOGETHER_END = """p = Softmax<axis = -1>(x) tail_p = Shape<start = 2>(p) to_p = Concat<axis = 0>(whole, tail_p)
+    p3 = Reshape(p, to_p) y3 = MatMul(p3, v3) some = Shape<end = 2>(p) all = Max(some, lead_k)
+    tail_y = Shape<start = 1>(y3) to_y = Concat<axis = 0>(all, tail_y) y = Reshape(y3, to_y)"""
+
+
+def together(mask: str, body: str, heads: int = 3, **more: object) -> Form:
+    """Three names of a batch: of queries, of keys and values, and of the mask. Without sizes of 0, for which these
+    Reshapes copy another size."""
+    inputs = f"float[B, {heads}, T, 8] q, float[E, {heads}, S, 8] k, float[E, {heads}, S, 8] v{mask}"
+    return Form(inputs, f"{TOGETHER} {LOW} {body} {TOGETHER_END}", empty=False, **more)
+
+
+RIGHT |= {
+    "batch and heads in one axis": together("", "x = Identity(s)"),
+    "batch and heads in one axis, and a mask of its own batch": together(
+        ", bool[M, 1, 1, S] m", "x = Where(m, s, low)", facts=frozenset({"padding mask [B, 1, 1, S_kv]"})
+    ),
+    "batch and heads in one axis, and a bias of its own batch": together(", float[M, 1, T, S] m", "x = Add(s, m)"),
+    "batch and heads in one axis, and a mask made as large as the scores": together(
+        ", bool[M, 1, 1, S] m",
+        """size = Shape(s) true = Constant<value = bool {1}>() all_true = Expand(true, size)
+        keep = And(all_true, m) x = Where(keep, s, low)""",
+    ),
+}
+
 WRONG = {
+    "batch and one head in one axis, and a mask of its own batch": together(
+        ", bool[M, 1, 1, S] m", "x = Where(m, s, low)", heads=1, reason="than the scores"
+    ),
     "scores added to themselves": Form(QKV, f"{PRODUCT} x = Add(s, s) {END}", reason="used twice: also by Add"),
     "scores subtracted from themselves": Form(QKV, f"{PRODUCT} x = Sub(s, s) {END}", reason="used twice: also by Sub"),
     "scores subtracted behind a softcap": Form(

@@ -215,6 +215,39 @@ def test_otherwise_it_stays_cut_off(body: str, limit: str, table: int) -> None:
     assert the_cut_off_size(body, limit, table).startswith("min(")
 
 
+def sizes_of_what_meets(node: str, result: str = "Neg (z)") -> list[str]:
+    """The first sizes of x [2 * n], z [m] four or six times, and w, once `node` had them meet."""
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> main (float[n, 2, s] x, float[m, 4, s] z, float[m, 6, s] w)
+    => (float[a, b, c] y, float[d, e, f] out) {{ three = Constant <value_ints = [3]> () minus = Constant
+    <value_ints = [-1]> () one = Constant <value_ints = [1]> () last = Shape <start = 2, end = 3> (x)
+    flat = Concat <axis = 0> (minus, one, last) two = Reshape (x, flat) four = Reshape (z, flat)
+    six = Reshape (w, flat) row = Transpose <perm = [0, 2, 1]> (four) {node} out = {result} y = Neg (x) }}"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    analysis = Analysis(model)
+    assert not analysis.defects
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    return [str(analysis.known_shape(values[name])[0]) for name in ("two", "four", "six")]
+
+
+def test_multiples_that_meet_are_equal() -> None:
+    """Neither is 1. The older name, which is an input's, stands for both."""
+    assert sizes_of_what_meets("t = Add (two, four)", "Neg (t)") == ["4*m", "4*m", "6*m"], "n is 2 * m"
+    assert sizes_of_what_meets("t = MatMul (row, two)", "Neg (t)") == ["4*m", "4*m", "6*m"]
+    assert sizes_of_what_meets("u = Add (two, four) t = Mul (u, two)", "Neg (t)") == ["4*m", "4*m", "6*m"]
+
+
+@pytest.mark.parametrize(
+    "node, result",
+    [
+        ("t = Add (two, four)", "Neg (z)"),  # nobody asks for the sum
+        ("t = Add (x, z)", "Neg (z)"),  # n and m, one of which may be 1
+        ("t = Concat <axis = 0> (two, four)", "Neg (t)"),  # they don't meet
+    ],
+)
+def test_otherwise_they_are_not(node: str, result: str) -> None:
+    assert sizes_of_what_meets(node, result) == ["2*n", "4*m", "6*m"]
+
+
 # As PyTorch's exporter calls what is padded to a multiple of 4.
 ROUNDED_UP = "((n//2)) + (Mod(4 - (Mod((n//2), 4)), 4))"
 
