@@ -294,6 +294,18 @@ def test_batches_of_two_names_where_the_file_states_one_say_what_to_do() -> None
         assert site.fused or site.refusal.kind is RefusalKind.OTHER_NAMES
 
 
+def test_question_marks_name_no_size() -> None:
+    """Some exporters call every unknown size so. Were they one name, rows, keys and batch entries would be equal, and a
+    mask of one batch entry's rows a mask of batch entries."""
+    model = masked("bool[M, N]").model()
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            dim.dim_param = "?" if dim.dim_param else ""
+    _, report = faexport.fuse(model)
+    (site,) = report.sites
+    assert "both sizes have names of their own" in str(site.refusal)
+
+
 @pytest.mark.parametrize("op", ["Identity", "Relu"])
 def test_any_number_of_nodes_behind_a_softmax_gives_a_row(op: str) -> None:
     chain = " ".join(f"p{i + 1} = {op}(p{i})" for i in range(500))

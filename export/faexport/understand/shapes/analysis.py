@@ -19,7 +19,7 @@ import onnx_ir as ir
 from faexport.errors import InvalidNodeError
 from faexport.graph.nodes import always_runs, attribute, name_of, op, operand, own_graphs, producer, subgraphs
 from faexport.sizes.algebra import Expr, atoms, only_atom
-from faexport.sizes.dims import Dim, named
+from faexport.sizes.dims import Dim, is_name, named
 from faexport.spec import DOMAIN, OP_TYPE
 from faexport.understand.shapes import (  # noqa: F401 (some only register their rules)
     constants,
@@ -334,7 +334,7 @@ class Analysis:
     def _declared_dim(value: ir.Value, axis: int, dim: int | ir.SymbolicDim) -> Dim:
         if isinstance(dim, int):
             return Dim.of(dim)
-        return named(str(dim.value)) if dim.value else Dim.unknown(f"{value.name}.{axis}")
+        return named(str(dim.value)) if is_name(dim.value) else Dim.unknown(f"{value.name}.{axis}")
 
     def _merge(self, inferred: Shape | None, value: ir.Value) -> Shape | None:
         """The derived shape, with sizes that only the file knows; a file that contradicts the derivation is not
