@@ -230,7 +230,26 @@ def together(mask: str, body: str, heads: int = 3, **more: object) -> Form:
     return Form(inputs, f"{TOGETHER} {LOW} {body} {TOGETHER_END}", empty=False, **more)
 
 
+# where(m, s, low) in front of the softmax and where(m, p, 0) behind it, as tf2onnx writes them.
+CHOSEN = f"""{PRODUCT} {LOW} zero = Constant<value_float = 0.0>() f = Cast<to = 1>(m) off = Not(m) g = Cast<to = 1>(off)
+    lows = Mul(low, g) kept = Mul(f, s) x = Add(kept, lows) p0 = Softmax<axis = -1>(x)
+    some = Mul(f, p0) none = Mul(zero, g) p = Add(some, none) y = MatMul(p, v)"""
+TURNED = "kt = Transpose<perm = [0, 1, 3, 2]>(q) s0 = MatMul(k, kt) s = Transpose<perm = [0, 1, 3, 2]>(s0)"
+
 RIGHT |= {
+    "chosen by multiplication": Form(
+        f"{QKV}, bool[B, 1, 1, S] m", CHOSEN, facts=frozenset({"padding mask [B, 1, 1, S_kv]"})
+    ),
+    "chosen by multiplication, with a mask's own batch": Form(f"{QKV}, bool[M, 1, 1, S] m", CHOSEN),
+    "scores turned around, and a mask's own batch": Form(
+        f"{QKV}, bool[M, 1, 1, S] m", f"{TURNED} {LOW} x = Where(m, s, low) {END}"
+    ),
+    "scores turned around, and a bias's own rows": Form(f"{QKV}, float[1, 3, M, S] m", f"{TURNED} x = Add(s, m) {END}"),
+    "the scores' shape in front of a mask of its own batch": Form(
+        f"{QKV}, bool[M, 1, 1, S] m",
+        f"""{PRODUCT} {LOW} size = Shape<end = 1>(s) n = Cast<to = 1>(size) x = Where(m, s, low)
+        p = Softmax<axis = -1>(x) y0 = MatMul(p, v) y = Mul(y0, n)""",
+    ),
     "batch and heads in one axis": together("", "x = Identity(s)"),
     "batch and heads in one axis, and a mask of its own batch": together(
         ", bool[M, 1, 1, S] m", "x = Where(m, s, low)", facts=frozenset({"padding mask [B, 1, 1, S_kv]"})
@@ -244,6 +263,16 @@ RIGHT |= {
 }
 
 WRONG = {
+    "nothing added that may be larger than the weights": Form(
+        f"{QKV}, bool[B, 1, 1, S] m, float[M, 1, 1, S] other",
+        CHOSEN.replace("none = Mul(zero, g)", "none = Mul(zero, other)"),
+        reason="the attention weights pass through Add",
+    ),
+    "something added to the weights": Form(
+        f"{QKV}, bool[B, 1, 1, S] m",
+        CHOSEN.replace("none = Mul(zero, g)", "none = Mul(low, g)"),
+        reason="the attention weights pass through Add",
+    ),
     "batch and one head in one axis, and a mask of its own batch": together(
         ", bool[M, 1, 1, S] m", "x = Where(m, s, low)", heads=1, reason="than the scores"
     ),

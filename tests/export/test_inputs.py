@@ -84,6 +84,7 @@ def test_positions_without_a_mask_go_on_after_the_past() -> None:
     )
     values = drawn(specs, S=4, P=7)
     assert values["cache_position"].tolist() == [7, 8, 9, 10] and values["past_length"] == 7
+    assert drawn(specs, B=0, S=4, P=7)["cache_position"].shape == (4,), "positions of no batch entry"
 
 
 def test_positions_follow_a_past_whose_rows_stand_in_front_of_its_heads() -> None:

@@ -172,6 +172,15 @@ def test_resizing_keeps_the_sizes_that_it_does_not_change() -> None:
     assert sizes == ["b", "3", "2*h", "n"]
 
 
+@pytest.mark.parametrize("end, size", [(10**9, "s"), (2**63 - 1, "s"), (10**6, "min(s, 1000000)")])
+def test_the_end_of_a_slice_that_goes_to_the_end(end: int, size: str) -> None:
+    """tf2onnx writes 10^9."""
+    body = f"zero = Constant <value_ints = [0]> () end = Constant <value_ints = [{end}]> () y = Slice (x, zero, end)"
+    header = '<ir_version: 8, opset_import: ["" : 17]> main (float[s, 3] x) => (float[t, 3] y)'
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(f"{header} {{ {body} }}"))
+    assert str(Analysis(model).known_shape(model.graph.node(2).outputs[0])[0]) == size
+
+
 CUT_OFF = """six = Constant <value_ints = [6]> () zero = Constant <value_ints = [0]> ()
     axis = Constant <value_ints = [1]> () minus = Constant <value_ints = [-1]> ()
     size = Shape <start = 1, end = 2> (x) other = Shape <start = 1, end = 2> (z)

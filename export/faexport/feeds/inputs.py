@@ -326,7 +326,7 @@ class _Draw:
             if counted.shape[1] >= shape[1]:
                 return counted[:, counted.shape[1] - shape[1] :]
         each = len(shape) == 2 and shape[0] == self.batch
-        start = self.past[:, None] if each else self.past[:1]
+        start = self.past[:, None] if each else self.past[:1].max(initial=0)
         return np.broadcast_to(np.arange(shape[-1]) + start, shape)
 
     def _override(self, default: np.ndarray) -> np.ndarray:

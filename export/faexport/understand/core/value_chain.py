@@ -17,6 +17,7 @@ from faexport.graph.nodes import FLOATS, attribute, data_users, given, maker, na
 from faexport.sizes.dims import Dim
 from faexport.spec import MaskTerm, Refusal, RefusalKind, TermKind
 from faexport.understand.core.factors import Weight, division_by, fits
+from faexport.understand.core.fills import is_nothing
 from faexport.understand.core.nan_guard import nan_guard
 from faexport.understand.core.rounding import QUANTIZING, Rounding, rounding_at
 from faexport.understand.core.row_guard import row_guard
@@ -166,6 +167,8 @@ class _Walker:
             refusal = self._weigh(node)
             if refusal is not None:
                 return refusal
+        elif name == "Add" and self._adds_nothing(node):
+            pass
         elif name == "Dropout" and view_ops.is_training(node, self.a):
             return Refusal("Dropout is in training mode", name_of(node), RefusalKind.RANDOM)
         elif name in QUANTIZING:
@@ -234,6 +237,14 @@ class _Walker:
         if not is_zero or not self._zeroed(node, given(node, 0), keep_when=index == 1):
             return Refusal("the attention weights are replaced by other numbers after the softmax", name_of(node))
         return None
+
+    def _adds_nothing(self, node: ir.Node) -> bool:
+        """Is it p + 0 in the shape of p, as behind p * m + 0 * (1 - m), which tf2onnx writes for where(m, p, 0)?"""
+        zero = given(node, 1 if node.inputs[0] is self.value else 0)
+        if zero is self.value or not is_nothing(zero, self.a):
+            return False
+        met = [self.a.shape(term.value) for term in self.terms if term.kind is TermKind.ZERO]
+        return self.a.shape(zero) in met or fits(zero, self.view.shape, self.a)
 
     def _zeroed(self, node: ir.Node, condition: ir.Value, keep_when: bool) -> bool:
         """Notes that `node` puts 0 where a condition doesn't hold; False where the weights' axes have no names."""

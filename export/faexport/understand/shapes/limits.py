@@ -38,7 +38,7 @@ class Limits(Mapping[Expr, Expr]):
             self._found.clear()
 
     def learn_equal(self, a: Expr, b: Expr) -> None:
-        """These two sizes are equal, and neither is ever 1."""
+        """These two sizes are equal."""
         solved = _solved(replace(a, self), replace(b, self))
         if solved is not None:
             self._same.update([solved])
