@@ -268,6 +268,11 @@ WRONG = {
         CHOSEN.replace("none = Mul(zero, g)", "none = Mul(zero, other)"),
         reason="the attention weights pass through Add",
     ),
+    "nothing added to the weights behind a Transpose": Form(
+        "float[B, 3, T, 8] q, float[B, 3, S, 8] k, float[B, 3, T, 8] v, bool[B, 1, 1, S] m",
+        CHOSEN.replace("p = Add(some, none)", "turned = Transpose<perm = [0, 1, 3, 2]>(some) p = Add(turned, none)"),
+        reason="the attention weights pass through Add",
+    ),
     "something added to the weights": Form(
         f"{QKV}, bool[B, 1, 1, S] m",
         CHOSEN.replace("none = Mul(zero, g)", "none = Mul(low, g)"),

@@ -224,6 +224,19 @@ def test_otherwise_it_stays_cut_off(body: str, limit: str, table: int) -> None:
     assert the_cut_off_size(body, limit, table).startswith("min(")
 
 
+@pytest.mark.parametrize(
+    "text, equal", [("n", True), ("Dynamic.0", True), ("7", True), ("?", False), ("-1", False), ("", False)]
+)
+def test_texts_that_name_a_size(text: str, equal: bool) -> None:
+    header = '<ir_version: 8, opset_import: ["" : 17]> main (float[a, b] x) => (float[c, d] y)'
+    proto = onnx.parser.parse_model(f"{header} {{ y = Neg (x) }}")
+    for dim in proto.graph.input[0].type.tensor_type.shape.dim:
+        dim.dim_param = text
+    model = ir.serde.deserialize_model(proto)
+    rows, columns = Analysis(model).known_shape(model.graph.inputs[0])
+    assert (rows == columns) is equal
+
+
 def sizes_of_what_meets(node: str, result: str = "Neg (z)") -> list[str]:
     """The first sizes of x [2 * n], z [m] four or six times, and w, once `node` had them meet."""
     text = f"""<ir_version: 8, opset_import: ["" : 17]> main (float[n, 2, s] x, float[m, 4, s] z, float[m, 6, s] w)

@@ -129,7 +129,7 @@ def _atom(value: int | str) -> Dim:
 def is_name(text: str | None) -> bool:
     """Does a file's text for a size name it, so that sizes of the same text are equal? Some exporters call every
     unknown size "?"."""
-    return text is not None and any(map(str.isalpha, text))
+    return text is not None and (text.isdigit() or any(map(str.isalpha, text)))
 
 
 @functools.lru_cache(maxsize=4096)

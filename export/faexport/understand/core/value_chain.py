@@ -75,7 +75,8 @@ class Values:
         whole = [t for t in self.terms if t.kind is TermKind.ZERO and t.axes[-1:] == "T" and _is_of_rows(t.value, a)]
         places = [_place(term) for term in whole]
         dtypes = {a.dtype(value) for value in (self.result, *(term.node.outputs[0] for term in whole))}
-        if not whole or None in places or len(dtypes) > 1 or any(term.axes != self.axes for term in whole):
+        is_divided = self.result is not self.product.node.outputs[0]  # by the sum of what may be 0 then
+        if not whole or None in places or len(dtypes) > 1 or is_divided or any(t.axes != self.axes for t in whole):
             return None
         rows = [OfRows(term.node, place) for term, place in zip(whole, places, strict=True) if place is not None]
         return dataclasses.replace(self, terms=[t for t in self.terms if t not in whole], rows=(*self.rows, *rows))
@@ -287,8 +288,11 @@ class _Walker:
         zero = given(node, 1 if node.inputs[0] is self.value else 0)
         if zero is self.value or not is_nothing(zero, self.a):
             return False
-        met = [self.a.shape(term.value) for term in self.terms if term.kind is TermKind.ZERO]
-        return self.a.shape(zero) in met or fits(zero, self.view.shape, self.a)
+        axes, own = label_axes(self.view, self.names, self.shape), self.a.shape(zero)
+        alike = [t for t in self.terms if t.kind is TermKind.ZERO and t.axes == "".join(axes or ())]
+        return own is not None and (
+            any(self.a.shape(term.value) == own for term in alike) or fits(zero, self.view.shape, self.a)
+        )
 
     def _zeroed(self, node: ir.Node, condition: ir.Value, keep_when: bool) -> bool:
         """Notes that `node` puts 0 where a condition doesn't hold; False where the weights' axes have no names."""
