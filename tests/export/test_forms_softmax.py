@@ -156,6 +156,13 @@ RIGHT = {
 
 HEADS = "together (opset"
 WRONG = {
+    "an Einsum that sums over two axes": Form(
+        "float[R, T, 3, 8] q, float[R, S, 3, 8] k, float[R, S, 3, 8] v",
+        """s = Einsum<equation = "rihd,rjhd->hij">(q, k) p = Softmax<axis = -1>(s)
+        y = Einsum<equation = "hij,rjhd->rihd">(p, v)""",
+        reason="an Einsum of this form (rihd,rjhd->hij) is no product of queries and keys",
+        empty=False,
+    ),
     "a maximum that is expanded to the scores' size": Form(
         QKV,
         f"{PRODUCT} {LAST} {EXPANDED.replace('Expand(m1, target)', 'Expand(m1, all)')} {AT_ONCE}".replace(
