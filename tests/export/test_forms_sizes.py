@@ -5,6 +5,8 @@ narrow types, scores that are subtracted."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import faexport
 import numpy as np
 import onnx
@@ -13,7 +15,7 @@ import pytest
 from faexport.feeds import inputs, settings
 from faexport.spec import RefusalKind
 
-from tests.export.form_text import PRODUCT, QKV, Form, check
+from tests.export.form_text import PRODUCT, QKV, Form, check, replaced
 
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
 LOW = "low = Constant<value_float = -1.0e9>()"
@@ -251,6 +253,14 @@ RIGHT |= {
         p = Softmax<axis = -1>(x) y0 = MatMul(p, v) y = Mul(y0, n)""",
     ),
     "batch and heads in one axis": together("", "x = Identity(s)"),
+    "batch and heads in one axis of what is computed": replace(
+        together("", "x = Identity(s)"),
+        body=replaced(
+            f"{TOGETHER} x = Identity(s) {TOGETHER_END}",
+            ("q3 = Reshape(q, to_q)", "q2 = Reshape(q, to_q) q3 = Relu(q2)"),
+            ("k3 = Reshape(k, to_k)", "k2 = Reshape(k, to_k) k3 = Relu(k2)"),
+        ),
+    ),
     "batch and heads in one axis, and a mask of its own batch": together(
         ", bool[M, 1, 1, S] m", "x = Where(m, s, low)", facts=frozenset({"padding mask [B, 1, 1, S_kv]"})
     ),
