@@ -14,6 +14,9 @@ from tests.export.form_text import PRODUCT, QKV, Form, checks_of, draw
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
 LATE = "p = Softmax<axis = -1>(s) w = Mul(p, g) y = MatMul(w, v)"
 
+CLEARED = "zero = Constant<value = float {0}>() p = Softmax<axis = -1>(s)"
+LAST = "y = MatMul(w, v)"
+
 
 def factor(shape: str, body: str = "x = Mul(s, g)", kind: str = "float", **more: object) -> Form:
     """Scores `s` and a factor `g` of this shape, which the nodes in `body` make the softmax's input `x` of."""
@@ -117,6 +120,29 @@ RIGHT = {
     "weights times a number for each key": late("B, 1, 1, S"),
     "weights times a number for each head": late("3, 1, 1"),
     "weights times one number": late(""),
+    "weights times a number for each row": late("B, 1, T, 1"),
+    "weights times a number for each row, shared": late("T, 1"),
+    "weights times a number for each row of a head": late("3, T, 1"),
+    "weights in float16 times a number for each row": Form(
+        QKV.replace("float", "float16") + ", float16[T, 1] g", f"{PRODUCT} {LATE}", type="float16"
+    ),
+    "weights times numbers for rows and for keys": Form(
+        f"{QKV}, float[B, 1, T, 1] g, float[B, 1, 1, S] h",
+        f"{PRODUCT} p = Softmax<axis = -1>(s) w0 = Mul(p, g) w = Mul(h, w0) y = MatMul(w, v)",
+    ),
+    "rows of weights set to 0": Form(f"{QKV}, bool[B, 1, T, 1] m", f"{PRODUCT} {CLEARED} w = Where(m, p, zero) {LAST}"),
+    "other rows of weights set to 0": Form(
+        f"{QKV}, bool[B, 1, T, 1] m", f"{PRODUCT} {CLEARED} w = Where(m, zero, p) {LAST}"
+    ),
+    "rows of weights set to 0 by a product": Form(
+        f"{QKV}, bool[T, 1] m", f"{PRODUCT} {CLEARED} f = Cast<to = 1>(m) w = Mul(f, p) {LAST}"
+    ),
+    "rows of weights set to 0, and keys hidden": Form(
+        f"{QKV}, bool[B, 1, T, 1] m, bool[B, 1, 1, S] keys",
+        f"""{PRODUCT} low = Constant<value = float {{-1e9}}>() x = Where(keys, s, low)
+        {CLEARED.replace("(s)", "(x)")} w = Where(m, p, zero) {LAST}""",
+        frozenset({"padding mask [B, 1, 1, S_kv]"}),
+    ),
     "weights times a mask of keys": Form(
         f"{QKV}, bool[B, 1, 1, S] m",
         f"{PRODUCT} g = Cast<to = 1>(m) {LATE}",
@@ -171,6 +197,25 @@ WRONG = {
     "a softcap made at run time": factor("", "d = Div(s, g) t = Tanh(d) x = Mul(t, g)", reason="softcap"),
     "a gate that is squared scores": Form(QKV, f"{PRODUCT} x = Mul(s, s) {END}", reason="multipl"),
     "weights times rows and keys": late("T, S", reason="after the softmax"),
+    "weights in float32 times a number for each row, values in float16": Form(
+        QKV.replace("float", "float16") + ", float[T, 1] g",
+        f"""{PRODUCT} wide = Cast<to = 1>(s) p = Softmax<axis = -1>(wide) w0 = Mul(p, g) w = Cast<to = 10>(w0)
+        {LAST}""",
+        type="float16",
+        reason="in another type than the output",
+    ),
+    "weights times rows, and turned": Form(
+        f"{QKV}, float[T, 1] g",
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) w = Mul(p, g) y = Einsum<equation = "bhij,bhjd->bihd">(w, v)""",
+        reason="turns its axes",
+        empty=False,
+    ),
+    "rows of weights set to 0, and turned": Form(
+        f"{QKV}, bool[T, 1] m",
+        f"""{PRODUCT} {CLEARED} w = Where(m, p, zero) y = Einsum<equation = "bhij,bhjd->bihd">(w, v)""",
+        reason="aren't masked before it",
+        empty=False,
+    ),
     "weights times numbers of more batch entries": Form(
         "float[1, 3, T, 8] q, float[1, 3, S, 8] k, float[1, 3, S, 8] v, float[2, 1, 1, 1] g",
         f"{PRODUCT} {LATE}",

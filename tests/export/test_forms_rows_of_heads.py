@@ -99,7 +99,42 @@ RIGHT = {
     ),
 }
 
+# Batch and key heads in one axis of the products, query heads and rows in another, as tf2onnx writes Gemma's Einsums.
+BOTH = f"""{LOW} b = Shape<end = 1>(q) t = Shape<start = 3, end = 4>(q) n = Shape<start = 2, end = 3>(k)
+two = Constant<value_ints = [2]>() three = Constant<value_ints = [3]>() eight = Constant<value_ints = [8]>()
+one = Constant<value_ints = [1]>() pairs = Mul(b, two) tall = Mul(t, three)
+flat_q = Concat<axis = 0>(pairs, tall, eight) flat_k = Concat<axis = 0>(pairs, n, eight)
+q3 = Reshape<allowzero = 1>(q, flat_q) k3 = Reshape<allowzero = 1>(k, flat_k) v3 = Reshape<allowzero = 1>(v, flat_k)
+kt = Transpose<perm = [0, 2, 1]>(k3) s0 = MatMul(q3, kt)"""
+BOTH_END = """p0 = Softmax<axis = -1>(x) flat_scores = Concat<axis = 0>(pairs, tall, n)
+p = Reshape<allowzero = 1>(p0, flat_scores) o = MatMul(p, v3) o_apart = Concat<axis = 0>(b, two, three, t, eight)
+o5 = Reshape<allowzero = 1>(o, o_apart) back = Transpose<perm = [0, 3, 1, 2, 4]>(o5)
+all = Constant<value_ints = [48]>() whole = Concat<axis = 0>(b, t, all) y = Reshape<allowzero = 1>(back, whole)"""
+FIVE = "five = Concat<axis = 0>(b, two, three, t, n) s = Reshape<allowzero = 1>(s0, five)"
+SIX = """six = Concat<axis = 0>(b, two, three, t, n, one) s6 = Reshape<allowzero = 1>(s0, six)
+last = Constant<value_ints = [5]>() s = Squeeze(s6, last)"""
+
+
+def both(middle: str, mask: str = "bool[B, 1, 1, T, S] m", **more: object) -> Form:
+    """Six query heads on two key heads, masked while batch, key heads, query heads and rows are apart."""
+    inputs = f"float[B, 2, 3, T, 8] q, float[B, 2, S, 8] k, float[B, 2, S, 8] v, {mask}"
+    return Form(inputs, f"{BOTH} {middle} {BOTH_END}", **{"facts": frozenset({"6 query heads on 2 kv heads"}), **more})
+
+
+RIGHT |= {
+    "key heads in the axis of the batch": both(f"{FIVE} {WHERE}"),
+    "key heads in the axis of the batch, an axis of size 1 more": both(f"{SIX} {WHERE}"),
+    "key heads in the axis of the batch, biased": both(f"{FIVE} x = Add(s, m)", "float[2, 3, T, S] m"),
+    "key heads in the axis of the batch, a mask of conditions": both(
+        f"{SIX} off = Less(m, low) x = Where(off, low, s)", "float[B, 1, 1, T, S] m"
+    ),
+}
+
 LEFT = {
+    "key heads and query heads change places before the values": (
+        both(f"{FIVE} turned = Transpose<perm = [0, 2, 1, 3, 4]>(s) x = Where(m, turned, low)"),
+        "change their shape in a way that is not understood",
+    ),
     "a mask also meets the rows together": (
         tokens(
             WHERE, "bool[B, T, 1, S] m, float[B, 1, S] bias", product=PRODUCT.replace("Mul(s0, c)", "Add(s0, bias)")

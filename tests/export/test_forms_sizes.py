@@ -5,6 +5,8 @@ narrow types, scores that are subtracted."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import faexport
 import numpy as np
 import onnx
@@ -13,7 +15,7 @@ import pytest
 from faexport.feeds import inputs, settings
 from faexport.spec import RefusalKind
 
-from tests.export.form_text import PRODUCT, QKV, Form, check
+from tests.export.form_text import PRODUCT, QKV, Form, check, replaced
 
 END = "p = Softmax<axis = -1>(x) y = MatMul(p, v)"
 LOW = "low = Constant<value_float = -1.0e9>()"
@@ -210,7 +212,85 @@ RIGHT = {
     ),
 }
 
+# Batch and heads in one axis of both products, apart where a mask is put on, as tf2onnx writes any Einsum.
+TOGETHER = """whole = Constant<value = int64[1] {-1}>() tail_q = Shape<start = 2>(q) tail_k = Shape<start = 2>(k)
+    to_q = Concat<axis = 0>(whole, tail_q) to_k = Concat<axis = 0>(whole, tail_k)
+    q3 = Reshape(q, to_q) k3 = Reshape(k, to_k) v3 = Reshape(v, to_k)
+    k3t = Transpose<perm = [0, 2, 1]>(k3) s3 = MatMul(q3, k3t)
+    lead_q = Shape<end = 2>(q) lead_k = Shape<end = 2>(k) lead = Max(lead_q, lead_k)
+    rows = Shape<start = 2, end = 3>(q) keys = Shape<start = 2, end = 3>(k) apart = Concat<axis = 0>(lead, rows, keys)
+    s = Reshape(s3, apart)"""
+TOGETHER_END = """p = Softmax<axis = -1>(x) tail_p = Shape<start = 2>(p) to_p = Concat<axis = 0>(whole, tail_p)
+    p3 = Reshape(p, to_p) y3 = MatMul(p3, v3) some = Shape<end = 2>(p) all = Max(some, lead_k)
+    tail_y = Shape<start = 1>(y3) to_y = Concat<axis = 0>(all, tail_y) y = Reshape(y3, to_y)"""
+
+
+def together(mask: str, body: str, heads: int = 3, **more: object) -> Form:
+    """Three names of a batch: of queries, of keys and values, and of the mask. Without sizes of 0, for which these
+    Reshapes copy another size."""
+    inputs = f"float[B, {heads}, T, 8] q, float[E, {heads}, S, 8] k, float[E, {heads}, S, 8] v{mask}"
+    return Form(inputs, f"{TOGETHER} {LOW} {body} {TOGETHER_END}", empty=False, **more)
+
+
+# where(m, s, low) in front of the softmax and where(m, p, 0) behind it, as tf2onnx writes them.
+CHOSEN = f"""{PRODUCT} {LOW} zero = Constant<value_float = 0.0>() f = Cast<to = 1>(m) off = Not(m) g = Cast<to = 1>(off)
+    lows = Mul(low, g) kept = Mul(f, s) x = Add(kept, lows) p0 = Softmax<axis = -1>(x)
+    some = Mul(f, p0) none = Mul(zero, g) p = Add(some, none) y = MatMul(p, v)"""
+TURNED = "kt = Transpose<perm = [0, 1, 3, 2]>(q) s0 = MatMul(k, kt) s = Transpose<perm = [0, 1, 3, 2]>(s0)"
+
+RIGHT |= {
+    "chosen by multiplication": Form(
+        f"{QKV}, bool[B, 1, 1, S] m", CHOSEN, facts=frozenset({"padding mask [B, 1, 1, S_kv]"})
+    ),
+    "chosen by multiplication, with a mask's own batch": Form(f"{QKV}, bool[M, 1, 1, S] m", CHOSEN),
+    "scores turned around, and a mask's own batch": Form(
+        f"{QKV}, bool[M, 1, 1, S] m", f"{TURNED} {LOW} x = Where(m, s, low) {END}"
+    ),
+    "scores turned around, and a bias's own rows": Form(f"{QKV}, float[1, 3, M, S] m", f"{TURNED} x = Add(s, m) {END}"),
+    "the scores' shape in front of a mask of its own batch": Form(
+        f"{QKV}, bool[M, 1, 1, S] m",
+        f"""{PRODUCT} {LOW} size = Shape<end = 1>(s) n = Cast<to = 1>(size) x = Where(m, s, low)
+        p = Softmax<axis = -1>(x) y0 = MatMul(p, v) y = Mul(y0, n)""",
+    ),
+    "batch and heads in one axis": together("", "x = Identity(s)"),
+    "batch and heads in one axis of what is computed": replace(
+        together("", "x = Identity(s)"),
+        body=replaced(
+            f"{TOGETHER} x = Identity(s) {TOGETHER_END}",
+            ("q3 = Reshape(q, to_q)", "q2 = Reshape(q, to_q) q3 = Relu(q2)"),
+            ("k3 = Reshape(k, to_k)", "k2 = Reshape(k, to_k) k3 = Relu(k2)"),
+        ),
+    ),
+    "batch and heads in one axis, and a mask of its own batch": together(
+        ", bool[M, 1, 1, S] m", "x = Where(m, s, low)", facts=frozenset({"padding mask [B, 1, 1, S_kv]"})
+    ),
+    "batch and heads in one axis, and a bias of its own batch": together(", float[M, 1, T, S] m", "x = Add(s, m)"),
+    "batch and heads in one axis, and a mask made as large as the scores": together(
+        ", bool[M, 1, 1, S] m",
+        """size = Shape(s) true = Constant<value = bool {1}>() all_true = Expand(true, size)
+        keep = And(all_true, m) x = Where(keep, s, low)""",
+    ),
+}
+
 WRONG = {
+    "nothing added that may be larger than the weights": Form(
+        f"{QKV}, bool[B, 1, 1, S] m, float[M, 1, 1, S] other",
+        CHOSEN.replace("none = Mul(zero, g)", "none = Mul(zero, other)"),
+        reason="the attention weights pass through Add",
+    ),
+    "nothing added to the weights behind a Transpose": Form(
+        "float[B, 3, T, 8] q, float[B, 3, S, 8] k, float[B, 3, T, 8] v, bool[B, 1, 1, S] m",
+        CHOSEN.replace("p = Add(some, none)", "turned = Transpose<perm = [0, 1, 3, 2]>(some) p = Add(turned, none)"),
+        reason="the attention weights pass through Add",
+    ),
+    "something added to the weights": Form(
+        f"{QKV}, bool[B, 1, 1, S] m",
+        CHOSEN.replace("none = Mul(zero, g)", "none = Mul(low, g)"),
+        reason="the attention weights pass through Add",
+    ),
+    "batch and one head in one axis, and a mask of its own batch": together(
+        ", bool[M, 1, 1, S] m", "x = Where(m, s, low)", heads=1, reason="than the scores"
+    ),
     "scores added to themselves": Form(QKV, f"{PRODUCT} x = Add(s, s) {END}", reason="used twice: also by Add"),
     "scores subtracted from themselves": Form(QKV, f"{PRODUCT} x = Sub(s, s) {END}", reason="used twice: also by Sub"),
     "scores subtracted behind a softcap": Form(
@@ -256,6 +336,18 @@ def test_batches_of_two_names_where_the_file_states_one_say_what_to_do() -> None
         (site,) = faexport.fuse(model)[1].sites
         assert reason in str(site.refusal) and site.fused is not bool(reason)
         assert site.fused or site.refusal.kind is RefusalKind.OTHER_NAMES
+
+
+def test_question_marks_name_no_size() -> None:
+    """Some exporters call every unknown size so. Were they one name, rows, keys and batch entries would be equal, and a
+    mask of one batch entry's rows a mask of batch entries."""
+    model = masked("bool[M, N]").model()
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            dim.dim_param = "?" if dim.dim_param else ""
+    _, report = faexport.fuse(model)
+    (site,) = report.sites
+    assert "both sizes have names of their own" in str(site.refusal)
 
 
 @pytest.mark.parametrize("op", ["Identity", "Relu"])

@@ -14,6 +14,12 @@ TWO = f"{QKV}, float[B, 3, S, 5] u"
 MIXER = "w = Constant<value = float[3, 3] {1, 2, 3, 4, 5, 6, 7, 8, 9}>()"
 MIXED = "heads or batch entries are mixed after the softmax"
 PAIRS = "the scores are a product of what has rows and keys already"
+# The maximum and the sum as JAX writes them: the axis is put back by a Reshape, behind which stands an Expand.
+EXPANDED = """m0 = ReduceMax<axes = [-1], keepdims = 0>(s) tall = Shape<start = 0, end = 3>(s)
+    one = Constant<value_ints = [1]>() target = Concat<axis = 0>(tall, one) m1 = Reshape<allowzero = 1>(m0, target)
+    m = Expand(m1, target) d = Sub(s, m) e = Exp(d)"""
+AT_ONCE = """t0 = ReduceSum<keepdims = 0>(e, last) t1 = Reshape<allowzero = 1>(t0, target) t = Expand(t1, target)
+    o = MatMul(e, v) y = Div(o, t)"""
 
 
 def over_heads(source: str, target: str) -> str:
@@ -57,6 +63,7 @@ RIGHT = {
         """m = ReduceMax<axes = [-1]>(s) d = Sub(s, m) e = Exp(d) t = ReduceSum<keepdims = 1>(e, last)
         o = MatMul(e, v) y = Div(o, t)"""
     ),
+    "divided after the product, expanded to what they are": late(f"{EXPANDED} {AT_ONCE}"),
     "divided after the product, the axis put back": late(
         """e = Exp(s) t0 = ReduceSum<keepdims = 0>(e, last) t = Unsqueeze(t0, last) o = MatMul(e, v)
         y = Div(o, t)"""
@@ -149,6 +156,20 @@ RIGHT = {
 
 HEADS = "together (opset"
 WRONG = {
+    "an Einsum that sums over two axes": Form(
+        "float[R, T, 3, 8] q, float[R, S, 3, 8] k, float[R, S, 3, 8] v",
+        """s = Einsum<equation = "rihd,rjhd->hij">(q, k) p = Softmax<axis = -1>(s)
+        y = Einsum<equation = "hij,rjhd->rihd">(p, v)""",
+        reason="an Einsum of this form (rihd,rjhd->hij) is no product of queries and keys",
+        empty=False,
+    ),
+    "a maximum that is expanded to the scores' size": Form(
+        QKV,
+        f"{PRODUCT} {LAST} {EXPANDED.replace('Expand(m1, target)', 'Expand(m1, all)')} {AT_ONCE}".replace(
+            "target = Concat", "all = Shape(s) target = Concat"
+        ),
+        reason="used twice: also by ReduceMax",
+    ),
     "opset 11, heads, rows and keys": old("<axis = 1>", reason=HEADS),
     "opset 11, no attribute": old("", reason=HEADS),
     "opset 11, rows and keys": old("<axis = 2>", reason=HEADS),

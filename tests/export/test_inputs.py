@@ -38,6 +38,18 @@ def test_lengths_of_grouped_query_attention_are_those_of_past_and_new_keys() -> 
     assert padded[0] == 3 and (0 <= padded).all() and (padded < 4).all()
 
 
+def test_sizes_of_one_name_are_equal_whatever_the_name_is() -> None:
+    """Paddle's exporter numbers unknown sizes so; other exporters call each of them "?"."""
+    model = onnx.parser.parse_model(f"{HEADER} g (float[B,S,8] x, float[B,T,8] z) => (float[X] y) {{ y = Add (x, z) }}")
+    names = [["Dynamic.0", "Dynamic.1"], ["Dynamic.0", "?"]]
+    for value, own in zip(model.graph.input, names, strict=True):
+        for dim, name in zip(value.type.tensor_type.shape.dim, own, strict=False):
+            dim.dim_param = name
+    x, z = (spec.dims for spec in inputs.input_specs(ir.from_proto(model)))
+    assert str(x[0]) == str(z[0]) == "Dynamic_0"
+    assert len({str(dim) for dim in (*x[:2], z[1])}) == 3
+
+
 def test_what_is_written_into_a_cache_stays_inside_of_it() -> None:
     specs = specs_of(
         "float[B,T,24] q, float[B,T,24] kn, float[B,16,24] kc, int64[B] where, int64[B] valid",
@@ -72,6 +84,7 @@ def test_positions_without_a_mask_go_on_after_the_past() -> None:
     )
     values = drawn(specs, S=4, P=7)
     assert values["cache_position"].tolist() == [7, 8, 9, 10] and values["past_length"] == 7
+    assert drawn(specs, B=0, S=4, P=7)["cache_position"].shape == (4,), "positions of no batch entry"
 
 
 def test_positions_follow_a_past_whose_rows_stand_in_front_of_its_heads() -> None:

@@ -160,6 +160,8 @@ CASES = {
     "Trilu upper": "r = Trilu(past, 1)",
     "Range": "n = Size(x); r = Range(2, n, 3)",
     "Range down": "r = Range(7, 0, -2)",
+    "Range of floats": "n = Size(x); a = Cast(2) {'to': 1}; b = Cast(n) {'to': 1}; c = Cast(3) {'to': 1}; "
+    "r = Range(a, b, c)",
     "ConstantOfShape": "s = Shape(x); r = ConstantOfShape(s)",
     "Shape": "r = Shape(past) {'start': 1}",
     "Size": "r = Size(past)",

@@ -172,6 +172,15 @@ def test_resizing_keeps_the_sizes_that_it_does_not_change() -> None:
     assert sizes == ["b", "3", "2*h", "n"]
 
 
+@pytest.mark.parametrize("end, size", [(10**9, "s"), (2**63 - 1, "s"), (10**6, "min(s, 1000000)")])
+def test_the_end_of_a_slice_that_goes_to_the_end(end: int, size: str) -> None:
+    """tf2onnx writes 10^9."""
+    body = f"zero = Constant <value_ints = [0]> () end = Constant <value_ints = [{end}]> () y = Slice (x, zero, end)"
+    header = '<ir_version: 8, opset_import: ["" : 17]> main (float[s, 3] x) => (float[t, 3] y)'
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(f"{header} {{ {body} }}"))
+    assert str(Analysis(model).known_shape(model.graph.node(2).outputs[0])[0]) == size
+
+
 CUT_OFF = """six = Constant <value_ints = [6]> () zero = Constant <value_ints = [0]> ()
     axis = Constant <value_ints = [1]> () minus = Constant <value_ints = [-1]> ()
     size = Shape <start = 1, end = 2> (x) other = Shape <start = 1, end = 2> (z)
@@ -213,6 +222,52 @@ def test_a_size_that_meets_itself_cut_off_is_not_cut_off() -> None:
 )  # fmt: skip
 def test_otherwise_it_stays_cut_off(body: str, limit: str, table: int) -> None:
     assert the_cut_off_size(body, limit, table).startswith("min(")
+
+
+@pytest.mark.parametrize(
+    "text, equal", [("n", True), ("Dynamic.0", True), ("7", True), ("?", False), ("-1", False), ("", False)]
+)
+def test_texts_that_name_a_size(text: str, equal: bool) -> None:
+    header = '<ir_version: 8, opset_import: ["" : 17]> main (float[a, b] x) => (float[c, d] y)'
+    proto = onnx.parser.parse_model(f"{header} {{ y = Neg (x) }}")
+    for dim in proto.graph.input[0].type.tensor_type.shape.dim:
+        dim.dim_param = text
+    model = ir.serde.deserialize_model(proto)
+    rows, columns = Analysis(model).known_shape(model.graph.inputs[0])
+    assert (rows == columns) is equal
+
+
+def sizes_of_what_meets(node: str, result: str = "Neg (z)") -> list[str]:
+    """The first sizes of x [2 * n], z [m] four or six times, and w, once `node` had them meet."""
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> main (float[n, 2, s] x, float[m, 4, s] z, float[m, 6, s] w)
+    => (float[a, b, c] y, float[d, e, f] out) {{ three = Constant <value_ints = [3]> () minus = Constant
+    <value_ints = [-1]> () one = Constant <value_ints = [1]> () last = Shape <start = 2, end = 3> (x)
+    flat = Concat <axis = 0> (minus, one, last) two = Reshape (x, flat) four = Reshape (z, flat)
+    six = Reshape (w, flat) row = Transpose <perm = [0, 2, 1]> (four) {node} out = {result} y = Neg (x) }}"""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    analysis = Analysis(model)
+    assert not analysis.defects
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    return [str(analysis.known_shape(values[name])[0]) for name in ("two", "four", "six")]
+
+
+def test_multiples_that_meet_are_equal() -> None:
+    """Neither is 1. The older name, which is an input's, stands for both."""
+    assert sizes_of_what_meets("t = Add (two, four)", "Neg (t)") == ["4*m", "4*m", "6*m"], "n is 2 * m"
+    assert sizes_of_what_meets("t = MatMul (row, two)", "Neg (t)") == ["4*m", "4*m", "6*m"]
+    assert sizes_of_what_meets("u = Add (two, four) t = Mul (u, two)", "Neg (t)") == ["4*m", "4*m", "6*m"]
+
+
+@pytest.mark.parametrize(
+    "node, result",
+    [
+        ("t = Add (two, four)", "Neg (z)"),  # nobody asks for the sum
+        ("t = Add (x, z)", "Neg (z)"),  # n and m, one of which may be 1
+        ("t = Concat <axis = 0> (two, four)", "Neg (t)"),  # they don't meet
+    ],
+)
+def test_otherwise_they_are_not(node: str, result: str) -> None:
+    assert sizes_of_what_meets(node, result) == ["2*n", "4*m", "6*m"]
 
 
 # As PyTorch's exporter calls what is padded to a multiple of 4.

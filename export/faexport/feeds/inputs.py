@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from faexport.sizes.dims import Dim, named
+from faexport.sizes.dims import is_expression, is_name
 
 _KEEPS_ELEMENTS = {
     "Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose",
@@ -131,6 +131,7 @@ class UnsupportedInput(Exception):
 def input_specs(model: ir.Model) -> list[InputSpec]:
     """All inputs; those that needn't be given have a `default`. Raises UnsupportedInput."""
     specs, taken = [], {str(dim) for value in model.graph.inputs for dim in value.shape or ()}
+    instead: dict[str, ir.SymbolicDim] = {}
     for value in model.graph.inputs:
         name, default = value.name or "", value.const_value
         optional = value.is_initializer()
@@ -144,7 +145,7 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
         if optional and model.ir_version < 4:
             continue  # every initializer is an input there, and can't be given
         dims = tuple(
-            dim if isinstance(dim, int) or _is_expression(dim) else _made_up(name, axis, taken)
+            dim if isinstance(dim, int) or is_expression(dim.value) else _made_up(dim, f"{name}_{axis}", taken, instead)
             for axis, dim in enumerate(value.shape)
         )
         uses = list(_uses(value))
@@ -167,25 +168,22 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
     return specs
 
 
-def _made_up(name: str, axis: int, taken: set[str]) -> ir.SymbolicDim:
-    """A name for a size without one, that no other size has."""
-    made = re.sub(r"\W", "_", f"{name}_{axis}")
+def _made_up(dim: ir.SymbolicDim, place: str, taken: set[str], instead: dict[str, ir.SymbolicDim]) -> ir.SymbolicDim:
+    """A name that no other size has, for a size without one. Where a file's own name can't be computed with, as
+    Paddle's "DynamicDimension.0", it is the same in all its places, which are remembered in `instead`."""
+    own = dim.value if is_name(dim.value) else None
+    if own is not None and own in instead:
+        return instead[own]
+    made = re.sub(r"\W", "_", own or place)
     made = made if made.isidentifier() else f"_{made}"
     while made in taken:
         made += "_"
     taken.add(made)
-    return ir.SymbolicDim(made)
+    return instead.setdefault(own, ir.SymbolicDim(made)) if own is not None else ir.SymbolicDim(made)
 
 
 def required(specs: Sequence[InputSpec]) -> list[InputSpec]:
     return [spec for spec in specs if spec.default is None]
-
-
-def _is_expression(dim: ir.SymbolicDim) -> bool:
-    """Is it a name, or made of names as sizes/dims.py reads them? Some exporters call every unknown size "?", and
-    what a broken file holds may be too large to compute with."""
-    text = dim.value
-    return text is not None and (text.isidentifier() or named(text) != Dim.of(text))
 
 
 def symbols(specs: Sequence[InputSpec]) -> list[str]:
@@ -328,7 +326,7 @@ class _Draw:
             if counted.shape[1] >= shape[1]:
                 return counted[:, counted.shape[1] - shape[1] :]
         each = len(shape) == 2 and shape[0] == self.batch
-        start = self.past[:, None] if each else self.past[:1]
+        start = self.past[:, None] if each else self.past[:1].max(initial=0)
         return np.broadcast_to(np.arange(shape[-1]) + start, shape)
 
     def _override(self, default: np.ndarray) -> np.ndarray:

@@ -124,15 +124,21 @@ def from_graph(specs: Sequence[InputSpec], model: ir.Model) -> list[InputSpec]:
 
 
 def _own_names(specs: Sequence[InputSpec], model: ir.Model, analysis: Analysis) -> dict[Expr, Expr]:
-    """The names that inputs.py made up, for the sizes without a name."""
+    """The names that inputs.py made up, for the sizes without a name; and for names whose sizes the analysis already
+    knows to be others', those."""
     own = {spec.name: spec for spec in specs}
+    named_sizes = {_atom(name) for name in inputs.symbols(specs)}
     known: dict[Expr, Expr] = {}
     for value in model.graph.inputs:
         spec = own.get(value.name or "")
         for size, dim in zip(analysis.shape(value) or (), spec.dims if spec is not None else (), strict=False):
             atom = algebra.only_atom(size.expr)
-            if atom is not None and not isinstance(dim, int) and size != named(str(dim)):
+            if atom is None or isinstance(dim, int) or size == named(str(dim)):
+                continue
+            if atom not in named_sizes and atom not in known:
                 known[atom] = algebra.sym(str(dim))
+            elif (name := algebra.only_atom(named(str(dim)).expr)) is not None and name not in known:
+                known[name] = known.get(atom, size.expr)
     return known
 
 

@@ -127,10 +127,11 @@ class Builder(Writer):
         if node is not None and node in self.nodes and not constant.uses():
             self.nodes.remove(node)
 
-    def again(self, node: ir.Node, value: ir.Value) -> ir.Value:
+    def again(self, node: ir.Node, value: ir.Value, place: int = 0) -> ir.Value:
         """The first output of a node like one of the model, which is spelled as the opset has it, with another first
-        input."""
-        self.nodes.append(ir.Node(node.domain, node.op_type, [value, *node.inputs[1:]], list(node.attributes.values())))
+        input, or that at `place`."""
+        inputs = [value if i == place else v for i, v in enumerate(node.inputs)]
+        self.nodes.append(ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values())))
         made = self.nodes[-1].outputs[0]
         if node.outputs[0].dtype is not None:
             made.dtype = node.outputs[0].dtype

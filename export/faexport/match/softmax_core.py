@@ -168,7 +168,10 @@ def _with_guard(
         found = _with_values(scores, values.past_guard(), softmax, candidate, context)
         if isinstance(found, AttentionSpec):
             return found
-    return _with_values(scores, values, softmax, candidate, context)
+    found = _with_values(scores, values, softmax, candidate, context)
+    apart = values.rows_apart(context.analysis) if isinstance(found, Refusal) else None
+    instead = found if apart is None else _with_values(scores, apart, softmax, candidate, context)
+    return instead if isinstance(instead, AttentionSpec) else found
 
 
 def _with_values(

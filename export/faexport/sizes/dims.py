@@ -126,6 +126,12 @@ def _atom(value: int | str) -> Dim:
     return Dim(algebra.sym(value)) if isinstance(value, str) else Dim(algebra.const(int(value)))
 
 
+def is_name(text: str | None) -> bool:
+    """Does a file's text for a size name it, so that sizes of the same text are equal? Some exporters call every
+    unknown size "?"."""
+    return text is not None and (text.isdigit() or any(map(str.isalpha, text)))
+
+
 @functools.lru_cache(maxsize=4096)
 def named(text: str) -> Dim:
     """A size as a file names it. PyTorch's exporters write expressions of other names, "past + sequence" or
@@ -163,6 +169,14 @@ def _read(e: ast.expr) -> Expr:
         if len(e.args) == 2 or (e.func.id in ("Max", "Min") and len(e.args) > 2):
             return functools.reduce(functions[e.func.id], map(_read, e.args))
     raise ValueError(f"{ast.dump(e)} is no size")
+
+
+def is_expression(text: str | None) -> bool:
+    """Is it a name, or made of names as `named` reads them? What a broken file holds may be too large to compute with,
+    and names may have any characters."""
+    if text is None or not is_name(text):
+        return False
+    return text.isidentifier() or named(text) != Dim.of(text)
 
 
 def product(dims: Iterable[int | Dim]) -> Dim:

@@ -63,7 +63,7 @@ def read_output(
     view = view.transpose([order.index(x) for x in labels]).reshape(shape)
     if view is None:
         return refusal
-    found = _furthest(y, view, sizes, dtype, sources, a)
+    found = _furthest(y, view, sizes, dtype, sources, a) if not values.rows else None
     return found or _rebuilt(values, sizes, dtype, query, a) or refusal
 
 
@@ -149,6 +149,8 @@ def _rebuilt(
     own = a.dtype(value)
     if dtype is not None and own is not None and own != dtype:
         current = build.add("Cast", [current], own, to=int(own))
+    for done in values.rows:
+        current = build.again(done.node, current, done.index)
     return Output(value, layout, tuple(build.nodes), entry=entry if build.nodes else None)
 
 

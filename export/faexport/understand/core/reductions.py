@@ -30,7 +30,7 @@ def reduction_of(value: ir.Value | None, a: Analysis) -> Reduction | None:
     """`value` as a reduction of another one; axes that it dropped may have been put back by other nodes."""
     node, is_log = producer(value), False
     nodes: list[ir.Node] = []
-    while node is not None and op(node) in ("Identity", "Cast", "Unsqueeze", "Reshape", "Log"):
+    while node is not None and op(node) in ("Identity", "Cast", "Unsqueeze", "Reshape", "Expand", "Log"):
         if (op(node) == "Log" and is_log) or (op(node) == "Cast" and not is_widening(node, a)):
             return None
         is_log = is_log or op(node) == "Log"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Query heads as rows of one product with a key head that they share: scores [B, S * H, T] that are looked at as
-[B, S, H, T] when a mask meets them. Called by match/softmax_core.py and value_chain.py.
+[B, S, H, T] when a mask meets them, or [B * K, H * S, T] as [B, K, H, S, T]. Called by match/softmax_core.py and
+value_chain.py.
 
 Such a product is read as one of queries [B, S, H, D], as an Einsum would write it. The graph is not changed.
 """
@@ -8,6 +9,9 @@ Such a product is read as one of queries [B, S, H, D], as an Einsum would write 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+
+import onnx_ir as ir
 
 from faexport.graph.nodes import given
 from faexport.graph.surgery import Builder
@@ -19,6 +23,7 @@ from faexport.understand.layout.heads import chain_of
 from faexport.understand.layout.products import Factor, Product
 from faexport.understand.layout.views import Axis, View, merged
 from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.known import Shape
 
 
 def heads_apart(path: Path, a: Analysis) -> Path | None:
@@ -28,19 +33,53 @@ def heads_apart(path: Path, a: Analysis) -> Path | None:
     count = next((i for i, step in enumerate(path.steps) if step.kind == "view"), None)
     if whole is None or count is None or not all(_is_number(step, a) for step in path.steps[:count]):
         return None
-    view = view_ops.apply(path.steps[count].node.outputs[0], View.whole(whole), a)
+    node = path.steps[count].node
+    product, whole = _with_key_heads(product, whole, node, a) or (product, whole)
+    view = view_ops.apply(node.outputs[0], View.whole(whole), a)
     position = product.labels.index("row")
-    parts = None if view is None else _parts(view, View.whole(whole), position)
+    parts = None if view is None else _parts(view, View.whole(whole).axes[position], position)
     heads = None if parts is None else _position_of_heads(product.left, parts, a)
     if view is None or parts is None or heads is None:
         return None
-    left = _split(product.left, parts, heads, len(product.leads), a)
+    shape = (*whole[:position], *(atom.size for atom in parts), *whole[position + 1 :])
+    left = _split(product.left, parts, heads, len(product.leads), a) if _keeps_all(view, shape) else None
     if left is None:
         return None
     labels = _labels(product.labels, heads, len(product.leads))
-    apart = dataclasses.replace(product, left=left, labels=labels, order=(), shape=view.shape)
-    steps = [*path.steps[:count], Step(path.steps[count].node, "pass"), *path.steps[count + 1 :]]
+    apart = dataclasses.replace(product, left=left, labels=labels, order=(), shape=shape)
+    kind = "pass" if view.shape == shape else "view"  # which gives axes of size 1, too
+    steps = [*path.steps[:count], Step(node, kind), *path.steps[count + 1 :]]
     return Path(apart, steps, together=count)
+
+
+def _keeps_all(view: View, shape: Sequence[Dim]) -> bool:
+    """Has the view an axis for each of these sizes, in their order, and else only axes of size 1?"""
+    return [size for size in view.shape if size != 1] == [size for size in shape if size != 1]
+
+
+def _with_key_heads(product: Product, whole: Shape, node: ir.Node, a: Analysis) -> tuple[Product, Shape] | None:
+    """Where batch and key heads have one axis, and `node`, the first change of shape, tells them apart as well: the
+    product with an axis for each, by nodes that aren't in the graph yet, and its shape."""
+    view = view_ops.apply(node.outputs[0], View.whole(whole), a)
+    factors = (product.left, product.right)
+    if view is None or product.labels != ("lead0", "row", "column") or any(f.labels[0] != "lead0" for f in factors):
+        return None
+    batch = [axis[0] for axis in view.axes if len(axis) == 1 and axis[0].axis == 0]
+    if len(batch) != 2 or merged(batch) != View.whole(whole).axes[0] or batch[1].size.const is None:
+        return None
+    sizes = tuple(atom.size for atom in batch)
+    left, right = (_split_batch(factor, sizes, a) for factor in factors)
+    labels = ("lead0", "lead1", "row", "column")
+    return dataclasses.replace(product, left=left, right=right, labels=labels), (*sizes, *whole[1:])
+
+
+def _split_batch(factor: Factor, sizes: tuple[Dim, ...], a: Analysis) -> Factor:
+    build, shape, heads = Builder(a.opset), a.known_shape(factor.value), sizes[1].const
+    assert heads is not None
+    value = build.split_axis(factor.value, 0, len(shape), heads)
+    a.define(given(build.nodes[-1], 0), (shape[0], Dim.of(1), *shape[1:]))
+    a.define(value, (*sizes, *shape[1:]))
+    return Factor(value, ("lead0", "lead1", *factor.labels[1:]))
 
 
 def _is_number(step: Step, a: Analysis) -> bool:
@@ -75,14 +114,13 @@ def _labels(labels: tuple[str, ...], heads: int, count: int) -> tuple[str, ...]:
     return tuple(x for label in labels for x in (both if label == "row" else [label]))
 
 
-def _parts(view: View, whole: View, position: int) -> Axis | None:
-    """What the rows fall into, where they fall into two and all other axes stay."""
-    parts = view.axes[position : position + 2]
-    rest = (*view.axes[:position], *view.axes[position + 2 :])
-    if len(view.axes) != len(whole.axes) + 1 or rest != (*whole.axes[:position], *whole.axes[position + 1 :]):
+def _parts(view: View, rows: Axis, position: int) -> Axis | None:
+    """What the rows fall into, where they fall into two axes of the view, next to each other."""
+    places = [k for k, axis in enumerate(view.axes) if any(atom.axis == position for atom in axis)]
+    atoms = [atom for k in places for atom in view.axes[k]]
+    if len(places) != 2 or len(atoms) != 2 or places[1] != places[0] + 1:
         return None
-    atoms = [atom for axis in parts for atom in axis]
-    return tuple(atoms) if [len(axis) for axis in parts] == [1, 1] and merged(atoms) == whole.axes[position] else None
+    return tuple(atoms) if merged(atoms) == rows else None
 
 
 def _position_of_heads(queries: Factor, parts: Axis, a: Analysis) -> int | None:

@@ -72,7 +72,7 @@ class _Reader:
         self.key_weights: list[Weight] = []
         self.split: SplitBias | None = None  # biases added while rows or columns are split
         self.together = tuple(a.known_shape(path.product.node.outputs[0])) if path.product.shape else shape
-        self.shape_uses = uses_of(path.product.node.outputs[0], self.together)
+        self.shape_uses = self._told_by(path.product.node.outputs[0], self.together)
 
     def run(self) -> Refusal | None:
         for count, (step, factor) in enumerate(zip(self.path.steps, self.factors, strict=True)):
@@ -84,8 +84,15 @@ class _Reader:
             if apart and self.a.rank(step.node.outputs[0]) not in (len(self.view.axes), None):
                 return Refusal("the scores get more axes from what meets them", name_of(step.node))
             if self.sink is None:
-                self.shape_uses += uses_of(step.node.outputs[0], self.view.shape if apart else self.together)
+                self.shape_uses += self._told_by(step.node.outputs[0], self.view.shape if apart else self.together)
         return self._not_understood(self.path.steps[-1].node) if self.split else None
+
+    def _told_by(self, value: ir.Value, sizes: tuple[Dim, ...]) -> list[ShapeUse]:
+        """Shape nodes that read the value, which has these sizes; in front of what widens the scores, it has its
+        own."""
+        with self.a.without_learnt():  # of values in front of that, too, the wider sizes are learnt
+            own = self.a.shape(value) if self.wider else None
+        return uses_of(value, sizes if own is None else own)
 
     @staticmethod
     def _not_understood(node: ir.Node) -> Refusal:

@@ -23,6 +23,7 @@ from faexport.understand.core.softmax import Softmax
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product, product_of
 from faexport.understand.shapes.analysis import Analysis
+from faexport.understand.shapes.einsum import einsum_equation
 from faexport.understand.shapes.rules import resolve_axis
 
 MAX_PATH = 40  # nodes between product and softmax
@@ -90,6 +91,8 @@ class _Search:
         if op(node) in PRODUCT_OPS:
             product = product_of(node, a)
             if product is None:
+                if op(node) == "Einsum" and (equation := einsum_equation(node, a)) is not None:
+                    return Blocked(node, f"an Einsum of this form ({equation}) is no product of queries and keys")
                 return Blocked(node, "the shapes of the score product are not known", RefusalKind.UNKNOWN_SIZES)
             static = a.is_static(product.left.value), a.is_static(product.right.value)
             if all(static) or (any(static) and not self.weights):

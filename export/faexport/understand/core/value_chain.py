@@ -17,6 +17,7 @@ from faexport.graph.nodes import FLOATS, attribute, data_users, given, maker, na
 from faexport.sizes.dims import Dim
 from faexport.spec import MaskTerm, Refusal, RefusalKind, TermKind
 from faexport.understand.core.factors import Weight, division_by, fits
+from faexport.understand.core.fills import is_nothing
 from faexport.understand.core.nan_guard import nan_guard
 from faexport.understand.core.rounding import QUANTIZING, Rounding, rounding_at
 from faexport.understand.core.row_guard import row_guard
@@ -61,11 +62,48 @@ class Values:
     guard: MaskTerm | None  # EMPTY_ROW, where one stands behind `result`
     weights: list[Weight]  # what the probabilities are multiplied by, the same for all rows: so are the values then
     roundings: list[Rounding]  # of the probabilities
+    axes: str  # letters of the probabilities' axes, where the product's are in the same order; else ""
+    rows: tuple[OfRows, ...]  # what is done to rows of probabilities: it is done to those of the result instead
 
     def past_guard(self) -> Values:
         """The same with the guard taken for a part of attention."""
         assert self.guard is not None
         return dataclasses.replace(self, terms=[*self.terms, self.guard], result=self.guard.node.outputs[0], guard=None)
+
+    def rows_apart(self, a: Analysis) -> Values | None:
+        """The same with rows of probabilities that are set to 0 taken for rows of the result; None without such."""
+        whole = [t for t in self.terms if t.kind is TermKind.ZERO and t.axes[-1:] == "T" and _is_of_rows(t.value, a)]
+        places = [_place(term) for term in whole]
+        dtypes = {a.dtype(value) for value in (self.result, *(term.node.outputs[0] for term in whole))}
+        is_divided = self.result is not self.product.node.outputs[0]  # by the sum of what may be 0 then
+        if not whole or None in places or len(dtypes) > 1 or is_divided or any(t.axes != self.axes for t in whole):
+            return None
+        rows = [OfRows(term.node, place) for term, place in zip(whole, places, strict=True) if place is not None]
+        return dataclasses.replace(self, terms=[t for t in self.terms if t not in whole], rows=(*self.rows, *rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class OfRows:
+    """A node that does something to rows of probabilities, whatever the keys: a product with numbers of the rows, or a
+    choice between them and 0."""
+
+    node: ir.Node
+    index: int  # of the input that is the probabilities
+
+
+def _is_of_rows(value: ir.Value, a: Analysis) -> bool:
+    """Has the tensor size 1 along the keys, its last axis?"""
+    shape = a.shape(value)
+    return shape is not None and (not shape or shape[-1] == 1)
+
+
+def _place(zero: MaskTerm) -> int | None:
+    """Which input of the node that puts 0 into probabilities they are."""
+    if op(zero.node) == "Where":
+        return 1 if zero.keep_when else 2
+    makers = [producer(v) if v is not None else None for v in zero.node.inputs]
+    mask = [i for i, node in enumerate(makers) if node is not None and operand(node, 0) is zero.value]
+    return 1 - mask[0] if mask else None
 
 
 class _Walker:
@@ -79,13 +117,14 @@ class _Walker:
         self.terms: list[MaskTerm] = []
         self.weights: list[Weight] = []
         self.roundings: list[Rounding] = []
+        self.rows: list[OfRows] = []
         self.nan_guard = False
         self.nodes: list[ir.Node] = []
         self.shape_uses: list[ShapeUse] = []
 
     def _copy(self) -> _Walker:
         other = copy.copy(self)
-        for name in ("terms", "weights", "roundings", "nodes", "shape_uses"):
+        for name in ("terms", "weights", "roundings", "rows", "nodes", "shape_uses"):
             setattr(other, name, list(getattr(self, name)))
         return other
 
@@ -166,6 +205,8 @@ class _Walker:
             refusal = self._weigh(node)
             if refusal is not None:
                 return refusal
+        elif name == "Add" and self._adds_nothing(node):
+            pass
         elif name == "Dropout" and view_ops.is_training(node, self.a):
             return Refusal("Dropout is in training mode", name_of(node), RefusalKind.RANDOM)
         elif name in QUANTIZING:
@@ -200,9 +241,12 @@ class _Walker:
             if condition is not None and self.a.dtype(condition) is ir.DataType.BOOL:
                 if self._zeroed(node, condition, keep_when=True):
                     return None
+            if one_way and whole and fits(weight, self.shape, self.a) and self._is_of_rows(weight):
+                self.rows.append(OfRows(node, index))
+                return None
             return Refusal(
                 f"the attention weights pass through {op(node)} after the softmax, and what they are multiplied by "
-                "is not known to be the same for all rows",
+                "is not known to be the same for all rows, nor for all keys",
                 name_of(node),
                 RefusalKind.FACTOR,
             )
@@ -217,6 +261,10 @@ class _Walker:
         labels = self.scores.product.labels
         sizes = dict(zip(reversed(labels), reversed(self.a.known_shape(weight)), strict=False))
         return sizes.get("row", 1) == 1
+
+    def _is_of_rows(self, weight: ir.Value) -> bool:
+        labels = self.scores.product.labels
+        return labels[-1] == "column" and self.softmax.total is None and _is_of_rows(weight, self.a)
 
     def _drops_sink(self, node: ir.Node) -> bool:
         shape = self.a.shape(node.inputs[0])
@@ -234,6 +282,17 @@ class _Walker:
         if not is_zero or not self._zeroed(node, given(node, 0), keep_when=index == 1):
             return Refusal("the attention weights are replaced by other numbers after the softmax", name_of(node))
         return None
+
+    def _adds_nothing(self, node: ir.Node) -> bool:
+        """Is it p + 0 in the shape of p, as behind p * m + 0 * (1 - m), which tf2onnx writes for where(m, p, 0)?"""
+        zero = given(node, 1 if node.inputs[0] is self.value else 0)
+        if zero is self.value or not is_nothing(zero, self.a):
+            return False
+        axes, own = label_axes(self.view, self.names, self.shape), self.a.shape(zero)
+        alike = [t for t in self.terms if t.kind is TermKind.ZERO and t.axes == "".join(axes or ())]
+        return own is not None and (
+            any(self.a.shape(term.value) == own for term in alike) or fits(zero, self.view.shape, self.a)
+        )
 
     def _zeroed(self, node: ir.Node, condition: ir.Value, keep_when: bool) -> bool:
         """Notes that `node` puts 0 where a condition doesn't hold; False where the weights' axes have no names."""
@@ -284,6 +343,13 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
     if isinstance(division, Refusal):
         return division
     nodes = [*walker.nodes, node, *division]
+    named = label_axes(walker.view, walker.names, shape) if _is_ordered(product) else None
+    if walker.rows and (named is None or walker.view != View.whole(shape)):
+        why = "rows of the attention weights are multiplied by numbers, and the product with the values turns its axes"
+        return Refusal(why, name_of(walker.rows[0].node), RefusalKind.FACTOR)
+    if any(a.dtype(done.node.outputs[0]) != a.dtype(nodes[-1].outputs[0]) for done in walker.rows):
+        why = "rows of the attention weights are multiplied by numbers in another type than the output"
+        return Refusal(why, name_of(walker.rows[0].node), RefusalKind.FACTOR)
     return Values(
         product,
         sizes,
@@ -292,10 +358,18 @@ def _values(walker: _Walker, node: ir.Node) -> Values | Refusal:
         nodes,
         walker.shape_uses,
         nodes[-1].outputs[0],
-        None if division else _guard_of(product, walker, a),
+        None if division or walker.rows else _guard_of(product, walker, a),
         walker.weights,
         walker.roundings,
+        "".join(named or ()),
+        tuple(walker.rows),
     )
+
+
+def _is_ordered(product: Product) -> bool:
+    """Are the axes of the probabilities and of the product those of the operator, in its order?"""
+    leads = product.leads
+    return product.labels == (*leads, "row", "column") and product.left.labels == (*leads, "row", "sum")
 
 
 def _product_of_weights(walker: _Walker, node: ir.Node) -> Product | Refusal:
@@ -379,8 +453,7 @@ def _is_of_scores(product: Product, a: Analysis) -> bool:
 
 def _guard_of(product: Product, walker: _Walker, a: Analysis) -> MaskTerm | None:
     """The guard behind the product, if the product's axes are in the order of the probabilities'."""
-    ordered = list(product.leads)
-    if list(product.labels) != [*ordered, "row", "column"] or list(product.left.labels) != [*ordered, "row", "sum"]:
+    if not _is_ordered(product):
         return None
     axes = label_axes(walker.view, walker.names, walker.shape)
     if axes is None or axes[-1] != "T":

@@ -13,9 +13,9 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from faexport.graph.nodes import attribute, op
 from faexport.sizes.dims import Dim
 from faexport.understand.layout.products import Factor, Product
-from faexport.understand.layout.shape_uses import shape_users
 from faexport.understand.shapes.analysis import Analysis
 
 MOST = 1 << 12  # rows, heads or batch entries: scores that a file makes larger than that are no attention
@@ -36,29 +36,32 @@ class Step(Protocol):
 
 def widened(product: Product, steps: Sequence[Step], a: Analysis) -> tuple[tuple[Dim, ...], tuple[Factor, ...]]:
     """The sizes of the scores once everything has met them that meets them in the shape in which they are multiplied,
-    and the tensors that they may take them from: none where a Shape node tells what size they had before."""
+    and the tensors that they may take them from."""
     shape = list(product.shape_of(a) or ())
     wider: dict[ir.Value, Factor] = {}
-    if any(shape_users(node.outputs[0]) for node in (product.node, *(step.node for step in steps))):
-        return tuple(shape), ()
-    for value in _others(steps):
+    for value, order in _others(steps, len(shape)):
         own = a.shape(value)
         if own is None or len(own) > len(shape):
             continue
-        start = len(shape) - len(own)
-        for axis, size in enumerate(own, start):
+        met = order[len(shape) - len(own) :]
+        for axis, size in zip(met, own, strict=True):
             # More keys than the scores have would not fit the values.
             small = size.const is None or size.const <= MOST
             if small and product.labels[axis] != "column" and not a.leaves(size, shape[axis]):
                 shape[axis] = shape[axis].meet(size)
-                wider[value] = Factor(value, product.labels[start:])
+                wider[value] = Factor(value, tuple(product.labels[k] for k in met))
     return tuple(shape), tuple(wider.values())
 
 
-def _others(steps: Sequence[Step]) -> Iterator[ir.Value]:
-    """What meets the scores before they change their shape."""
+def _others(steps: Sequence[Step], rank: int) -> Iterator[tuple[ir.Value, tuple[int, ...]]]:
+    """What meets the scores before they change their shape but for the order of the axes, and which axes of the product
+    it meets."""
+    order = tuple(range(rank))
     for step in steps:
-        if step.kind in ("view", "sink"):
+        if step.kind == "view" and op(step.node) == "Transpose":
+            perm = attribute(step.node, "perm", tuple(reversed(range(rank))))
+            order = tuple(order[k] for k in perm)
+        elif step.kind in ("view", "sink"):
             return
-        if step.kind in ("add", "sub", "from", "where", "clamp", "min", "factor"):
-            yield from (v for i, v in enumerate(step.node.inputs) if i != step.index and v is not None)
+        elif step.kind in ("add", "sub", "from", "where", "clamp", "min", "factor"):
+            yield from ((v, order) for i, v in enumerate(step.node.inputs) if i != step.index and v is not None)

@@ -61,9 +61,13 @@ def size(ctx: Interpreter, node: ir.Node) -> Element:
 def range_(ctx: Interpreter, node: ir.Node) -> Element:
     start, _, step = (ctx.input(node, k).scalar() for k in range(3))
     by = ia.value_of(step) if start.kind == step.kind == "int" else None
-    if by is None or by == 0:
+    if by is not None and by != 0:
+        return lambda index: ia.add(start, ia.scale(index[0], by))
+    first, stride = (il.float_value(x) if x.kind == "float" else None for x in (start, step))
+    if first is None or not stride or not (first.is_integer() and stride.is_integer()):
         raise Unknown
-    return lambda index: ia.add(start, ia.scale(index[0], by))
+    dtype = ctx.dtype(node)
+    return lambda index: il.cast_float(ia.add(ia.const(int(first)), ia.scale(index[0], int(stride))), dtype)
 
 
 @transfer("ConstantOfShape")

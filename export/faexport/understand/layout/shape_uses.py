@@ -54,15 +54,20 @@ def rebuild(use: ShapeUse, sources: Sequence[ir.Value], a: Analysis) -> list[ir.
 def size_from(
     build: Builder, size: Dim, sources: Iterable[ir.Value], shapes: dict[ir.Value, ir.Value], a: Analysis
 ) -> ir.Value | None:
-    """`size` as a constant times a size of one of the sources, int64 [1]; None where no source has it. `shapes` holds
-    the Shape nodes that were made for them."""
+    """`size` as a constant times a size of one of the sources, or as that divided by one, int64 [1]; None where no
+    source has it. `shapes` holds the Shape nodes that were made for them."""
     for source in sources:
         for axis, own in enumerate(a.shape(source) or ()):
-            factor = size.divide(own) if own.const is None else None
-            if factor is None or factor.const is None:
+            if own.const is not None:
+                continue
+            factor, divisor = (None if x is None else x.const for x in (size.divide(own), own.divide(size)))
+            if factor is None and not divisor:
                 continue
             if source not in shapes:
                 shapes[source] = build.add("Shape", [source], ir.DataType.INT64)
             part = build.add("Gather", [shapes[source], build.ints([axis])], ir.DataType.INT64, axis=0)
-            return part if factor == 1 else build.add("Mul", [part, build.ints([factor.const])], ir.DataType.INT64)
+            if factor == 1:
+                return part
+            kind, number = ("Div", divisor) if factor is None else ("Mul", factor)
+            return build.add(kind, [part, build.ints([number or 1])], ir.DataType.INT64)
     return None

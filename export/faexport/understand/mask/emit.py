@@ -38,19 +38,24 @@ class Emitter:
     # ------------------------------------------------------------------------------------------ existing values
 
     def find(self, site: Site, expr: Expr) -> ir.Value | None:
-        """A value in the site's mask whose elements are `expr`, unsqueezed to rank 4; the one with the fewest axes."""
+        """A value in the site's mask whose elements are `expr`, of rank 4; the one with the fewest axes."""
         wanted = ia.variables(expr)
-        best: tuple[int, ir.Value, tuple[int, ...]] | None = None
+        best: tuple[int, ir.Value, tuple[int, ...], tuple[int, ...]] | None = None
         for value in self._below(site.roots):
             tensor = self.ctx.known(value)
-            if tensor is None or tensor.rank > 4 or tensor.rank < len(wanted) or tensor.kind != expr.kind:
+            if tensor is None or tensor.rank < len(wanted) or tensor.kind != expr.kind:
                 continue
-            axes = self._placed(site, tensor, expr)
-            if axes is not None and (best is None or tensor.rank < best[0]):
-                best = (tensor.rank, value, axes)
+            ones = [k for k, size in enumerate(tensor.shape) if ia.value_of(size) == 1]
+            left_out = tuple(ones[: max(0, tensor.rank - 4)])
+            rank = tensor.rank - len(left_out)
+            axes = self._placed(site, tensor, expr, left_out) if rank <= 4 else None
+            if axes is not None and (best is None or rank < best[0]):
+                best = (rank, value, axes, left_out)
         if best is None:
             return None
-        return self._unsqueezed(best[1], best[2])
+        _, found, axes, left_out = best
+        found = self.node("Squeeze", [found, self.constant(np.asarray(left_out, np.int64))]) if left_out else found
+        return self._unsqueezed(found, axes)
 
     def source(self, site: Site, expr: Expr) -> ir.Node | None:
         """The first node (nearest to the inputs) whose elements are `expr`, whatever its shape."""
@@ -62,15 +67,21 @@ class Emitter:
                     found = value.producer()
         return found
 
-    def _placed(self, site: Site, tensor: Tensor, expr: Expr) -> tuple[int, ...] | None:
-        """Which of (b, h, i, j) the axes of `tensor` are, in order, if its elements are then `expr`."""
+    def _placed(self, site: Site, tensor: Tensor, expr: Expr, left_out: tuple[int, ...] = ()) -> tuple[int, ...] | None:
+        """Which of (b, h, i, j) the axes of `tensor` are, in order, if its elements are then `expr`. Axes of size 1 may
+        be left out."""
         needed = [k for k, name in enumerate(_AXES) if name in ia.variables(expr)]
-        for axes in itertools.combinations(range(4), tensor.rank):
+        sizes = [size for k, size in enumerate(tensor.shape) if k not in left_out]
+        for axes in itertools.combinations(range(4), len(sizes)):
             if not set(needed) <= set(axes):
                 continue
-            places = (self._index_at(site, size, k, k in needed) for size, k in zip(tensor.shape, axes, strict=True))
-            index = tuple(place for place in places if place is not None)
-            if len(index) == tensor.rank and site.simplified(tensor.at(index)) is expr:
+            places = (self._index_at(site, size, k, k in needed) for size, k in zip(sizes, axes, strict=True))
+            index = [place for place in places if place is not None]
+            if len(index) < len(sizes):
+                continue
+            for k in left_out:
+                index.insert(k, ia.ZERO)
+            if site.simplified(tensor.at(tuple(index))) is expr:
                 return axes
         return None
 

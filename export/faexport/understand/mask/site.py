@@ -106,11 +106,14 @@ class Site:
                 shape = self.tensors[value].shape if value is not None else ()
                 if len(shape) > len(term.axes):
                     raise NotAMask("its mask has more axes than the scores")
-                for letter, size in zip(term.axes[len(term.axes) - len(shape) :], shape, strict=True):
+                plain = self.ctx.analysis.known_shape(value) if value is not None else ()
+                letters = term.axes[len(term.axes) - len(shape) :]
+                for letter, size, given in zip(letters, shape, plain, strict=True):
                     dim = dims.get(letter)
                     own = self.ctx.size(dim) if dim is not None else None
                     whole = self.sizes[letter][0] if letter in self.sizes else own
                     fixed = letter == "T" and self.scores.same_keys
+                    fixed = fixed or (dim is not None and self.ctx.analysis.leaves(given, dim))
                     if not fixed and not self._fits(self.simplified(size), whole):
                         raise NotAMask(_TOO_LARGE.format(_AXES.get(letter, "entries")), spec.RefusalKind.UNLIKE_SIZES)
                     if letter in self.meeting:

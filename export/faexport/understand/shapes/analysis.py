@@ -19,7 +19,7 @@ import onnx_ir as ir
 from faexport.errors import InvalidNodeError
 from faexport.graph.nodes import always_runs, attribute, name_of, op, operand, own_graphs, producer, subgraphs
 from faexport.sizes.algebra import Expr, atoms, only_atom
-from faexport.sizes.dims import Dim, named
+from faexport.sizes.dims import Dim, is_name, named
 from faexport.spec import DOMAIN, OP_TYPE
 from faexport.understand.shapes import (  # noqa: F401 (some only register their rules)
     constants,
@@ -29,7 +29,7 @@ from faexport.understand.shapes import (  # noqa: F401 (some only register their
     rules_operator,
 )
 from faexport.understand.shapes.known import Shape
-from faexport.understand.shapes.limits import Limits, limits_of
+from faexport.understand.shapes.limits import Limits, equal_sizes, limits_of
 from faexport.understand.shapes.rules import BROADCASTING, CONTENT_RULES, SHAPE_RULES
 from faexport.understand.shapes.rules_operator import output_dtype
 
@@ -72,7 +72,7 @@ class Analysis:
         self.defects: list[str] = []  # nodes whose rules failed, and how
         self._learnt: dict[Expr, Expr] = {}  # what sizes are at the site that is being looked at
         self._names: dict[Expr, Expr] = {}  # sizes that the file has names of its own for
-        self._limits = Limits()  # what minima are wherever the model runs
+        self._limits = Limits()  # what sizes are wherever the model runs
         graphs = own_graphs(model)
         inputs = (self.shape(v) or () for graph in graphs for v in graph.inputs)
         self._results = set(model.graph.outputs)
@@ -134,7 +134,7 @@ class Analysis:
 
     def leaves(self, size: Dim, whole: Dim) -> bool:
         """Is it known that an axis of `whole` keeps its size where one of `size` is broadcast against it?"""
-        return size == 1 or size.meet(whole).substitute(self._learnt) == whole
+        return size == 1 or self.simplified((size.meet(whole),)) == self.simplified((whole,))
 
     def define(self, value: ir.Value, shape: Shape | None) -> None:
         """The shape of a value that isn't in the graph yet."""
@@ -270,12 +270,21 @@ class Analysis:
         for value, elements in zip(node.outputs, known, strict=False):
             if elements is not None and len(elements) <= MAX_CONTENTS:
                 self._contents[value] = elements
-        if op(node) in BROADCASTING and node.graph is self._main:
-            limits = limits_of([self.shape(v) for v in node.inputs])
-            if limits and always_runs(node):
-                self._limits.learn(limits)
+        if node.graph is self._main:
+            self._learn_limits(node)
         shape_rule = SHAPE_RULES.get(op(node))
         return shape_rule(node, self) if shape_rule else None
+
+    def _learn_limits(self, node: ir.Node) -> None:
+        """What a node tells of sizes by failing with others."""
+        met = [self.shape(v) for v in node.inputs] if op(node) in BROADCASTING or op(node) == "MatMul" else []
+        if op(node) == "MatMul":
+            met = [shape[:-2] for shape in met if shape is not None]
+        limits, equal = limits_of(met), list(equal_sizes(met))
+        if (limits or equal) and always_runs(node):
+            self._limits.learn(limits)
+            for pair in equal:
+                self._limits.learn_equal(*pair)
 
     def _derive_dtype(self, value: ir.Value) -> ir.DataType | None:
         node = producer(value)
@@ -325,7 +334,7 @@ class Analysis:
     def _declared_dim(value: ir.Value, axis: int, dim: int | ir.SymbolicDim) -> Dim:
         if isinstance(dim, int):
             return Dim.of(dim)
-        return named(str(dim.value)) if dim.value else Dim.unknown(f"{value.name}.{axis}")
+        return named(str(dim.value)) if is_name(dim.value) else Dim.unknown(f"{value.name}.{axis}")
 
     def _merge(self, inferred: Shape | None, value: ir.Value) -> Shape | None:
         """The derived shape, with sizes that only the file knows; a file that contradicts the derivation is not

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from faexport.errors import InvalidNodeError
-from faexport.graph.nodes import attribute, operand
+from faexport.graph.nodes import attribute, operand, producer
 from faexport.sizes import algebra
 from faexport.sizes.dims import Dim, product
 from faexport.understand.shapes.einsum import einsum_equation
@@ -27,7 +27,7 @@ SHAPE_RULES: dict[str, ShapeRule] = {}
 CONTENT_RULES: dict[str, ContentRule] = {}
 ONE = Dim.of(1)
 MAX_RANK = 64  # as NumPy's; where a file says more, nothing is known
-_HUGE = 1 << 30  # slice ends beyond this mean "to the end"
+_HUGE = 10**9  # slice ends from here on mean "to the end": tf2onnx writes this number, PyTorch larger ones
 SHAPE_OF_FIRST_INPUT = (
     "Identity Cast CastLike Softmax LogSoftmax Relu Gelu Erf Tanh Sigmoid Sqrt Neg Exp Log Abs Not IsNaN IsInf "
     "Reciprocal Floor Ceil Round Sin Cos Clip Trilu CumSum EyeLike Dropout LeakyRelu Elu Softplus HardSigmoid "
@@ -281,9 +281,19 @@ def quotient(total: Dim, part: Dim) -> Dim:
     return exact if exact is not None else Dim(algebra.floordiv(total.expr, part.expr))
 
 
+def _whole_number(value: ir.Value | None, a: Known) -> Shape | None:
+    """The contents of an integer, also where it is held as float32, as TensorFlow counts positions. NOTE: float32
+    counts to 2^24, and no axis of positions is longer."""
+    number, node = a.scalar(value), producer(value) if value is not None else None
+    if number is not None and number.is_integer():
+        return (Dim.of(int(number)),)
+    is_cast = node is not None and node.op_type == "Cast" and a.dtype(value) in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    return a.contents(node.inputs[0] if node is not None and is_cast else value)
+
+
 @shape_of("Range")
 def _range(node: ir.Node, a: Known) -> Shapes:
-    start, limit, step = (a.contents(v) for v in node.inputs)
+    start, limit, step = (_whole_number(v, a) for v in node.inputs)
     by = step[0].const if step else None
     if not start or not limit or not by:
         return [(Dim.unknown("range"),)]
