@@ -12,6 +12,7 @@ import xml.etree.ElementTree
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -92,7 +93,8 @@ def test_a_gpu_is_measured_where_there_is_one(model: pathlib.Path) -> None:
 
 @pytest.mark.skipif(ort_session.CUDA in onnxruntime.get_available_providers(), reason="there is a CUDA provider")
 def test_a_gpu_that_is_not_there_is_one_line(model: pathlib.Path) -> None:
-    assert_bad_input(here("bench", model, "--shape", SHAPE, "--device", "cuda"), "--device cpu measures on the CPU")
+    done = here("bench", model, "--shape", SHAPE, "--device", "cuda")
+    assert_bad_input(done, "error: onnxruntime can't use a GPU here; --device cpu measures on the CPU")
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -105,6 +107,19 @@ def test_entries_are_padded_where_it_is_asked(padded: bool) -> None:
     lengths = tensors["attention_mask"].sum(1)
     assert lengths[0] == 64 and (lengths.min() < 64) == padded
     assert (np.diff(tensors["attention_mask"]) <= 0).all(), "padding is on the right"
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [("float[b,s,8]", [(1, n, 8) for n in bench.LENGTHS]), ("float[b,3,8]", [(n, 3, 8) for n in bench.BATCHES]),
+     ("float[2,3,8]", [(2, 3, 8)])],
+)  # fmt: skip
+def test_the_ladder_has_each_size_once(shape: str, sizes: list[tuple[int, ...]]) -> None:
+    """Of lengths; of batches where there is one length; or the one size that the model has."""
+    text = f'<ir_version: 9, opset_import: ["": 17]> g ({shape} x) => ({shape} y) {{ y = Identity(x) }}'
+    specs = inputs.input_specs(ir.from_proto(onnx.parser.parse_model(text)))
+    found = bench._settings(specs, [], bench._drawing(specs, padded=False))
+    assert [tensors["x"].shape for tensors in found] == sizes
 
 
 def timing(median: float, spread: float = 0.001) -> Timing:

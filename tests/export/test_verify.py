@@ -15,7 +15,7 @@ import pytest
 from faexport import pipeline
 from faexport.feeds import inputs
 from faexport.feeds.open_sizes import OpenSizes
-from faexport.feeds.settings import Assumed
+from faexport.feeds.settings import Assumed, InputSet
 from faexport.files import model_io
 from faexport.report.data import Verification, VerificationStatus
 from faexport.runtimes import ort_session
@@ -293,6 +293,20 @@ def test_a_crash_of_the_runtime_is_an_answer(tmp_path: pathlib.Path, monkeypatch
     assert "crashed" in result.error and "11" in result.error
 
 
+def test_inputs_of_the_user_that_the_original_does_not_run_on_are_no_comparison(tmp_path: pathlib.Path) -> None:
+    """The user believes that they are compared, though the drawn ones pass."""
+    ids = {"ids": (TensorProto.INT64, ["n"])}
+    constants = {"table": np.ones((4, 8), np.float32)}
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["y"])]
+    path = save(tmp_path / "a.onnx", nodes, ids, (TensorProto.FLOAT, ["n", 8]), constants)
+    for number, status in ((3, PASSED), (4, NOT_RUN)):
+        given = InputSet("in.npz", {"ids": np.array([0, number])})
+        found = model_check.verify(path, path, extra_inputs=[given], open_session=ort_session.SessionHere)
+        assert found.status is status
+    assert found.reason.startswith("the original does not run on in.npz: indices element out of data bounds")
+    assert found.reason.endswith("; give inputs that it runs on")
+
+
 def test_messages_of_the_runtime_are_short() -> None:
     message = (
         "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node. Name:'r' "
@@ -301,6 +315,13 @@ def test_messages_of_the_runtime_are_short() -> None:
         "size != 0 was false."
     )
     assert ort_session.one_line(message) == "size != 0 was false."
+    message = (
+        "[ONNXRuntimeError] : 1 : FAIL : Load model from a.onnx failed:/src/onnxruntime/core/graph/model.cc:179 "
+        "onnxruntime::Model::Model(onnx::ModelProto&&, const std::function<void(int)>&, const X&) const Unsupported "
+        "model IR version: 10, max supported IR version: 9\n"
+    )
+    said = "Unsupported model IR version: 10, max supported IR version: 9"
+    assert ort_session.one_line(message) == f"Load model from a.onnx failed: {said}"
 
 
 # Where no key is left in float16, onnxruntime's CPU kernels, which compute in float32, know which was hidden least.

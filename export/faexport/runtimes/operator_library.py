@@ -10,6 +10,8 @@ import pathlib
 
 from faexport.errors import ModelError
 
+NAME = "libfa_ort.so"
+GPU_WHEEL = "install the wheel faplugin_cu13-….whl in place of faplugin, or build with nvcc"
 MISSING = (
     "the operator's library is not installed: install the wheel faplugin-….whl for the CPU, "
     "or faplugin_cu13-….whl for NVIDIA GPUs and TensorRT too"

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, np.ndarray]
 CUDA = "CUDAExecutionProvider"
 NO_GPU = "onnxruntime can't use a GPU here; --verify-on cpu compares on the CPU"
+_KIND = re.compile(r"^\d+ : [A-Z_]+ : ")  # of an error, e.g. "1 : FAIL : "
+# Where in onnxruntime's source it was raised: a file and a line, and the function's signature.
+_SOURCE = re.compile(r"(?:(?<=:)|(?<=\s)|^)/\S+\.(?:h|cc):\d+ \S.*?\)(?: const)? ")
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|failed to allocate memory|out of memory|available memory of", re.IGNORECASE)
 
 
@@ -296,7 +299,7 @@ def one_line(message: str) -> str:
     message = " ".join(message.split())
     for prefix in ("[ONNXRuntimeError] : ", "Status Message: "):
         message = message.rpartition(prefix)[2] if prefix in message else message
-    message = re.sub(r"^/\S+\.(?:h|cc):\d+ [^)]*\) ", "", message)
+    message = _SOURCE.sub(" ", _KIND.sub("", message)).strip()
     return message[:300] or "unknown error"
 
 

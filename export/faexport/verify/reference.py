@@ -218,6 +218,7 @@ def make_reference(
     if not unsupported or extra_inputs:
         try:
             _run_original(reference, [*extra_inputs, *steps], on_amount)
+            reference.problem = reference.problem or _refuses_given(reference)
             if reference.specs and not decoder and not reference.problem:
                 _run_drawn(reference, assumed, random, on_amount)
         except model_inputs.UnsupportedInput as error:
@@ -228,6 +229,16 @@ def make_reference(
         reference.problem = f"{unsupported}; {GIVE_INPUTS}"
     reference.problem = reference.problem or _tells_too_little(reference)
     return reference
+
+
+def _refuses_given(reference: Reference) -> str:
+    """A sentence where it does not run on inputs that the caller gave: the caller believes that these are compared."""
+    if not reference.loads:
+        return ""
+    for item, outputs in zip(reference.sets[: reference.num_given], reference.outputs, strict=False):
+        if isinstance(outputs, str):
+            return f"the original does not run on {item.label}: {outputs}; give inputs that it runs on"
+    return ""
 
 
 def _tells_too_little(reference: Reference) -> str:
