@@ -154,6 +154,9 @@ def test_the_conclusion_says_where_it_pays_or_that_it_does_not() -> None:
     assert bench.conclusion([even, faster, much]) == "it pays from ids 1x256 on: 4.00 times as fast at ids 1x512"
     assert bench.conclusion([faster, much]) == "4.00 times as fast at ids 1x512"
     assert "nothing is gained at ids 1x64" in bench.conclusion([faster, even])
+    wide = row(128, 0.1, 0.02, spread=0.09)
+    assert not wide.gained and wide.times_as_fast > faster.times_as_fast
+    assert bench.conclusion([wide, faster]) == "it pays from ids 1x256 on: 2.00 times as fast at ids 1x256"
     assert (
         "no time is gained at these sizes, where what is rewritten takes up to 30% of the original's time"
         in bench.conclusion([even, slower])

@@ -376,9 +376,8 @@ def _timing(seconds: Sequence[float]) -> Timing:
 
 def conclusion(rows: Sequence[Row]) -> str:
     """Where it starts to pay, or that it does not, and why."""
-    last, best = rows[-1], max(rows, key=lambda row: row.times_as_fast)
-    gain = f"{best.times_as_fast:.2f} times as fast at {bench_label(best.sizes)}"
-    if not any(row.gained for row in rows):
+    gaining = [row for row in rows if row.gained]
+    if not gaining:
         where = "this size" if len(rows) == 1 else "these sizes"
         shares = [row.original.rewritten for row in rows if row.original.rewritten is not None]
         why = f", where what is rewritten takes up to {max(shares):.0%} of the original's time" if shares else ""
@@ -386,11 +385,13 @@ def conclusion(rows: Sequence[Row]) -> str:
             f"no time is gained at {where}{why}; less than the spread of the runs, or than {CLEARLY - 1:.0%}, "
             "counts as even"
         )
+    best = max(gaining, key=lambda row: row.times_as_fast)
+    gain = f"{best.times_as_fast:.2f} times as fast at {bench_label(best.sizes)}"
     paying = len(rows)
     while paying and rows[paying - 1].gained:
         paying -= 1
     if paying == len(rows):
-        return f"{gain}, and nothing is gained at {bench_label(last.sizes)}"
+        return f"{gain}, and nothing is gained at {bench_label(rows[-1].sizes)}"
     return f"it pays from {bench_label(rows[paying].sizes)} on: {gain}" if paying else gain
 
 

@@ -66,7 +66,7 @@ def read(path: pathlib.Path) -> Folder:
         )
     if options.get(LIBRARY_OPTION) == operator_library.NAME:
         raise ModelError(
-            f"{path}: is rewritten already, its {CONFIG} names {operator_library.NAME}; give the folder it was made from"
+            f"{path}: is rewritten already, its {CONFIG} names {operator_library.NAME}; give the one it was made from"
         )
     if options.get(LIBRARY_OPTION):
         raise ModelError(f"{path / CONFIG}: loads {options[LIBRARY_OPTION]} already, and genai takes one library only")
