@@ -307,6 +307,17 @@ def test_inputs_of_the_user_that_the_original_does_not_run_on_are_no_comparison(
     assert found.reason.endswith("; give inputs that it runs on")
 
 
+def test_sizes_that_the_exporter_fixed_are_said_to_be_so(tmp_path: pathlib.Path) -> None:
+    nodes = [helper.make_node("Reshape", ["x", "traced"], ["y"])]
+    constants = {"traced": np.array([11, 13])}
+    for sizes, told in (["b", "s"], True), ([7, 7], False):
+        given = {"x": (TensorProto.FLOAT, sizes)}
+        path = save(tmp_path / "a.onnx", nodes, given, (TensorProto.FLOAT, [11, 13]), constants)
+        found = model_check.verify(path, path, open_session=ort_session.SessionHere)
+        assert found.status is NOT_RUN and "give inputs with --inputs file.npz" in found.reason
+        assert ("of the sizes that it was exported with" in found.reason) == told
+
+
 def test_messages_of_the_runtime_are_short() -> None:
     message = (
         "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node. Name:'r' "

@@ -26,6 +26,10 @@ from faexport.verify import all_keys, compare, roundings, widen
 
 PATIENCE = 60.0  # seconds after which no more settings are tried on the original
 GIVE_INPUTS = "give inputs with --inputs file.npz"
+TRACED = (
+    ", of the sizes that it was exported with: they may be fixed in its nodes though its inputs are declared open, as "
+    "PyTorch's older exporter does it (dynamo=True leaves them open)"
+)
 FIT_TOGETHER = f"Where the sizes of its inputs don't fit one another, {relations.NAME_THEM}"
 PERTURBATION = 1e-7  # by which inputs are moved to see how much the original moves
 
@@ -246,6 +250,7 @@ def _tells_too_little(reference: Reference) -> str:
     if not reference.compared:
         sentence = next((why for why in reference.outputs if isinstance(why, str)), "")
         advised = f"; {GIVE_INPUTS}" if reference.loads else ""  # what does not load does not run on any inputs
+        advised += TRACED if advised and model_inputs.symbols(reference.specs) else ""
         return f"the original does not run in onnxruntime: {sentence}{advised}"
     if not reference.num_given and reference.num_telling < 2:
         label = reference.sets[reference.compared[0]].label
