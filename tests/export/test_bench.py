@@ -19,7 +19,7 @@ import pytest
 from faexport.commands import bench, bench_view, terminal
 from faexport.commands.bench_data import Measured, Row, Timing
 from faexport.feeds import inputs
-from faexport.runtimes import ort_session
+from faexport.runtimes import operator_library, ort_session
 from onnx import TensorProto, helper
 
 from tests.export import big_model
@@ -95,6 +95,16 @@ def test_a_gpu_is_measured_where_there_is_one(model: pathlib.Path) -> None:
 def test_a_gpu_that_is_not_there_is_one_line(model: pathlib.Path) -> None:
     done = here("bench", model, "--shape", SHAPE, "--device", "cuda")
     assert_bad_input(done, "error: onnxruntime can't use a GPU here; --device cpu measures on the CPU")
+
+
+def test_a_gpu_is_not_measured_by_kernels_of_the_cpu(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime would run the node on the CPU, between copies."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [ort_session.CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(operator_library, "has_cuda_kernels", lambda: False)
+    said = "was built without CUDA kernels; install the wheel faplugin_cu13"
+    assert_bad_input(here("bench", model), said, "--device cpu measures on the CPU")
+    with pytest.raises(ort_session.CannotRun, match=said):
+        ort_session.SessionHere(ort_session.Job(str(model), device="cuda"))
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -213,6 +213,8 @@ def measure(
     if limits.device == "cuda" and default_device() != "cuda":
         raise ModelError(NO_GPU)
     operator_library.path()  # without it there is nothing to compare
+    if limits.device == "cuda" and (lacking := operator_library.without_cuda_kernels()):
+        raise ModelError(f"{lacking}; or --device cpu measures on the CPU")
     original = model_io.load(model)
     specs = inputs.input_specs(original)
     for text in shapes:  # what is wrong with them is said before the work begins

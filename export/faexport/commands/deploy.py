@@ -87,8 +87,8 @@ def deploy(
         raise ModelError(f"{place}: is there already; remove it, or choose another --name")
     loaded = model_io.load(model)
     library = operator_library.path() if count_operators(loaded) else None
-    if gpu and library is not None and not operator_library.has_cuda_kernels():
-        raise ModelError(f"--gpu: {library} was built without CUDA kernels; {operator_library.GPU_WHEEL}")
+    if gpu and library is not None and (lacking := operator_library.without_cuda_kernels()):
+        raise ModelError(f"--gpu: {lacking}")
     seen = f"{(mounted_at or str(folder.resolve())).rstrip('/')}/{name}/{operator_library.NAME}" if library else ""
     text = triton.config(loaded, triton.Serving(name, seen, max_batch, instances, gpu))
     with writing(place):

@@ -76,12 +76,9 @@ def read(path: pathlib.Path) -> Folder:
 
 def check_target(folder: Folder, target: pathlib.Path) -> None:
     """Raises ModelError where the copy can't be made."""
-    library = operator_library.path()
-    if folder.on_cuda and not operator_library.has_cuda_kernels():
-        raise ModelError(
-            f"{folder.path / CONFIG}: runs on CUDA, and {library} was built without CUDA kernels; "
-            f"{operator_library.GPU_WHEEL}"
-        )
+    operator_library.path()
+    if folder.on_cuda and (lacking := operator_library.without_cuda_kernels()):
+        raise ModelError(f"{folder.path / CONFIG}: runs on CUDA, and {lacking}")
     source, place = folder.path.resolve(), target.resolve()
     if place == source or source in place.parents or place in source.parents:
         raise ModelError(f"{target}: is the folder that is read, or in it; choose another place with -o")

@@ -30,6 +30,11 @@ def path() -> pathlib.Path:
         raise ModelError(f"the operator's library is not there: {error}") from error
 
 
+def without_cuda_kernels() -> str:
+    """A sentence where the library has none, or ""."""
+    return "" if has_cuda_kernels() else f"{path()} was built without CUDA kernels; {GPU_WHEEL}"
+
+
 def has_cuda_kernels() -> bool:
     """Is it known to have kernels for GPUs, or not known to lack them?"""
     import faplugin

@@ -225,7 +225,7 @@ def _load(job: Job) -> onnxruntime.InferenceSession:
             faplugin.register(options)
         if job.device == "cpu":
             return _load_on_cpu(ort, job.model, options)
-        return _load_on_gpu(ort, job.model, options)
+        return _load_on_gpu(ort, job, options)
 
 
 def _load_on_cpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
@@ -244,11 +244,13 @@ def _load_on_cpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptio
     return ort.InferenceSession(model, options, providers=providers)
 
 
-def _load_on_gpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _load_on_gpu(ort: Any, job: Job, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     """With float32 matrices multiplied in float32: products in TF32 differ by more than what is allowed."""
     if CUDA not in ort.get_available_providers():
         raise CannotRun(NO_GPU)
-    session = ort.InferenceSession(model, options, providers=[(CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"])
+    if job.library and (lacking := operator_library.without_cuda_kernels()):
+        raise CannotRun(lacking)
+    session = ort.InferenceSession(job.model, options, providers=[(CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"])
     if session.get_providers()[0] != CUDA:  # onnxruntime goes on without it
         raise CannotRun(NO_GPU)
     return session
