@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ CUDA = "CUDAExecutionProvider"
 # Where a build for the CPU has less than one for GPUs.
 _GPU_BUILD = "install the wheel faplugin_cu13-….whl in place of faplugin, or build with nvcc"
 _HINTS = {"libfa_trt.so": f"; {_GPU_BUILD}", "libfa_trt_registrar.so": f"; {_GPU_BUILD}"}
+_registered: weakref.WeakSet[onnxruntime.SessionOptions] = weakref.WeakSet()
 FOLDER_VARIABLE = "FAPLUGIN_LIBRARY_DIR"
 
 
@@ -60,7 +62,7 @@ def library_path() -> str:
 def register(session_options: onnxruntime.SessionOptions) -> None:
     """Makes sessions with these options know faexport::FlashAttention, on the CPU and, where there is one, on CUDA.
 
-    Call it once for each SessionOptions: onnxruntime refuses the same operators twice when it creates the session.
+    For the second time it does nothing, since onnxruntime refuses to create a session with the same operators twice.
     Warns where this onnxruntime has CUDA and the library was built without CUDA kernels.
 
     Raises:
@@ -75,7 +77,9 @@ def register(session_options: onnxruntime.SessionOptions) -> None:
 def register_for(session_options: onnxruntime.SessionOptions, providers: Iterable[str], stacklevel: int) -> None:
     """register() for sessions on these providers. On CUDA a library without kernels for it would be slow without a
     word: onnxruntime runs the node on the CPU then, between copies of its tensors."""
-    session_options.register_custom_ops_library(library_path())
+    if session_options not in _registered:
+        session_options.register_custom_ops_library(library_path())
+        _registered.add(session_options)
     if CUDA in providers and _lacks_cuda_kernels():
         warnings.warn(
             f"this faplugin was built without CUDA kernels: sessions on CUDA run attention on the CPU; {_GPU_BUILD}",

@@ -32,7 +32,7 @@ def session(
         cuda_graph: capture each run on CUDA into a graph and replay it, which saves the time of the launches. Shapes
             and the addresses of inputs and outputs must stay then, so runs go through `io_binding()`
             (docs/onnxruntime.md).
-        options: your own, without the library, which is registered here; it is changed.
+        options: your own; it is changed, since the library is registered in it.
 
     Warns as `register` does, where the session is on CUDA.
 

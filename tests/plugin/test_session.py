@@ -47,6 +47,14 @@ def test_own_options_are_kept(model: pathlib.Path) -> None:
     assert session.get_session_options().graph_optimization_level == options.graph_optimization_level
 
 
+def test_options_may_be_registered_again(model: pathlib.Path) -> None:
+    options = onnxruntime.SessionOptions()
+    faplugin.register(options)
+    faplugin.register(options)
+    for _ in range(2):
+        assert faplugin.session(model, options=options, providers=["CPUExecutionProvider"]).get_inputs()
+
+
 def test_what_cannot_be_is_said(model: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="cuda_graph needs CUDAExecutionProvider; the providers are CPUExec"):
         faplugin.session(model, providers=["CPUExecutionProvider"], cuda_graph=True)
