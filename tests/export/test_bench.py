@@ -188,6 +188,8 @@ def test_what_can_t_be_measured_is_one_line(model: pathlib.Path, tmp_path: pathl
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, ir_version=9), tmp_path / "plain.onnx")
     assert_bad_input(here("bench", tmp_path / "plain.onnx"), "nothing is fused")
+    assert here(model, "-o", tmp_path / "fused.onnx", "--no-verify", "-q").returncode == 0
+    assert_bad_input(here("bench", tmp_path / "fused.onnx"), "is fused already; give the model that it was made from")
 
 
 @pytest.mark.parametrize("command", (["bench", "{}"], ["build", "{}"], ["run", "{}", "--inputs", "{}"]))

@@ -167,6 +167,13 @@ def test_tables_say_what_happened() -> None:
     assert "(b)" not in text, "the node is not repeated where it is the site itself"
 
 
+def test_a_series_whose_first_name_has_no_number_is_one_row() -> None:
+    names = ["sdpa_FlashAttention", *(f"sdpa_{i}_FlashAttention" for i in (1, 2)), "other_FlashAttention"]
+    rows = [SiteComparison(name, "o", "float32", False, 1e-6, 1e-3, 9, "batch=2") for name in names]
+    found = [name for name, _ in grouping.group_comparisons(rows)]
+    assert found == ["sdpa_FlashAttention and 2 more", "other_FlashAttention"]
+
+
 def test_what_to_do_is_said_once_for_each_kind_of_reason() -> None:
     refusals = [
         *(Refusal(f"the attention weights are also read by {n}", "x", RefusalKind.SCORES_READ) for n in "ab"),

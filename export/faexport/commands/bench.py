@@ -207,6 +207,7 @@ def measure(
     from faexport.files import model_io
     from faexport.report import blocks
     from faexport.runtimes import operator_library, ort_session
+    from faexport.spec import DOMAIN, OP_TYPE
 
     if missing := ort_session.missing_packages():
         raise ModelError(missing)
@@ -222,6 +223,8 @@ def measure(
     drawing = _drawing(specs, padded)
     on_step("fusing")
     fused, report = pipeline.run(model_io.load(model), Options())
+    if not report.num_fused and report.nodes_before.get(f"{DOMAIN}::{OP_TYPE}"):
+        raise ModelError(f"{model}: is fused already; give the model that it was made from")
     if not report.num_fused:
         raise ModelError(f"{model}: nothing is fused, so there is nothing to compare; faexport inspect says why")
     pairs = blocks.find_blocks(original, fused)

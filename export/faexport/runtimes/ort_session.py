@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, np.ndarray]
 CUDA = "CUDAExecutionProvider"
 NO_GPU = "onnxruntime can't use a GPU here; --verify-on cpu compares on the CPU"
-_KIND = re.compile(r"^\d+ : [A-Z_]+ : ")  # of an error, e.g. "1 : FAIL : "
+# The kind of an error, e.g. "1 : FAIL : ", and the name of the file, which is a temporary one of ours.
+_KIND = re.compile(r"^\d+ : [A-Z_]+ : (?:Load model from .*? failed:)?")
 # Where in onnxruntime's source it was raised: a file and a line, and the function's signature.
 _SOURCE = re.compile(r"(?:(?<=:)|(?<=\s)|^)/\S+\.(?:h|cc):\d+ \S.*?\)(?: const)? ")
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|failed to allocate memory|out of memory|available memory of", re.IGNORECASE)
@@ -297,12 +298,12 @@ def _to_numpy(value: onnxruntime.OrtValue) -> np.ndarray:
 
 
 def one_line(message: str) -> str:
-    """onnxruntime's message without its prefixes and source paths, at most 300 characters."""
+    """onnxruntime's message without its prefixes and source paths, at most 500 characters."""
     message = " ".join(message.split())
     for prefix in ("[ONNXRuntimeError] : ", "Status Message: "):
         message = message.rpartition(prefix)[2] if prefix in message else message
     message = _SOURCE.sub(" ", _KIND.sub("", message)).strip()
-    return message[:300] or "unknown error"
+    return message[:500] or "unknown error"
 
 
 def main() -> None:
