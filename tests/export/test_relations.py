@@ -215,6 +215,19 @@ def test_longer_inputs_are_tried_where_one_setting_alone_is_long_enough(tmp_path
     assert {"b=3, n=33", "b=2, n=32"} <= {run.label for run in result.runs if run.outputs}
 
 
+def test_a_length_that_the_exporter_fixed_is_found_and_said(tmp_path: pathlib.Path) -> None:
+    """As PyTorch's older exporter does in nn.MultiheadAttention: keys get the length that was traced."""
+    text = """<ir_version: 9, opset_import: ["" : 17]> g (float[b, n, 8] x) => (float[b, 13, 2, 4] y)
+    <int64[3] rest = {13, 2, 4}, int64[1] zero = {0}, int64[1] one = {1}>
+    { all = Shape (x) batch = Slice (all, zero, one) sizes = Concat <axis = 0> (batch, rest) y = Reshape (x, sizes) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
+    result = model_check.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    assert result.status is VerificationStatus.PASSED
+    assert {run.inputs["x"] for run in result.runs if run.outputs} >= {(2, 13, 8), (3, 13, 8), (1, 13, 8)}
+    assert any("at length 13, which its nodes ask for" in note for note in result.notes)
+    assert any("inputs times 12" in run.label for run in result.runs if run.outputs), "doubts are of that length, too"
+
+
 def test_an_image_has_the_channels_of_its_convolution(tmp_path: pathlib.Path) -> None:
     """optimum names each size of an image; without this one, hundreds of channels are tried, and none fits."""
     text = """<ir_version: 9, opset_import: ["" : 17]> g (float[b, c, h, w] x) => (float[b, 2, i, j] y)

@@ -26,6 +26,10 @@ from faexport.verify import all_keys, compare, roundings, widen
 
 PATIENCE = 60.0  # seconds after which no more settings are tried on the original
 GIVE_INPUTS = "give inputs with --inputs file.npz"
+FIXED_LENGTH = (
+    "the original runs at length {}, which its nodes ask for, and at none of the other lengths that were tried, though "
+    "its inputs are declared open: PyTorch's older exporter fixes some sizes so; dynamo=True leaves them open"
+)
 TRACED = (
     ", of the sizes that it was exported with: they may be fixed in its nodes though its inputs are declared open, as "
     "PyTorch's older exporter does it (dynamo=True leaves them open)"
@@ -280,7 +284,8 @@ def _run_drawn(reference: Reference, asked: Assumed, random: np.random.Generator
             _run_original(reference, settings.plans(specs, assumed, random), on_amount)
     reference.specs = specs
     if not reference.compared[reference.num_given :]:
-        _try_lengths(reference, specs, assumed, random)
+        length = _try_lengths(reference, specs, assumed, random)
+        specs = relations.of_length(specs, length) if length else specs
     doubts = list(settings.doubts(specs, assumed, random, any_numbers=asked.any_numbers))
     if specs != list(plain):  # that these sizes belong together is doubted, too
         tried = [item.shapes for item in doubts]
@@ -407,16 +412,20 @@ def outputs_or_sentence(
 
 def _try_lengths(
     reference: Reference, specs: Sequence[model_inputs.InputSpec], assumed: Assumed, random: np.random.Generator
-) -> None:
-    """Adds the first plans of another length that the original runs on, if there are any."""
+) -> int:
+    """Adds the first plans of another length that the original runs on, if there are any. Where it is one that its
+    nodes ask for, a note says so, and the length is the result; else 0."""
     tried = [item.shapes for item in reference.sets]
-    for length in settings.FALLBACK_LENGTHS:
+    fixed = relations.fixed_sizes(reference.model)
+    for length in (*settings.FALLBACK_LENGTHS, *fixed):
         sets = [item for item in settings.plans(specs, assumed, random, length) if item.shapes not in tried]
         before = len(reference.sets)
         _run_original(reference, sets, lambda done, total: None)
         if any(index >= before for index in reference.compared):
-            return
+            reference.notes += [FIXED_LENGTH.format(length)] if length in fixed else []
+            return length if length in fixed else 0
         del reference.sets[before:], reference.outputs[before:]
+    return 0
 
 
 def needs_library(model: ir.Model) -> bool:
