@@ -201,6 +201,7 @@ def make_reference(
     path: os.PathLike[str] | str,
     *,
     extra_inputs: Sequence[InputSet] = (),
+    given_must_run: bool = False,
     assumed: Assumed | None = None,
     open_session: Opener = ort_session.Session,
     on_amount: Amount = lambda done, total: None,
@@ -208,6 +209,8 @@ def make_reference(
     """Draws inputs and runs the original on them, and on `extra_inputs` first.
 
     Args:
+        given_must_run: that it does not run on `extra_inputs` is a problem: a user who gave them believes that they are
+            compared.
         assumed: what the drawn inputs keep to.
         open_session: ort_session.Session, or SessionHere.
         on_amount: told how many runs are done, of how many.
@@ -226,7 +229,8 @@ def make_reference(
     if not unsupported or extra_inputs:
         try:
             _run_original(reference, [*extra_inputs, *steps], on_amount)
-            reference.problem = reference.problem or _refuses_given(reference)
+            if given_must_run:
+                reference.problem = reference.problem or _refuses_given(reference)
             if reference.specs and not decoder and not reference.problem:
                 _run_drawn(reference, assumed, random, on_amount)
         except model_inputs.UnsupportedInput as error:
@@ -240,7 +244,7 @@ def make_reference(
 
 
 def _refuses_given(reference: Reference) -> str:
-    """A sentence where it does not run on inputs that the caller gave: the caller believes that these are compared."""
+    """A sentence where it does not run on inputs that the caller gave."""
     if not reference.loads:
         return ""
     for item, outputs in zip(reference.sets[: reference.num_given], reference.outputs, strict=False):
