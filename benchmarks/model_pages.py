@@ -18,12 +18,11 @@ NO_TIME = "no time was left"  # what verify_models.py writes of an export
 
 def encoder_tables(data: dict) -> str:
     """Whole encoders, a table a dtype: a cell has the times of the three exports."""
-    runtime = next(data["versions"][name] for name in ("onnxruntime-gpu", "onnxruntime") if name in data["versions"])
     where = data.get("gpu") or f"CPU, {data['threads']} threads ({data['cpu']})"
     parts = []
     for dtype in dict.fromkeys(row["dtype"] for row in data["rows"]):
         lines = [
-            f"Whole encoders, {dtype}, in onnxruntime {runtime}, {where}: milliseconds of the files made "
+            f"Whole encoders, {dtype}, in onnxruntime {_runtime(data)}, {where}: milliseconds of the files made "
             f"from three exports of {_exporters(data)} ({', '.join(EXPORTS)}; – failed, ! wrong). "
             "The last column: how many times as fast as the fastest of all other files, from the worst of the three:",
             "",
@@ -32,10 +31,25 @@ def encoder_tables(data: dict) -> str:
         ]
         for row in (row for row in data["rows"] if row["dtype"] == dtype):
             cells = [" / ".join(_cell(row, file, how) for how in EXPORTS) for file in FILES]
-            cells.append(_times_as_fast(row))
+            ratio = times_as_fast(row)
+            cells.append("–" if ratio is None else f"{ratio:.2f}")
             lines.append(f"| {_title(row)} | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def encoder_gains(data: dict) -> dict[str, list[float]]:
+    """How many times as fast as the fastest of all other files: a row's ratio, by dtype and place."""
+    found: dict[str, list[float]] = {}
+    where = data.get("gpu") or f"CPU, {data['threads']} threads"
+    for row in data["rows"]:
+        if (ratio := times_as_fast(row)) is not None:
+            found.setdefault(f"{row['dtype']}, {where}, onnxruntime {_runtime(data)}", []).append(ratio)
+    return found
+
+
+def _runtime(data: dict) -> str:
+    return next(data["versions"][name] for name in ("onnxruntime-gpu", "onnxruntime") if name in data["versions"])
 
 
 def _exporters(data: dict) -> str:
@@ -55,8 +69,8 @@ def _cell(row: dict, file: str, how: str) -> str:
     return f"{found['median_ms']:.{digits}f}" + ("" if _is_right(found, row) else " !")
 
 
-def _times_as_fast(row: dict) -> str:
-    """The fastest other file's time over our slowest."""
+def times_as_fast(row: dict) -> float | None:
+    """The fastest other file's time over our slowest; None where one of these is missing or wrong."""
     ours = [row["contestants"].get(f"ours, {how}") for how in EXPORTS]
     others = [
         found["median_ms"]
@@ -64,8 +78,8 @@ def _times_as_fast(row: dict) -> str:
         if not name.startswith("ours") and _is_right(found, row)
     ]
     if not others or not all(found and _is_right(found, row) for found in ours):
-        return "–"
-    return f"{min(others) / max(found['median_ms'] for found in ours if found):.2f}"
+        return None
+    return min(others) / max(found["median_ms"] for found in ours if found)
 
 
 def fused_by_optimizer(data: dict) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from model_pages import (
     bench_tables,
+    encoder_gains,
     encoder_tables,
     fused_by_optimizer,
     gains_table,
@@ -326,21 +327,37 @@ def gains_section() -> str:
     return _tables(("models.json", gains_table))
 
 
+def encoder_summary() -> str:
+    """The README's of whole encoders: how many times as fast as the fastest of all other files."""
+    lines = [
+        "Whole encoders (BERT, MiniLM, ViT, CLIP, Whisper, T5), each exported by PyTorch in three ways: speed of our "
+        "slowest file relative to the fastest\nof all others, by onnxruntime's optimizer, by onnxscript, and as "
+        "exported ([each row](docs/numbers.md#whole-encoders)):",
+        "",
+        "| | rows | geometric mean | worst | best |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("encoders.json", "encoders_cpu.json"):
+        for title, ratios in encoder_gains(json.loads((RESULTS / name).read_text("utf-8"))).items():
+            lines += _group(title, ratios)
+    return "\n".join(lines) + "\n"
+
+
 def speed_section() -> str:
     """The README's: whole encoders, and attention beside its peers."""
+    return f"{encoder_summary()}\n" + _tables(("attention.json", gpu_table), ("cpu.json", cpu_table))
+
+
+def encoders_section() -> str:
+    """docs/numbers.md's tables of whole encoders."""
     return _tables(
-        ("encoders.json", encoder_tables),
-        ("encoders_cpu.json", encoder_tables),
-        ("attention.json", gpu_table),
-        ("cpu.json", cpu_table),
+        ("encoders.json", encoder_tables), ("encoders_cpu.json", encoder_tables), ("encoders.json", fused_by_optimizer)
     )
 
 
 def numbers_section() -> str:
-    """The tables of docs/numbers.md, which the README has no room for."""
-    return _tables(
-        ("encoders.json", fused_by_optimizer), ("attention.json", ort_table), ("attention.json", float32_table)
-    )
+    """docs/numbers.md's tables of one node in onnxruntime."""
+    return _tables(("attention.json", ort_table), ("attention.json", float32_table))
 
 
 def zoo_section() -> str:
@@ -417,7 +434,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/float8.md": {"float8 accuracy": accuracy_section, "float8": float8_section},
     "docs/llm.md": {"llm": llm_section},
     "docs/models.md": {"models": models_section},
-    "docs/numbers.md": {"speed": numbers_section},
+    "docs/numbers.md": {"encoders": encoders_section, "speed": numbers_section},
     "docs/torch.md": {"training": training_section},
 }
 

@@ -263,6 +263,7 @@ def _reference(job: Job, given: list[InputSet], watcher: Watcher) -> Reference |
     reference = make_reference(
         job.model,
         extra_inputs=given,
+        given_must_run=True,
         assumed=Assumed(chosen.assume_right_padding, chosen.assume_full_rows, chosen.assume_zeros_and_ones),
         open_session=functools.partial(ort_session.Session, timeout=job.timeout, device=job.verify_on),
         on_amount=watcher.amount,

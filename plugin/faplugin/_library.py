@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnxruntime
 
+CUDA = "CUDAExecutionProvider"
 # Where a build for the CPU has less than one for GPUs.
-_GPU_ONLY = "; install the wheel faplugin_cu13-….whl in place of faplugin, or build with nvcc"
-_HINTS = {"libfa_trt.so": _GPU_ONLY, "libfa_trt_registrar.so": _GPU_ONLY}
+_GPU_BUILD = "install the wheel faplugin_cu13-….whl in place of faplugin, or build with nvcc"
+_HINTS = {"libfa_trt.so": f"; {_GPU_BUILD}", "libfa_trt_registrar.so": f"; {_GPU_BUILD}"}
+_registered: weakref.WeakSet[onnxruntime.SessionOptions] = weakref.WeakSet()
 FOLDER_VARIABLE = "FAPLUGIN_LIBRARY_DIR"
 
 
@@ -57,10 +62,38 @@ def library_path() -> str:
 def register(session_options: onnxruntime.SessionOptions) -> None:
     """Makes sessions with these options know faexport::FlashAttention, on the CPU and, where there is one, on CUDA.
 
-    Call it once for each SessionOptions: onnxruntime refuses the same operators twice when it creates the session.
+    For the second time it does nothing, since onnxruntime refuses to create a session with the same operators twice.
+    Warns where this onnxruntime has CUDA and the library was built without CUDA kernels.
 
     Raises:
         FileNotFoundError: the library was not built.
         onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented: onnxruntime is older than 1.18.
     """
-    session_options.register_custom_ops_library(library_path())
+    import onnxruntime
+
+    register_for(session_options, onnxruntime.get_available_providers(), stacklevel=3)
+
+
+def register_for(session_options: onnxruntime.SessionOptions, providers: Iterable[str], stacklevel: int) -> None:
+    """register() for sessions on these providers. On CUDA a library without kernels for it would be slow without a
+    word: onnxruntime runs the node on the CPU then, between copies of its tensors."""
+    if session_options not in _registered:
+        session_options.register_custom_ops_library(library_path())
+        _registered.add(session_options)
+    if CUDA in providers and _lacks_cuda_kernels():
+        warnings.warn(
+            f"this faplugin was built without CUDA kernels: sessions on CUDA run attention on the CPU; {_GPU_BUILD}",
+            stacklevel=stacklevel,
+        )
+
+
+@functools.cache
+def _lacks_cuda_kernels() -> bool:
+    """Is it known to have none?"""
+    from faplugin._attention import explain
+
+    spec = ((1, 1, 1, 64), "float16")
+    try:
+        return "no CUDA kernels" in explain(spec, spec, spec, device="sm_80")
+    except (ImportError, OSError, ValueError):  # a build without its Python part
+        return False

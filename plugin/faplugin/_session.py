@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from faplugin._library import register
+from faplugin._library import CUDA, register_for
 
 if TYPE_CHECKING:
     import onnxruntime
 
-CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+CPU = "CPUExecutionProvider"
 
 
 def session(
@@ -32,7 +32,9 @@ def session(
         cuda_graph: capture each run on CUDA into a graph and replay it, which saves the time of the launches. Shapes
             and the addresses of inputs and outputs must stay then, so runs go through `io_binding()`
             (docs/onnxruntime.md).
-        options: your own, without the library, which is registered here; it is changed.
+        options: your own; it is changed, since the library is registered in it.
+
+    Warns as `register` does, where the session is on CUDA.
 
     Raises:
         ImportError: onnxruntime isn't installed.
@@ -43,8 +45,8 @@ def session(
 
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}; give 1 or more, or leave it out")
+    available = onnxruntime.get_available_providers()
     if providers is None:
-        available = onnxruntime.get_available_providers()
         providers = [name for name in (CUDA, CPU) if name in available]
     chosen = [(p, {}) if isinstance(p, str) else (p[0], dict(p[1])) for p in providers]
     if cuda_graph:
@@ -55,5 +57,5 @@ def session(
     options = onnxruntime.SessionOptions() if options is None else options
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
-    register(options)
+    register_for(options, [name for name, _ in chosen if name in available], stacklevel=3)
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=chosen)

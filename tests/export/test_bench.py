@@ -12,13 +12,14 @@ import xml.etree.ElementTree
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
 from faexport.commands import bench, bench_view, terminal
 from faexport.commands.bench_data import Measured, Row, Timing
 from faexport.feeds import inputs
-from faexport.runtimes import ort_session
+from faexport.runtimes import operator_library, ort_session
 from onnx import TensorProto, helper
 
 from tests.export import big_model
@@ -92,7 +93,18 @@ def test_a_gpu_is_measured_where_there_is_one(model: pathlib.Path) -> None:
 
 @pytest.mark.skipif(ort_session.CUDA in onnxruntime.get_available_providers(), reason="there is a CUDA provider")
 def test_a_gpu_that_is_not_there_is_one_line(model: pathlib.Path) -> None:
-    assert_bad_input(here("bench", model, "--shape", SHAPE, "--device", "cuda"), "--device cpu measures on the CPU")
+    done = here("bench", model, "--shape", SHAPE, "--device", "cuda")
+    assert_bad_input(done, "error: onnxruntime can't use a GPU here; --device cpu measures on the CPU")
+
+
+def test_a_gpu_is_not_measured_by_kernels_of_the_cpu(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime would run the node on the CPU, between copies."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [ort_session.CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(operator_library, "has_cuda_kernels", lambda: False)
+    said = "was built without CUDA kernels; install the wheel faplugin_cu13"
+    assert_bad_input(here("bench", model), said, "--device cpu measures on the CPU")
+    with pytest.raises(ort_session.CannotRun, match=said):
+        ort_session.SessionHere(ort_session.Job(str(model), device="cuda"))
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -105,6 +117,19 @@ def test_entries_are_padded_where_it_is_asked(padded: bool) -> None:
     lengths = tensors["attention_mask"].sum(1)
     assert lengths[0] == 64 and (lengths.min() < 64) == padded
     assert (np.diff(tensors["attention_mask"]) <= 0).all(), "padding is on the right"
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [("float[b,s,8]", [(1, n, 8) for n in bench.LENGTHS]), ("float[b,3,8]", [(n, 3, 8) for n in bench.BATCHES]),
+     ("float[2,3,8]", [(2, 3, 8)])],
+)  # fmt: skip
+def test_the_ladder_has_each_size_once(shape: str, sizes: list[tuple[int, ...]]) -> None:
+    """Of lengths; of batches where there is one length; or the one size that the model has."""
+    text = f'<ir_version: 9, opset_import: ["": 17]> g ({shape} x) => ({shape} y) {{ y = Identity(x) }}'
+    specs = inputs.input_specs(ir.from_proto(onnx.parser.parse_model(text)))
+    found = bench._settings(specs, [], bench._drawing(specs, padded=False))
+    assert [tensors["x"].shape for tensors in found] == sizes
 
 
 def timing(median: float, spread: float = 0.001) -> Timing:
@@ -139,6 +164,9 @@ def test_the_conclusion_says_where_it_pays_or_that_it_does_not() -> None:
     assert bench.conclusion([even, faster, much]) == "it pays from ids 1x256 on: 4.00 times as fast at ids 1x512"
     assert bench.conclusion([faster, much]) == "4.00 times as fast at ids 1x512"
     assert "nothing is gained at ids 1x64" in bench.conclusion([faster, even])
+    wide = row(128, 0.1, 0.02, spread=0.09)
+    assert not wide.gained and wide.times_as_fast > faster.times_as_fast
+    assert bench.conclusion([wide, faster]) == "it pays from ids 1x256 on: 2.00 times as fast at ids 1x256"
     assert (
         "no time is gained at these sizes, where what is rewritten takes up to 30% of the original's time"
         in bench.conclusion([even, slower])
@@ -160,6 +188,8 @@ def test_what_can_t_be_measured_is_one_line(model: pathlib.Path, tmp_path: pathl
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, ir_version=9), tmp_path / "plain.onnx")
     assert_bad_input(here("bench", tmp_path / "plain.onnx"), "nothing is fused")
+    assert here(model, "-o", tmp_path / "fused.onnx", "--no-verify", "-q").returncode == 0
+    assert_bad_input(here("bench", tmp_path / "fused.onnx"), "is fused already; give the model that it was made from")
 
 
 @pytest.mark.parametrize("command", (["bench", "{}"], ["build", "{}"], ["run", "{}", "--inputs", "{}"]))

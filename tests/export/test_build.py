@@ -80,7 +80,7 @@ def test_the_original_demo_model_becomes_an_engine(tmp_path):
     done = run_cli("build", packages.demo_model(), "-o", target, *sizes)
     assert done.returncode == 0, done.stderr
     assert target.read_bytes()[:4] == engine_run.MAGIC[Runtime.TENSORRT_RTX]
-    for line in ("engine", "built", "layers", "input_image: 1x3x224x224", "the attention was left as it is"):
+    for line in ("engine", "built", "layers", "input_image: 1x3x224x224", "attention is left as it is"):
         assert line in done.stdout
     assert list(tmp_path.iterdir()) == [target]
 

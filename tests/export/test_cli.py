@@ -221,7 +221,7 @@ def test_an_interrupted_run_leaves_nothing(model: pathlib.Path, signal_number: i
 
 def test_a_misspelt_command_is_told_from_a_missing_model(model: pathlib.Path) -> None:
     done = faexport("inspekt", model)
-    assert done.returncode == 2 and "Did you mean 'inspect'?" in done.stderr
+    assert done.returncode == 2 and "did you mean 'inspect'?" in done.stderr
     assert_bad_input(faexport(model.with_name("modle.onnx")), "no such file")
 
 

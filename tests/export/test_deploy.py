@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from faexport.files import model_io
-from faexport.runtimes import ort_session, triton
+from faexport.runtimes import operator_library, ort_session, triton
 from google.protobuf import text_format
 
 from tests import packages
@@ -44,8 +44,11 @@ def model(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.mark.skipif(not ort_session.has_library(), reason="the operator's library was not built")
-def test_a_fused_model_s_repository_has_all_that_the_server_needs(model: pathlib.Path, proto) -> None:
+def test_a_fused_model_s_repository_has_all_that_the_server_needs(
+    model: pathlib.Path, proto, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert here(model, "--no-verify", "-q").returncode == 0
+    monkeypatch.setattr(operator_library, "has_cuda_kernels", lambda: True)
     fused, repository = model.with_name("model.fa.onnx"), model.parent / "repository"
     done = here("deploy", fused, "--triton", f"{repository}/", "--mounted-at", "/models", "--instances", "2", "--gpu")
     assert done.returncode == 0 and "--model-repository=/models" in done.stdout, done.stderr
@@ -60,6 +63,10 @@ def test_a_fused_model_s_repository_has_all_that_the_server_needs(model: pathlib
     assert (repository / "model.fa/libfa_ort.so").stat().st_size > 10_000
     assert onnx.load(repository / "model.fa/1/model.onnx").graph == onnx.load(fused).graph
     assert_bad_input(here("deploy", fused, "--triton", repository), "is there already")
+    monkeypatch.setattr(operator_library, "has_cuda_kernels", lambda: False)
+    done = here("deploy", fused, "--triton", model.parent / "other", "--gpu")
+    assert_bad_input(done, "--gpu: ", "was built without CUDA kernels; install the wheel faplugin_cu13-")
+    assert not (model.parent / "other").exists()
 
 
 def test_a_model_without_our_operator_needs_no_library(model: pathlib.Path, proto) -> None:

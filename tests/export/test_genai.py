@@ -11,7 +11,7 @@ from typing import Any
 import faexport
 import onnx
 import pytest
-from faexport.runtimes import operator_library, ort_session
+from faexport.runtimes import genai, operator_library, ort_session
 
 from tests.export import model_cache
 from tests.export.commands import assert_bad_input, here
@@ -61,6 +61,16 @@ def test_a_copy_has_all_that_genai_needs(tmp_path: pathlib.Path, slash: str) -> 
     same = ("tokenizer.json", "adapters/one.bin")
     assert {name: content(copy)[name] for name in same} == {name: before[name] for name in same}
     assert "decoder.weights" not in content(copy), "the original's weights, which nothing reads any more"
+
+
+def test_a_copy_is_called_as_its_folder_was_given(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real/model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("real/model")
+    monkeypatch.chdir(tmp_path / "real/model")
+    for given in (".", "../model/..", "../../link"):  # whose names aren't in what is given
+        resolved = pathlib.Path(given).resolve()
+        assert genai.default_target(pathlib.Path(given)) == resolved.with_name(f"{resolved.name}.fa")
+    assert genai.default_target(pathlib.Path("some/model/")) == pathlib.Path("some/model.fa")
 
 
 @needs_library
@@ -135,6 +145,7 @@ def test_a_decoder_that_cannot_be_verified_leaves_no_copy(tmp_path: pathlib.Path
     [
         ({"session_options": {"provider_options": [{"cuda": {}}, {"qnn": {}}]}}, "runs on qnn, for which"),
         ({"session_options": {"custom_ops_library": "other.so"}}, "other.so"),
+        ({"session_options": {"custom_ops_library": "libfa_ort.so"}}, "is rewritten already"),
         ({"filename": "missing.onnx"}, "missing.onnx: no such file"),
         ({"filename": "../model/decoder.onnx"}, "outside of the folder, ../model/decoder.onnx; move"),
         ({"filename": "/etc/hosts"}, "outside of the folder, /etc/hosts; move"),

@@ -14,6 +14,8 @@ import shutil
 import subprocess
 
 import onnx
+import onnx.parser
+import onnx_ir as ir
 import pytest
 from faexport import pipeline
 from faexport.commands import bench_view
@@ -82,6 +84,25 @@ def test_a_block_is_what_went_and_what_came() -> None:
             assert all(0 <= end < len(block.boxes) for arrow in block.arrows for end in arrow)
             reached = {start for start, _ in block.arrows}
             assert reached | {0} == set(range(len(block.boxes))), "every box leads to the result, the first"
+
+
+def test_a_block_ends_at_the_sum_in_front_of_a_normalization() -> None:
+    """Which one node computes with it, where they were joined."""
+    original, fused = (
+        ir.from_proto(onnx.parser.parse_model(f"""
+            <ir_version: 9, opset_import: ["": 17, "com.microsoft": 1, "faexport": 1]>
+            g (float[2,4,8,16] q, float[2,4,16,8] k, float[2,4,8,16] x, float[16] scale) => (float[2,4,8,16] z) {{
+              {body} z = Add(total, y)
+            }}"""))
+        for body in (
+            "s = MatMul(q, k) w = Softmax(s) o = MatMul(w, x) total = Add(x, o) y = LayerNormalization(total, scale)",
+            "a = faexport.FlashAttention(q, k, x) "
+            "y, mean, deviation, total = com.microsoft.SkipLayerNormalization(x, a, scale)",
+        )
+    )  # fmt: skip
+    (before, after), *_ = blocks.find_blocks(original, fused).values()
+    assert [box.op_type for box in before.boxes if box.op_type] == ["Add", "MatMul", "Softmax", "MatMul"]
+    assert after.num_nodes == 2
 
 
 def test_the_page_has_everything_and_asks_for_nothing() -> None:

@@ -211,6 +211,10 @@ def test_what_the_user_assumes_of_masks_is_kept(cached: list) -> None:
     for item in settings.doubts(cached, settings.Assumed(full_rows=True), random, any_numbers=False):
         mask = item.tensors["attention_mask"]
         assert mask.shape[1] < 2 or (mask[:, :-1] + mask[:, 1:] > 0).all(), "of two neighbours one is kept"
+    both = settings.Assumed(right_padding=True, full_rows=True)
+    for item in (*settings.plans(cached, both, random), *settings.doubts(cached, both, random, any_numbers=False)):
+        mask = item.tensors["attention_mask"]
+        assert (np.diff(mask, axis=1) <= 0).all() and (mask[:, :-1] > 0).all(), item.label
 
 
 def test_the_mask_of_an_attention_node_has_past_and_new_keys_by_any_name() -> None:

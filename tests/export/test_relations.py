@@ -201,7 +201,7 @@ def test_one_setting_is_too_few_and_the_sentence_says_why_and_what_to_do(tmp_pat
     assert result.status is VerificationStatus.NOT_RUN
     for part in ("in one setting only (n=3)", "the original refuses n=2", "--inputs", "past + sequence"):
         assert part in result.reason, result.reason
-    assert [run.label for run in result.runs if "not compared: the original runs" in run.skipped] == ["n=3"]
+    assert [run.label for run in result.runs if run.skipped == f"the original runs on {run.label}"] == ["n=3"]
     assert sum("does not run on" in run.skipped for run in result.runs) == len(result.runs) - 1 > 5
 
 
@@ -213,6 +213,19 @@ def test_longer_inputs_are_tried_where_one_setting_alone_is_long_enough(tmp_path
     result = model_check.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
     assert result.status is VerificationStatus.PASSED
     assert {"b=3, n=33", "b=2, n=32"} <= {run.label for run in result.runs if run.outputs}
+
+
+def test_a_length_that_the_exporter_fixed_is_found_and_said(tmp_path: pathlib.Path) -> None:
+    """As PyTorch's older exporter does in nn.MultiheadAttention: keys get the length that was traced."""
+    text = """<ir_version: 9, opset_import: ["" : 17]> g (float[b, n, 8] x) => (float[b, 13, 2, 4] y)
+    <int64[3] rest = {13, 2, 4}, int64[1] zero = {0}, int64[1] one = {1}>
+    { all = Shape (x) batch = Slice (all, zero, one) sizes = Concat <axis = 0> (batch, rest) y = Reshape (x, sizes) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
+    result = model_check.verify(tmp_path / "a.onnx", tmp_path / "a.onnx")
+    assert result.status is VerificationStatus.PASSED
+    assert {run.inputs["x"] for run in result.runs if run.outputs} >= {(2, 13, 8), (3, 13, 8), (1, 13, 8)}
+    assert any("at length 13, which its nodes ask for" in note for note in result.notes)
+    assert any("inputs times 12" in run.label for run in result.runs if run.outputs), "doubts are of that length, too"
 
 
 def test_an_image_has_the_channels_of_its_convolution(tmp_path: pathlib.Path) -> None:

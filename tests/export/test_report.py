@@ -24,6 +24,7 @@ from faexport.report.data import (
     Report,
     SiteComparison,
     SiteReport,
+    Skip,
     Verification,
     VerificationRun,
     VerificationStatus,
@@ -164,6 +165,39 @@ def test_tables_say_what_happened() -> None:
     ):
         assert words in text, words
     assert "(b)" not in text, "the node is not repeated where it is the site itself"
+
+
+def test_a_series_whose_first_name_has_no_number_is_one_row() -> None:
+    names = ["sdpa_FlashAttention", *(f"sdpa_{i}_FlashAttention" for i in (1, 2)), "other_FlashAttention"]
+    rows = [SiteComparison(name, "o", "float32", False, 1e-6, 1e-3, 9, "batch=2") for name in names]
+    found = [name for name, _ in grouping.group_comparisons(rows)]
+    assert found == ["sdpa_FlashAttention and 2 more", "other_FlashAttention"]
+
+
+def test_what_to_do_is_said_once_for_each_kind_of_reason() -> None:
+    refusals = [
+        *(Refusal(f"the attention weights are also read by {n}", "x", RefusalKind.SCORES_READ) for n in "ab"),
+        Refusal("Dropout is in training mode", "x", RefusalKind.RANDOM),
+    ]
+    sites = [SiteReport(f"s{refusal.reason[-1]}", "softmax_core", refusal=refusal) for refusal in refusals]
+    text = " ".join(printed(Report(sites)).split())
+    assert text.count("what to do: Export without it") == 1 and text.count("what to do: Call eval()") == 1
+    assert "what to do" not in printed(Report([SiteReport("s", "softmax_core")]))
+
+
+def test_sets_that_the_original_does_not_run_on_take_two_lines() -> None:
+    """Most have no elements. What the rewritten model does not run on is listed."""
+    why = "the original does not run on n={}: no elements"
+    runs = [VerificationRun({}, skipped=why.format(n), label=f"n={n}", skip=Skip.ORIGINAL) for n in range(5)]
+    runs += [VerificationRun({}, skipped=f"it is open, on n={n}", label="", skip=Skip.OPEN) for n in range(2)]
+    found = Verification(VerificationStatus.PASSED, "", tuple(runs))
+    lines = [line for line in printed(Report(verification=found)).splitlines() if "not compared" in line]
+    assert lines == [
+        "not compared: it is open, on n=0",
+        "not compared: it is open, on n=1",
+        "not compared: the original does not run on n=0: no elements",
+        "not compared: 4 more sets of inputs that it does not run on (--json lists all)",
+    ]
 
 
 def layers() -> Report:

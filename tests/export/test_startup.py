@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import click
 import pytest
 from faexport.cli import app
+from faexport.commands import terminal
 
 from tests.export.commands import environment, faexport
 
@@ -103,7 +105,7 @@ def test_each_shell_gets_a_script(shell: str) -> None:
 
 USAGE = {
     "unknown option": (("--no-such", "x.onnx"), "--no-such"),
-    "no number": (("x.onnx", "--opset", "x"), "invalid value for '--opset': 'x' is not a valid integer range"),
+    "no number": (("x.onnx", "--opset", "x"), "invalid value for '--opset': 'x' is not a valid integer;"),
     "too small": (("x.onnx", "--opset", "3"), "3 is not in the range x>=7"),
     "unknown choice": (("x.onnx", "--dtype", "fp4"), "'fp4' is not one of 'fp16', 'bf16', 'fp8'"),
     "too many": (("inspect", "x.onnx", "y.onnx"), "(y.onnx)"),
@@ -120,6 +122,20 @@ def test_wrong_usage_is_one_line_that_leads_on(name: str) -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and words in line and "--help shows the usage" in line
     assert "Value error" not in line and "Traceback" not in line
+
+
+def test_an_address_is_not_read() -> None:
+    for given in ("https://example.org/model.onnx", "s3://bucket/model.onnx"):
+        done = faexport(given)
+        assert done.returncode == 2 and "so download the file first" in done.stderr
+
+
+def test_memory_that_runs_out_is_no_defect() -> None:
+    """Weights are mapped, for which the system may have no addresses left."""
+    for error in (MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")):
+        assert terminal.unexpected(error)[0].startswith("there is not enough memory")
+        assert terminal.unexpected(error)[1] == terminal.EXIT_BAD_INPUT
+    assert terminal.unexpected(OSError(errno.EIO, "no"))[1] == terminal.EXIT_INTERNAL_ERROR
 
 
 def test_without_arguments_the_help_is_shown() -> None:

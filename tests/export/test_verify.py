@@ -293,6 +293,37 @@ def test_a_crash_of_the_runtime_is_an_answer(tmp_path: pathlib.Path, monkeypatch
     assert "crashed" in result.error and "11" in result.error
 
 
+# Attention of rows of a table of four.
+OF_A_TABLE = """<ir_version: 9, opset_import: ["": 17]>
+g (int64[b, n] ids) => (float[b, n, 2] y) <float[4, 2] table = {1, 2, 3, 4, 5, 6, 7, 8}> {
+    x = Gather (table, ids) t = Transpose <perm = [0, 2, 1]> (x) s = MatMul (x, t) w = Softmax (s) y = MatMul (w, x)
+}"""
+
+
+def test_inputs_of_the_user_that_the_original_does_not_run_on_are_no_comparison(tmp_path: pathlib.Path) -> None:
+    """The user believes that they are compared, though the drawn ones pass."""
+    path, given = tmp_path / "a.onnx", tmp_path / "in.npz"
+    onnx.save(onnx.parser.parse_model(OF_A_TABLE), path)
+    np.savez(given, ids=np.array([[0, 3]]))
+    assert here(path, "--inputs", given, "--dry-run", "-q").returncode == 0
+    np.savez(given, ids=np.array([[0, 4]]))
+    done = here(path, "--inputs", given, "-q")
+    assert done.returncode == 1 and not (tmp_path / "a.fa.onnx").exists()
+    assert "the original does not run on in.npz: indices element out of data bounds" in done.stderr
+    assert "; give inputs that it runs on; " in done.stderr
+
+
+def test_sizes_that_the_exporter_fixed_are_said_to_be_so(tmp_path: pathlib.Path) -> None:
+    nodes = [helper.make_node("Reshape", ["x", "traced"], ["y"])]
+    constants = {"traced": np.array([11, 13])}
+    for sizes, told in (["b", "s"], True), ([7, 7], False):
+        given = {"x": (TensorProto.FLOAT, sizes)}
+        path = save(tmp_path / "a.onnx", nodes, given, (TensorProto.FLOAT, [11, 13]), constants)
+        found = model_check.verify(path, path, open_session=ort_session.SessionHere)
+        assert found.status is NOT_RUN and "give inputs with --inputs file.npz" in found.reason
+        assert ("of the sizes that it was exported with" in found.reason) == told
+
+
 def test_messages_of_the_runtime_are_short() -> None:
     message = (
         "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node. Name:'r' "
@@ -301,6 +332,13 @@ def test_messages_of_the_runtime_are_short() -> None:
         "size != 0 was false."
     )
     assert ort_session.one_line(message) == "size != 0 was false."
+    message = (
+        "[ONNXRuntimeError] : 1 : FAIL : Load model from a.onnx failed:/src/onnxruntime/core/graph/model.cc:179 "
+        "onnxruntime::Model::Model(onnx::ModelProto&&, const std::function<void(int)>&, const X&) const Unsupported "
+        "model IR version: 10, max supported IR version: 9\n"
+    )
+    said = "Unsupported model IR version: 10, max supported IR version: 9"
+    assert ort_session.one_line(message) == said
 
 
 # Where no key is left in float16, onnxruntime's CPU kernels, which compute in float32, know which was hidden least.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pathlib
+import warnings
 
 import faexport
 import faplugin
@@ -11,6 +12,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from faexport.runtimes import operator_library
+from faplugin._library import CUDA
 
 from tests.export import big_model
 
@@ -44,11 +47,37 @@ def test_own_options_are_kept(model: pathlib.Path) -> None:
     assert session.get_session_options().graph_optimization_level == options.graph_optimization_level
 
 
+def test_options_may_be_registered_again(model: pathlib.Path) -> None:
+    options = onnxruntime.SessionOptions()
+    faplugin.register(options)
+    faplugin.register(options)
+    for _ in range(2):
+        assert faplugin.session(model, options=options, providers=["CPUExecutionProvider"]).get_inputs()
+
+
 def test_what_cannot_be_is_said(model: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="cuda_graph needs CUDAExecutionProvider; the providers are CPUExec"):
         faplugin.session(model, providers=["CPUExecutionProvider"], cuda_graph=True)
     with pytest.raises(ValueError, match="num_threads is 0; give 1 or more"):
         faplugin.session(model, num_threads=0)
+
+
+@pytest.mark.skipif(operator_library.has_cuda_kernels(), reason="the library has CUDA kernels")
+def test_a_library_without_cuda_kernels_warns_where_onnxruntime_has_cuda(
+    model: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention would run on the CPU without a word."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, providers: None)
+    for call in (lambda: faplugin.session(model), lambda: faplugin.register(onnxruntime.SessionOptions())):
+        with pytest.warns(UserWarning, match="built without CUDA kernels.*; install the wheel") as found:
+            call()
+        assert found[0].filename == __file__
+    with warnings.catch_warnings(action="error"):
+        faplugin.session(model, providers=["CPUExecutionProvider"])
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        faplugin.register(onnxruntime.SessionOptions())
+        faplugin.session(model)
 
 
 def test_a_cuda_graph_is_asked_of_the_provider(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

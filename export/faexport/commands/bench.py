@@ -36,11 +36,12 @@ from faexport.runtimes.engine import parse_shapes, shape_text
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from faexport.feeds.inputs import Drawing, InputSpec
+    from faexport.feeds.inputs import Drawing, InputSpec, Sizes
     from faexport.report.blocks import Block
     from faexport.report.data import Report
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
+BATCHES = (1, 2, 4, 8, 16)  # where the model has one length
 SLOW = 5.0  # seconds of one run of the original, above which the ladder ends
 EXAMPLES = """\b
 Examples:
@@ -201,14 +202,20 @@ def measure(
     """`padded`: all entries of a batch but the first have random lengths. `on_row` gets each row once it is measured.
     Raises ModelError."""
     from faexport import pipeline
+    from faexport.commands.bench_child import NO_GPU
     from faexport.feeds import inputs
     from faexport.files import model_io
     from faexport.report import blocks
     from faexport.runtimes import operator_library, ort_session
+    from faexport.spec import DOMAIN, OP_TYPE
 
     if missing := ort_session.missing_packages():
         raise ModelError(missing)
+    if limits.device == "cuda" and default_device() != "cuda":
+        raise ModelError(NO_GPU)
     operator_library.path()  # without it there is nothing to compare
+    if limits.device == "cuda" and (lacking := operator_library.without_cuda_kernels()):
+        raise ModelError(f"{lacking}; or --device cpu measures on the CPU")
     original = model_io.load(model)
     specs = inputs.input_specs(original)
     for text in shapes:  # what is wrong with them is said before the work begins
@@ -216,6 +223,8 @@ def measure(
     drawing = _drawing(specs, padded)
     on_step("fusing")
     fused, report = pipeline.run(model_io.load(model), Options())
+    if not report.num_fused and report.nodes_before.get(f"{DOMAIN}::{OP_TYPE}"):
+        raise ModelError(f"{model}: is fused already; give the model that it was made from")
     if not report.num_fused:
         raise ModelError(f"{model}: nothing is fused, so there is nothing to compare; faexport inspect says why")
     pairs = blocks.find_blocks(original, fused)
@@ -232,7 +241,7 @@ def measure(
                 row = _measured(both, tensors, limits, attention)
             except ModelError as error:
                 if not result.rows:
-                    hint = _hint(_sizes(tensors))
+                    hint = "" if str(error) == NO_GPU else _hint(_sizes(tensors))
                     raise ModelError(f"{model}: can't be measured at {label}: {error}{hint}") from error
                 result.notes.append(f"not measured at {label}: {error}")
                 break
@@ -284,13 +293,13 @@ def _drawing(specs: Sequence[InputSpec], padded: bool) -> Drawing:
 
 
 def _settings(specs: Sequence[InputSpec], shapes: Sequence[str], drawing: Drawing) -> Iterator[dict[str, Any]]:
-    """Inputs for each size: those asked for, else a ladder of lengths, or the one that the model has."""
+    """Inputs for each size: those asked for, else a ladder."""
     import numpy as np
 
     from faexport.feeds import inputs
 
-    def drawn(given: dict[str, int], length: int) -> dict[str, Any]:
-        bound = inputs.bind(specs, inputs.Sizes(batch=given.pop("", 1), length=length, past=length), given)
+    def drawn(sizes: inputs.Sizes, given: dict[str, int]) -> dict[str, Any]:
+        bound = inputs.bind(specs, sizes, given)
         try:
             return inputs.draw(specs, bound, drawing, np.random.default_rng(0))
         except inputs.UnsupportedInput as error:
@@ -299,11 +308,21 @@ def _settings(specs: Sequence[InputSpec], shapes: Sequence[str], drawing: Drawin
     if shapes:
         for text in shapes:
             yield _asked(specs, dict(parse_shapes(text)), drawn)
-    elif inputs.symbols(specs):
-        for length in LENGTHS:
-            yield drawn({}, length)
     else:
-        yield drawn({}, 1)
+        for sizes in _ladder(specs):
+            yield drawn(sizes, {})
+
+
+def _ladder(specs: Sequence[InputSpec]) -> list[Sizes]:
+    """Several lengths; several batches where the model has one length; or the one size that it has."""
+    from faexport.feeds import inputs
+
+    lengths = [inputs.Sizes(batch=1, length=length, past=length) for length in LENGTHS]
+    batches = [inputs.Sizes(batch=batch, length=LENGTHS[0], past=LENGTHS[0]) for batch in BATCHES]
+    for tried in (lengths, batches):
+        if any(inputs.bind(specs, sizes) != inputs.bind(specs, tried[0]) for sizes in tried):
+            return tried
+    return lengths[:1]
 
 
 def _related(specs: list[InputSpec], original: ir.Model, path: pathlib.Path) -> list[InputSpec]:
@@ -336,13 +355,14 @@ def _check_shapes(specs: Sequence[InputSpec], asked: Mapping[str, Sequence[int]]
 
 
 def _asked(
-    specs: Sequence[InputSpec], asked: Mapping[str, Sequence[int]], drawn: Callable[[dict[str, int], int], Any]
+    specs: Sequence[InputSpec], asked: Mapping[str, Sequence[int]], drawn: Callable[[Sizes, dict[str, int]], Any]
 ) -> Any:
     """Inputs of these shapes, and others that fit them. Raises ModelError where there are none."""
-    from faexport.feeds import relations
+    from faexport.feeds import inputs, relations
 
-    bound, shape = relations.solve(asked, specs), next(iter(asked.values()))
-    tensors = drawn({"": shape[0] if shape else 1, **bound}, shape[1] if len(shape) > 1 else 128)
+    shape = next(iter(asked.values()))
+    batch, length = shape[0] if shape else 1, shape[1] if len(shape) > 1 else 128
+    tensors = drawn(inputs.Sizes(batch=batch, length=length, past=length), relations.solve(asked, specs))
     for name, wanted in asked.items():
         if tuple(wanted) != tensors[name].shape:
             texts = {spec.name: "x".join(map(str, spec.dims)) for spec in specs}
@@ -361,9 +381,8 @@ def _timing(seconds: Sequence[float]) -> Timing:
 
 def conclusion(rows: Sequence[Row]) -> str:
     """Where it starts to pay, or that it does not, and why."""
-    last, best = rows[-1], max(rows, key=lambda row: row.times_as_fast)
-    gain = f"{best.times_as_fast:.2f} times as fast at {bench_label(best.sizes)}"
-    if not any(row.gained for row in rows):
+    gaining = [row for row in rows if row.gained]
+    if not gaining:
         where = "this size" if len(rows) == 1 else "these sizes"
         shares = [row.original.rewritten for row in rows if row.original.rewritten is not None]
         why = f", where what is rewritten takes up to {max(shares):.0%} of the original's time" if shares else ""
@@ -371,11 +390,13 @@ def conclusion(rows: Sequence[Row]) -> str:
             f"no time is gained at {where}{why}; less than the spread of the runs, or than {CLEARLY - 1:.0%}, "
             "counts as even"
         )
+    best = max(gaining, key=lambda row: row.times_as_fast)
+    gain = f"{best.times_as_fast:.2f} times as fast at {bench_label(best.sizes)}"
     paying = len(rows)
     while paying and rows[paying - 1].gained:
         paying -= 1
     if paying == len(rows):
-        return f"{gain}, and nothing is gained at {bench_label(last.sizes)}"
+        return f"{gain}, and nothing is gained at {bench_label(rows[-1].sizes)}"
     return f"it pays from {bench_label(rows[paying].sizes)} on: {gain}" if paying else gain
 
 

@@ -24,6 +24,7 @@ from faexport.runtimes import child_process, ort_session
 
 WARMUPS = {"cpu": 2, "cuda": 10}  # a GPU's clocks and libraries need more until a run is like the next
 LEAST_ROUNDS = 5
+NO_GPU = "onnxruntime can't use a GPU here; --device cpu measures on the CPU"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +62,10 @@ def main() -> None:
     answer: Any
     try:
         answer = {"times": _times, "memory": _memory, "nodes": _nodes}[question.kind](question)
+    except ModelError as error:
+        answer = {"error": str(error)}
     except Exception as error:  # pybind11 gives each of onnxruntime's errors a type of its own
-        answer = {"error": ort_session.one_line(str(error))}
+        answer = {"error": f"onnxruntime says: {ort_session.one_line(str(error))}"}
     sys.stdout.write(f"\n{json.dumps(answer)}")
 
 
@@ -135,7 +138,7 @@ def _session(question: Question, model: str, profile: bool = False) -> Any:
     exact = {"arena_extend_strategy": "kSameAsRequested"} if question.kind == "memory" else {}
     session = ort.InferenceSession(model, options, providers=[(ort_session.CUDA, exact), "CPUExecutionProvider"])
     if session.get_providers()[0] != ort_session.CUDA:
-        raise RuntimeError("onnxruntime can't use a GPU here; --device cpu measures on the CPU")
+        raise ModelError(NO_GPU)
     return session
 
 

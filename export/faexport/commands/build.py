@@ -181,7 +181,7 @@ def prepared(
     _refuse_operators_of_onnxruntime(model, loaded)
     with contextlib.ExitStack() as stack:
         if kind is Runtime.TENSORRT_RTX:
-            notes = ["TensorRT-RTX takes no plugins: the attention was left as it is"] if fuse else []
+            notes = ["TensorRT-RTX takes no plugins: attention is left as it is"] if fuse else []
             if num_nodes:
                 notes = [f"TensorRT-RTX takes no plugins: {num_nodes} × {OP_TYPE} became standard operators"]
                 path = stack.enter_context(scratch.folder(what="build-")) / "model.onnx"

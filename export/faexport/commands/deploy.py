@@ -24,7 +24,6 @@ Examples:
   faexport deploy model.fa.onnx --triton repository
   faexport deploy model.fa.onnx --triton repository --mounted-at /models
 """
-LIBRARY = "libfa_ort.so"
 MOST = 2**31 - 1  # the numbers of config.pbtxt are int32
 
 
@@ -88,7 +87,9 @@ def deploy(
         raise ModelError(f"{place}: is there already; remove it, or choose another --name")
     loaded = model_io.load(model)
     library = operator_library.path() if count_operators(loaded) else None
-    seen = f"{(mounted_at or str(folder.resolve())).rstrip('/')}/{name}/{LIBRARY}" if library else ""
+    if gpu and library is not None and (lacking := operator_library.without_cuda_kernels()):
+        raise ModelError(f"--gpu: {lacking}")
+    seen = f"{(mounted_at or str(folder.resolve())).rstrip('/')}/{name}/{operator_library.NAME}" if library else ""
     text = triton.config(loaded, triton.Serving(name, seen, max_batch, instances, gpu))
     with writing(place):
         place.mkdir(parents=True)
@@ -96,7 +97,7 @@ def deploy(
         with writing(place):
             (place / "1").mkdir()
             if library is not None:
-                shutil.copyfile(library, place / LIBRARY)
+                shutil.copyfile(library, place / operator_library.NAME)
         model_io.save(loaded, place / "1" / "model.onnx", source=model)
         write_file(place / "config.pbtxt", text.encode())
     if not quiet:

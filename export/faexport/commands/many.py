@@ -54,7 +54,10 @@ def models(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
             continue
         inside = sorted(file for file in path.glob(f"*{SUFFIX}") if not file.name.endswith(OWN_SUFFIX))
         if not inside:
-            raise ModelError(f"{path}: is a folder without {genai.CONFIG} and without models (*{SUFFIX})")
+            raise ModelError(
+                f"{path}: is a folder without {genai.CONFIG} and without models (*{SUFFIX}); name a model, or a folder "
+                "that has some"
+            )
         found += inside
     return list(dict.fromkeys(found))
 
@@ -189,7 +192,7 @@ def _one(job: jobs.Job, report: Report, strict: bool, watcher: jobs.Watcher) -> 
     except Exception as error:
         if os.environ.get("FAEXPORT_TRACEBACK"):
             raise
-        report.error, code = terminal.internal_error(error), terminal.EXIT_INTERNAL_ERROR
+        report.error, code = terminal.unexpected(error)
     else:
         code = terminal.EXIT_STRICT if strict and (report.num_refused or not report.num_fused) else 0
     return Outcome(report, code)

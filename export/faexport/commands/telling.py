@@ -64,7 +64,7 @@ class Telling:
         except Exception as error:
             if report.output:
                 raise ModelError(f"{error}; {report.output} was written before that") from error
-            report.error = str(error) if isinstance(error, ModelError) else terminal.internal_error(error)
+            report.error = str(error) if isinstance(error, ModelError) else terminal.unexpected(error)[0]
             with contextlib.suppress(ModelError):
                 self._write_json(report)
                 self._print_json(report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import functools
 import gc
 import io
@@ -139,30 +140,31 @@ def run_app(app: Callable[..., object]) -> None:
         code = EXIT_BAD_INPUT
     except (KeyboardInterrupt, Interrupted, click.Abort):
         code = EXIT_INTERRUPTED
-    except MemoryError:
-        print_error("there is not enough memory for this model; free some, or run where there is more")
-        code = EXIT_BAD_INPUT
     except Exception as error:
         if os.environ.get("FAEXPORT_TRACEBACK"):
             traceback.print_exc()
-        print_error(internal_error(error))
-        code = EXIT_INTERNAL_ERROR
+        sentence, code = unexpected(error)
+        print_error(sentence)
     # The interpreter's last search for cycles would go through SymPy and the model: a second after the last line.
     gc.freeze()
     raise SystemExit(code or 0)
 
 
-def internal_error(error: Exception) -> str:
-    """The sentence about a defect of ours."""
-    return (
+def unexpected(error: Exception) -> tuple[str, int]:
+    """The sentence about an error that nobody raised on purpose, and the exit code: memory that ran out, also that of
+    addresses, in which weights are mapped, or a defect of ours."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "there is not enough memory for this model; free some, or run where there is more", EXIT_BAD_INPUT
+    sentence = (
         f"internal error, please report it with the model: {type(error).__name__}: {error} "
         "(set FAEXPORT_TRACEBACK=1 to see where it happened)"
     )
+    return sentence, EXIT_INTERNAL_ERROR
 
 
 def _usage_error(error: click.ClickException) -> str:
     """click's message in a line of ours."""
-    text = " ".join(error.format_message().split()).removesuffix(".")
+    text = " ".join(error.format_message().split()).removesuffix(".").replace("valid integer range", "valid integer")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else PROGRAM
     return f"{text[:1].lower()}{text[1:]}; {command} --help shows the usage"
@@ -234,7 +236,7 @@ class DefaultCommandGroup(click.Group):
     def _check_is_no_misspelt_command(self, word: str, ctx: click.Context) -> None:
         near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
         if near and not os.path.exists(word):
-            ctx.fail(f"there is no file and no command '{word}' (Did you mean '{near[0]}'?)")
+            ctx.fail(f"there is no file and no command '{word}' (did you mean '{near[0]}'?)")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         names = {param.name for param in self._default.params}

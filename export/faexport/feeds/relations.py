@@ -22,7 +22,7 @@ from faexport.feeds.inputs import Drawing, InputSpec, Sizes
 from faexport.graph.nodes import RUNTIME_DOMAIN, all_nodes, attribute, op, operand, producer
 from faexport.sizes import algebra
 from faexport.sizes.algebra import Expr
-from faexport.sizes.dims import Dim, named
+from faexport.sizes.dims import Dim, named, plain
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.rules import BROADCASTING, resolve_axis
@@ -32,6 +32,7 @@ NAME_THEM = (
     "that do with --inputs file.npz"
 )
 _MOST_TRIALS = 64
+_MOST_FIXED = 16
 _MOST_NAMES = 8  # that are tried for being equal to another
 _TRIED = Sizes(batch=2, length=6, past=3)  # all different, and so is the sum
 _PRODUCTS = ("MatMul", "MatMulInteger")
@@ -68,6 +69,23 @@ def fitting(specs: Sequence[InputSpec], model: ir.Model, runs: Runs) -> list[Inp
             if _runs_with(found, {}, runs):
                 return _with_equal_ones(found, runs)
     return None
+
+
+def fixed_sizes(model: ir.Model) -> list[int]:
+    """Numbers among the sizes that its Reshapes ask for: an exporter may have fixed one there that the inputs leave
+    open."""
+    analysis, found = Analysis(model), dict[int, None]()
+    for node in all_nodes(model):
+        sizes = analysis.contents(operand(node, 1)) if op(node) == "Reshape" else None
+        found |= dict.fromkeys(size for dim in sizes or () if isinstance(size := plain(dim), int) and size > 1)
+    return list(found)[:_MOST_FIXED]
+
+
+def of_length(specs: Sequence[InputSpec], length: int) -> list[InputSpec]:
+    """The inputs with this length in the place of each size that is one."""
+    short, long, bound = (inputs.bind(specs, dataclasses.replace(_TRIED, length=n)) for n in (5, 7, length))
+    known = {name: size for name, size in bound.items() if short[name] != long[name]}
+    return [dataclasses.replace(spec, dims=tuple(known.get(str(dim), dim) for dim in spec.dims)) for spec in specs]
 
 
 def is_full(specs: Sequence[InputSpec], tensors: Mapping[str, np.ndarray]) -> bool:

@@ -161,8 +161,9 @@ def _is_masked(specs: Sequence[InputSpec]) -> bool:
 
 def _allowed(pattern: MaskPattern, assumed: Assumed) -> MaskPattern:
     """The pattern, or another one that the user's assumptions allow."""
-    if assumed.right_padding and pattern in (MaskPattern.LEFT_PADDED, MaskPattern.RANDOM):
-        pattern = MaskPattern.RIGHT_PADDED
     if assumed.full_rows and pattern is not MaskPattern.ONES:
-        pattern = MaskPattern.LAST if pattern is MaskPattern.RIGHT_PADDED else MaskPattern.SCATTERED
+        right_padded = assumed.right_padding or pattern is MaskPattern.RIGHT_PADDED
+        return MaskPattern.LAST if right_padded else MaskPattern.SCATTERED
+    if assumed.right_padding and pattern in (MaskPattern.LEFT_PADDED, MaskPattern.RANDOM):
+        return MaskPattern.RIGHT_PADDED
     return pattern

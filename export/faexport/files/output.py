@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -89,6 +90,8 @@ def check_input(path: pathlib.Path, advice: str = "check the path") -> None:
             with path.open("rb"):
                 return
     except FileNotFoundError as error:
+        if re.match(r"\w+:/", str(path)):
+            advice = "an address isn't read, so download the file first"
         raise ModelError(f"{path}: no such file; {advice}") from error
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}; {advice}") from error

@@ -48,8 +48,8 @@ def in_precision(spec: AttentionSpec, dtype: ir.DataType, given: ir.DataType | N
 
 FLOAT32_PRECISION = "float32_precision"  # the operator's attribute
 _FLOAT32_NOTES = {
-    "": "on a GPU float32 attention is computed as the runtime multiplies float32 matrices: in onnxruntime by default "
-    "in TF32 (relative error about 4e-4), with use_tf32 = 0 in three TF32 products (5e-7); --float32 chooses",
+    "": "on a GPU float32 attention is multiplied as the runtime multiplies matrices: in onnxruntime in TF32 (relative "
+    "error about 4e-4), with use_tf32 = 0 in three TF32 products (5e-7); --float32 chooses",
     "tf32": "on a GPU float32 attention is computed in TF32 (relative error about 4e-4)",
     "tf32x3": "on a GPU float32 attention is computed in three TF32 products (relative error about 5e-7)",
 }

@@ -66,15 +66,27 @@ def _by_output(model: ir.Model) -> dict[str, ir.Node]:
 
 def _known_result(name: str, fused: dict[str, ir.Node], before: dict[str, ir.Node]) -> str | None:
     """From an operator's output downwards, along nodes that are new: the first value that the original has too."""
-    pending = [name]
+    pending, seen = [name], {name}
     while pending:
         current = pending.pop(0)
         if current in before:
             return current
-        node = fused[current]
-        uses = [use.node for value in node.outputs if value.name == current for use in value.uses()]
-        pending += [value.name for user in uses for value in user.outputs if value.name in fused]
+        uses = [use.node for value in fused[current].outputs if value.name == current for use in value.uses()]
+        for user in uses:
+            outputs = [value.name for value in user.outputs if value.name in fused and value.name not in seen]
+            seen.update(outputs)
+            pending += _upper_first([output for output in outputs if output in before], before, fused)
+            pending += [output for output in outputs if output not in before]
     return None
+
+
+def _upper_first(results: list[str], before: dict[str, ir.Node], fused: dict[str, ir.Node]) -> list[str]:
+    """Results of one node, those first that the original makes others of: a sum before its normalization."""
+
+    def made_of_others(result: str) -> bool:
+        return any(not box.op_type and box.name in results for box in _upwards(result, before, fused).boxes)
+
+    return sorted(results, key=made_of_others) if results[1:] else results
 
 
 def _upwards(result: str, own: dict[str, ir.Node], other: dict[str, ir.Node]) -> Block:

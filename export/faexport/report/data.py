@@ -54,7 +54,8 @@ class OutputDifference:
 class Skip(enum.StrEnum):
     """Why there are no differences on a set of inputs."""
 
-    ORIGINAL = "original"  # it does not run on them, or there is nothing to compare it with
+    ORIGINAL = "original"  # it does not run on them
+    ALONE = "alone"  # the original runs on them, and nothing was compared with it
     OPEN = "open"  # the rewritten model does not run on them, and need not
     BROKEN = "broken"  # the rewritten model does not run on them
     NOISE = "noise"  # an output of the original is mostly noise

@@ -161,7 +161,7 @@ def common_name(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
     pieces = [re.split(r"(\d+)", name) for name in names]
-    if len({_without_numbers(name) for name in names}) > 1:
+    if len({tuple(parts[::2]) for parts in pieces}) > 1:
         return f"{names[0]} and {len(names) - 1} more"
     columns = zip(*pieces, strict=True)
     return "".join(column[0] if len(set(column)) == 1 else f"{column[0]}…{column[-1]}" for column in columns)
@@ -187,7 +187,8 @@ def sizes_text(first: Dim, second: Dim) -> str:
 
 
 def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "0", name)
+    """The same for all of a series, the first of which PyTorch gives no number: "matmul", "matmul_1", …"""
+    return re.sub(r"_?\d+", "", name)
 
 
 def _what_is_known(site: SiteReport) -> object:

@@ -12,12 +12,14 @@ import rich.markup
 import rich.padding
 import rich.table
 
+from faexport.report.advice import advice
 from faexport.report.data import (
     Float8,
     HalfPrecision,
     Report,
     SiteComparison,
     SiteReport,
+    Skip,
     Verification,
     VerificationRun,
     VerificationStatus,
@@ -60,7 +62,8 @@ def view(report: Report) -> Iterator[rich.console.RenderableType]:
 
 
 def sites_view(sites: Sequence[SiteReport]) -> Iterator[rich.console.RenderableType]:
-    """One row for all sites of which the same is known, and below the table what was proven, or why they are left."""
+    """One row for all sites of which the same is known, and below the table what was proven, or why they are left and
+    what to do about it."""
     table = _table()
     table.add_column("sites", justify="right")
     table.add_column("name", overflow="fold")
@@ -68,6 +71,7 @@ def sites_view(sites: Sequence[SiteReport]) -> Iterator[rich.console.RenderableT
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("result", no_wrap=True)
     footnotes: dict[str, int] = {}
+    actions: dict[str, str] = {}
     for group in group_sites(sites):
         site = group.first
         sentence = group.reason or group.found
@@ -79,14 +83,20 @@ def sites_view(sites: Sequence[SiteReport]) -> Iterator[rich.console.RenderableT
             sizes_text(site.head_dim, site.head_dim_v),
         )
         result = "[green]fused[/green]" if site.fused else "[yellow]left[/yellow]"
-        if site.refusal is not None and site.refusal.defect:
-            result = "[red]left, a defect of ours[/red]"
+        if site.refusal is not None:
+            actions[sentence] = advice(site.refusal).action
+            if site.refusal.defect:
+                result = "[red]left, a defect of ours[/red]"
         cells = (str(len(group.sites)), group.name, *sizes)
         table.add_row(*map(rich.markup.escape, cells), rf"{result} \[{number}]")
     yield table
-    notes = rich.table.Table.grid(padding=(0, 1, 0, 0))
+    notes, told = rich.table.Table.grid(padding=(0, 1, 0, 0)), set()
     for sentence, number in footnotes.items():
         notes.add_row(rf" \[{number}]", rich.markup.escape(sentence))
+        action = actions.get(sentence)
+        if action is not None and action not in told:  # once for all reasons of a kind
+            told.add(action)
+            notes.add_row("", f"[dim]what to do:[/dim] {rich.markup.escape(action)}")
     yield rich.padding.Padding(notes, (0, 0, 1, 0))
 
 
@@ -120,17 +130,26 @@ def verification_view(verification: Verification) -> Iterator[rich.console.Rende
         yield f"Original against rewritten, in onnxruntime on {sets}: the largest difference"
         yield differences_table(verification.runs)
         yield f"[dim]compared on:[/dim] {rich.markup.escape(_listed(run.label for run in compared if run.label))}"
-    skipped = list(dict.fromkeys(run.skipped for run in verification.runs if run.skipped))
-    for sentence in skipped[:MOST_SENTENCES]:
+    for sentence in _not_compared(verification.runs):
         yield f"[dim]not compared:[/dim] {rich.markup.escape(sentence)}"
-    if len(skipped) > MOST_SENTENCES:
-        more = len(skipped) - MOST_SENTENCES
-        yield f"[dim]not compared:[/dim] {more} more set{'s' * (more > 1)} of inputs (--json lists all)"
     for note in verification.notes:
         yield f"[dim]note:[/dim] {rich.markup.escape(note)}"
     colour = "green" if verification.status is VerificationStatus.PASSED else "red"
     reason = f": {rich.markup.escape(verification.reason)}" if verification.reason else ""
     yield f"[{colour}]verification {verification.status}[/]{reason}"
+
+
+def _not_compared(runs: Sequence[VerificationRun]) -> Iterator[str]:
+    """Sentences about sets of inputs. Of those that the original does not run on, such as most without elements, one
+    stands for all."""
+    refused = list(dict.fromkeys(run.skipped for run in runs if run.skip is Skip.ORIGINAL))
+    others = list(dict.fromkeys(run.skipped for run in runs if run.skipped and run.skip is not Skip.ORIGINAL))
+    yield from others[:MOST_SENTENCES]
+    if more := len(others[MOST_SENTENCES:]):
+        yield f"{more} more set{'s' * (more > 1)} of inputs (--json lists all)"
+    yield from refused[:1]
+    if more := len(refused[1:]):
+        yield f"{more} more set{'s' * (more > 1)} of inputs that it does not run on (--json lists all)"
 
 
 def half_view(half: HalfPrecision) -> Iterator[rich.console.RenderableType]:

@@ -92,7 +92,7 @@ def find_runtime(wanted: Runtime | None = None) -> tuple[Runtime, types.ModuleTy
     if broken:
         raise ModelError(f"TensorRT is not usable: {broken}")
     what = {
-        None: "pip install tensorrt (or, for models without FlashAttention, pip install tensorrt-rtx-cu13)",
+        None: "pip install tensorrt, or tensorrt-rtx-cu13, which takes no plugins and builds attention as it was",
         Runtime.TENSORRT: "pip install tensorrt",
         Runtime.TENSORRT_RTX: "pip install tensorrt-rtx-cu13",
     }

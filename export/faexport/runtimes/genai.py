@@ -39,7 +39,9 @@ class Folder:
 
 def default_target(folder: pathlib.Path) -> pathlib.Path:
     """models/llama -> models/llama.fa"""
-    return folder.resolve().with_name(f"{folder.resolve().name}.fa")
+    if folder.name in ("", "..") or folder.is_symlink():
+        folder = folder.resolve()
+    return folder.with_name(f"{folder.name}.fa")
 
 
 def read(path: pathlib.Path) -> Folder:
@@ -62,6 +64,10 @@ def read(path: pathlib.Path) -> Folder:
             f"{path / CONFIG}: runs on {', '.join(others)}, for which the operator has no kernels; build the model for "
             "the CPU or for CUDA"
         )
+    if options.get(LIBRARY_OPTION) == operator_library.NAME:
+        raise ModelError(
+            f"{path}: is rewritten already, its {CONFIG} names {operator_library.NAME}; give the one it was made from"
+        )
     if options.get(LIBRARY_OPTION):
         raise ModelError(f"{path / CONFIG}: loads {options[LIBRARY_OPTION]} already, and genai takes one library only")
     check_input(path / name, f"{CONFIG} names it")
@@ -70,12 +76,9 @@ def read(path: pathlib.Path) -> Folder:
 
 def check_target(folder: Folder, target: pathlib.Path) -> None:
     """Raises ModelError where the copy can't be made."""
-    library = operator_library.path()
-    if folder.on_cuda and not operator_library.has_cuda_kernels():
-        raise ModelError(
-            f"{folder.path / CONFIG}: runs on CUDA, and {library} was built without CUDA kernels; install the wheel "
-            "faplugin_cu13-….whl in place of faplugin, or build with nvcc"
-        )
+    operator_library.path()
+    if folder.on_cuda and (lacking := operator_library.without_cuda_kernels()):
+        raise ModelError(f"{folder.path / CONFIG}: runs on CUDA, and {lacking}")
     source, place = folder.path.resolve(), target.resolve()
     if place == source or source in place.parents or place in source.parents:
         raise ModelError(f"{target}: is the folder that is read, or in it; choose another place with -o")

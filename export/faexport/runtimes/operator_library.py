@@ -10,6 +10,8 @@ import pathlib
 
 from faexport.errors import ModelError
 
+NAME = "libfa_ort.so"
+GPU_WHEEL = "install the wheel faplugin_cu13-….whl in place of faplugin, or build with nvcc"
 MISSING = (
     "the operator's library is not installed: install the wheel faplugin-….whl for the CPU, "
     "or faplugin_cu13-….whl for NVIDIA GPUs and TensorRT too"
@@ -26,6 +28,11 @@ def path() -> pathlib.Path:
         return pathlib.Path(faplugin.library_path())
     except FileNotFoundError as error:
         raise ModelError(f"the operator's library is not there: {error}") from error
+
+
+def without_cuda_kernels() -> str:
+    """A sentence where the library has none, or ""."""
+    return "" if has_cuda_kernels() else f"{path()} was built without CUDA kernels; {GPU_WHEEL}"
 
 
 def has_cuda_kernels() -> bool:

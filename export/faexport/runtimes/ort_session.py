@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, np.ndarray]
 CUDA = "CUDAExecutionProvider"
 NO_GPU = "onnxruntime can't use a GPU here; --verify-on cpu compares on the CPU"
+# The kind of an error, e.g. "1 : FAIL : ", and the name of the file, which is a temporary one of ours.
+_KIND = re.compile(r"^\d+ : [A-Z_]+ : (?:Load model from .*? failed:)?")
+# Where in onnxruntime's source it was raised: a file and a line, and the function's signature.
+_SOURCE = re.compile(r"(?:(?<=:)|(?<=\s)|^)/\S+\.(?:h|cc):\d+ \S.*?\)(?: const)? ")
 _OUT_OF_MEMORY = re.compile(r"bad_alloc|failed to allocate memory|out of memory|available memory of", re.IGNORECASE)
 
 
@@ -222,7 +226,7 @@ def _load(job: Job) -> onnxruntime.InferenceSession:
             faplugin.register(options)
         if job.device == "cpu":
             return _load_on_cpu(ort, job.model, options)
-        return _load_on_gpu(ort, job.model, options)
+        return _load_on_gpu(ort, job, options)
 
 
 def _load_on_cpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
@@ -241,11 +245,13 @@ def _load_on_cpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptio
     return ort.InferenceSession(model, options, providers=providers)
 
 
-def _load_on_gpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _load_on_gpu(ort: Any, job: Job, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
     """With float32 matrices multiplied in float32: products in TF32 differ by more than what is allowed."""
     if CUDA not in ort.get_available_providers():
         raise CannotRun(NO_GPU)
-    session = ort.InferenceSession(model, options, providers=[(CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"])
+    if job.library and (lacking := operator_library.without_cuda_kernels()):
+        raise CannotRun(lacking)
+    session = ort.InferenceSession(job.model, options, providers=[(CUDA, {"use_tf32": "0"}), "CPUExecutionProvider"])
     if session.get_providers()[0] != CUDA:  # onnxruntime goes on without it
         raise CannotRun(NO_GPU)
     return session
@@ -292,12 +298,12 @@ def _to_numpy(value: onnxruntime.OrtValue) -> np.ndarray:
 
 
 def one_line(message: str) -> str:
-    """onnxruntime's message without its prefixes and source paths, at most 300 characters."""
+    """onnxruntime's message without its prefixes and source paths, at most 500 characters."""
     message = " ".join(message.split())
     for prefix in ("[ONNXRuntimeError] : ", "Status Message: "):
         message = message.rpartition(prefix)[2] if prefix in message else message
-    message = re.sub(r"^/\S+\.(?:h|cc):\d+ [^)]*\) ", "", message)
-    return message[:300] or "unknown error"
+    message = _SOURCE.sub(" ", _KIND.sub("", message)).strip()
+    return message[:500] or "unknown error"
 
 
 def main() -> None:

@@ -26,6 +26,14 @@ from faexport.verify import all_keys, compare, roundings, widen
 
 PATIENCE = 60.0  # seconds after which no more settings are tried on the original
 GIVE_INPUTS = "give inputs with --inputs file.npz"
+FIXED_LENGTH = (
+    "the original runs at length {}, which its nodes ask for, and at none of the other lengths that were tried, though "
+    "its inputs are declared open: PyTorch's older exporter fixes some sizes so; dynamo=True leaves them open"
+)
+TRACED = (
+    ", of the sizes that it was exported with: they may be fixed in its nodes though its inputs are declared open, as "
+    "PyTorch's older exporter does it (dynamo=True leaves them open)"
+)
 FIT_TOGETHER = f"Where the sizes of its inputs don't fit one another, {relations.NAME_THEM}"
 PERTURBATION = 1e-7  # by which inputs are moved to see how much the original moves
 
@@ -193,6 +201,7 @@ def make_reference(
     path: os.PathLike[str] | str,
     *,
     extra_inputs: Sequence[InputSet] = (),
+    given_must_run: bool = False,
     assumed: Assumed | None = None,
     open_session: Opener = ort_session.Session,
     on_amount: Amount = lambda done, total: None,
@@ -200,6 +209,8 @@ def make_reference(
     """Draws inputs and runs the original on them, and on `extra_inputs` first.
 
     Args:
+        given_must_run: that it does not run on `extra_inputs` is a problem: a user who gave them believes that they are
+            compared.
         assumed: what the drawn inputs keep to.
         open_session: ort_session.Session, or SessionHere.
         on_amount: told how many runs are done, of how many.
@@ -218,6 +229,8 @@ def make_reference(
     if not unsupported or extra_inputs:
         try:
             _run_original(reference, [*extra_inputs, *steps], on_amount)
+            if given_must_run:
+                reference.problem = reference.problem or _refuses_given(reference)
             if reference.specs and not decoder and not reference.problem:
                 _run_drawn(reference, assumed, random, on_amount)
         except model_inputs.UnsupportedInput as error:
@@ -230,11 +243,22 @@ def make_reference(
     return reference
 
 
+def _refuses_given(reference: Reference) -> str:
+    """A sentence where it does not run on inputs that the caller gave."""
+    if not reference.loads:
+        return ""
+    for item, outputs in zip(reference.sets[: reference.num_given], reference.outputs, strict=False):
+        if isinstance(outputs, str):
+            return f"the original does not run on {item.label}: {outputs}; give inputs that it runs on"
+    return ""
+
+
 def _tells_too_little(reference: Reference) -> str:
     """A sentence where the original ran on too few sets to compare anything with it."""
     if not reference.compared:
         sentence = next((why for why in reference.outputs if isinstance(why, str)), "")
         advised = f"; {GIVE_INPUTS}" if reference.loads else ""  # what does not load does not run on any inputs
+        advised += TRACED if advised and model_inputs.symbols(reference.specs) else ""
         return f"the original does not run in onnxruntime: {sentence}{advised}"
     if not reference.num_given and reference.num_telling < 2:
         label = reference.sets[reference.compared[0]].label
@@ -264,7 +288,8 @@ def _run_drawn(reference: Reference, asked: Assumed, random: np.random.Generator
             _run_original(reference, settings.plans(specs, assumed, random), on_amount)
     reference.specs = specs
     if not reference.compared[reference.num_given :]:
-        _try_lengths(reference, specs, assumed, random)
+        length = _try_lengths(reference, specs, assumed, random)
+        specs = relations.of_length(specs, length) if length else specs
     doubts = list(settings.doubts(specs, assumed, random, any_numbers=asked.any_numbers))
     if specs != list(plain):  # that these sizes belong together is doubted, too
         tried = [item.shapes for item in doubts]
@@ -391,16 +416,20 @@ def outputs_or_sentence(
 
 def _try_lengths(
     reference: Reference, specs: Sequence[model_inputs.InputSpec], assumed: Assumed, random: np.random.Generator
-) -> None:
-    """Adds the first plans of another length that the original runs on, if there are any."""
+) -> int:
+    """Adds the first plans of another length that the original runs on, if there are any. Where it is one that its
+    nodes ask for, a note says so, and the length is the result; else 0."""
     tried = [item.shapes for item in reference.sets]
-    for length in settings.FALLBACK_LENGTHS:
+    fixed = relations.fixed_sizes(reference.model)
+    for length in (*settings.FALLBACK_LENGTHS, *fixed):
         sets = [item for item in settings.plans(specs, assumed, random, length) if item.shapes not in tried]
         before = len(reference.sets)
         _run_original(reference, sets, lambda done, total: None)
         if any(index >= before for index in reference.compared):
-            return
+            reference.notes += [FIXED_LENGTH.format(length)] if length in fixed else []
+            return length if length in fixed else 0
         del reference.sets[before:], reference.outputs[before:]
+    return 0
 
 
 def needs_library(model: ir.Model) -> bool:
