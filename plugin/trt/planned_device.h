@@ -9,8 +9,8 @@
 
 namespace fa::trt {
 
-/// The newest compute capability whose kernels run on every later GPU. From 9.0 on a GPU has kernels of its own (sm_90a), which run
-/// on no other, later ones included.
+/// The newest compute capability whose kernels run on every later GPU. From 9.0 on a GPU has kernels of its own (sm_90a), which
+/// run on no other, later ones included.
 inline constexpr int kPortableCapability = 89;
 
 /// The same GPU, but for kernels that only GPUs of its kind have.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a runtime does before the first enqueue: createPlugin from serialised fields, setTactic, attachToContext, onShapeChange.
 // No GPU.
+#include <memory>
 #include <utility>
 
 #include "host.h"
@@ -60,6 +61,20 @@ void check_planned_workspace(const Source& source, const Case& node, Serialized&
   report.check(bytes[0] <= bytes[1], node.id + ": an engine built on an A100 needs no more than one built on an H100");
 }
 
+/// What no builder serialises is refused, and does not end the process when memory is planned.
+void check_damaged_plan(const Source& source, const Case& node, Serialized& serialized, Report& report) {
+  for (const auto& [field, value] : {std::pair<const char*, int64_t>{"planned_num_sms", 0},
+                                     {"planned_shared_memory_bytes", int64_t{1} << 40},
+                                     {"planned_compute_capability", -90},
+                                     {"reserved_workspace_bytes", -1}}) {
+    FieldSet fields(*serialized.fields.get());
+    if (!plan_for(&fields, 90) || !fields.set(field, value)) return;
+    const std::unique_ptr<nvinfer1::IPluginV3> plugin(
+        source.creator->createPlugin("probe", fields.get(), nvinfer1::TensorRTPhase::kRUNTIME));
+    report.check(plugin == nullptr, node.id + ": " + field + " of a damaged engine is refused");
+  }
+}
+
 }  // namespace
 
 void check_planned_devices(Report& report) {
@@ -89,6 +104,7 @@ void drive_deserialization(const Source& source, const Case& node, Serialized& s
   report.check(plugin->build->getNbOutputs() == static_cast<int32_t>(node.outputs.size()),
                node.id + ": re-created, getNbOutputs");
   check_planned_workspace(source, node, serialized, report);
+  check_damaged_plan(source, node, serialized, report);
   Plugin first(plugin->runtime->attachToContext(nullptr), report, node.id + ": first context");
   Plugin second(plugin->runtime->attachToContext(nullptr), report, node.id + ": second context");
   plugin.reset();  // contexts outlive what they were attached from
