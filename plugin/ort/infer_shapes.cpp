@@ -26,7 +26,7 @@ struct Symbols {
   }
   static Dim larger(const Dim& a, const Dim& b) {
     if (a.value >= 0 && b.value >= 0) return {std::max(a.value, b.value), ""};
-    return a.symbol == b.symbol ? a : Dim{};
+    return a.value < 0 && b.value < 0 && a.symbol == b.symbol ? a : Dim{};
   }
   static Dim product(const Dim& a, const Dim& b) { return {a.value >= 0 && b.value >= 0 ? a.value * b.value : -1, ""}; }
   static Dim quotient(const Dim& a, const Dim& b) { return {a.value >= 0 && b.value > 0 ? a.value / b.value : -1, ""}; }

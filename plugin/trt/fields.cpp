@@ -3,6 +3,7 @@
 // as kCHAR whose length counts the NUL, and its buffers die after createPlugin; Python users pass kINT64 and kFLOAT64 as well.
 #include "fields.h"
 
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <locale>
@@ -113,6 +114,19 @@ void write_value(std::ostream& out, const Value& value) {
   out << value;
 }
 
+/// An engine has been planned for a whole GPU, or not at all: whatever else is there is damaged.
+Status check_plan(const PluginState& state) {
+  const bool is_planned = state.planned_compute_capability != 0;
+  for (const PlanField& field : kPlanFields) {
+    const bool may_be_0 = !is_planned || field.value == &PluginState::reserved_workspace_bytes;
+    const int64_t value = state.*field.value,
+                  most = field.value == &PluginState::reserved_workspace_bytes ? INT64_MAX : INT32_MAX;
+    if (value < (may_be_0 ? 0 : 1) || value > most)
+      return {StatusCode::kInvalidArgument, std::string(field.name) + " is " + std::to_string(value) + ": the engine is damaged"};
+  }
+  return {};
+}
+
 Status read_field(const PluginField& field, PluginState* state) {
 #define FA_ATTRIBUTE(type, attribute, value, meaning) \
   if (std::strcmp(field.name, #attribute) == 0) return read(field, &state->attributes.attribute);
@@ -147,7 +161,7 @@ Status read_fields(const nvinfer1::PluginFieldCollection* fields, PluginState* s
     if (!fields->fields[i].name) continue;
     if (Status status = read_field(fields->fields[i], state); !status.ok()) return status;
   }
-  return {};
+  return check_plan(*state);
 }
 
 std::vector<PluginField> write_fields(const PluginState& state) {

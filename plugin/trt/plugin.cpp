@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "output_shape.h"
+#include "planned_device.h"
 #include "types.h"
 #include "workspace.h"
 
@@ -206,14 +207,9 @@ const char* FlashAttentionPlugin::forced_kernel() const {
 Status FlashAttentionPlugin::planned_device(Device* device) const {
   const Status status = find_device(device);
   if (!is_configured()) return status;
-  // NOTE: which kernel runs and into how many parts it splits the keys depends on the GPU, and so does the memory they need. On
-  // another GPU than the engine was built on (hardware compatibility) the choice stays what it was, as far as that GPU can.
-  const Device planned{DeviceType::kCuda, static_cast<int>(state_.planned_compute_capability),
-                       static_cast<int>(state_.planned_num_sms), static_cast<int>(state_.planned_shared_memory_bytes)};
-  const Device actual = status.ok() ? *device : planned;
-  *device = planned;
-  device->compute_capability = std::min(planned.compute_capability, actual.compute_capability);
-  device->shared_memory_bytes = std::min(planned.shared_memory_bytes, actual.shared_memory_bytes);
+  const Device built_on{DeviceType::kCuda, static_cast<int>(state_.planned_compute_capability),
+                        static_cast<int>(state_.planned_num_sms), static_cast<int>(state_.planned_shared_memory_bytes)};
+  *device = trt::planned_device(built_on, status.ok() ? *device : built_on);
   return status;
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "planned_device.h"
 #include "types.h"
 
 namespace fa::trt {
@@ -46,9 +47,15 @@ Status reserved_workspace(const plugin::Node& node, const DynamicPluginTensorDes
                           const char* kernel, size_t* bytes) {
   plugin::Problem largest;
   if (Status s = bind_at(node, inputs, &DynamicPluginTensorDesc::max, &largest); !s.ok()) return s;
-  plugin::Plan plan;
-  const bool exact = is_one_shape(node, inputs) && plugin::plan(largest, device, &plan, kernel).ok();
-  *bytes = exact ? plan.workspace_bytes : plugin::max_workspace_bytes(largest, device);
+  plugin::Plan plan, elsewhere;
+  if (!is_one_shape(node, inputs) || !plugin::plan(largest, device, &plan, kernel).ok()) {
+    *bytes = plugin::max_workspace_bytes(largest, device);
+    return {};
+  }
+  // The kernels that take the place of the GPU's own ones on another GPU, and on this one where the addresses of a call are not
+  // aligned for those.
+  const bool has_other = kernel == nullptr && plugin::plan(largest, portable(device), &elsewhere).ok();
+  *bytes = std::max(plan.workspace_bytes, has_other ? elsewhere.workspace_bytes : 0);
   return {};
 }
 

@@ -17,7 +17,7 @@ Status bind_now(const plugin::Node& node, const nvinfer1::PluginTensorDesc* inpu
                 plugin::Problem* problem);
 
 /// Bytes that suffice for every shape up to the range's max; where the range is one shape, exactly what that shape needs, with
-/// the kernel of this name if it is not null.
+/// the kernel of this name, or if it is null with the kernel for this device and the one for others.
 Status reserved_workspace(const plugin::Node& node, const nvinfer1::DynamicPluginTensorDesc* inputs, const Device& device,
                           const char* kernel, size_t* bytes);
 

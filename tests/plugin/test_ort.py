@@ -108,6 +108,21 @@ def test_shapes_of_optional_outputs_are_inferred() -> None:
     assert found == [[2, 4, 5, 6], *told]
 
 
+@pytest.mark.skipif(VERSION < (1, 28), reason="shapes of optional outputs can't be told before 1.28")
+@pytest.mark.parametrize(("extent", "rows"), [(None, None), ("T", None), (7, 7)])
+def test_a_size_that_nobody_knows_may_be_the_larger_one(extent: int | str | None, rows: int | None) -> None:
+    """present_key has as many rows as kv_extent says, if that is more than the past has."""
+    caches = {"past_key": normal(2, 2, 3, 8), "past_value": normal(2, 2, 3, 6)}
+    new = {"key": normal(2, 2, 5, 8), "value": normal(2, 2, 5, 6)}
+    inputs = operands(**new, **caches, write_indices=np.zeros(2, np.int64), kv_extent=np.zeros((2, 7), np.int64))
+    attributes = {"optional_inputs": ",".join([*caches, "write_indices", "kv_extent"]), "cache": "write"}
+    attributes |= {"optional_outputs": "present_key,present_value"}
+    model = nodes.make_model(inputs, attributes, nodes.OUTPUTS[:3], {"kv_extent": [2, extent]})
+    found = nodes.session(model).get_outputs()[1].shape
+    assert found[:2] == [2, 2] and found[3] == 8
+    assert found[2] == rows if rows else isinstance(found[2], str)
+
+
 def test_concurrent_runs_of_one_session() -> None:
     made = nodes.session(nodes.make_model(operands(), {}), intra_op_num_threads=2)
     inputs = [operands(query=normal(2, 4, 5, 8) * (1 + i)) for i in range(8)]

@@ -161,6 +161,7 @@ int run(int argc, char** argv) {
   source.creator = find_creator(source, load, report);
   if (!source.creator) return report.print_summary();
   check_creator(source, cases, report);
+  check_planned_devices(report);
   drive_all(source, cases, options.count("threads") ? std::stoi(options["threads"]) : 4, report);
   if (options.count("gpu")) drive_runtime(source, cases, options["data"], options["output"], report);
   return report.print_summary();

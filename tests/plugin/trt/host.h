@@ -117,6 +117,8 @@ void check_library(const Source& source, Report& report);
 void check_creator(const Source& source, const std::vector<Case>& cases, Report& report);
 /// Steps 1 to 7 of the build; null where a step failed so that going on makes no sense.
 std::unique_ptr<Serialized> drive_build(const Source& source, const Case& node, Report& report);
+/// For which GPU an engine plans that runs on another one than it was built on.
+void check_planned_devices(Report& report);
 /// Re-creation from serialised fields, contexts and shape changes: what needs no GPU.
 void drive_deserialization(const Source& source, const Case& node, Serialized& serialized, Report& report);
 /// Enqueue on a GPU, by each tactic and, as if it were one more, from an engine that was built on an A100. `output_path` gets a
