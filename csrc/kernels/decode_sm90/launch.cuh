@@ -110,6 +110,16 @@ inline bool varies_by_length_only(const StepParams& p) {
          !p.bias.present;
 }
 
+/// Of `stages`, those under way at a time where a block has much to read: enough for `bytes`. The rest is none or at least as
+/// many as lanes start side by side, so that no two of these have to do with the same barrier, of which one could come a phase
+/// late.
+template <class C>
+int stages_at_once(int bytes, int stages) {
+  const int wanted = (bytes - 1) / C::kTileBytes + 1;
+  if (wanted >= stages) return stages;
+  return stages > C::kMostTogether ? std::min(wanted, stages - C::kMostTogether) : stages;
+}
+
 /// All of the arguments but tensor maps and workspace.
 template <class C>
 KernelArgs describe_problem(const StepParams& p, int blocks) {
@@ -131,7 +141,7 @@ KernelArgs describe_problem(const StepParams& p, int blocks) {
                  !p.query_offsets.present && !p.cu_seqlens_q.present && !args.scan_mask;
   cut_keys<C>(p, blocks, &args);
   const int at_once = in_pages(p) ? kBytesAtOnceOfPages : args.cut.heads > blocks ? kBytesAtOnceOfDrawn : kBytesAtOnce;
-  args.stages_at_once = (at_once - 1) / C::kTileBytes + 1;
+  args.stages_at_once = stages_at_once<C>(at_once, args.stages);
   args.only_lengths = !args.uniform && args.cut.heads > 0 && varies_by_length_only(p);
   args.modified = p.softcap != 0.0f || p.bias.present || p.alibi_slopes.present;
   args.out_by_4 = has_rows_by_4(p.out);

@@ -185,9 +185,7 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C::kW
         if (own >= 0 && own < count) {
           RingPlace its = place;
           its.advance(own, args.stages);
-          // NOTE: all lanes must be through this wait before any starts a copy: with 8 stages, of which 5 or 6 are under way at
-          // once, the stage that a lane waits for is the one that another lane of the same four fills next, and a lane that came
-          // late would find the phase after it. The compiler joins the lanes (BSYNC) behind each of the two waits.
+          // NOTE: the stage that is waited for is none that another lane of the same batch fills: stages_at_once sees to it.
           if (own >= to_start) {
             const RingPlace first = its.behind(at_once, args.stages);
             shared.full[first.stage(args.stages)].wait(first.phase(args.stages));
