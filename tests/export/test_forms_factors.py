@@ -137,6 +137,10 @@ RIGHT = {
     "rows of weights set to 0 by a product": Form(
         f"{QKV}, bool[T, 1] m", f"{PRODUCT} {CLEARED} f = Cast<to = 1>(m) w = Mul(f, p) {LAST}"
     ),
+    "rows of weights set to 0 twice by the same mask": Form(
+        f"{QKV}, bool[T, 1] m",
+        f"{PRODUCT} {CLEARED} w0 = Where(m, p, zero) f = Cast<to = 1>(m) w = Mul(w0, f) {LAST}",
+    ),
     "rows of weights set to 0, and keys hidden": Form(
         f"{QKV}, bool[B, 1, T, 1] m, bool[B, 1, 1, S] keys",
         f"""{PRODUCT} low = Constant<value = float {{-1e9}}>() x = Where(keys, s, low)
@@ -203,6 +207,27 @@ WRONG = {
         {LAST}""",
         type="float16",
         reason="in another type than the output",
+    ),
+    "weights times numbers of rows, and a guard against what no softmax gives": Form(
+        f"{QKV}, float[T, 1] g",
+        f"{PRODUCT} {CLEARED} w0 = Mul(p, g) below = Less(w0, zero) w = Where(below, zero, w0) {LAST}",
+        reason="used twice: also by Less",
+    ),
+    "weights times numbers of rows, and a guard against NaN": Form(
+        f"{QKV}, float[T, 1] g",
+        f"{PRODUCT} {CLEARED} w0 = Mul(p, g) odd = IsNaN(w0) w = Where(odd, zero, w0) {LAST}",
+        reason="used twice: also by IsNaN",
+    ),
+    "weights times infinity in one row": Form(
+        QKV.replace("T", "2"),
+        f"{PRODUCT} {CLEARED} g = Constant<value = float[2, 1] {{1.0, inf}}>() w = Mul(p, g) {LAST}",
+        reason="by infinity or NaN",
+    ),
+    "rows of weights set to 0 by a mask of more rows, which a Shape reads": Form(
+        f"{QKV}, bool[M, 1] m",
+        f"""{PRODUCT} {CLEARED} w = Where(m, p, zero) rows = Shape<start = 2, end = 3>(w) n = Cast<to = 1>(rows)
+        y0 = MatMul(w, v) y = Mul(y0, n)""",
+        reason="than the scores",
     ),
     "weights times rows, and turned": Form(
         f"{QKV}, float[T, 1] g",
