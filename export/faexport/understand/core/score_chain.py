@@ -229,7 +229,7 @@ class _Reader:
         letters = "".join(axes)
         if step.kind in ("add", "sub", "from"):
             value = given(node, 1 - step.index)
-            if is_nothing(value, self.a):
+            if is_nothing(value, self.a) and fits(value, self.view.shape, self.a):
                 return None
             sign = -1.0 if step.kind == "sub" else 1.0
             term = MaskTerm(TermKind.ADD, value, node, letters, dims, factor=sign * factor)
