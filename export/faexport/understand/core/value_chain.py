@@ -78,7 +78,7 @@ class Values:
         is_divided = self.result is not self.product.node.outputs[0]  # by the sum of what may be 0 then
         if not whole or None in places or len(dtypes) > 1 or is_divided or any(t.axes != self.axes for t in whole):
             return None
-        with a.without_learnt():  # _zeroed() takes it for granted, as the proof of a mask asks again
+        with a.without_learnt():  # _zeroed() took it for granted, since the proof of a mask asks again
             if not all(fits(t.value, t.dims, a) for t in whole):
                 return None
         rows = [OfRows(term.node, place) for term, place in zip(whole, places, strict=True) if place is not None]
@@ -142,8 +142,7 @@ class _Walker:
                     self.value.name or "",
                     RefusalKind.SCORES_READ,
                 )
-            from_0_to_1 = not self.weights and not self.rows and self.softmax.total is None
-            guard = nan_guard(self.value, self.a) if from_0_to_1 else None
+            guard = nan_guard(self.value, self.a) if self._is_from_0_to_1() else None
             if guard is not None:
                 self.nan_guard = self.nan_guard or guard.replaces_nan
                 self.nodes += guard.nodes
@@ -160,6 +159,9 @@ class _Walker:
                 return refusal
         why = f"more than {MAX_PATH} nodes stand between the softmax and a product with values"
         return Refusal(why, name_of(self.nodes[-1]))
+
+    def _is_from_0_to_1(self) -> bool:
+        return not self.weights and not self.rows and self.softmax.total is None
 
     def _several(self, users: list[ir.Node]) -> list[tuple[_Walker, ir.Node]] | Refusal:
         """The products behind all users, if each of them leads to some."""
@@ -220,7 +222,8 @@ class _Walker:
                     name_of(node),
                     RefusalKind.QUANTIZED,
                 )
-            self.roundings.append(rounding)
+            holds = rounding.holds_weights and self._is_from_0_to_1()
+            self.roundings.append(dataclasses.replace(rounding, holds_weights=holds))
             self.nodes.append(node)
             self._advance(rounding.dequantize)
             return None
@@ -257,10 +260,8 @@ class _Walker:
         return self._infinite(self.weights[-1])
 
     def _infinite(self, factor: Weight) -> Refusal | None:
-        if factor.is_finite(self.a):
-            return None
         why = "the attention weights are multiplied by infinity or NaN"
-        return Refusal(why, name_of(factor.node), RefusalKind.FACTOR)
+        return None if factor.is_finite(self.a) else Refusal(why, name_of(factor.node), RefusalKind.FACTOR)
 
     def _skips_rows(self, weight: ir.Value) -> bool:
         """Has the factor size 1 along the rows?"""
