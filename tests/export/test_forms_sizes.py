@@ -288,6 +288,22 @@ RIGHT |= {
     ),
 }
 
+# Batch and heads in one axis of the scores' product, and exchanged while a mask meets the scores.
+EXCHANGED = f"""b = Shape<end = 1>(q) t = Shape<start = 2, end = 3>(q) n = Shape<start = 2, end = 3>(k)
+    three = Constant<value_ints = [3]>() eight = Constant<value_ints = [8]>() all = Mul(b, three)
+    flat_q = Concat<axis = 0>(all, t, eight) flat_k = Concat<axis = 0>(all, n, eight)
+    apart = Concat<axis = 0>(b, three, t, n)
+    q3 = Reshape<allowzero = 1>(q, flat_q) k3 = Reshape<allowzero = 1>(k, flat_k) k3t = Transpose<perm = [0, 2, 1]>(k3)
+    s3 = MatMul(q3, k3t) s = Reshape<allowzero = 1>(s3, apart) turned = Transpose<perm = [1, 0, 2, 3]>(s) {LOW}
+    masked = Where(m, turned, low) x = Transpose<perm = [1, 0, 2, 3]>(masked) {END}"""
+RIGHT |= {
+    "batch and heads exchanged under a mask of batch entries": Form(
+        f"{QKV}, bool[B, 1, S] m", EXCHANGED, facts=frozenset({"padding mask [B, 1, 1, S_kv]"})
+    ),
+    "batch and heads exchanged under a mask of heads": Form(f"{QKV}, bool[3, 1, 1, S] m", EXCHANGED),
+    "batch and heads exchanged under a mask of both": Form(f"{QKV}, bool[3, B, T, S] m", EXCHANGED),
+}
+
 WRONG = {
     "nothing added that may be larger than the weights": Form(
         f"{QKV}, bool[B, 1, 1, S] m, float[M, 1, 1, S] other",
