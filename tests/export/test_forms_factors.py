@@ -16,6 +16,8 @@ LATE = "p = Softmax<axis = -1>(s) w = Mul(p, g) y = MatMul(w, v)"
 
 CLEARED = "zero = Constant<value = float {0}>() p = Softmax<axis = -1>(s)"
 LAST = "y = MatMul(w, v)"
+MASKED_ROWS = """zero = Constant<value = float {0}>() low = Constant<value = float {-1e9}>() s1 = Where(m, s, low)
+    x = Where(other, low, s1) p = Softmax<axis = -1>(x) w = Where(m, p, zero)"""
 
 
 def factor(shape: str, body: str = "x = Mul(s, g)", kind: str = "float", **more: object) -> Form:
@@ -141,6 +143,9 @@ RIGHT = {
         f"{QKV}, bool[T, 1] m",
         f"{PRODUCT} {CLEARED} w0 = Where(m, p, zero) f = Cast<to = 1>(m) w = Mul(w0, f) {LAST}",
     ),
+    "rows of weights set to 0 beside others that are masked too": Form(
+        f"{QKV}, bool[M, 1] m, bool[M, 1, T, 1] other", f"{PRODUCT} {MASKED_ROWS} {LAST}"
+    ),
     "rows of weights set to 0, and keys hidden": Form(
         f"{QKV}, bool[B, 1, T, 1] m, bool[B, 1, 1, S] keys",
         f"""{PRODUCT} low = Constant<value = float {{-1e9}}>() x = Where(keys, s, low)
@@ -233,6 +238,12 @@ WRONG = {
         f"{QKV}, float[T, 1] g",
         f"""{PRODUCT} p = Softmax<axis = -1>(s) w = Mul(p, g) y = Einsum<equation = "bhij,bhjd->bihd">(w, v)""",
         reason="turns its axes",
+        empty=False,
+    ),
+    "rows of weights set to 0 beside others that are masked too, and turned": Form(
+        f"{QKV}, bool[M, 1] m, bool[M, 1, T, 1] other",
+        f"""{PRODUCT} {MASKED_ROWS} y = Einsum<equation = "bhij,bhjd->bihd">(w, v)""",
+        reason="set to 0 in some of the rows",
         empty=False,
     ),
     "rows of weights set to 0, and turned": Form(
