@@ -16,6 +16,8 @@ LATE = "p = Softmax<axis = -1>(s) w = Mul(p, g) y = MatMul(w, v)"
 
 CLEARED = "zero = Constant<value = float {0}>() p = Softmax<axis = -1>(s)"
 LAST = "y = MatMul(w, v)"
+MASKED_ROWS = """zero = Constant<value = float {0}>() low = Constant<value = float {-1e9}>() s1 = Where(m, s, low)
+    x = Where(other, low, s1) p = Softmax<axis = -1>(x) w = Where(m, p, zero)"""
 
 
 def factor(shape: str, body: str = "x = Mul(s, g)", kind: str = "float", **more: object) -> Form:
@@ -137,6 +139,13 @@ RIGHT = {
     "rows of weights set to 0 by a product": Form(
         f"{QKV}, bool[T, 1] m", f"{PRODUCT} {CLEARED} f = Cast<to = 1>(m) w = Mul(f, p) {LAST}"
     ),
+    "rows of weights set to 0 twice by the same mask": Form(
+        f"{QKV}, bool[T, 1] m",
+        f"{PRODUCT} {CLEARED} w0 = Where(m, p, zero) f = Cast<to = 1>(m) w = Mul(w0, f) {LAST}",
+    ),
+    "rows of weights set to 0 beside others that are masked too": Form(
+        f"{QKV}, bool[M, 1] m, bool[M, 1, T, 1] other", f"{PRODUCT} {MASKED_ROWS} {LAST}"
+    ),
     "rows of weights set to 0, and keys hidden": Form(
         f"{QKV}, bool[B, 1, T, 1] m, bool[B, 1, 1, S] keys",
         f"""{PRODUCT} low = Constant<value = float {{-1e9}}>() x = Where(keys, s, low)
@@ -204,10 +213,37 @@ WRONG = {
         type="float16",
         reason="in another type than the output",
     ),
+    "weights times numbers of rows, and a guard against what no softmax gives": Form(
+        f"{QKV}, float[T, 1] g",
+        f"{PRODUCT} {CLEARED} w0 = Mul(p, g) below = Less(w0, zero) w = Where(below, zero, w0) {LAST}",
+        reason="used twice: also by Less",
+    ),
+    "weights times numbers of rows, and a guard against NaN": Form(
+        f"{QKV}, float[T, 1] g",
+        f"{PRODUCT} {CLEARED} w0 = Mul(p, g) odd = IsNaN(w0) w = Where(odd, zero, w0) {LAST}",
+        reason="used twice: also by IsNaN",
+    ),
+    "weights times infinity in one row": Form(
+        QKV.replace("T", "2"),
+        f"{PRODUCT} {CLEARED} g = Constant<value = float[2, 1] {{1.0, inf}}>() w = Mul(p, g) {LAST}",
+        reason="by infinity or NaN",
+    ),
+    "rows of weights set to 0 by a mask of more rows, which a Shape reads": Form(
+        f"{QKV}, bool[M, 1] m",
+        f"""{PRODUCT} {CLEARED} w = Where(m, p, zero) rows = Shape<start = 2, end = 3>(w) n = Cast<to = 1>(rows)
+        y0 = MatMul(w, v) y = Mul(y0, n)""",
+        reason="than the scores",
+    ),
     "weights times rows, and turned": Form(
         f"{QKV}, float[T, 1] g",
         f"""{PRODUCT} p = Softmax<axis = -1>(s) w = Mul(p, g) y = Einsum<equation = "bhij,bhjd->bihd">(w, v)""",
         reason="turns its axes",
+        empty=False,
+    ),
+    "rows of weights set to 0 beside others that are masked too, and turned": Form(
+        f"{QKV}, bool[M, 1] m, bool[M, 1, T, 1] other",
+        f"""{PRODUCT} {MASKED_ROWS} y = Einsum<equation = "bhij,bhjd->bihd">(w, v)""",
+        reason="set to 0 in some of the rows",
         empty=False,
     ),
     "rows of weights set to 0, and turned": Form(

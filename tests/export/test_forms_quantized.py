@@ -21,6 +21,13 @@ def qdq(name: str, scale: str = "one") -> str:
     return f"{name}8 = QuantizeLinear({name}, {scale}, zero) {name}r = DequantizeLinear({name}8, {scale}, zero)"
 
 
+def in_float8(w: str, factor: str = "") -> Form:
+    """Weights `w` in float8, by a scale with which they reach from 0 to 1, and no number above 1."""
+    body = f"""{PRODUCT} {w} scale = Constant<value = float {{0.0023}}>()
+    w8 = QuantizeLinear<output_dtype = 17>(w, scale) wr = DequantizeLinear(w8, scale) y = MatMul(wr, v)"""
+    return Form(f"{QKV}{factor}", body, opset=21, reason="the attention weights are quantized")
+
+
 RIGHT = {
     "queries, keys and values": Form(
         QKV,
@@ -29,6 +36,13 @@ RIGHT = {
     ),
 }
 WRONG = {
+    "weights in float8, times a number": in_float8(
+        "p = Softmax<axis = -1>(s) three = Constant<value = float {3}>() w = Mul(p, three)"
+    ),
+    "weights in float8, times numbers of keys": in_float8(
+        "p = Softmax<axis = -1>(s) w = Mul(p, g)", ", float[B, 1, 1, S] g"
+    ),
+    "weights in float8, times numbers of rows": in_float8("p = Softmax<axis = -1>(s) w = Mul(p, g)", ", float[T, 1] g"),
     "scores": Form(
         QKV,
         f"{SCALES} {PRODUCT} {qdq('s')} p = Softmax<axis = -1>(sr) y = MatMul(p, v)",

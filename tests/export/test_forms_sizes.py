@@ -236,6 +236,7 @@ def together(mask: str, body: str, heads: int = 3, **more: object) -> Form:
 CHOSEN = f"""{PRODUCT} {LOW} zero = Constant<value_float = 0.0>() f = Cast<to = 1>(m) off = Not(m) g = Cast<to = 1>(off)
     lows = Mul(low, g) kept = Mul(f, s) x = Add(kept, lows) p0 = Softmax<axis = -1>(x)
     some = Mul(f, p0) none = Mul(zero, g) p = Add(some, none) y = MatMul(p, v)"""
+NOTHING = "zero = Constant<value_float = 0.0>() none = Mul(zero, m) x = Add(s, none)"
 TURNED = "kt = Transpose<perm = [0, 1, 3, 2]>(q) s0 = MatMul(k, kt) s = Transpose<perm = [0, 1, 3, 2]>(s0)"
 
 RIGHT |= {
@@ -251,6 +252,21 @@ RIGHT |= {
         f"{QKV}, bool[M, 1, 1, S] m",
         f"""{PRODUCT} {LOW} size = Shape<end = 1>(s) n = Cast<to = 1>(size) x = Where(m, s, low)
         p = Softmax<axis = -1>(x) y0 = MatMul(p, v) y = Mul(y0, n)""",
+    ),
+    "nothing added, in a batch of its own": Form(f"{QKV}, float[M, 1, 1, S] m", f"{PRODUCT} {NOTHING} {END}"),
+    "nothing added, in rows of its own": Form(f"{QKV}, float[M, S] m", f"{PRODUCT} {NOTHING} {END}"),
+    "nothing added in front of heads told apart, in a batch of its own": Form(
+        "float[B, T, 3, 8] q, float[B, S, 8] k, float[B, S, 8] v, float[M, 1, S] m",
+        """t = Shape<start = 1, end = 2>(q) b = Shape<end = 1>(q) whole = Constant<value_ints = [-1]>() h = Constant
+        <value_ints = [3]>() d = Constant<value_ints = [8]>() n = Shape<start = 1, end = 2>(k) tall = Mul(t, h)
+        flat = Concat<axis = 0>(b, tall, d) q3 = Reshape<allowzero = 1>(q, flat) kt = Transpose<perm = [0, 2, 1]>(k)
+        s = MatMul(q3, kt) NOTHING four = Concat<axis = 0>(whole, t, h, n) x4 = Reshape<allowzero = 1>(x, four)
+        p4 = Softmax<axis = -1>(x4) back = Concat<axis = 0>(whole, tall, n) p = Reshape<allowzero = 1>(p4, back)
+        y = MatMul(p, v)""".replace("NOTHING", NOTHING),
+        empty=False,
+    ),
+    "keys times 0 or 1 of a batch of its own": Form(
+        f"{QKV}, bool[M, 1, 1, S] m", f"{PRODUCT} f = Cast<to = 1>(m) x = Mul(f, s) {END}"
     ),
     "batch and heads in one axis": together("", "x = Identity(s)"),
     "batch and heads in one axis of what is computed": replace(
@@ -272,6 +288,22 @@ RIGHT |= {
     ),
 }
 
+# Batch and heads in one axis of the scores' product, and exchanged while a mask meets the scores.
+EXCHANGED = f"""b = Shape<end = 1>(q) t = Shape<start = 2, end = 3>(q) n = Shape<start = 2, end = 3>(k)
+    three = Constant<value_ints = [3]>() eight = Constant<value_ints = [8]>() all = Mul(b, three)
+    flat_q = Concat<axis = 0>(all, t, eight) flat_k = Concat<axis = 0>(all, n, eight)
+    apart = Concat<axis = 0>(b, three, t, n)
+    q3 = Reshape<allowzero = 1>(q, flat_q) k3 = Reshape<allowzero = 1>(k, flat_k) k3t = Transpose<perm = [0, 2, 1]>(k3)
+    s3 = MatMul(q3, k3t) s = Reshape<allowzero = 1>(s3, apart) turned = Transpose<perm = [1, 0, 2, 3]>(s) {LOW}
+    masked = Where(m, turned, low) x = Transpose<perm = [1, 0, 2, 3]>(masked) {END}"""
+RIGHT |= {
+    "batch and heads exchanged under a mask of batch entries": Form(
+        f"{QKV}, bool[B, 1, S] m", EXCHANGED, facts=frozenset({"padding mask [B, 1, 1, S_kv]"})
+    ),
+    "batch and heads exchanged under a mask of heads": Form(f"{QKV}, bool[3, 1, 1, S] m", EXCHANGED),
+    "batch and heads exchanged under a mask of both": Form(f"{QKV}, bool[3, B, T, S] m", EXCHANGED),
+}
+
 WRONG = {
     "nothing added that may be larger than the weights": Form(
         f"{QKV}, bool[B, 1, 1, S] m, float[M, 1, 1, S] other",
@@ -282,6 +314,17 @@ WRONG = {
         "float[B, 3, T, 8] q, float[B, 3, S, 8] k, float[B, 3, T, 8] v, bool[B, 1, 1, S] m",
         CHOSEN.replace("p = Add(some, none)", "turned = Transpose<perm = [0, 1, 3, 2]>(some) p = Add(turned, none)"),
         reason="the attention weights pass through Add",
+    ),
+    "0 times what may be infinite added to the weights": Form(
+        f"{QKV}, float[B, 1, 1, S] m",
+        f"""{PRODUCT} zero = Constant<value_float = 0.0>() p0 = Softmax<axis = -1>(s) none = Mul(zero, m)
+        p = Add(p0, none) y = MatMul(p, v)""",
+        reason="the attention weights pass through Add",
+    ),
+    "nothing added, in keys of the values' own": Form(
+        "float[B, 3, T, 8] q, float[B, 3, S, 8] k, float[B, 3, M, 8] v, float[M] m",
+        f"{PRODUCT} {NOTHING} {END}",
+        reason="its mask may have more keys than the scores",
     ),
     "something added to the weights": Form(
         f"{QKV}, bool[B, 1, 1, S] m",

@@ -98,15 +98,14 @@ def _read_in_all_ways(path: Path, softmax: Softmax, context: Context) -> list[Ca
     a, shown = context.analysis, None
     has_factor = any(s.kind == "factor" for s in path.steps)
     for widen in (False, True):
-        if widen:
-            a.forget()
-            if not widened(path.product, path.steps, a)[1]:
-                break
-            shown = None  # sizes are no obstacle then
+        if widen and not widened(path.product, path.steps, a)[1]:
+            break
+        shown = None if widen else shown  # sizes are no obstacle then
         for gates in (True, False) if has_factor else (True,):
             found = _read(path, softmax, context, gates, widen)
             if _all_understood(found):
                 return found
+            a.forget()  # what a refused reading took for granted of sizes was not proven
             shown = shown or found
     assert shown is not None
     return shown

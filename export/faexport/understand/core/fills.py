@@ -6,11 +6,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from faexport.graph.nodes import attribute, op, operand, producer
+from faexport.graph.nodes import attribute, given, op, operand, producer
 from faexport.graph.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
 from faexport.understand.shapes.rules import constant_ints
 
+MAX_PATH = 8
 SPREADING = ("Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity")
 
 
@@ -32,8 +33,9 @@ def fill_of(value: ir.Value, a: Analysis) -> float | None:
         value = source
 
 
-def is_nothing(value: ir.Value, a: Analysis) -> bool:
-    """Is the value 0, or 0 times something, as torch.baddbmm(beta=0) leaves it?"""
+def is_nothing(value: ir.Value, a: Analysis, times_finite: bool = False) -> bool:
+    """Is the value 0, or 0 times something, as torch.baddbmm(beta=0) leaves it? Of what is infinite or NaN that makes
+    NaN, which baddbmm means to leave out; `times_finite`: it has to be known that there is none."""
     array = a.constant(value)
     if array is not None:
         return not np.any(array)
@@ -45,7 +47,22 @@ def is_nothing(value: ir.Value, a: Analysis) -> bool:
     if op(node) == "ConstantOfShape":
         fill = attribute(node, "value")
         return fill is None or not np.any(fill.numpy())
-    return op(node) == "Mul" and any(a.scalar(v) == 0 for v in node.inputs)
+    others = [given(node, 1 - i) for i, v in enumerate(node.inputs) if a.scalar(v) == 0] if op(node) == "Mul" else []
+    return bool(others) and (not times_finite or _is_small(others[0], a))
+
+
+def _is_small(value: ir.Value, a: Analysis, depth: int = 0) -> bool:
+    """Is it made of booleans and of numbers from -1 to 1, without a quotient?"""
+    array, node = a.constant(value), producer(value)
+    if array is not None:
+        return bool((np.abs(array.astype(np.float64)) <= 1).all())
+    if node is None or depth > MAX_PATH:
+        return False
+    if op(node) == "Cast" and a.dtype(node.inputs[0]) is ir.DataType.BOOL:
+        return True
+    several = op(node) in ("Mul", "Sub", "Add")
+    parts = node.inputs if several else node.inputs[:1] if op(node) in (*SPREADING, "Cast") else ()
+    return bool(parts) and all(v is not None and _is_small(v, a, depth + 1) for v in parts)
 
 
 def padded_column(node: ir.Node, axis: int, a: Analysis) -> tuple[ir.Value, bool] | None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from faexport.graph.nodes import given
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
+from faexport.understand.core.factors import fits
 from faexport.understand.core.fills import is_nothing
 from faexport.understand.core.score_path import Path, Step
 from faexport.understand.layout import view_ops
@@ -31,7 +32,7 @@ def heads_apart(path: Path, a: Analysis) -> Path | None:
     one and nothing but numbers met the scores before."""
     product, whole = path.product, a.shape(path.product.node.outputs[0])
     count = next((i for i, step in enumerate(path.steps) if step.kind == "view"), None)
-    if whole is None or count is None or not all(_is_number(step, a) for step in path.steps[:count]):
+    if whole is None or count is None or not all(_is_number(step, whole, a) for step in path.steps[:count]):
         return None
     node = path.steps[count].node
     product, whole = _with_key_heads(product, whole, node, a) or (product, whole)
@@ -82,10 +83,10 @@ def _split_batch(factor: Factor, sizes: tuple[Dim, ...], a: Analysis) -> Factor:
     return Factor(value, ("lead0", "lead1", *factor.labels[1:]))
 
 
-def _is_number(step: Step, a: Analysis) -> bool:
-    """Does the step multiply the scores by a number, or add nothing?"""
-    nothing = step.kind == "add" and is_nothing(given(step.node, 1 - step.index), a)
-    return step.kind in ("pass", "scale") or nothing
+def _is_number(step: Step, whole: Shape, a: Analysis) -> bool:
+    """Does the step multiply the scores, which have this shape, by a number, or add nothing?"""
+    added = given(step.node, 1 - step.index) if step.kind == "add" else None
+    return step.kind in ("pass", "scale") or (added is not None and is_nothing(added, a) and fits(added, whole, a))
 
 
 def with_heads_apart(

@@ -9,6 +9,7 @@ is not changed.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -25,7 +26,7 @@ from faexport.understand.layout import view_ops
 from faexport.understand.layout.heads import is_lossless
 from faexport.understand.layout.products import Factor, Product
 from faexport.understand.layout.shape_uses import ShapeUse, uses_of
-from faexport.understand.layout.views import View, merged
+from faexport.understand.layout.views import Axis, View, merged
 from faexport.understand.shapes.analysis import Analysis
 
 
@@ -229,7 +230,7 @@ class _Reader:
         letters = "".join(axes)
         if step.kind in ("add", "sub", "from"):
             value = given(node, 1 - step.index)
-            if is_nothing(value, self.a):
+            if is_nothing(value, self.a) and fits(value, self.view.shape, self.a):
                 return None
             sign = -1.0 if step.kind == "sub" else 1.0
             term = MaskTerm(TermKind.ADD, value, node, letters, dims, factor=sign * factor)
@@ -307,7 +308,8 @@ def label_axes(view: View, names: list[str], shape: tuple[Dim, ...]) -> tuple[st
     """
     unused = [n for n, d in zip(names, shape, strict=True) if d == 1]
     result: list[str] = []
-    for axis in map(merged, view.axes):
+    axes = [merged(axis) for axis in view.axes]
+    for axis in axes:
         if not axis:
             result.append(unused.pop(0) if unused else "1")
             continue
@@ -319,16 +321,19 @@ def label_axes(view: View, names: list[str], shape: tuple[Dim, ...]) -> tuple[st
             result.append(
                 "N" if parts == ["B", "H"] and all(whole) else "H" if parts == ["K", "G"] and all(whole) else "?"
             )
-    return _name_parts(result)
+    return _name_parts(result, axes)
 
 
-def _name_parts(letters: list[str]) -> tuple[str, ...] | None:
-    pairs = {"n": "BH", "b": "MW", "h": "KG"}
-    for part, names in pairs.items():
-        if letters.count(part) == 2:
-            first = letters.index(part)
-            letters[first] = names[0]
-            letters[letters.index(part)] = names[1]
+def _name_parts(letters: list[str], axes: Sequence[Axis]) -> tuple[str, ...] | None:
+    pairs = {"n": ("B", "H"), "b": ("M", "W"), "h": ("K", "G")}
+    for part, (outer, inner) in pairs.items():
+        places = [i for i, letter in enumerate(letters) if letter == part]
+        if len(places) == 2:
+            if len(merged(axes[places[0]] + axes[places[1]])) > 1:  # a Transpose has exchanged them
+                places.reverse()
+            if len(merged(axes[places[0]] + axes[places[1]])) > 1:
+                return None
+            letters[places[0]], letters[places[1]] = outer, inner
     return None if any(x in "?nbh" for x in letters) else tuple(letters)
 
 

@@ -78,6 +78,9 @@ class Values:
         is_divided = self.result is not self.product.node.outputs[0]  # by the sum of what may be 0 then
         if not whole or None in places or len(dtypes) > 1 or is_divided or any(t.axes != self.axes for t in whole):
             return None
+        with a.without_learnt():  # _zeroed() took it for granted, since the proof of a mask asks again
+            if not all(fits(t.value, t.dims, a) for t in whole):
+                return None
         rows = [OfRows(term.node, place) for term, place in zip(whole, places, strict=True) if place is not None]
         return dataclasses.replace(self, terms=[t for t in self.terms if t not in whole], rows=(*self.rows, *rows))
 
@@ -101,8 +104,8 @@ def _place(zero: MaskTerm) -> int | None:
     """Which input of the node that puts 0 into probabilities they are."""
     if op(zero.node) == "Where":
         return 1 if zero.keep_when else 2
-    makers = [producer(v) if v is not None else None for v in zero.node.inputs]
-    mask = [i for i, node in enumerate(makers) if node is not None and operand(node, 0) is zero.value]
+    makers = [producer(v) for v in zero.node.inputs]  # before the probabilities may stand a choice by the same mask
+    mask = [i for i, m in enumerate(makers) if m is not None and op(m) == "Cast" and operand(m, 0) is zero.value]
     return 1 - mask[0] if mask else None
 
 
@@ -139,8 +142,7 @@ class _Walker:
                     self.value.name or "",
                     RefusalKind.SCORES_READ,
                 )
-            from_0_to_1 = not self.weights and self.softmax.total is None
-            guard = nan_guard(self.value, self.a) if from_0_to_1 else None
+            guard = nan_guard(self.value, self.a) if self._is_from_0_to_1() else None
             if guard is not None:
                 self.nan_guard = self.nan_guard or guard.replaces_nan
                 self.nodes += guard.nodes
@@ -157,6 +159,9 @@ class _Walker:
                 return refusal
         why = f"more than {MAX_PATH} nodes stand between the softmax and a product with values"
         return Refusal(why, name_of(self.nodes[-1]))
+
+    def _is_from_0_to_1(self) -> bool:
+        return not self.weights and not self.rows and self.softmax.total is None
 
     def _several(self, users: list[ir.Node]) -> list[tuple[_Walker, ir.Node]] | Refusal:
         """The products behind all users, if each of them leads to some."""
@@ -217,7 +222,8 @@ class _Walker:
                     name_of(node),
                     RefusalKind.QUANTIZED,
                 )
-            self.roundings.append(rounding)
+            holds = rounding.holds_weights and self._is_from_0_to_1()
+            self.roundings.append(dataclasses.replace(rounding, holds_weights=holds))
             self.nodes.append(node)
             self._advance(rounding.dequantize)
             return None
@@ -243,18 +249,19 @@ class _Walker:
                     return None
             if one_way and whole and fits(weight, self.shape, self.a) and self._is_of_rows(weight):
                 self.rows.append(OfRows(node, index))
-                return None
+                return self._infinite(Weight(weight, op(node), node))
             return Refusal(
                 f"the attention weights pass through {op(node)} after the softmax, and what they are multiplied by "
                 "is not known to be the same for all rows, nor for all keys",
                 name_of(node),
                 RefusalKind.FACTOR,
             )
-        factor = Weight(weight, op(node), node)
-        if not factor.is_finite(self.a):
-            return Refusal("the attention weights are multiplied by infinity or NaN", name_of(node), RefusalKind.FACTOR)
-        self.weights.append(factor)
-        return None
+        self.weights.append(Weight(weight, op(node), node))
+        return self._infinite(self.weights[-1])
+
+    def _infinite(self, factor: Weight) -> Refusal | None:
+        why = "the attention weights are multiplied by infinity or NaN"
+        return None if factor.is_finite(self.a) else Refusal(why, name_of(factor.node), RefusalKind.FACTOR)
 
     def _skips_rows(self, weight: ir.Value) -> bool:
         """Has the factor size 1 along the rows?"""
@@ -286,7 +293,7 @@ class _Walker:
     def _adds_nothing(self, node: ir.Node) -> bool:
         """Is it p + 0 in the shape of p, as behind p * m + 0 * (1 - m), which tf2onnx writes for where(m, p, 0)?"""
         zero = given(node, 1 if node.inputs[0] is self.value else 0)
-        if zero is self.value or not is_nothing(zero, self.a):
+        if zero is self.value or not is_nothing(zero, self.a, times_finite=True):
             return False
         axes, own = label_axes(self.view, self.names, self.shape), self.a.shape(zero)
         alike = [t for t in self.terms if t.kind is TermKind.ZERO and t.axes == "".join(axes or ())]

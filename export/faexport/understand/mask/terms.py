@@ -333,9 +333,14 @@ def _zeroed(site: Site, terms: Sequence[spec.MaskTerm], cases: list[Case]) -> li
         kept = site.element(term, term.value)
         kept = kept if term.keep_when else il.negate(kept)
         result = []
+        soft = [c for c in cases if c.mask is not None and c.mask > -math.inf]
+        some = [c for c in soft if il.all_of((c.cond, il.negate(kept))) is not il.FALSE]
         for case in cases:
             if case.mask is None and il.all_of((case.cond, il.negate(kept))) is not il.FALSE:
                 raise NotAMask("probabilities are set to 0 after its softmax, where they aren't masked before it")
+            if some and any(il.all_of((c.cond, kept)) is not il.FALSE for c in soft):
+                if not rows_see_a_key(site, visible(cases)):
+                    raise NotAMask("probabilities are set to 0 in some of the rows, or keys, that are masked before it")
             gone = case.mask is not None and il.all_of((case.cond, kept)) is il.FALSE
             result.append(dataclasses.replace(case, mask=-math.inf, bias=()) if gone else case)
         cases = _merged(result)
