@@ -52,6 +52,13 @@ def test_a_reshape_to_two_unknown_sizes_has_no_shape() -> None:
     assert not analysis.defects
 
 
+def types_of_results(text: str) -> dict[str | None, ir.DataType | None]:
+    """What the analysis knows of the type of each node's results."""
+    model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
+    analysis = Analysis(model)
+    return {value.name: analysis.dtype(value) for node in model.graph for value in node.outputs}
+
+
 RESIDUALS = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
 main (float16[b, s, 8] x, float16[8] weight) => (float16[b, s, 8] y) {
     normed, m, v, sum = com.microsoft.SkipLayerNormalization (x, x, weight)
@@ -62,9 +69,7 @@ main (float16[b, s, 8] x, float16[8] weight) => (float16[b, s, 8] y) {
 
 def test_the_sum_beside_a_norm_has_the_type_of_what_is_added() -> None:
     """Models of onnxruntime-genai may say no type of values inside."""
-    model = ir.serde.deserialize_model(onnx.parser.parse_model(RESIDUALS))
-    analysis = Analysis(model)
-    values = {value.name: analysis.dtype(value) for node in model.graph for value in node.outputs}
+    values = types_of_results(RESIDUALS)
     assert values["sum"] == values["more"] == values["normed"] == ir.DataType.FLOAT16
     assert values["m"] is None  # float32, which nobody asks for
 
@@ -78,9 +83,7 @@ main (float[2] x, int8[2] n, float scale) => (float16[2] y) {
 
 
 def test_the_type_that_an_attribute_says_comes_before_that_of_an_input() -> None:
-    model = ir.serde.deserialize_model(onnx.parser.parse_model(SAID))
-    analysis = Analysis(model)
-    types = {value.name: analysis.dtype(value) for node in model.graph for value in node.outputs}
+    types = types_of_results(SAID)
     half, single = ir.DataType.FLOAT16, ir.DataType.FLOAT
     assert types == {"read": half, "plain": single, "drawn": half, "like": single, "coin": half, "y": half}
 

@@ -31,7 +31,7 @@ inline constexpr int kBytesAhead = 64 << 10;  // of a block's keys and values, t
 // Where the keys are cut. Units are key tiles.
 inline constexpr int kMinReadOfPart =
     16;  // times the bytes of its partial results, so that the merge costs less than its keys; …
-inline constexpr int kEnoughUnitsOfPart = 4;  // … but so many, one for each warp, are always enough: blocks share a large merge
+inline constexpr int kEnoughUnitsOfPart = 4;  // … but so many, one for each of four warps, always do: blocks share a large merge
 inline constexpr int kMinUnitsPerBlock = 2;   // with less, a block's own start and end would cost more than its keys
 inline constexpr int kMaxSnap = 2;            // a cut so near to the end of a head is moved there, …
 inline constexpr int kUnitsPerSnap = 4;       // … but not by more than this part of a block's share

@@ -12,7 +12,7 @@ namespace fa::decode_sm90 {
 
 inline constexpr int kConsumerBarrier = 1;  // 0 is that of the whole block
 
-/// Warps that have different keys; the others have the same keys and other rows. kAll: no two warps have the same.
+/// row_bits(args). kAll: it is 0, no two warps have the same keys, and the compiler is to know it.
 template <class C, bool kAll>
 __device__ __forceinline__ int bits_of_rows(const KernelArgs& args) {
   return kAll ? 0 : row_bits(args);
