@@ -21,6 +21,8 @@ struct alignas(16) Tile {
   int sequence;                   // batch entry or packed sequence
   int head;                       // query head
   int first_row;                  // in its sequence; warpgroups whose rows are below 0 have none
+  int next_row = 64;              // from the first warpgroup's rows to the second's, from the third's to the fourth's
+  int next_pair = 128;            // from the first warpgroup's rows to the third's; both are more in folded tiles (fold_tile)
   int block_begin, block_end;     // key tiles to visit
   int batch, row_base, key_base;  // where the sequence stands in the tensors
   int num_rows, num_keys;         // rows and keys of the sequence …
@@ -39,9 +41,9 @@ static_assert(sizeof(Tile) % 16 == 0);
 FA_HD int used_in_last(const Tile& tile, int tile_n) { return tile.used_keys - (tile.block_end - 1) * tile_n; }
 
 /// A finished tile with rows that may hold values of hidden keys (mend.cuh).
-struct alignas(16) SpoiltTile {
+struct SpoiltTile {
   int next;  // the next such tile of the same block; -1: there is none
-  int sequence, head, first_row;
+  int sequence, head, first_row, next_row, next_pair;
 };
 
 /// What the 64 rows of a consumer warpgroup see of their tile.
@@ -70,7 +72,7 @@ FA_HD void describe_sequence(const SequenceRule& rule, int idx, Tile* tile) {
 }
 
 struct KernelArgs {
-  CUtensorMap query;  // [B, H_q, S_q, D], boxes of kTileM rows x 64 columns
+  CUtensorMap query;  // [B, H_q, S_q, D], boxes of query_box_rows() rows x 64 columns
   CUtensorMap key;    // [B, H_kv, S_kv, D], boxes of kTileN rows x 64 columns
   CUtensorMap value;  // [B, H_kv, S_kv, D_v], likewise
   CUtensorMap out;    // [B, H_q, S_q, D_v], boxes of 64 rows x 64 columns
@@ -87,11 +89,28 @@ struct KernelArgs {
   bool bias_by_tile;         // the bias comes through shared memory
   int num_spans;             // batch entries, or packed sequences and the rows outside of them
   bool sort_sequences;       // those with most keys first
+  bool folds;                // tiles are folded: the early rows of a sequence with its late ones (fold_tile in tiles.cuh)
   bool tiles_end_with_rows;  // the tile that is not full is a sequence's first, not its last
   Divisor heads_per_kv;      // query heads that share a key head
   unsigned* tile_counter;    // 0 before the launch and after it; null: tiles are dealt out in turn
   int num_tiles;             // upper bound of tile indices
 };
+
+/// The first of a consumer warpgroup's 64 rows; of a Tile, or a SpoiltTile. kWarpgroups: of the tile, where it may be folded,
+/// else
+/// 1. NOTE: fewer of them take fewer registers.
+template <int kWarpgroups = 4, class AnyTile>
+FA_HD int first_row_of(const AnyTile& tile, int warpgroup) {
+  if constexpr (kWarpgroups == 1) return tile.first_row + warpgroup * 64;
+  const int second = tile.first_row + (warpgroup & 1) * tile.next_row;
+  return kWarpgroups == 2 ? second : second + (warpgroup >> 1) * tile.next_pair;
+}
+
+/// Rows that the copy engine brings at once: all of a tile, unless tiles may be folded.
+template <class C>
+constexpr int query_box_rows() {
+  return C::kFoldedWarpgroups == 1 ? C::kTileM : 64;
+}
 
 /// May the copy engine write the 64 rows from first_row on? Else rows of another sequence stand behind them, or they are none.
 FA_HD bool box_fits(const KernelArgs& args, const Tile& tile, int first_row) {

@@ -144,7 +144,7 @@ struct Consumer {
     if constexpr (C::kFetchBias) {
       bias.there = args.problem.bias.present && !args.bias_by_tile && args.problem.bias.dtype == args.problem.query.dtype;
       if (bias.there) {
-        const RowOffsets offsets = row_offsets(args.problem.bias, tile, tile.first_row + first_row_in_tile());
+        const RowOffsets offsets = row_offsets(args.problem.bias, tile, thread_row<C>(tile, warpgroup));
         bias.fetch(args.problem.bias, offsets, block * C::kTileN + threadIdx.x % 4 * 2);
       }
     }
@@ -201,7 +201,7 @@ struct Consumer {
     if (kFirst && !C::kSmall && masked && tile.keys_in_last > 0) {  // NOTE: one register too many for small blocks
       hide_from<C::kTileN>(s, tile.keys_in_last);
     } else if (masked) {
-      hide_keys<C>(s, args.problem, tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
+      hide_keys<C>(s, args.problem, tile, thread_row<C>(tile, warpgroup), block * C::kTileN);
     }
     const bool rescale = softmax_step<C>(s, rows, C::kModified ? kLog2E : args.problem.softmax_scale * kLog2E);
     settled = __all_sync(kAllLanes, is_settled<C>(rows));
@@ -350,7 +350,7 @@ struct Consumer {
 
   /// Normalises the tile's rows and sees to it that they leave.
   __device__ __forceinline__ void end_tile(const Tile& tile, int slot) {
-    const int row = tile.first_row + first_row_in_tile();
+    const int row = thread_row<C>(tile, warpgroup);
     finish_rows<C>(args, tile, row, rows, o);
     if (args.spoilt != nullptr) shared.spoilt.mark(has_spoilt_row(o, rows.sum) || awaits_filling(tile, row), slot);
     if constexpr (C::kOwnOutput) {

@@ -107,8 +107,9 @@ __device__ __forceinline__ void stage_panel(const float (&o)[C::kHeadDim / 2], i
 template <class C>
 __device__ __forceinline__ void stage_tile(const KernelArgs& args, const Tile& tile, int warpgroup,
                                            const float (&o)[C::kHeadDim / 2], uint8_t* queries) {
-  const int first_row = tile.first_row + warpgroup * 64;
-  named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);  // all warps have read their queries
+  const int first_row = first_row_of<C::kFoldedWarpgroups>(tile, warpgroup);
+  // Products read the queries of all warps; a warp itself reads those of its own rows alone.
+  if constexpr (16 * C::kQuerySteps < C::kHeadDim) named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     stage_panel<C>(o, panel, queries + panel * C::kTileM * 128);
@@ -127,7 +128,7 @@ __device__ __forceinline__ void stage_tile(const KernelArgs& args, const Tile& t
 /// caller commits.
 template <class C>
 __device__ __forceinline__ void copy_out(const KernelArgs& args, const Tile& tile, int warpgroup, const uint8_t* queries) {
-  const int first_row = tile.first_row + warpgroup * 64;
+  const int first_row = first_row_of<C::kFoldedWarpgroups>(tile, warpgroup);
   if (!box_fits(args, tile, first_row)) return;
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
@@ -140,7 +141,7 @@ __device__ __forceinline__ void copy_out(const KernelArgs& args, const Tile& til
 template <class C>
 __device__ __forceinline__ void store_by_panels(const KernelArgs& args, const Tile& tile, int warpgroup,
                                                 const float (&o)[C::kHeadDim / 2], uint8_t (&panels)[2][64 * 128]) {
-  const int first_row = tile.first_row + warpgroup * 64;
+  const int first_row = first_row_of<C::kFoldedWarpgroups>(tile, warpgroup);
   const bool first_thread = threadIdx.x % kWarpgroupThreads == 0, fits = box_fits(args, tile, first_row);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {

@@ -9,8 +9,10 @@
 
 namespace fa::prefill_sm90 {
 
-/// Prepares what does not depend on earlier kernels, then waits for their memory.
-template <class Plan>
+/// Prepares what does not depend on earlier kernels, then waits for their memory. The scheduling warp of large blocks does so
+/// later (schedule) where its first decision needs none of it. NOTE: with that, short tiles would lack registers for their
+/// products.
+template <class C, class Plan>
 __device__ __forceinline__ void prepare(const KernelArgs& args, Plan& shared) {
   if (threadIdx.x == 0) {
     tma_prefetch_map(&args.query);
@@ -20,14 +22,14 @@ __device__ __forceinline__ void prepare(const KernelArgs& args, Plan& shared) {
   }
   if (threadIdx.x < 128 && threadIdx.x % 32 == 0) init_barriers(shared, threadIdx.x / 32);
   __syncwarp();
-  wait_for_earlier_kernels();
+  if (C::kSmall || !args.tiles_alike || threadIdx.x / 32 != C::kConsumerWarps) wait_for_earlier_kernels();
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) prefill_sm90_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedPlan<C>& shared = *reinterpret_cast<SharedPlan<C>*>(shared_bytes);
-  prepare(args, shared);
+  prepare<C>(args, shared);
 
   // The last warpgroup, or in small blocks the last warp, produces; the others consume. Each role ends when it meets a tile
   // that is not valid.

@@ -45,7 +45,7 @@ Status encode_maps(const AttentionParams& p, KernelArgs* args) {
   if (args->bias_by_tile) {
     if (Status status = encode_tensor_map(bias_tensor(p.bias), C::kTileM, &args->bias); !status.ok()) return status;
   }
-  if (Status status = encode_tensor_map(p.query, C::kTileM, &args->query); !status.ok()) return status;
+  if (Status status = encode_tensor_map(p.query, query_box_rows<C>(), &args->query); !status.ok()) return status;
   if (Status status = encode_tensor_map(p.key, C::kTileN, &args->key); !status.ok()) return status;
   if (Status status = encode_tensor_map(p.value, C::kTileN, &args->value); !status.ok()) return status;
   return encode_tensor_map(p.out, 64, &args->out);
@@ -68,6 +68,13 @@ inline bool describe_problem(const AttentionParams& p, int64_t tile_rows, Kernel
   return unequal;
 }
 
+/// Are tiles folded (fold_tile)? Where later rows see more keys than earlier ones do, and each block has but one tile.
+template <class C>
+bool folds(const AttentionParams& p, const KernelArgs& args, bool one_tile_each) {
+  const bool causal = p.window_right >= 0 && p.window_left < 0;
+  return C::kFoldedWarpgroups > 1 && causal && one_tile_each && args.tiles_alike && !p.alibi_slopes.present;
+}
+
 /// Where blocks note tiles to be mended: behind the tile counter. Null where there are none.
 inline SpoiltTile* spoilt_tiles(const AttentionParams& p, const ExecutionContext& context) {
   return may_spoil_rows(p) ? reinterpret_cast<SpoiltTile*>(static_cast<uint8_t*>(context.workspace) + kCounterBytes) : nullptr;
@@ -84,6 +91,7 @@ Status launch_config(const Plan& plan, const AttentionParams& p, const Execution
   const auto stream = static_cast<cudaStream_t>(context.stream);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, plan.device.num_sms * C::kBlocksPerSm));
   cudaError_t error = cudaSuccess;
+  args.folds = folds<C>(p, args, blocks == tiles);
   if (unequal && tiles > blocks) error = find_tile_counter(context, &args.tile_counter);
   const auto kernel = prefill_sm90_kernel<C>;
   constexpr int kSharedBytes = sizeof(SharedPlan<C>);

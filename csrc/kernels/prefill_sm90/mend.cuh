@@ -32,22 +32,24 @@ struct SpoiltTiles {
   /// The scheduling warp, when all readers have done with the tile in the slot.
   __device__ __forceinline__ void note(const KernelArgs& args, const Tile& tile, int slot) {
     if (threadIdx.x % 32 != 0 || is_spoilt[slot] == 0) return;
-    args.spoilt[tile.index] = {last_spoilt, tile.sequence, tile.head, tile.first_row};
+    args.spoilt[tile.index] = {last_spoilt, tile.sequence, tile.head, tile.first_row, tile.next_row, tile.next_pair};
     last_spoilt = tile.index;
     is_spoilt[slot] = 0;
   }
 
-  /// A warp, when all tiles are on the list and their output is in device memory: mends rows first_row … + num_rows - 1 of each.
+  /// A warp, when all tiles are on the list and their output is in device memory: mends rows first_row … + num_rows - 1 of each,
+  /// which are rows of one consumer warpgroup.
   template <class T>
   __device__ __forceinline__ void mend(const KernelArgs& args, int first_row, int num_rows) const {
     for (int tile = last_spoilt; tile >= 0;) {
       const SpoiltTile found = args.spoilt[tile];
+      const int first = first_row_of(found, first_row / 64) + first_row % 64;
 #pragma unroll 1
-      for (int row = first_row; row < first_row + num_rows; ++row) {
-        mend_row<T>(args.problem, args.sequences, found.sequence, found.head, found.first_row + row);
+      for (int row = first; row < first + num_rows; ++row) {
+        mend_row<T>(args.problem, args.sequences, found.sequence, found.head, row);
       }
       if (args.problem.empty_row != EmptyRow::kZero) {
-        write_empty_rows<T>(args.problem, args.sequences, found.sequence, found.head, found.first_row + first_row, num_rows);
+        write_empty_rows<T>(args.problem, args.sequences, found.sequence, found.head, first, num_rows);
       }
       tile = found.next;
     }

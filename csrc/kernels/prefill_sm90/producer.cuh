@@ -3,6 +3,7 @@
 // them.
 #pragma once
 
+#include "kernels/common/launch_early.h"
 #include "kernels/common/tma.cuh"
 #include "kernels/prefill_sm90/epilogue.cuh"
 #include "kernels/prefill_sm90/tiles.cuh"
@@ -10,7 +11,7 @@
 namespace fa::prefill_sm90 {
 
 /// Waits until the buffer is free, then starts the copy of all panels of rows row … row + kRows - 1 of one head.
-template <int kPanels, uint32_t kBytes, bool kKeys, int kReaders>
+template <int kPanels, uint32_t kBytes, int kReaders>
 __device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* map, Mbarrier<1>& full, Mbarrier<kReaders>& empty,
                                           uint32_t phase, int row, int head, int batch) {
   empty.wait(phase ^ 1);
@@ -18,8 +19,7 @@ __device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* ma
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel) {
     uint8_t* to = buffer + panel * (kBytes / kPanels);
-    if constexpr (kKeys) tma_load_shared_by_blocks(to, map, &full.word, panel * 64, row, head, batch);
-    if constexpr (!kKeys) tma_load(to, map, &full.word, panel * 64, row, head, batch);
+    tma_load_shared_by_blocks(to, map, &full.word, panel * 64, row, head, batch);
   }
 }
 
@@ -48,6 +48,25 @@ struct ProducerRings {
   RingPosition<C::kBiasStages + 1 - (C::kBiasStages > 0)> bias;
 };
 
+/// The queries of a tile; those of a folded one stand apart.
+template <class C, class Plan, class Ring>
+__device__ __forceinline__ void load_queries(const KernelArgs& args, Plan& shared, const Tile& tile, Ring& ring) {
+  uint8_t* const buffer = shared.query[ring.stage];
+  Mbarrier<1>& full = shared.query_full[ring.stage];
+  constexpr int kRows = query_box_rows<C>();
+  shared.query_empty[ring.stage].wait(ring.phase ^ 1);
+  full.arrive_expect(C::kQueryBytes);
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+#pragma unroll
+    for (int box = 0; box < C::kTileM / kRows; ++box) {
+      tma_load(buffer + (panel * C::kTileM + box * kRows) * 128, &args.query, &full.word, panel * kPanelColumns<typename C::T>,
+               tile.row_base + first_row_of<C::kFoldedWarpgroups>(tile, box), tile.head, tile.batch);
+    }
+  }
+  ring.advance();
+}
+
 /// One lane: the copies of one tile, in the order in which the consumers want them.
 template <class C>
 __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile, int slot,
@@ -55,8 +74,8 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
   const int key_head = args.heads_per_kv.quotient(tile.head);
   const auto load_key = [&](int block) {
     const int i = rings.key.stage;
-    load_rows<C::kPanels, C::kKeyBytes, true>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i], rings.key.phase,
-                                              tile.key_base + block * C::kTileN, key_head, tile.batch);
+    load_rows<C::kPanels, C::kKeyBytes>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i], rings.key.phase,
+                                        tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.key.advance();
     if constexpr (C::kBiasStages > 0) {
       if (args.bias_by_tile) load_bias(args, shared, tile, block, rings.bias);
@@ -64,10 +83,7 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
   };
   // 1. The last keys and the queries: what the first product needs.
   if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
-  const int q = rings.query.stage;
-  load_rows<C::kPanels, C::kQueryBytes, false>(shared.query[q], &args.query, shared.query_full[q], shared.query_empty[q],
-                                               rings.query.phase, tile.row_base + tile.first_row, tile.head, tile.batch);
-  rings.query.advance();
+  load_queries<C>(args, shared, tile, rings.query);
   // 2. Keys one tile ahead of values, as the consumers multiply. At block `announced` the scheduling warp may draw the next tile.
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kStages), tile.block_begin);
   if (!C::kSmall && tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
@@ -77,7 +93,7 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
     if (block > tile.block_begin) load_key(block - 1);
     const int i = rings.value.stage;
     const bool to_be_cleared = !C::kSmall && block == tile.block_end - 1 && used_in_last(tile, C::kTileN) < C::kTileN;
-    load_rows<C::kPanels, C::kKeyBytes, true>(
+    load_rows<C::kPanels, C::kKeyBytes>(
         shared.value[i], &args.value, to_be_cleared ? shared.last_value_full[slot] : shared.value_full[i], shared.value_empty[i],
         rings.value.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.value.advance();
@@ -85,7 +101,7 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
 }
 
 /// A warp: decides on tile after tile, tells the others, and calls wait(tile) before the next. The first decision passes while
-/// other warps make the barriers.
+/// other warps make the barriers, and earlier kernels end.
 template <class C, class Plan, class Wait>
 __device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, Wait wait) {
   RingPosition<kTileSlots> slot;
@@ -105,7 +121,10 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, W
     const RowsView view = view_rows<C>(tile, threadIdx.x % 32);
     __syncwarp();
     // 3. When its slot is free, publish it.
-    if (first) wait_to_schedule();
+    if (first) {
+      wait_for_earlier_kernels();
+      wait_to_schedule();
+    }
     first = false;
     shared.tile_empty[slot.stage].wait(slot.phase ^ 1);
     if (args.spoilt != nullptr) shared.spoilt.note(args, shared.tile[slot.stage], slot.stage);
@@ -136,7 +155,8 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, W
   }
 }
 
-/// One lane: calls load(tile, slot) for all tiles, as they are published.
+/// One lane: calls load(tile, slot) for all tiles, as they are published. Then the next kernel's blocks may come: they find a
+/// multiprocessor when this block ends, and prepare themselves while others still run.
 template <class Plan, class Load>
 __device__ __forceinline__ void load_tiles(Plan& shared, Load load) {
   RingPosition<kTileSlots> slot;
@@ -144,10 +164,11 @@ __device__ __forceinline__ void load_tiles(Plan& shared, Load load) {
     shared.tile_full[slot.stage].wait(slot.phase);
     const Tile tile = shared.tile[slot.stage];
     shared.tile_empty[slot.stage].arrive();
-    if (!tile.valid) return;
+    if (!tile.valid) break;
     load(tile, slot.stage);
     slot.advance();
   }
+  let_next_kernel_start();
 }
 
 /// A warp: writes zeros over values behind the last key in use, which their weights, all 0, would not keep out of a sum if they

@@ -14,6 +14,15 @@
 
 namespace fa::prefill_sm90 {
 
+/// Of the thread's two rows in its sequence the first; the other is 8 below.
+template <class C>
+__device__ __forceinline__ int thread_row(const Tile& tile, int warpgroup) {
+  const int in_warpgroup = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  // NOTE: added up in this order, or short tiles lack a register for their products.
+  if constexpr (C::kFoldedWarpgroups == 1) return tile.first_row + (warpgroup * 64 + in_warpgroup);
+  return first_row_of<C::kFoldedWarpgroups>(tile, warpgroup) + in_warpgroup;
+}
+
 /// Offsets of key 0 of mask or bias in the thread's two rows. Rows out of use read the last one in use.
 struct RowOffsets {
   int64_t row[2];

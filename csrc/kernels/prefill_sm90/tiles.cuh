@@ -53,12 +53,24 @@ __device__ __forceinline__ int keys_in_last(const Tile& tile, int last_row) {
 template <class C>
 __device__ __forceinline__ RowsView view_rows(const Tile& tile, int warpgroup) {
   const KeySpan keys{tile.key_begin, tile.key_end};
-  const int first_row = tile.first_row + warpgroup * 64, last_row = min(first_row + 63, tile.query_length - 1);
+  const int first_row = first_row_of<C::kFoldedWarpgroups>(tile, warpgroup),
+            last_row = min(first_row + 63, tile.query_length - 1);
   const KeySpan some = tile.band.seen_by_some(first_row, last_row, keys), touched = tiles_touched(some, C::kTileN);
   const KeySpan full = tiles_inside(tile.band.seen_by_all(first_row, first_row + 63, keys), C::kTileN);
   const bool none = first_row < 0 || first_row > last_row || some.begin >= some.end;
   return {full.begin, tile.test_mask ? 0 : full.end, none ? tile.block_begin : touched.begin,
           none ? tile.block_begin : touched.end};
+}
+
+/// Tile number `local_tile` gets 64 rows each from several places of its sequence: early ones, late ones, and of four warpgroups
+/// once more both. Under a causal mask all tiles then have about equally much to do, which counts where each block has one tile:
+/// they end together, and not when the one with the latest rows does.
+template <class C>
+__device__ __forceinline__ void fold_tile(const KernelArgs& args, int local_tile, Tile& tile) {
+  const int tiles = args.order.num_row_tiles;
+  tile.first_row -= local_tile * (C::kTileM - 64);
+  tile.next_row = (2 * (tiles - local_tile) - 1) * 64;
+  tile.next_pair = 2 * tiles * 64;
 }
 
 /// The tile of this index, on top of args.common. `longest_first`: the order of sequences, where args.sort_sequences. False: no
@@ -88,9 +100,12 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, c
   if (tile.first_row >= tile.num_rows) return false;
   if (C::kRowsBelowZero && args.tiles_end_with_rows)
     tile.first_row -= (C::kTileM - 1 - (tile.num_rows - 1) % C::kTileM) / 64 * 64;
+  if constexpr (C::kFoldedWarpgroups > 1) {
+    if (args.folds) fold_tile<C>(args, local_tile, tile);
+  }
   tile.block_begin = tile.block_end = tile.keys_in_last = 0;
   if (tile.first_row < tile.query_length) {
-    const int last_row = min(tile.first_row + C::kTileM, tile.query_length) - 1;
+    const int last_row = min(first_row_of<C::kFoldedWarpgroups>(tile, C::kWarpgroups - 1) + 64, tile.query_length) - 1;
     const KeySpan some = tile.band.seen_by_some(max(tile.first_row, 0), last_row, {tile.key_begin, tile.key_end});
     if (some.begin < some.end) {
       const KeySpan touched = tiles_touched(some, C::kTileN);

@@ -66,7 +66,7 @@ struct Consumer {
       const int first_key = block * C::kTileN + threadIdx.x % 4 * 2;
       prefill_sm90::modify_scores<C>(s, p, p.softmax_scale, tile, nullptr, first_row_in_tile(), first_key);
     }
-    if (masked) prefill_sm90::hide_keys<C>(s, p, tile, tile.first_row + first_row_in_tile(), block * C::kTileN);
+    if (masked) prefill_sm90::hide_keys<C>(s, p, tile, prefill_sm90::thread_row<C>(tile, warpgroup), block * C::kTileN);
     // `tf32` rounds the weights, so the reference is always the maximum: a row's largest weight is then 1, which TF32 holds.
     constexpr float kThreshold = C::kSplit ? prefill_sm90::kRescaleThreshold : 0.0f;
     if (modified) return prefill_sm90::softmax_step<NaturalScores>(s, rows, kLog2E, kThreshold);
@@ -102,7 +102,7 @@ struct Consumer {
 
   /// Normalises the tile's rows and sees to it that they leave.
   __device__ __forceinline__ void end_tile(const Tile& tile, int slot) {
-    const int row = tile.first_row + first_row_in_tile();
+    const int row = prefill_sm90::thread_row<C>(tile, warpgroup);
     if (!modified) {
       rows.reference[0] *= args.problem.softmax_scale;
       rows.reference[1] *= args.problem.softmax_scale;

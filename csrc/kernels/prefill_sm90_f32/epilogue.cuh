@@ -29,7 +29,7 @@ __device__ __forceinline__ void stage_columns(const float (&o)[C::kHeadDim / 2],
 template <class C>
 __device__ __forceinline__ void store_tile(const KernelArgs& args, const Tile& tile, int warpgroup,
                                            const float (&o)[C::kHeadDim / 2], uint8_t* queries) {
-  const int first_row = tile.first_row + warpgroup * 64;
+  const int first_row = prefill_sm90::first_row_of<C::kFoldedWarpgroups>(tile, warpgroup);
   const bool fits = box_fits(args, tile, first_row);
   named_barrier_sync(kWarpgroupBarrier + warpgroup, kWarpgroupThreads);  // all warps have read their queries
 #pragma unroll

@@ -13,7 +13,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) prefill_sm90_f32_kernel(const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedPlan<C>& shared = *reinterpret_cast<SharedPlan<C>*>(shared_bytes);
-  prefill_sm90::prepare(args, shared);
+  prefill_sm90::prepare<C>(args, shared);
 
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (warpgroup == C::kWarpgroups) {

@@ -18,7 +18,7 @@ namespace fa::prefill_sm90_f32 {
 
 template <class C>
 Status encode_tensors(const AttentionParams& p, KernelArgs* args) {
-  if (Status status = encode_tensor_map(p.query, C::kTileM, &args->query); !status.ok()) return status;
+  if (Status status = encode_tensor_map(p.query, prefill_sm90::query_box_rows<C>(), &args->query); !status.ok()) return status;
   if (Status status = encode_tensor_map(p.key, C::kTileN, &args->key); !status.ok()) return status;
   if (Status status = encode_tensor_map(p.value, 32, &args->value); !status.ok()) return status;
   return encode_tensor_map(p.out, prefill_sm90::kRowsUnit, &args->out);
@@ -32,8 +32,9 @@ Status launch_instance(const Plan& plan, const AttentionParams& params, const Ex
   const int64_t tiles = prefill_sm90::num_tiles(params, C::kTileM);
   if (tiles == 0) return {};
   const bool unequal = prefill_sm90::describe_problem(params, C::kTileM, &args);
-  args.spoilt = prefill_sm90::spoilt_tiles(params, context);
   const int blocks = static_cast<int>(std::min<int64_t>(tiles, plan.device.num_sms));
+  args.folds = prefill_sm90::folds<C>(params, args, blocks == tiles);
+  args.spoilt = prefill_sm90::spoilt_tiles(params, context);
   const auto kernel = prefill_sm90_f32_kernel<C>;
   constexpr int kSharedBytes = sizeof(SharedPlan<C>);
   static_assert(kSharedBytes <= prefill_sm90::kSharedLimit, "plan() asks the device for no more.");

@@ -46,15 +46,7 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
     rings.value.advance();
   };
   if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
-  const int q = rings.query.stage;
-  shared.query_empty[q].wait(rings.query.phase ^ 1);
-  shared.query_full[q].arrive_expect(C::kQueryBytes);
-#pragma unroll
-  for (int panel = 0; panel < C::kPanels; ++panel) {
-    tma_load(shared.query[q] + panel * C::kTileM * 128, &args.query, &shared.query_full[q].word, panel * 32,
-             tile.row_base + tile.first_row, tile.head, tile.batch);
-  }
-  rings.query.advance();
+  prefill_sm90::load_queries<C>(args, shared, tile, rings.query);
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kKeyStages), tile.block_begin);
   if (tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
 #pragma unroll 1

@@ -183,7 +183,7 @@ struct Consumer {
 #pragma unroll
     for (int group = 0; group < C::kTileN / 32; ++group) {
       prefill_sm90::hide_keys<KeyGroup<C>>(reinterpret_cast<float (&)[16]>(s[16 * group]), args.problem, tile,
-                                           tile.first_row + first_row_in_tile(), block * C::kTileN + 32 * group);
+                                           prefill_sm90::thread_row<C>(tile, warpgroup), block * C::kTileN + 32 * group);
     }
   }
 
@@ -226,7 +226,7 @@ struct Consumer {
 
   /// Normalises the tile's rows and writes them.
   __device__ __forceinline__ void end_tile(const Tile& tile, int slot) {
-    const int row = tile.first_row + first_row_in_tile();
+    const int row = prefill_sm90::thread_row<C>(tile, warpgroup);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (!natural) rows.reference[r] *= scale;

@@ -17,7 +17,7 @@ struct ProducerRings {
 };
 
 /// Waits until the buffer is free, then starts the copy of all panels of kBytes / kPanels bytes, from `row` on.
-template <int kPanels, uint32_t kBytes, bool kKeys, int kReaders>
+template <int kPanels, uint32_t kBytes, int kReaders>
 __device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* map, Mbarrier<1>& full, Mbarrier<kReaders>& empty,
                                           uint32_t phase, int row, int head, int batch) {
   empty.wait(phase ^ 1);
@@ -25,8 +25,7 @@ __device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* ma
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel) {
     uint8_t* to = buffer + panel * (kBytes / kPanels);
-    if constexpr (kKeys) tma_load_shared_by_blocks(to, map, &full.word, panel * 128, row, head, batch);
-    if constexpr (!kKeys) tma_load(to, map, &full.word, panel * 128, row, head, batch);
+    tma_load_shared_by_blocks(to, map, &full.word, panel * 128, row, head, batch);
   }
 }
 
@@ -37,23 +36,20 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
   const int key_head = args.heads_per_kv.quotient(tile.head);
   const auto load_key = [&](int block) {
     const int i = rings.key.stage;
-    load_rows<C::kPanels, C::kTileBytes, true>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i], rings.key.phase,
-                                               tile.key_base + block * C::kTileN, key_head, tile.batch);
+    load_rows<C::kPanels, C::kTileBytes>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i], rings.key.phase,
+                                         tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.key.advance();
   };
   if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
-  const int q = rings.query.stage;
-  load_rows<C::kPanels, C::kQueryBytes, false>(shared.query[q], &args.query, shared.query_full[q], shared.query_empty[q],
-                                               rings.query.phase, tile.row_base + tile.first_row, tile.head, tile.batch);
-  rings.query.advance();
+  prefill_sm90::load_queries<C>(args, shared, tile, rings.query);
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kKeyStages), tile.block_begin);
   if (tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
 #pragma unroll 1
   for (int block = tile.block_end - 1; block >= tile.block_begin; --block) {
     if (block == announced) shared.tile_wanted.arrive();
     const int i = rings.value.stage;
-    load_rows<C::kPanels, C::kTileBytes, true>(shared.raw[i], &args.value, shared.raw_full[i], shared.raw_empty[i],
-                                               rings.value.phase, tile.key_base + block * C::kTileN, key_head, tile.batch);
+    load_rows<C::kPanels, C::kTileBytes>(shared.raw[i], &args.value, shared.raw_full[i], shared.raw_empty[i], rings.value.phase,
+                                         tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.value.advance();
     if (block > tile.block_begin) load_key(block - 1);
   }
