@@ -73,6 +73,13 @@ __device__ __forceinline__ void fold_tile(const KernelArgs& args, int local_tile
   tile.next_pair = 2 * tiles * 64;
 }
 
+/// Behind the last row of a tile.
+template <class C>
+__device__ __forceinline__ int end_row(const Tile& tile) {
+  if constexpr (C::kFoldedWarpgroups == 1) return tile.first_row + C::kTileM;
+  return first_row_of<C::kFoldedWarpgroups>(tile, C::kFoldedWarpgroups - 1) + 64;
+}
+
 /// The tile of this index, on top of args.common. `longest_first`: the order of sequences, where args.sort_sequences. False: no
 /// such tile (packed sequences leave some indices unused).
 template <class C>
@@ -105,7 +112,7 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, c
   }
   tile.block_begin = tile.block_end = tile.keys_in_last = 0;
   if (tile.first_row < tile.query_length) {
-    const int last_row = min(first_row_of<C::kFoldedWarpgroups>(tile, C::kWarpgroups - 1) + 64, tile.query_length) - 1;
+    const int last_row = min(end_row<C>(tile), tile.query_length) - 1;
     const KeySpan some = tile.band.seen_by_some(max(tile.first_row, 0), last_row, {tile.key_begin, tile.key_end});
     if (some.begin < some.end) {
       const KeySpan touched = tiles_touched(some, C::kTileN);

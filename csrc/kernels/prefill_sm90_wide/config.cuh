@@ -45,6 +45,7 @@ struct Config {
   static constexpr int kTileM = kPairRows;           // query rows of two blocks
   static constexpr int kTileN = kPairs * kStepKeys;  // keys of a step, kKeys of them for each warpgroup's scores
   static constexpr bool kRowsBelowZero = false;
+  static constexpr int kFoldedWarpgroups = 1;  // tiles are of neighbouring rows
 
   static constexpr int kColumns = kMaxHeadDim / (2 * kPairs);  // of the output that are one warpgroup's
   // A slot of a warpgroup's ring: kKeys keys x 64 columns of K, or kSlotKeys keys x kColumns columns of V.
