@@ -94,13 +94,18 @@ int64_t bytes_of_sums(const Instance& instance, const RowTiles& tiles, const Att
   return p.query.shape[1] * tiles.of_head * tiles.tile_rows * instance.head_dim * int64_t{sizeof(float)};
 }
 
+/// Thread blocks that the device runs at once.
+int64_t num_places(const Instance& instance, const Device& device) {
+  const int fitting = std::max(1, std::min(instance.tile().min_blocks, device.shared_memory_bytes / instance.shared_bytes()));
+  return int64_t{fitting} * std::max(1, device.num_sms);
+}
+
 /// Among how many thread blocks the keys of a pair of sequence and key head are dealt out: so many that the multiprocessors are
 /// busy to the end, and few, since each has sums of its own of all dQ. Lengths of packed sequences are not known here: assumed is
 /// that the multiprocessors share all tiles evenly, and at the end wait for a block of a sequence twice as long as the mean.
 int64_t num_splits(const Instance& instance, const RowTiles& rows, const AttentionParams& p, const Device& device) {
   const TileShape tile = instance.tile();
-  const int64_t fitting = std::max(1, std::min(tile.min_blocks, device.shared_memory_bytes / instance.shared_bytes()));
-  const int64_t places = std::max(1, device.num_sms) * fitting, pairs = num_sequences(p) * p.key.shape[1];
+  const int64_t places = num_places(instance, device), pairs = num_sequences(p) * p.key.shape[1];
   const int64_t tiles = key_tiles(p, tile.tile_k()), bytes = std::max<int64_t>(1, bytes_of_sums(instance, rows, p));
   const int64_t most = std::min({tiles, kMostSplits, std::max<int64_t>(1, kMostBytesOfSums / bytes)});
   const bool is_packed = p.cu_seqlens_kv.present;
@@ -116,22 +121,63 @@ int64_t num_splits(const Instance& instance, const RowTiles& rows, const Attenti
   return best;
 }
 
+/// Steps of the mean split for one head of its group: tiles of rows that see some of its keys, over its tiles of keys.
+int64_t steps_of_split(const Instance& instance, const AttentionParams& p, int64_t splits) {
+  const TileShape tile = instance.tile();
+  const Sequence sequence = sequence_rule(p).at(0);
+  const int rows = static_cast<int>(p.query.shape[2]), keys = static_cast<int>(p.key.shape[2]);
+  int64_t steps = 0;
+  for (int key = 0; key < keys; key += tile.tile_k()) {
+    const KeySpan seen = tiles_that_see(sequence.mask.band(), rows, keys, key, key + tile.tile_k(), tile.tile_q);
+    steps += seen.end - seen.begin;
+  }
+  return steps / splits;
+}
+
+/// Who helps the splits, if anyone; without arrays. How long a sequence is must be known here, for a helper's part doesn't shrink
+/// with it.
+Helpers helpers_of(const Instance& instance, const AttentionParams& p, const Device& device, int64_t splits) {
+  // What a tile of keys takes beside its steps, in steps; and one of which the gradients are two parts.
+  constexpr int64_t kOfTile = 1, kOfParts = 2;
+  Helpers helpers{};
+  const int64_t pairs = num_sequences(p) * p.key.shape[1], blocks = pairs * splits;
+  const int64_t left = std::min(num_places(instance, device) - blocks, pairs);
+  const bool has_lengths = p.kv_lengths.present || p.query_lengths.present || p.query_offsets.present || p.cu_seqlens_q.present;
+  if (splits == 1 || left <= 0 || has_lengths) return helpers;
+  const int64_t tiles = key_tiles(p, instance.tile().tile_k()), group = p.query.shape[1] / p.key.shape[1];
+  const int64_t pairs_of_one = (pairs + left - 1) / left, helped = pairs_of_one * splits;
+  const int64_t steps = group * steps_of_split(instance, p, splits);
+  const int64_t row_tiles = (steps + kOfTile * tiles / splits - kOfParts * helped) / (helped + 1) / group;
+  if (row_tiles <= 0) return helpers;
+  helpers.row_tiles = static_cast<int>(row_tiles);
+  helpers.first_block = static_cast<int>(blocks);
+  helpers.pairs_of_one = static_cast<int>(pairs_of_one);
+  return helpers;
+}
+
 /// The arrays of a workspace; all of them null where `memory` is.
 struct Arrays {
   RowNumbers numbers;
   int64_t splits;
+  Helpers helpers;
   float* d_query;
   size_t bytes;
+
+  int64_t num_arrivals() const { return helpers.row_tiles > 0 ? helpers.first_block : 0; }
 };
 
 Arrays arrays_of(const Instance& instance, const AttentionParams& p, const Device& device, void* memory) {
   Workspace workspace(memory);
   const TileShape tile = instance.tile();
-  Arrays arrays{row_numbers(p, tile.tile_q, instance.variant == Variant::kModified, &workspace), 1, nullptr, 0};
+  Arrays arrays{row_numbers(p, tile.tile_q, instance.variant == Variant::kModified, &workspace), 1, {}, nullptr, 0};
   arrays.splits = num_splits(instance, arrays.numbers.tiles, p, device);
   const bool is_summed = p.key.shape[2] > tile.tile_k();
-  const int64_t bytes = is_summed ? arrays.splits * bytes_of_sums(instance, arrays.numbers.tiles, p) : 0;
+  arrays.helpers = helpers_of(instance, p, device, arrays.splits);
+  const int64_t num_sums = !is_summed ? 0 : arrays.helpers.row_tiles > 0 ? arrays.splits + 1 : arrays.splits;
+  const int64_t bytes = num_sums * bytes_of_sums(instance, arrays.numbers.tiles, p);
   arrays.d_query = workspace.take<float>(bytes / static_cast<int64_t>(sizeof(float)));
+  arrays.helpers.parts = workspace.take<float>(arrays.num_arrivals() * 4 * tile.tile_k() * instance.head_dim);
+  arrays.helpers.arrivals = workspace.take<unsigned>(arrays.num_arrivals());
   arrays.bytes = workspace.bytes();
   return arrays;
 }
@@ -143,6 +189,7 @@ Grid grid_of(const Instance& instance, const AttentionParams& p, const Gradients
   grid.group_size = Divisor(p.query.shape[1] / p.key.shape[1]);
   grid.num_splits = Divisor(arrays.splits);
   grid.numbers = arrays.numbers;
+  grid.helpers = arrays.helpers;
   grid.d_query = arrays.d_query;
   grid.size_of_sums = bytes_of_sums(instance, arrays.numbers.tiles, p) / static_cast<int64_t>(sizeof(float));
   grid.query_by_16 = is_by(p.query, 16);
@@ -220,7 +267,9 @@ Status launch(const BackwardPlan& plan, const StepParams& params, const Gradient
   const Instance& instance = kInstances[plan.instance];
   const Arrays arrays = arrays_of(instance, params, plan.device, context.workspace);
   const auto stream = static_cast<cudaStream_t>(context.stream);
-  if (Status status = prepare_rows(params, gradients, arrays.numbers, nullptr, 0, context); !status.ok()) return status;
+  const Status prepared =
+      prepare_rows(params, gradients, arrays.numbers, arrays.helpers.arrivals, arrays.num_arrivals(), context);
+  if (!prepared.ok()) return prepared;
   const int64_t pairs = num_sequences(params) * params.key.shape[1];
   const bool has_keys = pairs > 0 && params.key.shape[2] > 0;
   const Grid grid = has_keys ? grid_of(instance, params, gradients, arrays) : Grid{};
@@ -228,7 +277,9 @@ Status launch(const BackwardPlan& plan, const StepParams& params, const Gradient
     Status status = sum_rows(instance, params, gradients, grid, stream);
     if (!status.ok()) return status;
   }
-  const int64_t blocks = has_keys ? pairs * arrays.splits : 0, row_tiles = params.query.shape[1] * arrays.numbers.tiles.of_head;
+  const int64_t helpers = arrays.helpers.row_tiles > 0 ? (pairs - 1) / arrays.helpers.pairs_of_one + 1 : 0;
+  const int64_t blocks = has_keys ? pairs * arrays.splits + helpers : 0,
+                row_tiles = params.query.shape[1] * arrays.numbers.tiles.of_head;
   if (Status status = too_many(std::max(blocks, row_tiles)); !status.ok()) return status;
   if (blocks > 0) {
     const cudaError_t error =

@@ -11,7 +11,7 @@
 
 namespace fa::backward_sm80 {
 
-/// num_blocks: pairs of sequence and key head, times splits; num_row_tiles: RowTiles of all heads.
+/// num_blocks: pairs of sequence and key head, times splits, and helpers; num_row_tiles: RowTiles of all heads.
 template <class T, int kHeadDim, Variant kVariant>
 cudaError_t launch_tiles(const AttentionParams& params, const Gradients& gradients, const Grid& grid, unsigned num_blocks,
                          unsigned num_row_tiles, cudaStream_t stream);

@@ -77,15 +77,34 @@ struct RowSource {
 struct Walk {
   KeyTile keys;
   int first_head, num_steps;
-  float* d_query;  // the sums of the block's split
+  float* d_query;      // the sums of the block's split, or of the pair's helper
+  float* part;         // null: the block has all rows; else where its part of dK and dV goes …
+  const float* other;  // … where the other block's is …
+  unsigned* arrivals;  // … and how many of both are there
 };
 
-/// With the i-th of the block's tiles of keys.
-__device__ __forceinline__ Walk walk_of(const Grid& grid, const TileWork& work, const KeySplit& split, int i, int tile_q,
-                                        int tile_k) {
-  const KeyTile keys = key_tile_of(work, split, i, tile_q, tile_k);
+/// With the i-th of a split's tiles of keys, or where the block `helps` its part of the first.
+template <class Config>
+__device__ __forceinline__ Walk walk_of(const Grid& grid, const TileWork& work, unsigned pair, const KeySplit& split, int i,
+                                        bool helps) {
+  const KeyTile keys = key_tile_of(work, split, i, grid.helpers, helps, Config::kTileQ, Config::kTileK);
   const int group = grid.group_size.divisor;
-  return {keys, work.kv_head * group, group * (keys.rows.end - keys.rows.begin), grid.d_query + split.split * grid.size_of_sums};
+  Walk walk{keys,
+            work.kv_head * group,
+            group * (keys.rows.end - keys.rows.begin),
+            grid.d_query + (helps ? split.num_splits : split.split) * grid.size_of_sums,
+            nullptr,
+            nullptr,
+            nullptr};
+  if (i == 0 && grid.helpers.row_tiles > 0) {
+    constexpr int kPart = 2 * Config::kTileK * Config::kHeadDim;
+    const int64_t helped = int64_t{pair} * split.num_splits + split.split;
+    float* const parts = grid.helpers.parts + 2 * kPart * helped;
+    walk.part = parts + (helps ? kPart : 0);
+    walk.other = parts + (helps ? 0 : kPart);
+    walk.arrivals = grid.helpers.arrivals + helped;
+  }
+  return walk;
 }
 
 /// What stays the same for a block.
@@ -249,8 +268,8 @@ template <class Config>
 __device__ __forceinline__ void end_queries(const Block<Config>& block, const Walk& walk, const Step& step) {
   using Products = typename Config::Products;
   using Sums = SumsInMemory<Config>;
-  const bool is_first = step.row_tile >= walk.keys.visited_end;
-  const bool is_last = block.grid.num_splits.divisor == 1 && step.row_tile < walk.keys.visited_again;
+  const bool is_first = step.row_tile < walk.keys.visited_begin;
+  const bool is_last = block.grid.num_splits.divisor == 1 && step.row_tile >= walk.keys.visited_again;
   float* const place = Sums::place(walk.d_query, block.tile_of(step));
   typename Products::QuerySums sums = {};
   if (is_last && !is_first) Sums::load(sums, place);
@@ -306,6 +325,30 @@ __device__ __forceinline__ void add_to_keys_with_other(typename Config::Products
   Products::accumulate_others(d_key, block.lanes.others_scores + place_of_d_scores, others, 0);
 }
 
+/// Stores the block's part of the gradients of keys that it shares with another. True: the other's was there before, and has been
+/// added.
+template <class Config>
+__device__ __forceinline__ bool join_parts(typename Config::Products::Sums& d_key, typename Config::Products::Sums& d_value,
+                                           const Walk& walk) {
+  constexpr int kChunks = sizeof(d_key) / sizeof(float4), kThreads = Config::kThreads;
+  float4* const sums[] = {reinterpret_cast<float4*>(d_key), reinterpret_cast<float4*>(d_value)};
+  float4* const part = reinterpret_cast<float4*>(walk.part) + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < 2 * kChunks; ++i) __stcg(part + i * kThreads, sums[i / kChunks][i % kChunks]);
+  __threadfence();
+  __syncthreads();
+  if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(walk.arrivals, 1u) == 1)) return false;
+  __threadfence();
+  const float4* const other = reinterpret_cast<const float4*>(walk.other) + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < 2 * kChunks; ++i) {
+    float4& sum = sums[i / kChunks][i % kChunks];
+    const float4 added = __ldcg(other + i * kThreads);
+    sum = make_float4(sum.x + added.x, sum.y + added.y, sum.z + added.z, sum.w + added.w);
+  }
+  return true;
+}
+
 /// The gradients of a tile of keys, and its part of those of the queries.
 template <class Config>
 __device__ __forceinline__ void work_off(const Block<Config>& block, const Walk& walk) {
@@ -353,10 +396,12 @@ __device__ __forceinline__ void work_off(const Block<Config>& block, const Walk&
   __syncthreads();
   if (walk.num_steps > 0) end_queries(block, walk, step);
   __syncthreads();  // keys and values have been left
-  write_keys<Config>(d_key, block.p.softmax_scale, block.shared, block.g.d_key, block.work, walk.keys.first_key,
-                     block.grid.d_key_by_16);
-  write_keys<Config>(d_value, 1.0f, block.shared + Config::kValue, block.g.d_value, block.work, walk.keys.first_key,
-                     block.grid.d_value_by_16);
+  if (walk.part == nullptr || join_parts<Config>(d_key, d_value, walk)) {
+    write_keys<Config>(d_key, block.p.softmax_scale, block.shared, block.g.d_key, block.work, walk.keys.first_key,
+                       block.grid.d_key_by_16);
+    write_keys<Config>(d_value, 1.0f, block.shared + Config::kValue, block.g.d_value, block.work, walk.keys.first_key,
+                       block.grid.d_value_by_16);
+  }
   __syncthreads();
 }
 
@@ -367,23 +412,30 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kTile.min_blocks)
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ TileWork work;
   __shared__ Walk walk;
-  const unsigned pair = grid.num_splits.quotient(blockIdx.x), sequence_idx = grid.heads.quotient(pair);
   const int num_splits = grid.num_splits.divisor;
-  const KeySplit keys{static_cast<int>(blockIdx.x - pair * num_splits), num_splits};
-  if (threadIdx.x == 0)
-    work = work_of(grid, static_cast<int>(sequence_idx), static_cast<int>(pair - sequence_idx * grid.heads.divisor));
-  __syncthreads();
+  const bool helps = grid.helpers.row_tiles > 0 && blockIdx.x >= grid.helpers.first_block;
+  const unsigned own =
+      helps ? (blockIdx.x - grid.helpers.first_block) * grid.helpers.pairs_of_one : grid.num_splits.quotient(blockIdx.x);
+  const unsigned end = helps ? min(own + grid.helpers.pairs_of_one, grid.helpers.first_block / num_splits) : own + 1;
   const Block<Config> block(p, g, grid, work, shared);
-  const int num_tiles = (static_cast<int>(work.sequence.num_keys) + Config::kTileK - 1) / Config::kTileK;
-  for (int i = 0; i * num_splits < num_tiles; ++i) {
-    if (keys.tile(i) >= num_tiles) continue;
-    if (threadIdx.x == 0) walk = walk_of(grid, work, keys, i, Config::kTileQ, Config::kTileK);
+  for (unsigned pair = own; pair < end; ++pair) {
+    const unsigned sequence_idx = grid.heads.quotient(pair);
+    if (threadIdx.x == 0)
+      work = work_of(grid, static_cast<int>(sequence_idx), static_cast<int>(pair - sequence_idx * grid.heads.divisor));
     __syncthreads();
-    work_off(block, walk);
+    const int num_tiles = (static_cast<int>(work.sequence.num_keys) + Config::kTileK - 1) / Config::kTileK;
+    for (int i = helps ? num_splits - 1 : (num_tiles - 1) / num_splits; i >= 0; --i) {
+      const KeySplit keys{helps ? i : static_cast<int>(blockIdx.x - pair * num_splits), num_splits};
+      const int of_split = helps ? 0 : i;
+      if (keys.tile(of_split) >= num_tiles) continue;
+      if (threadIdx.x == 0) walk = walk_of<Config>(grid, work, pair, keys, of_split, helps);
+      __syncthreads();
+      work_off(block, walk);
+    }
   }
 }
 
-/// dQ of a tile of rows as the sum over the splits, the first first. Block x has tile x of RowTiles.
+/// dQ of a tile of rows as the sum over the splits, the first first, the helper last. Block x has tile x of RowTiles.
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads)
     add_splits_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Gradients g,
@@ -401,8 +453,8 @@ __global__ void __launch_bounds__(Config::kThreads)
   if (seen.begin >= seen.end) return;
   const int num_splits = grid.num_splits.divisor;
   typename Config::Products::QuerySums total = {}, sums;
-  for (int split = 0; split < num_splits; ++split) {
-    if (!KeySplit{split, num_splits}.has_any(seen.begin, seen.end)) continue;
+  for (int split = 0; split < num_splits + (grid.helpers.row_tiles > 0 ? 1 : 0); ++split) {
+    if (!has_sums(work, grid, split, step.row_tile, seen, Config::kTileQ, Config::kTileK)) continue;
     Sums::load(sums, Sums::place(grid.d_query + split * grid.size_of_sums, block.tile_of(step)));
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(sums) / 4); ++i)
