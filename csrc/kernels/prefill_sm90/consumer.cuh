@@ -401,7 +401,7 @@ struct Consumer {
         // Of rows that see no key there is nothing to read: it could lie in front of the first key.
         if (next.block_begin < next.block_end) fetch_bias(tile, next.block_end - 1);
       }
-      shared.query_full[q.stage].wait(q.phase);
+      wait_for_queries(shared, q, warpgroup);
       if constexpr (C::kAddsQueryBias)
         add_query_bias<C>(shared.query[q.stage] + warpgroup * 64 * 128, args.problem, tile.head, kWarpgroupBarrier + warpgroup);
       start_tile(tile, slot.stage);

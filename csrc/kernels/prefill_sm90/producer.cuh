@@ -48,21 +48,27 @@ struct ProducerRings {
   RingPosition<C::kBiasStages + 1 - (C::kBiasStages > 0)> bias;
 };
 
-/// The queries of a tile; those of a folded one stand apart.
-template <class C, class Plan, class Ring>
-__device__ __forceinline__ void load_queries(const KernelArgs& args, Plan& shared, const Tile& tile, Ring& ring) {
+/// What the first product of a tile needs: by load_keys() the last keys, and queries. In a folded tile the queries of the
+/// warpgroup with the latest rows come first, for it sees most keys and begins.
+template <class C, class Plan, class Ring, class LoadKeys>
+__device__ __forceinline__ void load_first(const KernelArgs& args, Plan& shared, const Tile& tile, Ring& ring,
+                                           LoadKeys load_keys) {
+  constexpr int kRows = query_box_rows<C>(), kBoxes = C::kTileM / kRows;
   uint8_t* const buffer = shared.query[ring.stage];
-  Mbarrier<1>& full = shared.query_full[ring.stage];
-  constexpr int kRows = query_box_rows<C>();
+  const bool has_keys = tile.block_begin < tile.block_end, folded = kBoxes > 1 && args.folds;
+  if (has_keys && !folded) load_keys();
   shared.query_empty[ring.stage].wait(ring.phase ^ 1);
-  full.arrive_expect(C::kQueryBytes);
 #pragma unroll
-  for (int panel = 0; panel < C::kPanels; ++panel) {
+  for (int i = 0; i < kBoxes; ++i) {
+    const int box = folded ? kBoxes - 1 - i : i;
+    Mbarrier<1>& full = shared.query_full[ring.stage][box];
+    full.arrive_expect(C::kQueryBytes / kBoxes);
 #pragma unroll
-    for (int box = 0; box < C::kTileM / kRows; ++box) {
+    for (int panel = 0; panel < C::kPanels; ++panel) {
       tma_load(buffer + (panel * C::kTileM + box * kRows) * 128, &args.query, &full.word, panel * kPanelColumns<typename C::T>,
                tile.row_base + first_row_of<C::kFoldedWarpgroups>(tile, box), tile.head, tile.batch);
     }
+    if (i == 0 && has_keys && folded) load_keys();
   }
   ring.advance();
 }
@@ -81,9 +87,8 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
       if (args.bias_by_tile) load_bias(args, shared, tile, block, rings.bias);
     }
   };
-  // 1. The last keys and the queries: what the first product needs.
-  if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
-  load_queries<C>(args, shared, tile, rings.query);
+  // 1. The last keys and the queries.
+  load_first<C>(args, shared, tile, rings.query, [&] { load_key(tile.block_end - 1); });
   // 2. Keys one tile ahead of values, as the consumers multiply. At block `announced` the scheduling warp may draw the next tile.
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kStages), tile.block_begin);
   if (!C::kSmall && tile.block_begin == tile.block_end) shared.tile_wanted.arrive();

@@ -10,7 +10,7 @@
 //   tile_full         schedule, one lane for each warpgroup        all others     the tile and what its rows see can be read
 //   tile_empty        load, clear, store, consume                  schedule       nobody reads the tile any more
 //   tile_wanted       load                                         schedule       the copies of the tile are nearly all started
-//   query_full        the copy engine                              consume        a tile of Q is there
+//   query_full        the copy engine                              consume        a tile of Q is there, or one warpgroup's part
 //   query_empty       store; consume where output has own buffers  load           its buffer may be filled again
 //   key_full          the copy engine                              consume        a tile of K is there
 //   key_empty         consume                                      load           its buffer may be filled again
@@ -61,7 +61,7 @@ struct SharedPlan {
   alignas(1024) uint8_t bias[C::kBiasStages > 0 ? C::kBiasStages * C::kBiasBytes : 16];
 
   // The barriers of the table above, with the number of arrivals that end a phase.
-  Mbarrier<1> query_full[C::kQueryStages];
+  Mbarrier<1> query_full[C::kQueryStages][C::kFoldedWarpgroups];
   Mbarrier<C::kOwnOutput ? C::kConsumerWarps : 1> query_empty[C::kQueryStages];
   Mbarrier<1> key_full[C::kStages];
   Mbarrier<C::kConsumerWarps> key_empty[C::kStages];
@@ -82,11 +82,27 @@ struct SharedPlan {
   SpoiltTiles<kTileSlots> spoilt;
 };
 
+template <class Plan>
+__device__ __forceinline__ void init_queries(Plan& shared) {
+  for (auto& boxes : shared.query_full) {
+    for (auto& full : boxes) full.init();
+  }
+  for (auto& empty : shared.query_empty) empty.init();
+}
+
+/// Until a consumer warpgroup's queries are there: its own, or where they come all at once those of the tile.
+template <class Plan, class Position>
+__device__ __forceinline__ void wait_for_queries(Plan& shared, const Position& position, int warpgroup) {
+  auto& boxes = shared.query_full[position.stage];
+  constexpr int kBoxes = sizeof(boxes) / sizeof(boxes[0]);
+  boxes[kBoxes == 1 ? 0 : warpgroup].wait(position.phase);
+}
+
 /// Initialises the barriers. For one lane of each of the first four warps, which share the work: each barrier takes 20 clocks.
 template <class C>
 __device__ __forceinline__ void init_barriers(SharedPlan<C>& shared, int warp) {
   if (warp == 0) {
-    init_ring(shared.query_full, shared.query_empty);
+    init_queries(shared);
     if constexpr (C::kStoreWarp) {
       for (auto& stage : shared.out_full) {
         for (auto& barrier : stage) barrier.init();

@@ -131,7 +131,7 @@ struct Consumer {
       shared.tile_full[slot.stage].wait(slot.phase);
       const Tile& tile = shared.tile[slot.stage];
       if (!tile.valid) break;
-      shared.query_full[q.stage].wait(q.phase);
+      prefill_sm90::wait_for_queries(shared, q, warpgroup);
       prefill_sm90::add_query_bias<C>(queries(), args.problem, tile.head, kWarpgroupBarrier + warpgroup);
       if constexpr (!C::kSplit) {
         Products<C>::round_queries(queries());

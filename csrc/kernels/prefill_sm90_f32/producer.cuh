@@ -45,8 +45,7 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
     }
     rings.value.advance();
   };
-  if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
-  prefill_sm90::load_queries<C>(args, shared, tile, rings.query);
+  prefill_sm90::load_first<C>(args, shared, tile, rings.query, [&] { load_key(tile.block_end - 1); });
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kKeyStages), tile.block_begin);
   if (tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
 #pragma unroll 1

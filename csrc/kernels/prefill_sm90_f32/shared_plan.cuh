@@ -8,7 +8,7 @@
 //   key_full     convert, a lane of each warp        consume     it is there as an operand
 //   key_empty    consume                             load        its buffer may be filled again
 //   value_raw, value_full, value_empty               likewise, of V
-//   query_full   the copy engine                     consume     a tile of Q is there
+//   query_full   the copy engine                     consume     a tile of Q is there, or one warpgroup's part
 //   query_empty  consume, one lane a warpgroup       load        its output has left the buffer, which may be filled again
 //   tile_empty   load, convert, consume              schedule    nobody reads the tile any more
 #pragma once
@@ -37,7 +37,7 @@ struct SharedPlan {
   alignas(1024) uint8_t key[C::kKeyStages][C::kParts * C::kTileBytes];
   alignas(1024) uint8_t value[C::kValueStages][C::kParts * C::kTileBytes];
 
-  Mbarrier<1> query_full[C::kQueryStages];
+  Mbarrier<1> query_full[C::kQueryStages][C::kFoldedWarpgroups];
   Mbarrier<C::kWarpgroups> query_empty[C::kQueryStages];
   Mbarrier<1> key_raw[C::kKeyStages];
   Mbarrier<C::kConverters> key_full[C::kKeyStages];
@@ -59,7 +59,7 @@ struct SharedPlan {
 template <class C>
 __device__ __forceinline__ void init_barriers(SharedPlan<C>& shared, int warp) {
   if (warp == 0) {
-    init_ring(shared.query_full, shared.query_empty);
+    prefill_sm90::init_queries(shared);
   } else if (warp == 1) {
     init_ring(shared.key_full, shared.key_empty);
     for (auto& barrier : shared.key_raw) barrier.init();

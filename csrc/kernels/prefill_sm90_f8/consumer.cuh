@@ -257,7 +257,7 @@ struct Consumer {
       if (!tile.valid) break;
       scale = descaled_softmax_scale(args.problem, tile.sequence, tile.head, args.heads_per_kv.quotient(tile.head));
       natural = !C::kPlain || !(scale > 0.0f);
-      shared.query_full[q.stage].wait(q.phase);
+      prefill_sm90::wait_for_queries(shared, q, warpgroup);
       view = shared.view[slot.stage][warpgroup];
       rows = RowPair{};
 #pragma unroll

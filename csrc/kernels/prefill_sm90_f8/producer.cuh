@@ -40,8 +40,7 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
                                          tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.key.advance();
   };
-  if (tile.block_begin < tile.block_end) load_key(tile.block_end - 1);
-  prefill_sm90::load_queries<C>(args, shared, tile, rings.query);
+  prefill_sm90::load_first<C>(args, shared, tile, rings.query, [&] { load_key(tile.block_end - 1); });
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kKeyStages), tile.block_begin);
   if (tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
 #pragma unroll 1

@@ -35,7 +35,7 @@ struct SharedPlan {
   alignas(1024) uint8_t raw[C::kRawStages][C::kTileBytes];
   alignas(1024) uint8_t value[C::kValueStages][C::kValueBytes];
 
-  Mbarrier<1> query_full[C::kQueryStages];
+  Mbarrier<1> query_full[C::kQueryStages][C::kFoldedWarpgroups];
   Mbarrier<C::kConsumerWarps> query_empty[C::kQueryStages];
   Mbarrier<1> key_full[C::kKeyStages];
   Mbarrier<C::kConsumerWarps> key_empty[C::kKeyStages];
@@ -57,7 +57,7 @@ struct SharedPlan {
 template <class C>
 __device__ __forceinline__ void init_barriers(SharedPlan<C>& shared, int warp) {
   if (warp == 0) {
-    init_ring(shared.query_full, shared.query_empty);
+    prefill_sm90::init_queries(shared);
     init_ring(shared.raw_full, shared.raw_empty);
   } else if (warp == 1) {
     init_ring(shared.key_full, shared.key_empty);
