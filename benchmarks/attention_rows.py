@@ -200,6 +200,19 @@ def _short() -> list[Row]:
     return [*(Row(*shape) for shape in shapes), swin]
 
 
+def _prompt() -> list[Row]:
+    """One causal prompt of a decoder, whose tiles are fewer than the GPU's multiprocessors."""
+    shapes = (
+        (32, 8, 256, 128),
+        (32, 8, 512, 128),
+        (28, 4, 512, 128),
+        (16, 2, 1024, 128),
+        (32, 8, 512, 64),
+        (8, 4, 1024, 256),
+    )
+    return [Row(1, heads, s, d, is_causal=True, num_kv_heads=kv_heads) for heads, kv_heads, s, d in shapes]
+
+
 def _wide() -> list[Row]:
     """One head of 512, as the autoencoders of diffusion models have it."""
     shapes = ((1, 1, 1024), (1, 1, 4096), (1, 1, 9216), (1, 1, 16384), (4, 1, 4096), (4, 8, 1024))
@@ -265,6 +278,7 @@ SUITES: dict[str, list[Row]] = {
     "decode": _decode(),
     "ort": _in_ort(),  # inside onnxruntime
     "short": _short(),
+    "prompt": _prompt(),
     "wide": _wide(),
     "fp8": _float8(),
     "float32": _float32(in_ort=False),

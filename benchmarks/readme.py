@@ -29,7 +29,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 OURS = ("ours", "prefill_sm80", "prefill_sm90", "decode_splitkv", "decode_sm90")
 GROUPS = {
     "no mask": lambda row: not any(word in row for word in ("s1x", "d512", "causal", "bias", "lengths", "mask")),
-    "causal": lambda row: row.endswith("causal"),
+    "causal": lambda row: row.endswith("causal") and "/" not in row,
+    "one causal prompt of 256 to 1,024 tokens": lambda row: row.endswith("causal") and "/" in row,
     "causal window of 1024": lambda row: "window" in row,
     "additive bias": lambda row: "bias" in row,
     "padding as lengths": lambda row: row.endswith("lengths"),
