@@ -6,11 +6,9 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
-#include <utility>
 
 #include "cpu/attention_cpu.h"
 #include "rules.h"
-#include "semantics/cache.h"
 #ifdef FA_WITH_CUDA
 #include "kernels/cache_step/cache_step.h"
 #include "kernels/empty_rows/empty_rows.h"
@@ -143,23 +141,6 @@ std::string refusals(const StepParams& params, const Device& device, const char*
   return text;
 }
 
-/// In place or not: keys and values alike. Pages are always in place.
-Status check_places(const StepParams& p) {
-  const CacheParams& c = p.cache;
-  if (c.mode == CacheMode::kAppend || !c.new_key.present || is_staged(c)) return {};
-  const bool key = c.past_key.data == p.key.data, value = c.past_value.data == p.value.data;
-  if (key != value && !p.key.empty() && !p.value.empty()) {
-    return {StatusCode::kInvalidArgument, std::string("present_") + (key ? "key" : "value") +
-                                              " is the memory of its past and present_" + (key ? "value" : "key") +
-                                              " is not; expected both in place or none"};
-  }
-  if (c.mode == CacheMode::kPaged && !key && !p.key.empty()) {
-    return {StatusCode::kInvalidArgument,
-            "present_key is other memory than past_key; a paged cache is changed in place: bind both to one buffer"};
-  }
-  return {};
-}
-
 Status launch_on_cpu(const Plan& plan, const StepParams& params, const ExecutionContext& context) {
   if (params.cache.new_key.present)
     if (Status status = cpu::store(params, context); !status.ok()) return status;
@@ -211,7 +192,6 @@ Status launch(const Plan& plan, const StepParams& params, const ExecutionContext
                                               std::to_string(context.workspace_bytes)};
   }
   FA_CHECK(check_memory(params));
-  FA_CHECK(check_places(params));
 #ifdef FA_WITH_CUDA
   if (plan.device.type == DeviceType::kCuda) return launch_on_cuda(plan, params, context);
 #endif

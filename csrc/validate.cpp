@@ -334,47 +334,6 @@ std::string shape_text(const int64_t* shape, int rank) {
   return text + "]";
 }
 
-Status check_memory(const StepParams& p) {
-  return check_memory({
-      {"query", p.query},
-      {"key", p.key},
-      {"value", p.value},
-      {"out", p.out},
-      {"lse", p.lse},
-      {"mask", p.mask},
-      {"bias", p.bias},
-      {"kv_lengths", p.kv_lengths},
-      {"query_lengths", p.query_lengths},
-      {"query_offsets", p.query_offsets},
-      {"cu_seqlens_q", p.cu_seqlens_q},
-      {"cu_seqlens_kv", p.cu_seqlens_kv},
-      {"alibi_slopes", p.alibi_slopes},
-      {"sinks", p.sinks},
-      {"query_bias", p.query_bias},
-      {"empty_row_value", p.empty_row_value},
-      {"query_descale", p.query_descale},
-      {"key_descale", p.key_descale},
-      {"value_descale", p.value_descale},
-      {"output_scale", p.output_scale},
-      {"cos_cache", p.rotary.cos},
-      {"sin_cache", p.rotary.sin},
-      {"position_ids", p.rotary.position_ids},
-      {"q_norm_weight", p.norm.query_weight},
-      {"k_norm_weight", p.norm.key_weight},
-      {"new_key", p.cache.new_key},
-      {"new_value", p.cache.new_value},
-      {"past_key", p.cache.past_key},
-      {"past_value", p.cache.past_value},
-      {"present_key", p.cache.present_key},
-      {"present_value", p.cache.present_value},
-      {"write_indices", p.cache.write_indices},
-      {"block_table", p.cache.block_table},
-      {"slot_mapping", p.cache.slot_mapping},
-      {"k_scale", p.cache.key_scale},
-      {"v_scale", p.cache.value_scale},
-  });
-}
-
 Status validate(const StepParams& params) {
   FA_CHECK(check_operands(params));
   FA_CHECK(check_query_bias(params));

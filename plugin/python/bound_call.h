@@ -37,7 +37,6 @@ class BoundCall {
   void check_pages() const;
   Tensor take_gradient(FaGradient which, int slot, const FaArray& given) const;
   int slot_of_bias() const;
-  bool is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const;
 
   const Node& node_;
   std::vector<Array> arrays_;  // the inputs

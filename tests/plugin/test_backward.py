@@ -78,6 +78,21 @@ def test_gradients_are_written_to_views_of_one_array():
     assert all(np.array_equal(out[name], apart[name]) for name in out)
 
 
+def test_views_of_one_array_that_overlap_are_no_memory_for_gradients():
+    """Shifted against each other, by a row or a head, and each row shifted against the next."""
+    query, key, value, d_output = (np.ones((2, 4, 5, 8), np.float32) for _ in range(4))
+    output, lse = faplugin.attention(query, key, value, return_lse=True)
+    rows, heads = np.empty((2, 4, 6, 8), np.float32), np.empty((2, 5, 5, 8), np.float32)
+    for views in ([rows[:, :, :5], rows[:, :, 1:]], [heads[:, :4], heads[:, 1:]]):
+        with pytest.raises(ValueError, match="d_value shares memory with d_key; give it memory of its own"):
+            faplugin.attention_backward(
+                d_output, output, lse, query, key, value, out=dict(zip(("key", "value"), views, strict=True))
+            )
+    folded = np.lib.stride_tricks.as_strided(heads, (2, 4, 5, 8), (*heads.strides[:2], 16, 4))
+    with pytest.raises(ValueError, match="d_key has strides .* so that its elements share memory, but it is written"):
+        faplugin.attention_backward(d_output, output, lse, query, key, value, out={"key": folded})
+
+
 SHAPE = (1, 2, 5, 4)
 ONES = np.ones(SHAPE, np.float32)
 REFUSED = [
