@@ -57,6 +57,10 @@ class OwnMemory {
 
 bool is_empty(const Tensor& t) { return std::find(t.shape, t.shape + t.rank, 0) != t.shape + t.rank; }
 
+[[noreturn]] void refuse_specification(const char* name) {
+  throw Error(kFaValueError, std::string(name) + " is a specification without memory; it can be explained, but not computed");
+}
+
 constexpr const char* kGradientNames[kFaNumGradients] = {"output", "lse",     "d_output", "d_lse",  "d_query",
                                                          "d_key",  "d_value", "d_bias",   "d_sinks"};
 
@@ -93,9 +97,8 @@ std::vector<FaOutput> BoundCall::outputs() const {
 size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const char* kernel) {
   if (num_outputs != node_.outputs.size())
     throw Error(kFaValueError, "expected " + std::to_string(node_.outputs.size()) + " outputs");
-  if (arrays_[0].is_spec) throw Error(kFaValueError, "query is a specification without memory; it can't be computed");
+  check_inputs();
   for (size_t i = 0; i < num_outputs; ++i) take_output(i, outputs[i]);
-  check_pages();
   CudaDeviceGuard guard;
   check(plugin::plan(problem_, device_of_query(&guard), &plan_, kernel));
   return plan_.workspace_bytes;
@@ -108,6 +111,7 @@ size_t BoundCall::prepare_backward(const FaArray* arrays, const char* kernel) {
     const FaArray& array = arrays[which];
     return array.object != nullptr || array.dlpack != nullptr || array.numpy != nullptr || array.dtype != nullptr;
   };
+  check_inputs();
   for (const Output output : {Output::kOutput, Output::kLse}) {
     const FaGradient which = output == Output::kLse ? kFaLse : kFaOutput;
     if (node_.slot(output) < 0 || !is_given(which))
@@ -204,7 +208,8 @@ Array BoundCall::take_row_major(const char* name, const Tensor& want, const FaAr
   const Array array = array_from(name, given);
   const Tensor& got = array.tensor;
   check_device(name, array);
-  bool same = !array.is_spec && got.rank == want.rank && got.dtype == want.dtype;
+  if (array.is_spec) refuse_specification(name);
+  bool same = got.rank == want.rank && got.dtype == want.dtype;
   for (int axis = 0; same && axis < want.rank; ++axis)
     same =
         got.shape[axis] == want.shape[axis] && (want.shape[axis] <= 1 || is_empty(want) || got.stride[axis] == want.stride[axis]);
@@ -225,13 +230,14 @@ void BoundCall::take_output(size_t slot, const FaArray& given) {
   set_output(&problem_, output, array.tensor.data);
 }
 
-/// New rows are written to the pages, inputs though they are: these must be memory that may change.
-void BoundCall::check_pages() const {
-  if (node_.words.cache != CacheMode::kPaged || problem_.params.cache.new_key.empty()) return;
-  for (const Input input : {Input::kPastKey, Input::kPastValue}) {
-    const Array& pages = arrays_[node_.slot(input)];
-    if (pages.is_spec) throw Error(kFaValueError, std::string(name_of(input)) + " is a specification without memory");
-    if (pages.read_only)
+/// What is read has memory, and pages, to which new rows are written, have such as may change.
+void BoundCall::check_inputs() const {
+  const bool writes_pages = node_.words.cache == CacheMode::kPaged && !problem_.params.cache.new_key.empty();
+  for (size_t i = 0; i < arrays_.size(); ++i) {
+    const Input input = node_.inputs[i];
+    const bool is_read = input != Input::kKvExtent && input != Input::kUnused;
+    if (arrays_[i].is_spec && is_read) refuse_specification(name_of(input));
+    if (writes_pages && arrays_[i].read_only && (input == Input::kPastKey || input == Input::kPastValue))
       throw Error(kFaValueError, std::string(name_of(input)) + " is read-only, but a paged cache is changed in place");
   }
 }
@@ -244,7 +250,7 @@ Tensor BoundCall::take_gradient(FaGradient which, int slot, const FaArray& given
   const Array array = array_from(name, given);
   const Tensor &got = array.tensor, &want = arrays_[slot].tensor;
   check_device(name, array);
-  if (array.is_spec) refuse("is a specification without memory");
+  if (array.is_spec) refuse_specification(name);
   if (array.read_only) refuse("is read-only");
   if (got.rank != want.rank || !std::equal(got.shape, got.shape + got.rank, want.shape))
     refuse("has shape " + shape_text(got.shape, got.rank) + "; expected that of " + name_of(node_.inputs[slot]) + ", " +

@@ -34,7 +34,7 @@ class BoundCall {
   void check_device(const char* name, const Array& array) const;
   Array take_row_major(const char* name, const Tensor& want, const FaArray& given) const;
   void take_output(size_t slot, const FaArray& given);
-  void check_pages() const;
+  void check_inputs() const;
   Tensor take_gradient(FaGradient which, int slot, const FaArray& given) const;
   int slot_of_bias() const;
 
