@@ -127,11 +127,7 @@ Status launch_backward(const BackwardPlan& plan, const StepParams& params, const
                        const ExecutionContext& context) {
   if (plan.kernel == nullptr)
     return {StatusCode::kInvalidArgument, "there is no plan: plan_backward() was not called or has failed"};
-  if (plan.workspace_bytes > context.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr)) {
-    return {StatusCode::kInvalidArgument, std::string(plan.kernel->name) + " needs a workspace of " +
-                                              std::to_string(plan.workspace_bytes) + " bytes, but the context has " +
-                                              std::to_string(context.workspace_bytes)};
-  }
+  FA_CHECK(check_workspace(plan.kernel->name, plan.workspace_bytes, context));
   FA_CHECK(check_memory(params, gradients));
   return plan.kernel->launch(plan, params, gradients, context);
 }

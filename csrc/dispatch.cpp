@@ -186,11 +186,7 @@ Status plan(const StepParams& params, const Device& device, Plan* plan, const ch
 
 Status launch(const Plan& plan, const StepParams& params, const ExecutionContext& context) {
   if (plan.kernel == nullptr) return {StatusCode::kInvalidArgument, "there is no plan: plan() was not called or has failed"};
-  if (plan.workspace_bytes > context.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr)) {
-    return {StatusCode::kInvalidArgument, std::string(plan.kernel->name) + " needs a workspace of " +
-                                              std::to_string(plan.workspace_bytes) + " bytes, but the context has " +
-                                              std::to_string(context.workspace_bytes)};
-  }
+  FA_CHECK(check_workspace(plan.kernel->name, plan.workspace_bytes, context));
   FA_CHECK(check_memory(params));
 #ifdef FA_WITH_CUDA
   if (plan.device.type == DeviceType::kCuda) return launch_on_cuda(plan, params, context);

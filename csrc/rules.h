@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rules that tensors of the forward and of the backward pass have in common: what validate.cpp and backward.cpp are written with.
+// Rules that the forward and the backward pass have in common: what validate.cpp, memory.cpp, dispatch.cpp and backward.cpp are
+// written with.
 #pragma once
 
 #include <string>
@@ -17,7 +18,6 @@
 
 namespace fa {
 
-inline bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 inline bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3; }
 inline bool is_index(DType dtype) { return dtype == DType::kInt32 || dtype == DType::kInt64; }
 
@@ -58,6 +58,14 @@ inline Status check_written(const char* name, const TensorView& t, int rank) {
             std::string(name) + " has stride 0 on axis " + std::to_string(i) + ", but it is written");
   }
   return check_sums(name, t, rank);
+}
+
+/// Has the context what a plan of this kernel needs?
+inline Status check_workspace(const char* kernel, size_t bytes, const ExecutionContext& context) {
+  FA_RULE(bytes <= context.workspace_bytes && (bytes == 0 || context.workspace != nullptr),
+          std::string(kernel) + " needs a workspace of " + std::to_string(bytes) + " bytes, but the context has " +
+              std::to_string(context.workspace_bytes));
+  return {};
 }
 
 }  // namespace fa

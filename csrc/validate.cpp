@@ -271,9 +271,9 @@ Status check_pages(const StepParams& p) {
   return check_index("slot_mapping", c.slot_mapping, c.new_key.shape[2], "new rows");
 }
 
-Status check_cache(const StepParams& p) {
+/// The new rows, the past that they join and the cache that both go to.
+Status check_new_rows(const StepParams& p) {
   const CacheParams& c = p.cache;
-  if (!c.new_key.present) return {};
   const int64_t heads = p.key.shape[1], head_dim_v = p.out.shape[3];
   FA_CHECK(check_operand("key", c.new_key));
   FA_RULE(c.new_key.dtype == p.query.dtype, has_dtype("key", c.new_key, name_of(p.query.dtype)) + " as query");
@@ -290,8 +290,15 @@ Status check_cache(const StepParams& p) {
   FA_CHECK(check_scale("v_scale", c.value_scale, heads, head_dim_v));
   FA_CHECK(check_past("past_key", c.past_key, p.key, c));
   FA_CHECK(check_past("past_value", c.past_value, p.value, c));
-  FA_CHECK(check_written("key's cache", p.key, 4));
+  return check_written("key's cache", p.key, 4);
+}
+
+Status check_cache(const StepParams& p) {
+  const CacheParams& c = p.cache;
+  if (!c.new_key.present) return {};
+  FA_CHECK(check_new_rows(p));
   if (c.mode == CacheMode::kAppend) return {};
+  const int64_t batch = p.query.shape[0], rows = c.new_key.shape[2];
   FA_RULE(rows == p.query.shape[2] || rows == 0, "key has " + std::to_string(rows) + " rows and query " +
                                                      std::to_string(p.query.shape[2]) +
                                                      ", expected as many, or none, with this cache");

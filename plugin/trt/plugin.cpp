@@ -244,10 +244,13 @@ int32_t FlashAttentionPlugin::setTactic(int32_t tactic) noexcept {
 Status FlashAttentionPlugin::check_outputs(const plugin::Problem& problem, const PluginTensorDesc* out) const {
   for (size_t i = 0; i < node_.outputs.size(); ++i) {
     const plugin::Tensor& expected = problem.outputs[static_cast<int>(node_.outputs[i])];
-    bool same = out[i].dims.nbDims == expected.rank && out[i].type == to_data_type(expected.dtype);
-    for (int axis = 0; same && axis < expected.rank; ++axis) same = out[i].dims.d[axis] == expected.shape[axis];
-    if (!same)
-      return invalid(std::string("output ") + plugin::name_of(node_.outputs[i]) + " has another shape or type than computed");
+    const Dims& dims = out[i].dims;
+    const bool same = dims.nbDims == expected.rank && std::equal(dims.d, dims.d + expected.rank, expected.shape);
+    if (same && out[i].type == to_data_type(expected.dtype)) continue;
+    const std::optional<DType> dtype = to_dtype(out[i].type);
+    return invalid(std::string("output ") + plugin::name_of(node_.outputs[i]) + " is " +
+                   (dtype ? name_of(*dtype) : "another type") + " " + shape_text(dims.d, std::max(dims.nbDims, 0)) +
+                   "; expected " + name_of(expected.dtype) + " " + shape_text(expected.shape, expected.rank));
   }
   return {};
 }

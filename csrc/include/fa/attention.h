@@ -28,6 +28,9 @@ constexpr int64_t size_of(DType dtype) {
   return kBytes[static_cast<int>(dtype)];
 }
 
+/// One of the types of numbers that are not quantized.
+constexpr bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+
 /// A shape for people: "[2, 4, 128, 64]".
 std::string shape_text(const int64_t* shape, int rank);
 
