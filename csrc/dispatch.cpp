@@ -27,7 +27,8 @@ const Kernel kTable[] = {
 };
 // clang-format on
 
-/// Can a row attend no key, and is what it then yields not 0? The mean of no values is 0.
+/// Can a row attend no key and then yield something else than 0? Where there are no keys at all, the mean of the values is 0,
+/// too.
 bool may_have_empty_rows(const StepParams& p) {
   return (p.empty_row == EmptyRow::kValue && p.key.shape[2] == 0) || p.mask.present || p.bias.present || p.kv_lengths.present ||
          p.cu_seqlens_q.present || p.window_left >= 0 || p.window_right >= 0;
@@ -207,8 +208,8 @@ size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
       const size_t own = kernel.max_workspace_bytes(problem, device);
       bytes = std::max(bytes, align(own) + lse_bytes(problem, fills_empty_rows(problem, device)) + step.bytes());
     } else if (plan_with(kernel, &forms, &plan, nullptr)) {
-      bytes =
-          std::max(bytes, align(plan.workspace_bytes) + lse_bytes(problem, plan.writes_empty_rows));  // smaller ones may differ
+      // Where this plan writes empty rows itself, that of a smaller problem may leave them to a kernel that needs their lse.
+      bytes = std::max(bytes, align(plan.workspace_bytes) + lse_bytes(problem, plan.writes_empty_rows));
     }
   }
   return bytes;

@@ -57,6 +57,10 @@ class OwnMemory {
 
 bool is_empty(const Tensor& t) { return std::find(t.shape, t.shape + t.rank, 0) != t.shape + t.rank; }
 
+bool is_given(const FaArray& array) {
+  return array.object != nullptr || array.dlpack != nullptr || array.numpy != nullptr || array.dtype != nullptr;
+}
+
 [[noreturn]] void refuse_specification(const char* name) {
   throw Error(kFaValueError, std::string(name) + " is a specification without memory; it can be explained, but not computed");
 }
@@ -104,52 +108,48 @@ size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const char
   return plan_.workspace_bytes;
 }
 
-/// Binds what the forward pass has written, and the gradients: the bytes of workspace that run() needs to compute them. Gradients
-/// of inputs have the layout of those inputs, so they are bound as such, by the rules of bind().
+/// Binds what the forward pass has written, and the gradients: the bytes of workspace that run() needs to compute them.
 size_t BoundCall::prepare_backward(const FaArray* arrays, const char* kernel) {
-  const auto is_given = [&](FaGradient which) {
-    const FaArray& array = arrays[which];
-    return array.object != nullptr || array.dlpack != nullptr || array.numpy != nullptr || array.dtype != nullptr;
-  };
   check_inputs();
-  for (const Output output : {Output::kOutput, Output::kLse}) {
-    const FaGradient which = output == Output::kLse ? kFaLse : kFaOutput;
-    if (node_.slot(output) < 0 || !is_given(which))
+  for (const auto& [output, which] : {std::pair{Output::kOutput, kFaOutput}, std::pair{Output::kLse, kFaLse}}) {
+    if (node_.slot(output) < 0 || !is_given(arrays[which]))
       throw Error(kFaValueError, std::string(name_of(output)) + " is missing; a backward pass needs the forward's");
-    const Tensor& want = problem_.outputs[static_cast<int>(output)];
-    set_output(&problem_, output, take_row_major(name_of(output), want, arrays[which]).tensor.data);
+    set_output(&problem_, output, take_as(output, which, arrays));
   }
-  std::vector<Tensor> tensors;
-  tensors.reserve(arrays_.size());
-  for (const Array& array : arrays_) tensors.push_back(array.tensor);
-  for (int i = 0; i < 3; ++i) {
-    const FaGradient which = static_cast<FaGradient>(kFaDQuery + i);
-    tensors[i] = take_gradient(which, i, arrays[which]);
-  }
-  const auto take_other = [&](FaGradient which, int slot) {
-    if (!is_given(which)) return;
-    const Tensor gradient = take_gradient(which, slot, arrays[which]);  // refuses a slot that isn't there
-    tensors[slot] = gradient;
-  };
-  take_other(kFaDBias, slot_of_bias());
-  take_other(kFaDSinks, node_.slot(Input::kSinks));
-  Problem bound;
-  check(plugin::bind(node_, tensors, &bound));
-  const auto data_of = [&](Output output, FaGradient which) {
-    return take_row_major(kGradientNames[which], problem_.outputs[static_cast<int>(output)], arrays[which]).tensor.data;
-  };
-  set_output(&bound, Output::kOutput, data_of(Output::kOutput, kFaDOutput));
-  if (is_given(kFaDLse)) set_output(&bound, Output::kLse, data_of(Output::kLse, kFaDLse));
-  gradients_ = {bound.params.out,
-                is_given(kFaDLse) ? bound.params.lse : TensorView{},
-                bound.params.query,
-                bound.params.key,
-                bound.params.value,
-                is_given(kFaDBias) ? bound.params.bias : TensorView{},
-                is_given(kFaDSinks) ? bound.params.sinks : TensorView{}};
+  const Problem bound = bind_gradients(arrays);
+  const StepParams& given = bound.params;
+  gradients_ = {given.out, {}, given.query, given.key, given.value, {}, {}};
+  if (is_given(arrays[kFaDLse])) gradients_.d_lse = given.lse;
+  if (is_given(arrays[kFaDBias])) gradients_.d_bias = given.bias;
+  if (is_given(arrays[kFaDSinks])) gradients_.d_sinks = given.sinks;
   CudaDeviceGuard guard;
   check(plan_backward(problem_.params, gradients_, device_of_query(&guard), &backward_, kernel));
   return backward_.workspace_bytes;
+}
+
+/// Gradients of inputs have the layout of those inputs, and those of outputs that of the outputs: so they are bound as such, by
+/// the rules of bind().
+Problem BoundCall::bind_gradients(const FaArray* arrays) const {
+  std::vector<Tensor> tensors;
+  tensors.reserve(arrays_.size());
+  for (const Array& array : arrays_) tensors.push_back(array.tensor);
+  const std::pair<FaGradient, int> slots[] = {
+      {kFaDQuery, 0}, {kFaDKey, 1}, {kFaDValue, 2}, {kFaDBias, slot_of_bias()}, {kFaDSinks, node_.slot(Input::kSinks)}};
+  for (const auto& [which, slot] : slots) {
+    if (which >= kFaDBias && !is_given(arrays[which])) continue;
+    const Tensor gradient = take_gradient(which, slot, arrays[which]);  // refuses a slot that isn't there
+    tensors[slot] = gradient;
+  }
+  Problem bound;
+  check(plugin::bind(node_, tensors, &bound));
+  set_output(&bound, Output::kOutput, take_as(Output::kOutput, kFaDOutput, arrays));
+  if (is_given(arrays[kFaDLse])) set_output(&bound, Output::kLse, take_as(Output::kLse, kFaDLse, arrays));
+  return bound;
+}
+
+/// The memory of an array of this output's shape, dtype and layout.
+void* BoundCall::take_as(Output output, FaGradient which, const FaArray* arrays) const {
+  return take_row_major(kGradientNames[which], problem_.outputs[static_cast<int>(output)], arrays[which]).tensor.data;
 }
 
 /// After prepare(). Without a workspace, where one is needed, it is allocated here, in the order of the stream.

@@ -35,6 +35,8 @@ class BoundCall {
   Array take_row_major(const char* name, const Tensor& want, const FaArray& given) const;
   void take_output(size_t slot, const FaArray& given);
   void check_inputs() const;
+  Problem bind_gradients(const FaArray* arrays) const;
+  void* take_as(Output output, FaGradient which, const FaArray* arrays) const;
   Tensor take_gradient(FaGradient which, int slot, const FaArray& given) const;
   int slot_of_bias() const;
 
