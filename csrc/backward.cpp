@@ -3,7 +3,6 @@
 #include "backward.h"
 
 #include <cstring>
-#include <utility>
 
 #include "cpu/backward_cpu.h"
 #include "rules.h"
@@ -59,6 +58,7 @@ Status check_optional(const StepParams& p, const Gradients& g) {
     FA_RULE(p.bias.present, "d_bias is given, but there is no bias");
     FA_RULE(g.d_bias.dtype == DType::kFloat32, has_dtype("d_bias", g.d_bias, "float32"));
     FA_CHECK(check_shape("d_bias", g.d_bias, p.bias.shape, 4, "as bias"));
+    FA_CHECK(check_sums("d_bias", g.d_bias, 4));
   }
   if (g.d_sinks.present) {
     FA_RULE(p.sinks.present, "d_sinks is given, but there are no sinks");
@@ -67,19 +67,6 @@ Status check_optional(const StepParams& p, const Gradients& g) {
     FA_CHECK(check_written("d_sinks", g.d_sinks, 1));
   }
   return {};
-}
-
-/// The gradients; the rest is check_memory's of the problem.
-Status check_memory(const Gradients& g) {
-  return fa::check_memory({
-      {"d_out", g.d_out},
-      {"d_lse", g.d_lse},
-      {"d_query", g.d_query},
-      {"d_key", g.d_key},
-      {"d_value", g.d_value},
-      {"d_bias", g.d_bias},
-      {"d_sinks", g.d_sinks},
-  });
 }
 
 /// Does the kernel take the problem? On success the plan is complete; else *why_not, where given, says why not.
@@ -140,13 +127,8 @@ Status launch_backward(const BackwardPlan& plan, const StepParams& params, const
                        const ExecutionContext& context) {
   if (plan.kernel == nullptr)
     return {StatusCode::kInvalidArgument, "there is no plan: plan_backward() was not called or has failed"};
-  if (plan.workspace_bytes > context.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr)) {
-    return {StatusCode::kInvalidArgument, std::string(plan.kernel->name) + " needs a workspace of " +
-                                              std::to_string(plan.workspace_bytes) + " bytes, but the context has " +
-                                              std::to_string(context.workspace_bytes)};
-  }
-  FA_CHECK(check_memory(params));
-  FA_CHECK(check_memory(gradients));
+  FA_CHECK(check_workspace(plan.kernel->name, plan.workspace_bytes, context));
+  FA_CHECK(check_memory(params, gradients));
   return plan.kernel->launch(plan, params, gradients, context);
 }
 

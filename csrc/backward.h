@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a backward kernel offers to the ordered table in backward.cpp.
+// What a backward kernel offers to the ordered table in backward.cpp, and the rules of memory of a backward pass.
 #pragma once
 
 #include <string>
@@ -19,5 +19,8 @@ struct BackwardKernel {
   Status (*launch)(const BackwardPlan& plan, const StepParams& params, const Gradients& gradients,
                    const ExecutionContext& context);
 };
+
+/// fa::check_memory of a backward pass, which writes the gradients (memory.cpp).
+Status check_memory(const StepParams& params, const Gradients& gradients);
 
 }  // namespace fa

@@ -6,11 +6,9 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
-#include <utility>
 
 #include "cpu/attention_cpu.h"
 #include "rules.h"
-#include "semantics/cache.h"
 #ifdef FA_WITH_CUDA
 #include "kernels/cache_step/cache_step.h"
 #include "kernels/empty_rows/empty_rows.h"
@@ -29,7 +27,8 @@ const Kernel kTable[] = {
 };
 // clang-format on
 
-/// Can a row attend no key, and is what it then yields not 0? The mean of no values is 0.
+/// Can a row attend no key and then yield something else than 0? Where there are no keys at all, the mean of the values is 0,
+/// too.
 bool may_have_empty_rows(const StepParams& p) {
   return (p.empty_row == EmptyRow::kValue && p.key.shape[2] == 0) || p.mask.present || p.bias.present || p.kv_lengths.present ||
          p.cu_seqlens_q.present || p.window_left >= 0 || p.window_right >= 0;
@@ -143,23 +142,6 @@ std::string refusals(const StepParams& params, const Device& device, const char*
   return text;
 }
 
-/// In place or not: keys and values alike. Pages are always in place.
-Status check_places(const StepParams& p) {
-  const CacheParams& c = p.cache;
-  if (c.mode == CacheMode::kAppend || !c.new_key.present || is_staged(c)) return {};
-  const bool key = c.past_key.data == p.key.data, value = c.past_value.data == p.value.data;
-  if (key != value && !p.key.empty() && !p.value.empty()) {
-    return {StatusCode::kInvalidArgument, std::string("present_") + (key ? "key" : "value") +
-                                              " is the memory of its past and present_" + (key ? "value" : "key") +
-                                              " is not; expected both in place or none"};
-  }
-  if (c.mode == CacheMode::kPaged && !key && !p.key.empty()) {
-    return {StatusCode::kInvalidArgument,
-            "present_key is other memory than past_key; a paged cache is changed in place: bind both to one buffer"};
-  }
-  return {};
-}
-
 Status launch_on_cpu(const Plan& plan, const StepParams& params, const ExecutionContext& context) {
   if (params.cache.new_key.present)
     if (Status status = cpu::store(params, context); !status.ok()) return status;
@@ -205,13 +187,8 @@ Status plan(const StepParams& params, const Device& device, Plan* plan, const ch
 
 Status launch(const Plan& plan, const StepParams& params, const ExecutionContext& context) {
   if (plan.kernel == nullptr) return {StatusCode::kInvalidArgument, "there is no plan: plan() was not called or has failed"};
-  if (plan.workspace_bytes > context.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr)) {
-    return {StatusCode::kInvalidArgument, std::string(plan.kernel->name) + " needs a workspace of " +
-                                              std::to_string(plan.workspace_bytes) + " bytes, but the context has " +
-                                              std::to_string(context.workspace_bytes)};
-  }
+  FA_CHECK(check_workspace(plan.kernel->name, plan.workspace_bytes, context));
   FA_CHECK(check_memory(params));
-  FA_CHECK(check_places(params));
 #ifdef FA_WITH_CUDA
   if (plan.device.type == DeviceType::kCuda) return launch_on_cuda(plan, params, context);
 #endif
@@ -231,8 +208,8 @@ size_t max_workspace_bytes(const StepParams& largest, const Device& device) {
       const size_t own = kernel.max_workspace_bytes(problem, device);
       bytes = std::max(bytes, align(own) + lse_bytes(problem, fills_empty_rows(problem, device)) + step.bytes());
     } else if (plan_with(kernel, &forms, &plan, nullptr)) {
-      bytes =
-          std::max(bytes, align(plan.workspace_bytes) + lse_bytes(problem, plan.writes_empty_rows));  // smaller ones may differ
+      // Where this plan writes empty rows itself, that of a smaller problem may leave them to a kernel that needs their lse.
+      bytes = std::max(bytes, align(plan.workspace_bytes) + lse_bytes(problem, plan.writes_empty_rows));
     }
   }
   return bytes;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rules that tensors of the forward and of the backward pass have in common: what validate.cpp and backward.cpp are written with.
+// Rules that the forward and the backward pass have in common: what validate.cpp, memory.cpp, dispatch.cpp and backward.cpp are
+// written with.
 #pragma once
 
-#include <initializer_list>
 #include <string>
 
 #include "fa/attention.h"
+#include "overlap.h"
 
 // NOTE: the sentence is built only where the rule is broken; a decode step calls this for every layer.
 #define FA_RULE(holds, sentence)               \
@@ -17,7 +18,6 @@
 
 namespace fa {
 
-inline bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 inline bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3; }
 inline bool is_index(DType dtype) { return dtype == DType::kInt32 || dtype == DType::kInt64; }
 
@@ -44,27 +44,28 @@ inline Status check_operand(const char* name, const TensorView& t) {
   return {};
 }
 
+/// The elements of what is written have memory of their own each, but that those on an axis of stride 0 are one: for a sum.
+inline Status check_sums(const char* name, const TensorView& t, int rank) {
+  FA_RULE(!overlaps_itself(t), std::string(name) + " has strides " + shape_text(t.stride, rank) + " and shape " +
+                                   shape_text(t.shape, rank) + ", so that its elements share memory, but it is written");
+  return {};
+}
+
 /// An output must not fold several elements onto one address.
 inline Status check_written(const char* name, const TensorView& t, int rank) {
   for (int i = 0; i < rank; ++i) {
     FA_RULE(t.empty() || t.shape[i] <= 1 || t.stride[i] != 0,
             std::string(name) + " has stride 0 on axis " + std::to_string(i) + ", but it is written");
   }
-  return {};
+  return check_sums(name, t, rank);
 }
 
-struct NamedTensor {
-  const char* name;
-  const TensorView& tensor;
-};
-
-/// What has elements has memory.
-inline Status check_memory(std::initializer_list<NamedTensor> tensors) {
-  for (const auto& [name, t] : tensors)
-    FA_RULE(!t.present || t.data != nullptr || t.empty(), std::string(name) + " has elements but no data");
+/// Has the context what a plan of this kernel needs?
+inline Status check_workspace(const char* kernel, size_t bytes, const ExecutionContext& context) {
+  FA_RULE(bytes <= context.workspace_bytes && (bytes == 0 || context.workspace != nullptr),
+          std::string(kernel) + " needs a workspace of " + std::to_string(bytes) + " bytes, but the context has " +
+              std::to_string(context.workspace_bytes));
   return {};
 }
-/// All tensors of a problem (validate.cpp). Called by launch and launch_backward: a plan is made before there is memory.
-Status check_memory(const StepParams& params);
 
 }  // namespace fa

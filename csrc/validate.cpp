@@ -271,9 +271,9 @@ Status check_pages(const StepParams& p) {
   return check_index("slot_mapping", c.slot_mapping, c.new_key.shape[2], "new rows");
 }
 
-Status check_cache(const StepParams& p) {
+/// The new rows, the past that they join and the cache that both go to.
+Status check_new_rows(const StepParams& p) {
   const CacheParams& c = p.cache;
-  if (!c.new_key.present) return {};
   const int64_t heads = p.key.shape[1], head_dim_v = p.out.shape[3];
   FA_CHECK(check_operand("key", c.new_key));
   FA_RULE(c.new_key.dtype == p.query.dtype, has_dtype("key", c.new_key, name_of(p.query.dtype)) + " as query");
@@ -290,8 +290,15 @@ Status check_cache(const StepParams& p) {
   FA_CHECK(check_scale("v_scale", c.value_scale, heads, head_dim_v));
   FA_CHECK(check_past("past_key", c.past_key, p.key, c));
   FA_CHECK(check_past("past_value", c.past_value, p.value, c));
-  FA_CHECK(check_written("key's cache", p.key, 4));
+  return check_written("key's cache", p.key, 4);
+}
+
+Status check_cache(const StepParams& p) {
+  const CacheParams& c = p.cache;
+  if (!c.new_key.present) return {};
+  FA_CHECK(check_new_rows(p));
   if (c.mode == CacheMode::kAppend) return {};
+  const int64_t batch = p.query.shape[0], rows = c.new_key.shape[2];
   FA_RULE(rows == p.query.shape[2] || rows == 0, "key has " + std::to_string(rows) + " rows and query " +
                                                      std::to_string(p.query.shape[2]) +
                                                      ", expected as many, or none, with this cache");
@@ -332,47 +339,6 @@ std::string shape_text(const int64_t* shape, int rank) {
   std::string text = "[";
   for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
-}
-
-Status check_memory(const StepParams& p) {
-  return check_memory({
-      {"query", p.query},
-      {"key", p.key},
-      {"value", p.value},
-      {"out", p.out},
-      {"lse", p.lse},
-      {"mask", p.mask},
-      {"bias", p.bias},
-      {"kv_lengths", p.kv_lengths},
-      {"query_lengths", p.query_lengths},
-      {"query_offsets", p.query_offsets},
-      {"cu_seqlens_q", p.cu_seqlens_q},
-      {"cu_seqlens_kv", p.cu_seqlens_kv},
-      {"alibi_slopes", p.alibi_slopes},
-      {"sinks", p.sinks},
-      {"query_bias", p.query_bias},
-      {"empty_row_value", p.empty_row_value},
-      {"query_descale", p.query_descale},
-      {"key_descale", p.key_descale},
-      {"value_descale", p.value_descale},
-      {"output_scale", p.output_scale},
-      {"cos_cache", p.rotary.cos},
-      {"sin_cache", p.rotary.sin},
-      {"position_ids", p.rotary.position_ids},
-      {"q_norm_weight", p.norm.query_weight},
-      {"k_norm_weight", p.norm.key_weight},
-      {"new_key", p.cache.new_key},
-      {"new_value", p.cache.new_value},
-      {"past_key", p.cache.past_key},
-      {"past_value", p.cache.past_value},
-      {"present_key", p.cache.present_key},
-      {"present_value", p.cache.present_value},
-      {"write_indices", p.cache.write_indices},
-      {"block_table", p.cache.block_table},
-      {"slot_mapping", p.cache.slot_mapping},
-      {"k_scale", p.cache.key_scale},
-      {"v_scale", p.cache.value_scale},
-  });
 }
 
 Status validate(const StepParams& params) {

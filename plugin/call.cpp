@@ -63,6 +63,9 @@ Status launch(const Plan& plan, Problem* problem, const ExecutionContext& contex
   if (context.workspace_bytes < plan.workspace_bytes || (plan.workspace_bytes > 0 && context.workspace == nullptr))
     return invalid("the workspace has " + std::to_string(context.workspace_bytes) + " bytes; expected " +
                    std::to_string(plan.workspace_bytes));
+  const TensorView(&copies)[2] = problem->present;  // outputs that fa::launch() knows nothing of
+  if (copies[0].present || copies[1].present)
+    if (Status s = check_memory(problem->params, {{"present_key", copies[0]}, {"present_value", copies[1]}}); !s.ok()) return s;
   char* memory = static_cast<char*>(context.workspace);
   for (int which = 0; which < 2; ++which) {
     if (problem->present[which].present)

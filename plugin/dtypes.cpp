@@ -15,9 +15,7 @@ constexpr InputDTypes kInputDTypes[kNumInputs] = {
 #undef FA_INPUT
 };
 
-bool is_floating(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
-
-bool is_operand(DType dtype) { return is_floating(dtype) || dtype == DType::kFloat8E4M3; }
+bool is_operand(DType dtype) { return is_float(dtype) || dtype == DType::kFloat8E4M3; }
 
 /// What accepts() takes, in words: "float32, float16 or bfloat16".
 std::string accepted_dtypes(Input input, DType query) {
@@ -43,16 +41,16 @@ Status check_num_inputs(const Node& node, size_t count) {
 bool accepts(Input input, DType dtype, DType query) {
   switch (kInputDTypes[static_cast<int>(input)]) {
     case InputDTypes::FLOAT:
-      return is_floating(dtype);
+      return is_float(dtype);
     case InputDTypes::OPERAND:
       return is_operand(dtype);
     case InputDTypes::SAME:
       return is_operand(dtype) && dtype == query;
     case InputDTypes::CACHE:
-      return (is_floating(dtype) && dtype == query) || dtype == DType::kInt8 || dtype == DType::kUInt8 ||
+      return (is_float(dtype) && dtype == query) || dtype == DType::kInt8 || dtype == DType::kUInt8 ||
              dtype == DType::kFloat8E4M3;
     case InputDTypes::MASK:
-      return is_floating(dtype) || dtype == DType::kBool;
+      return is_float(dtype) || dtype == DType::kBool;
     case InputDTypes::INDEX:
       return dtype == DType::kInt64 || dtype == DType::kInt32;
     case InputDTypes::INT32:

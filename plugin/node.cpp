@@ -68,11 +68,14 @@ Status check_words(const Attributes& a) {
   if (Status s = check_word("output_dtype", a.output_dtype, {"", "float32", "float16", "bfloat16", "float8_e4m3fn"}); !s.ok())
     return s;
   if (Status s = check_word("cache", a.cache, {"append", "write", "window", "paged"}); !s.ok()) return s;
-  if (Status s = check_word("cache_layout", a.cache_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
-  if (Status s = check_word("query_layout", a.query_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
-  if (Status s = check_word("key_layout", a.key_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
-  if (Status s = check_word("value_layout", a.value_layout, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
-  return check_word("output_layout", a.output_layout, {"", "BHSD", "BSHD", "BSH"});
+  const std::pair<const char*, const std::string&> layouts[] = {{"cache_layout", a.cache_layout},
+                                                                {"query_layout", a.query_layout},
+                                                                {"key_layout", a.key_layout},
+                                                                {"value_layout", a.value_layout},
+                                                                {"output_layout", a.output_layout}};
+  for (const auto& [name, word] : layouts)
+    if (Status s = check_word(name, word, {"", "BHSD", "BSHD", "BSH"}); !s.ok()) return s;
+  return {};
 }
 
 Status check_at_least(const char* attribute, int64_t value, int64_t least) {

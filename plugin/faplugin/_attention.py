@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from faplugin._frameworks import allocates, current_stream, empty, readable
 from faplugin._native import Call, inputs
 
@@ -172,8 +174,9 @@ def attention(
     out = {} if out is None else out
     if not isinstance(out, Mapping):
         raise TypeError(f"out is a {type(out).__name__}; expected a dict of arrays by name, as {{'output': array}}")
-    if unknown := out.keys() - {name for name, _, _ in call.outputs}:
-        raise ValueError(f"out has {sorted(unknown)}; this call returns {[name for name, _, _ in call.outputs]}")
+    names = [name for name, _, _ in call.outputs]
+    if unknown := [name for name in out if name not in names]:
+        raise ValueError(f"out has {unknown}; this call returns {names}")
     outputs = [
         out[name] if name in out else empty(_like(name, arguments), tuple(shape), dtype, call.device, stream)
         for name, shape, dtype in call.outputs
@@ -218,6 +221,13 @@ def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: 
     return bind({"query": query, "key": key, "value": value, **arguments}, None).explain(device)
 
 
+def _is_set(name: str, arguments: dict[str, Any]) -> bool:
+    value = arguments.get(name, False)
+    if not isinstance(value, (int, np.bool_)):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
+    return bool(value)
+
+
 REQUIRED = ("query", "key", "value")
 _NOT_ATTRIBUTES = {"return_present", "return_lse", "out", "stream", "kernel", "num_threads"}
 
@@ -227,8 +237,8 @@ def bind(arguments: dict[str, Any], stream: int | None) -> Call:
     current one of the query's framework."""
     names = inputs()
     given = [name for name in names if arguments.get(name) is not None or name in REQUIRED]
-    outputs = ["present_key", "present_value"] if arguments.get("return_present") else []
-    outputs += ["lse"] if arguments.get("return_lse") else []
+    outputs = ["present_key", "present_value"] if _is_set("return_present", arguments) else []
+    outputs += ["lse"] if _is_set("return_lse", arguments) else []
     defaults = attention.__kwdefaults__ or {}
     attributes = {
         name: value

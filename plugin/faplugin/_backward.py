@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from faplugin._attention import bind, workspace
-from faplugin._frameworks import empty, readable
+from faplugin._attention import REQUIRED, bind, workspace
+from faplugin._frameworks import empty, readable, shape_of
 
 # Arguments that may have a gradient besides query, key and value, and how FaGradient calls it.
 OTHERS = {"attn_bias": "d_bias", "attn_mask": "d_bias", "sinks": "d_sinks"}
@@ -65,8 +65,10 @@ def attention_backward(
     out = {} if out is None else out
     if not isinstance(out, Mapping):
         raise TypeError(f"out is a {type(out).__name__}; expected a dict of arrays by name, as {{'query': array}}")
+    if isinstance(wanted, str) or not isinstance(wanted, Collection):
+        raise TypeError(f"wanted is {wanted!r}; expected a list of names, as ['sinks']")
     for name in (*wanted, *out):
-        if name not in OTHERS and name not in ("query", "key", "value"):
+        if not isinstance(name, str) or name not in (*REQUIRED, *OTHERS):
             raise ValueError(f"there is no gradient of {name}; expected one of query, key, value, {', '.join(OTHERS)}")
         if given.get(name) is None:
             raise ValueError(f"the gradient of {name} is wanted, but the call has no {name}")
@@ -76,12 +78,12 @@ def attention_backward(
         if "bool" in str(getattr(given["attn_mask"], "dtype", "")):
             raise ValueError("the gradient of a bool attn_mask is wanted; expected a float one")
     call = bind({**given, "return_lse": True}, stream)
-    names = dict.fromkeys(("query", "key", "value", *wanted, *out))
+    names = dict.fromkeys((*REQUIRED, *wanted, *out))
     dtype = next(dtype for name, _, dtype in call.outputs if name == "output")
     results = {
         name: out[name]
         if name in out
-        else empty(query, tuple(given[name].shape), "float32" if name in OTHERS else dtype, call.device, stream)
+        else empty(query, shape_of(name, given[name]), "float32" if name in OTHERS else dtype, call.device, stream)
         for name in names
     }
     arrays = {"output": output, "lse": lse, "d_output": d_output, "d_lse": d_lse}

@@ -55,6 +55,19 @@ def address(array: Any) -> int:
     return array.data_ptr() if framework_of(array) == "torch" else array.data.ptr
 
 
+def shape_of(name: str, array: Any) -> tuple[int, ...]:
+    """The shape, also of an array that does no more than hand out its memory, or of a specification.
+
+    Raises:
+        TypeError: NumPy can't read that.
+    """
+    shape = array[0] if isinstance(array, tuple) else getattr(array, "shape", None)
+    try:
+        return np.from_dlpack(array).shape if shape is None else tuple(shape)
+    except Exception as error:
+        raise TypeError(f"{name} doesn't tell its shape; give its gradient's memory with out=") from error
+
+
 def empty(like: Any, shape: tuple[int, ...], dtype: str, device: str, stream: int | None) -> Any:
     """Uninitialised memory from the framework of `like`, on its device, for use on `stream` (None: its current one).
 

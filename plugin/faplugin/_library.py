@@ -67,6 +67,7 @@ def register(session_options: onnxruntime.SessionOptions) -> None:
 
     Raises:
         FileNotFoundError: the library was not built.
+        TypeError: these are no options of a session.
         onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented: onnxruntime is older than 1.18.
     """
     import onnxruntime
@@ -77,6 +78,8 @@ def register(session_options: onnxruntime.SessionOptions) -> None:
 def register_for(session_options: onnxruntime.SessionOptions, providers: Iterable[str], stacklevel: int) -> None:
     """register() for sessions on these providers. On CUDA a library without kernels for it would be slow without a
     word: onnxruntime runs the node on the CPU then, between copies of its tensors."""
+    if not hasattr(session_options, "register_custom_ops_library"):
+        raise TypeError(f"session_options is {session_options!r}; expected onnxruntime.SessionOptions")
     if session_options not in _registered:
         session_options.register_custom_ops_library(library_path())
         _registered.add(session_options)

@@ -273,7 +273,7 @@ class Call:
         if isinstance(array, np.ndarray):
             capsule = array.__array_struct__  # it keeps the array
             filled.numpy, filled.dtype = capsule_pointer(capsule, None), _dtype_name(array.dtype)
-        elif isinstance(array, tuple) and len(array) == 2:
+        elif isinstance(array, tuple) and len(array) == 2 and isinstance(array[0], Sequence):
             sizes = [_integer(f"a size of {name}", size) for size in array[0]]
             filled.dtype = _text(f"the dtype of {name}", array[1])
             filled.rank, filled.shape = len(sizes), tuple(sizes[:4])
@@ -281,8 +281,8 @@ class Call:
         elif self._is_current and (api := exchange_api(kind)):
             filled.object, filled.api, capsule = id(array), api, array
         elif hasattr(array, "__dlpack__"):
-            capsule = _dlpack(name, array, self._stream)  # it keeps its name: its own destructor gives the tensor back
-            filled.dlpack = capsule_pointer(capsule, b"dltensor")
+            capsule = _dlpack(name, array, self._stream)
+            filled.dlpack = _tensor_in(name, capsule)
         else:
             raise TypeError(
                 f"{name} is a {type(array).__name__}; expected an array with __dlpack__ (NumPy, PyTorch, CuPy …)"
@@ -304,10 +304,14 @@ def _dtype_name(dtype: np.dtype) -> bytes:
 
 
 def _dlpack(name: str, array: Any, stream: int) -> Any:
-    """The array as a DLPack capsule, its data ready on the stream."""
-    kind, ordinal = array.__dlpack_device__()
-    if kind in (CPU, CUDA_HOST):
-        return array.__dlpack__()
+    """The array as a DLPack capsule, its data ready on the stream. Raises TypeError where the array doesn't hand out
+    its memory, as one that is read-only."""
+    try:
+        kind, ordinal = array.__dlpack_device__()
+        if kind in (CPU, CUDA_HOST):
+            return array.__dlpack__()
+    except Exception as error:
+        raise TypeError(f"{name} doesn't hand out its memory by DLPack: {type(error).__name__}: {error}") from error
     if kind not in (CUDA, CUDA_MANAGED):
         raise TypeError(f"{name} is neither in the CPU's nor in a CUDA device's memory (DLPack device {kind})")
     previous = _set_device(ordinal)  # PyTorch exports tensors of the current device only
@@ -316,6 +320,14 @@ def _dlpack(name: str, array: Any, stream: int) -> Any:
     finally:
         if previous != ordinal:
             _set_device(previous)
+
+
+def _tensor_in(name: str, capsule: Any) -> int | None:
+    """The address of DLPack's tensor. The capsule keeps its name: its own destructor gives the tensor back."""
+    try:
+        return capsule_pointer(capsule, b"dltensor")
+    except ValueError:
+        raise TypeError(f"{name} has a __dlpack__ that gives no capsule of DLPack's") from None
 
 
 def _set_device(ordinal: int) -> int:
@@ -338,11 +350,11 @@ def _attribute(name: str, value: Any) -> _Attribute:
         attribute.length = len(value)
     elif kind == "STRING":
         attribute.text = text = _text(name, value)
-        attribute.length = len(text)  # a null character is no end
+        attribute.length = len(text)
     else:
         try:
             attribute.number = value
-        except TypeError:
+        except (TypeError, OverflowError):
             raise TypeError(f"{name} is {value!r}; expected a number") from None
         if attribute.number and not ctypes.c_float(attribute.number).value:  # 0 stands for something else
             raise ValueError(f"{name} is {value!r}; expected 0, or a number that is another in float32, too")
@@ -361,9 +373,9 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _text(name: str, value: Any) -> bytes:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "\0" in value:  # which would be its end
         raise TypeError(f"{name} is {value!r}; expected a string")
-    return value.encode()
+    return value.encode(errors="backslashreplace")
 
 
 def check(error: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ CPU = "CPUExecutionProvider"
 
 
 def session(
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     *,
     providers: Sequence[str | tuple[str, dict]] | None = None,
     num_threads: int | None = None,
@@ -26,7 +27,7 @@ def session(
     """An `onnxruntime.InferenceSession` that runs models which faexport has rewritten (and others).
 
     Args:
-        path: the .onnx file.
+        path: the .onnx file, or what is in it as bytes.
         providers: as onnxruntime takes them; default: CUDA where this onnxruntime has it, then the CPU.
         num_threads: of the CPU that one run uses; default: one for each physical core.
         cuda_graph: capture each run on CUDA into a graph and replay it, which saves the time of the launches. Shapes
@@ -38,17 +39,22 @@ def session(
 
     Raises:
         ImportError: onnxruntime isn't installed.
+        TypeError: an argument is of another type.
         ValueError: `cuda_graph` without the CUDA provider, or fewer threads than one.
         FileNotFoundError: the operator's library was not built.
     """
     import onnxruntime
 
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(f"path is {path!r}; expected that of an .onnx file")
+    if num_threads is not None and not isinstance(num_threads, numbers.Integral):
+        raise TypeError(f"num_threads is {num_threads!r}; expected a whole number")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}; give 1 or more, or leave it out")
     available = onnxruntime.get_available_providers()
     if providers is None:
         providers = [name for name in (CUDA, CPU) if name in available]
-    chosen = [(p, {}) if isinstance(p, str) else (p[0], dict(p[1])) for p in providers]
+    chosen = _pairs(providers)
     if cuda_graph:
         on_cuda = [given for name, given in chosen if name == CUDA]
         if not on_cuda:
@@ -56,6 +62,16 @@ def session(
         on_cuda[0]["enable_cuda_graph"] = "1"
     options = onnxruntime.SessionOptions() if options is None else options
     if num_threads is not None:
-        options.intra_op_num_threads = num_threads
+        options.intra_op_num_threads = int(num_threads)
     register_for(options, [name for name, _ in chosen if name in available], stacklevel=3)
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=chosen)
+
+
+def _pairs(providers: Sequence[str | tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """The providers, each with its options."""
+    try:
+        if not isinstance(providers, str):
+            return [(p, {}) if isinstance(p, str) else (str(p[0]), dict(p[1])) for p in providers]
+    except (TypeError, ValueError, LookupError):
+        pass
+    raise TypeError(f"providers is {providers!r}; expected a list of names, or of pairs (name, options)")

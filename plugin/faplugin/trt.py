@@ -49,6 +49,8 @@ def register(tensorrt: types.ModuleType | None = None) -> None:
             plugin of this name.
     """
     module = tensorrt or _import()
+    if not isinstance(module, types.ModuleType):
+        raise TypeError(f"tensorrt is {module!r}; expected the module")
     major = module.__version__.split(".")[0]
     if not major.isdigit() or int(major) not in MAJORS:
         raise RuntimeError(f"{module.__name__} is version {module.__version__}; the plugin is for TensorRT 10 and 11")

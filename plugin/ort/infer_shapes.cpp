@@ -44,7 +44,8 @@ void read(const OrtShapeInferContext* context, const char* name, OrtOpAttrType t
     T given = {};
     if (Ort::Status s{api.ReadOpAttr(attribute, type, &given, sizeof(T), &bytes)}; s.IsOK()) *value = given;
   } else {
-    // NOTE: the longest list of names has 170 characters. 1.18 counts a string's NUL, later versions don't.
+    // NOTE: the names of all inputs have some 350 characters; from a longer list no shape is told. 1.18 counts a string's NUL,
+    // later versions don't.
     T given(1024, typename T::value_type{});
     if (Ort::Status s{api.ReadOpAttr(attribute, type, given.data(), given.size() * sizeof(given[0]), &bytes)}; !s.IsOK()) return;
     given.resize(bytes / sizeof(given[0]));

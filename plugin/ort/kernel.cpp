@@ -39,7 +39,6 @@ bool get(const OrtKernelInfo* info, const char* name, std::vector<int64_t>* valu
   value->resize(size);
   return size == 0 || Ort::Status{Ort::GetApi().KernelInfoGetAttributeArray_int64(info, name, value->data(), &size)}.IsOK();
 }
-
 bool get(const OrtKernelInfo* info, const char* name, std::vector<float>* value) {
   size_t size = 0;
   if (!Ort::Status{Ort::GetApi().KernelInfoGetAttributeArray_float(info, name, nullptr, &size)}.IsOK()) return false;

@@ -124,6 +124,7 @@ Array array_from(const char* name, const FaArray& given) {
   if (given.object) return from_object(name, given);
   if (given.dlpack) return from_dlpack(name, given.dlpack->dl_tensor);
   if (given.numpy) return from_numpy(name, given.dtype, *given.numpy);
+  if (!given.dtype) refuse(name, "is missing");
   return from_spec(name, given);
 }
 

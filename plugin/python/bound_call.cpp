@@ -57,41 +57,16 @@ class OwnMemory {
 
 bool is_empty(const Tensor& t) { return std::find(t.shape, t.shape + t.rank, 0) != t.shape + t.rank; }
 
-std::pair<uintptr_t, uintptr_t> span(const Tensor& t) {
-  if (is_empty(t)) return {0, 0};
-  int64_t first = 0, last = 0;  // elements
-  for (int i = 0; i < t.rank; ++i) (t.stride[i] < 0 ? first : last) += (t.shape[i] - 1) * t.stride[i];
-  const auto begin = reinterpret_cast<uintptr_t>(t.data);
-  const int64_t size = size_of(t.dtype);
-  return {begin + first * size, begin + (last + 1) * size};
+bool is_given(const FaArray& array) {
+  return array.object != nullptr || array.dlpack != nullptr || array.numpy != nullptr || array.dtype != nullptr;
 }
 
-/// Do the spans of memory from the first to the last element of each meet?
-bool overlap(const Tensor& a, const Tensor& b) {
-  const auto [a_begin, a_end] = span(a);
-  const auto [b_begin, b_end] = span(b);
-  return a_begin < b_end && b_begin < a_end;
+[[noreturn]] void refuse_specification(const char* name) {
+  throw Error(kFaValueError, std::string(name) + " is a specification without memory; it can be explained, but not computed");
 }
 
 constexpr const char* kGradientNames[kFaNumGradients] = {"output", "lse",     "d_output", "d_lse",  "d_query",
                                                          "d_key",  "d_value", "d_bias",   "d_sinks"};
-using Named = std::pair<const char*, Tensor>;
-
-/// Gradients are written while `read` is read. They may be views of one packed array, but not of the same elements. `is_packed`:
-/// query, key and value are one array of which each reads columns of its own, and so are their gradients.
-void check_apart(const std::vector<Named>& written, const std::vector<Named>& read, bool is_packed) {
-  const auto fail = [](const Named& a, const Named& b) {
-    throw Error(kFaValueError, std::string(a.first) + " shares memory with " + b.first + "; give it memory of its own");
-  };
-  for (size_t i = 0; i < written.size(); ++i) {
-    const Tensor& gradient = written[i].second;
-    for (const Named& other : read)
-      if (overlap(gradient, other.second)) fail(written[i], other);
-    for (size_t j = 0; j < i; ++j)
-      if (!is_packed && gradient.data == written[j].second.data && overlap(gradient, written[j].second))
-        fail(written[i], written[j]);
-  }
-}
 
 }  // namespace
 
@@ -126,65 +101,55 @@ std::vector<FaOutput> BoundCall::outputs() const {
 size_t BoundCall::prepare(const FaArray* outputs, size_t num_outputs, const char* kernel) {
   if (num_outputs != node_.outputs.size())
     throw Error(kFaValueError, "expected " + std::to_string(node_.outputs.size()) + " outputs");
-  if (arrays_[0].is_spec) throw Error(kFaValueError, "query is a specification without memory; it can't be computed");
+  check_inputs();
   for (size_t i = 0; i < num_outputs; ++i) take_output(i, outputs[i]);
-  check_pages();
   CudaDeviceGuard guard;
   check(plugin::plan(problem_, device_of_query(&guard), &plan_, kernel));
   return plan_.workspace_bytes;
 }
 
-/// Binds what the forward pass has written, and the gradients: the bytes of workspace that run() needs to compute them. Gradients
-/// of inputs have the layout of those inputs, so they are bound as such, by the rules of bind().
+/// Binds what the forward pass has written, and the gradients: the bytes of workspace that run() needs to compute them.
 size_t BoundCall::prepare_backward(const FaArray* arrays, const char* kernel) {
-  const auto is_given = [&](FaGradient which) {
-    const FaArray& array = arrays[which];
-    return array.object != nullptr || array.dlpack != nullptr || array.numpy != nullptr || array.dtype != nullptr;
-  };
-  std::vector<Named> read, written;
-  read.reserve(kFaNumGradients);
-  written.reserve(kFaNumGradients);
-  for (const Output output : {Output::kOutput, Output::kLse}) {
-    const FaGradient which = output == Output::kLse ? kFaLse : kFaOutput;
-    if (node_.slot(output) < 0 || !is_given(which))
+  check_inputs();
+  for (const auto& [output, which] : {std::pair{Output::kOutput, kFaOutput}, std::pair{Output::kLse, kFaLse}}) {
+    if (node_.slot(output) < 0 || !is_given(arrays[which]))
       throw Error(kFaValueError, std::string(name_of(output)) + " is missing; a backward pass needs the forward's");
-    read.push_back(
-        {name_of(output), take_row_major(name_of(output), problem_.outputs[static_cast<int>(output)], arrays[which]).tensor});
-    set_output(&problem_, output, read.back().second.data);
+    set_output(&problem_, output, take_as(output, which, arrays));
   }
-  std::vector<Tensor> tensors;
-  tensors.reserve(arrays_.size());
-  for (const Array& array : arrays_) tensors.push_back(array.tensor);
-  for (int i = 0; i < 3; ++i) {
-    const FaGradient which = static_cast<FaGradient>(kFaDQuery + i);
-    written.push_back({kGradientNames[which], tensors[i] = take_gradient(which, i, arrays[which])});
-  }
-  const auto take_other = [&](FaGradient which, int slot) {
-    if (is_given(which)) written.push_back({kGradientNames[which], take_gradient(which, slot, arrays[which])});
-    if (is_given(which)) tensors[slot] = written.back().second;
-  };
-  take_other(kFaDBias, slot_of_bias());
-  take_other(kFaDSinks, node_.slot(Input::kSinks));
-  Problem bound;
-  check(plugin::bind(node_, tensors, &bound));
-  const auto data_of = [&](Output output, FaGradient which) {
-    const char* name = kGradientNames[which];
-    read.push_back({name, take_row_major(name, problem_.outputs[static_cast<int>(output)], arrays[which]).tensor});
-    return read.back().second.data;
-  };
-  set_output(&bound, Output::kOutput, data_of(Output::kOutput, kFaDOutput));
-  if (is_given(kFaDLse)) set_output(&bound, Output::kLse, data_of(Output::kLse, kFaDLse));
-  check_apart(written, read, !node_.attributes.packed_columns.empty());
-  gradients_ = {bound.params.out,
-                is_given(kFaDLse) ? bound.params.lse : TensorView{},
-                bound.params.query,
-                bound.params.key,
-                bound.params.value,
-                is_given(kFaDBias) ? bound.params.bias : TensorView{},
-                is_given(kFaDSinks) ? bound.params.sinks : TensorView{}};
+  const Problem bound = bind_gradients(arrays);
+  const StepParams& given = bound.params;
+  gradients_ = {given.out, {}, given.query, given.key, given.value, {}, {}};
+  if (is_given(arrays[kFaDLse])) gradients_.d_lse = given.lse;
+  if (is_given(arrays[kFaDBias])) gradients_.d_bias = given.bias;
+  if (is_given(arrays[kFaDSinks])) gradients_.d_sinks = given.sinks;
   CudaDeviceGuard guard;
   check(plan_backward(problem_.params, gradients_, device_of_query(&guard), &backward_, kernel));
   return backward_.workspace_bytes;
+}
+
+/// Gradients of inputs have the layout of those inputs, and those of outputs that of the outputs: so they are bound as such, by
+/// the rules of bind().
+Problem BoundCall::bind_gradients(const FaArray* arrays) const {
+  std::vector<Tensor> tensors;
+  tensors.reserve(arrays_.size());
+  for (const Array& array : arrays_) tensors.push_back(array.tensor);
+  const std::pair<FaGradient, int> slots[] = {
+      {kFaDQuery, 0}, {kFaDKey, 1}, {kFaDValue, 2}, {kFaDBias, slot_of_bias()}, {kFaDSinks, node_.slot(Input::kSinks)}};
+  for (const auto& [which, slot] : slots) {
+    if (which >= kFaDBias && !is_given(arrays[which])) continue;
+    const Tensor gradient = take_gradient(which, slot, arrays[which]);  // refuses a slot that isn't there
+    tensors[slot] = gradient;
+  }
+  Problem bound;
+  check(plugin::bind(node_, tensors, &bound));
+  set_output(&bound, Output::kOutput, take_as(Output::kOutput, kFaDOutput, arrays));
+  if (is_given(arrays[kFaDLse])) set_output(&bound, Output::kLse, take_as(Output::kLse, kFaDLse, arrays));
+  return bound;
+}
+
+/// The memory of an array of this output's shape, dtype and layout.
+void* BoundCall::take_as(Output output, FaGradient which, const FaArray* arrays) const {
+  return take_row_major(kGradientNames[which], problem_.outputs[static_cast<int>(output)], arrays[which]).tensor.data;
 }
 
 /// After prepare(). Without a workspace, where one is needed, it is allocated here, in the order of the stream.
@@ -243,7 +208,8 @@ Array BoundCall::take_row_major(const char* name, const Tensor& want, const FaAr
   const Array array = array_from(name, given);
   const Tensor& got = array.tensor;
   check_device(name, array);
-  bool same = !array.is_spec && got.rank == want.rank && got.dtype == want.dtype;
+  if (array.is_spec) refuse_specification(name);
+  bool same = got.rank == want.rank && got.dtype == want.dtype;
   for (int axis = 0; same && axis < want.rank; ++axis)
     same =
         got.shape[axis] == want.shape[axis] && (want.shape[axis] <= 1 || is_empty(want) || got.stride[axis] == want.stride[axis]);
@@ -256,44 +222,27 @@ Array BoundCall::take_row_major(const char* name, const Tensor& want, const FaAr
   return array;
 }
 
-/// Binds the output in this slot; those before it are bound already.
+/// Binds the output in this slot.
 void BoundCall::take_output(size_t slot, const FaArray& given) {
   const Output output = node_.outputs[slot];
-  const char* name = name_of(output);
-  const Array array = take_row_major(name, problem_.outputs[static_cast<int>(output)], given);
-  const Tensor& got = array.tensor;
-  if (array.read_only) throw Error(kFaValueError, std::string(name) + " is read-only");
-  for (size_t i = 0; i < arrays_.size(); ++i)
-    if (overlap(got, arrays_[i].tensor) && !is_in_place(output, got, node_.inputs[i], arrays_[i].tensor))
-      throw Error(kFaValueError,
-                  std::string(name) + " shares memory with " + name_of(node_.inputs[i]) + "; give it memory of its own");
-  for (size_t i = 0; i < slot; ++i)
-    if (const Output other = node_.outputs[i]; overlap(got, problem_.outputs[static_cast<int>(other)]))
-      throw Error(kFaValueError, std::string(name) + " shares memory with " + name_of(other) + "; give it memory of its own");
-  set_output(&problem_, output, got.data);
+  const Array array = take_row_major(name_of(output), problem_.outputs[static_cast<int>(output)], given);
+  if (array.read_only) throw Error(kFaValueError, std::string(name_of(output)) + " is read-only");
+  set_output(&problem_, output, array.tensor.data);
 }
 
-/// New rows are written to the pages, inputs though they are: these must be memory that may change and that nothing else is read
-/// from. Keys and values may lie in turns in one buffer, but not at the same place.
-void BoundCall::check_pages() const {
-  if (node_.words.cache != CacheMode::kPaged || problem_.params.cache.new_key.empty()) return;
-  const int keys = node_.slot(Input::kPastKey), values = node_.slot(Input::kPastValue);
-  for (const int slot : {keys, values}) {
-    const std::string name = name_of(node_.inputs[slot]);
-    if (arrays_[slot].is_spec) throw Error(kFaValueError, name + " is a specification without memory");
-    if (arrays_[slot].read_only) throw Error(kFaValueError, name + " is read-only, but a paged cache is changed in place");
-    for (int i = 0; i < static_cast<int>(arrays_.size()); ++i) {
-      const Tensor &pages = arrays_[slot].tensor, &other = arrays_[i].tensor;
-      const bool is_pair = i == keys || i == values;
-      if (i != slot && (!is_pair || pages.data == other.data) && overlap(pages, other))
-        throw Error(kFaValueError,
-                    name + " shares memory with " + name_of(node_.inputs[i]) + "; a paged cache is changed in place");
-    }
+/// What is read has memory, and pages, to which new rows are written, have such as may change.
+void BoundCall::check_inputs() const {
+  const bool writes_pages = node_.words.cache == CacheMode::kPaged && !problem_.params.cache.new_key.empty();
+  for (size_t i = 0; i < arrays_.size(); ++i) {
+    const Input input = node_.inputs[i];
+    const bool is_read = input != Input::kKvExtent && input != Input::kUnused;
+    if (arrays_[i].is_spec && is_read) refuse_specification(name_of(input));
+    if (writes_pages && arrays_[i].read_only && (input == Input::kPastKey || input == Input::kPastValue))
+      throw Error(kFaValueError, std::string(name_of(input)) + " is read-only, but a paged cache is changed in place");
   }
 }
 
-/// The gradient of the input in a slot: of its shape, with strides of its own. Gradients may share memory with one another (of
-/// one packed tensor), but not with an input.
+/// The gradient of the input in a slot: of its shape, with strides of its own.
 Tensor BoundCall::take_gradient(FaGradient which, int slot, const FaArray& given) const {
   const char* name = kGradientNames[which];
   const auto refuse = [&](const std::string& what) { throw Error(kFaValueError, std::string(name) + " " + what); };
@@ -301,14 +250,11 @@ Tensor BoundCall::take_gradient(FaGradient which, int slot, const FaArray& given
   const Array array = array_from(name, given);
   const Tensor &got = array.tensor, &want = arrays_[slot].tensor;
   check_device(name, array);
-  if (array.is_spec) refuse("is a specification without memory");
+  if (array.is_spec) refuse_specification(name);
   if (array.read_only) refuse("is read-only");
   if (got.rank != want.rank || !std::equal(got.shape, got.shape + got.rank, want.shape))
     refuse("has shape " + shape_text(got.shape, got.rank) + "; expected that of " + name_of(node_.inputs[slot]) + ", " +
            shape_text(want.shape, want.rank));
-  for (size_t i = 0; i < arrays_.size(); ++i)
-    if (overlap(got, arrays_[i].tensor))
-      refuse(std::string("shares memory with ") + name_of(node_.inputs[i]) + "; give it memory of its own");
   return got;
 }
 
@@ -317,16 +263,6 @@ int BoundCall::slot_of_bias() const {
   const int bias = node_.slot(Input::kAttnBias), mask = node_.slot(Input::kAttnMask);
   if (bias >= 0) return bias;
   return mask >= 0 && arrays_[mask].tensor.dtype != DType::kBool ? mask : -1;
-}
-
-/// A present may be the very memory of its past, unless rows are appended: then it is larger.
-bool BoundCall::is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const {
-  const bool is_pair = (output == Output::kPresentKey && input == Input::kPastKey) ||
-                       (output == Output::kPresentValue && input == Input::kPastValue);
-  bool is_same = is_pair && node_.words.cache != CacheMode::kAppend && present.data == past.data;
-  for (int i = 0; is_same && i < present.rank; ++i)
-    is_same = present.shape[i] == past.shape[i] && (present.shape[i] <= 1 || present.stride[i] == past.stride[i]);
-  return is_same;
 }
 
 }  // namespace fa::plugin

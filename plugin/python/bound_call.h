@@ -34,10 +34,11 @@ class BoundCall {
   void check_device(const char* name, const Array& array) const;
   Array take_row_major(const char* name, const Tensor& want, const FaArray& given) const;
   void take_output(size_t slot, const FaArray& given);
-  void check_pages() const;
+  void check_inputs() const;
+  Problem bind_gradients(const FaArray* arrays) const;
+  void* take_as(Output output, FaGradient which, const FaArray* arrays) const;
   Tensor take_gradient(FaGradient which, int slot, const FaArray& given) const;
   int slot_of_bias() const;
-  bool is_in_place(Output output, const Tensor& present, Input input, const Tensor& past) const;
 
   const Node& node_;
   std::vector<Array> arrays_;  // the inputs

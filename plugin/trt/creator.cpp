@@ -21,12 +21,12 @@ class FlashAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return attribute_fields(); }
 
   nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
-                                    nvinfer1::TensorRTPhase /*phase*/) noexcept override {
+                                    nvinfer1::TensorRTPhase phase) noexcept override {
     try {
       const std::string node_name = name ? name : "";
       PluginState state;
       plugin::Node node;
-      Status status = read_fields(fields, &state);
+      Status status = read_fields(fields, phase, &state);
       // TensorRT's flag kTF32 is on by default, and no plugin can see it: without a word we do as TensorRT's own layers do then.
       if (state.attributes.float32_precision.empty()) state.attributes.float32_precision = "tf32";
       if (status.ok()) status = plugin::make_node(state.attributes, &node);

@@ -127,14 +127,28 @@ Status check_plan(const PluginState& state) {
   return {};
 }
 
-Status read_field(const PluginField& field, PluginState* state) {
+/// A field that would be left out of what is computed: of a user who has mistyped an attribute, or of an engine whose builder
+/// knew more than this library does.
+Status unknown(const PluginField& field, nvinfer1::TensorRTPhase phase) {
+  if (phase == nvinfer1::TensorRTPhase::kRUNTIME)
+    return {StatusCode::kInvalidArgument, std::string("the engine has a field '") + field.name +
+                                              "' that this version of the plugin doesn't know; load the version that it was "
+                                              "built with, or build it again"};
+  std::string names;
+#define FA_ATTRIBUTE(type, attribute, value, meaning) names += (names.empty() ? "" : ", ") + std::string(#attribute);
+#include "fa/attributes.def"
+#undef FA_ATTRIBUTE
+  return {StatusCode::kInvalidArgument, std::string("there is no attribute '") + field.name + "'; expected some of " + names};
+}
+
+Status read_field(const PluginField& field, nvinfer1::TensorRTPhase phase, PluginState* state) {
 #define FA_ATTRIBUTE(type, attribute, value, meaning) \
   if (std::strcmp(field.name, #attribute) == 0) return read(field, &state->attributes.attribute);
 #include "fa/attributes.def"
 #undef FA_ATTRIBUTE
   for (const PlanField& known : kPlanFields)
     if (std::strcmp(field.name, known.name) == 0) return read(field, &(state->*known.value));
-  return {};
+  return unknown(field, phase);
 }
 
 }  // namespace
@@ -153,13 +167,13 @@ const nvinfer1::PluginFieldCollection* attribute_fields() {
   return &collection;
 }
 
-Status read_fields(const nvinfer1::PluginFieldCollection* fields, PluginState* state) {
+Status read_fields(const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase, PluginState* state) {
   if (!fields || (fields->nbFields > 0 && !fields->fields)) {
     return {StatusCode::kInvalidArgument, "the field collection is null"};
   }
   for (int32_t i = 0; i < fields->nbFields; ++i) {
-    if (!fields->fields[i].name) continue;
-    if (Status status = read_field(fields->fields[i], state); !status.ok()) return status;
+    if (!fields->fields[i].name) return {StatusCode::kInvalidArgument, "a field has no name"};
+    if (Status status = read_field(fields->fields[i], phase, state); !status.ok()) return status;
   }
   return check_plan(*state);
 }

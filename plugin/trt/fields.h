@@ -24,9 +24,10 @@ struct PluginState {
 /// Field names and types as the creator lists them: the attributes, which are all that a parser is to pass. Never changes.
 const nvinfer1::PluginFieldCollection* attribute_fields();
 
-/// Reads fields of any order, copying what they point to; absent ones keep their default, unknown ones are ignored.
-/// Integers may be kINT32 or kINT64, strings kCHAR with or without a trailing NUL. The sentence names the field.
-Status read_fields(const nvinfer1::PluginFieldCollection* fields, PluginState* state);
+/// Reads fields of any order, copying what they point to; absent ones keep their default, unknown ones are an error. Integers may
+/// be kINT32 or kINT64, strings kCHAR with or without a trailing NUL. The sentence names the field. `phase`: where they come
+/// from, a user or a parser (kBUILD), or an engine (kRUNTIME).
+Status read_fields(const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase, PluginState* state);
 
 /// Fields that read_fields() turns into the same state again. They point into `state`, which must outlive them.
 std::vector<nvinfer1::PluginField> write_fields(const PluginState& state);

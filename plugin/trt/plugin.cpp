@@ -29,6 +29,10 @@ using plugin::invalid;
 constexpr int32_t kSuccess = 0;
 constexpr int32_t kFailure = -1;  // TensorRT asks for no more than non-zero
 
+/// A workspace that no GPU has: getWorkspaceSize can tell of an error by nothing else. TensorRT then finds no implementation of
+/// the node, where an engine with too little would be made of a smaller number.
+constexpr size_t kImpossibleBytes = size_t{1} << 60;
+
 /// output_shape.h's arithmetic on TensorRT's symbolic dimensions. A missing operand, of an input of too low a rank, gives null.
 struct ExpressionAlgebra {
   using Dim = const IDimensionExpr*;
@@ -216,7 +220,7 @@ Status FlashAttentionPlugin::planned_device(Device* device) const {
 size_t FlashAttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t num_inputs,
                                               const DynamicPluginTensorDesc* /*outputs*/, int32_t num_outputs) const noexcept {
   size_t bytes = 0;
-  guarded("getWorkspaceSize", [&]() -> Status {
+  const int32_t result = guarded("getWorkspaceSize", [&]() -> Status {
     if (Status status = check_counts(num_inputs, num_outputs); !status.ok()) return status;
     Device device;
     device.type = DeviceType::kCuda;
@@ -224,7 +228,7 @@ size_t FlashAttentionPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inp
     if (!no_device.ok() && no_device.code != StatusCode::kUnsupported) return no_device;
     return reserved_workspace(node_, inputs, device, forced_kernel(), &bytes);
   });
-  return bytes;
+  return result == kSuccess ? bytes : kImpossibleBytes;
 }
 
 int32_t FlashAttentionPlugin::setTactic(int32_t tactic) noexcept {
@@ -240,10 +244,13 @@ int32_t FlashAttentionPlugin::setTactic(int32_t tactic) noexcept {
 Status FlashAttentionPlugin::check_outputs(const plugin::Problem& problem, const PluginTensorDesc* out) const {
   for (size_t i = 0; i < node_.outputs.size(); ++i) {
     const plugin::Tensor& expected = problem.outputs[static_cast<int>(node_.outputs[i])];
-    bool same = out[i].dims.nbDims == expected.rank && out[i].type == to_data_type(expected.dtype);
-    for (int axis = 0; same && axis < expected.rank; ++axis) same = out[i].dims.d[axis] == expected.shape[axis];
-    if (!same)
-      return invalid(std::string("output ") + plugin::name_of(node_.outputs[i]) + " has another shape or type than computed");
+    const Dims& dims = out[i].dims;
+    const bool same = dims.nbDims == expected.rank && std::equal(dims.d, dims.d + expected.rank, expected.shape);
+    if (same && out[i].type == to_data_type(expected.dtype)) continue;
+    const std::optional<DType> dtype = to_dtype(out[i].type);
+    return invalid(std::string("output ") + plugin::name_of(node_.outputs[i]) + " is " +
+                   (dtype ? name_of(*dtype) : "another type") + " " + shape_text(dims.d, std::max(dims.nbDims, 0)) +
+                   "; expected " + name_of(expected.dtype) + " " + shape_text(expected.shape, expected.rank));
   }
   return {};
 }

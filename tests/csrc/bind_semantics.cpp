@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rules in csrc/semantics for the property tests in this folder, one by one.
+// The rules in csrc/semantics, and those of kernels that need no GPU, for the property tests in this folder, one by one.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "kernels/backward_rows/row_numbers.h"
+#include "kernels/decode_sm90/ranges.h"
 #include "semantics/score.h"
 #include "semantics/sequence.h"
 #include "semantics/softmax.h"
@@ -58,6 +60,31 @@ std::vector<std::pair<int64_t, int64_t>> key_tile_places(const std::vector<int32
   return places;
 }
 
+using Pieces = std::vector<std::tuple<int, int, int, int, int, int>>;
+
+/// Heads of so many key tiles, on at most so many blocks of decode_sm90: (head, from, to, block, first block, count of parts) of
+/// all pieces.
+Pieces pieces_of_heads(const std::vector<int>& tiles, int blocks) {
+  namespace decode = fa::decode_sm90;
+  int units = 0;
+  for (const int count : tiles) units += count;
+  const decode::Schedule schedule = decode::cut(units, blocks);
+  Pieces pieces;
+  for (int block = 0; block < schedule.blocks; ++block) {
+    const int begin = decode::cut_of(schedule, block), end = decode::cut_of(schedule, block + 1);
+    decode::UnitRange head{0, 0};
+    for (size_t i = 0; i < tiles.size(); ++i) {
+      head = {head.to, head.to + tiles[i]};
+      if (head.to <= begin || head.from >= end) continue;
+      const decode::UnitRange part = decode::part_of_head(head, begin, end, schedule.snap);
+      const decode::HeadParts parts = decode::parts_of_head(schedule, head);
+      if (part.from < part.to)
+        pieces.emplace_back(i, part.from - head.from, part.to - head.from, block, parts.first_block, parts.count);
+    }
+  }
+  return pieces;
+}
+
 }  // namespace
 
 void bind_semantics(py::module_& m) {
@@ -81,4 +108,5 @@ void bind_semantics(py::module_& m) {
   m.def("capped", [](float dot, float scale, float softcap) { return fa::ScoreRule{scale, softcap}.capped(dot); });
   m.def("sequence_at", sequence_at);
   m.def("key_tile_places", key_tile_places);
+  m.def("pieces_of_heads", pieces_of_heads);
 }

@@ -10,6 +10,7 @@
 #include "fa/attention.h"
 #include "fa/backward.h"
 #include "fa/threads.h"
+#include "overlap.h"
 
 namespace py = pybind11;
 
@@ -164,5 +165,7 @@ PYBIND11_MODULE(fa_csrc, m) {
         return result(fa::append_kv(view(past, true), view(fresh, true), view(present, true), fa::Device{}, context));
       },
       py::arg("past"), py::arg("fresh"), py::arg("present"), py::arg("num_threads") = 0);
+  m.def("overlap", [](const py::array& a, const py::array& b) { return fa::overlap(view(a, true), view(b, true)); });
+  m.def("overlaps_itself", [](const py::array& array) { return fa::overlaps_itself(view(array, true)); });
   bind_semantics(m);
 }

@@ -167,10 +167,10 @@ def test_a_launch_without_a_plan_is_refused(fa_csrc):
     assert fa_csrc.launch_without_plan(fields()) == (1, "there is no plan: plan() was not called or has failed")
 
 
-@pytest.mark.parametrize("name", ["query", "out", "kv_lengths"])
-def test_a_tensor_without_memory_is_refused(fa_csrc, name):
+@pytest.mark.parametrize(("field", "name"), [("query", "query"), ("out", "output"), ("kv_lengths", "kv_lengths")])
+def test_a_tensor_without_memory_is_refused(fa_csrc, field, name):
     problem = fields(kv_lengths=np.array([3, 7]))
-    assert fa_csrc.attention_without_data(problem, name) == (1, f"{name} has elements but no data")
+    assert fa_csrc.attention_without_data(problem, field) == (1, f"{name} has elements but no data")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -164,6 +164,21 @@ def test_a_float8_query_gives_bfloat16() -> None:
     assert faplugin.attention(**FLOAT8).dtype == ml_dtypes.bfloat16
 
 
+class Silent:
+    """An array that keeps its memory for itself."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self) -> object:
+        raise BufferError("no")
+
+
+class Mistaken(Silent):
+    def __dlpack__(self) -> object:
+        return 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [
@@ -208,6 +223,19 @@ def test_a_float8_query_gives_bfloat16() -> None:
         ({"query": np.zeros((2, 4, 9, 16), [("x", "f4")])}, TypeError, "query is void32, which the operator does not"),
         ({"num_threads": -1}, ValueError, "num_threads is -1; expected 0"),
         ({"q_num_heads": 2**40}, ValueError, "q_num_heads is 1099511627776; expected 2147483647 at most"),
+        ({"kernel": "cpu\0"}, TypeError, r"kernel is 'cpu\\x00'; expected a string"),
+        ({"alignment": "\ud800"}, ValueError, "alignment is .*; expected one of 'onnx'"),
+        ({"scale": 10**400}, TypeError, "scale is 1000.*; expected a number"),
+        ({"return_lse": np.ones(2)}, TypeError, "return_lse is array.*; expected True or False"),
+        ({"key": (3, "float32")}, TypeError, "key is a tuple; expected an array with __dlpack__"),
+        (
+            {"key": ((2, 2, 33, 16), "float32")},
+            ValueError,
+            "key is a specification without memory; it can be explained",
+        ),
+        ({"key": Silent()}, TypeError, "key doesn't hand out its memory by DLPack: BufferError: no"),
+        ({"key": Mistaken()}, TypeError, "key has a __dlpack__ that gives no capsule of DLPack's"),
+        ({"out": {1: QUERY, "a": QUERY}}, ValueError, r"out has \[1, 'a'\]; this call returns \['output'\]"),
         ({"kernel": "fast"}, RuntimeError, "there is no kernel 'fast'; there are cpu"),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import cases, reference, reference_backward
+from tests.dlpack_only import DLPackOnly
 from tests.problems import Case
 
 
@@ -78,6 +79,21 @@ def test_gradients_are_written_to_views_of_one_array():
     assert all(np.array_equal(out[name], apart[name]) for name in out)
 
 
+def test_views_of_one_array_that_overlap_are_no_memory_for_gradients():
+    """Shifted against each other, by a row or a head, and each row shifted against the next."""
+    query, key, value, d_output = (np.ones((2, 4, 5, 8), np.float32) for _ in range(4))
+    output, lse = faplugin.attention(query, key, value, return_lse=True)
+    rows, heads = np.empty((2, 4, 6, 8), np.float32), np.empty((2, 5, 5, 8), np.float32)
+    for views in ([rows[:, :, :5], rows[:, :, 1:]], [heads[:, :4], heads[:, 1:]]):
+        with pytest.raises(ValueError, match="d_value shares memory with d_key; give it memory of its own"):
+            faplugin.attention_backward(
+                d_output, output, lse, query, key, value, out=dict(zip(("key", "value"), views, strict=True))
+            )
+    folded = np.lib.stride_tricks.as_strided(heads, (2, 4, 5, 8), (*heads.strides[:2], 16, 4))
+    with pytest.raises(ValueError, match="d_key has strides .* so that its elements share memory, but it is written"):
+        faplugin.attention_backward(d_output, output, lse, query, key, value, out={"key": folded})
+
+
 SHAPE = (1, 2, 5, 4)
 ONES = np.ones(SHAPE, np.float32)
 REFUSED = [
@@ -92,6 +108,12 @@ REFUSED = [
     ),
     ({"out": {"key": ONES}}, ValueError, "d_key shares memory with query"),
     ({"out": [ONES]}, TypeError, "out is a list; expected a dict of arrays by name"),
+    ({"out": {"query": None}}, TypeError, "d_query is missing"),
+    ({"out": {3: ONES}}, ValueError, "there is no gradient of 3; expected one of query, key, value"),
+    ({"wanted": "sinks"}, TypeError, "wanted is 'sinks'; expected a list of names"),
+    ({"wanted": 5}, TypeError, "wanted is 5; expected a list of names"),
+    ({"wanted": [ONES]}, ValueError, "there is no gradient of "),
+    ({"d_lse": ((1, 2, 5), "float32")}, ValueError, "d_lse is a specification without memory"),
     (
         {"d_lse": np.ones((1, 2, 4), np.float32)},
         ValueError,
@@ -105,6 +127,15 @@ def test_refused(changes, error, sentence):
     lse = np.ones(SHAPE[:3], np.float32)
     with pytest.raises(error, match=sentence):
         faplugin.attention_backward(ONES, ONES, lse, ONES, ONES, ONES, **changes)
+
+
+def test_arrays_of_any_framework_have_gradients():
+    """Whose shapes only DLPack tells."""
+    query, key, value, d_output = (np.full(SHAPE, x, np.float32) for x in (1, 2, 3, 4))
+    output, lse = faplugin.attention(query, key, value, return_lse=True)
+    expected = faplugin.attention_backward(d_output, output, lse, query, key, value)
+    found = faplugin.attention_backward(*map(DLPackOnly, (d_output, output, lse, query, key, value)))
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 def test_gradients_have_memory_that_nothing_else_reads_or_writes():

@@ -60,6 +60,13 @@ def test_pages_may_have_strides(place: str) -> None:
     np.testing.assert_array_equal(views, pages)
 
 
+def shifted(axis: int) -> list[np.ndarray]:
+    """Views of one buffer, the values one element of this axis behind the keys."""
+    buffer = np.zeros((4, 5, 3, 8), np.float32)
+    values = [slice(1, None) if i == axis else slice(n) for i, n in enumerate((3, 4, 2))]
+    return [buffer[:3, :4, :2], buffer[tuple(values)]]
+
+
 def test_pages_are_memory_that_may_change() -> None:
     pages = [np.zeros((3, 4, 2, 8), np.float32) for _ in range(2)]
     fixed = pages[0].copy()
@@ -67,7 +74,13 @@ def test_pages_are_memory_that_may_change() -> None:
     for views, changes, sentence in (
         ([fixed, pages[1]], {}, "past_key is read-only, but a paged cache is changed in place"),
         ([pages[0], pages[0]], {}, "past_key shares memory with past_value; a paged cache is changed in place"),
+        *((shifted(axis), {}, "past_key shares memory with past_value") for axis in range(3)),
         (pages, {"sinks": pages[1][0, 0, 0, :4]}, "past_value shares memory with sinks"),
+        (
+            [np.lib.stride_tricks.as_strided(x, x.shape, (x.strides[1], *x.strides[1:])) for x in pages],
+            {},
+            "so that its elements share memory, but it is written",
+        ),
         (
             [np.lib.stride_tricks.as_strided(x, x.shape, (0, *x.strides[1:])) for x in pages],
             {},

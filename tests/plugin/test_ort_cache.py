@@ -45,6 +45,61 @@ def test_quantized_decoder(decoder: decoding.Decoder) -> None:
     decoding.run(decoder, nodes.step)
 
 
+# --------------------------------------------------------------------------------------------- bound memory
+
+
+def bound_step(cache: str, bound: dict[str, str], batch: int = 2) -> dict[str, np.ndarray]:
+    """The outputs of one step, bound to memory of their own or, by name, to that of an input or another output."""
+    rng = np.random.default_rng(0)
+    inputs = {name: rng.standard_normal((batch, 1, 2, 8), dtype=np.float32) for name in ("query", "key", "value")}
+    inputs |= {name: rng.standard_normal((batch, 1, 6, 8), dtype=np.float32) for name in ("past_key", "past_value")}
+    if cache == "write":
+        inputs["write_indices"] = np.array([3, 1])[:batch]
+    attributes = {"cache": cache, "is_causal": 1, "optional_inputs": ",".join([*inputs][3:])}
+    attributes["optional_outputs"] = "present_key,present_value"
+    shapes = dict.fromkeys(("present_key", "present_value"), (batch, 1, 8 if cache == "append" else 6, 8))
+    shapes["output"] = (batch, 1, 2, 8)
+    made = nodes.session(nodes.make_model(inputs, attributes, [*shapes], shapes=dict.fromkeys(inputs)))
+    binding, memory = made.io_binding(), {name: np.zeros(128, np.float32) for name in (*inputs, *shapes)}
+    memory["write_indices"] = inputs.get("write_indices", np.zeros(0))
+    for name, array in inputs.items():
+        memory[name][: array.size] = array.ravel()
+        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, memory[name].ctypes.data)
+    for name, shape in shapes.items():
+        binding.bind_output(name, "cpu", 0, np.float32, shape, memory[bound.get(name, name)].ctypes.data)
+    made.run_with_iobinding(binding)
+    return {name: memory[bound.get(name, name)][: np.prod(shape)] for name, shape in shapes.items()}
+
+
+IN_PLACE = {"present_key": "past_key", "present_value": "past_value"}
+
+
+@pytest.mark.parametrize(
+    ("cache", "bound", "sentence"),
+    [
+        ("write", {"present_key": "past_value"}, "present_key shares memory with past_value; .* just that of past_key"),
+        ("write", {"present_key": "past_value", "present_value": "past_key"}, "present_key shares memory with past_v"),
+        ("write", {"present_key": "past_key"}, "present_key is the memory of its past and present_value is not"),
+        ("write", {"present_value": "present_key"}, "present_value shares memory with present_key; give it memory"),
+        ("write", {"output": "past_key"}, "output shares memory with past_key; give it memory of its own"),
+        ("append", {"present_value": "past_key"}, "present_value shares memory with past_key; give it memory"),
+        ("append", IN_PLACE, "present_key shares memory with past_key; give it memory of its own"),
+        ("append", {"output": "query"}, "output shares memory with query; give it memory of its own"),
+    ],
+)
+def test_outputs_in_the_wrong_memory_are_refused(cache: str, bound: dict[str, str], sentence: str) -> None:
+    with pytest.raises(Exception, match=f"FlashAttention: {sentence}"):
+        bound_step(cache, bound)
+
+
+@pytest.mark.parametrize(("cache", "batch"), [("write", 2), ("append", 1)])
+def test_a_present_may_be_the_memory_of_its_past(cache: str, batch: int) -> None:
+    """Appended rows too, where those of the past keep their places."""
+    found, expected = bound_step(cache, IN_PLACE, batch), bound_step(cache, {}, batch)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
 # ------------------------------------------------------------------------------------------ GroupQueryAttention
 
 KINDS = {"": np.dtype(np.float32), "int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}

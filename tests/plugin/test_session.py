@@ -60,6 +60,20 @@ def test_what_cannot_be_is_said(model: pathlib.Path) -> None:
         faplugin.session(model, providers=["CPUExecutionProvider"], cuda_graph=True)
     with pytest.raises(ValueError, match="num_threads is 0; give 1 or more"):
         faplugin.session(model, num_threads=0)
+    for arguments, sentence in (
+        ({"path": 3}, "path is 3; expected that of an .onnx file"),
+        ({"num_threads": "2"}, "num_threads is '2'; expected a whole number"),
+        (
+            {"providers": "CPUExecutionProvider"},
+            "providers is 'CPUExecutionProvider'; expected a list of names, or of pair",
+        ),
+        ({"providers": [("CPUExecutionProvider",)]}, "providers is .*; expected a list of names, or of pairs"),
+        ({"options": {}}, "session_options is {}; expected onnxruntime.SessionOptions"),
+    ):
+        with pytest.raises(TypeError, match=f"^{sentence}"):
+            faplugin.session(**{"path": model, **arguments})
+    with pytest.raises(TypeError, match="^session_options is None; expected"):
+        faplugin.register(None)
 
 
 @pytest.mark.skipif(operator_library.has_cuda_kernels(), reason="the library has CUDA kernels")

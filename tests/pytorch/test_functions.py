@@ -99,7 +99,7 @@ def test_sixteen_bits_by_the_rule(dtype):
     """Errors are at most twice those of the same computation without fusion, + 1e-5."""
     inputs = [draw(2, 65, 4, 32, dtype=dtype) for _ in range(3)]
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    d_output = torch.randn(2, 65, 4, 32).to(dtype)
+    d_output = torch.randn(2, 65, 4, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
     wanted = torch.autograd.grad(eager(*exact, causal=True), exact, d_output.double())
     unfused = torch.autograd.grad(eager(*inputs, causal=True), inputs, d_output)
     ours = torch.autograd.grad(fatorch.flash_attn_func(*inputs, causal=True), inputs, d_output)
@@ -171,6 +171,9 @@ def test_with_kvcache():
         ({"causal": None}, "causal is None; expected True or False"),
         ({"softcap": "x"}, "softcap is 'x'; expected a number"),
         ({"softmax_scale": "x"}, "softmax_scale is 'x'; expected a number, or None"),
+        ({"softmax_scale": torch.ones(2)}, "softmax_scale is a Tensor; expected a number, or None"),
+        ({"causal": np.ones(2)}, "causal is a ndarray; expected True or False"),
+        ({"window_size": (torch.ones(2), 0)}, "window_size is .*; expected two whole numbers"),
     ],
     ids=str,
 )
@@ -285,6 +288,45 @@ def test_what_no_array_can_be_is_refused():
         fatorch.flash_attn_func(*[q.detach().to(torch.complex64)] * 3)
     with pytest.raises(ValueError, match="key has shape"):
         fatorch.flash_attn_func(q, q[..., :4], q)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sentence"),
+    [
+        (torch.zeros(1, 4, 2, 8).to_sparse(), "is a torch.sparse_coo tensor; expected a strided one"),
+        (torch.zeros(1, 4, 2, 8).to_mkldnn(), "is a torch._mkldnn tensor; expected a strided one"),
+        (torch.nested.nested_tensor([torch.zeros(2, 2, 8)]), "is a nested tensor; expected a strided one"),
+        (torch.zeros(1, 4, 2, 8, device="meta"), "is on meta; expected cpu, where query is"),
+        (torch.tensor(0.0), "has (no|0) axes; expected"),
+    ],
+    ids=["sparse", "mkldnn", "nested", "meta", "a number"],
+)
+def test_a_tensor_that_cannot_be_read_is_named(tensor, sentence):
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises((TypeError, ValueError), match=f"^value {sentence}"):
+        fatorch.flash_attn_func(q, q, tensor)
+    with pytest.raises((TypeError, ValueError), match=f"^(value|v_cache) {sentence}"):
+        fatorch.flash_attn_with_kvcache(q, q, tensor)
+    with pytest.raises((TypeError, ValueError), match=f"^value {sentence}"):
+        fatorch.attend(q, q, tensor)
+
+
+def test_arguments_of_attend_are_named():
+    q = torch.zeros(1, 4, 2, 8)
+    for arguments, sentence in (
+        ({"packed": 4}, "packed is 4; expected 0, 2 or 3"),
+        ({"scale": "x"}, "scale is 'x'; expected a number, or None"),
+        ({"scale": 0}, "scale is 0; expected another number, or None"),
+        ({"softcap": None}, "softcap is None; expected a number"),
+        ({"window": 3}, "window is 3; expected two whole numbers"),
+        ({"alignment": 1}, "alignment is 1; expected a string"),
+        ({"sinks": 1.0}, "sinks is a float; expected a torch.Tensor"),
+        ({"return_lse": q}, "return_lse is a Tensor; expected True or False"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^{sentence}"):
+            fatorch.attend(q, q, q, **arguments)
+    with pytest.raises(TypeError, match="^query is a list; expected a torch.Tensor"):
+        fatorch.attend([1], q, q)
 
 
 def test_compile_makes_one_graph_forward_and_backward():

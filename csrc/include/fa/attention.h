@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
 namespace fa {
@@ -26,6 +27,9 @@ constexpr int64_t size_of(DType dtype) {
   constexpr int64_t kBytes[kNumDTypes] = {4, 2, 2, 1, 4, 8, 1, 1, 1};
   return kBytes[static_cast<int>(dtype)];
 }
+
+/// One of the types of numbers that are not quantized.
+constexpr bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 
 /// A shape for people: "[2, 4, 128, 64]".
 std::string shape_text(const int64_t* shape, int rank);
@@ -221,6 +225,16 @@ Status launch(const Plan& plan, const StepParams& params, const ExecutionContext
 /// Device memory that suffices for every problem of at most these sizes (batch, rows, keys), all else being equal. The largest
 /// problem is not always the hungriest: few query rows are split over many keys, and each split keeps a partial result.
 size_t max_workspace_bytes(const StepParams& largest, const Device& device);
+
+/// A tensor by the name that a user knows.
+struct NamedTensor {
+  const char* name;
+  const TensorView& tensor;
+};
+
+/// launch()'s rules of memory: what has elements has some, and what is written, in a launch or by the caller beside it, shares
+/// none with any other tensor. But a present may be the very memory of its past.
+Status check_memory(const StepParams& params, std::initializer_list<NamedTensor> also_written = {});
 
 /// The kernels for a type of device, in order of preference: names for plan(). Null beyond the last.
 const char* kernel_name(DeviceType type, int idx);

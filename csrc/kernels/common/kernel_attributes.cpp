@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include <map>
 #include <mutex>
 #include <set>
 #include <tuple>
@@ -24,6 +25,22 @@ unsigned long long context_number() {
   return get_id(context, &number) == CUDA_SUCCESS ? number : 0;
 }
 
+int ask_most_clusters(const void* kernel, int blocks, int threads, size_t shared_bytes) {
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeClusterDimension;
+  together.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  int most = 0;
+  if (cudaOccupancyMaxActiveClusters(&most, kernel, &config) == cudaSuccess) return most;
+  cudaGetLastError();  // an unanswered question must not fail the next call
+  return 0;
+}
+
 }  // namespace
 
 cudaError_t set_attribute_once(const void* kernel, cudaFuncAttribute attribute, int value) {
@@ -35,6 +52,20 @@ cudaError_t set_attribute_once(const void* kernel, cudaFuncAttribute attribute, 
   const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, value);
   if (context != 0 && error == cudaSuccess) done.insert({context, kernel, attribute});
   return error;
+}
+
+int most_clusters(const void* kernel, int blocks, int threads, size_t shared_bytes) {
+  static std::mutex mutex;
+  static auto& known = *new std::map<std::tuple<int, const void*, int>, int>;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [place, is_new] = known.try_emplace({device, kernel, blocks}, 0);
+  if (is_new) place->second = ask_most_clusters(kernel, blocks, threads, shared_bytes);
+  return place->second;
 }
 
 }  // namespace fa

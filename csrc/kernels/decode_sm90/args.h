@@ -9,7 +9,7 @@
 
 #include "fa/attention.h"
 #include "kernels/common/divisor.h"
-#include "kernels/decode_sm90/config.h"
+#include "kernels/decode_sm90/ranges.h"
 #include "semantics/cache.h"
 
 namespace fa::decode_sm90 {
@@ -22,14 +22,6 @@ struct SequenceWork {
   int begin, end;          // key tiles that any row sees
   int units_of_item;       // at least 1: rows without keys are written, too
   int units;               // of all key heads
-};
-
-/// How the key tiles of all heads, one head after the other, are cut into one range a block. Units are key tiles; a head without
-/// keys counts as one.
-struct Schedule {
-  int units, blocks;
-  int per_block, extra;  // the first `extra` blocks have one more
-  int snap;              // a cut at most so far from the end of a head is moved there
 };
 
 /// How heads that all have equally many key tiles are cut into pieces.

@@ -5,7 +5,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <array>
 #include <utility>
 
 #include "kernels/common/kernel_attributes.h"
@@ -41,26 +40,7 @@ inline bool has_rows_by_4(const TensorView& view) {
 /// How many clusters of `blocks` blocks the current device holds at a time; 0 where it can't say.
 template <class C>
 int most_clusters(int blocks) {
-  static const std::array<int, kMostClusterBlocks + 1> found = [] {
-    std::array<int, kMostClusterBlocks + 1> most{};
-    for (int size = 2; size <= kMostClusterBlocks; size *= 2) {
-      cudaLaunchAttribute together{};
-      together.id = cudaLaunchAttributeClusterDimension;
-      together.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(size);
-      config.blockDim = dim3(C::kThreads);
-      config.dynamicSmemBytes = C::kTile.shared_bytes();
-      config.attrs = &together;
-      config.numAttrs = 1;
-      if (cudaOccupancyMaxActiveClusters(&most[size], decode_sm90_kernel<C>, &config) != cudaSuccess) {
-        cudaGetLastError();
-        most[size] = 0;
-      }
-    }
-    return most;
-  }();
-  return found[blocks];
+  return fa::most_clusters(decode_sm90_kernel<C>, blocks, C::kThreads, C::kTile.shared_bytes());
 }
 
 /// Where keys and values lie, which are in pages.

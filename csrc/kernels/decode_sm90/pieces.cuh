@@ -65,8 +65,7 @@ struct Range {
   Schedule schedule;
   int unit, end;        // of the range that is left
   int idx, first_unit;  // the sequence, and where it begins
-  int head_unit;        // of the last piece: its head's first
-  bool is_first = true;
+  UnitRange head;       // of the last piece
   SequenceWork work;
 
   /// Is the block's share long?
@@ -98,26 +97,14 @@ struct Range {
   __device__ __forceinline__ bool next(Piece& piece) {
     while (unit < end) {
       while (unit >= first_unit + work.units) go_to_next_sequence();
-      const int number = (unit - first_unit) / work.units_of_item, item_begin = first_unit + number * work.units_of_item;
-      const int item_end = item_begin + work.units_of_item, snap = schedule.snap;
-      int from = unit, to = item_end;
-      unit = item_end;
-      if (is_first) {
-        is_first = false;
-        if (from - item_begin <= snap) {
-          from = item_begin;
-        } else if (item_end - from <= snap) {
-          continue;
-        }
-      }
-      if (end < item_end && item_end - end > snap) {
-        if (end - item_begin <= snap) return false;
-        to = end;
-      }
-      head_unit = item_begin;
+      const int number = (unit - first_unit) / work.units_of_item, head_begin = first_unit + number * work.units_of_item;
+      head = {head_begin, head_begin + work.units_of_item};
+      const UnitRange part = part_of_head(head, unit, end, schedule.snap);
+      unit = head.to;
+      if (part.from >= part.to) continue;
       piece.key_head = work.row_tiles == 1 ? number : number / work.row_tiles;
       piece.first_row = (number - piece.key_head * work.row_tiles) * args.tile_rows;
-      set_tiles(args, work, piece, from - item_begin, to - item_begin);
+      set_tiles(args, work, piece, part.from - head.from, part.to - head.from);
       return true;
     }
     return false;
@@ -125,15 +112,15 @@ struct Range {
 
   /// The place of the last piece among those of its head.
   __device__ __forceinline__ void place(Item& item) const {
-    const int head_end = head_unit + work.units_of_item, first_block = block_of(schedule, head_unit + schedule.snap);
-    item.counter = first_block;
-    item.part = static_cast<int>(blockIdx.x) - first_block;
-    item.num_parts = 1 + max(block_of(schedule, head_end - schedule.snap - 1) - first_block, 0);
-    item.first_slot = 2 * first_block + 1;
-    item.late_slot = 2 * first_block;
+    const HeadParts parts = parts_of_head(schedule, head);
+    item.counter = parts.first_block;
+    item.part = static_cast<int>(blockIdx.x) - parts.first_block;
+    item.num_parts = parts.count;
+    item.first_slot = 2 * parts.first_block + 1;
+    item.late_slot = 2 * parts.first_block;
     item.slot_step = 2;
     item.in_cluster = 0;
-    item.last_of_block = end <= head_end;
+    item.last_of_block = end <= head.to;
   }
 
  private:

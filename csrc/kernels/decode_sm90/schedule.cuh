@@ -159,26 +159,6 @@ __device__ __forceinline__ bool mask_has_holes(const KernelArgs& args, const Sha
   return span.count != rows * max(span.end - span.begin, 0);
 }
 
-/// For a grid of at most `blocks`.
-FA_HD Schedule cut(int units, int blocks) {
-  Schedule s{};
-  s.units = units;
-  s.blocks = max(min(blocks, units / kMinUnitsPerBlock), 1);
-  s.per_block = units / s.blocks;
-  s.extra = units - s.per_block * s.blocks;
-  s.snap = min(kMaxSnap, s.per_block / kUnitsPerSnap);
-  return s;
-}
-
-/// Where the range of a block begins, or of the last one ends, before it is moved to the end of a head.
-__device__ __forceinline__ int cut_of(const Schedule& s, int block) { return block * s.per_block + min(block, s.extra); }
-
-/// The last block whose range begins at `unit` or before.
-__device__ __forceinline__ int block_of(const Schedule& s, int unit) {
-  const int in_larger = s.extra * (s.per_block + 1);
-  return unit < in_larger ? unit / (s.per_block + 1) : s.extra + (unit - in_larger) / s.per_block;
-}
-
 /// Key tiles of each head of sequence `idx`: -1 where it has not as many tiles of rows as the cut of args takes for granted. 0:
 /// these are no rows outside of packed sequences.
 __device__ __forceinline__ int tiles_if_alike(const KernelArgs& args, const SequenceWork& work, int idx) {

@@ -14,41 +14,30 @@ import torch
 
 from faplugin.torch._call import ABSENT, scale_of, step
 from faplugin.torch._op import compute, is_eager
+from faplugin.torch._refusals import FAILURES, is_number, refuse_flag, refuse_operands, refuse_settings, told
 
 
 def _settings(
     q: torch.Tensor, dropout_p: float, scale: float | None, causal: bool, window: tuple[int, int], softcap: float
 ) -> tuple:
     """By SETTINGS."""
-    if dropout_p != 0:
-        raise ValueError(
-            f"dropout_p is {dropout_p}; expected 0: dropout of attention weights is not offered (in evaluation pass 0, "
-            "for training set the model's attention dropout to 0)"
-        )
-    if scale == 0:
-        raise ValueError("softmax_scale is 0; expected another number, or None for 1/√D")
-    if causal not in (True, False):
-        raise ValueError(f"causal is {causal!r}; expected True or False")
-    if not isinstance(q, torch.Tensor):
-        raise TypeError(f"query is a {type(q).__name__}; expected a torch.Tensor")
+    failure: Exception | None = None
     try:
         left, right = window
-        return scale_of(q, scale), float(softcap), bool(causal), max(left, -1), max(right, -1), "bottom_right"
-    except (TypeError, ValueError):
-        raise _no_number(scale, softcap, window) from None
-
-
-def _no_number(scale: Any, softcap: Any, window: Any) -> ValueError:
-    """What to say where one of these is no number, or where the window is not two of them."""
-    for name, given, what in (("softmax_scale", scale, "a number, or None for 1/√D"), ("softcap", softcap, "a number")):
-        try:
-            float(0 if given is None and name == "softmax_scale" else given)
-        except (TypeError, ValueError):
-            return ValueError(f"{name} is {given!r}; expected {what}")
-    return ValueError(
-        f"window_size is {window!r}; expected two whole numbers: keys seen before and after the own position, "
-        "-1 where there is no bound"
-    )
+        settings = scale_of(q, scale), float(softcap), bool(causal), max(left, -1), max(right, -1), "bottom_right"
+        if dropout_p == 0 and scale != 0 and causal in (True, False):
+            return settings
+    except FAILURES as error:
+        failure = error
+    refuse_operands({"query": q})
+    if not is_number(dropout_p) or dropout_p != 0:
+        raise ValueError(
+            f"dropout_p is {told(dropout_p)}; expected 0: dropout of attention weights is not offered (in evaluation "
+            "pass 0, for training set the model's attention dropout to 0)"
+        )
+    refuse_settings(scale, causal, softcap, window, "softmax_scale", "window_size")
+    assert failure is not None
+    raise failure
 
 
 def _optional(slopes: Any = None, kv_lengths: Any = None, cu_q: Any = None, cu_kv: Any = None) -> tuple:
@@ -59,6 +48,7 @@ def _optional(slopes: Any = None, kv_lengths: Any = None, cu_q: Any = None, cu_k
 
 
 def _attend(q: Any, k: Any, v: Any, packed: int, slopes: Any, settings: tuple, probs: bool) -> Any:
+    refuse_flag("return_attn_probs", probs)
     found = compute(q, k, v, packed, _optional(slopes), settings, probs)
     return (*found, None) if probs else found
 
@@ -144,15 +134,22 @@ def _attend_packed_sequences(
     probs: bool,
 ) -> Any:
     """Tensors [total rows, …] as a batch of 1."""
+    refuse_flag("return_attn_probs", probs)
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_kv)):
         if cu is None:
             raise TypeError(f"{name} is None; expected int32 [sequences + 1]")
-    for name, tensor in zip("qkv", tensors[: 3 - packed], strict=False):  # those that nothing is packed in
+    there = [(name, tensor) for name, tensor in zip("qkv", tensors, strict=True) if not packed or tensor is not None]
+    for i, (name, tensor) in enumerate(there):
+        is_packed = packed > 0 and i == len(there) - 1
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
-        if tensor.dim() != 3:
+        if not is_packed and tensor.dim() != 3:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; expected [total rows, heads, head_dim]")
-    query, key, value = (None if t is None else t.unsqueeze(0) for t in tensors)
+    try:
+        query, key, value = (None if t is None else t.unsqueeze(0) for t in tensors)
+    except RuntimeError:
+        refuse_operands(dict(there))
+        raise
     found: Any = compute(query, key, value, packed, _optional(slopes, None, cu_q, cu_kv), settings, probs)
     return (found[0].squeeze(0), found[1].squeeze(0), None) if probs else found.squeeze(0)
 
@@ -309,18 +306,28 @@ def flash_attn_with_kvcache(
         ValueError: an argument has a wrong shape, dtype or value.
     """
     _refuse(cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, block_table=block_table)
+    operands = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    for name, tensor in operands.items():
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name not in ("k", "v")):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+        if tensor is not None and tensor.dim() != 4:
+            raise ValueError(f"{name} has {tensor.dim()} axes; expected 4: batch, rows, heads, head_dim")
     if (k is None) != (v is None):
         raise ValueError("one of k and v is given; expected both or none")
     if rotary_cos is not None and k is None:
         raise ValueError("rotary_cos is given without k; expected both")
     if k is not None and cache_seqlens is None:
         raise ValueError("k is given without cache_seqlens; expected where it is to be written")
+    if rotary_cos is not None and (not isinstance(rotary_cos, torch.Tensor) or rotary_cos.dim() != 2):
+        raise TypeError(f"rotary_cos is {told(rotary_cos)}; expected a torch.Tensor [positions, rotary_dim / 2]")
     if rotary_cos is not None and rotary_cos.shape[0] < k_cache.shape[1]:
         raise ValueError(f"rotary_cos has {rotary_cos.shape[0]} positions; expected at least the {k_cache.shape[1]} "
                          "rows of k_cache")  # fmt: skip
     if rotary_cos is not None and q.shape[1] > 1 and not causal and tuple(window_size) == (-1, -1):
         raise ValueError("rotary_cos is given for several queries without causal or a window; expected one of these, "
                          "so that each query has a position of its own")  # fmt: skip
+    refuse_flag("rotary_interleaved", rotary_interleaved)
+    refuse_flag("return_softmax_lse", return_softmax_lse)
     settings = _settings(q, 0.0, softmax_scale, causal, window_size, softcap)
     lengths = _lengths(cache_seqlens, q)
     with torch.no_grad():
@@ -331,6 +338,10 @@ def flash_attn_with_kvcache(
             output, lse = _written((q, k, v), (k_cache, v_cache), lengths, extras, settings, rotary_interleaved)
         except ValueError as error:
             raise ValueError(_in_words_of_flash_attn(str(error))) from None
+        except (AttributeError, RuntimeError):
+            others = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "alibi_slopes": alibi_slopes}
+            refuse_operands({name: tensor for name, tensor in (operands | others).items() if tensor is not None})
+            raise
     return (output, lse) if return_softmax_lse else output
 
 
@@ -340,11 +351,11 @@ def _written(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The output and the log-sum-exp of a step that writes its keys and values behind `lengths` rows of the cache."""
     query, key, value = operands
+    _check_room(lengths, key, cache[0])
     inputs = {"past_key": cache[0], "past_value": cache[1], "nonpad_kv_seqlen": lengths + key.shape[1]}
     inputs |= {name: tensor for name, tensor in extras.items() if tensor is not None}
     if not is_eager(*operands, *inputs.values()):
         raise RuntimeError("flash_attn_with_kvcache writes to its cache; it can't be compiled, traced or transformed")
-    _check_room(lengths, key, cache[0])
     return step(query, key, value, inputs, settings, interleaved)
 
 
@@ -355,11 +366,15 @@ def _lengths(cache_seqlens: Any, q: torch.Tensor) -> Any:
         try:
             cache_seqlens = operator.index(cache_seqlens)
         except TypeError:
-            raise TypeError(f"cache_seqlens is {cache_seqlens!r}; expected a whole number, or a tensor") from None
+            raise TypeError(f"cache_seqlens is {told(cache_seqlens)}; expected a whole number, or a tensor") from None
+    if isinstance(cache_seqlens, int) and not -(2**31) <= cache_seqlens < 2**31:
+        raise ValueError(f"cache_seqlens is {cache_seqlens}; expected a number of rows")
     return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
 
 
 def _check_room(lengths: torch.Tensor, new: torch.Tensor, cache: torch.Tensor) -> None:
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cache_seqlens is {str(lengths.dtype).removeprefix('torch.')}; expected int32 or int64")
     least, used = (int(x) for x in torch.aminmax(lengths)) if lengths.is_cpu and lengths.numel() else (0, 0)
     if least < 0:
         raise ValueError(f"cache_seqlens is {least} for a sequence; expected 0 or more")

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from faplugin.torch import _call
 from faplugin.torch._call import ABSENT, EXTRAS, OPTIONAL, SETTINGS, Tensors, scale_of, unpacked
+from faplugin.torch._refusals import FAILURES, refuse_flag, refuse_operands, refuse_settings, told
 
 _INPUTS = ", ".join(
     [
@@ -206,22 +207,30 @@ def compute(
         if return_lse:
             raise RuntimeError("the log-sum-exp is wanted during an ONNX export; expected a call for the output alone")
         return exported(unpacked((query, key, value), packed), optional, settings)
-    if eager and not (torch.is_grad_enabled() and _wants_gradients(query, key, value, *given)):
-        forward = _call.forward if return_lse else _call.forward_output
-        return forward(unpacked((query, key, value), packed), optional, settings)
+    if eager:
+        try:
+            return _compute_eagerly((query, key, value), packed, optional, settings, return_lse)
+        except FAILURES:
+            _refuse_others((query, key, value), packed, given)
+            raise
     if torch.compiler.is_compiling():
         query, key, value, *given = _apart(query, key, value, *given)
-    apply = _apply_eagerly if eager else _Attention.apply
-    return apply((eager, packed, settings, return_lse), query, key, value, *given)
+    return _Attention.apply((False, packed, settings, return_lse), query, key, value, *given)
+
+
+def _compute_eagerly(operands: Tensors, packed: int, optional: Tensors, settings: tuple, return_lse: bool) -> Any:
+    given: Sequence[Any] = () if optional is ABSENT else optional
+    if torch.is_grad_enabled() and _wants_gradients(*operands, *given):
+        return _apply_eagerly((True, packed, settings, return_lse), *operands, *given)
+    forward = _call.forward if return_lse else _call.forward_output
+    return forward(unpacked(operands, packed), optional, settings)
 
 
 def _refuse_others(operands: Tensors, packed: int, given: Sequence[Any]) -> None:
-    """Raises TypeError where something is no tensor; of packed tensors only the first ones are there."""
+    """refuse_operands() of a call; of packed tensors only the first ones are there."""
     there = operands[: 4 - packed] if packed else operands
-    optional = ((name, x) for name, x in zip(_call.OPTIONAL, given, strict=False) if x is not None)
-    for name, x in (*zip(("query", "key", "value"), there, strict=False), *optional):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+    optional = {name: x for name, x in zip(_call.OPTIONAL, given, strict=False) if x is not None}
+    refuse_operands(dict(zip(("query", "key", "value"), there, strict=False)) | optional)
 
 
 def _refuse_transforms() -> None:
@@ -300,16 +309,22 @@ def attend(
     Raises:
         ValueError, RuntimeError: as faplugin.attention and faplugin.attention_backward.
     """
-    if scale == 0:
-        raise ValueError("scale is 0; expected another number, or None for 1/√D")
+    if not isinstance(packed, int) or packed not in (0, 2, 3):
+        raise ValueError(f"packed is {told(packed)}; expected 0, 2 or 3")
+    if not isinstance(alignment, str):
+        raise TypeError(f"alignment is {told(alignment)}; expected a string")
+    refuse_flag("return_lse", return_lse)
+    if sinks is not None and not isinstance(sinks, torch.Tensor):
+        raise TypeError(f"sinks is a {type(sinks).__name__}; expected a torch.Tensor")
+    try:
+        settings = (scale_of(query, scale), float(softcap), bool(causal), *window, alignment)
+    except FAILURES:
+        refuse_operands({"query": query})
+        refuse_settings(scale, causal, softcap, window, "scale", "window")
+        raise
+    if scale == 0 or len(settings) != len(SETTINGS):
+        refuse_settings(scale, causal, softcap, window, "scale", "window")
     sinks = None if sinks is None else sinks.float()
     given = (bias, sinks, mask, alibi_slopes, query_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_kv)
     optional: Tensors = ABSENT if all(tensor is None for tensor in given) else given
-    settings = (
-        scale_of(query, scale),
-        float(softcap),
-        bool(causal),
-        *window,
-        alignment,
-    )
     return compute(query, key, value, packed, optional, settings, return_lse)

@@ -253,6 +253,8 @@ class BuildDriver {
     const size_t again = plugin.build->getWorkspaceSize(d.data(), num_inputs, d.data() + num_inputs, num_outputs);
     report_.check(bytes == again, name("getWorkspaceSize is the same twice"));
     report_.check(bytes < (size_t{1} << 40), name("getWorkspaceSize"), std::to_string(bytes));
+    const size_t impossible = plugin.build->getWorkspaceSize(d.data(), num_inputs - 1, d.data() + num_inputs, num_outputs);
+    report_.check(impossible > (size_t{1} << 50), name("getWorkspaceSize of a wrong count of inputs"));
     return bytes;
   }
 

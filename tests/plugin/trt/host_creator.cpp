@@ -48,7 +48,6 @@ void check_accepted_fields(const Source& source, Report& report) {
   accept(one("query_layout", std::string("\0", 1)), "an empty string with NUL");
   accept(one("query_layout", ""), "a string of length 0");
   accept(one<int32_t>("packed_columns", PluginFieldType::kINT32, {}), "an empty list");
-  accept(one<int32_t>("no_such_attribute", PluginFieldType::kINT32, {1}), "an unknown field, ignored");
   accept(one("optional_inputs", "attn_mask,sinks"), "optional inputs");
 }
 
@@ -81,12 +80,15 @@ void check_refused_fields(const Source& source, Report& report) {
   refuse(one("optional_outputs", "lse,present_key"), "optional outputs out of order");
   refuse(one<int32_t>("packed_columns", PluginFieldType::kINT32, {0, 1, 2, 3, 4}), "five packed columns");
   refuse(one<int32_t>("packed_columns", PluginFieldType::kINT32, {0, 64, 0, 64, 0, 64}), "packed columns without head_dim");
+  refuse(one<int32_t>("no_such_attribute", PluginFieldType::kINT32, {1}), "an unknown attribute");
   const nvinfer1::PluginField null_data("q_num_heads", nullptr, PluginFieldType::kINT32, 1);
   const nvinfer1::PluginField null_text("alignment", nullptr, PluginFieldType::kCHAR, 5);
   const nvinfer1::PluginField negative("alignment", "onnx", PluginFieldType::kCHAR, -1);
-  for (const nvinfer1::PluginField* field : {&null_data, &null_text, &negative}) {
+  const nvinfer1::PluginField nameless(nullptr, "onnx", PluginFieldType::kCHAR, 4);
+  for (const nvinfer1::PluginField* field : {&null_data, &null_text, &negative, &nameless}) {
     const nvinfer1::PluginFieldCollection collection{1, field};
-    report.check(!source.creator->createPlugin("probe", &collection, TensorRTPhase::kBUILD), "refused: a field without data");
+    report.check(!source.creator->createPlugin("probe", &collection, TensorRTPhase::kBUILD),
+                 "refused: a field without data or a name");
   }
   const nvinfer1::PluginFieldCollection no_array{3, nullptr};
   report.check(!source.creator->createPlugin("probe", &no_array, TensorRTPhase::kBUILD), "refused: three fields at null");

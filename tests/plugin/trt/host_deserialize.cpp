@@ -75,6 +75,16 @@ void check_damaged_plan(const Source& source, const Case& node, Serialized& seri
   }
 }
 
+/// What a later version of the plugin may have serialised is not left out without a word.
+void check_later_version(const Source& source, const Case& node, Serialized& serialized, Report& report) {
+  FieldSet fields(*serialized.fields.get());
+  const int64_t value = 1;
+  fields.add("later_attribute", nvinfer1::PluginFieldType::kINT64, &value, sizeof value, 1);
+  const std::unique_ptr<nvinfer1::IPluginV3> plugin(
+      source.creator->createPlugin("probe", fields.get(), nvinfer1::TensorRTPhase::kRUNTIME));
+  report.check(plugin == nullptr, node.id + ": an engine of a later version is refused");
+}
+
 }  // namespace
 
 void check_planned_devices(Report& report) {
@@ -105,6 +115,7 @@ void drive_deserialization(const Source& source, const Case& node, Serialized& s
                node.id + ": re-created, getNbOutputs");
   check_planned_workspace(source, node, serialized, report);
   check_damaged_plan(source, node, serialized, report);
+  check_later_version(source, node, serialized, report);
   Plugin first(plugin->runtime->attachToContext(nullptr), report, node.id + ": first context");
   Plugin second(plugin->runtime->attachToContext(nullptr), report, node.id + ": second context");
   plugin.reset();  // contexts outlive what they were attached from

@@ -90,6 +90,8 @@ def test_the_host_finds_a_deliberate_fault(host, plugin, quick_cases, fault):
 def test_a_refused_field_is_told_on_stderr(host, plugin, quick_cases):
     done = drive(host, "--plugin", plugin, "--cases", quick_cases)
     assert "[faplugin] FlashAttention 'probe': alignment is 'left'" in done.stderr
+    assert "there is no attribute 'no_such_attribute'; expected some of q_num_heads, kv_num_heads" in done.stderr
+    assert "the engine has a field 'later_attribute' that this version of the plugin doesn't know" in done.stderr
 
 
 def gpu_cases() -> list[cases.Case]:
