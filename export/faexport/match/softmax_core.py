@@ -282,6 +282,7 @@ def _score_shape(
         sinks=scores.sink is not None or softmax.logit is not None,
         nan_guard=values.nan_guard,
         same_keys=_rows_of_values(values, a) == columns,
+        one_key_spreads=op(values.product.node) == "Einsum",
     )
 
 
