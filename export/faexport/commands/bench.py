@@ -216,6 +216,8 @@ def measure(
     operator_library.path()  # without it there is nothing to compare
     if limits.device == "cuda" and (lacking := operator_library.without_cuda_kernels()):
         raise ModelError(f"{lacking}; or --device cpu measures on the CPU")
+    if ort_session.problem_of(limits.device) == ort_session.NO_GPU:  # a provider without its driver
+        raise ModelError(NO_GPU)
     original = model_io.load(model)
     specs = inputs.input_specs(original)
     for text in shapes:  # what is wrong with them is said before the work begins
