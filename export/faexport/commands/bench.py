@@ -206,18 +206,9 @@ def measure(
     from faexport.feeds import inputs
     from faexport.files import model_io
     from faexport.report import blocks
-    from faexport.runtimes import operator_library, ort_session
     from faexport.spec import DOMAIN, OP_TYPE
 
-    if missing := ort_session.missing_packages():
-        raise ModelError(missing)
-    if limits.device == "cuda" and default_device() != "cuda":
-        raise ModelError(NO_GPU)
-    operator_library.path()  # without it there is nothing to compare
-    if limits.device == "cuda" and (lacking := operator_library.without_cuda_kernels()):
-        raise ModelError(f"{lacking}; or --device cpu measures on the CPU")
-    if ort_session.problem_of(limits.device) == ort_session.NO_GPU:  # a provider without its driver
-        raise ModelError(NO_GPU)
+    _check_that_it_can_be_measured(limits)
     original = model_io.load(model)
     specs = inputs.input_specs(original)
     for text in shapes:  # what is wrong with them is said before the work begins
@@ -253,6 +244,22 @@ def measure(
                 result.notes.append(f"the ladder ends where a run takes more than {SLOW:g} s; --shape goes on")
                 break
     return result
+
+
+def _check_that_it_can_be_measured(limits: Limits) -> None:
+    """Raises ModelError where the packages, the library or the device are missing."""
+    from faexport.commands.bench_child import NO_GPU
+    from faexport.runtimes import operator_library, ort_session
+
+    if missing := ort_session.missing_packages():
+        raise ModelError(missing)
+    if limits.device == "cuda" and default_device() != "cuda":
+        raise ModelError(NO_GPU)
+    operator_library.path()  # without it there is nothing to compare
+    if limits.device == "cuda" and (lacking := operator_library.without_cuda_kernels()):
+        raise ModelError(f"{lacking}; or --device cpu measures on the CPU")
+    if ort_session.problem_of(limits.device) == ort_session.NO_GPU:  # a provider without its driver
+        raise ModelError(NO_GPU)
 
 
 def _sizes(tensors: Mapping[str, Any]) -> dict[str, list[int]]:
