@@ -66,10 +66,12 @@ class Site:
         where the keys are is their number, and where min(keys, n) is it, there are no more than n keys."""
         found: dict[Expr, Expr] = {}
         bounds: list[Expr] = []
+        whole = ia.only_atom(keys)
+        parts = {*whole.args} if whole is not None and whole.op == "meet" else {keys}
         for size in self._meeting_keys() * 2:  # what is found of one may be a part of another
             known = ia.replace(size, found)
             atom = ia.only_atom(known)
-            holds_keys = atom is not None and atom.op == "meet" and keys in atom.args
+            holds_keys = atom is not None and atom.op == "meet" and parts <= {*atom.args}
             if known is not keys and not holds_keys and not ia.is_one_with(known, keys):
                 continue  # it may be 1 where there are more keys
             name = ia.only_atom(size)
