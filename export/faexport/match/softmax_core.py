@@ -53,7 +53,7 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
     softmax = softmax_of(node, a)
     if softmax is None:
         return []
-    path = find_scores(softmax, a, context.masks.writes_everything)
+    path = find_scores(softmax, a, context.masks)
     if isinstance(path, Path) and path.product.labels.index("row") == softmax_axis_in_product(path, softmax, a):
         path.product = path.product.swapped()
     if isinstance(path, Path) and a.is_static(path.product.right.value):
@@ -244,7 +244,7 @@ def _is_for_another_site(node: ir.Node, scores: ir.Node, own: Softmax, context: 
         node = pending.pop()
         softmax = softmax_of(node, a)
         if softmax is not None:
-            path = find_scores(softmax, a, context.masks.writes_everything)
+            path = find_scores(softmax, a, context.masks)
             if not isinstance(path, Path) or path.product.node is not scores:
                 return False
             if softmax.flaw or softmax.node is own.node or not feeds_product(softmax, a, of_product=True):
