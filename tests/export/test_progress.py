@@ -26,7 +26,7 @@ def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
 
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=str)
 def test_long_work_is_told_now_and_then(model: pathlib.Path, options: tuple[str, ...]) -> None:
-    done = here(model, *options)
+    done = here(model, *options, progress=True)
     lines = done.stderr.splitlines()
     assert done.returncode == 0 and 1 <= len(lines) <= 12  # each wait is twice as long as the one before
     assert all(re.fullmatch(r"[a-z][\w ./-]*( \(\d+ %\))?: \d+ s since the start", line) for line in lines), lines
@@ -35,7 +35,7 @@ def test_long_work_is_told_now_and_then(model: pathlib.Path, options: tuple[str,
 
 
 def test_quiet_tells_nothing(model: pathlib.Path) -> None:
-    done = here(model, "--quiet")
+    done = here(model, "--quiet", progress=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
