@@ -70,13 +70,25 @@ class _Reader:
     def __init__(self, root: ir.Value, whole: View, writes: Writes, a: Analysis):
         self.root, self.whole, self.writes, self.a = root, whole, writes, a
         self.nodes: list[ir.Node] = []
+        self.dead: set[ir.Value] = set()  # no part of the scores
+        self.depth = 0
 
     def read(self, value: ir.Value) -> _Part | None:
         """None where the value is no part of the scores, or more happens to it."""
-        node, shape = producer(value), self.a.shape(value)
         if value is self.root:
             return _Part(self.whole)
-        if node is None or shape is None or len(self.nodes) > _MAX_NODES:
+        if value in self.dead or self.depth > _MAX_NODES:
+            return None
+        self.depth += 1
+        found = self._read(value)
+        self.depth -= 1
+        if found is None:
+            self.dead.add(value)
+        return found
+
+    def _read(self, value: ir.Value) -> _Part | None:
+        node, shape = producer(value), self.a.shape(value)
+        if node is None or shape is None:
             return None
         made = self._add(node) if op(node) == "Add" else self._written(node) if op(node) == "ScatterND" else None
         made = self._moved(node) if op(node) in _MOVES else made
