@@ -212,6 +212,8 @@ def optimize(
     report = Report(model=str(source))
     try:
         job = Job(source, target, options or Options(), verify, timeout, own, dry_run, verify_on=verify_on)
+        if job.check or job.options.half or job.options.float8:
+            ort_session.check_device(verify_on)
         run_any(job, report)
     except NotVerifiedError as error:
         report.error = str(error)

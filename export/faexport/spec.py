@@ -184,6 +184,7 @@ class ScoreShape:
     dtype: ir.DataType = ir.DataType.FLOAT  # of the scores and of an attn_bias
     sinks: bool = False  # one more logit a row: what is the same for a whole row changes the softmax
     same_keys: bool = True  # are there as many values as keys, for sure?
+    one_key_spreads: bool = False  # would a mask of more keys than one give that one's value more weights (Einsum)?
     nan_guard: bool = False  # NaN probabilities (a row of -inf only) are replaced by 0: EmptyRow.ZERO
 
 

@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import pathlib
+import re
 import resource
 import signal
 import subprocess
@@ -28,7 +29,14 @@ def environment() -> dict[str, str]:
 
 def faexport(*arguments: str | os.PathLike, cwd: pathlib.Path | None = None, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "faexport", *map(os.fspath, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment() | env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=cwd, env=environment() | env, capture_output=True, text=True, timeout=600)
+    done.stderr = _without_progress(done.stderr)
+    return done
+
+
+def _without_progress(stderr: str) -> str:
+    """On a machine that has other work, any command may take long enough to tell so (terminal.FIRST_LINE)."""
+    return re.sub(r"^.*: \d+ s since the start\n", "", stderr, flags=re.MULTILINE)
 
 
 def started(*arguments: str | os.PathLike, heeding: int, **env: str) -> subprocess.Popen[bytes]:
@@ -46,8 +54,9 @@ def on_a_full_disk(*arguments: str | os.PathLike) -> subprocess.CompletedProcess
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, preexec_fn=limit)
 
 
-def here(*arguments: str | os.PathLike) -> subprocess.CompletedProcess:
-    """As faexport(), in this process: faster. Not for tests of signals, of the environment, or of crashes."""
+def here(*arguments: str | os.PathLike, progress: bool = False) -> subprocess.CompletedProcess:
+    """As faexport(), in this process: faster. Not for tests of signals, of the environment, or of crashes. `progress`:
+    stderr with what is told of long work."""
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv, {number: signal.getsignal(number) for number in SIGNALS}
     sys.argv = ["faexport", *map(os.fspath, arguments)]
@@ -61,7 +70,8 @@ def here(*arguments: str | os.PathLike) -> subprocess.CompletedProcess:
         sys.argv = before[0]
         for number, handler in before[1].items():
             signal.signal(number, handler)
-    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+    told = err.getvalue() if progress else _without_progress(err.getvalue())
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), told)
 
 
 def assert_bad_input(done: subprocess.CompletedProcess, *words: str) -> None:

@@ -180,7 +180,9 @@ def test_the_conclusion_says_where_it_pays_or_that_it_does_not() -> None:
 
 def test_what_can_t_be_measured_is_one_line(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert_bad_input(here("bench", model, "--shape", "ids:1x2"), "no input 'ids'", "hidden_states")
-    assert_bad_input(here("bench", model, "--shape", "hidden_states:1x2x3"), "does not fit the model's ?x?x64")
+    assert_bad_input(
+        here("bench", model, "--shape", "hidden_states:1x2x3"), "does not fit the model's [batch, sequence, 64]"
+    )
     assert_bad_input(here("bench", model, "--shape", "hidden_states"), "is not a shape")
     assert_bad_input(here("bench", model, "--padded"), "the model has no mask", "hidden_states")
     assert_bad_input(here("bench", tmp_path / "nowhere.onnx"), "no such file")
@@ -188,6 +190,12 @@ def test_what_can_t_be_measured_is_one_line(model: pathlib.Path, tmp_path: pathl
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, ir_version=9), tmp_path / "plain.onnx")
     assert_bad_input(here("bench", tmp_path / "plain.onnx"), "nothing is fused")
+    del values[0].type.tensor_type.shape.dim[0]
+    values[0].type.tensor_type.shape.dim.add()  # a size without a name
+    onnx.save(
+        helper.make_model(helper.make_graph(graph.node, "g", values[:1], []), ir_version=9), tmp_path / "any.onnx"
+    )
+    assert_bad_input(here("bench", tmp_path / "any.onnx", "--shape", "x:5x7"), "does not fit the model's [4, any]")
     assert here(model, "-o", tmp_path / "fused.onnx", "--no-verify", "-q").returncode == 0
     assert_bad_input(here("bench", tmp_path / "fused.onnx"), "is fused already; give the model that it was made from")
 

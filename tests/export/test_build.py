@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import pty
+import re
 import subprocess
 import sys
 import types
@@ -234,9 +235,9 @@ def test_tensorrt_without_a_gpu_is_refused_before_any_work(tmp_path):
 REFUSALS = {
     "no such file": (["nowhere.onnx"], "no such file"),
     "unknown input": (["{model}", "--opt", "z:1x16"], "no input 'z'; its inputs are x, w"),
-    "wrong rank": (["{model}", "--opt", "x:16"], "input 'x': 16 does not fit the model's ?x16"),
+    "wrong rank": (["{model}", "--opt", "x:16"], "input 'x': 16 does not fit the model's [N, 16]"),
     "wrong size": (["{model}", "--opt", "x:1x17"], "does not fit"),
-    "open sizes": (["{model}"], "which sizes shall the engine serve? The model leaves them open for 'x' (?x16)"),
+    "open sizes": (["{model}"], "which sizes shall the engine serve? The model leaves them open for 'x' ([N, 16])"),
     "others open": (["{model}", "--opt", "w:16x16"], "--min x:1x16 --opt x:8x16 --max x:8x16"),
     "out of order": (["{model}", "--min", "x:4x16", "--opt", "x:2x16"], "not in order"),
     "no shape": (["{model}", "--opt", "x=1x16"], "is not a shape"),
@@ -251,6 +252,18 @@ REFUSALS = {
     "no profile": (["{model}", "--profile", "nowhere.json"], "no such file; check the path"),
     "no folder": (["{model}", "--compute-capability", "8.9", "-o", "nowhere/x.plan"], "does not exist"),
 }
+
+
+def test_a_shape_is_told_as_far_as_the_model_tells_it() -> None:
+    names = {0: "batch", 1: None}
+    tensor = types.SimpleNamespace(name="x", shape=(-1, -1, 16), get_dimension_name=names.get)
+    with pytest.raises(
+        ModelError, match=re.escape("open for 'x' ([batch, any, 16]); say so for each, e.g. --min x:1x1x16")
+    ):
+        engine._check_all_are_named({}, [tensor])
+    with pytest.raises(ModelError, match=re.escape("2x3x4 does not fit the model's [batch, any, 16]")):
+        engine._range(tensor, Range((2, 3, 4), (2, 3, 4), (2, 3, 4)))
+    assert engine._range(tensor, None) == Range((-1, -1, 16), (-1, -1, 16), (-1, -1, 16))
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from faexport import optimize
 from faexport.cli import app
+from faexport.errors import ModelError
 from faexport.options import Options
 from faexport.runtimes import ort_session
 from onnx import TensorProto, helper
@@ -375,9 +377,14 @@ HAS_GPU = ort_session.CUDA in onnxruntime.get_available_providers()
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a CUDA provider")
 def test_a_gpu_that_is_not_there_compares_nothing(model: pathlib.Path) -> None:
+    """That is said before the model is read, which takes long where it is large."""
+    sentence = "onnxruntime can't use a GPU here; --verify-on cpu compares on the CPU"
+    model.write_bytes(b"no model")
+    assert_bad_input(faexport(model, "--verify-on", "cuda"), sentence)
     done = faexport(model, "--verify-on", "cuda", "--json")
-    assert done.returncode == 1 and "can't use a GPU here; --verify-on cpu compares on the CPU" in done.stderr
-    assert json.loads(done.stdout)["verification"]["status"] == "not run" and names(model.parent) == ["model.onnx"]
+    assert done.returncode == 2 and json.loads(done.stdout)["error"] == sentence and names(model.parent) == [model.name]
+    with pytest.raises(ModelError, match=sentence):
+        optimize(model, verify_on="cuda")
 
 
 @pytest.mark.gpu

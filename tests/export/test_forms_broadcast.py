@@ -7,7 +7,15 @@ from __future__ import annotations
 from tests.export.form_text import PRODUCT, QKV, Form, checks_of
 
 END = "p = Softmax<axis = -1>(s) y = MatMul(p, v)"
+EINSUM = 'y = Einsum<equation = "bhts,bhsd->bhtd">(p, v)'
+ADDED = f"x = Add(s, m) p = Softmax<axis = -1>(x) {EINSUM}"
 LEARNT = "lat = Constant<value = float[1, 3, 2, 8] {" + ", ".join(str(i % 7 - 3) for i in range(48)) + "}>()"
+
+
+def summed(body: str, mask: str = "B, 1, 1, M", v: str = "B, 3, S, 8", k: str = "B, 3, S, 8", **more: object) -> Form:
+    """The plain block with a mask, and values that an Einsum sums up: of one row it takes as many as it needs."""
+    inputs = f"float[B, 3, T, 8] q, float[{k}] k, float[{v}] v, float[{mask}] m"
+    return Form(inputs, f"{PRODUCT} {body}", empty=False, **more)
 
 
 def heads(q: str = "B, 3, T, 8", k: str = "B, 3, S, 8", v: str = "B, 3, S, 8", **more: object) -> Form:
@@ -16,6 +24,13 @@ def heads(q: str = "B, 3, T, 8", k: str = "B, 3, S, 8", v: str = "B, 3, S, 8", *
 
 
 RIGHT = {
+    "a mask for the keys of an Einsum": summed(ADDED, "B, 1, 1, S"),
+    "a mask for all keys of an Einsum": summed(ADDED, "B, 1, T, 1"),
+    "a mask of more numbers than an Einsum has keys, cut to theirs": summed(
+        f"""n = Shape<start = 3>(s) zero = Constant<value_ints = [0]>() last = Constant<value_ints = [3]>()
+        cut = Slice(m, zero, n, last) x = Add(s, cut) p = Softmax<axis = -1>(x) {EINSUM}""",
+        "1, 1, 1, 6",
+    ),
     "keys of one batch entry": heads(k="1, 3, S, 8"),
     "values of one batch entry": heads(v="1, 3, S, 8"),
     "keys and values of one batch entry": heads(k="1, 3, S, 8", v="1, 3, S, 8"),
@@ -96,6 +111,20 @@ RIGHT = {
 }
 
 WRONG = {
+    "a mask of more keys than the one of an Einsum": summed(ADDED, reason="its mask may have more keys"),
+    "a mask that hides more keys than the one of an Einsum": summed(
+        f"""zero = Constant<value = float {{0}}>() seen = Less(m, zero) low = Constant<value = float {{-inf}}>()
+        x = Where(seen, s, low) p = Softmax<axis = -1>(x) {EINSUM}""",
+        reason="its mask may have more keys",
+    ),
+    "one value for all weights of an Einsum": summed(
+        ADDED, "B, 1, 1, S", "B, 3, V, 8", reason="of size S in one operand"
+    ),
+    "one column of keys for all of the queries of an Einsum": Form(
+        "float[B, 3, T, 8] q, float[B, 3, S, 1] k, float[B, 3, S, 8] v",
+        f"""s = Einsum<equation = "bhtd,bhsd->bhts">(q, k) {END}""",
+        reason="an Einsum sums over an axis of size 8 in one operand and 1 in the other",
+    ),
     "learnt keys": Form(
         "float[B, 3, T, 8] q, float[B, 3, 2, 8] v",
         f"{LEARNT} kt = Transpose<perm = [0, 1, 3, 2]>(lat) s = MatMul(q, kt) {END}",

@@ -121,6 +121,14 @@ COLUMNS = {
     ),
 }
 WRONG = {
+    "weights that are hidden behind the softmax and divided by what is left": Form(
+        f"{QKV}, bool[1, 1, T, S] m",
+        f"""{PRODUCT} w = Softmax<axis = -1>(s) f = Cast<to = 1>(m) h = Mul(w, f) last = Constant<value_ints = [-1]>()
+        t = ReduceSum<keepdims = 1>(h, last) zero = Constant<value = float {{0}}>() any = Greater(t, zero)
+        one = Constant<value = float {{1}}>() d = Where(any, t, one) n = Div(h, d) p = Where(any, n, zero)
+        y = MatMul(p, v)""",
+        reason="weights are set to 0 behind the softmax and divided by what is left of them",
+    ),
     "times any numbers": form(
         f"f = Exp(s) e = Mul(f, m) t = ReduceSum(e, last) {DIVIDED}",
         "float[B, 1, 1, S] m",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import faexport
 import numpy as np
 import pytest
+from faexport.spec import Assumption
 
 from tests.export.compared import run
 from tests.export.form_text import PRODUCT, QKV, Form, checks_of, draw
@@ -272,3 +273,14 @@ def test_a_factor_that_is_no_usual_number(value: float, library: str) -> None:
     inputs = draw(model, {"B": 2, "T": 3, "S": 6}, np.random.default_rng(1)) | {"g": np.array(value, np.float32)}
     want, got = run(model, inputs)[0], run(fused, inputs, library)[0]
     np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["float", "float16"])
+def test_that_a_factor_of_half_precision_overflows_nowhere_is_assumed(kind: str) -> None:
+    """float16 ends at 65504: there the queries times their factor may be infinite where the scores are numbers."""
+    block = Form(f"{QKV}, float[1] g".replace("float", kind), f"{PRODUCT} x = Mul(s, g) {END}", type=kind)
+    _, report = faexport.fuse(block.model())
+    (fact,) = report.sites[0].facts
+    limit = ", where their product stays below 65504 (assumed)" if kind == "float16" else ""
+    assert str(fact) == f"a factor of the scores, multiplied to the queries{limit}"
+    assert isinstance(fact, Assumption) is (kind == "float16")

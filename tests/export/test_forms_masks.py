@@ -45,6 +45,18 @@ def clamped(body: str, **more: object) -> Form:
 LOWEST = "lowest = Constant<value = float {-3.4028235e38}>()"
 INFINITE = frozenset({"a row whose bias is -inf at every key gives 0 (NaN before)"})
 
+
+def huge(body: str, **more: object) -> Form:
+    """A mask `w` by -3.4e38 or 0, and `up`: 2e38 or 0. Their sum hides nothing where both are added, or too little."""
+    reason = "2e+38 is added to its scores" if "half" not in body else "1e+38 is added to its scores"
+    return Form(
+        f"{QKV}, bool[B, 1, 1, S] m, bool[1, 1, T, S] n",
+        f"""{PRODUCT} low = Constant<value = float {{-3.4e38}}>() high = Constant<value = float {{2.0e38}}>() {WEAK}
+        up = Where(n, zero, high) {body} {END}""",
+        **{"reason": reason, **more},
+    )
+
+
 RIGHT = {
     "a clamp behind a bias that overflows": clamped("a = Add(s, b) x = Max(a, lowest)", gone=frozenset()),
     "a clamp by Clip, and then hidden keys": clamped("a = Add(s, b) c = Clip(a, lowest) x = Where(m, c, none)"),
@@ -117,6 +129,12 @@ RIGHT = {
         i = Sub(one, m) b = Mul(i, low) pads = Constant<value = int64[4] {{0, 0, 0, 4}}>() more = Pad(b, pads)
         axis = Constant<value = int64[1] {{1}}>() b3 = Unsqueeze(more, axis) {TRIANGLE} both = Add(b3, causal)
         x = Add(s, both) {END}""",
+    ),
+    "a fill and a number that undoes it, added up first": huge("a = Add(w, up) x = Add(s, a)", reason=""),
+    "a fill that overflows by the scale behind it": biased(
+        f"{WEAK} a = Add(s, w) two = Constant<value = float {{2.0}}>() x = Mul(a, two)",
+        -3.0e38,
+        facts=frozenset({"a row that sees no key gives 0 (NaN before)"}),
     ),
     "causal from the last key, and more rows than keys": Form(
         QKV,
@@ -208,6 +226,21 @@ WRONG = {
     ),
     "a weak fill, and then a bias": biased(
         "a = Where(m, s, low) x = Add(a, bias)", -1.0e9, reason="rows of padding only would come out differently"
+    ),
+    "a fill, and then a number that undoes it": huge("a = Add(s, w) x = Add(a, up)"),
+    "a number, and then a fill that it is not absorbed by": huge("a = Add(s, up) x = Add(a, w)"),
+    "a number that the scale leaves in the way of a fill": huge(
+        "a = Add(s, up) half = Constant<value = float {0.5}>() b = Mul(a, half) x = Add(b, w)"
+    ),
+    "a fill in the place of scores, and then a number that undoes it": huge("a = Where(m, s, low) x = Add(a, up)"),
+    "a stored mask, and then a number that undoes it": huge(
+        "t = Constant<value = float[3, 1, 1] {0.0, -3.4e38, 0.0}>() a = Add(s, t) x = Add(a, up)"
+    ),
+    "weights set to 0 where a fill hides scores, beside a bias": Form(
+        f"{QKV}, float[1, 3, T, S] bias, bool[B, 1, 1, S] m",
+        f"""{PRODUCT} low = Constant<value = float {{-1.0e30}}>() {WEAK} a = Add(s, bias) x = Add(a, w)
+        p0 = Softmax<axis = -1>(x) p = Where(m, p0, zero) y = MatMul(p, v)""",
+        reason="where a finite number hides scores, and what was added to others may be lower",
     ),
     "a mask with any number of axes": Form(
         f"{QKV}, int64[R] shape, float[N] numbers",

@@ -240,6 +240,9 @@ NOTHING = "zero = Constant<value_float = 0.0>() none = Mul(zero, m) x = Add(s, n
 TURNED = "kt = Transpose<perm = [0, 1, 3, 2]>(q) s0 = MatMul(k, kt) s = Transpose<perm = [0, 1, 3, 2]>(s0)"
 
 RIGHT |= {
+    "batch and one head in one axis, and a mask of its own batch": together(
+        ", bool[M, 1, 1, S] m", "x = Where(m, s, low)", heads=1
+    ),
     "chosen by multiplication": Form(
         f"{QKV}, bool[B, 1, 1, S] m", CHOSEN, facts=frozenset({"padding mask [B, 1, 1, S_kv]"})
     ),
@@ -330,9 +333,6 @@ WRONG = {
         f"{QKV}, bool[B, 1, 1, S] m",
         CHOSEN.replace("none = Mul(zero, g)", "none = Mul(low, g)"),
         reason="the attention weights pass through Add",
-    ),
-    "batch and one head in one axis, and a mask of its own batch": together(
-        ", bool[M, 1, 1, S] m", "x = Where(m, s, low)", heads=1, reason="than the scores"
     ),
     "scores added to themselves": Form(QKV, f"{PRODUCT} x = Add(s, s) {END}", reason="used twice: also by Add"),
     "scores subtracted from themselves": Form(QKV, f"{PRODUCT} x = Sub(s, s) {END}", reason="used twice: also by Sub"),

@@ -31,7 +31,7 @@ from faexport.errors import ModelError
 from faexport.files import scratch
 from faexport.files.output import check_input, check_report, write_file
 from faexport.options import Options
-from faexport.runtimes.engine import parse_shapes, shape_text
+from faexport.runtimes.engine import declared, parse_shapes, shape_text
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -206,20 +206,13 @@ def measure(
     from faexport.feeds import inputs
     from faexport.files import model_io
     from faexport.report import blocks
-    from faexport.runtimes import operator_library, ort_session
     from faexport.spec import DOMAIN, OP_TYPE
 
-    if missing := ort_session.missing_packages():
-        raise ModelError(missing)
-    if limits.device == "cuda" and default_device() != "cuda":
-        raise ModelError(NO_GPU)
-    operator_library.path()  # without it there is nothing to compare
-    if limits.device == "cuda" and (lacking := operator_library.without_cuda_kernels()):
-        raise ModelError(f"{lacking}; or --device cpu measures on the CPU")
+    _check_that_it_can_be_measured(limits)
     original = model_io.load(model)
     specs = inputs.input_specs(original)
     for text in shapes:  # what is wrong with them is said before the work begins
-        _check_shapes(specs, dict(parse_shapes(text)))
+        _check_shapes(specs, dict(parse_shapes(text)), original)
     drawing = _drawing(specs, padded)
     on_step("fusing")
     fused, report = pipeline.run(model_io.load(model), Options())
@@ -251,6 +244,22 @@ def measure(
                 result.notes.append(f"the ladder ends where a run takes more than {SLOW:g} s; --shape goes on")
                 break
     return result
+
+
+def _check_that_it_can_be_measured(limits: Limits) -> None:
+    """Raises ModelError where the packages, the library or the device are missing."""
+    from faexport.commands.bench_child import NO_GPU
+    from faexport.runtimes import operator_library, ort_session
+
+    if missing := ort_session.missing_packages():
+        raise ModelError(missing)
+    if limits.device == "cuda" and default_device() != "cuda":
+        raise ModelError(NO_GPU)
+    operator_library.path()  # without it there is nothing to compare
+    if limits.device == "cuda" and (lacking := operator_library.without_cuda_kernels()):
+        raise ModelError(f"{lacking}; or --device cpu measures on the CPU")
+    if ort_session.problem_of(limits.device) == ort_session.NO_GPU:  # a provider without its driver
+        raise ModelError(NO_GPU)
 
 
 def _sizes(tensors: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -341,7 +350,7 @@ def _related(specs: list[InputSpec], original: ir.Model, path: pathlib.Path) -> 
     return found or specs
 
 
-def _check_shapes(specs: Sequence[InputSpec], asked: Mapping[str, Sequence[int]]) -> None:
+def _check_shapes(specs: Sequence[InputSpec], asked: Mapping[str, Sequence[int]], model: ir.Model) -> None:
     """Raises ModelError where one of the shapes does not fit its input."""
     for name, shape in asked.items():
         spec = next((spec for spec in specs if spec.name == name), None)
@@ -350,7 +359,8 @@ def _check_shapes(specs: Sequence[InputSpec], asked: Mapping[str, Sequence[int]]
             raise ModelError(f"--shape: the model has no input '{name}'; its inputs are {names}")
         fits = len(shape) == len(spec.dims)
         if not fits or any(isinstance(dim, int) and dim != size for dim, size in zip(spec.dims, shape, strict=True)):
-            dims = "x".join("?" if not isinstance(dim, int) else str(dim) for dim in spec.dims)
+            own = next((value.shape for value in model.graph.inputs if value.name == name and value.shape), ())
+            dims = declared(dim if isinstance(dim, int) else dim.value for dim in own)
             raise ModelError(f"--shape {name}: {shape_text(tuple(shape))} does not fit the model's {dims}")
 
 
@@ -365,11 +375,11 @@ def _asked(
     tensors = drawn(inputs.Sizes(batch=batch, length=length, past=length), relations.solve(asked, specs))
     for name, wanted in asked.items():
         if tuple(wanted) != tensors[name].shape:
-            texts = {spec.name: "x".join(map(str, spec.dims)) for spec in specs}
+            texts = {spec.name: declared(d if isinstance(d, int) else d.value for d in spec.dims) for spec in specs}
             given = ",".join(f"{name}:{shape_text(tuple(shape))}" for name, shape in asked.items())
             raise ModelError(
                 f"--shape {given}: '{name}' would be {shape_text(tensors[name].shape)}, since the model has "
-                f"{', '.join(f'{name}:{texts[name]}' for name in asked)}; name the shapes of more inputs, or others"
+                f"{', '.join(f'{name} {texts[name]}' for name in asked)}; name the shapes of more inputs, or others"
             )
     return tensors
 

@@ -258,7 +258,7 @@ def _read_profile(path: pathlib.Path) -> engine.Profile:
 
 
 class Bars(engine.Monitor, contextlib.AbstractContextManager):
-    """TensorRT's phases as progress bars, one below the other. Invisible where stderr is no terminal."""
+    """TensorRT's phases as progress bars, one below the other; where stderr is no terminal, as a line now and then."""
 
     def __init__(self, quiet: bool) -> None:
         import rich.progress
@@ -274,13 +274,13 @@ class Bars(engine.Monitor, contextlib.AbstractContextManager):
         self._bars = rich.progress.Progress(
             *columns, console=screen, transient=True, disable=quiet or not screen.is_terminal
         )
-        self._shown = contextlib.ExitStack()
+        self._shown, self._quiet = contextlib.ExitStack(), quiet
         self._tasks: dict[str, Any] = {}
         self._depths: dict[str, int] = {}
         self._said = self._bars.add_task("", total=None)
 
     def __enter__(self) -> Bars:
-        self._shown.enter_context(terminal.shown(self._bars))
+        self._shown.enter_context(terminal.shown(self._bars, self._quiet))
         return self
 
     def __exit__(self, *exception: object) -> None:

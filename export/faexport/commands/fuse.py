@@ -227,10 +227,12 @@ def fuse(
                 check_input(path)
         from faexport import jobs
         from faexport.commands import many
+        from faexport.runtimes import ort_session
 
         sources = many.models(models)
         places, folder = many.places(models, sources, output)
         _check_places(sources, [*places, *([folder] if folder is not None else [])], verifying, telling)
+        ort_session.check_device(verifying.verify_on)
     options, how = changes.options(), dataclasses.asdict(verifying)
     todo = [
         jobs.Job(source, place, options, dry_run=dry_run, report_file=telling.report_file, **how)

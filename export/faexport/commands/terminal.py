@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every command shares: the consoles, the progress display, and the end of a run that went wrong.
 
-Progress bars appear on terminals only, and so do colours, unless NO_COLOR is set. Messages go to stderr, results to
-stdout.
+Progress bars appear on terminals only, and so do colours, unless NO_COLOR is set; elsewhere a line says now and then
+what is being done. Messages go to stderr, results to stdout.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,8 @@ SHELLS = ("bash", "zsh", "fish")  # that completion is offered for
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 COMPLETE_VARIABLE = "_FAEXPORT_COMPLETE"  # set by the shell's script where names are to be completed
 PIPE_WIDTH = 160  # columns where the output is not a terminal and COLUMNS is not set
+FIRST_LINE = 15.0  # seconds of silence in front of the first line that says what is being done
+MOST_BETWEEN_LINES = 60.0
 EXIT_NOT_VERIFIED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERNAL_ERROR = 3
@@ -75,8 +79,8 @@ def _print_line(text: str, style: str | None = None) -> None:
 
 
 class Progress:
-    """Says what is being done, with a bar where the amount is known. Where stderr is not a terminal, only what
-    finished() is told is seen, unless `quiet`."""
+    """Says what is being done, with a bar where the amount is known. Where stderr is not a terminal, what finished() is
+    told is seen, unless `quiet`, and a line now and then."""
 
     def __init__(self, bar: rich.progress.Progress, quiet: bool = False) -> None:
         self._bar = bar
@@ -109,14 +113,43 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
     )
     screen = console(stderr=True)
     bar = rich.progress.Progress(*columns, console=screen, transient=True, disable=quiet or not screen.is_terminal)
-    with shown(bar):
+    with shown(bar, quiet):
         yield Progress(bar, quiet)
 
 
-def shown(bar: rich.progress.Progress) -> contextlib.AbstractContextManager[object]:
-    """Shows the bars while a `with` statement runs, unless they are disabled. NOTE: rich before 15 prints an empty line
-    at the end of a display that is disabled, so that one is not begun."""
-    return contextlib.nullcontext() if bar.disable else bar
+def shown(bar: rich.progress.Progress, quiet: bool) -> contextlib.AbstractContextManager[object]:
+    """Shows the bars while a `with` statement runs. Where they are disabled a line says now and then what they would,
+    unless `quiet`. NOTE: rich before 15 prints an empty line at the end of a display that is disabled, so that one is
+    not begun."""
+    if not bar.disable:
+        return bar
+    return contextlib.nullcontext() if quiet else _telling_now_and_then(bar)
+
+
+@contextlib.contextmanager
+def _telling_now_and_then(bar: rich.progress.Progress) -> Iterator[None]:
+    """Long work in a log or a pipe: a line on stderr, ever more seldom, so that it is seen to go on."""
+    ended, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        wait = FIRST_LINE
+        while not ended.wait(wait):
+            what = ", ".join(_in_words(task) for task in bar.tasks if task.description)
+            _print_line(f"{what or 'working'}: {time.monotonic() - start:.0f} s since the start")
+            wait = min(2 * wait, MOST_BETWEEN_LINES)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _in_words(task: rich.progress.Task) -> str:
+    done = f" ({task.percentage:.0f} %)" if task.total else ""
+    return f"{task.description.strip()}{done}"
 
 
 def run_app(app: Callable[..., object]) -> None:

@@ -16,14 +16,13 @@ import onnx_ir as ir
 from faexport.graph.nodes import data_users, dtype_name, name_of, op
 from faexport.graph.surgery import Builder
 from faexport.match import Context, matcher, roundings
+from faexport.match.core_facts import assumed_of, facts_of
 from faexport.match.masks import understand
 from faexport.match.roundings import Roundings
 from faexport.sizes.dims import Dim, plain, product
 from faexport.spec import (
-    Assumption,
     AttentionSpec,
     Candidate,
-    Fact,
     Mask,
     MaskTerm,
     Refusal,
@@ -31,7 +30,7 @@ from faexport.spec import (
     ScoreShape,
     TermKind,
 )
-from faexport.understand.core.hiding import is_mask, with_hidden
+from faexport.understand.core.hiding import with_hidden
 from faexport.understand.core.rows_of_heads import heads_apart
 from faexport.understand.core.score_chain import Scores, letters, read_scores, view_of_scores
 from faexport.understand.core.score_path import BY_WEIGHTS, MAX_PATH, Blocked, Path, find_scores
@@ -54,7 +53,7 @@ def match(node: ir.Node, context: Context) -> list[Candidate]:
     softmax = softmax_of(node, a)
     if softmax is None:
         return []
-    path = find_scores(softmax, a, context.masks.writes_everything)
+    path = find_scores(softmax, a, context.masks)
     if isinstance(path, Path) and path.product.labels.index("row") == softmax_axis_in_product(path, softmax, a):
         path.product = path.product.swapped()
     if isinstance(path, Path) and a.is_static(path.product.right.value):
@@ -245,7 +244,7 @@ def _is_for_another_site(node: ir.Node, scores: ir.Node, own: Softmax, context: 
         node = pending.pop()
         softmax = softmax_of(node, a)
         if softmax is not None:
-            path = find_scores(softmax, a, context.masks.writes_everything)
+            path = find_scores(softmax, a, context.masks)
             if not isinstance(path, Path) or path.product.node is not scores:
                 return False
             if softmax.flaw or softmax.node is own.node or not feeds_product(softmax, a, of_product=True):
@@ -282,6 +281,7 @@ def _score_shape(
         sinks=scores.sink is not None or softmax.logit is not None,
         nan_guard=values.nan_guard,
         same_keys=_rows_of_values(values, a) == columns,
+        one_key_spreads=op(values.product.node) == "Einsum",
     )
 
 
@@ -347,8 +347,8 @@ def _spec(
         left_out=rounded.outputs,
         divisors=() if softmax.divisor is None else (softmax.divisor.name or "",),
         facts=(
-            *_facts(structure, scores, values, sinks is not None, a.dtype(query.operand.value)),
-            *_assumed_of(softmax, a),
+            *facts_of(structure, scores, values, sinks is not None, a.dtype(query.operand.value)),
+            *assumed_of(softmax, a),
             *rounded.facts(),
         ),
     )
@@ -454,46 +454,3 @@ def _shape_uses(
                 return nodes
             found.append((use.node, nodes))
     return tuple(found)
-
-
-def _assumed_of(softmax: Softmax, a: Analysis) -> tuple[Assumption, ...]:
-    hiding = softmax.hiding
-    if hiding is None:
-        return ()
-    texts = [
-        "where a mask sets exponentials to 0, a score that stays is less than 80 below the row's largest, hidden ones "
-        "among them"
-    ]
-    if not is_mask(hiding.value, a):
-        texts.append(f"'{hiding.value.name}', which the exponentials are multiplied by, holds 0 and 1 only")
-    return tuple(Assumption(text, (name_of(hiding.node),)) for text in texts)
-
-
-def _facts(
-    structure: Structure, scores: Scores, values: Values, has_sinks: bool, dtype: ir.DataType | None
-) -> tuple[Fact, ...]:
-    facts = []
-    query, key = structure.query, structure.key
-    if key.heads != structure.heads and None not in (key.heads.const, structure.heads.const):
-        facts.append(Fact(f"{structure.heads} query heads on {key.heads} kv heads"))
-    if query.operand.column_start is not None:
-        facts.append(Fact("packed QKV read in place"))
-    if scores.wider:
-        wider = ", ".join(f"'{factor.value.name}'" for factor in scores.wider)
-        facts.append(
-            Fact(f"operands are copied to the size of {wider}, which has names of its own: equal, or one of both is 1")
-        )
-    if scores.softcap:
-        facts.append(Fact(f"softcap {scores.softcap:g}"))
-    if has_sinks:
-        facts.append(Fact("attention sinks"))
-    if values.nan_guard:
-        facts.append(Assumption("no score is NaN or +inf, which the guard behind the softmax would hide"))
-    folded = (("queries", scores.query_weights), ("keys", scores.key_weights), ("values", values.weights))
-    for operand, weights in folded:
-        if weights:
-            what = "weights" if operand == "values" else "scores"
-            limit = " (assumed to stay below 65504 there)" if dtype is ir.DataType.FLOAT16 else ""
-            names = tuple(name_of(weight.node) for weight in weights)
-            facts.append(Fact(f"a factor of the {what}, multiplied to the {operand}{limit}", names))
-    return tuple(facts)

@@ -15,7 +15,7 @@ import pathlib
 import re
 import time
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from faexport.errors import ModelError
@@ -224,12 +224,12 @@ class EngineBuilder:
             if unknown := sorted(profile.keys() - set(names)):
                 raise ModelError(f"the model has no input '{unknown[0]}'; its inputs are {', '.join(names)}")
         for profile in self._options.profiles or [{}]:
-            _check_all_are_named(profile, {tensor.name: tuple(tensor.shape) for tensor in inputs})
+            _check_all_are_named(profile, inputs)
             added = self._builder.create_optimization_profile()
             ranges = {}
             for tensor in inputs:
                 shape = tuple(tensor.shape)
-                ranges[tensor.name] = _range(tensor.name, shape, profile.get(tensor.name))
+                ranges[tensor.name] = _range(tensor, profile.get(tensor.name))
                 if -1 in shape:
                     set_shape = added.set_shape_input if tensor.is_shape_tensor else added.set_shape
                     set_shape(tensor.name, *dataclasses.astuple(ranges[tensor.name]))
@@ -305,14 +305,14 @@ def _dotted(compute_capability: int) -> str:
     return f"{compute_capability // 10}.{compute_capability % 10}"
 
 
-def _check_all_are_named(profile: Profile, shapes: Mapping[str, Shape]) -> None:
+def _check_all_are_named(profile: Profile, inputs: Sequence[Any]) -> None:
     """Raises ModelError where an input with open sizes (-1) is not in the profile: only the user knows which ones the
     engine is to serve."""
-    missing = {name: shape for name, shape in shapes.items() if -1 in shape and name not in profile}
+    missing = [tensor for tensor in inputs if -1 in tuple(tensor.shape) and tensor.name not in profile]
     if not missing:
         return
-    asked = ", ".join(f"'{name}' ({_model_shape(shape)})" for name, shape in missing.items())
-    name, shape = next(iter(missing.items()))
+    asked = ", ".join(f"'{tensor.name}' ({_model_shape(tensor)})" for tensor in missing)
+    name, shape = missing[0].name, tuple(missing[0].shape)
     small, large = (f"{name}:{shape_text(tuple(n if size < 0 else size for size in shape))}" for n in (1, 8))
     raise ModelError(
         f"which sizes shall the engine serve? The model leaves them open for {asked}; say so for each, e.g. "
@@ -320,19 +320,28 @@ def _check_all_are_named(profile: Profile, shapes: Mapping[str, Shape]) -> None:
     )
 
 
-def _model_shape(shape: Shape) -> str:
-    return "x".join("?" if size < 0 else str(size) for size in shape)
+def _model_shape(tensor: Any) -> str:
+    """Of a network's input: its sizes, the names that the model gives to open ones, or "any" where it gives none."""
+    sizes = enumerate(tensor.shape)
+    return declared(size if size >= 0 else tensor.get_dimension_name(axis) for axis, size in sizes)
 
 
-def _range(name: str, shape: Shape, given: Range | None) -> Range:
-    """The range of an input whose shape in the model is `shape`, with -1 where it is open."""
+def declared(sizes: Iterable[int | str | None]) -> str:
+    """A shape as a model declares it, e.g. "[batch, any, 64]"; None: it says nothing of a size."""
+    return f"[{', '.join(str(size) if isinstance(size, int) else size or 'any' for size in sizes)}]"
+
+
+def _range(tensor: Any, given: Range | None) -> Range:
+    """The range of a network's input, in whose shape -1 is a size that is open."""
+    shape = tuple(tensor.shape)
     if given is None:
         return Range(shape, shape, shape)
     for corner in dataclasses.astuple(given):
         if len(corner) != len(shape) or any(
             size not in (-1, wanted) for size, wanted in zip(shape, corner, strict=True)
         ):
-            raise ModelError(f"input '{name}': {shape_text(corner)} does not fit the model's {_model_shape(shape)}")
+            wanted_shape = _model_shape(tensor)
+            raise ModelError(f"input '{tensor.name}': {shape_text(corner)} does not fit the model's {wanted_shape}")
     return given
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.parser
 
 from faexport.errors import ModelError
 from faexport.files.signals import uninterrupted
@@ -88,6 +89,27 @@ def missing_packages() -> str:
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed: pip install onnxruntime, or onnxruntime-gpu for NVIDIA GPUs"
     return ""
+
+
+def problem_of(device: str) -> str:
+    """Why onnxruntime can't run models on this device, found out on a trivial one, or "": to be said before long work
+    that would end so."""
+    if device == "cpu" or missing_packages():
+        return ""
+    trivial = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) {y = Abs(x)}'
+    )
+    try:
+        Session(Job(trivial.SerializeToString(), library=has_library()), device=device).close()
+    except (ModelFailure, CannotRun) as error:
+        return str(error)
+    return ""
+
+
+def check_device(device: str) -> None:
+    """Raises ModelError where onnxruntime can't run models on this device."""
+    if why := problem_of(device):
+        raise ModelError(why)
 
 
 def has_library() -> bool:

@@ -21,7 +21,7 @@ from faexport.understand.core.fills import is_nothing, padded_column
 from faexport.understand.core.score_path import UNCHANGED, Path, Step
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.core.split_bias import SplitBias
-from faexport.understand.core.widening import widened
+from faexport.understand.core.widening import Order, as_view, followed, widened
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.heads import is_lossless
 from faexport.understand.layout.products import Factor, Product
@@ -60,6 +60,7 @@ class _Reader:
         shape, self.wider = widened(path.product, path.steps if widen else (), a)
         self.shape = shape
         self.view = View.whole(shape)
+        self.order: Order | None = tuple(range(len(shape)))  # of the axes, while nothing wider has met the scores
         self.names = letters(path.product)
         self.terms: list[MaskTerm] = []
         self.nodes: list[ir.Node] = [path.product.node]
@@ -126,6 +127,10 @@ class _Reader:
 
     def _take_view(self, node: ir.Node) -> Refusal | None:
         view = view_ops.apply(node.outputs[0], self.view, self.a)
+        plain = self.path.product.shape_of(self.a)
+        if self.wider and plain is not None and self.order is not None and not self.terms and not self.query_weights:
+            self.order = followed(node, self.order, plain, self.a)
+            view = view if view is not None or self.order is None else as_view(self.order, self.shape)
         if view is None or (op(node) == "Expand" and view != self.view):
             return self._lost(node)
         before, self.view = self.view, view

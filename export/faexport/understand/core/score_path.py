@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import onnx_ir as ir
 
@@ -18,8 +17,10 @@ from faexport.spec import RefusalKind
 from faexport.understand.core.clamps import clamped_input
 from faexport.understand.core.fills import padded_column
 from faexport.understand.core.reductions import subtracts_own_maximum
+from faexport.understand.core.regions import added_in_part
 from faexport.understand.core.rounding import rounding_at, why_quantized, why_quantized_product
 from faexport.understand.core.softmax import Softmax
+from faexport.understand.core.writes import Writes
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import PRODUCT_OPS, QUANTIZED, Product, product_of
 from faexport.understand.shapes.analysis import Analysis
@@ -61,15 +62,12 @@ class Blocked:
     consent_may_help: bool = False  # rounding.CONSENT
 
 
-Overwrites = Callable[[ir.Node], bool]
-
-
-def find_scores(softmax: Softmax, a: Analysis, overwrites: Overwrites) -> Path | Blocked:
+def find_scores(softmax: Softmax, a: Analysis, writes: Writes) -> Path | Blocked:
     """The path from a product of two computed tensors to the softmax, or from one of a computed tensor and a constant,
-    as learnt queries are. `overwrites`: is a ScatterND known to write every element anew?"""
-    found = _Search(softmax.axis, a, overwrites, weights=False).path(softmax.scores)
+    as learnt queries are."""
+    found = _Search(softmax.axis, a, writes, weights=False).path(softmax.scores)
     if isinstance(found, Blocked):
-        by_weights = _Search(softmax.axis, a, overwrites, weights=True).path(softmax.scores)
+        by_weights = _Search(softmax.axis, a, writes, weights=True).path(softmax.scores)
         return by_weights if isinstance(by_weights, Path) else found
     return found
 
@@ -78,7 +76,7 @@ def find_scores(softmax: Softmax, a: Analysis, overwrites: Overwrites) -> Path |
 class _Search:
     axis: int  # that the softmax normalises over
     a: Analysis
-    overwrites: Overwrites
+    writes: Writes
     weights: bool  # one of what is multiplied may be a constant
     dead: set[ir.Value] = dataclasses.field(default_factory=set)  # behind no such product
 
@@ -100,7 +98,7 @@ class _Search:
             return Path(product, [])
         likely: Blocked | None = None
         for step in self._steps(node):
-            found = self.path(given(node, step.index), depth + 1)
+            found = self.path(given(step.node, step.index), depth + 1)
             if isinstance(found, Path):
                 found.steps.append(step)
                 return found
@@ -126,7 +124,10 @@ class _Search:
         if name == "Identity" or (name == "Dropout" and not view_ops.is_training(node, a)):
             return [Step(node, "pass")]
         if name == "ScatterND":
-            return [Step(node, "pass", 2)] if self.overwrites(node) else []
+            if self.writes.writes_everything(node):
+                return [Step(node, "pass", 2)]
+            part = added_in_part(node, self.writes, a)
+            return [] if part is None else [Step(part[0], "add", also=part[1])]
         if name == "Cast":
             return [Step(node, "pass")] if ir.DataType(attribute(node, "to")) in FLOATS else []
         if name in (*RESHAPES, "Expand"):

@@ -25,6 +25,10 @@ ALTERED = "the sum of the exponentials is changed ({op}) before they are divided
 ALTERED_EACH = "the exponentials are changed ({op}) before they are summed"
 CHANGING = ("Cast", "Identity", "Mul", "Add", "Where", "Max", "Clip", "Unsqueeze", "Reshape", "Dropout")
 MAX_CHANGES = 4
+RENORMALIZED = (
+    "weights are set to 0 behind the softmax and divided by what is left of them: nothing is left where a hidden score "
+    "is far above the others; a mask that meets the scores in front of the softmax is fused"
+)
 UNKNOWN_RANK = "the shape of the scores is not known, since that of '{}' isn't: not even how many axes it has"
 NOT_DIVIDED = "the exponentials are not divided by their sum in a way that is understood"
 
@@ -57,11 +61,11 @@ def softmax_of(node: ir.Node, a: Analysis) -> Softmax | None:
     """`node` as the end of a softmax over one axis, or None."""
     name = op(node)
     if name == "Softmax":
-        return _softmax_node(node, a)
+        return None if _is_inside_another(node, a) else _softmax_node(node, a)
     if name == "Exp":
         return _exponential(node, a)
     if name == "Div":
-        return _written_out(node, given(node, 0), given(node, 1), (), a)
+        return _renormalized(node, a) or _written_out(node, given(node, 0), given(node, 1), (), a)
     if name == "Mul":
         for exp, inverse in (node.inputs, node.inputs[::-1]):
             divisor, maker = divisor_of(inverse, a), producer(inverse)
@@ -154,10 +158,10 @@ def _of(hiding: Hiding | None) -> tuple[ir.Node, ...]:
     return () if hiding is None else (hiding.node,)
 
 
-def _exponentials(value: ir.Value, a: Analysis) -> tuple[ir.Node | None, Hiding | None]:
+def _exponentials(value: ir.Value, a: Analysis, kind: str = "Exp") -> tuple[ir.Node | None, Hiding | None]:
     """The Exp whose output this is, and what keeps or hides each of its elements."""
     node = producer(value)
-    if node is None or op(node) == "Exp":
+    if node is None or op(node) == kind:
         return node, None
     if op(node) == "Mul":
         ways = [(0, 1, True), (1, 0, True)]
@@ -167,9 +171,33 @@ def _exponentials(value: ir.Value, a: Analysis) -> tuple[ir.Node | None, Hiding 
         return None, None
     for kept, by, keep_when in ways:
         exp = producer(node.inputs[kept])
-        if exp is not None and op(exp) == "Exp" and a.shape(node.outputs[0]) == a.shape(exp.outputs[0]):
+        if exp is not None and op(exp) == kind and a.shape(node.outputs[0]) == a.shape(exp.outputs[0]):
             return exp, Hiding(given(node, by), node, keep_when)
     return None, None
+
+
+def _renormalized(node: ir.Node, a: Analysis) -> Softmax | None:
+    """Weights that a mask sets to 0 in part, divided by what is left of them, as jax2onnx writes windows. With large
+    scores that is another softmax than that of the scores that are left."""
+    softmax, hiding = _exponentials(given(node, 0), a, "Softmax")
+    divisor = given(node, 1)
+    chosen = producer(divisor)
+    total = reduction_of(given(chosen, 1) if chosen is not None and op(chosen) == "Where" else divisor, a)
+    if softmax is None or hiding is None or total is None or total.name not in SUMS:
+        return None
+    if total.source is not given(node, 0):
+        return None
+    inner, axis = (softmax, hiding.node, *total.nodes, node), (a.rank(node.outputs[0]) or 1) - 1
+    return Softmax(
+        node, given(softmax, 0), axis, node.outputs[0], inner, flaw=RENORMALIZED, flaw_kind=RefusalKind.OTHER
+    )
+
+
+def _is_inside_another(softmax: ir.Node, a: Analysis) -> bool:
+    """Is it the first part of what _renormalized reads?"""
+    hidden = [user for user in data_users(softmax.outputs[0]) if op(user) in ("Mul", "Where")]
+    ends = (user for hide in hidden for user in data_users(hide.outputs[0]) if op(user) == "Div")
+    return any(found is not None and softmax in found.inner for found in (_renormalized(end, a) for end in ends))
 
 
 def _changed(node: ir.Node, exp_value: ir.Value, total_value: ir.Value, a: Analysis) -> Softmax | None:

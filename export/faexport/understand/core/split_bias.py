@@ -58,7 +58,8 @@ class SplitBias:
             return False
         own = self.a.known_shape(self.sum)
         build, dtype = Builder(self.a.opset), self.a.dtype(self.sum)
-        if own == tuple(before):
+        is_literal = node.op_type == "Reshape" and sum(d.const is None for d in after) <= 1
+        if own == tuple(before) and not is_literal:
             attributes = {name: attribute.value for name, attribute in node.attributes.items()}
             build.add(node.op_type, [self.value, *node.inputs[1:]], dtype, **attributes)
         else:
@@ -67,6 +68,19 @@ class SplitBias:
                 return False
             build.add("Reshape", [self.value, build.ints([*(0,) * kept, *rest])], dtype)
         self._become(build, node, (*own[:kept], *after[kept:]))
+        return True
+
+    def pad(self, node: ir.Node, shape: Sequence[Dim], starts: Sequence[int], whole: Sequence[Dim]) -> bool:
+        """Becomes 0 in all of `whole` but the part of this shape that begins at `starts`, on the first axes; False
+        where sizes aren't known."""
+        rests = [end - size - start for end, size, start in zip(whole, shape, starts, strict=False)]
+        counts = [rest.const for rest in rests if rest.const is not None]
+        if len(counts) != len(rests) or self.a.opset < 11 or not self._expand(node, shape, 0):
+            return False
+        more = (0,) * (len(whole) - len(starts))
+        build = Builder(self.a.opset)
+        build.add("Pad", [self.value, build.ints([*starts, *more, *counts, *more])], self.a.dtype(self.value))
+        self._become(build, node, whole)
         return True
 
     def _expand(self, node: ir.Node, shape: Sequence[Dim], kept: int) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import given, maker, name_of
+from faexport.graph.nodes import given, maker, name_of, op
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim, product
 from faexport.spec import Layout, Operand, Refusal, RefusalKind
@@ -111,10 +111,23 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal
         why = "queries, keys and values may have different numbers of batch entries or heads, and the file states one"
         advice = "give sizes that are equal one name when exporting"
         return Refusal(f"{why} for the result: {advice}", name_of(values.product.node), RefusalKind.OTHER_NAMES)
+    if broadcast := _summed_broadcast(known, scores, values, shape[scores.product.labels.index("column")], a):
+        return broadcast
     rows = shape[scores.product.labels.index("row")]
     if scores.wider and rows != _size_along(known[0].factor, "row", a):
         known[0] = dataclasses.replace(known[0], rows=rows)
     return [dataclasses.replace(side, wider=scores.wider) for side in known]
+
+
+def _summed_broadcast(sides: Sequence[_Side], scores: Scores, values: Values, keys: Dim, a: Analysis) -> Refusal | None:
+    """An Einsum takes one element of an operand for all that it sums over in the other one, where a MatMul fails."""
+    query, key, value = (_size_along(side.factor, "sum", a) for side in sides)
+    for multiplied, pair in ((scores.product, (query, key)), (values.product, (keys, value))):
+        if op(multiplied.node) == "Einsum" and len(set(a.simplified(pair))) > 1:
+            why = f"an Einsum sums over an axis of size {pair[0]} in one operand and {pair[1]} in the other, and takes"
+            text = f"{why} one element for all of them where one of both is 1"
+            return Refusal(text, name_of(multiplied.node), RefusalKind.UNLIKE_SIZES)
+    return None
 
 
 def _is_contradicted(sides: Sequence[_Side], a: Analysis) -> bool:

@@ -8,6 +8,7 @@ score_chain.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -15,7 +16,9 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import attribute, op
 from faexport.sizes.dims import Dim
+from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import Factor, Product
+from faexport.understand.layout.views import View
 from faexport.understand.shapes.analysis import Analysis
 
 MOST = 1 << 12  # rows, heads or batch entries: scores that a file makes larger than that are no attention
@@ -39,29 +42,50 @@ def widened(product: Product, steps: Sequence[Step], a: Analysis) -> tuple[tuple
     and the tensors that they may take them from."""
     shape = list(product.shape_of(a) or ())
     wider: dict[ir.Value, Factor] = {}
-    for value, order in _others(steps, len(shape)):
+    for value, order in _others(steps, tuple(shape), a):
         own = a.shape(value)
-        if own is None or len(own) > len(shape):
+        if own is None or len(own) > len(order):
             continue
-        met = order[len(shape) - len(own) :]
+        met = order[len(order) - len(own) :]
         for axis, size in zip(met, own, strict=True):
-            # More keys than the scores have would not fit the values.
-            small = size.const is None or size.const <= MOST
-            if small and product.labels[axis] != "column" and not a.leaves(size, shape[axis]):
+            if axis is None or product.labels[axis] == "column":  # more keys than there are would not fit the values
+                continue
+            if (size.const is None or size.const <= MOST) and not a.leaves(size, shape[axis]):
                 shape[axis] = shape[axis].meet(size)
-                wider[value] = Factor(value, tuple(product.labels[k] for k in met))
+                wider[value] = Factor(value, tuple("" if k is None else product.labels[k] for k in met))
     return tuple(shape), tuple(wider.values())
 
 
-def _others(steps: Sequence[Step], rank: int) -> Iterator[tuple[ir.Value, tuple[int, ...]]]:
-    """What meets the scores before they change their shape but for the order of the axes, and which axes of the product
-    it meets."""
-    order = tuple(range(rank))
+Order = tuple[int | None, ...]  # which axis of a product each axis is; None: one of size 1 that is in front of none
+
+
+def _others(steps: Sequence[Step], shape: tuple[Dim, ...], a: Analysis) -> Iterator[tuple[ir.Value, Order]]:
+    """What meets the scores before they change their shape but for the order of the axes and axes of size 1, and which
+    axes of the product it meets."""
+    order: Order = tuple(range(len(shape)))
     for step in steps:
-        if step.kind == "view" and op(step.node) == "Transpose":
-            perm = attribute(step.node, "perm", tuple(reversed(range(rank))))
-            order = tuple(order[k] for k in perm)
-        elif step.kind in ("view", "sink"):
+        behind = followed(step.node, order, shape, a) if step.kind == "view" else order
+        if behind is None or step.kind == "sink":
             return
-        elif step.kind in ("add", "sub", "from", "where", "clamp", "min", "factor"):
+        order = behind
+        if step.kind in ("add", "sub", "from", "where", "clamp", "min", "factor"):
             yield from ((v, order) for i, v in enumerate(step.node.inputs) if i != step.index and v is not None)
+
+
+def followed(node: ir.Node, order: Order, shape: tuple[Dim, ...], a: Analysis) -> Order | None:
+    """The order behind a node that changes nothing but the order of the axes and axes of size 1; None where it changes
+    more. `shape`: of the product."""
+    if op(node) == "Transpose":
+        return tuple(order[k] for k in attribute(node, "perm", tuple(reversed(range(len(order))))))
+    whole = View.whole([Dim.of(1) if k is None else shape[k] for k in order])
+    view = view_ops.apply(node.outputs[0], whole, a)
+    if view is None or any(axis and axis not in whole.axes for axis in view.axes):
+        return None
+    kept = [whole.axes.index(axis) if axis else None for axis in view.axes]
+    return tuple(None if k is None else order[k] for k in kept)
+
+
+def as_view(order: Order, shape: tuple[Dim, ...]) -> View:
+    """The view of a product of this shape with its axes in an order."""
+    whole = View.whole(shape)
+    return dataclasses.replace(whole, axes=tuple(() if k is None else whole.axes[k] for k in order))

@@ -24,6 +24,7 @@ Transfer = Callable[..., Element]  # of an Interpreter and a node; that of Split
 # Transfer functions that an element is asked through at most, each within the one behind it. Masks of real models take
 # a few dozen; a value behind more counts as one that nothing is known of, so that chains of any length are followed.
 MAX_DEPTH = 100
+_OF_SHAPES = ("Shape", "Size")  # no element of their input is asked for, as of the hidden states of a deep layer
 _TRANSFERS: dict[str, Transfer] = {}
 
 
@@ -118,7 +119,8 @@ class Interpreter:
                 function = _TRANSFERS[node.op_type]
                 element = function(self, node) if node.op_type != "Split" else function(self, node, value.index())
                 made = Tensor(shape, dtype, element, value=value)
-                below = (self._memo.get(v) for v in node.inputs if v is not None)
+                asked = () if node.op_type in _OF_SHAPES else node.inputs
+                below = (self._memo.get(v) for v in asked if v is not None)
                 made.depth = 1 + max((tensor.depth for tensor in below if tensor is not None), default=0)
                 if made.depth <= MAX_DEPTH:
                     return made

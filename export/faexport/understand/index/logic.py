@@ -431,14 +431,15 @@ def _whole_numbers(name: str, dtype: ir.DataType, args: tuple[Expr, ...]) -> Exp
     return cast_float(_WHOLE[name](*whole), dtype)
 
 
-def _as_position(e: Expr) -> Expr | None:
+def _as_position(e: Expr, beside: Expr | None = None) -> Expr | None:
     """The integer that a float expression made of indices and sizes stands for; None where numbers of the user's may
-    be too large for it."""
+    be too large for it, as they aren't `beside` a small whole number that they are compared with."""
     if e.op == "float" and e.args[0] != "nan" and abs(e.args[0]) < 1 << 20 and float(e.args[0]).is_integer():
         return ia.const(int(e.args[0]))
-    if e.op != "cast" or e.args[0].kind != "int" or e.args[1] not in _EXACT:
+    if e.op != "cast" or e.args[0].kind != "int":
         return None
-    return e.args[0] if is_position(e.args[0]) else None
+    small = beside is not None and beside.op == "float" and is_float(e.args[1]) and -64 <= number_of(beside) <= 64
+    return e.args[0] if small or (e.args[1] in _EXACT and is_position(e.args[0])) else None
 
 
 def is_position(e: Expr) -> bool:
@@ -484,9 +485,8 @@ def float_compare(op: str, a: Expr, b: Expr) -> Expr:
 
 
 def _compare_integers(op: str, a: Expr, b: Expr) -> Expr | None:
-    """`integer as float` (or `c - integer as float`) compared with a small whole number, or positions with each other:
-    as exact as the integers themselves."""
-    left, right = _as_position(a), _as_position(b)
+    """`integer as float` (or `c - integer as float`) beside a small whole number, or positions: exact as integers."""
+    left, right = _as_position(a, b), _as_position(b, a)
     if op in ("lt", "le") and left is not None and right is not None:
         return ge0(ia.sub(right, ia.add(left, ia.ONE) if op == "lt" else left))
     if op not in ("eq", "ne") or b.op != "float" or not float(b.args[0]).is_integer() or abs(b.args[0]) > 64:

@@ -362,6 +362,17 @@ def writes_everything(node: ir.Node, ctx: Interpreter) -> bool:
     return starts is not None and all(start is ia.ZERO for start in starts)
 
 
+def starts_written(node: ir.Node, ctx: Interpreter) -> tuple[int, ...] | None:
+    """Where the elements that a ScatterND writes anew, one box of them, begin: numbers for the first axes."""
+    x, indices = (ctx.known(value) if value is not None else None for value in node.inputs[:2])
+    depth = None if indices is None else ia.value_of(indices.shape[-1])
+    if x is None or indices is None or depth is None or attribute(node, "reduction", "none") != "none":
+        return None
+    starts = _starts_of_part(indices, depth) if indices.rank == depth + 1 else None
+    numbers = tuple(ia.value_of(start) for start in starts or ())
+    return None if starts is None or None in numbers else tuple(n for n in numbers if n is not None)
+
+
 def _starts_of_part(indices: Tensor, depth: int) -> Index | None:
     """Where the element at u has the place u + start, for all u, the start; None where that isn't so."""
     at = tuple(ia.var(f"updated {axis}", (size,)) for axis, size in enumerate(indices.shape[:-1]))

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import attribute, is_live, name_of, op
 from faexport.graph.surgery import Builder
+from faexport.sizes import algebra
 from faexport.sizes.dims import Dim
 from faexport.spec import Refusal
 from faexport.understand.shapes.analysis import Analysis
@@ -41,14 +42,36 @@ def rebuild(use: ShapeUse, sources: Sequence[ir.Value], a: Analysis) -> list[ir.
         build.ints(numbers)
         return build.nodes
     shapes: dict[ir.Value, ir.Value] = {}
-    parts = []
+    graph, parts = use.node.graph, []
+    sources = [*sources, *(graph.inputs if graph is not None else ())]
     for size in sizes:
-        part = build.ints([size.const]) if size.const is not None else size_from(build, size, sources, shapes, a)
+        part = build.ints([size.const]) if size.const is not None else _met_from(build, size, sources, shapes, a)
         if part is None:
             return Refusal("the shape of scores or output is used elsewhere too (Shape)", name_of(use.node))
         parts.append(part)
     build.add("Concat", parts, ir.DataType.INT64, axis=0)
     return build.nodes
+
+
+def _met_from(
+    build: Builder, size: Dim, sources: Iterable[ir.Value], shapes: dict[ir.Value, ir.Value], a: Analysis
+) -> ir.Value | None:
+    """As size_from(), also where no source has the size, but each of those that meet in it: all that aren't 1 are the
+    same."""
+    found = size_from(build, size, sources, shapes, a)
+    atom = algebra.only_atom(size.expr)
+    if found is not None or atom is None or atom.op != "meet":
+        return found
+    for part in atom.args:
+        own = size_from(build, Dim(part), sources, shapes, a)
+        if own is None:
+            return None
+        if found is None:
+            found = own
+        else:
+            is_one = build.add("Equal", [found, build.ints([1])], ir.DataType.BOOL)
+            found = build.add("Where", [is_one, own, found], ir.DataType.INT64)
+    return found
 
 
 def size_from(

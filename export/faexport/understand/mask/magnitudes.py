@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -87,6 +88,38 @@ def _magnitude(e: Expr) -> float:
     return 1.0 if e.args[0] in ("Tanh", "Sign") else math.inf
 
 
+def known_range(e: Expr) -> tuple[float, float]:
+    """The least and the largest number that a float element may be, as far as the file tells numbers; 0 stands for what
+    it does not tell."""
+    parts = [known_range(x) for x in e.args if isinstance(x, Expr) and x.kind == "float"]
+    if e.op == "float":
+        return (il.number_of(e),) * 2 if not math.isnan(il.number_of(e)) else (0.0, 0.0)
+    if e.op == "load":
+        constant = _table_of(e.args[0])
+        numbers = np.zeros(1) if constant is None else constant.numpy().astype(np.float64)
+        return float(np.nanmin(numbers, initial=0)), float(np.nanmax(numbers, initial=0))
+    if e.op in ("choose", "cast") and parts:
+        return min(low for low, _ in parts), max(high for _, high in parts)
+    if e.op != "fop" or not parts:
+        return 0.0, 0.0
+    (low, high), (least, most) = parts[0], parts[-1]
+    if e.args[0] in _RANGES:
+        return _RANGES[e.args[0]](low, high, least, most)
+    if e.args[0] == "Mul":
+        corners = [x * y for x in (low, high) for y in (least, most) if x != 0 and y != 0]
+        return min(corners, default=0.0), max(corners, default=0.0)
+    return 0.0, 0.0
+
+
+_RANGES: dict[str, Callable[[float, float, float, float], tuple[float, float]]] = {
+    "Add": lambda low, high, least, most: (low + least, high + most),
+    "Sub": lambda low, high, least, most: (low - most, high - least),
+    "Min": lambda low, high, least, most: (min(low, least), min(high, most)),
+    "Max": lambda low, high, least, most: (max(low, least), max(high, most)),
+    "Neg": lambda low, high, *_: (-high, -low),
+}
+
+
 def may_be_infinite(e: Expr) -> bool:
     """May a float element be -inf?"""
     if e.op == "choose":
@@ -100,10 +133,20 @@ def may_be_infinite(e: Expr) -> bool:
 
 def _of_stored(value: ir.Value) -> float:
     """Of the elements of a constant, or of what is read from one at indices that are made when the model runs."""
-    node = value.producer()
-    name = node.op_type if node is not None and node.domain in ("", "ai.onnx") else ""
-    if name in ("Sigmoid", "Tanh", "Softmax"):
+    if _standard_op(value) in ("Sigmoid", "Tanh", "Softmax"):
         return 1.0
-    table = node.inputs[0] if node is not None and name == "Gather" else value
-    constant = None if table is None else tensor_of(table)
+    constant = _table_of(value)
     return math.inf if constant is None else float(np.abs(constant.numpy().astype(np.float64)).max(initial=0))
+
+
+def _standard_op(value: ir.Value) -> str:
+    """The name of the operator of ONNX that makes the value, or ""."""
+    node = value.producer()
+    return node.op_type if node is not None and node.domain in ("", "ai.onnx") else ""
+
+
+def _table_of(value: ir.Value) -> ir.TensorProtocol | None:
+    """The constant, or that which a Gather reads."""
+    node = value.producer()
+    table = node.inputs[0] if node is not None and _standard_op(value) == "Gather" else value
+    return None if table is None else tensor_of(table)

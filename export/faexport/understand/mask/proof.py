@@ -63,6 +63,10 @@ class Masks:
         """Is a ScatterND known to give its updates, whatever stood there before?"""
         return transfer_layout.writes_everything(node, Interpreter(self.analysis))
 
+    def starts_of_part(self, node: ir.Node) -> tuple[int, ...] | None:
+        """Where a ScatterND that writes one box of elements begins, on each of the axes that its indices name."""
+        return transfer_layout.starts_written(node, Interpreter(self.analysis))
+
     def nodes(self, graph: ir.Graph | ir.Function) -> Nodes:
         """Makes the new nodes that sites of a graph share."""
         return self._nodes.setdefault(graph, Nodes(self.analysis.opset))

@@ -66,10 +66,12 @@ class Site:
         where the keys are is their number, and where min(keys, n) is it, there are no more than n keys."""
         found: dict[Expr, Expr] = {}
         bounds: list[Expr] = []
+        whole = ia.only_atom(keys)
+        parts = {*whole.args} if whole is not None and whole.op == "meet" else {keys}
         for size in self._meeting_keys() * 2:  # what is found of one may be a part of another
             known = ia.replace(size, found)
             atom = ia.only_atom(known)
-            holds_keys = atom is not None and atom.op == "meet" and keys in atom.args
+            holds_keys = atom is not None and atom.op == "meet" and parts <= {*atom.args}
             if known is not keys and not holds_keys and not ia.is_one_with(known, keys):
                 continue  # it may be 1 where there are more keys
             name = ia.only_atom(size)
@@ -112,7 +114,7 @@ class Site:
                     dim = dims.get(letter)
                     own = self.ctx.size(dim) if dim is not None else None
                     whole = self.sizes[letter][0] if letter in self.sizes else own
-                    fixed = letter == "T" and self.scores.same_keys
+                    fixed = letter == "T" and self._has_keys(size)
                     fixed = fixed or (dim is not None and self.ctx.analysis.leaves(given, dim))
                     if not fixed and not self._fits(self.simplified(size), whole):
                         raise NotAMask(_TOO_LARGE.format(_AXES.get(letter, "entries")), spec.RefusalKind.UNLIKE_SIZES)
@@ -143,16 +145,25 @@ class Site:
                 return True
         return False
 
+    def _has_keys(self, size: Expr) -> bool:
+        """Does an axis of `size` that meets the keys have as many elements, or 1, wherever the model runs? Where it had
+        more than one key has, the product with the values would fail, but for an Einsum."""
+        if not self.scores.same_keys or not self.scores.one_key_spreads:
+            return self.scores.same_keys
+        keys, number = self.sizes["T"][0], ia.value_of(self.sizes["T"][0])
+        if size is keys or ia.value_of(size) == 1 or number not in (None, 1):
+            return True
+        return ia.is_one_with(keys, size)
+
     def _meeting_keys(self) -> list[Expr]:
         """Sizes made of one atom that the terms' last axes have: each is that of the keys, or 1."""
-        if not self.scores.same_keys:
-            return []
         found: dict[Expr, None] = {}
         for term in self.terms:
             for value in (term.value, term.fill):
                 shape = self.tensors[value].shape if value is not None else ()
                 letters = term.axes[len(term.axes) - len(shape) :]
-                found.update((size, None) for letter, size in zip(letters, shape, strict=False) if letter == "T")
+                keys = (size for letter, size in zip(letters, shape, strict=False) if letter == "T")
+                found.update((size, None) for size in keys if self._has_keys(size))
         parts = [x for size in found for atom in (ia.only_atom(size),) if atom and atom.op == "meet" for x in atom.args]
         return [size for size in dict.fromkeys([*found, *parts]) if ia.only_atom(size) is not None]
 

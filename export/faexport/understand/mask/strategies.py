@@ -24,7 +24,15 @@ from faexport.understand.mask.bias import write_bias
 from faexport.understand.mask.draft import Draft
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.empty_rows import TwoMasks, empty_rows, lower_of_two, two_masks
-from faexport.understand.mask.magnitudes import ABSORBS, MASKING, fill_keeps_scores, is_moderate, keeps_scores, largest
+from faexport.understand.mask.magnitudes import (
+    ABSORBS,
+    MASKING,
+    fill_keeps_scores,
+    is_moderate,
+    keeps_scores,
+    known_range,
+    largest,
+)
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.site import NotAMask, Site
 from faexport.understand.mask.terms import (
@@ -50,6 +58,7 @@ _BOTH_MASKS = (
     "a float mask is added to scores that another mask replaced by a number: rows of padding only would come out "
     "differently (--assume full-rows or right-padding rules them out)"
 )
+_UNDONE = "{:g} is added to its scores beside numbers that hide keys: the sum of both hides nothing, or leaves its type"
 _SCALED_BETWEEN = "its scores are scaled between a bias and the number that they are clamped at"
 _OTHER_ORDER = (
     "beside {:g} little is left of scores in a row that sees no key, and what, depends on the order of its additions, "
@@ -67,7 +76,7 @@ class Problem:
 
     @functools.cached_property
     def cases(self) -> list[Case]:
-        return cases_of(self.site)
+        return cases_of(self.site, self.options.assume_full_rows)
 
     @functools.cached_property
     def is_soft(self) -> bool:
@@ -127,6 +136,33 @@ def mask_of(emitter: Emitter, site: Site, options: MaskOptions) -> spec.Mask:
     mask = next(mask for strategy in STRATEGIES.values() if (mask := strategy(problem)) is not None)
     mask.bias_keeps_scores = mask.rows_see_a_key or problem.keeps_scores
     return mask
+
+
+# ------------------------------------------------------------------------------------------ numbers above any score
+
+
+def numbers_that_undo_masks(problem: Problem) -> spec.Mask | None:
+    """Numbers as large as those of masks, but positive: beside them a mask hides nothing, or their sum leaves its type.
+    One tensor that is added is a bias all the same."""
+    site, ranges = problem.site, []
+    for term in (t for t in site.terms if t.kind is spec.TermKind.ADD):
+        numbers = [x * term.factor for x in known_range(site.element(term, term.value))]
+        ranges.append((min(numbers), max(numbers)))
+    highest = max((high for _, high in ranges), default=0.0)
+    if not highest >= -MASKING:
+        return None
+    deepest = [*(low for low, _ in ranges), *(x for x in fills(site) if x > -math.inf)]
+    hides = any(t.kind is not spec.TermKind.ADD for t in site.terms) or min(deepest) <= MASKING
+    if not hides or (highest < math.inf and not min(deepest, default=0.0) <= MASKING):
+        return None
+    if len(site.terms) > 1 or site.terms[0].factor != 1:
+        raise NotAMask(_UNDONE.format(highest))
+    draft = problem.draft()
+    draft.mask.attn_bias = draft.placed(site.terms[0])
+    added = site.element(site.terms[0], site.terms[0].value)
+    draft.fact(f"bias {axes_of(added)}", added)
+    draft.note_infinite([added])
+    return draft.finished()
 
 
 # ------------------------------------------------------------------------------------------ float masks of any values
@@ -380,6 +416,7 @@ def _note_mean(draft: Draft, case: Case) -> None:
 
 
 STRATEGIES: dict[str, Strategy] = {
+    "numbers that undo masks": numbers_that_undo_masks,
     "zeros and ones in two masks": zeros_and_ones_in_two_masks,
     "float masks as they are": float_masks_as_they_are,
     "a window, then padding": window_then_padding,

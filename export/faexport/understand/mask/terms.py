@@ -34,6 +34,10 @@ _LOWERED_BIAS = (
     "its mask takes the lower of a score and {:g}, after what may be lower was added: then the masked keys would be "
     "seen instead"
 )
+_ZEROED_BESIDE = (
+    "probabilities are set to 0 after its softmax where a finite number hides scores, and what was added to others may "
+    "be lower: such a row gives 0 (--assume full-rows rules it out)"
+)
 _HIDDEN_BESIDE = (
     "exponentials are set to 0 after {} was added to the scores: in a row whose hidden scores are much higher, the "
     "exponentials that stay may be 0 as well"
@@ -110,8 +114,9 @@ def zeros_and_ones(site: Site) -> dict[Expr, Expr]:
     return found
 
 
-def cases_of(site: Site) -> list[Case]:
-    """All cases of the chain; their conditions exclude each other and cover everything."""
+def cases_of(site: Site, rows_are_full: bool = False) -> list[Case]:
+    """All cases of the chain; their conditions exclude each other and cover everything. `rows_are_full`: of each row a
+    key is assumed to be seen that no bias hides, either."""
     cases, terms = [Case(il.TRUE)], site.terms
     for term in terms:
         if term.kind in (spec.TermKind.ZERO, spec.TermKind.EMPTY_ROW):
@@ -125,7 +130,7 @@ def cases_of(site: Site) -> list[Case]:
             raise NotAMask("its mask has too many cases")
     if any(c.mask is not None and c.mask > MASKING for c in cases):
         raise NotAMask("some of its scores are replaced by a number that is no mask")
-    return _emptied(site, terms, _zeroed(site, terms, cases))
+    return _emptied(site, terms, _zeroed(site, terms, cases, rows_are_full))
 
 
 def _merged(cases: list[Case]) -> list[Case]:
@@ -137,8 +142,13 @@ def _merged(cases: list[Case]) -> list[Case]:
 
 
 def _sum(mask: float, value: float, term: spec.MaskTerm, dtype: ir.DataType) -> float:
-    """A mask after one more addition; it overflows (or not) before the scale that follows."""
-    return il.number_of(il.floating(mask / term.factor + value, dtype)) * term.factor
+    """A mask after one more addition; it overflows (or not) before the scale that follows, and by that again."""
+    return _scaled(il.number_of(il.floating(mask / term.factor + value, dtype)), term, dtype)
+
+
+def _scaled(number: float, term: spec.MaskTerm, dtype: ir.DataType) -> float:
+    """What becomes of a number of a term by the scale that follows."""
+    return il.number_of(il.floating(number * term.factor, dtype))
 
 
 def _add(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
@@ -177,7 +187,7 @@ def _add_one(term: spec.MaskTerm, part: Expr, case: Case, absorbs: float, dtype:
     if value == 0:
         return case
     if case.mask is None:
-        return Case(case.cond, value * term.factor, False, value <= absorbs, case.bias)
+        return Case(case.cond, _scaled(value, term, dtype), False, value <= absorbs, case.bias)
     exact = case.exact or value <= min(absorbs, -1e30)
     return dataclasses.replace(case, mask=_sum(case.mask, value, term, dtype), exact=exact)
 
@@ -224,7 +234,7 @@ def _where(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
         if value is None or not value * term.factor <= MASKING:
             what = "other values" if value is None else f"{value * term.factor:g}, which is no mask"
             raise NotAMask(f"some of its scores are replaced by {what}")
-        result.append(Case(il.all_of((gone, cond)), value * term.factor, True))
+        result.append(Case(il.all_of((gone, cond)), _scaled(value, term, site.scores.dtype), True))
     return result
 
 
@@ -232,7 +242,7 @@ def _clamp(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
     floor = il.float_value(site.element(term, term.value))
     if floor is None or floor * term.factor > MASKING:
         raise NotAMask("its scores are clamped at a number that real scores can reach")
-    floor *= term.factor
+    floor = _scaled(floor, term, site.scores.dtype)
     if case.mask is not None:
         return [case if case.mask > floor else dataclasses.replace(case, mask=floor, replaced=True, exact=True)]
     if sum(magnitude(e) * abs(factor) for e, factor in case.bias) < -floor / 2:
@@ -265,7 +275,7 @@ def _lower(site: Site, term: spec.MaskTerm, case: Case) -> list[Case]:
             if number < math.inf and any(magnitude(e) == math.inf for e, _ in case.bias):
                 raise NotAMask(_CUT_OFF_BIAS)
         elif number is not None and number * term.factor <= MASKING:
-            new = _lowered(new, number * term.factor)
+            new = _lowered(new, _scaled(number, term, dtype))
         else:
             which = "numbers that are not known" if number is None else f"{number:g}"
             raise NotAMask(f"its scores are cut off above at {which}, which scores can reach")
@@ -325,8 +335,9 @@ def _as_float(e: Expr) -> Expr:
     return e if e.kind == "float" else il.cast_float(e, ir.DataType.FLOAT)
 
 
-def _zeroed(site: Site, terms: Sequence[spec.MaskTerm], cases: list[Case]) -> list[Case]:
-    """Probabilities set to 0 after the softmax: harmless where they are masked anyway, and then such a row gives 0."""
+def _zeroed(site: Site, terms: Sequence[spec.MaskTerm], cases: list[Case], rows_are_full: bool) -> list[Case]:
+    """Probabilities set to 0 after the softmax: harmless where they are masked anyway, and then such a row gives 0. Not
+    beside a bias that may hide the others: they are 0 then, too, as the masked keys have all the weight."""
     for term in terms:
         if term.kind is not spec.TermKind.ZERO:
             continue
@@ -335,6 +346,8 @@ def _zeroed(site: Site, terms: Sequence[spec.MaskTerm], cases: list[Case]) -> li
         result = []
         soft = [c for c in cases if c.mask is not None and c.mask > -math.inf]
         some = [c for c in soft if il.all_of((c.cond, il.negate(kept))) is not il.FALSE]
+        if some and not rows_are_full and _has_huge_bias(cases):
+            raise NotAMask(_ZEROED_BESIDE)
         for case in cases:
             if case.mask is None and il.all_of((case.cond, il.negate(kept))) is not il.FALSE:
                 raise NotAMask("probabilities are set to 0 after its softmax, where they aren't masked before it")
@@ -358,11 +371,15 @@ def _emptied(site: Site, terms: Sequence[spec.MaskTerm], cases: list[Case]) -> l
         if rows_see_a_key(site, kept):
             continue
         soft = any(c.mask is not None and c.mask > -math.inf for c in cases)
-        huge = any(not is_moderate(e) for c in cases if c.mask is None for e, _ in c.bias)
-        if kept is not visible(cases) or (soft and huge):
+        if kept is not visible(cases) or (soft and _has_huge_bias(cases)):
             raise NotAMask("its output is set to 0 in other rows than those that see no key")
         cases = _merged([c if c.mask is None else dataclasses.replace(c, mask=-math.inf, bias=()) for c in cases])
     return cases
+
+
+def _has_huge_bias(cases: Iterable[Case]) -> bool:
+    """May a number be added to visible scores that hides them beside a mask?"""
+    return any(not is_moderate(e) for c in cases if c.mask is None for e, _ in c.bias)
 
 
 def _holds_for_weights(test: Expr) -> bool:

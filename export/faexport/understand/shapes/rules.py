@@ -208,7 +208,7 @@ def _reshape(node: ir.Node, a: Known) -> Shapes:
 
 def same_count(old: Sequence[Dim], new: Sequence[Dim]) -> list[Dim]:
     """The sizes after a reshape. Where just one differs from those before it, it equals the one that it took the place
-    of (or there are no elements)."""
+    of (or there are no elements), also where some of the others were one axis before."""
     left, right = list(old), list(new)
     for size in new:
         if size in left:
@@ -217,7 +217,19 @@ def same_count(old: Sequence[Dim], new: Sequence[Dim]) -> list[Dim]:
     if product(d for d in left if d.const is not None) == product(d for d in right if d.const is not None):
         left, right = ([d for d in sizes if d.const is None] for sizes in (left, right))
     left, right = ([d for d in sizes if d != 1] for sizes in (left, right))
-    return [left[0] if d == right[0] else d for d in new] if len(left) == len(right) == 1 else list(new)
+    if len(left) == len(right) == 1:
+        return [left[0] if d == right[0] else d for d in new]
+    return _instead_of_maximum(list(old), list(new))
+
+
+def _instead_of_maximum(old: list[Dim], new: list[Dim]) -> list[Dim]:
+    """The larger of two batches, as tf2onnx writes the batch of an Einsum, is what they are beside the other sizes."""
+    for k, size in enumerate(new):
+        atom = algebra.only_atom(size.expr)
+        if atom is not None and atom.op == "max":
+            whole = product(old).divide(product(new[:k] + new[k + 1 :]))
+            return new if whole is None else [*new[:k], whole, *new[k + 1 :]]
+    return new
 
 
 @shape_of("Flatten")

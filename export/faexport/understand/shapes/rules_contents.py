@@ -96,8 +96,17 @@ def _one_hot(node: ir.Node, a: Known) -> Shape | None:
 
 @contents_of("Cast")
 def _contents_cast(node: ir.Node, a: Known) -> Contents:
-    integer = attribute(node, "to") in (int(ir.DataType.INT64), int(ir.DataType.INT32))
-    return a.contents(node.inputs[0]) if integer else None
+    if attribute(node, "to") not in (int(ir.DataType.INT64), int(ir.DataType.INT32)):
+        return None
+    test = producer(node.inputs[0])
+    if test is None or op(test) != "Equal":
+        return a.contents(node.inputs[0])
+    parts = _all_contents(test.inputs, a)  # tf.slice's sizes, where -1 stands for all that is left (tf2onnx)
+    if parts is None or len({len(p) for p in parts} - {1}) > 1:
+        return None
+    count = max(map(len, parts))
+    equal = [_is_equal(p, q) for p, q in zip(*(p * count if len(p) == 1 else p for p in parts), strict=True)]
+    return None if None in equal else tuple(Dim.of(int(bool(e))) for e in equal)
 
 
 @contents_of("Concat")
@@ -210,15 +219,17 @@ def _contents_where(node: ir.Node, a: Known) -> Contents:
         return None
     result = []
     for p, q, if_equal, if_not in zip(*parts, strict=True):
-        equal = True if p == q else False if _never_equal(p, q) else None
+        equal = _is_equal(p, q)
         if equal is None and if_equal != if_not:
             return None
         result.append(if_equal if equal else if_not)
     return tuple(result)
 
 
-def _never_equal(p: Dim, q: Dim) -> bool:
-    return (p - q).is_at_least(1) or (q - p).is_at_least(1)
+def _is_equal(p: Dim, q: Dim) -> bool | None:
+    """None: it depends on the sizes."""
+    apart = (p - q).is_at_least(1) or (q - p).is_at_least(1)
+    return True if p == q else False if apart else None
 
 
 @contents_of("ConstantOfShape")
