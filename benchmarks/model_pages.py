@@ -134,22 +134,32 @@ def _title(row: dict) -> str:
 
 
 def models_tables(data: dict) -> str:
-    """docs/models.md's: each model with the best of its exports for each tool, then FlashAttention's claims."""
+    """docs/models.md: each model with the best of its exports for each tool, by type; FlashAttention's claims."""
     rows = [row for row in data["rows"] if _best(row, "ours")]
+    lines = [
+        f"{data['gpu']}, onnxruntime {data['versions']['onnxruntime-gpu']}, commit {data['commit']}{_later(rows)}, "
+        f"{data['date'][:10]}. Milliseconds of a run on the GPU, of each tool's\nfastest export that is right "
+        "(`benchmarks/models.py`; – none). Attention's share is that of the operator's kernels in the time\nof "
+        "faexport's file. Memory is what runs take beside weights, in MB; the difference\nis that from the float32 "
+        "original, relative in the 2-norm.",
+        "",
+    ]
+    by_type = {
+        dtype: [row for row in rows if row["dtype"] == dtype] for dtype in dict.fromkeys(r["dtype"] for r in rows)
+    }
+    for dtype, of_type in by_type.items():
+        notes = [_summary(of_type), *_without_original(of_type)]
+        lines += [f"**{dtype}**", "", *_models_table(of_type), "", *notes, ""]
+    lines += _refused(data["rows"])
+    return "\n".join([*lines, *_claims(by_type.get("float16", rows))])
+
+
+def _models_table(rows: list[dict]) -> list[str]:
     columns = (
         *("model, batch × length", *FILES.values(), *NO_FILES.values(), "over unfused", "over the best other file"),
         *("attention's share", "memory, unfused", "memory, faexport", "difference, unfused", "difference, faexport"),
     )
-    lines = [
-        f"{data['gpu']}, onnxruntime {data['versions']['onnxruntime-gpu']}, commit {data['commit']}{_later(rows)}, "
-        f"{data['date'][:10]}; {', '.join(dict.fromkeys(row['dtype'] for row in rows))}. Milliseconds of a run on the "
-        "GPU, of each tool's\nfastest export that is right (`benchmarks/models.py`; – none). Attention's share is "
-        "that of the operator's kernels in the time\nof faexport's file. Memory is what runs take "
-        "beside weights, in MB; the difference\nis that from the float32 original, relative in the 2-norm:",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
-    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         both = [_best(row, file) for file in ("unfused", "ours")]
         cells = [
@@ -161,8 +171,7 @@ def models_tables(data: dict) -> str:
             *(f"{one['difference']:.0e}" if one else "–" for one in both),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    notes = [_summary(rows), *_without_original(rows), *_refused(data["rows"])]
-    return "\n".join([*lines, "", *notes, "", *_claims(rows)])
+    return lines
 
 
 def _later(rows: list[dict]) -> str:
