@@ -96,9 +96,8 @@ struct KernelArgs {
   int num_tiles;             // upper bound of tile indices
 };
 
-/// The first of a consumer warpgroup's 64 rows; of a Tile, or a SpoiltTile. kWarpgroups: of the tile, where it may be folded,
-/// else
-/// 1. NOTE: fewer of them take fewer registers.
+/// The first of a consumer warpgroup's 64 rows; of a Tile, or a SpoiltTile. kWarpgroups: how many a tile has, or 1 where tiles
+/// are never folded. NOTE: fewer of them take fewer registers.
 template <int kWarpgroups = 4, class AnyTile>
 FA_HD int first_row_of(const AnyTile& tile, int warpgroup) {
   if constexpr (kWarpgroups == 1) return tile.first_row + warpgroup * 64;
