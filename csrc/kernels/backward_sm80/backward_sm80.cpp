@@ -163,7 +163,7 @@ struct Arrays {
   float* d_query;
   size_t bytes;
 
-  int64_t num_arrivals() const { return helpers.row_tiles > 0 ? helpers.first_block : 0; }
+  int64_t num_arrivals() const { return helpers.exist() ? helpers.first_block : 0; }
 };
 
 Arrays arrays_of(const Instance& instance, const AttentionParams& p, const Device& device, void* memory) {
@@ -173,7 +173,7 @@ Arrays arrays_of(const Instance& instance, const AttentionParams& p, const Devic
   arrays.splits = num_splits(instance, arrays.numbers.tiles, p, device);
   const bool is_summed = p.key.shape[2] > tile.tile_k();
   arrays.helpers = helpers_of(instance, p, device, arrays.splits);
-  const int64_t num_sums = !is_summed ? 0 : arrays.helpers.row_tiles > 0 ? arrays.splits + 1 : arrays.splits;
+  const int64_t num_sums = !is_summed ? 0 : arrays.helpers.exist() ? arrays.splits + 1 : arrays.splits;
   const int64_t bytes = num_sums * bytes_of_sums(instance, arrays.numbers.tiles, p);
   arrays.d_query = workspace.take<float>(bytes / static_cast<int64_t>(sizeof(float)));
   arrays.helpers.parts = workspace.take<float>(arrays.num_arrivals() * 4 * tile.tile_k() * instance.head_dim);
@@ -277,7 +277,7 @@ Status launch(const BackwardPlan& plan, const StepParams& params, const Gradient
     Status status = sum_rows(instance, params, gradients, grid, stream);
     if (!status.ok()) return status;
   }
-  const int64_t helpers = arrays.helpers.row_tiles > 0 ? (pairs - 1) / arrays.helpers.pairs_of_one + 1 : 0;
+  const int64_t helpers = arrays.helpers.exist() ? (pairs - 1) / arrays.helpers.pairs_of_one + 1 : 0;
   const int64_t blocks = has_keys ? pairs * arrays.splits + helpers : 0,
                 row_tiles = params.query.shape[1] * arrays.numbers.tiles.of_head;
   if (Status status = too_many(std::max(blocks, row_tiles)); !status.ok()) return status;

@@ -30,7 +30,7 @@ struct TileShape {
   int tile_q;      // query rows
   int min_blocks;  // thread blocks per multiprocessor the registers must allow
   Scores scores = Scores::kOwn;
-  bool has_weights = false;  // with Scores::kHalf: shared memory has weights and gradients of scores at once
+  int score_stages = 2;  // of gradients of scores: with two, a warp stores a tile's while others read those of the one before
 
   constexpr int column_groups() const { return scores == Scores::kOwn ? 1 : 2; }
   constexpr int tile_k() const { return warps / column_groups() * key_blocks * 16; }
@@ -45,8 +45,8 @@ constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant)
     return {4, 1, 16, 1, Scores::kAll};
   }
   if (head_dim <= 64) return plain ? TileShape{4, 2, 32, 2} : TileShape{8, 1, 32, 1};
-  if (head_dim <= 128) return plain ? TileShape{8, 2, 64, 1, Scores::kHalf, has_room} : TileShape{4, 1, 32, 2};
-  return plain ? TileShape{8, 1, has_room ? 64 : 32, 1, Scores::kHalf, true} : TileShape{8, 1, 32, 1, Scores::kAll};
+  if (head_dim <= 128) return plain ? TileShape{8, 2, 64, 1, Scores::kHalf, has_room ? 2 : 1} : TileShape{4, 1, 32, 2};
+  return plain ? TileShape{8, 1, has_room ? 64 : 32, 1, Scores::kHalf} : TileShape{8, 1, 32, 1, Scores::kAll};
 }
 
 /// Are the products of float32 rows so long that their rounding shows where they cancel against D or the log-sum-exp? Both are
@@ -54,11 +54,12 @@ constexpr TileShape tile_shape(int element_bytes, int head_dim, Variant variant)
 /// log-sum-exp.
 constexpr bool has_long_products(int element_bytes, int head_dim) { return element_bytes == 4 && head_dim > 128; }
 
-/// Keys, values, and two stages of queries, gradients of the output, the rows' numbers, and gradients of a tile of scores; and
-/// its weights.
+/// Keys, values, and two stages of queries, gradients of the output and the rows' numbers; gradients of a tile of scores and,
+/// where warps exchange them, its weights.
 constexpr int shared_memory_bytes(int element_bytes, int head_dim, const TileShape& tile) {
   const int scores = tile.tile_k() * tile.tile_q;
-  const int elements = 2 * (tile.tile_k() * head_dim + 2 * tile.tile_q * head_dim + scores) + (tile.has_weights ? scores : 0);
+  const int tiles_of_scores = tile.score_stages + (tile.scores == Scores::kHalf ? 1 : 0);
+  const int elements = 2 * (tile.tile_k() + 2 * tile.tile_q) * head_dim + tiles_of_scores * scores;
   return element_bytes * elements + 2 * 3 * 4 * tile.tile_q;
 }
 

@@ -36,10 +36,12 @@ FA_HD KeySpan tiles_that_see(const RowBand& band, int num_rows, int num_keys, in
 /// first tile of keys it has the first row_tiles tiles of the rows that see it, and the split has the others. Gradients of these
 /// keys are the sum of both parts, which who comes second forms: the sum of two is the same in either order.
 struct Helpers {
-  int row_tiles;                  // 0: there are no helpers
+  int row_tiles;
   int first_block, pairs_of_one;  // blocks before are those of the splits
   float* parts;        // for each split what it has of dK and dV, then what its helper has: 2 * tile_k * head_dim floats
   unsigned* arrivals;  // for each split how many of the parts are there
+
+  FA_HD bool exist() const { return row_tiles > 0; }
 };
 
 struct Grid {
@@ -47,7 +49,7 @@ struct Grid {
   Divisor heads, group_size, num_splits;  // key heads; query heads of a key head; thread blocks of a pair
   RowNumbers numbers;
   Helpers helpers;
-  float* d_query;        // sums of each split: for each tile of rows (RowTiles) tile_q * head_dim floats, in the kernel's order
+  float* d_query;        // sums of each split: for each tile of rows (RowTiles) tile_q * head_dim floats, in the kernel's order;
                          // behind them those of the pairs' helpers
   int64_t size_of_sums;  // of a split, in floats
   bool query_by_16, key_by_16, value_by_16, d_out_by_16;  // rows are whole 16-byte chunks at 16-byte addresses

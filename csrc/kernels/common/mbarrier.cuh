@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared-memory barriers (mbarrier) between the copy engine, its producer and its consumers. Hopper and later.
-// Used by prefill_sm90. A barrier is in phase 0 at first; a waiter names the parity of the phase whose end it waits for.
+// Shared-memory barriers (mbarrier): between warps from sm_80 on, and on Hopper and later between the copy engine, its producer
+// and its consumers. A barrier is in phase 0 at first; a waiter names the parity of the phase whose end it waits for.
 #pragma once
 
 #include <cstdint>
@@ -41,13 +41,19 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define FA_MBARRIER_IS_COMPLETE "mbarrier.test_wait"
+#else
+#define FA_MBARRIER_IS_COMPLETE "mbarrier.try_wait"  // lets other warps go on meanwhile
+#endif
+
 /// Blocks until the phase of this parity has ended.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "WAIT:\n" FA_MBARRIER_IS_COMPLETE
+      ".parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra DONE;\n"
       "bra WAIT;\n"
       "DONE:\n"
@@ -55,6 +61,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       "r"(parity)
       : "memory");
 }
+
+#undef FA_MBARRIER_IS_COMPLETE
 
 /// A barrier in shared memory whose phase ends with the kArrivals-th arrival, and not before the announced bytes are there.
 template <int kArrivals>
