@@ -12,18 +12,21 @@ from tests.gpu import arrays, test_attention  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-# Heads, rows, keys and head_dim: all kinds of tiles, with two to four times 64 rows, the first of which may be missing.
+# Heads, rows, keys and head_dim for which 16-bit tensors have folded tiles on 132 multiprocessors: each form of tile
+# that may be folded, of so many times 64 rows, the first of which may be missing.
 SHAPES = (
-    (16, 2048, 2048, 64),
-    (6, 1000, 1000, 64),
-    (40, 300, 700, 48),
+    (16, 2048, 2048, 64),  # 4
+    (40, 500, 700, 48),  # 3
+    (40, 500, 500, 96),  # 3
+    (44, 500, 500, 128),  # 3
+    (20, 700, 700, 80),  # 2, as from here on
     (30, 500, 500, 128),
     (8, 2000, 2000, 128),
-    (30, 512, 3000, 128),
+    (100, 65, 65, 128),
+    (30, 512, 3000, 128),  # with 128 keys a tile
     (6, 1000, 1000, 192),
     (8, 1000, 1000, 256),
-    (12, 700, 700, 80),
-    (33, 65, 65, 128),
+    (30, 300, 300, 256),  # with 32 keys a tile
 )
 KINDS = (("float16", ""), ("bfloat16", ""), ("float32", "tf32"), ("float32", "tf32x3"), ("float8_e4m3fn", ""))
 
