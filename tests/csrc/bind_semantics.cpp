@@ -10,6 +10,7 @@
 
 #include "kernels/backward_rows/row_numbers.h"
 #include "kernels/decode_sm90/ranges.h"
+#include "kernels/prefill_sm90/tile_rows.h"
 #include "semantics/score.h"
 #include "semantics/sequence.h"
 #include "semantics/softmax.h"
@@ -85,6 +86,29 @@ Pieces pieces_of_heads(const std::vector<int>& tiles, int blocks) {
   return pieces;
 }
 
+/// Of a tile of prefill_sm90 what place_rows is about.
+struct TileRows {
+  int first_row, next_row = 64, next_pair = 128;
+};
+
+/// For each tile of a sequence of `num_rows` rows the first row of each of kWarpgroups warpgroups, as those know it that are
+/// compiled for so many, and as the others do.
+template <int kWarpgroups>
+std::vector<std::vector<std::pair<int, int>>> rows_of_tiles(int num_rows, bool end_with_rows, bool folds) {
+  namespace prefill = fa::prefill_sm90;
+  constexpr int kTileRows = 64 * kWarpgroups;
+  const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  std::vector<std::vector<std::pair<int, int>>> tiles(num_tiles);
+  for (int i = 0; i < num_tiles; ++i) {
+    TileRows tile{i * kTileRows};
+    prefill::place_rows<kTileRows>(i, num_tiles, num_rows, end_with_rows, folds, tile);
+    for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
+      tiles[i].emplace_back(prefill::first_row_of<kWarpgroups>(tile, warpgroup), prefill::first_row_of(tile, warpgroup));
+    }
+  }
+  return tiles;
+}
+
 }  // namespace
 
 void bind_semantics(py::module_& m) {
@@ -109,4 +133,11 @@ void bind_semantics(py::module_& m) {
   m.def("sequence_at", sequence_at);
   m.def("key_tile_places", key_tile_places);
   m.def("pieces_of_heads", pieces_of_heads);
+  m.def("rows_of_tiles", [](int num_rows, int warpgroups, bool end_with_rows, bool folds) {
+    const auto rows = warpgroups == 1   ? rows_of_tiles<1>
+                      : warpgroups == 2 ? rows_of_tiles<2>
+                      : warpgroups == 3 ? rows_of_tiles<3>
+                                        : rows_of_tiles<4>;
+    return rows(num_rows, end_with_rows, folds);
+  });
 }

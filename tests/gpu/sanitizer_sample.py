@@ -31,9 +31,13 @@ def sample() -> list[cases.Case]:
         chosen.append(
             cases.Case("bfloat16", 3, 2, 2, 130, 70, 64, **band, kv_lengths=True, query_lengths=True, seed=seed)
         )
-    # Tiles of early rows and late ones (fold_tile), of two to four times 64 rows.
-    for dtype, head_dim in (("bfloat16", 64), ("float16", 128), ("float32", 64), ("bfloat16", 256)):
-        chosen.append(cases.Case(dtype, 1, 2, 1, 450, 450, head_dim, is_causal=True))
+    # Tiles of early rows and late ones (place_rows), of two, three, two, three and four times 64 rows.
+    folded = {"is_causal": True, "alignment": "bottom_right"}
+    chosen.append(cases.Case("float16", 1, 100, 50, 65, 65, 128, **folded))
+    chosen.append(cases.Case("bfloat16", 1, 100, 50, 130, 130, 96, **folded))
+    chosen.append(cases.Case("bfloat16", 1, 2, 1, 450, 450, 256, **folded))
+    chosen.append(cases.Case("float32", 1, 2, 1, 450, 450, 64, **folded))
+    chosen.append(cases.Case("float32", 1, 2, 1, 450, 450, 64, **folded, float32_precision="tf32"))
     hidden = [case for case in cases.systematic() if case.nan in ("value", "hidden")]
     return chosen + cases.wide()[::9] + hidden[::23]
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests import cases
@@ -12,18 +14,21 @@ from tests.gpu import arrays, test_attention  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-# Heads, rows, keys and head_dim: all kinds of tiles, with two to four times 64 rows, the first of which may be missing.
+# Heads, rows, keys and head_dim for which 16-bit tensors have folded tiles on 132 multiprocessors: each form of tile
+# that may be folded, of so many times 64 rows, the first of which may be missing.
 SHAPES = (
-    (16, 2048, 2048, 64),
-    (6, 1000, 1000, 64),
-    (40, 300, 700, 48),
+    (16, 2048, 2048, 64),  # 4
+    (40, 500, 700, 48),  # 3
+    (40, 500, 500, 96),  # 3
+    (44, 500, 500, 128),  # 3
+    (20, 700, 700, 80),  # 2, as from here on
     (30, 500, 500, 128),
     (8, 2000, 2000, 128),
-    (30, 512, 3000, 128),
+    (100, 65, 65, 128),
+    (30, 512, 3000, 128),  # with 128 keys a tile
     (6, 1000, 1000, 192),
     (8, 1000, 1000, 256),
-    (12, 700, 700, 80),
-    (33, 65, 65, 128),
+    (30, 300, 300, 256),  # with 32 keys a tile
 )
 KINDS = (("float16", ""), ("bfloat16", ""), ("float32", "tf32"), ("float32", "tf32x3"), ("float8_e4m3fn", ""))
 
@@ -79,3 +84,44 @@ def test_bits_are_those_of_tiles_of_neighbouring_rows(dtype: str, precision: str
     assert out["folded"][:, :, :-1].isfinite().all()
     assert out["folded"][:, :, -1].isnan().all()
     assert arrays.same_bits(out["folded"], out["neighbours"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("heads", "rows", "head_dim"), [(16, 2048, 64), (40, 500, 96), (30, 500, 128), (8, 1000, 256)], ids=str
+)
+def test_each_launch_waits_for_those_before_it(dtype: str, heads: int, rows: int, head_dim: int) -> None:
+    """Blocks decide on folded tiles before earlier kernels have ended, and let the next kernel's blocks come.
+
+    In a chain each launch reads what the one before it wrote, and writes where that one read; against the same chain
+    with a pause after each link.
+    """
+    import faplugin
+
+    torch.manual_seed(head_dim)
+    start, noise = (torch.randn(1, heads, rows, head_dim, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2))
+
+    def chain(after_each: Callable[[], None] = lambda: None) -> torch.Tensor:
+        x, y = start.clone(), torch.empty_like(start)
+        for i in range(30):
+            faplugin.attention(x, x, x, is_causal=True, out={"output": y})
+            after_each()
+            if i % 3 == 2:
+                y.mul_(0.5).add_(noise)
+                after_each()
+            x, y = y, x
+        return x
+
+    want = chain(torch.cuda.synchronize)
+    assert want.isfinite().all()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            assert arrays.same_bits(chain(), want)
+        with torch.cuda.graph(graph, stream=stream):
+            captured = chain()
+        for _ in range(20):
+            captured.zero_()
+            graph.replay()
+            stream.synchronize()
+            assert arrays.same_bits(captured, want)

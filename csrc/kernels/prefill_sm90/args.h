@@ -9,6 +9,7 @@
 
 #include "fa/attention.h"
 #include "kernels/common/tile_order.h"
+#include "kernels/prefill_sm90/tile_rows.h"
 #include "semantics/sequence.h"
 
 namespace fa::prefill_sm90 {
@@ -22,7 +23,7 @@ struct alignas(16) Tile {
   int head;                       // query head
   int first_row;                  // in its sequence; warpgroups whose rows are below 0 have none
   int next_row = 64;              // from the first warpgroup's rows to the second's, from the third's to the fourth's
-  int next_pair = 128;            // from the first warpgroup's rows to the third's; both are more in folded tiles (fold_tile)
+  int next_pair = 128;            // from the first warpgroup's rows to the third's; folded tiles have others (place_rows)
   int block_begin, block_end;     // key tiles to visit
   int batch, row_base, key_base;  // where the sequence stands in the tensors
   int num_rows, num_keys;         // rows and keys of the sequence …
@@ -85,25 +86,16 @@ struct KernelArgs {
   // constant memory, and each cache line of it costs a warp 100 clocks the first time.
   TileOrder order;
   Tile common;               // what all tiles have in common, if
-  bool tiles_alike;          // there are no lengths, packed sequences, mask and bias
+  bool tiles_alike;          // there are no lengths, offsets, packed sequences, mask or bias
   bool bias_by_tile;         // the bias comes through shared memory
   int num_spans;             // batch entries, or packed sequences and the rows outside of them
   bool sort_sequences;       // those with most keys first
-  bool folds;                // tiles are folded: the early rows of a sequence with its late ones (fold_tile in tiles.cuh)
+  bool folds;                // tiles are folded: the early rows of a sequence with its late ones (place_rows)
   bool tiles_end_with_rows;  // the tile that is not full is a sequence's first, not its last
   Divisor heads_per_kv;      // query heads that share a key head
   unsigned* tile_counter;    // 0 before the launch and after it; null: tiles are dealt out in turn
   int num_tiles;             // upper bound of tile indices
 };
-
-/// The first of a consumer warpgroup's 64 rows; of a Tile, or a SpoiltTile. kWarpgroups: how many a tile has, or 1 where tiles
-/// are never folded. NOTE: fewer of them take fewer registers.
-template <int kWarpgroups = 4, class AnyTile>
-FA_HD int first_row_of(const AnyTile& tile, int warpgroup) {
-  if constexpr (kWarpgroups == 1) return tile.first_row + warpgroup * 64;
-  const int second = tile.first_row + (warpgroup & 1) * tile.next_row;
-  return kWarpgroups == 2 ? second : second + (warpgroup >> 1) * tile.next_pair;
-}
 
 /// Rows that the copy engine brings at once: all of a tile, unless tiles may be folded.
 template <class C>

@@ -68,7 +68,8 @@ inline bool describe_problem(const AttentionParams& p, int64_t tile_rows, Kernel
   return unequal;
 }
 
-/// Are tiles folded (fold_tile)? Where later rows see more keys than earlier ones do, and each block has but one tile.
+/// Are tiles folded (place_rows)? Where later rows see more keys than earlier ones do, and each block has but one tile.
+/// NOTE: modify_scores, which adds ALiBi to scores, takes a tile's rows for neighbours.
 template <class C>
 bool folds(const AttentionParams& p, const KernelArgs& args, bool one_tile_each) {
   const bool causal = p.window_right >= 0 && p.window_left < 0;

@@ -106,7 +106,7 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
 }
 
 /// A warp: decides on tile after tile, tells the others, and calls wait(tile) before the next. The first decision passes while
-/// other warps make the barriers, and earlier kernels end.
+/// other warps make the barriers and, where it needs none of their memory (prepare), earlier kernels end.
 template <class C, class Plan, class Wait>
 __device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, Wait wait) {
   RingPosition<kTileSlots> slot;
@@ -132,6 +132,7 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, W
     }
     first = false;
     shared.tile_empty[slot.stage].wait(slot.phase ^ 1);
+    __syncwarp();  // or the slot might be given back once more before a lane has come to the barrier, and it would wait for ever
     if (args.spoilt != nullptr) shared.spoilt.note(args, shared.tile[slot.stage], slot.stage);
     if (first_lane) shared.tile[slot.stage] = tile;
     if (threadIdx.x % 32 < C::kWarpgroups) {

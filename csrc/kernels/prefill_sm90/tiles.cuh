@@ -62,17 +62,6 @@ __device__ __forceinline__ RowsView view_rows(const Tile& tile, int warpgroup) {
           none ? tile.block_begin : touched.end};
 }
 
-/// Tile number `local_tile` gets 64 rows each from several places of its sequence: early ones, late ones, and of four warpgroups
-/// once more both. Under a causal mask all tiles then have about equally much to do, which counts where each block has one tile:
-/// they end together, and not when the one with the latest rows does.
-template <class C>
-__device__ __forceinline__ void fold_tile(const KernelArgs& args, int local_tile, Tile& tile) {
-  const int tiles = args.order.num_row_tiles;
-  tile.first_row -= local_tile * (C::kTileM - 64);
-  tile.next_row = (2 * (tiles - local_tile) - 1) * 64;
-  tile.next_pair = 2 * tiles * 64;
-}
-
 /// Behind the last row of a tile.
 template <class C>
 __device__ __forceinline__ int end_row(const Tile& tile) {
@@ -105,11 +94,8 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, c
     apply_user_span(p, tile);
   }
   if (tile.first_row >= tile.num_rows) return false;
-  if (C::kRowsBelowZero && args.tiles_end_with_rows)
-    tile.first_row -= (C::kTileM - 1 - (tile.num_rows - 1) % C::kTileM) / 64 * 64;
-  if constexpr (C::kFoldedWarpgroups > 1) {
-    if (args.folds) fold_tile<C>(args, local_tile, tile);
-  }
+  place_rows<C::kTileM>(local_tile, args.order.num_row_tiles, tile.num_rows, C::kRowsBelowZero && args.tiles_end_with_rows,
+                        C::kFoldedWarpgroups > 1 && args.folds, tile);
   tile.block_begin = tile.block_end = tile.keys_in_last = 0;
   if (tile.first_row < tile.query_length) {
     const int last_row = min(end_row<C>(tile), tile.query_length) - 1;

@@ -38,7 +38,7 @@ struct Traits {
   static constexpr int kPanels = (kHeadDim + 63) / 64;    // of 64 columns, 128 bytes: the widest rows that the swizzle takes
   static constexpr int kBiasPanels = (kTileN + 63) / 64;  // likewise of a bias, whose columns are keys
   static constexpr bool kRowsBelowZero = kTileM > 64;     // a sequence's first tile may begin before its row 0
-  static constexpr int kFoldedWarpgroups = kModified ? 1 : kWarpgroups;  // above 1, tiles may be folded (fold_tile)
+  static constexpr int kFoldedWarpgroups = kModified ? 1 : kWarpgroups;  // above 1, tiles may be folded (place_rows)
   static_assert(kHeadDim % 16 == 0 && kTileN % 16 == 0, "wgmma sums 16 columns, and 16 keys, at a time.");
 
   // Buffers in shared memory.

@@ -32,7 +32,7 @@ struct Traits {
   static constexpr int kOutColumns = kShape.out_columns;     // of the output that one sum over a tile's keys takes; where kSplit
   static constexpr int kHeldSteps = 4 * kShape.held_panels;  // of 8 columns of Q that a thread holds for a whole tile
   static constexpr bool kRowsBelowZero = kTileM > 64;        // a sequence's first tile may begin before its row 0
-  static constexpr int kFoldedWarpgroups = kWarpgroups;      // above 1, tiles may be folded (fold_tile)
+  static constexpr int kFoldedWarpgroups = kWarpgroups;      // above 1, tiles may be folded (place_rows)
   static_assert(kHeadDim % 32 == 0 && kTileN % 32 == 0, "Values are transposed in blocks of 32 keys and 32 columns.");
 
   // Buffers in shared memory.

@@ -29,7 +29,7 @@ struct Traits {
   static constexpr int kTileN = kShape.tile_n;            // keys
   static constexpr int kPanels = (kHeadDim + 127) / 128;  // of 128 columns, 128 bytes: the widest rows that the swizzle takes
   static constexpr bool kRowsBelowZero = kTileM > 64;     // a sequence's first tile may begin before its row 0
-  static constexpr int kFoldedWarpgroups = kPlain ? kWarpgroups : 1;  // above 1, tiles may be folded (fold_tile)
+  static constexpr int kFoldedWarpgroups = kPlain ? kWarpgroups : 1;  // above 1, tiles may be folded (place_rows)
   static_assert(kTileN % 32 == 0 && kTileN <= 128 && kHeadDim % 64 == 0, "A row of transposed values has the keys of one tile.");
 
   // Sums. A product with the values of one tile has a sum of its own, of so many columns at a time, and is added to the output
