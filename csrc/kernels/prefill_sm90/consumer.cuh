@@ -64,11 +64,18 @@ struct Consumer {
   /// Issues S = Q K^T for the first kKeys keys of the tile.
   template <int kKeys = C::kTileN>
   __device__ __forceinline__ void issue_scores() {
+    issue_score_steps<kKeys, 0, C::kHeadDim / 16>();
+    wgmma_commit();
+  }
+
+  /// Of these products those of columns 16 kBegin … 16 kEnd - 1.
+  template <int kKeys, int kBegin, int kEnd>
+  __device__ __forceinline__ void issue_score_steps() {
     float (&scores)[kKeys / 2] = reinterpret_cast<float (&)[kKeys / 2]>(s);
     const uint64_t query = wgmma_descriptor_k_major(shared_address(shared.query[q.stage]) + warpgroup * 64 * 128);
     const uint64_t key = wgmma_descriptor_k_major(shared_address(shared.key[k.stage]));
 #pragma unroll
-    for (int step = 0; step < C::kHeadDim / 16; ++step) {
+    for (int step = kBegin; step < kEnd; ++step) {
       const uint32_t in_panel = (step % 4) * 32;
       const uint64_t keys = key + (((step / 4) * C::kTileN * 128 + in_panel) >> 4);
       if (step < C::kQuerySteps) {
@@ -79,7 +86,6 @@ struct Consumer {
                                                  step > 0);
       }
     }
-    wgmma_commit();
   }
 
   /// Issues O += P V.
@@ -279,13 +285,34 @@ struct Consumer {
     issue_scores();
   }
 
+  /// Issues S = Q K^T of the last key tile that the rows see, once its keys are there; of the tile that comes first, the first
+  /// panel once that is there.
+  __device__ __forceinline__ void start_first_scores(const Tile& tile) {
+    if constexpr (C::kFirstKeyApart) {
+      if (view.block_end == tile.block_end) {
+        shared.first_key_full[q.stage].wait(q.phase);
+      } else {
+        shared.key_full[k.stage].wait(k.phase);
+      }
+      wgmma_pin(s);
+      wgmma_fence();
+      issue_score_steps<C::kTileN, 0, 4>();
+      shared.key_full[k.stage].wait(k.phase);
+      wgmma_fence();
+      issue_score_steps<C::kTileN, 4, C::kHeadDim / 16>();
+      wgmma_commit();
+    } else {
+      start_scores();
+    }
+  }
+
   /// Weights of the last key tile that the rows see; there is no product to hide softmax behind yet.
   __device__ __forceinline__ void take_first_weights(const Tile& tile) {
-    shared.key_full[k.stage].wait(k.phase);
+    if constexpr (!C::kFirstKeyApart) shared.key_full[k.stage].wait(k.phase);
     if (C::kFewApart && tile.keys_in_last > 0 && tile.keys_in_last <= kFewInLast) {
       take_few(tile);
     } else {
-      start_scores();
+      start_first_scores(tile);
       wgmma_wait<0>();
       wgmma_pin(s);
       finish_scores<true>(tile, view.block_end - 1);

@@ -10,16 +10,19 @@
 
 namespace fa::prefill_sm90 {
 
-/// Waits until the buffer is free, then starts the copy of all panels of rows row … row + kRows - 1 of one head.
+/// Waits until the buffer is free, then starts the copy of all panels of rows row … row + kRows - 1 of one head. The first panel
+/// may have a barrier of its own.
 template <int kPanels, uint32_t kBytes, int kReaders>
 __device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* map, Mbarrier<1>& full, Mbarrier<kReaders>& empty,
-                                          uint32_t phase, int row, int head, int batch) {
+                                          uint32_t phase, int row, int head, int batch, Mbarrier<1>* first_full = nullptr) {
+  constexpr uint32_t kPanelBytes = kBytes / kPanels;
   empty.wait(phase ^ 1);
-  full.arrive_expect(kBytes);
+  if (first_full != nullptr) first_full->arrive_expect(kPanelBytes);
+  full.arrive_expect(first_full != nullptr ? kBytes - kPanelBytes : kBytes);
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel) {
-    uint8_t* to = buffer + panel * (kBytes / kPanels);
-    tma_load_shared_by_blocks(to, map, &full.word, panel * 64, row, head, batch);
+    Mbarrier<1>& there = panel == 0 && first_full != nullptr ? *first_full : full;
+    tma_load_shared_by_blocks(buffer + panel * kPanelBytes, map, &there.word, panel * 64, row, head, batch);
   }
 }
 
@@ -78,24 +81,26 @@ template <class C>
 __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile, int slot,
                                           ProducerRings<C>& rings) {
   const int key_head = args.heads_per_kv.quotient(tile.head);
-  const auto load_key = [&](int block) {
+  Mbarrier<1>* const first_key = C::kFirstKeyApart ? &shared.first_key_full[rings.query.stage] : nullptr;
+  const auto load_key = [&](int block, Mbarrier<1>* first_full) {
     const int i = rings.key.stage;
     load_rows<C::kPanels, C::kKeyBytes>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i], rings.key.phase,
-                                        tile.key_base + block * C::kTileN, key_head, tile.batch);
+                                        tile.key_base + block * C::kTileN, key_head, tile.batch, first_full);
     rings.key.advance();
     if constexpr (C::kBiasStages > 0) {
       if (args.bias_by_tile) load_bias(args, shared, tile, block, rings.bias);
     }
   };
   // 1. The last keys and the queries.
-  load_first<C>(args, shared, tile, rings.query, [&] { load_key(tile.block_end - 1); });
+  load_first<C>(args, shared, tile, rings.query, [&] { load_key(tile.block_end - 1, first_key); });
+  if (C::kFirstKeyApart && tile.block_begin == tile.block_end) first_key->arrive();
   // 2. Keys one tile ahead of values, as the consumers multiply. At block `announced` the scheduling warp may draw the next tile.
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kStages), tile.block_begin);
   if (!C::kSmall && tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
 #pragma unroll 1
   for (int block = tile.block_end - 1; block >= tile.block_begin; --block) {
     if (!C::kSmall && block == announced) shared.tile_wanted.arrive();
-    if (block > tile.block_begin) load_key(block - 1);
+    if (block > tile.block_begin) load_key(block - 1, nullptr);
     const int i = rings.value.stage;
     const bool to_be_cleared = !C::kSmall && block == tile.block_end - 1 && used_in_last(tile, C::kTileN) < C::kTileN;
     load_rows<C::kPanels, C::kKeyBytes>(

@@ -12,7 +12,8 @@
 //   tile_wanted       load                                         schedule       the copies of the tile are nearly all started
 //   query_full        the copy engine                              consume        a tile of Q is there, or one warpgroup's part
 //   query_empty       store; consume where output has own buffers  load           its buffer may be filled again
-//   key_full          the copy engine                              consume        a tile of K is there
+//   key_full          the copy engine                              consume        a tile of K is there …
+//   first_key_full    the copy engine; load without keys           consume        … but its first panel, where kFirstKeyApart
 //   key_empty         consume                                      load           its buffer may be filled again
 //   value_full        the copy engine; for a last tile clear       consume clear  a tile of V is there
 //   value_empty       consume                                      load           its buffer may be filled again
@@ -64,6 +65,7 @@ struct SharedPlan {
   Mbarrier<1> query_full[C::kQueryStages][C::kFoldedWarpgroups];
   Mbarrier<C::kOwnOutput ? C::kConsumerWarps : 1> query_empty[C::kQueryStages];
   Mbarrier<1> key_full[C::kStages];
+  Mbarrier<1> first_key_full[C::kFirstKeyApart ? C::kQueryStages : 1];
   Mbarrier<C::kConsumerWarps> key_empty[C::kStages];
   Mbarrier<1> value_full[C::kStages];
   Mbarrier<C::kConsumerWarps> value_empty[C::kStages];
@@ -111,6 +113,9 @@ __device__ __forceinline__ void init_barriers(SharedPlan<C>& shared, int warp) {
     }
   } else if (warp == 1) {
     init_ring(shared.key_full, shared.key_empty);
+    if constexpr (C::kFirstKeyApart) {
+      for (auto& barrier : shared.first_key_full) barrier.init();
+    }
   } else if (warp == 2) {
     init_ring(shared.value_full, shared.value_empty);
   } else {

@@ -39,6 +39,9 @@ struct Traits {
   static constexpr int kBiasPanels = (kTileN + 63) / 64;  // likewise of a bias, whose columns are keys
   static constexpr bool kRowsBelowZero = kTileM > 64;     // a sequence's first tile may begin before its row 0
   static constexpr int kFoldedWarpgroups = kModified ? 1 : kWarpgroups;  // above 1, tiles may be folded (place_rows)
+  // Of a tile's first K the first panel has a barrier of its own, so that the first product begins when it is there. With smaller
+  // tiles of K the second wait costs more than that brings.
+  static constexpr bool kFirstKeyApart = kFoldedWarpgroups > 1 && kPanels > 1 && kTileN >= 128;
   static_assert(kHeadDim % 16 == 0 && kTileN % 16 == 0, "wgmma sums 16 columns, and 16 keys, at a time.");
 
   // Buffers in shared memory.
