@@ -24,6 +24,12 @@ def heads(q: str = "B, 3, T, 8", k: str = "B, 3, S, 8", v: str = "B, 3, S, 8", *
 
 
 RIGHT = {
+    "batch entries of a factor, and then those of a mask behind a bias": Form(
+        """float[B, 3, 2, 8] q, float[B, 3, 5, 8] k, float[B, 3, 5, 8] v, float[N, 1, 1, 1] g, float[B, 1, 1, 1] b,
+        float[M, 1, 1, 5] m""",
+        f"{PRODUCT} w = Mul(s, g) z = Add(w, b) x = Add(z, m) p = Softmax<axis = -1>(x) y = MatMul(p, v)",
+        empty=False,
+    ),
     "a mask for the keys of an Einsum": summed(ADDED, "B, 1, 1, S"),
     "a mask for all keys of an Einsum": summed(ADDED, "B, 1, T, 1"),
     "a mask of more numbers than an Einsum has keys, cut to theirs": summed(
