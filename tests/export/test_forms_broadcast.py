@@ -24,6 +24,11 @@ def heads(q: str = "B, 3, T, 8", k: str = "B, 3, S, 8", v: str = "B, 3, S, 8", *
 
 
 RIGHT = {
+    "a mask that gives more rows to one row and one key that changed places": Form(
+        "float[B, 3, 1, 8] q, float[B, 3, 1, 8] k, float[B, 3, 1, 8] v, float[B, 1, 1, T] m",
+        f"""{PRODUCT} turned = Transpose<perm = [0, 1, 3, 2]>(s) x = Add(turned, m) pt = Softmax<axis = 2>(x)
+        p = Transpose<perm = [0, 1, 3, 2]>(pt) y = MatMul(p, v)""",
+    ),
     "batch entries of a factor, and then those of a mask behind a bias": Form(
         """float[B, 3, 2, 8] q, float[B, 3, 5, 8] k, float[B, 3, 5, 8] v, float[N, 1, 1, 1] g, float[B, 1, 1, 1] b,
         float[M, 1, 1, 5] m""",
@@ -117,6 +122,12 @@ RIGHT = {
 }
 
 WRONG = {
+    "a mask that gives more rows to the one row of one key": Form(
+        "float[B, 3, 1, 8] q, float[B, 3, 1, 8] k, float[B, 3, 1, 8] v, float[3, 1, T, 1] m",
+        f"""{PRODUCT} at = Constant<value_ints = [2]>() s5 = Unsqueeze(s, at) x = Add(s5, m)
+        p5 = Softmax<axis = -1>(x) p = Squeeze(p5, at) y = MatMul(p, v)""",
+        reason="its mask may have more entries than the scores",
+    ),
     "a mask of more keys than the one of an Einsum": summed(ADDED, reason="its mask may have more keys"),
     "a mask that hides more keys than the one of an Einsum": summed(
         f"""zero = Constant<value = float {{0}}>() seen = Less(m, zero) low = Constant<value = float {{-inf}}>()

@@ -309,9 +309,11 @@ def label_axes(view: View, names: list[str], shape: tuple[Dim, ...]) -> tuple[st
     """A letter for each axis of `view`, whose source has axes called `names`; None where an axis is a mixture without
     name.
 
-    An axis that is part of B is called M (outer) or W (inner); part of H, K or G; H inside B is N.
+    An axis that is part of B is called M (outer) or W (inner); part of H, K or G; H inside B is N. Which of several
+    axes of size 1 is the one of the keys can't be told: none is, since what has more than 1 element there may give the
+    scores more of anything else.
     """
-    unused = [n for n, d in zip(names, shape, strict=True) if d == 1]
+    unused = [n for n, d in zip(names, shape, strict=True) if d == 1 and n != "T"]
     result: list[str] = []
     axes = [merged(axis) for axis in view.axes]
     for axis in axes:
