@@ -31,6 +31,7 @@ from faexport.spec import (
     TermKind,
 )
 from faexport.understand.core.hiding import with_hidden
+from faexport.understand.core.number_types import in_one_type, type_of_masks
 from faexport.understand.core.rows_of_heads import heads_apart
 from faexport.understand.core.score_chain import Scores, letters, read_scores, view_of_scores
 from faexport.understand.core.score_path import BY_WEIGHTS, MAX_PATH, Blocked, Path, find_scores
@@ -180,6 +181,7 @@ def _with_values(
     if why := rounded.refusal(context):
         return why
     scores = dataclasses.replace(scores, terms=terms)
+    scores = dataclasses.replace(scores, terms=in_one_type(scores, context.analysis))
     structure = structure_of(scores, values, context.analysis)
     if isinstance(structure, Refusal):
         return structure
@@ -277,20 +279,12 @@ def _score_shape(
         structure.heads,
         rows,
         columns,
-        dtype=_dtype_of_masks(scores, a),
+        dtype=type_of_masks(scores, a),
         sinks=scores.sink is not None or softmax.logit is not None,
         nan_guard=values.nan_guard,
         same_keys=_rows_of_values(values, a) == columns,
         one_key_spreads=op(values.product.node) == "Einsum",
     )
-
-
-def _dtype_of_masks(scores: Scores, a: Analysis) -> ir.DataType:
-    """The type in which masks meet the scores. It isn't that of the product where scores in half precision are cast
-    in front of them: the masks are numbers of the wider type then."""
-    found = {a.dtype(term.node.outputs[0]) for term in scores.terms if term.kind.meets_scores}
-    dtype = found.pop() if len(found) == 1 else None
-    return dtype or a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT
 
 
 def _rows_of_values(values: Values, a: Analysis) -> Dim | None:

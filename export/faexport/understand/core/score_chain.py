@@ -9,6 +9,8 @@ is not changed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -172,7 +174,10 @@ class _Reader:
         return self._take_term(step, factor) if step.kind == "from" else None
 
     def _after(self, step: Step) -> list[Step]:
-        return self.path.steps[self.path.steps.index(step) + 1 :]
+        return self.path.steps[[each.node for each in self.path.steps].index(step.node) + 1 :]
+
+    def _scales_after(self, step: Step) -> list[float]:
+        return [later.factor for later in self._after(step) if later.kind in ("scale", "from")]
 
     def _take_factor(self, step: Step) -> Refusal | None:
         """A factor without constants: multiplied to the queries or the keys, or a gate that a mask is made of."""
@@ -229,6 +234,9 @@ class _Reader:
     def _take_term(self, step: Step, factor: float) -> Refusal | None:
         axes = self._axes()
         node = step.node
+        if max(map(abs, itertools.accumulate(self._scales_after(step), operator.mul)), default=1) > max(1, abs(factor)):
+            why = "a number of its mask may leave its type, as its scores are multiplied and then divided again"
+            return Refusal(why, name_of(node))
         if axes is None:
             return self._take_split(step, factor)
         dims = tuple(self.view.shape)
