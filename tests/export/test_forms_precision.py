@@ -84,6 +84,9 @@ WRONG = {
     "a number in float16, and then one in float32": several(
         "c = Add(s, a) x = Cast<to = 1>(c) m = Add(x, b)", reason=NARROWER
     ),
+    "a number above all scores in float16": several(
+        "c = Sub(s, a) m = Cast<to = 1>(c)", reason="60000 is added to its scores in float16, which leaves nothing"
+    ),
     "a bias of float64": Form(
         f"{HALF}, double[1, 3, T, S] bias",
         f"{PRODUCT} x = Cast<to = 11>(s) c = Add(x, bias) m = Cast<to = 1>(c) {END}",

@@ -61,6 +61,7 @@ _BOTH_MASKS = (
     "differently (--assume full-rows or right-padding rules them out)"
 )
 _UNDONE = "{:g} is added to its scores beside numbers that hide keys: the sum of both hides nothing, or leaves its type"
+_NOTHING_LEFT = "{:g} is added to its scores in {}, which leaves nothing of them"
 _NARROWER = "{:g} hides keys in {}, and then its scores are masked or multiplied in {}"
 _DOUBLE = "what is added to its scores is float64, which the operator doesn't have"
 _SCALED_BETWEEN = "its scores are scaled between a bias and the number that they are clamped at"
@@ -147,12 +148,18 @@ def mask_of(emitter: Emitter, site: Site, options: MaskOptions) -> spec.Mask:
 
 def _check_types(site: Site) -> None:
     """Raises NotAMask where a mask's number met the scores in a narrower type than others do: how it is rounded there,
-    and where a scale makes it infinite, is not what the wider type does."""
+    and where a scale makes it infinite, is not what the wider type does. And where one above all scores met them in
+    half precision."""
     for term in site.terms:
         own = site.type_of(term)
         if own in HALVES and site.scores.dtype not in HALVES:
             if number := next((x / term.factor for x in fills_of(site, term) if x > -math.inf), None):
                 raise NotAMask(_NARROWER.format(number, dtype_name(own), dtype_name(site.scores.dtype)))
+        if own in HALVES and term.kind is spec.TermKind.ADD:
+            added = site.element(term, term.value)
+            highest = max(x * term.factor for x in known_range(added))
+            if highest >= -MASKING and any(abs(il.number_of(x)) >= -MASKING for x in ia.atoms(added, "float")):
+                raise NotAMask(_NOTHING_LEFT.format(highest, dtype_name(own)))
 
 
 # ------------------------------------------------------------------------------------------ numbers above any score
