@@ -43,6 +43,9 @@ def several(body: str, inputs: str = "", **more: object) -> Form:
 
 BIAS = ", float16[1, 3, T, S] bias"
 RIGHT = {
+    "a number that a Cast makes infinite": half(
+        "e = Where(keep, x, low) h16 = Cast<to = 10>(e) m = Cast<to = 1>(h16)", -1e9
+    ),
     "a bias in float16, and then a mask in float32": several(
         "c = Add(s, bias) x = Cast<to = 1>(c) m = Where(keep, x, low)", BIAS
     ),
@@ -73,6 +76,16 @@ RIGHT = {
     ),
 }
 
+GUARD = """e = Cast<to = 10>(x32) w = Softmax<axis = -1>(e) n = IsNaN(w) none = Constant<value_float = 0.0>()
+    zeros = Cast<to = 10>(none) h = Where(n, zeros, w) y = MatMul(h, v)"""
+RIGHT["a causal number that a Cast makes infinite, and zeros in the place of NaN"] = Form(
+    HALF,
+    f"""{PRODUCT} {SINGLE} low = Constant<value_float = -1.0e9>() size = Shape<start = 2>(s)
+    true = ConstantOfShape<value = bool[1] {{1}}>(size) one = Constant<value = int64 {{1}}>()
+    ahead = Trilu<upper = 1>(true, one) x32 = Where(ahead, low, x) {GUARD}""",
+    facts=frozenset({"causal"}),
+    type="float16",
+)
 NARROWER = "-60000 hides keys in float16, and then its scores are masked or multiplied in float32"
 WRONG = {
     "a number in float16 that is multiplied in float32": several(
@@ -86,6 +99,12 @@ WRONG = {
     ),
     "a number above all scores in float16": several(
         "c = Sub(s, a) m = Cast<to = 1>(c)", reason="60000 is added to its scores in float16, which leaves nothing"
+    ),
+    "a number that a Cast makes infinite, and zeros in the place of NaN": Form(
+        f"{HALF}, {KEEP}",
+        f"{PRODUCT} {SINGLE} low = Constant<value_float = -1.0e9>() x32 = Where(keep, x, low) {GUARD}",
+        type="float16",
+        reason="-1e+09 hides keys, and a Cast to float16 makes -inf of it behind that",
     ),
     "a bias of float64": Form(
         f"{HALF}, double[1, 3, T, S] bias",

@@ -5,6 +5,7 @@ to float32, then a mask. Called by match/softmax_core.py."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -31,16 +32,25 @@ def type_of_masks(scores: Scores, a: Analysis) -> ir.DataType:
 
 
 def in_one_type(scores: Scores, a: Analysis) -> list[MaskTerm]:
-    """The terms with values of type_of_masks(), by nodes that are not in the graph yet."""
+    """The terms with values of type_of_masks(), by nodes that are not in the graph yet, and with what the scores are
+    cast to behind them."""
     dtype = type_of_masks(scores, a)
     return [
         dataclasses.replace(
             term,
             value=_cast(term.value, term, dtype, a),
             fill=None if term.fill is None else _cast(term.fill, term, dtype, a),
+            narrowed=_narrowest(scores.nodes[scores.nodes.index(term.node) :], a)
+            if term.node in scores.nodes
+            else None,
         )
         for term in scores.terms
     ]
+
+
+def _narrowest(nodes: Sequence[ir.Node], a: Analysis) -> ir.DataType | None:
+    found = {a.dtype(node.outputs[0]) for node in nodes}
+    return min((dtype for dtype in FLOATS if dtype in found), key=WIDTHS.__getitem__, default=None)
 
 
 def _cast(value: ir.Value, term: MaskTerm, dtype: ir.DataType, a: Analysis) -> ir.Value:

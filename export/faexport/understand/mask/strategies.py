@@ -61,6 +61,10 @@ _BOTH_MASKS = (
     "differently (--assume full-rows or right-padding rules them out)"
 )
 _UNDONE = "{:g} is added to its scores beside numbers that hide keys: the sum of both hides nothing, or leaves its type"
+_NARROWED = (
+    "{:g} hides keys, and a Cast to {} makes -inf of it behind that: a row that sees no key gives NaN, in whose place "
+    "are zeros, where a runtime doesn't leave that Cast out (--assume full-rows rules such rows out)"
+)
 _NOTHING_LEFT = "{:g} is added to its scores in {}, which leaves nothing of them"
 _NARROWER = "{:g} hides keys in {}, and then its scores are masked or multiplied in {}"
 _DOUBLE = "what is added to its scores is float64, which the operator doesn't have"
@@ -139,6 +143,7 @@ def mask_of(emitter: Emitter, site: Site, options: MaskOptions) -> spec.Mask:
     Unknown where a part of it can't be written."""
     problem = Problem(emitter, site, options)
     _check_types(site)
+    _check_casts(problem)
     mask = next(mask for strategy in STRATEGIES.values() if (mask := strategy(problem)) is not None)
     if mask.attn_bias is not None and site.scores.dtype is ir.DataType.DOUBLE:
         raise NotAMask(_DOUBLE, spec.RefusalKind.TYPE)
@@ -160,6 +165,16 @@ def _check_types(site: Site) -> None:
             highest = max(x * term.factor for x in known_range(added))
             if highest >= -MASKING and any(abs(il.number_of(x)) >= -MASKING for x in ia.atoms(added, "float")):
                 raise NotAMask(_NOTHING_LEFT.format(highest, dtype_name(own)))
+
+
+def _check_casts(problem: Problem) -> None:
+    """Raises NotAMask where a Cast behind a mask makes its number infinite and zeros take the place of NaN."""
+    site = problem.site
+    for term in site.terms if site.scores.nan_guard and not problem.options.assume_full_rows else ():
+        lowest = -math.inf if term.narrowed is None else -largest(term.narrowed)
+        number = next((x for x in fills_of(site, term) if -math.inf < x < lowest), None)
+        if number is not None and not rows_see_a_key(site, visible(problem.cases)):
+            raise NotAMask(_NARROWED.format(number, dtype_name(term.narrowed)))
 
 
 # ------------------------------------------------------------------------------------------ numbers above any score
