@@ -39,7 +39,7 @@ from faexport.understand.core.sinks import sinks_of
 from faexport.understand.core.softmax import Softmax, softmax_of
 from faexport.understand.core.structure import Structure, new_producers, structure_of
 from faexport.understand.core.value_chain import Values, feeds_product, find_values
-from faexport.understand.core.widening import widened
+from faexport.understand.core.widening import Widen, widened
 from faexport.understand.layout.products import PRODUCT_OPS
 from faexport.understand.layout.shape_uses import rebuild
 from faexport.understand.layout.views import View, merged
@@ -97,10 +97,10 @@ def _all_understood(found: list[Candidate]) -> bool:
 def _read_in_all_ways(path: Path, softmax: Softmax, context: Context) -> list[Candidate]:
     a, shown = context.analysis, None
     has_factor = any(s.kind == "factor" for s in path.steps)
-    for widen in (False, True):
-        if widen and not widened(path.product, path.steps, a)[1]:
-            break
-        shown = None if widen else shown  # sizes are no obstacle then
+    for widen in Widen:
+        if widen is not Widen.NOTHING and not widened(path.product, path.steps, widen, a)[1]:
+            continue
+        shown = None if widen is Widen.NOT_KEYS else shown  # sizes are no obstacle then
         for gates in (True, False) if has_factor else (True,):
             found = _read(path, softmax, context, gates, widen)
             if _all_understood(found):
@@ -111,7 +111,7 @@ def _read_in_all_ways(path: Path, softmax: Softmax, context: Context) -> list[Ca
     return shown
 
 
-def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: bool) -> list[Candidate]:
+def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: Widen) -> list[Candidate]:
     """With `gates`, scores times 0 or 1 are masked, else they are scores times a factor. With `widen` they may take the
     size of a mask."""
     a = context.analysis
@@ -126,6 +126,9 @@ def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: bo
     values = _values(scores, softmax, context)
     if isinstance(values, Refusal):
         candidate.outcome = values
+        return [candidate]
+    if widen is Widen.ALL and any(op(one.product.node) != "Einsum" for one in values):
+        candidate.outcome = Refusal("more keys than there are would not fit the values", name_of(softmax.node))
         return [candidate]
     found = []
     for one in values:

@@ -23,7 +23,7 @@ from faexport.understand.core.fills import is_nothing, padded_column
 from faexport.understand.core.score_path import UNCHANGED, Path, Step
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.core.split_bias import SplitBias
-from faexport.understand.core.widening import Order, as_view, followed, widened
+from faexport.understand.core.widening import Order, Widen, as_view, followed, widened
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.heads import is_lossless
 from faexport.understand.layout.products import Factor, Product
@@ -56,10 +56,10 @@ class Scores:
 class _Reader:
     """Replays a Path forward."""
 
-    def __init__(self, path: Path, softmax: Softmax, gates: bool, widen: bool, a: Analysis):
+    def __init__(self, path: Path, softmax: Softmax, gates: bool, widen: Widen, a: Analysis):
         self.a, self.path, self.softmax, self.gates = a, path, softmax, gates
         self.factors = _later_factors(path.steps)
-        shape, self.wider = widened(path.product, path.steps if widen else (), a)
+        shape, self.wider = widened(path.product, path.steps, widen, a)
         self.shape = shape
         self.view = View.whole(shape)
         self.order: Order | None = tuple(range(len(shape)))  # of the axes, while nothing wider has met the scores
@@ -362,9 +362,11 @@ def view_of_scores(path: Path, a: Analysis) -> View | None:
     return view
 
 
-def read_scores(path: Path, softmax: Softmax, a: Analysis, gates: bool = True, widen: bool = False) -> Scores | Refusal:
+def read_scores(
+    path: Path, softmax: Softmax, a: Analysis, gates: bool = True, widen: Widen = Widen.NOTHING
+) -> Scores | Refusal:
     """Replays the path from the product to the softmax. With `gates`, scores times 0 or 1 are taken for a part of a
-    mask, else for scores with a factor. `widen`: scores may take the sizes of what meets them."""
+    mask, else for scores with a factor. `widen`: which sizes of what meets them the scores may take."""
     if path.product.shape_of(a) is None:
         return Refusal("the shape of the scores is not known", name_of(path.product.node), RefusalKind.UNKNOWN_SIZES)
     reader = _Reader(path, softmax, gates, widen, a)
