@@ -167,6 +167,7 @@ class MaskTerm:
     keep_when: bool = True  # WHERE, HIDDEN and ZERO only
     fill: ir.Value | None = None  # WHERE only: what replaces the scores; a constant or any value
     factor: float = 1.0  # what the term is multiplied by on its way to the softmax (scale applied after the addition)
+    narrowed: ir.DataType | None = None  # the narrowest type that the scores have on that way, where it is known
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from faplugin._frameworks import allocates, current_stream, empty, readable
+from faplugin._frameworks import allocates, current_stream, empty, readable, told
 from faplugin._native import Call, inputs
 
 
@@ -224,7 +224,7 @@ def explain(query: Any, key: Any, value: Any, *, device: str = "", **arguments: 
 def _is_set(name: str, arguments: dict[str, Any]) -> bool:
     value = arguments.get(name, False)
     if not isinstance(value, (int, np.bool_)):
-        raise TypeError(f"{name} is {value!r}; expected True or False")
+        raise TypeError(f"{name} is {told(value)}; expected True or False")
     return bool(value)
 
 

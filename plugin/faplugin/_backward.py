@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from faplugin._attention import REQUIRED, bind, workspace
-from faplugin._frameworks import empty, readable, shape_of
+from faplugin._frameworks import empty, readable, shape_of, told
 
 # Arguments that may have a gradient besides query, key and value, and how FaGradient calls it.
 OTHERS = {"attn_bias": "d_bias", "attn_mask": "d_bias", "sinks": "d_sinks"}
@@ -65,11 +65,12 @@ def attention_backward(
     out = {} if out is None else out
     if not isinstance(out, Mapping):
         raise TypeError(f"out is a {type(out).__name__}; expected a dict of arrays by name, as {{'query': array}}")
-    if isinstance(wanted, str) or not isinstance(wanted, Collection):
-        raise TypeError(f"wanted is {wanted!r}; expected a list of names, as ['sinks']")
+    if isinstance(wanted, str) or not isinstance(wanted, Collection) or getattr(wanted, "shape", None) == ():
+        raise TypeError(f"wanted is {told(wanted)}; expected a list of names, as ['sinks']")
     for name in (*wanted, *out):
         if not isinstance(name, str) or name not in (*REQUIRED, *OTHERS):
-            raise ValueError(f"there is no gradient of {name}; expected one of query, key, value, {', '.join(OTHERS)}")
+            what = name if isinstance(name, str) else told(name)
+            raise ValueError(f"there is no gradient of {what}; expected one of query, key, value, {', '.join(OTHERS)}")
         if given.get(name) is None:
             raise ValueError(f"the gradient of {name} is wanted, but the call has no {name}")
     if "attn_mask" in (*wanted, *out):

@@ -9,10 +9,20 @@ from typing import Any
 
 import numpy as np
 
+_LONGEST = 120  # characters of a value that a sentence tells
+
 
 def framework_of(array: Any) -> str:
     """The top package of an array's type: "numpy", "torch", "cupy", …"""
     return type(array).__module__.partition(".")[0]
+
+
+def told(value: Any) -> str:
+    """A value for a sentence of one line: arrays, and what takes several lines, by their kind."""
+    text = repr(value) if isinstance(value, np.generic) or not hasattr(value, "shape") else ""
+    if not text or "\n" in text:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def refuse_negative_bit(name: str, tensor: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from faplugin._frameworks import address
+from faplugin._frameworks import address, told
 from faplugin._library import find_library
 
 # Devices of the DLPack specification.
@@ -344,20 +344,22 @@ def _attribute(name: str, value: Any) -> _Attribute:
     if kind == "INT":
         attribute.integer = _integer(name, value)
     elif kind == "INTS":
-        if not hasattr(value, "__len__"):
-            raise TypeError(f"{name} is {value!r}; expected a list of integers")
-        attribute.integers = (ctypes.c_int64 * len(value))(*(_integer(name, x) for x in value))
-        attribute.length = len(value)
+        try:
+            integers = list(value) if len(value) else []  # without a length it may have no end
+        except TypeError:
+            raise TypeError(f"{name} is {told(value)}; expected a list of integers") from None
+        attribute.integers = (ctypes.c_int64 * len(integers))(*(_integer(name, x) for x in integers))
+        attribute.length = len(integers)
     elif kind == "STRING":
         attribute.text = text = _text(name, value)
         attribute.length = len(text)
     else:
         try:
             attribute.number = value
-        except (TypeError, OverflowError):
-            raise TypeError(f"{name} is {value!r}; expected a number") from None
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(f"{name} is {told(value)}; expected a number") from None
         if attribute.number and not ctypes.c_float(attribute.number).value:  # 0 stands for something else
-            raise ValueError(f"{name} is {value!r}; expected 0, or a number that is another in float32, too")
+            raise ValueError(f"{name} is {told(value)}; expected 0, or a number that is another in float32, too")
     return attribute
 
 
@@ -366,15 +368,15 @@ def _integer(name: str, value: Any) -> int:
     try:
         integer = int(value) if isinstance(value, np.bool_) else operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} is {value!r}; expected an integer") from None
+        raise TypeError(f"{name} is {told(value)}; expected an integer") from None
     if not -(2**63) <= integer < 2**63:
-        raise TypeError(f"{name} is {value!r}; expected an integer of 64 bits")
+        raise TypeError(f"{name} is {told(value)}; expected an integer of 64 bits")
     return integer
 
 
 def _text(name: str, value: Any) -> bytes:
     if not isinstance(value, str) or "\0" in value:  # which would be its end
-        raise TypeError(f"{name} is {value!r}; expected a string")
+        raise TypeError(f"{name} is {told(value)}; expected a string")
     return value.encode(errors="backslashreplace")
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from faplugin._frameworks import told
 from faplugin._library import CUDA, register_for
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def session(
     import onnxruntime
 
     if not isinstance(path, (str, bytes, os.PathLike)):
-        raise TypeError(f"path is {path!r}; expected that of an .onnx file")
+        raise TypeError(f"path is {told(path)}; expected that of an .onnx file")
     if num_threads is not None and not isinstance(num_threads, numbers.Integral):
-        raise TypeError(f"num_threads is {num_threads!r}; expected a whole number")
+        raise TypeError(f"num_threads is {told(num_threads)}; expected a whole number")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}; give 1 or more, or leave it out")
     available = onnxruntime.get_available_providers()
@@ -74,4 +75,4 @@ def _pairs(providers: Sequence[str | tuple[str, dict]]) -> list[tuple[str, dict]
             return [(p, {}) if isinstance(p, str) else (str(p[0]), dict(p[1])) for p in providers]
     except (TypeError, ValueError, LookupError):
         pass
-    raise TypeError(f"providers is {providers!r}; expected a list of names, or of pairs (name, options)")
+    raise TypeError(f"providers is {told(providers)}; expected a list of names, or of pairs (name, options)")

@@ -12,6 +12,9 @@ ADDED = f"x = Add(s, m) p = Softmax<axis = -1>(x) {EINSUM}"
 LEARNT = "lat = Constant<value = float[1, 3, 2, 8] {" + ", ".join(str(i % 7 - 3) for i in range(48)) + "}>()"
 
 
+COPIED = frozenset({"operands are copied to the size of 'm', which has names of its own: equal, or one of both is 1"})
+
+
 def summed(body: str, mask: str = "B, 1, 1, M", v: str = "B, 3, S, 8", k: str = "B, 3, S, 8", **more: object) -> Form:
     """The plain block with a mask, and values that an Einsum sums up: of one row it takes as many as it needs."""
     inputs = f"float[B, 3, T, 8] q, float[{k}] k, float[{v}] v, float[{mask}] m"
@@ -24,7 +27,33 @@ def heads(q: str = "B, 3, T, 8", k: str = "B, 3, S, 8", v: str = "B, 3, S, 8", *
 
 
 RIGHT = {
+    "a mask that gives more rows to one row and one key that changed places": Form(
+        "float[B, 3, 1, 8] q, float[B, 3, 1, 8] k, float[B, 3, 1, 8] v, float[B, 1, 1, T] m",
+        f"""{PRODUCT} turned = Transpose<perm = [0, 1, 3, 2]>(s) x = Add(turned, m) pt = Softmax<axis = 2>(x)
+        p = Transpose<perm = [0, 1, 3, 2]>(pt) y = MatMul(p, v)""",
+    ),
+    "batch entries of a factor, and then those of a mask behind a bias": Form(
+        """float[B, 3, 2, 8] q, float[B, 3, 5, 8] k, float[B, 3, 5, 8] v, float[N, 1, 1, 1] g, float[B, 1, 1, 1] b,
+        float[M, 1, 1, 5] m""",
+        f"{PRODUCT} w = Mul(s, g) z = Add(w, b) x = Add(z, m) p = Softmax<axis = -1>(x) y = MatMul(p, v)",
+        empty=False,
+    ),
     "a mask for the keys of an Einsum": summed(ADDED, "B, 1, 1, S"),
+    "a mask that may have more keys than the one of an Einsum": summed(ADDED, facts=COPIED),
+    "a mask that may hide more keys than the one of an Einsum": summed(
+        f"""zero = Constant<value = float {{0}}>() seen = Less(m, zero) low = Constant<value = float {{-inf}}>()
+        x = Where(seen, s, low) p = Softmax<axis = -1>(x) {EINSUM}""",
+        facts=frozenset({"padding mask [B, 1, 1, S_kv]"}),
+    ),
+    "a bias that may have more rows and keys than the one of an Einsum": summed(ADDED, "B, 3, M, M", facts=COPIED),
+    "a mask that may have more keys, beside sinks": summed(
+        f"""x = Add(s, m) n = Shape<end = 3>(x) one = Constant<value_ints = [1]>() to = Concat<axis = 0>(n, one)
+        logit = Constant<value = float[1, 3, 1, 1] {{0.5, -1.0, 2.0}}>() sink = Expand(logit, to)
+        c = Concat<axis = 3>(x, sink) w = Softmax<axis = -1>(c) zero = Constant<value_ints = [0]>()
+        last = Constant<value_ints = [-1]>() keys = Constant<value_ints = [3]>() p = Slice(w, zero, last, keys)
+        {EINSUM}""",
+        facts=COPIED | {"attention sinks"},
+    ),
     "a mask for all keys of an Einsum": summed(ADDED, "B, 1, T, 1"),
     "a mask of more numbers than an Einsum has keys, cut to theirs": summed(
         f"""n = Shape<start = 3>(s) zero = Constant<value_ints = [0]>() last = Constant<value_ints = [3]>()
@@ -111,11 +140,14 @@ RIGHT = {
 }
 
 WRONG = {
-    "a mask of more keys than the one of an Einsum": summed(ADDED, reason="its mask may have more keys"),
-    "a mask that hides more keys than the one of an Einsum": summed(
-        f"""zero = Constant<value = float {{0}}>() seen = Less(m, zero) low = Constant<value = float {{-inf}}>()
-        x = Where(seen, s, low) p = Softmax<axis = -1>(x) {EINSUM}""",
-        reason="its mask may have more keys",
+    "a mask that may have more keys than an Einsum has, and values of another number": summed(
+        ADDED, v="B, 3, V, 8", reason="of size S in one operand and V in the other"
+    ),
+    "a mask that gives more rows to the one row of one key": Form(
+        "float[B, 3, 1, 8] q, float[B, 3, 1, 8] k, float[B, 3, 1, 8] v, float[3, 1, T, 1] m",
+        f"""{PRODUCT} at = Constant<value_ints = [2]>() s5 = Unsqueeze(s, at) x = Add(s5, m)
+        p5 = Softmax<axis = -1>(x) p = Squeeze(p5, at) y = MatMul(p, v)""",
+        reason="its mask may have more entries than the scores",
     ),
     "one value for all weights of an Einsum": summed(
         ADDED, "B, 1, 1, S", "B, 3, V, 8", reason="of size S in one operand"

@@ -174,6 +174,13 @@ class Silent:
         raise BufferError("no")
 
 
+class Sized:
+    """It has a length, but no elements."""
+
+    def __len__(self) -> int:
+        return 6
+
+
 class Mistaken(Silent):
     def __dlpack__(self) -> object:
         return 5
@@ -226,7 +233,13 @@ class Mistaken(Silent):
         ({"kernel": "cpu\0"}, TypeError, r"kernel is 'cpu\\x00'; expected a string"),
         ({"alignment": "\ud800"}, ValueError, "alignment is .*; expected one of 'onnx'"),
         ({"scale": 10**400}, TypeError, "scale is 1000.*; expected a number"),
-        ({"return_lse": np.ones(2)}, TypeError, "return_lse is array.*; expected True or False"),
+        ({"return_lse": np.ones(2)}, TypeError, "return_lse is a ndarray; expected True or False"),
+        ({"scale": QUERY}, TypeError, "scale is a ndarray; expected a number"),
+        ({"scale": np.asarray("x")}, TypeError, "scale is a ndarray; expected a number"),
+        ({"softcap": [QUERY]}, TypeError, "softcap is a list; expected a number"),
+        ({"left_window_size": np.float32(1.5)}, TypeError, r"left_window_size is .*1.5\)?; expected an integer"),
+        ({"packed_columns": np.asarray(3)}, TypeError, "packed_columns is a ndarray; expected a list of integers"),
+        ({"packed_columns": Sized()}, TypeError, "packed_columns is .*; expected a list of integers"),
         ({"key": (3, "float32")}, TypeError, "key is a tuple; expected an array with __dlpack__"),
         (
             {"key": ((2, 2, 33, 16), "float32")},

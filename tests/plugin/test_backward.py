@@ -111,8 +111,9 @@ REFUSED = [
     ({"out": {"query": None}}, TypeError, "d_query is missing"),
     ({"out": {3: ONES}}, ValueError, "there is no gradient of 3; expected one of query, key, value"),
     ({"wanted": "sinks"}, TypeError, "wanted is 'sinks'; expected a list of names"),
+    ({"wanted": np.asarray("sinks")}, TypeError, "wanted is a ndarray; expected a list of names"),
     ({"wanted": 5}, TypeError, "wanted is 5; expected a list of names"),
-    ({"wanted": [ONES]}, ValueError, "there is no gradient of "),
+    ({"wanted": [ONES]}, ValueError, "there is no gradient of a ndarray; expected one of query"),
     ({"d_lse": ((1, 2, 5), "float32")}, ValueError, "d_lse is a specification without memory"),
     (
         {"d_lse": np.ones((1, 2, 4), np.float32)},

@@ -31,6 +31,7 @@ from faexport.spec import (
     TermKind,
 )
 from faexport.understand.core.hiding import with_hidden
+from faexport.understand.core.number_types import in_one_type, type_of_masks
 from faexport.understand.core.rows_of_heads import heads_apart
 from faexport.understand.core.score_chain import Scores, letters, read_scores, view_of_scores
 from faexport.understand.core.score_path import BY_WEIGHTS, MAX_PATH, Blocked, Path, find_scores
@@ -38,7 +39,7 @@ from faexport.understand.core.sinks import sinks_of
 from faexport.understand.core.softmax import Softmax, softmax_of
 from faexport.understand.core.structure import Structure, new_producers, structure_of
 from faexport.understand.core.value_chain import Values, feeds_product, find_values
-from faexport.understand.core.widening import widened
+from faexport.understand.core.widening import Widen, widened
 from faexport.understand.layout.products import PRODUCT_OPS
 from faexport.understand.layout.shape_uses import rebuild
 from faexport.understand.layout.views import View, merged
@@ -96,10 +97,10 @@ def _all_understood(found: list[Candidate]) -> bool:
 def _read_in_all_ways(path: Path, softmax: Softmax, context: Context) -> list[Candidate]:
     a, shown = context.analysis, None
     has_factor = any(s.kind == "factor" for s in path.steps)
-    for widen in (False, True):
-        if widen and not widened(path.product, path.steps, a)[1]:
-            break
-        shown = None if widen else shown  # sizes are no obstacle then
+    for widen in Widen:
+        if widen is not Widen.NOTHING and not widened(path.product, path.steps, widen, a)[1]:
+            continue
+        shown = None if widen is Widen.NOT_KEYS else shown  # sizes are no obstacle then
         for gates in (True, False) if has_factor else (True,):
             found = _read(path, softmax, context, gates, widen)
             if _all_understood(found):
@@ -110,7 +111,7 @@ def _read_in_all_ways(path: Path, softmax: Softmax, context: Context) -> list[Ca
     return shown
 
 
-def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: bool) -> list[Candidate]:
+def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: Widen) -> list[Candidate]:
     """With `gates`, scores times 0 or 1 are masked, else they are scores times a factor. With `widen` they may take the
     size of a mask."""
     a = context.analysis
@@ -125,6 +126,9 @@ def _read(path: Path, softmax: Softmax, context: Context, gates: bool, widen: bo
     values = _values(scores, softmax, context)
     if isinstance(values, Refusal):
         candidate.outcome = values
+        return [candidate]
+    if widen is Widen.ALL and any(op(one.product.node) != "Einsum" for one in values):
+        candidate.outcome = Refusal("more keys than there are would not fit the values", name_of(softmax.node))
         return [candidate]
     found = []
     for one in values:
@@ -180,6 +184,7 @@ def _with_values(
     if why := rounded.refusal(context):
         return why
     scores = dataclasses.replace(scores, terms=terms)
+    scores = dataclasses.replace(scores, terms=in_one_type(scores, context.analysis))
     structure = structure_of(scores, values, context.analysis)
     if isinstance(structure, Refusal):
         return structure
@@ -277,20 +282,12 @@ def _score_shape(
         structure.heads,
         rows,
         columns,
-        dtype=_dtype_of_masks(scores, a),
+        dtype=type_of_masks(scores, a),
         sinks=scores.sink is not None or softmax.logit is not None,
         nan_guard=values.nan_guard,
         same_keys=_rows_of_values(values, a) == columns,
         one_key_spreads=op(values.product.node) == "Einsum",
     )
-
-
-def _dtype_of_masks(scores: Scores, a: Analysis) -> ir.DataType:
-    """The type in which masks meet the scores. It isn't that of the product where scores in half precision are cast
-    in front of them: the masks are numbers of the wider type then."""
-    found = {a.dtype(term.node.outputs[0]) for term in scores.terms if term.kind.meets_scores}
-    dtype = found.pop() if len(found) == 1 else None
-    return dtype or a.dtype(scores.product.node.outputs[0]) or ir.DataType.FLOAT
 
 
 def _rows_of_values(values: Values, a: Analysis) -> Dim | None:

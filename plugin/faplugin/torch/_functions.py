@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from faplugin._frameworks import told
 from faplugin.torch._call import ABSENT, scale_of, step
 from faplugin.torch._op import compute, is_eager
-from faplugin.torch._refusals import FAILURES, is_number, refuse_flag, refuse_operands, refuse_settings, told
+from faplugin.torch._refusals import FAILURES, is_number, refuse_flag, refuse_operands, refuse_settings
 
 
 def _settings(

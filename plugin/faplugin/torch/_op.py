@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from faplugin._frameworks import told
 from faplugin.torch import _call
 from faplugin.torch._call import ABSENT, EXTRAS, OPTIONAL, SETTINGS, Tensors, scale_of, unpacked
-from faplugin.torch._refusals import FAILURES, refuse_flag, refuse_operands, refuse_settings, told
+from faplugin.torch._refusals import FAILURES, refuse_flag, refuse_operands, refuse_settings
 
 _INPUTS = ", ".join(
     [

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from faplugin._frameworks import told
+
 # What PyTorch and Python raise then, in words that don't name the argument.
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
@@ -62,8 +64,3 @@ def is_number(value: Any) -> bool:
     except FAILURES:
         return False
     return not isinstance(value, (str, bytes))
-
-
-def told(value: Any) -> str:
-    """A value for a sentence."""
-    return f"a {type(value).__name__}" if isinstance(value, torch.Tensor) or hasattr(value, "shape") else repr(value)

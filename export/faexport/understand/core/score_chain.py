@@ -9,6 +9,8 @@ is not changed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -21,7 +23,7 @@ from faexport.understand.core.fills import is_nothing, padded_column
 from faexport.understand.core.score_path import UNCHANGED, Path, Step
 from faexport.understand.core.softmax import Softmax
 from faexport.understand.core.split_bias import SplitBias
-from faexport.understand.core.widening import Order, as_view, followed, widened
+from faexport.understand.core.widening import Order, Widen, as_view, followed, widened
 from faexport.understand.layout import view_ops
 from faexport.understand.layout.heads import is_lossless
 from faexport.understand.layout.products import Factor, Product
@@ -54,10 +56,10 @@ class Scores:
 class _Reader:
     """Replays a Path forward."""
 
-    def __init__(self, path: Path, softmax: Softmax, gates: bool, widen: bool, a: Analysis):
+    def __init__(self, path: Path, softmax: Softmax, gates: bool, widen: Widen, a: Analysis):
         self.a, self.path, self.softmax, self.gates = a, path, softmax, gates
         self.factors = _later_factors(path.steps)
-        shape, self.wider = widened(path.product, path.steps if widen else (), a)
+        shape, self.wider = widened(path.product, path.steps, widen, a)
         self.shape = shape
         self.view = View.whole(shape)
         self.order: Order | None = tuple(range(len(shape)))  # of the axes, while nothing wider has met the scores
@@ -172,7 +174,10 @@ class _Reader:
         return self._take_term(step, factor) if step.kind == "from" else None
 
     def _after(self, step: Step) -> list[Step]:
-        return self.path.steps[self.path.steps.index(step) + 1 :]
+        return self.path.steps[[each.node for each in self.path.steps].index(step.node) + 1 :]
+
+    def _scales_after(self, step: Step) -> list[float]:
+        return [later.factor for later in self._after(step) if later.kind in ("scale", "from")]
 
     def _take_factor(self, step: Step) -> Refusal | None:
         """A factor without constants: multiplied to the queries or the keys, or a gate that a mask is made of."""
@@ -229,6 +234,9 @@ class _Reader:
     def _take_term(self, step: Step, factor: float) -> Refusal | None:
         axes = self._axes()
         node = step.node
+        if max(map(abs, itertools.accumulate(self._scales_after(step), operator.mul)), default=1) > max(1, abs(factor)):
+            why = "a number of its mask may leave its type, as its scores are multiplied and then divided again"
+            return Refusal(why, name_of(node))
         if axes is None:
             return self._take_split(step, factor)
         dims = tuple(self.view.shape)
@@ -309,9 +317,11 @@ def label_axes(view: View, names: list[str], shape: tuple[Dim, ...]) -> tuple[st
     """A letter for each axis of `view`, whose source has axes called `names`; None where an axis is a mixture without
     name.
 
-    An axis that is part of B is called M (outer) or W (inner); part of H, K or G; H inside B is N.
+    An axis that is part of B is called M (outer) or W (inner); part of H, K or G; H inside B is N. Which of several
+    axes of size 1 is the one of the keys can't be told: none is, since what has more than 1 element there may give the
+    scores more of anything else.
     """
-    unused = [n for n, d in zip(names, shape, strict=True) if d == 1]
+    unused = [n for n, d in zip(names, shape, strict=True) if d == 1 and n != "T"]
     result: list[str] = []
     axes = [merged(axis) for axis in view.axes]
     for axis in axes:
@@ -352,9 +362,11 @@ def view_of_scores(path: Path, a: Analysis) -> View | None:
     return view
 
 
-def read_scores(path: Path, softmax: Softmax, a: Analysis, gates: bool = True, widen: bool = False) -> Scores | Refusal:
+def read_scores(
+    path: Path, softmax: Softmax, a: Analysis, gates: bool = True, widen: Widen = Widen.NOTHING
+) -> Scores | Refusal:
     """Replays the path from the product to the softmax. With `gates`, scores times 0 or 1 are taken for a part of a
-    mask, else for scores with a factor. `widen`: scores may take the sizes of what meets them."""
+    mask, else for scores with a factor. `widen`: which sizes of what meets them the scores may take."""
     if path.product.shape_of(a) is None:
         return Refusal("the shape of the scores is not known", name_of(path.product.node), RefusalKind.UNKNOWN_SIZES)
     reader = _Reader(path, softmax, gates, widen, a)

@@ -111,17 +111,23 @@ def _sides(scores: Scores, values: Values, a: Analysis) -> list[_Side] | Refusal
         why = "queries, keys and values may have different numbers of batch entries or heads, and the file states one"
         advice = "give sizes that are equal one name when exporting"
         return Refusal(f"{why} for the result: {advice}", name_of(values.product.node), RefusalKind.OTHER_NAMES)
-    if broadcast := _summed_broadcast(known, scores, values, shape[scores.product.labels.index("column")], a):
+    rows, keys = (shape[scores.product.labels.index(x)] for x in ("row", "column"))
+    if scores.wider:
+        own = [_size_along(side.factor, side.labels[-2], a) for side in known]
+        whole = [rows, keys, keys if own[2] == own[1] else own[2]]
+        known = [
+            side if size == before else dataclasses.replace(side, rows=size)
+            for side, size, before in zip(known, whole, own, strict=True)
+        ]
+    if broadcast := _summed_broadcast(known, scores, values, keys, a):
         return broadcast
-    rows = shape[scores.product.labels.index("row")]
-    if scores.wider and rows != _size_along(known[0].factor, "row", a):
-        known[0] = dataclasses.replace(known[0], rows=rows)
     return [dataclasses.replace(side, wider=scores.wider) for side in known]
 
 
 def _summed_broadcast(sides: Sequence[_Side], scores: Scores, values: Values, keys: Dim, a: Analysis) -> Refusal | None:
     """An Einsum takes one element of an operand for all that it sums over in the other one, where a MatMul fails."""
     query, key, value = (_size_along(side.factor, "sum", a) for side in sides)
+    value = value if sides[2].rows is None else sides[2].rows
     for multiplied, pair in ((scores.product, (query, key)), (values.product, (keys, value))):
         if op(multiplied.node) == "Einsum" and len(set(a.simplified(pair))) > 1:
             why = f"an Einsum sums over an axis of size {pair[0]} in one operand and {pair[1]} in the other, and takes"
@@ -349,7 +355,7 @@ def _expanded(
             value = build.unsqueeze(value, position)
     for label in (*leads, rows):
         own, size = known.get(label, ONE), missing.get(label, ONE)
-        sizes = [] if size in (1, own) else _sizes(build, label, own, size, sides, a)
+        sizes = [] if size in (1, own) else _sizes(build, label, own, size, side, sides, a)
         if sizes is None:
             return None
         targets += [[] for _ in range(len(sizes) - len(targets))]
@@ -368,13 +374,16 @@ def _head_labels(leads: tuple[str, ...], wanted: Wanted) -> tuple[str, ...]:
 
 
 def _sizes(
-    build: Builder, label: str, own: Dim, size: Dim, sides: Sequence[_Side], a: Analysis
+    build: Builder, label: str, own: Dim, size: Dim, side: _Side, sides: Sequence[_Side], a: Analysis
 ) -> list[ir.Value] | None:
     """The sizes, int64 [1], that an axis of size `own` is to be expanded to, one after the other, to become `size`."""
     if size.const is not None:
         return [build.ints([size.const])]
     found: dict[Dim, ir.Value] = {}
-    for factor, sources in _with_sizes(sides):
+    givers = list(_with_sizes(sides))
+    if label == side.labels[-2] and side is not sides[0]:  # keys, which masks alone may have more of
+        label, givers = "column", givers[len(sides) :]
+    for factor, sources in givers:
         given = _size_along(factor, label, a)
         if given in (1, own) or given in found:
             continue

@@ -9,6 +9,7 @@ score_chain.py.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -37,18 +38,28 @@ class Step(Protocol):
     def index(self) -> int: ...
 
 
-def widened(product: Product, steps: Sequence[Step], a: Analysis) -> tuple[tuple[Dim, ...], tuple[Factor, ...]]:
+class Widen(enum.Enum):
+    """What the scores may take from a mask that has sizes of its own."""
+
+    NOTHING = enum.auto()
+    NOT_KEYS = enum.auto()  # more keys than there are would not fit the values …
+    ALL = enum.auto()  # … but where an Einsum takes one value for all of them
+
+
+def widened(
+    product: Product, steps: Sequence[Step], widen: Widen, a: Analysis
+) -> tuple[tuple[Dim, ...], tuple[Factor, ...]]:
     """The sizes of the scores once everything has met them that meets them in the shape in which they are multiplied,
     and the tensors that they may take them from."""
     shape = list(product.shape_of(a) or ())
     wider: dict[ir.Value, Factor] = {}
-    for value, order in _others(steps, tuple(shape), a):
+    for value, order in _others(steps if widen is not Widen.NOTHING else (), tuple(shape), a):
         own = a.shape(value)
         if own is None or len(own) > len(order):
             continue
         met = order[len(order) - len(own) :]
         for axis, size in zip(met, own, strict=True):
-            if axis is None or product.labels[axis] == "column":  # more keys than there are would not fit the values
+            if axis is None or (product.labels[axis] == "column" and widen is not Widen.ALL):
                 continue
             if (size.const is None or size.const <= MOST) and not a.leaves(size, shape[axis]):
                 shape[axis] = shape[axis].meet(size)

@@ -19,6 +19,8 @@ from faexport.understand.shapes.rules import constant_ints, resolve_axis, same_c
 
 ViewOp = Callable[[ir.Node, ir.Value, View, Analysis], View | None]
 VIEW_OPS: dict[str, ViewOp] = {}
+# A float type holds all numbers of those that are narrower.
+WIDTHS = {ir.DataType.FLOAT16: 1, ir.DataType.BFLOAT16: 1, ir.DataType.FLOAT: 2, ir.DataType.DOUBLE: 3}
 
 
 def _view(*names: str) -> Callable[[ViewOp], ViewOp]:
@@ -63,11 +65,10 @@ def _cast(node: ir.Node, value: ir.Value, view: View, a: Analysis) -> View | Non
 
 def is_widening(cast: ir.Node, a: Analysis) -> bool:
     """Does a Cast turn floats into floats that hold them all?"""
-    order = {ir.DataType.FLOAT16: 1, ir.DataType.BFLOAT16: 1, ir.DataType.FLOAT: 2, ir.DataType.DOUBLE: 3}
     source, target = a.dtype(cast.inputs[0]), ir.DataType(attribute(cast, "to", 0))
     if source not in FLOATS or target not in FLOATS:
         return False
-    return source == target or order[source] < order[target]
+    return source == target or WIDTHS[source] < WIDTHS[target]
 
 
 @_view("Transpose")

@@ -21,7 +21,7 @@ from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.magnitudes import is_moderate, may_be_infinite
 from faexport.understand.mask.options import MaskOptions
-from faexport.understand.mask.site import Site
+from faexport.understand.mask.site import HALVES, Site
 from faexport.understand.mask.window import Window, corners, length_of, split
 from faexport.understand.mask.words import axes_of, kind_of, window_text
 
@@ -80,7 +80,8 @@ class Draft:
         if all(is_moderate(e) for e, _ in parts):
             return
         text = "where a float mask hides every key of a row, nothing depends on what rounding leaves of their scores"
-        if self.site.scores.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or len(parts) > 1 or parts[0][1] != 1:
+        in_half = self.site.scores.dtype in HALVES or any(self.site.type_of(t) in HALVES for t in self.terms)
+        if in_half or len(parts) > 1 or parts[0][1] != 1:
             self.assume(text)
 
     def note_infinite(self, added: Iterable[Expr]) -> None:

@@ -140,7 +140,9 @@ NOT_UNDERSTOOD = "how its mask is computed is not understood, and it is not one 
 def _key(site: Site, terms: Sequence[spec.MaskTerm], options: MaskOptions) -> tuple:
     """Sites with the same key have the same mask: layers share one proof, its nodes and its check."""
     parts = [
-        (t.kind, t.axes, t.keep_when, t.factor, *(site.element(t, v) for v in (t.value, t.fill) if v)) for t in terms
+        (t.kind, t.axes, t.keep_when, t.factor, t.narrowed, site.type_of(t))
+        + tuple(site.element(t, v) for v in (t.value, t.fill) if v)
+        for t in terms
     ]
     scores = site.scores
     return (*parts, site.index, tuple(site.sizes.values()), scores.dtype, scores.nan_guard, scores.sinks, options)

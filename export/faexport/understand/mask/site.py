@@ -17,6 +17,7 @@ from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Tensor, broadcast_index
 
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _AXES = {"T": "keys", "B": "batch entries", "M": "batch entries", "W": "batch entries", "S": "rows", "H": "heads"}
 _TOO_LARGE = (
     "its mask may have more {} than the scores, which would then take its size: both sizes have names of their own"
@@ -166,6 +167,11 @@ class Site:
                 found.update((size, None) for size in keys if self._has_keys(size))
         parts = [x for size in found for atom in (ia.only_atom(size),) if atom and atom.op == "meet" for x in atom.args]
         return [size for size in dict.fromkeys([*found, *parts]) if ia.only_atom(size) is not None]
+
+    def type_of(self, term: spec.MaskTerm) -> ir.DataType | None:
+        """The type in which a term met the scores, which may be narrower than that of its values here; None where none
+        did, or nothing is known."""
+        return self.ctx.analysis.dtype(term.node.outputs[0]) if term.kind.meets_scores else None
 
     def supposing(self, known: dict[Expr, Expr]) -> Site:
         """The same site with parts of its elements assumed to be something simpler."""

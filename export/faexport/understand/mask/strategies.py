@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
+from faexport.graph.nodes import dtype_name
 from faexport.sizes import algebra as ia
 from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
@@ -34,12 +35,13 @@ from faexport.understand.mask.magnitudes import (
     largest,
 )
 from faexport.understand.mask.options import MaskOptions
-from faexport.understand.mask.site import NotAMask, Site
+from faexport.understand.mask.site import HALVES, NotAMask, Site
 from faexport.understand.mask.terms import (
     Case,
     cases_of,
     check_clamp,
     fills,
+    fills_of,
     leaves,
     rows_see_a_key,
     summands,
@@ -59,6 +61,13 @@ _BOTH_MASKS = (
     "differently (--assume full-rows or right-padding rules them out)"
 )
 _UNDONE = "{:g} is added to its scores beside numbers that hide keys: the sum of both hides nothing, or leaves its type"
+_NARROWED = (
+    "{:g} hides keys, and a Cast to {} makes -inf of it behind that: a row that sees no key gives NaN, in whose place "
+    "are zeros, where a runtime doesn't leave that Cast out (--assume full-rows rules such rows out)"
+)
+_NOTHING_LEFT = "{:g} is added to its scores in {}, which leaves nothing of them"
+_NARROWER = "{:g} hides keys in {}, and then its scores are masked or multiplied in {}"
+_DOUBLE = "what is added to its scores is float64, which the operator doesn't have"
 _SCALED_BETWEEN = "its scores are scaled between a bias and the number that they are clamped at"
 _OTHER_ORDER = (
     "beside {:g} little is left of scores in a row that sees no key, and what, depends on the order of its additions, "
@@ -133,9 +142,39 @@ def mask_of(emitter: Emitter, site: Site, options: MaskOptions) -> spec.Mask:
     """The mask by the first strategy that the site is for. Raises NotAMask with the reason where it can't be said, and
     Unknown where a part of it can't be written."""
     problem = Problem(emitter, site, options)
+    _check_types(site)
+    _check_casts(problem)
     mask = next(mask for strategy in STRATEGIES.values() if (mask := strategy(problem)) is not None)
+    if mask.attn_bias is not None and site.scores.dtype is ir.DataType.DOUBLE:
+        raise NotAMask(_DOUBLE, spec.RefusalKind.TYPE)
     mask.bias_keeps_scores = mask.rows_see_a_key or problem.keeps_scores
     return mask
+
+
+def _check_types(site: Site) -> None:
+    """Raises NotAMask where a mask's number met the scores in a narrower type than others do: how it is rounded there,
+    and where a scale makes it infinite, is not what the wider type does. And where one above all scores met them in
+    half precision."""
+    for term in site.terms:
+        own = site.type_of(term)
+        if own in HALVES and site.scores.dtype not in HALVES:
+            if number := next((x / term.factor for x in fills_of(site, term) if x > -math.inf), None):
+                raise NotAMask(_NARROWER.format(number, dtype_name(own), dtype_name(site.scores.dtype)))
+        if own in HALVES and term.kind is spec.TermKind.ADD:
+            added = site.element(term, term.value)
+            highest = max(x * term.factor for x in known_range(added))
+            if highest >= -MASKING and any(abs(il.number_of(x)) >= -MASKING for x in ia.atoms(added, "float")):
+                raise NotAMask(_NOTHING_LEFT.format(highest, dtype_name(own)))
+
+
+def _check_casts(problem: Problem) -> None:
+    """Raises NotAMask where a Cast behind a mask makes its number infinite and zeros take the place of NaN."""
+    site = problem.site
+    for term in site.terms if site.scores.nan_guard and not problem.options.assume_full_rows else ():
+        lowest = -math.inf if term.narrowed is None else -largest(term.narrowed)
+        number = next((x for x in fills_of(site, term) if -math.inf < x < lowest), None)
+        if number is not None and not rows_see_a_key(site, visible(problem.cases)):
+            raise NotAMask(_NARROWED.format(number, dtype_name(term.narrowed)))
 
 
 # ------------------------------------------------------------------------------------------ numbers above any score
@@ -349,9 +388,11 @@ def _note_rounding(draft: Draft, soft: list[Case], cases: list[Case]) -> None:
         less_deep = (c.cond for c in cases if c.mask is None or c.mask >= case.number - MASKING)
         if not rows_see_a_key(draft.site, il.any_of(less_deep)):
             raise NotAMask(_OTHER_ORDER.format(case.number))
-    for number in sorted({c.number for c in weak}):
+    # Beside -65504 nothing is left of a score in float16, yet in float32, where the operator adds.
+    rounded = [c for c in soft if c in weak or (dtype in HALVES and c.number > ABSORBS[ir.DataType.FLOAT])]
+    for number in sorted({c.number for c in rounded}):
         text = rounding_text(number, dtype)
-        if dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        if dtype in HALVES:
             draft.assume(f"{text} where a runtime adds in {dtype.name.lower()}, as the operator does not")
         else:
             draft.fact(f"{text}, as before")

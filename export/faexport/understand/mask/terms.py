@@ -92,13 +92,16 @@ def is_fill(e: Expr, factor: float) -> bool:
 
 def fills(site: Site) -> list[float]:
     """The hugely negative numbers that the terms add to scores, or put in their place."""
-    found = []
-    for term in site.terms:
-        value = term.fill if term.fill is not None else term.value
-        if term.kind in (spec.TermKind.ADD, spec.TermKind.WHERE, spec.TermKind.CLAMP, spec.TermKind.MIN):
-            parts = (part for _, leaf in leaves(site.element(term, value)) for part in summands(leaf))
-            found += [il.number_of(x) * term.factor for x in parts if x.op == "float" and is_fill(x, term.factor)]
-    return found
+    return [number for term in site.terms for number in fills_of(site, term)]
+
+
+def fills_of(site: Site, term: spec.MaskTerm) -> list[float]:
+    """Those of one term."""
+    value = term.fill if term.fill is not None else term.value
+    if term.kind not in (spec.TermKind.ADD, spec.TermKind.WHERE, spec.TermKind.CLAMP, spec.TermKind.MIN):
+        return []
+    parts = [part for _, leaf in leaves(site.element(term, value)) for part in summands(leaf)]
+    return [il.number_of(x) * term.factor for x in parts if x.op == "float" and is_fill(x, term.factor)]
 
 
 def zeros_and_ones(site: Site) -> dict[Expr, Expr]:

@@ -110,13 +110,13 @@ class Analysis:
 
     def learn(self, value: ir.Value, sizes: Shape) -> None:
         """Until `forget`: `value` has these sizes. For a caller who has shown it of the site that it looks at; what
-        broadcasting left open, or nothing was known of, then has a name."""
+        broadcasting left open, or nothing was known of, then has a name. Not that of what the value meets later on."""
         for own, size in zip(self.shape(value) or (), sizes, strict=False):
             atom = only_atom(own.expr)
             if atom is None:
                 continue
             is_open = atom.op == "meet" or (atom.op == "sym" and atom.args[0].startswith("?"))
-            if is_open and own != size and atom not in atoms(size.expr, atom.op):
+            if is_open and own.meet(size) != size and atom not in atoms(size.expr, atom.op):
                 self._learnt[atom] = size.expr
 
     def forget(self) -> None:
