@@ -344,7 +344,7 @@ def _spec(
         left_out=rounded.outputs,
         divisors=() if softmax.divisor is None else (softmax.divisor.name or "",),
         facts=(
-            *facts_of(structure, scores, values, sinks is not None, a.dtype(query.operand.value)),
+            *facts_of(structure, scores, values, sinks is not None, a),
             *assumed_of(softmax, a),
             *rounded.facts(),
         ),
