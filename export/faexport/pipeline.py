@@ -35,7 +35,7 @@ from faexport.around.reshape_targets import keep_computed
 from faexport.fallback.functions import add_fallback
 from faexport.files.graph_checks import put_in_order
 from faexport.graph.edits import Names, drop_drafts, drop_unread_weights, unread_weights
-from faexport.graph.nodes import RUNTIME_DOMAIN, graphs_of, outermost_graphs
+from faexport.graph.nodes import RUNTIME_DOMAIN, graphs_of, name_of, outermost_graphs
 from faexport.graph.normalize import convert_opset, inline_functions
 from faexport.match import Context, find_sites
 from faexport.options import Options
@@ -44,7 +44,7 @@ from faexport.precision.core import FLOAT32_PRECISION, float32_note, in_precisio
 from faexport.report.cuda_notes import cpu_only_note, gathered_note, is_float32
 from faexport.report.data import Report, count_nodes
 from faexport.report.tensorrt_notes import missing_note
-from faexport.spec import AttentionSpec, Candidate
+from faexport.spec import AttentionSpec, Candidate, Refusal, RefusalKind
 from faexport.understand.mask.proof import Masks
 from faexport.understand.shapes.analysis import Analysis
 from faexport.write import dequantize
@@ -52,6 +52,8 @@ from faexport.write.empty_rows import with_empty_rows
 from faexport.write.projection_biases import move_biases
 from faexport.write.projections import pack_projections
 from faexport.write.rewrite import add_opset, is_current, is_gone, rewrite_site
+
+_NOT_IN_GRAPH = "what it would read is not in the graph; please report this model"
 
 
 def run(model: ir.Model, options: Options = Options()) -> tuple[ir.Model, Report]:
@@ -107,6 +109,10 @@ class _Passes:
                     self.candidates = [other for other in self.candidates if other is not c]
                 elif not self._rewritten(c):
                     stale.append(c)
+            if len(stale) == len(pending):  # the graph is as it was: they would be understood in the same way
+                for c in stale:
+                    c.outcome = Refusal(_NOT_IN_GRAPH, name_of(c.anchor), RefusalKind.DEFECT)
+                break
             pending = self._examined_again(stale) if stale else []
 
     def _rewritten(self, candidate: Candidate) -> bool:

@@ -27,6 +27,18 @@ def heads(q: str = "B, 3, T, 8", k: str = "B, 3, S, 8", v: str = "B, 3, S, 8", *
 
 
 RIGHT = {
+    "a mask of more rows than one, beside one head of scores and more of values": Form(
+        "float[B, 1, 1, 8] q, float[B, 1, S, 8] k, float[B, 3, S, 8] v, float[T, 1, 1, 1] m",
+        f"""{PRODUCT} t = Transpose<perm = [2, 1, 3, 0]>(s) z = Add(t, m) x = Transpose<perm = [3, 1, 0, 2]>(z)
+        p = Softmax<axis = -1>(x) y = MatMul(p, v)""",
+    ),
+    "the shape of scores that have the heads of a mask, as the values do": Form(
+        "float[B, H, T, 8] q, float[B, H, S, 8] k, float[B, 3, S, 8] v, float[B, 3, 1, S] m",
+        f"""{PRODUCT} x = Add(s, m) n = Shape(x) ones = ConstantOfShape<value = float[1] {{1.0}}>(n)
+        axes = Constant<value_ints = [1, 3]>() count = ReduceSum<keepdims = 1>(ones, axes)
+        p = Softmax<axis = -1>(x) o = MatMul(p, v) y = Add(o, count)""",
+        opset=18,
+    ),
     "a mask that gives more rows to one row and one key that changed places": Form(
         "float[B, 3, 1, 8] q, float[B, 3, 1, 8] k, float[B, 3, 1, 8] v, float[B, 1, 1, T] m",
         f"""{PRODUCT} turned = Transpose<perm = [0, 1, 3, 2]>(s) x = Add(turned, m) pt = Softmax<axis = 2>(x)

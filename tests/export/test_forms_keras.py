@@ -27,7 +27,22 @@ ONE_HEAD = "float[B, 1, T, 8] q, float[B, 1, S, 8] k, float[B, 1, S, 8] v, bool[
 
 TF_SLICE = "a mask cut by the sizes of tf.slice, of which -1 would be all that is left"
 
+
+def chosen(moved: str = "t = Sub(s, big)", hide: str = "n", sizes: str = "B, 1, 1, S", **more: object) -> Form:
+    """Keras' Attention layer: scores, or what `moved` makes of them, chosen by multiplication with 1 and 0."""
+    return Form(
+        f"{QKV}, bool[{sizes}] m",
+        f"""{PRODUCT} big = Constant<value = float {{1.0e9}}>() {LOW} n = Not(m) keep = Cast<to = 1>(m)
+        hide = Cast<to = 1>({hide}) {moved} a = Mul(hide, t) b = Mul(s, keep) x = Add(a, b) {END}""",
+        **more,
+    )
+
+
 RIGHT = {
+    "scores, or scores less a number": chosen(),
+    "scores, or scores and a number": chosen("weak = Constant<value = float {-1.0e5}>() t = Add(weak, s)"),
+    "scores, or scores less a number, by a mask of its own batch and keys": chosen(sizes="M, 1, 1, N"),
+    "scores, or scores less a number, by a mask of rows and keys": chosen(sizes="1, 1, T, S"),
     TF_SLICE: Form(
         QKV,
         f"""{PRODUCT} {SIZES} none = Constant<value = float {{0.0}}>() size = Concat<axis = 0>(rows, keys)
@@ -79,6 +94,12 @@ RIGHT = {
 }
 
 WRONG = {
+    "scores, or scores less a number that may leave their type": chosen(
+        "huge = Constant<value = float {3.0e38}>() t = Sub(s, huge)", reason="used twice"
+    ),
+    "scores and scores less a number, by the same": chosen(hide="m", reason="used twice"),
+    "scores, or a number less them": chosen("t = Sub(big, s)", reason="used twice"),
+    "scores, or another product of them": chosen("t = Mul(s, big)", reason="used twice"),
     "a bias that would give the scores a larger axis of size 1": Form(
         f"{QKV}, float[M, 1, 1, 1, S] m",
         f"""{PRODUCT} at = Constant<value_ints = [0]>() wide = Unsqueeze(s, at) x = Add(wide, m)

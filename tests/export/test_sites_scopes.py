@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from faexport import pipeline
 from faexport.pipeline import Options
 from onnx import TensorProto, helper, numpy_helper
 
@@ -174,3 +175,12 @@ def test_a_path_gives_a_model(tmp_path) -> None:
     assert isinstance(fused, ir.Model)
     assert node_of(ir.to_proto(fused)).domain == "faexport"
     assert report.num_fused == 1
+
+
+def test_a_site_that_is_never_there_is_examined_no_longer_than_the_graph_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A defect of ours would be one; it took all memory."""
+    monkeypatch.setattr(pipeline, "is_current", lambda spec: False)
+    _, report = faexport.fuse(build(Form()))
+    assert report.num_fused == 0 and "is not in the graph; please report" in str(report.sites[0].refusal)

@@ -10,7 +10,7 @@ from faexport.spec import Assumption, Fact
 from faexport.understand.core.hiding import is_mask
 from faexport.understand.core.score_chain import Scores
 from faexport.understand.core.softmax import Softmax
-from faexport.understand.core.structure import Structure
+from faexport.understand.core.structure import Structure, in_graph
 from faexport.understand.core.value_chain import Values
 from faexport.understand.shapes.analysis import Analysis
 
@@ -29,18 +29,18 @@ def assumed_of(softmax: Softmax, a: Analysis) -> tuple[Assumption, ...]:
     return tuple(Assumption(text, (name_of(hiding.node),)) for text in texts)
 
 
-def facts_of(
-    structure: Structure, scores: Scores, values: Values, has_sinks: bool, dtype: ir.DataType | None
-) -> tuple[Fact, ...]:
-    """What was proven of everything but the mask, and what is assumed of it. `dtype`: of the queries."""
+def facts_of(structure: Structure, scores: Scores, values: Values, has_sinks: bool, a: Analysis) -> tuple[Fact, ...]:
+    """What was proven of everything but the mask, and what is assumed of it."""
     facts: list[Fact] = []
     query, key = structure.query, structure.key
+    dtype = a.dtype(query.operand.value)
     if key.heads != structure.heads and None not in (key.heads.const, structure.heads.const):
         facts.append(Fact(f"{structure.heads} query heads on {key.heads} kv heads"))
     if query.operand.column_start is not None:
         facts.append(Fact("packed QKV read in place"))
     if scores.wider:
-        wider = ", ".join(f"'{factor.value.name}'" for factor in scores.wider)
+        tensors = (v for factor in scores.wider for v in in_graph(factor.value) if not a.is_static(v))
+        wider = ", ".join(f"'{name}'" for name in dict.fromkeys(v.name for v in tensors))
         facts.append(
             Fact(f"operands are copied to the size of {wider}, which has names of its own: equal, or one of both is 1")
         )

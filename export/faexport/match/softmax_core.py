@@ -41,7 +41,7 @@ from faexport.understand.core.structure import Structure, new_producers, structu
 from faexport.understand.core.value_chain import Values, feeds_product, find_values
 from faexport.understand.core.widening import Widen, widened
 from faexport.understand.layout.products import PRODUCT_OPS
-from faexport.understand.layout.shape_uses import rebuild
+from faexport.understand.layout.shape_uses import as_it_is, rebuild
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.analysis import Analysis
 
@@ -344,7 +344,7 @@ def _spec(
         left_out=rounded.outputs,
         divisors=() if softmax.divisor is None else (softmax.divisor.name or "",),
         facts=(
-            *facts_of(structure, scores, values, sinks is not None, a.dtype(query.operand.value)),
+            *facts_of(structure, scores, values, sinks is not None, a),
             *assumed_of(softmax, a),
             *rounded.facts(),
         ),
@@ -384,8 +384,9 @@ def _widened(terms: list[MaskTerm], scores: Scores, values: Values, a: Analysis)
         return terms
     whole = zip(scores.product.leads, values.lead_sizes, strict=True)
     wider = {names[label]: size for label, size in whole if shape[label] != size}
+    ones = {names[label] for label, size in shape.items() if size == 1}
     for term in terms:
-        if not set(wider) <= set(term.axes):
+        if not set(wider) <= set(term.axes) or (len(ones) > 1 and ones & set(wider)):  # which of the ones is which?
             why = "the values may have more heads or batch entries than the masked scores"
             return Refusal(why, name_of(term.node), RefusalKind.UNLIKE_SIZES)
     return [
@@ -443,9 +444,13 @@ def _shape_uses(
     """What takes the place of Shape nodes that read what goes away."""
     early = (structure.query.source, structure.key.source)
     late = (*early, structure.value.source)
+    shape = a.simplified(scores.shape)
+    leads = [shape[scores.product.labels.index(label)] for label in scores.product.leads]
     found = []
     for uses, sources in ((scores.shape_uses, early), (values.shape_uses, early), (structure.output.shape_uses, late)):
         for use in uses:
+            if uses is not structure.output.shape_uses and leads != list(values.lead_sizes):
+                use = as_it_is(use, a)  # masks may have as many batch entries and heads as the values (_widened)
             nodes = rebuild(use, sources, a)
             if isinstance(nodes, Refusal):
                 return nodes

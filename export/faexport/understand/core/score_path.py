@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from faexport.graph.nodes import FLOATS, attribute, given, op, producer
 from faexport.spec import RefusalKind
+from faexport.understand.core.choices import added_where_chosen
 from faexport.understand.core.clamps import clamped_input
 from faexport.understand.core.fills import padded_column
 from faexport.understand.core.reductions import subtracts_own_maximum
@@ -139,6 +140,9 @@ class _Search:
         if name == "Neg":
             return [Step(node, "scale", factor=-1.0)]
         if name == "Add":
+            choice = added_where_chosen(node, a)
+            if choice is not None:
+                return [Step(choice[0], op(choice[0]).lower(), also=choice[1])]
             return [Step(node, "add", i) for i in _by_promise(node, a)]
         if name == "Sub":
             maximum = subtracts_own_maximum(node, self.axis, a)

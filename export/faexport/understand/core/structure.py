@@ -177,6 +177,13 @@ def new_producers(value: ir.Value) -> tuple[ir.Node, ...]:
     return (*(n for v in node.inputs if v is not None for n in new_producers(v)), node)
 
 
+def in_graph(value: ir.Value) -> list[ir.Value]:
+    """The value, or what the new nodes read that compute it: they may never be written."""
+    new = new_producers(value)
+    made = {output for node in new for output in node.outputs}
+    return [v for node in new for v in node.inputs if v is not None and v not in made] or [value]
+
+
 def _head_options(query: _Side, scores: Scores) -> list[Dim]:
     """Numbers of heads to try, the likely ones first."""
     sizes = query.lead_sizes
@@ -400,13 +407,14 @@ def _with_sizes(sides: Sequence[_Side]) -> Iterator[tuple[Factor, list[ir.Value]
         sources = [x.value for x in reversed(side.links) if x.value is not side.factor.value]
         yield side.factor, [*sources, side.source]
     for factor in sides[0].wider:
-        yield factor, [*_inputs_of(factor.value), factor.value]
+        yield factor, _tensors_behind(factor.value)
 
 
-def _inputs_of(value: ir.Value) -> list[ir.Value]:
-    """The inputs of the graph that computes the value: where one has its size, the value itself may go."""
-    graph = value.graph
-    return list(graph.inputs) if graph is not None else []
+def _tensors_behind(value: ir.Value) -> list[ir.Value]:
+    """A mask, and in front of it the inputs of its graph: where one has its size, the mask itself may go."""
+    found = in_graph(value)
+    inputs = (v for own in found if own.graph is not None for v in own.graph.inputs)
+    return list(dict.fromkeys([*inputs, *found]))
 
 
 def _to_layout(build: Builder, value: ir.Value, shape: Sequence[Dim], heads: Dim) -> tuple[ir.Value | None, Layout]:

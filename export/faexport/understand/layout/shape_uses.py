@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import attribute, is_live, name_of, op
+from faexport.graph.nodes import attribute, given, is_live, name_of, op
 from faexport.graph.surgery import Builder
 from faexport.sizes import algebra
 from faexport.sizes.dims import Dim
@@ -31,6 +31,13 @@ def shape_users(value: ir.Value) -> list[ir.Node]:
 
 def uses_of(value: ir.Value, sizes: Sequence[Dim]) -> list[ShapeUse]:
     return [ShapeUse(node, tuple(sizes)) for node in shape_users(value)]
+
+
+def as_it_is(use: ShapeUse, a: Analysis) -> ShapeUse:
+    """With the sizes that hold whatever is taken for granted of the site that is being looked at."""
+    with a.without_learnt():
+        own = a.shape(given(use.node, 0))
+    return use if own is None else dataclasses.replace(use, sizes=tuple(own))
 
 
 def rebuild(use: ShapeUse, sources: Sequence[ir.Value], a: Analysis) -> list[ir.Node] | Refusal:
