@@ -214,6 +214,16 @@ def test_names_of_any_alphabet(model: pathlib.Path) -> None:
         model = path
 
 
+def test_a_name_that_onnxruntime_does_not_open_is_said(model: pathlib.Path) -> None:
+    """The models then can't be compared, and the sentence is not that of onnxruntime's binding to Python."""
+    odd = os.fsdecode(b"\xff.onnx")
+    done = here(model, "-o", model.with_name(odd))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "the rewritten model can't be run: its path is not UTF-8" in done.stderr
+    done = here(model.rename(model.with_name(odd)))
+    assert done.returncode == 1 and "the original can't be run: its path is not UTF-8" in done.stderr, done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------- the commit
 
 
