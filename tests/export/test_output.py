@@ -4,6 +4,7 @@ pair of files or the new one, and no folder that stays."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import onnx
@@ -116,6 +118,26 @@ def test_no_permission(model: pathlib.Path) -> None:
     closed = model.parent / "closed"
     closed.mkdir(mode=0o500)
     assert_bad_input(here(model, "-o", closed / "out.onnx"), "no permission")
+
+
+def test_a_file_system_that_is_read_only_is_called_so(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root who reads "no permission" looks in the wrong place."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ModelError, match=r"cannot be written: no permission; choose"):
+        output.check_output(model, [])
+    monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(ModelError, match=r"cannot be written: the file system is read-only; choose"):
+        output.check_output(model, [])
+
+
+def test_an_error_names_the_place_as_it_was_given(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model_io, "_write_inline", full)
+    monkeypatch.chdir(model.parent)
+    with pytest.raises(ModelError, match=r"^out\.onnx: cannot be written: No space left on device; free some space"):
+        model_io.save(model_io.load(model), "out.onnx")
 
 
 def test_the_input_is_known_by_any_name(model: pathlib.Path) -> None:

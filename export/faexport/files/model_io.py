@@ -134,7 +134,7 @@ def staged(
     target = final_path(pathlib.Path(path))
     external = external or uses_external_data(model) or _weight_bytes(model) > MAX_PROTOBUF_BYTES - (64 << 20)
     with contextlib.ExitStack() as stack:
-        with writing(target):
+        with writing(pathlib.Path(path)):
             folder = stack.enter_context(scratch.folder(target.parent))
             stage = Stage(target, folder / target.name, _free_data_name(target))
             if external:
