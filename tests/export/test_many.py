@@ -37,6 +37,7 @@ def test_a_folder_is_all_of_its_models(folder: pathlib.Path) -> None:
     done = here(folder, "--json")
     data = json.loads(done.stdout)
     assert done.returncode == data["exit_code"] == 0
+    assert data.keys() == {"models", "exit_code"}
     assert [pathlib.Path(one["model"]).name for one in data["models"]] == ["a.onnx", "b.onnx", "plain.onnx"]
     assert [one["num_fused"] for one in data["models"]] == [1, 2, 0]
     assert sorted(path.name for path in folder.glob("*.fa.onnx")) == ["a.fa.onnx", "b.fa.onnx", "old.fa.onnx"]
