@@ -177,7 +177,7 @@ def external_negative(model: onnx.ModelProto) -> None:
     _external(model, location="w.bin", offset="-8")
 
 
-@_changed("'c'", "which does not exist")
+@_changed("'c'", "which is no file")
 def external_folder(model: onnx.ModelProto) -> None:
     _external(model, location=".")
 

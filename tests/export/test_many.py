@@ -37,10 +37,28 @@ def test_a_folder_is_all_of_its_models(folder: pathlib.Path) -> None:
     done = here(folder, "--json")
     data = json.loads(done.stdout)
     assert done.returncode == data["exit_code"] == 0
+    assert data.keys() == {"models", "exit_code"}
     assert [pathlib.Path(one["model"]).name for one in data["models"]] == ["a.onnx", "b.onnx", "plain.onnx"]
     assert [one["num_fused"] for one in data["models"]] == [1, 2, 0]
     assert sorted(path.name for path in folder.glob("*.fa.onnx")) == ["a.fa.onnx", "b.fa.onnx", "old.fa.onnx"]
     assert all(one["verification"]["status"] == "passed" for one in data["models"][:2])
+
+
+def test_a_folder_that_is_named_like_a_model_is_none(folder: pathlib.Path) -> None:
+    (folder / "a.onnx").rename(folder / "kept")
+    (folder / "a.onnx").mkdir()
+    done = here(folder, "--json", "--no-verify")
+    assert done.returncode == 0, done.stderr
+    assert [pathlib.Path(one["model"]).name for one in json.loads(done.stdout)["models"]] == ["b.onnx", "plain.onnx"]
+    for name in ("b.onnx", "plain.onnx", "old.fa.onnx"):
+        (folder / name).unlink()
+    assert_bad_input(here(folder), "without models")
+
+
+def test_one_model_named_twice_goes_to_a_folder(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    model, into = folder / "a.onnx", tmp_path / "into"
+    assert here(model, model, "-o", into, "--no-verify").returncode == 0
+    assert [path.name for path in into.iterdir()] == ["a.onnx"]
 
 
 def test_the_summary_names_each_and_the_worst_decides(

@@ -4,6 +4,7 @@ pair of files or the new one, and no folder that stays."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import onnx
@@ -118,6 +120,26 @@ def test_no_permission(model: pathlib.Path) -> None:
     assert_bad_input(here(model, "-o", closed / "out.onnx"), "no permission")
 
 
+def test_a_file_system_that_is_read_only_is_called_so(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root who reads "no permission" looks in the wrong place."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ModelError, match=r"cannot be written: no permission; choose"):
+        output.check_output(model, [])
+    monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(ModelError, match=r"cannot be written: the file system is read-only; choose"):
+        output.check_output(model, [])
+
+
+def test_an_error_names_the_place_as_it_was_given(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model_io, "_write_inline", full)
+    monkeypatch.chdir(model.parent)
+    with pytest.raises(ModelError, match=r"^out\.onnx: cannot be written: No space left on device; free some space"):
+        model_io.save(model_io.load(model), "out.onnx")
+
+
 def test_the_input_is_known_by_any_name(model: pathlib.Path) -> None:
     hard, soft = model.with_name("hard.onnx"), model.with_name("soft.onnx")
     os.link(model, hard)
@@ -214,6 +236,16 @@ def test_names_of_any_alphabet(model: pathlib.Path) -> None:
         model = path
 
 
+def test_a_name_that_onnxruntime_does_not_open_is_said(model: pathlib.Path) -> None:
+    """The models then can't be compared, and the sentence is not that of onnxruntime's binding to Python."""
+    odd = os.fsdecode(b"\xff.onnx")
+    done = here(model, "-o", model.with_name(odd))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "the rewritten model can't be run: its path is not UTF-8" in done.stderr
+    done = here(model.rename(model.with_name(odd)))
+    assert done.returncode == 1 and "the original can't be run: its path is not UTF-8" in done.stderr, done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------- the commit
 
 
@@ -244,6 +276,19 @@ def test_other_files_stay(tmp_path: pathlib.Path) -> None:
         (tmp_path / name).write_text("mine")
     save(tmp_path / "a.onnx", tmp_path / "m.onnx")
     assert all((tmp_path / name).read_text() == "mine" for name in others)
+
+
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_weights_of_another_model_stay(prefix: str, tmp_path: pathlib.Path) -> None:
+    """Also where their file has the name that ours would have, and in later runs."""
+    want = weights(external(tmp_path / "other.onnx", 0, f"{prefix}m.onnx.data"))
+    external(tmp_path / "a.onnx", 1, "xm.onnx.data")  # ends like the other's
+    for data in ("m.onnx.1.data", "m.onnx.2.data"):
+        save(tmp_path / "a.onnx", tmp_path / "m.onnx")
+        assert names(tmp_path) == sorted(["a.onnx", "xm.onnx.data", "other.onnx", "m.onnx.data", "m.onnx", data]), (
+            "the older file of ours goes, the other model's stays"
+        )
+        assert weights(onnx.load(tmp_path / "other.onnx")) == want
 
 
 STEPS = ("rename", "replace", "unlink")

@@ -21,7 +21,7 @@ import rich.table
 from faexport import jobs
 from faexport.commands import terminal
 from faexport.errors import ModelError, NotVerifiedError
-from faexport.files.output import final_path, writing
+from faexport.files.output import closed, final_path, writing
 from faexport.files.signals import uninterrupted
 from faexport.report.data import Report
 from faexport.runtimes import genai
@@ -45,14 +45,15 @@ class Outcome:
 
 
 def models(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
-    """The files that are meant, and the folders of genai. A folder means the models in it, but those that faexport
-    wrote there (.fa.onnx). Raises ModelError where a folder has none."""
+    """The files that are meant, and the folders of genai. A folder means the files of models in it, but those that
+    faexport wrote there (.fa.onnx). Raises ModelError where a folder has none."""
     found: list[pathlib.Path] = []
     for path in paths:
         if not path.is_dir() or (path / genai.CONFIG).is_file():
             found.append(path)
             continue
-        inside = sorted(file for file in path.glob(f"*{SUFFIX}") if not file.name.endswith(OWN_SUFFIX))
+        found_here = (file for file in path.glob(f"*{SUFFIX}") if not file.is_dir())  # some tools name folders so, too
+        inside = sorted(file for file in found_here if not file.name.endswith(OWN_SUFFIX))
         if not inside:
             raise ModelError(
                 f"{path}: is a folder without {genai.CONFIG} and without models (*{SUFFIX}); name a model, or a folder "
@@ -82,7 +83,8 @@ def places(
     is_file_name = output.endswith(SUFFIX) and not os.path.isdir(output)
     if len(sources) == 1:
         is_copy = sources[0].is_dir()
-        names_folder = ends_with_slash or os.path.isdir(output) or (given[0].is_dir() and not is_file_name)
+        means_several = len(given) > 1 or given[0].is_dir()  # the same one twice, too
+        names_folder = ends_with_slash or os.path.isdir(output) or (means_several and not is_file_name)
         if is_copy or not names_folder:
             return [pathlib.Path(output)], None
     elif is_file_name:
@@ -100,8 +102,8 @@ def _check_folder(folder: pathlib.Path) -> None:
         raise ModelError(f"{folder}: is no folder; choose another place with -o")
     if not os.path.isdir(folder.parent):
         raise ModelError(f"{folder}: the folder {folder.parent} does not exist; create it or choose another with -o")
-    if not os.access(folder.parent, os.W_OK | os.X_OK):
-        raise ModelError(f"{folder}: can't be made: no permission; choose another place with -o")
+    if why := closed(folder.parent, os.W_OK | os.X_OK):
+        raise ModelError(f"{folder}: can't be made: {why}; choose another place with -o")
 
 
 @contextlib.contextmanager

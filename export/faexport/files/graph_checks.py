@@ -71,7 +71,7 @@ def _check_external_data(model: ir.Model, name: str, path: pathlib.Path) -> None
         try:
             file = pathlib.Path(tensor.path).resolve()
             inside = file.is_relative_to(folder) or file.is_relative_to(real_folder)
-            status = file.stat() if file.is_file() else None
+            there, status = file.exists(), file.stat() if file.is_file() else None
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that is too long
             raise ModelError(f"{what}, whose name can't be used: {error}; {AGAIN}") from error
         if os.path.isabs(tensor.location) or not inside:
@@ -79,7 +79,8 @@ def _check_external_data(model: ir.Model, name: str, path: pathlib.Path) -> None
                 f"{what}, outside the model's folder; move the file beside the model and save its location as relative"
             )
         if status is None:
-            raise ModelError(f"{what}, which does not exist; copy it beside the model")
+            wrong = "is no file; copy the file" if there else "does not exist; copy it"
+            raise ModelError(f"{what}, which {wrong} beside the model")
         if status.st_nlink > 1:
             raise ModelError(
                 f"{what}, which has {status.st_nlink} names (hard links), and ONNX's libraries don't read such files; "

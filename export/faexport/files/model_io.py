@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import mmap
 import os
 import pathlib
 import re
@@ -97,7 +98,7 @@ class Stage:
 
         The file of weights has a name that nothing had before, and comes first: until the graph, which refers to it, is
         moved over the old graph, the old pair is complete, and afterwards the new one is. Then the old file of weights
-        goes.
+        goes, unless another model's weights lie in it.
         """
         written = [self.target]
         staged_data, data = self.model_path.with_name(self.data_name), self.target.with_name(self.data_name)
@@ -112,7 +113,7 @@ class Stage:
                     data.unlink()
                 raise
             for old in _data_files(self.target):
-                if old not in written:
+                if old not in written and not _is_referred_to(old, but_by=self.target):
                     with contextlib.suppress(OSError):
                         old.unlink()
         return written
@@ -133,7 +134,7 @@ def staged(
     target = final_path(pathlib.Path(path))
     external = external or uses_external_data(model) or _weight_bytes(model) > MAX_PROTOBUF_BYTES - (64 << 20)
     with contextlib.ExitStack() as stack:
-        with writing(target):
+        with writing(pathlib.Path(path)):
             folder = stack.enter_context(scratch.folder(target.parent))
             stage = Stage(target, folder / target.name, _free_data_name(target))
             if external:
@@ -217,6 +218,23 @@ def _data_files(target: pathlib.Path) -> list[pathlib.Path]:
     """The files of weights beside `target` that belong to it: model.onnx.data, model.onnx.1.data, …"""
     ours = re.compile(re.escape(target.name) + r"(\.[1-9][0-9]*)?\.data")
     return sorted(target.with_name(name) for name in os.listdir(target.parent) if ours.fullmatch(name))
+
+
+def _is_referred_to(data: pathlib.Path, but_by: pathlib.Path) -> bool:
+    """Does another model of this folder (*.onnx) have weights in this file? Its bytes are searched for the entry that
+    names the file, as a model may be large. Where a model can't be read, it may."""
+    places = [os.fsencode(f"{folder}{data.name}") for folder in ("", "./")]
+    entries = [b"\x0a\x08location\x12" + _varint(len(place)) + place for place in places]
+    try:
+        for path in data.parent.glob("*.onnx"):
+            if path == but_by or not path.is_file() or not path.stat().st_size:
+                continue
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if any(content.find(entry) >= 0 for entry in entries):
+                    return True
+    except OSError:
+        return True
+    return False
 
 
 def _free_data_name(target: pathlib.Path) -> str:

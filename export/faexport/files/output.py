@@ -51,8 +51,18 @@ def check_output(path: pathlib.Path, inputs: Iterable[PathLike], option: str = "
         raise ModelError(f"{path}: would overwrite the input; choose another name with {option}")
     if kind is not None and _is_own_stream(path):
         raise ModelError(f"{path}: is where this command prints; {elsewhere}")
-    if not os.access(place.parent, os.W_OK | os.X_OK) or (kind is not None and not os.access(path, os.W_OK)):
-        raise ModelError(f"{path}: cannot be written: no permission; {elsewhere}")
+    if why := closed(place.parent, os.W_OK | os.X_OK) or (closed(path, os.W_OK) if kind is not None else ""):
+        raise ModelError(f"{path}: cannot be written: {why}; {elsewhere}")
+
+
+def closed(path: pathlib.Path, access: int) -> str:
+    """Why this process has no such access (os.access) to what is there, as part of a sentence, or ""."""
+    if os.access(path, access):
+        return ""
+    with contextlib.suppress(OSError):
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            return "the file system is read-only"
+    return "no permission"
 
 
 # What the files of an option that writes a report begin with. Such a file may be written again, no other one.

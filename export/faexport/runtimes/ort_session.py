@@ -234,6 +234,8 @@ def _load(job: Job) -> onnxruntime.InferenceSession:
         import onnxruntime as ort
     except ImportError as error:
         raise CannotRun(f"onnxruntime can't be imported: {one_line(str(error))}") from error
+    if isinstance(job.model, str) and not _is_utf8(job.model):
+        raise CannotRun("its path is not UTF-8, and onnxruntime opens no such file; choose another name")
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores may have other work
@@ -249,6 +251,14 @@ def _load(job: Job) -> onnxruntime.InferenceSession:
         if job.device == "cpu":
             return _load_on_cpu(ort, job.model, options)
         return _load_on_gpu(ort, job, options)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _load_on_cpu(ort: Any, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
