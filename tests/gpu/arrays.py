@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import faplugin
 import ml_dtypes
@@ -52,6 +52,26 @@ def poisoned(shape: Sequence[int], dtype: torch.dtype, device: torch.device | st
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def check_chain(chain: Callable[[Callable[[], None]], torch.Tensor], times: int) -> torch.Tensor:
+    """Launches in a row, `times` in a stream and from a CUDA graph, give the bits of those with a pause after each.
+
+    `chain` calls its argument behind each launch. Returns what it gives.
+    """
+    want = chain(torch.cuda.synchronize)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            assert same_bits(chain(lambda: None), want)
+        with torch.cuda.graph(graph, stream=stream):
+            captured = chain(lambda: None)
+        for _ in range(times):
+            captured.zero_()
+            graph.replay()
+            stream.synchronize()
+            assert same_bits(captured, want)
+    return want
 
 
 def kernels_for(inputs: dict[str, torch.Tensor], attributes: dict) -> list[str]:

@@ -12,6 +12,7 @@ from faexport.spec import DOMAIN
 
 ONNX_DOMAINS = ("", "ai.onnx")
 RUNTIME_DOMAIN = "com.microsoft"  # of onnxruntime's own operators
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 # Those for which onnxruntime has its own operators on every provider.
 RUNTIME_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

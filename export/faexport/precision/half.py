@@ -24,11 +24,12 @@ from faexport.errors import ModelError
 from faexport.fallback.functions import add_fallback, remove_fallback
 from faexport.files import model_io
 from faexport.graph.fused import is_fused, optional_inputs
+from faexport.graph.nodes import HALVES
 from faexport.graph.surgery import Builder
 from faexport.precision import half_constants
 from faexport.spec import NUM_REQUIRED
 from faexport.understand.shapes.analysis import Analysis
-from faexport.verify.widen import HALF, TYPE_ATTRIBUTES, in_float32
+from faexport.verify.widen import TYPE_ATTRIBUTES, in_float32
 
 
 def prepared(source: os.PathLike[str] | str) -> ir.Model:
@@ -224,7 +225,10 @@ def rounding(model: ir.Model, dtype: ir.DataType = ir.DataType.FLOAT16) -> ir.Mo
     remove_fallback(model)
     graph = model.graph
     half = {
-        value for node in graph for value in (*node.outputs, *node.inputs) if value is not None and value.dtype in HALF
+        value
+        for node in graph
+        for value in (*node.outputs, *node.inputs)
+        if value is not None and value.dtype in HALVES
     }
     halves = {node: [n for n, value in enumerate(node.inputs) if value in half] for node in graph if is_fused(node)}
     in_float32(model)

@@ -15,11 +15,11 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
-from faexport.graph.nodes import maker, op
+from faexport.graph.nodes import HALVES, maker, op
 from faexport.understand.core.rounding import DEQUANTIZING
 from faexport.verify.roundings import rounded_by_itself
 from faexport.verify.side_by_side_math import Emit
-from faexport.verify.widen import HALF, widen_node, widened
+from faexport.verify.widen import widen_node, widened
 
 BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 DISCRETE = {
@@ -94,7 +94,7 @@ def recomputed(
     found: dict[ir.Value, ir.Value] = {}
     for source in sources:
         taken = instead.get(source, source)
-        found[source] = emit.cast(taken, ir.DataType.FLOAT) if wide and type_of(source) in HALF else taken
+        found[source] = emit.cast(taken, ir.DataType.FLOAT) if wide and type_of(source) in HALVES else taken
     stack, changed = [root], _behind(without, root)
     while stack and len(found) <= _MOST_NODES:
         value = stack[-1]
@@ -121,7 +121,7 @@ def recomputed(
                 widen_node(copy)
             emit.graph.append(copy)
             found.update(zip(node.outputs, copy.outputs, strict=True))
-            if rounded and value is not root and type_of(value) in HALF:
+            if rounded and value is not root and type_of(value) in HALVES:
                 found[value] = rounded_by_itself(found[value], emit)
             if value in zero_for_nan:
                 dtype = ir.DataType.FLOAT if wide else type_of(value)
@@ -149,7 +149,7 @@ def _behind(values: Collection[ir.Value], end: ir.Value) -> set[ir.Value]:
 
 
 def _widened_leaf(value: ir.Value, emit: Emit, type_of: TypeOf) -> ir.Value:
-    if type_of(value) not in HALF:
+    if type_of(value) not in HALVES:
         return value
     if value.const_value is not None:
         return emit.constant(widened(value.const_value))

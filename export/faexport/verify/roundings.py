@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from faexport.graph.nodes import graphs_of
+from faexport.graph.nodes import HALVES, graphs_of
 from faexport.understand.shapes.analysis import Analysis
-from faexport.verify.widen import HALF
 
 TypeOf = Callable[[ir.Value], ir.DataType | None]
 
@@ -38,7 +37,7 @@ def round_values(values: Iterable[ir.Value], type_of: TypeOf) -> None:
     """All who read these values, if they are results of nodes in half precision, read an Identity's result instead."""
     for value in values:
         node = value.producer()
-        if node is None or node.graph is None or type_of(value) not in HALF:
+        if node is None or node.graph is None or type_of(value) not in HALVES:
             continue
         readers, made, last = list(value.uses()), [], value
         for number in range(2):

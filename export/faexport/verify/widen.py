@@ -14,9 +14,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from faexport.graph.nodes import outermost_graphs
+from faexport.graph.nodes import HALVES, outermost_graphs
 
-HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
@@ -49,9 +48,9 @@ def _widen_values(graph: ir.Graph | ir.Function) -> None:
 
 
 def _widen(value: ir.Value) -> None:
-    if value.const_value is not None and value.const_value.dtype in HALF:
+    if value.const_value is not None and value.const_value.dtype in HALVES:
         value.const_value = widened(value.const_value)
-    if value.dtype in HALF:
+    if value.dtype in HALVES:
         value.dtype = ir.DataType.FLOAT
 
 
@@ -61,9 +60,9 @@ def widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 
 def _widen_attribute(node: ir.Node, attribute: ir.Attr) -> None:
-    if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALF:
+    if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALVES:
         node.attributes[attribute.name] = ir.AttrTensor(attribute.name, widened(attribute.value))
-    elif attribute.type == ir.AttributeType.INT and attribute.name in TYPE_ATTRIBUTES and attribute.value in HALF:
+    elif attribute.type == ir.AttributeType.INT and attribute.name in TYPE_ATTRIBUTES and attribute.value in HALVES:
         node.attributes[attribute.name] = ir.AttrInt64(attribute.name, int(ir.DataType.FLOAT))
     elif attribute.type == ir.AttributeType.GRAPH:
         _widen_values(attribute.value)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
-from faexport.graph.nodes import name_of, producer
+from faexport.graph.nodes import HALVES, name_of, producer
 from faexport.sizes import algebra as ia
 from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
@@ -21,7 +21,7 @@ from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.emit import Emitter
 from faexport.understand.mask.magnitudes import is_moderate, may_be_infinite
 from faexport.understand.mask.options import MaskOptions
-from faexport.understand.mask.site import HALVES, Site
+from faexport.understand.mask.site import Site
 from faexport.understand.mask.window import Window, corners, length_of, split
 from faexport.understand.mask.words import axes_of, kind_of, window_text
 

@@ -17,7 +17,6 @@ from faexport.understand.index import logic as il
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import Tensor, broadcast_index
 
-HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _AXES = {"T": "keys", "B": "batch entries", "M": "batch entries", "W": "batch entries", "S": "rows", "H": "heads"}
 _TOO_LARGE = (
     "its mask may have more {} than the scores, which would then take its size: both sizes have names of their own"

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
-from faexport.graph.nodes import dtype_name
+from faexport.graph.nodes import HALVES, dtype_name
 from faexport.sizes import algebra as ia
 from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
@@ -35,7 +35,7 @@ from faexport.understand.mask.magnitudes import (
     largest,
 )
 from faexport.understand.mask.options import MaskOptions
-from faexport.understand.mask.site import HALVES, NotAMask, Site
+from faexport.understand.mask.site import NotAMask, Site
 from faexport.understand.mask.terms import (
     Case,
     cases_of,
