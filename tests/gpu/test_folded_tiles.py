@@ -88,23 +88,28 @@ def test_bits_are_those_of_tiles_of_neighbouring_rows(dtype: str, precision: str
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize(
-    ("heads", "rows", "head_dim"), [(16, 2048, 64), (40, 500, 96), (30, 500, 128), (8, 1000, 256)], ids=str
+    ("heads", "rows", "head_dim"),
+    [(16, 2048, 64), (40, 500, 96), (30, 500, 128), (8, 1000, 256), (40, 3000, 64), (24, 3000, 128), (40, 2000, 256)],
+    ids=str,
 )
 def test_each_launch_waits_for_those_before_it(dtype: str, heads: int, rows: int, head_dim: int) -> None:
-    """Blocks decide on folded tiles before earlier kernels have ended, and let the next kernel's blocks come.
+    """Blocks decide on a tile before earlier kernels have ended, and let the next kernel's blocks come.
 
     In a chain each launch reads what the one before it wrote, and writes where that one read; against the same chain
-    with a pause after each link.
+    with a pause after each link. The last three shapes have more tiles than the GPU has multiprocessors, and every third
+    launch has lengths, which it must read before it decides.
     """
     import faplugin
 
     torch.manual_seed(head_dim)
     start, noise = (torch.randn(1, heads, rows, head_dim, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2))
+    lengths = torch.full((1,), rows - 70, device="cuda")
+    kinds = ({"is_causal": True}, {}, {"is_causal": True, "nonpad_kv_seqlen": lengths})
 
     def chain(after_each: Callable[[], None]) -> torch.Tensor:
         x, y = start.clone(), torch.empty_like(start)
         for i in range(30):
-            faplugin.attention(x, x, x, is_causal=True, out={"output": y})
+            faplugin.attention(x, x, x, **kinds[i // 2 % 3], out={"output": y})
             after_each()
             if i % 3 == 2:
                 y.mul_(0.5).add_(noise)

@@ -9,9 +9,9 @@
 
 namespace fa::prefill_sm90 {
 
-/// Prepares what does not depend on earlier kernels, then waits for their memory. The scheduling warp of large blocks does so
-/// later (schedule) where its first decision needs none of it. NOTE: with that, short tiles would lack registers for their
-/// products.
+/// Prepares what does not depend on earlier kernels. Their end is waited for as late as can be, since much is done until then: by
+/// each role when the barriers are there (announce_barriers, wait_to_produce), and by the scheduling warp when it has decided on
+/// the first tile (schedule_tiles). NOTE: then short tiles would lack registers for their products, so small blocks wait here.
 template <class C, class Plan>
 __device__ __forceinline__ void prepare(const KernelArgs& args, Plan& shared) {
   if (threadIdx.x == 0) {
@@ -22,7 +22,7 @@ __device__ __forceinline__ void prepare(const KernelArgs& args, Plan& shared) {
   }
   if (threadIdx.x < 128 && threadIdx.x % 32 == 0) init_barriers(shared, threadIdx.x / 32);
   __syncwarp();
-  if (C::kSmall || !args.tiles_alike || threadIdx.x / 32 != C::kConsumerWarps) wait_for_earlier_kernels();
+  if constexpr (C::kSmall) wait_for_earlier_kernels();
 }
 
 template <class C>

@@ -10,18 +10,18 @@
 
 namespace fa::prefill_sm90 {
 
-/// Waits until the buffer is free, then starts the copy of all panels of rows row … row + kRows - 1 of one head. The first panel
-/// may have a barrier of its own.
-template <int kPanels, uint32_t kBytes, int kReaders>
+/// Waits until the buffer is free, then starts the copy of all panels of rows row … row + kRows - 1 of one head. kFirstApart: the
+/// first panel has a barrier of its own, first_full.
+template <int kPanels, uint32_t kBytes, bool kFirstApart = false, int kReaders>
 __device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* map, Mbarrier<1>& full, Mbarrier<kReaders>& empty,
                                           uint32_t phase, int row, int head, int batch, Mbarrier<1>* first_full = nullptr) {
   constexpr uint32_t kPanelBytes = kBytes / kPanels;
   empty.wait(phase ^ 1);
-  if (first_full != nullptr) first_full->arrive_expect(kPanelBytes);
-  full.arrive_expect(first_full != nullptr ? kBytes - kPanelBytes : kBytes);
+  if constexpr (kFirstApart) first_full->arrive_expect(kPanelBytes);
+  full.arrive_expect(kFirstApart ? kBytes - kPanelBytes : kBytes);
 #pragma unroll
   for (int panel = 0; panel < kPanels; ++panel) {
-    Mbarrier<1>& there = panel == 0 && first_full != nullptr ? *first_full : full;
+    Mbarrier<1>& there = kFirstApart && panel == 0 ? *first_full : full;
     tma_load_shared_by_blocks(buffer + panel * kPanelBytes, map, &there.word, panel * 64, row, head, batch);
   }
 }
@@ -49,7 +49,29 @@ struct ProducerRings {
   RingPosition<C::kQueryStages> query;
   RingPosition<C::kStages> key, value;
   RingPosition<C::kBiasStages + 1 - (C::kBiasStages > 0)> bias;
+
+  /// Past what load_beginning() brings.
+  __device__ __forceinline__ void pass_beginning(const KernelArgs& args, const Tile& tile) {
+    query.advance();
+    if (tile.block_begin == tile.block_end) return;
+    key.advance();
+    if (C::kBiasStages > 0 && args.bias_by_tile) bias.advance();
+  }
 };
+
+/// The keys of one block, and its bias.
+template <class C, bool kFirstApart = false>
+__device__ __forceinline__ void load_key(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile, int key_head, int block,
+                                         ProducerRings<C>& rings, Mbarrier<1>* first_full = nullptr) {
+  const int i = rings.key.stage;
+  load_rows<C::kPanels, C::kKeyBytes, kFirstApart>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i],
+                                                   rings.key.phase, tile.key_base + block * C::kTileN, key_head, tile.batch,
+                                                   first_full);
+  rings.key.advance();
+  if constexpr (C::kBiasStages > 0) {
+    if (args.bias_by_tile) load_bias(args, shared, tile, block, rings.bias);
+  }
+}
 
 /// What the first product of a tile needs: by load_keys() the last keys, and queries. In a folded tile the queries of the
 /// warpgroup with the latest rows come first, for it sees most keys and begins.
@@ -76,31 +98,34 @@ __device__ __forceinline__ void load_first(const KernelArgs& args, Plan& shared,
   ring.advance();
 }
 
-/// One lane: the copies of one tile, in the order in which the consumers want them.
+/// One lane: the first copies of a tile, which its first product needs.
+template <class C>
+__device__ __forceinline__ void load_beginning(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile, int key_head,
+                                               ProducerRings<C>& rings) {
+  Mbarrier<1>& first_key = shared.first_key_full[C::kFirstKeyApart ? rings.query.stage : 0];
+  load_first<C>(args, shared, tile, rings.query,
+                [&] { load_key<C, C::kFirstKeyApart>(args, shared, tile, key_head, tile.block_end - 1, rings, &first_key); });
+  if (C::kFirstKeyApart && tile.block_begin == tile.block_end) first_key.arrive();
+}
+
+/// One lane: the copies of one tile, in the order in which the consumers want them. begun: load_beginning() has been called.
 template <class C>
 __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile, int slot,
-                                          ProducerRings<C>& rings) {
+                                          ProducerRings<C>& rings, bool begun) {
   const int key_head = args.heads_per_kv.quotient(tile.head);
-  Mbarrier<1>* const first_key = C::kFirstKeyApart ? &shared.first_key_full[rings.query.stage] : nullptr;
-  const auto load_key = [&](int block, Mbarrier<1>* first_full) {
-    const int i = rings.key.stage;
-    load_rows<C::kPanels, C::kKeyBytes>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i], rings.key.phase,
-                                        tile.key_base + block * C::kTileN, key_head, tile.batch, first_full);
-    rings.key.advance();
-    if constexpr (C::kBiasStages > 0) {
-      if (args.bias_by_tile) load_bias(args, shared, tile, block, rings.bias);
-    }
-  };
   // 1. The last keys and the queries.
-  load_first<C>(args, shared, tile, rings.query, [&] { load_key(tile.block_end - 1, first_key); });
-  if (C::kFirstKeyApart && tile.block_begin == tile.block_end) first_key->arrive();
+  if (begun) {
+    rings.pass_beginning(args, tile);
+  } else {
+    load_beginning(args, shared, tile, key_head, rings);
+  }
   // 2. Keys one tile ahead of values, as the consumers multiply. At block `announced` the scheduling warp may draw the next tile.
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kStages), tile.block_begin);
   if (!C::kSmall && tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
 #pragma unroll 1
   for (int block = tile.block_end - 1; block >= tile.block_begin; --block) {
     if (!C::kSmall && block == announced) shared.tile_wanted.arrive();
-    if (block > tile.block_begin) load_key(block - 1, nullptr);
+    if (block > tile.block_begin) load_key<C>(args, shared, tile, key_head, block - 1, rings);
     const int i = rings.value.stage;
     const bool to_be_cleared = !C::kSmall && block == tile.block_end - 1 && used_in_last(tile, C::kTileN) < C::kTileN;
     load_rows<C::kPanels, C::kKeyBytes>(
@@ -111,20 +136,23 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
 }
 
 /// A warp: decides on tile after tile, tells the others, and calls wait(tile) before the next. The first decision passes while
-/// other warps make the barriers and, where it needs none of their memory (prepare), earlier kernels end.
-template <class C, class Plan, class Wait>
-__device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, Wait wait) {
+/// other warps make the barriers and, where it needs none of their memory, earlier kernels end. In large blocks a lane then calls
+/// begin(tile), before the others are told: that takes 1000 clocks, with which the block's first product would begin later.
+/// kAlike: args.tiles_alike is known.
+template <class C, bool kAlike, class Plan, class Begin, class Wait>
+__device__ __forceinline__ void schedule_tiles(const KernelArgs& args, Plan& shared, Begin begin, Wait wait) {
   RingPosition<kTileSlots> slot;
   const bool first_lane = threadIdx.x % 32 == 0;
   // 1. Once: what all tiles have in common.
-  if (__builtin_expect(args.sort_sequences, 0)) sort_longest_first(args, shared.longest_first);
+  if (!C::kSmall && !kAlike && !args.tiles_alike) wait_for_earlier_kernels();
+  if (__builtin_expect(!kAlike && args.sort_sequences, 0)) sort_longest_first(args, shared.longest_first);
   Tile tile = args.common;
   bool first = true;
   for (int index = blockIdx.x;;) {
     // 2. The tile of this index, and what each consumer warpgroup sees of it.
     if (index >= args.num_tiles) {
       tile.valid = 0;
-    } else if (!decode_tile<C>(args, index, shared.longest_first, tile)) {
+    } else if (!decode_tile<C, kAlike>(args, index, shared.longest_first, tile)) {
       index = next_index(args, index);
       continue;
     }
@@ -132,8 +160,11 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, W
     __syncwarp();
     // 3. When its slot is free, publish it.
     if (first) {
-      wait_for_earlier_kernels();
       wait_to_schedule();
+      if constexpr (!C::kSmall) {
+        wait_for_earlier_kernels();
+        if (first_lane && tile.valid) begin(tile);
+      }
     }
     first = false;
     shared.tile_empty[slot.stage].wait(slot.phase ^ 1);
@@ -166,20 +197,31 @@ __device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, W
   }
 }
 
-/// One lane: calls load(tile, slot) for all tiles, as they are published. Then the next kernel's blocks may come: they find a
-/// multiprocessor when this block ends, and prepare themselves while others still run.
+/// schedule_tiles(). Tiles that are alike have code of their own, without what they don't need: a block's first instructions are
+/// read from far, each jump takes its time, and all other warps wait for them.
+template <class C, class Plan, class Begin, class Wait>
+__device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, Begin begin, Wait wait) {
+  if constexpr (!C::kSmall && !C::kModified) {
+    if (args.tiles_alike) return schedule_tiles<C, true>(args, shared, begin, wait);
+  }
+  schedule_tiles<C, false>(args, shared, begin, wait);
+}
+
+/// One lane: calls load(tile, slot, whether it is the first) for all tiles, as they are published. The next kernel's blocks may
+/// come from the start on, since a block of this size leaves them no room beside it: they find a multiprocessor when one ends,
+/// and prepare themselves while others still run.
 template <class Plan, class Load>
 __device__ __forceinline__ void load_tiles(Plan& shared, Load load) {
+  let_next_kernel_start();
   RingPosition<kTileSlots> slot;
-  for (;;) {
+  for (bool first = true;; first = false) {
     shared.tile_full[slot.stage].wait(slot.phase);
     const Tile tile = shared.tile[slot.stage];
     shared.tile_empty[slot.stage].arrive();
     if (!tile.valid) break;
-    load(tile, slot.stage);
+    load(tile, slot.stage, first);
     slot.advance();
   }
-  let_next_kernel_start();
 }
 
 /// A warp: writes zeros over values behind the last key in use, which their weights, all 0, would not keep out of a sum if they
@@ -235,24 +277,30 @@ __device__ __forceinline__ void store_tiles(const KernelArgs& args, SharedPlan<C
   }
 }
 
-/// The warps that don't multiply. One decides on tiles, which takes as long as the consumers take for one or two key tiles; a
-/// lane of another keeps the copy engine busy; a third clears values, and a lane of the fourth copies output. The first draws the
-/// next tile only when nearly all copies of the current one have been started: a block that drew earlier would hold a tile that
-/// an idle block could already be working on. A small block has one warp that decides and loads; while it decides, the other
-/// blocks of its multiprocessor keep the tensor cores busy.
+/// The warps that don't multiply. One decides on tiles, which takes as long as the consumers take for one or two key tiles, and
+/// starts the block's first copies; a lane of another keeps the copy engine busy; a third clears values, and a lane of the fourth
+/// copies output. The first draws the next tile only when nearly all copies of the current one have been started: a block that
+/// drew earlier would hold a tile that an idle block could already be working on. A small block has one warp that decides and
+/// loads; while it decides, the other blocks of its multiprocessor keep the tensor cores busy.
 template <class C>
 __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& shared) {
   const int warp = threadIdx.x / 32 % 4;
   const bool first_lane = threadIdx.x % 32 == 0;
   if constexpr (C::kSmall) {
     ProducerRings<C> rings;
-    schedule<C>(args, shared, [&](const Tile& tile) {
-      if (first_lane) load_tile<C>(args, shared, tile, 0, rings);
-      __syncwarp();
-    });
+    schedule<C>(
+        args, shared, [](const Tile&) {},
+        [&](const Tile& tile) {
+          if (first_lane) load_tile<C>(args, shared, tile, 0, rings, false);
+          __syncwarp();
+        });
   } else if (warp == 0) {
     RingPosition<1> wanted;
-    schedule<C>(args, shared, [&](const Tile&) {
+    const auto begin = [&](const Tile& tile) {
+      ProducerRings<C> rings;
+      load_beginning(args, shared, tile, args.heads_per_kv.quotient(tile.head), rings);
+    };
+    schedule<C>(args, shared, begin, [&](const Tile&) {
       shared.tile_wanted.wait(wanted.phase);
       wanted.advance();
     });
@@ -260,7 +308,7 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& s
     wait_to_produce();
     if (warp == 1 && first_lane) {
       ProducerRings<C> rings;
-      load_tiles(shared, [&](const Tile& tile, int slot) { load_tile<C>(args, shared, tile, slot, rings); });
+      load_tiles(shared, [&](const Tile& tile, int slot, bool begun) { load_tile(args, shared, tile, slot, rings, begun); });
     }
     if (warp == 2) clear_values<C>(shared);
     if (C::kStoreWarp && warp == 3 && first_lane) store_tiles<C>(args, shared);

@@ -28,6 +28,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/launch_early.h"
 #include "kernels/common/mbarrier.cuh"
 #include "kernels/common/warpgroup.cuh"
 #include "kernels/prefill_sm90/args.h"
@@ -128,10 +129,10 @@ __device__ __forceinline__ void init_barriers(SharedPlan<C>& shared, int warp) {
   mbarrier_init_fence();
 }
 
-/// The barriers of init_barriers are there from here on: for consumers, of which the first warpgroup has initialised them and
-/// tells the others. NOTE: bar.sync at one and the same barrier at several places of the program is what compute-sanitizer's
-/// synccheck calls divergent, so each role waits at its own; and barrier.sync, which it allows, made some instances run out of
-/// registers.
+/// From here on the barriers of init_barriers are there, and earlier kernels have ended: for consumers, of which the first
+/// warpgroup has initialised the barriers and tells the others. NOTE: bar.sync at one and the same barrier at several places of
+/// the program is what compute-sanitizer's synccheck calls divergent, so each role waits at its own; and barrier.sync, which it
+/// allows, made some instances run out of registers.
 template <class C>
 __device__ __forceinline__ void announce_barriers(int warpgroup) {
   if (warpgroup == 0) {
@@ -139,13 +140,17 @@ __device__ __forceinline__ void announce_barriers(int warpgroup) {
     if constexpr (!C::kSmall) named_barrier_arrive(kProduceBarrier, kWarpgroupThreads + 3 * 32);
   }
   named_barrier_sync(kConsumeBarrier, 32 * C::kConsumerWarps);
+  if constexpr (!C::kSmall) wait_for_earlier_kernels();
 }
 
-/// … for the scheduling warp …
+/// … for the scheduling warp, though earlier kernels may still run …
 __device__ __forceinline__ void wait_to_schedule() { named_barrier_sync(kScheduleBarrier, kWarpgroupThreads + 32); }
 
 /// … and for the three other producer warps.
-__device__ __forceinline__ void wait_to_produce() { named_barrier_sync(kProduceBarrier, kWarpgroupThreads + 3 * 32); }
+__device__ __forceinline__ void wait_to_produce() {
+  named_barrier_sync(kProduceBarrier, kWarpgroupThreads + 3 * 32);
+  wait_for_earlier_kernels();
+}
 
 /// Writes zeros over rows used … kTileN - 1 of a tile of values, by `num_threads` threads, for the tensor cores to read.
 template <class C>

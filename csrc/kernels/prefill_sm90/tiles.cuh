@@ -69,15 +69,15 @@ __device__ __forceinline__ int end_row(const Tile& tile) {
   return first_row_of<C::kFoldedWarpgroups>(tile, C::kFoldedWarpgroups - 1) + 64;
 }
 
-/// The tile of this index, on top of args.common. `longest_first`: the order of sequences, where args.sort_sequences. False: no
-/// such tile (packed sequences leave some indices unused).
-template <class C>
+/// The tile of this index, on top of args.common. kAlike: args.tiles_alike is known. `longest_first`: the order of sequences,
+/// where args.sort_sequences. False: no such tile (packed sequences leave some indices unused).
+template <class C, bool kAlike>
 __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, const int (&longest_first)[32], Tile& tile) {
   const AttentionParams& p = args.problem;
   const TilePlace place = args.order.at(index);
-  const bool packed = !args.tiles_alike && p.cu_seqlens_q.present;
+  const bool packed = !kAlike && !args.tiles_alike && p.cu_seqlens_q.present;
   int sequence = place.sequence, local_tile = args.order.num_row_tiles - 1 - place.tile;
-  if (args.sort_sequences) sequence = longest_first[sequence];
+  if (!kAlike && args.sort_sequences) sequence = longest_first[sequence];
   if (__builtin_expect(packed, 0)) {
     const PackedTile found = find_packed_tile<C::kTileM>(args.sequences, args.num_spans, local_tile);
     if (found.sequence < 0) return false;
@@ -89,11 +89,11 @@ __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, c
   tile.head = place.head;
   tile.first_row = local_tile * C::kTileM;
   tile.sequence = tile.batch = sequence;
-  if (__builtin_expect(!args.tiles_alike, 0)) {
+  if (__builtin_expect(!kAlike && !args.tiles_alike, 0)) {
     describe_sequence(args.sequences, sequence, &tile);
     apply_user_span(p, tile);
   }
-  if (tile.first_row >= tile.num_rows) return false;
+  if (!kAlike && tile.first_row >= tile.num_rows) return false;
   place_rows<C::kTileM>(local_tile, args.order.num_row_tiles, tile.num_rows, C::kRowsBelowZero && args.tiles_end_with_rows,
                         C::kFoldedWarpgroups > 1 && args.folds, tile);
   tile.block_begin = tile.block_end = tile.keys_in_last = 0;

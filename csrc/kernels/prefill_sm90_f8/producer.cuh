@@ -59,15 +59,17 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& s
   const int warp = threadIdx.x / 32 % 4;
   if (warp == 0) {
     RingPosition<1> wanted;
-    prefill_sm90::schedule<C>(args, shared, [&](const Tile&) {
-      shared.tile_wanted.wait(wanted.phase);
-      wanted.advance();
-    });
+    prefill_sm90::schedule<C>(
+        args, shared, [](const Tile&) {},
+        [&](const Tile&) {
+          shared.tile_wanted.wait(wanted.phase);
+          wanted.advance();
+        });
   } else {
     prefill_sm90::wait_to_produce();
     if (warp == 1 && threadIdx.x % 32 == 0) {
       ProducerRings<C> rings;
-      prefill_sm90::load_tiles(shared, [&](const Tile& tile, int) { load_tile<C>(args, shared, tile, rings); });
+      prefill_sm90::load_tiles(shared, [&](const Tile& tile, int, bool) { load_tile<C>(args, shared, tile, rings); });
     }
     if (warp >= 2) convert_tiles<C>(shared, warp - 2);
   }
