@@ -96,8 +96,8 @@ def test_each_launch_waits_for_those_before_it(dtype: str, heads: int, rows: int
     """Blocks decide on a tile before earlier kernels have ended, and let the next kernel's blocks come.
 
     In a chain each launch reads what the one before it wrote, and writes where that one read; against the same chain
-    with a pause after each link. The last three shapes have more tiles than the GPU has multiprocessors, and every third
-    launch has lengths, which it must read before it decides.
+    with a pause after each link. The last three shapes have more tiles than the GPU has multiprocessors, and a third of
+    the launches have lengths, which must be read before a block decides.
     """
     import faplugin
 

@@ -49,15 +49,14 @@ struct ProducerRings {
   RingPosition<C::kQueryStages> query;
   RingPosition<C::kStages> key, value;
   RingPosition<C::kBiasStages + 1 - (C::kBiasStages > 0)> bias;
-
-  /// Past what load_beginning() brings.
-  __device__ __forceinline__ void pass_beginning(const KernelArgs& args, const Tile& tile) {
-    query.advance();
-    if (tile.block_begin == tile.block_end) return;
-    key.advance();
-    if (C::kBiasStages > 0 && args.bias_by_tile) bias.advance();
-  }
 };
+
+/// Past the queries and keys with which a tile's copies begin.
+template <class Rings>
+__device__ __forceinline__ void pass_beginning(const Tile& tile, Rings& rings) {
+  rings.query.advance();
+  if (tile.block_begin < tile.block_end) rings.key.advance();
+}
 
 /// The keys of one block, and its bias.
 template <class C, bool kFirstApart = false>
@@ -115,7 +114,8 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
   const int key_head = args.heads_per_kv.quotient(tile.head);
   // 1. The last keys and the queries.
   if (begun) {
-    rings.pass_beginning(args, tile);
+    pass_beginning(tile, rings);
+    if (C::kBiasStages > 0 && args.bias_by_tile && tile.block_begin < tile.block_end) rings.bias.advance();
   } else {
     load_beginning(args, shared, tile, key_head, rings);
   }
@@ -197,11 +197,17 @@ __device__ __forceinline__ void schedule_tiles(const KernelArgs& args, Plan& sha
   }
 }
 
-/// schedule_tiles(). Tiles that are alike have code of their own, without what they don't need: a block's first instructions are
-/// read from far, each jump takes its time, and all other warps wait for them.
-template <class C, class Plan, class Begin, class Wait>
-__device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, Begin begin, Wait wait) {
-  if constexpr (!C::kSmall && !C::kModified) {
+/// schedule_tiles() of a large block. Tiles that are alike have code of their own, without what they don't need: a block's first
+/// instructions are read from far, each jump takes its time, and all other warps wait for them. The next tile is drawn when the
+/// loading lane asks for it.
+template <class C, class Plan, class Begin>
+__device__ __forceinline__ void schedule(const KernelArgs& args, Plan& shared, Begin begin) {
+  RingPosition<1> wanted;
+  const auto wait = [&](const Tile&) {
+    shared.tile_wanted.wait(wanted.phase);
+    wanted.advance();
+  };
+  if constexpr (C::kAlikeApart) {
     if (args.tiles_alike) return schedule_tiles<C, true>(args, shared, begin, wait);
   }
   schedule_tiles<C, false>(args, shared, begin, wait);
@@ -288,21 +294,15 @@ __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& s
   const bool first_lane = threadIdx.x % 32 == 0;
   if constexpr (C::kSmall) {
     ProducerRings<C> rings;
-    schedule<C>(
-        args, shared, [](const Tile&) {},
-        [&](const Tile& tile) {
-          if (first_lane) load_tile<C>(args, shared, tile, 0, rings, false);
-          __syncwarp();
-        });
+    const auto load = [&](const Tile& tile) {
+      if (first_lane) load_tile<C>(args, shared, tile, 0, rings, false);
+      __syncwarp();
+    };
+    schedule_tiles<C, false>(args, shared, [](const Tile&) {}, load);
   } else if (warp == 0) {
-    RingPosition<1> wanted;
-    const auto begin = [&](const Tile& tile) {
+    schedule<C>(args, shared, [&](const Tile& tile) {
       ProducerRings<C> rings;
       load_beginning(args, shared, tile, args.heads_per_kv.quotient(tile.head), rings);
-    };
-    schedule<C>(args, shared, begin, [&](const Tile&) {
-      shared.tile_wanted.wait(wanted.phase);
-      wanted.advance();
     });
   } else {
     wait_to_produce();

@@ -71,7 +71,7 @@ __device__ __forceinline__ int end_row(const Tile& tile) {
 
 /// The tile of this index, on top of args.common. kAlike: args.tiles_alike is known. `longest_first`: the order of sequences,
 /// where args.sort_sequences. False: no such tile (packed sequences leave some indices unused).
-template <class C, bool kAlike>
+template <class C, bool kAlike = false>
 __device__ __forceinline__ bool decode_tile(const KernelArgs& args, int index, const int (&longest_first)[32], Tile& tile) {
   const AttentionParams& p = args.problem;
   const TilePlace place = args.order.at(index);

@@ -68,7 +68,8 @@ struct Traits {
   static constexpr int kQuerySteps = kShape.query_steps;   // times 16 columns of Q that consumers keep in registers
   static constexpr bool kFetchBias = kSmall && kModified;  // threads read a bias before the product that hides the way to it
   static constexpr bool kFewApart =
-      kSmall && !kModified && kHeadDim > 48;  // a last key tile of very few keys goes its own, shorter way
+      kSmall && !kModified && kHeadDim > 48;                  // a last key tile of very few keys goes its own, shorter way
+  static constexpr bool kAlikeApart = !kSmall && !kModified;  // tiles that are alike are scheduled by code of their own
   // Masks that are the same for all rows are read by a warp together. NOTE: short instances lose the registers for their products
   // by it.
   static constexpr bool kVotesOnMasks = !kModified && !kSmall;

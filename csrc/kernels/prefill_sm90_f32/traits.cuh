@@ -42,8 +42,9 @@ struct Traits {
   static constexpr uint32_t kBlockBytes = 32 * 128;               // 32 rows of a panel
 
   // Roles.
-  static constexpr bool kSmall = false;  // producers are a warpgroup of their own
-  static constexpr int kConverters = 2;  // warps that make operands of keys and values
+  static constexpr bool kSmall = false;      // producers are a warpgroup of their own
+  static constexpr bool kAlikeApart = true;  // tiles that are alike are scheduled by code of their own
+  static constexpr int kConverters = 2;      // warps that make operands of keys and values
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kThreads = 32 * kConsumerWarps + kWarpgroupThreads;
 

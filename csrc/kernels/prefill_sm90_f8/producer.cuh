@@ -29,18 +29,35 @@ __device__ __forceinline__ void load_rows(uint8_t* buffer, const CUtensorMap* ma
   }
 }
 
-/// One lane: the copies of one tile, in the order in which the others want them.
+/// The keys of one block.
+template <class C>
+__device__ __forceinline__ void load_key(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile, int key_head, int block,
+                                         ProducerRings<C>& rings) {
+  const int i = rings.key.stage;
+  load_rows<C::kPanels, C::kTileBytes>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i], rings.key.phase,
+                                       tile.key_base + block * C::kTileN, key_head, tile.batch);
+  rings.key.advance();
+}
+
+/// One lane: the first copies of a tile, which its first product needs.
+template <class C>
+__device__ __forceinline__ void load_beginning(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile, int key_head,
+                                               ProducerRings<C>& rings) {
+  prefill_sm90::load_first<C>(args, shared, tile, rings.query,
+                              [&] { load_key(args, shared, tile, key_head, tile.block_end - 1, rings); });
+}
+
+/// One lane: the copies of one tile, in the order in which the others want them. begun: load_beginning() has been
+/// called.
 template <class C>
 __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>& shared, const Tile& tile,
-                                          ProducerRings<C>& rings) {
+                                          ProducerRings<C>& rings, bool begun) {
   const int key_head = args.heads_per_kv.quotient(tile.head);
-  const auto load_key = [&](int block) {
-    const int i = rings.key.stage;
-    load_rows<C::kPanels, C::kTileBytes>(shared.key[i], &args.key, shared.key_full[i], shared.key_empty[i], rings.key.phase,
-                                         tile.key_base + block * C::kTileN, key_head, tile.batch);
-    rings.key.advance();
-  };
-  prefill_sm90::load_first<C>(args, shared, tile, rings.query, [&] { load_key(tile.block_end - 1); });
+  if (begun) {
+    prefill_sm90::pass_beginning(tile, rings);
+  } else {
+    load_beginning(args, shared, tile, key_head, rings);
+  }
   const int announced = max(min(tile.block_end - 1, tile.block_begin + 2 * C::kKeyStages), tile.block_begin);
   if (tile.block_begin == tile.block_end) shared.tile_wanted.arrive();
 #pragma unroll 1
@@ -50,7 +67,7 @@ __device__ __forceinline__ void load_tile(const KernelArgs& args, SharedPlan<C>&
     load_rows<C::kPanels, C::kTileBytes>(shared.raw[i], &args.value, shared.raw_full[i], shared.raw_empty[i], rings.value.phase,
                                          tile.key_base + block * C::kTileN, key_head, tile.batch);
     rings.value.advance();
-    if (block > tile.block_begin) load_key(block - 1);
+    if (block > tile.block_begin) load_key(args, shared, tile, key_head, block - 1, rings);
   }
 }
 
@@ -58,18 +75,15 @@ template <class C>
 __device__ __forceinline__ void produce(const KernelArgs& args, SharedPlan<C>& shared) {
   const int warp = threadIdx.x / 32 % 4;
   if (warp == 0) {
-    RingPosition<1> wanted;
-    prefill_sm90::schedule<C>(
-        args, shared, [](const Tile&) {},
-        [&](const Tile&) {
-          shared.tile_wanted.wait(wanted.phase);
-          wanted.advance();
-        });
+    prefill_sm90::schedule<C>(args, shared, [&](const Tile& tile) {
+      ProducerRings<C> rings;
+      load_beginning(args, shared, tile, args.heads_per_kv.quotient(tile.head), rings);
+    });
   } else {
     prefill_sm90::wait_to_produce();
     if (warp == 1 && threadIdx.x % 32 == 0) {
       ProducerRings<C> rings;
-      prefill_sm90::load_tiles(shared, [&](const Tile& tile, int, bool) { load_tile<C>(args, shared, tile, rings); });
+      prefill_sm90::load_tiles(shared, [&](const Tile& tile, int, bool begun) { load_tile(args, shared, tile, rings, begun); });
     }
     if (warp >= 2) convert_tiles<C>(shared, warp - 2);
   }

@@ -51,8 +51,9 @@ struct Traits {
   static constexpr uint32_t kValueBytes = (kHeadDim + kOnesRows) * 128;  // of values, transposed
 
   // Roles.
-  static constexpr bool kSmall = false;  // producers are a warpgroup of their own
-  static constexpr int kConverters = 2;  // warps that transpose values
+  static constexpr bool kSmall = false;      // producers are a warpgroup of their own
+  static constexpr bool kAlikeApart = true;  // tiles that are alike are scheduled by code of their own
+  static constexpr int kConverters = 2;      // warps that transpose values
   static constexpr bool kTakesTurns = kShape.takes_turns;
   static constexpr TurnEnd kTurnEnd = kShape.turn_end;
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
