@@ -279,7 +279,7 @@ def test_a_graph_decodes_with_lengths_on_the_device(mode: str, quantized: str) -
         decoder.step(warm, outputs[0])
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with arrays.captured_by(graph, stream):
             decoder.step(recorded, outputs[0])
         for replay in range(40 if mode == "window" else 30):
             for x in decoder.new:
