@@ -234,7 +234,7 @@ def test_a_graph_follows_lengths_on_the_device() -> None:
         faplugin.attention(**inputs, **CAUSAL, out={"output": out})
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with arrays.captured_by(graph, stream):
             faplugin.attention(**inputs, **CAUSAL, out={"output": out})
         for _ in range(90):
             graph.replay()
@@ -259,7 +259,7 @@ def test_a_graph_whose_heads_are_cut_alike_or_not(batch: int, capacity: int) -> 
         faplugin.attention(**given, **CAUSAL, out={"output": out})
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with arrays.captured_by(graph, stream):
             faplugin.attention(**given, **CAUSAL, out={"output": out})
         alike = [torch.full_like(lengths, n) for n in (capacity, capacity // 3, 40, 1)]
         for now in (*alike, torch.randint_like(lengths, 1, capacity + 1), alike[0]):
@@ -303,7 +303,7 @@ def test_long_caches_replayed_and_side_by_side() -> None:
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
     graph, outputs = torch.cuda.CUDAGraph(), []
-    with torch.cuda.stream(streams[0]), torch.cuda.graph(graph, stream=streams[0]):
+    with torch.cuda.stream(streams[0]), arrays.captured_by(graph, streams[0]):
         outputs += [faplugin.attention(**problems[0]) for _ in range(4)]
     for i in range(40):
         results = []

@@ -279,7 +279,7 @@ def test_a_graph_decodes_with_lengths_on_the_device(mode: str, quantized: str) -
         decoder.step(warm, outputs[0])
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with arrays.captured_by(graph, stream):
             decoder.step(recorded, outputs[0])
         for replay in range(40 if mode == "window" else 30):
             for x in decoder.new:
@@ -323,6 +323,42 @@ def test_many_steps_in_a_row(apart: int, name: str) -> None:
     torch.cuda.synchronize()
     assert all(arrays.same_bits(a, b) for a, b in zip(*results, strict=True))
     assert torch.isfinite(results[0][0]).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+def test_what_memory_held_before_changes_no_bit(dtype: torch.dtype) -> None:
+    """Rotated queries stand in the workspace. Those not in use share warps with others, and with them the decision
+    whether a maximum is moved."""
+    torch.manual_seed(5)
+    heads, rows, capacity, dim = 16, 256, 1024, 128
+    new = [torch.randn(2, heads, rows, dim, device="cuda", dtype=dtype) for _ in range(3)]
+    caches = [torch.randn(2, heads, capacity, dim, device="cuda", dtype=dtype) for _ in range(2)]
+    angles = torch.rand(capacity, dim // 2, device="cuda")
+    given = {
+        **dict(zip(("query", "key", "value"), new, strict=True)), "past_key": caches[0], "past_value": caches[1],
+        "write_indices": torch.tensor([700, 600], device="cuda"),
+        "query_lengths": torch.tensor([rows, rows - 7], device="cuda"),
+        "cos_cache": angles.cos().to(dtype), "sin_cache": angles.sin().to(dtype),
+    }  # fmt: skip
+    attributes = {"cache": "write", "is_causal": True}
+    for kernel in arrays.kernels_for(given, attributes):
+        outputs = [_attention_in_memory_of(number, given, attributes, caches, kernel) for number in (0.0, 100.0)]
+        assert outputs[0].isfinite().all()
+        assert arrays.same_bits(*outputs), kernel
+
+
+def _attention_in_memory_of(
+    number: float, given: dict, attributes: dict, caches: list[torch.Tensor], kernel: str
+) -> torch.Tensor:
+    """The output of a step that writes its cache in place, in a workspace that held `number` before."""
+    import faplugin
+
+    call = faplugin._attention.bind({**given, **attributes, "return_present": True}, None)
+    output = torch.empty_like(given["query"])
+    num_bytes = call.prepare([output, *caches], kernel)
+    dtype = output.dtype
+    call.run(torch.full((num_bytes // dtype.itemsize + 1,), number, device="cuda", dtype=dtype), num_bytes, 0)
+    return output
 
 
 def test_means_of_rows_without_keys_are_those_of_the_keys_in_use() -> None:

@@ -207,7 +207,7 @@ def test_a_graph_follows_lengths_and_tables_on_the_device(page_rows: int) -> Non
         for pool in pools:
             pool.zero_()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
+        with arrays.captured_by(graph, stream):
             attention(problem, **rotary, out={"output": outputs[0]})
         problem.given |= {"past_key": pools[2], "past_value": pools[3]}
         for i in range(60):

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from faplugin import torch as fatorch  # noqa: E402
 
+from tests.gpu import arrays  # noqa: E402
 from tests.pytorch.test_functions import eager  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +50,7 @@ def test_a_cuda_graph_captures_it() -> None:
     expected = fatorch.flash_attn_func(q, q, q, causal=True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with arrays.captured_by(graph):
         output = fatorch.flash_attn_func(q, q, q, causal=True)
     graph.replay()
     torch.cuda.synchronize()
@@ -118,7 +119,7 @@ def test_a_cuda_graph_captures_both_passes(dtype) -> None:
         expected = step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with arrays.captured_by(graph):
         gradient = step()
     for _ in range(3):
         gradient.zero_()

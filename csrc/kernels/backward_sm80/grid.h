@@ -38,7 +38,7 @@ FA_HD KeySpan tiles_that_see(const RowBand& band, int num_rows, int num_keys, in
 struct Helpers {
   int row_tiles;
   int first_block, pairs_of_one;  // blocks before are those of the splits
-  float* parts;        // for each split what it has of dK and dV, then what its helper has: 2 * tile_k * head_dim floats
+  float* parts;        // for each split what it has of dK and dV, then what its helper has; each 2 * tile_k * head_dim floats
   unsigned* arrivals;  // for each split how many of the parts are there
 
   FA_HD bool exist() const { return row_tiles > 0; }

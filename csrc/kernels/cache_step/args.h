@@ -10,7 +10,7 @@ namespace fa::cache_step {
 
 inline constexpr int kThreads = 256, kWarps = kThreads / 32;
 inline constexpr int kChunkRows = 64;      // rows of a cache that a block copies
-inline constexpr int kMostTileKeys = 256;  // no attention kernel has longer tiles of keys
+inline constexpr int kMostTileKeys = 512;  // no attention kernel has longer tiles of keys; prefill_sm90_wide has such
 
 /// What is moved as it is goes in units of 16, 4, 2 or 1 bytes: those that all rows are aligned to.
 struct Units {

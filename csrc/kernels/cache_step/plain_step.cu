@@ -177,7 +177,11 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const __grid_const
   const int64_t sequence = kPaged ? sequence_of(args.rule.sequences, row, lane) : batch_idx;
   const CacheStep step = step_of<kPaged>(args.rule, sequence);
   const int64_t i = row - step.sequence.first_row;  // among the rows of its sequence
-  if (i < 0 || i >= step.sequence.query_length) return;
+  if (i < 0 || i >= step.sequence.query_length) {
+    if (which > 0) return;
+#pragma unroll
+    for (Group& group : groups) group.low = group.high = 0;  // as store_queries() does
+  }
   const int64_t place =
       which == 0 ? batch_idx * move.to_batch + row * move.to_row : target_of<kPaged>(args, move, step, sequence, row);
   if (place < 0) return;

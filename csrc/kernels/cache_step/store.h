@@ -43,7 +43,8 @@ FA_HD void store_new_row(const Args& a, const CacheStep& step, int64_t sequence_
   write_row(from, scales, cache.dtype, target);
 }
 
-/// Queries as attention reads them: a warp a row.
+/// Queries as attention reads them: a warp a row. Rows that aren't in use become 0: attention computes them beside others, of
+/// which they may decide whether a maximum is moved, and so how these are rounded.
 FA_HD void store_queries(const Args& a, unsigned block) {
   const auto heads = static_cast<unsigned>(a.p.query.shape[1]), rows = static_cast<unsigned>(a.p.query.shape[2]);
   const auto count = static_cast<unsigned>(a.p.query.shape[0]) * heads * rows;
@@ -53,12 +54,16 @@ FA_HD void store_queries(const Args& a, unsigned block) {
     if (idx >= count) return;
     const CacheStep step = step_of(a, starts.data != nullptr ? a.rule.sequences.sequence_of(starts, row) : idx / heads / rows);
     const int64_t i = int64_t{row} - step.sequence.first_row, b = step.sequence.batch_idx;
-    if (i < 0 || i >= step.sequence.query_length) continue;
     const TensorView& query = a.p.query;
+    char* target = bytes_at(a.query, b * a.query.stride[0] + head * a.query.stride[1] + row * a.query.stride[2], a.element_bytes);
+    if (i < 0 || i >= step.sequence.query_length) {
+      const int64_t units = query.shape[3] * a.element_bytes / 2;
+      for (int64_t x = lane_idx(); x < units; x += kLanes) move_unit<uint16_t>(nullptr, target, x);
+      continue;
+    }
     const char* source = bytes_at(query, b * query.stride[0] + head * query.stride[1] + row * query.stride[2], a.element_bytes);
     const FreshRow fresh = transformed_row(a.p, a.p.norm.query_weight, a.p.norm.query_epsilon, source, query.dtype,
                                            query.shape[3], b, row, position_of_query(step, i));
-    char* target = bytes_at(a.query, b * a.query.stride[0] + head * a.query.stride[1] + row * a.query.stride[2], a.element_bytes);
     write_row(fresh, {nullptr, 0}, query.dtype, target);
   }
 }

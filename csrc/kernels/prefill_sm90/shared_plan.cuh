@@ -66,6 +66,8 @@ struct SharedPlan {
   Mbarrier<1> query_full[C::kQueryStages][C::kFoldedWarpgroups];
   Mbarrier<C::kOwnOutput ? C::kConsumerWarps : 1> query_empty[C::kQueryStages];
   Mbarrier<1> key_full[C::kStages];
+  // Of a tile's first_key_full one warpgroup waits, which has done so when the tile's slot is free.
+  static_assert(!C::kFirstKeyApart || C::kQueryStages >= kTileSlots, "The next phase must not begin before the last has ended.");
   Mbarrier<1> first_key_full[C::kFirstKeyApart ? C::kQueryStages : 1];
   Mbarrier<C::kConsumerWarps> key_empty[C::kStages];
   Mbarrier<1> value_full[C::kStages];

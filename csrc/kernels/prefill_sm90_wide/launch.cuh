@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "fa/attention.h"
+#include "kernels/cache_step/args.h"
 #include "kernels/combine/combine.h"
 #include "kernels/common/kernel_attributes.h"
 #include "kernels/common/launch.h"
@@ -40,6 +41,7 @@ Status launch_config(const Plan& plan, const AttentionParams& p, const Execution
   args.partial_out = reinterpret_cast<float*>(args.partial_state + plan.num_splits * num_rows(p));
   const auto kernel = prefill_sm90_wide_kernel<C>;
   static_assert(sizeof(SharedMemory<C>) <= kSharedLimit, "plan() asks the device for kSharedLimit bytes.");
+  static_assert(C::kTileN <= cache_step::kMostTileKeys, "Keys that share a tile with seen ones must have been gathered.");
   cudaError_t error = allow_shared_memory(kernel, sizeof(SharedMemory<C>));
   if (error == cudaSuccess) {
     error = launch_early(kernel, args.num_tiles * 2 * plan.num_splits, kThreads, sizeof(SharedMemory<C>),
