@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Programmatic dependent launch: the blocks of a kernel come while the kernel before it in the stream still ends, and wait for it
-// on the device. Saves one to two microseconds a launch. Compute capability 9.0 and later; a kernel launched so must call
-// wait_for_earlier_kernels() before it touches device memory.
+// on the device. Saves one to two microseconds a launch. Compute capability 9.0 and later; in a kernel launched so, all threads
+// that touch device memory, and in each block at least one, must call wait_for_earlier_kernels() before: then a kernel has ended
+// only when those before it have, and who waits for it has waited for all. What is read earlier may be old, and is good for a
+// guess at what to prefetch (fetch_likely_tiles in decode_sm90) and nothing else.
 #pragma once
 
 #include <cuda_runtime.h>
