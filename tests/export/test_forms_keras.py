@@ -94,6 +94,12 @@ RIGHT = {
 }
 
 WRONG = {
+    "more axes from what is added, turned around behind it": Form(
+        f"{QKV}, float[T, 1, 1, 1, S] m",
+        f"""{PRODUCT} z = Add(s, m) back = Transpose<perm = [1, 2, 4, 0, 3]>(z) at = Constant<value_ints = [4]>()
+        x = Squeeze(back, at) {END}""",
+        reason="gives the scores more rows, heads or batch entries",
+    ),
     "scores, or scores less a number that may leave their type": chosen(
         "huge = Constant<value = float {3.0e38}>() t = Sub(s, huge)", reason="used twice"
     ),

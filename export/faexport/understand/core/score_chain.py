@@ -186,7 +186,8 @@ class _Reader:
         if sizes is None:
             return Refusal("the scores are multiplied by a tensor of unknown shape", name, RefusalKind.FACTOR)
         if not weight.is_finite(self.a):
-            return Refusal("the scores are multiplied by infinity or NaN", name, RefusalKind.FACTOR)
+            why = "the scores are multiplied by infinity or NaN, or by a number above 2^64"
+            return Refusal(why, name, RefusalKind.FACTOR)
         for_keys = bool(sizes) and sizes[-1] != 1 and weight.op_type == "Mul"
         if for_keys and self.gates and is_gate(weight.value, self.a):
             return self._take_term(dataclasses.replace(step, kind="gate"), self.factors[self.path.steps.index(step)])

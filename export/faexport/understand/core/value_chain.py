@@ -260,7 +260,7 @@ class _Walker:
         return self._infinite(self.weights[-1])
 
     def _infinite(self, factor: Weight) -> Refusal | None:
-        why = "the attention weights are multiplied by infinity or NaN"
+        why = "the attention weights are multiplied by infinity or NaN, or by a number above 2^64"
         return None if factor.is_finite(self.a) else Refusal(why, name_of(factor.node), RefusalKind.FACTOR)
 
     def _skips_rows(self, weight: ir.Value) -> bool:
