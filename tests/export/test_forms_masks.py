@@ -58,6 +58,10 @@ def huge(body: str, **more: object) -> Form:
 
 
 RIGHT = {
+    "a bias that is divided by 0": Form(
+        f"{QKV}, float[B, 1, 1, S] b",
+        f"{PRODUCT} none = Constant<value = float {{0.0}}>() d = Div(b, none) x = Add(s, d) {END}",
+    ),
     "a clamp behind a bias that overflows": clamped("a = Add(s, b) x = Max(a, lowest)", gone=frozenset()),
     "a clamp by Clip, and then hidden keys": clamped("a = Add(s, b) c = Clip(a, lowest) x = Where(m, c, none)"),
     "a clamp by Clip behind a bias that overflows to +inf": clamped("up = Neg(b) a = Add(s, up) x = Clip(a, lowest)"),

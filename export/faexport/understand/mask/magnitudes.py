@@ -17,16 +17,27 @@ from faexport.understand.shapes.constants import tensor_of
 
 # A fill above this is a number like any other; at or below it a softmax weight is 0 beside any usual score.
 MASKING = -1e4
+_MANTISSA_BITS = {ir.DataType.FLOAT16: 10, ir.DataType.BFLOAT16: 7, ir.DataType.FLOAT: 23, ir.DataType.DOUBLE: 52}
 _FINE = 2.0**14  # beside smaller numbers, float32 keeps 2^-10 of a score
 _FINEST = 2.0**10  # … and 2^-14
 ABSORBS = {ir.DataType.FLOAT16: -6e4, ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.DOUBLE: -1e30}
 
 
-def is_moderate(e: Expr) -> bool:
+def step_beside(number: float, dtype: ir.DataType) -> float:
+    """The distance of neighbouring numbers of a float type beside this one: what a sum with it leaves of scores."""
+    return 2.0 ** (math.floor(math.log2(abs(number))) - _MANTISSA_BITS[dtype])
+
+
+def coarse(dtype: ir.DataType) -> float:
+    """The number from which on such steps are 1/2 and more."""
+    return 2.0 ** (_MANTISSA_BITS[dtype] - 1)
+
+
+def is_moderate(e: Expr, limit: float = -MASKING) -> bool:
     """Is a bias a number like a score, far from any fill? Not if it has a huge constant in it, or comes from the
     user."""
     numbers = (abs(il.number_of(number)) for number in ia.atoms(e, "float"))
-    return all(number < -MASKING for number in numbers) and _are_tables_below(e, -MASKING)
+    return all(number < limit for number in numbers) and _are_tables_below(e, limit)
 
 
 def keeps_scores(e: Expr) -> bool:
