@@ -41,6 +41,14 @@ RIGHT = {
         f"{GROUPS}, float[R, S] b", f"{FIVE_PRODUCT} x = Add(s, b) {END}", opset=13
     ),
 }
+# Batch entries and heads in one axis of the scores, and in two of the values.
+RIGHT["values with an axis more than the scores"] = Form(
+    "float[B, 4, 6, 8] x",
+    """apart = Constant<value_ints = [0, 2, 2, 2, 3, 8]>() all = Constant<value_ints = [-1, 6, 8]>()
+    cut = Reshape(x, apart) turned = Transpose<perm = [0, 1, 3, 2, 4, 5]>(cut) w = Reshape(turned, all) four = Shape(x)
+    v = Expand(w, four) kt = Transpose<perm = [0, 2, 1]>(w) s = MatMul(w, kt) p = Softmax<axis = -1>(s)
+    y = MatMul(p, v)""",
+)
 RIGHT |= {
     f"a bias in float16, and then a mask in float32, [{own}]": Form(
         f"{HALF}, float16[{own}] b1, float16[B, 1, T, S] b2, bool[B, 1, 1, S] m",
