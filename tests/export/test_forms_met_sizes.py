@@ -49,6 +49,11 @@ RIGHT["values with an axis more than the scores"] = Form(
     v = Expand(w, four) kt = Transpose<perm = [0, 2, 1]>(w) s = MatMul(w, kt) p = Softmax<axis = -1>(s)
     y = MatMul(p, v)""",
 )
+RIGHT["rows of five axes that a mask hides, of sizes of their own"] = Form(
+    f"{FIVE}, float[A, B, 3, R, 1] b, bool[1, A, M, 1] m",
+    f"""{FIVE_PRODUCT} lowest = Constant<value_float = -3.4e38>() w = Where(m, b, lowest) x = Add(s, w) {END}""",
+    opset=11,
+)
 RIGHT |= {
     f"a bias in float16, and then a mask in float32, [{own}]": Form(
         f"{HALF}, float16[{own}] b1, float16[B, 1, T, S] b2, bool[B, 1, 1, S] m",

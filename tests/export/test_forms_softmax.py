@@ -50,6 +50,12 @@ def in_front(rows: str, **more: object) -> Form:
 
 
 RIGHT = {
+    "three products, the last with what the first gives": Form(
+        "float[B, 3, S, 8] q, float[B, 3, S, 8] k, float[B, 3, S, 8] v",
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) b = MatMul(p, k) c = MatMul(p, a) d = Add(a, b)
+        y = Add(c, d)""",
+        fused=3,
+    ),
     "weights of a bmm that get an axis in front": in_front("9"),
     "opset 11, the last axis": old("<axis = 3>"),
     "opset 11, counted from the end": old("<axis = -1>"),
@@ -168,6 +174,10 @@ RIGHT = {
 HEADS = "together (opset"
 MAXIMUM_OF_ALL = "m = ReduceMax(s) d = Sub(s, m) e = Exp(d) t = ReduceSum(e, last)"
 WRONG = {
+    "sums that are cast to float16, which they may leave, divided late": late(
+        """e = Exp(s) t = ReduceSum(e, last) h = Cast<to = 10>(t) w = Cast<to = 1>(h) o = MatMul(e, v) y = Div(o, w)""",
+        reason="not divided by their sum in a way that is understood",
+    ),
     "weights of a bmm that get an axis in front, of any rows": in_front("T", reason="shape is not understood"),
     "a small number in the sum, behind the maximum of all rows": Form(
         QKV,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from faexport.graph.nodes import FLOATS, attribute, data_users, name_of, op, producer
+from faexport.graph.nodes import attribute, data_users, name_of, op, producer
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.spec import Refusal, RefusalKind
@@ -209,9 +209,8 @@ def division_by(total: ir.Value, axis: int, view: View, product: Product, a: Ana
         step = producer(divisor)
         if step is None:
             return refusal
-        is_cast = op(step) == "Cast" and ir.DataType(attribute(step, "to")) in FLOATS
-        if not is_cast and op(step) not in view_ops.VIEW_OPS:
-            return refusal
+        if op(step) not in view_ops.VIEW_OPS or (op(step) == "Cast" and not view_ops.is_widening(step, a)):
+            return refusal  # a sum may leave a narrower type
         nodes.append(step)
         divisor = step.inputs[0]
     nodes.reverse()
