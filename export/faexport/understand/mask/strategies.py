@@ -274,9 +274,23 @@ def float_masks_as_they_are(problem: Problem) -> spec.Mask | None:
     draft.fact("a finite mask beside a float mask: both stay a bias")
     added = [(site.element(t, t.value), t.factor) for t in site.terms if t.kind is spec.TermKind.ADD]
     draft.assume_order(added)
+    _assume_nothing_undone(draft)
     if site.terms[-1].kind is not spec.TermKind.CLAMP:
         draft.note_infinite(e for e, _ in added)
     return draft.finished()
+
+
+def _assume_nothing_undone(draft: Draft) -> None:
+    """A number in the place of scores, and one as large beside it, of the other sign, leave nothing of these. The
+    operator adds both to them, and they are there."""
+    site, replaced = draft.site, False
+    for term in site.terms:
+        added = site.element(term, term.value) if term.kind is spec.TermKind.ADD and replaced else None
+        is_known = added is None or all(il.float_value(leaf) is not None for _, leaf in leaves(added))
+        if added is not None and not is_known and not is_moderate(added):
+            draft.assume("no number that is added to hidden scores undoes the one in their place")
+            return
+        replaced = replaced or term.kind is spec.TermKind.WHERE
 
 
 def _clamped(draft: Draft, term: spec.MaskTerm, parts: list[tuple[ir.Value, float]]) -> list[tuple[ir.Value, float]]:
