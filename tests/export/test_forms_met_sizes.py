@@ -51,7 +51,7 @@ RIGHT["values with an axis more than the scores"] = Form(
 )
 RIGHT["rows of five axes that a mask hides, of sizes of their own"] = Form(
     f"{FIVE}, float[A, B, 3, R, 1] b, bool[1, A, M, 1] m",
-    f"""{FIVE_PRODUCT} lowest = Constant<value_float = -3.4e38>() w = Where(m, b, lowest) x = Add(s, w) {END}""",
+    f"""{FIVE_PRODUCT} lowest = Constant<value = float {{-3.4e38}}>() w = Where(m, b, lowest) x = Add(s, w) {END}""",
     opset=11,
 )
 RIGHT |= {

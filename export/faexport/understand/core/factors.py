@@ -26,7 +26,7 @@ from faexport.understand.shapes.analysis import Analysis
 
 MAX_PATH = 8
 LARGEST = 2.0**64  # of a factor; queries, keys and values may leave their type beside larger ones
-_OF_PARTS = ("Where", "Mul", "Add", "Sub", "Neg", "Max", "Min")
+_OF_PARTS = ("Where", "Mul", "Add", "Sub", "Neg", "Max", "Min", "MatMul", "Einsum")
 REARRANGING = ("Unsqueeze", "Squeeze", "Reshape", "Expand", "Slice", "Gather", "Transpose", "Identity", "Tile", "Cast")
 
 

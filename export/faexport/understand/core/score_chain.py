@@ -375,7 +375,8 @@ def view_of_scores(path: Path, a: Analysis) -> View | None:
     view = None if shape is None else View.whole(shape)
     for step in path.steps:
         if step.kind == "view" and view is not None:
-            view = view_ops.apply(step.node.outputs[0], view, a)
+            is_whole = a.rank(step.node.inputs[0]) in (len(view.axes), None)  # what met it may have more axes
+            view = view_ops.apply(step.node.outputs[0], view, a) if is_whole else None
     return view
 
 

@@ -481,7 +481,7 @@ def _note_empty_rows(draft: Draft) -> None:
 
 def _note_mean(draft: Draft, case: Case) -> None:
     draft.fact(f"a row that sees no key gives the mean of all values, as the fill {case.mask:g} does")
-    if not case.replaced:
+    if not case.replaced or any(t.kind is spec.TermKind.ADD and fills_of(draft.site, t) for t in draft.terms):
         draft.assume_absorbed_in_half()
 
 
