@@ -184,8 +184,8 @@ def test_what_float16_leaves_of_scores_beside_less_deep_numbers_is_told(
 def test_that_a_sum_with_65504_is_absorbed_is_told_in_front_of_a_clamp_too() -> None:
     form = Form(
         f"{HALF}, {KEEP}",
-        f"""{PRODUCT} low = Constant<value_float = -65504.0>() zero = Constant<value_float = 0.0>() f = Cast<to = 10>(low)
-        z = Cast<to = 10>(zero) a = Where(keep, z, f) c = Add(s, a) m = Max(c, f) p = Softmax<axis = -1>(m)
+        f"""{PRODUCT} low = Constant<value_float = -65504.0>() zero = Constant<value_float = 0.0>()
+        f = Cast<to = 10>(low) z = Cast<to = 10>(zero) a = Where(keep, z, f) c = Add(s, a) m = Max(c, f) p = Softmax<axis = -1>(m)
         y = MatMul(p, v)""",
         type="float16",
     )
