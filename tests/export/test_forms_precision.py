@@ -185,8 +185,8 @@ def test_that_a_sum_with_65504_is_absorbed_is_told_in_front_of_a_clamp_too() -> 
     form = Form(
         f"{HALF}, {KEEP}",
         f"""{PRODUCT} low = Constant<value_float = -65504.0>() zero = Constant<value_float = 0.0>()
-        f = Cast<to = 10>(low) z = Cast<to = 10>(zero) a = Where(keep, z, f) c = Add(s, a) m = Max(c, f) p = Softmax<axis = -1>(m)
-        y = MatMul(p, v)""",
+        f = Cast<to = 10>(low) z = Cast<to = 10>(zero) a = Where(keep, z, f) c = Add(s, a) m = Max(c, f)
+        p = Softmax<axis = -1>(m) y = MatMul(p, v)""",
         type="float16",
     )
     _, report = faexport.fuse(form.model())
