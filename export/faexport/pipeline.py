@@ -139,9 +139,13 @@ class _Passes:
         """These sites, whose operands were read inside of a site that is one node by now, as they are understood in the
         graph of now."""
         self.masks = self.masks.renewed(Analysis(self.model))
-        again = {c.anchor: c for c in examine(self.model, self.options, self.masks)}
-        self.candidates = [again[c.anchor] if any(c is s for s in stale) else c for c in self.candidates]
-        return [again[c.anchor] for c in stale]
+        found = examine(self.model, self.options, self.masks)
+        again = {c.anchor: c for c in found}
+        # The last of several products of one softmax has that as its anchor by now, and replaces what it did.
+        again |= {c.outcome.replaces: c for c in found if isinstance(c.outcome, AttentionSpec) and c.outcome.replaces}
+        new = {id(c): again.get(c.anchor, c) for c in stale}
+        self.candidates = [new.get(id(c), c) for c in self.candidates]
+        return list(new.values())
 
     def change_projections(self) -> None:
         """Of products that make queries, keys and values: their biases go into the operator, and several become one."""

@@ -126,6 +126,19 @@ def test_a_normalization_that_nothing_reads_stays_whole(tmp_path: pathlib.Path) 
     assert model_check.verify(source, target).status == "passed"
 
 
+def test_a_normalization_whose_sum_alone_is_read_has_a_name(tmp_path: pathlib.Path) -> None:
+    """onnxruntime takes no node whose first output has none."""
+    model = normalized_first("layer")
+    changed = next(node for node in model.graph.node if node.op_type == "Tanh")
+    changed.input[0] = "projected"
+    source, target = tmp_path / "model.onnx", tmp_path / "fused.onnx"
+    onnx.save(model, source)
+    result, found = faexport.fuse(source)
+    model_io.save(result, target, source=source)
+    assert all(node.output[0] for node in onnx.load(target).graph.node)
+    assert model_check.verify(source, target).status == "passed"
+
+
 @pytest.mark.parametrize("order", [("biased", "placed"), ("placed", "biased")], ids=str)
 @pytest.mark.parametrize("place", [(1, 1, E), (E,)], ids=["a sum of embeddings", "a projection that is read again"])
 def test_a_bias_is_joined_beside_another_sum(order: tuple[str, str], place: tuple, tmp_path: pathlib.Path) -> None:

@@ -27,6 +27,11 @@ def heads(q: str = "B, 3, T, 8", k: str = "B, 3, S, 8", v: str = "B, 3, S, 8", *
 
 
 RIGHT = {
+    "learnt queries, in a Constant node, and one key": Form(
+        "float[1, 3, 1, 8] k, float[1, 3, S, 8] v",
+        f"""{LEARNT} kt = Transpose<perm = [2, 1, 3, 0]>(k) s = MatMul(lat, kt) p = Softmax<axis = -1>(s)
+        y = MatMul(p, v)""",
+    ),
     "a mask of more rows than one, beside one head of scores and more of values": Form(
         "float[B, 1, 1, 8] q, float[B, 1, S, 8] k, float[B, 3, S, 8] v, float[T, 1, 1, 1] m",
         f"""{PRODUCT} t = Transpose<perm = [2, 1, 3, 0]>(s) z = Add(t, m) x = Transpose<perm = [3, 1, 0, 2]>(z)

@@ -103,6 +103,16 @@ ONE_MORE = {
     ),
 }
 COLUMNS = {
+    "a maximum of scores and column": column(
+        """pads = Constant<value = int64[8] {0, 0, 0, 0, 0, 0, 0, 1}>() c = Pad(s, pads)
+        top = ReduceMax<axes = [-1]>(c) x = Sub(c, top)""",
+        facts=SINKS,
+    ),
+    "a maximum, and then a factor of rows": form(
+        """top = ReduceMax<axes = [-1]>(s) low = Sub(s, top) x = Mul(low, g) p = Softmax<axis = -1>(x)
+        y = MatMul(p, v)""",
+        "float[T, 1] g",
+    ),
     "a column of 0 by Pad": column(
         f"""pads = Constant<value = int64[8] {{0, 0, 0, 0, 0, 0, 0, 1}}>() {number(0.0)} x = Pad(s, pads, c)""",
         facts=SINKS,
@@ -120,7 +130,24 @@ COLUMNS = {
         "x = Clip(s, low, high) p = Softmax<axis = -1>(x) y = MatMul(p, v)"
     ),
 }
+OWN_MAXIMUM = "top = ReduceMax<axes = [-1]>(s) low = Sub(s, top)"
+FROM_MAXIMUM = "a maximum of the scores is subtracted in front"
 WRONG = {
+    "a maximum that is subtracted in front of a softcap": form(
+        f"{OWN_MAXIMUM} x = Tanh(low) p = Softmax<axis = -1>(x) y = MatMul(p, v)", reason=FROM_MAXIMUM
+    ),
+    "a maximum that is subtracted in front of a factor of keys": form(
+        f"{OWN_MAXIMUM} x = Mul(low, g) p = Softmax<axis = -1>(x) y = MatMul(p, v)", "float[S] g", reason=FROM_MAXIMUM
+    ),
+    "a maximum that is subtracted in front of a sink": column(
+        f"{OWN_MAXIMUM} pads = Constant<value_ints = [0, 0, 0, 0, 0, 0, 0, 1]>() x = Pad(low, pads)",
+        reason=FROM_MAXIMUM,
+    ),
+    "a maximum that is subtracted in front of a bias, and 1 beside the sum": form(
+        f"{OWN_MAXIMUM} x = Add(low, b) e = Exp(x) n = ReduceSum(e, last) {number(1.0)} t = Add(n, c) {DIVIDED}",
+        "float[T, S] b",
+        reason=FROM_MAXIMUM,
+    ),
     "weights that are hidden behind the softmax and divided by what is left": Form(
         f"{QKV}, bool[1, 1, T, S] m",
         f"""{PRODUCT} w = Softmax<axis = -1>(s) f = Cast<to = 1>(m) h = Mul(w, f) last = Constant<value_ints = [-1]>()

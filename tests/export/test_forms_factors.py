@@ -163,6 +163,12 @@ RIGHT = {
 }
 
 WRONG = {
+    "a mask's numbers as a factor": Form(
+        f"{QKV}, bool[B, 1, 1, S] m",
+        f"""{PRODUCT} low = Constant<value_float = -3.4e38>() one = Constant<value_float = 1.0>()
+        g = Where(m, one, low) x = Mul(s, g) {END}""",
+        reason="or by a number above 2^64",
+    ),
     "a factor of rows and keys": factor("T, S", reason="multiplied by a tensor of rows and keys"),
     "divided by a number for each key": factor("S", "x = Div(s, g)", reason="divided by a tensor of keys"),
     "a factor that is 0 in float32": Form(

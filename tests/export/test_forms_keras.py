@@ -94,6 +94,26 @@ RIGHT = {
 }
 
 WRONG = {
+    "more axes from what is added, of which one is taken away": Form(
+        f"{QKV}, float[T, 1, 1, 1, S] m",
+        f"""{PRODUCT} z = Add(s, m) at = Constant<value_ints = [4]>() x = Squeeze(z, at) {END}""",
+        reason="gives the scores more rows, heads or batch entries",
+    ),
+    "a mask of sizes of its own, cut off with the sink": Form(
+        f"{QKV}, float[M, 1, 1, N] m, float[1, 3, 1, 1] sinks",
+        f"""{PRODUCT} z = Add(s, m) size = Shape(z) zero = Constant<value_ints = [0]>()
+        one = Constant<value_ints = [1]>() two = Constant<value_ints = [2]>() three = Constant<value_ints = [3]>()
+        b = Slice(size, zero, one) t = Slice(size, two, three) to = Concat<axis = 0>(b, three, t, one)
+        sink = Expand(sinks, to) x = Concat<axis = 3>(z, sink) p4 = Softmax<axis = -1>(x)
+        n = Shape<start = 2, end = 3>(k) p = Slice(p4, zero, n, three) y = MatMul(p, v)""",
+        reason="is not simply dropped after the softmax",
+    ),
+    "more axes from what is added, turned around behind it": Form(
+        f"{QKV}, float[T, 1, 1, 1, S] m",
+        f"""{PRODUCT} z = Add(s, m) back = Transpose<perm = [1, 2, 4, 0, 3]>(z) at = Constant<value_ints = [4]>()
+        x = Squeeze(back, at) {END}""",
+        reason="gives the scores more rows, heads or batch entries",
+    ),
     "scores, or scores less a number that may leave their type": chosen(
         "huge = Constant<value = float {3.0e38}>() t = Sub(s, huge)", reason="used twice"
     ),

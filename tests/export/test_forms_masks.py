@@ -57,7 +57,24 @@ def huge(body: str, **more: object) -> Form:
     )
 
 
+HIDDEN_ROWS = """lowest = Constant<value = float {-3.4e38}>() zero = Constant<value = float {0.0}>()
+    w = Where(m, zero, lowest) b = Einsum<equation = "bhij->bhij">(w)"""
 RIGHT = {
+    "a mask of rows that an Einsum gives": Form(
+        f"{QKV}, bool[B, 1, T, 1] m", f"{PRODUCT} {HIDDEN_ROWS} x = Add(s, b) {END}"
+    ),
+    "a mask of batch entries that a product gives": Form(
+        f"{QKV}, bool[B, 1, 1, 1] m",
+        f"""{PRODUCT} {HIDDEN_ROWS} one = Constant<value = float[1, 1] {{1.0}}>() c = MatMul(b, one)
+        x = Add(s, c) {END}""",
+    ),
+    "a bias of rows that is computed of the queries": Form(
+        QKV, f"{PRODUCT} b = ReduceMean<axes = [-1]>(q) x = Add(s, b) {END}", facts=frozenset()
+    ),
+    "a bias that is divided by 0": Form(
+        f"{QKV}, float[B, 1, 1, S] b",
+        f"{PRODUCT} none = Constant<value = float {{0.0}}>() d = Div(b, none) x = Add(s, d) {END}",
+    ),
     "a clamp behind a bias that overflows": clamped("a = Add(s, b) x = Max(a, lowest)", gone=frozenset()),
     "a clamp by Clip, and then hidden keys": clamped("a = Add(s, b) c = Clip(a, lowest) x = Where(m, c, none)"),
     "a clamp by Clip behind a bias that overflows to +inf": clamped("up = Neg(b) a = Add(s, up) x = Clip(a, lowest)"),
@@ -184,6 +201,12 @@ OTHER_ORDER = "what, depends on the order of its additions"
 CLAMPED = "after a bias was added that may be lower, and this number does not absorb scores"
 
 WRONG = {
+    "a mask of keys that an Einsum gives, behind a finite number": Form(
+        f"{QKV}, bool[B, 1, 1, S] m, bool[T, S] n",
+        f"""{PRODUCT} {HIDDEN_ROWS} far = Constant<value = float {{-1e9}}>() a = Where(n, s, far) x = Add(a, b)
+        {END}""",
+        reason="a float mask is added to scores that another mask replaced by a number",
+    ),
     "a clamp that absorbs nothing behind a bias of the user's": biased(
         "a = Add(s, bias) x = Max(a, low)", -65504.0, reason=CLAMPED
     ),

@@ -88,6 +88,13 @@ RIGHT["a causal number that a Cast makes infinite, and zeros in the place of NaN
 )
 NARROWER = "-60000 hides keys in float16, and then its scores are masked or multiplied in float32"
 WRONG = {
+    "a bias that is cast to float16 in front of a clamp": Form(
+        f"float[B, 3, T, 8] q, float[B, 3, S, 8] k, float[B, 3, S, 8] v, float[1, 3, T, S] bias, {KEEP}",
+        f"""{PRODUCT} lowest = Constant<value_float = -3.4028235e38>() far = Abs(bias) b = Mul(far, lowest)
+        a = Where(keep, s, lowest) c = Add(a, b) h = Cast<to = 10>(c) w = Cast<to = 1>(h) x = Max(w, lowest)
+        p = Softmax<axis = -1>(x) y = MatMul(p, v)""",
+        reason="its scores are clamped behind a Cast to float16",
+    ),
     "a number in float16 that is multiplied in float32": several(
         "c = Where(keep, s, low16) x = Cast<to = 1>(c) m = Mul(x, two)", reason=NARROWER
     ),
@@ -146,3 +153,53 @@ def test_float16_masks_of_numbers(heads: int) -> None:
     inputs = f"{HALF}, int64[B, 1, 1, S] n".replace("3", str(heads))
     _, report = faexport.fuse(Form(inputs, f"{PRODUCT} {OF_NUMBERS}", type="float16").model())
     assert report.num_fused == 1, report.sites[0].refusal
+
+
+SINGLE_PAIR = "float[B, 3, T, 8] q, float[B, 3, S, 8] k, float16[B, 3, S, 8] v"
+IN_FLOAT16 = "x16 = Identity(s) f = Cast<to = 10>(low) z = Cast<to = 10>(zero) a = Where(keep, z, f) m = Add(x16, a)"
+CAST_BEHIND = "a = Where(keep, zero, low) c = Add(s, a) m = Cast<to = 10>(c)"
+
+
+@pytest.mark.parametrize("fill, step", ((-600.0, ""), (-5000.0, ""), (-9000.0, ""), (-10000.0, "8"), (-65504.0, "32")))
+@pytest.mark.parametrize("inputs, body", ((HALF, IN_FLOAT16), (SINGLE_PAIR, CAST_BEHIND)))
+def test_what_float16_leaves_of_scores_beside_less_deep_numbers_is_told(
+    fill: float, step: str, inputs: str, body: str
+) -> None:
+    """Be they added in float16, or cast to it behind the addition."""
+    if fill == -65504.0 and inputs == HALF:
+        return  # the mean of the values, as where it is put in place
+    form = Form(
+        f"{inputs}, {KEEP}",
+        f"""{PRODUCT} low = Constant<value_float = {fill}>() zero = Constant<value_float = 0.0>() {body}
+        p = Softmax<axis = -1>(m) y = MatMul(p, v)""",
+        type="float16",
+    )
+    _, report = faexport.fuse(form.model())
+    assert report.num_fused == 1, report.sites[0].refusal
+    told = [str(fact) for fact in report.sites[0].facts if isinstance(fact, Assumption)]
+    wanted = f"rounded to steps of {step} beside {fill:g}" if step else "nothing depends on what rounding leaves"
+    assert any(wanted in text for text in told), told
+
+
+def test_that_a_sum_with_65504_is_absorbed_is_told_in_front_of_a_clamp_too() -> None:
+    form = Form(
+        f"{HALF}, {KEEP}",
+        f"""{PRODUCT} low = Constant<value_float = -65504.0>() zero = Constant<value_float = 0.0>()
+        f = Cast<to = 10>(low) z = Cast<to = 10>(zero) a = Where(keep, z, f) c = Add(s, a) m = Max(c, f)
+        p = Softmax<axis = -1>(m) y = MatMul(p, v)""",
+        type="float16",
+    )
+    _, report = faexport.fuse(form.model())
+    told = [str(fact) for fact in report.sites[0].facts if isinstance(fact, Assumption)]
+    assert any("added to their fill in float16" in text for text in told), told
+
+
+def test_float16_leaves_enough_of_scores_beside_usual_numbers() -> None:
+    form = Form(
+        f"{HALF}, {KEEP}",
+        f"""{PRODUCT} low = Constant<value_float = -100.0>() zero = Constant<value_float = 0.0>() {IN_FLOAT16}
+        p = Softmax<axis = -1>(m) y = MatMul(p, v)""",
+        type="float16",
+    )
+    _, report = faexport.fuse(form.model())
+    assert not [fact for fact in report.sites[0].facts if isinstance(fact, Assumption)]

@@ -39,7 +39,24 @@ def late(body: str, **more: object) -> Form:
     return Form(QKV, f"{PRODUCT} {LAST} {body}", gone=frozenset({"Exp", "Div"}), **more)
 
 
+def in_front(rows: str, **more: object) -> Form:
+    """A bmm whose weights get an axis of size 1 in front, as its result then has."""
+    return Form(
+        f"float[N, {rows}, 8] q, float[N, {rows}, 8] k, float[N, {rows}, 8] v",
+        """kt = Transpose<perm = [0, 2, 1]>(k) s = MatMul(q, kt) p = Softmax<axis = -1>(s)
+        front = Constant<value_ints = [0]>() w = Unsqueeze(p, front) y = MatMul(w, v)""",
+        **more,
+    )
+
+
 RIGHT = {
+    "three products, the last with what the first gives": Form(
+        "float[B, 3, S, 8] q, float[B, 3, S, 8] k, float[B, 3, S, 8] v",
+        f"""{PRODUCT} p = Softmax<axis = -1>(s) a = MatMul(p, v) b = MatMul(p, k) c = MatMul(p, a) d = Add(a, b)
+        y = Add(c, d)""",
+        fused=3,
+    ),
+    "weights of a bmm that get an axis in front": in_front("9"),
     "opset 11, the last axis": old("<axis = 3>"),
     "opset 11, counted from the end": old("<axis = -1>"),
     "opset 11, one row": old("<axis = 2>", q="B, 3, 1, 8"),
@@ -155,7 +172,30 @@ RIGHT = {
 }
 
 HEADS = "together (opset"
+MAXIMUM_OF_ALL = "m = ReduceMax(s) d = Sub(s, m) e = Exp(d) t = ReduceSum(e, last)"
 WRONG = {
+    "sums that are cast to float16, which they may leave, divided late": late(
+        """e = Exp(s) t = ReduceSum(e, last) h = Cast<to = 10>(t) w = Cast<to = 1>(h) o = MatMul(e, v) y = Div(o, w)""",
+        reason="not divided by their sum in a way that is understood",
+    ),
+    "weights of a bmm that get an axis in front, of any rows": in_front("T", reason="shape is not understood"),
+    "a small number in the sum, behind the maximum of all rows": Form(
+        QKV,
+        f"""{PRODUCT} {LAST} {MAXIMUM_OF_ALL} small = Constant<value = float {{1e-8}}>() n = Add(t, small)
+        p = Div(e, n) y = MatMul(p, v)""",
+        reason="the sum of the exponentials is changed (Add)",
+    ),
+    "a sum of at least 1, behind the maximum of all rows": Form(
+        QKV,
+        f"""{PRODUCT} {LAST} {MAXIMUM_OF_ALL} one = Constant<value = float {{1.0}}>() n = Max(t, one)
+        p = Div(e, n) y = MatMul(p, v)""",
+        reason="the sum of the exponentials is changed (Max)",
+    ),
+    "values with an axis of their own, divided late": late(
+        """second = Constant<value_ints = [2]>() e = Exp(s) t = ReduceSum(e, last) u = Unsqueeze(v, second)
+        o = MatMul(e, u) y = Div(o, t)""",
+        reason="not divided by their sum in a way that is understood",
+    ),
     "an Einsum that sums over two axes": Form(
         "float[R, T, 3, 8] q, float[R, S, 3, 8] k, float[R, S, 3, 8] v",
         """s = Einsum<equation = "rihd,rjhd->hij">(q, k) p = Softmax<axis = -1>(s)

@@ -287,6 +287,7 @@ def test_a_float_mask_of_the_users_stays_as_it_is() -> None:
     given = Recipe(("j <= i",), form="where scores", bias="input", bias_first=False)
     exact = proven(given)
     assert window(exact) == (-1, -1) and exact.attn_bias is not None
+    assert any("undoes the one in their place" in fact.text for fact in exact.facts if fact.assumed)
     weak = outcome(grammar.build(dataclasses.replace(given, fill=-1e4)))
     assert isinstance(weak, Refusal) and "float mask" in weak.reason
 

@@ -136,6 +136,18 @@ def test_quotients_of_integers_are_exact() -> None:
     assert list(Analysis(model).constant(model.graph.outputs[0])) == [9007199254740993, -9007199254740993, -3]
 
 
+NO_STEP = """<ir_version: 8, opset_import: ["" : 17]>
+main () => (int64[n] y) {
+    zero = Constant <value_int = 0> ()  one = Constant <value_int = 1> ()  y = Range (zero, one, zero)
+}"""
+
+
+def test_a_range_that_never_ends_is_no_constant() -> None:
+    """No runtime takes it: it is the model's fault, and no defect of the analysis."""
+    model = ir.from_proto(onnx.parser.parse_model(NO_STEP))
+    assert Analysis(model).constant(model.graph.outputs[0]) is None
+
+
 RESIZING = {
     "a pool": "y = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2]> (x)",
     "a pool with gaps": "y = MaxPool <kernel_shape = [2, 3], dilations = [3, 1], strides = [1, 2]> (x)",

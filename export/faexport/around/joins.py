@@ -216,11 +216,11 @@ def _turn(node: ir.Node) -> None:
 
 
 def _leave_out_unused(node: ir.Node) -> None:
-    """Outputs that nothing reads: the kernels for GPUs don't compute them."""
+    """Outputs that nothing reads: the kernels for GPUs don't compute them. The first one has to have a name."""
     used = [bool(value.uses()) or value.is_graph_output() for value in node.outputs]
     if not any(used):  # the node is dead, and was so in the model that was given
         return
     node.resize_outputs(max((index for index, wanted in enumerate(used) if wanted), default=0) + 1)
-    for value, wanted in zip(node.outputs, used, strict=False):
+    for value, wanted in zip(node.outputs[1:], used[1:], strict=False):
         if not wanted:
             value.name = ""

@@ -121,9 +121,9 @@ def _turned(operand: Operand, a: Analysis, shared: Nodes) -> _Turned | None:
 def _before_transpose(operand: Operand) -> Operand | None:
     """The operand in front of the Transpose that exchanges heads and rows for it alone."""
     node, layouts = producer(operand.value), {Layout.BHSD: Layout.BSHD, Layout.BSHD: Layout.BHSD}
-    if node is None or operand.layout not in layouts or node.inputs[0] is None:
+    if node is None or operand.layout not in layouts or not is_transpose(node, [0, 2, 1, 3]):
         return None
-    if not is_transpose(node, [0, 2, 1, 3]) or operand.value.is_graph_output():
+    if node.inputs[0] is None or operand.value.is_graph_output():
         return None
     is_alone = len(live_users(operand.value)) == 1
     return dataclasses.replace(operand, value=node.inputs[0], layout=layouts[operand.layout]) if is_alone else None

@@ -53,6 +53,8 @@ def _refusal(node: ir.Node, context: Context) -> Refusal | None:
         return Refusal("the model asks for the attention scores too (qk_matmul_output)", name, RefusalKind.SCORES_READ)
     if len(node.inputs) < 3 or None in node.inputs[:3]:
         return Refusal("query, key or value is missing", name)
+    if (operand(node, 4) is None) != (operand(node, 5) is None):
+        return Refusal("it has a cache of keys or of values alone", name)
     dtypes = {a.dtype(v) for v in node.inputs[:3]}
     if not dtypes <= {*TYPES, None}:
         return Refusal("query, key and value are not float32, float16 or bfloat16", name, RefusalKind.TYPE)

@@ -210,6 +210,8 @@ class _MultiHead(Contrib):
         if used_output(node, 3) is not None:
             raise Unfit("the model asks for the attention scores too (qk)", RefusalKind.SCORES_READ)
         past = [operand(node, i) for i in (6, 7)]
+        if (past[0] is None) != (past[1] is None):
+            raise Unfit("it has a cache of keys or of values alone")
         present = [used_output(node, i) for i in (1, 2)]
         query = node.inputs[0]
         rank = a.rank(query)

@@ -399,7 +399,8 @@ def _with_four_axes(terms: list[MaskTerm], heads: Dim, a: Analysis) -> MaskTerm 
     if len(terms) != 1 or terms[0].kind is not TermKind.ADD or terms[0].axes not in ("MWHST", "BKGST"):
         return None
     term = terms[0]
-    sizes = a.shape(term.value)
+    with a.without_learnt():  # the proof of the mask asks again whether the scores keep their sizes beside it
+        sizes = a.shape(term.value)
     if sizes is None or len(sizes) != 5 or heads.const is None:
         return None
     dims = [None if d is None else Dim.of(d) for d in term.dims]

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from faexport.graph.nodes import given, op, producer
 from faexport.graph.surgery import Builder
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.rules import broadcast
 
 _LARGEST = 1e30  # beside what an earlier mask left of scores a larger one is infinite, and infinity times 0 is NaN
 
@@ -62,8 +61,8 @@ def _made(node: ir.Node, scores: ir.Value, chosen: ir.Value, number: ir.Value, o
     build = Builder(a.opset)
     part = build.add("Mul", [chosen, number], a.dtype(number))
     whole = build.add(op_type, [scores, part], a.dtype(scores))
-    a.define(part, broadcast([a.shape(chosen), a.shape(number)]))
-    a.define(whole, a.shape(node.outputs[0]))
+    a.define_broadcast(part, chosen, number)
+    a.define_broadcast(whole, node.outputs[0])
     for value, name in ((part, "chosen"), (whole, "scores")):
         value.name = f"{node.outputs[0].name}_faexport_{name}"
     return build.nodes[-1]

@@ -9,12 +9,12 @@ to the keys (before the softmax) or to the values (after it). The graph is not c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from faexport.graph.nodes import FLOATS, attribute, data_users, name_of, op, producer
+from faexport.graph.nodes import attribute, data_users, name_of, op, producer
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.spec import Refusal, RefusalKind
@@ -23,9 +23,10 @@ from faexport.understand.layout import view_ops
 from faexport.understand.layout.products import Factor, Product
 from faexport.understand.layout.views import View, merged
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.rules import broadcast
 
 MAX_PATH = 8
+LARGEST = 2.0**64  # of a factor; queries, keys and values may leave their type beside larger ones
+_OF_PARTS = ("Where", "Mul", "Add", "Sub", "Neg", "Max", "Min", "MatMul", "Einsum")
 REARRANGING = ("Unsqueeze", "Squeeze", "Reshape", "Expand", "Slice", "Gather", "Transpose", "Identity", "Tile", "Cast")
 
 
@@ -42,15 +43,31 @@ class Weight:
         return all(d == 1 for d in a.known_shape(self.value))
 
     def is_finite(self, a: Analysis) -> bool:
-        """Does it multiply by finite numbers, as far as the file tells? Infinity times a sum is not the sum of infinity
-        times each part, where signs differ."""
-        numbers = a.constant(self.value)
-        return numbers is None or bool(np.isfinite(numbers if self.op_type == "Mul" else _inverse(numbers)).all())
+        """Does it multiply by numbers that what they are multiplied to keeps its type beside, as far as the file tells?
+        Infinity times a sum is not the sum of infinity times each part, where signs differ."""
+        if self.op_type == "Div" and (numbers := a.constant(self.value)) is not None:
+            return _are_moderate(_inverse(numbers))
+        return all(map(_are_moderate, _numbers_in(self.value, a)))
 
 
 def _inverse(numbers: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         return np.reciprocal(numbers.astype(np.float64))
+
+
+def _are_moderate(numbers: np.ndarray) -> bool:
+    return bool((np.abs(numbers.astype(np.float64)) <= LARGEST).all())
+
+
+def _numbers_in(value: ir.Value | None, a: Analysis, depth: int = 0) -> Iterator[np.ndarray]:
+    """The constants that a tensor is made of, element by element."""
+    array, node = a.constant(value), producer(value)
+    if array is not None:
+        yield array
+    elif node is not None and depth < MAX_PATH:
+        parts = node.inputs if op(node) in _OF_PARTS else node.inputs[:1] if op(node) in REARRANGING else ()
+        for part in parts:
+            yield from _numbers_in(part, a, depth + 1)
 
 
 def fits(value: ir.Value, shape: Sequence[Dim], a: Analysis) -> bool:
@@ -131,7 +148,7 @@ def weighed(value: ir.Value, weight: Weight, a: Analysis) -> ir.Value:
     product = _product(build, weight.op_type, value, weight.value, a.dtype(value), a)
     for count, node in enumerate(build.nodes):
         node.outputs[0].name = f"{weight.node.outputs[0].name}_{value.name}_faexport_{count}"
-    a.define(product, broadcast([a.shape(value), a.shape(weight.value)]))
+    a.define_broadcast(product, value, weight.value)
     return product
 
 
@@ -192,14 +209,15 @@ def division_by(total: ir.Value, axis: int, view: View, product: Product, a: Ana
         step = producer(divisor)
         if step is None:
             return refusal
-        is_cast = op(step) == "Cast" and ir.DataType(attribute(step, "to")) in FLOATS
-        if not is_cast and op(step) not in view_ops.VIEW_OPS:
-            return refusal
+        if op(step) not in view_ops.VIEW_OPS or (op(step) == "Cast" and not view_ops.is_widening(step, a)):
+            return refusal  # a sum may leave a narrower type
         nodes.append(step)
         divisor = step.inputs[0]
     nodes.reverse()
     found = _axes_of_sums(total, axis, view, nodes, a)
     wanted = dict(zip(product.left.labels, view.axes, strict=True)) | {"column": ()}
+    if set(product.labels) - set(wanted):  # the values have an axis of their own
+        return refusal
     expected = [merged(wanted[label]) for label in product.labels]
     if divisor is not total or found is None or [()] * (len(expected) - len(found)) + found != expected:
         return refusal

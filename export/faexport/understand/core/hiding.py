@@ -47,7 +47,7 @@ def _as_condition(hiding: Hiding, a: Analysis) -> ir.Value:
         return value
     made = Builder(a.opset).add("Cast", [value], ir.DataType.BOOL, to=int(ir.DataType.BOOL))
     made.name = f"{hiding.node.outputs[0].name}_faexport_kept"
-    a.define(made, a.known_shape(value))
+    a.define_broadcast(made, value)
     return made
 
 

@@ -59,5 +59,5 @@ def _cast(value: ir.Value, term: MaskTerm, dtype: ir.DataType, a: Analysis) -> i
         return value
     cast = Builder(a.opset).add("Cast", [value], dtype, to=int(dtype))
     cast.name = f"{term.node.outputs[0].name}_{value.name}_faexport_{dtype.name.lower()}"
-    a.define(cast, a.shape(value))
+    a.define_broadcast(cast, value)
     return cast

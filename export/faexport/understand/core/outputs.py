@@ -140,7 +140,7 @@ def _rebuilt(
         current = build.squeeze(current, 0) if leads == 0 else current
     elif leads == 1:
         current = build.merge_first_axes(current)
-    elif leads > 2:
+    elif list(values.lead_sizes) != list(sizes[:2]):
         split = _split_leads(build, current, values, query, a)
         if split is None:
             return None
@@ -165,15 +165,17 @@ def _split_leads(build: Builder, fused: ir.Value, values: Values, query: Factor,
     names = [f"lead{i}" for i in range(len(product.leads))]  # of the score product, in the same order
     if set(names) - set(query.labels) or len(query.labels) != len(product.labels):
         return None
-    axes = [query.labels.index(x) for x in (*names, "row")]
-    if [own[i] for i in axes[:-1]] != values.lead_sizes:
+    axes = [query.labels.index(x) for x in names]
+    if [own[i] for i in axes] != values.lead_sizes:
         return None
     sizes = build.add("Shape", [query.value], ir.DataType.INT64)
     first = build.add("Gather", [sizes, build.ints(axes)], ir.DataType.INT64, axis=0)
-    if build.opset >= 14:  # nothing is left to -1, nor to 0 as a copy: both are wrong for a tensor without elements
-        own_columns = build.slice(build.add("Shape", [fused], ir.DataType.INT64), 3, 4)
-        return build.reshape_to(fused, first, own_columns if dims[-1] is None else build.ints([dims[-1]]))
-    if build.opset >= 11:
+    if 11 <= build.opset < 14:
         return build.split_leads(fused, first, len(names))
-    target = build.add("Concat", [first, build.ints([-1 if dims[-1] is None else dims[-1]])], ir.DataType.INT64, axis=0)
+    # Rows are the fused node's, since a mask may have more than the query. Nothing is left to -1, nor to 0 as a copy:
+    # both are wrong for a tensor without elements.
+    rest = build.slice(build.add("Shape", [fused], ir.DataType.INT64), 2, 4)
+    if build.opset >= 14:
+        return build.reshape_to(fused, first, rest)
+    target = build.add("Concat", [first, rest], ir.DataType.INT64, axis=0)
     return build.add("Reshape", [fused, target], fused.dtype)

@@ -74,6 +74,7 @@ class _Reader:
         self.partial = path.product.scale  # of all numbers that the scores were multiplied by
         self.query_weights: list[Weight] = []
         self.key_weights: list[Weight] = []
+        self.maximum: ir.Node | None = None  # that was subtracted from a whole row
         self.split: SplitBias | None = None  # biases added while rows or columns are split
         self.together = tuple(a.known_shape(path.product.node.outputs[0])) if path.product.shape else shape
         self.shape_uses = self._told_by(path.product.node.outputs[0], self.together)
@@ -115,6 +116,8 @@ class _Reader:
         elif step.kind == "tanh":
             return self._take_tanh(step, factor)
         elif step.kind == "sink":
+            if self.maximum:
+                return self._from_maximum(self.maximum)
             self.sink_axes, padded = self._axes() or (), padded_column(node, len(self.view.axes) - 1, self.a)
             self.sink, self.sink_first = padded or (node.inputs[1 - step.index], step.index == 1)
             if (sizes := self.a.shape(self.sink)) and sizes[-1].const not in (None, 1):
@@ -124,6 +127,9 @@ class _Reader:
         elif step.kind not in UNCHANGED:
             return self._take_term(step, factor)
         else:
+            self.maximum = node if step.kind == "max" else self.maximum
+            if self.maximum and self.softmax.logit:
+                return self._from_maximum(self.maximum)
             self.a.learn(node.outputs[0], self.view.shape)
         return None
 
@@ -186,7 +192,8 @@ class _Reader:
         if sizes is None:
             return Refusal("the scores are multiplied by a tensor of unknown shape", name, RefusalKind.FACTOR)
         if not weight.is_finite(self.a):
-            return Refusal("the scores are multiplied by infinity or NaN", name, RefusalKind.FACTOR)
+            why = "the scores are multiplied by infinity or NaN, or by a number above 2^64"
+            return Refusal(why, name, RefusalKind.FACTOR)
         for_keys = bool(sizes) and sizes[-1] != 1 and weight.op_type == "Mul"
         if for_keys and self.gates and is_gate(weight.value, self.a):
             return self._take_term(dataclasses.replace(step, kind="gate"), self.factors[self.path.steps.index(step)])
@@ -205,6 +212,8 @@ class _Reader:
         wide = {x for x, size in zip(reversed(labels), reversed(sizes), strict=False) if size != 1}
         if {"row", "column"} <= wide:
             return Refusal("the scores are multiplied by a tensor of rows and keys", name, RefusalKind.FACTOR)
+        if "column" in wide and self.maximum:
+            return self._from_maximum(self.maximum)
         if "column" in wide and weight.op_type == "Div":
             return Refusal("the scores are divided by a tensor of keys, which may hold 0", name, RefusalKind.FACTOR)
         if self.terms and not self._weigh_terms(weight):
@@ -222,7 +231,15 @@ class _Reader:
         self.terms = [dataclasses.replace(t, value=weighed(t.value, weight, self.a)) for t in self.terms]
         return True
 
+    @staticmethod
+    def _from_maximum(maximum: ir.Node) -> Refusal:
+        """A softmax doesn't notice what is subtracted from a whole row, but for what makes other numbers of it."""
+        what = "of a softcap (Tanh), a factor of keys or an attention sink, which counts from it then"
+        return Refusal(f"a maximum of the scores is subtracted in front {what}", name_of(maximum))
+
     def _take_tanh(self, step: Step, factor: float) -> Refusal | None:
+        if self.maximum:
+            return self._from_maximum(self.maximum)
         if self.terms or self.softcap:
             return Refusal("a mask or bias is added before the softcap (Tanh)", name_of(step.node), RefusalKind.SOFTCAP)
         if factor <= 0:
@@ -358,7 +375,8 @@ def view_of_scores(path: Path, a: Analysis) -> View | None:
     view = None if shape is None else View.whole(shape)
     for step in path.steps:
         if step.kind == "view" and view is not None:
-            view = view_ops.apply(step.node.outputs[0], view, a)
+            is_whole = a.rank(step.node.inputs[0]) in (len(view.axes), None)  # what met it may have more axes
+            view = view_ops.apply(step.node.outputs[0], view, a) if is_whole else None
     return view
 
 

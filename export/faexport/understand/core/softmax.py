@@ -277,15 +277,11 @@ def _sum_of(value: ir.Value, a: Analysis) -> tuple[Reduction | None, tuple[ir.No
 
 
 def _is_harmless(changes: tuple[ir.Node, ...], exp: ir.Node, total: Reduction, a: Analysis) -> bool:
-    """Do the changes leave a sum of at least 1 as it is? It is that where the maximum was subtracted before."""
-    before = producer(exp.inputs[0])
-    dtype = a.dtype(exp.outputs[0])
-    if (
-        dtype is None
-        or before is None
-        or op(before) != "Sub"
-        or subtracts_own_maximum(before, total.axes[0], a) is None
-    ):
+    """Do the changes leave a sum of at least 1 as it is? It is that where the row's own maximum was subtracted before:
+    beside one of more rows its exponentials may be as small as the changes."""
+    before, dtype = producer(exp.inputs[0]), a.dtype(exp.outputs[0])
+    maximum = None if before is None else subtracts_own_maximum(before, total.axes[0], a)
+    if dtype is None or maximum is None or maximum.axes != total.axes:
         return False
     return all(_keeps(node, dtype, a) for node in changes)
 

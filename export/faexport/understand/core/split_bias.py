@@ -15,7 +15,6 @@ import onnx_ir as ir
 from faexport.graph.surgery import Builder
 from faexport.sizes.dims import Dim
 from faexport.understand.shapes.analysis import Analysis
-from faexport.understand.shapes.rules import broadcast
 
 
 class SplitBias:
@@ -33,6 +32,12 @@ class SplitBias:
         assert self.value is not None
         return self.value
 
+    @property
+    def _sizes(self) -> tuple[Dim, ...]:
+        """Of the sum, without what was learnt when it met the scores: they keep their sizes only if these fit."""
+        with self.a.without_learnt():
+            return self.a.known_shape(self.sum)
+
     def add(self, node: ir.Node, value: ir.Value, factor: float, shape: Sequence[Dim]) -> bool:
         """Adds factor * value, which `node` adds to scores of this shape; False where that can't be done here."""
         sizes = self.a.shape(value)
@@ -44,7 +49,9 @@ class SplitBias:
         else:
             build = Builder(self.a.opset)
             build.add("Add", [self.value, value], self.a.dtype(value))
-            self._become(build, node, broadcast([sizes, self.a.shape(self.value)]))
+            before = self.value
+            self._become(build, node)
+            self.a.define_broadcast(self.sum, before, value)
         return True
 
     def follow(self, node: ir.Node, before: Sequence[Dim], after: Sequence[Dim]) -> bool:
@@ -56,7 +63,7 @@ class SplitBias:
             kept += 1
         if not self._expand(node, before, kept):
             return False
-        own = self.a.known_shape(self.sum)
+        own = self._sizes
         build, dtype = Builder(self.a.opset), self.a.dtype(self.sum)
         is_literal = node.op_type == "Reshape" and sum(d.const is None for d in after) <= 1
         if own == tuple(before) and not is_literal:
@@ -67,7 +74,8 @@ class SplitBias:
             if rest.count(-1) > 1:
                 return False
             build.add("Reshape", [self.value, build.ints([*(0,) * kept, *rest])], dtype)
-        self._become(build, node, (*own[:kept], *after[kept:]))
+        self._become(build, node)
+        self.a.define(self.sum, (*own[:kept], *after[kept:]))
         return True
 
     def pad(self, node: ir.Node, shape: Sequence[Dim], starts: Sequence[int], whole: Sequence[Dim]) -> bool:
@@ -80,13 +88,14 @@ class SplitBias:
         more = (0,) * (len(whole) - len(starts))
         build = Builder(self.a.opset)
         build.add("Pad", [self.value, build.ints([*starts, *more, *counts, *more])], self.a.dtype(self.value))
-        self._become(build, node, whole)
+        self._become(build, node)
+        self.a.define(self.sum, tuple(whole))
         return True
 
     def _expand(self, node: ir.Node, shape: Sequence[Dim], kept: int) -> bool:
         """Gives the sum the rank of the scores, and their sizes but for the first `kept` axes, where sizes that it
         lacks are constants."""
-        given = self.a.known_shape(self.sum)
+        given = self._sizes
         own = (Dim.of(1),) * (len(shape) - len(given)) + tuple(given)
         if any(x not in (1, size) for x, size in zip(own, shape, strict=True)):
             return False
@@ -98,14 +107,14 @@ class SplitBias:
         if sizes != given:
             build = Builder(self.a.opset)
             build.add("Expand", [self.value, build.ints(missing)], self.a.dtype(self.value))
-            self._become(build, node, sizes)
+            self._become(build, node)
+            self.a.define(self.sum, sizes)
         self._followed = True
         return True
 
-    def _become(self, build: Builder, node: ir.Node, shape: Sequence[Dim] | None) -> None:
+    def _become(self, build: Builder, node: ir.Node) -> None:
         """Takes what was built, called after the node on the scores' way."""
         for new in build.nodes:
             new.outputs[0].name = f"{node.outputs[0].name}_faexport_bias_{self._count}"
             self._count += 1
         self.value = build.nodes[-1].outputs[0]
-        self.a.define(self.value, None if shape is None else tuple(shape))

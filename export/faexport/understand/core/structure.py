@@ -419,7 +419,7 @@ def _tensors_behind(value: ir.Value) -> list[ir.Value]:
 
 def _to_layout(build: Builder, value: ir.Value, shape: Sequence[Dim], heads: Dim) -> tuple[ir.Value | None, Layout]:
     rank = len(shape)
-    if rank == 4:
+    if rank == 4 and shape[1] == heads:
         return value, Layout.BHSD
     if rank == 3 and heads == 1:
         return value, Layout.BSH
@@ -427,6 +427,6 @@ def _to_layout(build: Builder, value: ir.Value, shape: Sequence[Dim], heads: Dim
         return build.split_axis(value, 0, 3, heads.const), Layout.BHSD
     if rank == 2 and heads == 1:
         return build.unsqueeze(value, 0), Layout.BSH
-    if rank > 4 and heads.const is not None:
+    if rank >= 4 and heads.const is not None:
         return build.to_four_axes(value, [d.const for d in shape], heads.const), Layout.BHSD
     return None, Layout.BHSD

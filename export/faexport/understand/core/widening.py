@@ -81,6 +81,8 @@ def _others(steps: Sequence[Step], shape: tuple[Dim, ...], a: Analysis) -> Itera
         order = behind
         if step.kind in ("add", "sub", "from", "where", "clamp", "min", "factor"):
             yield from ((v, order) for i, v in enumerate(step.node.inputs) if i != step.index and v is not None)
+        if a.rank(step.node.outputs[0]) not in (len(order), None):
+            return
 
 
 def followed(node: ir.Node, order: Order, shape: tuple[Dim, ...], a: Analysis) -> Order | None:

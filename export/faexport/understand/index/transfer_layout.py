@@ -365,7 +365,7 @@ def writes_everything(node: ir.Node, ctx: Interpreter) -> bool:
 def starts_written(node: ir.Node, ctx: Interpreter) -> tuple[int, ...] | None:
     """Where the elements that a ScatterND writes anew, one box of them, begin: numbers for the first axes."""
     x, indices = (ctx.known(value) if value is not None else None for value in node.inputs[:2])
-    depth = None if indices is None else ia.value_of(indices.shape[-1])
+    depth = None if indices is None or not indices.shape else ia.value_of(indices.shape[-1])
     if x is None or indices is None or depth is None or attribute(node, "reduction", "none") != "none":
         return None
     starts = _starts_of_part(indices, depth) if indices.rank == depth + 1 else None

@@ -57,7 +57,7 @@ def _slope(e: Expr, site: Site, window: Window) -> float | None:
         values = [il.float_value(x) for x in operands]
         if name == "Neg":
             factor, e = -factor, operands[0]
-        elif values[-1] is not None:
+        elif values[-1] is not None and (name == "Mul" or values[-1] != 0):
             factor, e = (factor * values[-1] if name == "Mul" else factor / values[-1]), operands[0]
         elif name == "Mul" and values[0] is not None:
             factor, e = factor * values[0], operands[1]

@@ -22,7 +22,7 @@ from faexport import spec
 from faexport.sizes import algebra as ia
 from faexport.understand.index.interpreter import Interpreter
 from faexport.understand.index.tensor import kind_of
-from faexport.understand.mask.magnitudes import MASKING
+from faexport.understand.mask.magnitudes import MASKING, coarse
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.site import Site
 from faexport.understand.mask.softmax import Skip, highest, original, proven
@@ -64,8 +64,10 @@ class Checker:
 
     def _check(self, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, options: MaskOptions) -> str:
         # What a row that sees no key gives depends on how a runtime adds a huge number in half precision (masks.md).
-        is_rounded = site.scores.dtype in _TOLERANCE and mask.attn_bias is not None
-        trial = _Trial(self.ctx, site, terms, mask, options.assume_full_rows or is_rounded)
+        floor = MASKING / 2 if options.assume_full_rows else -math.inf
+        if site.half is not None and mask.attn_bias is not None:
+            floor = -coarse(ir.DataType.BFLOAT16) / 2
+        trial = _Trial(self.ctx, site, terms, mask, floor)
         random = np.random.default_rng(0)
         for plan in _PLANS:
             difference = trial.try_plan(plan, random, options.assume_right_padding)
@@ -107,8 +109,8 @@ def _evaluated(evaluator: ReferenceEvaluator, feeds: dict[str, np.ndarray]) -> d
 class _Trial:
     """The subgraph that computes the terms and the values of the proven mask, ready to run."""
 
-    def __init__(self, ctx: Interpreter, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, full_rows: bool):
-        self.full_rows = full_rows  # rows without a visible key aren't judged
+    def __init__(self, ctx: Interpreter, site: Site, terms: Sequence[spec.MaskTerm], mask: spec.Mask, floor: float):
+        self.floor = floor  # a row whose highest score is no higher isn't judged
         self.ctx, self.site, self.terms, self.mask = ctx, site, terms, mask
         self.outputs = list(dict.fromkeys([*site.roots, *mask.values]))
         self.leaves: dict[ir.Value, bool] = {}  # what is fed: True where only its shape matters
@@ -203,8 +205,8 @@ class _Trial:
             difference = np.abs(want - proven(self.mask, values, scores, sinks))
         except ValueError:
             return math.inf
-        if self.full_rows:
-            difference = difference[highest(self.site, self.terms, values, scores) > MASKING / 2]
+        if self.floor > -math.inf:
+            difference = difference[highest(self.site, self.terms, values, scores) > self.floor]
         return float(difference.max(initial=0.0))
 
     def _number(self, size: ia.Expr, sizes: dict[ia.Expr, int]) -> int:

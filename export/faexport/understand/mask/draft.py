@@ -13,13 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from faexport import spec
-from faexport.graph.nodes import HALVES, name_of, producer
+from faexport.graph.nodes import name_of, producer
 from faexport.sizes import algebra as ia
 from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
 from faexport.understand.index.tensor import Unknown, broadcast_index
 from faexport.understand.mask.emit import Emitter
-from faexport.understand.mask.magnitudes import is_moderate, may_be_infinite
+from faexport.understand.mask.magnitudes import MASKING, coarse, is_moderate, may_be_infinite
 from faexport.understand.mask.options import MaskOptions
 from faexport.understand.mask.site import Site
 from faexport.understand.mask.window import Window, corners, length_of, split
@@ -75,13 +75,13 @@ class Draft:
             self.assume("hidden scores are below 16 and added to their fill in float16")
 
     def assume_order(self, parts: Sequence[tuple[Expr, float]]) -> None:
-        """Beside huge numbers of a float mask sums are rounded coarsely. Where every key of a row has such a number,
-        what is left of its scores is alike only if they are added up as in the graph."""
-        if all(is_moderate(e) for e, _ in parts):
+        """Beside large numbers of a float mask sums are rounded coarsely. Where every key of a row has such a number,
+        what is left of its scores is alike only if they are added up as in the graph, and in its type."""
+        half = self.site.half
+        if all(is_moderate(e, -MASKING if half is None else coarse(half)) for e, _ in parts):
             return
         text = "where a float mask hides every key of a row, nothing depends on what rounding leaves of their scores"
-        in_half = self.site.scores.dtype in HALVES or any(self.site.type_of(t) in HALVES for t in self.terms)
-        if in_half or len(parts) > 1 or parts[0][1] != 1:
+        if half is not None or len(parts) > 1 or parts[0][1] != 1:
             self.assume(text)
 
     def note_infinite(self, added: Iterable[Expr]) -> None:

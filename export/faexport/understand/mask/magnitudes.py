@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from faexport.graph.nodes import FLOATS
 from faexport.sizes import algebra as ia
 from faexport.sizes.algebra import Expr
 from faexport.understand.index import logic as il
@@ -17,16 +18,44 @@ from faexport.understand.shapes.constants import tensor_of
 
 # A fill above this is a number like any other; at or below it a softmax weight is 0 beside any usual score.
 MASKING = -1e4
+_MANTISSA_BITS = {ir.DataType.FLOAT16: 10, ir.DataType.BFLOAT16: 7, ir.DataType.FLOAT: 23, ir.DataType.DOUBLE: 52}
+_MOST_VALUES = 32  # in front of a computed bias that are looked at for numbers of a mask
+_MOST_NUMBERS = 1 << 20
+_BOUNDED = ("Sigmoid", "Tanh", "Softmax", "Normalization")
+_MOVING = (
+    "Gather",
+    "GatherND",
+    "GatherElements",
+    "Slice",
+    "Reshape",
+    "Expand",
+    "Tile",
+    "Trilu",
+    "Unsqueeze",
+    "Squeeze",
+)
+_DATA = {"Where": (1, None), **dict.fromkeys(_MOVING, (0, 1))}  # inputs whose numbers the result has
+_MIXING = ("MatMul", "Gemm", "Conv", "Einsum", "Reduce")
 _FINE = 2.0**14  # beside smaller numbers, float32 keeps 2^-10 of a score
 _FINEST = 2.0**10  # … and 2^-14
 ABSORBS = {ir.DataType.FLOAT16: -6e4, ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.DOUBLE: -1e30}
 
 
-def is_moderate(e: Expr) -> bool:
+def step_beside(number: float, dtype: ir.DataType) -> float:
+    """The distance of neighbouring numbers of a float type beside this one: what a sum with it leaves of scores."""
+    return 2.0 ** (math.floor(math.log2(abs(number))) - _MANTISSA_BITS[dtype])
+
+
+def coarse(dtype: ir.DataType) -> float:
+    """The number from which on such steps are 1/2 and more."""
+    return 2.0 ** (_MANTISSA_BITS[dtype] - 1)
+
+
+def is_moderate(e: Expr, limit: float = -MASKING) -> bool:
     """Is a bias a number like a score, far from any fill? Not if it has a huge constant in it, or comes from the
     user."""
     numbers = (abs(il.number_of(number)) for number in ia.atoms(e, "float"))
-    return all(number < -MASKING for number in numbers) and _are_tables_below(e, -MASKING)
+    return all(number < limit for number in numbers) and _are_tables_below(e, limit)
 
 
 def keeps_scores(e: Expr) -> bool:
@@ -46,11 +75,32 @@ def _are_tables_below(e: Expr, limit: float) -> bool:
     """Are all float numbers that a bias is read from stored ones, and smaller?"""
     for atom in ia.atoms(e, "load"):
         if atom.kind == "float":
-            constant = tensor_of(atom.args[0])
-            if atom.args[0].is_graph_input():
+            if atom.args[0].is_graph_input() or not _are_numbers_below(atom.args[0], limit):
                 return False
-            if constant is not None and not np.abs(constant.numpy().astype(np.float64)).max(initial=0) < limit:
+    return True
+
+
+def _are_numbers_below(value: ir.Value, limit: float) -> bool:
+    """Are the stored numbers smaller that a tensor is, or is made of by a few nodes? Behind a softmax, a sigmoid or a
+    normalization their size is lost. What the user gives is not, where it comes element by element."""
+    pending, seen, given = [value], {value}, {value}
+    while pending and len(seen) < _MOST_VALUES:
+        value = pending.pop(0)
+        constant, node = tensor_of(value), value.producer()
+        if constant is not None:
+            if constant.size > _MOST_NUMBERS and value not in given:
+                continue  # weights
+            if constant.dtype in FLOATS and not np.abs(constant.numpy().astype(np.float64)).max(initial=0) < limit:
                 return False
+        elif node is None:
+            if value in given and value.dtype in FLOATS and value.is_graph_input():
+                return False
+        elif not _standard_op(value).endswith(_BOUNDED):
+            first, last = _DATA.get(_standard_op(value), (0, None))
+            new = dict.fromkeys(v for v in node.inputs[first:last] if v is not None and v not in seen)
+            pending += new
+            seen.update(new)
+            given.update(new if value in given and not _standard_op(value).startswith(_MIXING) else ())
     return True
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from faexport import spec
+from faexport.graph.nodes import HALVES
 from faexport.sizes import algebra as ia
 from faexport.sizes.algebra import Expr
 from faexport.sizes.dims import Dim
@@ -171,6 +172,13 @@ class Site:
         """The type in which a term met the scores, which may be narrower than that of its values here; None where none
         did, or nothing is known."""
         return self.ctx.analysis.dtype(term.node.outputs[0]) if term.kind.meets_scores else None
+
+    @property
+    def half(self) -> ir.DataType | None:
+        """The half-precision type that masked scores have in front of their softmax, if they have one: there they are
+        rounded as the operator, which adds in float32, does not."""
+        types = [self.scores.dtype, *(t for term in self.terms for t in (self.type_of(term), term.narrowed))]
+        return next((dtype for dtype in types if dtype in HALVES), None)
 
     def supposing(self, known: dict[Expr, Expr]) -> Site:
         """The same site with parts of its elements assumed to be something simpler."""

@@ -99,7 +99,8 @@ def _split(term: spec.MaskTerm, s: np.ndarray, arrays: Arrays) -> np.ndarray:
         if inner in term.axes:
             known = dict(zip(term.axes, term.dims, strict=False)).get(inner)
             at = term.axes.index(inner) - len(term.axes) + value.ndim
-            size = known if isinstance(known, int) else value.shape[at] if at >= 0 else 1
+            size = known.const if known is not None else None
+            size = size or (value.shape[at] if at >= 0 else 1)
             sizes[inner], sizes[outer] = size, whole // size
     order = _by_rank(term)
     try:

@@ -65,6 +65,7 @@ _NARROWED = (
     "{:g} hides keys, and a Cast to {} makes -inf of it behind that: a row that sees no key gives NaN, in whose place "
     "are zeros, where a runtime doesn't leave that Cast out (--assume full-rows rules such rows out)"
 )
+_CLAMPED_BEHIND = "its scores are clamped behind a Cast to {}, which makes -inf of numbers that they are masked by"
 _NOTHING_LEFT = "{:g} is added to its scores in {}, which leaves nothing of them"
 _NARROWER = "{:g} hides keys in {}, and then its scores are masked or multiplied in {}"
 _DOUBLE = "what is added to its scores is float64, which the operator doesn't have"
@@ -167,9 +168,19 @@ def _check_types(site: Site) -> None:
                 raise NotAMask(_NOTHING_LEFT.format(highest, dtype_name(own)))
 
 
+def _is_narrower(dtype: ir.DataType | None, than: ir.DataType | None) -> bool:
+    return dtype is not None and than is not None and largest(dtype) < largest(than)
+
+
 def _check_casts(problem: Problem) -> None:
-    """Raises NotAMask where a Cast behind a mask makes its number infinite and zeros take the place of NaN."""
+    """Raises NotAMask where a Cast behind a mask makes its number infinite and zeros take the place of NaN, and where a
+    Cast stands between a mask and the number that scores are clamped at: what it makes infinite is that number then."""
     site = problem.site
+    for k, term in enumerate(site.terms):
+        clamps = [t.narrowed for t in site.terms[k + 1 :] if t.kind is spec.TermKind.CLAMP]
+        own = site.type_of(term)
+        if _is_narrower(term.narrowed, own) and any(_is_narrower(term.narrowed, dtype) for dtype in clamps):
+            raise NotAMask(_CLAMPED_BEHIND.format(dtype_name(term.narrowed)))
     for term in site.terms if site.scores.nan_guard and not problem.options.assume_full_rows else ():
         lowest = -math.inf if term.narrowed is None else -largest(term.narrowed)
         number = next((x for x in fills_of(site, term) if -math.inf < x < lowest), None)
@@ -263,9 +274,23 @@ def float_masks_as_they_are(problem: Problem) -> spec.Mask | None:
     draft.fact("a finite mask beside a float mask: both stay a bias")
     added = [(site.element(t, t.value), t.factor) for t in site.terms if t.kind is spec.TermKind.ADD]
     draft.assume_order(added)
+    _assume_nothing_undone(draft)
     if site.terms[-1].kind is not spec.TermKind.CLAMP:
         draft.note_infinite(e for e, _ in added)
     return draft.finished()
+
+
+def _assume_nothing_undone(draft: Draft) -> None:
+    """A number in the place of scores, and one as large beside it, of the other sign, leave nothing of these. The
+    operator adds both to them, and they are there."""
+    site, replaced = draft.site, False
+    for term in site.terms:
+        added = site.element(term, term.value) if term.kind is spec.TermKind.ADD and replaced else None
+        is_known = added is None or all(il.float_value(leaf) is not None for _, leaf in leaves(added))
+        if added is not None and not is_known and not is_moderate(added):
+            draft.assume("no number that is added to hidden scores undoes the one in their place")
+            return
+        replaced = replaced or term.kind is spec.TermKind.WHERE
 
 
 def _clamped(draft: Draft, term: spec.MaskTerm, parts: list[tuple[ir.Value, float]]) -> list[tuple[ir.Value, float]]:
@@ -383,19 +408,23 @@ def _note_rounding(draft: Draft, soft: list[Case], cases: list[Case]) -> None:
     """What a fill of medium depth leaves of the scores. Raises NotAMask where the operator would leave something else.
 
     A row may have nothing but keys of one depth, so each depth counts, unless every row has a key that is less deep."""
-    dtype, weak = draft.site.scores.dtype, [c for c in soft if not c.exact]
+    half, weak = draft.site.half, [c for c in soft if not c.exact]
     for case in (c for c in weak if not c.at_once):
         less_deep = (c.cond for c in cases if c.mask is None or c.mask >= case.number - MASKING)
         if not rows_see_a_key(draft.site, il.any_of(less_deep)):
             raise NotAMask(_OTHER_ORDER.format(case.number))
     # Beside -65504 nothing is left of a score in float16, yet in float32, where the operator adds.
-    rounded = [c for c in soft if c in weak or (dtype in HALVES and c.number > ABSORBS[ir.DataType.FLOAT])]
+    rounded = [c for c in soft if c in weak or (half is not None and c.number > ABSORBS[ir.DataType.FLOAT])]
     for number in sorted({c.number for c in rounded}):
-        text = rounding_text(number, dtype)
-        if dtype in HALVES:
-            draft.assume(f"{text} where a runtime adds in {dtype.name.lower()}, as the operator does not")
+        if half is None:
+            draft.fact(f"{rounding_text(number, draft.site.scores.dtype)}, as before")
+        elif number >= -largest(half):
+            text = f"{rounding_text(number, half)} where a runtime adds in {dtype_name(half)}, or casts to it"
+            draft.assume(f"{text}, as the operator does not")
         else:
-            draft.fact(f"{text}, as before")
+            draft.fact(
+                f"a row that sees no key gives numbers (NaN before, where {number:g} is cast to {dtype_name(half)})"
+            )
 
 
 def _decide(draft: Draft, problem: Problem, cases: list[Case]) -> tuple[Expr, list[Case]]:
@@ -452,7 +481,7 @@ def _note_empty_rows(draft: Draft) -> None:
 
 def _note_mean(draft: Draft, case: Case) -> None:
     draft.fact(f"a row that sees no key gives the mean of all values, as the fill {case.mask:g} does")
-    if not case.replaced:
+    if not case.replaced or any(t.kind is spec.TermKind.ADD and fills_of(draft.site, t) for t in draft.terms):
         draft.assume_absorbed_in_half()
 
 

@@ -3,23 +3,18 @@
 
 from __future__ import annotations
 
-import math
-
 import onnx_ir as ir
 
 from faexport.sizes import algebra as ia
 from faexport.sizes.algebra import Expr
 from faexport.sizes.printing import to_text
+from faexport.understand.mask.magnitudes import step_beside
 from faexport.understand.mask.window import Window
-
-# Of each type, those stored.
-_MANTISSA_BITS = {ir.DataType.FLOAT16: 10, ir.DataType.BFLOAT16: 7, ir.DataType.FLOAT: 23, ir.DataType.DOUBLE: 52}
 
 
 def rounding_text(fill: float, dtype: ir.DataType) -> str:
     """What a fill that doesn't absorb scores leaves of them in a row where it is added to all."""
-    step = 2.0 ** (math.floor(math.log2(-fill)) - _MANTISSA_BITS[dtype])
-    return f"in a row that sees no key scores are rounded to steps of {step:.2g} beside {fill:g}"
+    return f"in a row that sees no key scores are rounded to steps of {step_beside(fill, dtype):.2g} beside {fill:g}"
 
 
 def window_text(window: Window) -> str:

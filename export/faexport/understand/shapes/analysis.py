@@ -30,7 +30,7 @@ from faexport.understand.shapes import (  # noqa: F401 (some only register their
 )
 from faexport.understand.shapes.known import Shape
 from faexport.understand.shapes.limits import Limits, equal_sizes, limits_of
-from faexport.understand.shapes.rules import BROADCASTING, CONTENT_RULES, SHAPE_RULES
+from faexport.understand.shapes.rules import BROADCASTING, CONTENT_RULES, SHAPE_RULES, broadcast
 from faexport.understand.shapes.rules_operator import output_dtype
 
 MAX_CONTENTS = 32  # elements of an integer tensor whose contents are followed symbolically
@@ -137,8 +137,14 @@ class Analysis:
         return size == 1 or self.simplified((size.meet(whole),)) == self.simplified((whole,))
 
     def define(self, value: ir.Value, shape: Shape | None) -> None:
-        """The shape of a value that isn't in the graph yet."""
+        """The shape of a value that isn't in the graph yet. What becomes a mask has the sizes that were not learnt: its
+        proof asks again whether the scores keep theirs beside it."""
         self._shapes[value] = shape
+
+    def define_broadcast(self, value: ir.Value, *sources: ir.Value) -> None:
+        """The same of a value that is made of these, element by element."""
+        with self.without_learnt():
+            self.define(value, broadcast([self.shape(source) for source in sources]))
 
     def rank(self, value: ir.Value | None) -> int | None:
         shape = self.shape(value)

@@ -263,6 +263,6 @@ def fold(node: ir.Node, inputs: Arrays, most: int = MAX_ELEMENTS) -> np.ndarray 
             return None
         with np.errstate(all="ignore"):
             result = np.asarray(function(node, inputs))
-    except (ValueError, IndexError, TypeError, KeyError, OverflowError, np.exceptions.AxisError):
+    except (ValueError, IndexError, TypeError, KeyError, ArithmeticError, np.exceptions.AxisError):
         return None
     return result if result.size <= most else None
