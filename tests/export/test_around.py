@@ -17,9 +17,8 @@ from faexport.runtimes import ort_session
 from faexport.verify import model_check
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.export.mutations import MODELS
 from tests.export.test_projections import HEADS, D, E, attention, counts
-
-MODELS = pathlib.Path(__file__).parent / "models"
 
 
 def normalized_first(norm: str) -> onnx.ModelProto:

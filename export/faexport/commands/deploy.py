@@ -17,7 +17,7 @@ import click
 from faexport.commands import terminal
 from faexport.commands.shared_options import FOLDER, model_argument, quiet_option
 from faexport.errors import ModelError
-from faexport.files.output import check_input, write_file, writing
+from faexport.files.output import check_input, model_stem, write_file, writing
 
 EXAMPLES = """\b
 Examples:
@@ -79,7 +79,7 @@ def deploy(
     from faexport.runtimes import operator_library, triton
 
     check_input(model)
-    name = name or re.sub(r"[^\w.-]", "_", model.name.removesuffix(".onnx"))
+    name = name or re.sub(r"[^\w.-]", "_", model_stem(model))
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise ModelError(f"--name {name}: letters, digits, '_', '-' and '.' make the name of a model")
     place = folder / name

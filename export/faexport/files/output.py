@@ -22,6 +22,7 @@ from faexport.files import scratch
 from faexport.files.signals import uninterrupted
 
 PathLike = str | os.PathLike[str]
+SUFFIX, OWN_SUFFIX = ".onnx", ".fa.onnx"  # of models, and of those that are written where nothing else is said
 
 
 def check_output(path: pathlib.Path, inputs: Iterable[PathLike], option: str = "-o", streams: bool = False) -> None:
@@ -108,9 +109,19 @@ def check_input(path: pathlib.Path, advice: str = "check the path") -> None:
     raise ModelError(f"{path}: is {_kind_name(kind)}; give the name of a file")
 
 
+def is_model_name(path: PathLike, suffix: str = SUFFIX) -> bool:
+    """Is a file of this name a model? Some are named in capitals."""
+    return os.fspath(path).lower().endswith(suffix)
+
+
+def model_stem(model: pathlib.Path) -> str:
+    """Its name, without the suffix of models."""
+    return model.name[: -len(SUFFIX)] if is_model_name(model) else model.name
+
+
 def default_target(model: pathlib.Path) -> pathlib.Path:
     """model.onnx -> model.fa.onnx, beside it."""
-    return model.with_name(f"{model.name.removesuffix('.onnx')}.fa.onnx")
+    return model.with_name(f"{model_stem(model)}{OWN_SUFFIX}")
 
 
 def final_path(path: pathlib.Path) -> pathlib.Path:
