@@ -22,6 +22,7 @@ from faexport.files import scratch
 from faexport.files.signals import uninterrupted
 
 PathLike = str | os.PathLike[str]
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 SUFFIX, OWN_SUFFIX = ".onnx", ".fa.onnx"  # of models, and of those that are written where nothing else is said
 
 
@@ -101,6 +102,10 @@ def check_input(path: pathlib.Path, advice: str = "check the path") -> None:
             with path.open("rb"):
                 return
     except FileNotFoundError as error:
+        if str(path) == "-":
+            raise ModelError(
+                f"{path}: a model is read more than once, so not from stdin; give a file's name"
+            ) from error
         if re.match(r"\w+:/", str(path)):
             advice = "an address isn't read, so download the file first"
         raise ModelError(f"{path}: no such file; {advice}") from error
@@ -152,7 +157,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+        advice = "free some space" if error.errno in FULL_DISK else "choose another place"
         raise ModelError(f"{path}: cannot be written: {error.strerror or error}; {advice}") from error
 
 
