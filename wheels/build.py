@@ -45,11 +45,12 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="NAME", help="build this wheel alone")
     parser.add_argument("--into", type=pathlib.Path, default=ROOT / "dist", metavar="DIR", help="default: dist")
     arguments = parser.parse_args()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    checkout = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    project = checkout["project"]
     for name, text, cuda in plan(project, arguments.cuda, arguments.machine):
         if arguments.only in ("", name):
             print(f"building {name}", flush=True)
-            folder = stage(project, name, text, arguments.machine, arguments.url)
+            folder = stage(checkout, name, text, arguments.machine, arguments.url)
             wheel = _build(folder, cuda, arguments.machine, arguments.into)
             print(f"{wheel}  {wheel.stat().st_size / 1e6:.2f} MB", flush=True)
 
@@ -75,8 +76,8 @@ def plan(project: dict[str, Any], cuda: str, machine: str) -> list[tuple[str, st
     return [*wheels, (f"faplugin-cu{major[1]}", GPU_PLUGIN.format(cuda=major[1]), "ON")]
 
 
-def stage(project: dict[str, Any], name: str, text: str, machine: str, url: str) -> pathlib.Path:
-    """The folder of one wheel's project, which compiles in it."""
+def stage(checkout: dict[str, Any], name: str, text: str, machine: str, url: str) -> pathlib.Path:
+    """The folder of one wheel's project, which compiles in it. `checkout`: what is in pyproject.toml."""
     folder = STAGE / f"{name}-{machine}"
     folder.mkdir(parents=True, exist_ok=True)
     is_tool = name == TOOL
@@ -87,8 +88,8 @@ def stage(project: dict[str, Any], name: str, text: str, machine: str, url: str)
         **({} if is_tool else {"py-api": "py3"}),
     }
     file = {
-        "build-system": {"requires": ["scikit-build-core>=0.10"], "build-backend": "scikit_build_core.build"},
-        "project": metadata(project, name, text, url),
+        "build-system": checkout["build-system"],
+        "project": metadata(checkout["project"], name, text, url),
         "tool": {"scikit-build": {"wheel": wheel, "build-dir": "cmake"}},
     }
     (folder / "pyproject.toml").write_text(tomli_w.dumps(file), "utf-8")

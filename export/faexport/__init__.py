@@ -62,6 +62,7 @@ def fuse(
 
     from faexport import diagnosis, pipeline
     from faexport.files import model_io
+    from faexport.options import named_as_in_python
 
     options = options or pipeline.Options()
     if options.half:
@@ -71,4 +72,5 @@ def fuse(
     if isinstance(model, onnx.ModelProto):
         fused, report = pipeline.run(model_io.load(model), options)
         return ir.to_proto(fused), report
-    return diagnosis.fuse(model_io.load(model), options, pathlib.Path(model))
+    with named_as_in_python():
+        return diagnosis.fuse(model_io.load(model), options, pathlib.Path(model))

@@ -23,7 +23,7 @@ from faexport.files import model_io, scratch
 from faexport.files.graph_checks import external_tensors
 from faexport.files.output import check_input, check_output, default_target
 from faexport.files.signals import uninterrupted
-from faexport.options import DEVICES, VERIFY_TIMEOUT, Options
+from faexport.options import DEVICES, VERIFY_TIMEOUT, Options, as_in_python, named_as_in_python
 from faexport.report import provenance
 from faexport.report.data import Report, Verification, VerificationStatus, count_nodes
 from faexport.runtimes import genai, ort_session
@@ -189,7 +189,8 @@ def optimize(
 
     Args:
         model: the file to read, or a folder of onnxruntime-genai, which is copied; neither is ever changed.
-        out: where to write; by default beside the model, with the ending .fa.onnx, of a folder .fa.
+        out: where to write: a file, or a folder that is there, in which a file gets the model's name; by default beside
+            the model, with the ending .fa.onnx, of a folder .fa.
         options: what to fuse, and how.
         verify: compare the models, and write nothing where they differ.
         inputs: an .npz with an array for each input, to compare on besides random ones.
@@ -203,23 +204,52 @@ def optimize(
     Raises:
         ModelError: the model can't be used, or the result can't be written. One sentence, and nothing was written.
         NotVerifiedError: the models differ, or could not be compared; nothing was written. Its `report` tells more.
+        TypeError, ValueError: an argument is none of what is expected.
     """
     if verify_on not in DEVICES:
         raise ValueError(f"verify_on is '{verify_on}'; expected {' or '.join(DEVICES)}")
+    if not timeout > 0:
+        raise ValueError(f"timeout is {timeout}; expected seconds, more than 0")
+    if options is not None and not isinstance(options, Options):
+        raise TypeError(f"options is of type {type(options).__name__}; expected faexport.Options")
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"model is of type {type(model).__name__}; expected a path (fuse() takes a model in memory)")
     source = pathlib.Path(model)
-    target = pathlib.Path(out) if out is not None else target_of(source)
     own = pathlib.Path(inputs) if inputs is not None else None
     report = Report(model=str(source))
-    try:
-        job = Job(source, target, options or Options(), verify, timeout, own, dry_run, verify_on=verify_on)
-        if job.check or job.options.half or job.options.float8:
-            ort_session.check_device(verify_on)
-        run_any(job, report)
-    except NotVerifiedError as error:
-        report.error = str(error)
-        error.report = report
-        raise
+    with named_as_in_python():
+        try:
+            job = Job(
+                source,
+                _chosen_target(source, out),
+                options or Options(),
+                verify,
+                timeout,
+                own,
+                dry_run,
+                verify_on=verify_on,
+            )
+            if job.check or job.options.half or job.options.float8:
+                ort_session.check_device(verify_on)
+            run_any(job, report)
+        except NotVerifiedError as error:
+            report.error = as_in_python(str(error))
+            error.report = report
+            raise
     return report
+
+
+def _chosen_target(source: pathlib.Path, out: str | os.PathLike[str] | None) -> pathlib.Path:
+    """The file to write, or the copy of a folder of genai. Raises ModelError."""
+    if out is None:
+        return target_of(source)
+    if source.is_dir():
+        return pathlib.Path(out)
+    if os.path.isdir(out):
+        return pathlib.Path(out) / source.name
+    if os.fspath(out).endswith(os.sep):
+        raise ModelError(f"{out}: this folder does not exist; create it or choose another place with -o")
+    return pathlib.Path(out)
 
 
 def read(path: pathlib.Path, report_file: pathlib.Path | None, watcher: Watcher) -> ir.Model:

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from faexport.errors import ModelError, NotVerifiedError
 
 if TYPE_CHECKING:  # slow to import, and the command line reads this file
     import onnx_ir as ir
@@ -43,6 +47,8 @@ class Options:
             raise ValueError(f"target is '{self.target}'; expected {' or '.join(TARGETS)}")
         if self.float32 not in ("", "tf32", "tf32x3"):
             raise ValueError(f"float32 is '{self.float32}'; expected tf32, tf32x3, or nothing")
+        if self.opset is not None and not isinstance(self.opset, int):
+            raise ValueError(f"opset is {self.opset!r}; expected a number, or None")
         if isinstance(self.dtype, str):
             raise ValueError(f"dtype is '{self.dtype}'; expected an onnx_ir.DataType, such as DataType.FLOAT16")
         dtype = None if self.dtype is None else self.dtype.name
@@ -99,3 +105,39 @@ def contradiction(chosen: Any, dtype: str | None, spell: Callable[[str, Any], st
             "run; leave one of them out"
         )
     return ""
+
+
+# optimize()'s arguments that the command line calls otherwise.
+_ARGUMENTS = {"o": "out", "verify_timeout": "timeout"}
+_VALUES = "|".join([*TARGETS, *DEVICES, *DTYPES, r"\d+", "SECONDS", r"(?i:file)\.npz"])
+_TYPED = re.compile(
+    rf"(?<![^\s(])(?:--assume (?P<assumed>[a-z-]+)|--?(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>{_VALUES})\b)?)"
+)
+
+
+@contextlib.contextmanager
+def named_as_in_python() -> Iterator[None]:
+    """Errors of the body name options as arguments of optimize() and fields of Options, not by what is typed."""
+    try:
+        yield
+    except (ModelError, NotVerifiedError) as error:
+        error.args = (as_in_python(str(error)),)
+        raise
+
+
+def as_in_python(sentence: str) -> str:
+    """A sentence that names options of the command line: "choose another place with out", "verify=False would …"."""
+    return _TYPED.sub(_argument, sentence)
+
+
+def _argument(found: re.Match[str]) -> str:
+    if found["assumed"]:
+        return f"assume_{found['assumed'].replace('-', '_')}=True"
+    name, value = found["name"].replace("-", "_"), found["value"]
+    if name.startswith("no_"):
+        name, value = name.removeprefix("no_"), "False"
+    elif name == "dtype" and value:
+        value = f"DataType.{DTYPES[value]}"
+    elif value and not value.isdigit() and value != "SECONDS":
+        value = f'"{value}"'
+    return _ARGUMENTS.get(name, name) + (f"={value}" if value else "")

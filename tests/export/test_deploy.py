@@ -130,5 +130,10 @@ def test_what_triton_has_no_type_for_is_one_line(tmp_path: pathlib.Path) -> None
 
 
 def test_nothing_is_left_of_what_could_not_be_written(model: pathlib.Path) -> None:
-    assert_bad_input(on_a_full_disk("deploy", model, "--triton", model.parent / "r"), "cannot be written")
+    for repository in ("r", "new/deep/r"):
+        assert_bad_input(on_a_full_disk("deploy", model, "--triton", model.parent / repository), "cannot be written")
+        assert [path.name for path in model.parent.iterdir()] == ["model.onnx"]
+    (model.parent / "there").mkdir()  # by somebody else
+    assert_bad_input(on_a_full_disk("deploy", model, "--triton", model.parent / "there"), "cannot be written")
+    assert not list((model.parent / "there").iterdir())
     assert here("deploy", model, "--triton", model.parent / "r").returncode == 0

@@ -196,8 +196,8 @@ def test_what_float8_would_ruin_keeps_its_precision(
 @pytest.mark.parametrize(
     ("model", "given", "sentence"),
     [
-        (model_of(PLAIN, opset=17), True, "--opset 19"),
-        (model_of(PLAIN), False, "--inputs FILE.npz"),
+        (model_of(PLAIN, opset=17), True, "opset=19"),
+        (model_of(PLAIN), False, 'inputs="FILE.npz"'),
         (model_of(PLAIN, QKV.format("float", HEADS).replace(f", {DIM}]", ", 8]")), True, "heads have 8 columns"),
     ],
     ids=["opset", "inputs", "columns"],

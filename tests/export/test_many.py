@@ -4,10 +4,12 @@ is that of the worst."""
 
 from __future__ import annotations
 
+import errno
 import json
 import pathlib
 import signal
 import time
+from typing import NoReturn
 
 import onnx
 import pytest
@@ -53,6 +55,23 @@ def test_a_folder_that_is_named_like_a_model_is_none(folder: pathlib.Path) -> No
     for name in ("b.onnx", "plain.onnx", "old.fa.onnx"):
         (folder / name).unlink()
     assert_bad_input(here(folder), "without models")
+
+
+def test_models_may_be_named_in_capitals(folder: pathlib.Path) -> None:
+    (folder / "a.onnx").rename(folder / "A.ONNX")
+    (folder / "old.fa.onnx").rename(folder / "old.FA.Onnx")
+    done = here(folder, "--json", "--no-verify")
+    assert done.returncode == 0, done.stderr
+    written = [one["output"] for one in json.loads(done.stdout)["models"]]
+    assert written == [str(folder / "A.fa.onnx"), str(folder / "b.fa.onnx"), None]
+
+
+def test_a_folder_that_cannot_be_read(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: pathlib.Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    assert_bad_input(here(folder), "models: cannot be read: Permission denied")
 
 
 def test_one_model_named_twice_goes_to_a_folder(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -278,17 +278,17 @@ def test_other_files_stay(tmp_path: pathlib.Path) -> None:
     assert all((tmp_path / name).read_text() == "mine" for name in others)
 
 
-@pytest.mark.parametrize("prefix", ["", "./"])
-def test_weights_of_another_model_stay(prefix: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("prefix", "other"), [("", "other.onnx"), ("./", "other.onnx"), ("", "OTHER.ONNX")])
+def test_weights_of_another_model_stay(prefix: str, other: str, tmp_path: pathlib.Path) -> None:
     """Also where their file has the name that ours would have, and in later runs."""
-    want = weights(external(tmp_path / "other.onnx", 0, f"{prefix}m.onnx.data"))
+    want = weights(external(tmp_path / other, 0, f"{prefix}m.onnx.data"))
     external(tmp_path / "a.onnx", 1, "xm.onnx.data")  # ends like the other's
     for data in ("m.onnx.1.data", "m.onnx.2.data"):
         save(tmp_path / "a.onnx", tmp_path / "m.onnx")
-        assert names(tmp_path) == sorted(["a.onnx", "xm.onnx.data", "other.onnx", "m.onnx.data", "m.onnx", data]), (
+        assert names(tmp_path) == sorted(["a.onnx", "xm.onnx.data", other, "m.onnx.data", "m.onnx", data]), (
             "the older file of ours goes, the other model's stays"
         )
-        assert weights(onnx.load(tmp_path / "other.onnx")) == want
+        assert weights(onnx.load(tmp_path / other)) == want
 
 
 STEPS = ("rename", "replace", "unlink")

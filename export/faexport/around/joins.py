@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Joins what stands around attention into onnxruntime's own operators (Options.joins_rest). Called by pipeline.py.
 
-onnxscript's rules find the places, but for root-mean-square normalizations, which understand/core reads. That the
-shapes of both sides are equal the rules read from what declare.py wrote. What they leave to chance is checked here:
-that sizes are known, weights as long as a row, and types such that onnxruntime's operators take them everywhere.
-onnxruntime joins much of it by itself, but not a residual whose sum is read again (in models that normalize first), and
-no root-mean-square normalizations of newer exports.
+onnxscript's rules find the places, behind normalizations.py, embeddings.py and skip_normalizations.py. That the shapes
+of both sides are equal the rules read from what declare.py wrote. What they leave to chance is checked here: that sizes
+are known, weights as long as a row, and types such that onnxruntime's operators take them everywhere. onnxruntime joins
+much of it by itself, but not a residual whose sum is read again (in models that normalize first), and no
+root-mean-square normalizations of newer exports.
 """
 
 from __future__ import annotations
@@ -16,29 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from faexport.around import embeddings, skip_normalizations
+from faexport.around import embeddings, normalizations, skip_normalizations
 from faexport.fallback.formulas import FORMULAS
-from faexport.graph.edits import Names, insert_in_front, remove_dead, take_over
-from faexport.graph.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, graphs_of, op, operand, producer
+from faexport.graph.edits import Names, remove_dead
+from faexport.graph.nodes import RUNTIME_DOMAIN, RUNTIME_FLOATS, attribute, op, operand, producer
 from faexport.spec import DOMAIN
-from faexport.understand.core.head_norm import head_norm_of
 from faexport.understand.shapes.analysis import Analysis
 
 if TYPE_CHECKING:  # slow to import
     from onnxscript.rewriter import pattern
 
-MISPLACED = "SimplifiedLayerNormalization"  # an operator of onnxruntime that lies in ONNX's own domain
 NORMALIZATIONS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
-JOINED = (MISPLACED, *NORMALIZATIONS, "Gelu", "FastGelu", "BiasGelu")
+JOINED = (*NORMALIZATIONS, "Gelu", "FastGelu", "BiasGelu")
 TENSORS, WEIGHTS = ("x", "input", "skip"), ("bias", "scale", "gamma", "beta")  # as the rules call them
 
 
 def join(model: ir.Model, a: Analysis, names: Names) -> None:
     """Changes the model in place, but for the operators' domain among its imports."""
     unread, types = _unread(model), _types_in_stand_ins(model)
+    normalizations.join(model, a, names)
     embeddings.join(model, a, names)
     _leave_out_what_changes_nothing(model, a)
-    _root_mean_squares(model, a, names)
     skip_normalizations.join(model, a, names)
     turned = [*_put_biases_second(model), *_put_biased_second(model)]
     for rules in _rules():
@@ -80,11 +78,11 @@ def note(joined: Mapping[str, int]) -> str:
 
 def counts(model: ir.Model) -> collections.Counter[str]:
     """onnxruntime's operators among those that join() and cuda_operators.py write, in all graphs of a model."""
-    nodes = model.graph.all_nodes()
+    misplaced = normalizations.misplaced(model)
     return collections.Counter(
         node.op_type
-        for node in nodes
-        if node.op_type in (*JOINED, *FORMULAS) and (node.domain == RUNTIME_DOMAIN or node.op_type == MISPLACED)
+        for node in model.graph.all_nodes()
+        if (node.domain == RUNTIME_DOMAIN and node.op_type in (*JOINED, *FORMULAS)) or op(node) in misplaced
     )
 
 
@@ -108,22 +106,6 @@ def _rules() -> Iterator[pattern.RewriteRuleSet]:
     for kind in (skip_normalization.SkipLayerNormFusion, skip_normalization.SkipRmsNormFusion):
         with_bias = [_sure(kind, f"bias {first}", has_bias=True, bias_pre_add=first) for first in (True, False)]
         yield pattern.RewriteRuleSet([*with_bias, _sure(kind, "no bias")])
-
-
-def _root_mean_squares(model: ir.Model, a: Analysis, names: Names) -> None:
-    """Root-mean-square normalizations, in any of the spellings that are also read in front of attention."""
-    for graph, _ in graphs_of(model):
-        for node in list(graph):
-            if node.graph is None or op(node) not in ("Mul", "Cast"):  # else it was part of one that was found before
-                continue
-            norm, value = head_norm_of(node.outputs[0], a), node.outputs[0]
-            if norm is None or a.dtype(value) not in RUNTIME_FLOATS or a.dtype(norm.weight) != a.dtype(value):
-                continue
-            words = {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1}
-            joined = ir.node(MISPLACED, [norm.source, norm.weight], words)
-            insert_in_front(node, [joined], node.name or "joined", names)
-            take_over(value, joined.outputs[0])
-            remove_dead([node])
 
 
 def _sure(kind: Any, *arguments: str, **settings: bool) -> pattern.RewriteRule:

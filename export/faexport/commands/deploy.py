@@ -17,7 +17,8 @@ import click
 from faexport.commands import terminal
 from faexport.commands.shared_options import FOLDER, model_argument, quiet_option
 from faexport.errors import ModelError
-from faexport.files.output import check_input, write_file, writing
+from faexport.files.output import check_input, model_stem, write_file, writing
+from faexport.files.signals import uninterrupted
 
 EXAMPLES = """\b
 Examples:
@@ -79,7 +80,7 @@ def deploy(
     from faexport.runtimes import operator_library, triton
 
     check_input(model)
-    name = name or re.sub(r"[^\w.-]", "_", model.name.removesuffix(".onnx"))
+    name = name or re.sub(r"[^\w.-]", "_", model_stem(model))
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise ModelError(f"--name {name}: letters, digits, '_', '-' and '.' make the name of a model")
     place = folder / name
@@ -91,9 +92,7 @@ def deploy(
         raise ModelError(f"--gpu: {lacking}")
     seen = f"{(mounted_at or str(folder.resolve())).rstrip('/')}/{name}/{operator_library.NAME}" if library else ""
     text = triton.config(loaded, triton.Serving(name, seen, max_batch, instances, gpu))
-    with writing(place):
-        place.mkdir(parents=True)
-    with _removed_on_failure(place):
+    with _making(place):
         with writing(place):
             (place / "1").mkdir()
             if library is not None:
@@ -105,10 +104,23 @@ def deploy(
 
 
 @contextlib.contextmanager
-def _removed_on_failure(place: pathlib.Path) -> Iterator[None]:
-    """Half a model would be served by a server that looks at the repository, and refused as there by the next try."""
+def _making(place: pathlib.Path) -> Iterator[None]:
+    """Makes the folder for the body, and removes what was made, those above it too, if the body fails: half a model
+    would be served by a server that looks at the repository, and refused as there by the next try. Raises ModelError.
+    """
+    made: list[pathlib.Path] = []  # the innermost last
     try:
+        with writing(place):
+            for folder in reversed([one for one in (place, *place.parents) if not one.exists()]):
+                with uninterrupted():
+                    folder.mkdir()
+                    made.append(folder)
         yield
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
+        if place in made:
+            shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else is in it by now
+            for folder in reversed(made):
+                if folder != place:
+                    folder.rmdir()
         raise

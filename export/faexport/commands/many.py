@@ -21,12 +21,11 @@ import rich.table
 from faexport import jobs
 from faexport.commands import terminal
 from faexport.errors import ModelError, NotVerifiedError
-from faexport.files.output import closed, final_path, writing
+from faexport.files.output import OWN_SUFFIX, SUFFIX, closed, final_path, is_model_name, writing
 from faexport.files.signals import uninterrupted
 from faexport.report.data import Report
 from faexport.runtimes import genai
 
-SUFFIX, OWN_SUFFIX = ".onnx", ".fa.onnx"
 # Of the whole call: the first of these that the code of one model is.
 WORST_FIRST = (
     terminal.EXIT_INTERNAL_ERROR,
@@ -52,8 +51,12 @@ def models(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
         if not path.is_dir() or (path / genai.CONFIG).is_file():
             found.append(path)
             continue
-        found_here = (file for file in path.glob(f"*{SUFFIX}") if not file.is_dir())  # some tools name folders so, too
-        inside = sorted(file for file in found_here if not file.name.endswith(OWN_SUFFIX))
+        try:
+            files = sorted(path.iterdir())
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}; check the path") from error
+        named = (file for file in files if is_model_name(file) and not is_model_name(file, OWN_SUFFIX))
+        inside = [file for file in named if not file.is_dir()]  # some tools name folders so, too
         if not inside:
             raise ModelError(
                 f"{path}: is a folder without {genai.CONFIG} and without models (*{SUFFIX}); name a model, or a folder "
@@ -80,7 +83,7 @@ def places(
     if output is None:
         return _targets(sources, None), None
     ends_with_slash = output.endswith(("/", os.sep))
-    is_file_name = output.endswith(SUFFIX) and not os.path.isdir(output)
+    is_file_name = is_model_name(output) and not os.path.isdir(output)
     if len(sources) == 1:
         is_copy = sources[0].is_dir()
         means_several = len(given) > 1 or given[0].is_dir()  # the same one twice, too

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -48,16 +47,19 @@ class _FileOrFolder(_File):
         return _Named.convert(self, value, param, ctx) if folder else super().convert(value, param, ctx)
 
 
-class Seconds(click.FloatRange):
+class Seconds(click.ParamType):
     """A length of time that clocks can count."""
 
+    name = "seconds"
+    most = 1e7
+
     def __init__(self, least: float) -> None:
-        super().__init__(min=least, max=1e7)
+        self.least = least
 
     def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds = super().convert(value, param, ctx)
-        if math.isnan(seconds):  # neither below the least nor above the most
-            self.fail(f"{value} is no number of seconds", param, ctx)
+        seconds: float = click.FLOAT.convert(value, param, ctx)
+        if not self.least <= seconds <= self.most:  # NaN is neither
+            self.fail(f"{value} is no number of seconds from {self.least:g} to {self.most:g}", param, ctx)
         return seconds
 
 

@@ -28,6 +28,7 @@ import click.shell_completion
 import rich.console
 
 from faexport.errors import ModelError
+from faexport.files.output import FULL_DISK
 
 if TYPE_CHECKING:
     import rich.progress
@@ -160,6 +161,7 @@ def run_app(app: Callable[..., object]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
             signal.signal(number, _interrupt)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that the terminal's encoding lacks are shown escaped
             stream.reconfigure(errors="backslashreplace")
@@ -183,11 +185,22 @@ def run_app(app: Callable[..., object]) -> None:
     raise SystemExit(code or 0)
 
 
+def _open_closed_streams() -> None:
+    """Streams that the caller closed (>&-) lead nowhere. Else files that are opened later would take their numbers, to
+    which native code prints."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # takes the lowest number that is free: the stream's
+
+
 def unexpected(error: Exception) -> tuple[str, int]:
     """The sentence about an error that nobody raised on purpose, and the exit code: memory that ran out, also that of
-    addresses, in which weights are mapped, or a defect of ours."""
+    addresses, in which weights are mapped, a full disk, perhaps behind stdout, or a defect of ours."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "there is not enough memory for this model; free some, or run where there is more", EXIT_BAD_INPUT
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        place = f"{error.filename} " if error.filename else ""
+        return f"{place}cannot be written: {error.strerror}; free some space".strip(), EXIT_BAD_INPUT
     sentence = (
         f"internal error, please report it with the model: {type(error).__name__}: {error} "
         "(set FAEXPORT_TRACEBACK=1 to see where it happened)"
@@ -197,7 +210,8 @@ def unexpected(error: Exception) -> tuple[str, int]:
 
 def _usage_error(error: click.ClickException) -> str:
     """click's message in a line of ours."""
-    text = " ".join(error.format_message().split()).removesuffix(".").replace("valid integer range", "valid integer")
+    text = " ".join(error.format_message().split()).removesuffix(".")
+    text = text.replace("valid integer range", "valid integer").replace(". (Did", " (did")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else PROGRAM
     return f"{text[:1].lower()}{text[1:]}; {command} --help shows the usage"
@@ -267,9 +281,11 @@ class DefaultCommandGroup(click.Group):
             raise Interrupted from error
 
     def _check_is_no_misspelt_command(self, word: str, ctx: click.Context) -> None:
-        near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
+        options = {option.removeprefix("--"): option for option in ("--help", "--version")}
+        near = difflib.get_close_matches(word, [*self.commands, *options], n=1, cutoff=0.75)
         if near and not os.path.exists(word):
-            ctx.fail(f"there is no file and no command '{word}' (did you mean '{near[0]}'?)")
+            meant = options.get(near[0], near[0])
+            ctx.fail(f"there is no file and no command '{word}' (did you mean '{meant}'?)")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         names = {param.name for param in self._default.params}

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from faexport.errors import ModelError, first_cause
 from faexport.files import scratch
 from faexport.files.graph_checks import check_model, external_tensors
-from faexport.files.output import check_input, check_output, final_path, writing
+from faexport.files.output import check_input, check_output, final_path, is_model_name, writing
 from faexport.files.proto_checks import check_proto
 from faexport.files.signals import uninterrupted
 
@@ -226,8 +226,8 @@ def _is_referred_to(data: pathlib.Path, but_by: pathlib.Path) -> bool:
     places = [os.fsencode(f"{folder}{data.name}") for folder in ("", "./")]
     entries = [b"\x0a\x08location\x12" + _varint(len(place)) + place for place in places]
     try:
-        for path in data.parent.glob("*.onnx"):
-            if path == but_by or not path.is_file() or not path.stat().st_size:
+        for path in data.parent.iterdir():
+            if not is_model_name(path) or path == but_by or not path.is_file() or not path.stat().st_size:
                 continue
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 if any(content.find(entry) >= 0 for entry in entries):

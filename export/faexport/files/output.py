@@ -22,6 +22,8 @@ from faexport.files import scratch
 from faexport.files.signals import uninterrupted
 
 PathLike = str | os.PathLike[str]
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+SUFFIX, OWN_SUFFIX = ".onnx", ".fa.onnx"  # of models, and of those that are written where nothing else is said
 
 
 def check_output(path: pathlib.Path, inputs: Iterable[PathLike], option: str = "-o", streams: bool = False) -> None:
@@ -100,6 +102,10 @@ def check_input(path: pathlib.Path, advice: str = "check the path") -> None:
             with path.open("rb"):
                 return
     except FileNotFoundError as error:
+        if str(path) == "-":
+            raise ModelError(
+                f"{path}: a model is read more than once, so not from stdin; give a file's name"
+            ) from error
         if re.match(r"\w+:/", str(path)):
             advice = "an address isn't read, so download the file first"
         raise ModelError(f"{path}: no such file; {advice}") from error
@@ -108,9 +114,19 @@ def check_input(path: pathlib.Path, advice: str = "check the path") -> None:
     raise ModelError(f"{path}: is {_kind_name(kind)}; give the name of a file")
 
 
+def is_model_name(path: PathLike, suffix: str = SUFFIX) -> bool:
+    """Is a file of this name a model? Some are named in capitals."""
+    return os.fspath(path).lower().endswith(suffix)
+
+
+def model_stem(model: pathlib.Path) -> str:
+    """Its name, without the suffix of models."""
+    return model.name[: -len(SUFFIX)] if is_model_name(model) else model.name
+
+
 def default_target(model: pathlib.Path) -> pathlib.Path:
     """model.onnx -> model.fa.onnx, beside it."""
-    return model.with_name(f"{model.name.removesuffix('.onnx')}.fa.onnx")
+    return model.with_name(f"{model_stem(model)}{OWN_SUFFIX}")
 
 
 def final_path(path: pathlib.Path) -> pathlib.Path:
@@ -141,7 +157,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
+        advice = "free some space" if error.errno in FULL_DISK else "choose another place"
         raise ModelError(f"{path}: cannot be written: {error.strerror or error}; {advice}") from error
 
 

@@ -117,8 +117,8 @@ class SiteComparison:
 class Verification:
     status: VerificationStatus
     reason: str = ""  # why it failed or was not run
-    runs: tuple[VerificationRun, ...] = ()
-    sites: tuple[SiteComparison, ...] = ()
+    runs: tuple[VerificationRun, ...] = dataclasses.field(default=(), repr=False)
+    sites: tuple[SiteComparison, ...] = dataclasses.field(default=(), repr=False)
     notes: tuple[str, ...] = ()  # sentences about what was compared
     of_output: bool = False  # the reason speaks of an output of the model: it differs, or can't be compared
     any_numbers: bool = False  # the reason speaks of inputs whose masks hold other numbers than 0 and 1
@@ -258,7 +258,10 @@ class Provenance:
 
 @dataclasses.dataclass
 class Report:
-    """Everything that is known after a run. `nodes_*` count nodes by op type, subgraphs and functions included."""
+    """Everything that is known after a run. `nodes_*` count nodes by op type, subgraphs and functions included.
+
+    repr() is one line, str() has a line for each site that is left and for each note, to_json() has everything.
+    """
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
     nodes_before: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -294,6 +297,22 @@ class Report:
     @property
     def num_refused(self) -> int:
         return len(self.sites) - self.num_fused
+
+    def __repr__(self) -> str:
+        return f"<faexport.Report of {self._summary()}>"
+
+    def __str__(self) -> str:
+        left = [f"left as it is: '{site.name}': {site.refusal}" for site in self.sites if not site.fused]
+        notes = [f"note: {note}" for note in self.notes]
+        errors = [f"error: {self.error}"] if self.error else []
+        return "\n".join([self._summary(), *left, *notes, *errors])
+
+    def _summary(self) -> str:
+        """What came of which model, in one line."""
+        checked = [f"verification {self.verification.status}"] if self.verification is not None else []
+        written = [f"wrote {self.output}"] if self.output else []
+        parts = [f"{self.num_fused} of {len(self.sites)} attention sites fused", *checked, *written]
+        return f"{self.model or 'a model in memory'}: {'; '.join(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and strings; docs/faexport.md describes the keys."""

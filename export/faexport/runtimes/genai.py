@@ -18,7 +18,7 @@ from typing import Any
 from faexport.errors import ModelError
 from faexport.files import model_io, scratch
 from faexport.files.graph_checks import external_tensors
-from faexport.files.output import check_input, writing
+from faexport.files.output import check_input, is_model_name, writing
 from faexport.files.signals import uninterrupted
 from faexport.runtimes import operator_library
 
@@ -116,6 +116,6 @@ def copied(folder: Folder, target: pathlib.Path, on_step: Callable[[str], None])
 def _files_of_decoder(folder: Folder) -> set[pathlib.Path]:
     """The model and the files of its weights, where no other model of the folder may share them."""
     own = {folder.decoder.resolve()}
-    if all(path.resolve() in own for path in folder.path.rglob("*.onnx")):
+    if all(path.resolve() in own for path in folder.path.rglob("*") if is_model_name(path)):
         own |= {pathlib.Path(tensor.path).resolve() for tensor in external_tensors(model_io.load(folder.decoder))}
     return own

@@ -106,15 +106,20 @@ def _epsilon_over_squares(value: ir.Value | None, x: ir.Value | None, a: Analysi
     if node is None or x is None or op(node) != "Add":
         return None
     for mean, number in (node.inputs, node.inputs[::-1]):
-        epsilon, average = a.scalar(number), producer(mean)
-        if epsilon is None or average is None or op(average) != "ReduceMean":
-            continue
-        axes, rank = constant_ints(average, a, 1, "axes"), a.rank(x)
-        if rank is None or axes is None or axes not in ([-1], [rank - 1]) or not attribute(average, "keepdims", 1):
-            continue
-        if _is_square(average.inputs[0], x, a) and _is_number(a.shape(number)):
+        epsilon, squares = a.scalar(number), mean_of_rows(mean, a)
+        if epsilon is not None and _is_square(squares, x, a) and _is_number(a.shape(number)):
             return epsilon
     return None
+
+
+def mean_of_rows(mean: ir.Value | None, a: Analysis) -> ir.Value | None:
+    """x where a value is the mean of x over its last axis, which stays as one of size 1."""
+    node = producer(mean)
+    if node is None or op(node) != "ReduceMean" or not attribute(node, "keepdims", 1):
+        return None
+    x, axes = operand(node, 0), constant_ints(node, a, 1, "axes")
+    rank = a.rank(x)
+    return x if rank is not None and axes in ([-1], [rank - 1]) else None
 
 
 def _is_number(shape: tuple[Dim, ...] | None) -> bool:
