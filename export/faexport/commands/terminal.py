@@ -178,6 +178,8 @@ def run_app(app: Callable[..., object]) -> None:
     except Exception as error:
         if os.environ.get("FAEXPORT_TRACEBACK"):
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            _lead_stdout_nowhere()
         sentence, code = unexpected(error)
         print_error(sentence)
     # The interpreter's last search for cycles would go through SymPy and the model: a second after the last line.
@@ -242,11 +244,16 @@ def printing() -> Iterator[None]:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered goes nowhere, so that the interpreter's own flush is silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _lead_stdout_nowhere()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _lead_stdout_nowhere()
         raise ModelError(f"the result can't be printed: {error.strerror or error}") from error
+
+
+def _lead_stdout_nowhere() -> None:
+    """What is still buffered and can't be written is given up. Else the interpreter would try once more when it ends,
+    print what went wrong, and end with exit code 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(number: int, frame: object) -> None:
