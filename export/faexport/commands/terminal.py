@@ -178,8 +178,7 @@ def run_app(app: Callable[..., object]) -> None:
     except Exception as error:
         if os.environ.get("FAEXPORT_TRACEBACK"):
             traceback.print_exc()
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            _lead_stdout_nowhere()
+        _give_up_unwritten()
         sentence, code = unexpected(error)
         print_error(sentence)
     # The interpreter's last search for cycles would go through SymPy and the model: a second after the last line.
@@ -244,16 +243,19 @@ def printing() -> Iterator[None]:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        _lead_stdout_nowhere()
+        _give_up_unwritten()
     except OSError as error:
-        _lead_stdout_nowhere()
+        _give_up_unwritten()
         raise ModelError(f"the result can't be printed: {error.strerror or error}") from error
 
 
-def _lead_stdout_nowhere() -> None:
-    """What is still buffered and can't be written is given up. Else the interpreter would try once more when it ends,
-    print what went wrong, and end with exit code 120."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _give_up_unwritten() -> None:
+    """What is still buffered for stdout is written, or if it can't be, given up: the interpreter would try once more
+    when it ends, print what went wrong, and end with exit code 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(number: int, frame: object) -> None:
