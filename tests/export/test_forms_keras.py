@@ -18,6 +18,12 @@ CAUSAL = f"""{SIZES} zero = Constant<value_int = 0>() one = Constant<value_int =
     i = Unsqueeze(line, behind) j = Range(zero, width, one) seen = LessOrEqual(j, i) causal = Cast<to = 6>(seen)"""
 DEPTH = MAX_DEPTH - 3  # nodes one behind the other, as of the hidden states of a deep layer
 DEEP = "h0 = Neg(q) " + " ".join(f"h{k + 1} = Neg(h{k})" for k in range(DEPTH))
+# Sinks with the sizes of the scores, joined to them as a last column that is cut off behind the softmax.
+EXPANDED_SINKS = f"""{PRODUCT} z = Add(s, m) size = Shape(z) zero = Constant<value_ints = [0]>()
+    one = Constant<value_ints = [1]>() two = Constant<value_ints = [2]>() three = Constant<value_ints = [3]>()
+    b = Slice(size, zero, one) t = Slice(size, two, three) to = Concat<axis = 0>(b, three, t, one)
+    sink = Expand(sinks, to) x = Concat<axis = 3>(z, sink) p4 = Softmax<axis = -1>(x)
+    n = Shape<start = 2, end = 3>(k) p = Slice(p4, zero, n, three) y = MatMul(p, v)"""
 # The product with the values, of batches that have names of their own: the larger one is the result's.
 LARGER_BATCH = """p = Softmax<axis = -1>(x) pb = Shape<start = 0, end = 1>(p) vb = Shape<start = 0, end = 1>(v)
     rows = Shape<start = 2, end = 3>(p) keys = Shape<start = 3>(p) to3 = Concat<axis = 0>(pb, rows, keys)
@@ -65,11 +71,7 @@ RIGHT = {
     ),
     "sinks expanded to scores that take the batch of a mask": Form(
         f"{QKV}, float[M, 1, 1, S] m, float[1, 3, 1, 1] sinks",
-        f"""{PRODUCT} z = Add(s, m) size = Shape(z) zero = Constant<value_ints = [0]>()
-        one = Constant<value_ints = [1]>() two = Constant<value_ints = [2]>() three = Constant<value_ints = [3]>()
-        b = Slice(size, zero, one) t = Slice(size, two, three) to = Concat<axis = 0>(b, three, t, one)
-        sink = Expand(sinks, to) x = Concat<axis = 3>(z, sink) p4 = Softmax<axis = -1>(x)
-        n = Shape<start = 2, end = 3>(k) p = Slice(p4, zero, n, three) y = MatMul(p, v)""",
+        EXPANDED_SINKS,
         facts=frozenset({"attention sinks"}),
     ),
     "a mask's own batch behind axes of size 1": Form(
@@ -101,11 +103,7 @@ WRONG = {
     ),
     "a mask of sizes of its own, cut off with the sink": Form(
         f"{QKV}, float[M, 1, 1, N] m, float[1, 3, 1, 1] sinks",
-        f"""{PRODUCT} z = Add(s, m) size = Shape(z) zero = Constant<value_ints = [0]>()
-        one = Constant<value_ints = [1]>() two = Constant<value_ints = [2]>() three = Constant<value_ints = [3]>()
-        b = Slice(size, zero, one) t = Slice(size, two, three) to = Concat<axis = 0>(b, three, t, one)
-        sink = Expand(sinks, to) x = Concat<axis = 3>(z, sink) p4 = Softmax<axis = -1>(x)
-        n = Shape<start = 2, end = 3>(k) p = Slice(p4, zero, n, three) y = MatMul(p, v)""",
+        EXPANDED_SINKS,
         reason="is not simply dropped after the softmax",
     ),
     "more axes from what is added, turned around behind it": Form(
